@@ -1,0 +1,112 @@
+"""A pool of pretrained LoRA modules, stacked: what sits frozen in the crossbars.
+
+Axis letters: L layer, N adapters, r rank.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ..linear import Weight, quantise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraPool:
+    """N adapters of one base model, by site. dW of adapter n in layer l is `A[l, n] @ B[l, n]`.
+
+    Attributes:
+      A: site -> [L, N, d_in, r].
+      B: site -> [L, N, r, d_out], with the adapter's scaling (alpha / r) folded in.
+      rank: site -> [L, N], the true rank; smaller ones are padded with zeros, 0 where an adapter lacks it.
+      magnitude: site -> [L, d_out] of a pool of one DoRA adapter (0 where a layer lacks it), else None.
+      names: of the adapters, in the order of the axis N.
+    """
+
+    A: dict[str, Weight]
+    B: dict[str, Weight]
+    rank: dict[str, Int[Array, "L N"]]
+    magnitude: dict[str, Array] | None = None
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def uniform_rank(self) -> int | None:
+        """The rank that all adapters share at all their sites, or None."""
+        ranks = {int(r) for rank in self.rank.values() for r in np.unique(np.asarray(rank)) if r > 0}
+        return ranks.pop() if len(ranks) == 1 else None
+
+    def indices(self, chosen: Sequence[str | int]) -> list[int]:
+        """Return the positions of adapters given by name or index.
+
+        Raises:
+          ValueError: on a name or an index that the pool does not have, and on duplicates.
+        """
+        position = {name: i for i, name in enumerate(self.names)}
+        found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
+        for given, index in zip(chosen, found, strict=True):
+            if not 0 <= index < len(self):
+                raise ValueError(
+                    f"the pool has no adapter {given!r}: it holds {len(self)}, from {self.names[0]!r} "
+                    f"to {self.names[-1]!r}"
+                )
+        if len(set(found)) < len(found):
+            raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
+        return found
+
+    def select(self, chosen: Sequence[str | int]) -> "LoraPool":
+        """Return the pool of the adapters given by name or index, in that order."""
+        index = np.array(self.indices(chosen))
+
+        def take(a: Array) -> Array:
+            return a[:, index]
+
+        return dataclasses.replace(
+            self,
+            A=jax.tree.map(take, self.A),
+            B=jax.tree.map(take, self.B),
+            rank=jax.tree.map(take, self.rank),
+            names=tuple(self.names[i] for i in index),
+        )
+
+    def quantised(self, qtype: str) -> "LoraPool":
+        """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `linear.quantise`)."""
+        return dataclasses.replace(
+            self,
+            A={site: quantise(a, qtype, tiled_axis=2) for site, a in self.A.items()},
+            B={site: quantise(b, qtype, tiled_axis=3) for site, b in self.B.items()},
+        )
+
+
+def random_pool(pool: LoraPool, key: Array) -> LoraPool:
+    """Return the control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
+
+    Sites that an adapter lacks and ranks beyond its own stay zero.
+
+    Args:
+      pool: plain (not quantised) arrays.
+      key: of the whole draw; every site, layer, adapter gets its own part of it.
+    """
+
+    def like(a: Array, key: Array) -> Array:
+        # An entry that is zero is padding of a smaller rank or a site the adapter lacks.
+        noise = jnp.where(a == 0, jnp.zeros_like(a), jax.random.normal(key, a.shape, a.dtype))
+        return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))
+
+    keys = iter(jax.random.split(key, 2 * len(pool.A)))
+    return dataclasses.replace(
+        pool,
+        A={site: like(a, next(keys)) for site, a in pool.A.items()},
+        B={site: like(b, next(keys)) for site, b in pool.B.items()},
+        names=tuple(f"random_{i}" for i in range(len(pool))),
+    )
+
+
+def _norm(a: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True))

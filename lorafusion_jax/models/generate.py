@@ -1,0 +1,55 @@
+"""Greedy generation: encode once, cross keys and values once, then one token at a time until all rows end."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from .layers import Adapters
+from .t5 import T5, Cache
+
+
+def generate(
+    model: T5,
+    input_ids: Int[Array, "B S"],
+    input_mask: Bool[Array, "B S"],
+    adapters: Adapters | None = None,
+    *,
+    max_new_tokens: int,
+    row_mask: Bool[Array, " B"] | None = None,
+) -> Int[Array, "B {max_new_tokens}"]:
+    """Return the most likely continuation of each row; after its end token a row holds padding.
+
+    Pure, to be jitted with the model's state as an argument, and vmapped over adapters.
+
+    Args:
+      model: the base model.
+      input_ids: source tokens.
+      input_mask: True where a source token is real.
+      adapters: site -> adapter, leaves with a leading layer axis.
+      max_new_tokens: the loop's bound; it stops earlier once every row has ended.
+      row_mask: False for rows that only fill up the batch; nothing is waited for there.
+    """
+    adapters = adapters or {}
+    config = model.config
+    batch = input_ids.shape[0]
+    encoded = model.encode(input_ids, input_mask, adapters)
+    cache = model.start_cache(encoded, max_new_tokens, adapters)
+    done = jnp.zeros(batch, bool) if row_mask is None else ~row_mask
+    tokens = jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32)
+    first = jnp.full(batch, config.start_id, jnp.int32)
+
+    State = tuple[Array, Array, Array, Array, Cache]
+
+    def running(state: State) -> Array:
+        position, _, done, _, _ = state
+        return (position < max_new_tokens) & ~jnp.all(done)
+
+    def step(state: State) -> State:
+        position, token, done, tokens, cache = state
+        logits, cache = model.decode_token(token, position, cache, input_mask, adapters)
+        token = jnp.where(done, config.pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
+        return position + 1, token, done | (token == config.eos_id), tokens, cache
+
+    state = (jnp.int32(0), first, done, tokens, cache)
+    return jax.lax.while_loop(running, step, state)[3]

@@ -1,0 +1,67 @@
+"""Where adapters may sit: the linear maps of a T5, their names, shapes and Hugging Face paths.
+
+A *site* is one linear map of a block, stacked over the layers of its stack: `encoder.self.q`,
+`decoder.cross.v`, `encoder.ff.wi_0`. Site and layer together name one matrix of the base model, which
+Hugging Face calls for example `encoder.block.3.layer.0.SelfAttention.q`.
+"""
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .t5 import T5Config
+
+_HF_MODULES = {
+    ("encoder", "self"): "layer.0.SelfAttention",
+    ("encoder", "ff"): "layer.1.DenseReluDense",
+    ("decoder", "self"): "layer.0.SelfAttention",
+    ("decoder", "cross"): "layer.1.EncDecAttention",
+    ("decoder", "ff"): "layer.2.DenseReluDense",
+}
+_MODULE_OF_HF = {(stack, hf): module for (stack, module), hf in _HF_MODULES.items()}
+_HF_PATH = re.compile(r"(encoder|decoder)\.block\.(\d+)\.(layer\.\d\.\w+)\.(\w+)")
+
+
+class Site(NamedTuple):
+    """One linear map, stacked over the `layers` of its stack: kernels [layers, d_in, d_out]."""
+
+    layers: int
+    d_in: int
+    d_out: int
+
+
+def sites(config: "T5Config") -> dict[str, Site]:
+    """Return every site of a model, encoder first, in the order of the block's computation."""
+    inner = config.num_heads * config.d_kv
+    wi = ("wi_0", "wi_1") if config.gated else ("wi",)
+    shapes = {name: (config.d_model, inner) for name in "qkv"} | {"o": (inner, config.d_model)}
+    ff = {name: (config.d_model, config.d_ff) for name in wi} | {"wo": (config.d_ff, config.d_model)}
+    layers = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
+    return {
+        f"{stack}.{module}.{name}": Site(layers[stack], *shape)
+        for stack, module in _HF_MODULES
+        for name, shape in (ff if module == "ff" else shapes).items()
+    }
+
+
+def hf_path(site: str, layer: int) -> str:
+    """Return the Hugging Face module path of a site's matrix in one layer."""
+    stack, module, name = site.split(".")
+    return f"{stack}.block.{layer}.{_HF_MODULES[stack, module]}.{name}"
+
+
+def locate(path: str) -> tuple[str, int] | None:
+    """Return (site, layer) of a Hugging Face module path, or None if no adapter may sit there."""
+    match = _HF_PATH.fullmatch(path)
+    if match is None or (match[1], match[3]) not in _MODULE_OF_HF:
+        return None
+    return f"{match[1]}.{_MODULE_OF_HF[match[1], match[3]]}.{match[4]}", int(match[2])
+
+
+def linear_shapes(config: "T5Config") -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of every adaptable matrix by its Hugging Face module path."""
+    return {
+        hf_path(name, layer): (site.d_in, site.d_out)
+        for name, site in sites(config).items()
+        for layer in range(site.layers)
+    }
