@@ -1,0 +1,41 @@
+# Every target sets up its virtual environment by itself. PYTHON=python3.13 make test uses another interpreter,
+# with an environment of its own beside .venv.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV ?= .venv
+else
+VENV ?= .venv-$(notdir $(PYTHON))
+endif
+BIN := $(VENV)/bin
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: demo test test-peft test-smoke lint bench
+.NOTPARALLEL:
+
+demo: $(VENV)/.installed-plots
+	$(BIN)/python experiments/demo.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not peft"
+
+test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
+	$(BIN)/python -m pytest -m peft
+
+test-smoke: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m smoke
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
+	set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+# One stamp for each extra; where pyproject.toml is newer, pip brings the environment up to date.
+$(VENV)/.installed-%: pyproject.toml
+	@echo "Installing lorafusion-jax[$*] into $(VENV) (about a minute; only once and when pyproject.toml changes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,45 @@
+"""Strict JAX on four CPU devices, types checked at run time, and the goldens beside the checkout."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+# Environment variables, because JAX reads them on import and subprocesses that tests start inherit them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_ROOT / ".cache" / "hypothesis"))
+
+import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
+
+jaxtyping.install_import_hook("lorafusion_jax", "beartype.beartype")
+
+# The same examples in every run, however long the first compilation of one takes.
+hypothesis.settings.register_profile("deterministic", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("deterministic")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if all(importlib.util.find_spec(name) for name in ("torch", "peft")):
+        return
+    skip = pytest.mark.skip(reason="needs PyTorch and PEFT: pip install -e '.[peft]'")
+    for item in items:
+        if "peft" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with goldens and data: LORAFUSION_SHARED, or ../shared beside the repository."""
+    folder = Path(os.environ.get("LORAFUSION_SHARED", _ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("needs ../shared (goldens and data), which this checkout lacks")
+    return folder

@@ -1,0 +1,150 @@
+"""Importing is quick and touches no device, and imports inside the package only run downwards."""
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = "lorafusion_jax"
+_HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers wandb".split())
+
+# What each part of the package may import besides itself.
+_MAY_IMPORT = {
+    "crossbar": set(),
+    "tasks": set(),
+    "report": set(),
+    "linear": {"crossbar"},
+    "fusion": {"crossbar", "linear", "models"},
+    "models": {"crossbar", "linear", "fusion"},
+    "io": {"crossbar", "linear", "fusion", "models"},
+    "train": {"crossbar", "linear", "fusion", "models", "io", "tasks"},
+    "cli": {"crossbar", "linear", "fusion", "models", "io", "tasks", "train", "report"},
+    "__main__": {"cli"},
+}
+
+_PROBE = """
+import json, sys, time
+start = time.perf_counter()
+{imports}
+seconds = time.perf_counter() - start
+from jax._src import xla_bridge
+print(json.dumps({{
+    "seconds": seconds,
+    "backend": xla_bridge.backends_are_initialized(),
+    "roots": sorted({{name.partition(".")[0] for name in sys.modules}}),
+}}))
+"""
+
+
+def _probe(imports: str) -> dict:
+    """Runs the imports in a fresh interpreter: seconds taken, whether a backend started, modules loaded."""
+    command = [sys.executable, "-W", "error", "-c", _PROBE.format(imports=imports)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the package."""
+    names = {}
+    for path in sorted((_ROOT / _PACKAGE).rglob("*.py")):
+        parts = path.relative_to(_ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def _imports(name: str, path: Path, *, on_load: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports, `from a import b` as `a.b`; on_load: only when it is loaded."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    pending: list[ast.AST] = [ast.parse(path.read_text(), str(path))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+        if not (on_load and _is_deferred(node)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def _is_deferred(node: ast.AST) -> bool:
+    """Whether loading a module passes over this node's body: a function, or annotations' imports."""
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def _own_modules(imported: Iterator[str], modules: dict[str, Path]) -> Iterator[str]:
+    """Keeps imports of the package itself, cut back to the module that holds the imported name."""
+    for target in imported:
+        if target.partition(".")[0] == _PACKAGE and target != f"{_PACKAGE}.__version__":
+            while target not in modules:
+                target = target.rpartition(".")[0]
+            yield target
+
+
+@pytest.mark.smoke
+def test_import_is_quick_and_light():
+    probes = [_probe(f"import {_PACKAGE}")]
+    while probes[-1]["seconds"] >= 3 and len(probes) < 3:  # a cold disk or a busy machine: best of three
+        probes.append(_probe(f"import {_PACKAGE}"))
+    assert min(probe["seconds"] for probe in probes) < 3
+    assert not probes[0]["backend"]
+    assert not _HEAVY & set(probes[0]["roots"])
+
+
+@pytest.mark.smoke
+def test_no_module_starts_a_backend_or_loads_heavy_libraries():
+    names = [name for name in _modules() if not name.endswith("__main__")]
+    probe = _probe("\n".join(f"import {name}" for name in names))
+    assert not probe["backend"]
+    assert not _HEAVY & set(probe["roots"])
+
+
+def test_torch_and_peft_are_never_imported():
+    modules = _modules()
+    found = [
+        f"{name} imports {target}"
+        for name, path in modules.items()
+        for target in _imports(name, path)
+        if target.partition(".")[0] in ("torch", "peft")
+    ]
+    assert modules and not found
+
+
+def test_imports_run_downwards():
+    modules = _modules()
+    wrong = []
+    for name, path in modules.items():
+        if name == _PACKAGE:
+            continue
+        part = name.split(".")[1]
+        assert part in _MAY_IMPORT, f"{part} has no place among the layers yet: say what it may import"
+        for target in _own_modules(_imports(name, path), modules):
+            if target == _PACKAGE or target.split(".")[1] not in _MAY_IMPORT[part] | {part}:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+def test_imports_form_no_cycle():
+    modules = _modules()
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        graph[name] = set()
+        for target in _own_modules(_imports(name, path, on_load=True), modules):
+            # Importing a.b.c runs a and a.b first, unless the importing module lies inside them.
+            while target and not f"{name}.".startswith(f"{target}."):
+                graph[name].add(target)
+                target = target.rpartition(".")[0]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
