@@ -29,7 +29,7 @@ class LoraPool:
 
     A: dict[str, Weight]
     B: dict[str, Weight]
-    rank: dict[str, Int[Array, "L N"]]
+    rank: dict[str, Int[Array, "_L N"]]
     magnitude: dict[str, Array] | None = None
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 

@@ -12,8 +12,11 @@ from .layers import Adapters, Base, Linear
 
 
 class Attention(nnx.Module):
-    """One attention layer. Queries come from `x`, keys and values from `keys_values`, so that self-attention,
-    cross-attention and both with a cache are the same call."""
+    """One attention layer.
+
+    Queries come from `x`, keys and values from `keys_values`, so that self-attention, cross-attention and
+    both with a cache are the same call.
+    """
 
     def __init__(self, name: str, d_model: int, heads: int, d_kv: int, *, layers: int, rngs: nnx.Rngs):
         self.heads = heads

@@ -26,6 +26,7 @@ class Linear(nnx.Module):
         self.kernel = Base(scale * rngs.params.normal((layers, d_in, d_out)))
 
     def __call__(self, x: Float[Array, "*B d_in"], adapters: Adapters) -> Float[Array, "*B d_out"]:
+        """Multiply, through the adapter of this site if there is one."""
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
         return matmul(x, kernel) if adapter is None else adapter(x, kernel)
@@ -39,6 +40,7 @@ class RMSNorm(nnx.Module):
         self.scale = Base(jnp.ones(shape))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalise the last axis."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
@@ -55,6 +57,7 @@ class FeedForward(nnx.Module):
         self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
+        """Apply to every position."""
         if self.gated:
             hidden = jax.nn.gelu(self.wi_0(x, adapters), approximate=True) * self.wi_1(x, adapters)
         else:

@@ -18,6 +18,7 @@ _HF_MODULES = {
     ("decoder", "cross"): "layer.1.EncDecAttention",
     ("decoder", "ff"): "layer.2.DenseReluDense",
 }
+_NAMES = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 _MODULE_OF_HF = {(stack, hf): module for (stack, module), hf in _HF_MODULES.items()}
 _HF_PATH = re.compile(r"(encoder|decoder)\.block\.(\d+)\.(layer\.\d\.\w+)\.(\w+)")
 
@@ -34,14 +35,20 @@ def sites(config: "T5Config") -> dict[str, Site]:
     """Return every site of a model, encoder first, in the order of the block's computation."""
     inner = config.num_heads * config.d_kv
     wi = ("wi_0", "wi_1") if config.gated else ("wi",)
-    shapes = {name: (config.d_model, inner) for name in "qkv"} | {"o": (inner, config.d_model)}
-    ff = {name: (config.d_model, config.d_ff) for name in wi} | {"wo": (config.d_ff, config.d_model)}
+    shapes = dict.fromkeys("qkv", (config.d_model, inner)) | {"o": (inner, config.d_model)}
+    ff = dict.fromkeys(wi, (config.d_model, config.d_ff)) | {"wo": (config.d_ff, config.d_model)}
     layers = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
     return {
         f"{stack}.{module}.{name}": Site(layers[stack], *shape)
         for stack, module in _HF_MODULES
         for name, shape in (ff if module == "ff" else shapes).items()
     }
+
+
+def site_order(site: str) -> tuple[int, int]:
+    """Return a key that sorts sites in the order of the computation (dicts lose it inside `jax.jit`)."""
+    stack, module, name = site.split(".")
+    return list(_HF_MODULES).index((stack, module)), _NAMES.index(name)
 
 
 def hf_path(site: str, layer: int) -> str:

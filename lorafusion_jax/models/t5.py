@@ -89,6 +89,7 @@ class EncoderBlock(nnx.Module):
         bias: Float[Array, "1 H S S"],
         adapters: Adapters,
     ) -> Float[Array, "B S D"]:
+        """Run one layer of the source."""
         normed = self.self_norm(x)
         keys, values = self.self_attention.keys_values(normed, adapters)
         x = x + self.self_attention(normed, keys, values, mask, bias, adapters)
@@ -116,6 +117,7 @@ class DecoderBlock(nnx.Module):
         bias: Float[Array, "1 H T T"],
         adapters: Adapters,
     ) -> Float[Array, "B T D"]:
+        """Run one layer of the target (teacher forcing)."""
         normed = self.self_norm(x)
         own = self.self_attention.keys_values(normed, adapters)
         x = x + self.self_attention(normed, *own, mask, bias, adapters)

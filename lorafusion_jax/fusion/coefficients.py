@@ -1,0 +1,126 @@
+"""Fusion coefficients: their granularity, their start, and which of them a pool gives something to do.
+
+Columns of `block` are the encoder's blocks, then the decoder's. Columns of `site` go block by block, and
+within a block in the order of its computation.
+
+Axis letters: L layer, N adapters, r rank.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ..models.sites import site_order
+from .pool import LoraPool
+
+Granularity = Literal["global", "block", "site", "rank"]
+Start = Literal["xavier", "uniform", "zeros"]
+
+
+def shape(pool: LoraPool, modules: int, granularity: Granularity) -> tuple[int, ...]:
+    """Return the shape of the coefficients of `modules` adapters of a pool.
+
+    `global` [N], `block` [N, blocks], `site` [N, sites x layers], `rank` [N, sites x layers, r].
+    """
+    columns = len(_instances(pool))
+    rank = max(jax.tree.leaves(B)[0].shape[2] for B in pool.B.values())
+    return {
+        "global": (modules,),
+        "block": (modules, len(_blocks(pool))),
+        "site": (modules, columns),
+        "rank": (modules, columns, rank),
+    }[granularity]
+
+
+def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, "..."]:
+    """Return coefficients to start from.
+
+    Args:
+      shape: as `shape` returns it.
+      start: `xavier`, uniform within sqrt(6 / (N + columns)) as the paper's code draws them;
+        `uniform`, 1 / N each; `zeros`, for `sum` only (`mix` has no gradient there).
+      key: of the draw.
+    """
+    if start == "xavier":
+        bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    return jnp.full(shape, 0.0 if start == "zeros" else 1 / shape[0], jnp.float32)
+
+
+def expand(
+    coefficients: Float[Array, "..."], pool: LoraPool, granularity: Granularity
+) -> dict[str, Float[Array, "_L N _k"]]:
+    """Return every site's coefficients per layer and module (k = 1), and per rank for `rank` (k = r)."""
+    columns = _columns(pool, granularity)
+    expanded = {}
+    for site, rank in pool.rank.items():
+        if granularity == "global":
+            spread = jnp.broadcast_to(coefficients[None, :], (rank.shape[0], coefficients.shape[0]))
+        else:
+            spread = jnp.swapaxes(coefficients[:, columns[site]], 0, 1)
+        expanded[site] = spread if granularity == "rank" else spread[:, :, None]
+    return expanded
+
+
+def present(pool: LoraPool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:
+    """Return which coefficients act on anything: the others are neither counted nor penalised."""
+    shape_ = shape(pool, index.shape[0], granularity)
+    columns = _columns(pool, granularity)
+    found = jnp.zeros(shape_, bool)
+    for site, rank in pool.rank.items():
+        ranks = rank[:, index].T
+        if granularity == "global":
+            found = found | jnp.any(ranks > 0, axis=1)
+        elif granularity == "rank":
+            real = jnp.arange(shape_[2])[None, None, :] < ranks[:, :, None]
+            found = found.at[:, columns[site]].max(real)
+        else:
+            found = found.at[:, columns[site]].max(ranks > 0)
+    return found
+
+
+def column_names(pool: LoraPool, granularity: Granularity) -> list[str]:
+    """Return a label for each column, for plots and tables."""
+    if granularity == "global":
+        return ["all"]
+    if granularity == "block":
+        return [f"{stack}.{layer}" for stack, layer in _blocks(pool)]
+    return [f"{stack}.{layer}.{site}" for stack, layer, site in _instances(pool)]
+
+
+def _columns(pool: LoraPool, granularity: Granularity) -> dict[str, np.ndarray]:
+    """Return, by site, the column of each of its layers."""
+    if granularity in ("global", "block"):
+        position = {block: i for i, block in enumerate(_blocks(pool))}
+        columns = {
+            s: [position[_stack(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()
+        }
+    else:
+        position = {instance: i for i, instance in enumerate(_instances(pool))}
+        columns = {
+            s: [position[_stack(s), layer, s.partition(".")[2]] for layer in range(r.shape[0])]
+            for s, r in pool.rank.items()
+        }
+    return {site: np.array(column) for site, column in columns.items()}
+
+
+def _blocks(pool: LoraPool) -> list[tuple[str, int]]:
+    layers = {_stack(site): rank.shape[0] for site, rank in pool.rank.items()}
+    return [(stack, layer) for stack in ("encoder", "decoder") for layer in range(layers.get(stack, 0))]
+
+
+def _instances(pool: LoraPool) -> list[tuple[str, int, str]]:
+    return [
+        (stack, layer, site.partition(".")[2])
+        for stack, layer in _blocks(pool)
+        for site in sorted(pool.rank, key=site_order)
+        if _stack(site) == stack
+    ]
+
+
+def _stack(site: str) -> str:
+    return site.partition(".")[0]

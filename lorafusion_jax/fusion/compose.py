@@ -1,0 +1,242 @@
+"""Fusion: coefficients mix the pool, magnitudes rescale the columns, and the result adapts a linear map.
+
+One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling folded into B), c coefficients:
+
+    mix:  dW = (sum_n c_n A_n) (sum_n c_n B_n)        LoraHub, and the paper's code
+    sum:  dW = sum_n c_n A_n B_n                      linear in c
+    y = x (W + dW), with magnitudes  y = m / ||W + dW|| * x (W + dW)   (norm over d_in, DoRA's rule)
+
+and several orders of evaluation, equal in exact arithmetic: `mix` in the weights (`Lora`), `sum` as one
+product of rank N r (`Modules`), and both in the outputs, module by module (`mix_outputs`), which is what
+hardware does whose A_n and B_n each sit in arrays of their own.
+
+Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..linear import Weight, dense, matmul
+from .pool import LoraPool
+
+Composition = Literal["mix", "sum"]
+
+# Where dW nearly cancels W the Gram form loses digits and can turn negative: floored at a few eps.
+_NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """One low-rank update: `(x W + x A B) * scale`.
+
+    Attributes:
+      A: [d_in, r], under a scan over layers [L, d_in, r].
+      B: [r, d_out].
+      scale: [d_out], or None for 1.
+    """
+
+    A: Weight
+    B: Weight
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        return _scaled(matmul(x, kernel) + matmul(matmul(x, self.A), self.B), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """A sum of products, as one update of rank N r: `(x W + sum_n c_n x A_n B_n) * scale`.
+
+    The modules are gathered from the pool where they are used, layer by layer inside the scan, so that
+    seeds with different draws share one pool in memory.
+
+    Attributes:
+      A: [P, d_in, r].
+      B: [P, r, d_out].
+      index: [N], which modules.
+      coefficients: [N, 1], or [N, r] to weigh every rank on its own.
+      scale: [d_out], or None for 1.
+    """
+
+    A: Weight
+    B: Weight
+    index: Int[Array, "*L N"]
+    coefficients: Float[Array, "*L N k"]
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        A, B = (dense(_gather(w, self.index), x.dtype) for w in (self.A, self.B))
+        reads = jnp.einsum("...i,nir->...nr", x, A)
+        mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))
+        return _scaled(matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gram:
+    """What the norm ||W + dW|| needs besides the pool, computed once per base and pool.
+
+    Attributes:
+      squared: site -> [L, d_out], ||W||^2 of every column.
+      cross: site -> [L, P, r, d_out], A_n^T W.
+    """
+
+    squared: dict[str, Float[Array, "_L _d_out"]]
+    cross: dict[str, Float[Array, "_L P _r _d_out"]]
+
+
+def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
+    """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time."""
+
+    def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
+        kernel, A = (dense(w, jnp.float32) for w in layer)
+        return jnp.sum(jnp.square(kernel), axis=0), jnp.einsum("nir,io->nro", A, kernel)
+
+    terms = {site: jax.lax.map(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
+    return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
+
+
+def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
+    """Return ||W|| of every column, where magnitudes start."""
+    return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
+
+
+def compose(
+    pool: LoraPool,
+    index: Int[Array, " N"],
+    coefficients: dict[str, Float[Array, "_L N _k"]],
+    composition: Composition,
+    *,
+    gram: Gram | None = None,
+    magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
+    differentiate_norm: bool = False,
+) -> tuple[dict[str, Lora | Modules], Int[Array, ""]]:
+    """Return the adapters that a fusion puts on the model, and how many column norms were floored.
+
+    Args:
+      pool: P adapters.
+      index: the N of them that this fusion mixes.
+      coefficients: site -> per layer and module, k = 1, or per rank too, k = r (see `coefficients.expand`).
+      composition: `mix` or `sum`.
+      gram: needed with magnitudes.
+      magnitudes: m per site; None leaves the columns as they are.
+      differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
+    """
+
+    def of_layer(layer: tuple) -> tuple[Lora | None, Array | None, Array]:
+        A, B, c, squared, cross, m = layer
+        update = _mixed(A, B, index, c) if composition == "mix" else None
+        if m is None:
+            return update, None, jnp.int32(0)
+        if update is not None:
+            cross = _weighted(cross, _scatter(c, index, cross.shape[0])[:, :, None])
+            norm, floored = _norm(update.A, update.B, cross, squared)
+        else:
+            left, right = (dense(_gather(w, index), jnp.float32) for w in (A, B))
+            right = right * c[:, :, None]
+            cross = jnp.take(cross, index, axis=0)
+            left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
+            norm, floored = _norm(left, _merged(right), _merged(cross), squared)
+        if not differentiate_norm:
+            norm = jax.lax.stop_gradient(norm)
+        return update, m / norm, floored
+
+    adapters, total = {}, jnp.int32(0)
+    for site, c in coefficients.items():
+        terms = (None, None, None)
+        if magnitudes is not None and gram is not None:
+            terms = (gram.squared[site], gram.cross[site], magnitudes[site])
+        layers = (pool.A[site], pool.B[site], c, *terms)
+        # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers.
+        update, scale, floored = jax.lax.map(jax.checkpoint(of_layer), layers)
+        total = total + jnp.sum(floored, dtype=jnp.int32)
+        if update is not None:
+            adapters[site] = dataclasses.replace(update, scale=scale)
+        else:
+            per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
+            adapters[site] = Modules(pool.A[site], pool.B[site], per_layer, c, scale)
+    return adapters, total
+
+
+def mix_outputs(
+    x: Float[Array, "*B d_in"],
+    kernel: Weight,
+    A: Weight,
+    B: Weight,
+    coefficients: Float[Array, "N k"],
+    composition: Composition,
+) -> Float[Array, "*B d_out"]:
+    """Return `x (W + dW)` mixed in the outputs: every A_n and B_n multiplied as it stands, then summed.
+
+    The order of evaluation of hardware, whose modules sit frozen in arrays of their own.
+
+    Args:
+      x: activations.
+      kernel: [d_in, d_out].
+      A: [N, d_in, r].
+      B: [N, r, d_out].
+      coefficients: of each module (k = 1), or of each module and rank (k = r).
+      composition: `mix` or `sum`.
+    """
+    c = jnp.expand_dims(coefficients.astype(x.dtype), range(1, x.ndim))
+    reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c
+    if composition == "mix":
+        reads = jnp.sum(reads, axis=0)[None] * c
+    return matmul(x, kernel) + jnp.sum(jax.vmap(matmul)(reads, B), axis=0)
+
+
+def _mixed(A: Weight, B: Weight, index: Int[Array, " N"], c: Float[Array, "N k"]) -> Lora:
+    """Return the module whose A and B are the weighted sums of the chosen modules' A and B."""
+    A, B = dense(A, jnp.float32), dense(B, jnp.float32)
+    # Weights scattered over the whole pool read it where it lies; gathering would copy the chosen modules.
+    c = _scatter(c, index, A.shape[0])
+    return Lora(_weighted(A, c[:, None, :]), _weighted(B, c[:, :, None]))
+
+
+def _scatter(c: Float[Array, "N k"], index: Int[Array, " N"], size: int) -> Float[Array, "P k"]:
+    return jnp.zeros((size, c.shape[1]), c.dtype).at[index].set(c)
+
+
+def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) -> Float[Array, "a b"]:
+    """Return the weighted sum of modules; one matrix-vector product where one weight serves a module."""
+    if weights.size == modules.shape[0]:
+        return jnp.einsum("nab,n->ab", modules, weights.reshape(-1))
+    return jnp.sum(modules * weights, axis=0)
+
+
+def _merged(modules: Float[Array, "N r d_out"]) -> Float[Array, "k d_out"]:
+    return modules.reshape(-1, modules.shape[-1])
+
+
+def _norm(
+    left: Float[Array, "d_in k"],
+    right: Float[Array, "k d_out"],
+    cross: Float[Array, "k d_out"],
+    squared: Float[Array, " d_out"],
+) -> tuple[Float[Array, " d_out"], Int[Array, ""]]:
+    """Return ||W + left right|| per column from W's Gram terms, and how many were floored.
+
+    ||w + dw||^2 = ||w||^2 + 2 (left^T W) . right + right . (left^T left) right, so that neither W nor dW
+    is formed (`cross` is left^T W, computed beforehand).
+    """
+    with_update = 2 * jnp.sum(cross * right, axis=0)
+    of_update = jnp.sum(right * (left.T @ left @ right), axis=0)
+    floor = _NORM_FLOOR * (squared + of_update)
+    total = squared + with_update + of_update
+    return jnp.sqrt(jnp.maximum(total, floor)), jnp.sum(total < floor, dtype=jnp.int32)
+
+
+def _scaled(y: Array, scale: Array | None) -> Array:
+    return y if scale is None else y * jnp.expand_dims(scale.astype(y.dtype), range(y.ndim - 1))
+
+
+def _gather(weight: Weight, index: Array) -> Weight:
+    return jax.tree.map(lambda a: jnp.take(a, index, axis=0), weight)

@@ -1,0 +1,26 @@
+"""The training loss: token cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+IGNORED = -100
+
+
+def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Return the mean cross-entropy in nats over the tokens whose label is not -100, in float32."""
+    real = labels != IGNORED
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_probs, jnp.where(real, labels, 0)[:, :, None], axis=-1)[:, :, 0]
+    return -jnp.sum(jnp.where(real, picked, 0.0)) / jnp.maximum(jnp.sum(real), 1).astype(jnp.float32)
+
+
+def decoder_inputs(labels: Int[Array, "B T"], *, start_id: int, pad_id: int) -> Int[Array, "B T"]:
+    """Return the labels shifted right behind the start token, ignored ones as padding."""
+    shifted = jnp.roll(jnp.where(labels == IGNORED, pad_id, labels), 1, axis=1)
+    return shifted.at[:, 0].set(start_id)
+
+
+def rows(row_mask: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Return how many rows of a batch are really there."""
+    return jnp.maximum(jnp.sum(row_mask), 1).astype(jnp.float32)

@@ -1,0 +1,264 @@
+"""The fusion step: `(state, batch) -> (state, metrics)`, pure, to be jitted and mapped over seeds.
+
+Early stopping and pruning are masks in the state, so that seeds that share a program may differ in them.
+
+Axis letters: N adapters, B batch, S source, T target.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from .loss import cross_entropy, decoder_inputs, rows
+from .methods import Frozen, Method, Params
+
+
+class Batch(NamedTuple):
+    """Padded examples: labels are -100 where there is no target, rows that only fill up are masked."""
+
+    input_ids: Int[Array, "*S B S"]
+    input_mask: Bool[Array, "*S B S"]
+    labels: Int[Array, "*S B T"]
+    row_mask: Bool[Array, "*S B"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How the numbers are trained: the static part.
+
+    Attributes:
+      steps: in all; the schedule's length.
+      schedule: of the learning rates: `constant`, or `cosine` to zero.
+      warmup: steps of linear warm-up.
+      clip: global norm above which gradients are scaled down; None for never.
+      patience: epochs without a better validation loss after which a seed stops; None for never.
+      patience_from: epochs before which none is counted.
+      prune: share of the smallest magnitudes that are set to zero at half time and kept there.
+    """
+
+    steps: int
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    clip: float | None = None
+    patience: int | None = None
+    patience_from: int = 0
+    prune: float = 0.0
+
+
+class Rates(NamedTuple):
+    """The part of the optimisation that may be swept as arrays.
+
+    Attributes:
+      learning_rate: by group of trainable numbers.
+      l2: added to the coefficients' gradient as l2 * c (coupled, as torch's Adam does).
+      l1: weight of mean |c| in the objective.
+    """
+
+    learning_rate: dict[str, Float[Array, ""]]
+    l2: Float[Array, ""]
+    l1: Float[Array, ""]
+
+
+class TrainState(NamedTuple):
+    """What training changes.
+
+    Attributes:
+      params: by group.
+      adam: optax state.
+      step: steps taken.
+      kept: False for magnitudes that were pruned (the shape of `params["magnitudes"]`, or None).
+      best: params of the best validation loss so far.
+      best_loss: that loss, infinite before the first.
+      waited: counted epochs since.
+      stopped: once True, nothing changes any more.
+    """
+
+    params: Params
+    adam: Any
+    step: Int[Array, ""]
+    kept: Any
+    best: Params
+    best_loss: Float[Array, ""]
+    waited: Int[Array, ""]
+    stopped: Bool[Array, ""]
+
+
+def standard_promotion() -> Any:
+    """Return the context for optax's own arithmetic, which strict dtype promotion refuses."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def init_state(method: Method, frozen: Frozen, index: Int[Array, " N"], key: Array) -> TrainState:
+    """Return the state that training starts from."""
+    params = method.init(frozen, index, key)
+    kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
+    return TrainState(
+        params=params,
+        adam=_ADAM.init(params),
+        step=jnp.int32(0),
+        kept=kept,
+        best=params,
+        best_loss=jnp.float32(jnp.inf),
+        waited=jnp.int32(0),
+        stopped=jnp.bool_(False),
+    )
+
+
+def objective(
+    params: Params,
+    batch: Batch,
+    index: Int[Array, " N"],
+    frozen: Frozen,
+    l1: Float[Array, ""],
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return the training objective and its parts.
+
+    Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
+    """
+    model = nnx.merge(graph, frozen.base)
+    adapters, metrics = method.adapters(params, frozen, index)
+    start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
+    logits = model(batch.input_ids, batch.input_mask, start, adapters)
+    entropy = cross_entropy(logits, batch.labels)
+    loss = entropy / rows(batch.row_mask)
+    penalty = jnp.float32(0)
+    if "coefficients" in params:
+        acting = method.trainable(params, frozen, index)["coefficients"]
+        size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
+        penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
+    return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
+
+
+def fusion_step(
+    state: TrainState,
+    batch: Batch,
+    index: Int[Array, " N"],
+    frozen: Frozen,
+    rates: Rates,
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+    optimisation: Optimisation,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take one step of one seed.
+
+    Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
+    Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
+
+    Returns:
+      The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
+      nonfinite_gradients, and the method's own.
+    """
+    (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+        state.params, batch, index, frozen, rates.l1, graph=graph, method=method
+    )
+    broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))
+    gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
+    metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.global_norm(gradients)}
+    with standard_promotion():
+        if optimisation.clip is not None:
+            clip = optax.clip_by_global_norm(optimisation.clip)
+            gradients, _ = clip.update(gradients, clip.init(state.params))
+        if "coefficients" in gradients:
+            decay = rates.l2 * state.params["coefficients"]
+            gradients = gradients | {"coefficients": gradients["coefficients"] + decay}
+        updates, adam = _ADAM.update(gradients, state.adam, state.params)
+        schedule = _schedule(optimisation)(state.step)
+    params = {
+        group: jax.tree.map(partial(_descend, rates.learning_rate[group] * schedule), values, updates[group])
+        for group, values in state.params.items()
+    }
+    if optimisation.prune:
+        params["magnitudes"] = jax.tree.map(_zero_unless, state.kept, params["magnitudes"])
+        adam = _prune_moments(adam, state.kept)
+    new = state._replace(params=params, adam=adam, step=state.step + 1)
+    return _unless_stopped(state, new), metrics
+
+
+def prune(state: TrainState, share: float) -> TrainState:
+    """Return the state with the smallest `share` of all magnitudes at zero, ranked over all entries.
+
+    They stay there, and so do Adam's moments; the best parameters so far, not pruned, are forgotten.
+    """
+    magnitudes = state.params["magnitudes"]
+    flat = jnp.concatenate([jnp.abs(m).ravel() for m in jax.tree.leaves(magnitudes)])
+    order = jnp.argsort(flat)
+    kept_flat = jnp.ones(flat.shape, bool).at[order[: int(share * flat.size)]].set(False)
+    sizes = [m.size for m in jax.tree.leaves(magnitudes)]
+    parts = jnp.split(kept_flat, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
+    leaves, tree = jax.tree.flatten(magnitudes)
+    kept = tree.unflatten([k.reshape(m.shape) for k, m in zip(parts, leaves, strict=True)])
+    params = state.params | {"magnitudes": jax.tree.map(_zero_unless, kept, magnitudes)}
+    new = state._replace(
+        params=params,
+        adam=_prune_moments(state.adam, kept),
+        kept=kept,
+        best=params,
+        best_loss=jnp.full_like(state.best_loss, jnp.inf),
+    )
+    return _unless_stopped(state, new)
+
+
+def end_epoch(
+    state: TrainState, validation_loss: Float[Array, ""], epoch: Int[Array, ""], optimisation: Optimisation
+) -> TrainState:
+    """Remember the best parameters, and stop after `patience` counted epochs without better ones."""
+    better = validation_loss < state.best_loss
+    counted = (epoch >= optimisation.patience_from).astype(jnp.int32)
+    waited = jnp.where(better, 0, state.waited + counted)
+    stopped = jnp.bool_(False)
+    if optimisation.patience is not None:
+        stopped = waited >= optimisation.patience
+    new = state._replace(
+        best=_select(better, state.params, state.best),
+        best_loss=jnp.where(better, validation_loss, state.best_loss),
+        waited=waited,
+        stopped=stopped,
+    )
+    return _unless_stopped(state, new)
+
+
+_ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
+
+
+def _schedule(optimisation: Optimisation) -> optax.Schedule:
+    if optimisation.schedule == "constant":
+        tail = optax.constant_schedule(1.0)
+    else:
+        tail = optax.cosine_decay_schedule(1.0, max(optimisation.steps - optimisation.warmup, 1))
+    if not optimisation.warmup:
+        return tail
+    ramp = optax.linear_schedule(1 / optimisation.warmup, 1.0, optimisation.warmup - 1)
+    return optax.join_schedules([ramp, tail], [optimisation.warmup])
+
+
+def _prune_moments(adam: optax.ScaleByAdamState, kept: Any) -> optax.ScaleByAdamState:
+    def pruned(moment: Params) -> Params:
+        return moment | {"magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])}
+
+    return adam._replace(mu=pruned(adam.mu), nu=pruned(adam.nu))
+
+
+def _descend(rate: Array, value: Array, update: Array) -> Array:
+    return value - rate * update
+
+
+def _zero_unless(kept: Array, value: Array) -> Array:
+    return jnp.where(kept, value, jnp.zeros_like(value))
+
+
+def _select(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _unless_stopped(old: TrainState, new: TrainState) -> TrainState:
+    return _select(old.stopped, old, new)
