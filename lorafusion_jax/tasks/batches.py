@@ -1,0 +1,147 @@
+"""Padded batches in few shapes, since every shape is one more program to compile.
+
+Axis letters: B batch, S source, T target.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+from .tokenizer import Encoded
+
+IGNORED = -100  # the label of a position that is no target, as in Hugging Face's losses
+MOST_SHAPES = 6
+
+
+class Batch(NamedTuple):
+    """Padded rows, NumPy as made here and JAX arrays under `jit`; with a leading axis of seeds in training.
+
+    Attributes:
+      input_ids: source tokens.
+      input_mask: True where a source token is real.
+      labels: target tokens, IGNORED behind their end.
+      row_mask: False for rows that only fill up the batch; they have no real token and no label.
+    """
+
+    input_ids: Int32[Any, "*seeds B S"]
+    input_mask: Bool[Any, "*seeds B S"]
+    labels: Int32[Any, "*seeds B T"]
+    row_mask: Bool[Any, "*seeds B"]
+
+
+class _Table(NamedTuple):
+    """All rows padded to the longest, and behind them an empty one, which is what row number -1 takes."""
+
+    input_ids: Int32[np.ndarray, "rows+1 S"]
+    labels: Int32[np.ndarray, "rows+1 T"]
+    input_lengths: Int[np.ndarray, " rows+1"]
+    label_lengths: Int[np.ndarray, " rows+1"]
+
+    def take(self, rows: Int32[np.ndarray, "*seeds B"], source_width: int, target_width: int) -> Batch:
+        return Batch(
+            input_ids=self.input_ids[rows, :source_width],
+            input_mask=np.arange(source_width) < self.input_lengths[rows, None],
+            labels=self.labels[rows, :target_width],
+            row_mask=rows >= 0,
+        )
+
+
+def pad(
+    sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int
+) -> Int32[np.ndarray, "rows {width}"]:
+    """Fill up every sequence to `width` with `pad_id`.
+
+    Raises:
+      ValueError: on a sequence longer than `width`.
+    """
+    padded = np.full((len(sequences), width), pad_id, np.int32)
+    for row, sequence in enumerate(sequences):
+        if len(sequence) > width:
+            raise ValueError(f"sequence {row} has {len(sequence)} tokens, which do not fit into {width}")
+        padded[row, : len(sequence)] = sequence
+    return padded
+
+
+def bucket(length: int) -> int:
+    """Return the smallest width of the ladder that holds `length` tokens.
+
+    The ladder: 4, 8, 12, ... 32, from there four widths an octave: 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
+    """
+    octave = 1 << max(length - 1, 0).bit_length()
+    rung = max(octave // 8, 4)
+    return max(-(-length // rung), 1) * rung
+
+
+def train_batches(
+    encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """Yield the batches of all seeds, step by step, from `first_step` on: `[seeds, B, width]`.
+
+    The width of a step holds the longest row that any seed has in it. The widths to choose from follow from
+    all of `orders`, so a resumed run meets the same shapes.
+
+    Args:
+      encoded: the rows that `orders` numbers.
+      orders: row numbers, -1 for a row that only fills up the batch (`batch_orders` makes them).
+      pad_id: the tokenizer's padding token.
+      first_step: where to start.
+    """
+    table = _table(encoded, pad_id)
+    shapes = _shapes(
+        table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2))
+    )
+    for step in range(first_step, orders.shape[1]):
+        yield table.take(orders[:, step], *shapes[step])
+
+
+def eval_batches(
+    encoded: Encoded, batch_size: int, *, pad_id: int
+) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
+    """Yield row numbers and batches, shortest rows first, all of one B; every row once.
+
+    B is the smallest that needs no more steps than `batch_size` does. Row number -1 marks a row that only
+    fills up the last batch. Predictions return to the order of `encoded` by
+    `result[rows[rows >= 0]] = predictions[rows >= 0]`.
+    """
+    count = len(encoded)
+    steps = -(-count // batch_size)
+    if steps == 0:
+        return
+    size = -(-count // steps)
+    table = _table(encoded, pad_id)
+    order = np.argsort(table.input_lengths[:-1], kind="stable").astype(np.int32)
+    rows = np.concatenate([order, np.full(steps * size - count, -1, np.int32)]).reshape(steps, size)
+    shapes = _shapes(table.input_lengths[rows].max(axis=1), table.label_lengths[rows].max(axis=1))
+    for step, shape in enumerate(shapes):
+        yield rows[step], table.take(rows[step], *shape)
+
+
+def _table(encoded: Encoded, pad_id: int) -> _Table:
+    nothing = np.zeros(0, np.int32)
+    inputs, labels = (*encoded.inputs, nothing), (*encoded.labels, nothing)
+    input_lengths, label_lengths = (np.array([len(row) for row in rows]) for rows in (inputs, labels))
+    return _Table(
+        input_ids=pad(inputs, pad_id, bucket(int(input_lengths.max()))),
+        labels=pad(labels, IGNORED, bucket(int(label_lengths.max()))),
+        input_lengths=input_lengths,
+        label_lengths=label_lengths,
+    )
+
+
+def _shapes(
+    longest_source: Int[np.ndarray, " steps"], longest_target: Int[np.ndarray, " steps"]
+) -> list[tuple[int, int]]:
+    """Choose source and target width of every batch, at most MOST_SHAPES different pairs."""
+    wanted = np.array([bucket(int(length)) for length in longest_source])
+    widths, batches = np.unique(wanted, return_counts=True)
+    while len(widths) > MOST_SHAPES:
+        # Drop the width whose batches grow least, all told, when they take the next one.
+        cheapest = int(np.argmin(batches[:-1] * np.diff(widths)))
+        batches[cheapest + 1] += batches[cheapest]
+        widths, batches = np.delete(widths, cheapest), np.delete(batches, cheapest)
+    sources = widths[np.searchsorted(widths, wanted)]
+    # One target width for each source width: long answers of long questions do not widen the others.
+    targets = {int(width): bucket(int(longest_target[sources == width].max())) for width in widths}
+    return [(int(source), targets[int(source)]) for source in sources]

@@ -1,0 +1,118 @@
+"""Tasks: pairs of texts to train on and to test on."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from .protocol import REFERENCE_SEED, shuffled
+from .readers import Row, read_rows
+
+# LoraHub's names beside the plain ones.
+_KEYS = (("input", "target"), ("context", "completion"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A text and the text that should follow it."""
+
+    input: str
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Rows to train on and rows to test on; `source` is where they were read."""
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of all rows in their order, prompts included."""
+        rows = [[dataclasses.astuple(example) for example in part] for part in (self.train, self.test)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def load_task(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    prompt: str | None = None,
+    train_rows: int = 100,
+    need: Collection[Literal["train", "test"]] = ("train", "test"),
+) -> Task:
+    r"""Read a task.
+
+    What `source` may be:
+
+    * a folder with `train.jsonl` and `test.jsonl`, or LoraHub's `example.jsonl` and `zero_shot.jsonl`, or one
+      of the two where `need` asks for no more; a row holds input and target, or context and completion;
+    * one such file; a JSONL file of any other name;
+    * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
+    * a `datasets` folder (`save_to_disk`) or hub id, `owner/name` or `owner/name:config`, with those columns
+      and the splits train and test (or validation).
+
+    A file whose name does not say which part it is, and a data set of one split, are one list. It is shuffled
+    by `random.Random(42)`; then the first `train_rows` train and the rest test, whatever `need` is, so that
+    no evaluation meets a row that trained.
+
+    Args:
+      source: path or hub id.
+      name: of the task; by default the last part of `source`.
+      prompt: template around every input, such as `"Sort a list of words.\n\nQ: {input}\nA:"`.
+      train_rows: how many rows of one list train.
+      need: the parts that must be there.
+
+    Raises:
+      ValueError: on a source that does not exist or is not laid out as above, a Git LFS pointer, text that is
+        not JSON, a row without its keys or without text (naming file and line), a file without rows, a part
+        that is needed and missing.
+    """
+    if prompt is not None and "{input}" not in prompt:
+        raise ValueError(f"the prompt {prompt!r} has no {{input}}: write it where a row's input belongs")
+    parts = {
+        part: [_example(row, where, prompt or "{input}") for where, row in rows]
+        for part, rows in read_rows(source).items()
+    }
+    if "all" in parts:
+        parts = _divide(parts["all"], train_rows, source)
+    for part in need:
+        if not parts.get(part):
+            raise ValueError(f"{source} has no {part} rows: give a folder or data set that has both parts")
+    path = Path(source)
+    return Task(
+        # A hub id's config stays in the name, without the colon that no folder's name should have.
+        name=name or (path.stem if path.is_file() else path.absolute().name.replace(":", "-")),
+        train=tuple(parts.get("train", ())),
+        test=tuple(parts.get("test", ())),
+        source=str(source),
+    )
+
+
+def _example(row: Row, where: str, prompt: str) -> Example:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {row!r}: wanted an object with input and target")
+    keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
+    if keys is None:
+        raise ValueError(
+            f"{where} has {', '.join(row) or 'no keys'}: wanted input and target, or context and completion"
+        )
+    for key in keys:
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise ValueError(f"{where}: its {key} is {row[key]!r}: give it a text, or take the row out")
+    return Example(prompt.replace("{input}", row[keys[0]]), row[keys[1]])
+
+
+def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[str, list[Example]]:
+    if not 0 <= train_rows < len(rows):
+        raise ValueError(
+            f"{source} is one list of {len(rows)} rows, and {train_rows} to train would leave none to test: "
+            "ask for fewer, or give a folder with train.jsonl and test.jsonl"
+        )
+    order = [rows[i] for i in shuffled(len(rows), REFERENCE_SEED)]
+    return {"train": order[:train_rows], "test": order[train_rows:]}

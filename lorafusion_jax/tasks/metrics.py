@@ -1,0 +1,31 @@
+"""How good predictions are."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+
+class ExactMatch(NamedTuple):
+    """Which rows are right, and how many of them in percent."""
+
+    correct: Bool[np.ndarray, " rows"]
+    percent: float
+
+
+def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> ExactMatch:
+    """Compare texts after strip, lower case and removal of full stops, in this order (the paper's code).
+
+    Raises:
+      ValueError: if there are no rows, or not as many predictions as targets.
+    """
+    if len(predictions) != len(targets) or not targets:
+        raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets: wanted one for each")
+    pairs = zip(predictions, targets, strict=True)
+    correct = np.array([_normal(prediction) == _normal(target) for prediction, target in pairs])
+    return ExactMatch(correct, 100 * float(correct.mean()))
+
+
+def _normal(text: str) -> str:
+    return text.strip().lower().replace(".", "")

@@ -1,0 +1,121 @@
+"""Where the rows of a task stand: JSONL, BIG-Bench Hard JSON, folders of files, `datasets`."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = Any  # what JSON gives: checked where rows become examples
+Rows = list[tuple[str, Row]]  # each with the place it came from, for messages
+
+# LoraHub's names beside the plain ones.
+_PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+
+
+def read_rows(source: str | Path) -> dict[str, Rows]:
+    """Return the rows of each part, "train" and "test", or of "all" where the source does not divide them.
+
+    Raises:
+      ValueError: on a source that does not exist or has an unknown layout, and on files that cannot be read
+        or hold no rows.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {_PARTS.get(path.name, "all"): _file_rows(path)}
+    if path.is_dir() and not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        return _folder_rows(path)
+    return _dataset_rows(str(source))
+
+
+def _folder_rows(path: Path) -> dict[str, Rows]:
+    files = [file for file in _PARTS if (path / file).is_file()]
+    if not files:
+        there = sorted(entry.name for entry in path.iterdir())
+        more = f" and {len(there) - 5} more" if len(there) > 5 else ""
+        raise ValueError(
+            f"{path} is no task folder: it holds {', '.join(there[:5]) or 'nothing'}{more}; wanted "
+            "train.jsonl and test.jsonl, example.jsonl and zero_shot.jsonl, or what the save_to_disk of "
+            "datasets writes. A single file is given by its own path"
+        )
+    parts = {_PARTS[file]: _file_rows(path / file) for file in files}
+    if len(parts) < len(files):
+        raise ValueError(f"{path} holds {', '.join(files)}, two files for one part: keep one of them")
+    return parts
+
+
+def _file_rows(path: Path) -> Rows:
+    readers = {".jsonl": _jsonl_rows, ".json": _bbh_rows}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} ends in neither .jsonl nor, for BIG-Bench Hard, .json: wanted one of these")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if text.startswith("version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+    return _some(readers[path.suffix](text, path), path)
+
+
+def _jsonl_rows(text: str, path: Path) -> Rows:
+    # Not splitlines(): a JSON text may hold U+2028 and its like, which end no line here.
+    lines = enumerate(text.split("\n"), start=1)
+    return [(f"{path}, line {n}", _parse(line, path, n)) for n, line in lines if line.strip()]
+
+
+def _bbh_rows(text: str, path: Path) -> Rows:
+    content = _parse(text, path) if text.strip() else {"examples": []}
+    rows = content.get("examples") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(
+            f'{path} is not laid out as BIG-Bench Hard, {{"examples": [{{"input": ..., "target": ...}}]}}: '
+            "mend it, or write one row a line into a .jsonl file"
+        )
+    return [(f"{path}, example {n}", row) for n, row in enumerate(rows, start=1)]
+
+
+def _parse(text: str, path: Path, line: int = 1) -> Row:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise ValueError(f"{path}, line {line} is not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _dataset_rows(source: str) -> dict[str, Rows]:
+    local = Path(source).is_dir()
+    if not local and (not _HUB_ID.fullmatch(source) or source.endswith((".json", ".jsonl"))):
+        raise ValueError(f"{source} does not exist: wanted a task file, a task folder or a data set's hub id")
+    import datasets
+
+    try:
+        if local:
+            loaded: Any = datasets.load_from_disk(source)
+        else:
+            repository, _, config = source.partition(":")
+            loaded = datasets.load_dataset(repository, config or None)
+    except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError
+        what = "cannot be loaded by datasets" if local else "is no local path, and the hub did not give it"
+        raise ValueError(f"{source} {what}: {type(error).__name__}: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"all": loaded}
+
+    def rows(split: str) -> Rows:
+        where = f"{source}, split {split}"
+        return _some(((f"{where}, row {n}", row) for n, row in enumerate(loaded[split])), where)
+
+    if len(loaded) == 1:
+        return {"all": rows(*loaded)}
+    splits = {"train": "train", "test": "test" if "test" in loaded else "validation"}
+    parts = {part: rows(split) for part, split in splits.items() if split in loaded}
+    if not parts:
+        raise ValueError(f"{source} has the splits {', '.join(loaded)}: wanted train, and test or validation")
+    return parts
+
+
+def _some(rows: Iterable[tuple[str, Row]], where: str | Path) -> Rows:
+    found = list(rows)
+    if not found:
+        raise ValueError(f"{where} is empty: a task needs at least one row")
+    return found

@@ -1,0 +1,166 @@
+"""Padding and batching: nothing lost, nothing twice, masks exact, few shapes, little padding."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafusion_jax.tasks import (
+    IGNORED,
+    Encoded,
+    batch_orders,
+    bucket,
+    eval_batches,
+    pad,
+    split,
+    train_batches,
+)
+
+_PAD = 0
+
+lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=40)
+
+
+def _encoded(pairs):
+    """Rows of given lengths, every token telling its row and none the padding token."""
+    return Encoded(
+        inputs=tuple(np.full(source, 1000 + i, np.int32) for i, (source, _) in enumerate(pairs)),
+        labels=tuple(np.full(target, 2000 + i, np.int32) for i, (_, target) in enumerate(pairs)),
+    )
+
+
+def _check(encoded, rows, batch):
+    """Every row of the batch holds exactly its tokens, and a row of number -1 nothing."""
+    assert batch.input_ids.dtype == batch.labels.dtype == np.int32
+    assert batch.input_mask.dtype == batch.row_mask.dtype == np.bool_
+    np.testing.assert_array_equal(batch.row_mask, rows >= 0)
+    np.testing.assert_array_equal(batch.input_ids[~batch.input_mask], _PAD)
+    for index in np.ndindex(rows.shape):
+        row = rows[index]
+        inputs, labels = (encoded.inputs[row], encoded.labels[row]) if row >= 0 else ([], [])
+        np.testing.assert_array_equal(
+            batch.input_mask[index], np.arange(batch.input_ids.shape[-1]) < len(inputs)
+        )
+        np.testing.assert_array_equal(batch.input_ids[index][batch.input_mask[index]], inputs)
+        np.testing.assert_array_equal(batch.labels[index][: len(labels)], labels)
+        np.testing.assert_array_equal(batch.labels[index][len(labels) :], IGNORED)
+
+
+def _shapes(batches):
+    return {(batch.input_ids.shape, batch.labels.shape) for batch in batches}
+
+
+def test_ladder():
+    widths = sorted({bucket(length) for length in range(2049)})
+    assert widths[:16] == [4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+    assert widths[-1] == 2048
+    for length in range(2049):
+        assert bucket(length) == next(width for width in widths if width >= length)
+
+
+@given(st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1), st.integers(0, 3))
+def test_pad(sequences, room):
+    width = max(map(len, sequences)) + room
+    padded = pad([np.array(sequence, np.int32) for sequence in sequences], -7, width)
+    assert padded.dtype == np.int32
+    assert padded.tolist() == [sequence + [-7] * (width - len(sequence)) for sequence in sequences]
+
+
+def test_pad_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="sequence 1 has 5 tokens, which do not fit into 4"):
+        pad([np.arange(4), np.arange(5)], _PAD, 4)
+
+
+@given(lengths, st.integers(1, 12))
+def test_eval_batches(pairs, batch_size):
+    encoded = _encoded(pairs)
+    batches = list(eval_batches(encoded, batch_size, pad_id=_PAD))
+    for rows, batch in batches:
+        _check(encoded, rows, batch)
+    order = np.concatenate([rows for rows, _ in batches])
+    assert sorted(order[order >= 0].tolist()) == list(range(len(pairs)))
+    assert len(batches) == -(-len(pairs) // batch_size)
+    assert {rows.shape for rows, _ in batches} == {(-(-len(pairs) // len(batches)),)}
+    assert len(_shapes(batch for _, batch in batches)) <= 6
+    # Only the last batch is filled up, and the real rows come shortest first.
+    assert (order[: len(pairs)] >= 0).all()
+    assert (np.diff([len(encoded.inputs[row]) for row in order[: len(pairs)]]) >= 0).all()
+
+
+def test_predictions_return_to_file_order():
+    encoded = _encoded([(length, 1) for length in (30, 5, 90, 7, 41)])
+    result = np.zeros(5, np.int32)
+    for rows, batch in eval_batches(encoded, 2, pad_id=_PAD):
+        predictions = batch.input_ids[:, 0]
+        result[rows[rows >= 0]] = predictions[rows >= 0]
+    assert result.tolist() == [1000, 1001, 1002, 1003, 1004]
+
+
+def test_nothing_to_evaluate():
+    assert list(eval_batches(Encoded((), ()), 4, pad_id=_PAD)) == []
+
+
+@given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.booleans(), st.integers(0, 3))
+def test_train_batches(pairs, batch_size, reference, first_step):
+    encoded, seeds = _encoded(pairs), [3, 1, 4]
+    rows = split(len(pairs), seeds, protocol="reference" if reference else "default").train
+    orders = batch_orders(rows, batch_size=batch_size, epochs=2, seeds=None if reference else seeds)
+    batches = list(train_batches(encoded, orders, pad_id=_PAD))
+    assert len(batches) == orders.shape[1]
+    for step, batch in enumerate(batches):
+        assert batch.input_ids.shape[:2] == orders[:, step].shape
+        _check(encoded, orders[:, step], batch)
+    assert len(_shapes(batches)) <= 6
+    # A resumed run goes on with the very batches.
+    resumed = list(train_batches(encoded, orders, pad_id=_PAD, first_step=first_step))
+    assert len(resumed) == max(len(batches) - first_step, 0)
+    for ours, theirs in zip(resumed, batches[first_step:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_is_as_wide_as_the_longest_row_of_any_seed():
+    encoded = _encoded([(3, 1), (50, 9), (7, 2), (18, 3)])
+    orders = np.array([[[0], [2], [3]], [[2], [0], [1]]], np.int32)
+    shapes = [(b.input_ids.shape, b.labels.shape) for b in train_batches(encoded, orders, pad_id=_PAD)]
+    assert shapes == [((2, 1, 8), (2, 1, 4)), ((2, 1, 8), (2, 1, 4)), ((2, 1, 56), (2, 1, 12))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "widths"),
+    [
+        ([16, 20, 24, 28, 32, 64, 128, 256, 512], [32] * 5 + [64, 128, 256, 512]),
+        # 8 joins 12 (4 more tokens), then 20 joins 32 (12 more): 12 with its guest in 20 would be 16 more.
+        ([8, 12, 20, 32, 64, 128, 256], [12, 12, 32, 32, 64, 128, 256]),
+    ],
+)
+def test_more_than_six_widths_are_merged_where_it_costs_least(lengths, widths):
+    # A hundred batches of width 4 must not be padded to anything more.
+    encoded = _encoded([(4, 1)] * 100 + [(length, 1) for length in lengths])
+    batches = [batch for _, batch in eval_batches(encoded, 1, pad_id=_PAD)]
+    assert [batch.input_ids.shape[1] for batch in batches] == [4] * 100 + widths
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 32])
+@pytest.mark.parametrize(
+    "tokens",
+    [lambda text: text.encode(), str.split, lambda text: re.findall(r"\w{1,5}|[^\w\s]", text)],
+    ids=["bytes", "words", "word pieces"],
+)
+def test_little_padding_on_bbh(shared, tokens, batch_size):
+    """At least 70 % of what is processed, source and target together, are real tokens, on every task."""
+    for file in sorted((shared / "data" / "bbh").glob("*.json")):
+        examples = json.loads(file.read_text(encoding="utf-8"))["examples"]
+        chosen = random.Random(0).sample(examples, min(150, len(examples)))
+        count = {key: [min(len(tokens(row[key])) + 1, 2048) for row in chosen] for key in ("input", "target")}
+        encoded = _encoded(list(zip(count["input"], count["target"], strict=True)))
+        batches = [batch for _, batch in eval_batches(encoded, batch_size, pad_id=_PAD)]
+        assert len(_shapes(batches)) <= 6
+        sources = sum(batch.input_ids.size for batch in batches)
+        targets = sum(batch.labels.size for batch in batches)
+        assert sum(count["input"]) >= 0.7 * sources, file.stem
+        assert sum(count["input"]) + sum(count["target"]) >= 0.7 * (sources + targets), file.stem
