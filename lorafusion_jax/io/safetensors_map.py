@@ -1,0 +1,55 @@
+"""Safetensors files as NumPy views of the mapped file, without a copy."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from .source import map_file
+
+_DTYPES = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype("<u1"),
+    "I8": np.dtype("<i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file as read-only views of the mapped file.
+
+    The safetensors library checks the header, and that the tensors cover the file with neither gap nor
+    overlap; in the order of their offsets they therefore follow one another.
+
+    Raises:
+        ValueError: The file is missing, empty, truncated, corrupt, a Git LFS pointer, or of an unknown dtype.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    data = map_file(path)
+    tensors = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            offset = 8 + int.from_bytes(data[:8], "little")
+            for key in file.offset_keys():
+                header = file.get_slice(key)
+                dtype = _DTYPES.get(header.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"{path}: {key} has dtype {header.get_dtype()}, unknown to NumPy")
+                array = np.ndarray(header.get_shape(), dtype, data, offset)
+                offset += array.nbytes
+                tensors[key] = array
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or corrupt ({error}): fetch the file again") from error
+    return tensors

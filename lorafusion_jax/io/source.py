@@ -1,0 +1,78 @@
+"""Where weights come from: a local folder or a hub id, and the checks that every file gets."""
+
+import hashlib
+import mmap
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
+    """Return the local folder of a source, fetching it from the Hugging Face hub where it is a hub id.
+
+    Args:
+        source: A local folder, taken as it is, or `owner/name` or `owner/name@revision` on the hub.
+        patterns: Glob patterns of the files to fetch from the hub; None fetches all of them.
+
+    Raises:
+        ValueError: The source is neither a folder nor a hub id that can be fetched. With HF_HUB_OFFLINE
+            set, only what the hub's cache on this machine holds can be.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{source} is a file: give the folder that holds it")
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None:
+        raise ValueError(
+            f"{source!r} is neither a folder here nor a hub id: wanted a path, owner/name or owner/name@rev"
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id[1], revision=hub_id[2], allow_patterns=list(patterns) if patterns else None
+            )
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source!r} is no folder here, and fetching it from the hub failed: {reason} "
+            "(check the spelling, the network and HF_HUB_OFFLINE)"
+        ) from error
+
+
+def check_lfs(path: Path) -> None:
+    """Raise a ValueError if a Git LFS pointer stands in the place of the file's content."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(
+                f"{path}: this is a Git LFS pointer, not the file itself: "
+                "fetch the file (git lfs install, then git lfs pull)"
+            )
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Return a file's bytes, mapped read-only: pages are read when touched and never copied.
+
+    Raises:
+        ValueError: The file is missing, empty, or a Git LFS pointer.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    check_lfs(path)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty: fetch it again")
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits; nothing of it stays in memory."""
+    return hashlib.sha256(map_file(path)).hexdigest()
