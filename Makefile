@@ -35,7 +35,7 @@ bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
 
 # One stamp for each extra; where pyproject.toml is newer, pip brings the environment up to date.
 $(VENV)/.installed-%: pyproject.toml
-	@echo "Installing lorafusion-jax[$*] into $(VENV) (about a minute; only once and when pyproject.toml changes) ..."
+	@echo "Installing lorafusion-jax[$*] into $(VENV) (a minute or two; only once and when pyproject.toml changes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
