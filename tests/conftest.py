@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with goldens and data: LORAFUSION_SHARED, or ../shared beside the repository."""
+    """The folder with goldens and data, which are no part of the repository."""
     folder = Path(os.environ.get("LORAFUSION_SHARED", _ROOT.parent / "shared"))
     if not folder.is_dir():
         pytest.skip("needs ../shared (goldens and data), which this checkout lacks")
