@@ -4,6 +4,7 @@ Axis letters: L layer, N adapters, r rank.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -87,24 +88,28 @@ class LoraPool:
 def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     """Return the control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
 
-    Sites that an adapter lacks and ranks beyond its own stay zero.
+    A module's draw depends on the key and its name alone, not on what else is in the pool. Sites that an
+    adapter lacks and ranks beyond its own stay zero.
 
     Args:
       pool: plain (not quantised) arrays.
-      key: of the whole draw; every site, layer, adapter gets its own part of it.
+      key: of the whole draw.
     """
 
-    def like(a: Array, key: Array) -> Array:
-        # An entry that is zero is padding of a smaller rank or a site the adapter lacks.
-        noise = jnp.where(a == 0, jnp.zeros_like(a), jax.random.normal(key, a.shape, a.dtype))
+    def like(a: Array, purpose: str) -> Array:
+        def draw(name: str) -> Array:
+            drawn = jax.random.fold_in(key, zlib.crc32(f"{purpose}, {name}".encode()))
+            return jax.random.normal(drawn, (a.shape[0], *a.shape[2:]), a.dtype)
+
+        noise = jnp.stack([draw(name) for name in pool.names], axis=1)
+        noise = jnp.where(a == 0, jnp.zeros_like(a), noise)
         return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))
 
-    keys = iter(jax.random.split(key, 2 * len(pool.A)))
     return dataclasses.replace(
         pool,
-        A={site: like(a, next(keys)) for site, a in pool.A.items()},
-        B={site: like(b, next(keys)) for site, b in pool.B.items()},
-        names=tuple(f"random_{i}" for i in range(len(pool))),
+        A={site: like(a, f"A of {site}") for site, a in pool.A.items()},
+        B={site: like(b, f"B of {site}") for site, b in pool.B.items()},
+        names=tuple(f"random {name}" for name in pool.names),
     )
 
 

@@ -61,9 +61,7 @@ class Attention(nnx.Module):
 class RelativeBias(nnx.Module):
     """T5's learned bias by bucketed distance; one table per stack, shared by its layers."""
 
-    def __init__(
-        self, buckets: int, heads: int, *, max_distance: int, bidirectional: bool, rngs: nnx.Rngs
-    ):
+    def __init__(self, buckets: int, heads: int, *, max_distance: int, bidirectional: bool, rngs: nnx.Rngs):
         self.max_distance = max_distance
         self.bidirectional = bidirectional
         self.table = Base(rngs.params.normal((buckets, heads)))

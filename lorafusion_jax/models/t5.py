@@ -236,9 +236,7 @@ class T5(nnx.Module):
         mask = (positions <= position)[None, None, None, :]
         cross_mask = input_mask[:, None, None, :]
 
-        def block(
-            layer: DecoderBlock, x: Array, xs: tuple[Adapters, Cache]
-        ) -> tuple[Array, Cache]:
+        def block(layer: DecoderBlock, x: Array, xs: tuple[Adapters, Cache]) -> tuple[Array, Cache]:
             adapters, layer_cache = xs
             return layer.decode_token(x, layer_cache, position, mask, cross_mask, bias, adapters)
 

@@ -177,9 +177,28 @@ class LoRA:
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
 
+@dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    """The base model as it is: nothing is trained."""
+
+    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
+        """Return no numbers."""
+        return {}
+
+    def adapters(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return no adapters."""
+        return {}, {}
+
+    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
+        """Return no numbers."""
+        return {}
+
+
 def _pool_of(frozen: Frozen) -> tuple[LoraPool, Gram]:
     if frozen.pool is None or frozen.gram is None:
-        raise ValueError("a fusion needs a pool and its Gram terms: build them with `frozen_of`")
+        raise ValueError("a fusion needs a pool and its Gram terms: Frozen(base, pool, gram(pool, kernels))")
     return frozen.pool, frozen.gram
 
 

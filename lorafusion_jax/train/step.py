@@ -15,17 +15,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..tasks.batches import Batch
 from .loss import cross_entropy, decoder_inputs, rows
 from .methods import Frozen, Method, Params
-
-
-class Batch(NamedTuple):
-    """Padded examples: labels are -100 where there is no target, rows that only fill up are masked."""
-
-    input_ids: Int[Array, "*S B S"]
-    input_mask: Bool[Array, "*S B S"]
-    labels: Int[Array, "*S B T"]
-    row_mask: Bool[Array, "*S B"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

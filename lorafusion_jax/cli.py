@@ -1,0 +1,126 @@
+"""The command line: `lorafusion SUBCOMMAND --help`."""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_DESCRIPTION = """Fuse a frozen pool of LoRA modules for a new task.
+
+subcommands:
+  convert    PEFT adapters -> a pool on disk
+  fuse       train coefficients and magnitudes on a task, evaluate by generation
+  evaluate   a fused run on a task
+  generate   a fused run on new text, from a file or standard input
+  export     a fused run -> a PEFT adapter or a merged base model
+  params     exact trainable counts of every method, without weights
+
+`lorafusion SUBCOMMAND --help` says the rest."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand; errors that the user can mend go to stderr in one message, exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {
+        "convert": _convert,
+        "fuse": _fuse,
+        "evaluate": _evaluate,
+        "generate": _generate,
+        "export": _export,
+        "params": _params,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_DESCRIPTION)
+        return
+    if arguments[0] not in commands:
+        sys.exit(f"lorafusion: no subcommand {arguments[0]!r}: choose one of {', '.join(commands)}")
+    run(commands[arguments[0]], arguments[1:])
+
+
+def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
+    """Call a command, and turn errors about its input into one message on stderr and exit code 2."""
+    try:
+        command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    from .io.convert import ConvertOptions, convert
+
+    convert(_parse(ConvertOptions, arguments, "convert"))
+
+
+def _fuse(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from .train.options import PRESETS, FuseOptions
+    from .train.run import fuse, run_path
+
+    preset, arguments = _take_preset(arguments, list(PRESETS))
+    default = FuseOptions(base=tyro.MISSING, task=tyro.MISSING, recipe=PRESETS[preset])
+    options = _parse(FuseOptions, arguments, "fuse", default)
+    results = fuse(options)
+    print(f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers")
+    _print_seeds(results["seeds"])
+    if results["exact_match_std"] is not None:
+        print(f"mean {results['exact_match']:6.1f} ± {results['exact_match_std']:.1f}")
+    print(f"written to {run_path(options)}")
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from .train.apply import EvaluateOptions, evaluate_run
+
+    _print_seeds(evaluate_run(_parse(EvaluateOptions, arguments, "evaluate")))
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    from .train.apply import GenerateOptions, generate_lines
+
+    for line in generate_lines(_parse(GenerateOptions, arguments, "generate")):
+        print(line)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from .io.export import ExportOptions, export
+
+    export(_parse(ExportOptions, arguments, "export"))
+
+
+def _params(arguments: Sequence[str]) -> None:
+    from .params import ParamsOptions, params
+
+    params(_parse(ParamsOptions, arguments, "params"))
+
+
+def _parse(options: type, arguments: Sequence[str], name: str, default: Any = None) -> Any:
+    import tyro
+
+    description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
+    kwargs = {} if default is None else {"default": default}
+    return tyro.cli(
+        options, args=list(arguments), prog=f"lorafusion {name}", description=description, **kwargs
+    )
+
+
+def _take_preset(arguments: Sequence[str], presets: list[str]) -> tuple[str, list[str]]:
+    """Split `--preset NAME` off: it decides what the other options' defaults are."""
+    rest = list(arguments)
+    for i, argument in enumerate(rest):
+        name, equals, value = argument.partition("=")
+        if name == "--preset":
+            value = value if equals else "".join(rest[i + 1 : i + 2])
+            if value not in presets:
+                raise ValueError(f"no preset {value!r}: choose one of {', '.join(presets)}")
+            del rest[i : i + (1 if equals else 2)]
+            return value, rest
+    return "default", rest
+
+
+def _print_seeds(rows: Sequence[dict[str, Any]]) -> None:
+    print("seed  exact match %  loss")
+    for row in rows:
+        print(f"{row['seed']:<4}  {row['exact_match']:13.1f}  {row['loss']:.4f}")

@@ -1,0 +1,119 @@
+"""A fused run on something new: `lorafusion evaluate` on another task, `lorafusion generate` on new text."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..tasks import Example, encode, eval_batches
+from .evaluate import evaluate, generate_seeds
+from .options import FuseOptions
+from .run import load_run
+from .setup import Setup, prepare
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Evaluate a fused run, on its own task or another one, and print a row for each seed.
+
+    Example:
+      lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
+
+    Attributes:
+      run: folder of the run.
+      task: as in `lorafusion fuse`; by default the run's own.
+      test_rows: only the first rows of the test set.
+      eval_batch: rows in a batch.
+    """
+
+    run: Path
+    task: str | None = None
+    test_rows: int | None = None
+    eval_batch: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Let a fused run answer new text: one line in, one line out.
+
+    Example:
+      echo "reverse then upper : a b c" | lorafusion generate --run runs/demo/NAME
+
+    Attributes:
+      run: folder of the run.
+      file: text to answer, a line each; by default standard input.
+      seed: which of the run's seeds answers; by default its first.
+      max_new_tokens: of an answer; by default the run's own bound.
+      batch: lines answered together.
+    """
+
+    run: Path
+    file: Path | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    batch: int = 64
+
+
+def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
+    """Return {seed, exact_match (percent), loss (nats per token)} of every seed of a run."""
+    fused, params, config = load_run(options.run)
+    if options.task is not None:
+        fused = dataclasses.replace(fused, task=options.task)
+    fused = dataclasses.replace(fused, test_rows=options.test_rows or fused.test_rows)
+    setup = _setup(fused, config)
+    seeds = fused.seeds[:1] if fused.method == "zero-shot" else fused.seeds
+    found = evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
+    return [
+        {"seed": seed, "exact_match": match.item(), "loss": loss.item()}
+        for seed, match, loss in zip(seeds, found.exact_match, found.loss, strict=True)
+    ]
+
+
+def generate_lines(options: GenerateOptions) -> list[str]:
+    """Return the answers of one seed of a run to the lines of a file or of standard input.
+
+    Raises:
+      ValueError: there is no text, or the run has no such seed.
+    """
+    text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{options.file or 'standard input'} holds no text: give a line for each answer")
+    fused, params, config = load_run(options.run)
+    seed = fused.seeds[0] if options.seed is None else options.seed
+    if seed not in fused.seeds:
+        raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
+    setup = _setup(fused, config)
+    position = slice(fused.seeds.index(seed), fused.seeds.index(seed) + 1)
+    prompts = [fused.prompt.replace("{input}", line) if fused.prompt else line for line in lines]
+    encoded = encode(setup.tokenizer, [Example(prompt, "") for prompt in prompts])
+    answers = [""] * len(lines)
+    for numbers, batch in eval_batches(encoded, options.batch, pad_id=setup.tokenizer.pad_token_id):
+        tokens = generate_seeds(
+            jax.tree.map(lambda p: p[position], params),
+            setup.index[position],
+            setup.frozen,
+            batch,
+            max_new_tokens=options.max_new_tokens or config["max_new_tokens"],
+            graph=setup.graph,
+            method=setup.method,
+            path=setup.path,
+        )
+        said = setup.tokenizer.batch_decode(np.asarray(tokens)[0], skip_special_tokens=True)
+        for number, answer in zip(numbers, said, strict=True):
+            if number >= 0:
+                answers[number] = answer
+    return answers
+
+
+def _setup(options: FuseOptions, config: dict[str, Any]) -> Setup:
+    """Return the setup of a run that has ended, with the modules that it fused."""
+    setup = prepare(options)
+    if [list(modules) for modules in setup.modules] != config["modules"]:
+        raise ValueError(
+            f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it"
+        )
+    return dataclasses.replace(setup, max_new_tokens=config["max_new_tokens"])

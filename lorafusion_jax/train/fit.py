@@ -1,0 +1,190 @@
+"""The training loop: epochs of fusion steps over all seeds, with checkpoints that it can go on from."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..tasks import Batch, batch_orders, train_batches
+from .methods import Frozen, Method
+from .options import Recipe
+from .progress import progress
+from .setup import Setup
+from .step import Optimisation, Rates, TrainState, end_epoch, fusion_step, init_state, objective, prune
+from .sweep import Path, over_seeds
+
+_INIT = 0  # purpose of a seed's key: where its numbers start
+
+
+class Epoch(NamedTuple):
+    """What one epoch did, for all seeds.
+
+    Attributes:
+      number: from 1.
+      state: after it.
+      metrics: name -> [steps, seeds], of its steps.
+      validation_loss: of each seed on its own validation rows, nats per token.
+      first_step: how many steps came before it.
+      last: nothing comes after it: it was the last one, or every seed has stopped.
+    """
+
+    number: int
+    state: TrainState
+    metrics: dict[str, np.ndarray]
+    validation_loss: np.ndarray
+    first_step: int
+    last: bool
+
+
+def start(setup: Setup, seeds: tuple[int, ...]) -> TrainState:
+    """Return the state that all seeds start from, each with its own key."""
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
+    return _start(keys, setup.index, setup.frozen, method=setup.method)
+
+
+def fit(
+    setup: Setup,
+    state: TrainState,
+    recipe: Recipe,
+    seeds: tuple[int, ...],
+    *,
+    epochs_done: int,
+    after_epoch: Callable[[Epoch], None],
+) -> TrainState:
+    """Train all seeds, and return their last state; `state.best` is what counts.
+
+    Args:
+      setup: of the run.
+      state: to go on from.
+      recipe: of the training.
+      seeds: by which rows are ordered.
+      epochs_done: how many epochs lie behind `state`.
+      after_epoch: called with what an epoch did, to log and to save.
+    """
+    assert setup.split is not None
+    pad_id = setup.tokenizer.pad_token_id
+    shuffle = None if recipe.protocol == "reference" else seeds
+    orders = batch_orders(
+        setup.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle
+    )
+    per_epoch = orders.shape[1] // recipe.epochs
+    optimisation = recipe.optimisation(orders.shape[1])
+    # All validation rows in one batch: its loss is then their mean per token.
+    validating = setup.split.validation
+    held_out = next(
+        train_batches(setup.train, batch_orders(validating, batch_size=validating.shape[1]), pad_id=pad_id)
+    )
+    rates = _rates(recipe)
+    static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
+    first_step = epochs_done * per_epoch
+    batches = train_batches(setup.train, orders, pad_id=pad_id, first_step=first_step)
+    with progress("train", orders.shape[1], first_step) as bar:
+        for number in range(epochs_done + 1, recipe.epochs + 1):
+            steps = []
+            for _ in range(per_epoch):
+                batch = next(batches)
+                state, metrics = train_seeds(
+                    state, batch, setup.index, setup.frozen, rates, optimisation=optimisation, **static
+                )
+                steps.append(metrics)
+                bar.update()
+            validation_loss = _validation(state.params, held_out, setup.index, setup.frozen, **static)
+            state = _after_epoch(
+                state,
+                validation_loss,
+                jnp.int32(number),
+                optimisation=optimisation,
+                pruning=recipe.prune > 0 and number == (recipe.epochs + 1) // 2,
+            )
+            stopped = bool(jnp.all(state.stopped))
+            after_epoch(
+                Epoch(
+                    number=number,
+                    state=state,
+                    metrics={k: np.stack([np.asarray(s[k]) for s in steps]) for k in steps[0]},
+                    validation_loss=np.asarray(validation_loss),
+                    first_step=(number - 1) * per_epoch,
+                    last=stopped or number == recipe.epochs,
+                )
+            )
+            if stopped:
+                break
+    return state
+
+
+@partial(jax.jit, static_argnames=("graph", "method", "optimisation", "path"), donate_argnames=("state",))
+def train_seeds(
+    state: TrainState,
+    batch: Batch,
+    index: Int[Array, "seeds N"],
+    frozen: Frozen,
+    rates: Rates,
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+    optimisation: Optimisation,
+    path: Path,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take one fusion step with every seed, each on its own batch."""
+
+    def of_seed(
+        seed: tuple[TrainState, Batch, Array], shared: tuple[Frozen, Rates]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return fusion_step(*seed, *shared, graph=graph, method=method, optimisation=optimisation)
+
+    return over_seeds(of_seed, path)((state, batch, index), (frozen, rates))
+
+
+@partial(jax.jit, static_argnames=("method",))
+def _start(keys: Array, index: Array, frozen: Frozen, *, method: Method) -> TrainState:
+    return jax.vmap(lambda k, i: init_state(method, frozen, i, k))(keys, index)
+
+
+@partial(jax.jit, static_argnames=("graph", "method", "path"))
+def _validation(
+    params: dict,
+    batch: Batch,
+    index: Int[Array, "seeds N"],
+    frozen: Frozen,
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+    path: Path,
+) -> Float[Array, " seeds"]:
+    """Return every seed's mean cross-entropy on a batch of its own."""
+
+    def of_seed(seed: tuple, frozen: Frozen) -> Array:
+        params, batch, index = seed
+        zero = jnp.float32(0)
+        return objective(params, batch, index, frozen, zero, graph=graph, method=method)[1]["cross_entropy"]
+
+    return over_seeds(of_seed, path)((params, batch, index), frozen)
+
+
+@partial(jax.jit, static_argnames=("optimisation", "pruning"))
+def _after_epoch(
+    state: TrainState, loss: Array, number: Array, *, optimisation: Optimisation, pruning: bool
+) -> TrainState:
+    def of_seed(state: TrainState, loss: Array) -> TrainState:
+        state = end_epoch(state, loss, number, optimisation)
+        return prune(state, optimisation.prune) if pruning else state
+
+    return jax.vmap(of_seed)(state, loss)
+
+
+def _rates(recipe: Recipe) -> Rates:
+    rates = {
+        "coefficients": recipe.lr_coefficients,
+        "magnitudes": recipe.lr_magnitudes,
+        "lora": recipe.lr_lora,
+    }
+    return Rates(
+        learning_rate={group: jnp.float32(rate) for group, rate in rates.items()},
+        l2=jnp.float32(recipe.l2),
+        l1=jnp.float32(recipe.l1),
+    )

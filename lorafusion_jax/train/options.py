@@ -1,0 +1,161 @@
+"""What a run is asked for: the command line, the saved configuration, and the presets."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..fusion.coefficients import Granularity, Start
+from ..fusion.compose import Composition
+from ..tasks.protocol import Protocol
+from .methods import Fusion
+from .step import Optimisation
+
+MethodName = Literal["fusion", "coefficients", "lora", "lorahub", "zero-shot"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to fuse and train, in every number.
+
+    Attributes:
+      modules: how many modules of the pool a seed draws; all of a smaller pool.
+      composition: `mix` or `sum` of the modules.
+      granularity: of the coefficients.
+      start: of the coefficients.
+      differentiate_norm: let gradients flow through the magnitudes' norm.
+      epochs: passes over the training rows.
+      batch_size: rows in a step.
+      lr_coefficients: learning rate of the coefficients.
+      lr_magnitudes: learning rate of the magnitudes.
+      lr_lora: learning rate of the LoRA baseline.
+      l2: inside the coefficients' gradient.
+      l1: weight of mean |c| in the objective.
+      schedule: of the learning rates.
+      warmup: steps.
+      clip: global norm of the gradients.
+      stop_early: after epochs / 3 without a better validation loss, counted from epochs / 5 on.
+      prune: share of the smallest magnitudes set to zero at half time.
+      protocol: `reference` splits and orders the rows as the paper's code; `default` by seed.
+      max_new_tokens: of generation; None for twice the longest training target.
+      lora_rank: of the LoRA baseline, whose alpha is twice that.
+      evaluations: of the gradient-free search (LoraHub).
+    """
+
+    modules: int = 20
+    composition: Composition = "sum"
+    granularity: Granularity = "block"
+    start: Start = "uniform"
+    differentiate_norm: bool = False
+    epochs: int = 20
+    batch_size: int = 10
+    lr_coefficients: float = 0.05
+    lr_magnitudes: float = 0.02
+    lr_lora: float = 3e-3
+    l2: float = 0.0
+    l1: float = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 0
+    clip: float | None = 1.0
+    stop_early: bool = False
+    prune: float = 0.0
+    protocol: Protocol = "default"
+    max_new_tokens: int | None = None
+    lora_rank: int = 16
+    evaluations: int = 40
+
+    def fusion(self, *, magnitudes: bool) -> Fusion:
+        """Return the fusion that this recipe describes."""
+        return Fusion(
+            composition=self.composition,
+            granularity=self.granularity,
+            start=self.start,
+            magnitudes=magnitudes,
+            differentiate_norm=self.differentiate_norm,
+        )
+
+    def optimisation(self, steps: int) -> Optimisation:
+        """Return the static part of the optimisation over `steps` steps."""
+        return Optimisation(
+            steps=steps,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            clip=self.clip,
+            patience=max(self.epochs // 3, 1) if self.stop_early else None,
+            patience_from=self.epochs // 5,
+            prune=self.prune,
+        )
+
+
+PRESETS = {
+    "default": Recipe(),
+    # The protocol of the paper's published code, in every number.
+    "reference": Recipe(
+        composition="mix",
+        start="xavier",
+        lr_coefficients=0.02,
+        lr_magnitudes=0.005,
+        l2=1e-5,
+        l1=5e-4,
+        schedule="constant",
+        clip=None,
+        stop_early=True,
+        protocol="reference",
+        max_new_tokens=256,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FuseOptions:
+    """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
+
+    Example:
+      lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
+
+    Attributes:
+      base: the base model: a Hugging Face folder or a hub id (owner/name, owner/name@revision).
+      pool: a converted pool, or a folder of PEFT adapter folders. A LoRA of its own and zero-shot need none.
+      task: a JSONL file or a folder of them, a BIG-Bench Hard file, a `datasets` folder or hub id.
+      seeds: each draws its modules, its start and its order of rows; all run as one program.
+      name: the run is written to OUT/NAME.
+      out: where runs are.
+      method: what is trained (`coefficients`: fusion without magnitudes; `lorahub`: gradient-free search).
+      control: `random` replaces every module by a random one of the same norms.
+      adapters: fuse these modules, by name or index, instead of a draw by seed.
+      recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
+      prompt: template of the model's input, with {input}.
+      train_rows: at most this many rows are trained and validated on.
+      test_rows: evaluate on the first rows of the test set only.
+      eval_batch: rows in a batch of generation.
+      dtype: of weights and activations.
+      load_in: hold base and pool in 4 or 8 bits.
+      path: how seeds run: batched, or one after the other; by default what is faster on the platform.
+      resume: go on with a run that was interrupted.
+      start_from: start from the saved fusion of another run (same seeds, modules and method).
+      log: also to Weights & Biases (WANDB_MODE=offline works).
+      save_seconds: time between checkpoints, which are written at the end of an epoch.
+    """
+
+    base: str
+    task: str
+    pool: str | None = None
+    seeds: tuple[int, ...] = (1,)
+    name: str | None = None
+    out: Path = Path("runs")
+    method: MethodName = "fusion"
+    control: Literal["none", "random"] = "none"
+    adapters: tuple[str, ...] = ()
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = PRESETS["default"]
+    prompt: str | None = None
+    train_rows: int = 100
+    test_rows: int | None = None
+    eval_batch: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in: Literal["full", "nf4", "int8"] = "full"
+    path: Literal["auto", "vmap", "map"] = "auto"
+    resume: bool = False
+    start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    log: bool = False
+    save_seconds: float = 30.0

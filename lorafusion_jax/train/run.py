@@ -1,0 +1,289 @@
+"""`lorafusion fuse`: prepare, train, evaluate, and write a run that can be killed and resumed at any time."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..io import checkpoint
+from .evaluate import Evaluation, evaluate
+from .fit import Epoch, fit, start
+from .options import FuseOptions, Recipe
+from .run_folder import RunFolder
+from .setup import Setup, check, prepare, trainable_count
+from .step import TrainState
+
+# What may differ between a run and its resumption.
+_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name")
+_VERSIONED = ("lorafusion-jax", "jax", "jaxlib", "flax", "optax", "transformers")
+
+
+def fuse(options: FuseOptions) -> dict[str, Any]:
+    """Run what the options ask for, and return the results as they are in results.json.
+
+    Raises:
+      ValueError: before anything is written, on options or files that cannot be used.
+    """
+    check(options)
+    run = RunFolder(run_path(options))
+    if run.exists() and not options.resume:
+        raise ValueError(
+            f"{run.folder} holds a run: give this one another --name, or go on with that one with --resume"
+        )
+    recorded = _recorded(run, options) if options.resume and run.exists() else None
+    if recorded is not None and (done := run.results()) is not None:
+        print(f"{run.folder} is complete: nothing to resume", file=sys.stderr)
+        return done
+    setup = prepare(options, path=recorded and recorded["environment"]["path"])
+    config = _config(options, setup)
+    with run.locked():
+        if recorded is None:
+            run.write_config(config)
+        else:
+            _compare_environment(recorded, config)
+        return _complete(run, setup, options, config)
+
+
+def run_path(options: FuseOptions) -> Path:
+    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD."""
+    task = Path(options.task.partition(":")[0])
+    return options.out / (options.name or f"{task.stem}-{options.method}")
+
+
+def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]:
+    """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run.
+
+    Raises:
+      ValueError: the folder is no run, or its training has not ended.
+    """
+    run = RunFolder(folder)
+    config = run.config()
+    options = _options_from_json(config["options"])
+    if options.method == "zero-shot":
+        return options, {}, config
+    final = run.checkpoints / "final"
+    if not final.is_dir():
+        raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
+    params, _ = checkpoint.load(final)
+    return options, jax.tree.map(jnp.asarray, params), config
+
+
+def _complete(run: RunFolder, setup: Setup, options: FuseOptions, config: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    params, steps = _train(run, setup, options)
+    trained = time.perf_counter()
+    # The base model says the same for every seed.
+    seeds = options.seeds[:1] if options.method == "zero-shot" else options.seeds
+    evaluation = evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
+    evaluated = time.perf_counter()
+    run.write_predictions(_prediction_rows(setup, seeds, evaluation))
+    counts = trainable_count(setup)
+    results = {
+        "task": setup.task.name,
+        "method": options.method,
+        "control": options.control,
+        "trainable": sum(counts.values()),
+        "trainable_by_group": counts,
+        "exact_match": float(np.mean(evaluation.exact_match)),
+        "exact_match_std": float(np.std(evaluation.exact_match, ddof=1)) if len(seeds) > 1 else None,
+        "seeds": [
+            {
+                "seed": seed,
+                "exact_match": float(evaluation.exact_match[i]),
+                "loss": float(evaluation.loss[i]),
+                "steps": steps[i],
+                "modules": list(setup.modules[i]),
+            }
+            for i, seed in enumerate(seeds)
+        ],
+        "test_rows": len(setup.test),
+        "seconds": {"train": trained - began, "evaluate": evaluated - trained},
+        "environment": config["environment"],
+    }
+    run.write_results(results)
+    return results
+
+
+def _train(run: RunFolder, setup: Setup, options: FuseOptions) -> tuple[dict[str, Any], list[int]]:
+    """Return the trained numbers and the steps that each seed took."""
+    final = run.checkpoints / "final"
+    if options.method == "zero-shot":
+        return {}, [0]
+    if final.is_dir():
+        params, metadata = checkpoint.load(final)
+        return jax.tree.map(jnp.asarray, params), metadata["steps"]
+    if options.method == "lorahub":
+        from .lorahub import search
+
+        params, steps = search(setup, options.recipe, options.seeds)
+    else:
+        state = _fit(run, setup, options)
+        params = state.best if options.recipe.stop_early else state.params
+        steps = np.asarray(state.step).tolist()
+    checkpoint.save(final, params, {"steps": steps})
+    return params, steps
+
+
+def _fit(run: RunFolder, setup: Setup, options: FuseOptions) -> TrainState:
+    state, done, step = start(setup, options.seeds), 0, 0
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is not None:
+        state, metadata = checkpoint.load(saved, state)
+        state = jax.tree.map(jnp.asarray, state)
+        done, step = metadata["epochs"], metadata["step"]
+    elif options.start_from is not None:
+        state = _start_from(state, setup, options)
+    run.cut_metrics(step)
+    log = _weights_and_biases(run, options) if options.log else None
+    last_save = time.monotonic()
+
+    def after_epoch(epoch: Epoch) -> None:
+        nonlocal last_save
+        rows = list(_metric_rows(epoch, options.seeds))
+        run.append_metrics(rows)
+        if log is not None:
+            _log(log, epoch, options.seeds)
+        if epoch.last or time.monotonic() - last_save >= options.save_seconds:
+            step = rows[-1]["step"]
+            metadata = {"epochs": epoch.number, "step": step}
+            checkpoint.save_step(run.checkpoints, step, epoch.state, metadata, keep=2)
+            last_save = time.monotonic()
+
+    stopped = bool(jnp.all(state.stopped))
+    if not stopped:
+        state = fit(setup, state, options.recipe, options.seeds, epochs_done=done, after_epoch=after_epoch)
+    if log is not None:
+        log.finish()
+    return state
+
+
+def _start_from(state: TrainState, setup: Setup, options: FuseOptions) -> TrainState:
+    assert options.start_from is not None
+    other, params, config = load_run(options.start_from)
+    wanted = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
+    got = {"seeds": list(other.seeds), "modules": config["modules"]}
+    if wanted != got:
+        raise ValueError(
+            f"{options.start_from} fused other modules or seeds ({got['seeds']}, wanted {wanted['seeds']}): "
+            "give the same --seeds, --pool, --modules"
+        )
+    shapes = [jax.tree.map(lambda p: p.shape, p) for p in (state.params, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{options.start_from} was trained with the method {other.method} and other shapes "
+            f"({', '.join(params)}): give the same --method and --granularity"
+        )
+    return state._replace(params=params, best=jax.tree.map(jnp.copy, params))
+
+
+def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
+    steps = len(next(iter(epoch.metrics.values())))
+    for i in range(steps):
+        for s, seed in enumerate(seeds):
+            values = {name: value[i, s].item() for name, value in epoch.metrics.items()}
+            yield {"step": epoch.first_step + i + 1, "epoch": epoch.number, "seed": seed, **values}
+    for s, seed in enumerate(seeds):
+        yield {
+            "step": epoch.first_step + steps,
+            "epoch": epoch.number,
+            "seed": seed,
+            "validation_loss": epoch.validation_loss[s].item(),
+            "stopped": bool(epoch.state.stopped[s]),
+        }
+
+
+def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Any:
+    for s, seed in enumerate(seeds):
+        for i, said in enumerate(evaluation.predictions[s]):
+            example = setup.task.test[i]
+            yield {
+                "seed": seed,
+                "row": i,
+                "input": example.input,
+                "target": example.target,
+                "prediction": said,
+                "correct": bool(evaluation.correct[s, i]),
+            }
+
+
+def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
+    return {
+        "options": options_to_json(options),
+        "modules": [list(modules) for modules in setup.modules],
+        "task_sha256": setup.task.sha256,
+        "max_new_tokens": setup.max_new_tokens,
+        "environment": {
+            "path": setup.path,
+            "dtype": options.dtype,
+            "device": jax.devices()[0].device_kind,
+            "cores": len(os.sched_getaffinity(0)),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        },
+    }
+
+
+def options_to_json(options: FuseOptions) -> dict[str, Any]:
+    """Return the options as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+
+def _options_from_json(values: dict[str, Any]) -> FuseOptions:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    values["out"] = Path(values["out"])
+    values["recipe"] = Recipe(**values["recipe"])
+    values["start_from"] = values["start_from"] and Path(values["start_from"])
+    return FuseOptions(**values)
+
+
+def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
+    """Return the config of the run to resume, if it was asked for the same."""
+    config = run.config()
+    was, now = config["options"], options_to_json(options)
+    different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
+    if different:
+        changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
+        raise ValueError(f"{run.folder} was begun with other options: {changes}. Resume it with the same")
+    return config
+
+
+def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in ("modules", "task_sha256"):
+        if recorded[key] != now[key]:
+            raise ValueError(f"the run cannot be resumed: the {key} are not those it was begun with")
+    was, is_ = recorded["environment"], now["environment"]
+    if different := [key for key in is_ if was[key] != is_[key]]:
+        changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
+        print(f"note: {changes}; the last bits may differ from an uninterrupted run", file=sys.stderr)
+
+
+def _weights_and_biases(run: RunFolder, options: FuseOptions) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "--log writes to Weights & Biases, which is not installed: pip install 'lorafusion-jax[wandb]'"
+        ) from None
+    config = options_to_json(options)
+    return wandb.init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
+
+
+def _log(log: Any, epoch: Epoch, seeds: tuple[int, ...]) -> None:
+    steps = len(next(iter(epoch.metrics.values())))
+    for i in range(steps):
+        values = {
+            f"{name}/seed {seed}": value[i, s].item()
+            for name, value in epoch.metrics.items()
+            for s, seed in enumerate(seeds)
+        }
+        if i == steps - 1:
+            losses = zip(seeds, epoch.validation_loss, strict=True)
+            values |= {f"validation_loss/seed {seed}": loss.item() for seed, loss in losses}
+        log.log(values, step=epoch.first_step + i + 1)

@@ -1,0 +1,112 @@
+"""A run on disk: what was asked for, what happened, what came of it.
+
+    runs/NAME/config.json         options, environment, modules by seed
+    runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
+    runs/NAME/checkpoints/        step_000123: the whole state, to go on from; final: the trained numbers
+    runs/NAME/predictions.jsonl   a line for each seed and test row
+    runs/NAME/results.json        last of all, so a run that has it is complete
+
+A folder is locked while a process writes to it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_CONFIG = "config.json"
+_METRICS = "metrics.jsonl"
+_PREDICTIONS = "predictions.jsonl"
+_RESULTS = "results.json"
+
+
+class RunFolder:
+    """The files of one run. Writers hold its lock (`locked`)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out, for as long as this one lives.
+
+        Raises:
+          ValueError: another process is writing to the run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ValueError(
+                    f"{self.folder} is in use by process {lock.read().strip() or 'unknown'}: wait for it, or "
+                    "give this run another --name"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def exists(self) -> bool:
+        """Return whether a run was begun here."""
+        return (self.folder / _CONFIG).is_file()
+
+    def config(self) -> dict[str, Any]:
+        """Return what was asked for.
+
+        Raises:
+          ValueError: there is no run here.
+        """
+        if not self.exists():
+            raise ValueError(f"{self.folder} is not a run: it has no {_CONFIG}")
+        return json.loads((self.folder / _CONFIG).read_text())
+
+    def results(self) -> dict[str, Any] | None:
+        """Return the results, or None if the run is not complete."""
+        path = self.folder / _RESULTS
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return all lines of the metrics."""
+        path = self.folder / _METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write what was asked for."""
+        _write(self.folder / _CONFIG, json.dumps(config, indent=1) + "\n")
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write the results, which completes the run."""
+        _write(self.folder / _RESULTS, json.dumps(results, indent=1) + "\n")
+
+    def write_predictions(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write what the model said to every row."""
+        _write(self.folder / _PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to the metrics."""
+        with open(self.folder / _METRICS, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what lies behind a step, and a line that a killed process left unfinished."""
+        path = self.folder / _METRICS
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        _write(path, "".join(kept))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,189 @@
+"""From options to arrays: the base model, the pool, the task's tokens, and what each seed draws."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Int
+
+from ..fusion.compose import gram
+from ..fusion.pool import LoraPool, random_pool
+from ..io.hf import base_tensor, load_base
+from ..io.pool import check_base, load_pool, read_manifest, read_pool
+from ..models.sites import sites
+from ..models.t5 import T5, kernels
+from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
+from .methods import Frozen, Fusion, LoRA, Method, ZeroShot
+from .options import FuseOptions
+from .sweep import Path as SeedPath
+from .sweep import default_path
+
+_CONTROL_KEY = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything a run computes with.
+
+    Attributes:
+      graph: the model's structure, a static argument of the jitted functions.
+      frozen: the model's weights, the pool of all modules that any seed draws, its Gram terms.
+      method: what is trained.
+      index: [seeds, N], the modules of each seed as positions in that pool.
+      modules: their names, by seed.
+      task: the texts.
+      train: tokens of the task's training rows.
+      test: tokens of the rows to evaluate on.
+      split: which training rows train and which validate, by seed; None where nothing is trained.
+      tokenizer: to turn generated tokens into text.
+      max_new_tokens: of generation.
+      path: how seeds run.
+    """
+
+    graph: nnx.GraphDef
+    frozen: Frozen
+    method: Method
+    index: Int[Array, "seeds N"]
+    modules: tuple[tuple[str, ...], ...]
+    task: Task
+    train: Encoded
+    test: Encoded
+    split: Split | None
+    tokenizer: Any
+    max_new_tokens: int
+    path: SeedPath
+
+
+def check(options: FuseOptions) -> None:
+    """Raise ValueError for options that do not go together, before anything is loaded."""
+    if not options.seeds:
+        raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
+    if options.pool is None and options.method not in ("lora", "zero-shot"):
+        raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
+    if options.control == "random" and options.load_in != "full":
+        raise ValueError("the random control is drawn in full precision: leave out --load-in")
+
+
+def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
+    """Load what the options name, and draw what the seeds decide.
+
+    Args:
+      options: of the run.
+      path: of a run that is resumed; else the options' own, or what is faster here.
+
+    Raises:
+      ValueError: with the file, what was wanted, and how to mend it.
+    """
+    check(options)
+    recipe = options.recipe
+    training = options.method != "zero-shot"
+    task = load_task(
+        options.task,
+        prompt=options.prompt,
+        train_rows=options.train_rows,
+        need=("train", "test") if training else ("test",),
+    )
+    tokenizer = load_tokenizer(options.base)
+    names, modules = _draw(options)
+    quantise = None if options.load_in == "full" else options.load_in
+    model = load_base(options.base, dtype=options.dtype, quantise=quantise)
+    graph, base = nnx.split(model)
+    pool = _load_modules(options, names, model) if names else None
+    frozen = Frozen(base)
+    if pool is not None:
+        used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+        frozen = Frozen(base, pool, jax.jit(gram)(pool, used))
+    train = encode(tokenizer, task.train)
+    longest = max((len(row) for row in train.labels), default=128)
+    position = {name: i for i, name in enumerate(names)}
+    return Setup(
+        graph=graph,
+        frozen=frozen,
+        method=_method(options, model, pool),
+        index=jnp.array([[position[name] for name in drawn] for drawn in modules], jnp.int32),
+        modules=modules,
+        task=task,
+        train=train,
+        test=encode(tokenizer, task.test[: options.test_rows]),
+        split=split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
+        if training
+        else None,
+        tokenizer=tokenizer,
+        max_new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
+        path=path or (default_path() if options.path == "auto" else options.path),
+    )
+
+
+def trainable_count(setup: Setup) -> dict[str, int]:
+    """Return how many numbers the first seed trains, by group."""
+    index = setup.index[0]
+    params = setup.method.init(setup.frozen, index, jax.random.key(0))
+    acting = setup.method.trainable(params, setup.frozen, index)
+    return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}
+
+
+def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+    """Return the names of all modules needed, in the pool's order, and those of each seed."""
+    if options.pool is None or options.method in ("lora", "zero-shot"):
+        return [], tuple(() for _ in options.seeds)
+    available = _available(Path(options.pool))
+    if options.adapters:
+        # LoraPool knows how to choose; no arrays are needed for it.
+        names = LoraPool(A={}, B={}, rank={}, names=tuple(available)).indices(
+            [int(a) if a.isdecimal() and a not in available else a for a in options.adapters]
+        )
+        drawn = tuple(tuple(available[i] for i in names) for _ in options.seeds)
+    else:
+        count = min(options.recipe.modules, len(available))
+        drawn = tuple(draw_modules(available, count, seed) for seed in options.seeds)
+    used = {name for names in drawn for name in names}
+    return [name for name in available if name in used], drawn
+
+
+def _available(pool: Path) -> list[str]:
+    """Return the names of the adapters of a converted pool, or of a folder of PEFT adapters."""
+    if (pool / "manifest.json").is_file():
+        return [entry["name"] for entry in read_manifest(pool)["adapters"]]
+    names = sorted(path.parent.name for path in pool.glob("*/adapter_config.json"))
+    if not names:
+        raise ValueError(
+            f"{pool} is no pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
+            "PEFT adapter folders"
+        )
+    return names
+
+
+def _load_modules(options: FuseOptions, names: Sequence[str], model: T5) -> LoraPool:
+    assert options.pool is not None
+    folder = Path(options.pool)
+    if (folder / "manifest.json").is_file():
+        check_base(read_manifest(folder), model.config)
+        pool = load_pool(folder, chosen=names)
+    else:
+        sources = [str(folder / name) for name in names]
+        pool = read_pool(sources, model.config, base_tensor=base_tensor(options.base))
+    if options.control == "random":
+        pool = random_pool(pool, jax.random.key(_CONTROL_KEY))
+    return pool if options.load_in == "full" else pool.quantised(options.load_in)
+
+
+def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
+    recipe = options.recipe
+    if options.method == "zero-shot":
+        return ZeroShot()
+    if options.method == "lora":
+        adapted = tuple((n, s) for n, s in sites(model.config).items() if n.endswith((".q", ".v")))
+        return LoRA(sites=adapted, rank=recipe.lora_rank, alpha=2.0 * recipe.lora_rank)
+    assert pool is not None
+    if options.method == "lorahub":
+        fusion = Fusion(composition="mix", granularity="global", magnitudes=False)
+    else:
+        fusion = recipe.fusion(magnitudes=options.method == "fusion")
+    fusion.check(pool)
+    return fusion
