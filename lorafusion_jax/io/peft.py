@@ -67,8 +67,8 @@ def read_adapter(
     Args:
         source: A folder, or a hub id `owner/name` or `owner/name@revision`.
         shapes: (d_in, d_out) of every linear module of the base model that may be adapted, by path.
-        base_tensor: The base's tensor by its Hugging Face name; raises KeyError where there is none. Full
-            weights inside the adapter are compared with it: ignored if equal, refused if not.
+        base_tensor: The base's tensor by its Hugging Face name, a tied name included; raises KeyError where
+            there is none. Full weights in the adapter are compared with it: ignored if equal, else refused.
 
     Raises:
         AdapterError: The adapter cannot be used; the message says why and what to do.

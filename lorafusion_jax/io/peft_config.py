@@ -104,18 +104,15 @@ def site_scaling(config: Mapping[str, Any], path: str, rank: int, *, where: str)
             f"{where}: {path} has rank {rank} in the tensors, but r and rank_pattern of adapter_config.json "
             f"give {r}: the two files do not belong together; fetch both again, or correct r if you know it"
         )
-
-    def scaled(alpha: float) -> float:
-        return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-
+    scaling = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     # A file that states its version (0.18 and later) was trained by the current rule.
     if not (ranks or alphas) or config.get("peft_version"):
-        return scaled(alpha), None
+        return scaling, None
     shared_key = _first_match([*ranks, *alphas], r".*\.{}$", path)
     old_rank, old_alpha = ranks.get(shared_key, default_rank), alphas.get(shared_key, default_alpha)
     if (old_rank, old_alpha) == (r, alpha):
-        return scaled(alpha), None
-    return scaled(alpha), (
+        return scaling, None
+    return scaling, (
         f"{path}: rank {r} and alpha {alpha} by the current rule for patterns; "
         f"PEFT up to 0.13 would have taken rank {old_rank} and alpha {old_alpha}"
     )

@@ -22,9 +22,9 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             set, only what the hub's cache on this machine holds can be.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise ValueError(f"{source} is a file: give the folder that holds it")
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None:
