@@ -95,6 +95,8 @@ def test_lfs_pointer_and_sha256(tmp_path):
     path.write_bytes(b"content" * 100_000)
     source.check_lfs(path)
     assert source.sha256(path) == hashlib.sha256(b"content" * 100_000).hexdigest()
+    path.write_bytes(b"")
+    assert source.sha256(path) == hashlib.sha256().hexdigest()
 
 
 def _example():

@@ -74,5 +74,6 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits; nothing of it stays in memory."""
-    return hashlib.sha256(map_file(path)).hexdigest()
+    """Return the SHA-256 of a file in hexadecimal digits, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
