@@ -61,10 +61,19 @@ class Attention(nnx.Module):
 class RelativeBias(nnx.Module):
     """T5's learned bias by bucketed distance; one table per stack, shared by its layers."""
 
-    def __init__(self, buckets: int, heads: int, *, max_distance: int, bidirectional: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        buckets: int,
+        heads: int,
+        *,
+        max_distance: int,
+        bidirectional: bool,
+        scale: float,
+        rngs: nnx.Rngs,
+    ):
         self.max_distance = max_distance
         self.bidirectional = bidirectional
-        self.table = Base(rngs.params.normal((buckets, heads)))
+        self.table = Base(scale * rngs.params.normal((buckets, heads)))
 
     def __call__(
         self, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]

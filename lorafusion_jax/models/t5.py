@@ -155,7 +155,13 @@ class T5(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         c = self.config = config
-        relative = {"buckets": c.buckets, "heads": c.num_heads, "max_distance": c.max_distance, "rngs": rngs}
+        relative = {
+            "buckets": c.buckets,
+            "heads": c.num_heads,
+            "max_distance": c.max_distance,
+            "scale": c.d_model**-0.5,
+            "rngs": rngs,
+        }
         self.embedding = Base(rngs.params.normal((c.vocab_size, c.d_model)))
         self.encoder_bias = RelativeBias(bidirectional=True, **relative)
         self.encoder = EncoderBlock(c, rngs=rngs)
