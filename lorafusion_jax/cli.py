@@ -2,7 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """Fuse a frozen pool of LoRA modules for a new task.
@@ -37,15 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(commands[arguments[0]], arguments[1:])
 
 
-def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
+def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Call a command, and turn errors about its input into one message on stderr and exit code 2."""
     try:
-        command(arguments)
+        command(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def print_results(results: Mapping[str, Any], folder: Path) -> None:
+    """Print what a run came to: a line for each seed, mean and spread."""
+    print(f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers")
+    _print_seeds(results["seeds"])
+    if results["exact_match_std"] is not None:
+        print(f"mean  {results['exact_match']:13.1f}  ± {results['exact_match_std']:.1f}")
+    print(f"written to {folder}")
 
 
 def _convert(arguments: Sequence[str]) -> None:
@@ -63,12 +73,7 @@ def _fuse(arguments: Sequence[str]) -> None:
     preset, arguments = _take_preset(arguments, list(PRESETS))
     default = FuseOptions(base=tyro.MISSING, task=tyro.MISSING, recipe=PRESETS[preset])
     options = _parse(FuseOptions, arguments, "fuse", default)
-    results = fuse(options)
-    print(f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers")
-    _print_seeds(results["seeds"])
-    if results["exact_match_std"] is not None:
-        print(f"mean {results['exact_match']:6.1f} ± {results['exact_match_std']:.1f}")
-    print(f"written to {run_path(options)}")
+    print_results(fuse(options), run_path(options))
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -124,3 +129,7 @@ def _print_seeds(rows: Sequence[dict[str, Any]]) -> None:
     print("seed  exact match %  loss")
     for row in rows:
         print(f"{row['seed']:<4}  {row['exact_match']:13.1f}  {row['loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -165,7 +165,7 @@ def entropies(
     return over_seeds(of_seed, path)((weights, batch, index), frozen)
 
 
-def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int):  # noqa: ANN202
+def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int):
     weights = nevergrad.p.Array(init=np.zeros(modules), lower=-BOUND, upper=BOUND)
     weights.random_state = np.random.RandomState(seed)
     return nevergrad.optimizers.NGOpt(parametrization=weights, budget=evaluations)

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..io import checkpoint
+from ..tasks import batch_orders, train_batches
 from .evaluate import Evaluation, evaluate
 from .fit import Epoch, fit, start
+from .lorahub import load_nevergrad, search
 from .options import FuseOptions, Recipe
+from .progress import progress
 from .run_folder import RunFolder
 from .setup import Setup, check, prepare, trainable_count
 from .step import TrainState
@@ -33,6 +36,8 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
+    if options.method == "lorahub":
+        load_nevergrad()
     run = RunFolder(run_path(options))
     if run.exists() and not options.resume:
         raise ValueError(
@@ -121,15 +126,41 @@ def _train(run: RunFolder, setup: Setup, options: FuseOptions) -> tuple[dict[str
         params, metadata = checkpoint.load(final)
         return jax.tree.map(jnp.asarray, params), metadata["steps"]
     if options.method == "lorahub":
-        from .lorahub import search
-
-        params, steps = search(setup, options.recipe, options.seeds)
+        params = _search(run, setup, options)
+        steps = [options.recipe.evaluations] * len(options.seeds)
     else:
         state = _fit(run, setup, options)
         params = state.best if options.recipe.stop_early else state.params
         steps = np.asarray(state.step).tolist()
     checkpoint.save(final, params, {"steps": steps})
     return params, steps
+
+
+def _search(run: RunFolder, setup: Setup, options: FuseOptions) -> dict[str, Any]:
+    """Return the weights that LoraHub's gradient-free search finds; a search is not resumed, but repeated."""
+    assert setup.split is not None
+    orders = batch_orders(setup.split.train, batch_size=options.recipe.batch_size)
+    batches = list(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id))
+    evaluations = options.recipe.evaluations
+    run.cut_metrics(0)
+    with progress("search", evaluations) as bar:
+
+        def after_evaluation(number: int, scores: np.ndarray) -> None:
+            pairs = zip(options.seeds, scores.tolist(), strict=True)
+            run.append_metrics({"step": number, "seed": seed, "score": score} for seed, score in pairs)
+            bar.update()
+
+        found = search(
+            batches,
+            setup.index,
+            setup.frozen,
+            options.seeds,
+            graph=setup.graph,
+            path=setup.path,
+            evaluations=evaluations,
+            after_evaluation=after_evaluation,
+        )
+    return {"coefficients": jnp.asarray(found.weights, jnp.float32)}
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions) -> TrainState:
