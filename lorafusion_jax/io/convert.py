@@ -1,0 +1,175 @@
+"""The command that turns adapters of PEFT into a pool on disk: all of them, or nothing.
+
+Adapters are read, checked and written one after the other, so that memory holds one at a time; the pool
+appears under its name only when every file of it is complete.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import __version__
+from ..models.sites import linear_shapes
+from ..models.t5 import T5Config
+from .checkpoint import new_folder, write_json
+from .hf import base_tensor, read_config
+from .peft import AdapterError, PeftAdapter, read_adapter
+from .pool import MANIFEST, check_fits, describe, save_adapter
+from .source import resolve, sha256
+
+_RUNTIME_FIELDS = ("dtype", "remat", "unroll")
+_PACKAGES = ("jax", "orbax-checkpoint", "numpy", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Convert LoRA adapters of PEFT into a pool, ready to be fused.
+
+    Attributes:
+      base: folder or hub id of the base model that the adapters were trained on.
+      adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
+      adapters_file: a text file with one more folder or hub id a line; # begins a comment.
+      out: folder to write, which must not exist; a dry run needs none.
+      dtype: store factors in this dtype instead of the one they come in.
+      dry_run: read and check everything and report the same, but write nothing. Of the base only config.json
+        is needed, unless an adapter carries copies of base weights.
+      skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.
+    """
+
+    base: str
+    adapters: tuple[str, ...] = ()
+    adapters_file: Path | None = None
+    out: Path | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dry_run: bool = False
+    skip_bad: bool = False
+
+
+def convert(options: ConvertOptions) -> dict[str, Any]:
+    """Convert, print a table of what was done, and return the pool's manifest.
+
+    Raises:
+      ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing was written then.
+    """
+    sources = _sources(options)
+    if options.out is None and not options.dry_run:
+        raise ValueError("say where to write the pool: --out FOLDER, or --dry-run to write nothing")
+    config = read_config(options.base)
+    target = contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out)
+    with target as folder:
+        manifest = _convert(sources, config, options, folder)
+    print(_report(manifest, options))
+    return manifest
+
+
+def _sources(options: ConvertOptions) -> list[str]:
+    sources = list(options.adapters)
+    if options.adapters_file is not None:
+        if not options.adapters_file.is_file():
+            raise ValueError(f"{options.adapters_file}: no such file: wanted a list of adapters, one a line")
+        lines = options.adapters_file.read_text().splitlines()
+        sources += [source for line in lines if (source := line.partition("#")[0].strip())]
+    if not sources:
+        raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")
+    return sources
+
+
+def _convert(
+    sources: list[str], config: T5Config, options: ConvertOptions, folder: Path | None
+) -> dict[str, Any]:
+    """Read, check and, with a folder, write all adapters and the manifest, which is returned."""
+    from tqdm import tqdm
+
+    shapes, tensor = linear_shapes(config), base_tensor(options.base)
+    adapters: dict[str, dict[str, Any]] = {}
+    skipped = []
+    for source in tqdm(sources, desc="convert", unit="adapter", disable=None):
+        try:
+            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor)
+            check_fits(adapter, adapters, alone=len(sources) == 1)
+            if options.dtype is not None:
+                adapter = _cast(adapter, options.dtype)
+            entry, tree = describe(adapter, config)
+        except ValueError as error:
+            if not options.skip_bad:
+                advice = "Nothing was written; --skip-bad leaves out such adapters and lists them."
+                raise AdapterError(f"cannot convert {source}: {error}. {advice}") from error
+            skipped.append({"source": source, "reason": str(error)})
+            continue
+        entry["folder"] = f"adapters/{len(adapters):04d}"
+        if folder is not None:
+            entry |= save_adapter(folder / entry["folder"], adapter, tree)
+        adapters[adapter.name] = entry
+    if not adapters:
+        raise AdapterError(f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}")
+    manifest = {
+        "base": {
+            "source": options.base,
+            "config_sha256": sha256(resolve(options.base, patterns=("config.json",)) / "config.json"),
+            "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUNTIME_FIELDS},
+        },
+        "cast_to": options.dtype,
+        "adapters": list(adapters.values()),
+        "skipped": skipped,
+        "totals": {
+            "adapters": len(adapters),
+            "skipped": len(skipped),
+            "parameters": sum(entry["parameters"] for entry in adapters.values()),
+        },
+        "versions": {"python": platform.python_version(), "lorafusion-jax": __version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    if folder is not None:
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:
+    def cast(array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            out = array.astype(dtype)
+        if not np.isfinite(out).all():
+            raise AdapterError(f"values of {adapter.name} overflow in {dtype}: choose --dtype bfloat16")
+        return out
+
+    return dataclasses.replace(
+        adapter,
+        factors={path: (cast(a), cast(b)) for path, (a, b) in adapter.factors.items()},
+        magnitude=adapter.magnitude and {path: cast(m) for path, m in adapter.magnitude.items()},
+    )
+
+
+def _report(manifest: dict[str, Any], options: ConvertOptions) -> str:
+    rows = [("adapter", "modules", "rank", "scaling", "dtype", "parameters")]
+    for entry in manifest["adapters"]:
+        modules = [pair for row in entry["sites"].values() for pair in zip(*row.values(), strict=True) if pair[0]]
+        ranks, scalings = zip(*modules, strict=True)
+        size = f"{entry['parameters']:,}"
+        rows.append((entry["name"], str(len(modules)), _range(ranks), _range(scalings), entry["dtype"], size))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
+    lines += [f"{count} x {note}" for note, count in notes.items()]
+    lines += [f"left out {entry['source']}: {entry['reason']}" for entry in manifest["skipped"]]
+    totals = manifest["totals"]
+    done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
+    lines.append(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"

@@ -1,0 +1,300 @@
+"""A converted pool on disk, and from adapters to the stacked arrays of a `LoraPool`.
+
+    manifest.json                        what there is, where it came from, a SHA-256 of every other file
+    adapters/0000/arrays                 orbax: site -> A [L, r, d_in], B [L, d_out, r] (DoRA: magnitude [L, d_out])
+    adapters/0000/adapter_config.json    PEFT's configuration, byte for byte
+    adapters/0000/keys.json              how its file spelt the tensors' names
+
+Factors, dtype and scaling stay as read, in PEFT's layouts, so that an adapter can be saved again exactly;
+layers without an adapter are zeros of rank 0, smaller ranks are padded. In a `LoraPool` the scaling is in B.
+
+Axis letters: L layer, N adapters, r rank.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..fusion.pool import LoraPool
+from ..models.sites import Site, hf_path, linear_shapes, locate, sites
+from ..models.t5 import T5Config
+from .buffers import aligned_zeros
+from .checkpoint import read_arrays, read_json, write_arrays, write_json
+from .peft import AdapterError, PeftAdapter, read_adapter
+from .source import sha256
+
+MANIFEST = "manifest.json"
+_CONFIG = "adapter_config.json"
+_KEYS = "keys.json"
+# In the tree of arrays beside the sites: tensors of the source that are not applied, for an exact re-save.
+_KEPT = "kept"
+
+_Tree = dict[str, dict[str, np.ndarray]]
+_Dtype = Literal["float32", "bfloat16"]
+
+
+def read_pool(
+    sources: Sequence[str],
+    config: T5Config,
+    *,
+    base_tensor: Callable[[str], np.ndarray] | None = None,
+    dtype: _Dtype = "float32",
+) -> LoraPool:
+    """Read adapters of PEFT straight into a pool, without a converted pool on disk.
+
+    Args:
+      sources: folders or hub ids; their last parts are the names.
+      config: of the base model.
+      base_tensor: as in `peft.read_adapter`.
+      dtype: of the pool's arrays.
+
+    Raises:
+      ValueError: an adapter cannot be used, or not beside the others.
+    """
+
+    def read(source: str) -> PeftAdapter:
+        return read_adapter(source, shapes=shapes, base_tensor=base_tensor)
+
+    shapes = linear_shapes(config)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return _stack(list(threads.map(read, sources)), config, dtype)
+
+
+def load_pool(
+    folder: Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32"
+) -> LoraPool:
+    """Load a converted pool, or only the adapters chosen by name or index, in that order.
+
+    Raises:
+      ValueError: the folder is no pool, a file is missing or damaged, or the pool has no such adapter.
+    """
+    manifest = read_manifest(folder)
+    names = tuple(entry["name"] for entry in manifest["adapters"])
+    # The pool itself knows how to choose; no arrays are needed for it.
+    indices = LoraPool(A={}, B={}, rank={}, names=names).indices(names if chosen is None else chosen)
+
+    def load(index: int) -> PeftAdapter:
+        return _load_adapter(folder, manifest["adapters"][index])
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return _stack(list(threads.map(load, indices)), T5Config(**manifest["base"]["config"]), dtype)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a converted pool.
+
+    Raises:
+      ValueError: the folder is no converted pool.
+    """
+    manifest = read_json(folder / MANIFEST, "a converted pool")
+    if "adapters" not in manifest:
+        raise ValueError(f"{folder / MANIFEST} lists no adapters: it is not the manifest of a converted pool")
+    return manifest
+
+
+def read_adapter_from_pool(folder: Path, name: str) -> PeftAdapter:
+    """Read one adapter back as it was, tensors, names and configuration, for `peft.resave`.
+
+    Raises:
+      ValueError: the folder is no pool, has no such adapter, or a file is missing or damaged.
+    """
+    entries = {entry["name"]: entry for entry in read_manifest(folder)["adapters"]}
+    if name not in entries:
+        raise ValueError(f"{folder} has no adapter {name!r}: it holds {', '.join(entries)}")
+    return _load_adapter(folder, entries[name])
+
+
+def check_base(manifest: Mapping[str, Any], config: T5Config) -> None:
+    """Raise a ValueError if a pool was converted for a base model of another shape."""
+    pool_sites = sites(T5Config(**manifest["base"]["config"]))
+    for name in pool_sites | sites(config):
+        if pool_sites.get(name) != sites(config).get(name):
+            raise ValueError(
+                f"the pool was converted for {manifest['base']['source']}: {name} is {pool_sites.get(name)} there "
+                f"and {sites(config).get(name)} here; convert the adapters for this base"
+            )
+
+
+def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> None:
+    """Refuse an adapter that cannot be in a pool with the others.
+
+    Args:
+      adapter: the one to check.
+      names: of the adapters that the pool has already.
+      alone: whether it is to be the pool's only one.
+
+    Raises:
+      AdapterError: its name is taken, or it is a DoRA adapter and not alone.
+    """
+    if adapter.name in names:
+        raise AdapterError(
+            f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder"
+        )
+    if adapter.magnitude is not None and not alone:
+        raise AdapterError(
+            f"{adapter.source}: a DoRA adapter has magnitudes of its own, which cannot be mixed: convert it alone"
+        )
+
+
+def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _Tree]:
+    """Return an adapter's entry in the manifest, but for its files, and the tree of arrays to write.
+
+    Raises:
+      AdapterError: the adapter's dtype changes from layer to layer of a site.
+    """
+    table: dict[str, dict[str, list]] = {}
+    for path, (a, _) in adapter.factors.items():
+        site, layer = _located(path)
+        layers = sites(config)[site].layers
+        row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
+        row["rank"][layer], row["scaling"][layer] = a.shape[0], adapter.scaling[path]
+    arrays = [array for pair in adapter.factors.values() for array in pair]
+    arrays += (adapter.magnitude or {}).values()
+    entry = {
+        "name": adapter.name,
+        "source": adapter.source,
+        "sha256": adapter.sha256,
+        "dtype": ", ".join(sorted({str(array.dtype) for array in arrays})),
+        "parameters": sum(array.size for array in arrays),
+        "dora": adapter.magnitude is not None,
+        "sites": {site: table[site] for site in sites(config) if site in table},
+        "notes": list(adapter.notes),
+    }
+    return entry, _by_site(adapter, sites(config))
+
+
+def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Write an adapter into a new folder of a pool and return the record of its arrays and files."""
+    folder.mkdir(parents=True)
+    record = write_arrays(folder, tree)
+    (folder / _CONFIG).write_bytes(adapter.config_text)
+    write_json(folder / _KEYS, adapter.keys)
+    record["files"] |= {name: sha256(folder / name) for name in (_CONFIG, _KEYS)}
+    return record
+
+
+def _load_adapter(pool: Path, entry: Mapping[str, Any]) -> PeftAdapter:
+    folder = pool / entry["folder"]
+    tree = read_arrays(folder, entry)
+    factors, scaling, magnitude = {}, {}, {}
+    for site, row in entry["sites"].items():
+        for layer, (rank, scale) in enumerate(zip(row["rank"], row["scaling"], strict=True)):
+            if rank:
+                path = hf_path(site, layer)
+                factors[path] = tree[site]["A"][layer, :rank], tree[site]["B"][layer, :, :rank]
+                scaling[path] = scale
+                if entry["dora"]:
+                    magnitude[path] = tree[site]["magnitude"][layer]
+    text = (folder / _CONFIG).read_bytes()
+    return PeftAdapter(
+        name=entry["name"],
+        source=entry["source"],
+        sha256=entry["sha256"],
+        config=json.loads(text),
+        config_text=text,
+        factors=factors,
+        scaling=scaling,
+        magnitude=magnitude if entry["dora"] else None,
+        keys={path: tuple(keys) for path, keys in read_json(folder / _KEYS, "an adapter of a pool").items()},
+        kept=tree.get(_KEPT, {}),
+        notes=tuple(entry["notes"]),
+    )
+
+
+def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
+    """Stack an adapter over layers, in the layouts and the dtype of PEFT."""
+    where: dict[str, dict[int, str]] = {}
+    for path in adapter.factors:
+        site, layer = _located(path)
+        where.setdefault(site, {})[layer] = path
+
+    def stacked(site: str, shape: tuple[int, ...], arrays: Mapping[int, np.ndarray]) -> np.ndarray:
+        dtypes = {array.dtype for array in arrays.values()}
+        if len(dtypes) > 1:
+            raise AdapterError(
+                f"{adapter.source}: {site} mixes {' and '.join(sorted(map(str, dtypes)))}: "
+                "choose one dtype (--dtype float32)"
+            )
+        out = np.zeros((shapes[site].layers, *shape), dtypes.pop())
+        for layer, array in arrays.items():
+            out[layer][tuple(slice(size) for size in array.shape)] = array
+        return out
+
+    tree: _Tree = {}
+    for site, paths in where.items():
+        pairs = {layer: adapter.factors[path] for layer, path in paths.items()}
+        rank = max(a.shape[0] for a, _ in pairs.values())
+        _, d_in, d_out = shapes[site]
+        tree[site] = {
+            "A": stacked(site, (rank, d_in), {layer: a for layer, (a, _) in pairs.items()}),
+            "B": stacked(site, (d_out, rank), {layer: b for layer, (_, b) in pairs.items()}),
+        }
+        if adapter.magnitude is not None:
+            magnitudes = {layer: adapter.magnitude[path] for layer, path in paths.items()}
+            tree[site]["magnitude"] = stacked(site, (d_out,), magnitudes)
+    if adapter.kept:
+        tree[_KEPT] = adapter.kept
+    return tree
+
+
+def _stack(adapters: Sequence[PeftAdapter], config: T5Config, dtype: _Dtype) -> LoraPool:
+    """Stack over layers and adapters, scaling folded into B, padded to the largest rank of each site."""
+    if not adapters:
+        raise ValueError("a pool needs at least one adapter: none was given")
+    names: list[str] = []
+    for adapter in adapters:
+        check_fits(adapter, names, alone=len(adapters) == 1)
+        names.append(adapter.name)
+    where: dict[str, list[tuple[int, int, str]]] = {}
+    for n, adapter in enumerate(adapters):
+        for path in adapter.factors:
+            site, layer = _located(path)
+            where.setdefault(site, []).append((layer, n, path))
+
+    def stack(site: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        layers, d_in, d_out = sites(config)[site]
+        rank = np.zeros((layers, len(adapters)), np.int32)
+        for layer, n, path in where[site]:
+            rank[layer, n] = adapters[n].factors[path][0].shape[0]
+        A = aligned_zeros((*rank.shape, d_in, rank.max()), dtype)
+        B = aligned_zeros((*rank.shape, rank.max(), d_out), dtype)
+        for layer, n, path in where[site]:
+            r = rank[layer, n]
+            a, b = adapters[n].factors[path]
+            A[layer, n, :, :r] = a.T
+            B[layer, n, :r] = b.astype(np.float32, copy=False).T * np.float32(adapters[n].scaling[path])
+        return jax.device_put(A), jax.device_put(B), jnp.asarray(rank)
+
+    order = [site for site in sites(config) if site in where]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        stacked = dict(zip(order, threads.map(stack, order), strict=True))
+    magnitude = None
+    if (vectors := adapters[0].magnitude) is not None:
+        magnitude = {}
+        for site in order:
+            layers, _, d_out = sites(config)[site]
+            rows = np.zeros((layers, d_out), dtype)
+            for layer, _, path in where[site]:
+                rows[layer] = vectors[path]
+            magnitude[site] = jnp.asarray(rows)
+    return LoraPool(
+        A={site: a for site, (a, _, _) in stacked.items()},
+        B={site: b for site, (_, b, _) in stacked.items()},
+        rank={site: rank for site, (_, _, rank) in stacked.items()},
+        magnitude=magnitude,
+        names=tuple(names),
+    )
+
+
+def _located(path: str) -> tuple[str, int]:
+    found = locate(path)
+    if found is None:
+        raise AdapterError(f"no adapter may sit at {path}: it is not a linear map of a T5's blocks")
+    return found
