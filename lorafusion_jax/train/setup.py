@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from ..fusion.compose import gram
 from ..fusion.pool import LoraPool, random_pool
