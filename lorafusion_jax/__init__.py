@@ -1,3 +1,57 @@
-"""LoRAFusion in JAX: a frozen pool of LoRA modules, mixed for a new task by coefficients and magnitudes."""
+"""LoRAFusion in JAX: fuse a frozen pool of LoRA modules for a new task with a few digital numbers."""
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
+
+from .fusion.compose import Gram, Lora, Modules, column_norms, compose, gram
+from .fusion.pool import LoraPool, random_pool
+from .io.hf import load_base, read_config, save_base
+from .io.pool import load_pool, read_pool
+from .linear import matmul, quantise
+from .models.generate import generate
+from .models.sites import Site, sites
+from .models.t5 import T5, T5Config, kernels
+from .train.methods import Frozen, Fusion, LoRA, Method, ZeroShot
+from .train.options import PRESETS, FuseOptions, Recipe
+from .train.run import fuse, load_run
+from .train.step import Optimisation, Rates, TrainState, fusion_step, init_state
+from .train.sweep import over_seeds
+
+__all__ = [
+    "PRESETS",
+    "T5",
+    "Frozen",
+    "FuseOptions",
+    "Fusion",
+    "Gram",
+    "LoRA",
+    "Lora",
+    "LoraPool",
+    "Method",
+    "Modules",
+    "Optimisation",
+    "Rates",
+    "Recipe",
+    "Site",
+    "T5Config",
+    "TrainState",
+    "ZeroShot",
+    "column_norms",
+    "compose",
+    "fuse",
+    "fusion_step",
+    "generate",
+    "gram",
+    "init_state",
+    "kernels",
+    "load_base",
+    "load_pool",
+    "load_run",
+    "matmul",
+    "over_seeds",
+    "quantise",
+    "random_pool",
+    "read_config",
+    "read_pool",
+    "save_base",
+    "sites",
+]

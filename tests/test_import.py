@@ -24,7 +24,8 @@ _MAY_IMPORT = {
     "models": {"crossbar", "linear", "fusion"},
     "io": {"crossbar", "linear", "fusion", "models"},
     "train": {"crossbar", "linear", "fusion", "models", "io", "tasks"},
-    "cli": {"crossbar", "linear", "fusion", "models", "io", "tasks", "train", "report"},
+    "params": {"linear", "fusion", "models", "io"},
+    "cli": {"params", "crossbar", "linear", "fusion", "models", "io", "tasks", "train", "report"},
     "__main__": {"cli"},
 }
 

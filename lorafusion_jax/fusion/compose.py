@@ -138,10 +138,11 @@ def compose(
             return update, None, jnp.int32(0)
         if update is not None:
             cross = _weighted(cross, _scatter(c, index, cross.shape[0])[:, :, None])
-            norm, floored = _norm(update.A, update.B, cross, squared)
+            left, right = dense(update.A, jnp.float32), dense(update.B, jnp.float32)
+            norm, floored = _norm(left, right, cross, squared)
         else:
-            left, right = (dense(_gather(w, index), jnp.float32) for w in (A, B))
-            right = right * c[:, :, None]
+            left = dense(_gather(A, index), jnp.float32)
+            right = dense(_gather(B, index), jnp.float32) * c[:, :, None]
             cross = jnp.take(cross, index, axis=0)
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
             norm, floored = _norm(left, _merged(right), _merged(cross), squared)

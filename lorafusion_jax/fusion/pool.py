@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ..linear import Weight, quantise
+from ..linear import Weight, dense, quantise
 
 
 @jax.tree_util.register_dataclass
@@ -80,8 +80,8 @@ class LoraPool:
         """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `linear.quantise`)."""
         return dataclasses.replace(
             self,
-            A={site: quantise(a, qtype, tiled_axis=2) for site, a in self.A.items()},
-            B={site: quantise(b, qtype, tiled_axis=3) for site, b in self.B.items()},
+            A={site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2) for site, a in self.A.items()},
+            B={site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3) for site, b in self.B.items()},
         )
 
 
@@ -92,7 +92,7 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     adapter lacks and ranks beyond its own stay zero.
 
     Args:
-      pool: plain (not quantised) arrays.
+      pool: of the real modules.
       key: of the whole draw.
     """
 
@@ -107,8 +107,8 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
 
     return dataclasses.replace(
         pool,
-        A={site: like(a, f"A of {site}") for site, a in pool.A.items()},
-        B={site: like(b, f"B of {site}") for site, b in pool.B.items()},
+        A={site: like(dense(a, jnp.float32), f"A of {site}") for site, a in pool.A.items()},
+        B={site: like(dense(b, jnp.float32), f"B of {site}") for site, b in pool.B.items()},
         names=tuple(f"random {name}" for name in pool.names),
     )
 

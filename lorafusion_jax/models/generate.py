@@ -7,6 +7,9 @@ from jaxtyping import Array, Bool, Int
 from .layers import Adapters
 from .t5 import T5, Cache
 
+# position, last token [B], done [B], tokens so far [B, max_new_tokens], cache
+_State = tuple[Array, Array, Array, Array, Cache]
+
 
 def generate(
     model: T5,
@@ -38,13 +41,11 @@ def generate(
     tokens = jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32)
     first = jnp.full(batch, config.start_id, jnp.int32)
 
-    State = tuple[Array, Array, Array, Array, Cache]
-
-    def running(state: State) -> Array:
+    def running(state: _State) -> Array:
         position, _, done, _, _ = state
         return (position < max_new_tokens) & ~jnp.all(done)
 
-    def step(state: State) -> State:
+    def step(state: _State) -> _State:
         position, token, done, tokens, cache = state
         logits, cache = model.decode_token(token, position, cache, input_mask, adapters)
         token = jnp.where(done, config.pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))

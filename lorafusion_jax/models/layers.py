@@ -52,8 +52,12 @@ class FeedForward(nnx.Module):
 
     def __init__(self, d_model: int, d_ff: int, *, layers: int, gated: bool, rngs: nnx.Rngs):
         self.gated = gated
-        for name in ("wi_0", "wi_1") if gated else ("wi",):
-            setattr(self, name, Linear(f"ff.{name}", layers, d_model, d_ff, scale=d_model**-0.5, rngs=rngs))
+        inner = {"layers": layers, "d_in": d_model, "d_out": d_ff, "scale": d_model**-0.5, "rngs": rngs}
+        if gated:
+            self.wi_0 = Linear("ff.wi_0", **inner)
+            self.wi_1 = Linear("ff.wi_1", **inner)
+        else:
+            self.wi = Linear("ff.wi", **inner)
         self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:

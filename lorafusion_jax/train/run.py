@@ -47,7 +47,7 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     if recorded is not None and (done := run.results()) is not None:
         print(f"{run.folder} is complete: nothing to resume", file=sys.stderr)
         return done
-    setup = prepare(options, path=recorded and recorded["environment"]["path"])
+    setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
     config = _config(options, setup)
     with run.locked():
         if recorded is None:

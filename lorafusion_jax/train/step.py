@@ -156,14 +156,8 @@ def fusion_step(
     broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
     metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.global_norm(gradients)}
+    updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
     with standard_promotion():
-        if optimisation.clip is not None:
-            clip = optax.clip_by_global_norm(optimisation.clip)
-            gradients, _ = clip.update(gradients, clip.init(state.params))
-        if "coefficients" in gradients:
-            decay = rates.l2 * state.params["coefficients"]
-            gradients = gradients | {"coefficients": gradients["coefficients"] + decay}
-        updates, adam = _ADAM.update(gradients, state.adam, state.params)
         schedule = _schedule(optimisation)(state.step)
     params = {
         group: jax.tree.map(partial(_descend, rates.learning_rate[group] * schedule), values, updates[group])
@@ -222,6 +216,19 @@ def end_epoch(
 _ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
 
 
+def _adam(gradients: Any, state: TrainState, l2: Array, clip: float | None) -> tuple[Params, Any]:
+    """Clip, add the coefficients' L2, and return Adam's updates (before the learning rates) and its state."""
+    updates: Any = gradients
+    with standard_promotion():
+        if clip is not None:
+            updates, _ = optax.clip_by_global_norm(clip).update(updates, optax.EmptyState())
+        if "coefficients" in updates:
+            decayed = updates["coefficients"] + l2 * state.params["coefficients"]
+            updates = updates | {"coefficients": decayed}
+        updates, adam = _ADAM.update(updates, state.adam, state.params)
+    return updates, adam
+
+
 def _schedule(optimisation: Optimisation) -> optax.Schedule:
     if optimisation.schedule == "constant":
         tail = optax.constant_schedule(1.0)
@@ -233,7 +240,7 @@ def _schedule(optimisation: Optimisation) -> optax.Schedule:
     return optax.join_schedules([ramp, tail], [optimisation.warmup])
 
 
-def _prune_moments(adam: optax.ScaleByAdamState, kept: Any) -> optax.ScaleByAdamState:
+def _prune_moments(adam: Any, kept: Any) -> Any:
     def pruned(moment: Params) -> Params:
         return moment | {"magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])}
 
