@@ -2,21 +2,7 @@
 
 import sys
 
-import tyro
-
-from lorafusion_jax.io.convert import ConvertOptions, convert
-
-_DESCRIPTION = """Convert LoRA adapters of PEFT into a pool, ready to be fused.
-
-Example:
-  python convert_peft_weights.py --base google/flan-t5-large --out pools/two \\
-    --adapters lorahub/flan_t5_large-duorc_ParaphraseRC_title_generation lorahub/flan_t5_large-super_glue_wic
-"""
+from lorafusion_jax.cli import main
 
 if __name__ == "__main__":
-    options = tyro.cli(ConvertOptions, description=_DESCRIPTION)
-    try:
-        convert(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main(["convert", *sys.argv[1:]])

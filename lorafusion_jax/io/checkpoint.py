@@ -96,10 +96,10 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with one entry a line, but lists of numbers on one line."""
-    text = json.dumps(content, indent=1)
-    path.write_text(
-        re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
-    )
+    # No JSON string holds a line break, so the pattern touches none.
+    numbers = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\s*\]")
+    text = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1))
+    path.write_text(f"{text}\n")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import numpy as np
 
 from .. import __version__
 from ..models.sites import linear_shapes
-from ..models.t5 import T5Config
 from .checkpoint import new_folder, write_json
 from .hf import base_tensor, read_config
 from .peft import AdapterError, PeftAdapter, read_adapter
@@ -31,6 +30,10 @@ _PACKAGES = ("jax", "orbax-checkpoint", "numpy", "safetensors")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """Convert LoRA adapters of PEFT into a pool, ready to be fused.
+
+    Example:
+      python convert_peft_weights.py --base google/flan-t5-large --out pools/two \\
+        --adapters lorahub/flan_t5_large-super_glue_wic lorahub/flan_t5_large-ag_news_subset
 
     Attributes:
       base: folder or hub id of the base model that the adapters were trained on.
@@ -61,10 +64,9 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     sources = _sources(options)
     if options.out is None and not options.dry_run:
         raise ValueError("say where to write the pool: --out FOLDER, or --dry-run to write nothing")
-    config = read_config(options.base)
     target = contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out)
     with target as folder:
-        manifest = _convert(sources, config, options, folder)
+        manifest = _convert(sources, options, folder)
     print(_report(manifest, options))
     return manifest
 
@@ -81,12 +83,11 @@ def _sources(options: ConvertOptions) -> list[str]:
     return sources
 
 
-def _convert(
-    sources: list[str], config: T5Config, options: ConvertOptions, folder: Path | None
-) -> dict[str, Any]:
+def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -> dict[str, Any]:
     """Read, check and, with a folder, write all adapters and the manifest, which is returned."""
     from tqdm import tqdm
 
+    config = read_config(options.base)
     shapes, tensor = linear_shapes(config), base_tensor(options.base)
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
