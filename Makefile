@@ -14,7 +14,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 .PHONY: demo test test-peft test-smoke lint bench
 .NOTPARALLEL:
 
-demo: $(VENV)/.installed-plots
+demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 	$(BIN)/python experiments/demo.py
 
 test: $(VENV)/.installed-test
