@@ -89,9 +89,7 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
                 f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'none such')}; "
                 "it was saved by a run of another configuration"
             )
-    return ocp.load(
-        str(folder / _ARRAYS), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
-    )
+    return ocp.load(str(folder / _ARRAYS), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -171,13 +169,9 @@ def _check_files(root: Path, files: Mapping[str, str]) -> None:
     for name, digest in files.items():
         path = root / name
         if not path.is_file():
-            raise ValueError(
-                f"{path}: no such file, though the manifest lists it: copy the whole folder again"
-            )
+            raise ValueError(f"{path}: no such file, though the manifest lists it: copy the whole folder again")
         if sha256(path) != digest:
-            raise ValueError(
-                f"{path}: damaged or altered, its SHA-256 is not the manifest's: restore it from a copy"
-            )
+            raise ValueError(f"{path}: damaged or altered, its SHA-256 is not the manifest's: restore it from a copy")
 
 
 def _signature(tree: Any) -> dict[str, str]:

@@ -29,10 +29,10 @@ _PACKAGES = ("jax", "orbax-checkpoint", "numpy", "safetensors")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Convert LoRA adapters of PEFT into a pool, ready to be fused.
+    r"""Convert LoRA adapters of PEFT into a pool, ready to be fused.
 
     Example:
-      python convert_peft_weights.py --base google/flan-t5-large --out pools/two \\
+      python convert_peft_weights.py --base google/flan-t5-large --out pools/two \
         --adapters lorahub/flan_t5_large-super_glue_wic lorahub/flan_t5_large-ag_news_subset
 
     Attributes:
@@ -99,10 +99,11 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
                 adapter = _cast(adapter, options.dtype)
             entry, tree = describe(adapter, config)
         except ValueError as error:
+            reason = str(error) if source in str(error) else f"{source}: {error}"
             if not options.skip_bad:
                 advice = "Nothing was written; --skip-bad leaves out such adapters and lists them."
-                raise AdapterError(f"cannot convert {source}: {error}. {advice}") from error
-            skipped.append({"source": source, "reason": str(error)})
+                raise AdapterError(f"{reason}. {advice}") from error
+            skipped.append({"source": source, "reason": reason})
             continue
         entry["folder"] = f"adapters/{len(adapters):04d}"
         if folder is not None:
@@ -164,13 +165,13 @@ def _report(manifest: dict[str, Any], options: ConvertOptions) -> str:
     ]
     notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
     lines += [f"{count} x {note}" for note, count in notes.items()]
-    lines += [f"left out {entry['source']}: {entry['reason']}" for entry in manifest["skipped"]]
+    lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
     totals = manifest["totals"]
     done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
     lines.append(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
     return "\n".join(lines)
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(values: Sequence[int | float]) -> str:
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"

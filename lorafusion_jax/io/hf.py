@@ -225,18 +225,12 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
             shards = {file: load(folder / file) for file in set(files.values())}
             for tensor, file in files.items():
                 if tensor not in shards[file]:
-                    raise ValueError(
-                        f"{folder / file} holds no {tensor}, though {index.name} says so: fetch it again"
-                    )
+                    raise ValueError(f"{folder / file} holds no {tensor}, though {index.name} says so: fetch it again")
             return {tensor: shards[file][tensor] for tensor, file in files.items()}
-    raise ValueError(
-        f"{folder} holds no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index"
-    )
+    raise ValueError(f"{folder} holds no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
 
 
-def _check_tensors(
-    folder: Path, tensors: Mapping[str, np.ndarray], slots: list[_Slot], config: T5Config
-) -> None:
+def _check_tensors(folder: Path, tensors: Mapping[str, np.ndarray], slots: list[_Slot], config: T5Config) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
     optional = {_UNUSED, *_COPIES_OF_SHARED} | ({_HEAD} if config.tied else set())
     advice = f"do {_CONFIG} and the weights in {folder} belong together?"
@@ -246,14 +240,10 @@ def _check_tensors(
         raise ValueError(f"{folder}: the model has no place for {_some(unexpected)}: {advice}")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}"
-            )
+            raise ValueError(f"{folder}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
     for name in _COPIES_OF_SHARED:
         if name in tensors and not np.array_equal(tensors[name], tensors[_SHARED]):
-            raise ValueError(
-                f"{folder}: {name} differs from {_SHARED}: a T5 has one embedding for both stacks"
-            )
+            raise ValueError(f"{folder}: {name} differs from {_SHARED}: a T5 has one embedding for both stacks")
 
 
 def _some(names: list[str]) -> str:

@@ -67,9 +67,7 @@ def read_pool(
         return _stack(list(threads.map(read, sources)), config, dtype)
 
 
-def load_pool(
-    folder: Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32"
-) -> LoraPool:
+def load_pool(folder: Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32") -> LoraPool:
     """Load a converted pool, or only the adapters chosen by name or index, in that order.
 
     Raises:
@@ -134,9 +132,7 @@ def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> 
       AdapterError: its name is taken, or it is a DoRA adapter and not alone.
     """
     if adapter.name in names:
-        raise AdapterError(
-            f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder"
-        )
+        raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
     if adapter.magnitude is not None and not alone:
         raise AdapterError(
             f"{adapter.source}: a DoRA adapter has magnitudes of its own, which cannot be mixed: convert it alone"
@@ -263,8 +259,8 @@ def _stack(adapters: Sequence[PeftAdapter], config: T5Config, dtype: _Dtype) -> 
         rank = np.zeros((layers, len(adapters)), np.int32)
         for layer, n, path in where[site]:
             rank[layer, n] = adapters[n].factors[path][0].shape[0]
-        A = aligned_zeros((*rank.shape, d_in, rank.max()), dtype)
-        B = aligned_zeros((*rank.shape, rank.max(), d_out), dtype)
+        A = aligned_zeros((*rank.shape, d_in, int(rank.max())), dtype)
+        B = aligned_zeros((*rank.shape, int(rank.max()), d_out), dtype)
         for layer, n, path in where[site]:
             r = rank[layer, n]
             a, b = adapters[n].factors[path]
