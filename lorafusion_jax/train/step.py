@@ -155,7 +155,7 @@ def fusion_step(
     )
     broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
-    metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.global_norm(gradients)}
+    metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.tree.norm(gradients)}
     updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
     with standard_promotion():
         schedule = _schedule(optimisation)(state.step)
