@@ -1,11 +1,12 @@
 """LoraHub's search: one weight for every module, found by evaluating the loss, without a gradient.
 
-The composition is `mix` with one coefficient a module, A' = sum_n w_n A_n, B' = sum_n w_n B_n. nevergrad proposes
-weights within +-1.5, starting from zeros, and is told
+The modules are mixed as A' = sum_n w_n A_n, B' = sum_n w_n B_n. nevergrad's NGOpt proposes weights within
++-1.5, zeros first, and is told
 
     (sum over batches of the mean cross-entropy) / rows + 0.05 mean |w|
 
-Source: Huang et al., "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition", and its code.
+Source: Huang et al., "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition" (2023), and
+its code.
 
 Axis letters: N modules of a seed.
 """
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,16 @@ from .sweep import Path, over_seeds
 METHOD = Fusion(composition="mix", granularity="global", magnitudes=False)
 BOUND = 1.5
 L1 = 0.05
+_MOST_EVALUATIONS = 50  # a module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
 
 
 class Search(NamedTuple):
-    """What a search did, for all seeds.
+    """What was tried, in order, and what is recommended.
 
     Attributes:
-      weights: what the optimiser recommends in the end.
-      tried: the weights that it proposed, in order.
-      scores: the objective at each of them.
+      weights: the recommendation.
+      tried: every proposal.
+      scores: the objective there.
     """
 
     weights: Float[np.ndarray, "seeds N"]
@@ -57,7 +59,7 @@ def search(
     evaluations: int = 40,
     after_evaluation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
 ) -> Search:
-    """Search the weights of all seeds side by side: every evaluation is one program for all of them.
+    """Search the weights of all seeds side by side: every batch is one program for all of them.
 
     Args:
       batches: of every seed's rows, leaves with a leading axis of seeds.
@@ -66,64 +68,35 @@ def search(
       seeds: of the optimisers, one for each row of `index`.
       graph: the model's structure.
       path: how seeds run.
-      evaluations: of the objective.
+      evaluations: of the objective, at most 50 a module.
       after_evaluation: called with the number of the evaluation, from 1, and the score of every seed.
 
     Raises:
-      ValueError: nevergrad is not installed, or there are no evaluations.
+      ValueError: nevergrad is not installed, or so many evaluations cannot be had.
     """
-    rows = sum(np.sum(batch.row_mask, axis=1) for batch in batches)
-
-    def score(weights: np.ndarray) -> np.ndarray:
-        entropy = sum(
-            np.asarray(
-                entropies(jnp.asarray(weights, jnp.float32), batch, index, frozen, graph=graph, path=path),
-                float,
-            )
-            for batch in batches
+    modules = index.shape[1]
+    if not 1 <= evaluations <= _MOST_EVALUATIONS * modules:
+        raise ValueError(
+            f"{evaluations} evaluations for {modules} modules: wanted 1 to {_MOST_EVALUATIONS * modules}, that is "
+            f"at most {_MOST_EVALUATIONS} a module"
         )
-        return entropy / rows + L1 * np.mean(np.abs(weights), axis=1)
-
-    return minimise(score, index.shape[1], seeds, evaluations=evaluations, after_evaluation=after_evaluation)
-
-
-def minimise(
-    score: Callable[[np.ndarray], np.ndarray],
-    modules: int,
-    seeds: Sequence[int],
-    *,
-    evaluations: int,
-    after_evaluation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
-) -> Search:
-    """Let one NGOpt of nevergrad for each seed propose weights until all evaluations are used up.
-
-    Args:
-      score: of weights [seeds, N], the objective of every seed.
-      modules: N.
-      seeds: of the optimisers.
-      evaluations: how often `score` is called.
-      after_evaluation: as in `search`.
-
-    Raises:
-      ValueError: nevergrad is not installed, or there are no evaluations.
-    """
-    if evaluations < 1:
-        raise ValueError(f"{evaluations} evaluations: a search needs at least one")
     nevergrad = load_nevergrad()
-    tried, scores = [], []
-    with warnings.catch_warnings():
-        # SciPy's and nevergrad's own, about the budget; raised in threads that nevergrad starts.
-        warnings.filterwarnings("ignore", module="scipy|nevergrad|cma|sklearn")
-        warnings.filterwarnings("ignore", category=nevergrad.errors.NevergradWarning)
-        optimisers = [_optimiser(nevergrad, modules, evaluations, seed) for seed in seeds]
-        for number in range(1, evaluations + 1):
-            asked = [optimiser.ask() for optimiser in optimisers]
-            tried.append(np.stack([candidate.value for candidate in asked]))
-            scores.append(np.asarray(score(tried[-1]), float))
-            for optimiser, candidate, value in zip(optimisers, asked, scores[-1], strict=True):
-                optimiser.tell(candidate, float(value))
-            after_evaluation(number, scores[-1])
-        weights = np.stack([optimiser.provide_recommendation().value for optimiser in optimisers])
+    tried, scores, optimisers = [], [], []
+    try:
+        with warnings.catch_warnings():
+            # SciPy's, about the budget; raised in threads of nevergrad's.
+            warnings.filterwarnings("ignore", module="scipy|nevergrad")
+            optimisers += [_optimiser(nevergrad, modules, evaluations, seed) for seed in seeds]
+            for number in range(1, evaluations + 1):
+                asked = [optimiser.ask() for optimiser in optimisers]
+                tried.append(np.stack([candidate.value for candidate in asked]))
+                scores.append(score(tried[-1], batches, index, frozen, graph=graph, path=path))
+                _tell(optimisers, asked, scores[-1])
+                after_evaluation(number, scores[-1])
+            weights = np.stack([optimiser.provide_recommendation().value for optimiser in optimisers])
+    finally:
+        # Their threads end with the optimisers; alive, they would keep an interrupted Python from exiting.
+        optimisers.clear()
     return Search(weights, np.stack(tried), np.stack(scores))
 
 
@@ -144,8 +117,24 @@ def load_nevergrad() -> ModuleType:
     return nevergrad
 
 
+def score(
+    weights: Float[np.ndarray, "seeds N"],
+    batches: Sequence[Batch],
+    index: Int[Array, "seeds N"],
+    frozen: Frozen,
+    *,
+    graph: nnx.GraphDef,
+    path: Path,
+) -> Float[np.ndarray, " seeds"]:
+    """Return the objective of every seed at its weights; the other arguments are those of `search`."""
+    w = jnp.asarray(weights, jnp.float32)
+    losses = [np.asarray(_entropies(w, batch, index, frozen, graph=graph, path=path), float) for batch in batches]
+    rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
+    return np.sum(losses, axis=0) / rows + L1 * np.mean(np.abs(weights), axis=1)
+
+
 @partial(jax.jit, static_argnames=("graph", "path"))
-def entropies(
+def _entropies(
     weights: Float[Array, "seeds N"],
     batch: Batch,
     index: Int[Array, "seeds N"],
@@ -158,14 +147,19 @@ def entropies(
 
     def of_seed(seed: tuple[Array, Batch, Array], frozen: Frozen) -> Array:
         weights, batch, index = seed
-        zero = jnp.float32(0)
-        params = {"coefficients": weights}
-        return objective(params, batch, index, frozen, zero, graph=graph, method=METHOD)[1]["cross_entropy"]
+        params, no_l1 = {"coefficients": weights}, jnp.float32(0)
+        return objective(params, batch, index, frozen, no_l1, graph=graph, method=METHOD)[1]["cross_entropy"]
 
     return over_seeds(of_seed, path)((weights, batch, index), frozen)
 
 
-def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int):
+def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int) -> Any:
     weights = nevergrad.p.Array(init=np.zeros(modules), lower=-BOUND, upper=BOUND)
-    weights.random_state = np.random.RandomState(seed)
-    return nevergrad.optimizers.NGOpt(parametrization=weights, budget=evaluations)
+    optimiser = nevergrad.optimizers.NGOpt(parametrization=weights, budget=evaluations)
+    optimiser.parametrization.random_state = np.random.RandomState(seed)
+    return optimiser
+
+
+def _tell(optimisers: Sequence[Any], asked: Sequence[Any], scores: np.ndarray) -> None:
+    for optimiser, candidate, value in zip(optimisers, asked, scores, strict=True):
+        optimiser.tell(candidate, float(value))
