@@ -1,0 +1,136 @@
+"""The way back: a fusion as one adapter that PEFT loads, or merged into a base model.
+
+Coefficients are folded into the factors and lora_alpha is r, so that PEFT's scaling is 1. A `sum` stacks the
+factors of its modules (what PEFT calls `cat`), a `mix` keeps their rank; magnitudes make the adapter a DoRA.
+
+Axis letters: L layer, N adapters of a fusion, r rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..fusion.compose import Composition, Lora
+from ..fusion.pool import LoraPool
+from ..linear import Weight, dense
+from ..models.layers import Adapter, Linear
+from ..models.sites import hf_path
+from ..models.t5 import T5
+
+# (A [r, d_in], B [r, d_out]) by site and layer.
+_Factors = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]
+
+
+def fused_adapter(
+    pool: LoraPool,
+    index: Int[Array, " N"],
+    coefficients: Mapping[str, Float[Array, "_L N _k"]],
+    composition: Composition,
+    *,
+    base: str,
+    magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the configuration and the tensors of the PEFT adapter that a fusion amounts to.
+
+    A matrix that none of the chosen modules adapts is left out; smaller ranks are filled up with zeros, which
+    every version of PEFT reads alike, as it does not rank_pattern and alpha_pattern.
+
+    Args:
+      pool: plain or quantised.
+      index: the modules that are fused.
+      coefficients: per site, layer and module, as `fusion.coefficients.expand` returns them.
+      composition: `mix` or `sum`.
+      base: name or folder of the base model, for the configuration.
+      magnitudes: m per site, for a DoRA adapter.
+    """
+    chosen = np.asarray(index)
+    factors: _Factors = {}
+    for site, spread in coefficients.items():
+        ranks = np.asarray(pool.rank[site])[:, chosen]
+        for layer in np.flatnonzero(ranks.any(axis=1)).tolist():
+            A, B = (_modules(weight[site], layer, chosen) for weight in (pool.A, pool.B))
+            c = np.asarray(spread[layer])
+            if composition == "mix":
+                mixed = (A * c[:, None, :]).sum(axis=0).T, (B * c[:, :, None]).sum(axis=0)
+            else:
+                real = np.arange(A.shape[2]) < ranks[layer][:, None]
+                mixed = A.swapaxes(1, 2)[real], (B * c[:, :, None])[real]
+            factors[site, layer] = mixed
+    return _adapter(factors, base, magnitudes)
+
+
+def lora_adapter(adapters: Mapping[str, Lora], *, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the configuration and the tensors of the PEFT adapter of a single LoRA.
+
+    Args:
+      adapters: by site, A [L, d_in, r] and B [L, r, d_out] with the scaling folded in, without a scale.
+      base: name or folder of the base model, for the configuration.
+    """
+    factors = {
+        (site, layer): (A.T, B)
+        for site, lora in adapters.items()
+        for layer, (A, B) in enumerate(zip(*(np.asarray(dense(w, jnp.float32)) for w in (lora.A, lora.B)), strict=True))
+    }
+    return _adapter(factors, base, None)
+
+
+def merged_base(model: T5, adapters: Mapping[str, Adapter]) -> T5:
+    """Return a copy of the model whose adapted kernels are the dense products, W' = (W + dW) * scale.
+
+    Args:
+      model: plain or quantised; adapted kernels come out in float32, the others stay as they are.
+      adapters: by site, leaves with a leading layer axis.
+    """
+    merged = nnx.clone(model)
+    for path, module in nnx.iter_modules(merged):
+        if isinstance(module, Linear) and (adapter := adapters.get(f"{path[0]}.{module.site}")):
+            module.kernel.set_value(_merge(adapter, module.kernel.get_value()))
+    return merged
+
+
+@jax.jit
+def _merge(adapter: Adapter, kernel: Weight) -> Float[Array, "L d_in d_out"]:
+    # What an adapter makes of the unit vectors is the matrix that it is.
+    unit = jnp.eye(kernel.shape[1])
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.map(lambda layer: layer[0](unit, layer[1]), (adapter, kernel))
+
+
+def _modules(weight: Weight, layer: int, chosen: np.ndarray) -> Float[np.ndarray, "N a b"]:
+    return np.asarray(dense(jax.tree.map(lambda a: a[layer][chosen], weight), jnp.float32))
+
+
+def _adapter(
+    factors: _Factors, base: str, magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    rank = max(A.shape[0] for A, _ in factors.values())
+    tensors = {}
+    for where, pair in factors.items():
+        module = f"base_model.model.{hf_path(*where)}"
+        A, B = (np.pad(factor, ((0, rank - len(factor)), (0, 0))) for factor in pair)
+        tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B.T}
+        if magnitudes is not None:
+            site, layer = where
+            tensors[f"{module}.lora_magnitude_vector"] = np.asarray(magnitudes[site][layer], np.float32)
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        # Whole paths: a bare `q` would also name matrices that the adapter has no tensors for.
+        "target_modules": sorted(hf_path(*where) for where in factors),
+        "task_type": "SEQ_2_SEQ_LM",
+        "use_dora": magnitudes is not None,
+        "use_rslora": False,
+    }
+    return config, tensors
