@@ -1,0 +1,384 @@
+"""Make the embedded small pool: a T5 trained on string tasks, 28 PEFT adapters, and tasks to fuse them for.
+
+    python examples/make_small_pool.py --out examples/small
+
+Everything is written as the Hugging Face hub has it: the base as a transformers folder with its tokenizer,
+adapters as PEFT folders, tasks as JSONL.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jaxtyping import Array
+from safetensors.numpy import load_file, save_file
+from string_tasks import CHARACTER_OPS, LETTERS, MAX_LETTERS, MAX_OUTPUT, POSITION_OPS, Task, draw, split
+
+from lorafusion_jax.fusion.compose import Lora
+from lorafusion_jax.io.checkpoint import new_folder
+from lorafusion_jax.io.hf import save_base
+from lorafusion_jax.io.peft import write_adapter
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.sites import hf_path, sites
+from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.train.progress import progress
+from lorafusion_jax.train.step import standard_promotion
+
+WORDS = ["<pad>", "</s>", "<unk>", ":", "then", *POSITION_OPS, *CHARACTER_OPS, *LETTERS, *"0123456789*-"]
+CONFIG = T5Config(
+    vocab_size=len(WORDS), d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2,
+    remat="none", unroll=True,
+)  # fmt: skip
+RANK, ALPHA = 16, 32
+TARGETS = ("q", "v")
+PEFT_CONFIG: dict[str, Any] = {
+    "alpha_pattern": {},
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_alpha": ALPHA,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": RANK,
+    "rank_pattern": {},
+    "target_modules": list(TARGETS),
+    "task_type": "SEQ_2_SEQ_LM",
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+# Fewer steps than the base could use: it leaves the adapters, and then their fusion, something to learn.
+BASE_STEPS, BASE_BATCH, BASE_RATE = 1800, 64, 1.5e-3
+POOL_STEPS, POOL_BATCH, POOL_RATE = 250, 16, 4e-3
+WARM_UP_STEPS, STEPS_PER_CALL = 50, 25
+TRAIN_ROWS, TEST_ROWS = 100, 200
+# The hub's adapters are mostly in PEFT's older format: so are the first two of the pool.
+BIN_ADAPTERS = 2
+SOURCE_LENGTH, TARGET_LENGTH = 5 + MAX_LETTERS, 1 + MAX_OUTPUT
+
+# The parts of the seed: one for every kind of draw.
+TRAIN, TEST, ORDER, BASE_INIT, POOL_INIT = range(5)
+
+
+class Factors(NamedTuple):
+    """LoRA's factors at one site as they are trained and written: A [L, N, d_in, r], B [L, N, r, d_out]."""
+
+    A: Array
+    B: Array
+
+
+class Batches(NamedTuple):
+    """Padded token ids, source [..., S] and target [..., T]; NumPy as made, JAX arrays under `jit`."""
+
+    source: Any
+    target: Any
+
+
+def main(out: Path, seed: int = 0) -> None:
+    """Train the small base and its adapters and write them, with the tasks, to a new folder.
+
+    Args:
+      out: the folder to make; it must not exist.
+      seed: of every random draw.
+    """
+    if out.exists():
+        raise SystemExit(f"{out} exists: give --out a new folder, or remove this one first")
+    start = time.perf_counter()
+    tokenizer, tasks = make_tokenizer(), split()
+    state, base_accuracy = train_base(tokenizer, tasks.base, seed)
+    loras, pool_accuracies = train_pool(tokenizer, state, tasks.pool, seed)
+    for_fusion = [*tasks.tuning, *tasks.unseen, tasks.out_of_reach]
+    zero_shot = accuracies(tokenizer, state, None, for_fusion, seed)
+    with new_folder(out) as folder:
+        write_base(folder / "base", tokenizer, state)
+        for i, task in enumerate(tasks.pool):
+            lora = jax.tree.map(lambda a, i=i: np.asarray(a[:, i]), loras)
+            write_lora(folder / "adapters" / task.name, lora, base=out / "base", as_bin=i < BIN_ADAPTERS)
+        for task in for_fusion:
+            write_task(folder / "tasks" / task.name, task, seed)
+        minutes = (time.perf_counter() - start) / 60
+        (folder / "README.md").write_text(readme(base_accuracy, pool_accuracies, zero_shot, seed, minutes))
+    print(f"wrote {out} in {minutes:.1f} minutes")
+
+
+def train_base(tokenizer: Any, mixture: list[Task], seed: int) -> tuple[nnx.State, float]:
+    """Return the state of a T5 trained on the mixture, in float16's values, and its mean accuracy there."""
+    graph, state = nnx.split(T5(CONFIG, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), BASE_INIT))))
+    rows_per_task = -(-BASE_STEPS * BASE_BATCH // len(mixture))
+    data = [encode(tokenizer, draw(task, rows_per_task, (seed, TRAIN))) for task in mixture]
+    order = np.random.default_rng((seed, ORDER)).permutation(rows_per_task * len(mixture))
+    order = order[: BASE_STEPS * BASE_BATCH]
+    batches = jax.tree.map(lambda *a: np.concatenate(a)[order].reshape(BASE_STEPS, BASE_BATCH, -1), *data)
+
+    def loss(state: nnx.State, batch: Batches) -> Array:
+        return cross_entropy(nnx.merge(graph, state), None, batch)
+
+    state = as_float16(fit(loss, state, batches, BASE_RATE, "base"))
+    scores = accuracies(tokenizer, state, None, mixture, seed)
+    return state, float(np.mean(list(scores.values())))
+
+
+def train_pool(
+    tokenizer: Any, state: nnx.State, tasks: list[Task], seed: int
+) -> tuple[dict[str, Factors], dict[Task, float]]:
+    """Return the adapters of all tasks, leaves [L, N, ...] in float16's values, and their accuracies."""
+    graph = nnx.graphdef(abstract_model())
+    data = [
+        encode(tokenizer, draw(t, POOL_STEPS * POOL_BATCH, (seed, TRAIN), exclude=test_contexts(t, seed)))
+        for t in tasks
+    ]
+    batches = jax.tree.map(lambda *a: np.stack([x.reshape(POOL_STEPS, POOL_BATCH, -1) for x in a], axis=1), *data)
+
+    def loss(loras: dict[str, Factors], batch: Batches) -> Array:
+        def of_one(lora: dict[str, Factors], batch: Batches) -> Array:
+            return cross_entropy(nnx.merge(graph, state), lora, batch)
+
+        # Adam works entry by entry, so the gradient of the sum trains every adapter on its own.
+        return jnp.sum(jax.vmap(of_one, in_axes=(1, 0))(loras, batch))
+
+    start = initial_loras(len(tasks), jax.random.fold_in(jax.random.key(seed), POOL_INIT))
+    loras = as_float16(fit(loss, start, batches, POOL_RATE, "pool"))
+    return loras, accuracies(tokenizer, state, loras, tasks, seed)
+
+
+def initial_loras(count: int, key: Array) -> dict[str, Factors]:
+    """Return LoRA's start for every adapted site: A uniform within 1 / sqrt(d_in) as PEFT's, B zero."""
+    adapted = {name: site for name, site in sites(CONFIG).items() if name.rpartition(".")[2] in TARGETS}
+    keys = dict(zip(adapted, jax.random.split(key, len(adapted)), strict=True))
+    loras = {}
+    for name, (layers, d_in, d_out) in adapted.items():
+        bound = d_in**-0.5
+        A = jax.random.uniform(keys[name], (layers, count, d_in, RANK), jnp.float32, -bound, bound)
+        B = jnp.zeros((layers, count, RANK, d_out))
+        loras[name] = Factors(A, B)
+    return loras
+
+
+def fit(loss: Callable[[Any, Batches], Array], params: Any, batches: Batches, rate: float, label: str) -> Any:
+    """Return `params` after one Adam step for each of the batches, the rate rising, then falling to zero."""
+    steps = len(batches.source)
+    optimiser = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP_STEPS, steps))
+
+    def step(carry: tuple[Any, Any], batch: Batches) -> tuple[tuple[Any, Any], Array]:
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        with standard_promotion():
+            updates, state = optimiser.update(grads, state)
+            params = optax.apply_updates(params, updates)
+        return (params, state), value
+
+    run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches), donate_argnums=0)
+    carry = jax.tree.map(jnp.copy, (params, optimiser.init(params)))
+    with progress(label, steps) as bar:
+        for first in range(0, steps, STEPS_PER_CALL):
+            chunk = jax.tree.map(lambda a, f=first: a[f : f + STEPS_PER_CALL], batches)
+            carry, values = run(carry, chunk)
+            bar.set_postfix(loss=f"{float(values[-1]):.3f}")
+            bar.update(len(chunk.source))
+    return carry[0]
+
+
+def cross_entropy(model: T5, lora: dict[str, Factors] | None, batch: Batches) -> Array:
+    """Return the mean cross-entropy of the target's tokens, padding left out."""
+    decoder_ids = jnp.pad(batch.target[:, :-1], ((0, 0), (1, 0)), constant_values=CONFIG.start_id)
+    logits = model(batch.source, batch.source != CONFIG.pad_id, decoder_ids, adapters(lora))
+    real = (batch.target != CONFIG.pad_id).astype(logits.dtype)
+    values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
+    return jnp.sum(values * real) / jnp.sum(real)
+
+
+def adapters(lora: dict[str, Factors] | None) -> dict[str, Lora]:
+    return {site: Lora(A, B * (ALPHA / RANK)) for site, (A, B) in (lora or {}).items()}
+
+
+def accuracies(
+    tokenizer: Any, state: nnx.State, loras: dict[str, Factors] | None, tasks: list[Task], seed: int
+) -> dict[Task, float]:
+    """Return the exact match of greedy generation on the test rows of each task, with the adapter of its index."""
+    graph = nnx.graphdef(abstract_model())
+    rows = [draw(task, TEST_ROWS, (seed, TEST)) for task in tasks]
+    sources = jnp.stack([encode(tokenizer, r).source for r in rows])
+
+    def answer(state: nnx.State, lora: dict[str, Factors] | None, source: Array) -> Array:
+        model = nnx.merge(graph, state)
+        return generate(model, source, source != CONFIG.pad_id, adapters(lora), max_new_tokens=TARGET_LENGTH)
+
+    axis = None if loras is None else 1
+    answers = np.asarray(jax.jit(jax.vmap(answer, in_axes=(None, axis, 0)))(state, loras, sources))
+    scores = {}
+    for task, task_rows, ids in zip(tasks, rows, answers, strict=True):
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        scores[task] = float(np.mean([t == r["completion"] for t, r in zip(texts, task_rows, strict=True)]))
+    return scores
+
+
+def test_contexts(task: Task, seed: int) -> set[str]:
+    return {row["context"] for row in draw(task, TEST_ROWS, (seed, TEST))}
+
+
+def abstract_model() -> T5:
+    return nnx.eval_shape(lambda: T5(CONFIG, rngs=nnx.Rngs(0)))
+
+
+def encode(tokenizer: Any, rows: list[dict[str, str]]) -> Batches:
+    """Return the padded token ids of rows with context and completion."""
+
+    def ids(key: str, length: int) -> np.ndarray:
+        texts = [row[key] for row in rows]
+        return tokenizer(texts, padding="max_length", max_length=length, return_tensors="np")["input_ids"].astype(
+            np.int32
+        )
+
+    return Batches(ids("context", SOURCE_LENGTH), ids("completion", TARGET_LENGTH))
+
+
+def as_float16(tree: Any) -> Any:
+    """Return the tree rounded to the values that are written, so that what is measured is what is shipped."""
+    return jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), tree)
+
+
+def make_tokenizer() -> Any:
+    """Return a tokenizer of words and letters; letters may stand together, and `</s>` is added at the end."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = "|".join([*POSITION_OPS, *CHARACTER_OPS, "then"])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(rf"^(?:{words})$|."), "isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
+
+
+def write_base(folder: Path, tokenizer: Any, state: nnx.State) -> None:
+    """Write a transformers folder: configuration, tokenizer and weights in float16."""
+    ids = {
+        "decoder_start_token_id": CONFIG.start_id,
+        "eos_token_id": CONFIG.eos_id,
+        "pad_token_id": CONFIG.pad_id,
+    }
+    config = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "d_ff": CONFIG.d_ff,
+        "d_kv": CONFIG.d_kv,
+        "d_model": CONFIG.d_model,
+        "dropout_rate": 0.0,
+        "dtype": "float32",  # to compute in, whatever the weights are stored in
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": CONFIG.eps,
+        "model_type": "t5",
+        "num_decoder_layers": CONFIG.num_decoder_layers,
+        "num_heads": CONFIG.num_heads,
+        "num_layers": CONFIG.num_layers,
+        "relative_attention_max_distance": CONFIG.max_distance,
+        "relative_attention_num_buckets": CONFIG.buckets,
+        "tie_word_embeddings": False,
+        "vocab_size": CONFIG.vocab_size,
+        **ids,
+    }
+    with tempfile.TemporaryDirectory() as template:
+        tokenizer.save_pretrained(template)
+        tokenizer_config = json.loads(Path(template, "tokenizer_config.json").read_text())
+        # The name that transformers 4 knows it by as well.
+        tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(Path(template, "tokenizer_config.json"), tokenizer_config)
+        write_json(Path(template, "config.json"), config)
+        write_json(Path(template, "generation_config.json"), ids)
+        save_base(nnx.merge(nnx.graphdef(abstract_model()), state), folder, template)
+    weights = folder / "model.safetensors"
+    halves = {name: tensor.astype(np.float16) for name, tensor in load_file(weights).items()}
+    save_file(halves, weights, metadata={"format": "pt"})
+
+
+def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bool) -> None:
+    """Write a PEFT folder; `as_bin` as PEFT did before safetensors, if PyTorch is there to do it."""
+    tensors = {}
+    for site, factors in lora.items():
+        for layer, (A, B) in enumerate(zip(factors.A, factors.B, strict=True)):
+            prefix = f"base_model.model.{hf_path(site, layer)}"
+            tensors[f"{prefix}.lora_A.weight"] = A.T.astype(np.float16)
+            tensors[f"{prefix}.lora_B.weight"] = B.T.astype(np.float16)
+    write_adapter(folder, PEFT_CONFIG | {"base_model_name_or_path": base.as_posix()}, tensors)
+    if as_bin and importlib.util.find_spec("torch"):
+        torch = importlib.import_module("torch")
+        copies = {key: torch.from_numpy(np.ascontiguousarray(tensor)) for key, tensor in tensors.items()}
+        torch.save(copies, folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
+
+
+def write_task(folder: Path, task: Task, seed: int) -> None:
+    """Write rows to fuse with and rows to measure on, none in both."""
+    folder.mkdir(parents=True)
+    train = draw(task, TRAIN_ROWS, (seed, TRAIN), exclude=test_contexts(task, seed))
+    for name, rows in (("train", train), ("test", draw(task, TEST_ROWS, (seed, TEST)))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], seed: int, minutes: float) -> str:
+    """Return the page that says what was made, how, and how well it answers."""
+    tasks = split()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model())))
+    use = dict.fromkeys(tasks.tuning, "tuning") | dict.fromkeys(tasks.unseen, "measurement")
+    lines = [
+        "# The embedded small pool",
+        "",
+        "A small T5, 28 LoRA adapters of it as PEFT folders, and tasks to fuse them for: string tasks made of",
+        "a position op and a character op (`../string_tasks.py`). It is there to be small and quick; it is not",
+        "FLAN-T5, and the tasks are not BIG-Bench Hard.",
+        "",
+        f"Made in {minutes:.1f} minutes on {os.cpu_count()} CPU cores by",
+        "",
+        f"    python examples/make_small_pool.py --out examples/small --seed {seed}",
+        "",
+        f"* `base/`: T5 1.1, {CONFIG.num_layers} + {CONFIG.num_decoder_layers} blocks, width {CONFIG.d_model}, "
+        f"{parameters:,} parameters in float16.",
+        f"  Trained for {BASE_STEPS:,} steps of {BASE_BATCH} rows on {len(tasks.base)} tasks, 20 single ops and "
+        "12 pairs, and",
+        f"  stopped early: it answers {base:.1%} of their test rows.",
+        f"* `adapters/`: rank {RANK} on q and v, alpha {ALPHA}, trained for {POOL_STEPS} steps of {POOL_BATCH} rows "
+        "each, on",
+        f"  other pairs; the first {BIN_ADAPTERS} as `adapter_model.bin`, the others as `adapter_model.safetensors`.",
+        f"* `tasks/`: further pairs, with {TRAIN_ROWS} rows to fuse with and {TEST_ROWS} to measure on. Their ops "
+        "all occur in the",
+        "  pool, except `mirror`, which neither the base nor any adapter has met.",
+        "",
+        f"Exact match of greedy generation on {TEST_ROWS} test rows, the base alone on the tasks to fuse for:",
+        "",
+        "| task | for | base alone |",
+        "|---|---|---|",
+        *(f"| {task.name} | {use.get(task, 'out of reach')} | {value:.1%} |" for task, value in zero_shot.items()),
+        "",
+        "and the base with each adapter on that adapter's own task:",
+        "",
+        "| adapter | on its own task |",
+        "|---|---|",
+        *(f"| {task.name} | {value:.1%} |" for task, value in pool.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
