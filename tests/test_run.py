@@ -138,7 +138,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
 
 def test_a_process_killed_at_any_time_resumes_to_the_same_numbers(tmp_path):
     command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(_SMALL / "base")]
-    command += ["--pool", str(_SMALL / "adapters"), "--task", str(_TASK), "--seeds", "1", "--epochs", "40"]
+    command += ["--pool", str(_SMALL / "adapters"), "--task", str(_TASK), "--seeds", "1", "--epochs", "15"]
     command += ["--modules", "3", "--max-new-tokens", "8", "--test-rows", "8", "--save-seconds", "0"]
     environment = os.environ | {"XLA_FLAGS": ""}
     whole = [*command, "--out", str(tmp_path / "a"), "--name", "run"]

@@ -113,7 +113,5 @@ def _setup(options: FuseOptions, config: dict[str, Any]) -> Setup:
     """Return the setup of a run that has ended, with the modules that it fused."""
     setup = prepare(options)
     if [list(modules) for modules in setup.modules] != config["modules"]:
-        raise ValueError(
-            f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it"
-        )
+        raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
     return dataclasses.replace(setup, max_new_tokens=config["max_new_tokens"])

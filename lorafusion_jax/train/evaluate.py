@@ -50,9 +50,7 @@ def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batc
     with progress("evaluate", rows) as bar:
         for numbers, batch in eval_batches(setup.test, batch_size, pad_id=pad_id):
             real = numbers >= 0
-            said = generate_seeds(
-                params, index, setup.frozen, batch, max_new_tokens=setup.max_new_tokens, **static
-            )
+            said = generate_seeds(params, index, setup.frozen, batch, max_new_tokens=setup.max_new_tokens, **static)
             tokens[:, numbers[real]] = np.asarray(said)[:, real]
             count = int(np.sum(batch.labels >= 0))
             entropy += np.asarray(loss_seeds(params, index, setup.frozen, batch, **static), float) * count

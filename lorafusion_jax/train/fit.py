@@ -69,16 +69,12 @@ def fit(
     assert setup.split is not None
     pad_id = setup.tokenizer.pad_token_id
     shuffle = None if recipe.protocol == "reference" else seeds
-    orders = batch_orders(
-        setup.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle
-    )
+    orders = batch_orders(setup.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
     per_epoch = orders.shape[1] // recipe.epochs
     optimisation = recipe.optimisation(orders.shape[1])
     # All validation rows in one batch: its loss is then their mean per token.
     validating = setup.split.validation
-    held_out = next(
-        train_batches(setup.train, batch_orders(validating, batch_size=validating.shape[1]), pad_id=pad_id)
-    )
+    held_out = next(train_batches(setup.train, batch_orders(validating, batch_size=validating.shape[1]), pad_id=pad_id))
     rates = _rates(recipe)
     static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
     first_step = epochs_done * per_epoch

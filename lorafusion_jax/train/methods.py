@@ -157,9 +157,7 @@ class LoRA:
         keys = jax.random.split(key, len(self.sites))
         bounds = {name: site.d_in**-0.5 for name, site in self.sites}
         A = {
-            name: jax.random.uniform(
-                k, (site.layers, site.d_in, self.rank), jnp.float32, -bounds[name], bounds[name]
-            )
+            name: jax.random.uniform(k, (site.layers, site.d_in, self.rank), jnp.float32, -bounds[name], bounds[name])
             for (name, site), k in zip(self.sites, keys, strict=True)
         }
         B = {name: jnp.zeros((site.layers, self.rank, site.d_out)) for name, site in self.sites}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import __version__
 from ..io import checkpoint
 from ..tasks import batch_orders, train_batches
 from .evaluate import Evaluation, evaluate
@@ -26,7 +27,7 @@ from .step import TrainState
 
 # What may differ between a run and its resumption.
 _FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name")
-_VERSIONED = ("lorafusion-jax", "jax", "jaxlib", "flax", "optax", "transformers")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
 def fuse(options: FuseOptions) -> dict[str, Any]:
@@ -48,13 +49,14 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
         print(f"{run.folder} is complete: nothing to resume", file=sys.stderr)
         return done
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
+    begin = _start_params(setup, options)
     config = _config(options, setup)
     with run.locked():
         if recorded is None:
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
-        return _complete(run, setup, options, config)
+        return _complete(run, setup, options, config, begin)
 
 
 def run_path(options: FuseOptions) -> Path:
@@ -81,9 +83,15 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
     return options, jax.tree.map(jnp.asarray, params), config
 
 
-def _complete(run: RunFolder, setup: Setup, options: FuseOptions, config: dict[str, Any]) -> dict[str, Any]:
+def _complete(
+    run: RunFolder,
+    setup: Setup,
+    options: FuseOptions,
+    config: dict[str, Any],
+    begin: dict[str, Any] | None,
+) -> dict[str, Any]:
     began = time.perf_counter()
-    params, steps = _train(run, setup, options)
+    params, steps = _train(run, setup, options, begin)
     trained = time.perf_counter()
     # The base model says the same for every seed.
     seeds = options.seeds[:1] if options.method == "zero-shot" else options.seeds
@@ -117,7 +125,9 @@ def _complete(run: RunFolder, setup: Setup, options: FuseOptions, config: dict[s
     return results
 
 
-def _train(run: RunFolder, setup: Setup, options: FuseOptions) -> tuple[dict[str, Any], list[int]]:
+def _train(
+    run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[int]]:
     """Return the trained numbers and the steps that each seed took."""
     final = run.checkpoints / "final"
     if options.method == "zero-shot":
@@ -129,7 +139,7 @@ def _train(run: RunFolder, setup: Setup, options: FuseOptions) -> tuple[dict[str
         params = _search(run, setup, options)
         steps = [options.recipe.evaluations] * len(options.seeds)
     else:
-        state = _fit(run, setup, options)
+        state = _fit(run, setup, options, begin)
         params = state.best if options.recipe.stop_early else state.params
         steps = np.asarray(state.step).tolist()
     checkpoint.save(final, params, {"steps": steps})
@@ -163,15 +173,15 @@ def _search(run: RunFolder, setup: Setup, options: FuseOptions) -> dict[str, Any
     return {"coefficients": jnp.asarray(found.weights, jnp.float32)}
 
 
-def _fit(run: RunFolder, setup: Setup, options: FuseOptions) -> TrainState:
+def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
     state, done, step = start(setup, options.seeds), 0, 0
     saved = checkpoint.latest(run.checkpoints)
     if saved is not None:
         state, metadata = checkpoint.load(saved, state)
         state = jax.tree.map(jnp.asarray, state)
         done, step = metadata["epochs"], metadata["step"]
-    elif options.start_from is not None:
-        state = _start_from(state, setup, options)
+    elif begin is not None:
+        state = state._replace(params=begin, best=jax.tree.map(jnp.copy, begin))
     run.cut_metrics(step)
     log = _weights_and_biases(run, options) if options.log else None
     last_save = time.monotonic()
@@ -196,8 +206,10 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions) -> TrainState:
     return state
 
 
-def _start_from(state: TrainState, setup: Setup, options: FuseOptions) -> TrainState:
-    assert options.start_from is not None
+def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
+    """Return the numbers of the run to start from, if they fit this one."""
+    if options.start_from is None:
+        return None
     other, params, config = load_run(options.start_from)
     wanted = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
@@ -206,13 +218,13 @@ def _start_from(state: TrainState, setup: Setup, options: FuseOptions) -> TrainS
             f"{options.start_from} fused other modules or seeds ({got['seeds']}, wanted {wanted['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    shapes = [jax.tree.map(lambda p: p.shape, p) for p in (state.params, params)]
-    if shapes[0] != shapes[1]:
+    fresh = jax.eval_shape(lambda: start(setup, options.seeds)).params
+    if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(
             f"{options.start_from} was trained with the method {other.method} and other shapes "
             f"({', '.join(params)}): give the same --method and --granularity"
         )
-    return state._replace(params=params, best=jax.tree.map(jnp.copy, params))
+    return params
 
 
 def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
@@ -256,7 +268,8 @@ def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
             "dtype": options.dtype,
             "device": jax.devices()[0].device_kind,
             "cores": len(os.sched_getaffinity(0)),
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+            "versions": {"lorafusion-jax": __version__}
+            | {name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     }
 
