@@ -27,7 +27,7 @@ def shape(pool: LoraPool, modules: int, granularity: Granularity) -> tuple[int, 
     `global` [N], `block` [N, blocks], `site` [N, sites x layers], `rank` [N, sites x layers, r].
     """
     columns = len(_instances(pool))
-    rank = max(jax.tree.leaves(B)[0].shape[2] for B in pool.B.values())
+    rank = max(_rank(pool, site) for site in pool.B)
     return {
         "global": (modules,),
         "block": (modules, len(_blocks(pool))),
@@ -62,7 +62,7 @@ def expand(
             spread = jnp.broadcast_to(coefficients[None, :], (rank.shape[0], coefficients.shape[0]))
         else:
             spread = jnp.swapaxes(coefficients[:, columns[site]], 0, 1)
-        expanded[site] = spread if granularity == "rank" else spread[:, :, None]
+        expanded[site] = spread[:, :, : _rank(pool, site)] if granularity == "rank" else spread[:, :, None]
     return expanded
 
 
@@ -120,6 +120,10 @@ def _instances(pool: LoraPool) -> list[tuple[str, int, str]]:
         for site in sorted(pool.rank, key=site_order)
         if _stack(site) == stack
     ]
+
+
+def _rank(pool: LoraPool, site: str) -> int:
+    return jax.tree.leaves(pool.B[site])[0].shape[2]
 
 
 def _stack(site: str) -> str:
