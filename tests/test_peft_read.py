@@ -73,7 +73,7 @@ def test_every_golden_adapter_reads_as_its_tensors_say(shared):
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = next(folder.glob("adapter_model.*"))
         assert (adapter.name, adapter.source, adapter.config) == (folder.name, str(folder), config)
-        assert len(adapter.sha256) == 64
+        assert adapter.weights.is_file()
         assert not [note for note in adapter.notes if note.startswith("warning")]
         assert (adapter.magnitude is not None) == config.get("use_dora", False)
         if weights.suffix == ".safetensors":

@@ -17,7 +17,7 @@ import numpy as np
 from . import safetensors_map, torch_bin
 from .peft_config import AdapterError, check_config, site_scaling
 from .peft_tensors import MAGNITUDE, collect, target_warnings
-from .source import map_file, resolve, sha256
+from .source import map_file, resolve
 
 _CONFIG = "adapter_config.json"
 _SAFETENSORS = "adapter_model.safetensors"
@@ -32,7 +32,7 @@ class PeftAdapter:
     Attributes:
         name: The last part of its source, without a revision.
         source: The folder or hub id that it was read from.
-        sha256: Of the weights file.
+        weights: The file, or in a converted pool the folder, that holds the tensors.
         config: The content of adapter_config.json.
         config_text: The bytes of that file.
         factors: (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model.
@@ -45,7 +45,7 @@ class PeftAdapter:
 
     name: str
     source: str
-    sha256: str
+    weights: Path
     config: Mapping[str, Any]
     config_text: bytes
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -95,7 +95,7 @@ def read_adapter(
     return PeftAdapter(
         name=folder.resolve().name if local else source.partition("@")[0].rpartition("/")[2],
         source=source,
-        sha256=sha256(weights),
+        weights=weights,
         config=config,
         config_text=config_text,
         factors={path: (part["lora_A"][1], part["lora_B"][1]) for path, part in parts.items()},
@@ -174,6 +174,4 @@ def _weights_file(folder: Path, notes: list[str]) -> Path:
     if (folder / _BIN).is_file():
         return folder / _BIN
     foreign = [f" ({file} is {name}'s)" for file, name in _FOREIGN_FILES.items() if (folder / file).exists()]
-    raise AdapterError(
-        f"{folder} has neither {_SAFETENSORS} nor {_BIN}{''.join(foreign)}: fetch the weights as well"
-    )
+    raise AdapterError(f"{folder} has neither {_SAFETENSORS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")

@@ -58,13 +58,10 @@ def read_pool(
     Raises:
       ValueError: an adapter cannot be used, or not beside the others.
     """
-
-    def read(source: str) -> PeftAdapter:
-        return read_adapter(source, shapes=shapes, base_tensor=base_tensor)
-
+    # One after the other: what is left of reading is Python, which threads do not share out.
     shapes = linear_shapes(config)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return _stack(list(threads.map(read, sources)), config, dtype)
+    adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor) for source in sources]
+    return _stack(adapters, config, dtype)
 
 
 def load_pool(folder: Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32") -> LoraPool:
@@ -156,7 +153,7 @@ def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _T
     entry = {
         "name": adapter.name,
         "source": adapter.source,
-        "sha256": adapter.sha256,
+        "sha256": sha256(adapter.weights),
         "dtype": ", ".join(sorted({str(array.dtype) for array in arrays})),
         "parameters": sum(array.size for array in arrays),
         "dora": adapter.magnitude is not None,
@@ -192,7 +189,7 @@ def _load_adapter(pool: Path, entry: Mapping[str, Any]) -> PeftAdapter:
     return PeftAdapter(
         name=entry["name"],
         source=entry["source"],
-        sha256=entry["sha256"],
+        weights=folder / "arrays",
         config=json.loads(text),
         config_text=text,
         factors=factors,
@@ -268,13 +265,11 @@ def _stack(adapters: Sequence[PeftAdapter], config: T5Config, dtype: _Dtype) -> 
             B[layer, n, :r] = b.astype(np.float32, copy=False).T * np.float32(adapters[n].scaling[path])
         return jax.device_put(A), jax.device_put(B), jnp.asarray(rank)
 
-    order = [site for site in sites(config) if site in where]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        stacked = dict(zip(order, threads.map(stack, order), strict=True))
+    stacked = {site: stack(site) for site in sites(config) if site in where}
     magnitude = None
     if (vectors := adapters[0].magnitude) is not None:
         magnitude = {}
-        for site in order:
+        for site in stacked:
             layers, _, d_out = sites(config)[site]
             rows = np.zeros((layers, d_out), dtype)
             for layer, _, path in where[site]:
