@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--base", default=str(_SMALL / "base"), help="folder or hub id")
     parser.add_argument("--pool", default=str(_SMALL / "adapters"), help="converted pool, or PEFT adapter folders")
-    parser.add_argument("--task", default=str(_SMALL / "tasks" / "sort_numvow"), help="as in `lorafusion fuse`")
+    parser.add_argument("--task", default=str(_SMALL / "tasks" / "double_digit"), help="as in `lorafusion fuse`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="all in one program")
     parser.add_argument("--name", help="the run is written to runs/NAME; by default a new one of the task's name")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")

@@ -1,5 +1,6 @@
 """The command line: `lorafusion SUBCOMMAND --help`."""
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -65,14 +66,20 @@ def _convert(arguments: Sequence[str]) -> None:
 
 
 def _fuse(arguments: Sequence[str]) -> None:
-    import tyro
-
     from .train.options import PRESETS, FuseOptions
     from .train.run import fuse, run_path
 
     preset, arguments = _take_preset(arguments, list(PRESETS))
-    default = FuseOptions(base=tyro.MISSING, task=tyro.MISSING, recipe=PRESETS[preset])
-    options = _parse(FuseOptions, arguments, "fuse", default)
+    recipe = ("recipe", FuseOptions.__annotations__["recipe"], PRESETS[preset])
+    with_preset = dataclasses.make_dataclass(
+        "FuseOptions",
+        [recipe],
+        bases=(FuseOptions,),
+        namespace={"__doc__": FuseOptions.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+    options = _parse(with_preset, arguments, "fuse")
     print_results(fuse(options), run_path(options))
 
 
@@ -90,7 +97,7 @@ def _generate(arguments: Sequence[str]) -> None:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    from .io.export import ExportOptions, export
+    from .train.export import ExportOptions, export
 
     export(_parse(ExportOptions, arguments, "export"))
 
@@ -101,14 +108,11 @@ def _params(arguments: Sequence[str]) -> None:
     params(_parse(ParamsOptions, arguments, "params"))
 
 
-def _parse(options: type, arguments: Sequence[str], name: str, default: Any = None) -> Any:
+def _parse(options: type, arguments: Sequence[str], name: str) -> Any:
     import tyro
 
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
-    kwargs = {} if default is None else {"default": default}
-    return tyro.cli(
-        options, args=list(arguments), prog=f"lorafusion {name}", description=description, **kwargs
-    )
+    return tyro.cli(options, args=list(arguments), prog=f"lorafusion {name}", description=description)
 
 
 def _take_preset(arguments: Sequence[str], presets: list[str]) -> tuple[str, list[str]]:

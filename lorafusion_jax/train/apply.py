@@ -63,7 +63,7 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)
     fused = dataclasses.replace(fused, test_rows=options.test_rows or fused.test_rows)
-    setup = _setup(fused, config)
+    setup = run_setup(fused, config)
     seeds = fused.seeds[:1] if fused.method == "zero-shot" else fused.seeds
     found = evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
     return [
@@ -86,7 +86,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    setup = _setup(fused, config)
+    setup = run_setup(fused, config)
     position = slice(fused.seeds.index(seed), fused.seeds.index(seed) + 1)
     prompts = [fused.prompt.replace("{input}", line) if fused.prompt else line for line in lines]
     encoded = encode(setup.tokenizer, [Example(prompt, "") for prompt in prompts])
@@ -109,7 +109,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     return answers
 
 
-def _setup(options: FuseOptions, config: dict[str, Any]) -> Setup:
+def run_setup(options: FuseOptions, config: dict[str, Any]) -> Setup:
     """Return the setup of a run that has ended, with the modules that it fused."""
     setup = prepare(options)
     if [list(modules) for modules in setup.modules] != config["modules"]:
