@@ -8,7 +8,7 @@ import pytest
 from lorafusion_jax.io.buffers import aligned_zeros, copy_transposed
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 7), (2, 0), (100, 1000)])
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (100, 1000)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
 def test_aligned_zeros(shape, dtype):
     array = aligned_zeros(shape, dtype)
