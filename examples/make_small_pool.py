@@ -33,6 +33,8 @@ from lorafusion_jax.io.peft import write_adapter
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.sites import hf_path, sites
 from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.tasks.batches import IGNORED
+from lorafusion_jax.train import loss
 from lorafusion_jax.train.progress import progress
 from lorafusion_jax.train.step import standard_promotion
 
@@ -59,6 +61,18 @@ PEFT_CONFIG: dict[str, Any] = {
     "task_type": "SEQ_2_SEQ_LM",
     "use_dora": False,
     "use_rslora": False,
+    # The rest of what PEFT 0.21 writes, at its defaults.
+    "ensure_weight_tying": False,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "use_qalora": False,
+    **dict.fromkeys(
+        "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config "
+        "layer_replication layers_pattern layers_to_transform lora_ga_config megatron_config monteclora_config "
+        "revision target_parameters trainable_token_indices use_bdlora velora_config".split()
+    ),
 }
 
 # Fewer steps than the base could use: it leaves the adapters, and then their fusion, something to learn.
@@ -66,8 +80,8 @@ BASE_STEPS, BASE_BATCH, BASE_RATE = 1800, 64, 1.5e-3
 POOL_STEPS, POOL_BATCH, POOL_RATE = 250, 16, 4e-3
 WARM_UP_STEPS, STEPS_PER_CALL = 50, 25
 TRAIN_ROWS, TEST_ROWS = 100, 200
-# The hub's adapters are mostly in PEFT's older format: so are the first two of the pool.
-BIN_ADAPTERS = 2
+# Many adapters on the hub are in PEFT's older format: so are the first two of the pool, if PyTorch is there.
+BIN_ADAPTERS = 2 if importlib.util.find_spec("torch") else 0
 SOURCE_LENGTH, TARGET_LENGTH = 5 + MAX_LETTERS, 1 + MAX_OUTPUT
 
 # The parts of the seed: one for every kind of draw.
@@ -119,15 +133,15 @@ def train_base(tokenizer: Any, mixture: list[Task], seed: int) -> tuple[nnx.Stat
     """Return the state of a T5 trained on the mixture, in float16's values, and its mean accuracy there."""
     graph, state = nnx.split(T5(CONFIG, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), BASE_INIT))))
     rows_per_task = -(-BASE_STEPS * BASE_BATCH // len(mixture))
-    data = [encode(tokenizer, draw(task, rows_per_task, (seed, TRAIN))) for task in mixture]
+    data = [encode(tokenizer, train_rows(task, rows_per_task, seed)) for task in mixture]
     order = np.random.default_rng((seed, ORDER)).permutation(rows_per_task * len(mixture))
     order = order[: BASE_STEPS * BASE_BATCH]
     batches = jax.tree.map(lambda *a: np.concatenate(a)[order].reshape(BASE_STEPS, BASE_BATCH, -1), *data)
 
-    def loss(state: nnx.State, batch: Batches) -> Array:
+    def objective(state: nnx.State, batch: Batches) -> Array:
         return cross_entropy(nnx.merge(graph, state), None, batch)
 
-    state = as_float16(fit(loss, state, batches, BASE_RATE, "base"))
+    state = as_float16(fit(objective, state, batches, BASE_RATE, "base"))
     scores = accuracies(tokenizer, state, None, mixture, seed)
     return state, float(np.mean(list(scores.values())))
 
@@ -137,13 +151,10 @@ def train_pool(
 ) -> tuple[dict[str, Factors], dict[Task, float]]:
     """Return the adapters of all tasks, leaves [L, N, ...] in float16's values, and their accuracies."""
     graph = nnx.graphdef(abstract_model())
-    data = [
-        encode(tokenizer, draw(t, POOL_STEPS * POOL_BATCH, (seed, TRAIN), exclude=test_contexts(t, seed)))
-        for t in tasks
-    ]
+    data = [encode(tokenizer, train_rows(task, POOL_STEPS * POOL_BATCH, seed)) for task in tasks]
     batches = jax.tree.map(lambda *a: np.stack([x.reshape(POOL_STEPS, POOL_BATCH, -1) for x in a], axis=1), *data)
 
-    def loss(loras: dict[str, Factors], batch: Batches) -> Array:
+    def objective(loras: dict[str, Factors], batch: Batches) -> Array:
         def of_one(lora: dict[str, Factors], batch: Batches) -> Array:
             return cross_entropy(nnx.merge(graph, state), lora, batch)
 
@@ -151,7 +162,7 @@ def train_pool(
         return jnp.sum(jax.vmap(of_one, in_axes=(1, 0))(loras, batch))
 
     start = initial_loras(len(tasks), jax.random.fold_in(jax.random.key(seed), POOL_INIT))
-    loras = as_float16(fit(loss, start, batches, POOL_RATE, "pool"))
+    loras = as_float16(fit(objective, start, batches, POOL_RATE, "pool"))
     return loras, accuracies(tokenizer, state, loras, tasks, seed)
 
 
@@ -168,14 +179,14 @@ def initial_loras(count: int, key: Array) -> dict[str, Factors]:
     return loras
 
 
-def fit(loss: Callable[[Any, Batches], Array], params: Any, batches: Batches, rate: float, label: str) -> Any:
+def fit(objective: Callable[[Any, Batches], Array], params: Any, batches: Batches, rate: float, label: str) -> Any:
     """Return `params` after one Adam step for each of the batches, the rate rising, then falling to zero."""
     steps = len(batches.source)
     optimiser = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP_STEPS, steps))
 
     def step(carry: tuple[Any, Any], batch: Batches) -> tuple[tuple[Any, Any], Array]:
         params, state = carry
-        value, grads = jax.value_and_grad(loss)(params, batch)
+        value, grads = jax.value_and_grad(objective)(params, batch)
         with standard_promotion():
             updates, state = optimiser.update(grads, state)
             params = optax.apply_updates(params, updates)
@@ -194,11 +205,11 @@ def fit(loss: Callable[[Any, Batches], Array], params: Any, batches: Batches, ra
 
 def cross_entropy(model: T5, lora: dict[str, Factors] | None, batch: Batches) -> Array:
     """Return the mean cross-entropy of the target's tokens, padding left out."""
-    decoder_ids = jnp.pad(batch.target[:, :-1], ((0, 0), (1, 0)), constant_values=CONFIG.start_id)
-    logits = model(batch.source, batch.source != CONFIG.pad_id, decoder_ids, adapters(lora))
-    real = (batch.target != CONFIG.pad_id).astype(logits.dtype)
-    values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
-    return jnp.sum(values * real) / jnp.sum(real)
+    pad_id = CONFIG.pad_id
+    labels = jnp.where(batch.target == pad_id, IGNORED, batch.target)
+    decoder_ids = loss.decoder_inputs(labels, start_id=CONFIG.start_id, pad_id=pad_id)
+    logits = model(batch.source, batch.source != pad_id, decoder_ids, adapters(lora))
+    return loss.cross_entropy(logits, labels)
 
 
 def adapters(lora: dict[str, Factors] | None) -> dict[str, Lora]:
@@ -210,7 +221,7 @@ def accuracies(
 ) -> dict[Task, float]:
     """Return the exact match of greedy generation on the test rows of each task, with the adapter of its index."""
     graph = nnx.graphdef(abstract_model())
-    rows = [draw(task, TEST_ROWS, (seed, TEST)) for task in tasks]
+    rows = [test_rows(task, seed) for task in tasks]
     sources = jnp.stack([encode(tokenizer, r).source for r in rows])
 
     def answer(state: nnx.State, lora: dict[str, Factors] | None, source: Array) -> Array:
@@ -226,8 +237,14 @@ def accuracies(
     return scores
 
 
-def test_contexts(task: Task, seed: int) -> set[str]:
-    return {row["context"] for row in draw(task, TEST_ROWS, (seed, TEST))}
+def train_rows(task: Task, count: int, seed: int) -> list[dict[str, str]]:
+    """Return rows of which none is a test row."""
+    kept_back = {row["context"] for row in test_rows(task, seed)}
+    return draw(task, count, (seed, TRAIN), exclude=kept_back)
+
+
+def test_rows(task: Task, seed: int) -> list[dict[str, str]]:
+    return draw(task, TEST_ROWS, (seed, TEST))
 
 
 def abstract_model() -> T5:
@@ -310,7 +327,7 @@ def write_base(folder: Path, tokenizer: Any, state: nnx.State) -> None:
 
 
 def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bool) -> None:
-    """Write a PEFT folder; `as_bin` as PEFT did before safetensors, if PyTorch is there to do it."""
+    """Write a PEFT folder; `as_bin` as PEFT did before safetensors."""
     tensors = {}
     for site, factors in lora.items():
         for layer, (A, B) in enumerate(zip(factors.A, factors.B, strict=True)):
@@ -318,7 +335,7 @@ def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bo
             tensors[f"{prefix}.lora_A.weight"] = A.T.astype(np.float16)
             tensors[f"{prefix}.lora_B.weight"] = B.T.astype(np.float16)
     write_adapter(folder, PEFT_CONFIG | {"base_model_name_or_path": base.as_posix()}, tensors)
-    if as_bin and importlib.util.find_spec("torch"):
+    if as_bin:
         torch = importlib.import_module("torch")
         copies = {key: torch.from_numpy(np.ascontiguousarray(tensor)) for key, tensor in tensors.items()}
         torch.save(copies, folder / "adapter_model.bin")
@@ -326,10 +343,10 @@ def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bo
 
 
 def write_task(folder: Path, task: Task, seed: int) -> None:
-    """Write rows to fuse with and rows to measure on, none in both."""
+    """Write rows to fuse with and rows to measure on."""
     folder.mkdir(parents=True)
-    train = draw(task, TRAIN_ROWS, (seed, TRAIN), exclude=test_contexts(task, seed))
-    for name, rows in (("train", train), ("test", draw(task, TEST_ROWS, (seed, TEST)))):
+    parts = {"train": train_rows(task, TRAIN_ROWS, seed), "test": test_rows(task, seed)}
+    for name, rows in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
