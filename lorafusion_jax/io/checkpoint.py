@@ -57,7 +57,7 @@ def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
     from orbax.checkpoint import v1 as ocp
 
     tree = jax.tree.map(np.asarray, jax.device_get(tree))
-    ocp.save((folder / _ARRAYS).absolute(), tree)
+    ocp.save(str((folder / _ARRAYS).absolute()), tree)
     files = sorted(path for path in (folder / _ARRAYS).rglob("*") if path.is_file())
     return {
         "arrays": _signature(tree),
@@ -81,7 +81,7 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
 
     _check_files(folder, record["files"])
     if abstract is None:
-        return ocp.load((folder / _ARRAYS).absolute())
+        return ocp.load(str((folder / _ARRAYS).absolute()))
     wanted, got = _signature(abstract), record["arrays"]
     for path in wanted | got:
         if wanted.get(path) != got.get(path):
@@ -89,7 +89,7 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
                 f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'none such')}; "
                 "it was saved by a run of another configuration"
             )
-    return ocp.load((folder / _ARRAYS).absolute(), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract))
+    return ocp.load(str((folder / _ARRAYS).absolute()), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
