@@ -64,12 +64,15 @@ def read_pool(
     return _stack(adapters, config, dtype)
 
 
-def load_pool(folder: Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32") -> LoraPool:
+def load_pool(
+    folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32"
+) -> LoraPool:
     """Load a converted pool, or only the adapters chosen by name or index, in that order.
 
     Raises:
       ValueError: the folder is no pool, a file is missing or damaged, or the pool has no such adapter.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     names = tuple(entry["name"] for entry in manifest["adapters"])
     # The pool itself knows how to choose; no arrays are needed for it.
@@ -82,12 +85,13 @@ def load_pool(folder: Path, *, chosen: Sequence[str | int] | None = None, dtype:
         return _stack(list(threads.map(load, indices)), T5Config(**manifest["base"]["config"]), dtype)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read the manifest of a converted pool.
 
     Raises:
       ValueError: the folder is no converted pool.
     """
+    folder = Path(folder)
     manifest = read_json(folder / MANIFEST, "a converted pool")
     if "adapters" not in manifest:
         raise ValueError(f"{folder / MANIFEST} lists no adapters: it is not the manifest of a converted pool")
