@@ -89,7 +89,9 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
                 f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'none such')}; "
                 "it was saved by a run of another configuration"
             )
-    return ocp.load(str((folder / _ARRAYS).absolute()), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract))
+    return ocp.load(
+        str((folder / _ARRAYS).absolute()), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
