@@ -96,9 +96,7 @@ def _columns(pool: LoraPool, granularity: Granularity) -> dict[str, np.ndarray]:
     """Return, by site, the column of each of its layers."""
     if granularity in ("global", "block"):
         position = {block: i for i, block in enumerate(_blocks(pool))}
-        columns = {
-            s: [position[_stack(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()
-        }
+        columns = {s: [position[_stack(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()}
     else:
         position = {instance: i for i, instance in enumerate(_instances(pool))}
         columns = {

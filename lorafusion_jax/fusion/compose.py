@@ -7,8 +7,8 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
     y = x (W + dW), with magnitudes  y = m / ||W + dW|| * x (W + dW)   (norm over d_in, DoRA's rule)
 
 and several orders of evaluation, equal in exact arithmetic: `mix` in the weights (`Lora`), `sum` as one
-product of rank N r (`Modules`), and both in the outputs, module by module (`mix_outputs`), which is what
-hardware does whose A_n and B_n each sit in arrays of their own.
+product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`), and both in the outputs, module by module (`mix_outputs`), which is what hardware does whose A_n and B_n
+each sit in arrays of their own.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
@@ -47,6 +47,24 @@ class Lora:
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         """Return the adapted product."""
         return _scaled(matmul(x, kernel) + matmul(matmul(x, self.A), self.B), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """One update as a whole matrix: `x (W + dW) * scale`.
+
+    Attributes:
+      delta: [d_in, d_out].
+      scale: [d_out], or None for 1.
+    """
+
+    delta: Float[Array, "*L d_in d_out"]
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +136,7 @@ def compose(
     gram: Gram | None = None,
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
-) -> tuple[dict[str, Lora | Modules], Int[Array, ""]]:
+) -> tuple[dict[str, Lora | Dense | Modules], Int[Array, ""]]:
     """Return the adapters that a fusion puts on the model, and how many column norms were floored.
 
     Args:
@@ -131,21 +149,28 @@ def compose(
       differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
     """
 
-    def of_layer(layer: tuple) -> tuple[Lora | None, Array | None, Array]:
+    def of_layer(layer: tuple) -> tuple[Lora | Dense | None, Array | None, Array]:
         A, B, c, squared, cross, m = layer
-        update = _mixed(A, B, index, c) if composition == "mix" else None
-        if m is None:
-            return update, None, jnp.int32(0)
-        if update is not None:
-            cross = _weighted(cross, _scatter(c, index, cross.shape[0])[:, :, None])
+        if composition == "mix":
+            update = _mixed(A, B, index, c)
             left, right = dense(update.A, jnp.float32), dense(update.B, jnp.float32)
-            norm, floored = _norm(left, right, cross, squared)
+            if m is not None:
+                cross = _weighted(cross, _scatter(c, index, cross.shape[0])[:, :, None])
         else:
             left = dense(_gather(A, index), jnp.float32)
-            right = dense(_gather(B, index), jnp.float32) * c[:, :, None]
-            cross = jnp.take(cross, index, axis=0)
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
-            norm, floored = _norm(left, _merged(right), _merged(cross), squared)
+            right = _merged(dense(_gather(B, index), jnp.float32) * c[:, :, None])
+            # N r columns of A reach the width of x: the sum has no low rank to make use of.
+            update = Dense(left @ right) if left.shape[1] >= left.shape[0] else None
+            if m is not None:
+                cross = _merged(jnp.take(cross, index, axis=0))
+        if m is None:
+            return update, None, jnp.int32(0)
+        if isinstance(update, Dense):
+            of_update = jnp.sum(jnp.square(update.delta), axis=0)
+        else:
+            of_update = jnp.sum(right * (left.T @ left @ right), axis=0)
+        norm, floored = _norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
         if not differentiate_norm:
             norm = jax.lax.stop_gradient(norm)
         return update, m / norm, floored
@@ -218,20 +243,15 @@ def _merged(modules: Float[Array, "N r d_out"]) -> Float[Array, "k d_out"]:
 
 
 def _norm(
-    left: Float[Array, "d_in k"],
-    right: Float[Array, "k d_out"],
-    cross: Float[Array, "k d_out"],
-    squared: Float[Array, " d_out"],
+    squared: Float[Array, " d_out"], between: Float[Array, " d_out"], of_update: Float[Array, " d_out"]
 ) -> tuple[Float[Array, " d_out"], Int[Array, ""]]:
-    """Return ||W + left right|| per column from W's Gram terms, and how many were floored.
+    """Return ||W + dW|| per column from its Gram terms, and how many were floored.
 
-    ||w + dw||^2 = ||w||^2 + 2 (left^T W) . right + right . (left^T left) right, so that neither W nor dW
-    is formed (`cross` is left^T W, computed beforehand).
+    ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second is 2 (A^T W)_j . B_j and the third
+    B_j . (A^T A) B_j, so that neither W nor dW is formed.
     """
-    with_update = 2 * jnp.sum(cross * right, axis=0)
-    of_update = jnp.sum(right * (left.T @ left @ right), axis=0)
     floor = _NORM_FLOOR * (squared + of_update)
-    total = squared + with_update + of_update
+    total = squared + between + of_update
     return jnp.sqrt(jnp.maximum(total, floor)), jnp.sum(total < floor, dtype=jnp.int32)
 
 
