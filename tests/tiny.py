@@ -61,6 +61,50 @@ def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: in
 
 
 def coefficients(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
-    """Coefficients of either sign, none small."""
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.uniform(0.3, 1.0, shape) * rng.choice([-1, 1], shape), jnp.float32)
+    """Coefficients whose sign alternates, none small."""
+    size = np.random.default_rng(seed).uniform(0.3, 1.0, shape)
+    sign = 1 - 2 * (np.indices(shape).sum(axis=0) % 2)
+    return jnp.asarray(size * sign, jnp.float32)
+
+
+def coefficient_of(
+    array: jax.Array, pool: LoraPool, granularity: str, config: T5Config = CONFIG
+) -> Callable[[int, str, int], np.ndarray]:
+    """Return which of the coefficients acts on module n at a site in a layer: a number, or one for each rank.
+
+    Columns of blocks are encoder, then decoder; columns of sites go block by block, in the order of computation.
+    """
+    array = np.asarray(array, np.float64)
+    depths = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
+    blocks = [(stack, layer) for stack, depth in depths.items() for layer in range(depth)]
+    columns = [
+        (site, layer) for stack, layer in blocks for site in sites(config) if site in pool.A and site.startswith(stack)
+    ]
+
+    def look_up(n: int, site: str, layer: int) -> np.ndarray:
+        if granularity == "global":
+            return array[n]
+        if granularity == "block":
+            return array[n, blocks.index((site.partition(".")[0], layer))]
+        return array[n, columns.index((site, layer))]
+
+    return look_up
+
+
+def updates(
+    pool: LoraPool, index: list[int], coefficient: Callable[[int, str, int], np.ndarray], composition: str
+) -> dict[tuple[str, int], np.ndarray]:
+    """Return dW [d_in, d_out] by site and layer, by the definition, in float64."""
+    found = {}
+    for site in pool.A:
+        A, B = (np.asarray(weight[site], np.float64) for weight in (pool.A, pool.B))
+        for layer in range(A.shape[0]):
+            left, right, total = 0.0, 0.0, 0.0
+            for n, i in enumerate(index):
+                c = coefficient(n, site, layer)
+                c = c[: A.shape[3]] if c.ndim else c
+                a, b = A[layer, i] * c, B[layer, i]
+                total = total + a @ b
+                left, right = left + a, right + (b.T * c).T
+            found[site, layer] = total if composition == "sum" else left @ right
+    return found

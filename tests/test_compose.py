@@ -1,0 +1,485 @@
+"""Fusion by its definition: oracles in NumPy, float64."""
+
+import dataclasses
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+import tiny
+from flax import nnx
+
+from lorafusion_jax.fusion.coefficients import column_names, expand, initial, present, shape
+from lorafusion_jax.fusion.compose import Gram, column_norms, compose, gram, mix_outputs
+from lorafusion_jax.fusion.pool import LoraPool, random_pool
+from lorafusion_jax.linear import dense
+from lorafusion_jax.models.t5 import kernels
+from lorafusion_jax.tasks import draw_modules
+from lorafusion_jax.train.methods import Frozen, Fusion
+from lorafusion_jax.train.sweep import over_seeds
+
+_GRANULARITIES = ("global", "block", "site", "rank")
+_INDEX = [3, 0, 2]  # of a pool of four
+
+
+def _somewhere(n, site, layer):
+    """Rank 4, but module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer."""
+    return 0 if (n == 0 and "decoder" in site) or (n == 2 and site.startswith("encoder") and layer == 2) else 4
+
+
+def _several(n, site, layer):
+    """Ranks from 0 to 5, another one for every module, site and layer."""
+    return (n + 2 * layer + 3 * ("cross" in site)) % 6
+
+
+_MODEL = tiny.t5()
+_KERNELS = kernels(_MODEL)
+
+
+def _layer(tree, layer):
+    return jax.tree.map(lambda a: a[layer], tree)
+
+
+def _matrix(adapter, site, layer):
+    """The matrix that an adapted linear map multiplies by, here W + dW times the scale."""
+    unit = jnp.eye(_KERNELS[site].shape[1])
+    return np.asarray(_layer(adapter, layer)(unit, _KERNELS[site][layer]))
+
+
+def _close(got, wanted, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance)
+
+
+def _gram(pool):
+    return jax.jit(gram)(pool, {site: _KERNELS[site] for site in pool.A})
+
+
+def _kernel(site, layer):
+    return np.asarray(_KERNELS[site][layer], np.float64)
+
+
+# The definition, whatever the order of evaluation.
+
+
+@pytest.mark.parametrize("granularity", _GRANULARITIES)
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _several)])
+def test_adapters_are_the_definition(composition, granularity, ranks):
+    pool = tiny.pool(4, ranks)
+    c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
+    adapters, floored = compose(pool, jnp.array(_INDEX), expand(c, pool, granularity), composition)
+    assert adapters.keys() == pool.A.keys() and floored == 0
+    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    for (site, layer), update in wanted.items():
+        _close(_matrix(adapters[site], site, layer), _kernel(site, layer) + update)
+
+
+@pytest.mark.parametrize("granularity", ["block", "rank"])
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_orders_of_evaluation_are_equal(composition, granularity):
+    pool = tiny.pool(4)
+    index = jnp.array(_INDEX)
+    spread = expand(tiny.coefficients(shape(pool, 3, granularity)), pool, granularity)
+    adapters, _ = compose(pool, index, spread, composition)
+    rng = np.random.default_rng(1)
+    for site, adapter in adapters.items():
+        x = jnp.asarray(rng.normal(size=(2, 5, pool.A[site].shape[2])), jnp.float32)
+        for layer in range(pool.A[site].shape[0]):
+            A, B = (weight[site][layer, index] for weight in (pool.A, pool.B))
+            in_outputs = mix_outputs(x, _KERNELS[site][layer], A, B, spread[site][layer], composition)
+            _close(_layer(adapter, layer)(x, _KERNELS[site][layer]), in_outputs)
+            _close(in_outputs, x @ _matrix(adapter, site, layer))
+
+
+def test_blocks_of_unequal_depths_have_columns_of_their_own():
+    pool = tiny.pool(2)
+    assert shape(pool, 2, "block") == (2, 5)
+    assert column_names(pool, "block") == ["encoder.0", "encoder.1", "encoder.2", "decoder.0", "decoder.1"]
+    assert column_names(pool, "global") == ["all"]
+    labels = column_names(pool, "site")
+    assert labels[:3] == ["encoder.0.self.q", "encoder.0.self.v", "encoder.1.self.q"]
+    assert labels[-2:] == ["decoder.1.cross.q", "decoder.1.cross.v"]
+    # Every block's coefficient moves the matrices of that block and no other.
+    c = tiny.coefficients((2, 5))
+    for column, (stack, layer) in enumerate((label.split(".")) for label in column_names(pool, "block")):
+        changed = expand(c.at[:, column].add(1.0), pool, "block")
+        for site, before in expand(c, pool, "block").items():
+            moved = np.asarray(before != changed[site]).any(axis=(1, 2))
+            wanted = np.arange(len(moved)) == int(layer) if site.startswith(stack) else np.zeros(len(moved), bool)
+            np.testing.assert_array_equal(moved, wanted)
+
+
+# Norms without W + dW.
+
+
+@pytest.mark.parametrize("granularity", ["block", "rank"])
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several)])
+def test_gram_norm_is_the_norm(composition, granularity, ranks):
+    pool = tiny.pool(4, ranks)
+    c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
+    spread, terms = expand(c, pool, granularity), _gram(pool)
+    magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
+    adapters, floored = compose(pool, jnp.array(_INDEX), spread, composition, gram=terms, magnitudes=magnitudes)
+    assert floored == 0
+    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    for (site, layer), update in wanted.items():
+        W = _kernel(site, layer)
+        m = 2.0 * np.linalg.norm(W, axis=0)
+        _close(_matrix(adapters[site], site, layer), m * (W + update) / np.linalg.norm(W + update, axis=0))
+        _close(magnitudes[site][layer] / adapters[site].scale[layer], np.linalg.norm(W + update, axis=0))
+
+
+def _cancelling():
+    """One module whose product is -W at every encoder query."""
+    site = "encoder.self.q"
+    W = _KERNELS[site]
+    unit = jnp.broadcast_to(jnp.eye(W.shape[1])[None, None], (3, 1, W.shape[1], W.shape[1]))
+    return LoraPool(
+        A={site: unit}, B={site: -W[:, None]}, rank={site: jnp.full((3, 1), W.shape[1])}, names=("minus W",)
+    )
+
+
+@pytest.mark.parametrize(("c", "floored"), [(0.0, False), (0.9, False), (0.99, False), (1 - 1e-5, True), (1.0, True)])
+@pytest.mark.parametrize("composition", ["sum", "mix"])
+def test_norms_near_cancellation_are_floored_and_counted(composition, c, floored):
+    pool = _cancelling()
+    site, frozen = "encoder.self.q", Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = Fusion(composition=composition, granularity="global", start="uniform")
+    params = method.init(frozen, jnp.arange(1), jax.random.key(0))
+    # A mix is quadratic: its dW is -c^2 W.
+    params["coefficients"] = jnp.float32([c if composition == "sum" else c**0.5])
+
+    def scale_of(params):
+        adapters, metrics = method.adapters(params, frozen, jnp.arange(1))
+        return adapters[site].scale, metrics["floored_norms"]
+
+    scale, count = scale_of(params)
+    columns = scale.size
+    assert count == (columns if floored else 0)
+    W = np.stack([_kernel(site, layer) for layer in range(3)])
+    norm = np.linalg.norm(W, axis=1)
+    if floored:
+        # 8 eps of what cancelled: ||W||^2 + ||dW||^2.
+        _close(scale, 1 / np.sqrt(8 * np.finfo(np.float32).eps * 2) + 0 * norm, 1e-3)
+    else:
+        # The difference keeps all digits but those that cancelled.
+        _close(scale, 1 / (1 - c) + 0 * norm, 8 * np.finfo(np.float32).eps / (1 - c) ** 2)
+    learned = dataclasses.replace(method, differentiate_norm=True)
+    for fusion in (method, learned):
+        gradients = jax.grad(lambda p, f=fusion: jnp.sum(f.adapters(p, frozen, jnp.arange(1))[0][site].scale))(params)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+@pytest.mark.parametrize("differentiate_norm", [False, True])
+def test_peak_memory_does_not_hold_w_plus_dw(composition, differentiate_norm):
+    layers, width, modules, rank = 24, 1024, 8, 4
+
+    def array(*sizes):
+        return jax.ShapeDtypeStruct((layers, *sizes), jnp.float32)
+
+    def value(c, magnitudes, A, B, squared, cross, x, W):
+        pool = LoraPool(A={"q": A}, B={"q": B}, rank={"q": jnp.full((layers, modules), rank)}, names=("",) * modules)
+        adapters, _ = compose(
+            pool,
+            jnp.arange(modules),
+            {"q": c},
+            composition,
+            gram=Gram({"q": squared}, {"q": cross}),
+            magnitudes={"q": magnitudes},
+            differentiate_norm=differentiate_norm,
+        )
+        y, _ = jax.lax.scan(lambda x, layer: (layer[0](x, layer[1]), None), x, (adapters["q"], W))
+        return jnp.sum(y)
+
+    arguments = (
+        array(modules, 1),
+        array(width),
+        array(modules, width, rank),
+        array(modules, rank, width),
+        array(width),
+        array(modules, rank, width),
+        jax.ShapeDtypeStruct((2, width), jnp.float32),
+        array(width, width),
+    )
+    compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(*arguments).compile()
+    # Holding W + dW would take as much as all of W; a layer or two of it is a 24th or two.
+    assert compiled.memory_analysis().temp_size_in_bytes < layers * width * width * 4 / 4
+
+
+# Gradients.
+
+
+def _objective_in_numpy(pool, site, x, direction, composition, m, norm):
+    """Return a function of c [N], in float64; `norm` None lets the norm follow c."""
+
+    def value(c):
+        total = 0.0
+        look_up = tiny.coefficient_of(c, pool, "global")
+        for (name, layer), update in tiny.updates(pool, _INDEX, look_up, composition).items():
+            if name == site:
+                matrix = _kernel(site, layer) + update
+                divisor = np.linalg.norm(matrix, axis=0) if norm is None else norm[layer]
+                total += np.sum(x @ (matrix * m[layer] / divisor) * direction)
+        return total
+
+    return value
+
+
+@pytest.mark.parametrize("differentiate_norm", [False, True])
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_gradients_and_the_norm_as_a_constant(composition, differentiate_norm):
+    site, pool = "decoder.cross.v", tiny.pool(4, names="v")
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(6, 16))
+    direction = rng.normal(size=(6, 12))
+    c = tiny.coefficients((3,))
+    assert np.any(c < 0) and np.any(c > 0)
+    terms = _gram(pool)
+    magnitudes = {s: jnp.asarray(rng.uniform(0.5, 2, n.shape), jnp.float32) for s, n in column_norms(terms).items()}
+
+    def value(c, magnitudes):
+        adapters, _ = compose(
+            pool,
+            jnp.array(_INDEX),
+            expand(c, pool, "global"),
+            composition,
+            gram=terms,
+            magnitudes=magnitudes,
+            differentiate_norm=differentiate_norm,
+        )
+        outputs = [
+            _layer(adapters[site], layer)(jnp.asarray(x, jnp.float32), _KERNELS[site][layer]) for layer in range(2)
+        ]
+        return sum(jnp.sum(y * jnp.asarray(direction, jnp.float32)) for y in outputs)
+
+    of_c, of_m = jax.jit(jax.grad(value, argnums=(0, 1)))(c, magnitudes)
+    look_up = tiny.coefficient_of(c, pool, "global")
+    here = tiny.updates(pool, _INDEX, look_up, composition)
+    norm = [np.linalg.norm(_kernel(site, layer) + here[site, layer], axis=0) for layer in range(2)]
+    m = np.asarray(magnitudes[site], np.float64)
+    function = _objective_in_numpy(pool, site, x, direction, composition, m, None if differentiate_norm else norm)
+    # float64 and second order: the differences are good to 1e-9.
+    at, step = np.asarray(c, np.float64), 1e-5
+    differences = [(function(at + step * e) - function(at - step * e)) / (2 * step) for e in np.eye(3)]
+    _close(of_c, differences, 1e-4)
+    for layer in range(2):
+        _close(of_m[site][layer], np.sum(x @ ((_kernel(site, layer) + here[site, layer]) / norm[layer]) * direction, 0))
+
+
+def test_a_negative_coefficient_keeps_the_sign_of_its_gradient():
+    # The paper's code multiplies the gradient by 2c. Of a sum the gradient does not depend on c at all.
+    pool = tiny.pool(1, names="q")
+
+    def value(c):
+        adapters, _ = compose(pool, jnp.arange(1), expand(c, pool, "global"), "sum")
+        return jnp.sum(_layer(adapters["encoder.self.q"], 0)(jnp.ones((1, 16)), _KERNELS["encoder.self.q"][0]))
+
+    positive, negative = (jax.grad(value)(jnp.float32([c])) for c in (0.7, -0.7))
+    assert abs(float(positive[0])) > 0.1
+    _close(positive, negative)
+    difference = (value(jnp.float32([-0.6])) - value(jnp.float32([-0.8]))) / 0.2
+    _close(negative[0], difference, 1e-4)
+
+
+def test_mix_has_no_gradient_at_zero_and_sum_has():
+    pool = tiny.pool(2)
+
+    def value(c, composition):
+        adapters, _ = compose(pool, jnp.arange(2), expand(c, pool, "block"), composition)
+        return sum(
+            jnp.sum(_layer(adapter, 0)(jnp.ones((1, 16)), _KERNELS[site][0])) for site, adapter in adapters.items()
+        )
+
+    gradients = {c: jax.grad(functools.partial(value, composition=c))(jnp.zeros((2, 5))) for c in ("mix", "sum")}
+    assert not np.any(gradients["mix"])
+    assert np.all(np.abs(gradients["sum"][:, [0, 3]]) > 1e-3)
+
+
+def test_mix_from_zeros_is_refused():
+    with pytest.raises(ValueError, match="a mix that starts at zero never moves.*use the composition sum"):
+        Fusion(composition="mix", start="zeros")
+
+
+# Modules that are not everywhere, and ranks that differ.
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_a_missing_module_contributes_nothing(composition):
+    pool = tiny.pool(4, _somewhere)
+    c = tiny.coefficients(shape(pool, 3, "block"))
+    index = jnp.array(_INDEX)  # the second one, module 0, has nothing in the decoder
+    changed = c.at[1, 3:].set(100.0)
+
+    def adapters(c):
+        return compose(pool, index, expand(c, pool, "block"), composition)[0]
+
+    def total(c):
+        return sum(jnp.sum(_layer(a, 0)(jnp.ones((1, 16)), _KERNELS[s][0])) for s, a in adapters(c).items())
+
+    before, after = adapters(c), adapters(changed)
+    for site in pool.A:
+        for layer in range(pool.A[site].shape[0]):
+            np.testing.assert_array_equal(_matrix(before[site], site, layer), _matrix(after[site], site, layer))
+    assert not np.any(jax.grad(total)(c)[1, 3:])
+
+
+@pytest.mark.parametrize("granularity", _GRANULARITIES)
+@pytest.mark.parametrize("ranks", [_somewhere, _several])
+def test_only_coefficients_that_act_are_counted(granularity, ranks):
+    pool = tiny.pool(4, ranks)
+    found = np.asarray(present(pool, jnp.array(_INDEX), granularity))
+    # A coefficient acts where changing it changes a matrix.
+    c = tiny.coefficients(found.shape)
+    before = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), "sum")
+    for position in np.ndindex(found.shape):
+        moved = tiny.updates(pool, _INDEX, tiny.coefficient_of(c.at[position].add(1.0), pool, granularity), "sum")
+        assert found[position] == any(np.abs(moved[where] - before[where]).max() > 0 for where in before)
+
+
+def test_magnitudes_act_only_where_a_module_does():
+    pool = tiny.pool(2, lambda n, site, layer: 4 * (site.startswith("encoder") and layer == n))
+    pool = dataclasses.replace(
+        pool,
+        **{field: {s: w for s, w in getattr(pool, field).items() if "encoder" in s} for field in ("A", "B", "rank")},
+    )
+    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = Fusion(composition="sum")
+    for index, layers in ([0], [0]), ([1], [1]), ([0, 1], [0, 1]):
+        params = method.init(frozen, jnp.array(index), jax.random.key(0))
+        acting = method.trainable(params, frozen, jnp.array(index))["magnitudes"]["encoder.self.q"]
+        np.testing.assert_array_equal(np.flatnonzero(acting.any(axis=1)), layers)
+        params["magnitudes"] = {s: 3.0 * m for s, m in params["magnitudes"].items()}
+        adapters, _ = method.adapters(params, frozen, jnp.array(index))
+        for layer in range(3):
+            matrix, W = _matrix(adapters["encoder.self.q"], "encoder.self.q", layer), _kernel("encoder.self.q", layer)
+            norm = np.linalg.norm(matrix, axis=0) / np.linalg.norm(W, axis=0)
+            _close(norm, np.full(norm.shape, 3.0 if layer in layers else 1.0))
+
+
+def test_mix_refuses_several_ranks_and_takes_missing_sites():
+    with pytest.raises(ValueError, match="different ranks.*use the composition sum"):
+        Fusion(composition="mix").check(tiny.pool(4, _several))
+    Fusion(composition="mix").check(tiny.pool(4, _somewhere))
+    Fusion(composition="sum").check(tiny.pool(4, _several))
+
+
+def test_a_fusion_without_gram_terms_is_refused():
+    with pytest.raises(ValueError, match="needs a pool and its Gram terms"):
+        Fusion().init(Frozen(nnx.split(_MODEL)[1]), jnp.arange(1), jax.random.key(0))
+
+
+# Pools in few bits.
+
+
+@pytest.mark.parametrize(("qtype", "bits", "error"), [("nf4", 4, 0.15), ("int8", 8, 0.02)])
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits, error):
+    pool = tiny.pool(4)
+    small = pool.quantised(qtype)
+    for weight in (*small.A.values(), *small.B.values()):
+        assert isinstance(weight, qwix.QArray)
+        assert jnp.iinfo(weight.qvalue.dtype).bits == bits
+    plain_again = dataclasses.replace(
+        small, **{f: {s: dense(w, jnp.float32) for s, w in getattr(small, f).items()} for f in ("A", "B")}
+    )
+    index = jnp.array(_INDEX)
+    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    whole, quantised, dequantised = (
+        jax.jit(lambda p: compose(p, index, spread, composition)[0])(p) for p in (pool, small, plain_again)
+    )
+    for site in pool.A:
+        for layer in range(pool.A[site].shape[0]):
+            matrices = [_matrix(a[site], site, layer) for a in (whole, quantised, dequantised)]
+            _close(matrices[1], matrices[2], 1e-6)
+            update = np.linalg.norm(matrices[0] - _kernel(site, layer))
+            assert 0 < np.linalg.norm(matrices[1] - matrices[0]) < error * update
+
+
+# Seeds as an axis.
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_seeds_together_equal_seeds_alone(composition):
+    pool = tiny.pool(4)
+    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = Fusion(composition=composition, start="xavier")
+    index = jnp.array([_INDEX, [1, 2, 3]])
+    keys = jnp.stack([jax.random.key(seed) for seed in (1, 2)])
+
+    def of_seed(seed, frozen):
+        index, key = seed
+        params = method.init(frozen, index, key)
+        adapters, _ = method.adapters(params, frozen, index)
+        x = jnp.ones((1, 16))
+        return {s: a(x, k) for s in adapters for a, k in [(_layer(adapters[s], 0), _KERNELS[s][0])]}
+
+    single = [jax.jit(of_seed)((index[s], keys[s]), frozen) for s in (0, 1)]
+    batched = jax.jit(over_seeds(of_seed, "vmap"))((index, keys), frozen)
+    mapped = jax.jit(over_seeds(of_seed, "map"))((index, keys), frozen)
+    for site in pool.A:
+        for s in (0, 1):
+            _close(batched[site][s], single[s][site])
+            np.testing.assert_array_equal(mapped[site][s], single[s][site])
+        assert np.abs(single[0][site] - single[1][site]).max() > 1e-3
+
+
+def test_seeds_draw_different_modules_as_the_reference_does():
+    names = [f"adapter {n}" for n in range(196)]
+    drawn = [draw_modules(names, 20, seed) for seed in (1, 2, 3)]
+    assert len(set(drawn)) == 3
+    for seed, modules in zip((1, 2, 3), drawn, strict=True):
+        assert list(modules) == [names[i] for i in random.Random(seed).sample(range(196), 20)]
+
+
+# Starts and pools.
+
+
+def test_starts():
+    key = jax.random.key(0)
+    c = np.asarray(initial((20, 48), "xavier", key))
+    bound = np.sqrt(6 / 68)
+    assert np.abs(c).max() <= bound and np.abs(c).max() > 0.99 * bound and abs(c.mean()) < 0.02
+    np.testing.assert_array_equal(initial((4, 5), "uniform", key), np.full((4, 5), 0.25, np.float32))
+    np.testing.assert_array_equal(initial((4, 5), "zeros", key), np.zeros((4, 5)))
+
+
+def test_magnitudes_start_at_the_norms_of_the_base():
+    pool = tiny.pool(2)
+    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    params = Fusion().init(frozen, jnp.arange(2), jax.random.key(0))
+    for site, magnitudes in params["magnitudes"].items():
+        for layer, m in enumerate(magnitudes):
+            _close(m, np.linalg.norm(_kernel(site, layer), axis=0))
+
+
+def test_pools_choose_by_name_and_index():
+    pool = tiny.pool(4)
+    chosen = pool.select(["module_2", 0])
+    assert chosen.names == ("module_2", "module_0") and len(chosen) == 2
+    for site in pool.A:
+        np.testing.assert_array_equal(chosen.A[site], np.asarray(pool.A[site])[:, [2, 0]])
+        np.testing.assert_array_equal(chosen.rank[site], np.asarray(pool.rank[site])[:, [2, 0]])
+    for wrong, message in (
+        (["module_9"], "the pool has no adapter 'module_9': it holds 4, from 'module_0' to 'module_3'"),
+        ([4], "the pool has no adapter 4"),
+        ([-1], "the pool has no adapter -1"),
+        (["module_1", 1], "chosen twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pool.select(wrong)
+
+
+def test_the_random_control_keeps_norms_sites_and_ranks():
+    pool = tiny.pool(4, _several)
+    control = random_pool(pool, jax.random.key(0))
+    alone = random_pool(pool.select([2]), jax.random.key(0))
+    for field in ("A", "B"):
+        for site, weight in getattr(pool, field).items():
+            replaced = np.asarray(getattr(control, field)[site])
+            np.testing.assert_array_equal(replaced == 0, np.asarray(weight) == 0)
+            _close(np.linalg.norm(replaced, axis=(2, 3)), np.linalg.norm(np.asarray(weight), axis=(2, 3)))
+            assert np.abs(replaced - np.asarray(weight)).max() > 0.1
+            np.testing.assert_array_equal(replaced[:, [2]], getattr(alone, field)[site])
