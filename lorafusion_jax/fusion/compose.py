@@ -7,8 +7,8 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
     y = x (W + dW), with magnitudes  y = m / ||W + dW|| * x (W + dW)   (norm over d_in, DoRA's rule)
 
 and several orders of evaluation, equal in exact arithmetic: `mix` in the weights (`Lora`), `sum` as one
-product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`), and both in the outputs, module by module (`mix_outputs`), which is what hardware does whose A_n and B_n
-each sit in arrays of their own.
+product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`), and both in the outputs,
+module by module (`mix_outputs`), which is what hardware does whose A_n and B_n each sit in arrays of their own.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
