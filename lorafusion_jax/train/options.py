@@ -50,9 +50,9 @@ class Recipe:
     differentiate_norm: bool = False
     epochs: int = 20
     batch_size: int = 10
-    lr_coefficients: float = 0.05
-    lr_magnitudes: float = 0.02
-    lr_lora: float = 3e-3
+    lr_coefficients: float = 0.1
+    lr_magnitudes: float = 0.01
+    lr_lora: float = 2e-3
     l2: float = 0.0
     l1: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"

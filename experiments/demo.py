@@ -1,0 +1,102 @@
+"""The embedded pool, converted and fused for tasks that none of its adapters was trained on: `make demo`.
+
+Everything goes through the commands that a user has. Written to runs/demo: the pool, every run, results.json,
+table.md and plots.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from _common import METHODS, ROOT, convert_small_pool, fuse_small, start_afresh
+
+from lorafusion_jax import PRESETS, load_pool, load_run
+from lorafusion_jax.fusion.coefficients import column_names
+from lorafusion_jax.report import markdown_table, plot_accuracy, plot_coefficients, plot_learning_curves, write_text
+from lorafusion_jax.train.run_folder import RunFolder
+
+FOLDER = ROOT / "runs" / "demo"
+SEEDS = (1, 2, 3)
+TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2")
+OUT_OF_REACH = "reverse_mirror"  # no adapter has its op
+TEST_ROWS = 200
+
+# Found by `python experiments/tune.py`: nine trials for each method, on two other tasks and with other seeds.
+RATES: dict[str, dict[str, float]] = {
+    "coefficients only": {"lr_coefficients": 0.3},
+    "LoRAFusion": {"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
+    "random pool": {"lr_coefficients": 0.03, "lr_magnitudes": 0.03},
+    "LoRA": {"lr_lora": 2e-3},
+}
+
+
+def main() -> None:
+    began = time.perf_counter()
+    start_afresh(FOLDER)
+    convert_small_pool(FOLDER / "pool")
+    jobs = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in METHODS]
+    rows, environment = [], {}
+    # Side by side: a small program keeps one core busy while another compiles or runs the next.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(_run, *zip(*jobs, strict=True))
+        for number, ((task, method), results) in enumerate(zip(jobs, found, strict=True), start=1):
+            rows += _rows(task, method, results)
+            score = f"{results['exact_match']:.1f} % of {TEST_ROWS}"
+            line = f"[{number:2}/{len(jobs)}] {task}, {method}: {score}, {_seconds(results)}"
+            print(line, file=sys.stderr, flush=True)
+    table = markdown_table(rows, apart=(OUT_OF_REACH,))
+    write_text(FOLDER / "table.md", table)
+    _plot(rows)
+    minutes = (time.perf_counter() - began) / 60
+    summary = {"rates": RATES, "minutes": minutes, "environment": environment, "rows": rows}
+    write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
+    print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
+
+
+def _run(task: str, method: str) -> dict[str, Any]:
+    recipe = dataclasses.replace(PRESETS["default"], **RATES.get(method, {}))
+    name = _name(task, method)
+    return fuse_small(task, method, recipe, pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
+
+
+def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each seed; of the seconds, which all seeds took together, its share."""
+    seconds = results["seconds"]["train"] / len(results["seeds"])
+    shared = {"task": task, "method": method, "trainable": results["trainable"], "seconds": seconds}
+    return [shared | {key: seed[key] for key in ("seed", "exact_match", "loss")} for seed in results["seeds"]]
+
+
+def _plot(rows: list[dict[str, Any]]) -> None:
+    title = f"Exact match on {TEST_ROWS} test rows of tasks that no adapter was trained on, {len(SEEDS)} seeds"
+    plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
+    metrics = {
+        task: {method: RunFolder(FOLDER / "runs" / _name(task, method)).metrics() for method in METHODS}
+        for task in (*TASKS, OUT_OF_REACH)
+    }
+    plot_learning_curves(metrics, FOLDER / "learning_curves.png", title="Loss of the training batches")
+    columns = column_names(load_pool(FOLDER / "pool"), PRESETS["default"].granularity)
+    for task in TASKS:
+        _, params, config = load_run(FOLDER / "runs" / _name(task, "LoRAFusion"))
+        plot_coefficients(
+            params["coefficients"][0],
+            config["modules"][0],
+            columns,
+            FOLDER / f"coefficients_{task}.png",
+            title=f"{task}, seed {SEEDS[0]}",
+        )
+
+
+def _name(task: str, method: str) -> str:
+    return f"{task}-{method}".replace(" ", "-").lower()
+
+
+def _seconds(results: dict[str, Any]) -> str:
+    return f"{sum(results['seconds'].values()):.1f} s"
+
+
+if __name__ == "__main__":
+    main()

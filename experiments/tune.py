@@ -1,0 +1,82 @@
+"""Tune the learning rates of every trained method on the two tuning tasks, each with the same number of trials.
+
+    python experiments/tune.py
+
+writes runs/tune/results.json and runs/tune/table.md. What it found is in `demo.py`.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from _common import ROOT, SMALL, fuse_small, start_afresh
+
+from lorafusion_jax import PRESETS
+from lorafusion_jax.report import write_text
+
+TASKS = ("reverse_starcon", "rotr_next")
+SEEDS = (101, 102)  # not those of the demo
+_PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.03, 0.1, 0.3) for m in (0.01, 0.03, 0.1)]
+TRIALS: dict[str, list[dict[str, float]]] = {
+    "coefficients only": [{"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)],
+    "LoRAFusion": _PAIRS,
+    "random pool": _PAIRS,
+    "LoRA": [{"lr_lora": r} for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)],
+}
+
+
+def main() -> None:
+    folder = ROOT / "runs" / "tune"
+    start_afresh(folder)
+    jobs = [(method, rates) for method, trials in TRIALS.items() for rates in trials]
+    measured = []
+    for number, (method, rates) in enumerate(jobs, start=1):
+        measured.append(_trial(method, rates))
+        print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)
+    table = _table(measured)
+    write_text(folder / "results.json", json.dumps({"seeds": SEEDS, "trials": measured}, indent=1) + "\n")
+    write_text(folder / "table.md", table)
+    print(f"{table}\nwritten to {folder}")
+
+
+def _trial(method: str, rates: dict[str, float]) -> dict[str, Any]:
+    """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
+    recipe = dataclasses.replace(PRESETS["default"], **rates)
+    with tempfile.TemporaryDirectory() as out:
+        found = {
+            task: fuse_small(task, method, recipe, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task)
+            for task in TASKS
+        }
+    return {
+        "method": method,
+        "rates": rates,
+        "tasks": {
+            task: {key: [seed[key] for seed in results["seeds"]] for key in ("exact_match", "loss")}
+            for task, results in found.items()
+        },
+        "exact_match": fmean(results["exact_match"] for results in found.values()),
+    }
+
+
+def _table(measured: list[dict[str, Any]]) -> str:
+    best = {}
+    for trial in measured:
+        leader = best.setdefault(trial["method"], trial)
+        best[trial["method"]] = max(leader, trial, key=lambda t: t["exact_match"])
+    lines = [f"| method | rates | {' | '.join(TASKS)} | mean |", "|---|---|" + "---:|" * (len(TASKS) + 1)]
+    lines += [f"{_line(trial)}{' ←' if trial is best[trial['method']] else ''} |" for trial in measured]
+    return "\n".join(lines) + "\n"
+
+
+def _line(trial: dict[str, Any]) -> str:
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in trial["rates"].items())
+    scores = [fmean(task["exact_match"]) for task in trial["tasks"].values()]
+    return f"| {trial['method']} | {rates} | {' | '.join(f'{s:.1f}' for s in (*scores, trial['exact_match']))}"
+
+
+if __name__ == "__main__":
+    main()
