@@ -182,7 +182,7 @@ def compose(
             terms = (gram.squared[site], gram.cross[site], magnitudes[site])
         layers = (pool.A[site], pool.B[site], c, *terms)
         # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers.
-        update, scale, floored = jax.lax.map(jax.checkpoint(of_layer), layers)
+        update, scale, floored = jax.lax.map(jax.checkpoint(of_layer), layers, batch_size=4)
         total = total + jnp.sum(floored, dtype=jnp.int32)
         if update is not None:
             adapters[site] = dataclasses.replace(update, scale=scale)
