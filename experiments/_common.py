@@ -1,11 +1,15 @@
 """What the experiments share: the embedded small pool, the methods by name, a folder to start afresh in."""
 
+import contextlib
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
+from lorafusion_jax.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"
@@ -20,12 +24,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def start_afresh(folder: Path) -> None:
-    """Make an empty folder; one that is there is kept beside it, with a number."""
+@contextlib.contextmanager
+def fresh_folder(folder: Path) -> Iterator[None]:
+    """Make an empty folder and keep other processes out of it; what was there is kept beside it, with a number.
+
+    Raises:
+      ValueError: another process is writing to it.
+    """
     if folder.exists():
-        number = next(n for n in range(1, sys.maxsize) if not folder.with_name(f"{folder.name}.{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.{number}"))
-    folder.mkdir(parents=True)
+        with RunFolder(folder).locked():
+            number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    with RunFolder(folder).locked():
+        yield
 
 
 def convert_small_pool(out: Path) -> None:

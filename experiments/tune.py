@@ -9,15 +9,17 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _common import ROOT, SMALL, fuse_small, start_afresh
+from _common import ROOT, SMALL, fresh_folder, fuse_small
 
-from lorafusion_jax import PRESETS
+from lorafusion_jax import PRESETS, cli
 from lorafusion_jax.report import write_text
 
+FOLDER = ROOT / "runs" / "tune"
 TASKS = ("reverse_starcon", "rotr_next")
 SEEDS = (101, 102)  # not those of the demo
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.03, 0.1, 0.3) for m in (0.01, 0.03, 0.1)]
@@ -29,18 +31,28 @@ TRIALS: dict[str, list[dict[str, float]]] = {
 }
 
 
-def main() -> None:
-    folder = ROOT / "runs" / "tune"
-    start_afresh(folder)
-    jobs = [(method, rates) for method, trials in TRIALS.items() for rates in trials]
-    measured = []
-    for number, (method, rates) in enumerate(jobs, start=1):
-        measured.append(_trial(method, rates))
-        print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)
-    table = _table(measured)
-    write_text(folder / "results.json", json.dumps({"seeds": SEEDS, "trials": measured}, indent=1) + "\n")
-    write_text(folder / "table.md", table)
-    print(f"{table}\nwritten to {folder}")
+def main(arguments: Sequence[str] = ()) -> None:
+    with fresh_folder(FOLDER):
+        measured = []
+        jobs = [(method, rates) for method, trials in TRIALS.items() for rates in trials]
+        for number, (method, rates) in enumerate(jobs, start=1):
+            measured.append(_trial(method, rates))
+            print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)
+        table = table_of(measured)
+        write_text(FOLDER / "results.json", json.dumps({"seeds": SEEDS, "trials": measured}, indent=1) + "\n")
+        write_text(FOLDER / "table.md", table)
+    print(f"{table}\nwritten to {FOLDER}")
+
+
+def table_of(measured: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of all trials, with an arrow at the best of each method (the first of equals)."""
+    best: dict[str, dict[str, Any]] = {}
+    for trial in measured:
+        leader = best.setdefault(trial["method"], trial)
+        best[trial["method"]] = max(leader, trial, key=lambda t: t["exact_match"])
+    lines = [f"| method | rates | {' | '.join(TASKS)} | mean |", "|---|---|" + "---:|" * (len(TASKS) + 1)]
+    lines += [f"{_line(trial)}{' ←' if trial is best[trial['method']] else ''} |" for trial in measured]
+    return "\n".join(lines) + "\n"
 
 
 def _trial(method: str, rates: dict[str, float]) -> dict[str, Any]:
@@ -62,16 +74,6 @@ def _trial(method: str, rates: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _table(measured: list[dict[str, Any]]) -> str:
-    best = {}
-    for trial in measured:
-        leader = best.setdefault(trial["method"], trial)
-        best[trial["method"]] = max(leader, trial, key=lambda t: t["exact_match"])
-    lines = [f"| method | rates | {' | '.join(TASKS)} | mean |", "|---|---|" + "---:|" * (len(TASKS) + 1)]
-    lines += [f"{_line(trial)}{' ←' if trial is best[trial['method']] else ''} |" for trial in measured]
-    return "\n".join(lines) + "\n"
-
-
 def _line(trial: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in trial["rates"].items())
     scores = [fmean(task["exact_match"]) for task in trial["tasks"].values()]
@@ -79,4 +81,4 @@ def _line(trial: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -115,7 +115,9 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
 def plot_learning_curves(
     metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, key: str = "cross_entropy", title: str = ""
 ) -> None:
-    """Draw the loss against the step, a panel for each task: every seed as a thin line, their mean as a thick one.
+    """Draw the loss against the step, a panel a task: every seed as a thin line, their mean as a thick one.
+
+    The axis of the loss is logarithmic.
 
     Args:
       metrics: task -> method -> lines of metrics.jsonl, of which those with `key` count. A method without any
@@ -132,7 +134,7 @@ def plot_learning_curves(
     drawn = [m for m in methods if any(by_method.get(m) for by_method in curves.values())]
     if not drawn:
         raise ValueError(f"no learning curves: wanted lines with step, seed and {key}")
-    columns = min(len(curves), 4)
+    columns = min(len(curves), 3 if len(curves) <= 6 else 4)
     rows = math.ceil(len(curves) / columns)
 
     def draw(figure: "Figure") -> None:
@@ -146,6 +148,7 @@ def plot_learning_curves(
         for panel, (task, by_method) in zip(panels.flat, curves.items(), strict=False):
             for method, by_seed in by_method.items():
                 _draw_curves(panel, by_seed, _colour(methods.index(method)))
+            panel.set_yscale("log")
             panel.set_title(task, loc="left")
         figure.supylabel(f"{key.replace('_', '-')}, nats per token", size=11)
         figure.suptitle(title, x=0.01, ha="left", size=12)
@@ -188,7 +191,7 @@ def plot_coefficients(
         if len(columns) <= 12:
             for (i, j), value in np.ndenumerate(shown):
                 colour = "white" if abs(value) > 0.6 * limit else "#222222"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, size=9)
+                axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", color=colour, size=9)
         axes.set_title(title, loc="left")
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("coefficient")
