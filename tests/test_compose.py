@@ -43,10 +43,28 @@ def _layer(tree, layer):
     return jax.tree.map(lambda a: a[layer], tree)
 
 
-def _matrix(adapter, site, layer):
-    """The matrix that an adapted linear map multiplies by, here W + dW times the scale."""
-    unit = jnp.eye(_KERNELS[site].shape[1])
-    return np.asarray(_layer(adapter, layer)(unit, _KERNELS[site][layer]))
+@jax.jit
+def _matrices(adapters):
+    """What each adapted linear map multiplies by, (W + dW) times the scale, by site [L, d_in, d_out]."""
+
+    def of_layer(adapter, kernel):
+        return adapter(jnp.eye(kernel.shape[0]), kernel)
+
+    return {site: jax.vmap(of_layer)(adapter, _KERNELS[site]) for site, adapter in adapters.items()}
+
+
+# The modules of `_INDEX`, fused; compiled, since operations one by one take longer to compile than together.
+@functools.partial(jax.jit, static_argnames=("granularity", "composition", "differentiate_norm"))
+def _fuse(c, pool, granularity, composition, gram=None, magnitudes=None, differentiate_norm=False):
+    return compose(
+        pool,
+        jnp.array(_INDEX),
+        expand(c, pool, granularity),
+        composition,
+        gram=gram,
+        magnitudes=magnitudes,
+        differentiate_norm=differentiate_norm,
+    )
 
 
 def _close(got, wanted, tolerance=1e-5):
@@ -69,28 +87,36 @@ def _kernel(site, layer):
 def test_adapters_are_the_definition(composition, granularity, ranks):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
-    adapters, floored = compose(pool, jnp.array(_INDEX), expand(c, pool, granularity), composition)
+    adapters, floored = _fuse(c, pool, granularity, composition)
     assert adapters.keys() == pool.A.keys() and floored == 0
+    matrices = _matrices(adapters)
     wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
     for (site, layer), update in wanted.items():
-        _close(_matrix(adapters[site], site, layer), _kernel(site, layer) + update)
+        _close(matrices[site][layer], _kernel(site, layer) + update)
 
 
 @pytest.mark.parametrize("granularity", ["block", "rank"])
 @pytest.mark.parametrize("composition", ["mix", "sum"])
 def test_orders_of_evaluation_are_equal(composition, granularity):
     pool = tiny.pool(4)
-    index = jnp.array(_INDEX)
-    spread = expand(tiny.coefficients(shape(pool, 3, granularity)), pool, granularity)
-    adapters, _ = compose(pool, index, spread, composition)
+    c = tiny.coefficients(shape(pool, 3, granularity))
+    adapters, _ = _fuse(c, pool, granularity, composition)
+    matrices, spread = _matrices(adapters), expand(c, pool, granularity)
     rng = np.random.default_rng(1)
+
+    @jax.jit
+    def both_orders(x, layer):
+        adapter, kernel, A, B, c = layer
+        chosen = jnp.array(_INDEX)
+        return adapter(x, kernel), mix_outputs(x, kernel, A[chosen], B[chosen], c, composition)
+
     for site, adapter in adapters.items():
         x = jnp.asarray(rng.normal(size=(2, 5, pool.A[site].shape[2])), jnp.float32)
         for layer in range(pool.A[site].shape[0]):
-            A, B = (weight[site][layer, index] for weight in (pool.A, pool.B))
-            in_outputs = mix_outputs(x, _KERNELS[site][layer], A, B, spread[site][layer], composition)
-            _close(_layer(adapter, layer)(x, _KERNELS[site][layer]), in_outputs)
-            _close(in_outputs, x @ _matrix(adapter, site, layer))
+            stacked = (adapter, _KERNELS[site], pool.A[site], pool.B[site], spread[site])
+            in_weights, in_outputs = both_orders(x, _layer(stacked, layer))
+            _close(in_weights, in_outputs)
+            _close(in_outputs, np.asarray(x) @ np.asarray(matrices[site][layer]))
 
 
 def test_blocks_of_unequal_depths_have_columns_of_their_own():
@@ -119,16 +145,16 @@ def test_blocks_of_unequal_depths_have_columns_of_their_own():
 def test_gram_norm_is_the_norm(composition, granularity, ranks):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
-    spread, terms = expand(c, pool, granularity), _gram(pool)
+    terms = _gram(pool)
     magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
-    adapters, floored = compose(pool, jnp.array(_INDEX), spread, composition, gram=terms, magnitudes=magnitudes)
+    adapters, floored = _fuse(c, pool, granularity, composition, gram=terms, magnitudes=magnitudes)
     assert floored == 0
+    matrices = _matrices(adapters)
     wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
     for (site, layer), update in wanted.items():
         W = _kernel(site, layer)
         m = 2.0 * np.linalg.norm(W, axis=0)
-        _close(_matrix(adapters[site], site, layer), m * (W + update) / np.linalg.norm(W + update, axis=0))
-        _close(magnitudes[site][layer] / adapters[site].scale[layer], np.linalg.norm(W + update, axis=0))
+        _close(matrices[site][layer], m * (W + update) / np.linalg.norm(W + update, axis=0))
 
 
 def _cancelling():
@@ -151,6 +177,7 @@ def test_norms_near_cancellation_are_floored_and_counted(composition, c, floored
     # A mix is quadratic: its dW is -c^2 W.
     params["coefficients"] = jnp.float32([c if composition == "sum" else c**0.5])
 
+    @jax.jit
     def scale_of(params):
         adapters, metrics = method.adapters(params, frozen, jnp.arange(1))
         return adapters[site].scale, metrics["floored_norms"]
@@ -168,7 +195,11 @@ def test_norms_near_cancellation_are_floored_and_counted(composition, c, floored
         _close(scale, 1 / (1 - c) + 0 * norm, 8 * np.finfo(np.float32).eps / (1 - c) ** 2)
     learned = dataclasses.replace(method, differentiate_norm=True)
     for fusion in (method, learned):
-        gradients = jax.grad(lambda p, f=fusion: jnp.sum(f.adapters(p, frozen, jnp.arange(1))[0][site].scale))(params)
+
+        def total(params, fusion=fusion):
+            return jnp.sum(fusion.adapters(params, frozen, jnp.arange(1))[0][site].scale)
+
+        gradients = jax.jit(jax.grad(total))(params)
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
@@ -241,15 +272,7 @@ def test_gradients_and_the_norm_as_a_constant(composition, differentiate_norm):
     magnitudes = {s: jnp.asarray(rng.uniform(0.5, 2, n.shape), jnp.float32) for s, n in column_norms(terms).items()}
 
     def value(c, magnitudes):
-        adapters, _ = compose(
-            pool,
-            jnp.array(_INDEX),
-            expand(c, pool, "global"),
-            composition,
-            gram=terms,
-            magnitudes=magnitudes,
-            differentiate_norm=differentiate_norm,
-        )
+        adapters, _ = _fuse(c, pool, "global", composition, terms, magnitudes, differentiate_norm)
         outputs = [
             _layer(adapters[site], layer)(jnp.asarray(x, jnp.float32), _KERNELS[site][layer]) for layer in range(2)
         ]
@@ -271,31 +294,29 @@ def test_gradients_and_the_norm_as_a_constant(composition, differentiate_norm):
 
 def test_a_negative_coefficient_keeps_the_sign_of_its_gradient():
     # The paper's code multiplies the gradient by 2c. Of a sum the gradient does not depend on c at all.
-    pool = tiny.pool(1, names="q")
+    pool = tiny.pool(4, names="q")
 
-    def value(c):
-        adapters, _ = compose(pool, jnp.arange(1), expand(c, pool, "global"), "sum")
-        return jnp.sum(_layer(adapters["encoder.self.q"], 0)(jnp.ones((1, 16)), _KERNELS["encoder.self.q"][0]))
+    @jax.jit
+    def value_and_gradient(c):
+        return jax.value_and_grad(lambda c: jnp.sum(_matrices(_fuse(c, pool, "global", "sum")[0])["encoder.self.q"]))(c)
 
-    positive, negative = (jax.grad(value)(jnp.float32([c])) for c in (0.7, -0.7))
-    assert abs(float(positive[0])) > 0.1
+    c = jnp.float32([0.7, 0.7, 0.7])
+    (above, _), (value, positive), (below, negative) = map(value_and_gradient, (c.at[0].set(0.8), c, -c))
+    assert np.all(np.abs(positive) > 0.1)
     _close(positive, negative)
-    difference = (value(jnp.float32([-0.6])) - value(jnp.float32([-0.8]))) / 0.2
-    _close(negative[0], difference, 1e-4)
+    _close(positive[0], (above - value) / 0.1, 1e-3)
+    _close(below, value - 1.4 * np.sum(positive), 1e-4)
 
 
 def test_mix_has_no_gradient_at_zero_and_sum_has():
-    pool = tiny.pool(2)
+    pool = tiny.pool(4)
 
-    def value(c, composition):
-        adapters, _ = compose(pool, jnp.arange(2), expand(c, pool, "block"), composition)
-        return sum(
-            jnp.sum(_layer(adapter, 0)(jnp.ones((1, 16)), _KERNELS[site][0])) for site, adapter in adapters.items()
-        )
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(c, composition):
+        return jax.grad(lambda c: sum(map(jnp.sum, _matrices(_fuse(c, pool, "block", composition)[0]).values())))(c)
 
-    gradients = {c: jax.grad(functools.partial(value, composition=c))(jnp.zeros((2, 5))) for c in ("mix", "sum")}
-    assert not np.any(gradients["mix"])
-    assert np.all(np.abs(gradients["sum"][:, [0, 3]]) > 1e-3)
+    assert not np.any(gradient(jnp.zeros((3, 5)), "mix"))
+    assert np.all(np.abs(gradient(jnp.zeros((3, 5)), "sum")) > 1e-3)
 
 
 def test_mix_from_zeros_is_refused():
@@ -310,20 +331,15 @@ def test_mix_from_zeros_is_refused():
 def test_a_missing_module_contributes_nothing(composition):
     pool = tiny.pool(4, _somewhere)
     c = tiny.coefficients(shape(pool, 3, "block"))
-    index = jnp.array(_INDEX)  # the second one, module 0, has nothing in the decoder
-    changed = c.at[1, 3:].set(100.0)
+    changed = c.at[1, 3:].set(100.0)  # of the second one, module 0, which has nothing in the decoder
 
-    def adapters(c):
-        return compose(pool, index, expand(c, pool, "block"), composition)[0]
+    def matrices(c):
+        return _matrices(_fuse(c, pool, "block", composition)[0])
 
-    def total(c):
-        return sum(jnp.sum(_layer(a, 0)(jnp.ones((1, 16)), _KERNELS[s][0])) for s, a in adapters(c).items())
-
-    before, after = adapters(c), adapters(changed)
-    for site in pool.A:
-        for layer in range(pool.A[site].shape[0]):
-            np.testing.assert_array_equal(_matrix(before[site], site, layer), _matrix(after[site], site, layer))
-    assert not np.any(jax.grad(total)(c)[1, 3:])
+    before, gradient = matrices(c), jax.jit(jax.grad(lambda c: sum(map(jnp.sum, matrices(c).values()))))(c)
+    jax.tree.map(np.testing.assert_array_equal, matrices(changed), before)
+    assert not np.any(gradient[1, 3:])
+    assert np.all(gradient[0, 3:] != 0)
 
 
 @pytest.mark.parametrize("granularity", _GRANULARITIES)
@@ -352,9 +368,9 @@ def test_magnitudes_act_only_where_a_module_does():
         acting = method.trainable(params, frozen, jnp.array(index))["magnitudes"]["encoder.self.q"]
         np.testing.assert_array_equal(np.flatnonzero(acting.any(axis=1)), layers)
         params["magnitudes"] = {s: 3.0 * m for s, m in params["magnitudes"].items()}
-        adapters, _ = method.adapters(params, frozen, jnp.array(index))
+        matrices = _matrices(jax.jit(method.adapters)(params, frozen, jnp.array(index))[0])
         for layer in range(3):
-            matrix, W = _matrix(adapters["encoder.self.q"], "encoder.self.q", layer), _kernel("encoder.self.q", layer)
+            matrix, W = matrices["encoder.self.q"][layer], _kernel("encoder.self.q", layer)
             norm = np.linalg.norm(matrix, axis=0) / np.linalg.norm(W, axis=0)
             _close(norm, np.full(norm.shape, 3.0 if layer in layers else 1.0))
 
@@ -385,17 +401,14 @@ def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits
     plain_again = dataclasses.replace(
         small, **{f: {s: dense(w, jnp.float32) for s, w in getattr(small, f).items()} for f in ("A", "B")}
     )
-    index = jnp.array(_INDEX)
-    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    c = tiny.coefficients((3, 5))
     whole, quantised, dequantised = (
-        jax.jit(lambda p: compose(p, index, spread, composition)[0])(p) for p in (pool, small, plain_again)
+        _matrices(_fuse(c, p, "block", composition)[0]) for p in (pool, small, plain_again)
     )
-    for site in pool.A:
-        for layer in range(pool.A[site].shape[0]):
-            matrices = [_matrix(a[site], site, layer) for a in (whole, quantised, dequantised)]
-            _close(matrices[1], matrices[2], 1e-6)
-            update = np.linalg.norm(matrices[0] - _kernel(site, layer))
-            assert 0 < np.linalg.norm(matrices[1] - matrices[0]) < error * update
+    for site, matrices in whole.items():
+        _close(quantised[site], dequantised[site], 1e-6)
+        update = np.linalg.norm(matrices - _KERNELS[site])
+        assert 0 < np.linalg.norm(quantised[site] - matrices) < error * update
 
 
 # Seeds as an axis.
@@ -473,9 +486,8 @@ def test_pools_choose_by_name_and_index():
 
 
 def test_the_random_control_keeps_norms_sites_and_ranks():
-    pool = tiny.pool(4, _several)
-    control = random_pool(pool, jax.random.key(0))
-    alone = random_pool(pool.select([2]), jax.random.key(0))
+    pool = tiny.pool(4, _several, names="v")
+    control, alone = (jax.jit(random_pool)(p, jax.random.key(0)) for p in (pool, pool.select([2])))
     for field in ("A", "B"):
         for site, weight in getattr(pool, field).items():
             replaced = np.asarray(getattr(control, field)[site])
