@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.fusion.coefficients import column_names, expand, initial, present, shape
-from lorafusion_jax.fusion.compose import Gram, column_norms, compose, gram, mix_outputs
+from lorafusion_jax.fusion.compose import Dense, Gram, Lora, Modules, column_norms, compose, gram, mix_outputs
 from lorafusion_jax.fusion.pool import LoraPool, random_pool
 from lorafusion_jax.linear import dense
 from lorafusion_jax.models.t5 import kernels
@@ -33,6 +33,11 @@ def _somewhere(n, site, layer):
 def _several(n, site, layer):
     """Ranks from 0 to 5, another one for every module, site and layer."""
     return (n + 2 * layer + 3 * ("cross" in site)) % 6
+
+
+def _full(n, site, layer):
+    """Together three modules reach the rank of the matrices that they adapt."""
+    return 6
 
 
 _MODEL = tiny.t5()
@@ -83,12 +88,16 @@ def _kernel(site, layer):
 
 
 @pytest.mark.parametrize("granularity", _GRANULARITIES)
-@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _several)])
-def test_adapters_are_the_definition(composition, granularity, ranks):
+@pytest.mark.parametrize(
+    ("composition", "ranks", "kind"),
+    [("mix", _somewhere, Lora), ("sum", _somewhere, Modules), ("sum", _several, Modules), ("sum", _full, Dense)],
+)
+def test_adapters_are_the_definition(composition, granularity, ranks, kind):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
     adapters, floored = _fuse(c, pool, granularity, composition)
     assert adapters.keys() == pool.A.keys() and floored == 0
+    assert all(isinstance(adapter, kind) for adapter in adapters.values())
     matrices = _matrices(adapters)
     wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
     for (site, layer), update in wanted.items():
@@ -141,7 +150,7 @@ def test_blocks_of_unequal_depths_have_columns_of_their_own():
 
 
 @pytest.mark.parametrize("granularity", ["block", "rank"])
-@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several)])
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several), ("sum", _full)])
 def test_gram_norm_is_the_norm(composition, granularity, ranks):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
@@ -260,9 +269,9 @@ def _objective_in_numpy(pool, site, x, direction, composition, m, norm):
 
 
 @pytest.mark.parametrize("differentiate_norm", [False, True])
-@pytest.mark.parametrize("composition", ["mix", "sum"])
-def test_gradients_and_the_norm_as_a_constant(composition, differentiate_norm):
-    site, pool = "decoder.cross.v", tiny.pool(4, names="v")
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _full)])
+def test_gradients_and_the_norm_as_a_constant(composition, ranks, differentiate_norm):
+    site, pool = "decoder.cross.v", tiny.pool(4, ranks, names="v")
     rng = np.random.default_rng(2)
     x = rng.normal(size=(6, 16))
     direction = rng.normal(size=(6, 12))
@@ -494,4 +503,5 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
             np.testing.assert_array_equal(replaced == 0, np.asarray(weight) == 0)
             _close(np.linalg.norm(replaced, axis=(2, 3)), np.linalg.norm(np.asarray(weight), axis=(2, 3)))
             assert np.abs(replaced - np.asarray(weight)).max() > 0.1
-            np.testing.assert_array_equal(replaced[:, [2]], getattr(alone, field)[site])
+            # A module's draw does not depend on what else is in the pool.
+            _close(replaced[:, [2]], getattr(alone, field)[site], 1e-6)
