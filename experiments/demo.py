@@ -6,11 +6,9 @@ table.md and plots.
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from _common import METHODS, ROOT, convert_small_pool, fresh_folder, fuse_small
@@ -41,14 +39,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         convert_small_pool(FOLDER / "pool")
         jobs = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in METHODS]
         rows, environment = [], {}
-        # Side by side: a small program keeps one core busy while another compiles or runs the next.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            found = threads.map(_run, *zip(*jobs, strict=True))
-            for number, ((task, method), results) in enumerate(zip(jobs, found, strict=True), start=1):
-                rows += _rows(task, method, results)
-                environment = results["environment"]
-                score = f"{results['exact_match']:.1f} % in {sum(results['seconds'].values()):.1f} s"
-                print(f"[{number:2}/{len(jobs)}] {task}, {method}: {score}", file=sys.stderr, flush=True)
+        for number, (task, method) in enumerate(jobs, start=1):
+            results = _run(task, method)
+            rows += _rows(task, method, results)
+            environment = results["environment"]
+            score = f"{results['exact_match']:.1f} % in {sum(results['seconds'].values()):.1f} s"
+            print(f"[{number:2}/{len(jobs)}] {task}, {method}: {score}", file=sys.stderr, flush=True)
         table = markdown_table(rows, apart=(OUT_OF_REACH,))
         write_text(FOLDER / "table.md", table)
         _plot(rows)
@@ -65,7 +61,7 @@ def _run(task: str, method: str) -> dict[str, Any]:
 
 
 def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each seed; of the seconds, which all seeds took together, beside other runs, its share."""
+    """Return a row for each seed; of the seconds, which all seeds took together, its share."""
     seconds = results["seconds"]["train"] / len(results["seeds"])
     shared = {"task": task, "method": method, "trainable": results["trainable"], "seconds": seconds}
     return [shared | {key: seed[key] for key in ("seed", "exact_match", "loss")} for seed in results["seeds"]]
