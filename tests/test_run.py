@@ -188,6 +188,28 @@ def test_evaluate_and_generate_agree_with_the_run(fused):
         generate_lines(GenerateOptions(run=folder, file=text, seed=7))
 
 
+def test_generating_needs_no_task(fused, tmp_path):
+    options, _ = fused
+    shutil.copytree(run_path(options), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["options"]["task"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "line").write_text("reverse then starcon : a b c")
+    assert len(generate_lines(GenerateOptions(run=tmp_path / "run", file=tmp_path / "line"))) == 1
+    with pytest.raises(ValueError, match="gone.jsonl"):
+        evaluate_run(EvaluateOptions(run=tmp_path / "run"))
+
+
+def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(fused, tmp_path, monkeypatch):
+    options, results = fused
+    shutil.copytree(run_path(options), tmp_path / "whole")
+    answers = iter([False, True])
+    monkeypatch.setattr(RunFolder, "exists", lambda self: next(answers))
+    with pytest.raises(ValueError, match="holds a run"):
+        fuse(dataclasses.replace(options, out=tmp_path))
+    assert json.loads((tmp_path / "whole" / "results.json").read_text()) == results
+
+
 def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
     options, _ = fused
     new = dataclasses.replace(options, out=tmp_path, name="new")
@@ -198,6 +220,10 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         ({"pool": str(tmp_path)}, "is no pool"),
         ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
         ({"control": "random", "load_in": "nf4"}, "full precision"),
+        (
+            {"method": "lorahub", "recipe": dataclasses.replace(options.recipe, evaluations=1000)},
+            "1000 evaluations for 3",
+        ),
         ({"base": str(tmp_path)}, "config.json"),
         ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "0 modules"),
     ]:

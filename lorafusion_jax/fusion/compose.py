@@ -54,6 +54,8 @@ class Lora:
 class Dense:
     """One update as a whole matrix: `x (W + dW) * scale`.
 
+    Used only where N r >= d_in: the modules' factors are then no smaller than dW, which is formed for all layers.
+
     Attributes:
       delta: [d_in, d_out].
       scale: [d_out], or None for 1.

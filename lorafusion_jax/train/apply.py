@@ -12,7 +12,7 @@ from ..tasks import Example, encode, eval_batches
 from .evaluate import evaluate, generate_seeds
 from .options import FuseOptions
 from .run import load_run
-from .setup import Setup, prepare
+from .setup import Fused, load_fused, prepare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)
     fused = dataclasses.replace(fused, test_rows=options.test_rows or fused.test_rows)
-    setup = run_setup(fused, config)
+    setup = dataclasses.replace(prepare(fused), max_new_tokens=config["max_new_tokens"])
+    check_modules(setup, fused, config)
     seeds = fused.seeds[:1] if fused.method == "zero-shot" else fused.seeds
     found = evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
     return [
@@ -86,32 +87,31 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    setup = run_setup(fused, config)
+    model = load_fused(fused)
+    check_modules(model, fused, config)
     position = slice(fused.seeds.index(seed), fused.seeds.index(seed) + 1)
     prompts = [fused.prompt.replace("{input}", line) if fused.prompt else line for line in lines]
-    encoded = encode(setup.tokenizer, [Example(prompt, "") for prompt in prompts])
+    encoded = encode(model.tokenizer, [Example(prompt, "") for prompt in prompts])
     answers = [""] * len(lines)
-    for numbers, batch in eval_batches(encoded, options.batch, pad_id=setup.tokenizer.pad_token_id):
+    for numbers, batch in eval_batches(encoded, options.batch, pad_id=model.tokenizer.pad_token_id):
         tokens = generate_seeds(
             jax.tree.map(lambda p: p[position], params),
-            setup.index[position],
-            setup.frozen,
+            model.index[position],
+            model.frozen,
             batch,
             max_new_tokens=options.max_new_tokens or config["max_new_tokens"],
-            graph=setup.graph,
-            method=setup.method,
-            path=setup.path,
+            graph=model.graph,
+            method=model.method,
+            path=model.path,
         )
-        said = setup.tokenizer.batch_decode(np.asarray(tokens)[0], skip_special_tokens=True)
+        said = model.tokenizer.batch_decode(np.asarray(tokens)[0], skip_special_tokens=True)
         for number, answer in zip(numbers, said, strict=True):
             if number >= 0:
                 answers[number] = answer
     return answers
 
 
-def run_setup(options: FuseOptions, config: dict[str, Any]) -> Setup:
-    """Return the setup of a run that has ended, with the modules that it fused."""
-    setup = prepare(options)
-    if [list(modules) for modules in setup.modules] != config["modules"]:
+def check_modules(loaded: Fused, options: FuseOptions, config: dict[str, Any]) -> None:
+    """Raise ValueError where the pool of a run that has ended gives its seeds other modules by now."""
+    if [list(modules) for modules in loaded.modules] != config["modules"]:
         raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
-    return dataclasses.replace(setup, max_new_tokens=config["max_new_tokens"])

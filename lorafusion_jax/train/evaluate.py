@@ -53,7 +53,8 @@ def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batc
             said = generate_seeds(params, index, setup.frozen, batch, max_new_tokens=setup.max_new_tokens, **static)
             tokens[:, numbers[real]] = np.asarray(said)[:, real]
             count = int(np.sum(batch.labels >= 0))
-            entropy += np.asarray(loss_seeds(params, index, setup.frozen, batch, **static), float) * count
+            everyone = jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch)
+            entropy += np.asarray(seed_entropies(params, everyone, index, setup.frozen, **static), float) * count
             targets += count
             bar.update(int(np.sum(real)))
     texts = [setup.tokenizer.batch_decode(seed, skip_special_tokens=True) for seed in tokens]
@@ -97,21 +98,21 @@ def generate_seeds(
 
 
 @partial(jax.jit, static_argnames=("graph", "method", "path"))
-def loss_seeds(
+def seed_entropies(
     params: Params,
+    batch: Batch,
     index: Int[Array, "seeds N"],
     frozen: Frozen,
-    batch: Batch,
     *,
     graph: nnx.GraphDef,
     method: Method,
     path: Path,
 ) -> Float[Array, " seeds"]:
-    """Return every seed's mean cross-entropy on one batch, which all of them share."""
+    """Return every seed's mean cross-entropy on a batch of its own, in nats per token."""
 
-    def of_seed(seed: tuple[Params, Array], shared: tuple[Frozen, Batch]) -> Array:
-        (params, index), (frozen, batch) = seed, shared
+    def of_seed(seed: tuple[Params, Batch, Array], frozen: Frozen) -> Array:
+        params, batch, index = seed
         zero = jax.numpy.float32(0)
         return objective(params, batch, index, frozen, zero, graph=graph, method=method)[1]["cross_entropy"]
 
-    return over_seeds(of_seed, path)((params, index), (frozen, batch))
+    return over_seeds(of_seed, path)((params, batch, index), frozen)

@@ -12,9 +12,10 @@ from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft import resave, write_adapter
 from ..io.pool import read_adapter_from_pool
-from .apply import run_setup
+from .apply import check_modules
 from .methods import Fusion, LoRA
 from .run import load_run
+from .setup import load_fused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,24 +67,25 @@ def _export_run(options: ExportOptions, folder: Path) -> None:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    setup = run_setup(fused, config)
+    loaded = load_fused(fused)
+    check_modules(loaded, fused, config)
     position = fused.seeds.index(seed)
     of_seed: dict[str, Any] = jax.tree.map(lambda p: p[position], params)
-    index = setup.index[position]
-    adapters, _ = setup.method.adapters(of_seed, setup.frozen, index)
-    if options.format == "merged":
-        model = nnx.merge(setup.graph, setup.frozen.base)
-        save_base(merged_base(model, adapters), options.out, fused.base)
+    index = loaded.index[position]
+    if options.format == "merged" or isinstance(loaded.method, LoRA):
+        adapters, _ = jax.jit(loaded.method.adapters)(of_seed, loaded.frozen, index)
+        if options.format == "merged":
+            model = nnx.merge(loaded.graph, loaded.frozen.base)
+            save_base(merged_base(model, adapters), options.out, fused.base)
+        else:
+            write_adapter(options.out, *lora_adapter(adapters, base=fused.base))
         return
-    if isinstance(setup.method, LoRA):
-        write_adapter(options.out, *lora_adapter(adapters, base=fused.base))
-        return
-    assert isinstance(setup.method, Fusion) and setup.frozen.pool is not None
+    assert isinstance(loaded.method, Fusion) and loaded.frozen.pool is not None
     exported = fused_adapter(
-        setup.frozen.pool,
+        loaded.frozen.pool,
         index,
-        expand(of_seed["coefficients"], setup.frozen.pool, setup.method.granularity),
-        setup.method.composition,
+        expand(of_seed["coefficients"], loaded.frozen.pool, loaded.method.granularity),
+        loaded.method.composition,
         base=fused.base,
         magnitudes=of_seed.get("magnitudes"),
     )

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ..tasks import Batch, batch_orders, train_batches
+from .evaluate import seed_entropies
 from .methods import Frozen, Method
 from .options import Recipe
 from .progress import progress
 from .setup import Setup
-from .step import Optimisation, Rates, TrainState, end_epoch, fusion_step, init_state, objective, prune
+from .step import Optimisation, Rates, TrainState, end_epoch, fusion_step, init_state, prune
 from .sweep import Path, over_seeds
 
 _INIT = 0  # purpose of a seed's key: where its numbers start
@@ -89,7 +90,7 @@ def fit(
                 )
                 steps.append(metrics)
                 bar.update()
-            validation_loss = _validation(state.params, held_out, setup.index, setup.frozen, **static)
+            validation_loss = seed_entropies(state.params, held_out, setup.index, setup.frozen, **static)
             state = _after_epoch(
                 state,
                 validation_loss,
@@ -139,27 +140,6 @@ def train_seeds(
 @partial(jax.jit, static_argnames=("method",))
 def _start(keys: Array, index: Array, frozen: Frozen, *, method: Method) -> TrainState:
     return jax.vmap(lambda k, i: init_state(method, frozen, i, k))(keys, index)
-
-
-@partial(jax.jit, static_argnames=("graph", "method", "path"))
-def _validation(
-    params: dict,
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    path: Path,
-) -> Float[Array, " seeds"]:
-    """Return every seed's mean cross-entropy on a batch of its own."""
-
-    def of_seed(seed: tuple, frozen: Frozen) -> Array:
-        params, batch, index = seed
-        zero = jnp.float32(0)
-        return objective(params, batch, index, frozen, zero, graph=graph, method=method)[1]["cross_entropy"]
-
-    return over_seeds(of_seed, path)((params, batch, index), frozen)
 
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))

@@ -13,22 +13,19 @@ Axis letters: N modules of a seed.
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..tasks import Batch
-from .methods import Frozen, Fusion
-from .step import objective
-from .sweep import Path, over_seeds
+from .evaluate import seed_entropies
+from .methods import LORAHUB, Frozen
+from .sweep import Path
 
-METHOD = Fusion(composition="mix", granularity="global", magnitudes=False)
 BOUND = 1.5
 L1 = 0.05
 _MOST_EVALUATIONS = 50  # a module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
@@ -75,11 +72,7 @@ def search(
       ValueError: nevergrad is not installed, or so many evaluations cannot be had.
     """
     modules = index.shape[1]
-    if not 1 <= evaluations <= _MOST_EVALUATIONS * modules:
-        raise ValueError(
-            f"{evaluations} evaluations for {modules} modules: wanted 1 to {_MOST_EVALUATIONS * modules}, that is "
-            f"at most {_MOST_EVALUATIONS} a module"
-        )
+    check_evaluations(evaluations, modules)
     nevergrad = load_nevergrad()
     tried, scores, optimisers = [], [], []
     try:
@@ -98,6 +91,15 @@ def search(
         # Their threads end with the optimisers; alive, they would keep an interrupted Python from exiting.
         optimisers.clear()
     return Search(weights, np.stack(tried), np.stack(scores))
+
+
+def check_evaluations(evaluations: int, modules: int) -> None:
+    """Raise ValueError on a number of evaluations that a search over `modules` weights cannot have."""
+    if not 1 <= evaluations <= _MOST_EVALUATIONS * modules:
+        raise ValueError(
+            f"{evaluations} evaluations for {modules} modules: wanted 1 to {_MOST_EVALUATIONS * modules}, that is "
+            f"at most {_MOST_EVALUATIONS} a module"
+        )
 
 
 def load_nevergrad() -> ModuleType:
@@ -127,30 +129,11 @@ def score(
     path: Path,
 ) -> Float[np.ndarray, " seeds"]:
     """Return the objective of every seed at its weights; the other arguments are those of `search`."""
-    w = jnp.asarray(weights, jnp.float32)
-    losses = [np.asarray(_entropies(w, batch, index, frozen, graph=graph, path=path), float) for batch in batches]
+    params = {"coefficients": jnp.asarray(weights, jnp.float32)}
+    static = {"graph": graph, "method": LORAHUB, "path": path}
+    losses = [np.asarray(seed_entropies(params, batch, index, frozen, **static), float) for batch in batches]
     rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
     return np.sum(losses, axis=0) / rows + L1 * np.mean(np.abs(weights), axis=1)
-
-
-@partial(jax.jit, static_argnames=("graph", "path"))
-def _entropies(
-    weights: Float[Array, "seeds N"],
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    path: Path,
-) -> Float[Array, " seeds"]:
-    """Return every seed's mean cross-entropy on its own batch, its modules mixed with its weights."""
-
-    def of_seed(seed: tuple[Array, Batch, Array], frozen: Frozen) -> Array:
-        weights, batch, index = seed
-        params, no_l1 = {"coefficients": weights}, jnp.float32(0)
-        return objective(params, batch, index, frozen, no_l1, graph=graph, method=METHOD)[1]["cross_entropy"]
-
-    return over_seeds(of_seed, path)((weights, batch, index), frozen)
 
 
 def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int) -> Any:

@@ -136,6 +136,10 @@ class Fusion:
         return acting
 
 
+# What LoraHub composes: A' = sum_n w_n A_n, B' = sum_n w_n B_n, one weight for every module.
+LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
     """The baseline: one new low-rank module, trained from scratch, as PEFT starts it.

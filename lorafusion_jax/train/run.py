@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from ..io import checkpoint
 from ..tasks import batch_orders, train_batches
 from .evaluate import Evaluation, evaluate
 from .fit import Epoch, fit, start
-from .lorahub import load_nevergrad, search
+from .lorahub import check_evaluations, load_nevergrad, search
 from .options import FuseOptions, Recipe
 from .progress import progress
 from .run_folder import RunFolder
@@ -39,24 +40,34 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     check(options)
     if options.method == "lorahub":
         load_nevergrad()
+    if options.log:
+        _load_wandb()
     run = RunFolder(run_path(options))
-    if run.exists() and not options.resume:
-        raise ValueError(
-            f"{run.folder} holds a run: give this one another --name, or go on with that one with --resume"
-        )
+    if not options.resume:
+        _refuse_begun(run)
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
         print(f"{run.folder} is complete: nothing to resume", file=sys.stderr)
         return done
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
+    if options.method == "lorahub":
+        check_evaluations(options.recipe.evaluations, setup.index.shape[1])
     begin = _start_params(setup, options)
     config = _config(options, setup)
     with run.locked():
         if recorded is None:
+            _refuse_begun(run)  # again: another process may have begun it while this one was loading
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
         return _complete(run, setup, options, config, begin)
+
+
+def _refuse_begun(run: RunFolder) -> None:
+    if run.exists():
+        raise ValueError(
+            f"{run.folder} holds a run: give this one another --name, or go on with that one with --resume"
+        )
 
 
 def run_path(options: FuseOptions) -> Path:
@@ -259,7 +270,7 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
 
 def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
     return {
-        "options": options_to_json(options),
+        "options": _options_to_json(options),
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
         "max_new_tokens": setup.max_new_tokens,
@@ -274,7 +285,7 @@ def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
     }
 
 
-def options_to_json(options: FuseOptions) -> dict[str, Any]:
+def _options_to_json(options: FuseOptions) -> dict[str, Any]:
     """Return the options as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
@@ -290,7 +301,7 @@ def _options_from_json(values: dict[str, Any]) -> FuseOptions:
 def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
     """Return the config of the run to resume, if it was asked for the same."""
     config = run.config()
-    was, now = config["options"], options_to_json(options)
+    was, now = config["options"], _options_to_json(options)
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
     if different:
         changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
@@ -308,15 +319,19 @@ def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
         print(f"note: {changes}; the last bits may differ from an uninterrupted run", file=sys.stderr)
 
 
-def _weights_and_biases(run: RunFolder, options: FuseOptions) -> Any:
+def _load_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError:
         raise ValueError(
             "--log writes to Weights & Biases, which is not installed: pip install 'lorafusion-jax[wandb]'"
         ) from None
-    config = options_to_json(options)
-    return wandb.init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
+    return wandb
+
+
+def _weights_and_biases(run: RunFolder, options: FuseOptions) -> Any:
+    config = _options_to_json(options)
+    return _load_wandb().init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
 
 
 def _log(log: Any, epoch: Epoch, seeds: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from ..io.pool import check_base, load_pool, read_manifest, read_pool
 from ..models.sites import sites
 from ..models.t5 import T5, kernels
 from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
-from .methods import Frozen, Fusion, LoRA, Method, ZeroShot
+from .methods import LORAHUB, Frozen, LoRA, Method, ZeroShot
 from .options import FuseOptions
 from .sweep import Path as SeedPath
 from .sweep import default_path
@@ -28,8 +28,8 @@ _SHALLOW = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything a run computes with.
+class Fused:
+    """A model and what is fused onto it, without a task.
 
     Attributes:
       graph: the model's structure, a static argument of the jitted functions.
@@ -37,12 +37,7 @@ class Setup:
       method: what is trained.
       index: [seeds, N], the modules of each seed as positions in that pool.
       modules: their names, by seed.
-      task: the texts.
-      train: tokens of the task's training rows.
-      test: tokens of the rows to evaluate on.
-      split: which training rows train and which validate, by seed; None where nothing is trained.
-      tokenizer: to turn generated tokens into text.
-      max_new_tokens: of generation.
+      tokenizer: between texts and tokens.
       path: how seeds run.
     """
 
@@ -51,13 +46,27 @@ class Setup:
     method: Method
     index: Int[Array, "seeds N"]
     modules: tuple[tuple[str, ...], ...]
+    tokenizer: Any
+    path: SeedPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Fused):
+    """Everything a run computes with.
+
+    Attributes:
+      task: the texts.
+      train: tokens of the task's training rows.
+      test: tokens of the rows to evaluate on.
+      split: which training rows train and which validate, by seed; None where nothing is trained.
+      max_new_tokens: of generation.
+    """
+
     task: Task
     train: Encoded
     test: Encoded
     split: Split | None
-    tokenizer: Any
     max_new_tokens: int
-    path: SeedPath
 
 
 def check(options: FuseOptions) -> None:
@@ -91,6 +100,32 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
         train_rows=options.train_rows,
         need=("train", "test") if training else ("test",),
     )
+    fused = load_fused(options, path)
+    train = encode(fused.tokenizer, task.train)
+    longest = max((len(row) for row in train.labels), default=128)
+    rows = None
+    if training:
+        rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
+    return Setup(
+        **vars(fused),
+        task=task,
+        train=train,
+        test=encode(fused.tokenizer, task.test[: options.test_rows]),
+        split=rows,
+        max_new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
+    )
+
+
+def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
+    """Load the model and the modules that the options name; the task is not looked at.
+
+    Args:
+      options: of the run.
+      path: as in `prepare`.
+
+    Raises:
+      ValueError: as `prepare` does.
+    """
     tokenizer = load_tokenizer(options.base)
     names, modules = _draw(options)
     quantise = None if options.load_in == "full" else options.load_in
@@ -103,23 +138,14 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
     if pool is not None:
         used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
         frozen = Frozen(base, pool, jax.jit(gram)(pool, used))
-    train = encode(tokenizer, task.train)
-    longest = max((len(row) for row in train.labels), default=128)
     position = {name: i for i, name in enumerate(names)}
-    return Setup(
+    return Fused(
         graph=graph,
         frozen=frozen,
         method=_method(options, model, pool),
         index=jnp.array([[position[name] for name in drawn] for drawn in modules], jnp.int32),
         modules=modules,
-        task=task,
-        train=train,
-        test=encode(tokenizer, task.test[: options.test_rows]),
-        split=split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
-        if training
-        else None,
         tokenizer=tokenizer,
-        max_new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
         path=path or (default_path() if options.path == "auto" else options.path),
     )
 
@@ -186,7 +212,7 @@ def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
         return LoRA(sites=adapted, rank=recipe.lora_rank, alpha=2.0 * recipe.lora_rank)
     assert pool is not None
     if options.method == "lorahub":
-        fusion = Fusion(composition="mix", granularity="global", magnitudes=False)
+        fusion = LORAHUB
     else:
         fusion = recipe.fusion(magnitudes=options.method == "fusion")
     fusion.check(pool)
