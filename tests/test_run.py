@@ -130,9 +130,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
     assert _without_clock(resumed) == _without_clock(results)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (folder / name).read_bytes() == (run_path(options) / name).read_bytes()
-    for a, b in zip(
-        jax.tree.leaves(load_run(folder)[1]), jax.tree.leaves(load_run(run_path(options))[1]), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(load_run(folder)[1]), jax.tree.leaves(load_run(run_path(options))[1]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -223,6 +221,12 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         (
             {"method": "lorahub", "recipe": dataclasses.replace(options.recipe, evaluations=1000)},
             "1000 evaluations for 3",
+        ),
+        ({"recipe": dataclasses.replace(options.recipe, epochs=0)}, "epochs is 0: wanted at least 1"),
+        ({"recipe": dataclasses.replace(options.recipe, prune=1.5)}, "prune is 1.5"),
+        (
+            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
+            "has no magnitudes to prune",
         ),
         ({"base": str(tmp_path)}, "config.json"),
         ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "0 modules"),

@@ -79,6 +79,15 @@ def check(options: FuseOptions) -> None:
         raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
     if options.control == "random" and options.load_in != "full":
         raise ValueError("the random control is drawn in full precision: leave out --load-in")
+    recipe = options.recipe
+    counts = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "lora_rank": recipe.lora_rank}
+    for name, count in (counts | {"eval_batch": options.eval_batch}).items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: wanted at least 1")
+    if not 0 <= recipe.prune < 1:
+        raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
+    if recipe.prune and options.method != "fusion":
+        raise ValueError(f"the method {options.method} has no magnitudes to prune: leave out --prune")
 
 
 def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
