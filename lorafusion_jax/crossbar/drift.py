@@ -136,12 +136,12 @@ PCM_DRIFT = PowerLaw(
 )
 """Phase-change memory: exponents, their spread, and 1/f noise.
 
-Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); constants of IBM's aihwkit, which
-takes the exponents from the target conductance where this takes them from the programmed one.
+Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); aihwkit's constants, which it
+takes from the target conductance where this takes them from the programmed one.
 """
 
 RERAM_CMO_DRIFT = Relaxation(shift=-0.08900206 / 88.19, spread=0.41183342 / 88.19, growth=0.04201137 / 88.19)
-"""ReRAM of conductive metal oxide and HfOx, 88 uS. Falcone et al., Adv. Funct. Mater. (2025); aihwkit's constants."""
+"""ReRAM of conductive metal oxide and HfOx, 88 uS. Falcone et al., arXiv:2502.04524 (2025); aihwkit's constants."""
 
 
 def drift_compensation(reference: Float[Array, "..."], now: Float[Array, "..."]) -> Float[Array, ""]:

@@ -134,7 +134,7 @@ RERAM_MILO_2021 = Polynomial(((4.782321 / 225.0, -0.009107),))
 RERAM_CMO_2025 = Polynomial(((0.0112185391 / 88.19, 0.01129027418),))
 """ReRAM of conductive metal oxide and HfOx, 9 to 88 uS, verified to 2 % of the target.
 
-Falcone et al., Advanced Functional Materials (2025); aihwkit's fit, in which the slope is per uS of G.
+Falcone et al., arXiv:2502.04524 (2025); aihwkit's fit, whose slope is per uS of G.
 """
 
 
