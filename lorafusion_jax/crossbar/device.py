@@ -7,7 +7,7 @@ nonlinear I-V belong to a read: they are described here and applied there.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class ReadNoise:
     """
 
     sigma: Physical
-    kind: Literal["independent", "proportional"] = dataclasses.field(default="independent", metadata={"static": True})
+    kind: str = dataclasses.field(default="independent", metadata={"static": True})
 
     def __post_init__(self):
         check_bounds(self, "sigma", 0)
@@ -124,7 +124,7 @@ class Device:
     time: Physical = None
     read_noise: ReadNoise | None = None
     iv: Callable[[Array, Array], Array] | None = None
-    clip: Literal["positive", "range"] = dataclasses.field(default="positive", metadata={"static": True})
+    clip: str = dataclasses.field(default="positive", metadata={"static": True})
 
     def __post_init__(self):
         check_bounds(self, "time", 0)

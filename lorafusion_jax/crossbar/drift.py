@@ -32,6 +32,10 @@ class LogLinear:
     low: Physical = 0.0
     high: Physical = 1.0
 
+    def __post_init__(self):
+        if isinstance(self.low, int | float) and isinstance(self.high, int | float) and not self.low <= self.high:
+            raise ValueError(f"LogLinear: low = {self.low} is above high = {self.high}: exchange them")
+
     def __call__(self, G: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the statistic of every cell."""
         value = like(self.intercept, G) + like(self.slope, G) * jnp.log(jnp.maximum(G, _FLOOR))
@@ -136,8 +140,8 @@ PCM_DRIFT = PowerLaw(
 )
 """Phase-change memory: exponents, their spread, and 1/f noise.
 
-Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); aihwkit's constants, which it
-takes from the target conductance where this takes them from the programmed one.
+Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); aihwkit's constants. It draws the
+exponents for the target conductance, this for the programmed one.
 """
 
 RERAM_CMO_DRIFT = Relaxation(shift=-0.08900206 / 88.19, spread=0.41183342 / 88.19, growth=0.04201137 / 88.19)
