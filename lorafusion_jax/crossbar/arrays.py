@@ -1,0 +1,97 @@
+"""From the cells of the arrays to what their columns stand for, and back to the matrix.
+
+A column brings sum_rows u (g + kappa) to the ADC, kappa = Gmin in level units. What it stands for follows by
+taking off the Gmin and the offset, known from the inputs (digital) or measured by the array's unit column.
+This is linear: the same rule recovers sums from conversions and weight codes from cells.
+
+Axis letters: K weight slices, P polarities, R row tiles, C column tiles.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from . import encoding
+from .config import CrossbarConfig
+
+
+def kappa(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return Gmin in the level units of every weight slice."""
+    g_min = jnp.asarray(config.g_min, dtype)
+    return g_min / (1 - g_min) * jnp.asarray(encoding.levels(config), dtype)
+
+
+def recover(
+    columns: Float[Array, "K *S cols"],
+    ones: Float[Array, "*#S 1"],
+    flipped: Bool[Array, "K *#S cols"] | None,
+    config: CrossbarConfig,
+) -> Float[Array, "K *S _cols"]:
+    """Return what columns of offset encoding stand for, whose weighted sum over K is the signed result.
+
+    Args:
+      columns: what was measured, Gmin included; the unit column, if any, last.
+      ones: sum of the inputs.
+      flipped: which columns are stored inverted.
+      config: of the crossbar.
+    """
+    shape = (-1, *[1] * (columns.ndim - 1))
+    gmin = kappa(config, columns.dtype).reshape(shape)
+    zero = jnp.asarray(encoding.zero_digits(config), columns.dtype).reshape(shape)
+    if not config.encoding.unit_column:
+        return columns - (gmin + zero) * ones[None]
+    values, unit = columns[..., :-1], columns[..., -1:]
+    if flipped is None:  # the unit column holds the zero digits and the same Gmin
+        return values - unit
+    ones = unit / (1 + gmin)
+    top = jnp.asarray(encoding.levels(config), columns.dtype).reshape(shape)
+    values = values - gmin * ones
+    return jnp.where(flipped, top * ones - values, values) - zero * ones
+
+
+def programmed_codes(
+    cells: Float[Array, "K P R C rows cols"],
+    flipped: Bool[Array, "K R C _cols"] | None,
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> Float[Array, "d_in d_out"]:
+    """Return the weight codes that cells stand for: what a perfect read of them adds up to."""
+    if config.encoding.kind == "differential":
+        slices = cells[:, 0] - cells[:, 1]
+    else:
+        columns = cells[:, 0] + kappa(config, cells.dtype)[:, None, None, None, None]
+        ones = jnp.ones((1, 1, 1, 1), cells.dtype)
+        slices = recover(columns, ones, None if flipped is None else flipped[:, :, :, None], config)
+    weights = jnp.asarray(encoding.significance(config), cells.dtype)
+    codes = jnp.einsum("k,krcio->rcio", weights, slices, precision="highest")
+    return matrix(codes, shape, config)
+
+
+def matrix(arrays: Float[Array, "R C rows cols"], shape: tuple[int, int], config: CrossbarConfig) -> Array:
+    """Return the [d_in, d_out] matrix whose tiles these are."""
+    rows, cols = encoding.grid(shape, config)
+    return encoding.join(encoding.join(jnp.moveaxis(arrays, 1, 2), rows, 0), cols, 1)
+
+
+def columns(
+    cells: Float[Array, "K P R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+) -> Float[Array, "k R rows cols"]:
+    """Return what multiplies the inputs, one entry for each conversion: k = K, or 2 K where both polarities convert.
+
+    Unit columns, one of every array, come after all others.
+    """
+    if config.encoding.kind == "differential" and not converts_each(config):
+        converted = cells[:, 0] - cells[:, 1]
+    else:
+        converted = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
+        converted = jnp.concatenate([converted[:, p] for p in range(cells.shape[1])])
+    units = None
+    if config.encoding.unit_column:
+        converted, units = converted[..., :-1], converted[..., -1]
+    _, cols = encoding.grid(shape, config)
+    converted = encoding.join(jnp.moveaxis(converted, 2, 3), cols, 3)
+    return converted if units is None else jnp.concatenate([converted, units.swapaxes(2, 3)], axis=3)
+
+
+def converts_each(config: CrossbarConfig) -> bool:
+    """Whether positive and negative columns have conversions of their own."""
+    return config.adc is not None and config.adc.separate

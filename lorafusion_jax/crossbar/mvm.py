@@ -1,0 +1,174 @@
+"""The matrix-vector product of programmed arrays.
+
+    y = scale * limit / (2^m - 1) * sum_k 2^(P_k) lsb_k * sum_{r,j} 2^(s j) code[r, k, j]
+
+over row tiles r, weight slices k, input slices j. Straight through DAC, ADC and quantisers, the gradients are those
+of `x @ W` with W the weights as programmed; the ADC's limits get that of clipping.
+
+Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are
+converted), R row tiles (1 once summed), C column tiles.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import arrays, encoding
+from .adc import Converter, converter
+from .config import CrossbarConfig
+from .definition import all_sums, shift_and_add
+from .state import ArrayState
+
+# Bytes that the conversions of one read may take at a time.
+BUDGET = 256 * 2**20
+
+
+def mvm(
+    x: Float[Array, "*B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None = None
+) -> Float[Array, "*B d_out"]:
+    """Multiply by a programmed matrix: what the arrays and their converters make of `x @ W`.
+
+    Args:
+      x: inputs.
+      state: from `program`, with this config.
+      config: of the crossbar.
+      key: of this read's noise; needed with read noise, another one for every read.
+
+    Raises:
+      ValueError: on inputs of another width, a missing key, or an ADC that has not been calibrated.
+    """
+    if x.shape[-1] != state.shape[0]:
+        raise ValueError(f"x of shape {x.shape} meets arrays of {state.shape}: its last axis must be {state.shape[0]}")
+    if config.device.read_noise is not None and key is None:
+        raise ValueError("read noise is drawn anew for every read: give its key, as in jax.random.fold_in(key, step)")
+    if config.adc is not None and state.limits is None and state.plan.path != "product":
+        raise ValueError("this ADC's range comes from data: state = calibrate(x, state, config), or adc.range = 'max'")
+    y = _read(x.reshape(-1, x.shape[-1]), state.codes, state.limits, state, config, key)
+    return y.reshape(*x.shape[:-1], state.shape[1])
+
+
+@jax.custom_vjp
+def _read(
+    x: Float[Array, "B d_in"],
+    codes: Float[Array, "d_in d_out"],
+    limits: Float[Array, "_R K 2"] | None,
+    state: ArrayState,
+    config: CrossbarConfig,
+    key: Array | None,
+) -> Float[Array, "B d_out"]:
+    limit = jnp.max(jnp.abs(x), axis=1, keepdims=True) if state.input_limit is None else state.input_limit
+    limit = jnp.where(limit > 0, limit, jnp.ones_like(limit))
+    n = encoding.input_codes(x, limit, config)
+    quantise = None if limits is None else converter(limits, config)
+    if state.plan.path == "product":
+        y = _product(n, codes, state, config)
+    elif state.plan.path == "loop":
+        y = _loop(n, quantise, state, config)
+    else:
+        y = _definition(n, quantise, state, config, key)
+    return y * (limit / encoding.input_top(config))
+
+
+def _forward(x, codes, limits, state, config, key):
+    return _read(x, codes, limits, state, config, key), (x, codes, limits, state, config, key)
+
+
+def _backward(residuals, cotangent):
+    x, codes, limits, state, config, key = residuals
+    weights = codes * encoding.per_weight(state.scale, state.shape, config)
+    d_x = jnp.dot(cotangent, weights.T, precision="highest")
+    if state.input_limit is not None and config.dac is not None:
+        low = -state.input_limit if config.dac.signed else 0
+        d_x = jnp.where((x >= low) & (x <= state.input_limit), d_x, 0)
+        x = jnp.clip(x, low, state.input_limit)
+    d_codes = jnp.dot(x.T, cotangent, precision="highest") * encoding.per_weight(state.scale, state.shape, config)
+    return d_x, d_codes, None, None, None, None
+
+
+_read.defvjp(_forward, _backward)
+
+
+def _product(n: Float[Array, "B d_in"], codes: Float[Array, "d_in d_out"], state: ArrayState, config: CrossbarConfig):
+    if state.scale.shape[0] == 1:
+        return jnp.dot(n, codes, precision="highest") * state.scale
+    return jnp.dot(n, codes * encoding.per_weight(state.scale, state.shape, config), precision="highest")
+
+
+def _definition(
+    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Float[Array, "B d_out"]:
+    """Compute as many inputs at a time as the budget allows."""
+    rows, _ = encoding.grid(state.shape, config)
+    cells = state.cells
+    assert cells is not None
+    tiles = encoding.split(n, rows, axis=1)
+    keys = None if key is None else jax.random.split(key, n.shape[0])
+
+    def of_one(arguments: tuple[Array, Array | None]) -> Array:
+        codes, key = arguments
+        sums = all_sums(codes, cells, key, config)
+        total = shift_and_add(sums, None if quantise is None else _converter_of_chip(quantise, state), config)
+        total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
+        ones = jnp.sum(codes, axis=1)[:, None, None]
+        one_range = quantise is None or quantise.inv_lsb.shape[0] == 1
+        if state.flipped is None and state.scale.shape[0] == 1 and one_range:
+            total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
+        return jnp.sum(_finish(total, ones, quantise, state, config) * state.scale, axis=0)
+
+    conversions = math.prod(cells.shape) // cells.shape[4] * len(config.input_slices)
+    chunk = max(1, BUDGET // (conversions * n.dtype.itemsize))
+    if chunk >= n.shape[0]:
+        return jax.vmap(of_one)((tiles, keys))
+    return jax.lax.map(of_one, (tiles, keys), batch_size=chunk)
+
+
+def _converter_of_chip(quantise: Converter, state: ArrayState):
+    """Return the conversion of sums [..., K, R, C, P, cols], each column with its own gain and offset."""
+
+    def convert(sums: Array) -> Array:
+        for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
+            if error is not None:
+                sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
+        return quantise(sums, quantise.inv_lsb.T[:, :, None, None, None])
+
+    return convert
+
+
+def _finish(
+    total: Float[Array, "K A C cols"],
+    ones: Float[Array, "#A 1 1"],
+    quantise: Converter | None,
+    state: ArrayState,
+    config: CrossbarConfig,
+) -> Float[Array, "A d_out"]:
+    """Return the weighted sum over weight slices, in weight codes times input codes.
+
+    Args:
+      total: codes, or sums without an ADC, shifted and added over input slices; unit columns last.
+      ones: sums of the inputs, for what is removed digitally.
+      quantise: the ADC.
+      state: of the chip.
+      config: of the crossbar.
+    """
+    worth = jnp.asarray(encoding.significance(config), total.dtype)[None]  # [1 or R, K]
+    lsb = jnp.ones_like(worth) if quantise is None else 1 / quantise.inv_lsb
+    if config.encoding.kind == "offset" and (state.flipped is not None or not config.encoding.unit_column):
+        flipped = None if state.flipped is None else state.flipped
+        total = arrays.recover(total * lsb.T[:, :, None, None], ones, flipped, config)
+    else:
+        worth = worth * lsb
+        if config.encoding.unit_column:
+            total = total[..., :-1] - total[..., -1:]
+    # Powers of two times integers add up exactly in any order; what is left is one factor.
+    shares = (worth / worth[:, :1]).T[:, :, None, None]
+    whole = sum(share * of_slice for share, of_slice in zip(shares, total, strict=True))
+    _, cols = encoding.grid(state.shape, config)
+    return encoding.join(whole * worth[:, 0, None, None], cols, axis=1)
+
+
+def _loop(
+    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig
+) -> Float[Array, "B d_out"]:
+    raise NotImplementedError

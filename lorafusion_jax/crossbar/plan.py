@@ -1,0 +1,120 @@
+"""How a read is computed: the choice among paths that give the same result, and what it rests on.
+
+`definition`  every conversion on its own, for any configuration, read noise drawn for every cell
+`product`     slices telescope into one matrix product: no ADC, or one that loses nothing
+`loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import numpy as np
+
+from . import encoding
+from .adc import codes, level_units
+from .config import CrossbarConfig
+
+Path = Literal["definition", "product", "loop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The path of a read, and why it was chosen."""
+
+    path: Path
+    reason: str
+
+
+def choose(
+    config: CrossbarConfig,
+    bounds: tuple[float, ...],
+    limits: np.ndarray | None,
+    *,
+    perfect: bool,
+    path: Path | None = None,
+) -> Plan:
+    """Return the fastest exact path.
+
+    Args:
+      config: of the crossbar.
+      bounds: largest |column sum| that one conversion of each weight slice can see, in level units.
+      limits: [1 or R, K, 2] ADC ranges where they are known.
+      perfect: whether all cells are at their target levels.
+      path: use this one.
+
+    Raises:
+      ValueError: where the wanted path would not be exact.
+    """
+    nonlinear = _nonlinearity(config)
+    lossless = perfect and _is_lossless(config, bounds, limits)
+    telescopes = nonlinear is None and (config.adc is None or lossless)
+    if limits is not None and limits.shape[0] > 1:
+        nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
+    loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
+    if path is not None:
+        if path == "product" and not telescopes:
+            raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
+        if path == "loop" and not loops:
+            raise ValueError(f"path='loop' cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}")
+        return Plan(path, "asked for")
+    if telescopes:
+        why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
+        return Plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
+    if not loops:
+        return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
+    if jax.default_backend() != "cpu":
+        return Plan("definition", "every conversion on its own, batched: fastest on an accelerator")
+    return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
+
+
+def _nonlinearity(config: CrossbarConfig) -> str | None:
+    """Return what keeps an array's sums from being linear in its inputs and cells; None if nothing does."""
+    if config.tile.wire is not None:
+        return "IR drop depends on all currents of an array"
+    if config.device.iv is not None:
+        return "cells are nonlinear"
+    if config.tile.current_limit is not None:
+        return "column currents are limited before they are subtracted"
+    return None
+
+
+def _needs_cells(config: CrossbarConfig) -> str | None:
+    """Return what a product per slice would not know of; None if nothing."""
+    if config.adc is not None and config.adc.offset_error is not None:
+        return "every column's ADC has its offset"
+    if config.encoding.flip:
+        return "flipped columns are recovered tile by tile"
+    if config.device.read_noise is not None:
+        return "read noise is drawn for every conversion"
+    return None
+
+
+def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
+    """Whether every possible column sum has a code of its own that stands for it."""
+    adc = config.adc
+    integers = config.cell.bits is not None and config.dac is not None
+    drawn = adc is not None and (adc.offset_error is not None or adc.gain_error is not None)
+    if adc is None or not integers or drawn or config.device.read_noise is not None:
+        return False
+    if config.cell.on_off_ratio is not None and (config.encoding.kind == "offset" or adc.separate):
+        return False  # Gmin reaches the ADC, and is no integer
+    top = codes(config)[1]
+    if adc.range == "granular":
+        return max(bounds) <= top
+    if limits is None:
+        return False
+    inv_lsb = top / (limits[..., 1] * np.asarray([float(u) for u in level_units(config)]))
+    step = np.round(inv_lsb)
+    whole = (step >= 1) & (np.abs(inv_lsb - step) < 1e-6)
+    return bool(np.all(whole & (np.asarray(bounds) * step <= top)))
+
+
+def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
+    """Return the largest |column sum| of one conversion that any weights and inputs could cause."""
+    adc = config.adc
+    together = adc is not None and adc.convert == "sum"
+    largest = encoding.input_top(config) if together else encoding.pulse(config)
+    half = 2 if config.encoding.flip else 1
+    # The unit column of flipped arrays holds ones, and is not flipped.
+    return tuple(max(rows * top * largest / half, rows * largest * (half - 1)) for top in encoding.levels(config))

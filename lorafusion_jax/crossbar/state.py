@@ -1,0 +1,177 @@
+"""One chip: a matrix written into arrays, once, to be read many times.
+
+Axis letters: K weight slices, P polarities, R row tiles, C column tiles; k conversions of a pair of input slice and
+column (K, or 2 K where both polarities are converted).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from . import arrays, encoding
+from .adc import fixed_limits, level_units
+from .config import CrossbarConfig, check_limits
+from .device import realise
+from .plan import Path, Plan, choose, worst_case
+from .values import like
+
+# Purposes of a chip's key besides those of `device.realise`.
+_GAIN, _OFFSET = 16, 17
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayState:
+    """The arrays that hold one matrix, or one for each entry of leading axes.
+
+    Attributes:
+      codes: [d_in, d_out] the weights as programmed, in weight codes: what all slices of a perfect read add up to.
+      scale: [1 or R, 1 or d_out] the weight that one code stands for.
+      cells: every cell in level units, a unit column last; None where no path reads single cells.
+      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it.
+      flipped: [K, R, C, cols] columns that are stored inverted.
+      gain: [K, P, R, C, cols] the gain of each column's conversion, or None.
+      offset: [K, P, R, C, cols] its offset in level units, or None.
+      limits: [1 or R, K, 2] ADC range of each weight slice, in units of current; R where row tiles of unequal height
+        have ranges of their own; None without an ADC or before calibration.
+      input_limit: full scale of the DAC; None where each input vector has its own.
+      pulses: mean write-verify pulses per cell, or None.
+      shape: (d_in, d_out).
+      plan: how a read is computed, and why.
+    """
+
+    codes: Float[Array, "*N d_in d_out"]
+    scale: Float[Array, "*N _R _cols"]
+    cells: Float[Array, "*N K P R C rows cols"] | None
+    columns: Float[Array, "*N k R rows _cols"] | None
+    flipped: Bool[Array, "*N K R C _cols"] | None
+    gain: Float[Array, "*N K P R C cols"] | None
+    offset: Float[Array, "*N K P R C cols"] | None
+    limits: Float[Array, "*N _R K 2"] | None
+    input_limit: Float[Array, "*N"] | None
+    pulses: Float[Array, "*N"] | None
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    plan: Plan = dataclasses.field(metadata={"static": True})
+
+
+def program(
+    weights: Float[Array, "d_in d_out"],
+    config: CrossbarConfig,
+    key: Array | None = None,
+    *,
+    path: Path | None = None,
+    conductances: Float[Array, "K P R C rows cols"] | None = None,
+) -> ArrayState:
+    """Write a matrix into arrays.
+
+    Pure: may be jitted, and vmapped over keys (chips), over stacked weights and over the config's values.
+    Differentiable: the gradient of the programmed codes is passed straight through to the weights.
+
+    Args:
+      weights: W of y = x W.
+      config: of the crossbar.
+      key: of the chip: the same key gives the same chip. Needed where the device or the ADC is random.
+      path: how reads are computed (see `plan`); None chooses the fastest exact one.
+      conductances: measured conductances (Gmax = 1) of all cells, in place of modelled ones.
+
+    Raises:
+      ValueError: on weights that are no finite matrix, a missing key, conductances of another shape, or a path that
+        would not be exact.
+    """
+    _check(weights, config, key, conductances)
+    dtype, shape = weights.dtype, weights.shape
+    scale = encoding.full_scale(weights, config) / encoding.code_scale(config)
+    exact = encoding.weight_codes(weights, scale, config)
+    slices = encoding.digits(exact, config)
+    rows, _ = encoding.grid(shape, config)
+
+    perfect = conductances is None and _is_perfect(config)
+    limits = fixed_limits(config, rows, dtype)
+    known = None if _is_traced(limits) else limits
+    chosen = choose(config, worst_case(config, max(rows)), known, perfect=perfect, path=path)
+
+    cells = flipped = gain = offset = pulses = None
+    codes = exact
+    if not perfect or chosen.path != "product":
+        cells, flipped = encoding.to_arrays(slices, config)
+    if cells is not None and not perfect:
+        g_min = like(config.g_min, weights)
+        top = jnp.asarray(encoding.levels(config), dtype)[:, None, None, None, None, None]
+        if conductances is None:
+            conductances, counts = realise(g_min + cells / top * (1 - g_min), config.device, key, g_min=g_min)
+            pulses = None if counts is None else jnp.mean(counts.astype(dtype))
+        elif conductances.shape != cells.shape:
+            raise ValueError(
+                f"conductances of shape {conductances.shape}: this matrix takes {cells.shape} "
+                "[weight slices, polarities, row tiles, column tiles, rows, columns]"
+            )
+        cells = (conductances.astype(dtype) - g_min) / (1 - g_min) * top
+        codes = arrays.programmed_codes(cells, flipped, shape, config)
+    if config.adc is not None and cells is not None:
+        per_column = (*cells.shape[:4], cells.shape[5])
+        if config.adc.gain_error is not None:
+            drawn = jax.random.normal(jax.random.fold_in(key, _GAIN), per_column, dtype)
+            gain = 1 + like(config.adc.gain_error, weights) * drawn
+        if config.adc.offset_error is not None:
+            units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])[:, None, None, None, None]
+            drawn = jax.random.normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
+            offset = like(config.adc.offset_error, weights) * drawn * units
+    columns = None
+    if chosen.path == "loop":
+        columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
+    return ArrayState(
+        codes=_straight_through(weights / encoding.per_weight(scale, shape, config), codes),
+        scale=scale,
+        cells=cells if chosen.path == "definition" else None,
+        columns=columns,
+        flipped=flipped,
+        gain=gain if chosen.path == "definition" else None,
+        offset=offset,
+        limits=None if limits is None else jnp.asarray(limits, dtype),
+        input_limit=None if config.dac is None or config.dac.scaling == "row" else like(config.dac.limit, weights),
+        pulses=pulses,
+        shape=(shape[0], shape[1]),
+        plan=chosen,
+    )
+
+
+@jax.custom_vjp
+def _straight_through(real: Array, quantised: Array) -> Array:
+    """Return `quantised`, with the gradient of `real`."""
+    return quantised
+
+
+_straight_through.defvjp(lambda real, quantised: (quantised, None), lambda _, cotangent: (cotangent, None))
+
+
+def is_random(config: CrossbarConfig) -> bool:
+    """Whether programming draws random numbers."""
+    device, adc = config.device, config.adc
+    drifts = device.drift is not None and device.time is not None
+    mismatch = adc is not None and (adc.gain_error is not None or adc.offset_error is not None)
+    return device.programming is not None or device.stuck is not None or drifts or mismatch
+
+
+def _is_perfect(config: CrossbarConfig) -> bool:
+    device = config.device
+    return device.programming is None and device.stuck is None and (device.drift is None or device.time is None)
+
+
+def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductances: Array | None) -> None:
+    if weights.ndim != 2 or 0 in weights.shape:
+        raise ValueError(f"weights of shape {weights.shape}: give a matrix [d_in, d_out]; use jax.vmap for stacks")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(f"weights of dtype {weights.dtype}: give floating point numbers")
+    if not _is_traced(weights):
+        bad = int(jnp.sum(~jnp.isfinite(weights)))
+        if bad:
+            raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: no conductance stands for them")
+    if key is None and conductances is None and is_random(config):
+        raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
+    check_limits(None if config.adc is None else config.adc.limits, len(config.weight_slices), signed=config.signed_sums)
+
+
+def _is_traced(tree: object) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
