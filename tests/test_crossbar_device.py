@@ -286,7 +286,7 @@ def test_values_are_swept_and_learned():
 
     sigmas = jnp.asarray([0.0, 0.01, 0.02])
     swept = jax.vmap(spread, (0, None))(sigmas, 9.0)
-    np.testing.assert_allclose(swept, swept[1] * jnp.arange(3.0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(swept, swept[1] * jnp.arange(3.0), rtol=1e-4, atol=1e-5)
     assert float(jax.grad(spread)(0.01, 9.0)) == pytest.approx(float(swept[1]) / 0.01, rel=1e-3)
 
     def mean(time):

@@ -30,7 +30,7 @@ class Wire:
       tolerance: largest error of a cell's voltage, of the full read voltage.
       iterations: most iterations; a product that is not within the tolerance by then is NaN.
       relaxation: a fixed step, as CrossSim's gamma, which diverges where wires are long or resistive; None for
-        Chebyshev's steps from a bound on the array, which converge for every array.
+        Chebyshev's steps from a bound on the array, which converge for every array of linear cells.
     """
 
     row_resistance: Physical = 0.0
