@@ -21,18 +21,21 @@ class Converter(NamedTuple):
     """The quantiser of every weight slice, in level units.
 
     Attributes:
-      inv_lsb: [R, K] codes per level unit; R is 1 where all row tiles have one range.
+      inv_lsb: [R, K] codes per level unit; R is 1 where all row tiles have one range. [K] for the kernels.
       qmin: lowest code.
       qmax: highest code.
+      rounds: False for the smooth surrogate, which only clips.
     """
 
-    inv_lsb: Float[Array, "_R K"]
+    inv_lsb: Float[Array, "*_R K"]
     qmin: int
     qmax: int
+    rounds: bool = True
 
     def __call__(self, sums: Float[Array, "..."], inv_lsb: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the codes of sums, given the part of `inv_lsb` that applies to them."""
-        return jnp.clip(jnp.round(sums * inv_lsb), self.qmin, self.qmax)
+        scaled = sums * inv_lsb
+        return jnp.clip(jnp.round(scaled) if self.rounds else scaled, self.qmin, self.qmax)
 
 
 def level_units(config: CrossbarConfig) -> tuple[Any, ...]:

@@ -69,7 +69,7 @@ def programmed_codes(
 def matrix(arrays: Float[Array, "R C rows cols"], shape: tuple[int, int], config: CrossbarConfig) -> Array:
     """Return the [d_in, d_out] matrix whose tiles these are."""
     rows, cols = encoding.grid(shape, config)
-    return encoding.join(encoding.join(jnp.moveaxis(arrays, 1, 2), rows, 0), cols, 1)
+    return encoding.join(encoding.join(jnp.moveaxis(arrays, 1, 2), rows, 0, front=True), cols, 1)
 
 
 def columns(

@@ -263,8 +263,8 @@ class CrossbarConfig:
                 )
         elif self.encoding.flip:
             raise ValueError("encoding.flip inverts digits: give cell.bits and mapping.weight_bits")
-        if self.tile.wire is not None and self.device.iv is not None:
-            raise ValueError("tile.wire and device.iv: IR drop is modelled for linear cells only: leave one of them out")
+        if self.device.compensate and self.encoding.kind != "differential":
+            raise ValueError("device.compensate scales what is left after subtraction: it needs kind='differential'")
         adc = self.adc
         if isinstance(adc, ADC):
             if adc.separate and self.encoding.kind != "differential":

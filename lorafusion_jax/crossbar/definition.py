@@ -49,7 +49,7 @@ def column_sums(
     v, conductance = u / encoding.pulse(config), g_min + g / top * (1 - g_min)
     if tile.wire is not None:
         wire = tile.wire
-        current = jax.vmap(lambda one: currents(v, one, wire))(conductance)
+        current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
     elif device.iv is not None:
         current = jnp.sum(device.iv(v[None, :, None], conductance), axis=1)
     else:

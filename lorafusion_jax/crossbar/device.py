@@ -112,6 +112,8 @@ class Device:
       stuck: shares of cells that cannot be programmed.
       drift: (G, key, time) -> G, of programmed conductances: a model of `drift`, or a function.
       time: seconds since programming; None: read at once, without drift.
+      compensate: multiply a matrix's outputs by the one factor that undoes its mean drift (see
+        `drift.drift_compensation`): all its conductances just after programming, summed, over all of them now.
       read_noise: redrawn for each read.
       iv: (v, G) -> current of a cell at v of the read voltage: `Sinh`, or a function.
       clip: what a cell can be: `positive` G >= 0, or `range` [Gmin, Gmax].
@@ -122,6 +124,7 @@ class Device:
     stuck: StuckAt | None = None
     drift: Model | None = None
     time: Physical = None
+    compensate: bool = dataclasses.field(default=False, metadata={"static": True})
     read_noise: ReadNoise | None = None
     iv: Callable[[Array, Array], Array] | None = None
     clip: str = dataclasses.field(default="positive", metadata={"static": True})

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .config import CrossbarConfig
@@ -44,26 +45,46 @@ def grid(shape: tuple[int, int], config: CrossbarConfig) -> tuple[tuple[int, ...
     return partition(shape[0], tile.rows, tile.partition), partition(shape[1], tile.cols, tile.partition)
 
 
-def split(x: Array, parts: tuple[int, ...], axis: int) -> Array:
-    """Cut an axis into parts, zero-padded to the longest: [..., d, ...] -> [..., parts, longest, ...]."""
+def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -> Array:
+    """Cut an axis into parts, zero-padded to the longest: [..., d, ...] -> [..., parts, longest, ...].
+
+    Args:
+      x: to cut.
+      parts: lengths.
+      axis: which.
+      front: pad in front, as for rows: those in use are next to the converters at the bottom.
+    """
     axis %= x.ndim
     longest = max(parts)
-    if len(set(parts)) > 1:
-        ends = [sum(parts[: i + 1]) for i in range(len(parts))]
-        pieces = [jax.lax.slice_in_dim(x, end - part, end, axis=axis) for end, part in zip(ends, parts, strict=True)]
-        pad = [[(0, longest - part if a == axis else 0) for a in range(x.ndim)] for part in parts]
-        return jnp.stack([jnp.pad(p, w) for p, w in zip(pieces, pad, strict=True)], axis=axis)
-    return x.reshape(*x.shape[:axis], len(parts), longest, *x.shape[axis + 1 :])
+    if len(set(parts)) == 1:
+        return x.reshape(*x.shape[:axis], len(parts), longest, *x.shape[axis + 1 :])
+    pieces, end = [], 0
+    for part in parts:
+        piece, end = jax.lax.slice_in_dim(x, end, end + part, axis=axis), end + part
+        pad = (longest - part, 0) if front else (0, longest - part)
+        pieces.append(jnp.pad(piece, [pad if a == axis else (0, 0) for a in range(x.ndim)]))
+    return jnp.stack(pieces, axis=axis)
 
 
-def join(x: Array, parts: tuple[int, ...], axis: int) -> Array:
+def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -> Array:
     """Undo `split`: [..., parts, longest, ...] -> [..., d, ...], `axis` being that of the parts."""
     axis %= x.ndim
-    if len(set(parts)) > 1:
-        pieces = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(len(parts))]
-        cut = [jax.lax.slice_in_dim(p, 0, part, axis=axis) for p, part in zip(pieces, parts, strict=True)]
-        return jnp.concatenate(cut, axis=axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    longest = max(parts)
+    if len(set(parts)) == 1:
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    cut = []
+    for i, part in enumerate(parts):
+        piece, start = jax.lax.index_in_dim(x, i, axis, keepdims=False), longest - part if front else 0
+        cut.append(jax.lax.slice_in_dim(piece, start, start + part, axis=axis))
+    return jnp.concatenate(cut, axis=axis)
+
+
+def cells_in_use(shape: tuple[int, int], config: CrossbarConfig) -> Bool[np.ndarray, "R C rows cols"]:
+    """Return which cells of the arrays hold a weight."""
+    rows, cols = grid(shape, config)
+    row = np.arange(max(rows)) >= max(rows) - np.asarray(rows)[:, None]
+    col = np.arange(max(cols)) < np.asarray(cols)[:, None]
+    return row[:, None, :, None] & col[None, :, None, :]
 
 
 def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[Array, "_R _cols"]:
@@ -181,18 +202,14 @@ def to_arrays(
             both = jnp.stack([jnp.maximum(slices, 0), jnp.maximum(-slices, 0)], axis=1)
     else:
         both = slices[:, None]
-    arrays = split(split(both, cols, axis=3), rows, axis=2)  # [K, P, R, rows, C, cols]
+    arrays = split(split(both, cols, axis=3), rows, axis=2, front=True)  # [K, P, R, rows, C, cols]
     arrays = jnp.moveaxis(arrays, 4, 3)
     flipped = None
     if config.encoding.flip:
-        used = jnp.asarray(rows, slices.dtype)[None, :, None, None]
-        full = used * top[:, None, None, None]
+        full = jnp.asarray(rows, slices.dtype)[None, :, None, None] * top[:, None, None, None]
         flipped = 2 * jnp.sum(arrays[:, 0], axis=3) > full
-        used_rows = jnp.arange(max(rows))[None, :] < jnp.asarray(rows)[:, None]  # [R, rows]
-        inverted = jnp.where(
-            used_rows[None, :, None, :, None], top[:, None, None, None, None] - arrays[:, 0], arrays[:, 0]
-        )
-        arrays = jnp.where(flipped[:, :, :, None, :], inverted, arrays[:, 0])[:, None]
+        inverted = flipped[:, :, :, None, :] & cells_in_use(slices.shape[1:], config)[None]
+        arrays = jnp.where(inverted, top[:, None, None, None, None] - arrays[:, 0], arrays[:, 0])[:, None]
     if config.encoding.unit_column:
         unit = jnp.asarray(unit_levels(config), slices.dtype)[:, None, None, None, None, None]
         arrays = jnp.concatenate([arrays, jnp.broadcast_to(unit, (*arrays.shape[:5], 1))], axis=5)

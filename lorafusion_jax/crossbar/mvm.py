@@ -19,6 +19,7 @@ from . import arrays, encoding
 from .adc import Converter, converter
 from .config import CrossbarConfig
 from .definition import all_sums, shift_and_add
+from .loop import loop
 from .state import ArrayState
 
 # Bytes that the conversions of one read may take at a time.
@@ -58,17 +59,35 @@ def _read(
     config: CrossbarConfig,
     key: Array | None,
 ) -> Float[Array, "B d_out"]:
-    limit = jnp.max(jnp.abs(x), axis=1, keepdims=True) if state.input_limit is None else state.input_limit
-    limit = jnp.where(limit > 0, limit, jnp.ones_like(limit))
+    limit = _full_scale(x, state)
     n = encoding.input_codes(x, limit, config)
     quantise = None if limits is None else converter(limits, config)
+    return _converted(n, quantise, codes, state, config, key) * (limit / encoding.input_top(config))
+
+
+def _full_scale(x: Float[Array, "B d_in"], state: ArrayState) -> Float[Array, ""] | Float[Array, "B 1"]:
+    """Return the input that the DAC's highest code stands for."""
+    if state.input_limit is not None:
+        return state.input_limit
+    limit = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    return jnp.where(limit > 0, limit, jnp.ones_like(limit))
+
+
+def _converted(
+    n: Float[Array, "B d_in"],
+    quantise: Converter | None,
+    codes: Float[Array, "d_in d_out"],
+    state: ArrayState,
+    config: CrossbarConfig,
+    key: Array | None,
+) -> Float[Array, "B d_out"]:
+    """Return weights times input codes, by the plan's path."""
     if state.plan.path == "product":
-        y = _product(n, codes, state, config)
-    elif state.plan.path == "loop":
-        y = _loop(n, quantise, state, config)
-    else:
-        y = _definition(n, quantise, state, config, key)
-    return y * (limit / encoding.input_top(config))
+        return _product(n, codes, state, config)
+    if state.plan.path == "loop":
+        assert quantise is not None
+        return _loop(n, quantise, state, config)
+    return _definition(n, quantise, state, config, key)
 
 
 def _forward(x, codes, limits, state, config, key):
@@ -77,14 +96,25 @@ def _forward(x, codes, limits, state, config, key):
 
 def _backward(residuals, cotangent):
     x, codes, limits, state, config, key = residuals
-    weights = codes * encoding.per_weight(state.scale, state.shape, config)
-    d_x = jnp.dot(cotangent, weights.T, precision="highest")
+    scale = encoding.per_weight(state.scale, state.shape, config)
+    d_x = jnp.dot(cotangent, (codes * scale).T, precision="highest")
+    seen = x
     if state.input_limit is not None and config.dac is not None:
-        low = -state.input_limit if config.dac.signed else 0
+        low = -state.input_limit if config.dac.signed else jnp.zeros_like(state.input_limit)
         d_x = jnp.where((x >= low) & (x <= state.input_limit), d_x, 0)
-        x = jnp.clip(x, low, state.input_limit)
-    d_codes = jnp.dot(x.T, cotangent, precision="highest") * encoding.per_weight(state.scale, state.shape, config)
-    return d_x, d_codes, None, None, None, None
+        seen = jnp.clip(x, low, state.input_limit)
+    d_codes = jnp.dot(seen.T, cotangent, precision="highest") * scale
+    d_limits = None
+    if limits is not None:  # under jit, not computed where nobody asks for it
+
+        def saturating(limits: Array) -> Array:
+            limit = _full_scale(x, state)
+            n = encoding.input_codes(x, limit, config)
+            quantise = converter(limits, config)._replace(rounds=False)
+            return _converted(n, quantise, codes, state, config, key) * (limit / encoding.input_top(config))
+
+        (d_limits,) = jax.vjp(saturating, limits)[1](cotangent)
+    return d_x, d_codes, d_limits, None, None, None
 
 
 _read.defvjp(_forward, _backward)
@@ -103,7 +133,7 @@ def _definition(
     rows, _ = encoding.grid(state.shape, config)
     cells = state.cells
     assert cells is not None
-    tiles = encoding.split(n, rows, axis=1)
+    tiles = encoding.split(n, rows, axis=1, front=True)
     keys = None if key is None else jax.random.split(key, n.shape[0])
 
     def of_one(arguments: tuple[Array, Array | None]) -> Array:
@@ -169,6 +199,35 @@ def _finish(
 
 
 def _loop(
-    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig
+    n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig
 ) -> Float[Array, "B d_out"]:
-    raise NotImplementedError
+    """Sum over row tiles in codes; tile by tile where each has a scale of its own."""
+    rows, cols = encoding.grid(state.shape, config)
+    columns = state.columns
+    assert columns is not None
+    tiles = encoding.split(n, rows, axis=1, front=True)
+    slices = config.input_slices if config.dac else None
+    if config.dac is not None and config.adc is not None and config.adc.convert == "sum":
+        slices = (config.dac.magnitude_bits,)
+    each = len(columns) // len(config.weight_slices)  # conversions of a column
+    quantise = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
+
+    def of_tiles(tiles: Array, columns: Array) -> Array:
+        total = loop(tiles, columns, quantise, slices)
+        if each == 2:
+            total = total[: len(total) // 2] - total[len(total) // 2 :]
+        whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
+        if config.encoding.unit_column:
+            whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
+        ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
+        return _finish(whole, ones, quantise._replace(inv_lsb=quantise.inv_lsb[None, : len(total)]), state, config)
+
+    if state.scale.shape[0] == 1:
+        return of_tiles(tiles, columns) * state.scale
+
+    def add(y: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        x, columns, scale = tile
+        return y + of_tiles(x[:, None], columns[:, None]) * scale[None], None
+
+    zero = jnp.zeros((n.shape[0], state.shape[1]), n.dtype)
+    return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), jnp.moveaxis(columns, 1, 0), state.scale))[0]

@@ -14,6 +14,7 @@ from . import arrays, encoding
 from .adc import fixed_limits, level_units
 from .config import CrossbarConfig, check_limits
 from .device import realise
+from .drift import drift_compensation
 from .plan import Path, Plan, choose, worst_case
 from .values import like
 
@@ -100,8 +101,14 @@ def program(
         g_min = like(config.g_min, weights)
         top = jnp.asarray(encoding.levels(config), dtype)[:, None, None, None, None, None]
         if conductances is None:
-            conductances, counts = realise(g_min + cells / top * (1 - g_min), config.device, key, g_min=g_min)
-            pulses = None if counts is None else jnp.mean(counts.astype(dtype))
+            target, device = g_min + cells / top * (1 - g_min), config.device
+            conductances, counts = realise(target, device, key, g_min=g_min)
+            if counts is not None:
+                used = encoding.cells_in_use(shape, config)
+                pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=dtype)
+            if device.compensate and device.time is not None:
+                fresh, _ = realise(target, dataclasses.replace(device, time=None), key, g_min=g_min)
+                scale = scale * drift_compensation(fresh, conductances)
         elif conductances.shape != cells.shape:
             raise ValueError(
                 f"conductances of shape {conductances.shape}: this matrix takes {cells.shape} "
