@@ -46,7 +46,9 @@ class Cell:
     def __post_init__(self):
         if self.bits is not None:
             if isinstance(self.bits, int) or not self.bits or any(not 1 <= b <= 8 for b in self.bits):
-                raise ValueError(f"cell.bits = {self.bits!r}: give 1 to 8 bits for each weight slice, as in (2, 2, 2, 2)")
+                raise ValueError(
+                    f"cell.bits = {self.bits!r}: give 1 to 8 bits for each weight slice, as in (2, 2, 2, 2)"
+                )
             object.__setattr__(self, "bits", tuple(self.bits))
         if isinstance(self.on_off_ratio, int | float) and not self.on_off_ratio > 1:
             raise ValueError(f"cell.on_off_ratio = {self.on_off_ratio}: give Gmax / Gmin > 1, or None for infinite")
@@ -91,8 +93,8 @@ class DAC:
       bits: of the input, its sign included.
       slice_bits: bits that one pulse carries (the DAC's own resolution); None sends all in one.
       signed: sign and magnitude on +-limit, 2^bits - 1 levels; else 2^bits levels on 0..limit.
-      scaling: what full scale is: `fixed` (limit, for every input; calibration sets it from data) or `row`
-        (the largest |x| of each input vector, divided out and multiplied back digitally).
+      scaling: what full scale is: `fixed` (limit, for every input) or `row` (the largest |x| of each input
+        vector, divided out and multiplied back digitally).
       limit: full scale for `fixed`.
     """
 
@@ -107,7 +109,9 @@ class DAC:
         if not isinstance(self.bits, int) or not least <= self.bits <= 16:
             raise ValueError(f"dac.bits = {self.bits!r}: give {least} to 16 bits, or dac=None for ideal inputs")
         if self.slice_bits is not None and not 1 <= self.slice_bits <= self.bits:
-            raise ValueError(f"dac.slice_bits = {self.slice_bits!r}: give 1 to {self.bits} bits, or None for no slicing")
+            raise ValueError(
+                f"dac.slice_bits = {self.slice_bits!r}: give 1 to {self.bits} bits, or None for no slicing"
+            )
         if self.scaling not in ("fixed", "row"):
             raise ValueError(f"dac.scaling = {self.scaling!r}: choose fixed or row")
         if isinstance(self.limit, int | float) and not 0 < self.limit < float("inf"):
@@ -270,7 +274,9 @@ class CrossbarConfig:
             if adc.separate and self.encoding.kind != "differential":
                 raise ValueError("adc.separate converts positive and negative columns: it needs kind='differential'")
             if adc.range == "granular" and (self.dac is None or cell.bits is None):
-                raise ValueError("adc.range='granular' is one level of a cell at one input step: give dac and cell.bits")
+                raise ValueError(
+                    "adc.range='granular' is one level of a cell at one input step: give dac and cell.bits"
+                )
             check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
 
     @property
@@ -315,7 +321,9 @@ def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
         return
     values = np.asarray(limits, float)
     if values.shape[-2:] != (slices, 2):
-        raise ValueError(f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} weight slices")
+        raise ValueError(
+            f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} weight slices"
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"ADC limits {values.tolist()} are not finite")
     low, high = values[..., 0], values[..., 1]

@@ -65,6 +65,11 @@ def _read(
     return _converted(n, quantise, codes, state, config, key) * (limit / encoding.input_top(config))
 
 
+def reading(x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig) -> Float[Array, "B d_in"]:
+    """Return the input codes of a read."""
+    return encoding.input_codes(x, _full_scale(x, state), config)
+
+
 def _full_scale(x: Float[Array, "B d_in"], state: ArrayState) -> Float[Array, ""] | Float[Array, "B 1"]:
     """Return the input that the DAC's highest code stands for."""
     if state.input_limit is not None:

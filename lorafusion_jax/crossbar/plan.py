@@ -20,10 +20,11 @@ Path = Literal["definition", "product", "loop"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The path of a read, and why it was chosen."""
+    """The path of a read, why it was chosen, and whether what it sums are integers."""
 
     path: Path
     reason: str
+    integers: bool
 
 
 def choose(
@@ -47,7 +48,8 @@ def choose(
       ValueError: where the wanted path would not be exact.
     """
     nonlinear = _nonlinearity(config)
-    lossless = perfect and _is_lossless(config, bounds, limits)
+    integers = perfect and nonlinear is None and _sums_integers(config)
+    lossless = integers and _is_lossless(config, bounds, limits)
     telescopes = nonlinear is None and (config.adc is None or lossless)
     if limits is not None and limits.shape[0] > 1:
         nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
@@ -57,15 +59,15 @@ def choose(
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
         if path == "loop" and not loops:
             raise ValueError(f"path='loop' cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}")
-        return Plan(path, "asked for")
+        return Plan(path, "asked for", integers)
     if telescopes:
         why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
-        return Plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
+        return Plan("product", f"one matrix product: {why}, so that all slices and tiles telescope", integers)
     if not loops:
-        return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
+        return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}", integers)
     if jax.default_backend() != "cpu":
-        return Plan("definition", "every conversion on its own, batched: fastest on an accelerator")
-    return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
+        return Plan("definition", "every conversion on its own, batched: fastest on an accelerator", integers)
+    return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue", integers)
 
 
 def _nonlinearity(config: CrossbarConfig) -> str | None:
@@ -90,15 +92,22 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     return None
 
 
-def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
-    """Whether every possible column sum has a code of its own that stands for it."""
+def _sums_integers(config: CrossbarConfig) -> bool:
+    """Whether column sums of perfect cells are integers in level units."""
     adc = config.adc
-    integers = config.cell.bits is not None and config.dac is not None
-    drawn = adc is not None and (adc.offset_error is not None or adc.gain_error is not None)
-    if adc is None or not integers or drawn or config.device.read_noise is not None:
+    if config.cell.bits is None or config.dac is None or config.device.read_noise is not None:
         return False
-    if config.cell.on_off_ratio is not None and (config.encoding.kind == "offset" or adc.separate):
-        return False  # Gmin reaches the ADC, and is no integer
+    if adc is not None and (adc.offset_error is not None or adc.gain_error is not None):
+        return False
+    subtracted = config.encoding.kind == "differential" and not (adc is not None and adc.separate)
+    return config.cell.on_off_ratio is None or subtracted  # else Gmin reaches the ADC
+
+
+def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
+    """Whether every possible column sum, an integer, has a code of its own that stands for it."""
+    adc = config.adc
+    if adc is None:
+        return False
     top = codes(config)[1]
     if adc.range == "granular":
         return max(bounds) <= top

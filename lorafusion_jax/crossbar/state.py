@@ -144,6 +144,11 @@ def program(
     )
 
 
+def programmed_weights(state: ArrayState, config: CrossbarConfig) -> Float[Array, "d_in d_out"]:
+    """Return the weights as programmed: what a read multiplies by if its converters are ideal."""
+    return state.codes * encoding.per_weight(state.scale, state.shape, config)
+
+
 @jax.custom_vjp
 def _straight_through(real: Array, quantised: Array) -> Array:
     """Return `quantised`, with the gradient of `real`."""
@@ -177,7 +182,9 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
             raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: no conductance stands for them")
     if key is None and conductances is None and is_random(config):
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
-    check_limits(None if config.adc is None else config.adc.limits, len(config.weight_slices), signed=config.signed_sums)
+    check_limits(
+        None if config.adc is None else config.adc.limits, len(config.weight_slices), signed=config.signed_sums
+    )
 
 
 def _is_traced(tree: object) -> bool:

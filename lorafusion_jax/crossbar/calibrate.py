@@ -1,0 +1,195 @@
+"""ADC ranges from data, clipped conversions and errors: what a probing read sees.
+
+A probing read returns its result and `Statistics`, which add up over reads, batches and chips.
+
+    state = calibrated(state, probe(x, state, config)[1], config)
+
+Axis letters: K weight slices, J input slices, R row tiles, C column tiles, k conversions (see `mvm`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from . import encoding
+from .adc import codes, converter, level_units
+from .config import CrossbarConfig
+from .definition import all_sums
+from .mvm import mvm, reading
+from .plan import choose, worst_case
+from .state import ArrayState, programmed_weights
+
+# Resolution of the distribution of |current|: 1 / BINS of what an array could produce at most.
+BINS = 4096
+# Inputs of one read that enter the distribution, evenly spread; results and errors take all.
+SAMPLES = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sums over conversions and outputs; two of them add up with `jax.tree.map(jnp.add, a, b)`.
+
+    Attributes:
+      histogram: [K, BINS] conversions by |column sum|, up to the worst case of the configuration.
+      clipped: [K] conversions beyond the range.
+      signal: sum of squares of x @ W.
+      error: sum of squares of y - x @ W.
+    """
+
+    histogram: Float[Array, "*N K bins"]
+    clipped: Float[Array, "*N K"]
+    signal: Float[Array, "*N"]
+    error: Float[Array, "*N"]
+
+    @property
+    def clip_share(self) -> Float[Array, "*N K"]:
+        """Share of conversions that were clipped, of every weight slice."""
+        return self.clipped / jnp.maximum(jnp.sum(self.histogram, axis=-1), 1)
+
+    @property
+    def sqnr(self) -> Float[Array, "*N"]:
+        """Signal to quantisation noise ratio, in dB."""
+        return 10 * jnp.log10(self.signal / jnp.maximum(self.error, jnp.finfo(self.error.dtype).tiny))
+
+
+def probe(
+    x: Float[Array, "*B d_in"],
+    state: ArrayState,
+    config: CrossbarConfig,
+    key: Array | None = None,
+    *,
+    weights: Float[Array, "d_in d_out"] | None = None,
+) -> tuple[Float[Array, "*B d_out"], Statistics]:
+    """Read, and return what the converters met beside the result.
+
+    Before calibration the result is that of an ideal ADC.
+
+    Args:
+      x: inputs.
+      state: of the chip.
+      config: of the crossbar.
+      key: of the read noise.
+      weights: what the error is measured against; None: the weights as programmed.
+    """
+    uncalibrated = config.adc is not None and state.limits is None and state.plan.path != "product"
+    if uncalibrated:
+        ideal = dataclasses.replace(config, adc=None)
+        path = "definition" if state.plan.path == "definition" else "product"
+        plain = dataclasses.replace(state, plan=dataclasses.replace(state.plan, path=path))
+        y = mvm(x, plain, ideal, key)
+    else:
+        y = mvm(x, state, config, key)
+    batch = x.reshape(-1, x.shape[-1])
+    reference = batch @ (programmed_weights(state, config) if weights is None else weights)
+    signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
+    histogram, clipped = _conversions(batch, state, config, key)
+    return y, Statistics(histogram, clipped, signal, error)
+
+
+def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig) -> ArrayState:
+    """Return the state with ADC ranges that cover `adc.quantile` of the conversions seen.
+
+    Ranges of the weight slices are powers of two apart, so that shift-and-add stays shifts. Where column sums are
+    integers, no step is finer than one of them. A range wide enough to lose nothing turns the read into one product.
+
+    Args:
+      state: one chip's, or with leading axes like those of the statistics.
+      statistics: of probing reads.
+      config: of the crossbar; unchanged unless its ADC has range `calibrated`.
+
+    Raises:
+      ValueError: where no conversion was seen.
+    """
+    adc = config.adc
+    if adc is None or adc.range != "calibrated":
+        return state
+    seen = jnp.cumsum(statistics.histogram, axis=-1)
+    if not isinstance(seen, jax.core.Tracer) and not bool(jnp.all(seen[..., -1] > 0)):
+        raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
+    dtype = statistics.histogram.dtype
+    reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
+    bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(state, config)])
+    high = reached.astype(dtype) / BINS * bound
+    lsb = high / codes(config)[1]
+    if state.plan.integers:
+        lsb = jnp.maximum(lsb, 1)
+    base = jnp.max(lsb, axis=-1, keepdims=True)
+    # 1e-3: a ratio that is a power of two but for rounding stays one.
+    lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
+    units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])
+    top = (lsb * codes(config)[1] / units)[..., None, :]
+    limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
+    state = dataclasses.replace(state, limits=limits.astype(state.codes.dtype))
+    if isinstance(limits, jax.core.Tracer) or not state.plan.integers:
+        return state
+    rows, _ = encoding.grid(state.shape, config)
+    known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
+    plans = [choose(config, worst_case(config, max(rows)), one[None], perfect=True) for one in known]
+    if all(plan.path == "product" for plan in plans) and state.plan.path != "definition":
+        return dataclasses.replace(state, plan=plans[0], columns=None, cells=None)
+    return state
+
+
+def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, ...]:
+    """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
+    rows, _ = encoding.grid(state.shape, config)
+    return tuple(bound / (1 - config.g_min) for bound in worst_case(config, max(rows)))
+
+
+def _conversions(
+    x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> tuple[Float[Array, "K bins"], Float[Array, " K"]]:
+    """Return the distribution of |column sum| of every weight slice, and how many were clipped."""
+    slices = len(config.weight_slices)
+    zeros = jnp.zeros((slices, BINS), x.dtype), jnp.zeros((slices,), x.dtype)
+    if config.adc is None or state.plan.path == "product":
+        return zeros
+    step = max(1, x.shape[0] // SAMPLES)
+    x = x[: step * SAMPLES : step]
+    n = reading(x, state, config)
+    keys = None if key is None else jax.random.split(key, x.shape[0])
+    bound = jnp.stack([jnp.asarray(b, x.dtype) for b in _extent(state, config)])
+    quantise = None if state.limits is None else converter(state.limits, config)
+
+    def of_one(total: tuple[Array, Array], one: tuple[Array, Array | None]) -> tuple[tuple[Array, Array], None]:
+        sums, used = _sums(*one, state, config)
+        at = jnp.clip(jnp.abs(sums) / bound[:, None] * BINS, 0, BINS - 1).astype(jnp.int32)
+        histogram = jax.vmap(lambda row, bins: row.at[bins].add(used))(total[0], at)
+        clipped = total[1]
+        if quantise is not None:
+            scaled = sums * quantise.inv_lsb[0][:, None]  # tiles of unequal height: the first one's range
+            beyond = (scaled > quantise.qmax + 0.5) | (scaled < quantise.qmin - 0.5)
+            clipped = clipped + jnp.sum(jnp.where(beyond, used, 0), axis=1)
+        return (histogram, clipped), None
+
+    return jax.lax.scan(of_one, zeros, (n, keys))[0]
+
+
+def _sums(
+    n: Float[Array, " d_in"], key: Array | None, state: ArrayState, config: CrossbarConfig
+) -> tuple[Float[Array, "K S"], Float[Array, " S"]]:
+    """Return every sum that one input vector brings to the ADC, and 1 for those of columns in use."""
+    rows, _ = encoding.grid(state.shape, config)
+    tiles = encoding.split(n, rows, axis=0, front=True)
+    worth = jnp.asarray(encoding.pulse_significance(config), n.dtype)
+    together = config.adc is not None and config.adc.convert == "sum"
+    if state.cells is not None:
+        sums = jnp.moveaxis(all_sums(tiles, state.cells, key, config), 1, 0)  # [K, J, R, C, P, cols]
+        cols = jnp.asarray(np.any(encoding.cells_in_use(state.shape, config), axis=2), n.dtype)  # [R, C, cols]
+        if config.encoding.unit_column:
+            cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), n.dtype)], axis=2)
+        used = jnp.broadcast_to(cols[:, :, None], sums.shape[2:])
+    else:
+        assert state.columns is not None
+        sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), state.columns.astype(n.dtype))
+        sums = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:]).swapaxes(0, 1)
+        sums = jnp.moveaxis(sums, 2, 1)  # [K, J, conversions of a column, R, cols]
+        used = jnp.ones(sums.shape[2:], n.dtype)
+    if together:
+        sums = jnp.tensordot(worth, sums, ((0,), (1,)))[:, None]
+    used = jnp.broadcast_to(used[None], sums.shape[1:])
+    return sums.reshape(len(sums), -1), used.reshape(-1)
