@@ -1,18 +1,37 @@
 """The one seam: how a weight is multiplied, whatever it is.
 
 Every dense product of every model is `matmul(x, weight)`. A plain array is a dot product, a `qwix.QArray`
-is dequantised first. Putting a model into 4 bits is a map over its tree of weights; no model code knows.
+is dequantised first, a `Programmed` weight is read from the arrays it sits in. Putting a model into 4 bits or
+on hardware is a map over its tree of weights; no model code knows.
 """
 
 import functools
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float
 
-Weight = Array | qwix.QArray
+from .crossbar.programmed import Programmed, is_programmed, reads
+from .crossbar.segments import Segments, map_layers, scan_layers
+
+__all__ = [
+    "QUANTISED_TYPES",
+    "Weight",
+    "dense",
+    "is_in_arrays",
+    "map_layers",
+    "matmul",
+    "quantise",
+    "reads",
+    "scan_layers",
+    "tile_size",
+]
+
+# `Segments`: a stack of layers of several kinds; a scan over layers (`scan_layers`) meets one kind at a time.
+Weight = Array | qwix.QArray | Programmed | Segments
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 _MAX_TILE = 64
@@ -23,16 +42,27 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
 
     Args:
       x: activations.
-      weight: [d_in, d_out], a plain or a quantised array.
+      weight: [d_in, d_out], a plain, quantised or programmed array.
     """
+    if isinstance(weight, Programmed):
+        return weight.read(x)
     return jnp.dot(x, dense(weight, x.dtype))
 
 
 def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
-    """Return the weight as a plain array of `dtype`, dequantised if need be."""
+    """Return the weight as a plain array of `dtype`: dequantised, or as it was programmed."""
+    if isinstance(weight, Segments):
+        return jnp.concatenate([dense(part, dtype) for part in weight.parts])
     if isinstance(weight, qwix.QArray):
         weight = qwix.dequantize(weight)
+    elif isinstance(weight, Programmed):
+        weight = weight.weights()
     return weight.astype(dtype)
+
+
+def is_in_arrays(weights: Any) -> bool:
+    """Whether any weight of a tree is a programmed one."""
+    return any(map(is_programmed, jax.tree.leaves(weights, is_leaf=is_programmed)))
 
 
 def quantise(weight: Array, qtype: str, *, tiled_axis: int) -> qwix.QArray:

@@ -113,7 +113,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     dtype = statistics.histogram.dtype
     reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
     bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(state, config)])
-    high = reached.astype(dtype) / BINS * bound
+    high = reached.astype(dtype) / BINS * jnp.broadcast_to(bound, reached.shape)
     lsb = high / codes(config)[1]
     if state.plan.integers:
         lsb = jnp.maximum(lsb, 1)
@@ -121,7 +121,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     # 1e-3: a ratio that is a power of two but for rounding stays one.
     lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
     units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])
-    top = (lsb * codes(config)[1] / units)[..., None, :]
+    top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
     state = dataclasses.replace(state, limits=limits.astype(state.codes.dtype))
     if isinstance(limits, jax.core.Tracer) or not state.plan.integers:

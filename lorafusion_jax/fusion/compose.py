@@ -8,7 +8,8 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
 
 and several orders of evaluation, equal in exact arithmetic: `mix` in the weights (`Lora`), `sum` as one
 product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`), and both in the outputs,
-module by module (`mix_outputs`), which is what hardware does whose A_n and B_n each sit in arrays of their own.
+module by module (`Outputs`), which is what hardware does whose A_n and B_n each sit in arrays of their own. Norms
+are digital, and those of the weights as they are: quantised, or as programmed.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..linear import Weight, dense, matmul
+from ..linear import Weight, dense, is_in_arrays, map_layers, matmul
 from .pool import LoraPool
 
 Composition = Literal["mix", "sum"]
@@ -66,6 +67,8 @@ class Dense:
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         """Return the adapted product."""
+        if is_in_arrays(kernel):
+            return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
         return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
 
 
@@ -101,6 +104,33 @@ class Modules:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Modules in arrays of their own, mixed in their outputs: every A_n and B_n is read as it stands.
+
+    Attributes:
+      A: [P, d_in, r].
+      B: [P, r, d_out].
+      index: [N], which modules.
+      coefficients: [N, r], zero where a module has no such rank.
+      composition: `mix` or `sum`.
+      scale: [d_out], or None for 1.
+    """
+
+    A: Weight
+    B: Weight
+    index: Int[Array, "*L N"]
+    coefficients: Float[Array, "*L N r"]
+    composition: Composition = dataclasses.field(metadata={"static": True})
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        A, B = (_gather(w, self.index) for w in (self.A, self.B))
+        return _scaled(mix_outputs(x, kernel, A, B, self.coefficients, self.composition), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Gram:
     """What the norm ||W + dW|| needs besides the pool, computed once per base and pool.
 
@@ -120,7 +150,7 @@ def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
         kernel, A = (dense(w, jnp.float32) for w in layer)
         return jnp.sum(jnp.square(kernel), axis=0), jnp.einsum("nir,io->nro", A, kernel)
 
-    terms = {site: jax.lax.map(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
+    terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
 
 
@@ -138,8 +168,10 @@ def compose(
     gram: Gram | None = None,
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
-) -> tuple[dict[str, Lora | Dense | Modules], Int[Array, ""]]:
+) -> tuple[dict[str, Lora | Dense | Modules | Outputs], Int[Array, ""]]:
     """Return the adapters that a fusion puts on the model, and how many column norms were floored.
+
+    Modules that sit in arrays are mixed in their outputs, all others in the weights.
 
     Args:
       pool: P adapters.
@@ -150,9 +182,12 @@ def compose(
       magnitudes: m per site; None leaves the columns as they are.
       differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
     """
+    in_arrays = is_in_arrays((pool.A, pool.B))
 
     def of_layer(layer: tuple) -> tuple[Lora | Dense | None, Array | None, Array]:
         A, B, c, squared, cross, m = layer
+        if m is None and in_arrays:
+            return None, None, jnp.int32(0)
         if composition == "mix":
             update = _mixed(A, B, index, c)
             left, right = dense(update.A, jnp.float32), dense(update.B, jnp.float32)
@@ -175,22 +210,30 @@ def compose(
         norm, floored = _norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
         if not differentiate_norm:
             norm = jax.lax.stop_gradient(norm)
-        return update, m / norm, floored
+        return None if in_arrays else update, m / norm, floored
 
     adapters, total = {}, jnp.int32(0)
     for site, c in coefficients.items():
         terms = (None, None, None)
         if magnitudes is not None and gram is not None:
             terms = (gram.squared[site], gram.cross[site], magnitudes[site])
-        layers = (pool.A[site], pool.B[site], c, *terms)
+        A, B = pool.A[site], pool.B[site]
+        if in_arrays:
+            # What a module lacks has no cells: padding must not bring in their noise.
+            real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
+            c = jnp.where(real, c, jnp.zeros_like(c))
+        layers = (A, B, c, *terms)
         # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers.
-        update, scale, floored = jax.lax.map(jax.checkpoint(of_layer), layers, batch_size=4)
+        update, scale, floored = map_layers(jax.checkpoint(of_layer), layers, batch_size=4)
         total = total + jnp.sum(floored, dtype=jnp.int32)
         if update is not None:
             adapters[site] = dataclasses.replace(update, scale=scale)
         else:
             per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
-            adapters[site] = Modules(pool.A[site], pool.B[site], per_layer, c, scale)
+            if in_arrays:
+                adapters[site] = Outputs(A, B, per_layer, c, composition, scale)
+            else:
+                adapters[site] = Modules(A, B, per_layer, c, scale)
     return adapters, total
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..linear import Weight, dense, matmul
+from ..linear import Weight, dense, matmul, scan_layers
 from .attention import Attention, RelativeBias
 from .layers import Adapters, Base, FeedForward, RMSNorm
 from .sites import sites
@@ -272,16 +272,32 @@ class T5(nnx.Module):
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(body, x, (state, xs), unroll=self.config.unroll)
+        return scan_layers(body, x, (state, xs), unroll=self.config.unroll)
 
 
 def kernels(model: T5) -> dict[str, Weight]:
     """Return the kernel of every site, [L, d_in, d_out], in the order of `sites.sites`."""
+    return {site: variable.get_value() for site, variable in _variables(model).items()}
+
+
+def matrices(model: T5) -> dict[str, Weight]:
+    """Return every weight that multiplies activations: the kernels, and `head` [D, V] where it is not tied."""
+    return kernels(model) | ({} if model.config.tied else {"head": model.head.get_value()})
+
+
+def set_matrices(model: T5, weights: Mapping[str, Weight]) -> None:
+    """Put other weights in place of some of those that `matrices` returns."""
+    variables = _variables(model) | ({} if model.config.tied else {"head": model.head})
+    for name, weight in weights.items():
+        variables[name].set_value(weight)
+
+
+def _variables(model: T5) -> dict[str, Base]:
     modules = {"self": "self_attention", "cross": "cross_attention", "ff": "ff"}
     found = {}
     for site in sites(model.config):
         stack, module, name = site.split(".")
-        found[site] = getattr(getattr(getattr(model, stack), modules[module]), name).kernel.get_value()
+        found[site] = getattr(getattr(getattr(model, stack), modules[module]), name).kernel
     return found
 
 

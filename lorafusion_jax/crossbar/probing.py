@@ -1,0 +1,141 @@
+"""A whole model's calibration and its error report: what its converters meet on a few batches.
+
+Every programmed weight gets a tap, zeros of the shape of its statistics. Differentiating the model with respect to
+the taps returns the statistics of all reads, out of scans and over repeated calls: the model knows nothing of it.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .calibrate import BINS, Statistics, calibrated
+from .programmed import Programmed, is_programmed, over_stack, reads
+from .state import ArrayState
+
+# (weights, batch) -> an array that depends on every product, such as logits.
+Run = Callable[[Any, Any], Array]
+
+_NAMED = 5  # sites that a warning names
+
+
+def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
+    """Return the weights with ADC ranges set from the sums that the batches bring to the converters.
+
+    Args:
+      run: the model; keep one function for all calls, it is compiled once for each.
+      weights: a tree with `Programmed` leaves.
+      batches: arrays, one `run` each.
+
+    Raises:
+      ValueError: there are no batches, or a weight is not read by them.
+    """
+    found = observe(run, weights, batches)
+    settled = [_calibrated(leaf, statistics) for leaf, statistics in zip(_programmed(weights), found, strict=True)]
+    return _replaced(weights, settled)
+
+
+def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
+    """Return the statistics of every programmed weight, in the order of the tree; arguments as for `calibrate_tree`."""
+    total = None
+    for number, batch in enumerate(batches):
+        of_batch = _observe(weights, batch, jnp.int32(number), run=run)
+        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+    if total is None:
+        raise ValueError("there are no batches to observe: give a few, like those that the model will meet")
+    return total
+
+
+def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, Any]]:
+    """Return a row for every matrix in arrays: where it is, how well it is read, what its ADCs clip.
+
+    Warns where more conversions are clipped than `adc.clip_share`.
+
+    Args:
+      weights: as calibrated.
+      statistics: from `observe`.
+
+    Returns:
+      Rows of {site, layer, module (None where the weight has no such axis), sqnr (dB, x @ W with the weights as
+      programmed against its read), clipped (share of the conversions of the slice that clips most)}.
+    """
+    rows, clipping = [], []
+    for leaf, seen in zip(_programmed(weights), statistics, strict=True):
+        of_leaf = list(_rows(leaf, seen))
+        rows += of_leaf
+        if (adc := leaf.config.adc) is not None:
+            clipping += [row for row in of_leaf if row["clipped"] > adc.clip_share]
+    if clipping:
+        worst = sorted(clipping, key=lambda row: -row["clipped"])
+        named = "; ".join(f"{_said(row)}: {row['clipped']:.1%}" for row in worst[:_NAMED])
+        more = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+        warnings.warn(f"ADCs clip more conversions than adc.clip_share: {named}{more}", stacklevel=2)
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("run",))
+def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Statistics]:
+    leaves = _programmed(reads(weights, number))
+
+    def total(taps: list[Statistics]) -> Array:
+        tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
+        return jnp.sum(run(_replaced(weights, tapped), batch))
+
+    return jax.grad(total)([_zeros(leaf) for leaf in leaves])
+
+
+def _zeros(leaf: Programmed) -> Statistics:
+    lead, dtype, slices = leaf.shape[:-2], leaf.state.codes.dtype, len(leaf.config.weight_slices)
+    shapes = {"histogram": (slices, BINS), "clipped": (slices,), "signal": (), "error": ()}
+    return Statistics(**{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()})
+
+
+def _calibrated(leaf: Programmed, seen: Statistics) -> Programmed:
+    if (adc := leaf.config.adc) is None or adc.range != "calibrated" or leaf.state.plan.path == "product":
+        return leaf
+    conversions = np.asarray(jnp.sum(seen.histogram, axis=(-2, -1)))
+    if idle := [place for place in np.ndindex(conversions.shape) if conversions[place] == 0]:
+        where = _said(_names(leaf, idle[0]))
+        raise ValueError(f"{where} was read by none of the batches: give batches, and modules, that use all arrays")
+    if not leaf.values:
+        return dataclasses.replace(leaf, state=calibrated(leaf.state, seen, leaf.config))
+
+    def of_one(state: ArrayState, seen: Statistics, values: list[Any]) -> ArrayState:
+        return calibrated(state, seen, leaf.structure.config(values))
+
+    return dataclasses.replace(leaf, state=over_stack(of_one, leaf.shape[:-2])(leaf.state, seen, leaf.values))
+
+
+def _rows(leaf: Programmed, seen: Statistics) -> Iterator[dict[str, Any]]:
+    """Yield a row for every matrix that was read."""
+    sqnr, signal = np.asarray(seen.sqnr), np.asarray(seen.signal)
+    clipped = np.max(np.asarray(seen.clip_share), axis=-1)
+    for place in np.ndindex(sqnr.shape):
+        if signal[place] > 0:
+            yield _names(leaf, place) | {"sqnr": sqnr[place].item(), "clipped": clipped[place].item()}
+
+
+def _names(leaf: Programmed, place: tuple[int, ...]) -> dict[str, Any]:
+    layer, module = (*place, None, None)[:2]
+    return {"site": leaf.name, "layer": None if layer is None else leaf.first + layer, "module": module}
+
+
+def _said(names: dict[str, Any]) -> str:
+    numbers = [f"{axis} {names[axis]}" for axis in ("layer", "module") if names[axis] is not None]
+    return ", ".join([names["site"], *numbers])
+
+
+def _programmed(weights: Any) -> list[Programmed]:
+    return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_programmed) if is_programmed(leaf)]
+
+
+def _replaced(weights: Any, programmed: list[Programmed]) -> Any:
+    """Return the weights with other programmed ones, in the order of `_programmed`."""
+    following = iter(programmed)
+    return jax.tree.map(lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed)

@@ -1,0 +1,174 @@
+"""A weight that sits in arrays: what a model's tree holds in place of a matrix.
+
+Axis letters: L layer, N module; a leaf of a stack has them in front, and a scan or `jax.vmap` takes them off.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .calibrate import Statistics, probe
+from .config import CrossbarConfig
+from .mvm import mvm
+from .state import ArrayState, programmed_weights
+
+
+class Structure(NamedTuple):
+    """A configuration without its arrays: hashable, so that stacks can be scanned and programs cached.
+
+    Plain numbers are structure, compiled in as constants; a value that is swept or learned is an array.
+
+    Attributes:
+      tree: of the configuration.
+      numbers: its leaves, None where there is an array.
+    """
+
+    tree: Any
+    numbers: tuple[Any, ...]
+
+    def config(self, values: Iterable[Any]) -> CrossbarConfig:
+        """Return the configuration with these arrays."""
+        arrays = iter(values)
+        return jax.tree.unflatten(self.tree, [next(arrays) if n is None else n for n in self.numbers])
+
+
+def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
+    """Return a configuration's structure and its arrays."""
+    leaves, tree = jax.tree.flatten(config)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    numbers = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    return Structure(tree, numbers), [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Programmed:
+    """A programmed matrix, or a stack of them, with all that a read needs.
+
+    Attributes:
+      state: the arrays.
+      values: the arrays among the configuration's values, each with the stack's leading axes.
+      structure: the rest of the configuration.
+      key: of the reads; None without read noise. `reads` makes the keys of one read of it.
+      tap: zeros; the gradient with respect to them is the statistics of all reads (see `probing`). None: no probing.
+      name: of the weight, as rules and reports call it.
+      first: the number of its first layer, where the stack was split.
+    """
+
+    state: ArrayState
+    values: list[Any]
+    structure: Structure = dataclasses.field(metadata={"static": True})
+    key: Any = None
+    tap: Statistics | None = None
+    name: str = dataclasses.field(default="", metadata={"static": True})
+    first: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def config(self) -> CrossbarConfig:
+        """Of the crossbar."""
+        return self.structure.config(self.values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights: [..., d_in, d_out]."""
+        return self.state.codes.shape
+
+    def read(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        """Return what the arrays make of `x @ W`, in the dtype of `x`."""
+        inputs = x.astype(self.state.codes.dtype)
+        if self.tap is None:
+            y = mvm(inputs, self.state, self.config, self.key)
+        else:
+            y = _tapped(self.structure, inputs, self.tap, self.state, self.values, self.key)
+        return y.astype(x.dtype)
+
+    def weights(self) -> Float[Array, "*N d_in d_out"]:
+        """Return the weights as programmed."""
+
+        def of_one(state: ArrayState, values: list[Any]) -> Array:
+            return programmed_weights(state, self.structure.config(values))
+
+        return over_stack(of_one, self.shape[:-2])(self.state, self.values)
+
+
+def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:
+    """Return `fn` mapped over the leading axes of a stack."""
+    for _ in lead:
+        fn = jax.vmap(fn)
+    return fn
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(
+    structure: Structure,
+    x: Float[Array, "*B d_in"],
+    tap: Statistics,
+    state: ArrayState,
+    values: list[Any],
+    key: Array | None,
+) -> Float[Array, "*B d_out"]:
+    """Read, and hand the statistics out as the gradient of `tap`.
+
+    Gradients add up over calls and leave scans stacked by layer: all that collecting statistics asks for. No other
+    gradient is passed on, so that collecting costs no products.
+    """
+    return probe(x, state, structure.config(values), key)[0]
+
+
+def _tapped_forward(structure, x, tap, state, values, key):
+    y, statistics = probe(x, state, structure.config(values), key)
+    return y, (statistics, x)
+
+
+def _tapped_backward(structure, residuals, cotangent):
+    statistics, x = residuals
+    return jnp.zeros_like(x), statistics, None, None, None
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)
+
+
+def is_programmed(leaf: Any) -> bool:
+    """Whether a leaf of a tree of weights sits in arrays."""
+    return isinstance(leaf, Programmed)
+
+
+def fold(keys: Array, number: Array | int) -> Array:
+    """Return `jax.random.fold_in(key, number)` of keys of any shape."""
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.reshape(-1))
+    return folded.reshape(keys.shape)
+
+
+def reads(tree: Any, *numbers: Array | int) -> Any:
+    """Return a tree of weights whose next reads draw noise of their own.
+
+    A key that sits still gives the same noise at every step: call this before every training step, every decoded
+    token and every batch, with numbers that have not been used for another.
+
+    Args:
+      tree: weights, some of them programmed. Without read noise it is returned as it is.
+      numbers: of the read, for example (seed, step).
+    """
+
+    def of_leaf(leaf: Any) -> Any:
+        if not is_programmed(leaf) or leaf.key is None:
+            return leaf
+        key = leaf.key
+        for number in numbers:
+            key = fold(key, number)
+        return dataclasses.replace(leaf, key=key)
+
+    return jax.tree.map(of_leaf, tree, is_leaf=is_programmed)
+
+
+def stacked_keys(key: Array, lead: tuple[int, ...]) -> Array:
+    """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n)."""
+    for size in lead:
+        key = jax.vmap(fold, in_axes=(None, 0), out_axes=-1)(key, jnp.arange(size))
+    return key

@@ -1,0 +1,93 @@
+"""Stacks of layers whose weights differ in kind: some in arrays, some digital, some in other arrays.
+
+One scan needs one kind of weight. A stack that has several is a `Segments`, and is scanned part by part; every other
+stack is scanned as if this file did not exist.
+
+Axis letter: L layer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segments:
+    """Consecutive layers, each part stacked on its own.
+
+    Attributes:
+      parts: weights of any kind, every leaf with a leading axis of the part's layers.
+    """
+
+    parts: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all layers together."""
+        return (self.ends[-1], *self.parts[0].shape[1:])
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The layer behind the last one of every part."""
+        depths = [_depth(part) for part in self.parts]
+        return tuple(sum(depths[: i + 1]) for i in range(len(depths)))
+
+
+def scan_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, unroll: bool = False
+) -> tuple[Any, Any]:
+    """Return the last carry and all outputs of `jax.lax.scan`, in as many scans as there are kinds of layers.
+
+    Args:
+      body: of (carry, one layer).
+      carry: to start from.
+      stacked: a tree whose leaves, or the parts of whose `Segments`, have a leading axis of layers.
+      unroll: as for `jax.lax.scan`.
+    """
+    outputs = []
+    for part in _parts(stacked):
+        carry, output = jax.lax.scan(body, carry, part, unroll=unroll)
+        outputs.append(output)
+    return carry, _joined(outputs)
+
+
+def map_layers(fn: Callable[[Any], Any], stacked: Any, *, batch_size: int | None = None) -> Any:
+    """Return `jax.lax.map` over layers; the arguments are those of `scan_layers`."""
+    return _joined([jax.lax.map(fn, part, batch_size=batch_size) for part in _parts(stacked)])
+
+
+def _parts(stacked: Any) -> list[Any]:
+    """Cut a tree where any of its stacks changes its kind."""
+    mixed = [leaf for leaf in jax.tree.leaves(stacked, is_leaf=_is_segments) if _is_segments(leaf)]
+    if not mixed:
+        return [stacked]
+    cuts = sorted({0, *(end for leaf in mixed for end in leaf.ends)})
+    return [
+        jax.tree.map(lambda leaf, a=start, b=stop: _between(leaf, a, b), stacked, is_leaf=_is_segments)
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+def _between(leaf: Any, start: int, stop: int) -> Any:
+    """Return layers start to stop of a leaf; of `Segments`, they lie within one part."""
+    if not _is_segments(leaf):
+        return leaf[start:stop]
+    part, end = next((part, end) for part, end in zip(leaf.parts, leaf.ends, strict=True) if stop <= end)
+    first = end - _depth(part)
+    return jax.tree.map(lambda a: a[start - first : stop - first], part)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    return outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def _depth(part: Any) -> int:
+    return jax.tree.leaves(part)[0].shape[0]
+
+
+def _is_segments(leaf: Any) -> bool:
+    return isinstance(leaf, Segments)
