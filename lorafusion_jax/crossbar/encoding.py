@@ -190,7 +190,7 @@ def digits(codes: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[A
 
 def to_arrays(
     slices: Float[Array, "K d_in d_out"], config: CrossbarConfig
-) -> tuple[Float[Array, "K P R C rows cols"], Bool[Array, "K R C cols"] | None]:
+) -> tuple[Float[Array, "K P R C rows cols"], Bool[Array, "K R C _cols"] | None]:
     """Lay digits out in arrays: the target level of every cell, a unit column last, and which columns are flipped."""
     rows, cols = grid(slices.shape[1:], config)
     top = jnp.asarray(levels(config), slices.dtype)
