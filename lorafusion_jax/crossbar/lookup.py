@@ -4,21 +4,24 @@ A few rows of an array can be driven in only a few ways: g rows under one-bit pu
 are tabulated, and each input adds up one table entry for every g rows where a product takes g multiplications
 ("four Russians"). The entries are contiguous rows of a table that stays in the cache, so that XLA's loop over
 columns is one vector load and addition each. Integer cells travel packed, several weight slices to an int32 word
-(see `packing`).
+(see `packing`), their variances for read noise along with them.
 
-Axis letters: B batch, K weight slices, J input slices, W words, R row tiles, G groups of rows, E table entries.
+Axis letters: B batch, K weight slices, k those of one word, J input slices, W words, R row tiles, G groups of rows,
+E table entries, C columns of a block.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
 from .adc import Converter
+from .noise import Noise, add_noise, alike
 from .packing import Packed, Packing, drive, unpack
-from .pulses import digit, start
+from .pulses import digit, significance
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -33,6 +36,7 @@ def lookup(
     slices: tuple[int, ...],
     *,
     signed: bool,
+    noise: Noise | None = None,
 ) -> Float[Array, "K B cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
@@ -43,57 +47,83 @@ def lookup(
       adc: the quantiser of each weight slice.
       slices: bits of every input slice.
       signed: whether codes may be negative.
+      noise: of this read; its variances are not read where they are packed.
     """
     batch, cols = n.shape[0], (cells if packing is None else cells.words).shape[3]
     blocks, chunks = math.ceil(cols / _COLUMNS), math.ceil(batch / _BATCH)
     width, size = math.ceil(cols / blocks), math.ceil(batch / chunks)
-    n = _pad(n if packing is None else drive(n, slices), 0, chunks * size)
-    operands = (cells, None) if packing is None else cells
-    words, low = (None if a is None else _pad(a, -1, blocks * width) for a in operands)
     top = 2 ** max(slices) - 1
     digits = range(-top if signed else 0, top + 1)
+    squares = [d * d for d in digits]
     group = _group(len(digits), size * len(slices))
-    worth = 2.0 ** np.asarray([start(slices, j) for j in range(len(slices))])
+    worth = jnp.asarray(significance(slices), n.dtype)
+    low = None
+    if packing is None:
+        members = [slice(k, k + 1) for k in range(cells.shape[0])]
+        tabulated = [[[(plane, digits)]] for plane in cells]
+        if noise is not None and noise.variance.shape[3] > 1:
+            tabulated = [[*mean, [(plane, squares)]] for mean, plane in zip(tabulated, noise.variance, strict=True)]
+    else:
+        n, members = drive(n, slices), packing.words
+        low = _pad(cells.low, -1, blocks * width)
+        tabulated = [[[(plane, digits)]] for plane in cells.words]
+        if cells.variances is not None:
+            tabulated = [[[*mean, (plane, squares)]] for ((mean,), plane) in zip(tabulated, cells.variances, strict=True)]
+    tabulated = [[[(_pad(p, -1, blocks * width), u) for p, u in table] for table in of_word] for of_word in tabulated]
 
-    def of_chunk(n: Float[Array, "B R rows"]) -> Float[Array, "N K B C"]:
+    def of_chunk(argument: tuple[Float[Array, "B R rows"], Array]) -> Float[Array, "N K B C"]:
+        n, chunk = argument
         entries = _entries(n, slices, digits, group)
 
-        def of_block(c: Int[Array, ""]) -> Float[Array, "K B C"]:
-            def tile(r: Int[Array, ""], totals: tuple[Array, ...]) -> tuple[Array, ...]:
-                def here(a: Array) -> Array:
-                    starts = (0, r, *[0] * (a.ndim - 3), c * width)
-                    return jax.lax.dynamic_slice(a, starts, (a.shape[0], 1, *a.shape[2:-1], width))[:, 0]
+        def read(w: int, r: Array, c: Array, total: Float[Array, "k B C"]) -> Float[Array, "k B C"]:
+            """Add the codes of word w, of row tile r and column block c."""
+            own, first = members[w], c * width
+            tables = [
+                sum(_table(jax.lax.dynamic_slice(p, (r, 0, first), (1, p.shape[1], width))[0], u, group) for p, u in parts)
+                for parts in tabulated[w]
+            ]
+            least = None if low is None else jax.lax.dynamic_slice(low[own], (0, r, first), (len(total), 1, width))
 
-                for w, plane in enumerate(here(words)):
-                    table = _table(plane, digits, group)
+            def add(j: int | Array) -> list[Num[Array, "B C"]]:
+                of_slice = jax.lax.dynamic_slice(entries, (r, j, 0, 0), (1, 1, *entries.shape[2:]))[0, 0]
+                return [_add_entries(table, of_slice) for table in tables]
 
-                    def add(j: int | Array, table: Array = table) -> Num[Array, "B C"]:
-                        return _add_entries(table, jax.lax.dynamic_slice(entries, (r, j, 0, 0), (1, 1, *entries.shape[2:]))[0, 0])
+            def convert(total: Array, added: list[Array], j: int | Array) -> Array:
+                variance = None
+                if packing is None:
+                    sums, *more = [a[None] for a in added]
+                    variance = more[0] if more else None
+                else:
+                    sums = (unpack(added[0], packing.fields[own]) + least).astype(n.dtype)
+                    if packing.variances:
+                        variance = unpack(added[0], packing.variances[own]).astype(n.dtype)
+                if noise is not None:
+                    if variance is None:
+                        u = digit(n[:, r, : noise.variance.shape[2]], slices, j).astype(n.dtype)
+                        variance = alike(u, noise.variance[own, r, :, 0])
+                    place = jnp.asarray(r * len(slices) + j)
+                    sums = add_noise(sums, variance, noise, place, (own.start, chunk * size, first), cols)
+                return total + worth[j] * adc(sums, adc.inv_lsb[own, None, None])
 
-                    def convert(totals: tuple[Array, ...], sums: Array, j: int | Array, w: int = w) -> tuple[Array, ...]:
-                        found = list(totals)
-                        if packing is None:
-                            of_word = [(w, sums)]
-                        else:
-                            of_word = [(k, (field + here(low)[k, None]).astype(n.dtype)) for k, field in unpack(sums, packing, w)]
-                        for k, total in of_word:
-                            found[k] += jnp.asarray(worth, n.dtype)[j] * adc(total, adc.inv_lsb[k])
-                        return tuple(found)
+            def step(j: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+                # Sums wait for the next step: in the same one XLA would add them up anew for every slice.
+                total, added = carry
+                return convert(total, added, j - 1), add(j)
 
-                    def step(j, carry):
-                        totals, sums = carry
-                        return convert(totals, sums, j - 1), add(j)
+            total, added = jax.lax.fori_loop(1, len(slices), step, (total, add(0)))
+            return convert(total, added, len(slices) - 1)
 
-                    totals, sums = jax.lax.fori_loop(1, len(slices), step, (totals, add(0)))
-                    totals = convert(totals, sums, len(slices) - 1)
-                return totals
+        def of_block(c: Array) -> Float[Array, "K B C"]:
+            def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+                return tuple(read(w, r, c, total) for w, total in enumerate(totals))
 
-            zero = jnp.zeros((size, width), n.dtype)
-            return jnp.stack(jax.lax.fori_loop(0, n.shape[1], tile, (zero,) * adc.inv_lsb.shape[0]))
+            zero = tuple(jnp.zeros((own.stop - own.start, size, width), n.dtype) for own in members)
+            return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
 
         return jax.lax.map(of_block, jnp.arange(blocks))
 
-    found = jax.lax.map(of_chunk, n.reshape(chunks, size, *n.shape[1:]))  # [chunks, blocks, K, size, width]
+    n = _pad(n, 0, chunks * size).reshape(chunks, size, *n.shape[1:])
+    found = jax.lax.map(of_chunk, (n, jnp.arange(chunks)))  # [chunks, blocks, K, size, width]
     return found.transpose(2, 0, 3, 1, 4).reshape(found.shape[2], chunks * size, -1)[:, :batch, :cols]
 
 
@@ -128,13 +158,14 @@ def _entries(
     return jax.lax.map(of_tile, jnp.moveaxis(n, 1, 0))
 
 
-def _table(plane: Num[Array, "rows C"], digits: range, group: int) -> Num[Array, "G E C"]:
-    """Return the sums of every group of rows for all of their digits."""
-    groups, base = plane.shape[0] // group + 1, len(digits)
+def _table(plane: Num[Array, "rows C"], levels: Sequence[int], group: int) -> Num[Array, "G E C"]:
+    """Return the sums of every group of rows, for each row at any of `levels`."""
+    # The row of zeros that is always there has XLA copy the plane, which it would else read scattered.
+    groups, base = plane.shape[0] // group + 1, len(levels)
     plane = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
     # An odd number of entries, lest the tables of all groups compete for the same lines of the cache.
     entries = np.arange(base**group | 1)
-    driven = [jnp.asarray(entries // base**i % base + digits[0], plane.dtype)[None, :, None] for i in range(group)]
+    driven = [jnp.asarray(np.asarray(levels)[entries // base**i % base], plane.dtype)[None, :, None] for i in range(group)]
     return sum((u * plane[:, i] for i, u in enumerate(driven[1:], 1)), driven[0] * plane[:, 0])
 
 

@@ -13,6 +13,7 @@ Axis letters: K weight slices, W words, R row tiles.
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,20 +21,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .pulses import start
+from .pulses import significance
 
 FLOAT_BITS, INT_BITS = 24, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where every slice lies: (word, shift, bits) each."""
+    """Where every slice lies.
+
+    Attributes:
+      fields: (word, shift, bits) of every slice.
+      variances: those of the slices' variances, each in its slice's word; empty without read noise.
+    """
 
     fields: tuple[tuple[int, int, int], ...]
+    variances: tuple[tuple[int, int, int], ...] = ()
 
     @property
-    def words(self) -> int:
-        return self.fields[-1][0] + 1
+    def words(self) -> list[slice]:
+        """The weight slices of each word."""
+        at = [word for word, _, _ in self.fields]
+        return [slice(at.index(w), at.index(w) + at.count(w)) for w in range(at[-1] + 1)]
 
 
 class Packed(NamedTuple):
@@ -42,10 +51,12 @@ class Packed(NamedTuple):
     Attributes:
       words: [W, R, rows + 1, cols], the cells, and a row of -low that one level drives at every read.
       low: [K, R, cols], the least sum of every column.
+      variances: [W, R, rows + 1, cols], what the squares of the inputs multiply; None without read noise.
     """
 
     words: Int[Array, "W R _rows cols"]
     low: Int[Array, "K R cols"]
+    variances: Int[Array, "W R _rows cols"] | None = None
 
 
 def extent(cells: Float[Array, "K R rows cols"], top: int, *, signed: bool) -> tuple[Array, Array]:
@@ -61,49 +72,67 @@ def extent(cells: Float[Array, "K R rows cols"], top: int, *, signed: bool) -> t
     return (negative - positive, positive - negative) if signed else (negative, positive)
 
 
-def certify(spans: tuple[int, ...], word_bits: int) -> Packing | None:
+def certify(spans: tuple[int, ...], word_bits: int, variances: tuple[int, ...] = ()) -> Packing | None:
     """Return the packing into as few words as neighbouring slices allow; None where a slice exceeds a word.
 
     Args:
       spans: for every slice the largest high - low of its columns; of all layers that share the packing.
       word_bits: FLOAT_BITS or INT_BITS.
+      variances: for every slice the largest sum of u^2 v of its columns, if they travel along.
     """
-    fields, word, shift = [], 0, 0
-    for span in spans:
-        bits = max(span, 1).bit_length()
-        if bits > word_bits:
+    fields, squares, word, shift = [], [], 0, 0
+    for span, variance in itertools.zip_longest(spans, variances):
+        bits, more = max(span, 1).bit_length(), 0 if variance is None else max(variance, 1).bit_length()
+        if bits + more > word_bits:
             return None
-        if shift + bits > word_bits:
+        if shift + bits + more > word_bits:
             word, shift = word + 1, 0
         fields.append((word, shift, bits))
-        shift += bits
-    return Packing(tuple(fields))
+        if variance is not None:
+            squares.append((word, shift + bits, more))
+        shift += bits + more
+    return Packing(tuple(fields), tuple(squares))
 
 
-def pack(cells: Float[Array, "K R rows cols"], packing: Packing, top: int, *, signed: bool) -> Packed:
-    """Pack integer cells whose spans the packing was made for."""
+def pack(
+    cells: Float[Array, "K R rows cols"],
+    packing: Packing,
+    top: int,
+    *,
+    signed: bool,
+    variances: Float[Array, "K R rows cols"] | None = None,
+) -> Packed:
+    """Pack integer cells whose spans the packing was made for.
+
+    Args:
+      cells: integers.
+      packing: from `certify`.
+      top: largest |u| of an input slice.
+      signed: whether inputs may be negative.
+      variances: integers that the packing has fields for.
+    """
     whole = cells.astype(jnp.int32)
     low, _ = extent(whole, top, signed=signed)
-    rows = jnp.concatenate([whole, -low[:, :, None]], axis=2)
-    words = []
-    for w in range(packing.words):
-        parts = [rows[k] << shift for k, (at, shift, _) in enumerate(packing.fields) if at == w]
-        words.append(sum(parts[1:], parts[0]))
-    return Packed(jnp.stack(words), low)
+    words = _join(jnp.concatenate([whole, -low[:, :, None]], axis=2), packing.fields, packing.words)
+    if variances is None:
+        return Packed(words, low)
+    squares = jnp.pad(variances.astype(jnp.int32), ((0, 0), (0, 0), (0, 1), (0, 0)))
+    return Packed(words, low, _join(squares, packing.variances, packing.words))
+
+
+def _join(planes: Array, fields: tuple[tuple[int, int, int], ...], words: list[slice]) -> Array:
+    shifted = [plane << shift for plane, (_, shift, _) in zip(planes, fields, strict=True)]
+    return jnp.stack([sum(shifted[own][1:], shifted[own][0]) for own in words])
 
 
 def drive(n: Float[Array, "B R rows"], slices: tuple[int, ...]) -> Float[Array, "B R _rows"]:
     """Return input codes with that of the row of -low, one level in every input slice."""
-    one = float(sum(2 ** start(slices, j) for j in range(len(slices))))
+    one = sum(significance(slices))
     return jnp.pad(n, ((0, 0), (0, 0), (0, 1)), constant_values=one)
 
 
-def unpack(word: Int[Array, "*S"], packing: Packing, w: int) -> list[tuple[int, Int[Array, "*S"]]]:
-    """Return (slice, S - low) for every slice in word w, given the word's sum."""
-    unsigned = jax.lax.bitcast_convert_type(word, jnp.uint32)
-    found = []
-    for k, (at, shift, bits) in enumerate(packing.fields):
-        if at == w:
-            field = (unsigned >> np.uint32(shift)) & np.uint32(2**bits - 1)
-            found.append((k, jax.lax.bitcast_convert_type(field, jnp.int32)))
-    return found
+def unpack(word: Int[Array, "*S"], fields: tuple[tuple[int, int, int], ...]) -> Int[Array, "k *S"]:
+    """Return S - low for every slice, or V, that has one of `fields`, given the sum of their word."""
+    shift, bits = (np.asarray(part, np.uint32).reshape(-1, *[1] * word.ndim) for part in list(zip(*fields))[1:])
+    found = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (2**bits - 1).astype(np.uint32)
+    return jax.lax.bitcast_convert_type(found, jnp.int32)

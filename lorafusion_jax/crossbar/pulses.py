@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int) -> Int[Array, "*S"]:
+def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""]) -> Int[Array, "*S"]:
     """Return input slice j of the codes n: sign(n) ((|n| >> start) mod 2^bits).
 
     Args:
@@ -12,10 +12,12 @@ def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int) -> Int[Array, 
       slices: bits of every input slice, least significant first.
       j: which.
     """
-    magnitude = (jnp.abs(n).astype(jnp.int32) >> start(slices, j)) & (2 ** slices[j] - 1)
+    starts = jnp.asarray([sum(slices[:i]) for i in range(len(slices))], jnp.int32)
+    tops = jnp.asarray([2**bits - 1 for bits in slices], jnp.int32)
+    magnitude = (jnp.abs(n).astype(jnp.int32) >> starts[j]) & tops[j]
     return jnp.where(n < 0, -magnitude, magnitude)
 
 
-def start(slices: tuple[int, ...], j: int) -> int:
-    """Return the number of bits below slice j: its level is worth 2^start."""
-    return sum(slices[:j])
+def significance(slices: tuple[int, ...]) -> tuple[float, ...]:
+    """Return what one level of every input slice is worth, in levels of the first."""
+    return tuple(2.0 ** sum(slices[:j]) for j in range(len(slices)))

@@ -1,0 +1,72 @@
+"""Read noise where a column is converted: one normal draw for each conversion instead of one for each cell.
+
+Independent normal noise of the cells adds up to normal noise of the column, with variance
+
+    V = sum_rows u^2 v,
+
+v being the variance of a cell, or of both cells of a differential pair. The draw of a conversion depends on its key
+and place alone, so that every path makes the same.
+
+Axis letters: B batch, K weight slices, k those at hand, R row tiles.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+
+from .normal import normal_at
+
+
+class Noise(NamedTuple):
+    """The read noise of one read.
+
+    Attributes:
+      variance: [K, R, rows, cols] of each cell, or [K, R, rows, 1] where columns do not differ.
+      scale: [K] what deviations are multiplied by.
+      words: of the random stream.
+    """
+
+    variance: Float[Array, "K R rows _cols"]
+    scale: Float[Array, " K"]
+    words: UInt32[Array, "2"]
+
+
+def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:
+    """Return the random stream of a key of any generator."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def add_noise(
+    sums: Float[Array, "k B C"],
+    variance: Float[Array, "k B #C"],
+    noise: Noise,
+    place: Int[Array, ""],
+    corner: tuple[int, int | Int[Array, ""], int | Int[Array, ""]],
+    cols: int,
+) -> Float[Array, "k B C"]:
+    """Return sums of one row tile and input slice with their noise.
+
+    Args:
+      sums: part of [K, B, cols].
+      variance: V of each.
+      noise: of the read.
+      place: number of the row tile and input slice.
+      corner: where in [K, B, cols] the sums begin.
+      cols: columns of the whole.
+    """
+    k, b, c = (
+        jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)
+        for axis, first in enumerate(corner)
+    )
+    planes = noise.scale.shape[0]
+    drawn = normal_at(noise.words, place.astype(jnp.uint32) * np.uint32(planes) + k, b * np.uint32(cols) + c)
+    scale = jax.lax.slice_in_dim(noise.scale, corner[0], corner[0] + sums.shape[0])
+    return sums + scale[:, None, None] * jnp.sqrt(variance) * drawn.astype(sums.dtype)
+
+
+def alike(u: Float[Array, "B rows"], variance: Float[Array, "k rows"]) -> Float[Array, "k B 1"]:
+    """Return V where all columns have the same."""
+    return jnp.dot(variance, jnp.square(u).T, precision="highest")[:, :, None]
