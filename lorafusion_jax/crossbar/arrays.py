@@ -74,22 +74,35 @@ def matrix(arrays: Float[Array, "R C rows cols"], shape: tuple[int, int], config
 
 def columns(
     cells: Float[Array, "K P R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
-) -> Float[Array, "k R rows cols"]:
+) -> Float[Array, "k R rows _cols"]:
     """Return what multiplies the inputs, one entry for each conversion: k = K, or 2 K where both polarities convert.
 
     Unit columns, one of every array, come after all others.
     """
     if config.encoding.kind == "differential" and not converts_each(config):
-        converted = cells[:, 0] - cells[:, 1]
-    else:
-        converted = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
-        converted = jnp.concatenate([converted[:, p] for p in range(cells.shape[1])])
-    units = None
-    if config.encoding.unit_column:
-        converted, units = converted[..., :-1], converted[..., -1]
+        return _side_by_side(cells[:, 0] - cells[:, 1], shape, config)
+    cells = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(cells, 1, 0))), shape, config)
+
+
+def column_variances(
+    variances: Float[Array, "K P R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+) -> Float[Array, "k R rows _cols"]:
+    """Return the variances of what `columns` returns, given those of the cells."""
+    if config.encoding.kind == "differential" and not converts_each(config):
+        return _side_by_side(variances[:, 0] + variances[:, 1], shape, config)
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
+
+
+def _side_by_side(
+    converted: Float[Array, "k R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+) -> Float[Array, "k R rows _cols"]:
     _, cols = encoding.grid(shape, config)
-    converted = encoding.join(jnp.moveaxis(converted, 2, 3), cols, 3)
-    return converted if units is None else jnp.concatenate([converted, units.swapaxes(2, 3)], axis=3)
+    if not config.encoding.unit_column:
+        return encoding.join(jnp.moveaxis(converted, 2, 3), cols, 3)
+    values, units = converted[..., :-1], converted[..., -1]
+    values = encoding.join(jnp.moveaxis(values, 2, 3), cols, 3)
+    return jnp.concatenate([values, units.swapaxes(2, 3)], axis=3)
 
 
 def converts_each(config: CrossbarConfig) -> bool:

@@ -51,10 +51,13 @@ class ReadNoise:
     Attributes:
       sigma: standard deviation, of Gmax (`independent`) or of the cell's G (`proportional`).
       kind: which of them.
+      clip: cut each cell's draw off at G >= 0 (CrossSim does). A column's noise is then no longer normal, and every
+        cell has to be drawn; without, one draw for every conversion has the same distribution.
     """
 
     sigma: Physical
     kind: str = dataclasses.field(default="independent", metadata={"static": True})
+    clip: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
         check_bounds(self, "sigma", 0)
@@ -62,14 +65,15 @@ class ReadNoise:
             raise ValueError(f"ReadNoise.kind = {self.kind!r}: choose independent or proportional")
 
     def variance(self, G: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return each cell's variance, of Gmax^2, as long as no draw meets the clip at zero."""
+        """Return each cell's variance, of Gmax^2, before any clip."""
         sigma = like(self.sigma, G)
         return jnp.square(sigma * G) if self.kind == "proportional" else jnp.full_like(G, jnp.square(sigma))
 
     def draw(self, G: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
-        """Return the conductances of one read, none of them negative."""
+        """Return the conductances of one read."""
         scale = like(self.sigma, G) * (G if self.kind == "proportional" else 1)
-        return jnp.maximum(G + scale * noise(key, G), 0)
+        drawn = G + scale * noise(key, G)
+        return jnp.maximum(drawn, 0) if self.clip else drawn
 
 
 @jax.tree_util.register_dataclass

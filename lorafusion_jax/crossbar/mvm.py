@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from . import arrays, encoding
@@ -88,7 +89,7 @@ def _converted(
 ) -> Float[Array, "B d_out"]:
     """Return weights times input codes, by the plan's path."""
     if state.plan.path == "product":
-        return _product(n, codes, state, config)
+        return _product(n, codes, state, config, key)
     if state.plan.path == "loop":
         assert quantise is not None
         return _loop(n, quantise, state, config)
@@ -125,10 +126,34 @@ def _backward(residuals, cotangent):
 _read.defvjp(_forward, _backward)
 
 
-def _product(n: Float[Array, "B d_in"], codes: Float[Array, "d_in d_out"], state: ArrayState, config: CrossbarConfig):
-    if state.scale.shape[0] == 1:
-        return jnp.dot(n, codes, precision="highest") * state.scale
-    return jnp.dot(n, codes * encoding.per_weight(state.scale, state.shape, config), precision="highest")
+def _product(
+    n: Float[Array, "B d_in"],
+    codes: Float[Array, "d_in d_out"],
+    state: ArrayState,
+    config: CrossbarConfig,
+    key: Array | None,
+) -> Float[Array, "B d_out"]:
+    """Multiply once; read noise, a sum of normal draws over all slices and rows, is one draw for each output."""
+    tiled = state.scale.shape[0] > 1
+    per_weight = encoding.per_weight(state.scale, state.shape, config)
+    y = jnp.dot(n, codes * per_weight if tiled else codes, precision="highest")
+    if state.variance is not None and key is not None:
+        _, cols = encoding.grid(state.shape, config)
+        variance = state.variance
+        if tiled:
+            if config.encoding.unit_column:
+                starts = np.cumsum((0, *cols[:-1]))
+                per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
+            variance = variance * jnp.square(per_weight)
+        worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
+        power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
+        drawn = jnp.sqrt(jnp.dot(power, variance, precision="highest"))
+        drawn = drawn * jax.random.normal(key, drawn.shape, n.dtype)
+        if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
+            drawn, units = drawn[:, : state.shape[1]], drawn[:, state.shape[1] :]
+            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=state.shape[1])
+        y = y + drawn
+    return y if tiled else y * state.scale
 
 
 def _definition(
@@ -166,7 +191,7 @@ def _converter_of_chip(quantise: Converter, state: ArrayState):
         for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
             if error is not None:
                 sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
-        return quantise(sums, quantise.inv_lsb.T[:, :, None, None, None])
+        return quantise(sums, jnp.broadcast_to(quantise.inv_lsb.T[:, :, None, None, None], sums.shape))
 
     return convert
 

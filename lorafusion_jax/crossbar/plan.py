@@ -50,7 +50,7 @@ def choose(
     nonlinear = _nonlinearity(config)
     integers = perfect and nonlinear is None and _sums_integers(config)
     lossless = integers and _is_lossless(config, bounds, limits)
-    telescopes = nonlinear is None and (config.adc is None or lossless)
+    telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
     if limits is not None and limits.shape[0] > 1:
         nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
@@ -85,10 +85,13 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     """Return what a product per slice would not know of; None if nothing."""
     if config.adc is not None and config.adc.offset_error is not None:
         return "every column's ADC has its offset"
-    if config.encoding.flip:
+    if config.encoding.flip and (config.adc is not None or config.device.read_noise is not None):
         return "flipped columns are recovered tile by tile"
-    if config.device.read_noise is not None:
-        return "read noise is drawn for every conversion"
+    noise = config.device.read_noise
+    if noise is not None and noise.clip:
+        return "read noise is clipped cell by cell"
+    if noise is not None and config.adc is not None and config.adc.convert == "sum":
+        return "read noise of every input slice adds up before the ADC"
     return None
 
 

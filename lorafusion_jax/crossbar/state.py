@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from . import arrays, encoding
@@ -32,6 +33,7 @@ class ArrayState:
       scale: [1 or R, 1 or d_out] the weight that one code stands for.
       cells: every cell in level units, a unit column last; None where no path reads single cells.
       columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it.
+      variance: read noise of one read: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope.
       flipped: [K, R, C, cols] columns that are stored inverted.
       gain: [K, P, R, C, cols] the gain of each column's conversion, or None.
       offset: [K, P, R, C, cols] its offset in level units, or None.
@@ -47,6 +49,7 @@ class ArrayState:
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
     columns: Float[Array, "*N k R rows _cols"] | None
+    variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     flipped: Bool[Array, "*N K R C _cols"] | None
     gain: Float[Array, "*N K P R C cols"] | None
     offset: Float[Array, "*N K P R C cols"] | None
@@ -58,7 +61,7 @@ class ArrayState:
 
 
 def program(
-    weights: Float[Array, "d_in d_out"],
+    weights: Array,
     config: CrossbarConfig,
     key: Array | None = None,
     *,
@@ -71,7 +74,7 @@ def program(
     Differentiable: the gradient of the programmed codes is passed straight through to the weights.
 
     Args:
-      weights: W of y = x W.
+      weights: [d_in, d_out] W of y = x W.
       config: of the crossbar.
       key: of the chip: the same key gives the same chip. Needed where the device or the ADC is random.
       path: how reads are computed (see `plan`); None chooses the fastest exact one.
@@ -95,7 +98,8 @@ def program(
 
     cells = flipped = gain = offset = pulses = None
     codes = exact
-    if not perfect or chosen.path != "product":
+    noise = config.device.read_noise
+    if not perfect or noise is not None or chosen.path != "product":
         cells, flipped = encoding.to_arrays(slices, config)
     if cells is not None and not perfect:
         g_min = like(config.g_min, weights)
@@ -125,7 +129,16 @@ def program(
             units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])[:, None, None, None, None]
             drawn = jax.random.normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
             offset = like(config.adc.offset_error, weights) * drawn * units
-    columns = None
+    columns = variance = None
+    if cells is not None and noise is not None and chosen.path != "definition":
+        g_min = like(config.g_min, weights)
+        top = jnp.asarray(encoding.levels(config), dtype)[:, None, None, None, None, None]
+        variance = noise.variance(g_min + cells / top * (1 - g_min)) * jnp.square(top / (1 - g_min))
+        variance = arrays.column_variances(variance, shape, config)
+        if chosen.path == "product":
+            worth = jnp.square(jnp.asarray(encoding.significance(config), dtype))
+            variance = jnp.einsum("k,krio->rio", worth, variance)
+            variance = encoding.join(variance, rows, 0, front=True)
     if chosen.path == "loop":
         columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
     return ArrayState(
@@ -133,6 +146,7 @@ def program(
         scale=scale,
         cells=cells if chosen.path == "definition" else None,
         columns=columns,
+        variance=variance,
         flipped=flipped,
         gain=gain if chosen.path == "definition" else None,
         offset=offset,
@@ -177,7 +191,7 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"weights of dtype {weights.dtype}: give floating point numbers")
     if not _is_traced(weights):
-        bad = int(jnp.sum(~jnp.isfinite(weights)))
+        bad = int(np.sum(~np.isfinite(weights)))  # NumPy, since a constant inside jit is no value to jnp
         if bad:
             raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: no conductance stands for them")
     if key is None and conductances is None and is_random(config):
