@@ -72,7 +72,13 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
     if adc is None or adc.range == "calibrated":
         return None
     if adc.range == "given":
-        given = adc.limits if isinstance(adc.limits, jax.Array) else np.asarray(adc.limits, dtype)
+        arrays = any(isinstance(v, jax.Array) for v in jax.tree.leaves(adc.limits))
+        given = jnp.asarray(adc.limits, dtype) if arrays else np.asarray(adc.limits, dtype)
+        if given.ndim == 3 and len(given) not in (1, len(rows)):
+            raise ValueError(
+                f"ADC limits of {len(given)} row tiles, but these weights take {len(rows)}: give one range for all, "
+                f"[slices, 2], or [{len(rows)}, slices, 2]"
+            )
         return given[None] if given.ndim == 2 else given
     if adc.range == "max":
         share = 2 if config.encoding.flip else 1

@@ -16,7 +16,10 @@ import numpy as np
 
 from .device import Device
 from .parasitics import Wire
-from .values import Physical
+from .values import Physical, is_traced
+
+# What a limit is unless it is a tracer or a pytree's placeholder.
+_CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
 
 def _register(*meta: str):
@@ -170,7 +173,7 @@ class ADC:
         if not 0.5 <= self.quantile <= 1:
             raise ValueError(f"adc.quantile = {self.quantile}: give a share of conversions from 0.5 to 1")
         if isinstance(self.limits, list | tuple):
-            object.__setattr__(self, "limits", tuple(tuple(float(v) for v in pair) for pair in self.limits))
+            object.__setattr__(self, "limits", _tuples(self.limits))
         for name in ("gain_error", "offset_error"):
             value = getattr(self, name)
             if isinstance(value, int | float) and value < 0:
@@ -306,18 +309,24 @@ class CrossbarConfig:
         return 0.0 if self.cell.on_off_ratio is None else 1.0 / self.cell.on_off_ratio
 
 
+def _tuples(values: Any) -> Any:
+    """Return nested lists as nested tuples, which can be hashed."""
+    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
+
+
 def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
     """Refuse ADC limits that no converter could have.
 
     Args:
-      limits: None, or [K, 2]; tracers pass.
+      limits: None, [K, 2] or [R, K, 2]; tracers and a pytree's placeholders pass.
       slices: K.
       signed: whether the converted currents may be negative.
 
     Raises:
       ValueError: on a wrong shape, or a range that is empty, not finite, or one-sided for signed sums.
     """
-    if limits is None or isinstance(limits, jax.core.Tracer) or type(limits) is object:
+    leaves = jax.tree.leaves(limits, is_leaf=lambda leaf: leaf is None)
+    if is_traced(leaves) or not all(isinstance(leaf, _CONCRETE) for leaf in leaves):
         return
     values = np.asarray(limits, float)
     if values.shape[-2:] != (slices, 2):

@@ -46,7 +46,10 @@ def mvm(
     if config.device.read_noise is not None and key is None:
         raise ValueError("read noise is drawn anew for every read: give its key, as in jax.random.fold_in(key, step)")
     if config.adc is not None and state.limits is None and state.plan.path != "product":
-        raise ValueError("this ADC's range comes from data: state = calibrate(x, state, config), or adc.range = 'max'")
+        raise ValueError(
+            "this ADC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
+            "or choose adc.range = 'max'"
+        )
     y = _read(x.reshape(-1, x.shape[-1]), state.codes, state.limits, state, config, key)
     return y.reshape(*x.shape[:-1], state.shape[1])
 

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float
 from . import arrays, encoding
 from .adc import fixed_limits, level_units
 from .config import CrossbarConfig, check_limits
-from .device import realise
+from .device import Device, realise
 from .drift import drift_compensation
 from .plan import Path, Plan, choose, worst_case
-from .values import like
+from .values import is_traced, like
 
 # Purposes of a chip's key besides those of `device.realise`.
 _GAIN, _OFFSET = 16, 17
@@ -93,7 +93,7 @@ def program(
 
     perfect = conductances is None and _is_perfect(config)
     limits = fixed_limits(config, rows, dtype)
-    known = None if _is_traced(limits) else limits
+    known = None if is_traced(limits) else limits
     chosen = choose(config, worst_case(config, max(rows)), known, perfect=perfect, path=path)
 
     cells = flipped = gain = offset = pulses = None
@@ -190,16 +190,13 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
         raise ValueError(f"weights of shape {weights.shape}: give a matrix [d_in, d_out]; use jax.vmap for stacks")
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"weights of dtype {weights.dtype}: give floating point numbers")
-    if not _is_traced(weights):
+    if not is_traced(weights):
         bad = int(np.sum(~np.isfinite(weights)))  # NumPy, since a constant inside jit is no value to jnp
         if bad:
             raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: no conductance stands for them")
-    if key is None and conductances is None and is_random(config):
+    drawn = config if conductances is None else dataclasses.replace(config, device=Device())
+    if key is None and is_random(drawn):
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
     check_limits(
         None if config.adc is None else config.adc.limits, len(config.weight_slices), signed=config.signed_sums
     )
-
-
-def _is_traced(tree: object) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))

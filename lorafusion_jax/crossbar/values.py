@@ -43,3 +43,8 @@ def like(value: Any, G: Float[Array, "..."]) -> Float[Array, "..."]:
 def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return standard normal draws, one per cell of `G`, in its dtype."""
     return jax.random.normal(key, G.shape, G.dtype)
+
+
+def is_traced(tree: Any) -> bool:
+    """Return whether any leaf is known to a transformation alone."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
