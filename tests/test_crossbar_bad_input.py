@@ -1,0 +1,255 @@
+"""What cannot be built, programmed or read, and what the error says about it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.crossbar.calibrate import calibrated, probe
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
+from lorafusion_jax.crossbar.drift import PCM_DRIFT
+from lorafusion_jax.crossbar.mvm import mvm
+from lorafusion_jax.crossbar.parasitics import Wire
+from lorafusion_jax.crossbar.programming import Independent, Proportional, WriteVerify
+from lorafusion_jax.crossbar.state import program
+
+OFFSET = Encoding(kind="offset")
+FOUR = ((-1.0, 1.0),) * 4
+INF, NAN = float("inf"), float("nan")
+
+
+def untyped(cls, **values):
+    """Build a part as users do, without the type checks that run in tests, which would refuse it first."""
+    part = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(part, field.name, values.get(field.name, field.default))
+    part.__post_init__()
+    return part
+
+
+def given(*limits, **others):
+    return ADC(range="given", limits=limits, **others)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: untyped(Cell, bits=2), r"cell.bits = 2: give 1 to 8 bits for each weight slice"),
+        (lambda: Cell(bits=()), r"cell.bits = \(\)"),
+        (lambda: Cell(bits=(2, 0)), r"cell.bits = \(2, 0\)"),
+        (lambda: Cell(bits=(9,)), r"cell.bits = \(9,\)"),
+        (lambda: Cell(on_off_ratio=1.0), r"cell.on_off_ratio = 1.0: give Gmax / Gmin > 1, or None for infinite"),
+        (lambda: Cell(on_off_ratio=NAN), r"cell.on_off_ratio = nan"),
+        (lambda: untyped(Encoding, kind="balanced"), r"encoding.kind = 'balanced': choose differential or offset"),
+        (lambda: Encoding(unit_column=True), r"belong to kind='offset'"),
+        (lambda: Encoding(kind="offset", two_sided=True), r"two_sided belongs to kind='differential'"),
+        (lambda: Encoding(kind="offset", flip=True), r"set unit_column=True"),
+        (lambda: DAC(bits=0), r"dac.bits = 0: give 2 to 16 bits, or dac=None for ideal inputs"),
+        (lambda: DAC(bits=1), r"dac.bits = 1: give 2 to 16"),
+        (lambda: DAC(bits=17), r"dac.bits = 17"),
+        (lambda: DAC(bits=0, signed=False), r"give 1 to 16 bits"),
+        (lambda: DAC(slice_bits=0), r"dac.slice_bits = 0: give 1 to 8 bits, or None for no slicing"),
+        (lambda: DAC(slice_bits=9), r"dac.slice_bits = 9"),
+        (lambda: untyped(DAC, scaling="batch"), r"dac.scaling = 'batch': choose fixed or row"),
+        (lambda: DAC(limit=0.0), r"dac.limit = 0.0: give the largest \|x\|, positive and finite"),
+        (lambda: DAC(limit=INF), r"dac.limit = inf"),
+        (lambda: DAC(limit=NAN), r"dac.limit = nan"),
+        (lambda: ADC(bits=0), r"adc.bits = 0: give 2 to 16 bits, or adc=None for an ideal ADC"),
+        (lambda: ADC(bits=17), r"adc.bits = 17"),
+        (lambda: untyped(ADC, range="widest"), r"adc.range = 'widest': choose calibrated, max, granular or given"),
+        (lambda: untyped(ADC, convert="bit"), r"adc.convert = 'bit': choose slice or sum"),
+        (lambda: ADC(range="given"), r"adc.limits go with adc.range='given'"),
+        (lambda: ADC(limits=FOUR), r"adc.limits go with adc.range='given'"),
+        (lambda: ADC(quantile=0.3), r"adc.quantile = 0.3: give a share of conversions from 0.5 to 1"),
+        (lambda: ADC(gain_error=-0.1), r"adc.gain_error = -0.1: a standard deviation cannot be negative"),
+        (lambda: ADC(offset_error=-1.0), r"adc.offset_error = -1.0"),
+        (lambda: Tile(rows=0), r"tile.rows = 0: give a positive number, or None for no limit"),
+        (lambda: Tile(cols=-4), r"tile.cols = -4"),
+        (lambda: untyped(Tile, partition="half"), r"tile.partition = 'half': choose equal or full"),
+        (lambda: Tile(current_limit=0.0), r"tile.current_limit = 0.0: give a positive current, or None"),
+        (lambda: Mapping(weight_bits=1), r"mapping.weight_bits = 1: give 2 to 16 bits, or None for real weights"),
+        (lambda: Mapping(weight_bits=0), r"mapping.weight_bits = 0"),
+        (lambda: untyped(Mapping, scale="row"), r"mapping.scale = 'row': choose matrix, tile or column"),
+        (lambda: Mapping(quantile=0.0), r"mapping.quantile = 0.0: give a share of weights in \(0, 1\]"),
+        (lambda: Mapping(quantile=1.5), r"mapping.quantile = 1.5"),
+        (lambda: Independent(-0.1), r"Independent.sigma = -0.1: give a number at least 0"),
+        (lambda: Proportional(-0.1), r"Proportional.sigma = -0.1"),
+        (lambda: ReadNoise(-0.1), r"ReadNoise.sigma = -0.1"),
+        (lambda: ReadNoise(0.1, "white"), r"ReadNoise.kind = 'white': choose independent or proportional"),
+        (lambda: StuckAt(low=-0.1), r"StuckAt.low = -0.1"),
+        (lambda: StuckAt(low=0.6, high=0.6), r"together at most all cells can be stuck"),
+        (lambda: Sinh(scale=0.0), r"Sinh.scale = 0.0"),
+        (lambda: Device(time=-1.0), r"Device.time = -1.0"),
+        (lambda: Device(clip="none"), r"Device.clip = 'none': choose positive \(G >= 0\) or range"),
+        (lambda: Device(write_verify=WriteVerify(0.1)), r"give programming too"),
+        (lambda: Wire(row_resistance=-1.0), r"Wire.row_resistance = -1.0"),
+        (lambda: Wire(iterations=0), r"Wire.iterations = 0"),
+    ],
+)
+def test_parts(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ({"cell": Cell(bits=None)}, r"cell.bits = None with mapping.weight_bits = 8: either both are None"),
+        ({"mapping": Mapping(weight_bits=None)}, r"either both are None"),
+        (
+            {"cell": Cell(bits=(2, 2, 2))},
+            r"hold 6 bits, but 8-bit weights in differential encoding need 7: add a slice",
+        ),
+        (
+            {"cell": Cell(bits=(2, 2, 3)), "encoding": OFFSET},
+            r"hold 7 bits, but 8-bit weights in offset encoding need 8",
+        ),
+        (
+            {
+                "cell": Cell(bits=None),
+                "mapping": Mapping(weight_bits=None),
+                "encoding": Encoding(kind="offset", unit_column=True, flip=True),
+            },
+            r"encoding.flip inverts digits: give cell.bits and mapping.weight_bits",
+        ),
+        ({"encoding": OFFSET, "device": Device(compensate=True)}, r"device.compensate .* needs kind='differential'"),
+        ({"encoding": OFFSET, "adc": ADC(separate=True)}, r"adc.separate .* needs kind='differential'"),
+        ({"dac": None, "adc": ADC(range="granular")}, r"adc.range='granular' .* give dac and cell.bits"),
+        (
+            {"adc": given(*FOUR[:3])},
+            r"ADC limits of shape \(3, 2\): give \[lowest, highest\] for each of 4 weight slices",
+        ),
+        ({"adc": given((-1.0, INF), *FOUR[:3])}, r"ADC limits .* are not finite"),
+        ({"adc": given((-1.0, NAN), *FOUR[:3])}, r"ADC limits .* are not finite"),
+        ({"adc": given((1.0, 1.0), *FOUR[:3])}, r"ADC range .* is empty: the lowest current must be below the highest"),
+        ({"adc": given((1.0, -1.0), *FOUR[:3])}, r"ADC range .* is empty"),
+        ({"adc": given((0.0, 1.0), *FOUR[:3])}, r"one-sided, but these sums are signed: give \[-a, a\]"),
+        ({"adc": given(*FOUR), "dac": DAC(signed=False), "encoding": OFFSET}, r"never negative: give \[0, a\]"),
+        ({"adc": given(*FOUR, separate=True), "dac": DAC(signed=False)}, r"never negative: give \[0, a\]"),
+        ({"adc": given(*((0.0, 0.0),) * 4)}, r"ADC range .* is empty"),
+    ],
+)
+def test_parts_that_do_not_fit(parts, message):
+    with pytest.raises(ValueError, match=message):
+        CrossbarConfig(**parts)
+
+
+W = jnp.ones((6, 5), jnp.float32)
+NOISY = Device(programming=Independent(0.1))
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        (jnp.ones(5, jnp.float32), r"weights of shape \(5,\): give a matrix \[d_in, d_out\]"),
+        (jnp.ones((2, 6, 5), jnp.float32), r"weights of shape \(2, 6, 5\): .* use jax.vmap for stacks"),
+        (jnp.ones((0, 5), jnp.float32), r"weights of shape \(0, 5\)"),
+        (jnp.ones((6, 5), jnp.int32), r"weights of dtype int32: give floating point numbers"),
+        (W.at[2, 3].set(jnp.nan), r"1 of 30 weights are NaN or infinite"),
+        (W.at[0].set(-jnp.inf), r"5 of 30 weights are NaN or infinite"),
+    ],
+)
+def test_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        program(weights, CrossbarConfig())
+
+
+def test_constant_weights_inside_jit_are_checked():
+    bad = W.at[2, 3].set(jnp.nan)
+    with pytest.raises(ValueError, match="1 of 30 weights are NaN"):
+        jax.jit(lambda: program(bad, CrossbarConfig()).codes)()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CrossbarConfig(device=NOISY),
+        CrossbarConfig(device=Device(stuck=StuckAt(low=0.1))),
+        CrossbarConfig(device=Device(drift=PCM_DRIFT, time=10.0)),
+        CrossbarConfig(adc=ADC(range="max", gain_error=0.1)),
+        CrossbarConfig(adc=ADC(range="max", offset_error=0.1)),
+    ],
+)
+def test_a_random_chip_needs_a_key(config):
+    with pytest.raises(ValueError, match=r"random .*: give the chip's key, as in jax.random.key\(0\)"):
+        program(W, config)
+    assert program(W, config, jax.random.key(0)).shape == (6, 5)
+
+
+def test_measured_conductances_do_not_excuse_converters_from_a_key():
+    config = CrossbarConfig(adc=ADC(range="max", gain_error=0.1))
+    measured = jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32)
+    with pytest.raises(ValueError, match="give the chip's key"):
+        program(W, config, conductances=measured)
+
+
+def test_conductances_of_another_shape():
+    message = r"conductances of shape \(4, 1, 1, 1, 6, 5\): this matrix takes \(4, 2, 1, 1, 6, 5\)"
+    with pytest.raises(ValueError, match=message):
+        program(W, CrossbarConfig(), conductances=jnp.ones((4, 1, 1, 1, 6, 5), jnp.float32))
+
+
+def test_ranges_of_another_number_of_tiles():
+    limits = np.tile(np.asarray([-3.0, 3.0]), (2, 4, 1))
+    config = CrossbarConfig(tile=Tile(rows=2), adc=ADC(range="given", limits=limits))
+    with pytest.raises(ValueError, match=r"ADC limits of 2 row tiles, but .* 3"):
+        program(W, config)
+
+
+@pytest.mark.parametrize(
+    "config, path, message",
+    [
+        (
+            CrossbarConfig(adc=ADC(bits=4, range="max")),
+            "product",
+            r"path='product' is not exact here: the ADC loses bits",
+        ),
+        (CrossbarConfig(tile=Tile(wire=Wire())), "product", r"not exact here: IR drop"),
+        (CrossbarConfig(), "loop", r"path='loop' cannot compute this without an ADC"),
+        (CrossbarConfig(tile=Tile(current_limit=1.0), adc=ADC(range="max")), "loop", r"column currents are limited"),
+    ],
+)
+def test_paths_that_are_not_exact(config, path, message):
+    with pytest.raises(ValueError, match=message):
+        program(W, config, path=path)
+
+
+def test_inputs():
+    x = jnp.ones((3, 7), jnp.float32)
+    config = CrossbarConfig()
+    with pytest.raises(ValueError, match=r"x of shape \(3, 7\) meets arrays of \(6, 5\): its last axis must be 6"):
+        mvm(x, program(W, config), config)
+    with pytest.raises(ValueError, match=r"its last axis must be 6"):
+        jax.jit(mvm)(x, program(W, config), config)
+    noisy = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.1)))
+    with pytest.raises(ValueError, match=r"read noise is drawn anew for every read: give its key"):
+        mvm(x[:, :6], program(W, noisy), noisy)
+
+
+@pytest.mark.parametrize("path", [None, "definition"])
+def test_an_uncalibrated_adc(path):
+    config = CrossbarConfig(adc=ADC(bits=4))
+    state = program(W, config, path=path)
+    x = jnp.ones((3, 6), jnp.float32)
+    with pytest.raises(ValueError, match=r"this ADC's range comes from data: state = calibrated\(state, "):
+        mvm(x, state, config)
+    _, statistics = probe(x, state, config)
+    mvm(x, calibrated(state, statistics, config), config)
+    nothing = jax.tree.map(jnp.zeros_like, statistics)
+    with pytest.raises(ValueError, match="calibration saw no conversion: probe the arrays with some inputs first"):
+        calibrated(state, nothing, config)
+
+
+def test_swept_values_and_placeholders_pass():
+    """Arrays, tracers and a pytree's placeholders are no plain numbers: they are not refused."""
+    config = CrossbarConfig(
+        cell=Cell(on_off_ratio=10.0), adc=ADC(range="given", limits=FOUR), device=NOISY, tile=Tile(current_limit=2.0)
+    )
+    leaves, structure = jax.tree.flatten(config)
+    assert jax.tree.unflatten(structure, [object()] * len(leaves)).adc.bits == 8
+    assert jax.tree.unflatten(structure, [None] * len(leaves)).cell.bits == (2, 2, 2, 2)
+    jax.eval_shape(lambda config: jax.tree.leaves(jax.tree.map(lambda v: v * 2, config)), config)
+    assert hash(structure) == hash(jax.tree.structure(config))
