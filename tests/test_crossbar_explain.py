@@ -1,0 +1,166 @@
+"""`explain` against the arrays that programming really makes, and lost bits against ADCs that have them."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.crossbar import encoding
+from lorafusion_jax.crossbar.calibrate import calibrated, probe
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from lorafusion_jax.crossbar.definition import all_sums
+from lorafusion_jax.crossbar.device import Device, ReadNoise
+from lorafusion_jax.crossbar.explain import explain
+from lorafusion_jax.crossbar.parasitics import Wire
+from lorafusion_jax.crossbar.presets import PRESETS
+from lorafusion_jax.crossbar.programming import Independent
+from lorafusion_jax.crossbar.state import program
+
+SMALL = Tile(rows=16, cols=12)
+CONFIGS = {
+    "separate": CrossbarConfig(tile=SMALL, adc=ADC(separate=True)),
+    "sum": CrossbarConfig(tile=SMALL, adc=ADC(convert="sum")),
+    "unit column": CrossbarConfig(tile=SMALL, encoding=Encoding(kind="offset", unit_column=True), adc=ADC()),
+    "unsigned": CrossbarConfig(tile=SMALL, dac=DAC(signed=False, slice_bits=3), adc=ADC(bits=6)),
+    "unequal": CrossbarConfig(tile=SMALL, cell=Cell(bits=(2, 2, 4)), adc=ADC(range="granular")),
+    "whole": CrossbarConfig(tile=Tile(rows=None, cols=None), adc=ADC(range="max")),
+    **PRESETS,
+}
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (5, 70)])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_counts_are_those_of_the_programmed_arrays(config, shape):
+    said = explain(config, shape)
+    state = program(jax.random.normal(jax.random.key(0), shape), config, jax.random.key(1), path="definition")
+    K, P, R, C, _, _ = state.cells.shape
+    assert said.tiles == (R, C) and said.polarities == P and max(1, len(said.weight_slices)) == K
+    assert said.arrays == K * P * R * C
+    in_use = np.sum(encoding.cells_in_use(shape, config))
+    assert said.utilisation == pytest.approx(in_use / (R * C * math.prod(said.array)))
+    n = encoding.split(jnp.ones(shape[0]), encoding.grid(shape, config)[0], axis=0, front=True)
+    sums = all_sums(n, state.cells, None, config)
+    idle = math.prod(sums.shape) // sums.shape[-1] * (sums.shape[-1] - config.encoding.unit_column)
+    idle -= math.prod(sums.shape[:3]) * sums.shape[4] * shape[1]
+    converted = math.prod(sums.shape) - idle
+    if config.adc is None:
+        assert said.conversions == 0
+    else:
+        assert said.conversions == converted // (len(said.input_slices) if config.adc.convert == "sum" else 1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_path_is_the_one_that_programming_takes(config):
+    weights = jax.random.normal(jax.random.key(0), (40, 30))
+    plan = program(weights, config, jax.random.key(1)).plan
+    said = explain(config, (40, 30))
+    assert (said.path, said.reason) == (plan.path, plan.reason)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (CrossbarConfig(), "there is no ADC"),
+        (PRESETS["isaac"], "the ADC loses nothing"),
+        (CrossbarConfig(tile=Tile(wire=Wire(row_resistance=1e-4))), "IR drop"),
+        (CrossbarConfig(adc=ADC(offset_error=0.1)), "offset"),
+    ],
+)
+def test_the_reason_is_in_words(config, words):
+    assert words in explain(config, (64, 64)).reason
+    assert words in str(explain(config, (64, 64)))
+
+
+@pytest.mark.parametrize("bits", [(2, 2, 2, 2), (1,) * 8, (2, 2, 4)])
+@pytest.mark.parametrize("dac", [DAC(), DAC(signed=False), DAC(bits=7, slice_bits=3)], ids=["signed", "unsigned", "3"])
+@pytest.mark.parametrize("kind", ["differential", "offset"])
+def test_an_adc_with_the_lost_bits_loses_nothing(bits, dac, kind):
+    config = CrossbarConfig(
+        cell=Cell(bits=bits), encoding=Encoding(kind=kind), dac=dac, adc=ADC(bits=4, range="granular")
+    )
+    lost = explain(config, (100, 8)).lost_bits
+    assert min(lost) > 0
+    enough = 4 + math.ceil(max(lost) + 0.1)  # 2^b - 1 codes: a little more than the logarithm says
+
+    def path(adc_bits: int) -> str:
+        with_bits = dataclasses.replace(config, adc=ADC(bits=adc_bits, range="granular"))
+        return explain(with_bits, (100, 8)).path
+
+    assert path(enough) == "product"
+    assert path(4 + math.floor(max(lost))) != "product"
+    exact = explain(dataclasses.replace(config, adc=ADC(bits=enough, range="granular")), (100, 8))
+    assert exact.lost_bits == (0.0,) * len(bits)
+
+
+def test_lost_bits_by_hand():
+    puma = explain(PRESETS["puma"], (1024, 1024))
+    assert puma.lost_bits == pytest.approx([math.log2(128 * 3 / 127)] * 8)
+    assert explain(PRESETS["isaac"], (1024, 1024)).lost_bits == (0.0,) * 8
+    assert explain(PRESETS["neurram"], (1024, 1024)).lost_bits is None
+    assert explain(CrossbarConfig(), (8, 8)).lost_bits == (0.0,) * 4
+    raella = explain(PRESETS["raella"], (512, 16))
+    assert raella.lost_bits == pytest.approx([math.log2(512 * top / 63) for top in (3, 3, 15)])
+
+
+def test_narrow_modules_share_arrays():
+    for shape in [(1024, 16), (16, 1024)]:
+        said = explain(PRESETS["isaac"], shape, modules=20)
+        assert said.arrays == 64 and said.utilisation == pytest.approx(16 / 128)
+        assert said.shared_arrays == 8 * 3 * 8 and said.shared_utilisation == pytest.approx(20 * 16 / (3 * 128))
+        assert "1,280 arrays each on its own; 192 side by side, 83.3 % of their cells" in str(said)
+    alone = explain(PRESETS["isaac"], (1024, 16))
+    assert alone.shared_arrays == alone.arrays and "side by side" not in str(alone)
+
+
+def test_a_calibrated_state_may_lose_nothing():
+    config = CrossbarConfig(adc=ADC(bits=10, quantile=1.0))
+    weights, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (4, 64))
+    state = program(weights, config)
+    state = calibrated(state, probe(x, state, config)[1], config)
+    said = explain(config, (64, 8), state=state)
+    assert (said.path, said.reason) == (state.plan.path, state.plan.reason)
+
+
+def test_it_prints_what_it_knows():
+    text = str(explain(PRESETS["raella"], (1000, 600)))
+    for words in (
+        "1000 x 600 on arrays of 512 x 512",
+        "slices of 2, 2, 4 bits, least significant first, 2 polarities",
+        "7 slices of 1 bit",
+        "24 = 2 x 2 tiles x 3 weight slices x 2 polarities",
+        "57.2 % of their cells",
+        f"{7 * 3 * 2 * 600:,} for one input vector",
+        "4.6, 4.6, 6.9 from the least significant slice",
+    ):
+        assert words in text
+    ideal = str(explain(PRESETS["ideal"], (8, 8)))
+    for words in ("one analogue cell", "real-valued, all at once", "none, no ADC", "not defined"):
+        assert words in ideal
+
+
+def test_noise_and_swept_values_are_explained():
+    noisy = CrossbarConfig(
+        adc=ADC(), device=Device(programming=Independent(jnp.float32(0.1)), read_noise=ReadNoise(jnp.float32(0.1)))
+    )
+    assert explain(noisy, (64, 64)).path in ("definition", "loop")
+
+
+@pytest.mark.parametrize("shape, modules", [((0, 4), 1), ((4,), 1), (4, 1), ((4, 2.5), 1), ((4, 4), 0), ((2, 3, 4), 1)])
+def test_bad_shapes_are_refused(shape, modules):
+    function = getattr(explain, "__wrapped__", explain)
+    with pytest.raises(ValueError, match=r"give \(d_in, d_out\) and a count"):
+        function(CrossbarConfig(), shape, modules=modules)
+
+
+def test_a_state_of_another_shape_is_refused():
+    config = CrossbarConfig()
+    with pytest.raises(ValueError, match=r"shape \(4, 5\): the state's arrays hold a matrix of \(4, 4\)"):
+        explain(config, (4, 5), state=program(jnp.ones((4, 4)), config))
+
+
+def test_a_mapping_of_scales_changes_nothing():
+    config = CrossbarConfig(mapping=Mapping(scale="column"), adc=ADC())
+    assert explain(config, (64, 64)).arrays == explain(CrossbarConfig(adc=ADC()), (64, 64)).arrays
