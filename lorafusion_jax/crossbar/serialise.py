@@ -182,11 +182,10 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
             return value
         elif option in (int, float, Any) and type(value) in ((int,) if option is int else (int, float)):
             return value
-        elif origin is tuple and isinstance(value, list):
+        elif origin is tuple and _are_numbers(value):
             return _tuple(value)
-        elif option is Any and isinstance(value, list):
-            # The ADC makes its own tuples of [lowest, highest]; other lists are arrays of swept values.
-            return value if name == "limits" and np.ndim(value) == 2 else np.asarray(value, float)
+        elif option is Any and _are_numbers(value):
+            return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)
     yaml_wants = f"; YAML takes {value} for a text: write a number like 1.0e-3" if is_number else ""
     raise ValueError(f"{where} = {value!r}: give {' or '.join(map(_described, options))}{yaml_wants}")
@@ -208,12 +207,16 @@ def _tuple(value: Any) -> Any:
     return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) in (int, float) or _are_numbers(each) for each in value)
+
+
 def _described(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return " or ".join(map(str, typing.get_args(option)))
     if dataclasses.is_dataclass(option):
         return f"a table of {getattr(option, '__name__', option)}'s fields"
     if typing.get_origin(option) is tuple:
-        return "a list"
+        return "a list of numbers"
     names = {bool: "true or false", int: "a whole number", str: "a text", float: "a number", type(None): "null"}
     return names.get(option, "a number, a list of numbers or null")
