@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0.dev0"
 
+from . import crossbar
+from .crossbar import CrossbarConfig, mvm, program, program_tree
 from .fusion.compose import Gram, Lora, Modules, column_norms, compose, gram
 from .fusion.pool import LoraPool, random_pool
 from .io.hf import load_base, read_config, save_base
@@ -19,6 +21,7 @@ from .train.sweep import over_seeds
 __all__ = [
     "PRESETS",
     "T5",
+    "CrossbarConfig",
     "Frozen",
     "FuseOptions",
     "Fusion",
@@ -37,6 +40,7 @@ __all__ = [
     "ZeroShot",
     "column_norms",
     "compose",
+    "crossbar",
     "fuse",
     "fusion_step",
     "generate",
@@ -47,7 +51,10 @@ __all__ = [
     "load_pool",
     "load_run",
     "matmul",
+    "mvm",
     "over_seeds",
+    "program",
+    "program_tree",
     "quantise",
     "random_pool",
     "read_config",

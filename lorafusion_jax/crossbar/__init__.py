@@ -1,0 +1,85 @@
+"""Matrix-vector products on tiled ReRAM crossbars: bit-sliced, exact, differentiable.
+
+config = crossbar.load_config("isaac")
+state = crossbar.program(weights, config, key)     # write a matrix into arrays, once
+y = crossbar.mvm(x, state, config)                 # what the arrays make of x @ weights
+"""
+
+from .calibrate import Statistics, calibrated, probe
+from .config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from .device import Device, ReadNoise, Sinh, StuckAt
+from .drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
+from .explain import Explanation, explain
+from .mvm import mvm
+from .parasitics import Wire
+from .plan import Plan
+from .presets import PRESETS
+from .probing import calibrate_tree, observe, site_errors
+from .programmed import Programmed, reads
+from .programming import (
+    PCM_JOSHI_2020,
+    RERAM_CMO_2025,
+    RERAM_MILO_2021,
+    RERAM_WAN_2022,
+    Independent,
+    Polynomial,
+    Proportional,
+    WriteVerify,
+)
+from .segments import Segments, map_layers, scan_layers
+from .serialise import config_hash, load_config, save_config
+from .state import ArrayState, program, programmed_weights
+from .tree import program_tree
+
+__all__ = [
+    "ADC",
+    "DAC",
+    "PCM_DRIFT",
+    "PCM_JOSHI_2020",
+    "PRESETS",
+    "RERAM_CMO_2025",
+    "RERAM_CMO_DRIFT",
+    "RERAM_MILO_2021",
+    "RERAM_WAN_2022",
+    "ArrayState",
+    "Cell",
+    "CrossbarConfig",
+    "Device",
+    "Encoding",
+    "Explanation",
+    "Flicker",
+    "Independent",
+    "LogLinear",
+    "Mapping",
+    "Plan",
+    "Polynomial",
+    "PowerLaw",
+    "Programmed",
+    "Proportional",
+    "ReadNoise",
+    "Relaxation",
+    "Segments",
+    "Sinh",
+    "Statistics",
+    "StuckAt",
+    "Tile",
+    "Wire",
+    "WriteVerify",
+    "calibrate_tree",
+    "calibrated",
+    "config_hash",
+    "drift_compensation",
+    "explain",
+    "load_config",
+    "map_layers",
+    "mvm",
+    "observe",
+    "probe",
+    "program",
+    "program_tree",
+    "programmed_weights",
+    "reads",
+    "save_config",
+    "scan_layers",
+    "site_errors",
+]
