@@ -88,7 +88,10 @@ def columns(
 def column_variances(
     variances: Float[Array, "K P R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
 ) -> Float[Array, "k R rows _cols"]:
-    """Return the variances of what `columns` returns, given those of the cells."""
+    """Return the variances of what `columns` returns, given those of the cells.
+
+    Cells of one column only stand for all columns.
+    """
     if config.encoding.kind == "differential" and not converts_each(config):
         return _side_by_side(variances[:, 0] + variances[:, 1], shape, config)
     return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
@@ -98,6 +101,8 @@ def _side_by_side(
     converted: Float[Array, "k R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
 ) -> Float[Array, "k R rows _cols"]:
     _, cols = encoding.grid(shape, config)
+    if converted.shape[4] == 1 < max(cols):
+        return converted[:, :, 0]
     if not config.encoding.unit_column:
         return encoding.join(jnp.moveaxis(converted, 2, 3), cols, 3)
     values, units = converted[..., :-1], converted[..., -1]

@@ -20,7 +20,7 @@ from .config import CrossbarConfig
 from .definition import all_sums
 from .mvm import mvm, reading
 from .plan import choose, worst_case
-from .state import ArrayState, programmed_weights
+from .state import ArrayState, columns_of, programmed_weights
 
 # Resolution of the distribution of |current|: 1 / BINS of what an array could produce at most.
 BINS = 4096
@@ -115,7 +115,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(state, config)])
     high = reached.astype(dtype) / BINS * jnp.broadcast_to(bound, reached.shape)
     lsb = high / codes(config)[1]
-    if state.plan.integers:
+    if state.plan.integers and config.device.read_noise is None:
         lsb = jnp.maximum(lsb, 1)
     base = jnp.max(lsb, axis=-1, keepdims=True)
     # 1e-3: a ratio that is a power of two but for rounding stays one.
@@ -184,8 +184,7 @@ def _sums(
             cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), n.dtype)], axis=2)
         used = jnp.broadcast_to(cols[:, :, None], sums.shape[2:])
     else:
-        assert state.columns is not None
-        sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), state.columns.astype(n.dtype))
+        sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), columns_of(state, config))
         sums = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:]).swapaxes(0, 1)
         sums = jnp.moveaxis(sums, 2, 1)  # [K, J, conversions of a column, R, cols]
         used = jnp.ones(sums.shape[2:], n.dtype)

@@ -64,11 +64,6 @@ class ReadNoise:
         if self.kind not in ("independent", "proportional"):
             raise ValueError(f"ReadNoise.kind = {self.kind!r}: choose independent or proportional")
 
-    def variance(self, G: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return each cell's variance, of Gmax^2, before any clip."""
-        sigma = like(self.sigma, G)
-        return jnp.square(sigma * G) if self.kind == "proportional" else jnp.full_like(G, jnp.square(sigma))
-
     def draw(self, G: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
         """Return the conductances of one read."""
         scale = like(self.sigma, G) * (G if self.kind == "proportional" else 1)

@@ -10,6 +10,7 @@ converted), R row tiles (1 once summed), C column tiles.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,12 @@ from . import arrays, encoding
 from .adc import Converter, converter
 from .config import CrossbarConfig
 from .definition import all_sums, shift_and_add
+from .lookup import lookup
 from .loop import loop
+from .noise import Noise, deviations, stream
+from .normal import normal
 from .state import ArrayState
+from .values import like
 
 # Bytes that the conversions of one read may take at a time.
 BUDGET = 256 * 2**20
@@ -93,9 +98,9 @@ def _converted(
     """Return weights times input codes, by the plan's path."""
     if state.plan.path == "product":
         return _product(n, codes, state, config, key)
-    if state.plan.path == "loop":
+    if state.plan.path in ("loop", "lookup"):
         assert quantise is not None
-        return _loop(n, quantise, state, config)
+        return _tile_by_tile(n, quantise, state, config, key)
     return _definition(n, quantise, state, config, key)
 
 
@@ -150,8 +155,9 @@ def _product(
             variance = variance * jnp.square(per_weight)
         worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
         power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
-        drawn = jnp.sqrt(jnp.dot(power, variance, precision="highest"))
-        drawn = drawn * jax.random.normal(key, drawn.shape, n.dtype)
+        spread = jnp.sqrt(jnp.dot(power, variance, precision="highest")) * like(config.device.read_noise.sigma, n)
+        outputs = state.shape[1] + (len(cols) if config.encoding.unit_column else 0)
+        drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
         if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
             drawn, units = drawn[:, : state.shape[1]], drawn[:, state.shape[1] :]
             drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=state.shape[1])
@@ -231,36 +237,46 @@ def _finish(
     return encoding.join(whole * worth[:, 0, None, None], cols, axis=1)
 
 
-def _loop(
-    n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig
+def _tile_by_tile(
+    n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
 ) -> Float[Array, "B d_out"]:
-    """Sum over row tiles in codes; tile by tile where each has a scale of its own."""
+    """Sum over row tiles in codes; where each tile has a scale of its own, tile by tile."""
     rows, cols = encoding.grid(state.shape, config)
-    columns = state.columns
-    assert columns is not None
     tiles = encoding.split(n, rows, axis=1, front=True)
     slices = config.input_slices if config.dac else None
     if config.dac is not None and config.adc is not None and config.adc.convert == "sum":
         slices = (config.dac.magnitude_bits,)
-    each = len(columns) // len(config.weight_slices)  # conversions of a column
-    quantise = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
+    each = 2 if arrays.converts_each(config) else 1
+    kernel_adc = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
 
-    def of_tiles(tiles: Array, columns: Array) -> Array:
-        total = loop(tiles, columns, quantise, slices)
+    def of_tiles(tiles: Array, operand: tuple[Any, ...], number: Array | int) -> Array:
+        columns, variance, occupied = operand
+        noise = None
+        if config.device.read_noise is not None and key is not None:
+            scale = jnp.tile(deviations(config, n.dtype), each)
+            noise = Noise(variance, scale, stream(jax.random.fold_in(key, number)))
+        if state.plan.path == "lookup":
+            signed = config.signed_inputs
+            total = lookup(tiles, columns, state.plan.packing, kernel_adc, slices, signed=signed, noise=noise)
+        else:
+            total = loop(tiles, columns, kernel_adc, slices, occupied, noise)
         if each == 2:
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
         if config.encoding.unit_column:
             whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
         ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
-        return _finish(whole, ones, quantise._replace(inv_lsb=quantise.inv_lsb[None, : len(total)]), state, config)
+        return _finish(whole, ones, quantise, state, config)
 
+    operand = state.columns, state.variance, state.occupied
     if state.scale.shape[0] == 1:
-        return of_tiles(tiles, columns) * state.scale
+        return of_tiles(tiles, operand, 0) * state.scale
 
-    def add(y: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        x, columns, scale = tile
-        return y + of_tiles(x[:, None], columns[:, None]) * scale[None], None
+    def add(y: Array, tile: tuple[Array, Any, Array, Array]) -> tuple[Array, None]:
+        x, operand, scale, number = tile
+        one = jax.tree.map(lambda a: jnp.expand_dims(a, 1), operand)
+        return y + of_tiles(x[:, None], one, number) * scale[None], None
 
     zero = jnp.zeros((n.shape[0], state.shape[1]), n.dtype)
-    return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), jnp.moveaxis(columns, 1, 0), state.scale))[0]
+    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, operand))
+    return jax.lax.scan(add, zero, (*by_tile, state.scale, jnp.arange(len(rows))))[0]

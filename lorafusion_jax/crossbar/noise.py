@@ -17,7 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
+from . import encoding
+from .arrays import kappa
+from .config import CrossbarConfig
 from .normal import normal_at
+from .values import like
 
 
 class Noise(NamedTuple):
@@ -32,6 +36,23 @@ class Noise(NamedTuple):
     variance: Float[Array, "K R rows _cols"]
     scale: Float[Array, " K"]
     words: UInt32[Array, "2"]
+
+
+def powers(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
+    """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1, the same for all columns."""
+    assert config.device.read_noise is not None
+    if config.device.read_noise.kind == "independent":
+        return jnp.ones_like(cells[..., :1])
+    return jnp.square(cells + kappa(config, cells.dtype)[:, None, None, None, None, None])
+
+
+def deviations(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return the standard deviation of a cell whose power is 1, in the level units of every weight slice."""
+    noise = config.device.read_noise
+    assert noise is not None
+    top = jnp.asarray(encoding.levels(config), dtype)
+    sigma = jnp.asarray(noise.sigma, dtype)
+    return jnp.broadcast_to(sigma, top.shape) if noise.kind == "proportional" else sigma * top / (1 - like(config.g_min, top))
 
 
 def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:

@@ -3,6 +3,7 @@
 `definition`  every conversion on its own, for any configuration, read noise drawn for every cell
 `product`     slices telescope into one matrix product: no ADC, or one that loses nothing
 `loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
+`lookup`      the same sums from tables, for inputs in narrow slices; integer cells travel packed (see `lookup`)
 """
 
 import dataclasses
@@ -14,17 +15,29 @@ import numpy as np
 from . import encoding
 from .adc import codes, level_units
 from .config import CrossbarConfig
+from .packing import Packing
 
-Path = Literal["definition", "product", "loop"]
+Path = Literal["definition", "product", "loop", "lookup"]
+
+# Widest input slices whose sums are tabulated: 2 bits have 4 levels, or 7 with a sign.
+_TABULATED_BITS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The path of a read, why it was chosen, and whether what it sums are integers."""
+    """The path of a read.
+
+    Attributes:
+      path: which.
+      reason: why it was chosen.
+      integers: whether column sums, before read noise, are integers.
+      packing: where weight slices lie in the words of a `lookup`; None where they are not packed.
+    """
 
     path: Path
     reason: str
     integers: bool
+    packing: Packing | None = None
 
 
 def choose(
@@ -54,11 +67,15 @@ def choose(
     if limits is not None and limits.shape[0] > 1:
         nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
+    together = config.adc is not None and config.adc.convert == "sum"
+    narrow = config.dac is not None and not together and max(config.dac.slices) <= _TABULATED_BITS
     if path is not None:
         if path == "product" and not telescopes:
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
-        if path == "loop" and not loops:
-            raise ValueError(f"path='loop' cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}")
+        if path == "lookup" and not narrow:
+            raise ValueError(f"path='lookup' tabulates input slices of up to {_TABULATED_BITS} bits: set dac.slice_bits")
+        if path in ("loop", "lookup") and not loops:
+            raise ValueError(f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}")
         return Plan(path, "asked for", integers)
     if telescopes:
         why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
@@ -67,6 +84,9 @@ def choose(
         return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}", integers)
     if jax.default_backend() != "cpu":
         return Plan("definition", "every conversion on its own, batched: fastest on an accelerator", integers)
+    if narrow:
+        why = "input slices are narrow: sums of a few rows come from tables"
+        return Plan("lookup", f"the ADC quantises each conversion, and {why}", integers)
     return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue", integers)
 
 
@@ -98,7 +118,7 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
 def _sums_integers(config: CrossbarConfig) -> bool:
     """Whether column sums of perfect cells are integers in level units."""
     adc = config.adc
-    if config.cell.bits is None or config.dac is None or config.device.read_noise is not None:
+    if config.cell.bits is None or config.dac is None:
         return False
     if adc is not None and (adc.offset_error is not None or adc.gain_error is not None):
         return False
@@ -109,7 +129,7 @@ def _sums_integers(config: CrossbarConfig) -> bool:
 def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
     """Whether every possible column sum, an integer, has a code of its own that stands for it."""
     adc = config.adc
-    if adc is None:
+    if adc is None or config.device.read_noise is not None:
         return False
     top = codes(config)[1]
     if adc.range == "granular":

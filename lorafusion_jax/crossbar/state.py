@@ -16,6 +16,9 @@ from .adc import fixed_limits, level_units
 from .config import CrossbarConfig, check_limits
 from .device import Device, realise
 from .drift import drift_compensation
+from .noise import powers
+from .normal import normal
+from .packing import INT_BITS, Packed, Packing, certify, extent, pack
 from .plan import Path, Plan, choose, worst_case
 from .values import is_traced, like
 
@@ -32,8 +35,10 @@ class ArrayState:
       codes: [d_in, d_out] the weights as programmed, in weight codes: what all slices of a perfect read add up to.
       scale: [1 or R, 1 or d_out] the weight that one code stands for.
       cells: every cell in level units, a unit column last; None where no path reads single cells.
-      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it.
-      variance: read noise of one read: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope.
+      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it; integers packed.
+      variance: of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope;
+        one column stands for all where they do not differ.
+      occupied: [k, R] which planes of integer cells are not all zero, for the path `loop`.
       flipped: [K, R, C, cols] columns that are stored inverted.
       gain: [K, P, R, C, cols] the gain of each column's conversion, or None.
       offset: [K, P, R, C, cols] its offset in level units, or None.
@@ -48,8 +53,9 @@ class ArrayState:
     codes: Float[Array, "*N d_in d_out"]
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
-    columns: Float[Array, "*N k R rows _cols"] | None
+    columns: Float[Array, "*N k R rows _cols"] | Packed | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
+    occupied: Bool[Array, "*N k R"] | None
     flipped: Bool[Array, "*N K R C _cols"] | None
     gain: Float[Array, "*N K P R C cols"] | None
     offset: Float[Array, "*N K P R C cols"] | None
@@ -98,8 +104,7 @@ def program(
 
     cells = flipped = gain = offset = pulses = None
     codes = exact
-    noise = config.device.read_noise
-    if not perfect or noise is not None or chosen.path != "product":
+    if not perfect or config.device.read_noise is not None or chosen.path != "product":
         cells, flipped = encoding.to_arrays(slices, config)
     if cells is not None and not perfect:
         g_min = like(config.g_min, weights)
@@ -123,30 +128,35 @@ def program(
     if config.adc is not None and cells is not None:
         per_column = (*cells.shape[:4], cells.shape[5])
         if config.adc.gain_error is not None:
-            drawn = jax.random.normal(jax.random.fold_in(key, _GAIN), per_column, dtype)
+            drawn = normal(jax.random.fold_in(key, _GAIN), per_column, dtype)
             gain = 1 + like(config.adc.gain_error, weights) * drawn
         if config.adc.offset_error is not None:
             units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])[:, None, None, None, None]
-            drawn = jax.random.normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
+            drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
             offset = like(config.adc.offset_error, weights) * drawn * units
-    columns = variance = None
-    if cells is not None and noise is not None and chosen.path != "definition":
-        g_min = like(config.g_min, weights)
-        top = jnp.asarray(encoding.levels(config), dtype)[:, None, None, None, None, None]
-        variance = noise.variance(g_min + cells / top * (1 - g_min)) * jnp.square(top / (1 - g_min))
-        variance = arrays.column_variances(variance, shape, config)
+    columns = variance = occupied = None
+    if cells is not None and config.device.read_noise is not None and chosen.path != "definition":
+        variance = arrays.column_variances(powers(cells, config), shape, config)
         if chosen.path == "product":
-            worth = jnp.square(jnp.asarray(encoding.significance(config), dtype))
-            variance = jnp.einsum("k,krio->rio", worth, variance)
+            worth = jnp.asarray(encoding.significance(config), dtype)
+            if config.device.read_noise.kind == "independent":
+                worth = worth * jnp.asarray(encoding.levels(config), dtype) / (1 - like(config.g_min, weights))
+            variance = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
             variance = encoding.join(variance, rows, 0, front=True)
-    if chosen.path == "loop":
+    if cells is not None and chosen.path in ("loop", "lookup"):
         columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
+        if chosen.path == "lookup" and chosen.integers:
+            columns, variance, packing = _packed(columns, variance, config)
+            chosen = dataclasses.replace(chosen, packing=packing)
+        elif chosen.integers:
+            occupied = jnp.any(columns != 0, axis=(2, 3))
     return ArrayState(
         codes=_straight_through(weights / encoding.per_weight(scale, shape, config), codes),
         scale=scale,
         cells=cells if chosen.path == "definition" else None,
         columns=columns,
         variance=variance,
+        occupied=occupied,
         flipped=flipped,
         gain=gain if chosen.path == "definition" else None,
         offset=offset,
@@ -156,6 +166,39 @@ def program(
         shape=(shape[0], shape[1]),
         plan=chosen,
     )
+
+
+def _packed(
+    columns: Float[Array, "k R rows _cols"], variance: Float[Array, "k R rows _cols"] | None, config: CrossbarConfig
+) -> tuple[Packed | Array, Array | None, Packing | None]:
+    """Return integer columns in words, with their variances where these are integers too, and the packing."""
+    top, signed = encoding.pulse(config), config.signed_inputs
+    squares = None if variance is None or variance.shape[3] == 1 else variance
+    low, high = extent(columns, top, signed=signed)
+    spans = high - low
+    most = None if squares is None else top**2 * jnp.sum(squares, axis=2)
+    if is_traced((spans, most)):
+        # Any weights: a plane of cells -top .. top, or 0 .. top.
+        level = np.asarray([*encoding.levels(config)] * (len(columns) // len(config.weight_slices)))
+        span = level * columns.shape[2] * top * (1 + (config.signed_inputs or config.encoding.kind == "differential"))
+        bounds = span, level**2 * columns.shape[2] * top**2 * (2 if config.encoding.two_sided else 1)
+    else:
+        bounds = np.max(np.asarray(spans), axis=(1, 2)), None if most is None else np.max(np.asarray(most), axis=(1, 2))
+    counted = () if squares is None else tuple(int(v) for v in bounds[1])
+    packing = certify(tuple(int(v) for v in bounds[0]), INT_BITS, counted)
+    if packing is None:
+        return columns, variance, None
+    packed = pack(columns, packing, top, signed=signed, variances=squares)
+    return packed, variance if squares is None else None, packing
+
+
+def columns_of(state: ArrayState, config: CrossbarConfig) -> Float[Array, "k R rows cols"]:
+    """Return what multiplies the inputs, unpacked; packed cells are perfect, and follow from the codes."""
+    if isinstance(state.columns, Packed):
+        cells, _ = encoding.to_arrays(encoding.digits(state.codes, config), config)
+        return arrays.columns(cells, state.shape, config)
+    assert state.columns is not None
+    return state.columns
 
 
 def programmed_weights(state: ArrayState, config: CrossbarConfig) -> Float[Array, "d_in d_out"]:

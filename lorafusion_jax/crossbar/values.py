@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .normal import normal
+
 if TYPE_CHECKING:
     Physical = float | int | Array | np.ndarray | None
 else:
@@ -42,7 +44,7 @@ def like(value: Any, G: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return standard normal draws, one per cell of `G`, in its dtype."""
-    return jax.random.normal(key, G.shape, G.dtype)
+    return normal(key, G.shape, G.dtype)
 
 
 def is_traced(tree: Any) -> bool:
