@@ -1,8 +1,9 @@
-"""Standard normal draws in bulk: those of `jax.random.normal`, bit for bit, at a fraction of its time on a CPU.
+"""Standard normal draws in bulk, at a fraction of the time of `jax.random.normal` on a CPU.
 
-There `jax.random` computes Threefry-2x32 (Salmon et al., SC 2011) in a loop over rounds, which XLA cannot fuse with
-what follows. Unrolled, bits, transform and the use of a draw become one pass over the result. The generator turns
-counters into bits, so that any part of a large draw can be computed where it is needed.
+The bits are those of `jax.random.bits`: Threefry-2x32 (Salmon et al., SC 2011) turns counters into bits, so that any
+part of a large draw can be computed where it is needed, the same on any number of devices. On a CPU `jax.random` runs
+its rounds in a loop, which XLA cannot fuse with what follows. Unrolled, bits, transform and the use of a draw become
+one pass over the result.
 """
 
 import math
@@ -15,9 +16,19 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
+# sqrt(2) erfinv(x) / x as a polynomial of v = w / 8 - 1, with w = -log(1 - x^2) in [0, 16], lowest power first: a
+# least relative error fit, 4e-7 in float32, where the two polynomials of XLA's erf_inv (Giles, 2010) leave 6e-6.
+_QUANTILE = np.float32(
+    [
+        3.7638425827, 1.9952514172, -0.4575642645, 0.1779465824, -0.0516043231, -0.0240287669, 0.0597133897,
+        -0.0557358861, 0.0455692224, -0.0435479023, 0.0011485738, 0.0511493012, -0.0294824950, -0.0125546576,
+        0.0101715485,
+    ]
+)  # fmt: skip
+
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """Return `jax.random.normal(key, shape, dtype)`.
+    """Return standard normal draws, those of `jax.random.normal` to its own accuracy.
 
     Args:
       key: for other generators than Threefry `jax.random` itself is used, as it is for float64.
@@ -45,7 +56,12 @@ def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[
     # 23 random bits for the mantissa of a number in [1, 2), shifted to [-1, 1) and off -1.
     unit = jax.lax.bitcast_convert_type(((first ^ second) >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32) - 1
     least = np.nextafter(np.float32(-1), np.float32(0))
-    return np.float32(math.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(least, unit * (1 - least) + least))
+    x = jnp.maximum(least, unit * (1 - least) + least)
+    v = -jnp.log((1 - x) * (1 + x)) * np.float32(0.125) - 1
+    quantile = jnp.full_like(v, _QUANTILE[-1])
+    for coefficient in _QUANTILE[-2::-1]:
+        quantile = quantile * v + coefficient
+    return x * quantile
 
 
 def _threefry(words: Array, a: Array, b: Array) -> tuple[Array, Array]:
