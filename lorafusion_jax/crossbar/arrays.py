@@ -97,6 +97,43 @@ def column_variances(
     return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
 
 
+def unflipped(
+    columns: Float[Array, "K R rows _cols"],
+    flipped: Bool[Array, "K R C cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
+    """Return columns of which the flipped ones are negated, and the unit columns.
+
+    The ADC is symmetric, so that a negated column has the negated codes: those of all row tiles can be added up
+    before the unit columns complete them (see `recover_flipped`).
+    """
+    _, cols = encoding.grid(shape, config)
+    sign = 1 - 2 * encoding.join(flipped, cols, 2).astype(columns.dtype)
+    return columns[..., : shape[1]] * sign[:, :, None], columns[..., shape[1] :]
+
+
+def recover_flipped(
+    columns: Float[Array, "K B C cols"],
+    units: Float[Array, "K R B C"],
+    flipped: Bool[Array, "K R C cols"],
+    config: CrossbarConfig,
+) -> Float[Array, "K B C cols"]:
+    """Return what `recover` would, summed over row tiles, given the sums of `unflipped` columns over them.
+
+    Args:
+      columns: sums over row tiles, flipped ones negated.
+      units: what each tile's unit column measured.
+      flipped: which columns are stored inverted.
+      config: of the crossbar.
+    """
+    gmin = kappa(config, columns.dtype)
+    top, zero = (jnp.asarray(of(config), columns.dtype) for of in (encoding.levels, encoding.zero_digits))
+    top, zero, gmin = (v[:, None, None, None] for v in (top, zero, gmin))
+    share = jnp.where(flipped, top + gmin, -gmin) - zero
+    return columns + jnp.einsum("krbc,krco->kbco", units / (1 + gmin), share, precision="highest")
+
+
 def _side_by_side(
     converted: Float[Array, "k R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
 ) -> Float[Array, "k R rows _cols"]:

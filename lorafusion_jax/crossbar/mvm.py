@@ -25,8 +25,11 @@ from .lookup import lookup
 from .loop import loop
 from .noise import Noise, deviations, stream
 from .normal import normal
+from .packing import Packed
 from .state import ArrayState
 from .values import like
+
+_Operand = tuple[Any, Array | None, Array | None, Array | None, Array | None]
 
 # Bytes that the conversions of one read may take at a time.
 BUDGET = 256 * 2**20
@@ -221,18 +224,26 @@ def _finish(
       state: of the chip.
       config: of the crossbar.
     """
-    worth = jnp.asarray(encoding.significance(config), total.dtype)[None]  # [1 or R, K]
-    lsb = jnp.ones_like(worth) if quantise is None else 1 / quantise.inv_lsb
+    lsb = None if quantise is None else 1 / quantise.inv_lsb
     if config.encoding.kind == "offset" and (state.flipped is not None or not config.encoding.unit_column):
-        flipped = None if state.flipped is None else state.flipped
-        total = arrays.recover(total * lsb.T[:, :, None, None], ones, flipped, config)
-    else:
+        if lsb is not None:
+            total = total * lsb.T[:, :, None, None]
+        return _weigh(arrays.recover(total, ones, state.flipped, config), None, state, config)
+    if config.encoding.unit_column:
+        total = total[..., :-1] - total[..., -1:]
+    return _weigh(total, lsb, state, config)
+
+
+def _weigh(
+    slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, state: ArrayState, config: CrossbarConfig
+) -> Float[Array, "A d_out"]:
+    """Return the sum over weight slices, each times what its level (or its code, given `lsb`) is worth."""
+    worth = jnp.asarray(encoding.significance(config), slices.dtype)[None]
+    if lsb is not None:
         worth = worth * lsb
-        if config.encoding.unit_column:
-            total = total[..., :-1] - total[..., -1:]
     # Powers of two times integers add up exactly in any order; what is left is one factor.
     shares = (worth / worth[:, :1]).T[:, :, None, None]
-    whole = sum(share * of_slice for share, of_slice in zip(shares, total, strict=True))
+    whole = sum(share * of_slice for share, of_slice in zip(shares, slices, strict=True))
     _, cols = encoding.grid(state.shape, config)
     return encoding.join(whole * worth[:, 0, None, None], cols, axis=1)
 
@@ -248,27 +259,48 @@ def _tile_by_tile(
         slices = (config.dac.magnitude_bits,)
     each = 2 if arrays.converts_each(config) else 1
     kernel_adc = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
+    if state.flipped is not None:  # negated columns
+        kernel_adc = kernel_adc._replace(qmin=-quantise.qmax)
 
-    def of_tiles(tiles: Array, operand: tuple[Any, ...], number: Array | int) -> Array:
-        columns, variance, occupied = operand
+    def codes(tiles: Array, columns: Any, variance: Array | None, occupied: Array | None, number: Array | int) -> Array:
+        """Return the codes of columns [k, B, cols], with noise that belongs to `number`."""
         noise = None
         if config.device.read_noise is not None and key is not None:
             scale = jnp.tile(deviations(config, n.dtype), each)
             noise = Noise(variance, scale, stream(jax.random.fold_in(key, number)))
-        if state.plan.path == "lookup":
-            signed = config.signed_inputs
-            total = lookup(tiles, columns, state.plan.packing, kernel_adc, slices, signed=signed, noise=noise)
+        if state.plan.path == "loop":
+            return loop(tiles, columns, kernel_adc, slices, occupied, noise)
+        packing = state.plan.packing if isinstance(columns, Packed) else None
+        return lookup(tiles, columns, packing, kernel_adc, slices, signed=config.signed_inputs, noise=noise)
+
+    def of_tiles(tiles: Array, operand: _Operand, number: Array | int) -> Array:
+        columns, units, variance, occupied, flipped = operand
+        if units is not None and variance is not None and variance.shape[3] > 1:
+            of_units, variance = variance[..., state.shape[1] :], variance[..., : state.shape[1]]
         else:
-            total = loop(tiles, columns, kernel_adc, slices, occupied, noise)
+            of_units = variance
+        total = codes(tiles, columns, variance, occupied, 2 * number)
         if each == 2:
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
+        if units is not None:
+            lsb = 1 / quantise.inv_lsb[0, :, None, None, None]
+
+            def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
+                x, units, variance, r = tile
+                variance = None if variance is None else variance[:, None]
+                return codes(x[:, None], units[:, None], variance, None, 2 * (number + r) + 1)
+
+            by_tile = jax.tree.map(lambda a, axis=1: jnp.moveaxis(a, axis, 0), (tiles, units, of_units))
+            measured = jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1])))
+            measured = jnp.moveaxis(measured, 0, 1) * lsb
+            return _weigh(arrays.recover_flipped(whole * lsb, measured, flipped, config), None, state, config)
         if config.encoding.unit_column:
             whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
         ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
         return _finish(whole, ones, quantise, state, config)
 
-    operand = state.columns, state.variance, state.occupied
+    operand = state.columns, state.units, state.variance, state.occupied, state.flipped
     if state.scale.shape[0] == 1:
         return of_tiles(tiles, operand, 0) * state.scale
 

@@ -73,9 +73,13 @@ def choose(
         if path == "product" and not telescopes:
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
         if path == "lookup" and not narrow:
-            raise ValueError(f"path='lookup' tabulates input slices of up to {_TABULATED_BITS} bits: set dac.slice_bits")
+            raise ValueError(
+                f"path='lookup' tabulates input slices of up to {_TABULATED_BITS} bits: set dac.slice_bits"
+            )
         if path in ("loop", "lookup") and not loops:
-            raise ValueError(f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}")
+            raise ValueError(
+                f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
+            )
         return Plan(path, "asked for", integers)
     if telescopes:
         why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
@@ -105,8 +109,8 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     """Return what a product per slice would not know of; None if nothing."""
     if config.adc is not None and config.adc.offset_error is not None:
         return "every column's ADC has its offset"
-    if config.encoding.flip and (config.adc is not None or config.device.read_noise is not None):
-        return "flipped columns are recovered tile by tile"
+    if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
+        return "flipped columns are recovered tile by tile, each with its noise"
     noise = config.device.read_noise
     if noise is not None and noise.clip:
         return "read noise is clipped cell by cell"

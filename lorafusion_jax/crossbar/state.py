@@ -36,6 +36,7 @@ class ArrayState:
       scale: [1 or R, 1 or d_out] the weight that one code stands for.
       cells: every cell in level units, a unit column last; None where no path reads single cells.
       columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it; integers packed.
+      units: [K, R, rows, C] the unit columns, where they recover flipped ones; else they are among `columns`.
       variance: of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope;
         one column stands for all where they do not differ.
       occupied: [k, R] which planes of integer cells are not all zero, for the path `loop`.
@@ -54,6 +55,7 @@ class ArrayState:
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
     columns: Float[Array, "*N k R rows _cols"] | Packed | None
+    units: Float[Array, "*N K R rows C"] | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     occupied: Bool[Array, "*N k R"] | None
     flipped: Bool[Array, "*N K R C _cols"] | None
@@ -134,7 +136,7 @@ def program(
             units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])[:, None, None, None, None]
             drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
             offset = like(config.adc.offset_error, weights) * drawn * units
-    columns = variance = occupied = None
+    columns = units = variance = occupied = None
     if cells is not None and config.device.read_noise is not None and chosen.path != "definition":
         variance = arrays.column_variances(powers(cells, config), shape, config)
         if chosen.path == "product":
@@ -145,6 +147,8 @@ def program(
             variance = encoding.join(variance, rows, 0, front=True)
     if cells is not None and chosen.path in ("loop", "lookup"):
         columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
+        if flipped is not None:
+            columns, units = arrays.unflipped(columns, flipped, shape, config)
         if chosen.path == "lookup" and chosen.integers:
             columns, variance, packing = _packed(columns, variance, config)
             chosen = dataclasses.replace(chosen, packing=packing)
@@ -155,6 +159,7 @@ def program(
         scale=scale,
         cells=cells if chosen.path == "definition" else None,
         columns=columns,
+        units=units,
         variance=variance,
         occupied=occupied,
         flipped=flipped,
@@ -195,8 +200,9 @@ def _packed(
 def columns_of(state: ArrayState, config: CrossbarConfig) -> Float[Array, "k R rows cols"]:
     """Return what multiplies the inputs, unpacked; packed cells are perfect, and follow from the codes."""
     if isinstance(state.columns, Packed):
-        cells, _ = encoding.to_arrays(encoding.digits(state.codes, config), config)
-        return arrays.columns(cells, state.shape, config)
+        cells, flipped = encoding.to_arrays(encoding.digits(state.codes, config), config)
+        columns = arrays.columns(cells, state.shape, config)
+        return columns if flipped is None else arrays.unflipped(columns, flipped, state.shape, config)[0]
     assert state.columns is not None
     return state.columns
 
