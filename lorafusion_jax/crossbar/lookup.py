@@ -57,19 +57,17 @@ def lookup(
     squares = [d * d for d in digits]
     group = _group(len(digits), size * len(slices))
     worth = jnp.asarray(significance(slices), n.dtype)
-    low = None
+    # What is tabulated, once for each word: sums of a list of planes under digits or their squares.
     if packing is None:
-        members = [slice(k, k + 1) for k in range(cells.shape[0])]
-        tabulated = [[[(plane, digits)]] for plane in cells]
+        members, low, tabulated = [slice(k, k + 1) for k in range(cells.shape[0])], None, [[(cells, digits)]]
         if noise is not None and noise.variance.shape[3] > 1:
-            tabulated = [[*mean, [(plane, squares)]] for mean, plane in zip(tabulated, noise.variance, strict=True)]
+            tabulated.append([(noise.variance, squares)])
     else:
-        n, members = drive(n, slices), packing.words
-        low = _pad(cells.low, -1, blocks * width)
-        tabulated = [[[(plane, digits)]] for plane in cells.words]
+        n, members, low = drive(n, slices), packing.words, _pad(cells.low, -1, blocks * width)
+        tabulated = [[(cells.words, digits)]]
         if cells.variances is not None:
-            tabulated = [[[*mean, (plane, squares)]] for ((mean,), plane) in zip(tabulated, cells.variances, strict=True)]
-    tabulated = [[[(_pad(p, -1, blocks * width), u) for p, u in table] for table in of_word] for of_word in tabulated]
+            tabulated[0].append((cells.variances, squares))
+    tabulated = [[(_pad(planes, -1, blocks * width), levels) for planes, levels in parts] for parts in tabulated]
 
     def of_chunk(argument: tuple[Float[Array, "B R rows"], Array]) -> Float[Array, "N K B C"]:
         n, chunk = argument
@@ -78,10 +76,11 @@ def lookup(
         def read(w: int, r: Array, c: Array, total: Float[Array, "k B C"]) -> Float[Array, "k B C"]:
             """Add the codes of word w, of row tile r and column block c."""
             own, first = members[w], c * width
-            tables = [
-                sum(_table(jax.lax.dynamic_slice(p, (r, 0, first), (1, p.shape[1], width))[0], u, group) for p, u in parts)
-                for parts in tabulated[w]
-            ]
+
+            def plane(planes: Num[Array, "W R rows cols"]) -> Num[Array, "rows C"]:
+                return jax.lax.dynamic_slice(planes, (w, r, 0, first), (1, 1, planes.shape[2], width))[0, 0]
+
+            tables = [sum(_table(plane(planes), levels, group) for planes, levels in parts) for parts in tabulated]
             least = None if low is None else jax.lax.dynamic_slice(low[own], (0, r, first), (len(total), 1, width))
 
             def add(j: int | Array) -> list[Num[Array, "B C"]]:
