@@ -164,7 +164,9 @@ def _table(plane: Num[Array, "rows C"], levels: Sequence[int], group: int) -> Nu
     plane = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
     # An odd number of entries, lest the tables of all groups compete for the same lines of the cache.
     entries = np.arange(base**group | 1)
-    driven = [jnp.asarray(np.asarray(levels)[entries // base**i % base], plane.dtype)[None, :, None] for i in range(group)]
+    driven = [
+        jnp.asarray(np.asarray(levels)[entries // base**i % base], plane.dtype)[None, :, None] for i in range(group)
+    ]
     return sum((u * plane[:, i] for i, u in enumerate(driven[1:], 1)), driven[0] * plane[:, 0])
 
 

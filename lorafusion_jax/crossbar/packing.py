@@ -59,7 +59,9 @@ class Packed(NamedTuple):
     variances: Int[Array, "W R _rows cols"] | None = None
 
 
-def extent(cells: Float[Array, "K R rows cols"], top: int, *, signed: bool) -> tuple[Array, Array]:
+def extent(
+    cells: Float[Array, "K R rows cols"] | Int[Array, "K R rows cols"], top: int, *, signed: bool
+) -> tuple[Array, Array]:
     """Return the least and the largest sum, [K, R, cols] each, that inputs of at most `top` can cause.
 
     Args:
@@ -67,8 +69,8 @@ def extent(cells: Float[Array, "K R rows cols"], top: int, *, signed: bool) -> t
       top: largest |u| of an input slice.
       signed: whether inputs may be negative.
     """
-    positive = top * jnp.sum(jnp.maximum(cells, 0), axis=2)
-    negative = top * jnp.sum(jnp.minimum(cells, 0), axis=2)
+    positive = top * jnp.sum(jnp.maximum(cells, 0), axis=2, dtype=cells.dtype)
+    negative = top * jnp.sum(jnp.minimum(cells, 0), axis=2, dtype=cells.dtype)
     return (negative - positive, positive - negative) if signed else (negative, positive)
 
 
@@ -133,6 +135,8 @@ def drive(n: Float[Array, "B R rows"], slices: tuple[int, ...]) -> Float[Array, 
 
 def unpack(word: Int[Array, "*S"], fields: tuple[tuple[int, int, int], ...]) -> Int[Array, "k *S"]:
     """Return S - low for every slice, or V, that has one of `fields`, given the sum of their word."""
-    shift, bits = (np.asarray(part, np.uint32).reshape(-1, *[1] * word.ndim) for part in list(zip(*fields))[1:])
+    shift, bits = (
+        np.asarray(part, np.uint32).reshape(-1, *[1] * word.ndim) for part in list(zip(*fields, strict=True))[1:]
+    )
     found = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (2**bits - 1).astype(np.uint32)
     return jax.lax.bitcast_convert_type(found, jnp.int32)
