@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from . import encoding
 from .config import CrossbarConfig
+from .values import is_traced
 
 
 class Converter(NamedTuple):
@@ -72,8 +73,7 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
     if adc is None or adc.range == "calibrated":
         return None
     if adc.range == "given":
-        arrays = any(isinstance(v, jax.Array) for v in jax.tree.leaves(adc.limits))
-        given = jnp.asarray(adc.limits, dtype) if arrays else np.asarray(adc.limits, dtype)
+        given = (jnp if is_traced(adc.limits) else np).asarray(adc.limits, dtype)
         if given.ndim == 3 and len(given) not in (1, len(rows)):
             raise ValueError(
                 f"ADC limits of {len(given)} row tiles, but these weights take {len(rows)}: give one range for all, "

@@ -23,7 +23,7 @@ def kappa(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
 def recover(
     columns: Float[Array, "K *S cols"],
     ones: Float[Array, "*#S 1"],
-    flipped: Bool[Array, "K *#S cols"] | None,
+    flipped: Bool[Array, "K *#S _cols"] | None,
     config: CrossbarConfig,
 ) -> Float[Array, "K *S _cols"]:
     """Return what columns of offset encoding stand for, whose weighted sum over K is the signed result.

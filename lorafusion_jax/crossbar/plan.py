@@ -153,4 +153,4 @@ def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
     largest = encoding.input_top(config) if together else encoding.pulse(config)
     half = 2 if config.encoding.flip else 1
     # The unit column of flipped arrays holds ones, and is not flipped.
-    return tuple(max(rows * top * largest / half, rows * largest * (half - 1)) for top in encoding.levels(config))
+    return tuple(float(max(rows * top * largest / half, rows * largest * (half - 1))) for top in encoding.levels(config))
