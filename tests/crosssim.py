@@ -213,7 +213,7 @@ def device(params: dict[str, Any]) -> Device:
     if read["enable"] and read["model"] != "IdealDevice":
         kinds = {"NormalIndependentDevice": "independent", "NormalProportionalDevice": "proportional"}
         require(read["model"] in kinds, f"read noise of {read['model']}")
-        noise = ReadNoise(read["magnitude"], kinds[read["model"]])
+        noise = ReadNoise(read["magnitude"], kinds[read["model"]], clip=True)
     clip = "range" if params["clip_conductance"] else "positive"
     return Device(programming=programming(params), read_noise=noise, clip=clip)
 
