@@ -9,6 +9,7 @@ Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or
 converted), R row tiles (1 once summed), C column tiles.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -58,19 +59,21 @@ def mvm(
             "this ADC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
             "or choose adc.range = 'max'"
         )
-    y = _read(x.reshape(-1, x.shape[-1]), state.codes, state.limits, state, config, key)
+    chip, tree = jax.tree.flatten((state, config, key))
+    y = _read(tree, x.reshape(-1, x.shape[-1]), state.codes, state.limits, chip)
     return y.reshape(*x.shape[:-1], state.shape[1])
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(
+    tree: Any,
     x: Float[Array, "B d_in"],
     codes: Float[Array, "d_in d_out"],
     limits: Float[Array, "_R K 2"] | None,
-    state: ArrayState,
-    config: CrossbarConfig,
-    key: Array | None,
+    chip: list[Any],
 ) -> Float[Array, "B d_out"]:
+    """Read; `chip` are the leaves of (state, config, key), whose classes JAX would fill with placeholders."""
+    state, config, key = jax.tree.unflatten(tree, chip)
     limit = _full_scale(x, state)
     n = encoding.input_codes(x, limit, config)
     quantise = None if limits is None else converter(limits, config)
@@ -107,12 +110,13 @@ def _converted(
     return _definition(n, quantise, state, config, key)
 
 
-def _forward(x, codes, limits, state, config, key):
-    return _read(x, codes, limits, state, config, key), (x, codes, limits, state, config, key)
+def _forward(tree, x, codes, limits, chip):
+    return _read(tree, x, codes, limits, chip), (x, codes, limits, chip)
 
 
-def _backward(residuals, cotangent):
-    x, codes, limits, state, config, key = residuals
+def _backward(tree, residuals, cotangent):
+    x, codes, limits, chip = residuals
+    state, config, key = jax.tree.unflatten(tree, chip)
     scale = encoding.per_weight(state.scale, state.shape, config)
     d_x = jnp.dot(cotangent, (codes * scale).T, precision="highest")
     seen = x
@@ -131,7 +135,7 @@ def _backward(residuals, cotangent):
             return _converted(n, quantise, codes, state, config, key) * (limit / encoding.input_top(config))
 
         (d_limits,) = jax.vjp(saturating, limits)[1](cotangent)
-    return d_x, d_codes, d_limits, None, None, None
+    return d_x, d_codes, d_limits, None
 
 
 _read.defvjp(_forward, _backward)
