@@ -81,12 +81,13 @@ class Programmed:
 
     def read(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         """Return what the arrays make of `x @ W`, in the dtype of `x`."""
-        inputs = x.astype(self.state.codes.dtype)
+        inputs = jnp.asarray(x, self.state.codes.dtype)
         if self.tap is None:
             y = mvm(inputs, self.state, self.config, self.key)
         else:
-            y = _tapped(self.structure, inputs, self.tap, self.state, self.values, self.key)
-        return y.astype(x.dtype)
+            leaves, tree = jax.tree.flatten(dataclasses.replace(self, tap=None))
+            y = _tapped(tree, inputs, tuple(jax.tree.leaves(self.tap)), leaves)
+        return jnp.asarray(y, x.dtype)
 
     def weights(self) -> Float[Array, "*N d_in d_out"]:
         """Return the weights as programmed."""
@@ -106,29 +107,35 @@ def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tapped(
-    structure: Structure,
-    x: Float[Array, "*B d_in"],
-    tap: Statistics,
-    state: ArrayState,
-    values: list[Any],
-    key: Array | None,
+    tree: Any, x: Float[Array, "*B d_in"], tap: tuple[Array, ...], weight: list[Any]
 ) -> Float[Array, "*B d_out"]:
     """Read, and hand the statistics out as the gradient of `tap`.
 
     Gradients add up over calls and leave scans stacked by layer: all that collecting statistics asks for. No other
     gradient is passed on, so that collecting costs no products.
+
+    Args:
+      tree: structure of the weight.
+      x: inputs.
+      tap: the fields of the statistics.
+      weight: the leaves of a weight without tap. (JAX would rebuild a dataclass with placeholders.)
     """
-    return probe(x, state, structure.config(values), key)[0]
+    return _probe(tree, x, weight)[0]
 
 
-def _tapped_forward(structure, x, tap, state, values, key):
-    y, statistics = probe(x, state, structure.config(values), key)
-    return y, (statistics, x)
+def _probe(tree: Any, x: Array, leaves: list[Any]) -> tuple[Array, Statistics]:
+    weight = jax.tree.unflatten(tree, leaves)
+    return probe(x, weight.state, weight.config, weight.key)
 
 
-def _tapped_backward(structure, residuals, cotangent):
+def _tapped_forward(tree, x, tap, leaves):
+    y, statistics = _probe(tree, x, leaves)
+    return y, (tuple(jax.tree.leaves(statistics)), x)
+
+
+def _tapped_backward(tree, residuals, cotangent):
     statistics, x = residuals
-    return jnp.zeros_like(x), statistics, None, None, None
+    return jnp.zeros_like(x), statistics, None
 
 
 _tapped.defvjp(_tapped_forward, _tapped_backward)

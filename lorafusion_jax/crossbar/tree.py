@@ -20,12 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .config import CrossbarConfig
 from .programmed import Programmed, Structure, split_config, stacked_keys
 from .segments import Segments
 from .state import ArrayState, program
+from .values import is_traced
 
 Rules = Mapping[str, CrossbarConfig | None]
 
@@ -60,7 +62,7 @@ def program_tree(weights: Any, rules: Rules, key: Array) -> Any:
 
 def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array) -> Any:
     """Return a weight where its rules put it: neighbouring layers under one configuration stay together."""
-    if not isinstance(weight, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(weight))):
+    if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(f"{path} holds weights that are NaN or infinite: no conductance stands for them")
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     chips, noise = (stacked_keys(jax.random.fold_in(key, purpose), weight.shape[:-2]) for purpose in (_CHIP, _READ))
@@ -121,7 +123,8 @@ def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
     if layer is None or not fnmatch.fnmatchcase(path, ranged[1]):
         return False
     number, depth = layer
-    start, stop, _ = slice(*(int(bound) if bound else None for bound in ranged.groups()[1:])).indices(depth)
+    first, last = (int(bound) if bound else None for bound in ranged.group(2, 3))
+    start, stop, _ = slice(first, last).indices(depth)
     return start <= number < stop
 
 

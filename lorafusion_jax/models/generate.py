@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from ..linear import reads
 from .layers import Adapters
 from .t5 import T5, Cache
 
@@ -35,8 +37,16 @@ def generate(
     adapters = adapters or {}
     config = model.config
     batch = input_ids.shape[0]
-    encoded = model.encode(input_ids, input_mask, adapters)
-    cache = model.start_cache(encoded, max_new_tokens, adapters)
+    graph, weights = nnx.split(model)
+
+    def at(number: Array | int) -> tuple[T5, Adapters]:
+        """Return model and adapters as they are read for a token, 0 being the source."""
+        read, adapted = reads((weights, adapters), number)
+        return nnx.merge(graph, read), adapted
+
+    source_model, source_adapters = at(0)
+    encoded = source_model.encode(input_ids, input_mask, source_adapters)
+    cache = source_model.start_cache(encoded, max_new_tokens, source_adapters)
     done = jnp.zeros(batch, bool) if row_mask is None else ~row_mask
     tokens = jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32)
     first = jnp.full(batch, config.start_id, jnp.int32)
@@ -47,7 +57,8 @@ def generate(
 
     def step(state: _State) -> _State:
         position, token, done, tokens, cache = state
-        logits, cache = model.decode_token(token, position, cache, input_mask, adapters)
+        token_model, token_adapters = at(position + 1)
+        logits, cache = token_model.decode_token(token, position, cache, input_mask, token_adapters)
         token = jnp.where(done, config.pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
         return position + 1, token, done | (token == config.eos_id), tokens, cache

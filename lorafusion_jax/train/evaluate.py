@@ -4,10 +4,12 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..linear import reads
 from ..models.generate import generate
 from ..tasks import Batch, eval_batches, exact_match
 from .methods import Frozen, Method, Params
@@ -15,6 +17,10 @@ from .progress import progress
 from .setup import Setup
 from .step import objective
 from .sweep import Path, over_seeds
+
+
+# What arrays are read for beside training: the first of the numbers that make a read's noise.
+VALIDATION, SEARCH, GENERATION, LOSS = range(4)
 
 
 class Evaluation(NamedTuple):
@@ -48,13 +54,15 @@ def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batc
     entropy, targets = np.zeros(seeds), 0
     static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
     with progress("evaluate", rows) as bar:
-        for numbers, batch in eval_batches(setup.test, batch_size, pad_id=pad_id):
+        for number, (numbers, batch) in enumerate(eval_batches(setup.test, batch_size, pad_id=pad_id)):
             real = numbers >= 0
-            said = generate_seeds(params, index, setup.frozen, batch, max_new_tokens=setup.max_new_tokens, **static)
+            frozen = reads(setup.frozen, GENERATION, number)
+            said = generate_seeds(params, index, frozen, batch, max_new_tokens=setup.max_new_tokens, **static)
             tokens[:, numbers[real]] = np.asarray(said)[:, real]
             count = int(np.sum(batch.labels >= 0))
             everyone = jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch)
-            entropy += np.asarray(seed_entropies(params, everyone, index, setup.frozen, **static), float) * count
+            frozen = reads(setup.frozen, LOSS, number)
+            entropy += np.asarray(seed_entropies(params, everyone, index, frozen, **static), float) * count
             targets += count
             bar.update(int(np.sum(real)))
     texts = [setup.tokenizer.batch_decode(seed, skip_special_tokens=True) for seed in tokens]
@@ -82,8 +90,9 @@ def generate_seeds(
 ) -> Int[Array, "seeds B T"]:
     """Generate for one batch with the adapters of every seed."""
 
-    def of_seed(seed: tuple[Params, Array], shared: tuple[Frozen, Batch]) -> Array:
-        (params, index), (frozen, batch) = seed, shared
+    def of_seed(seed: tuple[Array, Params, Array], shared: tuple[Frozen, Batch]) -> Array:
+        (number, params, index), (frozen, batch) = seed, shared
+        frozen = reads(frozen, number)
         adapters, _ = method.adapters(params, frozen, index)
         return generate(
             nnx.merge(graph, frozen.base),
@@ -94,7 +103,7 @@ def generate_seeds(
             row_mask=batch.row_mask,
         )
 
-    return over_seeds(of_seed, path)((params, index), (frozen, batch))
+    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
 
 
 @partial(jax.jit, static_argnames=("graph", "method", "path"))
@@ -110,9 +119,9 @@ def seed_entropies(
 ) -> Float[Array, " seeds"]:
     """Return every seed's mean cross-entropy on a batch of its own, in nats per token."""
 
-    def of_seed(seed: tuple[Params, Batch, Array], frozen: Frozen) -> Array:
-        params, batch, index = seed
-        zero = jax.numpy.float32(0)
+    def of_seed(seed: tuple[Array, Params, Batch, Array], frozen: Frozen) -> Array:
+        number, params, batch, index = seed
+        frozen, zero = reads(frozen, number), jnp.float32(0)
         return objective(params, batch, index, frozen, zero, graph=graph, method=method)[1]["cross_entropy"]
 
-    return over_seeds(of_seed, path)((params, batch, index), frozen)
+    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, batch, index), frozen)

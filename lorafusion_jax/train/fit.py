@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from ..linear import reads
 from ..tasks import Batch, batch_orders, train_batches
-from .evaluate import seed_entropies
+from .evaluate import VALIDATION, seed_entropies
 from .methods import Frozen, Method
 from .options import Recipe
 from .progress import progress
@@ -90,7 +91,8 @@ def fit(
                 )
                 steps.append(metrics)
                 bar.update()
-            validation_loss = seed_entropies(state.params, held_out, setup.index, setup.frozen, **static)
+            frozen = reads(setup.frozen, VALIDATION, number)
+            validation_loss = seed_entropies(state.params, held_out, setup.index, frozen, **static)
             state = _after_epoch(
                 state,
                 validation_loss,
@@ -130,11 +132,13 @@ def train_seeds(
     """Take one fusion step with every seed, each on its own batch."""
 
     def of_seed(
-        seed: tuple[TrainState, Batch, Array], shared: tuple[Frozen, Rates]
+        seed: tuple[Array, TrainState, Batch, Array], shared: tuple[Frozen, Rates]
     ) -> tuple[TrainState, dict[str, Array]]:
-        return fusion_step(*seed, *shared, graph=graph, method=method, optimisation=optimisation)
+        (number, *of_seed), (frozen, rates) = seed, shared
+        frozen = reads(frozen, number)
+        return fusion_step(*of_seed, frozen, rates, graph=graph, method=method, optimisation=optimisation)
 
-    return over_seeds(of_seed, path)((state, batch, index), (frozen, rates))
+    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), state, batch, index), (frozen, rates))
 
 
 @partial(jax.jit, static_argnames=("method",))

@@ -21,8 +21,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..linear import reads
 from ..tasks import Batch
-from .evaluate import seed_entropies
+from .evaluate import SEARCH, seed_entropies
 from .methods import LORAHUB, Frozen
 from .sweep import Path
 
@@ -83,7 +84,8 @@ def search(
             for number in range(1, evaluations + 1):
                 asked = [optimiser.ask() for optimiser in optimisers]
                 tried.append(np.stack([candidate.value for candidate in asked]))
-                scores.append(score(tried[-1], batches, index, frozen, graph=graph, path=path))
+                read = reads(frozen, SEARCH, number)
+                scores.append(score(tried[-1], batches, index, read, graph=graph, path=path))
                 _tell(optimisers, asked, scores[-1])
                 after_evaluation(number, scores[-1])
             weights = np.stack([optimiser.provide_recommendation().value for optimiser in optimisers])
@@ -131,7 +133,10 @@ def score(
     """Return the objective of every seed at its weights; the other arguments are those of `search`."""
     params = {"coefficients": jnp.asarray(weights, jnp.float32)}
     static = {"graph": graph, "method": LORAHUB, "path": path}
-    losses = [np.asarray(seed_entropies(params, batch, index, frozen, **static), float) for batch in batches]
+    losses = [
+        np.asarray(seed_entropies(params, batch, index, reads(frozen, number), **static), float)
+        for number, batch in enumerate(batches)
+    ]
     rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
     return np.sum(losses, axis=0) / rows + L1 * np.mean(np.abs(weights), axis=1)
 

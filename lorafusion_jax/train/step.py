@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..linear import reads
 from ..tasks.batches import Batch
 from .loss import cross_entropy, decoder_inputs, rows
 from .methods import Frozen, Method, Params
@@ -141,7 +142,7 @@ def fusion_step(
     method: Method,
     optimisation: Optimisation,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take one step of one seed.
+    """Take one step of one seed, which reads arrays with noise of its own.
 
     Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
     Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
@@ -150,6 +151,7 @@ def fusion_step(
       The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
       nonfinite_gradients, and the method's own.
     """
+    frozen = reads(frozen, state.step)
     (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
         state.params, batch, index, frozen, rates.l1, graph=graph, method=method
     )
