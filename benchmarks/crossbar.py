@@ -1,0 +1,224 @@
+"""Reads of crossbars: time against the float32 products that a read consists of, memory, compilation.
+
+    python benchmarks/crossbar.py [--json]
+
+On a CPU everything runs on one thread. A weight of 1024 x 1024 in arrays of 128 x 128, differential, 8 bits in four
+slices of 2; a batch of 256 inputs of 8 bits, one bit at a time; an ADC of 8 bits for every conversion, its range
+calibrated. The floor of such a read is a loop of as many full products as it has pairs of slices: 32 for unsigned
+inputs, 28 for signed ones. Floor and candidate take turns; ratios are those of their medians.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar.normal import normal
+
+_SIZE, _BATCH = 1024, 256
+_CHIPS, _CHIP_SIZE, _CHIP_BATCH = 16, 512, 64
+_REPEATS = 7
+_TEMPORARY_BYTES, _COMPILE_SECONDS = 32 * 2**20, 3.0
+_CONFIG = crossbar.CrossbarConfig(
+    dac=crossbar.DAC(signed=False, scaling="fixed", limit=1.0), adc=crossbar.ADC(bits=8, range="calibrated")
+)
+_PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    # Before JAX starts its threads; its own switches leave more than one.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    cases = _cases()
+    if options.json:
+        print(json.dumps({"device": jax.devices()[0].device_kind, "cases": cases}, indent=1))
+        return
+    print(f"{jax.devices()[0].device_kind}, one thread; ratios to the floor of the same run")
+    for case in cases:
+        print(
+            f"{case['name']} ({case['path']}): {case['ratio']:.3f} "
+            f"(required {case['required']:.2f}, ambition {case['ambition']:.2f}), {case['milliseconds']:.1f} ms of "
+            f"{case['floor_milliseconds']:.1f}, {case['temporary_bytes'] / 2**20:.1f} MiB, "
+            f"compiled in {case['compile_seconds']:.1f} s"
+        )
+        missed = [
+            what
+            for what, over in {
+                "the ambition": case["ratio"] > case["ambition"],
+                "temporaries": case["temporary_bytes"] > _TEMPORARY_BYTES,
+                "compilation": case["compile_seconds"] > _COMPILE_SECONDS,
+            }.items()
+            if over
+        ]
+        if missed:
+            parts = "; ".join(f"{name} {ms:.1f} ms" for name, ms in case["parts"].items())
+            print(f"    missed: {', '.join(missed)}{'. Alone: ' + parts if parts else ''}")
+
+
+def _cases() -> list[dict[str, Any]]:
+    key = jax.random.key(0)
+    w = jax.random.normal(key, (_SIZE, _SIZE))
+    x = jax.random.uniform(jax.random.fold_in(key, 1), (_BATCH, _SIZE))
+    config, signed = _CONFIG, _with(_CONFIG, dac=dataclasses.replace(_CONFIG.dac, signed=True))
+    floor, single = _products(_BATCH, _SIZE, 32), _products(_BATCH, _SIZE, 1)
+    cases = [
+        _read("integer cells, unsigned inputs", w, x, config, floor, (0.60, 0.20)),
+        _read("integer cells, signed inputs", w, 2 * x - 1, signed, _products(_BATCH, _SIZE, 28), (0.65, 0.40)),
+        _read("real-valued cells", w, x, _with(config, device=_PROGRAMMING), floor, (1.10, 0.60)),
+        _read("no ADC", w, x, _with(config, adc=None), single, (1.2, 1.0)),
+        _read("lossless ADC", w, x, _with(config, adc=crossbar.ADC(bits=10, range="granular")), single, (1.2, 1.0)),
+    ]
+    quiet, conversions = cases[0]["milliseconds"], 32 * (_SIZE // 128) * _BATCH * _SIZE
+    parts = {"the read without noise": quiet, "its normal draws": _draws(conversions)}
+    for kind in ("proportional", "independent"):
+        noisy = _with(
+            config, adc=_given(w, x, config), device=crossbar.Device(read_noise=crossbar.ReadNoise(0.04, kind))
+        )
+        cases.append(_read(f"{kind} read noise", w, x, noisy, floor, (3.0, 1.7), parts))
+    cases.append(_chips(key))
+    program = jax.jit(lambda w: crossbar.program(w, config))
+    cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0), {}))
+    return cases
+
+
+def _with(config: crossbar.CrossbarConfig, **changes: Any) -> crossbar.CrossbarConfig:
+    return dataclasses.replace(config, **changes)
+
+
+def _read(
+    name: str,
+    w: jax.Array,
+    x: jax.Array,
+    config: crossbar.CrossbarConfig,
+    floor: Callable[[], Any],
+    limits: tuple[float, float],
+    parts: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Time one read of a programmed and calibrated chip."""
+    state = _calibrated(w, x, config)
+    key = None if config.device.read_noise is None else jax.random.key(2)
+    read = jax.jit(lambda x, state, key: crossbar.mvm(x, state, config, key))
+    return _case(name, state.plan.path, read, (x, state, key), floor, limits, parts or {})
+
+
+def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ArrayState:
+    state = crossbar.program(w, config, jax.random.key(1))
+    if config.adc is None or config.adc.range != "calibrated":
+        return state
+    return crossbar.calibrated(state, crossbar.probe(x, state, config)[1], config)
+
+
+def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:
+    """Return the ADC with the range that one chip's calibration finds, for reads and chips that share it."""
+    return crossbar.ADC(bits=8, range="given", limits=np.asarray(_calibrated(w, x, config).limits)[0].tolist())
+
+
+def _chips(key: jax.Array) -> dict[str, Any]:
+    """Program and read 16 chips, each from its key, with one ADC range."""
+    w = jax.random.normal(key, (_CHIP_SIZE, _CHIP_SIZE))
+    x = jax.random.uniform(jax.random.fold_in(key, 1), (_CHIP_BATCH, _CHIP_SIZE))
+    config = _with(_CONFIG, device=_PROGRAMMING)
+    config = _with(config, adc=_given(w, x, config))
+    keys = jax.random.split(key, _CHIPS)
+
+    def one(key: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
+        return crossbar.mvm(x, crossbar.program(w, config, key), config)
+
+    chips = jax.jit(lambda keys, w, x: jax.lax.map(lambda key: one(key, w, x), keys))
+    read = jax.jit(lambda x, state: crossbar.mvm(x, state, config))
+    state = crossbar.program(w, config, keys[0])
+    parts = {
+        "normal draws": _CHIPS * _draws(2 * 4 * w.size),
+        "reads": _CHIPS * _median(read, (x, state)),
+    }
+    floor = _products(_CHIP_BATCH, _CHIP_SIZE, 32 * _CHIPS)
+    return _case("16 noisy chips", state.plan.path, chips, (keys, w, x), floor, (2.0, 1.2), parts)
+
+
+def _products(batch: int, size: int, count: int) -> Callable[[], Any]:
+    """Return a compiled loop of full float32 products."""
+    x = jax.random.normal(jax.random.key(3), (4, batch, size))
+    w = jax.random.normal(jax.random.key(4), (4, size, size))
+
+    def add(i: jax.Array, total: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        return total + jnp.dot(x[i % 4], w[i % 4], precision="highest")
+
+    @jax.jit
+    def products(x: jax.Array, w: jax.Array) -> jax.Array:
+        zero = jnp.zeros((batch, size))
+        return jax.lax.fori_loop(0, count, lambda i, total: add(i, total, x, w), zero) if count > 1 else x[0] @ w[0]
+
+    return lambda: jax.block_until_ready(products(x, w))
+
+
+def _draws(count: int) -> float:
+    """Return the milliseconds of as many normal draws, added up block by block."""
+    block = 2**20
+
+    @jax.jit
+    def total(key: jax.Array) -> jax.Array:
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            return total + normal(jax.random.fold_in(key, i), (block,), total.dtype)
+
+        return jax.lax.fori_loop(0, count // block, add, jnp.zeros(block))
+
+    return _median(total, (jax.random.key(5),))
+
+
+def _case(
+    name: str,
+    path: str,
+    function: Any,
+    arguments: tuple[Any, ...],
+    floor: Callable[[], Any],
+    limits: tuple[float, float],
+    parts: dict[str, float],
+) -> dict[str, Any]:
+    lowered = function.lower(*arguments)
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    candidate = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
+    took, floors = [], []
+    for _ in range(_REPEATS + 1):
+        floors.append(_milliseconds(floor))
+        took.append(_milliseconds(candidate))
+    ours, lowest = float(np.median(took[1:])), float(np.median(floors[1:]))
+    return {
+        "name": name,
+        "path": path,
+        "ratio": ours / lowest,
+        "required": limits[0],
+        "ambition": limits[1],
+        "milliseconds": ours,
+        "floor_milliseconds": lowest,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "compile_seconds": seconds,
+        "parts": parts,
+    }
+
+
+def _median(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    jax.block_until_ready(function(*arguments))
+    run = lambda: jax.block_until_ready(function(*arguments))  # noqa: E731
+    return float(np.median([_milliseconds(run) for _ in range(_REPEATS)]))
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
