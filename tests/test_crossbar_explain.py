@@ -142,10 +142,10 @@ def test_it_prints_what_it_knows():
 
 
 def test_noise_and_swept_values_are_explained():
-    noisy = CrossbarConfig(
-        adc=ADC(), device=Device(programming=Independent(jnp.float32(0.1)), read_noise=ReadNoise(jnp.float32(0.1)))
-    )
-    assert explain(noisy, (64, 64)).path in ("definition", "loop")
+    device = Device(programming=Independent(jnp.float32(0.1)), read_noise=ReadNoise(jnp.float32(0.1)))
+    config = CrossbarConfig(adc=ADC(), device=device)
+    plan = program(jnp.ones((64, 64)), config, jax.random.key(0)).plan
+    assert (explain(config, (64, 64)).path, explain(config, (64, 64)).reason) == (plan.path, plan.reason)
 
 
 @pytest.mark.parametrize("shape, modules", [((0, 4), 1), ((4,), 1), (4, 1), ((4, 2.5), 1), ((4, 4), 0), ((2, 3, 4), 1)])
