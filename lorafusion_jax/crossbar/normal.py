@@ -15,15 +15,17 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
+_BLOCK = 2**16
 
 # sqrt(2) erfinv(x) / x as a polynomial of v = w / 8 - 1, with w = -log(1 - x^2) in [0, 16], lowest power first: a
 # least relative error fit, 4e-7 in float32, where the two polynomials of XLA's erf_inv (Giles, 2010) leave 6e-6.
-_QUANTILE = np.float32(
+_QUANTILE = np.array(
     [
         3.7638425827, 1.9952514172, -0.4575642645, 0.1779465824, -0.0516043231, -0.0240287669, 0.0597133897,
         -0.0557358861, 0.0455692224, -0.0435479023, 0.0011485738, 0.0511493012, -0.0294824950, -0.0125546576,
         0.0101715485,
-    ]
+    ],
+    np.float32,
 )  # fmt: skip
 
 
@@ -35,13 +37,20 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float
       shape: of the draws.
       dtype: floating point.
     """
-    threefry = str(jax.random.key_impl(key)) == "threefry2x32" and jax.config.jax_threefry_partitionable
+    by_counter = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    threefry = str(jax.random.key_impl(key)) == "threefry2x32" and by_counter
     if not threefry or dtype != jnp.float32 or math.prod(shape) >= 2**32:
         return jax.random.normal(key, shape, dtype)
-    low = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        low += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(math.prod(shape[axis + 1 :]))
-    return normal_at(jax.random.key_data(key), jnp.zeros_like(low), low)
+    words, size = jax.random.key_data(key), math.prod(shape)
+    block = max(1, min(size, _BLOCK))
+
+    def draw(first: UInt32[Array, ""]) -> Float[Array, " block"]:
+        low = first + jax.lax.iota(jnp.uint32, block)
+        return normal_at(words, jnp.zeros_like(low), low)
+
+    # In a loop, whose result is in memory: XLA would else draw anew in every operation that reads it.
+    drawn = jax.lax.map(draw, jnp.arange(0, size, block, dtype=jnp.uint32))
+    return drawn.reshape(-1)[:size].reshape(shape)
 
 
 def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[Array, "*S"]) -> Float[Array, "*S"]:
