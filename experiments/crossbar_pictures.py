@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, PowerLaw, Proportional, ReadNoise
+from lorafusion_jax.crossbar.encoding import input_codes, pulses
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,7 +37,12 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "images")
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
     with plt.rc_context(style):
         for name, draw in (("tile", tile), ("adc", adc), ("noise", noise)):
             figure = draw()
@@ -50,13 +56,14 @@ def tile() -> Any:
     weights = _normal(0, (12, 10))
     config = CrossbarConfig(adc=ADC(bits=6, range="granular"))
     state = crossbar.program(weights, config, path="definition")
-    pulses = np.asarray(_pulses(_normal(1, (1, 12)), config))  # [J, rows]
+    x = _normal(1, (1, 12))
+    sent = np.asarray(pulses(input_codes(x, jnp.max(jnp.abs(x)), config)[0], config))  # [J, rows]
     cells = np.asarray(state.cells)[:, :, 0, 0]  # [K, P, rows, cols]
-    sums = np.einsum("jr,kpro,p->kjo", pulses, cells, [1, -1])
+    sums = np.einsum("jr,kpro,p->kjo", sent, cells, [1, -1])
 
     figure, axes = plt.subplots(3, 5, figsize=(11, 7.2), gridspec_kw={"width_ratios": [1.15, 1, 1, 1, 1]})
     _heat(axes[0, 0], np.asarray(state.codes), "RdBu", 127, "weight codes q")
-    _heat(axes[1, 0], pulses.T, "PuOr", 1, "one input, bit by bit")
+    _heat(axes[1, 0], sent.T, "PuOr", 1, "one input, bit by bit")
     axes[0, 0].set_ylabel("row")
     axes[1, 0].set(ylabel="row", xlabel="input slice 0 to 6")
     top = int(np.abs(sums).max())
@@ -67,7 +74,6 @@ def tile() -> Any:
         axes[2, 1 + k].set_xlabel("column")
     for row, label in enumerate(("positive array", "negative array", "column sums to the ADC\n(input slice 0 to 6)")):
         axes[row, 1].set_ylabel(label)
-    x = _normal(1, (1, 12))
     error = float(jnp.linalg.norm(crossbar.mvm(x, state, config) - x @ weights) / jnp.linalg.norm(x @ weights))
     text = "codes are shifted and added\nover input slices j and\nweight slices k:\n\n"
     text += "$\\sum_{k,j}\\, 4^k\\, 2^j\\, code_{k,j}$"
@@ -173,12 +179,6 @@ def _error(config: CrossbarConfig) -> float:
     state = crossbar.calibrated(state, crossbar.probe(x, state, config)[1], config)
     exact = jnp.dot(x, weights, precision="highest")
     return float(jnp.linalg.norm(crossbar.mvm(x, state, config) - exact) / jnp.linalg.norm(exact))
-
-
-def _pulses(x: Array, config: CrossbarConfig) -> Array:
-    """Return the input slices [J, rows] of one input."""
-    n = crossbar.encoding.input_codes(x, jnp.max(jnp.abs(x), axis=1, keepdims=True), config)
-    return crossbar.encoding.pulses(n[0], config)
 
 
 def _normal(seed: int, shape: tuple[int, ...]) -> Array:
