@@ -21,6 +21,7 @@ from .definition import all_sums
 from .mvm import mvm, reading
 from .plan import choose, worst_case
 from .state import ArrayState, columns_of, programmed_weights
+from .values import is_traced
 
 # Resolution of the distribution of |current|: 1 / BINS of what an array could produce at most.
 BINS = 4096
@@ -77,7 +78,7 @@ def probe(
     """
     uncalibrated = config.adc is not None and state.limits is None and state.plan.path != "product"
     if uncalibrated:
-        ideal = dataclasses.replace(config, adc=None)
+        ideal = dataclasses.replace(config, adc=None, device=dataclasses.replace(config.device, read_noise=None))
         path = "definition" if state.plan.path == "definition" else "product"
         plain = dataclasses.replace(state, plan=dataclasses.replace(state.plan, path=path))
         y = mvm(x, plain, ideal, key)
@@ -108,7 +109,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     if adc is None or adc.range != "calibrated":
         return state
     seen = jnp.cumsum(statistics.histogram, axis=-1)
-    if not isinstance(seen, jax.core.Tracer) and not bool(jnp.all(seen[..., -1] > 0)):
+    if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
         raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
     dtype = statistics.histogram.dtype
     reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
@@ -124,7 +125,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
     state = dataclasses.replace(state, limits=limits.astype(state.codes.dtype))
-    if isinstance(limits, jax.core.Tracer) or not state.plan.integers:
+    if is_traced(limits) or not state.plan.integers:
         return state
     rows, _ = encoding.grid(state.shape, config)
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])

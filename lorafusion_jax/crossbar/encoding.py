@@ -39,7 +39,7 @@ def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
     return (*[step] * (parts - 1), size - (parts - 1) * step)
 
 
-def grid(shape: tuple[int, int], config: CrossbarConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def grid(shape: tuple[int, ...], config: CrossbarConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the rows of every row tile and the columns of every column tile of a [d_in, d_out] matrix."""
     tile = config.tile
     return partition(shape[0], tile.rows, tile.partition), partition(shape[1], tile.cols, tile.partition)
@@ -79,7 +79,7 @@ def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) ->
     return jnp.concatenate(cut, axis=axis)
 
 
-def cells_in_use(shape: tuple[int, int], config: CrossbarConfig) -> Bool[np.ndarray, "R C rows cols"]:
+def cells_in_use(shape: tuple[int, ...], config: CrossbarConfig) -> Bool[np.ndarray, "R C rows cols"]:
     """Return which cells of the arrays hold a weight."""
     rows, cols = grid(shape, config)
     row = np.arange(max(rows)) >= max(rows) - np.asarray(rows)[:, None]
@@ -148,7 +148,7 @@ def offset(config: CrossbarConfig) -> float:
     return 1.0 if config.mapping.weight_bits is None else 2.0 ** (config.mapping.weight_bits - 1)
 
 
-def per_weight(scale: Float[Array, "_R _cols"], shape: tuple[int, int], config: CrossbarConfig) -> Array:
+def per_weight(scale: Float[Array, "_R _cols"], shape: tuple[int, ...], config: CrossbarConfig) -> Array:
     """Return `scale` in a shape that broadcasts to a [d_in, d_out] matrix."""
     if scale.shape[0] == 1:
         return scale

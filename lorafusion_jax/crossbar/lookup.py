@@ -11,7 +11,6 @@ E table entries, C columns of a block.
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,25 +48,27 @@ def lookup(
       signed: whether codes may be negative.
       noise: of this read; its variances are not read where they are packed.
     """
-    batch, cols = n.shape[0], (cells if packing is None else cells.words).shape[3]
+    batch, cols = n.shape[0], (cells.words if isinstance(cells, Packed) else cells).shape[3]
     blocks, chunks = math.ceil(cols / _COLUMNS), math.ceil(batch / _BATCH)
     width, size = math.ceil(cols / blocks), math.ceil(batch / chunks)
     top = 2 ** max(slices) - 1
-    digits = range(-top if signed else 0, top + 1)
+    digits = list(range(-top if signed else 0, top + 1))
     squares = [d * d for d in digits]
     group = _group(len(digits), size * len(slices))
     worth = jnp.asarray(significance(slices), n.dtype)
     # What is tabulated, once for each word: sums of a list of planes under digits or their squares.
-    if packing is None:
-        members, low, tabulated = [slice(k, k + 1) for k in range(cells.shape[0])], None, [[(cells, digits)]]
-        if noise is not None and noise.variance.shape[3] > 1:
-            tabulated.append([(noise.variance, squares)])
-    else:
+    low = None
+    if isinstance(cells, Packed):
+        assert packing is not None
         n, members, low = drive(n, slices), packing.words, _pad(cells.low, -1, blocks * width)
-        tabulated = [[(cells.words, digits)]]
+        sources = [[(cells.words, digits)]]
         if cells.variances is not None:
-            tabulated[0].append((cells.variances, squares))
-    tabulated = [[(_pad(planes, -1, blocks * width), levels) for planes, levels in parts] for parts in tabulated]
+            sources[0].append((cells.variances, squares))
+    else:
+        members, sources = [slice(k, k + 1) for k in range(cells.shape[0])], [[(cells, digits)]]
+        if noise is not None and noise.variance.shape[3] > 1:
+            sources.append([(noise.variance, squares)])
+    tabulated = [[(_pad(planes, -1, blocks * width), levels) for planes, levels in parts] for parts in sources]
 
     def of_chunk(argument: tuple[Float[Array, "B R rows"], Array]) -> Float[Array, "N K B C"]:
         n, chunk = argument
@@ -80,7 +81,7 @@ def lookup(
             def plane(planes: Num[Array, "W R rows cols"]) -> Num[Array, "rows C"]:
                 return jax.lax.dynamic_slice(planes, (w, r, 0, first), (1, 1, planes.shape[2], width))[0, 0]
 
-            tables = [sum(_table(plane(planes), levels, group) for planes, levels in parts) for parts in tabulated]
+            tables = [_table([(plane(planes), levels) for planes, levels in parts], group) for parts in tabulated]
             least = None if low is None else jax.lax.dynamic_slice(low[own], (0, r, first), (len(total), 1, width))
 
             def add(j: int | Array) -> list[Num[Array, "B C"]]:
@@ -89,7 +90,7 @@ def lookup(
 
             def convert(total: Array, added: list[Array], j: int | Array) -> Array:
                 variance = None
-                if packing is None:
+                if packing is None or least is None:
                     sums, *more = [a[None] for a in added]
                     variance = more[0] if more else None
                 else:
@@ -141,7 +142,7 @@ def _group(base: int, inputs: int) -> int:
 
 
 def _entries(
-    n: Float[Array, "B R rows"], slices: tuple[int, ...], digits: range, group: int
+    n: Float[Array, "B R rows"], slices: tuple[int, ...], digits: list[int], group: int
 ) -> UInt8[Array, "R J B G"]:
     """Return which table entry every group of rows selects: its digits, as a number."""
     groups = n.shape[2] // group + 1
@@ -157,17 +158,19 @@ def _entries(
     return jax.lax.map(of_tile, jnp.moveaxis(n, 1, 0))
 
 
-def _table(plane: Num[Array, "rows C"], levels: Sequence[int], group: int) -> Num[Array, "G E C"]:
-    """Return the sums of every group of rows, for each row at any of `levels`."""
-    # The row of zeros that is always there has XLA copy the plane, which it would else read scattered.
-    groups, base = plane.shape[0] // group + 1, len(levels)
-    plane = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
-    # An odd number of entries, lest the tables of all groups compete for the same lines of the cache.
-    entries = np.arange(base**group | 1)
-    driven = [
-        jnp.asarray(np.asarray(levels)[entries // base**i % base], plane.dtype)[None, :, None] for i in range(group)
-    ]
-    return sum((u * plane[:, i] for i, u in enumerate(driven[1:], 1)), driven[0] * plane[:, 0])
+def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> Num[Array, "G E C"]:
+    """Return the sums of every group of rows of some planes, for each row at any of the plane's levels."""
+    terms = []
+    for plane, levels in parts:
+        # The row of zeros that is always there has XLA copy the plane, which it would else read scattered.
+        groups, base = plane.shape[0] // group + 1, len(levels)
+        rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
+        # An odd number of entries, lest the tables of all groups compete for the same lines of the cache.
+        entries = np.arange(base**group | 1)
+        for i in range(group):
+            driven = np.asarray(levels)[entries // base**i % base]
+            terms.append(jnp.asarray(driven, plane.dtype)[None, :, None] * rows[:, i])
+    return sum(terms[1:], terms[0])
 
 
 def _add_entries(table: Num[Array, "G E C"], entries: UInt8[Array, "B G"]) -> Num[Array, "B C"]:

@@ -18,19 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from . import arrays, encoding
+from . import encoding
 from .adc import Converter, converter
 from .config import CrossbarConfig
+from .conversions import convert_tiles
 from .definition import all_sums, shift_and_add
-from .lookup import lookup
-from .loop import loop
-from .noise import Noise, deviations, stream
 from .normal import normal
-from .packing import Packed
+from .recombine import finish
 from .state import ArrayState
 from .values import like
-
-_Operand = tuple[Any, Array | None, Array | None, Array | None, Array | None]
 
 # Bytes that the conversions of one read may take at a time.
 BUDGET = 256 * 2**20
@@ -60,7 +56,7 @@ def mvm(
             "or choose adc.range = 'max'"
         )
     chip, tree = jax.tree.flatten((state, config, key))
-    y = _read(tree, x.reshape(-1, x.shape[-1]), state.codes, state.limits, chip)
+    y: Array = _read(tree, x.reshape(-1, x.shape[-1]), state.codes, state.limits, chip)
     return y.reshape(*x.shape[:-1], state.shape[1])
 
 
@@ -104,9 +100,9 @@ def _converted(
     """Return weights times input codes, by the plan's path."""
     if state.plan.path == "product":
         return _product(n, codes, state, config, key)
-    if state.plan.path in ("loop", "lookup"):
+    if state.plan.path != "definition":
         assert quantise is not None
-        return _tile_by_tile(n, quantise, state, config, key)
+        return convert_tiles(n, quantise, state, config, key)
     return _definition(n, quantise, state, config, key)
 
 
@@ -191,7 +187,7 @@ def _definition(
         one_range = quantise is None or quantise.inv_lsb.shape[0] == 1
         if state.flipped is None and state.scale.shape[0] == 1 and one_range:
             total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
-        return jnp.sum(_finish(total, ones, quantise, state, config) * state.scale, axis=0)
+        return jnp.sum(finish(total, ones, quantise, state, config) * state.scale, axis=0)
 
     conversions = math.prod(cells.shape) // cells.shape[4] * len(config.input_slices)
     chunk = max(1, BUDGET // (conversions * n.dtype.itemsize))
@@ -210,109 +206,3 @@ def _converter_of_chip(quantise: Converter, state: ArrayState):
         return quantise(sums, jnp.broadcast_to(quantise.inv_lsb.T[:, :, None, None, None], sums.shape))
 
     return convert
-
-
-def _finish(
-    total: Float[Array, "K A C cols"],
-    ones: Float[Array, "#A 1 1"],
-    quantise: Converter | None,
-    state: ArrayState,
-    config: CrossbarConfig,
-) -> Float[Array, "A d_out"]:
-    """Return the weighted sum over weight slices, in weight codes times input codes.
-
-    Args:
-      total: codes, or sums without an ADC, shifted and added over input slices; unit columns last.
-      ones: sums of the inputs, for what is removed digitally.
-      quantise: the ADC.
-      state: of the chip.
-      config: of the crossbar.
-    """
-    lsb = None if quantise is None else 1 / quantise.inv_lsb
-    if config.encoding.kind == "offset" and (state.flipped is not None or not config.encoding.unit_column):
-        if lsb is not None:
-            total = total * lsb.T[:, :, None, None]
-        return _weigh(arrays.recover(total, ones, state.flipped, config), None, state, config)
-    if config.encoding.unit_column:
-        total = total[..., :-1] - total[..., -1:]
-    return _weigh(total, lsb, state, config)
-
-
-def _weigh(
-    slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, state: ArrayState, config: CrossbarConfig
-) -> Float[Array, "A d_out"]:
-    """Return the sum over weight slices, each times what its level (or its code, given `lsb`) is worth."""
-    worth = jnp.asarray(encoding.significance(config), slices.dtype)[None]
-    if lsb is not None:
-        worth = worth * lsb
-    # Powers of two times integers add up exactly in any order; what is left is one factor.
-    shares = (worth / worth[:, :1]).T[:, :, None, None]
-    whole = sum(share * of_slice for share, of_slice in zip(shares, slices, strict=True))
-    _, cols = encoding.grid(state.shape, config)
-    return encoding.join(whole * worth[:, 0, None, None], cols, axis=1)
-
-
-def _tile_by_tile(
-    n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Float[Array, "B d_out"]:
-    """Sum over row tiles in codes; where each tile has a scale of its own, tile by tile."""
-    rows, cols = encoding.grid(state.shape, config)
-    tiles = encoding.split(n, rows, axis=1, front=True)
-    slices = config.input_slices if config.dac else None
-    if config.dac is not None and config.adc is not None and config.adc.convert == "sum":
-        slices = (config.dac.magnitude_bits,)
-    each = 2 if arrays.converts_each(config) else 1
-    kernel_adc = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
-    if state.flipped is not None:  # negated columns
-        kernel_adc = kernel_adc._replace(qmin=-quantise.qmax)
-
-    def codes(tiles: Array, columns: Any, variance: Array | None, occupied: Array | None, number: Array | int) -> Array:
-        """Return the codes of columns [k, B, cols], with noise that belongs to `number`."""
-        noise = None
-        if config.device.read_noise is not None and key is not None:
-            scale = jnp.tile(deviations(config, n.dtype), each)
-            noise = Noise(variance, scale, stream(jax.random.fold_in(key, number)))
-        if state.plan.path == "loop":
-            return loop(tiles, columns, kernel_adc, slices, occupied, noise)
-        packing = state.plan.packing if isinstance(columns, Packed) else None
-        return lookup(tiles, columns, packing, kernel_adc, slices, signed=config.signed_inputs, noise=noise)
-
-    def of_tiles(tiles: Array, operand: _Operand, number: Array | int) -> Array:
-        columns, units, variance, occupied, flipped = operand
-        if units is not None and variance is not None and variance.shape[3] > 1:
-            of_units, variance = variance[..., state.shape[1] :], variance[..., : state.shape[1]]
-        else:
-            of_units = variance
-        total = codes(tiles, columns, variance, occupied, 2 * number)
-        if each == 2:
-            total = total[: len(total) // 2] - total[len(total) // 2 :]
-        whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
-        if units is not None:
-            lsb = 1 / quantise.inv_lsb[0, :, None, None, None]
-
-            def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
-                x, units, variance, r = tile
-                variance = None if variance is None else variance[:, None]
-                return codes(x[:, None], units[:, None], variance, None, 2 * (number + r) + 1)
-
-            by_tile = jax.tree.map(lambda a, axis=1: jnp.moveaxis(a, axis, 0), (tiles, units, of_units))
-            measured = jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1])))
-            measured = jnp.moveaxis(measured, 0, 1) * lsb
-            return _weigh(arrays.recover_flipped(whole * lsb, measured, flipped, config), None, state, config)
-        if config.encoding.unit_column:
-            whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
-        ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
-        return _finish(whole, ones, quantise, state, config)
-
-    operand = state.columns, state.units, state.variance, state.occupied, state.flipped
-    if state.scale.shape[0] == 1:
-        return of_tiles(tiles, operand, 0) * state.scale
-
-    def add(y: Array, tile: tuple[Array, Any, Array, Array]) -> tuple[Array, None]:
-        x, operand, scale, number = tile
-        one = jax.tree.map(lambda a: jnp.expand_dims(a, 1), operand)
-        return y + of_tiles(x[:, None], one, number) * scale[None], None
-
-    zero = jnp.zeros((n.shape[0], state.shape[1]), n.dtype)
-    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, operand))
-    return jax.lax.scan(add, zero, (*by_tile, state.scale, jnp.arange(len(rows))))[0]

@@ -10,7 +10,7 @@ and place alone, so that every path makes the same.
 Axis letters: B batch, K weight slices, k those at hand, R row tiles.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,19 @@ class Noise(NamedTuple):
     """The read noise of one read.
 
     Attributes:
-      variance: [K, R, rows, cols] of each cell, or [K, R, rows, 1] where columns do not differ.
+      variance: [K, R, rows, cols] of each cell, or [K, R, rows, 1] where columns do not differ;
+        None where they travel with packed cells.
       scale: [K] what deviations are multiplied by.
       words: of the random stream.
     """
 
-    variance: Float[Array, "K R rows _cols"]
+    variance: Any
     scale: Float[Array, " K"]
     words: UInt32[Array, "2"]
 
 
 def powers(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
-    """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1, the same for all columns."""
+    """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1 for all columns alike."""
     assert config.device.read_noise is not None
     if config.device.read_noise.kind == "independent":
         return jnp.ones_like(cells[..., :1])
@@ -52,7 +53,11 @@ def deviations(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     assert noise is not None
     top = jnp.asarray(encoding.levels(config), dtype)
     sigma = jnp.asarray(noise.sigma, dtype)
-    return jnp.broadcast_to(sigma, top.shape) if noise.kind == "proportional" else sigma * top / (1 - like(config.g_min, top))
+    return (
+        jnp.broadcast_to(sigma, top.shape)
+        if noise.kind == "proportional"
+        else sigma * top / (1 - like(config.g_min, top))
+    )
 
 
 def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:

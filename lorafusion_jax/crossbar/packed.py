@@ -46,8 +46,9 @@ def packed(
             u = digit(x, slices, j).astype(n.dtype)
 
             def read(w: int, own: slice, total: Float[Array, "k B cols"]) -> Float[Array, "k B cols"]:
-                parts = [jnp.dot(v, a[w], precision="highest") for v, a in zip((u, u * u), operands, strict=False)]
-                word = sum(part.astype(jnp.int32) for part in parts)
+                word = jnp.dot(u, operands[0][w], precision="highest").astype(jnp.int32)
+                if packing.variances:
+                    word += jnp.dot(u * u, operands[1][w], precision="highest").astype(jnp.int32)
                 sums = (unpack(word, packing.fields[own]) + least[own, None]).astype(n.dtype)
                 if noise is not None:
                     if packing.variances:

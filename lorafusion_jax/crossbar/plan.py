@@ -3,10 +3,16 @@
 `definition`  every conversion on its own, for any configuration, read noise drawn for every cell
 `product`     slices telescope into one matrix product: no ADC, or one that loses nothing
 `loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
-`lookup`      the same sums from tables, for inputs in narrow slices; integer cells travel packed (see `lookup`)
+`lookup`      the same sums from tables, for inputs in narrow slices; integer cells travel packed
+`planes`      integer cells and narrow inputs as planes of bits that are counted, where the processor counts vectors
+`packed`      integer cells of which several fit one product, for inputs in wider slices
+
+The modules of these names tell how.
 """
 
 import dataclasses
+import functools
+import pathlib
 from typing import Literal
 
 import jax
@@ -17,10 +23,10 @@ from .adc import codes, level_units
 from .config import CrossbarConfig
 from .packing import Packing
 
-Path = Literal["definition", "product", "loop", "lookup"]
+Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
 
-# Widest input slices whose sums are tabulated: 2 bits have 4 levels, or 7 with a sign.
-_TABULATED_BITS = 2
+# Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
+_NARROW = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Plan:
       path: which.
       reason: why it was chosen.
       integers: whether column sums, before read noise, are integers.
-      packing: where weight slices lie in the words of a `lookup`; None where they are not packed.
+      packing: where weight slices lie in the words of `lookup` and `packed`; None where they are not packed.
     """
 
     path: Path
@@ -68,15 +74,18 @@ def choose(
         nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     together = config.adc is not None and config.adc.convert == "sum"
-    narrow = config.dac is not None and not together and max(config.dac.slices) <= _TABULATED_BITS
+    narrow = config.dac is not None and not together and max(config.dac.slices) <= _NARROW
+    countable = config.device.read_noise is None and config.mapping.scale != "tile"
     if path is not None:
         if path == "product" and not telescopes:
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
-        if path == "lookup" and not narrow:
-            raise ValueError(
-                f"path='lookup' tabulates input slices of up to {_TABULATED_BITS} bits: set dac.slice_bits"
-            )
-        if path in ("loop", "lookup") and not loops:
+        if path in ("lookup", "planes") and not narrow:
+            raise ValueError(f"path={path!r} takes input slices of up to {_NARROW} bits: set dac.slice_bits")
+        if path in ("planes", "packed") and not integers:
+            raise ValueError(f"path={path!r} takes integer cells: perfect ones, whose Gmin does not reach the ADC")
+        if path == "planes" and not countable:
+            raise ValueError("path='planes' counts neither variances nor tile by tile: no read noise, no scale='tile'")
+        if path not in ("definition", "product") and not loops:
             raise ValueError(
                 f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
             )
@@ -88,10 +97,20 @@ def choose(
         return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}", integers)
     if jax.default_backend() != "cpu":
         return Plan("definition", "every conversion on its own, batched: fastest on an accelerator", integers)
+    if narrow and integers and countable and _counts_vectors():
+        return Plan("planes", "integers in narrow slices, on a processor that counts the bits of vectors", integers)
     if narrow:
-        why = "input slices are narrow: sums of a few rows come from tables"
-        return Plan("lookup", f"the ADC quantises each conversion, and {why}", integers)
+        return Plan("lookup", "input slices are narrow: sums of a few rows come from tables", integers)
     return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue", integers)
+
+
+@functools.cache
+def _counts_vectors() -> bool:
+    """Whether the processor counts the bits of whole vectors; without, tables are faster than planes."""
+    try:
+        return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _nonlinearity(config: CrossbarConfig) -> str | None:
@@ -153,4 +172,6 @@ def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
     largest = encoding.input_top(config) if together else encoding.pulse(config)
     half = 2 if config.encoding.flip else 1
     # The unit column of flipped arrays holds ones, and is not flipped.
-    return tuple(float(max(rows * top * largest / half, rows * largest * (half - 1))) for top in encoding.levels(config))
+    return tuple(
+        float(max(rows * top * largest / half, rows * largest * (half - 1))) for top in encoding.levels(config)
+    )

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from . import arrays, encoding
 from .adc import fixed_limits, level_units
@@ -18,8 +18,9 @@ from .device import Device, realise
 from .drift import drift_compensation
 from .noise import powers
 from .normal import normal
-from .packing import INT_BITS, Packed, Packing, certify, extent, pack
+from .packing import FLOAT_BITS, INT_BITS, Packed, certify, extent, pack
 from .plan import Path, Plan, choose, worst_case
+from .planes import to_planes
 from .values import is_traced, like
 
 # Purposes of a chip's key besides those of `device.realise`.
@@ -35,13 +36,15 @@ class ArrayState:
       codes: [d_in, d_out] the weights as programmed, in weight codes: what all slices of a perfect read add up to.
       scale: [1 or R, 1 or d_out] the weight that one code stands for.
       cells: every cell in level units, a unit column last; None where no path reads single cells.
-      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it; integers packed.
+      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it; integers
+        packed, or as bit planes.
       units: [K, R, rows, C] the unit columns, where they recover flipped ones; else they are among `columns`.
       variance: of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope;
         one column stands for all where they do not differ.
       occupied: [k, R] which planes of integer cells are not all zero, for the path `loop`.
       flipped: [K, R, C, cols] columns that are stored inverted.
-      gain: [K, P, R, C, cols] the gain of each column's conversion, or None.
+      gain: [K, P, R, C, cols] the gain of each column's conversion, or None; P is 1 where polarities are subtracted
+        before it.
       offset: [K, P, R, C, cols] its offset in level units, or None.
       limits: [1 or R, K, 2] ADC range of each weight slice, in units of current; R where row tiles of unequal height
         have ranges of their own; None without an ADC or before calibration.
@@ -54,13 +57,13 @@ class ArrayState:
     codes: Float[Array, "*N d_in d_out"]
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
-    columns: Float[Array, "*N k R rows _cols"] | Packed | None
+    columns: Float[Array, "*N k R rows _cols"] | Packed | UInt32[Array, "*N k I 2 R Q _cols"] | None
     units: Float[Array, "*N K R rows C"] | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     occupied: Bool[Array, "*N k R"] | None
     flipped: Bool[Array, "*N K R C _cols"] | None
-    gain: Float[Array, "*N K P R C cols"] | None
-    offset: Float[Array, "*N K P R C cols"] | None
+    gain: Float[Array, "*N K _P R C cols"] | None
+    offset: Float[Array, "*N K _P R C cols"] | None
     limits: Float[Array, "*N _R K 2"] | None
     input_limit: Float[Array, "*N"] | None
     pulses: Float[Array, "*N"] | None
@@ -93,7 +96,7 @@ def program(
         would not be exact.
     """
     _check(weights, config, key, conductances)
-    dtype, shape = weights.dtype, weights.shape
+    dtype, shape = weights.dtype, (weights.shape[0], weights.shape[1])
     scale = encoding.full_scale(weights, config) / encoding.code_scale(config)
     exact = encoding.weight_codes(weights, scale, config)
     slices = encoding.digits(exact, config)
@@ -101,7 +104,7 @@ def program(
 
     perfect = conductances is None and _is_perfect(config)
     limits = fixed_limits(config, rows, dtype)
-    known = None if is_traced(limits) else limits
+    known = None if limits is None or is_traced(limits) else np.asarray(limits)
     chosen = choose(config, worst_case(config, max(rows)), known, perfect=perfect, path=path)
 
     cells = flipped = gain = offset = pulses = None
@@ -127,8 +130,9 @@ def program(
             )
         cells = (conductances.astype(dtype) - g_min) / (1 - g_min) * top
         codes = arrays.programmed_codes(cells, flipped, shape, config)
-    if config.adc is not None and cells is not None:
-        per_column = (*cells.shape[:4], cells.shape[5])
+    if config.adc is not None and cells is not None and key is not None:
+        conversions = 2 if arrays.converts_each(config) else 1
+        per_column = (cells.shape[0], conversions, *cells.shape[2:4], cells.shape[5])
         if config.adc.gain_error is not None:
             drawn = normal(jax.random.fold_in(key, _GAIN), per_column, dtype)
             gain = 1 + like(config.adc.gain_error, weights) * drawn
@@ -145,17 +149,22 @@ def program(
                 worth = worth * jnp.asarray(encoding.levels(config), dtype) / (1 - like(config.g_min, weights))
             variance = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
             variance = encoding.join(variance, rows, 0, front=True)
-    if cells is not None and chosen.path in ("loop", "lookup"):
+    if cells is not None and chosen.path not in ("definition", "product"):
         columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
         if flipped is not None:
             columns, units = arrays.unflipped(columns, flipped, shape, config)
-        if chosen.path == "lookup" and chosen.integers:
-            columns, variance, packing = _packed(columns, variance, config)
-            chosen = dataclasses.replace(chosen, packing=packing)
-        elif chosen.integers:
+        if chosen.path == "planes":
+            columns = to_planes(columns, max(config.weight_slices))
+        elif chosen.integers and (units is None or variance is None or variance.shape[3] == 1):
+            columns, variance, chosen = _packed(columns, variance, config, chosen, asked=path is not None)
+        elif chosen.path == "packed":
+            raise ValueError("path='packed' has no room for the noise of flipped columns: leave path out")
+        if chosen.path == "loop" and chosen.integers:
             occupied = jnp.any(columns != 0, axis=(2, 3))
+    # The scale cancels in a read: its own dependence on the largest weight is no part of the gradient.
+    real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), shape, config)
     return ArrayState(
-        codes=_straight_through(weights / encoding.per_weight(scale, shape, config), codes),
+        codes=_straight_through(real, codes),
         scale=scale,
         cells=cells if chosen.path == "definition" else None,
         columns=columns,
@@ -168,42 +177,59 @@ def program(
         limits=None if limits is None else jnp.asarray(limits, dtype),
         input_limit=None if config.dac is None or config.dac.scaling == "row" else like(config.dac.limit, weights),
         pulses=pulses,
-        shape=(shape[0], shape[1]),
+        shape=shape,
         plan=chosen,
     )
 
 
 def _packed(
-    columns: Float[Array, "k R rows _cols"], variance: Float[Array, "k R rows _cols"] | None, config: CrossbarConfig
-) -> tuple[Packed | Array, Array | None, Packing | None]:
-    """Return integer columns in words, with their variances where these are integers too, and the packing."""
-    top, signed = encoding.pulse(config), config.signed_inputs
+    columns: Float[Array, "k R rows _cols"],
+    variance: Float[Array, "k R rows _cols"] | None,
+    config: CrossbarConfig,
+    plan: Plan,
+    *,
+    asked: bool,
+) -> tuple[Packed | Array, Array | None, Plan]:
+    """Return integer columns in words, with their variances where these are integers too, and the plan with it.
+
+    Certified by the columns' own sums where they are known, else by what any weights could sum up to. Columns stay
+    as they are where tables are not asked for and a product would hold one slice only.
+    """
+    together = config.adc is not None and config.adc.convert == "sum"
+    top = encoding.input_top(config) if together else encoding.pulse(config)
+    signed = config.signed_inputs
     squares = None if variance is None or variance.shape[3] == 1 else variance
     low, high = extent(columns, top, signed=signed)
-    spans = high - low
-    most = None if squares is None else top**2 * jnp.sum(squares, axis=2)
+    spans, most = high - low, top**2 * jnp.sum(jnp.zeros_like(columns) if squares is None else squares, axis=2)
     if is_traced((spans, most)):
-        # Any weights: a plane of cells -top .. top, or 0 .. top.
         level = np.asarray([*encoding.levels(config)] * (len(columns) // len(config.weight_slices)))
-        span = level * columns.shape[2] * top * (1 + (config.signed_inputs or config.encoding.kind == "differential"))
+        span = level * columns.shape[2] * top * (1 + (signed or config.encoding.kind == "differential"))
         bounds = span, level**2 * columns.shape[2] * top**2 * (2 if config.encoding.two_sided else 1)
     else:
-        bounds = np.max(np.asarray(spans), axis=(1, 2)), None if most is None else np.max(np.asarray(most), axis=(1, 2))
+        bounds = np.max(np.asarray(spans), axis=(1, 2)), np.max(np.asarray(most), axis=(1, 2))
     counted = () if squares is None else tuple(int(v) for v in bounds[1])
-    packing = certify(tuple(int(v) for v in bounds[0]), INT_BITS, counted)
-    if packing is None:
-        return columns, variance, None
+    word_bits = INT_BITS if plan.path == "lookup" else FLOAT_BITS
+    packing = certify(tuple(int(v) for v in bounds[0]), word_bits, counted)
+    worse = packing is None or asked or together or len(packing.words) == len(columns)
+    if packing is None or (plan.path == "loop" and worse):
+        if plan.path == "packed":
+            raise ValueError(f"path='packed': sums of up to {max(bounds[0]):.0f} levels do not fit {word_bits} bits")
+        return columns, variance, plan
+    plan = dataclasses.replace(plan, packing=packing)
+    if plan.path == "loop":
+        reason = f"{len(columns)} conversions come out of {len(packing.words)} products of integers"
+        plan = dataclasses.replace(plan, path="packed", reason=reason)
     packed = pack(columns, packing, top, signed=signed, variances=squares)
-    return packed, variance if squares is None else None, packing
+    return packed, variance if squares is None else None, plan
 
 
 def columns_of(state: ArrayState, config: CrossbarConfig) -> Float[Array, "k R rows cols"]:
-    """Return what multiplies the inputs, unpacked; packed cells are perfect, and follow from the codes."""
-    if isinstance(state.columns, Packed):
+    """Return what multiplies the inputs; packed cells and bit planes are perfect, and follow from the codes."""
+    if state.plan.packing is not None or state.plan.path == "planes":
         cells, flipped = encoding.to_arrays(encoding.digits(state.codes, config), config)
         columns = arrays.columns(cells, state.shape, config)
         return columns if flipped is None else arrays.unflipped(columns, flipped, state.shape, config)[0]
-    assert state.columns is not None
+    assert isinstance(state.columns, jax.Array)
     return state.columns
 
 

@@ -1,0 +1,126 @@
+"""Reads whose conversions are made by a kernel: the paths `loop`, `lookup`, `planes` and `packed`.
+
+A kernel takes input codes and columns to codes [k, B, cols], summed over input slices and row tiles; what columns
+stand for is recovered from these.
+
+Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are
+converted), R row tiles, C column tiles.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import arrays, encoding
+from .adc import Converter
+from .config import CrossbarConfig
+from .lookup import lookup
+from .loop import loop
+from .noise import Noise, deviations, stream
+from .packed import packed
+from .planes import planes
+from .recombine import finish, weigh
+from .state import ArrayState
+
+# Columns, unit columns, variances, occupied planes, flipped columns: all with row tiles as their second axis.
+_Operand = tuple[Any, Array | None, Array | None, Array | None, Array | None]
+
+
+def convert_tiles(
+    n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Float[Array, "B d_out"]:
+    """Return weights times input codes.
+
+    Args:
+      n: input codes.
+      quantise: the ADC.
+      state: of the chip.
+      config: of the crossbar.
+      key: of the read noise.
+    """
+    rows, cols = encoding.grid(state.shape, config)
+    tiles = encoding.split(n, rows, axis=1, front=True)
+    slices = _slices(config)
+    each = 2 if arrays.converts_each(config) else 1
+    adc = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
+    if state.flipped is not None:  # negated columns
+        adc = adc._replace(qmin=-quantise.qmax)
+
+    def noise(variance: Array | None, number: Array | int) -> Noise | None:
+        if config.device.read_noise is None or key is None:
+            return None
+        words = stream(jax.random.fold_in(key, number))
+        return Noise(variance, jnp.tile(deviations(config, n.dtype), each), words)
+
+    def unit_sums(tiles: Array, units: Array, variance: Array | None, number: Array | int) -> Float[Array, "K R B C"]:
+        """Return what the unit column of every array measures, in codes."""
+
+        def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
+            x, units, variance, r = tile
+            variance = None if variance is None else variance[:, None]
+            return loop(x[:, None], units[:, None], adc, slices, None, noise(variance, 2 * (number + r) + 1))
+
+        by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
+        return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
+
+    def of_tiles(tiles: Array, operand: _Operand, number: Array | int) -> Float[Array, "B d_out"]:
+        columns, units, variance, occupied, flipped = operand
+        of_units = variance
+        if units is not None and variance is not None and variance.shape[3] > 1:
+            variance, of_units = variance[..., : state.shape[1]], variance[..., state.shape[1] :]
+        total = _by_kernel(tiles, columns, occupied, adc, slices, noise(variance, 2 * number), state, config)
+        if each == 2:
+            total = total[: len(total) // 2] - total[len(total) // 2 :]
+        whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
+        if units is not None and flipped is not None:
+            lsb = 1 / quantise.inv_lsb[0, :, None, None, None]
+            measured = unit_sums(tiles, units, of_units, number) * lsb
+            return weigh(arrays.recover_flipped(whole * lsb, measured, flipped, config), None, state, config)
+        if config.encoding.unit_column:
+            whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
+        ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
+        return finish(whole, ones, quantise, state, config)
+
+    operand = state.columns, state.units, state.variance, state.occupied, state.flipped
+    if state.scale.shape[0] == 1:
+        return of_tiles(tiles, operand, 0) * state.scale
+
+    def add(y: Array, tile: tuple[Array, Any, Array, Array]) -> tuple[Array, None]:
+        x, operand, scale, number = tile
+        one = jax.tree.map(lambda a: jnp.expand_dims(a, 1), operand)
+        return y + of_tiles(x[:, None], one, number) * scale[None], None
+
+    zero = jnp.zeros((n.shape[0], state.shape[1]), n.dtype)
+    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, operand))
+    return jax.lax.scan(add, zero, (*by_tile, state.scale, jnp.arange(len(rows))))[0]
+
+
+def _by_kernel(
+    tiles: Float[Array, "B R rows"],
+    columns: Any,
+    occupied: Array | None,
+    adc: Converter,
+    slices: tuple[int, ...] | None,
+    noise: Noise | None,
+    state: ArrayState,
+    config: CrossbarConfig,
+) -> Float[Array, "k B _cols"]:
+    path, packing, signed = state.plan.path, state.plan.packing, config.signed_inputs
+    if slices is None or path == "loop":
+        return loop(tiles, columns, adc, slices, occupied, noise)
+    if path == "lookup":
+        return lookup(tiles, columns, packing, adc, slices, signed=signed, noise=noise)
+    if path == "planes":
+        return planes(tiles, columns, adc, slices, signed=signed)
+    assert packing is not None
+    return packed(tiles, columns, packing, adc, slices, noise)
+
+
+def _slices(config: CrossbarConfig) -> tuple[int, ...] | None:
+    """Return the bits of every input slice that is converted; None for an ideal DAC."""
+    if config.dac is None:
+        return None
+    together = config.adc is not None and config.adc.convert == "sum"
+    return (config.dac.magnitude_bits,) if together else config.dac.slices
