@@ -1,0 +1,471 @@
+"""Reads as functions: gradients, seeds, sweeps, noise, wires, mismatch, memory."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
+from lorafusion_jax.crossbar.drift import PCM_DRIFT
+from lorafusion_jax.crossbar.encoding import levels
+from lorafusion_jax.crossbar.mvm import mvm
+from lorafusion_jax.crossbar.parasitics import Wire
+from lorafusion_jax.crossbar.programming import Independent, Proportional
+from lorafusion_jax.crossbar.state import program, programmed_weights
+
+KEY = jax.random.key(11)
+# The package's attribute of this name is the function.
+module = importlib.import_module("lorafusion_jax.crossbar.mvm")
+UNIT = Encoding(kind="offset", unit_column=True)
+NOISY = Device(programming=Independent(0.05))
+
+
+def problem(d_in=30, d_out=9, batch=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(d_in, d_out)), jnp.float32), jnp.asarray(
+        rng.uniform(-1, 1, (batch, d_in)), jnp.float32
+    )
+
+
+def given(top, slices=4, signed=True, **others):
+    return ADC(range="given", limits=((-top if signed else 0.0, top),) * slices, **others)
+
+
+def changed(config, **parts):
+    """Return the config with `tile__rows=3` in config.tile.rows."""
+    for path, value in parts.items():
+        part, field = path.split("__")
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{field: value})})
+    return config
+
+
+# Gradients
+
+
+def central(f, at, direction, step=1e-5):
+    return (f(at + step * direction) - f(at - step * direction)) / (2 * step)
+
+
+@pytest.mark.parametrize(
+    "path, scale", [(None, "matrix"), ("loop", "tile"), ("definition", "matrix"), ("definition", "column")]
+)
+def test_gradients_of_inputs_and_weights(path, scale):
+    """Those of x @ W, with W as programmed for the inputs: rounding is passed straight through."""
+    config = CrossbarConfig(
+        mapping=Mapping(scale=scale), tile=Tile(rows=8, cols=4), dac=DAC(scaling="fixed"), adc=given(3.0), device=NOISY
+    )
+    with jax.enable_x64(True):
+        W, x = (a.astype(float) for a in problem())
+        rng = np.random.default_rng(3)
+        C, dx, dW = (jnp.asarray(rng.normal(size=shape)) for shape in ((4, 9), x.shape, W.shape))
+
+        def loss(x, W):
+            return jnp.sum(C * jnp.sin(mvm(x, program(W, config, KEY, path=path), config)))
+
+        g_x, g_W = jax.jit(jax.grad(loss, (0, 1)))(x, W)
+        state = program(W, config, KEY, path=path)
+        real = programmed_weights(state, config)
+        y = mvm(x, state, config)
+
+        def smooth(moved):
+            return jnp.sum(C * jnp.sin(y + moved))
+
+        at_x = central(lambda other: smooth((other - x) @ real), x, dx)
+        at_W = central(lambda other: smooth(x @ (other - W)), W, dW)
+        np.testing.assert_allclose(jnp.sum(g_x * dx), at_x, rtol=1e-6)
+        np.testing.assert_allclose(jnp.sum(g_W * dW), at_W, rtol=1e-6)
+
+
+def test_gradients_stop_where_the_dac_clips():
+    config = CrossbarConfig(dac=DAC(scaling="fixed", limit=0.5))
+    W, x = problem()
+    g_x = jax.grad(lambda x: jnp.sum(mvm(x, program(W, config), config)))(x)
+    inside = np.abs(x) <= 0.5
+    assert 0.2 < inside.mean() < 0.8
+    assert (np.asarray(g_x)[~inside] == 0).all()
+    assert (np.asarray(g_x)[inside] != 0).all()
+    g_W = jax.grad(lambda W: jnp.sum(mvm(x, program(W, config), config)))(W)
+    wanted = np.broadcast_to(np.clip(x, -0.5, 0.5).sum(0)[:, None], W.shape)
+    np.testing.assert_allclose(g_W, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["loop", "definition"])
+def test_gradients_of_adc_ranges(path):
+    """Those of clipping: rounding aside, sums beyond the range follow it, others do not."""
+    tops = np.asarray([1.7, 2.3, 1.9, 0.8])
+    config = CrossbarConfig(tile=Tile(rows=8), dac=DAC(scaling="fixed"))
+    with jax.enable_x64(True):
+        W, x = (a.astype(float) for a in problem())
+        state = program(W, changed_adc(config, jnp.asarray(tops)), path="definition")
+        cells, C = np.asarray(state.cells), np.random.default_rng(3).normal(size=(4, 9))
+
+        def surrogate(tops):
+            n, y = np.rint(np.asarray(x) * 127), 0.0
+            heights = [8, 8, 8, 6]
+            start = 0
+            for r, height in enumerate(heights):
+                u_all = n[:, start : start + height]
+                start += height
+                for k in range(4):
+                    g = cells[k, 0, r, 0, -height:] - cells[k, 1, r, 0, -height:]
+                    for j in range(7):
+                        u = np.sign(u_all) * ((np.abs(u_all).astype(int) >> j) & 1)
+                        y = y + 4.0**k * 2.0**j * np.clip(u @ g, -3 * tops[k], 3 * tops[k])
+            return np.sum(C * y * np.asarray(state.scale) / 127)
+
+        def loss(tops):
+            each = changed_adc(config, tops)
+            return jnp.sum(jnp.asarray(C) * mvm(x, program(W, each, path=path), each))
+
+        gradient = jax.jit(jax.grad(loss))(jnp.asarray(tops))
+        eye = 1e-6 * np.eye(4)
+        wanted = [(surrogate(tops + e) - surrogate(tops - e)) / 2e-6 for e in eye]
+        assert np.abs(wanted).min() > 0.01
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
+        each = jax.vmap(jax.grad(loss))(jnp.stack([jnp.asarray(tops), jnp.asarray(tops)]))
+        np.testing.assert_allclose(each, np.stack([wanted, wanted]), rtol=1e-6)
+
+
+def changed_adc(config, tops):
+    limits = jnp.stack([-tops, tops], axis=1)
+    return dataclasses.replace(config, tile=Tile(rows=8, partition="full"), adc=ADC(range="given", limits=limits))
+
+
+def test_adc_ranges_are_learned():
+    config = CrossbarConfig(tile=Tile(rows=8, partition="full"))
+    W, x = problem(batch=16)
+    ideal = x @ W
+
+    @jax.jit
+    def error(logs):
+        each = changed_adc(config, jnp.exp(logs))
+        return jnp.mean(jnp.square(mvm(x, program(W, each), each) - ideal))
+
+    logs = jnp.log(jnp.full((4,), 0.7, jnp.float32))
+    before = error(logs)
+    step = jax.jit(jax.grad(error))
+    for _ in range(20):
+        gradient = step(logs)
+        logs = logs - 0.1 * gradient / jnp.linalg.norm(gradient)
+    assert error(logs) < 0.3 * before
+
+
+# Seeds, sweeps and devices
+
+RANDOM = CrossbarConfig(
+    tile=Tile(rows=10, cols=4),
+    adc=ADC(bits=6, range="max", gain_error=0.02),
+    device=Device(programming=Independent(0.03), stuck=StuckAt(low=0.02), drift=PCM_DRIFT, time=100.0),
+)
+
+
+def test_a_key_is_a_chip():
+    W, x = problem()
+    chips = jax.jit(jax.vmap(lambda key: program(W, RANDOM, key)))(jax.random.split(KEY, 3))
+    y = jax.jit(jax.vmap(lambda state: mvm(x, state, RANDOM)))(chips)
+    for i, key in enumerate(jax.random.split(KEY, 3)):
+        one = jax.jit(lambda key: program(W, RANDOM, key))(key)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(jax.tree.map(lambda leaf: leaf[i], chips)), strict=True):  # noqa: B023
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(mvm(x, one, RANDOM), y[i], rtol=0, atol=1e-6 * float(jnp.abs(y).max()))
+    assert jnp.abs(y[0] - y[1]).max() > 0.01
+
+
+def test_device_count_changes_nothing():
+    assert jax.device_count() == 4
+    W, x = problem()
+    keys = jax.random.split(KEY, 8)
+    read = jax.jit(jax.vmap(lambda key: mvm(x, program(W, RANDOM, key), RANDOM)))
+    mesh = Mesh(np.asarray(jax.devices()), ("chips",))
+    spread = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("chips")))
+    y = read(spread)
+    assert len(y.sharding.device_set) == 4
+    np.testing.assert_allclose(y, read(keys), rtol=0, atol=1e-6 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize(
+    "path, values",
+    [
+        ("device__programming", [0.0, 0.02, 0.1]),
+        ("device__time", [1.0, 1e3, 1e6]),
+        ("cell__on_off_ratio", [3.0, 10.0, 100.0]),
+        ("tile__current_limit", [0.5, 1.0, 4.0]),
+        ("adc__limits", [1.0, 2.0, 4.0]),
+        ("adc__gain_error", [0.0, 0.01, 0.05]),
+        ("adc__offset_error", [0.0, 0.1, 0.5]),
+    ],
+)
+def test_sweeps_are_loops(path, values):
+    """vmap over one physical value of the configuration, and over a whole pytree of them."""
+    W, x = problem()
+    base = CrossbarConfig(tile=Tile(rows=10), adc=given(3.0, bits=6), device=Device(drift=PCM_DRIFT, time=1.0))
+
+    def config(value):
+        if path == "device__programming":
+            value = Proportional(value)
+        if path == "adc__limits":
+            value = jnp.stack([-value, value])[None] * jnp.ones((4, 1), jnp.float32)
+        return changed(base, **{path: value})
+
+    def read(value):
+        each = config(value)
+        return mvm(x, program(W, each, KEY), each)
+
+    swept = jax.jit(jax.vmap(read))(jnp.asarray(values, jnp.float32))
+    assert jnp.abs(swept[0] - swept[2]).max() > 1e-3
+    for value, y in zip(values, swept, strict=True):
+        # A conversion next to a tie may fall either way: one code of the lowest slice, of 127 * 3 * 2^7.
+        difference = np.abs(np.asarray(read(jnp.float32(value)) - y))
+        assert np.median(difference) < 1e-5
+        assert (difference > 1e-4).mean() < 0.05
+
+
+def test_a_batch_of_configurations():
+    W, x = problem()
+    config = CrossbarConfig(device=Device(programming=Independent(0.0)))
+    many = jax.tree.map(lambda v: jnp.asarray([v, v], jnp.float32), config)
+    many = changed(many, device__programming=Independent(jnp.asarray([0.0, 0.1], jnp.float32)))
+    y = jax.vmap(lambda each: mvm(x, program(W, each, KEY), each))(many)
+    np.testing.assert_allclose(y[0], mvm(x, program(W, config, KEY), config), rtol=1e-6, atol=1e-6)
+    assert jnp.abs(y[1] - y[0]).max() > 0.1
+
+
+def test_stacks_of_weights_and_leading_axes():
+    W = jnp.stack([problem(seed=s)[0] for s in range(3)])
+    x = jnp.stack([problem(seed=s)[1] for s in range(3)])
+    config = CrossbarConfig(adc=ADC(bits=6, range="max"), tile=Tile(rows=10))
+    states = jax.vmap(lambda W: program(W, config))(W)
+    y = jax.vmap(lambda x, state: mvm(x, state, config))(x, states)
+    for i in range(3):
+        np.testing.assert_allclose(y[i], mvm(x[i], program(W[i], config), config), rtol=0, atol=1e-5)
+    one = program(W[0], config)
+    assert mvm(x[0, 0], one, config).shape == (9,)
+    np.testing.assert_allclose(mvm(x, one, config)[1], mvm(x[1], one, config), rtol=0, atol=1e-5)
+
+
+# Read noise
+
+
+@pytest.mark.parametrize("adc", [None, given(3.0, bits=6)])
+def test_read_noise_is_the_keys(adc):
+    config = CrossbarConfig(adc=adc, tile=Tile(rows=10), device=Device(read_noise=ReadNoise(0.05)))
+    W, x = problem()
+    state = program(W, config)
+    one, again, other = (mvm(x, state, config, jax.random.key(i)) for i in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert jnp.abs(one - other).max() > 0.05
+    same = mvm(jnp.stack([x[0], x[0]]), state, config, KEY)
+    assert jnp.abs(same[0] - same[1]).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["independent", "proportional"])
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(kind="offset"), UNIT])
+@pytest.mark.parametrize("path", [None, "definition"])
+def test_read_noise_has_the_variance_of_its_cells(path, encoding, kind):
+    """Of every output, summed in NumPy over slices, polarities, rows and the unit column."""
+    sigma, draws = 0.04, 3000
+    config = CrossbarConfig(
+        cell=Cell(bits=(4, 4), on_off_ratio=20.0),
+        encoding=encoding,
+        tile=Tile(rows=10, cols=4),
+        dac=DAC(bits=4, slice_bits=2, scaling="fixed"),
+        device=Device(read_noise=ReadNoise(sigma, kind)),
+    )
+    W, x = problem(batch=1)
+    still = dataclasses.replace(config, device=Device())
+    state = program(W, config, path=path)
+    read = jax.jit(jax.vmap(lambda key: mvm(x, state, config, key)[0]))
+    y = np.asarray(read(jax.random.split(KEY, draws)), float)
+
+    cells = np.asarray(program(W, still, path="definition").cells, float)  # [K, P, R, C, rows, cols + units]
+    G = 1 / 20 + cells / 15 * (19 / 20)
+    noise = np.full_like(G, sigma) if kind == "independent" else sigma * G
+    n = np.rint(np.asarray(x[0], float) * 7)
+    power = sum(16.0**j * (np.sign(n) * ((np.abs(n).astype(int) >> 2 * j) & 3)) ** 2 for j in range(2))
+    variance = (noise * 15 / (19 / 20)) ** 2 * 256.0 ** np.arange(2)[:, None, None, None, None, None]
+    variance = np.einsum("rx,kprcxo->co", power.reshape(3, 10), variance)
+    if encoding.unit_column:
+        variance = variance[:, :-1] + variance[:, -1:]
+    variance = variance.reshape(-1)
+    widths = [4, 4, 1] if variance.size != 9 else [3, 3, 3]
+    keep = np.concatenate([np.arange(max(widths)) < w for w in widths])
+    wanted = variance[keep] * float(state.scale[0, 0]) ** 2 / 49
+
+    ideal = np.asarray(mvm(x, program(W, still), still)[0], float)
+    error = y - ideal
+    assert np.abs(error.mean(0) / np.sqrt(wanted / draws)).max() < 4.5
+    np.testing.assert_allclose(error.var(0) / wanted, 1, atol=4.5 * np.sqrt(2 / draws))
+    if encoding.unit_column and kind == "independent":
+        correlation = np.corrcoef(error.T)
+        array = np.repeat(np.arange(len(widths)), widths)
+        same = (array[:, None] == array[None, :]) & ~np.eye(9, dtype=bool)
+        # The unit column's cells are as noisy as every other column's: half of the variance is shared.
+        np.testing.assert_allclose(correlation[same], 0.5, atol=0.08)
+        assert np.abs(correlation[array[:, None] != array[None, :]]).max() < 0.08
+
+
+def test_read_noise_with_an_adc_is_that_of_every_cell():
+    """One draw for each conversion against one for each cell: means and variances of the converted outputs."""
+    draws = 1500
+    config = CrossbarConfig(
+        tile=Tile(rows=10), adc=given(2.0, bits=5), device=Device(read_noise=ReadNoise(0.08)), dac=DAC(bits=4)
+    )
+    W, x = problem(batch=2)
+    samples = []
+    for path in (None, "definition"):
+        state = program(W, config, path=path)
+        read = jax.jit(jax.vmap(lambda key, state=state: mvm(x, state, config, key)))
+        samples.append(np.asarray(read(jax.random.split(jax.random.key(len(samples)), draws)), float))
+    assert program(W, config).plan.path != "definition"
+    one, two = samples
+    z = (one.mean(0) - two.mean(0)) / np.sqrt((one.var(0) + two.var(0)) / draws)
+    assert np.abs(z).max() < 4.5
+    np.testing.assert_allclose(one.var(0) / two.var(0), 1, atol=4.5 * 2 / np.sqrt(draws))
+
+
+# Wires, nonlinear cells, mismatch, measured arrays
+
+
+def rms(y):
+    return float(jnp.sqrt(jnp.mean(jnp.square(y))))
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), UNIT])
+@pytest.mark.parametrize("adc", [None, given(4.0, bits=8)])
+def test_ir_drop_of_sliced_weights(encoding, adc):
+    config = CrossbarConfig(encoding=encoding, tile=Tile(rows=16), adc=adc)
+    W, x = problem()
+    with jax.enable_x64(True):
+        W, x = W.astype(float), x.astype(float)
+        ideal = mvm(x, program(W, config), config)
+
+        def read(resistance):
+            wire = Wire(row_resistance=resistance, column_resistance=resistance, tolerance=1e-6)
+            each = changed(config, tile__wire=wire)
+            return mvm(x, program(W, each), each)
+
+        errors = [rms(y - ideal) / rms(ideal) for y in jax.lax.map(read, jnp.asarray([0, 1e-4, 1e-3, 1e-2]))]
+    assert errors[0] < (1e-5 if adc is None else 0.02)
+    assert errors[0] < errors[1] * (1 if adc is None else 2) and errors[1] < errors[2] < errors[3]
+    assert errors[3] > 0.02
+
+
+def test_current_limits():
+    W, x = problem()
+    config = CrossbarConfig(tile=Tile(rows=10))
+    ideal = mvm(x, program(W, config), config)
+    errors = []
+    for limit in (100.0, 2.0, 1.0, 0.5):
+        each = changed(config, tile__current_limit=limit)
+        state = program(W, each)
+        assert state.plan.path == "definition"
+        errors.append(rms(mvm(x, state, each) - ideal))
+    assert errors[0] < 1e-5
+    assert errors[0] < errors[1] < errors[2] < errors[3]
+
+
+def test_nonlinear_cells():
+    """One-bit pulses see G at the read voltage; wider ones see less current at part of it, as sinh says."""
+    W, x = problem()
+    serial = CrossbarConfig(device=Device(iv=Sinh(read_voltage=0.5)))
+    ideal = CrossbarConfig()
+    np.testing.assert_allclose(mvm(x, program(W, serial), serial), mvm(x, program(W, ideal), ideal), rtol=0, atol=1e-4)
+    wide = changed(serial, dac__slice_bits=None, dac__scaling="fixed")
+    n = np.rint(np.asarray(x, float) * 127) / 127
+    state = program(W, wide)
+    bent = np.sinh(n * 2.0) / np.sinh(2.0) @ np.asarray(programmed_weights(state, wide), float)
+    np.testing.assert_allclose(mvm(x, state, wide), bent, rtol=0, atol=1e-4)
+    assert np.abs(bent - np.asarray(x @ W)).max() > 0.5
+
+
+def test_mismatch_of_converters():
+    """Gains scale and offsets shift each column's codes; both are drawn once per chip."""
+    W, x = problem(d_out=4)
+    config = CrossbarConfig(
+        cell=Cell(bits=(8,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=given(30.0, slices=1, bits=16)
+    )
+    ideal = mvm(x, program(W, config), config)
+    keys = jax.random.split(KEY, 4000)
+
+    def reads(**errors):
+        each = dataclasses.replace(config, adc=dataclasses.replace(config.adc, **errors))
+        return np.asarray(jax.jit(jax.vmap(lambda key: mvm(x, program(W, each, key), each)))(keys), float)
+
+    gain = reads(gain_error=0.03) / np.asarray(ideal) - 1
+    spread = 5 / np.sqrt(2 * len(keys))
+    big = np.abs(np.asarray(ideal)) > 0.5
+    np.testing.assert_allclose(gain.std(0)[big] / 0.03, 1, atol=spread + 0.01)
+    both = big[0] & big[1]
+    assert both.any()
+    np.testing.assert_allclose(gain[:, 0][:, both], gain[:, 1][:, both], atol=0.01)  # a column's gain is every input's
+    offset = reads(offset_error=0.2) - np.asarray(ideal)
+    scale = float(jnp.max(jnp.abs(W))) * 255 / 127  # the weight that one unit of current stands for
+    np.testing.assert_allclose(offset.std(0) / (0.2 * scale), 1, atol=spread + 0.01)
+    np.testing.assert_allclose(offset[:, 0], offset[:, 3], atol=0.02)
+    correlation = np.corrcoef(offset[:, 0].T)
+    assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(len(keys))
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(two_sided=True), Encoding(kind="offset"), UNIT])
+def test_measured_conductances(encoding):
+    """Every cell's own target, read back, is the same chip; a measured error is W's."""
+    config = CrossbarConfig(cell=Cell(on_off_ratio=8.0), encoding=encoding, tile=Tile(rows=10, cols=5))
+    W, x = problem()
+    perfect = program(W, config, path="definition")
+    tops = np.asarray(levels(config)).reshape(-1, 1, 1, 1, 1, 1)
+    G = 1 / 8 + np.asarray(perfect.cells) / tops * (7 / 8)
+    again = program(W, config, conductances=jnp.asarray(G, jnp.float32))
+    np.testing.assert_allclose(again.codes, perfect.codes, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(mvm(x, again, config), mvm(x, perfect, config), rtol=0, atol=1e-4)
+    rng = np.random.default_rng(0)
+    measured = jnp.asarray(np.maximum(G + rng.normal(scale=0.02, size=G.shape), 0), jnp.float32)
+    state = program(W, config, conductances=measured)
+    n = np.rint(np.asarray(x, float) / np.abs(np.asarray(x)).max(1, keepdims=True) * 127)
+    wanted = n * np.abs(np.asarray(x)).max(1, keepdims=True) / 127 @ np.asarray(programmed_weights(state, config))
+    for path in ("product", "definition"):
+        y = mvm(x, program(W, config, conductances=measured, path=path), config)
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3)
+    assert rms(wanted - x @ W) > 0.01
+
+
+# Memory
+
+
+def compiled(x, state, config):
+    leaves, structure = jax.tree.flatten(state)
+    read = jax.jit(lambda x, leaves: mvm(x, jax.tree.unflatten(structure, leaves), config))
+    return read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes, read(x, leaves)
+
+
+def test_the_block_of_all_conversions_never_exists(monkeypatch):
+    """512 x 512, 256 inputs: [J 7, K 4, R 4, B 256, cols 512] float32 is 59 MB; a read keeps to its budget."""
+    config = CrossbarConfig(adc=ADC(bits=8, range="max"))
+    W, x = problem(512, 512, 256)
+    state = program(W, config, path="definition")
+    whole = 7 * 4 * 4 * 256 * 512 * 4
+    sizes, results = [], []
+    for budget in (2**28, 2**20):
+        monkeypatch.setattr(module, "BUDGET", budget)
+        size, y = compiled(x, state, config)
+        sizes.append(size)
+        results.append(y)
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-6 * float(jnp.abs(results[0]).max()))
+    assert sizes[0] >= whole
+    assert sizes[1] < whole / 4
+
+
+def test_a_large_layer_keeps_to_the_stated_budget():
+    """1024 x 1024, 1024 inputs: the block of all conversions would be 940 MB."""
+    config = CrossbarConfig(adc=ADC(bits=8, range="max"))
+    W, x = problem(1024, 1024, 1024)
+    state = program(W, config, path="definition")
+    leaves, structure = jax.tree.flatten(state)
+    read = jax.jit(lambda x, leaves: mvm(x, jax.tree.unflatten(structure, leaves), config))
+    temporary = read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes
+    assert 7 * 4 * 8 * 1024 * 1024 * 4 > 3 * module.BUDGET
+    assert temporary < 1.5 * module.BUDGET
