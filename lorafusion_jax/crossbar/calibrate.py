@@ -95,7 +95,8 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     """Return the state with ADC ranges that cover `adc.quantile` of the conversions seen.
 
     Ranges of the weight slices are powers of two apart, so that shift-and-add stays shifts. Where column sums are
-    integers, no step is finer than one of them. A range wide enough to lose nothing turns the read into one product.
+    integers, steps are whole: of 1, 2, 4, ... levels the one with the least squared error on the sums seen, clipped
+    ones among them. A range wide enough to lose nothing turns the read into one product.
 
     Args:
       state: one chip's, or with leading axes like those of the statistics.
@@ -112,15 +113,15 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
         raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
     dtype = statistics.histogram.dtype
-    reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
     bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(state, config)])
-    high = reached.astype(dtype) / BINS * jnp.broadcast_to(bound, reached.shape)
-    lsb = high / codes(config)[1]
     if state.plan.integers and config.device.read_noise is None:
-        lsb = jnp.maximum(lsb, 1)
-    base = jnp.max(lsb, axis=-1, keepdims=True)
-    # 1e-3: a ratio that is a power of two but for rounding stays one.
-    lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
+        lsb = _whole_steps(statistics.histogram, bound, codes(config)[1])
+    else:
+        reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
+        lsb = reached.astype(dtype) / BINS * jnp.broadcast_to(bound, reached.shape) / codes(config)[1]
+        base = jnp.max(lsb, axis=-1, keepdims=True)
+        # 1e-3: a ratio that is a power of two but for rounding stays one.
+        lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
     units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])
     top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
@@ -133,6 +134,15 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     if all(plan.path == "product" for plan in plans) and state.plan.path != "definition":
         return dataclasses.replace(state, plan=plans[0], columns=None, cells=None)
     return state
+
+
+def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"], top: int) -> Float[Array, "*N K"]:
+    """Return the steps of 1, 2, 4, ... levels that quantise integer sums with the least squared error."""
+    sums = jnp.round((jnp.arange(BINS, dtype=bound.dtype) + 0.5)[None] / BINS * bound[:, None])
+    steps = 2.0 ** jnp.arange(24, dtype=bound.dtype)[:, None, None]
+    read = steps * jnp.clip(jnp.round(sums[None] / steps), 0, top)
+    errors = jnp.einsum("...kb,skb->...ks", histogram, jnp.square(read - sums[None]), precision="highest")
+    return steps[:, 0, 0][jnp.argmin(errors, axis=-1)]
 
 
 def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, ...]:

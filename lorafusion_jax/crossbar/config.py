@@ -156,7 +156,7 @@ class ADC:
     convert: Literal["slice", "sum"] = "slice"
     separate: bool = False
     quantile: float = 0.9995
-    clip_share: float = 0.01
+    clip_share: float = 0.02
     limits: Any = None
     gain_error: Physical = None
     offset_error: Physical = None
