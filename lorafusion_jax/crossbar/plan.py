@@ -145,7 +145,10 @@ def _sums_integers(config: CrossbarConfig) -> bool:
         return False
     if adc is not None and (adc.offset_error is not None or adc.gain_error is not None):
         return False
-    subtracted = config.encoding.kind == "differential" and not (adc is not None and adc.separate)
+    separate = adc is not None and adc.separate
+    if separate and config.encoding.two_sided:
+        return False  # halves of odd digits
+    subtracted = config.encoding.kind == "differential" and not separate
     return config.cell.on_off_ratio is None or subtracted  # else Gmin reaches the ADC
 
 

@@ -141,6 +141,7 @@ def program(
             drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
             offset = like(config.adc.offset_error, weights) * drawn * units
     columns = units = variance = occupied = None
+    halves = config.encoding.two_sided  # whose squares are no integers
     if cells is not None and config.device.read_noise is not None and chosen.path != "definition":
         variance = arrays.column_variances(powers(cells, config), shape, config)
         if chosen.path == "product":
@@ -155,10 +156,10 @@ def program(
             columns, units = arrays.unflipped(columns, flipped, shape, config)
         if chosen.path == "planes":
             columns = to_planes(columns, max(config.weight_slices))
-        elif chosen.integers and (units is None or variance is None or variance.shape[3] == 1):
+        elif chosen.integers and (variance is None or variance.shape[3] == 1 or not (flipped is not None or halves)):
             columns, variance, chosen = _packed(columns, variance, config, chosen, asked=path is not None)
         elif chosen.path == "packed":
-            raise ValueError("path='packed' has no room for the noise of flipped columns: leave path out")
+            raise ValueError("path='packed' has no room for this noise: leave path out")
         if chosen.path == "loop" and chosen.integers:
             occupied = jnp.any(columns != 0, axis=(2, 3))
     # The scale cancels in a read: its own dependence on the largest weight is no part of the gradient.
