@@ -18,7 +18,6 @@ from .setup import Setup
 from .step import objective
 from .sweep import Path, over_seeds
 
-
 # What arrays are read for beside training: the first of the numbers that make a read's noise.
 VALIDATION, SEARCH, GENERATION, LOSS = range(4)
 

@@ -35,7 +35,8 @@ def program(graph: nnx.GraphDef, frozen: Frozen, rules: Rules, key: Array) -> Fr
     Raises:
       ValueError: a pattern matches nothing, or a weight cannot be programmed.
     """
-    model, pool = nnx.merge(graph, frozen.base), frozen.pool
+    # A copy of the state: merged models share its variables, and the digital one must stay as it is.
+    model, pool = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base)), frozen.pool
     base = {name: dense(weight, jnp.float32) for name, weight in matrices(model).items()}
     modules = {} if pool is None else {"A": pool.A, "B": pool.B}
     modules = {factor: {s: dense(w, jnp.float32) for s, w in by_site.items()} for factor, by_site in modules.items()}
