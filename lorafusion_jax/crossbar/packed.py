@@ -1,6 +1,6 @@
 """Products of packed slices: two or three column sums out of one float32 product.
 
-For batches too small to pay for the tables of `lookup`. See `packing` for the certificate.
+For input slices too wide for the tables of `lookup`, which are faster otherwise. See `packing` for the certificate.
 
 Axis letters: B batch, K weight slices, k those of one word, W words, R row tiles.
 """

@@ -18,10 +18,11 @@ from .device import Device, realise
 from .drift import drift_compensation
 from .noise import powers
 from .normal import normal
-from .packing import FLOAT_BITS, INT_BITS, Packed, certify, extent, pack
+from .packing import Packed
 from .plan import Path, Plan, choose, worst_case
 from .planes import to_planes
 from .values import is_traced, like
+from .words import pack_columns, pack_pairs
 
 # Purposes of a chip's key besides those of `device.realise`.
 _GAIN, _OFFSET = 16, 17
@@ -109,7 +110,11 @@ def program(
 
     cells = flipped = gain = offset = pulses = None
     codes = exact
-    if not perfect or config.device.read_noise is not None or chosen.path != "product":
+    mismatch = config.adc is not None and (config.adc.gain_error is not None or config.adc.offset_error is not None)
+    signed = config.encoding.kind == "differential" and not arrays.converts_each(config)
+    # Perfect pairs of cells are read as signed digits: neither has to be written down on its own.
+    paired = perfect and signed and config.device.read_noise is None and not mismatch and chosen.path != "definition"
+    if not paired and (not perfect or config.device.read_noise is not None or chosen.path != "product"):
         cells, flipped = encoding.to_arrays(slices, config)
     if cells is not None and not perfect:
         g_min = like(config.g_min, weights)
@@ -150,18 +155,23 @@ def program(
                 worth = worth * jnp.asarray(encoding.levels(config), dtype) / (1 - like(config.g_min, weights))
             variance = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
             variance = encoding.join(variance, rows, 0, front=True)
-    if cells is not None and chosen.path not in ("definition", "product"):
-        columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
+    if paired and chosen.path not in ("product", "planes"):
+        columns, chosen = pack_pairs(exact, rows, config, chosen, asked=path is not None)
+    elif chosen.path not in ("definition", "product"):
+        if cells is None:
+            columns = encoding.split(slices, rows, 1, front=True)
+        else:
+            columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
         if flipped is not None:
             columns, units = arrays.unflipped(columns, flipped, shape, config)
         if chosen.path == "planes":
             columns = to_planes(columns, max(config.weight_slices))
         elif chosen.integers and (variance is None or variance.shape[3] == 1 or not (flipped is not None or halves)):
-            columns, variance, chosen = _packed(columns, variance, config, chosen, asked=path is not None)
+            columns, variance, chosen = pack_columns(columns, variance, config, chosen, asked=path is not None)
         elif chosen.path == "packed":
             raise ValueError("path='packed' has no room for this noise: leave path out")
-        if chosen.path == "loop" and chosen.integers:
-            occupied = jnp.any(columns != 0, axis=(2, 3))
+    if chosen.path == "loop" and chosen.integers:
+        occupied = jnp.any(columns != 0, axis=(2, 3))
     # The scale cancels in a read: its own dependence on the largest weight is no part of the gradient.
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), shape, config)
     return ArrayState(
@@ -181,47 +191,6 @@ def program(
         shape=shape,
         plan=chosen,
     )
-
-
-def _packed(
-    columns: Float[Array, "k R rows _cols"],
-    variance: Float[Array, "k R rows _cols"] | None,
-    config: CrossbarConfig,
-    plan: Plan,
-    *,
-    asked: bool,
-) -> tuple[Packed | Array, Array | None, Plan]:
-    """Return integer columns in words, with their variances where these are integers too, and the plan with it.
-
-    Certified by the columns' own sums where they are known, else by what any weights could sum up to. Columns stay
-    as they are where tables are not asked for and a product would hold one slice only.
-    """
-    together = config.adc is not None and config.adc.convert == "sum"
-    top = encoding.input_top(config) if together else encoding.pulse(config)
-    signed = config.signed_inputs
-    squares = None if variance is None or variance.shape[3] == 1 else variance
-    low, high = extent(columns, top, signed=signed)
-    spans, most = high - low, top**2 * jnp.sum(jnp.zeros_like(columns) if squares is None else squares, axis=2)
-    if is_traced((spans, most)):
-        level = np.asarray([*encoding.levels(config)] * (len(columns) // len(config.weight_slices)))
-        span = level * columns.shape[2] * top * (1 + (signed or config.encoding.kind == "differential"))
-        bounds = span, level**2 * columns.shape[2] * top**2 * (2 if config.encoding.two_sided else 1)
-    else:
-        bounds = np.max(np.asarray(spans), axis=(1, 2)), np.max(np.asarray(most), axis=(1, 2))
-    counted = () if squares is None else tuple(int(v) for v in bounds[1])
-    word_bits = INT_BITS if plan.path == "lookup" else FLOAT_BITS
-    packing = certify(tuple(int(v) for v in bounds[0]), word_bits, counted)
-    worse = packing is None or asked or together or len(packing.words) == len(columns)
-    if packing is None or (plan.path == "loop" and worse):
-        if plan.path == "packed":
-            raise ValueError(f"path='packed': sums of up to {max(bounds[0]):.0f} levels do not fit {word_bits} bits")
-        return columns, variance, plan
-    plan = dataclasses.replace(plan, packing=packing)
-    if plan.path == "loop":
-        reason = f"{len(columns)} conversions come out of {len(packing.words)} products of integers"
-        plan = dataclasses.replace(plan, path="packed", reason=reason)
-    packed = pack(columns, packing, top, signed=signed, variances=squares)
-    return packed, variance if squares is None else None, plan
 
 
 def columns_of(state: ArrayState, config: CrossbarConfig) -> Float[Array, "k R rows cols"]:
