@@ -27,9 +27,8 @@ _SIZE, _BATCH = 1024, 256
 _CHIPS, _CHIP_SIZE, _CHIP_BATCH = 16, 512, 64
 _REPEATS = 7
 _TEMPORARY_BYTES, _COMPILE_SECONDS = 32 * 2**20, 3.0
-_CONFIG = crossbar.CrossbarConfig(
-    dac=crossbar.DAC(signed=False, scaling="fixed", limit=1.0), adc=crossbar.ADC(bits=8, range="calibrated")
-)
+_DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
+_CONFIG = crossbar.CrossbarConfig(dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated"))
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 
@@ -69,7 +68,7 @@ def _cases() -> list[dict[str, Any]]:
     key = jax.random.key(0)
     w = jax.random.normal(key, (_SIZE, _SIZE))
     x = jax.random.uniform(jax.random.fold_in(key, 1), (_BATCH, _SIZE))
-    config, signed = _CONFIG, _with(_CONFIG, dac=dataclasses.replace(_CONFIG.dac, signed=True))
+    config, signed = _CONFIG, _with(_CONFIG, dac=dataclasses.replace(_DAC, signed=True))
     floor, single = _products(_BATCH, _SIZE, 32), _products(_BATCH, _SIZE, 1)
     cases = [
         _read("integer cells, unsigned inputs", w, x, config, floor, (0.60, 0.20)),

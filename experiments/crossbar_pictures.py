@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # With XLA's fused dots on CPUs, IR drop on arrays of 128 x 128 came out wrong or crashed (jaxlib 0.10.2).
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
@@ -88,7 +88,12 @@ def adc() -> Any:
     """Error against ADC bits, for the three ways to choose its range."""
     bits = list(range(4, 12))
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for range_, colour, marker in (("max", ORANGE, "s"), ("granular", GREEN, "^"), ("calibrated", BLUE, "o")):
+    ranges: list[tuple[Literal["max", "granular", "calibrated"], str, str]] = [
+        ("max", ORANGE, "s"),
+        ("granular", GREEN, "^"),
+        ("calibrated", BLUE, "o"),
+    ]
+    for range_, colour, marker in ranges:
         errors = [_error(dataclasses.replace(BASE, adc=ADC(bits=b, range=range_))) for b in bits]
         _say(f"adc {range_}", bits, errors)
         axis.semilogy(bits, errors, marker=marker, color=colour, label=range_)

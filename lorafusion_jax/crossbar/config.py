@@ -9,7 +9,8 @@ current is at most the number of rows of its array.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -22,10 +23,13 @@ from .values import Physical, is_traced
 _CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
 
-def _register(*meta: str):
+_Class = TypeVar("_Class", bound=type)
+
+
+def _register(*meta: str) -> Callable[[_Class], _Class]:
     """Register a frozen dataclass as a pytree whose `meta` fields are structure and whose others are values."""
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: _Class) -> _Class:
         names = [field.name for field in dataclasses.fields(cls)]
         return jax.tree_util.register_dataclass(cls, [n for n in names if n not in meta], list(meta))
 

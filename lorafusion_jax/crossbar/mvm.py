@@ -148,7 +148,8 @@ def _product(
     tiled = state.scale.shape[0] > 1
     per_weight = encoding.per_weight(state.scale, state.shape, config)
     y = jnp.dot(n, codes * per_weight if tiled else codes, precision="highest")
-    if state.variance is not None and key is not None:
+    noise = config.device.read_noise
+    if noise is not None and state.variance is not None and key is not None:
         _, cols = encoding.grid(state.shape, config)
         variance = state.variance
         if tiled:
@@ -158,7 +159,7 @@ def _product(
             variance = variance * jnp.square(per_weight)
         worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
         power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
-        spread = jnp.sqrt(jnp.dot(power, variance, precision="highest")) * like(config.device.read_noise.sigma, n)
+        spread = jnp.sqrt(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
         outputs = state.shape[1] + (len(cols) if config.encoding.unit_column else 0)
         drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
         if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs

@@ -134,9 +134,9 @@ def train_seeds(
     def of_seed(
         seed: tuple[Array, TrainState, Batch, Array], shared: tuple[Frozen, Rates]
     ) -> tuple[TrainState, dict[str, Array]]:
-        (number, *of_seed), (frozen, rates) = seed, shared
+        (number, state, batch, index), (frozen, rates) = seed, shared
         frozen = reads(frozen, number)
-        return fusion_step(*of_seed, frozen, rates, graph=graph, method=method, optimisation=optimisation)
+        return fusion_step(state, batch, index, frozen, rates, graph=graph, method=method, optimisation=optimisation)
 
     return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), state, batch, index), (frozen, rates))
 
