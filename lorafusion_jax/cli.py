@@ -15,6 +15,7 @@ subcommands:
   evaluate   a fused run on a task
   generate   a fused run on new text, from a file or standard input
   export     a fused run -> a PEFT adapter or a merged base model
+  crossbar   a fused run on simulated ReRAM arrays: accuracy, errors by site, arrays used
   params     exact trainable counts of every method, without weights
 
 `lorafusion SUBCOMMAND --help` says the rest."""
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "evaluate": _evaluate,
         "generate": _generate,
         "export": _export,
+        "crossbar": _crossbar,
         "params": _params,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -100,6 +102,19 @@ def _export(arguments: Sequence[str]) -> None:
     from .train.export import ExportOptions, export
 
     export(_parse(ExportOptions, arguments, "export"))
+
+
+def _crossbar(arguments: Sequence[str]) -> None:
+    from .train.on_arrays import CrossbarOptions, evaluate_on_arrays, results_path, site_table
+
+    options = _parse(CrossbarOptions, arguments, "crossbar")
+    results = evaluate_on_arrays(options)
+    print(site_table(results))
+    print("seed  chip     exact match %  loss")
+    for chip in ({"chip": "digital", "seeds": results["digital"]}, *results["chips"]):
+        for row in chip["seeds"]:
+            print(f"{row['seed']:<4}  {chip['chip']:<7}  {row['exact_match']:13.1f}  {row['loss']:.4f}")
+    print(f"written to {results_path(options)}")
 
 
 def _params(arguments: Sequence[str]) -> None:

@@ -235,13 +235,14 @@ def test_taps_return_the_statistics_of_every_read():
 
 
 def test_calibration_sets_every_matrix_to_its_own_data():
-    placed = program_tree(_weights(), {"encoder.*[1:3]": None, "*": _CONVERTED}, _KEY)
+    config = dataclasses.replace(_CONVERTED, device=_NOISY.device)
+    placed = program_tree(_weights(), {"encoder.*[1:3]": None, "*": config}, _KEY)
     settled = calibrate_tree(_run, placed, _inputs(3))
     statistics = observe(_run, placed, _inputs(3))
     A = settled["A"]["q"]
     for layer, module in ((0, 0), (3, 2)):
         one = jax.tree.map(lambda leaf, at=(layer, module): leaf[at], (placed["A"]["q"].state, statistics[0]))
-        np.testing.assert_allclose(A.state.limits[layer, module], calibrated(*one, _CONVERTED).limits, rtol=1e-6)
+        np.testing.assert_allclose(A.state.limits[layer, module], calibrated(*one, config).limits, rtol=1e-6)
     assert len(np.unique(np.asarray(A.state.limits[..., -1]))) > 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")

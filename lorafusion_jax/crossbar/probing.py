@@ -37,7 +37,9 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
       ValueError: there are no batches, or a weight is not read by them.
     """
     found = observe(run, weights, batches)
-    settled = [_calibrated(leaf, statistics) for leaf, statistics in zip(_programmed(weights), found, strict=True)]
+    settled = [
+        _calibrated(leaf, statistics) for leaf, statistics in zip(programmed_leaves(weights), found, strict=True)
+    ]
     return _replaced(weights, settled)
 
 
@@ -66,7 +68,7 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
       programmed against its read), clipped (share of the conversions of the slice that clips most)}.
     """
     rows, clipping = [], []
-    for leaf, seen in zip(_programmed(weights), statistics, strict=True):
+    for leaf, seen in zip(programmed_leaves(weights), statistics, strict=True):
         of_leaf = list(_rows(leaf, seen))
         rows += of_leaf
         if (adc := leaf.config.adc) is not None:
@@ -79,9 +81,14 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     return rows
 
 
+def programmed_leaves(weights: Any) -> list[Programmed]:
+    """Return the programmed weights of a tree, in its order."""
+    return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_programmed) if is_programmed(leaf)]
+
+
 @functools.partial(jax.jit, static_argnames=("run",))
 def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Statistics]:
-    leaves = _programmed(reads(weights, number))
+    leaves = programmed_leaves(reads(weights, number))
 
     def total(taps: list[Statistics]) -> Array:
         tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
@@ -131,11 +138,9 @@ def _said(names: dict[str, Any]) -> str:
     return ", ".join([names["site"], *numbers])
 
 
-def _programmed(weights: Any) -> list[Programmed]:
-    return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_programmed) if is_programmed(leaf)]
-
-
 def _replaced(weights: Any, programmed: list[Programmed]) -> Any:
-    """Return the weights with other programmed ones, in the order of `_programmed`."""
+    """Return the weights with other programmed ones, in the order of `programmed_leaves`."""
     following = iter(programmed)
-    return jax.tree.map(lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed)
+    return jax.tree.map(
+        lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed
+    )

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from ..tasks import Example, encode, eval_batches
-from .evaluate import evaluate, generate_seeds
+from .evaluate import Evaluation, evaluate, generate_seeds
+from .methods import Params
 from .options import FuseOptions
 from .run import load_run
-from .setup import Fused, load_fused, prepare
+from .setup import Fused, Setup, load_fused, prepare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,12 @@ class GenerateOptions:
 
 def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
     """Return {seed, exact_match (percent), loss (nats per token)} of every seed of a run."""
+    setup, params, seeds = load_to_evaluate(options)
+    return seed_rows(seeds, evaluate(setup, params, setup.index, batch_size=options.eval_batch))
+
+
+def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, Params, tuple[int, ...]]:
+    """Return what a run computes with, its trained numbers, and its seeds: the first where all say the same."""
     fused, params, config = load_run(options.run)
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)
@@ -66,7 +73,11 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
     setup = dataclasses.replace(prepare(fused), max_new_tokens=config["max_new_tokens"])
     check_modules(setup, fused, config)
     seeds = fused.seeds[:1] if fused.method == "zero-shot" else fused.seeds
-    found = evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
+    return dataclasses.replace(setup, index=setup.index[: len(seeds)]), params, seeds
+
+
+def seed_rows(seeds: tuple[int, ...], found: Evaluation) -> list[dict[str, Any]]:
+    """Return {seed, exact_match (percent), loss (nats per token)} of every seed."""
     return [
         {"seed": seed, "exact_match": match.item(), "loss": loss.item()}
         for seed, match, loss in zip(seeds, found.exact_match, found.loss, strict=True)
