@@ -51,7 +51,9 @@ def column_sums(
         wire = tile.wire
         current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
     elif device.iv is not None:
-        current = jnp.sum(device.iv(v[None, :, None], conductance), axis=1)
+        # Not jnp.sum: see `parasitics.currents`.
+        of_cells = device.iv(v[None, :, None], conductance)
+        current = jnp.einsum("r,prc->pc", jnp.ones_like(v), of_cells, precision="highest")
     else:
         current = jnp.einsum("r,prc->pc", v, conductance, precision="highest")
     if tile.current_limit is not None:

@@ -104,7 +104,7 @@ def currents(
     tolerance = like(wire.tolerance, G)
 
     def unsolved(residual: Array) -> Array:
-        return ~(jnp.max(jnp.abs(residual)) <= tolerance)
+        return ~jnp.all(jnp.abs(residual) <= tolerance)
 
     def proceed(state: tuple[Array, ...]) -> Array:
         _, _, residual, _, iteration = state
@@ -120,4 +120,7 @@ def currents(
     residual = error(applied)
     start = (applied, first * residual, residual, first, jnp.int32(0))
     V, _, residual, _, _ = jax.lax.while_loop(proceed, improve, start)
-    return jnp.where(unsolved(residual), jnp.nan, jnp.sum(cell(V), 0))
+    # A product with ones: vmapped to seven axes or more, XLA of jaxlib 0.10.2 gets a sum over one axis of G V wrong on
+    # CPUs, silently or with a crash (https://github.com/jax-ml/jax/issues/40412).
+    total = jnp.dot(jnp.ones_like(v), cell(V), precision=exact)
+    return jnp.where(unsolved(residual), jnp.nan, total)
