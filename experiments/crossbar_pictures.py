@@ -6,13 +6,9 @@ minutes on two busy cores.
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-# With XLA's fused dots on CPUs, IR drop on arrays of 128 x 128 came out wrong or crashed (jaxlib 0.10.2).
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
 
 import jax
 import jax.numpy as jnp
