@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.device import Sinh
 from lorafusion_jax.crossbar.parasitics import Wire, currents
 
@@ -112,6 +113,36 @@ def relax(v: np.ndarray, G: np.ndarray, row: float, column: float, gamma: float,
             return current.sum(0)
         V = V + gamma * error
     raise AssertionError("did not converge")
+
+
+def in_arrays(x: np.ndarray, W: np.ndarray, R: float) -> np.ndarray:
+    """Return x W of 8-bit integers, bit by bit through differential arrays of 2-bit cells."""
+    y = np.zeros((len(x), W.shape[1]))
+    for low in (0, 2, 4, 6):
+        for sign in (1, -1):
+            G = ((np.maximum(sign * W, 0) >> low) & 3) / 3
+            for j in range(7):
+                u = np.sign(x) * ((np.abs(x) >> j) & 1)
+                current = np.stack([relax(v.astype(float), G, R, R, 0.9, 1e-10) for v in u])
+                y += sign * 2.0 ** (low + j) * 3 * current
+    return y
+
+
+@pytest.mark.parametrize("inputs", [1, 4])
+@pytest.mark.parametrize("size", [16, 128])
+def test_a_compiled_product_is_right_every_time(inputs, size):
+    rng = np.random.default_rng(0)
+    W, x = rng.integers(-127, 128, (size, size)), rng.integers(-127, 128, (inputs, size))
+    W[0, 0], x[:, 0] = 127, 127  # the scales are 1
+    wire = Wire(row_resistance=1e-4, column_resistance=1e-4)
+    config = crossbar.CrossbarConfig(tile=crossbar.Tile(rows=size, cols=size, wire=wire))
+    state = crossbar.program(jnp.asarray(W, jnp.float32), config)
+    product = jax.jit(lambda x: crossbar.mvm(x, state, config))
+    one_more_axis = jax.jit(jax.vmap(lambda x: crossbar.mvm(x, state, config)))
+    wanted, x = in_arrays(x, W, 1e-4), jnp.asarray(x, jnp.float32)
+    for _ in range(5):
+        for y in (product(x), one_more_axis(x[None])[0]):
+            assert np.linalg.norm(y - wanted) < 1e-4 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("gamma, tolerance", [(0.9, 2e-4), (1.0, 1e-3), (0.5, 1e-10)])

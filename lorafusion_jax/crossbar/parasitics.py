@@ -120,7 +120,7 @@ def currents(
     residual = error(applied)
     start = (applied, first * residual, residual, first, jnp.int32(0))
     V, _, residual, _, _ = jax.lax.while_loop(proceed, improve, start)
-    # A product with ones: vmapped to seven axes or more, XLA of jaxlib 0.10.2 gets a sum over one axis of G V wrong on
-    # CPUs, silently or with a crash (https://github.com/jax-ml/jax/issues/40412).
+    # Not jnp.sum: vmapped to seven axes or more, jaxlib 0.10.2 gets the sum of G V over one of them wrong on CPUs, or
+    # crashes (https://github.com/jax-ml/jax/issues/40412).
     total = jnp.dot(jnp.ones_like(v), cell(V), precision=exact)
     return jnp.where(unsolved(residual), jnp.nan, total)
