@@ -155,7 +155,7 @@ def program(
                 worth = worth * jnp.asarray(encoding.levels(config), dtype) / (1 - like(config.g_min, weights))
             variance = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
             variance = encoding.join(variance, rows, 0, front=True)
-    if paired and chosen.path not in ("product", "planes"):
+    if paired and chosen.integers and chosen.path not in ("product", "planes"):
         columns, chosen = pack_pairs(exact, rows, config, chosen, asked=path is not None)
     elif chosen.path not in ("definition", "product"):
         if cells is None:
