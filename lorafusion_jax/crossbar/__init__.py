@@ -26,6 +26,7 @@ from .programming import (
     Proportional,
     WriteVerify,
 )
+from .saved import load_state, save_state
 from .segments import Segments, map_layers, scan_layers
 from .serialise import config_hash, load_config, save_config
 from .state import ArrayState, program, programmed_weights
@@ -71,6 +72,7 @@ __all__ = [
     "drift_compensation",
     "explain",
     "load_config",
+    "load_state",
     "map_layers",
     "mvm",
     "observe",
@@ -80,6 +82,7 @@ __all__ = [
     "programmed_weights",
     "reads",
     "save_config",
+    "save_state",
     "scan_layers",
     "site_errors",
 ]

@@ -1,0 +1,72 @@
+"""Chips on disk: an `ArrayState` in one .npz file, with the hash of the configuration that it was programmed under."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .config import CrossbarConfig
+from .packing import Packed, Packing
+from .plan import Plan
+from .serialise import config_hash
+from .state import ArrayState
+
+_META = "meta_json"
+_STATIC = ("shape", "plan")
+
+
+def save_state(state: ArrayState, config: CrossbarConfig, path: str | Path) -> None:
+    """Write a programmed chip, or a stack of them.
+
+    Args:
+      state: the arrays.
+      config: of the crossbar.
+      path: an .npz file; replaced as a whole, or not at all.
+    """
+    path = Path(path)
+    arrays: dict[str, Any] = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if field.name in _STATIC or value is None:
+            continue
+        parts = value._asdict() if isinstance(value, Packed) else {"": value}
+        arrays |= {f"{field.name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
+    meta = {"config": config_hash(config), "shape": state.shape, "plan": dataclasses.asdict(state.plan)}
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        np.savez(file, **(arrays | {_META: np.array(json.dumps(meta))}))
+    temporary.replace(path)
+
+
+def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
+    """Read a programmed chip.
+
+    Args:
+      path: from `save_state`.
+      config: that it was programmed under.
+
+    Raises:
+      ValueError: the file holds no chip, or one of another configuration.
+    """
+    with np.load(path) as file:
+        if _META not in file:
+            raise ValueError(f"{path} holds no programmed arrays: give a file that save_state wrote")
+        meta = json.loads(str(file[_META]))
+        stored = {name: jnp.asarray(file[name]) for name in file.files if name != _META}
+    if meta["config"] != config_hash(config):
+        raise ValueError(
+            f"{path} was programmed under another configuration ({meta['config'][:12]}, this one is "
+            f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
+        )
+    packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
+    fields: dict[str, Any] = {f.name: stored.get(f.name) for f in dataclasses.fields(ArrayState) if f.name not in _STATIC}
+    if packed:
+        fields["columns"] = Packed(**packed)
+    plan = dict(meta["plan"])
+    if plan["packing"] is not None:
+        places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
+        plan["packing"] = Packing(**places)
+    return ArrayState(**fields, shape=tuple(meta["shape"]), plan=Plan(**plan))
