@@ -35,9 +35,10 @@ def save_state(state: ArrayState, config: CrossbarConfig, path: str | Path) -> N
         parts = value._asdict() if isinstance(value, Packed) else {"": value}
         arrays |= {f"{field.name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
     meta = {"config": config_hash(config), "shape": state.shape, "plan": dataclasses.asdict(state.plan)}
+    arrays[_META] = np.array(json.dumps(meta))
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
-        np.savez(file, **(arrays | {_META: np.array(json.dumps(meta))}))
+        np.savez(file, allow_pickle=False, **arrays)
     temporary.replace(path)
 
 
@@ -62,7 +63,8 @@ def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
     packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
-    fields: dict[str, Any] = {f.name: stored.get(f.name) for f in dataclasses.fields(ArrayState) if f.name not in _STATIC}
+    names = [field.name for field in dataclasses.fields(ArrayState) if field.name not in _STATIC]
+    fields: dict[str, Any] = {name: stored.get(name) for name in names}
     if packed:
         fields["columns"] = Packed(**packed)
     plan = dict(meta["plan"])
