@@ -45,6 +45,41 @@ def test_fuse_on_a_converted_pool_equals_the_adapter_folders(run, tmp_path):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
 
+def test_crossbar_puts_a_run_on_arrays(run, tmp_path, capsys):
+    cli.main(["crossbar", "--run", str(run), "--config", "isaac", "--calibration-rows", "4"])
+    printed = capsys.readouterr().out
+    results = json.loads((run / "crossbar-isaac.json").read_text())
+    evaluated = json.loads((run / "results.json").read_text())["seeds"]
+    for digital, on_chip, recorded in zip(results["digital"], results["chips"][0]["seeds"], evaluated, strict=True):
+        assert digital["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
+        # ISAAC's 16 bits and lossless conversions.
+        assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-3)
+        assert f"{on_chip['seed']:<4}  {0:<7}  {on_chip['exact_match']:13.1f}  {on_chip['loss']:.4f}" in printed
+    sites = {site["site"]: site for site in results["sites"]}
+    assert len(sites) == 18 + 1 + 12 and sum(site["arrays"] for site in sites.values()) == results["arrays"]
+    A, wo = sites["pool.A.encoder.self.q"], sites["encoder.ff.wo"]
+    assert A["utilisation"] == 96 * 16 / 128**2 and A["arrays"] == A["matrices"] * 8
+    assert (wo["shape"], wo["arrays"]) == ([256, 96], 2 * 2 * 8)  # layers x row tiles x weight slices
+    assert all(row["sqnr"] > 70 for row in results["chips"][0]["matrices"])
+    for name in ("pool.B.decoder.cross.v[0:2]", "head"):
+        assert f"\n{name} " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "isac"], "no preset 'isac': choose one of ideal, isaac"),
+        (["--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
+        (["--chips", "0"], "chips is 0: wanted at least 1"),
+        (["--digital", "embedding"], "the rule 'embedding' matches no weight: there are decoder.cross.k"),
+    ],
+)
+def test_crossbar_says_what_is_wrong(run, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["crossbar", "--run", str(run), *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_evaluate_generate_and_export(run, pool, tmp_path, capsys):
     cli.main(["evaluate", "--run", str(run), "--test-rows", "4"])
     assert capsys.readouterr().out.startswith("seed  exact match %  loss\n1 ")
