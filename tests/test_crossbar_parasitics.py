@@ -222,6 +222,20 @@ def test_nonlinear_cells():
         np.testing.assert_allclose(y, (G * np.sinh(a * V) / np.sinh(a)).sum(0), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [16, 128])
+def test_a_compiled_product_of_nonlinear_cells_is_right_every_time(size):
+    rng = np.random.default_rng(0)
+    W, x = rng.integers(-127, 128, (size, size)), rng.integers(-127, 128, (1, size))
+    W[0, 0], x[:, 0] = 127, 127
+    tile, device = crossbar.Tile(rows=size, cols=size), crossbar.Device(iv=Sinh(read_voltage=0.5))
+    config = crossbar.CrossbarConfig(tile=tile, device=device)
+    state = crossbar.program(jnp.asarray(W, jnp.float32), config)
+    product = jax.jit(lambda x: crossbar.mvm(x, state, config))
+    # One-bit inputs read at full voltage, where a cell's current is G.
+    for _ in range(5):
+        np.testing.assert_allclose(product(jnp.asarray(x, jnp.float32)), x @ W, rtol=1e-5, atol=1e-5 * size * 127**2)
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
