@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from lorafusion_jax.crossbar.probing import calibrate_tree, observe, site_errors
 from lorafusion_jax.crossbar.programmed import Programmed, reads
 from lorafusion_jax.crossbar.programming import Independent
 from lorafusion_jax.crossbar.segments import Segments, map_layers, scan_layers
+from lorafusion_jax.crossbar.state import program, programmed_weights
 from lorafusion_jax.crossbar.tree import program_tree
 from lorafusion_jax.linear import dense, is_in_arrays, matmul
 
@@ -138,6 +140,18 @@ def test_a_noise_level_is_an_axis_and_has_a_gradient():
     errors = jax.jit(jax.vmap(error))(levels)
     np.testing.assert_allclose(errors, [error(float(level)) for level in levels], rtol=1e-4)
     assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize(("device", "path"), [(Device(), "packed"), (_NOISY.device, "loop")])
+def test_the_reads_of_a_model_avoid_tables_which_compile_slowly(device, path):
+    config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=device)
+    weight, x = _weights()["head"], _inputs(1)[0]
+    placed = program_tree({"head": weight}, {"*": config}, _KEY)["head"]
+    assert placed.state.plan.path == path
+    chip = jax.random.fold_in(jax.random.fold_in(_KEY, zlib.crc32(b"head")), 0)
+    tables = program(weight, config, chip, path="lookup")
+    np.testing.assert_allclose(placed.weights(), programmed_weights(tables, config), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(matmul(x, placed), mvm(x, tables, config), rtol=1e-5, atol=1e-5)
 
 
 # Reads.

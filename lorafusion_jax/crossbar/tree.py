@@ -103,7 +103,14 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
     lead, shape = weight.shape[:-2], weight.shape[-2:]
 
     def of_one(matrix_and_key: tuple[Array, Array]) -> ArrayState:
-        return program(matrix_and_key[0], structure.config(values), matrix_and_key[1])
+        matrix, key = matrix_and_key
+        state = program(matrix, structure.config(values), key)
+        if state.plan.path == "lookup":
+            # Tables compile in 2 to 4 s where products take less than one, are hardly faster or slower to read, and a
+            # model compiles dozens of reads at once.
+            path = "packed" if state.plan.integers else "loop"
+            state = program(matrix, structure.config(values), key, path=path)
+        return state
 
     if not lead:
         return of_one((weight, keys))
