@@ -141,6 +141,4 @@ def _said(names: dict[str, Any]) -> str:
 def _replaced(weights: Any, programmed: list[Programmed]) -> Any:
     """Return the weights with other programmed ones, in the order of `programmed_leaves`."""
     following = iter(programmed)
-    return jax.tree.map(
-        lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed
-    )
+    return jax.tree.map(lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed)

@@ -75,9 +75,7 @@ class RelativeBias(nnx.Module):
         self.bidirectional = bidirectional
         self.table = Base(scale * rngs.params.normal((buckets, heads)))
 
-    def __call__(
-        self, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]
-    ) -> Float[Array, "1 H T S"]:
+    def __call__(self, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]) -> Float[Array, "1 H T S"]:
         """Return the bias of every head for keys as seen from queries."""
         table = self.table[...]
         distance = key_positions[None, :] - query_positions[:, None]
@@ -85,9 +83,7 @@ class RelativeBias(nnx.Module):
         return jnp.take(table, buckets, axis=0).transpose(2, 0, 1)[None]
 
 
-def _bucket(
-    distance: Int[Array, "T S"], buckets: int, max_distance: int, *, bidirectional: bool
-) -> Int[Array, "T S"]:
+def _bucket(distance: Int[Array, "T S"], buckets: int, max_distance: int, *, bidirectional: bool) -> Int[Array, "T S"]:
     """Bucket `key - query` distances: exact up to half the buckets, logarithmic up to `max_distance`."""
     offset = jnp.zeros_like(distance)
     if bidirectional:
@@ -98,8 +94,6 @@ def _bucket(
         distance = -jnp.minimum(distance, 0)
     exact = buckets // 2
     # float32 and this order of operations are Hugging Face's: the bucket edges depend on the rounding.
-    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(
-        jnp.float32(max_distance / exact)
-    )
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(jnp.float32(max_distance / exact))
     far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(distance.dtype), buckets - 1)
     return offset + jnp.where(distance < exact, distance, far)
