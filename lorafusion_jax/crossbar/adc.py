@@ -41,9 +41,7 @@ class Converter(NamedTuple):
 
 def level_units(config: CrossbarConfig) -> tuple[Any, ...]:
     """Return the level units in one unit of the current that is converted, for every weight slice."""
-    together = config.adc is not None and config.adc.convert == "sum"
-    full = encoding.input_top(config) if together else encoding.pulse(config)
-    return tuple(full * top / (1 - config.g_min) for top in encoding.levels(config))
+    return tuple(encoding.converted_top(config) * top / (1 - config.g_min) for top in encoding.levels(config))
 
 
 def codes(config: CrossbarConfig) -> tuple[int, int]:

@@ -79,7 +79,7 @@ def columns(
 
     Unit columns, one of every array, come after all others.
     """
-    if config.encoding.kind == "differential" and not converts_each(config):
+    if config.encoding.kind == "differential" and not config.converts_each:
         return _side_by_side(cells[:, 0] - cells[:, 1], shape, config)
     cells = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
     return _side_by_side(jnp.concatenate(list(jnp.moveaxis(cells, 1, 0))), shape, config)
@@ -92,7 +92,7 @@ def column_variances(
 
     Cells of one column only stand for all columns.
     """
-    if config.encoding.kind == "differential" and not converts_each(config):
+    if config.encoding.kind == "differential" and not config.converts_each:
         return _side_by_side(variances[:, 0] + variances[:, 1], shape, config)
     return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
 
@@ -145,8 +145,3 @@ def _side_by_side(
     values, units = converted[..., :-1], converted[..., -1]
     values = encoding.join(jnp.moveaxis(values, 2, 3), cols, 3)
     return jnp.concatenate([values, units.swapaxes(2, 3)], axis=3)
-
-
-def converts_each(config: CrossbarConfig) -> bool:
-    """Whether positive and negative columns have conversions of their own."""
-    return config.adc is not None and config.adc.separate

@@ -187,7 +187,6 @@ def _sums(
     rows, _ = encoding.grid(state.shape, config)
     tiles = encoding.split(n, rows, axis=0, front=True)
     worth = jnp.asarray(encoding.pulse_significance(config), n.dtype)
-    together = config.adc is not None and config.adc.convert == "sum"
     if state.cells is not None:
         sums = jnp.moveaxis(all_sums(tiles, state.cells, key, config), 1, 0)  # [K, J, R, C, P, cols]
         cols = jnp.asarray(np.any(encoding.cells_in_use(state.shape, config), axis=2), n.dtype)  # [R, C, cols]
@@ -199,7 +198,7 @@ def _sums(
         sums = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:]).swapaxes(0, 1)
         sums = jnp.moveaxis(sums, 2, 1)  # [K, J, conversions of a column, R, cols]
         used = jnp.ones(sums.shape[2:], n.dtype)
-    if together:
+    if config.converts_sums:
         sums = jnp.tensordot(worth, sums, ((0,), (1,)))[:, None]
     used = jnp.broadcast_to(used[None], sums.shape[1:])
     return sums.reshape(len(sums), -1), used.reshape(-1)

@@ -304,8 +304,22 @@ class CrossbarConfig:
     @property
     def signed_sums(self) -> bool:
         """Whether a current that is converted may be negative."""
-        separate = self.adc is not None and self.adc.separate
-        return self.signed_inputs or (self.encoding.kind == "differential" and not separate)
+        return self.signed_inputs or (self.encoding.kind == "differential" and not self.converts_each)
+
+    @property
+    def converts_sums(self) -> bool:
+        """Whether input slices are shifted and added before the ADC: one conversion for all of them."""
+        return self.adc is not None and self.adc.convert == "sum"
+
+    @property
+    def converts_each(self) -> bool:
+        """Whether positive and negative columns have conversions of their own."""
+        return self.adc is not None and self.adc.separate
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether every column's ADC has a gain or an offset of its own."""
+        return self.adc is not None and (self.adc.gain_error is not None or self.adc.offset_error is not None)
 
     @property
     def g_min(self) -> Any:

@@ -43,7 +43,7 @@ def convert_tiles(
     rows, cols = encoding.grid(state.shape, config)
     tiles = encoding.split(n, rows, axis=1, front=True)
     slices = _slices(config)
-    each = 2 if arrays.converts_each(config) else 1
+    each = 2 if config.converts_each else 1
     adc = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
     if state.flipped is not None:  # negated columns
         adc = adc._replace(qmin=-quantise.qmax)
@@ -122,5 +122,4 @@ def _slices(config: CrossbarConfig) -> tuple[int, ...] | None:
     """Return the bits of every input slice that is converted; None for an ideal DAC."""
     if config.dac is None:
         return None
-    together = config.adc is not None and config.adc.convert == "sum"
-    return (config.dac.magnitude_bits,) if together else config.dac.slices
+    return (config.dac.magnitude_bits,) if config.converts_sums else config.dac.slices

@@ -38,7 +38,7 @@ def column_sums(
       The sums, subtracted unless positive and negative columns are converted each.
     """
     g_min, tile, device = like(config.g_min, g), config.tile, config.device
-    subtract = g.shape[0] == 2 and not (config.adc is not None and config.adc.separate)
+    subtract = g.shape[0] == 2 and not config.converts_each
     if device.read_noise is not None and key is not None:
         drawn = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
         g = (drawn - g_min) / (1 - g_min) * top

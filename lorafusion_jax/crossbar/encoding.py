@@ -87,6 +87,11 @@ def cells_in_use(shape: tuple[int, ...], config: CrossbarConfig) -> Bool[np.ndar
     return row[:, None, :, None] & col[None, :, None, :]
 
 
+def converted_top(config: CrossbarConfig) -> int:
+    """Return the largest |u| of one conversion: of an input slice, or of all that are summed before the ADC."""
+    return input_top(config) if config.converts_sums else pulse(config)
+
+
 def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[Array, "_R _cols"]:
     """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out]."""
 

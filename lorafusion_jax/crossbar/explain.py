@@ -9,7 +9,6 @@ import numpy as np
 
 from . import encoding
 from .adc import codes
-from .arrays import converts_each
 from .config import CrossbarConfig
 from .plan import Plan, worst_case
 from .state import ArrayState, program
@@ -111,9 +110,9 @@ def explain(
 
     conversions = 0
     if config.adc is not None:
-        times = 1 if config.adc.convert == "sum" else len(config.input_slices)
+        times = 1 if config.converts_sums else len(config.input_slices)
         columns = d_out + (len(cols) if config.encoding.unit_column else 0)
-        pairs = 2 if converts_each(config) else 1
+        pairs = 2 if config.converts_each else 1
         conversions = times * len(config.weight_slices) * len(rows) * columns * pairs
 
     return Explanation(

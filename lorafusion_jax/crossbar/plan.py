@@ -73,8 +73,7 @@ def choose(
     if limits is not None and limits.shape[0] > 1:
         nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
-    together = config.adc is not None and config.adc.convert == "sum"
-    narrow = config.dac is not None and not together and max(config.dac.slices) <= _NARROW
+    narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
     countable = config.device.read_noise is None and config.mapping.scale != "tile"
     if path is not None:
         if path == "product" and not telescopes:
@@ -133,22 +132,18 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     noise = config.device.read_noise
     if noise is not None and noise.clip:
         return "read noise is clipped cell by cell"
-    if noise is not None and config.adc is not None and config.adc.convert == "sum":
+    if noise is not None and config.converts_sums:
         return "read noise of every input slice adds up before the ADC"
     return None
 
 
 def _sums_integers(config: CrossbarConfig) -> bool:
     """Whether column sums of perfect cells are integers in level units."""
-    adc = config.adc
-    if config.cell.bits is None or config.dac is None:
+    if config.cell.bits is None or config.dac is None or config.mismatched:
         return False
-    if adc is not None and (adc.offset_error is not None or adc.gain_error is not None):
-        return False
-    separate = adc is not None and adc.separate
-    if separate and config.encoding.two_sided:
+    if config.converts_each and config.encoding.two_sided:
         return False  # halves of odd digits
-    subtracted = config.encoding.kind == "differential" and not separate
+    subtracted = config.encoding.kind == "differential" and not config.converts_each
     return config.cell.on_off_ratio is None or subtracted  # else Gmin reaches the ADC
 
 
@@ -170,9 +165,7 @@ def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.n
 
 def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
     """Return the largest |column sum| of one conversion that any weights and inputs could cause."""
-    adc = config.adc
-    together = adc is not None and adc.convert == "sum"
-    largest = encoding.input_top(config) if together else encoding.pulse(config)
+    largest = encoding.converted_top(config)
     half = 2 if config.encoding.flip else 1
     # The unit column of flipped arrays holds ones, and is not flipped.
     return tuple(

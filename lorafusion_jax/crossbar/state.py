@@ -110,10 +110,10 @@ def program(
 
     cells = flipped = gain = offset = pulses = None
     codes = exact
-    mismatch = config.adc is not None and (config.adc.gain_error is not None or config.adc.offset_error is not None)
-    signed = config.encoding.kind == "differential" and not arrays.converts_each(config)
+    signed = config.encoding.kind == "differential" and not config.converts_each
     # Perfect pairs of cells are read as signed digits: neither has to be written down on its own.
-    paired = perfect and signed and config.device.read_noise is None and not mismatch and chosen.path != "definition"
+    quiet = config.device.read_noise is None and not config.mismatched
+    paired = perfect and signed and quiet and chosen.path != "definition"
     if not paired and (not perfect or config.device.read_noise is not None or chosen.path != "product"):
         cells, flipped = encoding.to_arrays(slices, config)
     if cells is not None and not perfect:
@@ -136,7 +136,7 @@ def program(
         cells = (conductances.astype(dtype) - g_min) / (1 - g_min) * top
         codes = arrays.programmed_codes(cells, flipped, shape, config)
     if config.adc is not None and cells is not None and key is not None:
-        conversions = 2 if arrays.converts_each(config) else 1
+        conversions = 2 if config.converts_each else 1
         per_column = (cells.shape[0], conversions, *cells.shape[2:4], cells.shape[5])
         if config.adc.gain_error is not None:
             drawn = normal(jax.random.fold_in(key, _GAIN), per_column, dtype)
@@ -219,10 +219,9 @@ _straight_through.defvjp(lambda real, quantised: (quantised, None), lambda _, co
 
 def is_random(config: CrossbarConfig) -> bool:
     """Whether programming draws random numbers."""
-    device, adc = config.device, config.adc
+    device = config.device
     drifts = device.drift is not None and device.time is not None
-    mismatch = adc is not None and (adc.gain_error is not None or adc.offset_error is not None)
-    return device.programming is not None or device.stuck is not None or drifts or mismatch
+    return device.programming is not None or device.stuck is not None or drifts or config.mismatched
 
 
 def _is_perfect(config: CrossbarConfig) -> bool:

@@ -40,12 +40,12 @@ def pack_columns(
       asked: whether the plan's path was asked for.
     """
     squares = None if variance is None or variance.shape[3] == 1 else variance
-    low, high = extent(columns, _top(config), signed=config.signed_inputs)
-    most = None if squares is None else _top(config) ** 2 * jnp.sum(squares, axis=2)
+    low, high = extent(columns, encoding.converted_top(config), signed=config.signed_inputs)
+    most = None if squares is None else encoding.converted_top(config) ** 2 * jnp.sum(squares, axis=2)
     plan = _certified(plan, high - low, most, columns.shape[2], config, asked=asked)
     if plan.packing is None:
         return columns, variance, plan
-    packed = pack(columns, plan.packing, _top(config), signed=config.signed_inputs, variances=squares)
+    packed = pack(columns, plan.packing, encoding.converted_top(config), signed=config.signed_inputs, variances=squares)
     return packed, variance if squares is None else None, plan
 
 
@@ -61,7 +61,7 @@ def pack_pairs(
       plan: to be completed by the packing.
       asked: whether the plan's path was asked for.
     """
-    top, signed = _top(config), config.signed_inputs
+    top, signed = encoding.converted_top(config), config.signed_inputs
     tiles = encoding.split(codes, rows, 0, front=True)
 
     def span(tile: Float[Array, "rows d_out"]) -> Float[Array, "K d_out"]:
@@ -79,12 +79,6 @@ def pack_pairs(
         return jax.tree.map(lambda leaf: leaf[:, 0], packed)
 
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), jax.lax.map(words, tiles)), plan
-
-
-def _top(config: CrossbarConfig) -> int:
-    """Return the largest |u| of what is converted."""
-    together = config.adc is not None and config.adc.convert == "sum"
-    return encoding.input_top(config) if together else encoding.pulse(config)
 
 
 def _certified(
@@ -106,7 +100,7 @@ def _certified(
       config: of the crossbar.
       asked: whether the plan's path was asked for.
     """
-    count, top = len(spans), _top(config)
+    count, top = len(spans), encoding.converted_top(config)
     if is_traced((spans, most)):
         level = np.asarray([*encoding.levels(config)] * (count // len(config.weight_slices)))
         span = level * rows * top * (1 + (config.signed_inputs or config.encoding.kind == "differential"))
@@ -119,8 +113,7 @@ def _certified(
     if packing is None and plan.path == "packed":
         raise ValueError(f"path='packed': sums of up to {max(span):.0f} levels do not fit {word_bits} bits")
     if plan.path == "loop":
-        together = config.adc is not None and config.adc.convert == "sum"
-        if packing is None or asked or together or len(packing.words) == count:
+        if packing is None or asked or config.converts_sums or len(packing.words) == count:
             return plan
         reason = f"{count} conversions come out of {len(packing.words)} products of integers"
         return dataclasses.replace(plan, path="packed", reason=reason, packing=packing)
