@@ -23,7 +23,7 @@ _Entry = dict[str, Any]
 
 
 def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """Write each task's `example.jsonl` (100 rows that train) and `zero_shot.jsonl` (the test rows) as LoraHub has them.
+    """Write each task's `example.jsonl`, 100 rows that train, and `zero_shot.jsonl`, which test, as LoraHub has them.
 
     Every file is checked against its digest before the first is written. A file that is there already and is
     the same is left alone.
