@@ -1,6 +1,7 @@
-"""What the experiments share: the embedded small pool, the methods by name, a folder to start afresh in."""
+"""What the experiments share: the embedded small pool, runs on it, a folder to start afresh in."""
 
 import contextlib
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -8,20 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafusion_jax import FuseOptions, Recipe, fuse
+from _methods import Entry
+
+from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
 from lorafusion_jax.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"
-
-METHODS: dict[str, dict[str, Any]] = {
-    "zero-shot": {"method": "zero-shot"},
-    "LoraHub": {"method": "lorahub"},
-    "coefficients only": {"method": "coefficients"},
-    "LoRAFusion": {"method": "fusion"},
-    "random pool": {"method": "fusion", "control": "random"},
-    "LoRA": {"method": "lora"},
-}
 
 
 @contextlib.contextmanager
@@ -46,10 +40,13 @@ def convert_small_pool(out: Path) -> None:
     subprocess.run([*script, "--base", SMALL / "base", "--out", out, "--adapters", *adapters], check=True)
 
 
-def fuse_small(
-    task: str, method: str, recipe: Recipe, *, pool: Path, seeds: tuple[int, ...], out: Path, name: str
-) -> dict[str, Any]:
-    """Run one of METHODS on one of the embedded tasks, all seeds in one program, and return the results."""
+def recipe_of(entry: Entry, base: Recipe = PRESETS["default"]) -> Recipe:
+    """Return the recipe of a row of a table."""
+    return dataclasses.replace(base, **entry.recipe, **entry.rates)
+
+
+def fuse_small(task: str, entry: Entry, *, pool: Path, seeds: tuple[int, ...], out: Path, name: str) -> dict[str, Any]:
+    """Run a method on one of the embedded tasks, all seeds in one program, and return the results."""
     options = FuseOptions(
         base=str(SMALL / "base"),
         pool=str(pool),
@@ -57,7 +54,8 @@ def fuse_small(
         seeds=seeds,
         out=out,
         name=name,
-        recipe=recipe,
-        **METHODS[method],
+        method=entry.method,
+        control=entry.control,
+        recipe=recipe_of(entry),
     )
     return fuse(options)

@@ -4,14 +4,14 @@ Everything goes through the commands that a user has. Written to runs/demo: the 
 table.md and plots.
 """
 
-import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from _common import METHODS, ROOT, convert_small_pool, fresh_folder, fuse_small
+from _common import ROOT, convert_small_pool, fresh_folder, fuse_small
+from _methods import METHODS
 
 from lorafusion_jax import PRESETS, cli, load_pool, load_run
 from lorafusion_jax.fusion.coefficients import column_names
@@ -24,20 +24,14 @@ SEEDS = (1, 2, 3)
 TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2")
 OUT_OF_REACH = "reverse_mirror"  # no adapter has its op
 
-# Found by `python experiments/tune.py`: nine trials for each method, on two other tasks and with other seeds.
-RATES: dict[str, dict[str, float]] = {
-    "coefficients only": {"lr_coefficients": 0.3},
-    "LoRAFusion": {"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
-    "random pool": {"lr_coefficients": 0.03, "lr_magnitudes": 0.03},
-    "LoRA": {"lr_lora": 2e-3},
-}
+SHOWN = ("zero-shot", "LoraHub", "coefficients only", "LoRAFusion", "random pool", "LoRA")
 
 
 def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert_small_pool(FOLDER / "pool")
-        jobs = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in METHODS]
+        jobs = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in SHOWN]
         rows, environment = [], {}
         for number, (task, method) in enumerate(jobs, start=1):
             results = _run(task, method)
@@ -49,15 +43,19 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_text(FOLDER / "table.md", table)
         _plot(rows)
         minutes = (time.perf_counter() - began) / 60
-        summary = {"rates": RATES, "minutes": minutes, "environment": environment, "rows": rows}
+        summary = {
+            "rates": {method: METHODS[method].rates for method in SHOWN},
+            "minutes": minutes,
+            "environment": environment,
+            "rows": rows,
+        }
         write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 
 def _run(task: str, method: str) -> dict[str, Any]:
-    recipe = dataclasses.replace(PRESETS["default"], **RATES.get(method, {}))
     name = _name(task, method)
-    return fuse_small(task, method, recipe, pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
+    return fuse_small(task, METHODS[method], pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
 
 
 def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -71,7 +69,7 @@ def _plot(rows: list[dict[str, Any]]) -> None:
     title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
     plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
     metrics = {
-        task: {method: RunFolder(FOLDER / "runs" / _name(task, method)).metrics() for method in METHODS}
+        task: {method: RunFolder(FOLDER / "runs" / _name(task, method)).metrics() for method in SHOWN}
         for task in (*TASKS, OUT_OF_REACH)
     }
     plot_learning_curves(metrics, FOLDER / "learning_curves.png", title="Loss of the training batches")

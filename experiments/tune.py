@@ -2,7 +2,7 @@
 
     python experiments/tune.py
 
-writes runs/tune/results.json and runs/tune/table.md. What it found is in `demo.py`.
+writes runs/tune/results.json and runs/tune/table.md. What it found is in `_methods.py`.
 """
 
 import dataclasses
@@ -15,19 +15,27 @@ from statistics import fmean
 from typing import Any
 
 from _common import ROOT, SMALL, fresh_folder, fuse_small
+from _methods import METHODS
 
-from lorafusion_jax import PRESETS, cli
+from lorafusion_jax import cli
 from lorafusion_jax.report import write_text
 
 FOLDER = ROOT / "runs" / "tune"
 TASKS = ("reverse_starcon", "rotr_next")
 SEEDS = (101, 102)  # not those of the demo
-_PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.03, 0.1, 0.3) for m in (0.01, 0.03, 0.1)]
+_COEFFICIENTS, _MAGNITUDES = (0.03, 0.1, 0.3), (0.01, 0.03, 0.1)
+_PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in _COEFFICIENTS for m in _MAGNITUDES]
+_DORA = [{"lr_lora": r, "lr_magnitudes": m} for r in (1e-3, 2e-3, 5e-3) for m in _MAGNITUDES]
 TRIALS: dict[str, list[dict[str, float]]] = {
-    "coefficients only": [{"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)],
     "LoRAFusion": _PAIRS,
+    "LoRAFusion, mix": _PAIRS,
+    "coefficients only": [{"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)],
+    "magnitudes only": [{"lr_magnitudes": r} for r in (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)],
     "random pool": _PAIRS,
     "LoRA": [{"lr_lora": r} for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)],
+    "DoRA": _DORA,
+    "VeRA": [{"lr_vera": r} for r in (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3)],
+    "full fine-tuning": [{"lr_full": r} for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)],
 }
 
 
@@ -57,10 +65,10 @@ def table_of(measured: Sequence[dict[str, Any]]) -> str:
 
 def _trial(method: str, rates: dict[str, float]) -> dict[str, Any]:
     """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
-    recipe = dataclasses.replace(PRESETS["default"], **rates)
+    entry = dataclasses.replace(METHODS[method], rates=rates)
     with tempfile.TemporaryDirectory() as out:
         found = {
-            task: fuse_small(task, method, recipe, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task)
+            task: fuse_small(task, entry, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task)
             for task in TASKS
         }
     return {

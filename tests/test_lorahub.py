@@ -175,7 +175,7 @@ def test_an_interrupted_search_leaves_no_thread_that_keeps_python_alive():
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # those of earlier searches may have ended meanwhile
 
 
 @needs_nevergrad

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..linear import reads
 from ..models.generate import generate
-from ..tasks import Batch, Encoded, Example, answer_options, encode, eval_batches, exact_match
+from ..tasks import Batch, Encoded, Example, encode, eval_batches, exact_match
 from .loss import log_likelihood
 from .methods import Frozen, Method, Params, adapted_model
 from .progress import progress
@@ -50,7 +50,14 @@ class Evaluation(NamedTuple):
         return None if self.option_correct is None else 100 * self.option_correct.mean(axis=1)
 
 
-def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batch_size: int) -> Evaluation:
+def evaluate(
+    setup: Setup,
+    params: Params,
+    index: Int[Array, "seeds N"],
+    *,
+    batch_size: int,
+    options: Sequence[Sequence[str]] | None = None,
+) -> Evaluation:
     """Evaluate the parameters of all seeds on the test rows of `setup`.
 
     Args:
@@ -58,6 +65,7 @@ def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batc
       params: leaves with a leading axis of seeds.
       index: the modules of each seed.
       batch_size: rows in a batch.
+      options: the answers that each test row could have, to be scored; None for an open task.
     """
     seeds, pad_id = index.shape[0], setup.tokenizer.pad_token_id
     rows = len(setup.test)
@@ -79,7 +87,6 @@ def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batc
     texts = [setup.tokenizer.batch_decode(seed, skip_special_tokens=True) for seed in tokens]
     wanted = [example.target for example in setup.task.test[:rows]]
     scores = [exact_match(said, wanted) for said in texts]
-    options = answer_options(setup.task)
     return Evaluation(
         predictions=texts,
         correct=np.stack([score.correct for score in scores]),

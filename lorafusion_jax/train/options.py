@@ -181,9 +181,8 @@ class FuseOptions:
     save_seconds: float = 30.0
 
 
-# Methods without a pool; those that no seed changes; those that neither train nor search.
+# Methods without a pool, and those that neither train nor search.
 POOLLESS: frozenset[MethodName] = frozenset(
     ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
 )
-SEEDLESS: frozenset[MethodName] = frozenset(("zero-shot", "constant"))
 UNTRAINED: frozenset[MethodName] = frozenset(("zero-shot", "few-shot", "constant"))

@@ -111,7 +111,7 @@ def _complete(
     seeds, evaluation = evaluate_seeds(setup, options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = {} if options.method in UNTRAINED else trainable_count(setup)
+    counts = {} if options.method in (*UNTRAINED, "mean", "single") else trainable_count(setup)
     results = {
         "task": setup.task.name,
         "method": options.method,

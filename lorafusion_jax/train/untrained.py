@@ -4,15 +4,17 @@ import dataclasses
 
 import numpy as np
 
-from ..tasks import constant_answer, encode, exact_match, few_shot
+from ..tasks import Encoded, Task, answer_options, constant_answer, encode, exact_match, few_shot, split
 from .evaluate import Evaluation, evaluate
 from .methods import Params
-from .options import SEEDLESS, FuseOptions
+from .options import FuseOptions
 from .setup import Setup
+
+_UNCUT, _LONGEST = 2**30, 2048  # tokens
 
 
 def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
-    """Return the seeds that differ, the first one where all say the same, and their evaluation.
+    """Return the seeds, only the first where all say the same, and their evaluation.
 
     Args:
       setup: of the run.
@@ -20,29 +22,33 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
       params: leaves with a leading axis of seeds.
     """
     if options.method == "constant":
-        return options.seeds[:1], _constant(setup)
+        return options.seeds, _constant(setup, options)
     if options.method == "few-shot":
         return options.seeds, _few_shot(setup, options)
-    seeds = options.seeds[:1] if options.method in SEEDLESS else options.seeds
-    return seeds, evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
+    seeds = options.seeds[:1] if options.method == "zero-shot" else options.seeds
+    closed = answer_options(setup.task)
+    return seeds, evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch, options=closed)
 
 
-def _constant(setup: Setup) -> Evaluation:
-    """Answer every row with the most common target of the training rows."""
+def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
+    """Answer every row with the most common target of the rows that a seed would train on."""
     wanted = [example.target for example in setup.task.test[: len(setup.test)]]
-    said = [constant_answer(setup.task)] * len(wanted)
-    correct = exact_match(said, wanted).correct[None]
-    return Evaluation([said], correct, loss=None, option_correct=None)
+    said = [[constant_answer(task)] * len(wanted) for task in _tasks_of_seeds(setup, options)]
+    correct = np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
+    return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
 
 
 def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
-    """Ask the base model with examples in the prompt, which each seed draws for itself."""
+    """Ask the base model with examples in the prompt, which each seed draws from the rows it would train on."""
+    closed = answer_options(setup.task)
     found = []
-    for seed in options.seeds:
-        task = few_shot(setup.task, options.recipe.shots, seed)
-        test = encode(setup.tokenizer, task.test[: len(setup.test)])
-        shown = dataclasses.replace(setup, task=task, test=test)
-        found.append(evaluate(shown, {}, setup.index[:1], batch_size=options.eval_batch))
+    for seed, task in zip(options.seeds, _tasks_of_seeds(setup, options), strict=True):
+        shown = few_shot(task, options.recipe.shots, seed)
+        test = encode(setup.tokenizer, shown.test[: len(setup.test)], max_length=_UNCUT)
+        # A prompt that is too long loses its first examples, not the question at its end.
+        test = Encoded(tuple(ids[-_LONGEST:] for ids in test.inputs), test.labels)
+        asked = dataclasses.replace(setup, task=shown, test=test)
+        found.append(evaluate(asked, {}, setup.index[:1], batch_size=options.eval_batch, options=closed))
     scored = [one.option_correct for one in found if one.option_correct is not None]
     losses = [one.loss for one in found if one.loss is not None]
     return Evaluation(
@@ -51,3 +57,10 @@ def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
         loss=np.concatenate(losses),
         option_correct=np.concatenate(scored) if scored else None,
     )
+
+
+def _tasks_of_seeds(setup: Setup, options: FuseOptions) -> list[Task]:
+    """Return the task with those training rows that each seed would train and validate on."""
+    rows = split(len(setup.task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
+    chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
+    return [dataclasses.replace(setup.task, train=tuple(setup.task.train[i] for i in of_seed)) for of_seed in chosen]

@@ -1,0 +1,43 @@
+"""The methods that the experiments compare, in the order of the tables, and the learning rates that tuning found."""
+
+import dataclasses
+from typing import Any, Literal
+
+from lorafusion_jax.train.options import MethodName
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a row of a table runs.
+
+    Attributes:
+      method: of `lorafusion fuse`.
+      control: of the pool.
+      recipe: what differs from the default recipe, learning rates apart.
+      rates: learning rates; found by `python experiments/tune.py` unless they are searched by hand elsewhere.
+    """
+
+    method: MethodName
+    control: Literal["none", "random", "shuffled"] = "none"
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    "zero-shot": Entry(method="zero-shot"),
+    "few-shot prompt": Entry(method="few-shot"),
+    "constant answer": Entry(method="constant"),
+    "uniform mean": Entry(method="mean"),
+    "best single module": Entry(method="single"),
+    "LoraHub": Entry(method="lorahub"),
+    "CMA-ES": Entry(method="cma"),
+    "LoRAFusion": Entry(method="fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
+    "LoRAFusion, mix": Entry(method="fusion", recipe={"composition": "mix"}),
+    "coefficients only": Entry(method="coefficients", rates={"lr_coefficients": 0.3}),
+    "magnitudes only": Entry(method="magnitudes"),
+    "random pool": Entry(method="fusion", control="random", rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.03}),
+    "LoRA": Entry(method="lora", rates={"lr_lora": 2e-3}),
+    "DoRA": Entry(method="dora"),
+    "VeRA": Entry(method="vera"),
+    "full fine-tuning": Entry(method="full"),
+}
