@@ -115,8 +115,3 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
 
 def _norm(a: Array) -> Array:
     return jnp.sqrt(jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True))
-
-
-def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
-    """Stub."""
-    raise NotImplementedError
