@@ -7,6 +7,8 @@ else
 VENV ?= .venv-$(notdir $(PYTHON))
 endif
 BIN := $(VENV)/bin
+# Processes that share the tests, file by file.
+WORKERS ?= 2
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -18,7 +20,7 @@ demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 	$(BIN)/python experiments/demo.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not peft"
+	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m peft

@@ -12,8 +12,9 @@ from .linear import matmul, quantise
 from .models.generate import generate
 from .models.sites import Site, sites
 from .models.t5 import T5, T5Config, kernels
+from .train.baselines.lora import LoRA
 from .train.baselines.merge import Merge
-from .train.methods import Frozen, Fusion, LoRA, Method, ZeroShot
+from .train.methods import Frozen, Fusion, Method, ZeroShot
 from .train.options import PRESETS, FuseOptions, Recipe
 from .train.run import fuse, load_run
 from .train.step import Optimisation, Rates, TrainState, fusion_step, init_state

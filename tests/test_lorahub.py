@@ -17,8 +17,8 @@ from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.models.t5 import T5, T5Config, kernels
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.train import lorahub
 from lorafusion_jax.train.methods import Frozen
+from lorafusion_jax.train.search import lorahub, objective
 
 _SITE = "decoder.self.v"
 _CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)
@@ -105,7 +105,7 @@ def test_objective_replays_the_golden_search(shared, path):
     arguments = _without_seeds(_golden(folder, path))
     golden = np.load(folder / "lorahub_nevergrad_seed42.npz")
     for weights, score in zip(golden["eval_weights"], golden["eval_scores"], strict=True):
-        assert lorahub.score(weights[None], **arguments) == pytest.approx([score], abs=1e-4)
+        assert objective.score(weights[None], **arguments) == pytest.approx([score], abs=1e-4)
 
 
 @needs_nevergrad
@@ -122,7 +122,7 @@ def test_search_walks_as_the_golden_one(shared):
 def test_objective_is_lorahubs():
     arguments = _small(seeds=(1, 2))
     weights = np.array([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0]])
-    got = lorahub.score(weights, **_without_seeds(arguments))
+    got = objective.score(weights, **_without_seeds(arguments))
     model = nnx.merge(arguments["graph"], arguments["frozen"].base)
     for seed, w in enumerate(weights):
         mixed = _mixed(model, arguments["frozen"].pool, w)
@@ -142,10 +142,10 @@ def test_search_improves_on_its_start_and_says_what_it_tried():
     found = lorahub.search(
         **arguments, evaluations=40, after_evaluation=lambda number, scores: seen.append((number, *scores))
     )
-    assert found.tried.shape == (40, 2, 3) and (np.abs(found.tried) <= lorahub.BOUND).all()
+    assert found.tried.shape == (40, 2, 3) and (np.abs(found.tried) <= objective.BOUND).all()
     assert not found.tried[0].any()
     assert seen == [(number, *scores) for number, scores in enumerate(found.scores, start=1)]
-    recommended = lorahub.score(found.weights, **_without_seeds(arguments))
+    recommended = objective.score(found.weights, **_without_seeds(arguments))
     np.testing.assert_allclose(recommended, found.scores.min(axis=0), atol=1e-6)
     assert (recommended < found.scores[0] - 0.01).all()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion_jax.tasks import exact_match
+from lorafusion_jax.tasks import Example, Task, constant_answer, exact_match
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,20 @@ def test_rows_must_pair(predictions, targets):
     message = f"{len(predictions)} predictions for {len(targets)} targets: wanted one for each"
     with pytest.raises(ValueError, match=message):
         exact_match(predictions, targets)
+
+
+def _task(*targets):
+    return Task("t", tuple(Example("p", target) for target in targets), (), "here")
+
+
+@pytest.mark.parametrize(
+    ("targets", "answer"),
+    [(("b", "a", "a"), "a"), (("b", "a", "a", "b", "c"), "b"), (("a", "b", "b", "a"), "a"), (("z",), "z")],
+)
+def test_constant_answer_is_the_most_common_and_of_equals_the_first(targets, answer):
+    assert constant_answer(_task(*targets)) == answer
+
+
+def test_constant_answer_needs_training_rows():
+    with pytest.raises(ValueError, match="t has no training rows, of which the most common target"):
+        constant_answer(_task())

@@ -12,9 +12,13 @@ from lorafusion_jax.cli import main
 from lorafusion_jax.fusion.compose import Gram
 from lorafusion_jax.fusion.pool import LoraPool
 from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5 import T5Config
+from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.params import SHAPES, ParamsOptions, counts, params
-from lorafusion_jax.train.methods import Frozen, Fusion, LoRA
+from lorafusion_jax.train.baselines.full import FullFineTuning
+from lorafusion_jax.train.baselines.lora import LoRA
+from lorafusion_jax.train.baselines.magnitudes import Magnitudes
+from lorafusion_jax.train.baselines.vera import VeRA
+from lorafusion_jax.train.methods import Frozen, Fusion
 
 _LARGE = {
     "LoRAFusion": 148_416,
@@ -64,11 +68,17 @@ def test_counts_are_what_the_methods_train(targets):
         names=tuple("abcde"),
     )
     gram = Gram({n: jnp.ones((s.layers, s.d_out)) for n, s in adapted.items()}, {})
-    frozen, index, key = Frozen(nnx.State({}), pool, gram), jnp.arange(5), jax.random.key(0)
+    base = nnx.state(T5(_UNEQUAL, rngs=nnx.Rngs(0)))
+    frozen, index, key = Frozen(base, pool, gram, norms=gram.squared), jnp.arange(5), jax.random.key(0)
+    adapted_sites = tuple(adapted.items())
     methods = {
         "LoRAFusion": Fusion(),
         "LoRAFusion, coefficients only": Fusion(magnitudes=False),
-        "LoRA, rank 3": LoRA(sites=tuple(adapted.items()), rank=3),
+        "LoRAFusion, magnitudes only": Magnitudes(),
+        "LoRA, rank 3": LoRA(sites=adapted_sites, rank=3),
+        "DoRA, rank 3": LoRA(sites=adapted_sites, rank=3, dora=True),
+        "VeRA, rank 7": VeRA(sites=adapted_sites, rank=7),
+        "full fine-tuning": FullFineTuning(),
         "LoraHub": Fusion(composition="mix", granularity="global", magnitudes=False),
     }
     found = counts(_UNEQUAL, _options(targets=targets))

@@ -19,8 +19,9 @@ from lorafusion_jax.io.peft import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool import read_adapter_from_pool, read_pool
 from lorafusion_jax.models.sites import sites
 from lorafusion_jax.models.t5 import kernels
+from lorafusion_jax.train.baselines.lora import LoRA
 from lorafusion_jax.train.loss import decoder_inputs
-from lorafusion_jax.train.methods import Frozen, Fusion, LoRA
+from lorafusion_jax.train.methods import Frozen, Fusion
 
 pytestmark = pytest.mark.peft
 

@@ -340,17 +340,26 @@ def test_reference_split_is_the_papers():
         assert [f"question {i}" for i in train[seed]] == [question for question, _ in examples[5:]]
 
 
-@given(
-    count=st.integers(2, 300), limit=st.integers(2, 120), protocol=st.sampled_from(["reference", "default"])
-)
+@given(count=st.integers(20, 300), limit=st.integers(20, 120), protocol=st.sampled_from(["reference", "default"]))
 def test_split_divides_rows(count, limit, protocol):
     train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
     used = min(count, limit)
-    assert validation.shape == (2, max(1, int(0.05 * used)))
+    assert validation.shape == (2, int(0.05 * used))
     for rows in np.concatenate([train, validation], axis=1):
         assert len(set(rows.tolist())) == len(rows) == used
         assert rows.min() >= 0
         assert rows.max() < count
+
+
+@pytest.mark.parametrize(("count", "limit"), [(100, 5), (19, 100), (1, 100), (50, 1)])
+@pytest.mark.parametrize("protocol", ["reference", "default"])
+def test_fewer_than_twenty_rows_train_and_validate(count, limit, protocol):
+    train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
+    np.testing.assert_array_equal(train, validation)
+    for seed, rows in zip((7, 8), train.tolist(), strict=True):
+        order = list(range(count))
+        random.Random(42 if protocol == "reference" else f"split, seed {seed}").shuffle(order)
+        assert rows == order[:limit]
 
 
 def test_default_split_follows_the_seed_alone():
@@ -369,13 +378,10 @@ def test_draws_are_the_same_everywhere():
     assert draw_modules([str(i) for i in range(196)], 5, 42) == ("163", "28", "6", "189", "70")
 
 
-def test_split_needs_two_rows():
-    with pytest.raises(
-        ValueError, match="1 of 1 rows to split: training and validation need at least one each"
-    ):
-        split(1, [0])
-    with pytest.raises(ValueError, match="1 of 50 rows to split"):
-        split(50, [0], limit=1)
+@pytest.mark.parametrize(("count", "limit"), [(0, 100), (50, 0)])
+def test_split_needs_a_row(count, limit):
+    with pytest.raises(ValueError, match=f"0 of {count} rows to split: training needs at least one"):
+        split(count, [0], limit=limit)
 
 
 @given(

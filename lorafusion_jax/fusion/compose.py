@@ -154,6 +154,15 @@ def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
 
 
+def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
+    """Return ||W|| of every column of kernels, in float32."""
+
+    def of_layer(kernel: Weight) -> Array:
+        return jnp.linalg.norm(dense(kernel, jnp.float32), axis=0)
+
+    return {site: map_layers(of_layer, kernel) for site, kernel in kernels.items()}
+
+
 def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
     """Return ||W|| of every column, where magnitudes start."""
     return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
@@ -207,7 +216,7 @@ def compose(
             of_update = jnp.sum(jnp.square(update.delta), axis=0)
         else:
             of_update = jnp.sum(right * (left.T @ left @ right), axis=0)
-        norm, floored = _norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
+        norm, floored = column_norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
         if not differentiate_norm:
             norm = jax.lax.stop_gradient(norm)
         return None if in_arrays else update, m / norm, floored
@@ -287,7 +296,7 @@ def _merged(modules: Float[Array, "N r d_out"]) -> Float[Array, "k d_out"]:
     return modules.reshape(-1, modules.shape[-1])
 
 
-def _norm(
+def column_norm(
     squared: Float[Array, " d_out"], between: Float[Array, " d_out"], of_update: Float[Array, " d_out"]
 ) -> tuple[Float[Array, " d_out"], Int[Array, ""]]:
     """Return ||W + dW|| per column from its Gram terms, and how many were floored.

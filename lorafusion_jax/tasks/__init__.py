@@ -1,8 +1,11 @@
 """Tasks: reading them, splitting, tokenising, batching, scoring. NumPy only."""
 
 from .batches import IGNORED, Batch, bucket, eval_batches, pad, train_batches
+from .bbh import prompt_overlap, write_lorahub_split
 from .data import Example, Task, load_task
-from .metrics import ExactMatch, exact_match
+from .few_shot import few_shot
+from .metrics import ExactMatch, constant_answer, exact_match
+from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
 from .tokenizer import Encoded, encode, load_tokenizer
 
@@ -15,15 +18,20 @@ __all__ = [
     "Protocol",
     "Split",
     "Task",
+    "answer_options",
     "batch_orders",
     "bucket",
+    "constant_answer",
     "draw_modules",
     "encode",
     "eval_batches",
     "exact_match",
+    "few_shot",
     "load_task",
     "load_tokenizer",
     "pad",
+    "prompt_overlap",
     "split",
     "train_batches",
+    "write_lorahub_split",
 ]

@@ -76,7 +76,7 @@ def load_task(
     if prompt is not None and "{input}" not in prompt:
         raise ValueError(f"the prompt {prompt!r} has no {{input}}: write it where a row's input belongs")
     parts = {
-        part: [_example(row, where, prompt or "{input}") for where, row in rows]
+        part: [as_example(row, where, prompt or "{input}") for where, row in rows]
         for part, rows in read_rows(source).items()
     }
     if "all" in parts:
@@ -94,7 +94,12 @@ def load_task(
     )
 
 
-def _example(row: Row, where: str, prompt: str) -> Example:
+def as_example(row: Row, where: str, prompt: str) -> Example:
+    """Check one row that was read, and put the prompt around its input; `where` is for messages.
+
+    Raises:
+      ValueError: if the row lacks its keys or text.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {row!r}: wanted an object with input and target")
     keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)

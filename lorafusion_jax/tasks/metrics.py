@@ -1,10 +1,13 @@
 """How good predictions are."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
+
+from .data import Task
 
 
 class ExactMatch(NamedTuple):
@@ -25,6 +28,20 @@ def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> ExactMatc
     pairs = zip(predictions, targets, strict=True)
     correct = np.array([_normal(prediction) == _normal(target) for prediction, target in pairs])
     return ExactMatch(correct, 100 * float(correct.mean()))
+
+
+def constant_answer(task: Task) -> str:
+    """Return the most common target of the training rows, of equally common ones the first that occurs.
+
+    Given to every test row, it is the baseline that knows the answers' format and nothing else.
+
+    Raises:
+      ValueError: if there are no training rows.
+    """
+    if not task.train:
+        raise ValueError(f"{task.name} has no training rows, of which the most common target could be taken")
+    # most_common keeps equal counts in the order in which they came.
+    return Counter(example.target for example in task.train).most_common(1)[0][0]
 
 
 def _normal(text: str) -> str:

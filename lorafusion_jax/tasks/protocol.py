@@ -30,10 +30,13 @@ def shuffled(count: int, key: int | str) -> list[int]:
 
 
 def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", limit: int = 100) -> Split:
-    """Split rows into those that train and the 5 % (at least one) that validate.
+    """Split rows into those that train and the 5 % that validate.
 
     The paper's code ("reference") shuffles once with seed 42, whatever the run's seed, and lets the first 5
     of 100 rows validate. The default protocol shuffles anew for every seed.
+
+    Of fewer than 20 rows, 5 % is less than one: none is held out, all train, and the same rows validate. With
+    `limit=5` that is LoraHub's league, whose 5 examples are all there is to learn from and to choose by.
 
     Args:
       count: how many rows there are.
@@ -42,15 +45,15 @@ def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", l
       limit: use no more rows than this, the first ones after the shuffle.
 
     Raises:
-      ValueError: if fewer than two rows are to be split.
+      ValueError: if no rows are to be split.
     """
     used = min(count, limit)
-    if used < 2:
-        raise ValueError(f"{used} of {count} rows to split: training and validation need at least one each")
+    if used < 1:
+        raise ValueError(f"{used} of {count} rows to split: training needs at least one")
     keys = [REFERENCE_SEED if protocol == "reference" else f"split, seed {seed}" for seed in seeds]
     order = np.array([shuffled(count, key)[:used] for key in keys], np.int32)
-    validation = max(1, used * 5 // 100)
-    return Split(train=order[:, validation:], validation=order[:, :validation])
+    held_out = used * 5 // 100
+    return Split(train=order[:, held_out:], validation=order[:, : held_out or used])
 
 
 def batch_orders(

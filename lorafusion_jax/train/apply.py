@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from ..tasks import Example, encode, eval_batches
-from .evaluate import Evaluation, evaluate, generate_seeds
+from .evaluate import generate_seeds, seed_rows
 from .methods import Params
 from .options import FuseOptions
 from .run import load_run
 from .setup import Fused, Setup, load_fused, prepare
+from .untrained import evaluate_seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,29 +60,20 @@ class GenerateOptions:
 
 
 def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
-    """Return {seed, exact_match (percent), loss (nats per token)} of every seed of a run."""
-    setup, params, seeds = load_to_evaluate(options)
-    return seed_rows(seeds, evaluate(setup, params, setup.index, batch_size=options.eval_batch))
+    """Return the scores of every seed of a run (see `seed_rows`)."""
+    return seed_rows(*evaluate_seeds(*load_to_evaluate(options)))
 
 
-def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, Params, tuple[int, ...]]:
-    """Return what a run computes with, its trained numbers, and its seeds: the first where all say the same."""
+def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Params]:
+    """Return what a run computes with, its options with those of the evaluation, and its trained numbers."""
     fused, params, config = load_run(options.run)
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)
-    fused = dataclasses.replace(fused, test_rows=options.test_rows or fused.test_rows)
+    test_rows = options.test_rows or fused.test_rows
+    fused = dataclasses.replace(fused, test_rows=test_rows, eval_batch=options.eval_batch)
     setup = dataclasses.replace(prepare(fused), max_new_tokens=config["max_new_tokens"])
     check_modules(setup, fused, config)
-    seeds = fused.seeds[:1] if fused.method == "zero-shot" else fused.seeds
-    return dataclasses.replace(setup, index=setup.index[: len(seeds)]), params, seeds
-
-
-def seed_rows(seeds: tuple[int, ...], found: Evaluation) -> list[dict[str, Any]]:
-    """Return {seed, exact_match (percent), loss (nats per token)} of every seed."""
-    return [
-        {"seed": seed, "exact_match": match.item(), "loss": loss.item()}
-        for seed, match, loss in zip(seeds, found.exact_match, found.loss, strict=True)
-    ]
+    return setup, fused, params
 
 
 def generate_lines(options: GenerateOptions) -> list[str]:

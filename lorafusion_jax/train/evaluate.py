@@ -1,7 +1,8 @@
-"""Evaluation of all seeds at once: the loss of teacher forcing, and generation scored by exact match."""
+"""Evaluation of all seeds at once: generation scored by exact match, the loss of teacher forcing, options scored."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..linear import reads
 from ..models.generate import generate
-from ..tasks import Batch, eval_batches, exact_match
-from .methods import Frozen, Method, Params
+from ..tasks import Batch, Encoded, Example, answer_options, encode, eval_batches, exact_match
+from .loss import log_likelihood
+from .methods import Frozen, Method, Params, adapted_model
 from .progress import progress
 from .setup import Setup
-from .step import objective
+from .step import batch_logits, objective
 from .sweep import Path, over_seeds
 
 # What arrays are read for beside training: the first of the numbers that make a read's noise.
-VALIDATION, SEARCH, GENERATION, LOSS = range(4)
+VALIDATION, SEARCH, GENERATION, LOSS, OPTIONS = range(5)
 
 
 class Evaluation(NamedTuple):
@@ -28,14 +30,24 @@ class Evaluation(NamedTuple):
     Attributes:
       predictions: texts, [seeds][rows].
       correct: exact match after strip, lower case and full stops removed.
-      exact_match: in percent.
-      loss: mean cross-entropy of the targets in nats per token.
+      loss: mean cross-entropy of the targets in nats per token; None where no model was asked.
+      option_correct: whether the likeliest of a row's options is its target; None for a task without options.
     """
 
     predictions: list[list[str]]
     correct: Bool[np.ndarray, "seeds rows"]
-    exact_match: Float[np.ndarray, " seeds"]
-    loss: Float[np.ndarray, " seeds"]
+    loss: Float[np.ndarray, " seeds"] | None
+    option_correct: Bool[np.ndarray, "seeds rows"] | None
+
+    @property
+    def exact_match(self) -> Float[np.ndarray, " seeds"]:
+        """In percent."""
+        return 100 * self.correct.mean(axis=1)
+
+    @property
+    def option_accuracy(self) -> Float[np.ndarray, " seeds"] | None:
+        """In percent."""
+        return None if self.option_correct is None else 100 * self.option_correct.mean(axis=1)
 
 
 def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batch_size: int) -> Evaluation:
@@ -67,12 +79,45 @@ def evaluate(setup: Setup, params: Params, index: Int[Array, "seeds N"], *, batc
     texts = [setup.tokenizer.batch_decode(seed, skip_special_tokens=True) for seed in tokens]
     wanted = [example.target for example in setup.task.test[:rows]]
     scores = [exact_match(said, wanted) for said in texts]
+    options = answer_options(setup.task)
     return Evaluation(
         predictions=texts,
         correct=np.stack([score.correct for score in scores]),
-        exact_match=np.array([score.percent for score in scores]),
         loss=entropy / targets,
+        option_correct=None if options is None else _option_correct(setup, params, index, options[:rows], batch_size),
     )
+
+
+def seed_rows(seeds: tuple[int, ...], found: Evaluation) -> list[dict[str, Any]]:
+    """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
+    columns = (found.exact_match, found.option_accuracy, found.loss)
+    numbers = [[None] * len(seeds) if column is None else column.tolist() for column in columns]
+    return [
+        {"seed": seed, "exact_match": match, "option_accuracy": options, "loss": loss}
+        for seed, match, options, loss in zip(seeds, *numbers, strict=True)
+    ]
+
+
+def _option_correct(
+    setup: Setup, params: Params, index: Int[Array, "seeds N"], options: Sequence[Sequence[str]], batch_size: int
+) -> Bool[np.ndarray, "seeds rows"]:
+    """Return whether the option of the greatest log-likelihood is each row's target."""
+    pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
+    labels = encode(setup.tokenizer, [Example(option, option) for _, option in pairs]).labels
+    asked = Encoded(tuple(setup.test.inputs[row] for row, _ in pairs), labels)
+    likelihoods = np.zeros((index.shape[0], len(pairs)))
+    for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, pad_id=setup.tokenizer.pad_token_id)):
+        real = numbers >= 0
+        frozen = reads(setup.frozen, OPTIONS, number)
+        static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
+        likelihoods[:, numbers[real]] = np.asarray(seed_likelihoods(params, batch, index, frozen, **static))[:, real]
+    ends = np.cumsum([len(of_row) for of_row in options])
+    chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
+    wanted = [example.target for example in setup.task.test[: len(options)]]
+    said = [
+        [of_row[int(best[seed])] for of_row, best in zip(options, chosen, strict=True)] for seed in range(len(index))
+    ]
+    return np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "graph", "method", "path"))
@@ -92,15 +137,37 @@ def generate_seeds(
     def of_seed(seed: tuple[Array, Params, Array], shared: tuple[Frozen, Batch]) -> Array:
         (number, params, index), (frozen, batch) = seed, shared
         frozen = reads(frozen, number)
-        adapters, _ = method.adapters(params, frozen, index)
+        model, adapters, _ = adapted_model(params, index, frozen, graph=graph, method=method)
         return generate(
-            nnx.merge(graph, frozen.base),
+            model,
             batch.input_ids,
             batch.input_mask,
             adapters,
             max_new_tokens=max_new_tokens,
             row_mask=batch.row_mask,
         )
+
+    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
+
+
+@partial(jax.jit, static_argnames=("graph", "method", "path"))
+def seed_likelihoods(
+    params: Params,
+    batch: Batch,
+    index: Int[Array, "seeds N"],
+    frozen: Frozen,
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+    path: Path,
+) -> Float[Array, "seeds B"]:
+    """Return the log-likelihood of every row of one batch under every seed, in nats."""
+
+    def of_seed(seed: tuple[Array, Params, Array], shared: tuple[Frozen, Batch]) -> Array:
+        (number, params, index), (frozen, batch) = seed, shared
+        frozen = reads(frozen, number)
+        logits, _ = batch_logits(params, batch, index, frozen, graph=graph, method=method)
+        return log_likelihood(logits, jnp.asarray(batch.labels))
 
     return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
 

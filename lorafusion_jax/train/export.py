@@ -13,7 +13,8 @@ from ..io.hf import save_base
 from ..io.peft import resave, write_adapter
 from ..io.pool import read_adapter_from_pool
 from .apply import check_modules
-from .methods import Fusion, LoRA
+from .baselines.lora import LoRA
+from .methods import Fusion
 from .run import load_run
 from .setup import load_fused
 

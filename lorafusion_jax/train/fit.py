@@ -55,8 +55,9 @@ def fit(
     recipe: Recipe,
     seeds: tuple[int, ...],
     *,
-    epochs_done: int,
-    after_epoch: Callable[[Epoch], None],
+    rates: Rates | None = None,
+    epochs_done: int = 0,
+    after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
     """Train all seeds, and return their last state; `state.best` is what counts.
 
@@ -65,6 +66,7 @@ def fit(
       state: to go on from.
       recipe: of the training.
       seeds: by which rows are ordered.
+      rates: of every seed, leaves [seeds]; None for the recipe's own.
       epochs_done: how many epochs lie behind `state`.
       after_epoch: called with what an epoch did, to log and to save.
     """
@@ -77,7 +79,7 @@ def fit(
     # All validation rows in one batch: its loss is then their mean per token.
     validating = setup.split.validation
     held_out = next(train_batches(setup.train, batch_orders(validating, batch_size=validating.shape[1]), pad_id=pad_id))
-    rates = _rates(recipe)
+    rates = rates or recipe_rates(recipe, len(seeds))
     static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
     first_step = epochs_done * per_epoch
     batches = train_batches(setup.train, orders, pad_id=pad_id, first_step=first_step)
@@ -129,16 +131,16 @@ def train_seeds(
     optimisation: Optimisation,
     path: Path,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take one fusion step with every seed, each on its own batch."""
+    """Take one fusion step with every seed, each on its own batch and at its own rates."""
 
     def of_seed(
-        seed: tuple[Array, TrainState, Batch, Array], shared: tuple[Frozen, Rates]
+        seed: tuple[Array, TrainState, Batch, Array, Rates], frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
-        (number, state, batch, index), (frozen, rates) = seed, shared
+        number, state, batch, index, rates = seed
         frozen = reads(frozen, number)
         return fusion_step(state, batch, index, frozen, rates, graph=graph, method=method, optimisation=optimisation)
 
-    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), state, batch, index), (frozen, rates))
+    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), state, batch, index, rates), frozen)
 
 
 @partial(jax.jit, static_argnames=("method",))
@@ -157,14 +159,21 @@ def _after_epoch(
     return jax.vmap(of_seed)(state, loss)
 
 
-def _rates(recipe: Recipe) -> Rates:
+def recipe_rates(recipe: Recipe, seeds: int) -> Rates:
+    """Return the recipe's rates, the same for every seed."""
     rates = {
         "coefficients": recipe.lr_coefficients,
         "magnitudes": recipe.lr_magnitudes,
         "lora": recipe.lr_lora,
+        "vera": recipe.lr_vera,
+        "base": recipe.lr_full,
     }
+
+    def of_seeds(value: float) -> Array:
+        return jnp.full(seeds, value, jnp.float32)
+
     return Rates(
-        learning_rate={group: jnp.float32(rate) for group, rate in rates.items()},
-        l2=jnp.float32(recipe.l2),
-        l1=jnp.float32(recipe.l1),
+        learning_rate={group: of_seeds(rate) for group, rate in rates.items()},
+        l2=of_seeds(recipe.l2),
+        l1=of_seeds(recipe.l1),
     )

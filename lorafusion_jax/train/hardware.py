@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from ..crossbar.tree import Rules, program_tree
-from ..fusion.compose import gram
+from ..fusion.compose import gram, norms
 from ..linear import dense
 from ..models.t5 import kernels, matrices, set_matrices
 from ..tasks import Batch
-from .loss import decoder_inputs
 from .methods import Frozen, Method, Params
+from .step import batch_logits
 
 
 def program(graph: nnx.GraphDef, frozen: Frozen, rules: Rules, key: Array) -> Frozen:
@@ -44,10 +44,15 @@ def program(graph: nnx.GraphDef, frozen: Frozen, rules: Rules, key: Array) -> Fr
     modules = placed.pop("pool", None)
     set_matrices(model, placed)
     _, state = nnx.split(model)
+    programmed = dataclasses.replace(frozen, base=state)
+    if frozen.norms is not None:
+        adapted = {site: kernel for site, kernel in kernels(model).items() if site in frozen.norms}
+        programmed = dataclasses.replace(programmed, norms=jax.jit(norms)(adapted))
     if pool is None or modules is None:
-        return Frozen(state)
+        return programmed
     pool = dataclasses.replace(pool, A=modules["A"], B=modules["B"])
-    return Frozen(state, pool, jax.jit(gram)(pool, {s: k for s, k in kernels(model).items() if s in pool.A}))
+    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+    return dataclasses.replace(programmed, pool=pool, gram=jax.jit(gram)(pool, used))
 
 
 def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Params, Array, Batch]], Array]:
@@ -55,9 +60,6 @@ def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Pa
 
     def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:
         params, index, batch = inputs
-        model = nnx.merge(graph, frozen.base)
-        adapters, _ = method.adapters(params, frozen, index)
-        start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
-        return model(batch.input_ids, batch.input_mask, start, adapters)
+        return batch_logits(params, batch, index, frozen, graph=graph, method=method)[0]
 
     return run

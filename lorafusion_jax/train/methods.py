@@ -1,34 +1,51 @@
-"""What is trained: fusion of a pool, or a LoRA of its own. Both put adapters on the same frozen model.
+"""What is trained: fusion of a pool; the other methods are in `baselines`. All put adapters on the same frozen model.
 
 A method is a frozen dataclass (hashable, a static argument of the jitted step). Its trainable numbers are a
 dictionary of groups, each with a learning rate of its own.
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ..fusion import coefficients as coefficients_lib
 from ..fusion.coefficients import Granularity, Start
-from ..fusion.compose import Composition, Gram, Lora, column_norms, compose
+from ..fusion.compose import Composition, Gram, column_norms, compose
 from ..fusion.pool import LoraPool
-from ..models.sites import Site
+from ..models.t5 import T5
 
 Params = dict[str, Any]
+
+
+class Projections(NamedTuple):
+    """Random matrices, of which a site takes the first rows of A and the first columns of B."""
+
+    A: Float[Array, "widest_in r"]
+    B: Float[Array, "r widest_out"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What no step changes: the base model's weights, the pool and its Gram terms on the base."""
+    """What no step changes.
+
+    Attributes:
+      base: the base model's weights.
+      pool: of modules, for methods that fuse.
+      gram: the pool's Gram terms on the base.
+      norms: site -> [L, d_out], ||W|| of every column of the sites that a baseline with magnitudes adapts.
+      projections: VeRA's random matrices, which all sites share.
+    """
 
     base: nnx.State
     pool: LoraPool | None = None
     gram: Gram | None = None
+    norms: dict[str, Float[Array, "_L _d_out"]] | None = None
+    projections: Projections | None = None
 
 
 @runtime_checkable
@@ -136,47 +153,23 @@ class Fusion:
         return acting
 
 
+def adapted_model(
+    params: Params, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
+) -> tuple[T5, dict[str, Any], dict[str, Array]]:
+    """Return the model, the adapters to call it with, and metrics about them.
+
+    Weights in the group `base`, by path, take the place of the frozen ones.
+    """
+    adapters, metrics = method.adapters(params, frozen, index)
+    weights = frozen.base
+    if "base" in params:
+        by_path, tree = jax.tree.flatten_with_path(frozen.base)
+        weights = tree.unflatten([params["base"][jax.tree_util.keystr(path)] for path, _ in by_path])
+    return nnx.merge(graph, weights), adapters, metrics
+
+
 # What LoraHub composes: A' = sum_n w_n A_n, B' = sum_n w_n B_n, one weight for every module.
 LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """The baseline: one new low-rank module, trained from scratch, as PEFT starts it.
-
-    Group `lora`: A, uniform within d_in ** -0.5, and B, zeros.
-
-    Attributes:
-      sites: which linear maps, with their shapes.
-      rank: r.
-      alpha: dW = alpha / r * A B.
-    """
-
-    sites: tuple[tuple[str, Site], ...]
-    rank: int = 16
-    alpha: float = 32.0
-
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return random A and zero B for every site."""
-        keys = jax.random.split(key, len(self.sites))
-        bounds = {name: site.d_in**-0.5 for name, site in self.sites}
-        A = {
-            name: jax.random.uniform(k, (site.layers, site.d_in, self.rank), jnp.float32, -bounds[name], bounds[name])
-            for (name, site), k in zip(self.sites, keys, strict=True)
-        }
-        B = {name: jnp.zeros((site.layers, self.rank, site.d_out)) for name, site in self.sites}
-        return {"lora": {"A": A, "B": B}}
-
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the LoRA adapters, the scaling folded into B; no metrics."""
-        A, B = params["lora"]["A"], params["lora"]["B"]
-        return {site: Lora(A[site], B[site] * (self.alpha / self.rank)) for site in A}, {}
-
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return that every number counts."""
-        return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,13 @@ from ..crossbar.state import is_random
 from ..crossbar.tree import Rules
 from ..io.checkpoint import write_json
 from ..tasks import Encoded, eval_batches
-from .apply import EvaluateOptions, load_to_evaluate, seed_rows
-from .evaluate import evaluate
+from .apply import EvaluateOptions, load_to_evaluate
+from .evaluate import seed_rows
 from .hardware import logits_of, program
 from .methods import Frozen, Params
 from .progress import progress
 from .setup import Setup
+from .untrained import evaluate_seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +73,13 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
         raise ValueError(
             f"nothing in {options.config} is random, so {options.chips} chips are all alike: one is enough"
         )
-    setup, params, seeds = load_to_evaluate(options)
+    setup, fused, params = load_to_evaluate(options)
+    if fused.method in ("full", "constant"):
+        raise ValueError(f"{options.run} is of the method {fused.method}, which leaves no frozen model to program")
     if not len(setup.train):
         raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
     rules: Rules = dict.fromkeys(options.digital) | {"*": config}
-    digital = seed_rows(seeds, evaluate(setup, params, setup.index, batch_size=options.eval_batch))
+    digital = seed_rows(*evaluate_seeds(setup, fused, params))
     setup = dataclasses.replace(setup, graph=_looped(setup))
     run = logits_of(setup.graph, setup.method)
     batches = list(_batches(setup, params, options))
@@ -90,7 +93,7 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()
             on_chip = dataclasses.replace(setup, frozen=frozen)
-            found = evaluate(on_chip, params, setup.index, batch_size=options.eval_batch)
+            seeds, found = evaluate_seeds(on_chip, fused, params)
             seconds = {"program": calibrated - began, "evaluate": time.perf_counter() - calibrated}
             chips.append({"chip": chip, "seeds": seed_rows(seeds, found), "seconds": seconds, "matrices": rows})
             sites = _sites(frozen)

@@ -12,7 +12,10 @@ from ..tasks.protocol import Protocol
 from .methods import Fusion
 from .step import Optimisation
 
-MethodName = Literal["fusion", "coefficients", "lora", "lorahub", "zero-shot"]
+MethodName = Literal[
+    "fusion", "coefficients", "magnitudes", "lora", "dora", "vera", "full",
+    "lorahub", "cma", "mean", "single", "zero-shot", "few-shot", "constant",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class Recipe:
       batch_size: rows in a step.
       lr_coefficients: learning rate of the coefficients.
       lr_magnitudes: learning rate of the magnitudes.
-      lr_lora: learning rate of the LoRA baseline.
+      lr_lora: learning rate of the LoRA and DoRA baselines' matrices.
+      lr_vera: learning rate of VeRA's vectors.
+      lr_full: learning rate of full fine-tuning.
       l2: inside the coefficients' gradient.
       l1: weight of mean |c| in the objective.
       schedule: of the learning rates.
@@ -39,8 +44,13 @@ class Recipe:
       prune: share of the smallest magnitudes set to zero at half time.
       protocol: `reference` splits and orders the rows as the paper's code; `default` by seed.
       max_new_tokens: of generation; None for twice the longest training target.
-      lora_rank: of the LoRA baseline, whose alpha is twice that.
-      evaluations: of the gradient-free search (LoraHub).
+      lora_rank: of the LoRA and DoRA baselines, whose alpha is twice that.
+      lora_targets: the linear maps that LoRA, DoRA, VeRA and magnitudes alone adapt.
+      vera_rank: of VeRA's random matrices.
+      evaluations: of LoraHub's search.
+      generations: of CMA-ES.
+      population: members of a generation.
+      shots: examples in a few-shot prompt.
     """
 
     modules: int = 20
@@ -53,6 +63,8 @@ class Recipe:
     lr_coefficients: float = 0.1
     lr_magnitudes: float = 0.01
     lr_lora: float = 2e-3
+    lr_vera: float = 1e-2
+    lr_full: float = 1e-3
     l2: float = 0.0
     l1: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -63,7 +75,12 @@ class Recipe:
     protocol: Protocol = "default"
     max_new_tokens: int | None = None
     lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ("q", "v")
+    vera_rank: int = 128
     evaluations: int = 40
+    generations: int = 40
+    population: int = 16
+    shots: int = 5
 
     def fusion(self, *, magnitudes: bool) -> Fusion:
         """Return the fusion that this recipe describes."""
@@ -121,8 +138,11 @@ class FuseOptions:
       seeds: each draws its modules, its start and its order of rows; all run as one program.
       name: the run is written to OUT/NAME.
       out: where runs are.
-      method: what is trained (`coefficients`: fusion without magnitudes; `lorahub`: gradient-free search).
-      control: `random` replaces every module by a random one of the same norms.
+      method: `fusion` trains coefficients and magnitudes, `coefficients` or `magnitudes` one of them; `lora`, `dora`,
+        `vera` and `full` (fine-tuning) are trained from the base; `lorahub` and `cma` search one weight a module
+        without gradients; `mean` weighs all modules alike, `single` takes the one of least training loss;
+        `zero-shot`, `few-shot` (examples in the prompt) and `constant` (the most common answer) train nothing.
+      control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
       prompt: template of the model's input, with {input}.
@@ -145,7 +165,7 @@ class FuseOptions:
     name: str | None = None
     out: Path = Path("runs")
     method: MethodName = "fusion"
-    control: Literal["none", "random"] = "none"
+    control: Literal["none", "random", "shuffled"] = "none"
     adapters: tuple[str, ...] = ()
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = PRESETS["default"]
     prompt: str | None = None
@@ -159,3 +179,11 @@ class FuseOptions:
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     log: bool = False
     save_seconds: float = 30.0
+
+
+# Methods without a pool; those that no seed changes; those that neither train nor search.
+POOLLESS: frozenset[MethodName] = frozenset(
+    ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
+)
+SEEDLESS: frozenset[MethodName] = frozenset(("zero-shot", "constant"))
+UNTRAINED: frozenset[MethodName] = frozenset(("zero-shot", "few-shot", "constant"))

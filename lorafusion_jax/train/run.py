@@ -16,15 +16,16 @@ import numpy as np
 
 from .. import __version__
 from ..io import checkpoint
-from ..tasks import batch_orders, train_batches
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, seed_rows
 from .fit import Epoch, fit, start
-from .lorahub import check_evaluations, load_nevergrad, search
-from .options import FuseOptions, Recipe
-from .progress import progress
+from .options import UNTRAINED, FuseOptions, Recipe
 from .run_folder import RunFolder
+from .search.cma import check_population, load_evosax
+from .search.lorahub import check_evaluations, load_nevergrad
+from .search.run import SEARCHES, evaluations
 from .setup import Setup, check, prepare, trainable_count
 from .step import TrainState
+from .untrained import evaluate_seeds
 
 # What may differ between a run and its resumption.
 _FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name")
@@ -40,6 +41,9 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     check(options)
     if options.method == "lorahub":
         load_nevergrad()
+    if options.method == "cma":
+        check_population(options.recipe.generations, options.recipe.population)
+        load_evosax()
     if options.log:
         _load_wandb()
     run = RunFolder(run_path(options))
@@ -85,7 +89,7 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
     run = RunFolder(folder)
     config = run.config()
     options = _options_from_json(config["options"])
-    if options.method == "zero-shot":
+    if options.method in UNTRAINED:
         return options, {}, config
     final = run.checkpoints / "final"
     if not final.is_dir():
@@ -104,12 +108,10 @@ def _complete(
     began = time.perf_counter()
     params, steps = _train(run, setup, options, begin)
     trained = time.perf_counter()
-    # The base model says the same for every seed.
-    seeds = options.seeds[:1] if options.method == "zero-shot" else options.seeds
-    evaluation = evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch)
+    seeds, evaluation = evaluate_seeds(setup, options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = trainable_count(setup)
+    counts = {} if options.method in UNTRAINED else trainable_count(setup)
     results = {
         "task": setup.task.name,
         "method": options.method,
@@ -119,14 +121,10 @@ def _complete(
         "exact_match": float(np.mean(evaluation.exact_match)),
         "exact_match_std": float(np.std(evaluation.exact_match, ddof=1)) if len(seeds) > 1 else None,
         "seeds": [
-            {
-                "seed": seed,
-                "exact_match": float(evaluation.exact_match[i]),
-                "loss": float(evaluation.loss[i]),
-                "steps": steps[i],
-                "modules": list(setup.modules[i]),
-            }
-            for i, seed in enumerate(seeds)
+            row
+            | {"steps": steps[i], "modules": list(setup.modules[i])}
+            | dict(zip(("forward_rows", "backward_rows"), rows_passed(setup, options, steps[i]), strict=True))
+            for i, row in enumerate(seed_rows(seeds, evaluation))
         ],
         "test_rows": len(setup.test),
         "seconds": {"train": trained - began, "evaluate": evaluated - trained},
@@ -141,47 +139,23 @@ def _train(
 ) -> tuple[dict[str, Any], list[int]]:
     """Return the trained numbers and the steps that each seed took."""
     final = run.checkpoints / "final"
-    if options.method == "zero-shot":
-        return {}, [0]
+    if options.method in UNTRAINED:
+        return {}, [0] * len(options.seeds)
     if final.is_dir():
         params, metadata = checkpoint.load(final)
         return jax.tree.map(jnp.asarray, params), metadata["steps"]
-    if options.method == "lorahub":
-        params = _search(run, setup, options)
-        steps = [options.recipe.evaluations] * len(options.seeds)
+    if options.method == "mean":
+        params, steps = start(setup, options.seeds).params, [0] * len(options.seeds)
+    elif options.method in SEARCHES:
+        run.cut_metrics(0)  # a search is not resumed, but repeated
+        params, taken = SEARCHES[options.method](run, setup, options)
+        steps = [taken] * len(options.seeds)
     else:
         state = _fit(run, setup, options, begin)
         params = state.best if options.recipe.stop_early else state.params
         steps = np.asarray(state.step).tolist()
     checkpoint.save(final, params, {"steps": steps})
     return params, steps
-
-
-def _search(run: RunFolder, setup: Setup, options: FuseOptions) -> dict[str, Any]:
-    """Return the weights that LoraHub's gradient-free search finds; a search is not resumed, but repeated."""
-    assert setup.split is not None
-    orders = batch_orders(setup.split.train, batch_size=options.recipe.batch_size)
-    batches = list(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id))
-    evaluations = options.recipe.evaluations
-    run.cut_metrics(0)
-    with progress("search", evaluations) as bar:
-
-        def after_evaluation(number: int, scores: np.ndarray) -> None:
-            pairs = zip(options.seeds, scores.tolist(), strict=True)
-            run.append_metrics({"step": number, "seed": seed, "score": score} for seed, score in pairs)
-            bar.update()
-
-        found = search(
-            batches,
-            setup.index,
-            setup.frozen,
-            options.seeds,
-            graph=setup.graph,
-            path=setup.path,
-            evaluations=evaluations,
-            after_evaluation=after_evaluation,
-        )
-    return {"coefficients": jnp.asarray(found.weights, jnp.float32)}
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
@@ -254,7 +228,20 @@ def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
         }
 
 
+def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, int]:
+    """Return how many rows one seed passed forward and backward through the model to adapt, validation included."""
+    if setup.split is None or options.method == "mean":
+        return 0, 0
+    recipe = options.recipe
+    train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]
+    if options.method in SEARCHES:
+        return evaluations(options, setup) * train, 0
+    epochs = steps // -(-train // min(recipe.batch_size, train))
+    return epochs * (train + validation), epochs * train
+
+
 def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Any:
+    options = evaluation.option_correct
     for s, seed in enumerate(seeds):
         for i, said in enumerate(evaluation.predictions[s]):
             example = setup.task.test[i]
@@ -265,6 +252,7 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
                 "target": example.target,
                 "prediction": said,
                 "correct": bool(evaluation.correct[s, i]),
+                "option_correct": None if options is None else bool(options[s, i]),
             }
 
 
@@ -293,7 +281,8 @@ def _options_to_json(options: FuseOptions) -> dict[str, Any]:
 def _options_from_json(values: dict[str, Any]) -> FuseOptions:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     values["out"] = Path(values["out"])
-    values["recipe"] = Recipe(**values["recipe"])
+    recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["recipe"].items()}
+    values["recipe"] = Recipe(**recipe)
     values["start_from"] = values["start_from"] and Path(values["start_from"])
     return FuseOptions(**values)
 

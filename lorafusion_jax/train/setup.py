@@ -10,19 +10,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..fusion.compose import gram
-from ..fusion.pool import LoraPool, random_pool
+from ..fusion.compose import gram, norms
+from ..fusion.pool import LoraPool, random_pool, shuffled_pool
 from ..io.hf import base_tensor, load_base
 from ..io.pool import check_base, load_pool, read_manifest, read_pool
-from ..models.sites import sites
+from ..models.sites import Site, sites
 from ..models.t5 import T5, kernels
 from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
-from .methods import LORAHUB, Frozen, LoRA, Method, ZeroShot
-from .options import FuseOptions
+from .baselines.full import FullFineTuning
+from .baselines.lora import LoRA
+from .baselines.magnitudes import Magnitudes
+from .baselines.vera import VeRA
+from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot
+from .options import POOLLESS, UNTRAINED, FuseOptions
 from .sweep import Path as SeedPath
 from .sweep import default_path
 
 _CONTROL_KEY = 0
+_PROJECTION_KEY = 0  # VeRA's matrices are those of every run, as PEFT's are
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
 _SHALLOW = 8
 
@@ -75,12 +80,16 @@ def check(options: FuseOptions) -> None:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
-    if options.pool is None and options.method not in ("lora", "zero-shot"):
+    if options.pool is None and options.method not in POOLLESS:
         raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
-    if options.control == "random" and options.load_in != "full":
-        raise ValueError("the random control is drawn in full precision: leave out --load-in")
+    if options.control != "none" and options.load_in != "full":
+        raise ValueError(f"the {options.control} control is drawn in full precision: leave out --load-in")
+    if options.control != "none" and options.method in POOLLESS:
+        raise ValueError(f"the method {options.method} has no pool to replace: leave out --control")
+    if options.method == "full" and options.load_in != "full":
+        raise ValueError("full fine-tuning trains the weights themselves, not 4 or 8 bits of them: leave out --load-in")
     recipe = options.recipe
-    counts = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "lora_rank": recipe.lora_rank}
+    counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
     for name, count in (counts | {"eval_batch": options.eval_batch}).items():
         if count < 1:
             raise ValueError(f"{name} is {count}: wanted at least 1")
@@ -102,18 +111,18 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
     """
     check(options)
     recipe = options.recipe
-    training = options.method != "zero-shot"
+    needs_training_rows = options.method != "zero-shot"
     task = load_task(
         options.task,
         prompt=options.prompt,
         train_rows=options.train_rows,
-        need=("train", "test") if training else ("test",),
+        need=("train", "test") if needs_training_rows else ("test",),
     )
     fused = load_fused(options, path)
     train = encode(fused.tokenizer, task.train)
     longest = max((len(row) for row in train.labels), default=128)
     rows = None
-    if training:
+    if options.method not in UNTRAINED:
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
     return Setup(
         **vars(fused),
@@ -143,15 +152,21 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
         model.config = dataclasses.replace(model.config, unroll=True, remat="none")
     graph, base = nnx.split(model)
     pool = _load_modules(options, names, model) if names else None
-    frozen = Frozen(base)
+    method = _method(options, model, pool)
+    frozen = Frozen(base, pool)
     if pool is not None:
         used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
-        frozen = Frozen(base, pool, jax.jit(gram)(pool, used))
+        frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, used))
+    if options.method in ("magnitudes", "dora"):
+        adapted = {name: kernels(model)[name] for name, _ in _targets(options, model)}
+        frozen = dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))
+    if isinstance(method, VeRA):
+        frozen = dataclasses.replace(frozen, projections=method.projections(jax.random.key(_PROJECTION_KEY)))
     position = {name: i for i, name in enumerate(names)}
     return Fused(
         graph=graph,
         frozen=frozen,
-        method=_method(options, model, pool),
+        method=method,
         index=jnp.array([[position[name] for name in drawn] for drawn in modules], jnp.int32),
         modules=modules,
         tokenizer=tokenizer,
@@ -169,7 +184,7 @@ def trainable_count(setup: Setup) -> dict[str, int]:
 
 def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
     """Return the names of all modules needed, in the pool's order, and those of each seed."""
-    if options.pool is None or options.method in ("lora", "zero-shot"):
+    if options.pool is None or options.method in POOLLESS:
         return [], tuple(() for _ in options.seeds)
     available = _available(Path(options.pool))
     if options.adapters:
@@ -207,22 +222,41 @@ def _load_modules(options: FuseOptions, names: Sequence[str], model: T5) -> Lora
     else:
         sources = [str(folder / name) for name in names]
         pool = read_pool(sources, model.config, base_tensor=base_tensor(options.base))
-    if options.control == "random":
-        pool = random_pool(pool, jax.random.key(_CONTROL_KEY))
+    if options.control != "none":
+        control = random_pool if options.control == "random" else shuffled_pool
+        pool = control(pool, jax.random.key(_CONTROL_KEY))
     return pool if options.load_in == "full" else pool.quantised(options.load_in)
 
 
 def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
     recipe = options.recipe
-    if options.method == "zero-shot":
+    if options.method in UNTRAINED:
         return ZeroShot()
-    if options.method == "lora":
-        adapted = tuple((n, s) for n, s in sites(model.config).items() if n.endswith((".q", ".v")))
-        return LoRA(sites=adapted, rank=recipe.lora_rank, alpha=2.0 * recipe.lora_rank)
+    if options.method == "full":
+        return FullFineTuning()
+    if options.method == "magnitudes":
+        return Magnitudes()
+    if options.method in ("lora", "dora"):
+        rank, dora = recipe.lora_rank, options.method == "dora"
+        return LoRA(sites=_targets(options, model), rank=rank, alpha=2.0 * rank, dora=dora)
+    if options.method == "vera":
+        return VeRA(sites=_targets(options, model), rank=recipe.vera_rank)
     assert pool is not None
-    if options.method == "lorahub":
+    if options.method in ("lorahub", "cma"):
         fusion = LORAHUB
+    elif options.method in ("mean", "single"):
+        fusion = Fusion(granularity="global", magnitudes=False)
     else:
         fusion = recipe.fusion(magnitudes=options.method == "fusion")
     fusion.check(pool)
     return fusion
+
+
+def _targets(options: FuseOptions, model: T5) -> tuple[tuple[str, Site], ...]:
+    """Return the linear maps that methods without a pool adapt."""
+    targets = options.recipe.lora_targets
+    found = tuple((name, site) for name, site in sites(model.config).items() if name.rpartition(".")[2] in targets)
+    known = dict.fromkeys(name.rpartition(".")[2] for name in sites(model.config))
+    if not targets or set(targets) - known.keys():
+        raise ValueError(f"lora_targets are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as q v")
+    return found

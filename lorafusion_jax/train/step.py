@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..linear import reads
 from ..tasks.batches import Batch
 from .loss import cross_entropy, decoder_inputs, rows
-from .methods import Frozen, Method, Params
+from .methods import Frozen, Method, Params, adapted_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,7 @@ def objective(
 
     Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
     """
-    model = nnx.merge(graph, frozen.base)
-    adapters, metrics = method.adapters(params, frozen, index)
-    start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
-    logits = model(batch.input_ids, batch.input_mask, start, adapters)
+    logits, metrics = batch_logits(params, batch, index, frozen, graph=graph, method=method)
     entropy = cross_entropy(logits, batch.labels)
     loss = entropy / rows(batch.row_mask)
     penalty = jnp.float32(0)
@@ -129,6 +126,15 @@ def objective(
         size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
         penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
     return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
+
+
+def batch_logits(
+    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
+) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    """Return the logits of teacher forcing, and the method's metrics."""
+    model, adapters, metrics = adapted_model(params, index, frozen, graph=graph, method=method)
+    start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
+    return model(batch.input_ids, batch.input_mask, start, adapters), metrics
 
 
 def fusion_step(

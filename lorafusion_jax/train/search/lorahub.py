@@ -1,9 +1,6 @@
 """LoraHub's search: one weight for every module, found by evaluating the loss, without a gradient.
 
-The modules are mixed as A' = sum_n w_n A_n, B' = sum_n w_n B_n. nevergrad's NGOpt proposes weights within
-+-1.5, zeros first, and is told
-
-    (sum over batches of the mean cross-entropy) / rows + 0.05 mean |w|
+nevergrad's NGOpt proposes weights within +-1.5, zeros first, and is told the objective.
 
 Source: Huang et al., "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition" (2023), and
 its code.
@@ -16,19 +13,17 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..linear import reads
-from ..tasks import Batch
-from .evaluate import SEARCH, seed_entropies
-from .methods import LORAHUB, Frozen
-from .sweep import Path
+from ...linear import reads
+from ...tasks import Batch
+from ..evaluate import SEARCH
+from ..methods import Frozen
+from ..sweep import Path
+from .objective import BOUND, score
 
-BOUND = 1.5
-L1 = 0.05
 _MOST_EVALUATIONS = 50  # a module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
 
 
@@ -119,26 +114,6 @@ def load_nevergrad() -> ModuleType:
             f"LoraHub's search needs {error.name}, which is not installed: pip install -e '.[lorahub]'"
         ) from error
     return nevergrad
-
-
-def score(
-    weights: Float[np.ndarray, "seeds N"],
-    batches: Sequence[Batch],
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    path: Path,
-) -> Float[np.ndarray, " seeds"]:
-    """Return the objective of every seed at its weights; the other arguments are those of `search`."""
-    params = {"coefficients": jnp.asarray(weights, jnp.float32)}
-    static = {"graph": graph, "method": LORAHUB, "path": path}
-    losses = [
-        np.asarray(seed_entropies(params, batch, index, reads(frozen, number), **static), float)
-        for number, batch in enumerate(batches)
-    ]
-    rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
-    return np.sum(losses, axis=0) / rows + L1 * np.mean(np.abs(weights), axis=1)
 
 
 def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int) -> Any:

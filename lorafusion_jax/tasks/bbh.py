@@ -1,0 +1,126 @@
+"""LoraHub's split of BIG-Bench Hard, rebuilt byte for byte from the benchmark's own files and an index of rows.
+
+The index is JSON, `{task: {"example": rows, "zero_shot": rows, "prefix": [text], "sep": text, "sha256_example": text,
+"sha256_zero_shot": text}}`: which rows of `task.json`, counted from 0, train and test, in their order; the prompt,
+prefix + "Q: " + input + sep + "A:"; and the digest of each file. `sep` is a line break for all tasks but ruin_names, in
+whose prompts LoraHub has the "A:" directly behind the last option.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import Task, as_example
+from .readers import Rows, read_rows
+
+_PARTS = ("example", "zero_shot")  # LoraHub's names of the rows that train and of those that test
+_KEYS: dict[str, type] = {"prefix": list, "sep": str, "example": list, "zero_shot": list}
+_KEYS |= {f"sha256_{part}": str for part in _PARTS}
+
+_Entry = dict[str, Any]
+
+
+def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] | None = None) -> list[Path]:
+    """Write each task's `example.jsonl`, 100 rows that train, and `zero_shot.jsonl`, which test, as LoraHub has them.
+
+    Every file is checked against its digest before the first is written. A file that is there already and is
+    the same is left alone.
+
+    Args:
+      bbh: folder with the benchmark's JSON files (`bbh` of github.com/suzgunmirac/BIG-Bench-Hard).
+      index: file that says which rows belong to which part.
+      out: folder to write to, a folder for each task, as in LoraHub's `data_bbh`; `load_task` reads them.
+      names: of the tasks; by default all of the index.
+
+    Returns:
+      The folders of the tasks.
+
+    Raises:
+      ValueError: on an index of another layout, a task that it does not have, a file of the benchmark that is
+        missing or lacks a row, rows that differ from LoraHub's, and another file where one is to be written.
+    """
+    entries = _read_index(index)
+    for name in names or ():
+        if name not in entries:
+            raise ValueError(f"{index} has no task {name}: it has {', '.join(entries)}")
+    chosen = entries if names is None else {name: entries[name] for name in names}
+    contents: dict[Path, bytes] = {}
+    for name, entry in chosen.items():
+        source = bbh / f"{name}.json"
+        if not source.is_file():
+            raise ValueError(
+                f"{source} does not exist: give the folder bbh of github.com/suzgunmirac/BIG-Bench-Hard, "
+                "which has a JSON file for each task"
+            )
+        rows = read_rows(source)["all"]
+        for part in _PARTS:
+            contents[out / name / f"{part}.jsonl"] = _file(entry, part, rows, source)
+    missing = [path for path, content in contents.items() if not _is_there(path, content)]
+    for path in missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(contents[path])
+        partial.replace(path)
+    return [out / name for name in chosen]
+
+
+def prompt_overlap(task: Task) -> tuple[int, ...]:
+    """Return the numbers of the test rows whose prompt is also that of a training row, whatever its target is."""
+    trained = {example.input for example in task.train}
+    return tuple(row for row, example in enumerate(task.test) if example.input in trained)
+
+
+def _read_index(index: Path) -> dict[str, _Entry]:
+    if not index.is_file():
+        raise ValueError(f"{index} does not exist: wanted the JSON file that lists the rows of LoraHub's split")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+        raise ValueError(f"{index} is not JSON: {error}") from error
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{index} is no index of tasks: wanted {{task: {{{', '.join(_KEYS)}}}}}")
+    for name, entry in entries.items():
+        there = entry if isinstance(entry, dict) else {}
+        wrong = [key for key, kind in _KEYS.items() if not isinstance(there.get(key), kind)]
+        if wrong:
+            raise ValueError(
+                f"{index}, task {name}: {', '.join(wrong)} missing or not of its type: wanted row numbers as lists "
+                f"({', '.join(_PARTS)}), prefix as a list of one text, sep and both sha256 as texts"
+            )
+        if len(entry["prefix"]) != 1 or not isinstance(entry["prefix"][0], str):
+            raise ValueError(f"{index}, task {name}: its prefix is {entry['prefix']}: wanted a list of one text")
+    return entries
+
+
+def _file(entry: _Entry, part: str, rows: Rows, source: Path) -> bytes:
+    """Return the file of one part, if it is LoraHub's."""
+    prompt = f"{entry['prefix'][0]}Q: {{input}}{entry['sep']}A:"
+    lines = []
+    for number in entry[part]:
+        if not isinstance(number, int) or not 0 <= number < len(rows):
+            raise ValueError(
+                f"{source.stem}, {part}: the index wants row {number!r} of {source}, which has rows 0 to "
+                f"{len(rows) - 1}: the benchmark's file is cut short, or the index is that of another one"
+            )
+        where, row = rows[number]
+        example = as_example(row, where, prompt)
+        lines.append(json.dumps({"context": example.input, "completion": example.target}, ensure_ascii=False))
+    content = "\n".join(lines).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry[f"sha256_{part}"]:
+        raise ValueError(
+            f"{source.stem}, {part}.jsonl: its rows have the sha256 {digest[:12]}..., and LoraHub's have "
+            f"{entry[f'sha256_{part}'][:12]}...: {source} is probably another version of the benchmark's file; "
+            "take that of github.com/suzgunmirac/BIG-Bench-Hard, unchanged"
+        )
+    return content
+
+
+def _is_there(path: Path, content: bytes) -> bool:
+    if not path.exists():
+        return False
+    if path.read_bytes() != content:
+        raise ValueError(f"{path} is there already, with other rows: move it away, or write to another folder")
+    return True

@@ -1,0 +1,35 @@
+"""Examples in the prompt, instead of in trained numbers."""
+
+import dataclasses
+import random
+
+from .data import Example, Task
+
+
+def few_shot(task: Task, shots: int, seed: int) -> Task:
+    r"""Put `shots` training examples, the same for all, before every test input.
+
+    The prompt is `input target\n\n` for each example and then the row's own input: a prompt that ends in "A:" is
+    followed by its answer, and instructions are repeated with each example. Tokenizers that split at white space, as
+    that of the embedded base does and T5's, which reads line breaks as blanks, get no token that they do not know.
+
+    `encode` cuts inputs at the end, which is the question: keep its `max_length` above the longest prompt.
+
+    Args:
+      task: whose training rows are drawn from.
+      shots: how many.
+      seed: of the run; `random.Random("few-shot, seed N")` draws the examples and their order.
+
+    Raises:
+      ValueError: if there are not that many training rows.
+    """
+    if not 1 <= shots <= len(task.train):
+        raise ValueError(
+            f"{shots} examples for the prompts of {task.name}, which has {len(task.train)} training rows: "
+            f"ask for 1 to {len(task.train)}"
+        )
+    drawn = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
+    shown = "".join(f"{example.input} {example.target}\n\n" for example in drawn)
+    return dataclasses.replace(
+        task, test=tuple(Example(shown + example.input, example.target) for example in task.test)
+    )

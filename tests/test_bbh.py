@@ -1,0 +1,186 @@
+"""LoraHub's split of BIG-Bench Hard: the published digests are the oracle; bad input stops before a write."""
+
+import hashlib
+import json
+
+import pytest
+
+from lorafusion_jax.tasks import Example, Task, load_task, prompt_overlap, write_lorahub_split
+
+_PREFIX = "Count.\n\n"
+_EXAMPLES = [{"input": f"Wie groß ist {i}?", "target": str(i)} for i in range(6)]
+
+
+def _digest(numbers, sep="\n"):
+    """The digest of rows, their lines written out by hand."""
+    lines = [
+        f'{{"context": "Count.\\n\\nQ: Wie groß ist {i}?{json.dumps(sep)[1:-1]}A:", "completion": "{i}"}}'
+        for i in numbers
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _entry(example=(4, 0, 2), zero_shot=(1, 5), sep="\n", **other):
+    return {
+        "example": list(example),
+        "zero_shot": list(zero_shot),
+        "prefix": [_PREFIX],
+        "sep": sep,
+        "sha256_example": _digest(example, sep),
+        "sha256_zero_shot": _digest(zero_shot, sep),
+    } | other
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes index and benchmark, then the split."""
+
+    def run(index=None, examples=None, **arguments):
+        bbh = tmp_path / "bbh"
+        bbh.mkdir(exist_ok=True)
+        for name in ("counting", "measuring"):
+            (bbh / f"{name}.json").write_text(json.dumps({"examples": examples or _EXAMPLES}), encoding="utf-8")
+        if index is None:
+            index = {"counting": _entry(), "measuring": _entry(sep="", example=[3])}
+        path = tmp_path / "index.json"
+        path.write_text(index if isinstance(index, str) else json.dumps(index), encoding="utf-8")
+        return write_lorahub_split(bbh, path, tmp_path / "out", **arguments)
+
+    return run
+
+
+def test_all_tasks_are_lorahubs_byte_for_byte(shared, tmp_path):
+    bbh, index = shared / "data" / "bbh", shared / "data" / "lorahub_bbh_split.json"
+    folders = write_lorahub_split(bbh, index, tmp_path)
+    published = json.loads(index.read_text(encoding="utf-8"))
+    assert folders == [tmp_path / name for name in published]
+    assert len(folders) == 27
+    overlaps = {}
+    for folder in folders:
+        for part in ("example", "zero_shot"):
+            content = (folder / f"{part}.jsonl").read_bytes()
+            assert hashlib.sha256(content).hexdigest() == published[folder.name][f"sha256_{part}"], folder.name
+        task = load_task(folder)
+        assert len(task.train) == 100
+        trained = {example.input: example.target for example in task.train}
+        overlaps |= {
+            (task.name, row): (task.test[row].target, trained[task.test[row].input]) for row in prompt_overlap(task)
+        }
+    assert overlaps == {
+        ("causal_judgement", 32): ("Yes", "No"),  # the same prompt, with the other answer
+        ("sports_understanding", 15): ("yes", "yes"),
+        ("sports_understanding", 146): ("no", "no"),
+    }
+
+
+def test_ruin_names_has_no_line_break_before_its_cue(shared, tmp_path):
+    bbh, index = shared / "data" / "bbh", shared / "data" / "lorahub_bbh_split.json"
+    folders = write_lorahub_split(bbh, index, tmp_path, names=["ruin_names", "snarks"])
+    odd, plain = (load_task(folder).test[0].input for folder in folders)
+    assert odd.endswith("A:") and not odd.endswith("\nA:")
+    assert plain.endswith("\nA:")
+
+
+def test_rows_come_in_the_order_of_the_index(write):
+    counting, measuring = write()
+    task = load_task(counting)
+    assert task.train == tuple(Example(f"Count.\n\nQ: Wie groß ist {i}?\nA:", str(i)) for i in (4, 0, 2))
+    assert [example.target for example in task.test] == ["1", "5"]
+    assert load_task(measuring).train == (Example("Count.\n\nQ: Wie groß ist 3?A:", "3"),)
+    assert "groß" in (counting / "example.jsonl").read_text(encoding="utf-8")
+
+
+def test_only_the_named_tasks_are_written(write, tmp_path):
+    assert write(names=["measuring"]) == [tmp_path / "out" / "measuring"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["measuring"]
+
+
+def test_what_is_there_is_left_and_what_is_missing_is_added(write):
+    folder, _ = write()
+    kept, lost = folder / "example.jsonl", folder / "zero_shot.jsonl"
+    before, content = kept.stat(), lost.read_bytes()
+    lost.unlink()
+    write()
+    after = kept.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert lost.read_bytes() == content
+    assert sorted(path.name for path in folder.iterdir()) == ["example.jsonl", "zero_shot.jsonl"]
+
+
+def test_other_rows_in_place_are_not_overwritten(write):
+    folder, other = write()
+    (folder / "example.jsonl").unlink()
+    (other / "zero_shot.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"measuring/zero_shot\.jsonl is there already, with other rows: move it"):
+        write()
+    assert (other / "zero_shot.jsonl").read_text() == "mine"
+    assert not (folder / "example.jsonl").exists()
+
+
+# Bad input
+
+
+def _lacking(key):
+    return {"counting": {k: v for k, v in _entry().items() if k != key}}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", r"index\.json is not JSON: Expecting property name"),
+        ("[]", r"index\.json is no index of tasks: wanted \{task: \{prefix, sep, example, zero_shot, sha256_example"),
+        ({}, r"index\.json is no index of tasks"),
+        ({"counting": [1]}, r"task counting: prefix, sep, example, zero_shot, .* missing or not of its type"),
+        (_lacking("sep"), r"task counting: sep missing or not of its type: wanted row numbers as lists"),
+        (_lacking("sha256_example"), r"task counting: sha256_example missing"),
+        ({"counting": _entry() | {"example": "4"}}, r"task counting: example missing or not of its type"),
+        ({"counting": _entry(prefix=[])}, r"task counting: its prefix is \[\]: wanted a list of one text"),
+        ({"counting": _entry(prefix=["a", "b"])}, r"its prefix is \['a', 'b'\]: wanted a list of one text"),
+        (
+            {"counting": _entry(example=[0, 6])},
+            r"counting, example: the index wants row 6 of .*counting\.json, which has rows 0 to 5: the benchmark's "
+            r"file is cut short, or the index is that of another one",
+        ),
+        ({"counting": _entry(zero_shot=[-1])}, r"counting, zero_shot: the index wants row -1"),
+        ({"counting": _entry() | {"zero_shot": ["1"]}}, r"counting, zero_shot: the index wants row '1'"),
+        ({"lost": _entry()}, r"lost\.json does not exist: give the folder bbh of github\.com/suzgunmirac/"),
+    ],
+)
+def test_bad_index(write, tmp_path, index, message):
+    with pytest.raises(ValueError, match=message):
+        write(index)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("row", "part"), [(4, "example"), (5, "zero_shot")])
+def test_another_version_of_the_benchmark_is_noticed_before_anything_is_written(write, tmp_path, row, part):
+    changed = [{**example, "target": "x"} if i == row else example for i, example in enumerate(_EXAMPLES)]
+    with pytest.raises(
+        ValueError,
+        match=rf"counting, {part}\.jsonl: its rows have the sha256 \w{{12}}\.\.\., and LoraHub's have \w{{12}}\.\.\.: "
+        r".*counting\.json is probably another version of the benchmark's file; take that of github",
+    ):
+        write(examples=changed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_text_are_named(write):
+    with pytest.raises(ValueError, match=r"counting\.json, example 5: its target is 4: give it a text"):
+        write(examples=[example | {"target": int(example["target"])} for example in _EXAMPLES])
+
+
+def test_unknown_task(write):
+    with pytest.raises(ValueError, match=r"index\.json has no task sorting: it has counting, measuring"):
+        write(names=["counting", "sorting"])
+
+
+def test_missing_index(tmp_path):
+    with pytest.raises(ValueError, match=r"no\.json does not exist: wanted the JSON file that lists the rows"):
+        write_lorahub_split(tmp_path, tmp_path / "no.json", tmp_path)
+
+
+def test_overlap_is_of_prompts_alone():
+    train = (Example("a", "1"), Example("b", "2"))
+    test = (Example("b", "3"), Example("c", "1"), Example("a", "1"), Example("a ", "1"))
+    assert prompt_overlap(Task("t", train, test, "here")) == (0, 2)
+    assert prompt_overlap(Task("t", (), test, "here")) == ()
