@@ -5,7 +5,7 @@ __version__ = "0.1.0.dev0"
 from . import crossbar
 from .crossbar import CrossbarConfig, mvm, program, program_tree
 from .fusion.compose import Gram, Lora, Modules, column_norms, compose, gram
-from .fusion.pool import LoraPool, random_pool
+from .fusion.pool import LoraPool, random_pool, shuffled_pool
 from .io.hf import load_base, read_config, save_base
 from .io.pool import load_pool, read_pool
 from .linear import matmul, quantise
@@ -13,6 +13,7 @@ from .models.generate import generate
 from .models.sites import Site, sites
 from .models.t5 import T5, T5Config, kernels
 from .train.baselines.lora import LoRA
+from .train.baselines.merge import Merge
 from .train.methods import Frozen, Fusion, Method, ZeroShot
 from .train.options import PRESETS, FuseOptions, Recipe
 from .train.run import fuse, load_run
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "Lora",
     "LoraPool",
+    "Merge",
     "Method",
     "Modules",
     "Optimisation",
@@ -61,5 +63,6 @@ __all__ = [
     "read_config",
     "read_pool",
     "save_base",
+    "shuffled_pool",
     "sites",
 ]

@@ -6,11 +6,12 @@ Axis letters: L layer, N adapters, r rank.
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ..linear import Weight, dense, quantise
 
@@ -24,6 +25,7 @@ class LoraPool:
       A: site -> [L, N, d_in, r].
       B: site -> [L, N, r, d_out], with the adapter's scaling (alpha / r) folded in.
       rank: site -> [L, N], the true rank; smaller ones are padded with zeros, 0 where an adapter lacks it.
+      scaling: site -> [L, N], the factor in B, 0 where an adapter lacks the site; None where nobody knows it.
       magnitude: site -> [L, d_out] of a pool of one DoRA adapter (0 where a layer lacks it), else None.
       names: of the adapters, in the order of the axis N.
     """
@@ -31,6 +33,7 @@ class LoraPool:
     A: dict[str, Weight]
     B: dict[str, Weight]
     rank: dict[str, Int[Array, "_L N"]]
+    scaling: dict[str, Float[Array, "_L N"]] | None = None
     magnitude: dict[str, Array] | None = None
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
@@ -73,6 +76,7 @@ class LoraPool:
             A=jax.tree.map(take, self.A),
             B=jax.tree.map(take, self.B),
             rank=jax.tree.map(take, self.rank),
+            scaling=jax.tree.map(take, self.scaling),
             names=tuple(self.names[i] for i in index),
         )
 
@@ -110,6 +114,45 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
         A={site: like(dense(a, jnp.float32), f"A of {site}") for site, a in pool.A.items()},
         B={site: like(dense(b, jnp.float32), f"B of {site}") for site, b in pool.B.items()},
         names=tuple(f"random {name}" for name in pool.names),
+    )
+
+
+def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
+    """Return the control: a pool whose modules keep their matrices, each in another layer of its stack.
+
+    The layers of a module go round in one random cycle, the same at all sites of a stack, so that none stays in
+    its place and A and B of a layer stay together. The draw depends on the key and the module's name alone. A
+    stack of one layer stays as it is.
+
+    Args:
+      pool: of the real modules, plain or quantised.
+      key: of the whole draw.
+    """
+
+    def source(site: str) -> Int[Array, "L N"]:
+        layers = pool.rank[site].shape[0]
+
+        def draw(name: str) -> Array:
+            drawn = jax.random.fold_in(key, zlib.crc32(f"layers of {site.partition('.')[0]}, {name}".encode()))
+            cycle = jax.random.permutation(drawn, layers)
+            return jnp.zeros(layers, jnp.int32).at[cycle].set(jnp.roll(cycle, 1))
+
+        return jnp.stack([draw(name) for name in pool.names], axis=1)
+
+    sources = {site: source(site) for site in pool.rank}
+    modules = jnp.arange(len(pool))[None]
+
+    def moved(weights: dict[str, Any]) -> dict[str, Any]:
+        return {site: jax.tree.map(lambda a, s=sources[site]: a[s, modules], w) for site, w in weights.items()}
+
+    return dataclasses.replace(
+        pool,
+        A=moved(pool.A),
+        B=moved(pool.B),
+        rank=moved(pool.rank),
+        scaling=None if pool.scaling is None else moved(pool.scaling),
+        magnitude=pool.magnitude and {site: m[sources[site][:, 0]] for site, m in pool.magnitude.items()},
+        names=tuple(f"shuffled {name}" for name in pool.names),
     )
 
 

@@ -255,19 +255,21 @@ def _stack(adapters: Sequence[PeftAdapter], config: T5Config, dtype: _Dtype) -> 
             site, layer = _located(path)
             where.setdefault(site, []).append((layer, n, path))
 
-    def stack(site: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def stack(site: str) -> tuple[jax.Array, ...]:
         layers, d_in, d_out = sites(config)[site]
         rank = np.zeros((layers, len(adapters)), np.int32)
+        scaling = np.zeros(rank.shape, np.float32)
         for layer, n, path in where[site]:
             rank[layer, n] = adapters[n].factors[path][0].shape[0]
+            scaling[layer, n] = adapters[n].scaling[path]
         A = aligned_zeros((*rank.shape, d_in, int(rank.max())), dtype)
         B = aligned_zeros((*rank.shape, int(rank.max()), d_out), dtype)
         for layer, n, path in where[site]:
             r = rank[layer, n]
             a, b = adapters[n].factors[path]
             A[layer, n, :, :r] = a.T
-            B[layer, n, :r] = b.astype(np.float32, copy=False).T * np.float32(adapters[n].scaling[path])
-        return jax.device_put(A), jax.device_put(B), jnp.asarray(rank)
+            B[layer, n, :r] = b.astype(np.float32, copy=False).T * scaling[layer, n]
+        return jax.device_put(A), jax.device_put(B), jnp.asarray(rank), jnp.asarray(scaling)
 
     stacked = {site: stack(site) for site in sites(config) if site in where}
     magnitude = None
@@ -280,9 +282,10 @@ def _stack(adapters: Sequence[PeftAdapter], config: T5Config, dtype: _Dtype) -> 
                 rows[layer] = vectors[path]
             magnitude[site] = jnp.asarray(rows)
     return LoraPool(
-        A={site: a for site, (a, _, _) in stacked.items()},
-        B={site: b for site, (_, b, _) in stacked.items()},
-        rank={site: rank for site, (_, _, rank) in stacked.items()},
+        A={site: a for site, (a, _, _, _) in stacked.items()},
+        B={site: b for site, (_, b, _, _) in stacked.items()},
+        rank={site: rank for site, (_, _, rank, _) in stacked.items()},
+        scaling={site: scaling for site, (_, _, _, scaling) in stacked.items()},
         magnitude=magnitude,
         names=tuple(names),
     )
