@@ -14,13 +14,17 @@ class Entry:
       method: of `lorafusion fuse`.
       control: of the pool.
       recipe: what differs from the default recipe, learning rates apart.
-      rates: learning rates; found by `python experiments/tune.py` unless they are searched by hand elsewhere.
+      rates: learning rates, found by `python experiments/tune.py`.
+      train_rows: fewer rows to learn from than the league has.
+      load_in: base and pool in 4 or 8 bits.
     """
 
     method: MethodName
     control: Literal["none", "random", "shuffled"] = "none"
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    train_rows: int | None = None
+    load_in: Literal["full", "nf4", "int8"] | None = None
 
 
 METHODS = {

@@ -8,13 +8,14 @@ import tyro
 
 from ..fusion.coefficients import Granularity, Start
 from ..fusion.compose import Composition
+from ..fusion.merge import MergeKind
 from ..tasks.protocol import Protocol
 from .methods import Fusion
 from .step import Optimisation
 
 MethodName = Literal[
     "fusion", "coefficients", "magnitudes", "lora", "dora", "vera", "full",
-    "lorahub", "cma", "mean", "single", "zero-shot", "few-shot", "constant",
+    "lorahub", "cma", "mean", "single", "merge", "zero-shot", "few-shot", "constant",
 ]  # fmt: skip
 
 
@@ -51,6 +52,8 @@ class Recipe:
       generations: of CMA-ES.
       population: members of a generation.
       shots: examples in a few-shot prompt.
+      merge: PEFT's rule, for the method `merge`, with all modules at 1 / N.
+      density: share of the entries that ties, dare and magnitude_prune keep.
     """
 
     modules: int = 20
@@ -81,6 +84,8 @@ class Recipe:
     generations: int = 40
     population: int = 16
     shots: int = 5
+    merge: MergeKind = "linear"
+    density: float = 0.5
 
     def fusion(self, *, magnitudes: bool) -> Fusion:
         """Return the fusion that this recipe describes."""
@@ -140,7 +145,8 @@ class FuseOptions:
       out: where runs are.
       method: `fusion` trains coefficients and magnitudes, `coefficients` or `magnitudes` one of them; `lora`, `dora`,
         `vera` and `full` (fine-tuning) are trained from the base; `lorahub` and `cma` search one weight a module
-        without gradients; `mean` weighs all modules alike, `single` takes the one of least training loss;
+        without gradients; `mean` weighs all modules alike, `single` takes the one of least training loss, `merge`
+        combines them by one of PEFT's rules;
         `zero-shot`, `few-shot` (examples in the prompt) and `constant` (the most common answer) train nothing.
       control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers.
       adapters: fuse these modules, by name or index, instead of a draw by seed.

@@ -111,7 +111,7 @@ def _complete(
     seeds, evaluation = evaluate_seeds(setup, options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = {} if options.method in (*UNTRAINED, "mean", "single") else trainable_count(setup)
+    counts = {} if options.method in (*UNTRAINED, "mean", "merge", "single") else trainable_count(setup)
     results = {
         "task": setup.task.name,
         "method": options.method,
@@ -144,7 +144,7 @@ def _train(
     if final.is_dir():
         params, metadata = checkpoint.load(final)
         return jax.tree.map(jnp.asarray, params), metadata["steps"]
-    if options.method == "mean":
+    if options.method in ("mean", "merge"):
         params, steps = start(setup, options.seeds).params, [0] * len(options.seeds)
     elif options.method in SEARCHES:
         run.cut_metrics(0)  # a search is not resumed, but repeated
@@ -230,7 +230,7 @@ def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, int]:
     """Return how many rows one seed passed forward and backward through the model to adapt, validation included."""
-    if setup.split is None or options.method == "mean":
+    if setup.split is None or options.method in ("mean", "merge"):
         return 0, 0
     recipe = options.recipe
     train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]

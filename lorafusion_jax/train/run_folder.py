@@ -76,6 +76,10 @@ class RunFolder:
         path = self.folder / _METRICS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """Return what the model said to every row, as it was written."""
+        return [json.loads(line) for line in (self.folder / _PREDICTIONS).read_text().splitlines()]
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write what was asked for."""
         _write(self.folder / _CONFIG, json.dumps(config, indent=1) + "\n")

@@ -20,6 +20,7 @@ from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_tas
 from .baselines.full import FullFineTuning
 from .baselines.lora import LoRA
 from .baselines.magnitudes import Magnitudes
+from .baselines.merge import Merge
 from .baselines.vera import VeRA
 from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot
 from .options import POOLLESS, UNTRAINED, FuseOptions
@@ -186,22 +187,26 @@ def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]
     """Return the names of all modules needed, in the pool's order, and those of each seed."""
     if options.pool is None or options.method in POOLLESS:
         return [], tuple(() for _ in options.seeds)
-    available = _available(Path(options.pool))
+    there = available(Path(options.pool))
     if options.adapters:
         # LoraPool knows how to choose; no arrays are needed for it.
-        names = LoraPool(A={}, B={}, rank={}, names=tuple(available)).indices(
-            [int(a) if a.isdecimal() and a not in available else a for a in options.adapters]
+        names = LoraPool(A={}, B={}, rank={}, names=tuple(there)).indices(
+            [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
         )
-        drawn = tuple(tuple(available[i] for i in names) for _ in options.seeds)
+        drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
     else:
-        count = min(options.recipe.modules, len(available))
-        drawn = tuple(draw_modules(available, count, seed) for seed in options.seeds)
+        count = min(options.recipe.modules, len(there))
+        drawn = tuple(draw_modules(there, count, seed) for seed in options.seeds)
     used = {name for names in drawn for name in names}
-    return [name for name in available if name in used], drawn
+    return [name for name in there if name in used], drawn
 
 
-def _available(pool: Path) -> list[str]:
-    """Return the names of the adapters of a converted pool, or of a folder of PEFT adapters."""
+def available(pool: Path) -> list[str]:
+    """Return the names of the adapters of a converted pool, or of a folder of PEFT adapters.
+
+    Raises:
+      ValueError: the folder is neither.
+    """
     if (pool / "manifest.json").is_file():
         return [entry["name"] for entry in read_manifest(pool)["adapters"]]
     names = sorted(path.parent.name for path in pool.glob("*/adapter_config.json"))
@@ -242,6 +247,10 @@ def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
     if options.method == "vera":
         return VeRA(sites=_targets(options, model), rank=recipe.vera_rank)
     assert pool is not None
+    if options.method == "merge":
+        merge = Merge(kind=recipe.merge, density=recipe.density)
+        merge.check(pool)
+        return merge
     if options.method in ("lorahub", "cma"):
         fusion = LORAHUB
     elif options.method in ("mean", "single"):

@@ -1,0 +1,167 @@
+"""A matrix of runs, tasks by methods by leagues: every result is a row of one JSONL file, and none is run twice.
+
+All seeds of a task and method are one program (see `lorafusion fuse`); tasks, methods and leagues are looped over.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from _common import recipe_of
+from _methods import Entry
+
+from lorafusion_jax import PRESETS, FuseOptions, fuse
+from lorafusion_jax.report import append_rows, done, read_rows
+from lorafusion_jax.train.options import POOLLESS
+from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.train.setup import available
+
+League = Literal["95+5", "5"]
+
+# Rows that a seed uses, and passes over them. LoraHub's league gives five examples, and all methods the same.
+_TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}
+_EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixOptions:
+    """What a matrix runs on.
+
+    Attributes:
+      base: the base model, a folder or hub id.
+      pool: a converted pool, or a folder of PEFT adapters.
+      task: task folders or files.
+      method: rows of the table; all by default.
+      seeds: each draws modules, starts and orders of rows.
+      leagues: rows to learn from: 95 and 5 for validation, or LoraHub's 5.
+      modules: that a seed draws from the pool.
+      out: folder of results.jsonl and the runs; what is there already is not run again.
+      dtype: of weights and activations.
+      load_in: hold base and pool in 4 or 8 bits.
+      test_rows: evaluate on the first rows only.
+      eval_batch: rows in a batch of generation.
+      plan: print what the matrix needs, and run nothing.
+    """
+
+    base: str
+    pool: str
+    task: tuple[str, ...]
+    method: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    leagues: tuple[League, ...] = ("95+5",)
+    modules: int = PRESETS["default"].modules
+    out: Path = Path("runs/matrix")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in: Literal["full", "nf4", "int8"] = "full"
+    test_rows: int | None = None
+    eval_batch: int = 64
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+class Job(NamedTuple):
+    """One program: a task, a method and a league, with all seeds."""
+
+    task: str
+    method: str
+    league: League
+    options: FuseOptions
+
+
+def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
+    """Run what is missing of a matrix, and return its file of rows.
+
+    Raises:
+      ValueError: an unknown method, no task, or a pool of fewer modules than are asked for; and as `fuse` does.
+    """
+    todo = list(jobs(options, entries))
+    file = options.out / "results.jsonl"
+    have = done(read_rows(file)) if file.exists() else set()
+    began = time.perf_counter()
+    for number, job in enumerate(todo, start=1):
+        seeds = job.options.seeds[:1] if job.options.method == "zero-shot" else job.options.seeds
+        if {(job.task, job.method, job.league, seed) for seed in seeds} <= have:
+            continue
+        results = fuse(job.options)
+        append_rows(file, [row for row in _rows(job, results) if (*job[:3], row["seed"]) not in have])
+        minutes = (time.perf_counter() - began) / 60
+        said = f"{job.task}, {job.method}, {job.league}: {results['exact_match']:.1f} %"
+        print(f"[{number}/{len(todo)}] {said}, {minutes:.1f} min", file=sys.stderr, flush=True)
+    return file
+
+
+def jobs(options: MatrixOptions, entries: Mapping[str, Entry]) -> Iterator[Job]:
+    """Yield the programs of a matrix, task by task."""
+    chosen = options.method or tuple(entries)
+    if unknown := [method for method in chosen if method not in entries]:
+        raise ValueError(f"no method {', '.join(unknown)}: choose of {'; '.join(entries)}")
+    if not options.task:
+        raise ValueError("no task: give at least one with --task")
+    _check_pool(options, [entries[method] for method in chosen])
+    for league in options.leagues:
+        for task in options.task:
+            name = Path(task).stem if Path(task).is_file() else Path(task).name
+            for method in chosen:
+                yield Job(name, method, league, _fuse_options(options, task, name, method, league, entries[method]))
+
+
+def _fuse_options(
+    options: MatrixOptions, task: str, name: str, method: str, league: League, entry: Entry
+) -> FuseOptions:
+    recipe = recipe_of(entry, dataclasses.replace(PRESETS["default"], modules=options.modules))
+    return FuseOptions(
+        base=options.base,
+        pool=None if entry.method in POOLLESS else options.pool,
+        task=task,
+        seeds=options.seeds,
+        out=options.out / "runs",
+        name="-".join((name, method, league)).replace(" ", "_").replace(",", ""),
+        method=entry.method,
+        control=entry.control,
+        recipe=dataclasses.replace(recipe, epochs=recipe.epochs * _EPOCHS[league] // _EPOCHS["95+5"]),
+        train_rows=min(entry.train_rows or _TRAIN_ROWS[league], _TRAIN_ROWS[league]),
+        test_rows=options.test_rows,
+        eval_batch=options.eval_batch,
+        dtype=options.dtype,
+        load_in=options.load_in if entry.load_in is None else entry.load_in,
+        resume=True,
+    )
+
+
+def _check_pool(options: MatrixOptions, entries: Sequence[Entry]) -> None:
+    wanted = max((entry.recipe.get("modules", options.modules) for entry in entries), default=0)
+    if all(entry.method in POOLLESS for entry in entries):
+        return
+    there = len(available(Path(options.pool)))
+    if there < wanted:
+        raise ValueError(
+            f"{options.pool} holds {there} modules, and {wanted} are to be drawn: give fewer with --modules"
+        )
+
+
+def _rows(job: Job, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    run = RunFolder(job.options.out / (job.options.name or ""))
+    config, predictions = run.config(), run.predictions()
+    shared = {
+        "task": job.task,
+        "method": job.method,
+        "league": job.league,
+        "trainable": results["trainable"],
+        "seconds": results["seconds"]["train"] / len(results["seeds"]),
+        "config": config["options"],
+        "data_sha256": config["task_sha256"],
+        "versions": config["environment"]["versions"],
+        "device": config["environment"]["device"],
+        "cores": config["environment"]["cores"],
+    }
+    for seed in results["seeds"]:
+        said = [row for row in predictions if row["seed"] == seed["seed"]]
+        scored = all(row["option_correct"] is not None for row in said)
+        yield shared | {
+            "correct": "".join(str(int(row["correct"])) for row in said),
+            "option_correct": "".join(str(int(row["option_correct"])) for row in said) if scored else None,
+            **{name: value for name, value in seed.items() if name != "modules"},
+        }

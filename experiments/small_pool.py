@@ -1,0 +1,47 @@
+"""The main table on the embedded small pool: every method, five seeds, six tasks that no adapter was trained on.
+
+    python experiments/small_pool.py                    # runs what is missing, then writes the report
+    python experiments/small_pool.py --plan             # what it needs
+    python experiments/small_pool.py --leagues 5        # LoraHub's league: five examples
+    python experiments/small_pool.py --method LoRAFusion LoRA --seeds 1 2
+
+Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from _common import ROOT, SMALL
+from _matrix import MatrixOptions, run_matrix
+from _methods import METHODS
+from _planning import print_matrix_plan
+from report import main as report
+
+from lorafusion_jax import cli
+
+TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_next2", "last3_starvow")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallPoolOptions(MatrixOptions):
+    __doc__ = MatrixOptions.__doc__
+
+    base: str = str(SMALL / "base")
+    pool: str = str(SMALL / "adapters")
+    task: tuple[str, ...] = tuple(str(SMALL / "tasks" / name) for name in TASKS)
+    out: Path = ROOT / "runs" / "small_pool"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(SmallPoolOptions, args=list(arguments), description=__doc__)
+    if options.plan:
+        print_matrix_plan(options, METHODS)
+        return
+    file = run_matrix(options, METHODS)
+    report([str(file), "--out", str(options.out / "report"), "--title", "Small pool", "--reference", "LoRAFusion"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
