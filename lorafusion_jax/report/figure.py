@@ -37,11 +37,13 @@ def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
     """
     try:
         import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError(f"plots need {error.name}, which is not installed: pip install -e '.[plots]'") from error
     # Not pyplot: a figure of its own draws with Agg and leaves no state behind.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(size, dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)  # which can measure texts before they are drawn
         draw(figure)
         write(path, lambda partial: figure.savefig(partial, format="png"))
