@@ -109,7 +109,8 @@ def html_table(table: Table) -> str:
     """Return an HTML table with scopes of headings, in a box that scrolls sideways."""
     first, *lines = table.texts
     numeric = [' class="number"' if column.kind != "text" else "" for column in table.columns]
-    head = "".join(f'<th scope="col"{c}>{html.escape(cell)}</th>' for c, cell in zip(numeric, first, strict=True))
+    names = [html.escape(name).replace("_", "_<wbr>") for name in first]  # where a long name may break
+    head = "".join(f'<th scope="col"{c}>{name}</th>' for c, name in zip(numeric, names, strict=True))
     body = "".join(
         f'<tr><th scope="row">{html.escape(line[0])}</th>'
         + "".join(f"<td{c}>{html.escape(cell)}</td>" for c, cell in zip(numeric[1:], line[1:], strict=True))

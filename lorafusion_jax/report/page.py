@@ -22,7 +22,7 @@ _CSS = """
   figure img { filter: invert(0.9137) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 84rem; color: var(--ink); background: var(--paper);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; font-size: 1.25rem; }
 p, caption { max-width: 46rem; }
@@ -30,13 +30,14 @@ p, caption { max-width: 46rem; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.5rem; position: sticky; left: 0; width: max-content;
   max-width: min(46rem, calc(100vw - 2rem)); white-space: normal; }
-th, td { padding: 0.3rem 0.7rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: 0.3rem 0.5rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 .number { text-align: right; }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 tbody th { font-weight: 500; }
 tbody tr:hover > * { background: var(--band); }
-figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 44rem; height: auto; display: block; }
+figure { margin: 1.5rem 0; overflow-x: auto; }
+figure img { width: 100%; min-width: 30rem; max-width: 44rem; height: auto; display: block; }
 summary { cursor: pointer; }
 """
 _PLOTS: tuple[tuple[str, str, Callable[..., None]], ...] = (
