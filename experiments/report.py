@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorafusion_jax import cli
 from lorafusion_jax.report import (
+    Table,
     best_method,
     csv_text,
     latex,
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     leagues = scores(rows)
     for league in leagues:
         suffix = "" if len(leagues) == 1 else f"_{league.league}"
-        tables = dict(zip(("table", "tasks"), main_tables(league), strict=False))
+        tables: dict[str, Table] = dict(zip(("table", "tasks"), main_tables(league), strict=False))
         if len(league.methods) > 1:
             tables["paired"] = paired_table(league, options.reference or best_method(league))
         write_text(options.out / f"table{suffix}.md", "\n".join(map(markdown, tables.values())))

@@ -1,4 +1,4 @@
-"""Means and intervals of right answers. Oracles: NumPy, scipy.stats.bootstrap, closed forms, coverage on simulations."""
+"""Means and intervals of right answers. Oracles: NumPy, scipy.stats.bootstrap, closed forms, simulations."""
 
 import numpy as np
 import pytest

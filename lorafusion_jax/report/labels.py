@@ -21,9 +21,8 @@ def label_points(
 ) -> "list[Annotation]":
     """Write each name near its point, with a thin line to it where it had to go far; call it when the layout stands.
 
-    Names go, from the top down, to the nearest place inside the axes that covers no name, point or span; nearness weighs more
-    than direction, right before left before above and below. Where no place is free, the one that covers least is
-    taken.
+    Names go, from the top down, to the nearest place inside the axes that covers no name, point or span; of equally
+    near ones right before left before above and below. Where no place is free, the one that covers least is taken.
 
     Args:
       axes: where the points are, in its data coordinates.
