@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _POINT = colour(3)
 _FRAME = "#999999"
-_WIDTH = 7.0  # inches: still to be read where a phone shows it
+_WIDTH = 6.0  # inches: still to be read where a phone shows it
 
 
 def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:

@@ -36,8 +36,8 @@ thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-s
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 tbody th { font-weight: 500; }
 tbody tr:hover > * { background: var(--band); }
-figure { margin: 1.5rem 0; overflow-x: auto; }
-figure img { width: 100%; min-width: 30rem; max-width: 44rem; height: auto; display: block; }
+figure { margin: 1.5rem 0; }
+figure img { width: 100%; max-width: 40rem; height: auto; display: block; }
 summary { cursor: pointer; }
 """
 _PLOTS: tuple[tuple[str, str, Callable[..., None]], ...] = (
