@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from lorafusion_jax import report
 from lorafusion_jax.report import (
     markdown_table,
     plot_accuracy,
@@ -111,7 +110,7 @@ def test_plots_are_whole_png_files(tmp_path):
 def test_bars_dots_and_legend_show_the_rows(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
-    monkeypatch.setattr(report, "_write", lambda path, write: write(path))
+    monkeypatch.setattr("lorafusion_jax.report.figure.write", lambda path, writer: writer(path))
     plot_accuracy(_ROWS, tmp_path / "accuracy.png", apart=("impossible",))
     (axes,) = figures[0].axes
     bars = [bar.get_height() for container in axes.containers if hasattr(container, "patches") for bar in container]
@@ -125,7 +124,7 @@ def test_bars_dots_and_legend_show_the_rows(tmp_path, monkeypatch):
 def test_curves_are_the_seeds_and_their_mean_over_the_steps_of_all(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
-    monkeypatch.setattr(report, "_write", lambda path, write: write(path))
+    monkeypatch.setattr("lorafusion_jax.report.figure.write", lambda path, writer: writer(path))
     plot_learning_curves(_METRICS, tmp_path / "curves.png")
     first = [line.get_xydata() for line in figures[0].axes[0].lines if len(line.get_xydata())]
     assert [len(line) for line in first] == [6, 5, 5]
@@ -153,7 +152,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch)
     path = tmp_path / "table.md"
     write_text(path, "old")
 
-    def torn(partial, text):
+    def torn(partial, text, encoding):
         partial.write_bytes(text[:1].encode())
         raise OSError("disk full")
 

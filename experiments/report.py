@@ -1,0 +1,60 @@
+"""Make a report of result rows: an HTML page, tables, plots.
+
+    python experiments/report.py runs/small_pool/results.jsonl --out runs/small_pool/report
+
+Written: report.html (one file, all inside), table.md and table.tex (methods by tasks, then paired comparisons),
+table.csv, paired.csv, means.png, trainable.png; with more than 8 tasks tasks.csv too. Several files are merged. Where
+they hold both leagues, every file but the page is written for each, with the league in its name.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorafusion_jax import cli
+from lorafusion_jax.report import (
+    Table,
+    best_method,
+    csv_text,
+    latex,
+    main_tables,
+    markdown,
+    merge,
+    page,
+    paired_table,
+    save_plots,
+    scores,
+    write_text,
+)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="files of result rows, JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--title", default="Results", help="of the page")
+    parser.add_argument("--text", type=Path, help="a text file that the page begins with")
+    parser.add_argument("--reference", help="method to compare with every other (default: the highest mean)")
+    options = parser.parse_args(list(arguments))
+    rows = merge(options.results)
+    text = options.text.read_text(encoding="utf-8") if options.text else ""
+    whole = page(rows, options.title, text, reference=options.reference)
+    options.out.mkdir(parents=True, exist_ok=True)
+    leagues = scores(rows)
+    for league in leagues:
+        suffix = "" if len(leagues) == 1 else f"_{league.league}"
+        tables: dict[str, Table] = dict(zip(("table", "tasks"), main_tables(league), strict=False))
+        if len(league.methods) > 1:
+            tables["paired"] = paired_table(league, options.reference or best_method(league))
+        write_text(options.out / f"table{suffix}.md", "\n".join(map(markdown, tables.values())))
+        write_text(options.out / f"table{suffix}.tex", "\n".join(map(latex, tables.values())))
+        for name, table in tables.items():
+            write_text(options.out / f"{name}{suffix}.csv", csv_text(table))
+        if any(league.summaries.values()):
+            save_plots(league, options.out, suffix)
+    write_text(options.out / "report.html", whole)
+    print(f"{len(rows)} results; written to {options.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,44 @@
+"""Result rows, their statistics, and the tables, plots and pages made from them."""
+
+from .comparison import plot_against_trainable, plot_means
+from .files import write_text
+from .formats import Column, Table, csv_text, html_table, latex, markdown
+from .page import page, save_plots
+from .plots import plot_accuracy, plot_coefficients, plot_learning_curves
+from .rows import Row, append_rows, done, merge, read_rows
+from .scores import Scores, scores
+from .spread import markdown_table
+from .statistics import Paired, Summary, paired, summary
+from .tables import best_method, main_tables, paired_table
+
+__all__ = [
+    "Column",
+    "Paired",
+    "Row",
+    "Scores",
+    "Summary",
+    "Table",
+    "append_rows",
+    "best_method",
+    "csv_text",
+    "done",
+    "html_table",
+    "latex",
+    "main_tables",
+    "markdown",
+    "markdown_table",
+    "merge",
+    "page",
+    "paired",
+    "paired_table",
+    "plot_accuracy",
+    "plot_against_trainable",
+    "plot_coefficients",
+    "plot_learning_curves",
+    "plot_means",
+    "read_rows",
+    "save_plots",
+    "scores",
+    "summary",
+    "write_text",
+]

@@ -1,0 +1,182 @@
+"""A table as Markdown, CSV, LaTeX and HTML.
+
+A column knows what its cells are, so that readers get "44.8 ± 1.5" and CSV gets two numbers. An empty cell is a dash,
+and nothing in CSV.
+"""
+
+import csv
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+EMPTY = "–"
+Kind = Literal["text", "spread", "interval", "percent", "points", "count", "counts", "seconds", "p"]
+
+
+class Column(NamedTuple):
+    """A heading, and what the cells below are: a key of `_KINDS`."""
+
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, lines of as many cells (None: empty), and what the table is of. The first column names the lines."""
+
+    caption: str
+    columns: Sequence[Column]
+    lines: Sequence[Sequence[Any]]
+
+    def __post_init__(self):
+        for line in self.lines:
+            if len(line) != len(self.columns):
+                raise ValueError(f"a line has {len(line)} cells for {len(self.columns)} columns: {line}")
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """Headings, then the cells of every line, as they are read."""
+        cells = [
+            [
+                EMPTY if cell is None else _KINDS[column.kind].text(cell)
+                for column, cell in zip(self.columns, line, strict=True)
+            ]
+            for line in self.lines
+        ]
+        return [[column.name for column in self.columns], *cells]
+
+
+def markdown(table: Table) -> str:
+    """Return the caption and a table with columns in line."""
+    return f"{_plain(table.caption)}\n\n{aligned([[_plain(cell) for cell in line] for line in table.texts])}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, whose first line is the heading; all columns but the first are aligned right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (padded[0], rule, *padded[1:]))
+
+
+def csv_text(table: Table) -> str:
+    """Return CSV with numbers as they are: a column for each number of a cell, lines ended by a newline."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column.name + part for column in table.columns for part in _KINDS[column.kind].parts])
+    for line in table.lines:
+        numbers: list[Any] = []
+        for column, cell in zip(table.columns, line, strict=True):
+            parts = _KINDS[column.kind].parts
+            numbers += [None] * len(parts) if cell is None else [cell] if len(parts) == 1 else cell
+        writer.writerow([f"{number:.6g}" if isinstance(number, float) else number for number in numbers])
+    return text.getvalue()
+
+
+def latex(table: Table) -> str:
+    """Return a table for LaTeX with the booktabs package."""
+    first, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in table.texts]
+    alignment = "".join("l" if column.kind == "text" else "r" for column in table.columns)
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex(table.caption)}}}",
+            rf"\begin{{tabular}}{{{alignment}}}",
+            r"\toprule",
+            first,
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def html_table(table: Table) -> str:
+    """Return an HTML table with scopes of headings, in a box that scrolls sideways."""
+    first, *lines = table.texts
+    numeric = [' class="number"' if column.kind != "text" else "" for column in table.columns]
+    names = [html.escape(name).replace("_", "_<wbr>") for name in first]  # where a long name may break
+    head = "".join(f'<th scope="col"{c}>{name}</th>' for c, name in zip(numeric, names, strict=True))
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(line[0])}</th>'
+        + "".join(f"<td{c}>{html.escape(cell)}</td>" for c, cell in zip(numeric[1:], line[1:], strict=True))
+        + "</tr>\n"
+        for line in lines
+    )
+    return (
+        f'<div class="wide" tabindex="0"><table>\n<caption>{html.escape(table.caption)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"
+    )
+
+
+class _Kind(NamedTuple):
+    text: Callable[[Any], str]
+    parts: tuple[str, ...] = ("",)  # what CSV adds to the heading, for each number of a cell
+
+
+def _spread(cell: tuple[float, float | None]) -> str:
+    mean, std = cell
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def _counts(cell: tuple[int, int]) -> str:
+    low, high = cell
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _points(cell: float) -> str:
+    return f"{cell:+.1f}".replace("-", "−") if round(cell, 1) else "0.0"
+
+
+def _interval(cell: tuple[float, float]) -> str:
+    return " to ".join(f"{round(end, 1) + 0.0:.1f}".replace("-", "−") for end in cell)
+
+
+_KINDS: dict[str, _Kind] = {
+    "text": _Kind(str),
+    "spread": _Kind(_spread, ("", " sd")),
+    "interval": _Kind(_interval, (" low", " high")),
+    "percent": _Kind("{:.1f}".format),
+    "points": _Kind(_points),
+    "count": _Kind("{:,.0f}".format),
+    "counts": _Kind(_counts, (" min", " max")),
+    "seconds": _Kind("{:,.1f}".format),
+    "p": _Kind(lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"),
+}
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "\n": " ",
+}
+# What would end a cell, start emphasis, code or a tag.
+_MARKDOWN = re.compile(r"[\\|*`]|<(?=\S)")
+
+
+def _latex(text: str) -> str:
+    return text.translate(str.maketrans(_LATEX))
+
+
+def _plain(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\g<0>", text).replace("\n", " ")

@@ -1,0 +1,109 @@
+"""One HTML page of results that needs nothing else: tables as plain markup, plots inside as PNG."""
+
+import base64
+import html
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .comparison import plot_against_trainable, plot_means
+from .formats import html_table
+from .provenance import config_tables, origin_tables
+from .rows import Row
+from .scores import Scores, scores
+from .tables import best_method, league_name, main_tables, paired_table
+
+# Dark mode turns the plots' lightness around and keeps their hues.
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --line: #d9dce0; --band: #f4f5f7; --soft: #5d646d; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6e9; --paper: #15171a; --line: #383d43; --band: #1e2125; --soft: #a0a7b0; }
+  figure img { filter: invert(0.9137) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 84rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; font-size: 1.25rem; }
+p, caption { max-width: 46rem; }
+.wide { overflow-x: auto; margin: 1.5rem 0; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: 0.5rem; position: sticky; left: 0; width: max-content;
+  max-width: min(46rem, calc(100vw - 2rem)); white-space: normal; }
+th, td { padding: 0.3rem 0.5rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.number { text-align: right; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
+th:first-child { position: sticky; left: 0; background: var(--paper); }
+tbody th { font-weight: 500; }
+tbody tr:hover > * { background: var(--band); }
+figure { margin: 1.5rem 0; }
+figure img { width: 100%; max-width: 40rem; height: auto; display: block; }
+summary { cursor: pointer; }
+"""
+_PLOTS: tuple[tuple[str, str, Callable[..., None]], ...] = (
+    ("means", "Mean exact match of each method with its 95 % interval", plot_means),
+    ("trainable", "Mean exact match of each method against its trainable numbers", plot_against_trainable),
+)
+
+
+def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | None = None) -> str:
+    """Return an HTML page: for each league tables and plots, then settings, data, versions and devices.
+
+    Args:
+      rows: the results, of one league or several.
+      title: of the page.
+      text: what there is to say first; an empty line starts a paragraph.
+      reference: the method that is compared with every other; as a rule the one with the highest mean.
+
+    Raises:
+      ValueError: there are no rows, or a reference is no method of a league; matplotlib is not installed.
+    """
+    paragraphs = "".join(f"<p>{html.escape(part.strip())}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip())
+    leagues = "".join(_league(league, reference) for league in scores(rows))
+    differing, shared = config_tables(rows)
+    settings = html_table(differing) if differing.lines else "<p>All results have the same settings.</p>\n"
+    if shared.lines:
+        settings += f"<details><summary>{html.escape(shared.caption)}</summary>{html_table(shared)}</details>\n"
+    origins = "".join(html_table(table) for table in origin_tables(rows))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'  # or the browser asks for one
+        f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{html.escape(title)}</h1>\n{paragraphs}{leagues}"
+        f"<h2>Settings</h2>\n{settings}<h2>Data, versions, devices</h2>\n{origins}</main>\n</body>\n</html>\n"
+    )
+
+
+def save_plots(league: Scores, folder: Path, suffix: str = "") -> list[Path]:
+    """Write the plots of a league as PNG, `means` and `trainable` with a suffix, and return their paths.
+
+    Raises:
+      ValueError: no method has every task; matplotlib is not installed.
+    """
+    paths = []
+    for name, _, draw in _PLOTS:
+        paths.append(folder / f"{name}{suffix}.png")
+        draw(league, paths[-1], title=f"{len(league.tasks)} tasks, {league_name(league.league)}")
+    return paths
+
+
+def _league(league: Scores, reference: str | None) -> str:
+    name = league_name(league.league)
+    parts = [f"<h2>{html.escape(name[0].upper() + name[1:])}</h2>\n", *map(html_table, main_tables(league))]
+    if any(league.summaries.values()):
+        parts.append(_figures(league))
+    else:
+        parts.append("<p>No method has results of all tasks yet, so there are no means to draw.</p>\n")
+    if len(league.methods) > 1:
+        parts.append(html_table(paired_table(league, reference or best_method(league))))
+    return "".join(parts)
+
+
+def _figures(league: Scores) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        images = [base64.b64encode(path.read_bytes()).decode() for path in save_plots(league, Path(folder))]
+    return "".join(
+        f'<figure><img src="data:image/png;base64,{image}" alt="{html.escape(alt)}"></figure>\n'
+        for (_, alt, _), image in zip(_PLOTS, images, strict=True)
+    )

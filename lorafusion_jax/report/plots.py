@@ -1,0 +1,169 @@
+"""Plots of runs as PNG: exact match per task, learning curves, coefficients."""
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from .figure import colour, plot
+from .spread import MEAN, deviation, seed_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (), title: str = "") -> None:
+    """Draw exact match per task and method as bars, with the seeds as dots and their spread.
+
+    Raises:
+      ValueError: as `markdown_table` does; matplotlib is not installed.
+    """
+    methods, scores = seed_scores(rows, apart)
+    width = 0.84 / len(methods)
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for i, method in enumerate(methods):
+            for position, by_method in enumerate(scores.values()):
+                values = list(by_method.get(method, {}).values())
+                if not values:
+                    continue
+                x = position + (i - (len(methods) - 1) / 2) * width
+                mean, spread = statistics.fmean(values), deviation(values)
+                axes.bar(x, mean, 0.92 * width, color=colour(i), label=method if position == 0 else None)
+                if spread is not None:
+                    axes.errorbar(x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5)
+                    offsets = np.linspace(-0.22, 0.22, len(values)) * width
+                    dots = {"color": "white", "edgecolor": "#333333", "linewidth": 0.7}
+                    axes.scatter(x + offsets, values, s=11, zorder=3, clip_on=False, **dots)
+        position = list(scores).index(MEAN)
+        axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", zorder=-1)
+        axes.set_xticks(range(len(scores)), [_wrapped(task) for task in scores])
+        axes.set_xlim(-0.5, len(scores) - 0.5)
+        axes.set_ylim(0, 100)
+        axes.tick_params(axis="x", length=0)
+        axes.set_ylabel("exact match, %")
+        axes.set_title(title, loc="left")
+        figure.legend(loc="outside lower center", ncols=len(methods))
+
+    plot(path, (1.6 * len(scores) + 1.5, 4.8), draw)
+
+
+def plot_learning_curves(
+    metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, key: str = "cross_entropy", title: str = ""
+) -> None:
+    """Draw the loss against the step, a panel a task: every seed as a thin line, their mean as a thick one.
+
+    The axis of the loss is logarithmic.
+
+    Args:
+      metrics: task -> method -> lines of metrics.jsonl, of which those with `key` count. A method without any
+        has no curve, but keeps its colour from the methods behind it, as in the plot of accuracy.
+      path: of the PNG.
+      key: what is drawn.
+      title: above all panels.
+
+    Raises:
+      ValueError: there is nothing to draw; matplotlib is not installed.
+    """
+    methods = list(dict.fromkeys(method for by_method in metrics.values() for method in by_method))
+    curves = {task: {m: _curves(lines, key) for m, lines in by_method.items()} for task, by_method in metrics.items()}
+    drawn = [m for m in methods if any(by_method.get(m) for by_method in curves.values())]
+    if not drawn:
+        raise ValueError(f"no learning curves: wanted lines with step, seed and {key}")
+    columns = min(len(curves), 3 if len(curves) <= 6 else 4)
+    rows = math.ceil(len(curves) / columns)
+
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for i, panel in enumerate(panels.flat):
+            if i >= len(curves):
+                panel.remove()
+            elif i + columns >= len(curves):
+                panel.set_xlabel("step")
+                panel.tick_params(labelbottom=True)
+        for panel, (task, by_method) in zip(panels.flat, curves.items(), strict=False):
+            for method, by_seed in by_method.items():
+                _draw_curves(panel, by_seed, colour(methods.index(method)))
+            panel.set_yscale("log")
+            panel.set_title(task, loc="left")
+        figure.supylabel(f"{key.replace('_', '-')}, nats per token", size=11)
+        figure.suptitle(title, x=0.01, ha="left", size=12)
+        lines = [panels[0, 0].plot([], [], color=colour(methods.index(m)), linewidth=2)[0] for m in drawn]
+        figure.legend(lines, drawn, loc="outside lower center", ncols=len(drawn))
+
+    plot(path, (3.4 * columns + 0.5, 2.6 * rows + 0.9), draw)
+
+
+def plot_coefficients(
+    coefficients: Float[np.ndarray, "N columns"],
+    modules: Sequence[str],
+    columns: Sequence[str],
+    path: Path,
+    *,
+    title: str = "",
+) -> None:
+    """Draw coefficients as a heat map of modules by columns, the largest rows on top, zero in white.
+
+    Raises:
+      ValueError: the names do not fit the coefficients; matplotlib is not installed.
+    """
+    if coefficients.shape != (len(modules), len(columns)):
+        raise ValueError(
+            f"coefficients are {list(coefficients.shape)}, names are for {[len(modules), len(columns)]}: wanted a "
+            "name for every row and column"
+        )
+    order = np.argsort(-np.abs(coefficients).sum(axis=1))
+    shown, names = coefficients[order], [modules[int(i)] for i in order]
+    limit = float(np.abs(shown).max()) or 1.0
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        image = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 8 else 90)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if len(columns) <= 12:
+            for (i, j), value in np.ndenumerate(shown):
+                ink = "white" if abs(value) > 0.6 * limit else "#222222"
+                axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", color=ink, size=9)
+        axes.set_title(title, loc="left")
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.set_label("coefficient")
+        bar.outline.set_visible(False)
+
+    plot(path, (max(4.0, 0.75 * min(len(columns), 12)) + 3, 0.3 * len(names) + 1.2), draw)
+
+
+def _curves(lines: Sequence[Row], key: str) -> dict[int, tuple[list[int], list[float]]]:
+    """Return (steps, values) by seed."""
+    curves: dict[int, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        if key in line:
+            steps, values = curves.setdefault(line["seed"], ([], []))
+            steps.append(line["step"])
+            values.append(line[key])
+    return curves
+
+
+def _draw_curves(panel: "Axes", by_seed: Mapping[int, tuple[list[int], list[float]]], shade: str) -> None:
+    for steps, values in by_seed.values():
+        panel.plot(steps, values, color=shade, linewidth=0.6, alpha=0.35)
+    shortest = min((len(steps) for steps, _ in by_seed.values()), default=0)
+    if shortest:
+        steps = next(iter(by_seed.values()))[0][:shortest]
+        mean = np.mean([values[:shortest] for _, values in by_seed.values()], axis=0)
+        panel.plot(steps, mean, color=shade, linewidth=2)
+
+
+def _wrapped(task: str) -> str:
+    return task.replace("_", "\n")

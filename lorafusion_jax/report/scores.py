@@ -1,0 +1,110 @@
+"""The rows of one league as arrays: the same seeds and test items in the same places for every method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from .rows import Row
+from .statistics import Paired, Summary, paired, spread, summary
+
+Marks = Literal["correct", "option_correct"]
+Answers = list[Bool[np.ndarray, "_seeds _items"]]  # one array for each task
+Spread = tuple[float, float | None]  # mean, standard deviation over seeds
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results of one league; tasks and methods are in the order in which they first occur."""
+
+    league: str
+    rows: Sequence[Row]
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(row["task"] for row in self.rows))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(row["method"] for row in self.rows))
+
+    @cached_property
+    def summaries(self) -> dict[str, Summary | None]:
+        """Exact match of each method, mean of the tasks; None where it lacks a task."""
+        answers = {method: self._all_answers(method, self.tasks, "correct") for method in self.methods}
+        return {method: None if found is None else summary(found) for method, found in answers.items()}
+
+    def exact_match(self, method: str, task: str) -> Spread | None:
+        """Return mean and standard deviation of a method on one task, None where it was not run."""
+        answers = self._all_answers(method, [task], "correct")
+        return None if answers is None else spread(answers)
+
+    def option_accuracy(self, method: str) -> Spread | None:
+        """Return mean and deviation of accuracy with option scoring over the tasks; None where a task has none."""
+        answers = self._all_answers(method, self.tasks, "option_correct")
+        return None if answers is None else spread(answers)
+
+    def paired(self, method: str, other: str) -> Paired | None:
+        """Return a method minus another, on the seeds that both have; None where there is no task or seed in common.
+
+        A method with a single seed, as zero-shot has, stands for all seeds of the other.
+        """
+        seeds, others = (self._seeds(name, self.tasks) for name in (method, other))
+        if len(seeds) > 1 and len(others) > 1:
+            seeds = others = [seed for seed in seeds if seed in others]
+        if not seeds or not others:
+            return None
+        return paired(self._answers(method, self.tasks, seeds), self._answers(other, self.tasks, others))
+
+    def of(self, method: str) -> list[Row]:
+        """Return all rows of a method."""
+        return [row for row in self.rows if row["method"] == method]
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], dict[int, Row]]:
+        cells: dict[tuple[str, str], dict[int, Row]] = {}
+        for row in self.rows:
+            cells.setdefault((row["method"], row["task"]), {})[row["seed"]] = row
+        return cells
+
+    def _seeds(self, method: str, tasks: Sequence[str]) -> list[int]:
+        """Return the seeds that a method was run with on every task."""
+        return sorted(set.intersection(*(set(self._cells.get((method, task), {})) for task in tasks)))
+
+    def _answers(self, method: str, tasks: Sequence[str], seeds: Sequence[int], marks: Marks = "correct") -> Answers:
+        by_task = [[self._cells[method, task][seed][marks] or "" for seed in seeds] for task in tasks]
+        return [np.array([[mark == "1" for mark in answers] for answers in by_seed]) for by_seed in by_task]
+
+    def _all_answers(self, method: str, tasks: Sequence[str], marks: Marks) -> Answers | None:
+        cells = [self._cells.get((method, task), {}) for task in tasks]
+        seeds = self._seeds(method, tasks)
+        if not seeds or any(cell[seed][marks] is None for cell in cells for seed in seeds):
+            return None
+        return self._answers(method, tasks, seeds, marks)
+
+
+def scores(rows: Sequence[Row]) -> list[Scores]:
+    """Return the results of each league, in the order in which the leagues first occur.
+
+    Raises:
+      ValueError: there are no rows, one result is there twice, or rows of one task have different numbers of test rows.
+    """
+    if not rows:
+        raise ValueError("no results to report: give at least one row")
+    items: dict[str, Row] = {}
+    seen = set()
+    for row in rows:
+        first = items.setdefault(row["task"], row)
+        if len(first["correct"]) != len(row["correct"]):
+            found = f"{len(first['correct'])} ({first['method']}) and {len(row['correct'])} ({row['method']})"
+            raise ValueError(f"{row['task']} has {found} test rows: wanted the same for all methods and seeds")
+        key = (row["task"], row["method"], row["league"], row["seed"])
+        if key in seen:
+            name = f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"
+            raise ValueError(f"{name} is there twice: read the files with merge, which keeps one of equals")
+        seen.add(key)
+    leagues = dict.fromkeys(row["league"] for row in rows)
+    return [Scores(league, [row for row in rows if row["league"] == league]) for league in leagues]

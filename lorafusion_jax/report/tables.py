@@ -1,0 +1,99 @@
+"""Tables of one league's results: methods by tasks with their means, and a method compared with every other."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from .formats import Column, Table
+from .rows import Row
+from .scores import Scores
+
+_MOST_TASKS = 8  # that fit beside the means
+_EXAMPLES = {"95+5": "95 + 5 examples", "5": "5 examples"}
+_MEANS = (
+    Column("mean", "spread"),
+    Column("95 % interval", "interval"),
+    Column("option accuracy, %", "percent"),
+    Column("trainable numbers", "counts"),
+    Column("forward rows", "count"),
+    Column("seconds", "seconds"),
+)
+
+
+def main_tables(scores: Scores) -> list[Table]:
+    """Return methods by tasks: exact match (mean ± sample standard deviation over seeds), the tasks' mean, the cost.
+
+    The mean has a 95 % bootstrap interval over seeds and test items. Forward rows and seconds are those of adapting
+    to one task with one seed. More than 8 tasks go to a second table, of tasks by methods.
+    """
+    beside = scores.tasks if len(scores.tasks) <= _MOST_TASKS else []
+    columns = [Column("method", "text"), *(Column(task, "spread") for task in beside), *_MEANS]
+    lines = [
+        [method, *(scores.exact_match(method, task) for task in beside), *_means(scores, method)]
+        for method in scores.methods
+    ]
+    caption = f"Exact match, %, league of {league_name(scores.league)}: mean ± standard deviation over {_seeds(scores)}"
+    tables = [Table(caption, columns, lines)]
+    if not beside:
+        columns = [Column("task", "text"), *(Column(method, "spread") for method in scores.methods)]
+        lines = [[task, *(scores.exact_match(method, task) for method in scores.methods)] for task in scores.tasks]
+        tables.append(Table(f"{caption}, by task", columns, lines))
+    return tables
+
+
+def paired_table(scores: Scores, reference: str) -> Table:
+    """Return the reference minus every other method: mean of the tasks, 95 % interval and two-sided p.
+
+    Raises:
+      ValueError: the reference is none of the methods.
+    """
+    if reference not in scores.methods:
+        raise ValueError(f"no results of {reference!r} to compare with: choose one of {', '.join(scores.methods)}")
+    lines = []
+    for method in scores.methods:
+        if method != reference:
+            found = scores.paired(reference, method)
+            lines.append([method, None, None, None] if found is None else [method, found[0], found[1:3], found.p])
+    columns = [
+        Column("method", "text"),
+        Column("difference", "points"),
+        Column("95 % interval", "interval"),
+        Column("p", "p"),
+    ]
+    caption = f"{reference} minus each other method, points of exact match, league of {league_name(scores.league)}"
+    return Table(f"{caption}: same tasks, seeds and test items; p for each comparison by itself", columns, lines)
+
+
+def best_method(scores: Scores) -> str:
+    """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
+    means = {method: found.mean for method, found in scores.summaries.items() if found}
+    return max(means, key=lambda method: means[method], default=scores.methods[0])
+
+
+def league_name(league: str) -> str:
+    """Return how many examples a league gives, in words."""
+    return _EXAMPLES.get(league, league)
+
+
+def _means(scores: Scores, method: str) -> list[Any]:
+    found = scores.summaries[method]
+    options = scores.option_accuracy(method)
+    rows = scores.of(method)
+    counts = [row["trainable"] for row in rows]
+    return [
+        None if found is None else (found.mean, found.std),
+        None if found is None else (found.low, found.high),
+        None if options is None else options[0],
+        (min(counts), max(counts)),
+        fmean(row["forward_rows"] for row in rows),
+        fmean(row["seconds"] for row in rows),
+    ]
+
+
+def _seeds(scores: Scores) -> str:
+    counts = [_count(scores.of(method)) for method in scores.methods]
+    return f"{max(counts)} seed{'s' if max(counts) > 1 else ''}"
+
+
+def _count(rows: Sequence[Row]) -> int:
+    return len({row["seed"] for row in rows})

@@ -1,0 +1,119 @@
+"""Means and intervals of right answers. Oracles: NumPy, scipy.stats.bootstrap, closed forms, simulations."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lorafusion_jax.report import paired, summary
+
+
+def _answers(rng, seeds, items, *, mean=0.5, item_sd=0.2, seed_sd=0.05):
+    """Return answers and the probability that they come from, of items and seeds that are drawn too."""
+    chance = mean + rng.uniform(-1, 1, items) * item_sd + rng.uniform(-1, 1, (seeds, 1)) * seed_sd
+    return rng.random((seeds, items)) < chance
+
+
+def test_means_and_deviation():
+    rng = np.random.default_rng(0)
+    tasks = [rng.random((5, n)) < 0.4 for n in (30, 200)]
+    found = summary(tasks)
+    by_seed = (tasks[0].mean(1) + tasks[1].mean(1)) / 2  # each task counts the same, however many items it has
+    assert found.mean == pytest.approx(100 * by_seed.mean())
+    assert found.std == pytest.approx(100 * by_seed.std(ddof=1))
+    assert summary(tasks) == found and summary(tasks, seed=1) != found
+
+
+def test_one_seed_agrees_with_scipy():
+    answers = np.random.default_rng(1).random((1, 150)) < 0.3
+    found = summary([answers])
+    oracle = stats.bootstrap((answers[0],), np.mean, n_resamples=10_000, method="percentile", rng=0)
+    interval = [100 * end for end in oracle.confidence_interval]
+    assert found.std is None
+    assert [found.low, found.high] == pytest.approx(interval, abs=0.8)  # steps of 1 / 150 are 0.67
+
+
+def test_two_levels_agree_with_a_loop_that_draws_them():
+    rng = np.random.default_rng(2)
+    tasks = [_answers(rng, 5, n, seed_sd=0.15) for n in (40, 25)]
+    means = []
+    for _ in range(4000):
+        seeds = rng.integers(5, size=5)
+        drawn = [task[np.ix_(seeds, rng.integers(task.shape[1], size=task.shape[1]))] for task in tasks]
+        means.append(np.mean([task.mean() for task in drawn]))
+    found = summary(tasks)
+    assert [found.low, found.high] == pytest.approx(100 * np.quantile(means, [0.025, 0.975]), abs=0.6)
+
+
+def test_the_width_has_its_closed_form():
+    """Of seeds that agree, only items vary: the normal interval of a proportion."""
+    answers = np.tile(np.arange(400) % 4 == 0, (5, 1))
+    found = summary([answers])
+    half = 1.96 * np.sqrt(0.25 * 0.75 / 400) * 100
+    assert [found.low, found.high] == pytest.approx([25 - half, 25 + half], abs=0.3)
+    assert found.std == 0
+    assert summary([np.zeros((3, 10), bool)]) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("seeds", "items", "seed_sd"), [(1, 100, 0.0), (5, 60, 0.0), (8, 60, 0.1)])
+def test_coverage(seeds, items, seed_sd):
+    """The interval holds the mean of the population of seeds and items in about 95 % of simulations."""
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(150):
+        found = summary([_answers(rng, seeds, items, seed_sd=seed_sd), _answers(rng, seeds, items, seed_sd=seed_sd)])
+        held += found.low <= 50 <= found.high
+    assert 0.89 <= held / 150 <= 0.995
+
+
+def test_pairs_are_drawn_together():
+    """Items of very different difficulty widen each interval, but not that of the difference. Oracle: the exact one."""
+    rng = np.random.default_rng(4)
+    easy = rng.random(200) < 0.5
+    b = np.tile(easy, (5, 1))
+    a = b.copy()
+    a[:, np.flatnonzero(~easy)[:10]] = True  # ten items more, for every seed
+    found = paired([a], [b])
+    alone = summary([a])
+    assert found.difference == pytest.approx(5)
+    half = 1.96 * np.sqrt(0.05 * 0.95 / 200) * 100
+    assert [found.low, found.high] == pytest.approx([5 - half, 5 + half], abs=0.6)
+    assert found.high - found.low < 0.5 * (alone.high - alone.low)
+    assert found.p == pytest.approx(2 / 10_001)
+
+
+def test_p_agrees_with_the_normal_test_and_is_two_sided():
+    rng = np.random.default_rng(5)
+    a, b = rng.random((1, 500)) < 0.44, rng.random((1, 500)) < 0.4
+    difference = a[0].astype(int) - b[0]
+    z = difference.mean() / (difference.std() / np.sqrt(500))
+    found, mirrored = paired([a], [b]), paired([b], [a])
+    assert found.p == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.03)
+    assert mirrored.difference == -found.difference and mirrored.p == pytest.approx(found.p)
+    assert [mirrored.low, mirrored.high] == pytest.approx([-found.high, -found.low])
+
+
+def test_a_method_against_itself():
+    answers = [np.random.default_rng(6).random((5, 40)) < 0.5]
+    assert paired(answers, answers) == (0, 0, 0, 1)
+
+
+def test_one_seed_stands_for_all():
+    rng = np.random.default_rng(7)
+    a, b = rng.random((5, 40)) < 0.5, rng.random((1, 40)) < 0.3
+    assert paired([a], [b]) == paired([a], [np.repeat(b, 5, axis=0)])
+    assert summary([a, b]) == summary([a, np.repeat(b, 5, axis=0)])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([], [], "no task to summarise"),
+        ([(5, 8)], [(5, 8), (5, 8)], "the methods have 1 and 2 tasks"),
+        ([(5, 8)], [(5, 9)], "task 0: the methods have 8 and 9 items: wanted the same items for both"),
+        ([(5, 8)], [(3, 8)], "the tasks have 3 and 5 seeds: wanted the same seeds for all"),
+        ([(0, 8)], [(0, 8)], r"a task's answers are \[0, 8\]: wanted \[seeds, items\]"),
+    ],
+)
+def test_arrays_that_do_not_fit(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        paired([np.ones(shape, bool) for shape in a], [np.ones(shape, bool) for shape in b])

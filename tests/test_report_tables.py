@@ -1,0 +1,161 @@
+"""Tables of one league, in Markdown, CSV, LaTeX and HTML. Oracle: NumPy on the rows themselves."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from made_up_rows import METHODS, TASKS, made_up, row
+
+from lorafusion_jax.report import (
+    Column,
+    Table,
+    best_method,
+    csv_text,
+    html_table,
+    latex,
+    main_tables,
+    markdown,
+    paired_table,
+    scores,
+)
+
+_ROWS = made_up()
+
+
+def _records(table):
+    return {record["method"]: record for record in csv.DictReader(io.StringIO(csv_text(table)))}
+
+
+def test_the_main_table_says_what_the_rows_say():
+    (table,) = main_tables(scores(_ROWS)[0])
+    records = _records(table)
+    assert list(records) == list(METHODS)
+    assert [column.name for column in table.columns[1:7]] == list(TASKS)
+    for method, record in records.items():
+        seeds = sorted({r["seed"] for r in _ROWS if r["method"] == method})
+        found = {(r["task"], r["seed"]): r for r in _ROWS if r["method"] == method}
+        matches = np.array([[found[task, seed]["exact_match"] for seed in seeds] for task in TASKS])
+        options = [r["option_accuracy"] for r in found.values()]
+        assert float(record["mean"]) == pytest.approx(matches.mean(), rel=1e-5)
+        assert float(record["double_digit"]) == pytest.approx(matches[1].mean(), rel=1e-5)
+        if len(seeds) > 1:
+            assert float(record["mean sd"]) == pytest.approx(matches.mean(axis=0).std(ddof=1), rel=1e-5)
+            assert float(record["double_digit sd"]) == pytest.approx(matches[1].std(ddof=1), rel=1e-5)
+        else:
+            assert record["mean sd"] == ""
+        assert float(record["95 % interval low"]) < matches.mean() < float(record["95 % interval high"])
+        assert float(record["option accuracy, %"]) == pytest.approx(np.mean(options), rel=1e-5)
+        assert record["trainable numbers min"] == record["trainable numbers max"] == str(METHODS[method][1])
+        assert (record["forward rows"], record["seconds"]) == (("2000", "2") if METHODS[method][1] else ("0", "0"))
+
+
+def test_more_than_eight_tasks_go_to_a_table_of_their_own():
+    tasks = tuple(f"task{i}" for i in range(9))
+    rows = made_up(tasks=tasks, methods=("zero-shot", "LoRA"), items=10)
+    means, by_task = main_tables(scores(rows)[0])
+    assert [column.name for column in means.columns[:3]] == ["method", "mean", "95 % interval"]
+    assert [column.name for column in by_task.columns] == ["task", "zero-shot", "LoRA"]
+    assert [line[0] for line in by_task.lines] == list(tasks)
+    by_hand = [r["exact_match"] for r in rows if r["method"] == "LoRA" and r["task"] == "task3"]
+    assert by_task.lines[3][2] == pytest.approx((np.mean(by_hand), np.std(by_hand, ddof=1)))
+
+
+def test_leagues_are_apart_and_what_is_not_there_is_a_dash():
+    rows = [*made_up(methods=("LoRA",), items=10), *made_up(league="5", methods=("LoRA",), items=10, options=False)]
+    large, small = scores(rows)
+    assert [large.league, small.league] == ["95+5", "5"]
+    assert main_tables(large)[0].caption.startswith("Exact match, %, league of 95 + 5 examples")
+    assert main_tables(small)[0].caption.startswith("Exact match, %, league of 5 examples")
+    assert main_tables(large)[0].texts[1][9] != "–"
+    assert main_tables(small)[0].texts[1][9] == "–"
+
+
+def test_a_method_that_lacks_a_task_has_no_mean_and_is_not_compared():
+    rows = [r for r in _ROWS if (r["method"], r["task"]) != ("LoRA", "double_digit")]
+    (found,) = scores(rows)
+    line = next(line for line in main_tables(found)[0].texts if line[0] == "LoRA")
+    assert line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[10] == "36,864"
+    assert best_method(found) == "fusion sum"
+    assert paired_table(found, "fusion sum").texts[12] == ["LoRA", "–", "–", "–"]
+
+
+def test_a_matrix_that_was_interrupted_is_compared_on_the_seeds_of_both():
+    rows = [r for r in _ROWS if r["method"] != "LoRA" or r["seed"] < 4]
+    difference = dict(zip(METHODS, [None] * 16, strict=True))
+    for line in paired_table(scores(rows)[0], "fusion sum").lines:
+        difference[line[0]] = line[1]
+    means = {
+        method: np.mean([r["exact_match"] for r in rows if r["method"] == method and r["seed"] < 4])
+        for method in ("fusion sum", "LoRA")
+    }
+    assert difference["LoRA"] == pytest.approx(means["fusion sum"] - means["LoRA"])
+    # Zero-shot has one seed, which stands for all five of the other.
+    everywhere = [np.mean([r["exact_match"] for r in rows if r["method"] == m]) for m in ("fusion sum", "zero-shot")]
+    assert difference["zero-shot"] == pytest.approx(everywhere[0] - everywhere[1])
+
+
+def test_the_reference_is_one_of_the_methods():
+    with pytest.raises(ValueError, match="no results of 'LoRa' to compare with: choose one of zero-shot, few-shot"):
+        paired_table(scores(_ROWS)[0], "LoRa")
+
+
+def test_rows_that_make_no_table():
+    one = row("easy", "LoRA", 1, np.ones(8, bool))
+    with pytest.raises(ValueError, match="no results to report"):
+        scores([])
+    with pytest.raises(ValueError, match=r"easy, LoRA, league 95\+5, seed 1 is there twice"):
+        scores([one, one])
+    with pytest.raises(ValueError, match=r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows: wanted the same"):
+        scores([one, row("easy", "DoRA", 1, np.ones(9, bool))])
+
+
+_TABLE = Table(
+    "50 % of <b> & a_b",
+    [Column("method", "text"), Column("x_1", "spread"), Column("ci", "interval"), Column("n", "counts")],
+    [
+        ["a|b & <i>", (44.84, 1.46), (-2.0, 3.25), (900, 1000)],
+        ["$c_1$ 100% #~^\\{}", (5.0, None), None, (1232, 1232)],
+    ],
+)
+
+
+def test_markdown():
+    lines = markdown(_TABLE).splitlines()
+    assert lines[0] == r"50 % of \<b> & a_b"
+    assert [cell.strip() for cell in lines[4].replace(r"\|", "¦").strip("|").split("|")] == [
+        r"a¦b & \<i>",
+        "44.8 ± 1.5",
+        "−2.0 to 3.2",
+        "900 to 1,000",
+    ]
+    assert len({len(line) for line in lines[2:]}) == 1
+
+
+def test_csv():
+    assert list(csv.reader(io.StringIO(csv_text(_TABLE)))) == [
+        ["method", "x_1", "x_1 sd", "ci low", "ci high", "n min", "n max"],
+        ["a|b & <i>", "44.84", "1.46", "-2", "3.25", "900", "1000"],
+        ["$c_1$ 100% #~^\\{}", "5", "", "", "", "1232", "1232"],
+    ]
+
+
+def test_latex():
+    text = latex(_TABLE)
+    assert r"\caption{50 \% of $<$b$>$ \& a\_b}" in text
+    assert r"\begin{tabular}{lrrr}" in text and r"method & x\_1 & ci & n \\" in text
+    assert r"a|b \& $<$i$>$ & 44.8 $\pm$ 1.5 & $-$2.0 to 3.2 & 900 to 1,000 \\" in text
+    assert r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+
+
+def test_html():
+    text = html_table(_TABLE)
+    assert "<caption>50 % of &lt;b&gt; &amp; a_b</caption>" in text
+    assert '<th scope="col" class="number">x_<wbr>1</th>' in text
+    assert '<th scope="row">a|b &amp; &lt;i&gt;</th><td class="number">44.8 ± 1.5</td>' in text
+
+
+def test_lines_have_a_cell_for_each_column():
+    with pytest.raises(ValueError, match=r"a line has 1 cells for 2 columns: \['LoRA'\]"):
+        Table("", [Column("method", "text"), Column("mean", "percent")], [["LoRA"]])
