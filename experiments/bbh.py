@@ -11,7 +11,6 @@ LoraHub's repository. Results are rows of OUT/results.jsonl; interrupted, the sa
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import tyro
 from _common import ROOT
