@@ -56,19 +56,20 @@ def evaluation_bytes(
 ) -> int:
     """Return the bytes that generating for one batch of one seed, or its loss, needs beside its arguments.
 
+    The cache is there twice, since a token's scan over layers writes all of it anew.
+
     Args:
       config: the base model.
       shape: of the batch.
-      new_tokens: the length of the cache.
+      new_tokens: the length of the cache; 0 where only the loss is computed.
       update: of the method.
       device: where.
-      batched: over seeds: XLA then lays out the source's keys or values a second time.
+      batched: over seeds, whose axis comes before the layers': the scan wants the cache in yet another layout.
     """
-    positions = shape.source * (3 if batched else 2) / 2 + new_tokens
     inner = config.num_heads * config.d_kv
-    cache = int(2 * config.num_decoder_layers * shape.rows * positions * inner * _itemsize(config))
-    work = _work(config, shape)
-    return max(cache, work) + _fused(config, update) + _copies(config, device)
+    positions = shape.source + new_tokens if new_tokens else 0
+    cache = 2 * config.num_decoder_layers * shape.rows * positions * inner * _itemsize(config)
+    return max((3 if batched else 2) * cache, _work(config, shape)) + _fused(config, update) + _copies(config, device)
 
 
 def _kept(config: T5Config, shape: Shape, update: Update) -> int:
