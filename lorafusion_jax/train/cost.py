@@ -87,11 +87,22 @@ def tokens(site: str, shape: Shape) -> int:
 
 
 def forward_flops(config: T5Config, shape: Shape, update: Update) -> float:
-    """Return the FLOPs of making the adapters and running the model once.
-
-    Generating T tokens with a cache of that length takes the same: every token meets every position of it.
-    """
+    """Return the FLOPs of making the adapters and running the model once."""
     return _products(config, shape) + _head(config, shape) + _attention(config, shape) + _updates(config, shape, update)
+
+
+def generation_flops(config: T5Config, shape: Shape, update: Update) -> float:
+    """Return the FLOPs of generating T tokens for B rows.
+
+    As many as of a forward pass, since every token meets every position of the cache; only DoRA's norms, which the
+    layers make for themselves, are made for every token.
+    """
+    again = 0
+    if update.kind == "dora":
+        of_source = ("decoder.cross.k", "decoder.cross.v")
+        there = {n: s for n, s in adapted(config, update.targets).items() if n.startswith("decoder")}
+        again = sum(s.layers * _prepare(s, update) for name, s in there.items() if name not in of_source)
+    return forward_flops(config, shape, update) + float(again * max(shape.target - 1, 0))
 
 
 def step_flops(config: T5Config, shape: Shape, update: Update, *, trainable: int) -> float:

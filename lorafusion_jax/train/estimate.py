@@ -1,26 +1,19 @@
 """What one method needs on one task: trainable numbers, FLOPs and memory, before anything is loaded."""
 
 import dataclasses
-import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from ..models.t5 import T5Config
-from ..tasks import bucket
-from .cost import Shape, Update, adapted, forward_flops, model_size, step_flops
+from .cost import Update, adapted, forward_flops, generation_flops, model_size, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from .options import Recipe
+from .options import SEEDLESS, UNTRAINED, MethodName, Recipe
 from .sweep import Path
-from .workload import Workload
+from .workload import Asked, Workload
 
-METHODS = (
-    *("zero-shot", "few-shot", "constant", "mean", "single", "lorahub", "cma"),
-    *("fusion", "fusion-mix", "fusion-sum", "coefficients", "coefficients-mix", "coefficients-sum"),
-    *("magnitudes", "lora", "dora", "vera", "full"),
-)
-SEEDLESS = ("zero-shot", "constant")
+_COMPOSED = {f"{method}-{c}": (method, c) for method in ("fusion", "coefficients") for c in ("mix", "sum")}
+METHODS: tuple[str, ...] = (*get_args(MethodName), *_COMPOSED)
 _SEARCHES = ("single", "lorahub", "cma")
-_UNTRAINED = (*SEEDLESS, "few-shot", "mean", *_SEARCHES)
-_LONGEST = 2048  # tokens of an input, as `tasks.encode` cuts it
+_WITHOUT_STEPS = (*UNTRAINED, "mean", *_SEARCHES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,13 +21,10 @@ class Settings:
     """What all runs of a matrix share.
 
     Attributes:
-      recipe: of fusion and training.
+      recipe: of fusion, search and training.
       rank: of the pool's modules.
+      targets: the linear maps that they adapt.
       pool: modules in memory, those that any seed draws; None for no more than one seed's.
-      targets: the linear maps that are adapted.
-      vera_rank: of VeRA.
-      shots: examples before the question of a few-shot prompt.
-      population: of CMA-ES, every member of which is an evaluation in each of the recipe's; None for 4 + 3 ln N.
       seeds: of every method that draws anything.
       path: how they run: `vmap`, best on accelerators, or `map`, best on a CPU (see `sweep`).
       device: where.
@@ -42,11 +32,8 @@ class Settings:
 
     recipe: Recipe = Recipe()
     rank: int = 16
-    pool: int | None = None
     targets: tuple[str, ...] = ("q", "v")
-    vera_rank: int = 128
-    shots: int = 5
-    population: int | None = None
+    pool: int | None = None
     seeds: int = 5
     path: Path = "map"
     device: Device = "cpu"
@@ -61,7 +48,7 @@ class Cost(NamedTuple):
       trainable: numbers, of one seed.
       forward_flops: of the largest batch that is trained or searched on, else of the largest test batch.
       training_flops: of all steps and validations, or of the search.
-      evaluation_flops: of generating for the test rows, to the last token allowed, and of their loss.
+      evaluation_flops: of generating for the test rows to the last token allowed, of their loss and their options.
       weights_bytes: of the base.
       pool_bytes: of the modules and their Gram terms.
       state_bytes: what is trained, Adam's moments and the best so far, of all seeds.
@@ -80,7 +67,7 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def estimate(config: T5Config, method: str, work: Workload, settings: Settings = Settings()) -> Cost:
+def estimate(config: T5Config, method: str, work: Workload, settings: Settings) -> Cost:
     """Return what one method needs on one task.
 
     Args:
@@ -90,33 +77,25 @@ def estimate(config: T5Config, method: str, work: Workload, settings: Settings =
       settings: of the run.
 
     Raises:
-      ValueError: an unknown method or target, or a number below its least.
+      ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
     """
     check(method, settings)
     if method == "constant":
         return Cost(0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0)
     update, trainable = update_of(method, settings), trainable_count(config, method, settings)
-    trained = method not in _UNTRAINED
-    seeds = seeds_of(method, settings)
-    test = _prompted(work, settings.shots) if method == "few-shot" else work.test
-    batches = work.search if trained or method in _SEARCHES else test
+    steps = method not in _WITHOUT_STEPS
+    asked = work.few_shot if method == "few-shot" else work.test
+    if asked is None:
+        raise ValueError(f"the task has fewer training rows than {settings.recipe.shots} examples of a prompt")
+    batches = work.search if steps or method in _SEARCHES else asked.rows
     weights, pool = weights_bytes(config), pool_bytes(config, update)
-    state = seeds * state_bytes(config, update, trainable=trainable) if trained else 0
-    side_by_side = seeds if settings.path == "vmap" else 1
-    of_evaluation = {"device": settings.device, "batched": side_by_side > 1}
-    needed = [evaluation_bytes(config, shape, work.new_tokens, update, **of_evaluation) for shape in set(test)]
-    if trained:
-        shapes = set(work.steps)
-        needed += [step_bytes(config, s, update, trainable=trainable, device=settings.device) for s in shapes]
-    elif method in _SEARCHES:
-        members = _population(settings) if method == "cma" and settings.path == "vmap" else 1
-        needed += [members * evaluation_bytes(config, s, 0, update, **of_evaluation) for s in set(work.search)]
-    activations = side_by_side * max(needed)
+    state = seeds_of(method, settings) * state_bytes(trainable) if steps else 0
+    activations = _activation_bytes(config, method, work, asked, settings)
     return Cost(
         trainable=trainable,
         forward_flops=max(forward_flops(config, shape, update) for shape in set(batches)),
-        training_flops=_training(config, method, work, trainable, settings),
-        evaluation_flops=_evaluation(config, test, work.new_tokens, update),
+        training_flops=_training_flops(config, method, work, settings),
+        evaluation_flops=_evaluation_flops(config, asked, work.new_tokens, update),
         weights_bytes=weights,
         pool_bytes=pool,
         state_bytes=state,
@@ -130,57 +109,54 @@ def check(method: str, settings: Settings) -> None:
     if method not in METHODS:
         raise ValueError(f"no method {method!r}: choose of {', '.join(METHODS)}")
     recipe = settings.recipe
-    counts = {"rank": settings.rank, "vera_rank": settings.vera_rank, "shots": settings.shots, "seeds": settings.seeds}
-    counts |= {"modules": recipe.modules, "lora_rank": recipe.lora_rank, "evaluations": recipe.evaluations}
-    for name, count in (counts | {"population": _population(settings)}).items():
+    counts = {name: getattr(recipe, name) for name in ("modules", "lora_rank", "vera_rank", "epochs", "batch_size")}
+    counts |= {name: getattr(recipe, name) for name in ("evaluations", "generations", "population", "shots")}
+    for name, count in (counts | {"rank": settings.rank, "seeds": settings.seeds}).items():
         if count < 1:
             raise ValueError(f"{name} is {count}: wanted at least 1")
     if settings.pool is not None and settings.pool < recipe.modules:
         raise ValueError(
-            f"a pool of {settings.pool} for seeds that draw {recipe.modules} modules each: it holds at least as many"
+            f"a pool of {settings.pool} for seeds that draw {recipe.modules} modules each: it must hold at least those"
         )
 
 
 def seeds_of(method: str, settings: Settings) -> int:
-    """Return how many seeds a method has: one where nothing is drawn."""
+    """Return how many seeds a method has: one where none changes anything."""
     return 1 if method in SEEDLESS else settings.seeds
 
 
 def update_of(method: str, settings: Settings) -> Update:
     """Return what a method does to the adapted matrices."""
-    recipe, targets = settings.recipe, settings.targets
-    name, _, composition = (
-        method.partition("-") if method.startswith(("fusion-", "coefficients-")) else (method, "", "")
-    )
-    if name in ("zero-shot", "few-shot", "constant"):
-        return Update(kind="none", targets=targets)
-    if name in ("lora", "dora"):
-        return Update(kind=name, rank=recipe.lora_rank, targets=targets)
-    if name == "vera":
-        return Update(kind="vera", rank=settings.vera_rank, targets=targets)
-    if name in ("magnitudes", "full"):
-        return Update(kind=name, targets=targets)
+    recipe = settings.recipe
+    name, composition = _COMPOSED.get(method, (method, recipe.composition))
+    if name in UNTRAINED or name == "full":
+        return Update(kind="full" if name == "full" else "none")
+    if name in ("lora", "dora", "vera", "magnitudes"):
+        rank = recipe.vera_rank if name == "vera" else recipe.lora_rank
+        return Update(kind=name, rank=rank, targets=recipe.lora_targets)
+    # What LoraHub defines, and what the mean and the best single module are, depends on no recipe.
+    kind = {"lorahub": "mix", "cma": "mix", "mean": "sum", "single": "sum"}.get(name, composition)
     return Update(
-        kind="mix" if "mix" in (composition or recipe.composition) or name in ("lorahub", "cma") else "sum",
+        kind=kind,
         rank=settings.rank,
-        modules=1 if name == "single" else recipe.modules,
+        modules=recipe.modules,
         pool=settings.pool or recipe.modules,
         magnitudes=name == "fusion",
-        targets=targets,
+        targets=settings.targets,
     )
 
 
 def trainable_count(config: T5Config, method: str, settings: Settings) -> int:
-    """Return how many numbers a method trains for one seed."""
-    recipe = settings.recipe
-    there = adapted(config, settings.targets)
+    """Return how many numbers a method trains, or searches, for one seed."""
+    recipe, (name, _) = settings.recipe, _COMPOSED.get(method, (method, ""))
+    there = adapted(config, update_of(method, settings).targets)
     matrices = [site for site in there.values() for _ in range(site.layers)]
     magnitudes = sum(site.d_out for site in matrices)
     factors = sum(recipe.lora_rank * (site.d_in + site.d_out) for site in matrices)
     blocks = sum({name.partition(".")[0]: site.layers for name, site in there.items()}.values())
     columns = {"global": 1, "block": blocks, "site": len(matrices), "rank": len(matrices) * settings.rank}
     coefficients = recipe.modules * columns[recipe.granularity]
-    return {
+    counts = {
         "lorahub": recipe.modules,
         "cma": recipe.modules,
         "fusion": coefficients + magnitudes,
@@ -188,41 +164,49 @@ def trainable_count(config: T5Config, method: str, settings: Settings) -> int:
         "magnitudes": magnitudes,
         "lora": factors,
         "dora": factors + magnitudes,
-        "vera": sum(settings.vera_rank + site.d_out for site in matrices),
-        "full": model_size(config),
-    }.get(method.removesuffix("-mix").removesuffix("-sum"), 0)
-
-
-def _training(config: T5Config, method: str, work: Workload, trainable: int, settings: Settings) -> float:
-    """Return the FLOPs of what comes before evaluation."""
-    update = update_of(method, settings)
-    if method not in _UNTRAINED:
-        steps = sum(step_flops(config, shape, update, trainable=trainable) for shape in work.steps)
-        return steps + (work.epochs * forward_flops(config, work.validation, update) if work.validation else 0.0)
-    once = sum(forward_flops(config, shape, update) for shape in work.search)
-    evaluations = settings.recipe.evaluations
-    passes = {
-        "single": settings.recipe.modules,
-        "lorahub": evaluations,
-        "cma": evaluations * _population(settings),
+        "vera": sum(recipe.vera_rank + site.d_out for site in matrices),
     }
-    return passes.get(method, 0) * once
+    return model_size(config) if name == "full" else counts.get(name, 0)
 
 
-def _evaluation(config: T5Config, test: tuple[Shape, ...], new_tokens: int, update: Update) -> float:
-    """Return the FLOPs of generation and of the loss, which are two programs with an encoder each."""
-    spoken = (shape._replace(target=new_tokens) for shape in test)
-    return sum(forward_flops(config, shape, update) for shape in (*test, *spoken))
+def _training_flops(config: T5Config, method: str, work: Workload, settings: Settings) -> float:
+    """Return the FLOPs of what comes before evaluation, for one seed."""
+    recipe, update = settings.recipe, update_of(method, settings)
+    if method not in _WITHOUT_STEPS:
+        trainable = trainable_count(config, method, settings)
+        steps = sum(step_flops(config, shape, update, trainable=trainable) for shape in work.steps)
+        return steps + work.epochs * forward_flops(config, work.validation, update)
+    evaluations = {
+        "single": recipe.modules,
+        "lorahub": recipe.evaluations,
+        "cma": recipe.generations * recipe.population,
+    }
+    return evaluations.get(method, 0) * sum(forward_flops(config, shape, update) for shape in work.search)
 
 
-def _population(settings: Settings) -> int:
-    """Return the members of a generation; by default CMA-ES's own rule for N dimensions (Hansen)."""
-    if settings.population is not None:
-        return settings.population
-    return 4 + int(3 * math.log(max(settings.recipe.modules, 1)))
+def _evaluation_flops(config: T5Config, asked: Asked, new_tokens: int, update: Update) -> float:
+    """Return the FLOPs of generation, of the loss and of the options: programs of their own, each with an encoder."""
+    generated = sum(generation_flops(config, s._replace(target=new_tokens), update) for s in asked.rows)
+    return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
 
 
-def _prompted(work: Workload, shots: int) -> tuple[Shape, ...]:
-    """Return the test batches with examples as long as the longest training row before every question."""
-    example = max(shape.source + shape.target for shape in work.search)
-    return tuple(shape._replace(source=min(bucket(shape.source + shots * example), _LONGEST)) for shape in work.test)
+def _activation_bytes(config: T5Config, method: str, work: Workload, asked: Asked, settings: Settings) -> int:
+    """Return the most that training, search or evaluation needs beside its arguments, all seeds together."""
+    update, device = update_of(method, settings), settings.device
+    seeds = seeds_of(method, settings) if settings.path == "vmap" else 1
+
+    def asking(shapes: set, new_tokens: int, members: int = 1) -> list[int]:
+        side_by_side = seeds * members if settings.path == "vmap" else 1
+        batched = side_by_side > 1
+        return [
+            side_by_side * evaluation_bytes(config, shape, new_tokens, update, device=device, batched=batched)
+            for shape in shapes
+        ]
+
+    needed = asking(set(asked.rows), work.new_tokens) + asking(set(asked.options), 0)
+    if method not in _WITHOUT_STEPS:
+        trainable = trainable_count(config, method, settings)
+        needed += [seeds * step_bytes(config, s, update, trainable=trainable, device=device) for s in set(work.steps)]
+    if method in _SEARCHES:
+        needed += asking(set(work.search), 0, settings.recipe.population if method == "cma" else 1)
+    return max(needed)

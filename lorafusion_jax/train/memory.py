@@ -35,9 +35,9 @@ def pool_bytes(config: T5Config, update: Update) -> int:
     return _FLOAT32 * (factors + sum(s.layers * s.d_out for s in frozen))
 
 
-def state_bytes(config: T5Config, update: Update, *, trainable: int) -> int:
+def state_bytes(trainable: int) -> int:
     """Return the bytes of one seed's training state: what is trained, Adam's two moments, and the best so far."""
-    return 4 * trainable * (_itemsize(config) if update.kind == "full" else _FLOAT32)
+    return 4 * trainable * _FLOAT32
 
 
 def step_bytes(config: T5Config, shape: Shape, update: Update, *, trainable: int, device: Device) -> int:
@@ -45,8 +45,7 @@ def step_bytes(config: T5Config, shape: Shape, update: Update, *, trainable: int
 
     What the backward pass keeps of every layer, the gradients, one layer's own work, and the fused factors.
     """
-    itemsize = _itemsize(config) if update.kind == "full" else _FLOAT32
-    gradients = trainable * itemsize * (1 if update.kind == "full" else 3)
+    gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
     kept = _kept(config, shape, update) * _activation(config, device)
     return kept + gradients + _work(config, shape) + _fused(config, update) + _copies(config, device)
 
@@ -115,7 +114,7 @@ def _work(config: T5Config, shape: Shape) -> int:
 
 
 def _fused(config: T5Config, update: Update) -> int:
-    """Return the bytes of a group of layers' modules as `compose` reads them, and of the factors and their gradients."""
+    """Return the bytes of a group of layers' modules as `compose` reads them, and of factors and their gradients."""
     if update.kind not in ("mix", "sum"):
         return 0
     modules = update.pool if update.kind == "mix" else update.modules

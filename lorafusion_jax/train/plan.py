@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..models.t5 import T5Config
-from .cost import Shape
 from .estimate import Cost, Settings, estimate, seeds_of
-from .workload import Workload
+from .workload import Shapes, Workload
 
 
 class Row(NamedTuple):
@@ -23,9 +22,7 @@ class Row(NamedTuple):
     cost: Cost
 
 
-def plan(
-    config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings = Settings()
-) -> list[Row]:
+def plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> list[Row]:
     """Return what every method needs for all tasks and seeds.
 
     Args:
@@ -55,57 +52,47 @@ def plan(
 def plan_table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of the rows, and of their sum."""
     head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak".split(",")
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = [head]
     for method, runs, cost in rows:
         flops = (cost.forward_flops, cost.training_flops, cost.evaluation_flops)
-        lines.append([method, f"{runs:,}", f"{cost.trainable:,}", *map(_flops, flops), *map(_bytes, cost[4:])])
-    training = sum(row.cost.training_flops for row in rows)
-    evaluation = sum(row.cost.evaluation_flops for row in rows)
-    peak = max(row.cost.peak_bytes for row in rows)
-    total = ["all", f"{sum(row.runs for row in rows):,}", "", "", _flops(training), _flops(evaluation)]
-    lines.append([*total, *[""] * 4, _bytes(peak)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        "| "
-        + " | ".join(_cell(text, width, i) for i, (text, width) in enumerate(zip(line, widths, strict=True)))
-        + " |"
-        for line in lines
-    )
+        held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes, cost.peak_bytes)
+        lines.append([method, f"{runs:,}", f"{cost.trainable:,}", *map(_flops, flops), *map(_bytes, held)])
+    total = [sum(row.cost.training_flops for row in rows), sum(row.cost.evaluation_flops for row in rows)]
+    peak = _bytes(max(row.cost.peak_bytes for row in rows))
+    lines.append(["all", f"{sum(row.runs for row in rows):,}", "", "", *map(_flops, total), "", "", "", "", peak])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths))
+    printed = [" | ".join(_cell(*cell) for cell in zip(line, widths, range(len(line)), strict=True)) for line in lines]
+    return "\n".join([f"| {printed[0]} |", f"|{rule}|", *(f"| {line} |" for line in printed[1:])])
 
 
-def print_plan(
-    config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings = Settings()
-) -> None:
+def print_plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> None:
     """Print how a matrix runs and what it needs; the arguments and errors are those of `plan`."""
     table = plan_table(plan(config, methods, tasks, settings))
     how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
-    print(f"{len(methods)} methods x {len(tasks)} tasks, in turn; {settings.seeds} seeds: one program, {how}.")
+    where = "a CPU" if settings.device == "cpu" else "an accelerator"
+    print(f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}.")
     for name, work in tasks.items():
         print(
-            f"{name}: {_batches(work.steps)} a seed, {_batches(work.test)} to evaluate, {work.new_tokens} new tokens;"
+            f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
+            f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
         )
-        print(f"  lengths {work.lengths}, padded.")
     print(f"\n{table}\n")
     print(
-        f"{config.dtype} on {'a CPU' if settings.device == 'cpu' else 'an accelerator'}. FLOPs: forward of one batch; "
-        "training and evaluation of all\nruns of a method, generation to its last token. Bytes: of one program with all "
-        "its seeds, at its largest batch."
+        f"{config.dtype} on {where}. FLOPs: forward of one batch, the rest of all runs of a method. Bytes: of one\n"
+        "program with all its seeds, at its largest batch."
     )
 
 
-def _batches(shapes: Sequence[Shape]) -> str:
+def _batches(shapes: Shapes) -> str:
     """Return how many batches there are, and from which to which size."""
-    if not shapes:
-        return "no batches"
-    low, high = (tuple(pick(column) for column in zip(*shapes, strict=True)) for pick in (min, max))
-    sizes = [str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True)]
-    return f"{len(shapes):,} batches of {sizes[0]} rows, {sizes[1]} source and {sizes[2]} target tokens"
+    sizes = (sorted(set(column)) for column in zip(*shapes, strict=True))
+    rows, source, target = (str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes)
+    return f"{len(shapes):,} batches of {rows} rows, {source} source and {target} target tokens"
 
 
 def _cell(text: str, width: int, column: int) -> str:
-    if text.startswith("---"):
-        return "-" * width if column == 0 else "-" * (width - 1) + ":"
-    return text.ljust(width) if column == 0 else text.rjust(width)
+    return text.rjust(width) if column else text.ljust(width)
 
 
 def _flops(count: float) -> str:

@@ -1,19 +1,43 @@
-"""The padded batches that a task gives to every run of it, by the same rules as training and evaluation make them."""
+"""The padded batches that a task gives to every run of it, by the rules that training and evaluation follow."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..tasks import Batch, Encoded, Example, batch_orders, bucket, encode, eval_batches, split, train_batches
+from ..tasks import (
+    Batch,
+    Encoded,
+    Example,
+    Task,
+    answer_options,
+    batch_orders,
+    bucket,
+    encode,
+    eval_batches,
+    few_shot,
+    split,
+    train_batches,
+)
 from .cost import Shape
 from .options import Recipe
 
-# English through T5's vocabulary; its own tokenizer is what counts, this stands in where there is none.
+# About what T5's vocabulary makes of English; where there is a tokenizer, it is what counts.
 CHARACTERS_PER_TOKEN = 4
+_LONGEST = 2048  # tokens of a text, as `tasks.encode` cuts it
+_SEED = 1
 
 Lengths = Literal["given", "tokenised", "estimated from characters"]
+Shapes = tuple[Shape, ...]
+
+
+class Asked(NamedTuple):
+    """What evaluation asks: batches of the test rows, and of each row with each of its options, if it has any."""
+
+    rows: Shapes
+    options: Shapes = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,114 +46,140 @@ class Workload:
 
     Attributes:
       steps: the batch of every training step.
-      search: the batches that hold every training row once: an evaluation of a gradient-free search.
-      validation: the batch that every epoch ends with, or None.
+      search: the batches that hold every training row once: one evaluation of a search.
+      validation: the batch that ends every epoch.
       epochs: how many.
-      test: the batches of the test rows.
-      new_tokens: the most that is generated for a row, which is what is counted.
+      test: of evaluation.
+      few_shot: the same with examples in every prompt; None where there are too few rows for that.
+      new_tokens: the most that is generated for a row.
       lengths: where token lengths come from.
     """
 
-    steps: tuple[Shape, ...]
-    search: tuple[Shape, ...]
-    validation: Shape | None
+    steps: Shapes
+    search: Shapes
+    validation: Shape
     epochs: int
-    test: tuple[Shape, ...]
+    test: Asked
+    few_shot: Asked | None
     new_tokens: int
     lengths: Lengths
 
 
-def uniform(
-    *,
-    train_rows: int,
-    validation_rows: int,
-    test_rows: int,
-    source: int,
-    target: int,
-    new_tokens: int,
-    recipe: Recipe,
-    eval_batch: int = 64,
-) -> Workload:
-    """Return the workload of a task whose rows are all of one length.
-
-    Args:
-      train_rows: trained in an epoch.
-      validation_rows: held out of training, 0 for none.
-      test_rows: evaluated.
-      source: tokens of an input.
-      target: tokens of an answer.
-      new_tokens: of generation.
-      recipe: of the training.
-      eval_batch: rows in a batch of evaluation.
-
-    Raises:
-      ValueError: a number below its least.
-    """
-    least = {"train_rows": train_rows, "test_rows": test_rows, "source": source, "target": target}
-    for name, count in (least | {"new_tokens": new_tokens, "eval_batch": eval_batch}).items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}: wanted at least 1")
-    if validation_rows < 0:
-        raise ValueError(f"validation_rows is {validation_rows}: wanted at least 0")
-    widths = bucket(source), bucket(target)
-    size = min(recipe.batch_size, train_rows)
-    search = (Shape(size, *widths),) * -(-train_rows // size)
-    steps = -(-test_rows // eval_batch)
-    return Workload(
-        steps=search * recipe.epochs,
-        search=search,
-        validation=Shape(validation_rows, *widths) if validation_rows else None,
-        epochs=recipe.epochs,
-        test=(Shape(-(-test_rows // steps), *widths),) * steps,
-        new_tokens=new_tokens,
-        lengths="given",
-    )
-
-
 def workload(
-    train: Sequence[Example],
-    test: Sequence[Example],
+    task: Task,
     recipe: Recipe,
     *,
     tokenizer: Any = None,
     train_rows: int = 100,
+    test_rows: int | None = None,
     eval_batch: int = 64,
 ) -> Workload:
-    """Return the workload of the first seed on a task; other seeds meet other orders of the same rows.
+    """Return the workload of a seed on a task; other seeds meet the same rows in other orders.
 
     Args:
-      train: rows that train and validate.
-      test: rows to evaluate.
+      task: the texts.
       recipe: of the training.
-      tokenizer: the base model's; without it lengths are estimated from characters.
-      train_rows: use no more rows than this.
+      tokenizer: the base model's; without one, lengths are estimated from characters.
+      train_rows: train and validate on no more rows than this.
+      test_rows: evaluate on the first rows of the test set only.
       eval_batch: rows in a batch of evaluation.
 
     Raises:
-      ValueError: there are no test rows, or too few to train.
+      ValueError: there are no rows to train or to evaluate on.
     """
-    if not test:
-        raise ValueError("the task has no test rows: there is nothing to evaluate")
-    of_train, of_test = (_encode(rows, tokenizer) for rows in (train, test))
-    rows = split(len(train), (1,), protocol=recipe.protocol, limit=train_rows)
-    shuffle = None if recipe.protocol == "reference" else (1,)
-    orders = batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
-    once = batch_orders(rows.train, batch_size=recipe.batch_size)
-    held_out = batch_orders(rows.validation, batch_size=rows.validation.shape[1])
-    longest = max(len(row) for row in of_train.labels)
+    task = dataclasses.replace(task, test=task.test[:test_rows])
+    if not task.test:
+        raise ValueError(f"{task.name} has no test rows: there is nothing to evaluate")
+    train = _encode(task.train, tokenizer)
+    rows = split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
+    shuffle = None if recipe.protocol == "reference" else (_SEED,)
+    orders = {
+        "steps": batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle),
+        "search": batch_orders(rows.train, batch_size=recipe.batch_size),
+        "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
+    }
+    shapes = {name: _shapes(train_batches(train, order, pad_id=0)) for name, order in orders.items()}
+    prompted = few_shot(task, recipe.shots, _SEED) if recipe.shots <= len(task.train) else None
+    longest = max(len(row) for row in train.labels)
     return Workload(
-        steps=tuple(_shape(batch) for batch in train_batches(of_train, orders, pad_id=0)),
-        search=tuple(_shape(batch) for batch in train_batches(of_train, once, pad_id=0)),
-        validation=_shape(next(train_batches(of_train, held_out, pad_id=0))),
+        steps=shapes["steps"],
+        search=shapes["search"],
+        validation=shapes["validation"][0],
         epochs=recipe.epochs,
-        test=tuple(_shape(batch) for _, batch in eval_batches(of_test, eval_batch, pad_id=0)),
+        test=_asked(task, tokenizer, eval_batch),
+        few_shot=None if prompted is None else _asked(prompted, tokenizer, eval_batch),
         new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
 
 
-def _shape(batch: Batch) -> Shape:
-    return Shape(*batch.input_ids.shape[-2:], batch.labels.shape[-1])
+def uniform(
+    recipe: Recipe,
+    *,
+    source: int,
+    target: int,
+    train_rows: int = 100,
+    test_rows: int,
+    options: int = 0,
+    eval_batch: int = 64,
+) -> Workload:
+    """Return the workload of a task whose rows are all of one length.
+
+    Args:
+      recipe: of the training.
+      source: tokens of an input.
+      target: tokens of an answer.
+      train_rows: that train and validate.
+      test_rows: to evaluate on.
+      options: of every test row, 0 for none.
+      eval_batch: rows in a batch of evaluation.
+
+    Raises:
+      ValueError: a number below its least.
+    """
+    least = {"source": source, "target": target, "train_rows": train_rows, "test_rows": test_rows}
+    for name, count in (least | {"eval_batch": eval_batch}).items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: wanted at least 1")
+    widths, prompted = (bucket(source), bucket(target)), source + recipe.shots * (source + target)
+    rows = split(train_rows, (_SEED,), limit=train_rows)
+    orders = batch_orders(rows.train, batch_size=recipe.batch_size)
+    search = tuple(Shape(orders.shape[2], *widths) for _ in range(orders.shape[1]))
+
+    def asked(width: int) -> Asked:
+        return Asked(*(_even(count, eval_batch, width, widths[1]) for count in (test_rows, options * test_rows)))
+
+    return Workload(
+        steps=search * recipe.epochs,
+        search=search,
+        validation=Shape(rows.validation.shape[1], *widths),
+        epochs=recipe.epochs,
+        test=asked(widths[0]),
+        few_shot=asked(min(bucket(prompted), _LONGEST)),
+        new_tokens=recipe.max_new_tokens or min(bucket(2 * target), 256),
+        lengths="given",
+    )
+
+
+def _even(rows: int, most: int, source: int, target: int) -> Shapes:
+    """Return as few batches as hold all rows, all of one size, as `eval_batches` makes them."""
+    steps = -(-rows // most)
+    return tuple(Shape(-(-rows // steps), source, target) for _ in range(steps))
+
+
+def _asked(task: Task, tokenizer: Any, eval_batch: int) -> Asked:
+    rows, options = _encode(task.test, tokenizer), answer_options(task)
+    asked = Asked(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
+    if options is None:
+        return asked
+    labels = _encode([Example(o, o) for of_row in options for o in of_row], tokenizer).labels
+    inputs = itertools.chain(*([row] * len(of_row) for row, of_row in zip(rows.inputs, options, strict=True)))
+    pairs = Encoded(tuple(inputs), labels)
+    return asked._replace(options=_shapes(batch for _, batch in eval_batches(pairs, eval_batch, pad_id=0)))
+
+
+def _shapes(batches: Iterable[Batch]) -> Shapes:
+    return tuple(Shape(*batch.input_ids.shape[-2:], batch.labels.shape[-1]) for batch in batches)
 
 
 def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
@@ -138,7 +188,7 @@ def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
         return encode(tokenizer, examples)
 
     def stand_in(text: str) -> np.ndarray:
-        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, 2048), np.int32)
+        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, _LONGEST), np.int32)
 
     return Encoded(
         inputs=tuple(stand_in(example.input) for example in examples),
