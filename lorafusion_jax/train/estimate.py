@@ -3,14 +3,20 @@
 import dataclasses
 from typing import NamedTuple, get_args
 
+from ..fusion.compose import Composition
 from ..models.t5 import T5Config
 from .cost import Update, adapted, forward_flops, generation_flops, model_size, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from .options import SEEDLESS, UNTRAINED, MethodName, Recipe
+from .options import UNTRAINED, MethodName, Recipe
 from .sweep import Path
 from .workload import Asked, Workload
 
-_COMPOSED = {f"{method}-{c}": (method, c) for method in ("fusion", "coefficients") for c in ("mix", "sum")}
+_COMPOSED: dict[str, tuple[str, Composition]] = {
+    "fusion-mix": ("fusion", "mix"),
+    "fusion-sum": ("fusion", "sum"),
+    "coefficients-mix": ("coefficients", "mix"),
+    "coefficients-sum": ("coefficients", "sum"),
+}
 METHODS: tuple[str, ...] = (*get_args(MethodName), *_COMPOSED)
 _SEARCHES = ("single", "lorahub", "cma")
 _WITHOUT_STEPS = (*UNTRAINED, "mean", *_SEARCHES)
@@ -86,7 +92,9 @@ def estimate(config: T5Config, method: str, work: Workload, settings: Settings) 
     steps = method not in _WITHOUT_STEPS
     asked = work.few_shot if method == "few-shot" else work.test
     if asked is None:
-        raise ValueError(f"the task has fewer training rows than {settings.recipe.shots} examples of a prompt")
+        raise ValueError(
+            f"the task has too few training rows for {settings.recipe.shots} examples in a prompt: lower shots"
+        )
     batches = work.search if steps or method in _SEARCHES else asked.rows
     weights, pool = weights_bytes(config), pool_bytes(config, update)
     state = seeds_of(method, settings) * state_bytes(trainable) if steps else 0
@@ -122,20 +130,21 @@ def check(method: str, settings: Settings) -> None:
 
 def seeds_of(method: str, settings: Settings) -> int:
     """Return how many seeds a method has: one where none changes anything."""
-    return 1 if method in SEEDLESS else settings.seeds
+    return 1 if method == "zero-shot" else settings.seeds
 
 
 def update_of(method: str, settings: Settings) -> Update:
     """Return what a method does to the adapted matrices."""
     recipe = settings.recipe
     name, composition = _COMPOSED.get(method, (method, recipe.composition))
-    if name in UNTRAINED or name == "full":
-        return Update(kind="full" if name == "full" else "none")
-    if name in ("lora", "dora", "vera", "magnitudes"):
+    if name in UNTRAINED:
+        return Update(kind="none")
+    if name in ("lora", "dora", "vera", "magnitudes", "full"):
         rank = recipe.vera_rank if name == "vera" else recipe.lora_rank
         return Update(kind=name, rank=rank, targets=recipe.lora_targets)
-    # What LoraHub defines, and what the mean and the best single module are, depends on no recipe.
-    kind = {"lorahub": "mix", "cma": "mix", "mean": "sum", "single": "sum"}.get(name, composition)
+    # The compositions of LoraHub, of the mean and of the best single module are no matter of the recipe.
+    fixed: dict[str, Composition] = {"lorahub": "mix", "cma": "mix", "mean": "sum", "single": "sum"}
+    kind = fixed.get(name, composition)
     return Update(
         kind=kind,
         rank=settings.rank,

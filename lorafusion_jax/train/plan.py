@@ -51,8 +51,8 @@ def plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload]
 
 def plan_table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of the rows, and of their sum."""
-    head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak".split(",")
-    lines = [head]
+    head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak"
+    lines: list[list[str]] = [[*head.split(",")]]
     for method, runs, cost in rows:
         flops = (cost.forward_flops, cost.training_flops, cost.evaluation_flops)
         held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes, cost.peak_bytes)

@@ -1,7 +1,6 @@
 """The padded batches that a task gives to every run of it, by the rules that training and evaluation follow."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -99,15 +98,17 @@ def workload(
         "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
     }
     shapes = {name: _shapes(train_batches(train, order, pad_id=0)) for name, order in orders.items()}
-    prompted = few_shot(task, recipe.shots, _SEED) if recipe.shots <= len(task.train) else None
+    enough = recipe.shots <= min(train_rows, len(task.train))
+    prompted = few_shot(task, recipe.shots, _SEED) if enough else None
+    options = answer_options(task)
     longest = max(len(row) for row in train.labels)
     return Workload(
         steps=shapes["steps"],
         search=shapes["search"],
         validation=shapes["validation"][0],
         epochs=recipe.epochs,
-        test=_asked(task, tokenizer, eval_batch),
-        few_shot=None if prompted is None else _asked(prompted, tokenizer, eval_batch),
+        test=_asked(task, options, tokenizer, eval_batch),
+        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, eval_batch),
         new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
@@ -167,19 +168,20 @@ def _even(rows: int, most: int, source: int, target: int) -> Shapes:
     return tuple(Shape(-(-rows // steps), source, target) for _ in range(steps))
 
 
-def _asked(task: Task, tokenizer: Any, eval_batch: int) -> Asked:
-    rows, options = _encode(task.test, tokenizer), answer_options(task)
+def _asked(task: Task, options: Sequence[Sequence[str]] | None, tokenizer: Any, eval_batch: int) -> Asked:
+    rows = _encode(task.test, tokenizer)
     asked = Asked(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
     if options is None:
         return asked
     labels = _encode([Example(o, o) for of_row in options for o in of_row], tokenizer).labels
-    inputs = itertools.chain(*([row] * len(of_row) for row, of_row in zip(rows.inputs, options, strict=True)))
-    pairs = Encoded(tuple(inputs), labels)
+    inputs = tuple(row for row, of_row in zip(rows.inputs, options, strict=True) for _ in of_row)
+    pairs = Encoded(inputs, labels)
     return asked._replace(options=_shapes(batch for _, batch in eval_batches(pairs, eval_batch, pad_id=0)))
 
 
 def _shapes(batches: Iterable[Batch]) -> Shapes:
-    return tuple(Shape(*batch.input_ids.shape[-2:], batch.labels.shape[-1]) for batch in batches)
+    sizes = ((*batch.input_ids.shape[-2:], batch.labels.shape[-1]) for batch in batches)
+    return tuple(Shape(rows, source, target) for rows, source, target in sizes)
 
 
 def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
