@@ -7,6 +7,7 @@ Axis letters: B batch, S source, T target, N modules of a fusion, P modules in m
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -61,6 +62,7 @@ class Update:
         return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 
+@functools.cache
 def model_size(config: T5Config) -> int:
     """Return how many numbers the base model has."""
     model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))

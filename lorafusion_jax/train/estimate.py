@@ -1,6 +1,7 @@
 """What one method needs on one task: trainable numbers, FLOPs and memory, before anything is loaded."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple, get_args
 
 from ..fusion.compose import Composition
@@ -9,7 +10,7 @@ from .cost import Update, adapted, forward_flops, generation_flops, model_size, 
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from .options import UNTRAINED, MethodName, Recipe
 from .sweep import Path
-from .workload import Asked, Workload
+from .workload import Asked, Shapes, Workload
 
 _COMPOSED: dict[str, tuple[str, Composition]] = {
     "fusion-mix": ("fusion", "mix"),
@@ -201,21 +202,17 @@ def _evaluation_flops(config: T5Config, asked: Asked, new_tokens: int, update: U
 
 def _activation_bytes(config: T5Config, method: str, work: Workload, asked: Asked, settings: Settings) -> int:
     """Return the most that training, search or evaluation needs beside its arguments, all seeds together."""
-    update, device = update_of(method, settings), settings.device
-    seeds = seeds_of(method, settings) if settings.path == "vmap" else 1
+    update, seeds = update_of(method, settings), seeds_of(method, settings)
+    evaluation = partial(evaluation_bytes, config, update=update, path=settings.path, device=settings.device)
+    step = partial(step_bytes, config, update=update, path=settings.path, device=settings.device, seeds=seeds)
 
-    def asking(shapes: set, new_tokens: int, members: int = 1) -> list[int]:
-        side_by_side = seeds * members if settings.path == "vmap" else 1
-        batched = side_by_side > 1
-        return [
-            side_by_side * evaluation_bytes(config, shape, new_tokens, update, device=device, batched=batched)
-            for shape in shapes
-        ]
+    def asking(shapes: Shapes, new_tokens: int, members: int = 1) -> list[int]:
+        return [evaluation(shape, new_tokens=new_tokens, seeds=seeds * members) for shape in set(shapes)]
 
-    needed = asking(set(asked.rows), work.new_tokens) + asking(set(asked.options), 0)
+    needed = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
     if method not in _WITHOUT_STEPS:
         trainable = trainable_count(config, method, settings)
-        needed += [seeds * step_bytes(config, s, update, trainable=trainable, device=device) for s in set(work.steps)]
+        needed += [step(shape, trainable=trainable) for shape in set(work.steps)]
     if method in _SEARCHES:
-        needed += asking(set(work.search), 0, settings.recipe.population if method == "cma" else 1)
+        needed += asking(work.search, 0, settings.recipe.population if method == "cma" else 1)
     return max(needed)

@@ -12,6 +12,7 @@ from typing import Literal
 from ..models.sites import Site, sites
 from ..models.t5 import T5Config
 from .cost import Shape, Update, adapted, model_size, tokens
+from .sweep import Path
 
 Device = Literal["cpu", "accelerator"]
 
@@ -40,35 +41,54 @@ def state_bytes(trainable: int) -> int:
     return 4 * trainable * _FLOAT32
 
 
-def step_bytes(config: T5Config, shape: Shape, update: Update, *, trainable: int, device: Device) -> int:
-    """Return the bytes that a training step of one seed needs beside its arguments.
+def step_bytes(
+    config: T5Config, shape: Shape, update: Update, *, trainable: int, seeds: int, path: Path, device: Device
+) -> int:
+    """Return the bytes that a training step of all seeds needs beside its arguments.
 
-    What the backward pass keeps of every layer, the gradients, one layer's own work, and the fused factors.
+    What the backward pass keeps of every layer, the gradients, one layer's own work, and the fused factors: of all
+    seeds if they are batched, else of one, but then the new state of all seeds is not written over the old one.
+
+    Args:
+      config: the base model.
+      shape: of one seed's batch.
+      update: of the method.
+      trainable: numbers, of one seed.
+      seeds: how many.
+      path: how they run.
+      device: where.
     """
     gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
     kept = _kept(config, shape, update) * _activation(config, device)
-    return kept + gradients + _work(config, shape) + _fused(config, update) + _copies(config, device)
+    of_seed = kept + gradients + _work(config, shape) + _fused(config, update)
+    if path == "vmap":
+        return seeds * of_seed + _copies(config, device)
+    return of_seed + _copies(config, device) + (seeds * state_bytes(trainable) if seeds > 1 else 0)
 
 
 def evaluation_bytes(
-    config: T5Config, shape: Shape, new_tokens: int, update: Update, *, device: Device, batched: bool
+    config: T5Config, shape: Shape, new_tokens: int, update: Update, *, seeds: int, path: Path, device: Device
 ) -> int:
-    """Return the bytes that generating for one batch of one seed, or its loss, needs beside its arguments.
+    """Return the bytes that generating for one batch, or its loss, needs beside its arguments.
 
-    The cache is there twice, since a token's scan over layers writes all of it anew.
+    The cache is there twice, since a token's scan over layers writes all of it anew; a third time for batched seeds,
+    whose axis comes before that of the layers.
 
     Args:
       config: the base model.
       shape: of the batch.
       new_tokens: the length of the cache; 0 where only the loss is computed.
       update: of the method.
+      seeds: how many.
+      path: how they run.
       device: where.
-      batched: over seeds, whose axis comes before the layers': the scan wants the cache in yet another layout.
     """
+    batched = seeds if path == "vmap" else 1
     inner = config.num_heads * config.d_kv
     positions = shape.source + new_tokens if new_tokens else 0
     cache = 2 * config.num_decoder_layers * shape.rows * positions * inner * _itemsize(config)
-    return max((3 if batched else 2) * cache, _work(config, shape)) + _fused(config, update) + _copies(config, device)
+    of_seed = max((3 if batched > 1 else 2) * cache, _work(config, shape)) + _fused(config, update)
+    return batched * of_seed + _copies(config, device)
 
 
 def _kept(config: T5Config, shape: Shape, update: Update) -> int:

@@ -102,7 +102,7 @@ def _flops(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"
