@@ -1,8 +1,8 @@
 """Bytes that a run holds: weights, pool, training state, and what a step or a generation needs for itself.
 
-The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds`, and are
-held to its own account of them in the tests. XLA's CPU has no products in bfloat16: it keeps a float32 copy of
-the weights beside them, and activations in float32.
+The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU, and
+the tests hold them to its own account. XLA's CPU has no products in bfloat16: it keeps a float32 copy of the weights
+beside them, and activations in float32. On an accelerator that is left out; no such device was measured.
 
 Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
 """
@@ -17,8 +17,8 @@ from .sweep import Path
 Device = Literal["cpu", "accelerator"]
 
 _FLOAT32 = 4
-# Gradients, those of them that are finite, and the largest updates, after the backward pass: FLAN-T5-large's 783 million
-# numbers took 2.4 times their own size.
+# Gradients, those of them that are finite, and the largest updates, after the backward pass: 2.4 times the 783 million
+# numbers of FLAN-T5-large.
 _UPDATING = 2.4
 _GROUP = 4  # layers whose norms and fused factors `compose` computes together
 
