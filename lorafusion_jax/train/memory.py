@@ -75,8 +75,8 @@ def evaluation_bytes(
 ) -> int:
     """Return the bytes that generating for one batch, or its loss, needs beside its arguments.
 
-    The cache is there twice, since a token's scan over layers writes all of it anew; a third time for batched seeds,
-    whose axis comes before that of the layers.
+    The cache holds the source's keys and values once and the target's twice, since a token's scan over layers
+    writes these anew.
 
     Args:
       config: the base model.
@@ -89,9 +89,9 @@ def evaluation_bytes(
     """
     batched = seeds if path == "vmap" else 1
     inner = config.num_heads * config.d_kv
-    positions = shape.source + new_tokens if new_tokens else 0
+    positions = shape.source + 2 * new_tokens if new_tokens else 0
     cache = 2 * config.num_decoder_layers * shape.rows * positions * inner * _itemsize(config)
-    of_seed = max((3 if batched > 1 else 2) * cache, _work(config, shape)) + _fused(config, update)
+    of_seed = cache + _work(config, shape) + _fused(config, update)
     return batched * of_seed + _copies(config, device)
 
 
