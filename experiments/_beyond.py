@@ -109,7 +109,7 @@ def gauss_newton(options: FuseOptions, *, iterations: int, damping: float) -> Tr
     steps = budget // (forward + backward)
     if not steps:
         raise ValueError(
-            f"{options.recipe.epochs} epochs pass {budget} rows, and one step of {iterations} iterations "
+            f"epochs {options.recipe.epochs} passes {budget} rows, one step of {iterations} iterations "
             f"{forward + backward}: give more --epochs"
         )
     state = Fit(start(setup, options.seeds).params["coefficients"], jnp.full(len(options.seeds), damping, jnp.float32))
@@ -179,7 +179,7 @@ def descent_like(
 
 
 def without_smallest(coefficients: Float[Array, "seeds N blocks"], keep: int) -> Float[Array, "seeds N blocks"]:
-    """Return the coefficients with those modules at zero, which is as if they were not there, whose sum |c| is least."""
+    """Return the coefficients with all but the `keep` modules of greatest sum |c| at zero, as if they were not there."""
     size = jnp.sum(jnp.abs(coefficients), axis=2)
     rank = jnp.argsort(jnp.argsort(-size, axis=1), axis=1)
     return jnp.where((rank < keep)[:, :, None], coefficients, 0.0)
@@ -218,7 +218,7 @@ def _train(setup: Setup, options: FuseOptions, state: TrainState, *, began: floa
     assert setup.split is not None
     recipe = dataclasses.replace(options.recipe, epochs=options.recipe.epochs - epochs_spent)
     if recipe.epochs < 1:
-        raise ValueError(f"{options.recipe.epochs} epochs, of which {epochs_spent} is spent beforehand: give more")
+        raise ValueError(f"epochs {options.recipe.epochs}, of which {epochs_spent} is spent beforehand: give more")
     state = jax.block_until_ready(fit(setup, state, recipe, options.seeds))
     steps = int(state.step[0])
     forward, backward = rows_passed(setup, options, steps)

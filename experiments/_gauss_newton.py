@@ -116,7 +116,7 @@ def gauss_newton_product(
       backward: u -> J^T u.
     """
     real = labels != IGNORED
-    weight = (real / jnp.maximum(jnp.sum(real), 1)).astype(jnp.float32)[:, :, None]
+    weight = (real.astype(jnp.float32) / jnp.maximum(jnp.sum(real), 1).astype(jnp.float32))[:, :, None]
     probabilities = jax.nn.softmax(logits, axis=-1)
 
     def product(v: Array) -> Array:
