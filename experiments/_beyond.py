@@ -179,7 +179,7 @@ def descent_like(
 
 
 def without_smallest(coefficients: Float[Array, "seeds N blocks"], keep: int) -> Float[Array, "seeds N blocks"]:
-    """Return the coefficients with all but the `keep` modules of greatest sum |c| at zero, as if they were not there."""
+    """Return the coefficients with all but the `keep` modules of greatest sum |c| at zero, which drops them."""
     size = jnp.sum(jnp.abs(coefficients), axis=2)
     rank = jnp.argsort(jnp.argsort(-size, axis=1), axis=1)
     return jnp.where((rank < keep)[:, :, None], coefficients, 0.0)

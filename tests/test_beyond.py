@@ -154,6 +154,7 @@ def _dense(frozen, c):
     """The gradient and J^T H J of the mean cross-entropy, with J a matrix, in NumPy and float64."""
     labels = np.asarray(tiny.batch().labels).reshape(-1)
     z = np.asarray(_logits(frozen, c), np.float64).reshape(len(labels), -1)
+    # Forward: compiled for a CPU, jax.jacrev of a norm and a product came out wrong (jax 0.10.2).
     J = np.asarray(jax.jit(jax.jacfwd(lambda c: _logits(frozen, c)))(c), np.float64).reshape(*z.shape, -1)
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
