@@ -1,14 +1,14 @@
-"""Ideas beyond the paper on the embedded pool, each with as many forward passes as plain fusion.
+"""Ideas beyond the paper on the embedded pool, each with no more row passes than plain fusion.
 
     python experiments/beyond.py                             # runs what is missing, then writes the reports
     python experiments/beyond.py --idea rank prune           # some ideas only
     python experiments/beyond.py --idea gauss-newton --task examples/small/tasks/double_digit --seeds 1 2
 
 rank           keep the modules of all 28 that one backward pass at c = 0 ranks highest, and fuse one epoch less
-start          start from that gradient, one epoch less
-penalty        L1, L2, softmax over the modules
-gauss-newton   on the coefficients only, against Adam, at equal rows passed forward and backward together
-prune          leave modules out after training
+    start          start from that gradient, one epoch less
+    penalty        L1, L2, softmax over the modules
+    gauss-newton   on the coefficients only, against Adam, at equal rows passed forward and backward together
+    prune          leave modules out after training
 
 Learning rates are those that tuning found for plain fusion; the softmax's logits, which it did not tune, have two.
 Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
