@@ -4,7 +4,7 @@
     python experiments/beyond.py --idea rank prune           # some ideas only
     python experiments/beyond.py --idea gauss-newton --task examples/small/tasks/double_digit --seeds 1 2
 
-rank           keep the modules of all 28 that one backward pass at c = 0 ranks highest, and fuse one epoch less
+    rank           keep the modules of all 28 that one backward pass at c = 0 ranks highest, and fuse one epoch less
     start          start from that gradient, one epoch less
     penalty        L1, L2, softmax over the modules
     gauss-newton   on the coefficients only, against Adam, at equal rows passed forward and backward together
