@@ -53,7 +53,7 @@ COEFFICIENTS = {
     f"coefficients only, {size}": Entry(method="coefficients", recipe={"granularity": size}, rates=rates)
     for size, rates in {
         "global": {"lr_coefficients": 0.3},
-        "site": {"lr_coefficients": 0.3},
-        "rank": {"lr_coefficients": 0.3},
+        "site": {"lr_coefficients": 0.03},
+        "rank": {"lr_coefficients": 0.02},
     }.items()
 }
