@@ -23,8 +23,8 @@ from lorafusion_jax.train.setup import available
 League = Literal["95+5", "5"]
 
 # Rows that a seed uses, and passes over them. LoraHub's league gives five examples, and all methods the same.
-_TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}
-_EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
+TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}
+EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +93,15 @@ def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
     return file
 
 
-def jobs(options: MatrixOptions, entries: Mapping[str, Entry]) -> Iterator[Job]:
-    """Yield the programs of a matrix, task by task."""
+def jobs(options: MatrixOptions, entries: Mapping[str, Entry], *, check_pool: bool = True) -> Iterator[Job]:
+    """Yield the programs of a matrix, task by task; errors are those of `run_matrix`."""
     chosen = options.method or tuple(entries)
     if unknown := [method for method in chosen if method not in entries]:
         raise ValueError(f"no method {', '.join(unknown)}: choose of {'; '.join(entries)}")
     if not options.task:
         raise ValueError("no task: give at least one with --task")
-    _check_pool(options, [entries[method] for method in chosen])
+    if check_pool:
+        _check_pool(options, [entries[method] for method in chosen])
     for league in options.leagues:
         for task in options.task:
             name = Path(task).stem if Path(task).is_file() else Path(task).name
@@ -121,8 +122,8 @@ def _fuse_options(
         name="-".join((name, method, league)).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
-        recipe=dataclasses.replace(recipe, epochs=recipe.epochs * _EPOCHS[league] // _EPOCHS["95+5"]),
-        train_rows=min(entry.train_rows or _TRAIN_ROWS[league], _TRAIN_ROWS[league]),
+        recipe=dataclasses.replace(recipe, epochs=recipe.epochs * EPOCHS[league] // EPOCHS["95+5"]),
+        train_rows=min(entry.train_rows or TRAIN_ROWS[league], TRAIN_ROWS[league]),
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,
         dtype=options.dtype,

@@ -1,5 +1,6 @@
 """What a matrix would run and need, printed without running or loading weights."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,65 @@ from typing import Any
 import jax
 from _matrix import EPOCHS, TRAIN_ROWS, MatrixOptions, jobs
 from _methods import Entry
+from lorafusion_jax.train.estimate import Settings
+from lorafusion_jax.train.plan import print_plan
+from lorafusion_jax.train.workload import workload
 
-from lorafusion_jax import PRESETS, read_config
+from lorafusion_jax import read_config
 from lorafusion_jax.io.pool import read_manifest
 from lorafusion_jax.params import SHAPES
 from lorafusion_jax.tasks import load_task, load_tokenizer
-from lorafusion_jax.train.estimate import Settings
-from lorafusion_jax.train.plan import print_plan
 from lorafusion_jax.train.setup import available
 from lorafusion_jax.train.sweep import default_path
-from lorafusion_jax.train.workload import workload
+
+_RANK = 16  # of LoraHub's adapters
+
+
+def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> None:
+    """Print what the programs of a matrix compute and hold.
+
+    The base may be the name of a shape, such as flan-t5-large: lengths are then estimated from characters, and a pool
+    that is not there counts as one of rank 16 on q and v.
+
+    Raises:
+      ValueError: as `run_matrix` does.
+    """
+    shaped = options.base in SHAPES
+    config = SHAPES[options.base] if shaped else read_config(options.base)
+    tokenizer = None if shaped else load_tokenizer(options.base)
+    rank, size = _pool(Path(options.pool))
+    todo = list(jobs(options, entries, check_pool=bool(size)))
+    for league in options.leagues:
+        of_league = [job for job in todo if job.league == league]
+        recipe = of_league[0].options.recipe
+        tasks = {job.task: job.options.task for job in of_league}
+        settings = Settings(
+            recipe=recipe,
+            rank=rank,
+            pool=size or None,
+            seeds=len(options.seeds),
+            path=default_path(),
+            device="cpu" if jax.default_backend() == "cpu" else "accelerator",
+        )
+        rows: dict[str, Any] = {"train_rows": TRAIN_ROWS[league], "test_rows": options.test_rows}
+        work = {
+            name: workload(load_task(task), recipe, tokenizer=tokenizer, eval_batch=options.eval_batch, **rows)
+            for name, task in tasks.items()
+        }
+        print(f"League {league}, {EPOCHS[league]} epochs")
+        print_plan(config, list(dict.fromkeys(_name(job.options) for job in of_league)), work, settings)
+
+
+def _name(options: Any) -> str:
+    mixed = options.recipe.composition == "mix" and options.method in ("fusion", "coefficients")
+    return f"{options.method}-mix" if mixed else options.method
+
+
+def _pool(folder: Path) -> tuple[int, int]:
+    """Return the rank and the number of the modules, 0 of a pool that is not there."""
+    if not folder.is_dir():
+        return _RANK, 0
+    if (folder / "manifest.json").is_file():
+        stacks = [row["rank"] for entry in read_manifest(folder)["adapters"] for row in entry["sites"].values()]
+        return max(map(max, stacks)), len(available(folder))
+    return max(json.loads(f.read_text())["r"] for f in folder.glob("*/adapter_config.json")), len(available(folder))

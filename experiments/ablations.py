@@ -1,0 +1,122 @@
+"""Ablations of fusion, its controls, and the data-free merges of PEFT, on the embedded small pool.
+
+    python experiments/ablations.py                                  # all groups
+    python experiments/ablations.py --group modules controls         # some of them
+    python experiments/ablations.py --group modules --counts 5 20 100 --base BASE --pool POOL --task TASK
+
+Every setting is a row of a table beside plain fusion, at fusion's learning rates. Results are rows of
+OUT/results.jsonl; interrupted, the same command goes on.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import tyro
+from _common import ROOT
+from _matrix import run_matrix
+from _methods import METHODS, Entry
+from _planning import print_matrix_plan
+from report import main as report
+from small_pool import SmallPoolOptions
+
+from lorafusion_jax import cli
+from lorafusion_jax.fusion.merge import MergeKind
+
+Group = Literal["modules", "examples", "granularity", "composition", "start", "bits", "pruning", "controls", "merges"]
+
+_FUSION, _COEFFICIENTS = METHODS["LoRAFusion"], METHODS["coefficients only"]
+# The svd forms of ties and its like sum dW in full: the same idea, at the price of a decomposition a matrix.
+_MERGES: tuple[MergeKind, ...] = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationOptions(SmallPoolOptions):
+    """What to vary.
+
+    Attributes:
+      group: the settings to vary; all by default.
+      counts: modules that a seed draws, in the group modules.
+      examples: rows to learn from, in the group examples.
+      out: folder of results.jsonl and the runs; what is there already is not run again.
+    """
+
+    group: tuple[Group, ...] = get_args(Group)
+    counts: tuple[int, ...] = (1, 2, 5, 10, 20, 28)
+    examples: tuple[int, ...] = (5, 10, 20, 50, 100)
+    out: Path = ROOT / "runs" / "ablations"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(AblationOptions, args=list(arguments), description=__doc__)
+    for group in options.group:
+        entries = entries_of(group, options)
+        within = dataclasses.replace(options, out=options.out / group)
+        if options.plan:
+            print_matrix_plan(within, entries)
+            continue
+        print(f"{group}: {len(entries)} settings", file=sys.stderr, flush=True)
+        file = run_matrix(within, entries)
+        first = next(iter(entries))
+        report([str(file), "--out", str(within.out / "report"), "--title", f"Ablation: {group}", "--reference", first])
+
+
+def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:
+    """Return the settings of a group by the names of their rows, the one to compare with first."""
+    if group == "modules":
+        return {f"{n} modules": _with(_FUSION, modules=n) for n in sorted(options.counts, reverse=True)}
+    if group == "examples":
+        pairs = {"LoRAFusion": _FUSION, "LoRA": METHODS["LoRA"]}
+        return {
+            f"{name}, {n} examples": dataclasses.replace(entry, train_rows=n)
+            for n in sorted(options.examples, reverse=True)
+            for name, entry in pairs.items()
+        }
+    if group == "granularity":
+        sizes = ("block", "global", "site", "rank")
+        entries = {f"{size}, both": _with(_FUSION, granularity=size) for size in sizes}
+        return entries | {f"{size}, coefficients": _with(_COEFFICIENTS, granularity=size) for size in sizes}
+    if group == "composition":
+        mix = METHODS["LoRAFusion, mix"]
+        return {
+            "sum, both": _FUSION,
+            "mix, both": mix,
+            "sum, coefficients": _COEFFICIENTS,
+            "mix, coefficients": _with(_COEFFICIENTS, composition="mix"),
+            "sum, norm differentiated": _with(_FUSION, differentiate_norm=True),
+        }
+    if group == "start":
+        return {f"from {start}": _with(_FUSION, start=start) for start in ("uniform", "xavier", "zeros")}
+    if group == "bits":
+        return {
+            "float32": _FUSION,
+            "int8": dataclasses.replace(_FUSION, load_in="int8"),
+            "nf4": dataclasses.replace(_FUSION, load_in="nf4"),
+        }
+    if group == "pruning":
+        return {
+            f"{share:.0%} of magnitudes at zero": _with(_FUSION, prune=share) for share in (0.0, 0.05, 0.15, 0.3, 0.5)
+        }
+    if group == "controls":
+        return {
+            "LoRAFusion": _FUSION,
+            "random pool": METHODS["random pool"],
+            "shuffled layers": dataclasses.replace(_FUSION, control="shuffled"),
+            "coefficients only": _COEFFICIENTS,
+            "coefficients only, random pool": dataclasses.replace(_COEFFICIENTS, control="random"),
+            "coefficients only, shuffled layers": dataclasses.replace(_COEFFICIENTS, control="shuffled"),
+            # As near to fusion's numbers as a LoRA comes: rank 1, on v alone.
+            "LoRA of equal size": _with(METHODS["LoRA"], lora_rank=1, lora_targets=("v",)),
+        }
+    merges = {f"merge, {kind}": Entry(method="merge", recipe={"merge": kind}) for kind in _MERGES}
+    return {"uniform mean": METHODS["uniform mean"]} | merges
+
+
+def _with(entry: Entry, **recipe: object) -> Entry:
+    return dataclasses.replace(entry, recipe=entry.recipe | recipe)
+
+
+if __name__ == "__main__":
+    cli.run(main)

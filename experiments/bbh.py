@@ -1,0 +1,73 @@
+"""The main table on BIG-Bench Hard, on LoraHub's split of its 27 tasks.
+
+    python experiments/bbh.py --base google/flan-t5-large --pool POOL --bbh BIG-Bench-Hard/bbh --split split.json
+    python experiments/bbh.py --base google/flan-t5-large --pool POOL --data data_bbh      # LoraHub's own folder
+    python experiments/bbh.py --base flan-t5-large --data data_bbh --plan                  # what it needs
+
+The split is an index of rows by task, with a digest of every file (docs/experiments.md); data_bbh is the folder of
+LoraHub's repository. Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from _common import ROOT
+from _matrix import MatrixOptions, run_matrix
+from _methods import METHODS
+from _planning import print_matrix_plan
+from report import main as report
+
+from lorafusion_jax import cli
+from lorafusion_jax.tasks import load_task, prompt_overlap, write_lorahub_split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BBHOptions(MatrixOptions):
+    """What to run.
+
+    Attributes:
+      bbh: folder of BIG-Bench Hard's JSON files, to be split by `split`.
+      split: index file of the split.
+      data: folder of tasks that are split already, LoraHub's data_bbh, instead of both.
+      task: names of tasks; all by default.
+      out: folder of results.jsonl, the runs, and the split.
+    """
+
+    pool: str = "pool"
+    bbh: Path | None = None
+    split: Path | None = None
+    data: Path | None = None
+    task: tuple[str, ...] = ()
+    out: Path = ROOT / "runs" / "bbh"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(BBHOptions, args=list(arguments), description=__doc__)
+    folders = _folders(options)
+    for folder in folders:
+        if overlap := prompt_overlap(load_task(folder)):
+            print(f"{folder.name}: the prompts of {len(overlap)} test rows are also among the training rows")
+    matrix = dataclasses.replace(options, task=tuple(map(str, folders)))
+    if options.plan:
+        print_matrix_plan(matrix, METHODS)
+        return
+    file = run_matrix(matrix, METHODS)
+    where = str(options.out / "report")
+    report([str(file), "--out", where, "--title", "BIG-Bench Hard", "--reference", "LoRAFusion"])
+
+
+def _folders(options: BBHOptions) -> list[Path]:
+    if options.data is not None and options.bbh is None and options.split is None:
+        there = sorted(path for path in options.data.iterdir() if path.is_dir())
+        if unknown := set(options.task) - {path.name for path in there}:
+            raise ValueError(f"{options.data} has no task {', '.join(sorted(unknown))}")
+        return [path for path in there if not options.task or path.name in options.task]
+    if options.data is None and options.bbh is not None and options.split is not None:
+        return write_lorahub_split(options.bbh, options.split, options.out / "data_bbh", options.task or None)
+    raise ValueError("say where the tasks are: --bbh with --split, or --data alone")
+
+
+if __name__ == "__main__":
+    cli.run(main)
