@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ...fusion.compose import Lora
 from ...fusion.merge import MergeKind, check_merge, merge
@@ -62,9 +62,12 @@ class Merge:
         """Return that no number counts."""
         return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
 
+    def weights(self, index: Int[Array, " N"]) -> Float[Array, " N"]:
+        """Return the weight of every module."""
+        size = index.shape[0]
+        return jnp.full(size, 1 / size if self.weight is None else self.weight)
+
     def _merge(self, frozen: Frozen, index: Int[Array, " N"], key: Array | None) -> dict[str, Any]:
         if frozen.pool is None:
             raise ValueError("a merge needs a pool: Frozen(base, pool)")
-        size = index.shape[0]
-        weights = jnp.full(size, 1 / size if self.weight is None else self.weight)
-        return merge(frozen.pool, index, weights, self.kind, density=self.density, rank=self.rank, key=key)
+        return merge(frozen.pool, index, self.weights(index), self.kind, density=self.density, rank=self.rank, key=key)
