@@ -39,6 +39,7 @@ class MatrixOptions:
       seeds: each draws modules, starts and orders of rows.
       leagues: rows to learn from: 95 and 5 for validation, or LoraHub's 5.
       modules: that a seed draws from the pool.
+      epochs: passes over the training rows; by default 20, and 40 over five examples.
       out: folder of results.jsonl and the runs; what is there already is not run again.
       dtype: of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
@@ -54,6 +55,7 @@ class MatrixOptions:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     leagues: tuple[League, ...] = ("95+5",)
     modules: int = PRESETS["default"].modules
+    epochs: int | None = None
     out: Path = Path("runs/matrix")
     dtype: Literal["float32", "bfloat16"] = "float32"
     load_in: Literal["full", "nf4", "int8"] = "full"
@@ -122,7 +124,7 @@ def _fuse_options(
         name="-".join((name, method, league)).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
-        recipe=dataclasses.replace(recipe, epochs=recipe.epochs * EPOCHS[league] // EPOCHS["95+5"]),
+        recipe=dataclasses.replace(recipe, epochs=options.epochs or EPOCHS[league]),
         train_rows=min(entry.train_rows or TRAIN_ROWS[league], TRAIN_ROWS[league]),
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

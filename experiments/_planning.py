@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from _matrix import EPOCHS, TRAIN_ROWS, MatrixOptions, jobs
+from _matrix import TRAIN_ROWS, MatrixOptions, jobs
 from _methods import Entry
 from lorafusion_jax.train.estimate import Settings
 from lorafusion_jax.train.plan import print_plan
@@ -53,7 +53,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             name: workload(load_task(task), recipe, tokenizer=tokenizer, eval_batch=options.eval_batch, **rows)
             for name, task in tasks.items()
         }
-        print(f"League {league}, {EPOCHS[league]} epochs")
+        print(f"League {league}, {recipe.epochs} epochs")
         print_plan(config, list(dict.fromkeys(_name(job.options) for job in of_league)), work, settings)
 
 

@@ -1,0 +1,35 @@
+"""A base model with the embedded one's architecture, random weights and a tokenizer of bytes: it can read any text."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from flax import nnx
+
+from lorafusion_jax.io.hf import read_config, save_base
+from lorafusion_jax.models.t5 import T5
+
+_SMALL = Path(__file__).resolve().parent.parent / "examples" / "small" / "base"
+_VOCABULARY = 384  # 3 special tokens, 256 bytes, 125 that stand for spans
+
+
+def make(folder: Path) -> Path:
+    """Write the base, which must not be there yet, and return its folder. The embedded adapters fit it."""
+    from transformers import ByT5Tokenizer
+
+    source = folder.with_name(f"{folder.name}-source")
+    source.mkdir(parents=True)
+    config = json.loads((_SMALL / "config.json").read_text()) | {"vocab_size": _VOCABULARY}
+    (source / "config.json").write_text(json.dumps(config))
+    ByT5Tokenizer().save_pretrained(source)
+    model = T5(dataclasses.replace(read_config(source), tied=False), rngs=nnx.Rngs(0))
+    save_base(model, folder, source)
+    shutil.rmtree(source)
+    return folder
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(make(Path(sys.argv[1])))
