@@ -23,10 +23,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
-	$(BIN)/python -m pytest -m peft
+	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile
 
 test-smoke: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m smoke
+	$(BIN)/python -m pytest -m smoke -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ All seeds of a task and method are one program (see `lorafusion fuse`); tasks, m
 """
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from _common import recipe_of
+from _common import ROOT, recipe_of
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
@@ -154,7 +155,8 @@ def _rows(job: Job, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "league": job.league,
         "trainable": results["trainable"],
         "seconds": results["seconds"]["train"] / len(results["seeds"]),
-        "config": config["options"],
+        # Paths inside the repository count from its root: rows of two checkouts are alike.
+        "config": json.loads(json.dumps(config["options"]).replace(f"{ROOT}/", "")),
         "data_sha256": config["task_sha256"],
         "versions": config["environment"]["versions"],
         "device": config["environment"]["device"],

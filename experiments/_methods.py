@@ -36,12 +36,14 @@ METHODS = {
     "LoraHub": Entry(method="lorahub"),
     "CMA-ES": Entry(method="cma"),
     "LoRAFusion": Entry(method="fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
-    "LoRAFusion, mix": Entry(method="fusion", recipe={"composition": "mix"}),
+    "LoRAFusion, mix": Entry(
+        method="fusion", recipe={"composition": "mix"}, rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}
+    ),
     "coefficients only": Entry(method="coefficients", rates={"lr_coefficients": 0.3}),
-    "magnitudes only": Entry(method="magnitudes"),
+    "magnitudes only": Entry(method="magnitudes", rates={"lr_magnitudes": 0.02}),
     "random pool": Entry(method="fusion", control="random", rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.03}),
     "LoRA": Entry(method="lora", rates={"lr_lora": 2e-3}),
-    "DoRA": Entry(method="dora"),
-    "VeRA": Entry(method="vera"),
-    "full fine-tuning": Entry(method="full"),
+    "DoRA": Entry(method="dora", rates={"lr_lora": 2e-3, "lr_magnitudes": 0.01}),
+    "VeRA": Entry(method="vera", rates={"lr_vera": 0.03}),
+    "full fine-tuning": Entry(method="full", rates={"lr_full": 2e-4}),
 }

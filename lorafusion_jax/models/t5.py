@@ -242,13 +242,14 @@ class T5(nnx.Module):
         mask = (positions <= position)[None, None, None, :]
         cross_mask = input_mask[:, None, None, :]
 
-        def block(layer: DecoderBlock, x: Array, xs: tuple[Adapters, Cache]) -> tuple[Array, Cache]:
+        def block(layer: DecoderBlock, x: Array, xs: tuple[Adapters, Cache]) -> tuple[Array, tuple[Array, Array]]:
             adapters, layer_cache = xs
-            return layer.decode_token(x, layer_cache, position, mask, cross_mask, bias, adapters)
+            x, layer_cache = layer.decode_token(x, layer_cache, position, mask, cross_mask, bias, adapters)
+            return x, (layer_cache.keys, layer_cache.values)  # the source's do not change: no copy of them
 
         xs = (_of_stack(adapters, "decoder"), cache)
-        x, cache = self._scan(block, self.decoder, self._embed(token[:, None]), xs)
-        return self._logits(x)[:, 0], cache
+        x, (keys, values) = self._scan(block, self.decoder, self._embed(token[:, None]), xs)
+        return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return jnp.take(self.embedding[...], ids, axis=0).astype(self.config.dtype)

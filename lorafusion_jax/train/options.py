@@ -66,8 +66,8 @@ class Recipe:
     lr_coefficients: float = 0.1
     lr_magnitudes: float = 0.01
     lr_lora: float = 2e-3
-    lr_vera: float = 1e-2
-    lr_full: float = 1e-3
+    lr_vera: float = 0.03
+    lr_full: float = 2e-4
     l2: float = 0.0
     l1: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"

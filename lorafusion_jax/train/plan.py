@@ -14,7 +14,7 @@ class Row(NamedTuple):
     Attributes:
       method: its name.
       runs: tasks times seeds.
-      cost: FLOPs of training and evaluation are those of all its runs, the rest that of its largest task.
+      cost: FLOPs of training and evaluation are those of all its runs, the rest is that of its largest task.
     """
 
     method: str
@@ -41,6 +41,7 @@ def plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload]
         costs = [estimate(config, method, work, settings) for work in tasks.values()]
         seeds = seeds_of(method, settings)
         all_runs = {
+            "forward_flops": max(cost.forward_flops for cost in costs),
             "training_flops": seeds * sum(cost.training_flops for cost in costs),
             "evaluation_flops": seeds * sum(cost.evaluation_flops for cost in costs),
         }
