@@ -5,8 +5,9 @@ Source: Hansen, "The CMA Evolution Strategy: A Tutorial" (2016), as evosax imple
 Axis letters: N modules of a seed.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import jax
@@ -58,7 +59,7 @@ def search(
     """
     check_population(generations, population)
     seeds, modules = index.shape
-    with standard_promotion():
+    with _promotions():
         strategy = load_evosax().CMA_ES(population_size=population, solution=jnp.zeros(modules))
         settings = strategy.default_params.replace(std_init=jnp.asarray(_DEVIATION))
         starts = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
@@ -69,13 +70,13 @@ def search(
     best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
     for number in range(1, generations + 1):
         now = jax.vmap(lambda key, number=number: jax.random.split(jax.random.fold_in(key, number)))(keys)
-        with standard_promotion():
+        with _promotions():
             drawn, state = jax.vmap(strategy.ask, (0, 0, None))(now[:, 0], state, settings)
         tried = np.clip(np.asarray(drawn, float), -BOUND, BOUND)
         read = reads(frozen, SEARCH, number)
         flat = score(tried.reshape(-1, modules), members, member_index, read, graph=graph, path=path)
         scores = np.where(np.isfinite(flat), flat, np.inf).reshape(seeds, population)
-        with standard_promotion():
+        with _promotions():
             told = jnp.asarray(tried, jnp.float32), jnp.asarray(scores, jnp.float32)
             state, _ = jax.vmap(strategy.tell, (0, 0, 0, 0, None))(now[:, 1], *told, state, settings)
         winner = np.argmin(scores, axis=1)
@@ -93,6 +94,13 @@ def check_population(generations: int, population: int) -> None:
         raise ValueError(
             f"{generations} generations of {population}: wanted at least 1 generation, and at least 4 members of it"
         )
+
+
+@contextlib.contextmanager
+def _promotions() -> Iterator[None]:
+    """Let evosax's own arithmetic promote dtypes and ranks, which the strict modes refuse."""
+    with standard_promotion(), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def load_evosax() -> ModuleType:
