@@ -98,7 +98,7 @@ def _adapter(
         coefficients = expand(of_seed["coefficients"], pool, method.granularity)
         return fused_adapter(pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
     if isinstance(method, Merge) and method.kind == "cat" and pool is not None:
-        coefficients = expand(method.weights(index), pool, "global")
+        coefficients = expand(of_seed["weights"], pool, "global")
         return fused_adapter(pool, index, coefficients, "sum", base=base)
     if isinstance(method, Magnitudes) and magnitudes is not None:
         return lora_adapter(_no_update(loaded, magnitudes), base=base, magnitudes=magnitudes)
