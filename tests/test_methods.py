@@ -183,6 +183,89 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
         assert set(said["own"][1]) == {"z"}
 
 
+def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
+    options, _, _ = runs(method)
+    export(ExportOptions(out=tmp_path / form, run=run_path(options), seed=2, format=form))
+    (file,) = (tmp_path / form).glob("*.safetensors")
+    return load_file(file)
+
+
+def _in_peft(adapter: dict[str, np.ndarray], config: dict, base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the base's weights [d_out, d_in] with what PEFT makes of those that an adapter names, in float64."""
+    weights = {name: tensor.astype(np.float64) for name, tensor in base.items()}
+    for path in config["target_modules"]:
+        parts = {
+            kind: adapter[f"base_model.model.{path}.{kind}"].astype(np.float64)
+            for kind in ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * config["use_dora"]]
+        }
+        W = weights[f"{path}.weight"]
+        W = W + config["lora_alpha"] / config["r"] * parts["lora_B.weight"] @ parts["lora_A.weight"]
+        if config["use_dora"]:
+            W = W * (parts["lora_magnitude_vector"] / np.linalg.norm(W, axis=1))[:, None]
+        weights[f"{path}.weight"] = W
+    return weights
+
+
+@pytest.mark.parametrize("method", _ADAPTERS)
+def test_an_exported_adapter_is_the_exported_model(method, runs, small, tmp_path):
+    merged = _exported(runs, method, "merged", tmp_path)
+    adapter = _exported(runs, method, "adapter", tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(adapter) == len(config["target_modules"]) * (3 if config["use_dora"] else 2)
+    wanted = _in_peft(adapter, config, load_file(small[0] / "model.safetensors"))
+    assert merged.keys() == wanted.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+    assert config["use_dora"] == (method in ("fusion", "magnitudes", "dora"))
+    # No larger than it need be: a single module is itself, and magnitudes need an update of one rank.
+    ranks = {"single": 16, "magnitudes": 1, "lora": 4, "dora": 4, "vera": 8, "merge": 16, "mean": 32, "cat": 32}
+    assert config["r"] == ranks.get(method, config["r"])
+
+
+@pytest.mark.parametrize("method", ["fusion", "magnitudes", "dora", "vera", "full", "single", "merge"])
+def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path):
+    options, results, _ = runs(method)
+    _exported(runs, method, "merged", tmp_path)
+    zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
+    (row,) = fuse(zero)["seeds"]
+    assert row["loss"] == pytest.approx(results["seeds"][1]["loss"], rel=1e-4)
+    said, wanted = (RunFolder(run_path(of)).predictions() for of in (zero, options))
+    wanted = [line["prediction"] for line in wanted if line["seed"] == 2]
+    assert [line["prediction"] for line in said] == wanted
+
+
+def test_what_cannot_be_exported_or_asked(runs, tmp_path):
+    (tmp_path / "text").write_text("double then digit : a b c")
+    for method in ("zero-shot", "few-shot", "constant"):
+        with pytest.raises(ValueError, match=f"of the method {method}, which trains nothing"):
+            _exported(runs, method, "adapter", tmp_path)
+    with pytest.raises(ValueError, match="fine-tuned all weights, .* export it with --format merged"):
+        _exported(runs, "full", "adapter", tmp_path)
+    for method in ("few-shot", "constant"):
+        folder = run_path(runs(method)[0])
+        with pytest.raises(ValueError, match=f"of the method {method}, which answers rows of its task"):
+            generate_lines(GenerateOptions(run=folder, file=tmp_path / "text"))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_arrays_hold_what_a_run_reads(runs):
+    """A merge is a module of its own, beside the base's arrays; a merge by `cat` reads the pool's."""
+    sites = {}
+    for method in ("merge", "cat"):
+        options, results, _ = runs(method)
+        found = evaluate_on_arrays(CrossbarOptions(run=run_path(options), config="isaac", calibration_rows=4))
+        for digital, row in zip(found["digital"], results["seeds"], strict=True):
+            assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        for on_chip, row in zip(found["chips"][0]["seeds"], results["seeds"], strict=True):
+            assert on_chip["loss"] == pytest.approx(row["loss"], rel=1e-3)
+        sites[method] = {site["site"] for site in found["sites"]}
+    assert {site.partition(".")[0] for site in sites["cat"] - sites["merge"]} == {"pool"}
+    assert sites["merge"] < sites["cat"] and not any(site.startswith("pool") for site in sites["merge"])
+    for method in ("full", "constant"):
+        with pytest.raises(ValueError, match=f"of the method {method}, which leaves no frozen model to program"):
+            evaluate_on_arrays(CrossbarOptions(run=run_path(runs(method)[0])))
+
+
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     poolless = ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
     cases = [(method, {"control": "random"}, f"the method {method} has no pool to replace") for method in poolless]

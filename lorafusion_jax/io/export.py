@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..fusion.compose import Composition, Lora
+from ..fusion.dora import Dora
 from ..fusion.pool import LoraPool
 from ..linear import Weight, dense
 from ..models.layers import Adapter, Linear
@@ -66,17 +67,17 @@ def fused_adapter(
 
 
 def lora_adapter(
-    adapters: Mapping[str, Lora],
+    adapters: Mapping[str, Lora | Dora],
     *,
     base: str,
     magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of the PEFT adapter of a single LoRA.
+    """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
 
     Args:
       adapters: by site, A [L, d_in, r] and B [L, r, d_out] with the scaling folded in, without a scale.
       base: name or folder of the base model, for the configuration.
-      magnitudes: m per site, for a DoRA adapter.
+      magnitudes: m per site, which make it a DoRA.
     """
     factors = {
         (site, layer): (A.T, B)
