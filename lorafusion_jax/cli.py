@@ -113,7 +113,7 @@ def _crossbar(arguments: Sequence[str]) -> None:
     print("seed  chip     exact match %  loss")
     for chip in ({"chip": "digital", "seeds": results["digital"]}, *results["chips"]):
         for row in chip["seeds"]:
-            print(f"{row['seed']:<4}  {chip['chip']:<7}  {row['exact_match']:13.1f}  {row['loss']:.4f}")
+            print(f"{row['seed']:<4}  {chip['chip']:<7}  {row['exact_match']:13.1f}  {_loss(row)}")
     print(f"written to {results_path(options)}")
 
 
@@ -147,7 +147,11 @@ def _take_preset(arguments: Sequence[str], presets: list[str]) -> tuple[str, lis
 def _print_seeds(rows: Sequence[dict[str, Any]]) -> None:
     print("seed  exact match %  loss")
     for row in rows:
-        print(f"{row['seed']:<4}  {row['exact_match']:13.1f}  {row['loss']:.4f}")
+        print(f"{row['seed']:<4}  {row['exact_match']:13.1f}  {_loss(row)}")
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return "-" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from lorafusion_jax.train.run_folder import RunFolder
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SMALL = _ROOT / "examples" / "small"
+# Methods with a learning rate; those that search or merge have none.
+_TRAINED = ("fusion", "coefficients", "magnitudes", "lora", "dora", "vera", "full")
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +21,11 @@ def experiments():
     sys.path.insert(0, str(_ROOT / "experiments"))
     try:
         import _common
+        import _methods
         import demo
         import tune
 
-        yield _common, demo, tune
+        yield _common, _methods, demo, tune
     finally:
         sys.path.remove(str(_ROOT / "experiments"))
 
@@ -50,7 +53,7 @@ def test_a_folder_in_use_stays_where_it_is(experiments, tmp_path):
 
 
 def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on(experiments):
-    _, demo, tune = experiments
+    *_, demo, tune = experiments
     shown = {*demo.TASKS, demo.OUT_OF_REACH}
     assert len(demo.TASKS) >= 4
     assert shown <= {path.name for path in (_SMALL / "tasks").iterdir()}
@@ -60,13 +63,18 @@ def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on(experim
 
 
 def test_every_trained_method_had_the_same_number_of_trials(experiments):
-    common, demo, tune = experiments
-    trained = [name for name, options in common.METHODS.items() if options["method"] not in ("zero-shot", "lorahub")]
-    assert list(tune.TRIALS) == list(demo.RATES) == trained
+    common, methods, _, tune = experiments
+    entries = {name: entry for name, entry in methods.METHODS.items() if entry.method in _TRAINED}
+    assert list(tune.TRIALS) == list(entries)
     assert len({len(trials) for trials in tune.TRIALS.values()}) == 1
-    for method, rates in demo.RATES.items():
-        assert rates in tune.TRIALS[method]
-        dataclasses.replace(PRESETS["default"], **rates)  # raises on a name that a recipe does not have
+    rates = [rates for trials in tune.TRIALS.values() for rates in trials]
+    for entry in methods.METHODS.values():
+        assert (entry.method in _TRAINED) or not entry.rates
+        common.recipe_of(entry)  # raises on a name that a recipe does not have
+    for trial in rates:
+        dataclasses.replace(PRESETS["default"], **trial)
+    for name, entry in entries.items():
+        assert not entry.rates or entry.rates in tune.TRIALS[name]
 
 
 def test_the_table_of_trials_marks_the_best_of_each_method(experiments):

@@ -172,7 +172,7 @@ def test_evaluate_and_generate_agree_with_the_run(fused):
     options, results = fused
     folder = run_path(options)
     rows = evaluate_run(EvaluateOptions(run=folder))
-    assert rows == [{k: s[k] for k in ("seed", "exact_match", "loss")} for s in results["seeds"]]
+    assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     of_seed = [p for p in predictions if p["seed"] == 2]
     text = folder / "lines.txt"

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..fusion.compose import Composition, Lora
+from ..fusion.dora import Dora
 from ..fusion.pool import LoraPool
 from ..linear import Weight, dense
 from ..models.layers import Adapter, Linear
@@ -37,7 +38,8 @@ def fused_adapter(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that a fusion amounts to.
 
-    A matrix that none of the chosen modules adapts is left out; smaller ranks are filled up with zeros, which
+    A matrix that none of the chosen modules adapts is left out, and of a `sum` the modules whose coefficient is
+    zero; smaller ranks are filled up with zeros, which
     every version of PEFT reads alike, as it does not rank_pattern and alpha_pattern.
 
     Args:
@@ -58,25 +60,31 @@ def fused_adapter(
             if composition == "mix":
                 mixed = (A * c[:, None, :]).sum(axis=0).T, (B * c[:, :, None]).sum(axis=0)
             else:
-                real = np.arange(A.shape[2]) < ranks[layer][:, None]
+                real = (np.arange(A.shape[2]) < ranks[layer][:, None]) & (c != 0)
                 mixed = A.swapaxes(1, 2)[real], (B * c[:, :, None])[real]
             factors[site, layer] = mixed
     return _adapter(factors, base, magnitudes)
 
 
-def lora_adapter(adapters: Mapping[str, Lora], *, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of the PEFT adapter of a single LoRA.
+def lora_adapter(
+    adapters: Mapping[str, Lora | Dora],
+    *,
+    base: str,
+    magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
 
     Args:
       adapters: by site, A [L, d_in, r] and B [L, r, d_out] with the scaling folded in, without a scale.
       base: name or folder of the base model, for the configuration.
+      magnitudes: m per site, which make it a DoRA.
     """
     factors = {
         (site, layer): (A.T, B)
         for site, lora in adapters.items()
         for layer, (A, B) in enumerate(zip(*(np.asarray(dense(w, jnp.float32)) for w in (lora.A, lora.B)), strict=True))
     }
-    return _adapter(factors, base, None)
+    return _adapter(factors, base, magnitudes)
 
 
 def merged_base(model: T5, adapters: Mapping[str, Adapter]) -> T5:
@@ -108,7 +116,7 @@ def _modules(weight: Weight, layer: int, chosen: np.ndarray) -> Float[np.ndarray
 def _adapter(
     factors: _Factors, base: str, magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    rank = max(A.shape[0] for A, _ in factors.values())
+    rank = max(1, *(A.shape[0] for A, _ in factors.values()))
     tensors = {}
     for where, pair in factors.items():
         module = f"base_model.model.{hf_path(*where)}"

@@ -151,7 +151,7 @@ def _curves(lines: Sequence[Row], key: str) -> dict[int, tuple[list[int], list[f
         if key in line:
             steps, values = curves.setdefault(line["seed"], ([], []))
             steps.append(line["step"])
-            values.append(line[key])
+            values.append(math.nan if line[key] is None else line[key])  # None: it was not finite
     return curves
 
 

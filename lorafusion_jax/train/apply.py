@@ -80,13 +80,17 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     """Return the answers of one seed of a run to the lines of a file or of standard input.
 
     Raises:
-      ValueError: there is no text, or the run has no such seed.
+      ValueError: there is no text, the run has no such seed, or its method no answer to new text.
     """
     text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{options.file or 'standard input'} holds no text: give a line for each answer")
     fused, params, config = load_run(options.run)
+    if fused.method in ("few-shot", "constant"):
+        raise ValueError(
+            f"{options.run} is of the method {fused.method}, which answers rows of its task: use `lorafusion evaluate`"
+        )
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")

@@ -1,5 +1,6 @@
 """Evaluation of all seeds at once: generation scored by exact match, the loss of teacher forcing, options scored."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,6 +100,8 @@ def seed_rows(seeds: tuple[int, ...], found: Evaluation) -> list[dict[str, Any]]
     """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
     columns = (found.exact_match, found.option_accuracy, found.loss)
     numbers = [[None] * len(seeds) if column is None else column.tolist() for column in columns]
+    # A loss that is not finite is no number that JSON could hold.
+    numbers[2] = [loss if loss is None or math.isfinite(loss) else None for loss in numbers[2]]
     return [
         {"seed": seed, "exact_match": match, "option_accuracy": options, "loss": loss}
         for seed, match, options, loss in zip(seeds, *numbers, strict=True)

@@ -20,6 +20,7 @@ from ..crossbar.tree import Rules
 from ..io.checkpoint import write_json
 from ..tasks import Encoded, eval_batches
 from .apply import EvaluateOptions, load_to_evaluate
+from .baselines.merge import Merge
 from .evaluate import seed_rows
 from .hardware import logits_of, program
 from .methods import Frozen, Params
@@ -78,6 +79,9 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
         raise ValueError(f"{options.run} is of the method {fused.method}, which leaves no frozen model to program")
     if not len(setup.train):
         raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
+    if isinstance(setup.method, Merge) and setup.method.kind != "cat":
+        # Read is the module that the merge made, which is in no array; the pool's arrays would stay unused.
+        setup = dataclasses.replace(setup, frozen=dataclasses.replace(setup.frozen, pool=None, gram=None))
     rules: Rules = dict.fromkeys(options.digital) | {"*": config}
     digital = seed_rows(*evaluate_seeds(setup, fused, params))
     setup = dataclasses.replace(setup, graph=_looped(setup))

@@ -12,6 +12,7 @@ A folder is locked while a process writes to it.
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -85,17 +86,17 @@ class RunFolder:
         _write(self.folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Write the results, which completes the run."""
-        _write(self.folder / _RESULTS, json.dumps(results, indent=1) + "\n")
+        """Write the results, which completes the run; a number that is not finite is null."""
+        _write(self.folder / _RESULTS, json.dumps(_finite(results), indent=1) + "\n")
 
     def write_predictions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write what the model said to every row."""
         _write(self.folder / _PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to the metrics."""
+        """Add lines to the metrics; a number that is not finite is null."""
         with open(self.folder / _METRICS, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(json.dumps(_finite(row)) + "\n" for row in rows))
 
     def cut_metrics(self, step: int) -> None:
         """Drop what lies behind a step, and a line that a killed process left unfinished."""
@@ -108,6 +109,15 @@ class RunFolder:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         _write(path, "".join(kept))
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with null for numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, text: str) -> None:

@@ -119,6 +119,12 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
         train_rows=options.train_rows,
         need=("train", "test") if needs_training_rows else ("test",),
     )
+    there = min(len(task.train), options.train_rows)
+    if options.method == "few-shot" and recipe.shots > there:
+        raise ValueError(
+            f"{recipe.shots} examples for the prompts of {task.name}, of which {there} training rows are used: "
+            "ask for fewer --shots"
+        )
     fused = load_fused(options, path)
     train = encode(fused.tokenizer, task.train)
     longest = max((len(row) for row in train.labels), default=128)

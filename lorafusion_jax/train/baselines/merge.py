@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ...fusion.compose import Lora
 from ...fusion.merge import MergeKind, check_merge, merge
@@ -17,7 +17,8 @@ from ..methods import Frozen, Params
 class Merge:
     """A merge of the modules, made once: every weight is the same, and nothing is trained.
 
-    Group `merged`: A and B of the result, none of which counts; `cat` reads the pool where it lies and has none.
+    Group `merged`: A and B of the result; `cat` reads the pool where it lies, and its group is `weights` [N]. None
+    of these numbers counts.
 
     Attributes:
       kind: the rule (see `fusion.merge`).
@@ -43,9 +44,10 @@ class Merge:
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         """Return the merged module; the key draws the masks of dare."""
+        weights = jnp.full(index.shape[0], 1 / index.shape[0] if self.weight is None else self.weight)
         if self.kind == "cat":
-            return {}
-        merged = self._merge(frozen, index, key)
+            return {"weights": weights}
+        merged = self._merge(frozen, index, weights, key)
         factors = {site: lora for site, lora in merged.items() if isinstance(lora, Lora)}
         return {"merged": {"A": {s: m.A for s, m in factors.items()}, "B": {s: m.B for s, m in factors.items()}}}
 
@@ -54,7 +56,7 @@ class Merge:
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the merged module, whose gradient is zero; no metrics."""
         if self.kind == "cat":
-            return self._merge(frozen, index, None), {}
+            return self._merge(frozen, index, jax.lax.stop_gradient(params["weights"]), None), {}
         A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
         return {site: Lora(A[site], B[site]) for site in A}, {}
 
@@ -62,9 +64,9 @@ class Merge:
         """Return that no number counts."""
         return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
 
-    def _merge(self, frozen: Frozen, index: Int[Array, " N"], key: Array | None) -> dict[str, Any]:
+    def _merge(
+        self, frozen: Frozen, index: Int[Array, " N"], weights: Float[Array, " N"], key: Array | None
+    ) -> dict[str, Any]:
         if frozen.pool is None:
             raise ValueError("a merge needs a pool: Frozen(base, pool)")
-        size = index.shape[0]
-        weights = jnp.full(size, 1 / size if self.weight is None else self.weight)
         return merge(frozen.pool, index, weights, self.kind, density=self.density, rank=self.rank, key=key)

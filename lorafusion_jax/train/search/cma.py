@@ -5,8 +5,9 @@ Source: Hansen, "The CMA Evolution Strategy: A Tutorial" (2016), as evosax imple
 Axis letters: N modules of a seed.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import jax
@@ -58,26 +59,28 @@ def search(
     """
     check_population(generations, population)
     seeds, modules = index.shape
-    with standard_promotion():
+    with _promotions():
         strategy = load_evosax().CMA_ES(population_size=population, solution=jnp.zeros(modules))
         settings = strategy.default_params.replace(std_init=jnp.asarray(_DEVIATION))
-        starts = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
-        state = jax.vmap(lambda key: strategy.init(key, jnp.zeros(modules), settings))(starts)
+        states = [strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings) for key in keys]
     spread = functools.partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), population, axis=0))
     members = [spread(batch) for batch in batches]
     member_index = jnp.repeat(index, population, axis=0)
     best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
     for number in range(1, generations + 1):
-        now = jax.vmap(lambda key, number=number: jax.random.split(jax.random.fold_in(key, number)))(keys)
-        with standard_promotion():
-            drawn, state = jax.vmap(strategy.ask, (0, 0, None))(now[:, 0], state, settings)
-        tried = np.clip(np.asarray(drawn, float), -BOUND, BOUND)
+        # Seed by seed: batched, the last bits of a walk, and soon all of it, depend on the seeds beside it.
+        now = [jax.random.split(jax.random.fold_in(key, number)) for key in keys]
+        with _promotions():
+            drawn = [strategy.ask(key[0], state, settings) for key, state in zip(now, states, strict=True)]
+        tried = np.clip(np.stack([np.asarray(generation, float) for generation, _ in drawn]), -BOUND, BOUND)
         read = reads(frozen, SEARCH, number)
         flat = score(tried.reshape(-1, modules), members, member_index, read, graph=graph, path=path)
         scores = np.where(np.isfinite(flat), flat, np.inf).reshape(seeds, population)
-        with standard_promotion():
-            told = jnp.asarray(tried, jnp.float32), jnp.asarray(scores, jnp.float32)
-            state, _ = jax.vmap(strategy.tell, (0, 0, 0, 0, None))(now[:, 1], *told, state, settings)
+        with _promotions():
+            states = [
+                strategy.tell(key[1], *(jnp.asarray(a[seed], jnp.float32) for a in (tried, scores)), state, settings)[0]
+                for seed, (key, (_, state)) in enumerate(zip(now, drawn, strict=True))
+            ]
         winner = np.argmin(scores, axis=1)
         found = np.take_along_axis(scores, winner[:, None], axis=1)[:, 0]
         better = found < best_score
@@ -93,6 +96,13 @@ def check_population(generations: int, population: int) -> None:
         raise ValueError(
             f"{generations} generations of {population}: wanted at least 1 generation, and at least 4 members of it"
         )
+
+
+@contextlib.contextmanager
+def _promotions() -> Iterator[None]:
+    """Let evosax's own arithmetic promote dtypes and ranks, which the strict modes refuse."""
+    with standard_promotion(), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def load_evosax() -> ModuleType:

@@ -1,0 +1,23 @@
+"""The embedded base and pool cut to the first block of either stack: the same files, and half as much to compile."""
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
+
+
+def cut(out: Path, *, adapters: int = 4) -> tuple[Path, Path]:
+    """Write `out`/base and `out`/pool, the first adapters of the embedded ones, and return both."""
+    base, pool = out / "base", out / "pool"
+    sources = [path.parent for path in sorted((SMALL / "adapters").glob("*/*.safetensors"))[:adapters]]
+    for source, target in [(SMALL / "base", base), *((source, pool / source.name) for source in sources)]:
+        shutil.copytree(source, target)
+        (weights,) = target.glob("*.safetensors")
+        kept = {name: tensor for name, tensor in load_file(weights).items() if "block.1." not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_layers": 1, "num_decoder_layers": 1}))
+    return base, pool

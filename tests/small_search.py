@@ -1,0 +1,64 @@
+"""A model of one layer, a pool for one of its sites, and what a search over them is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorafusion_jax.fusion.compose import gram
+from lorafusion_jax.fusion.pool import LoraPool
+from lorafusion_jax.models.t5 import T5, T5Config, kernels
+from lorafusion_jax.tasks import Batch
+from lorafusion_jax.train.methods import Frozen
+
+SITE = "decoder.self.v"
+_CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)
+
+
+def arguments(model, pool, batches, *, seeds, path="map"):
+    graph, base = nnx.split(model)
+    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+    index = jnp.tile(jnp.arange(len(pool)), (len(seeds), 1))
+    return {
+        "batches": batches,
+        "index": index,
+        "frozen": Frozen(base, pool, gram(pool, used)),
+        "seeds": seeds,
+        "graph": graph,
+        "path": path,
+    }
+
+
+def small(seeds=(1,), modules=3):
+    """A random model and pool, and two batches of one-token answers, those of the modules' sum.
+
+    The second batch holds a row that only fills it up.
+    """
+    model = T5(_CONFIG, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    A, B = rng.normal(size=(2, 1, modules, 2, 8)).astype(np.float32)
+    pool = LoraPool(
+        A={SITE: jnp.asarray(A.swapaxes(2, 3))},
+        B={SITE: jnp.asarray(B)},
+        rank={SITE: jnp.full((1, modules), 2)},
+        names=tuple("abcdefgh"[:modules]),
+    )
+    batches = []
+    for real in (4, 3):
+        row_mask = np.arange(4) < real
+        ids = rng.integers(2, 16, (4, 5)).astype(np.int32)
+        mask = np.broadcast_to(row_mask[:, None], ids.shape)
+        answers = np.argmax(mixed(model, pool, np.ones(modules))(ids, mask, np.zeros((4, 1), np.int32)), axis=-1)
+        labels = np.where(row_mask[:, None], answers, -100).astype(np.int32)
+        batch = Batch(ids, mask, labels, row_mask)
+        batches.append(jax.tree.map(lambda a: jnp.asarray(np.stack([a] * len(seeds))), batch))
+    return arguments(model, pool, batches, seeds=seeds)
+
+
+def mixed(model, pool, weights):
+    """Return the model with A' B' added to its kernel: the oracle, which knows no adapters."""
+    A, B = (np.einsum("lnab,n->lab", np.asarray(m[SITE]), weights) for m in (pool.A, pool.B))
+    kernel = np.asarray(kernels(model)[SITE]) + A @ B
+    mixed = nnx.clone(model)
+    mixed.decoder.self_attention.v.kernel.set_value(jnp.asarray(kernel, jnp.float32))
+    return jax.jit(lambda ids, mask, start: mixed(*map(jnp.asarray, (ids, mask, start))))
