@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _gauss_newton import Fit, rows_of_step, step_seeds
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lorafusion_jax import FuseOptions, Fusion
 from lorafusion_jax.tasks import Batch, batch_orders, train_batches
 from lorafusion_jax.train.fit import fit, start
-from lorafusion_jax.train.methods import Frozen, Method, Params
+from lorafusion_jax.train.methods import Frozen, Params
+from lorafusion_jax.train.ranking import gradients_at_zero, most_descent
 from lorafusion_jax.train.run import rows_passed
 from lorafusion_jax.train.setup import Setup, prepare
-from lorafusion_jax.train.step import TrainState, objective
-from lorafusion_jax.train.sweep import Path, over_seeds
+from lorafusion_jax.train.step import TrainState
 
 By = Literal["module", "block"]
 
@@ -60,7 +59,7 @@ def ranked(options: FuseOptions, *, keep: int, by: By) -> Trained:
     """Fuse the `keep` modules that one backward pass ranks highest, for one epoch less."""
     setup = prepare(options)
     began = time.perf_counter()
-    chosen = best(gradients_at_zero(setup, options.seeds), keep, by)
+    chosen = best(_gradients(setup, options), keep, by)
     names = [[modules[i] for i in row] for modules, row in zip(setup.modules, chosen.tolist(), strict=True)]
     setup = dataclasses.replace(
         setup,
@@ -75,7 +74,7 @@ def gradient_start(options: FuseOptions) -> Trained:
     setup = prepare(options)
     began = time.perf_counter()
     state = start(setup, options.seeds)
-    gradient = gradients_at_zero(setup, options.seeds)
+    gradient = _gradients(setup, options)
     coefficients = descent_like(gradient, state.params["coefficients"])
     params = state.params | {"coefficients": coefficients}
     # A step gives its state's memory away, so that no array may occur in it twice.
@@ -120,51 +119,16 @@ def gauss_newton(options: FuseOptions, *, iterations: int, damping: float) -> Tr
     return Trained(setup, params, steps, steps * forward, steps * backward, time.perf_counter() - began)
 
 
-def gradients_at_zero(setup: Setup, seeds: tuple[int, ...]) -> Float[Array, "seeds N blocks"]:
-    """Return the gradient of the training rows' loss at c = 0, by one pass over the rows of each seed."""
-    params = start(setup, seeds).params
-    params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
-    batch, _ = _all_rows(setup)
-    static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
-    return coefficient_gradients(params, batch, setup.index, setup.frozen, **static)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "method", "path"))
-def coefficient_gradients(
-    params: Params,
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    path: Path,
-) -> Float[Array, "seeds N *columns"]:
-    """Return the gradient of every seed's objective in its coefficients, on a batch of its own."""
-
-    def of_seed(seed: tuple[Params, Batch, Array], frozen: Frozen) -> Array:
-        params, batch, index = seed
-
-        def loss(coefficients: Array) -> Array:
-            moved = params | {"coefficients": coefficients}
-            return objective(moved, batch, index, frozen, jnp.float32(0), graph=graph, method=method)[0]
-
-        return jax.grad(loss)(params["coefficients"])
-
-    return over_seeds(of_seed, path)((params, batch, index), frozen)
-
-
 def best(gradient: Float[Array, "seeds N blocks"], keep: int, by: By) -> Int[np.ndarray, "seeds keep"]:
     """Return the positions of the modules with the greatest descent, the greatest first.
 
     Args:
       gradient: at c = 0.
       keep: how many.
-      by: `module`, the descent along one coefficient for all blocks, which is minus the sum of theirs; `block`, the sum
-        of |gradient|, since each block's coefficient may have a sign of its own.
+      by: `module`, the descent along one coefficient for all blocks; `block`, the sum of |gradient|, since each block's
+        coefficient may have a sign of its own.
     """
-    score = -jnp.sum(gradient, axis=2) if by == "module" else jnp.sum(jnp.abs(gradient), axis=2)
-    return np.argsort(-np.asarray(score), axis=1, kind="stable")[:, :keep]
+    return most_descent(gradient if by == "module" else -jnp.abs(gradient), keep)
 
 
 def descent_like(
@@ -224,6 +188,10 @@ def _train(setup: Setup, options: FuseOptions, state: TrainState, *, began: floa
     forward, backward = rows_passed(setup, options, steps)
     spent = epochs_spent * setup.split.train.shape[1]
     return Trained(setup, state.params, steps, forward + spent, backward + spent, time.perf_counter() - began)
+
+
+def _gradients(setup: Setup, options: FuseOptions) -> Float[Array, "seeds N blocks"]:
+    return gradients_at_zero(setup, options.seeds, batch_size=options.recipe.batch_size)
 
 
 def _all_rows(setup: Setup) -> tuple[Batch, int]:

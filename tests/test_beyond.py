@@ -15,6 +15,7 @@ from flax import nnx
 from lorafusion_jax.fusion.compose import gram
 from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.train import fit as fit_lib
+from lorafusion_jax.train import ranking
 from lorafusion_jax.train.methods import Frozen, Fusion
 from lorafusion_jax.train.step import batch_logits, objective
 
@@ -65,42 +66,6 @@ def _losses(frozen, method):
         return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
 
     return loss
-
-
-def test_the_gradient_that_ranks_equals_finite_differences(ideas, frozen):
-    method = _FUSION
-    params = method.init(frozen, _INDEX, jax.random.key(0))
-    params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
-    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], tiny.batch())
-    seeds = jax.tree.map(lambda a: a[None], params)
-    static = {"graph": _GRAPH, "method": method}
-    got = ideas.coefficient_gradients(seeds, batch, _INDEX[None], frozen, path="map", **static)[0]
-    # At c = 0 magnitudes rescale nothing, and their norm counts as constant: the oracle goes without them.
-    loss = _losses(frozen, _PLAIN)
-    wanted, eps = np.zeros(got.shape), 3e-3
-    for place in np.ndindex(*got.shape):
-        moved = np.zeros(got.shape, np.float32)
-        moved[place] = eps
-        wanted[place] = (
-            (loss({"coefficients": jnp.asarray(moved)}) - loss({"coefficients": jnp.asarray(-moved)})) / 2 / eps
-        )
-    np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())
-    assert np.all(np.asarray(got)[1, 3:] == 0) and np.all(np.abs(got)[0] > 0)  # module 0 has no decoder sites
-
-
-def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(ideas, frozen):
-    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], tiny.batch())
-
-    def gradient(granularity):
-        method = Fusion(granularity=granularity, magnitudes=False)
-        c = method.init(frozen, _INDEX, jax.random.key(0))["coefficients"]
-        params = {"coefficients": jnp.zeros_like(c)[None]}
-        return ideas.coefficient_gradients(params, batch, _INDEX[None], frozen, graph=_GRAPH, method=method, path="map")
-
-    by_block, by_module = gradient("block"), gradient("global")
-    np.testing.assert_allclose(jnp.sum(by_block, axis=2), by_module, atol=1e-6)
-    wanted = np.argsort(np.asarray(by_module), axis=1)
-    np.testing.assert_array_equal(ideas.best(by_block, 2, "module"), wanted)
 
 
 def test_modules_are_ranked_by_descent_or_by_size_of_the_blocks_gradients(ideas):
@@ -258,7 +223,7 @@ def rows_seen(ideas, monkeypatch):
 
     watch(fit_lib, "train_seeds", lambda state: (state._replace(step=state.step + 1), {"loss": 0.0}), backward=True)
     watch(fit_lib, "seed_entropies", lambda params: jnp.ones(len(params["coefficients"])), backward=False)
-    watch(ideas, "coefficient_gradients", lambda params: 1 + params["coefficients"], backward=True)
+    watch(ranking, "coefficient_gradients", lambda params: 1 + params["coefficients"], backward=True)
     return seen
 
 

@@ -13,7 +13,7 @@ from .evaluate import generate_seeds, seed_rows
 from .methods import Params
 from .options import FuseOptions
 from .run import load_run
-from .setup import Fused, Setup, load_fused, prepare
+from .setup import Setup, load_fused, prepare, with_modules
 from .untrained import evaluate_seeds
 
 
@@ -72,8 +72,7 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     test_rows = options.test_rows or fused.test_rows
     fused = dataclasses.replace(fused, test_rows=test_rows, eval_batch=options.eval_batch)
     setup = dataclasses.replace(prepare(fused), max_new_tokens=config["max_new_tokens"])
-    check_modules(setup, fused, config)
-    return setup, fused, params
+    return with_modules(setup, fused, config), fused, params
 
 
 def generate_lines(options: GenerateOptions) -> list[str]:
@@ -94,8 +93,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    model = load_fused(fused)
-    check_modules(model, fused, config)
+    model = with_modules(load_fused(fused), fused, config)
     position = slice(fused.seeds.index(seed), fused.seeds.index(seed) + 1)
     prompts = [fused.prompt.replace("{input}", line) if fused.prompt else line for line in lines]
     encoded = encode(model.tokenizer, [Example(prompt, "") for prompt in prompts])
@@ -116,9 +114,3 @@ def generate_lines(options: GenerateOptions) -> list[str]:
             if number >= 0:
                 answers[number] = answer
     return answers
-
-
-def check_modules(loaded: Fused, options: FuseOptions, config: dict[str, Any]) -> None:
-    """Raise ValueError where the pool of a run that has ended gives its seeds other modules by now."""
-    if [list(modules) for modules in loaded.modules] != config["modules"]:
-        raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")

@@ -17,13 +17,12 @@ from ..io.hf import save_base
 from ..io.peft import resave, write_adapter
 from ..io.pool import read_adapter_from_pool
 from ..models.sites import sites
-from .apply import check_modules
 from .baselines.magnitudes import Magnitudes
 from .baselines.merge import Merge
 from .methods import Fusion, Params, adapted_model
 from .options import UNTRAINED
 from .run import load_run
-from .setup import Fused, load_fused
+from .setup import Fused, load_fused, with_modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,7 @@ def _export_run(options: ExportOptions, folder: Path) -> None:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    loaded = load_fused(fused)
-    check_modules(loaded, fused, config)
+    loaded = with_modules(load_fused(fused), fused, config)
     position = fused.seeds.index(seed)
     of_seed: Params = jax.tree.map(lambda p: p[position], params)
     index = loaded.index[position]

@@ -24,7 +24,9 @@ class Recipe:
     """How to fuse and train, in every number.
 
     Attributes:
-      modules: how many modules of the pool a seed draws; all of a smaller pool.
+      modules: how many modules of the pool a seed fuses; all of a smaller pool.
+      choose: which: `draw` them by seed, or rank the whole pool by one backward pass over the training rows at zero
+        coefficients, `gradient`.
       composition: `mix` or `sum` of the modules.
       granularity: of the coefficients.
       start: of the coefficients.
@@ -57,6 +59,7 @@ class Recipe:
     """
 
     modules: int = 20
+    choose: Literal["draw", "gradient"] = "draw"
     composition: Composition = "sum"
     granularity: Granularity = "block"
     start: Start = "uniform"

@@ -20,11 +20,12 @@ from .evaluate import Evaluation, seed_rows
 from .fit import Epoch, fit, start
 from .options import UNTRAINED, FuseOptions, Recipe
 from .programs import make_room
+from .ranking import choose_by_gradient
 from .run_folder import RunFolder
 from .search.cma import check_population, load_evosax
 from .search.lorahub import check_evaluations, load_nevergrad
 from .search.run import SEARCHES, evaluations
-from .setup import Setup, check, prepare, trainable_count
+from .setup import Setup, check, prepare, trainable_count, with_modules
 from .step import TrainState
 from .untrained import evaluate_seeds
 
@@ -58,6 +59,8 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
     if options.method == "lorahub":
         check_evaluations(options.recipe.evaluations, setup.index.shape[1])
+    if options.recipe.choose == "gradient":
+        setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
     config = _config(options, setup)
     with run.locked():
@@ -67,6 +70,14 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
         else:
             _compare_environment(recorded, config)
         return _complete(run, setup, options, config, begin)
+
+
+def _chosen(setup: Setup, options: FuseOptions, recorded: dict[str, Any] | None) -> Setup:
+    """Return the setup with the modules of the run that is resumed, else with those of the greatest descent."""
+    if recorded is not None:
+        return with_modules(setup, options, recorded)
+    recipe = options.recipe
+    return choose_by_gradient(setup, options.seeds, keep=recipe.modules, batch_size=recipe.batch_size)
 
 
 def _refuse_begun(run: RunFolder) -> None:
@@ -239,7 +250,8 @@ def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, in
     if options.method in SEARCHES:
         return evaluations(options, setup) * train, 0
     epochs = steps // -(-train // min(recipe.batch_size, train))
-    return epochs * (train + validation), epochs * train
+    ranking = train if recipe.choose == "gradient" else 0
+    return epochs * (train + validation) + ranking, epochs * train + ranking
 
 
 def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,9 @@ class Setup(Fused):
     max_new_tokens: int
 
 
+AnyFused = TypeVar("AnyFused", bound=Fused)
+
+
 def check(options: FuseOptions) -> None:
     """Raise ValueError for options that do not go together, before anything is loaded."""
     if not options.seeds:
@@ -94,6 +97,14 @@ def check(options: FuseOptions) -> None:
     for name, count in (counts | {"eval_batch": options.eval_batch}).items():
         if count < 1:
             raise ValueError(f"{name} is {count}: wanted at least 1")
+    if recipe.choose == "gradient":
+        if options.method not in ("fusion", "coefficients") or recipe.composition != "sum":
+            raise ValueError(
+                "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
+                "leave out --choose, or use the method fusion or coefficients and the composition sum"
+            )
+        if options.adapters:
+            raise ValueError("--adapters names the modules already: leave it out, or --choose")
     if not 0 <= recipe.prune < 1:
         raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
     if recipe.prune and options.method != "fusion":
@@ -181,6 +192,24 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     )
 
 
+def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:
+    """Return what was loaded with the modules that the run fused.
+
+    Raises:
+      ValueError: the pool has no such modules any more, or its seeds draw others by now.
+    """
+    wanted = tuple(tuple(modules) for modules in config["modules"])
+    if options.recipe.choose == "draw" and loaded.modules != wanted:
+        raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
+    if loaded.modules == wanted:
+        return loaded
+    position = {name: i for i, name in enumerate(loaded.modules[0])}
+    if missing := sorted({name for names in wanted for name in names} - position.keys()):
+        raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
+    index = jnp.array([[position[name] for name in names] for names in wanted], jnp.int32)
+    return dataclasses.replace(loaded, index=index, modules=wanted)
+
+
 def trainable_count(setup: Setup) -> dict[str, int]:
     """Return how many numbers the first seed trains, by group."""
     index = setup.index[0]
@@ -200,6 +229,12 @@ def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]
             [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
         )
         drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
+    elif options.recipe.choose == "gradient":
+        if not 1 <= options.recipe.modules <= len(there):
+            raise ValueError(
+                f"{options.recipe.modules} modules to be chosen from a pool of {len(there)}: ask for 1 to {len(there)}"
+            )
+        drawn = tuple(tuple(there) for _ in options.seeds)
     else:
         count = min(options.recipe.modules, len(there))
         drawn = tuple(draw_modules(there, count, seed) for seed in options.seeds)
