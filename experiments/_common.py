@@ -16,6 +16,8 @@ from lorafusion_jax.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"
+# The embedded tasks that nothing was trained or tuned on.
+TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_next2", "last3_starvow")
 
 
 @contextlib.contextmanager

@@ -47,3 +47,13 @@ METHODS = {
     "VeRA": Entry(method="vera", rates={"lr_vera": 0.03}),
     "full fine-tuning": Entry(method="full", rates={"lr_full": 2e-4}),
 }
+
+# Coefficients of other granularities than the default: settings of an ablation, each at rates of its own.
+COEFFICIENTS = {
+    f"coefficients only, {size}": Entry(method="coefficients", recipe={"granularity": size}, rates=rates)
+    for size, rates in {
+        "global": {"lr_coefficients": 0.3},
+        "site": {"lr_coefficients": 0.03},
+        "rank": {"lr_coefficients": 0.02},
+    }.items()
+}

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import tyro
 from _common import ROOT
 from _matrix import run_matrix
-from _methods import METHODS, Entry
+from _methods import COEFFICIENTS, METHODS, Entry
 from _planning import print_matrix_plan
 from report import main as report
 from small_pool import SmallPoolOptions
@@ -77,7 +77,7 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:
     if group == "granularity":
         sizes = ("block", "global", "site", "rank")
         entries = {f"{size}, both": _with(_FUSION, granularity=size) for size in sizes}
-        return entries | {f"{size}, coefficients": _with(_COEFFICIENTS, granularity=size) for size in sizes}
+        return entries | {"coefficients only, block": _COEFFICIENTS} | COEFFICIENTS
     if group == "composition":
         mix = METHODS["LoRAFusion, mix"]
         return {

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from _common import ROOT, SMALL
+from _common import ROOT, SMALL, TASKS
 from _matrix import MatrixOptions, run_matrix
 from _methods import METHODS
 from _planning import print_matrix_plan
 from report import main as report
 
 from lorafusion_jax import cli
-
-TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_next2", "last3_starvow")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

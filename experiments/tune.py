@@ -1,10 +1,12 @@
 """Tune the learning rates of every trained method on the two tuning tasks, each with the same number of trials.
 
     python experiments/tune.py
+    python experiments/tune.py --method LoRA DoRA
 
 writes runs/tune/results.json and runs/tune/table.md. What it found is in `_methods.py`.
 """
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -15,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from _common import ROOT, SMALL, fresh_folder, fuse_small
-from _methods import METHODS
+from _methods import COEFFICIENTS, METHODS
 
 from lorafusion_jax import cli
 from lorafusion_jax.report import write_text
@@ -26,23 +28,30 @@ SEEDS = (101, 102)  # not those of the demo
 _COEFFICIENTS, _MAGNITUDES = (0.03, 0.1, 0.3), (0.01, 0.03, 0.1)
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in _COEFFICIENTS for m in _MAGNITUDES]
 _DORA = [{"lr_lora": r, "lr_magnitudes": m} for r in (1e-3, 2e-3, 5e-3) for m in _MAGNITUDES]
+_RATES = [{"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)]
 TRIALS: dict[str, list[dict[str, float]]] = {
     "LoRAFusion": _PAIRS,
     "LoRAFusion, mix": _PAIRS,
-    "coefficients only": [{"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)],
+    "coefficients only": _RATES,
     "magnitudes only": [{"lr_magnitudes": r} for r in (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)],
     "random pool": _PAIRS,
     "LoRA": [{"lr_lora": r} for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)],
     "DoRA": _DORA,
     "VeRA": [{"lr_vera": r} for r in (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3)],
     "full fine-tuning": [{"lr_full": r} for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)],
+    **dict.fromkeys(COEFFICIENTS, _RATES),
 }
 
 
 def main(arguments: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--method", nargs="+", choices=list(TRIALS), default=list(TRIALS), help="to tune; all by default"
+    )
+    chosen = parser.parse_args(list(arguments)).method
     with fresh_folder(FOLDER):
         measured = []
-        jobs = [(method, rates) for method, trials in TRIALS.items() for rates in trials]
+        jobs = [(method, rates) for method in chosen for rates in TRIALS[method]]
         for number, (method, rates) in enumerate(jobs, start=1):
             measured.append(_trial(method, rates))
             print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)
@@ -65,7 +74,7 @@ def table_of(measured: Sequence[dict[str, Any]]) -> str:
 
 def _trial(method: str, rates: dict[str, float]) -> dict[str, Any]:
     """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
-    entry = dataclasses.replace(METHODS[method], rates=rates)
+    entry = dataclasses.replace((METHODS | COEFFICIENTS)[method], rates=rates)
     with tempfile.TemporaryDirectory() as out:
         found = {
             task: fuse_small(task, entry, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task)

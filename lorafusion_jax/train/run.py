@@ -19,6 +19,7 @@ from ..io import checkpoint
 from .evaluate import Evaluation, seed_rows
 from .fit import Epoch, fit, start
 from .options import UNTRAINED, FuseOptions, Recipe
+from .programs import make_room
 from .run_folder import RunFolder
 from .search.cma import check_population, load_evosax
 from .search.lorahub import check_evaluations, load_nevergrad
@@ -39,6 +40,7 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
+    make_room()
     if options.method == "lorahub":
         load_nevergrad()
     if options.method == "cma":
