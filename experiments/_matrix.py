@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from _common import ROOT, recipe_of
+from _common import ROOT, TRAIN_ROWS, League, recipe_of
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
@@ -20,12 +20,6 @@ from lorafusion_jax.report import append_rows, done, read_rows
 from lorafusion_jax.train.options import POOLLESS
 from lorafusion_jax.train.run_folder import RunFolder
 from lorafusion_jax.train.setup import available
-
-League = Literal["95+5", "5"]
-
-# Rows that a seed uses, and passes over them. LoraHub's league gives five examples, and all methods the same.
-TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}
-EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +109,7 @@ def jobs(options: MatrixOptions, entries: Mapping[str, Entry], *, check_pool: bo
 def _fuse_options(
     options: MatrixOptions, task: str, name: str, method: str, league: League, entry: Entry
 ) -> FuseOptions:
-    recipe = recipe_of(entry, dataclasses.replace(PRESETS["default"], modules=options.modules))
+    recipe = recipe_of(entry, dataclasses.replace(PRESETS["default"], modules=options.modules), league=league)
     return FuseOptions(
         base=options.base,
         pool=None if entry.method in POOLLESS else options.pool,
@@ -125,7 +119,7 @@ def _fuse_options(
         name="-".join((name, method, league)).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
-        recipe=dataclasses.replace(recipe, epochs=options.epochs or EPOCHS[league]),
+        recipe=dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs),
         train_rows=min(entry.train_rows or TRAIN_ROWS[league], TRAIN_ROWS[league]),
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

@@ -15,6 +15,7 @@ class Entry:
       control: of the pool.
       recipe: what differs from the default recipe, learning rates apart.
       rates: learning rates, found by `python experiments/tune.py`.
+      few_rates: those for five examples, where they are other ones, found by `python experiments/tune.py --league 5`.
       train_rows: fewer rows to learn from than the league has.
       load_in: base and pool in 4 or 8 bits.
     """
@@ -23,6 +24,7 @@ class Entry:
     control: Literal["none", "random", "shuffled"] = "none"
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    few_rates: dict[str, float] = dataclasses.field(default_factory=dict)
     train_rows: int | None = None
     load_in: Literal["full", "nf4", "int8"] | None = None
 

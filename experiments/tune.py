@@ -2,6 +2,7 @@
 
     python experiments/tune.py
     python experiments/tune.py --method LoRA DoRA
+    python experiments/tune.py --league 5            # five examples: every rate a third of those tried on 95
 
 writes runs/tune/results.json and runs/tune/table.md. What it found is in `_methods.py`.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _common import ROOT, SMALL, fresh_folder, fuse_small
+from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small
 from _methods import COEFFICIENTS, METHODS
 
 from lorafusion_jax import cli
@@ -48,12 +49,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--method", nargs="+", choices=list(TRIALS), default=list(TRIALS), help="to tune; all by default"
     )
-    chosen = parser.parse_args(list(arguments)).method
+    parser.add_argument("--league", choices=list(TRAIN_ROWS), default="95+5", help="rows to learn from")
+    options = parser.parse_args(list(arguments))
     with fresh_folder(FOLDER):
         measured = []
-        jobs = [(method, rates) for method in chosen for rates in TRIALS[method]]
+        jobs = [(method, rates) for method in options.method for rates in _trials(method, options.league)]
         for number, (method, rates) in enumerate(jobs, start=1):
-            measured.append(_trial(method, rates))
+            measured.append(_trial(method, rates, options.league))
             print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)
         table = table_of(measured)
         write_text(FOLDER / "results.json", json.dumps({"seeds": SEEDS, "trials": measured}, indent=1) + "\n")
@@ -72,12 +74,17 @@ def table_of(measured: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _trial(method: str, rates: dict[str, float]) -> dict[str, Any]:
+def _trials(method: str, league: League) -> list[dict[str, float]]:
+    share = 1 if league == "95+5" else 1 / 3
+    return [{name: float(f"{share * rate:.2g}") for name, rate in rates.items()} for rates in TRIALS[method]]
+
+
+def _trial(method: str, rates: dict[str, float], league: League) -> dict[str, Any]:
     """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
-    entry = dataclasses.replace((METHODS | COEFFICIENTS)[method], rates=rates)
+    entry = dataclasses.replace((METHODS | COEFFICIENTS)[method], rates=rates, few_rates=rates)
     with tempfile.TemporaryDirectory() as out:
         found = {
-            task: fuse_small(task, entry, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task)
+            task: fuse_small(task, entry, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task, league=league)
             for task in TASKS
         }
     return {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax import PRESETS
 from lorafusion_jax.train.run_folder import RunFolder
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -64,17 +63,18 @@ def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on(experim
 
 def test_every_trained_method_had_the_same_number_of_trials(experiments):
     common, methods, _, tune = experiments
-    entries = {name: entry for name, entry in methods.METHODS.items() if entry.method in _TRAINED}
-    assert list(tune.TRIALS) == list(entries)
+    everything = methods.METHODS | methods.COEFFICIENTS
+    trained = {name: entry for name, entry in everything.items() if entry.method in _TRAINED}
+    assert list(tune.TRIALS) == list(trained)
     assert len({len(trials) for trials in tune.TRIALS.values()}) == 1
-    rates = [rates for trials in tune.TRIALS.values() for rates in trials]
-    for entry in methods.METHODS.values():
-        assert (entry.method in _TRAINED) or not entry.rates
+    for name, entry in everything.items():
         common.recipe_of(entry)  # raises on a name that a recipe does not have
-    for trial in rates:
-        dataclasses.replace(PRESETS["default"], **trial)
-    for name, entry in entries.items():
-        assert not entry.rates or entry.rates in tune.TRIALS[name]
+        if name not in trained:
+            assert not entry.rates
+            continue
+        assert entry.rates in tune.TRIALS[name]
+        for trial in tune.TRIALS[name]:
+            common.recipe_of(dataclasses.replace(entry, rates=trial))
 
 
 def test_the_table_of_trials_marks_the_best_of_each_method(experiments):

@@ -275,7 +275,11 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         ("magnitudes", {"prune": 0.1}, "the method magnitudes has no magnitudes to prune"),
         ("cma", {"population": 3}, "2 generations of 3: wanted"),
         ("merge", {"density": 0.0}, "a density of 0"),
-        ("few-shot", {"shots": 6, "train_rows": 5}, "6 examples for the prompts .* of which 5 .* --shots"),
+        (
+            "few-shot",
+            {"shots": 6, "train_rows": 5},
+            "6 examples for the prompts of double_digit, of which 5 .* --shots",
+        ),
     ]
     wrong = {"lora_targets": ("q", "w")}
     cases += [(m, wrong, "lora_targets are q w: choose of q k v o") for m in ("lora", "dora", "vera", "magnitudes")]

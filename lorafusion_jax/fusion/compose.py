@@ -144,11 +144,14 @@ class Gram:
 
 
 def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
-    """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time."""
+    """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time.
+
+    Each module has a product of its own: in one for all, its last bits depend on how many there are.
+    """
 
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
         kernel, A = (dense(w, jnp.float32) for w in layer)
-        return jnp.sum(jnp.square(kernel), axis=0), jnp.einsum("nir,io->nro", A, kernel)
+        return jnp.sum(jnp.square(kernel), axis=0), jax.lax.map(lambda a: a.T @ kernel, A)
 
     terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
