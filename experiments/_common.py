@@ -55,7 +55,16 @@ def recipe_of(entry: Entry, base: Recipe = PRESETS["default"], *, league: League
     return dataclasses.replace(base, **(entry.recipe | rates), epochs=EPOCHS[league])
 
 
-def fuse_small(task: str, entry: Entry, *, pool: Path, seeds: tuple[int, ...], out: Path, name: str) -> dict[str, Any]:
+def fuse_small(
+    task: str,
+    entry: Entry,
+    *,
+    pool: Path,
+    seeds: tuple[int, ...],
+    out: Path,
+    name: str,
+    league: League = "95+5",
+) -> dict[str, Any]:
     """Run a method on one of the embedded tasks, all seeds in one program, and return the results."""
     options = FuseOptions(
         base=str(SMALL / "base"),

@@ -304,12 +304,17 @@ def _options_from_json(values: dict[str, Any]) -> FuseOptions:
 def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
     """Return the config of the run to resume, if it was asked for the same."""
     config = run.config()
-    was, now = config["options"], _options_to_json(options)
+    # Through the options, so that what a run of before did not know has its default.
+    was, now = (_flat(_options_to_json(o)) for o in (_options_from_json(config["options"]), options))
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
     if different:
         changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
         raise ValueError(f"{run.folder} was begun with other options: {changes}. Resume it with the same")
     return config
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "recipe"} | options["recipe"]
 
 
 def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
