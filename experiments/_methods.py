@@ -37,14 +37,20 @@ METHODS = {
     "best single module": Entry(method="single"),
     "LoraHub": Entry(method="lorahub"),
     "CMA-ES": Entry(method="cma"),
-    "LoRAFusion": Entry(method="fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
+    "LoRAFusion": Entry(
+        method="fusion",
+        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
+        few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
+    ),
     "LoRAFusion, mix": Entry(
         method="fusion", recipe={"composition": "mix"}, rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}
     ),
-    "coefficients only": Entry(method="coefficients", rates={"lr_coefficients": 0.3}),
-    "magnitudes only": Entry(method="magnitudes", rates={"lr_magnitudes": 0.02}),
+    "coefficients only": Entry(
+        method="coefficients", rates={"lr_coefficients": 0.3}, few_rates={"lr_coefficients": 0.0033}
+    ),
+    "magnitudes only": Entry(method="magnitudes", rates={"lr_magnitudes": 0.02}, few_rates={"lr_magnitudes": 0.0017}),
     "random pool": Entry(method="fusion", control="random", rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.03}),
-    "LoRA": Entry(method="lora", rates={"lr_lora": 2e-3}),
+    "LoRA": Entry(method="lora", rates={"lr_lora": 2e-3}, few_rates={"lr_lora": 1e-4}),
     "DoRA": Entry(method="dora", rates={"lr_lora": 2e-3, "lr_magnitudes": 0.01}),
     "VeRA": Entry(method="vera", rates={"lr_vera": 0.03}),
     "full fine-tuning": Entry(method="full", rates={"lr_full": 2e-4}),
