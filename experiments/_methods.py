@@ -49,7 +49,12 @@ METHODS = {
         method="coefficients", rates={"lr_coefficients": 0.3}, few_rates={"lr_coefficients": 0.0033}
     ),
     "magnitudes only": Entry(method="magnitudes", rates={"lr_magnitudes": 0.02}, few_rates={"lr_magnitudes": 0.0017}),
-    "random pool": Entry(method="fusion", control="random", rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.03}),
+    "random pool": Entry(
+        method="fusion",
+        control="random",
+        rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.03},
+        few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
+    ),
     "LoRA": Entry(method="lora", rates={"lr_lora": 2e-3}, few_rates={"lr_lora": 1e-4}),
     "DoRA": Entry(method="dora", rates={"lr_lora": 2e-3, "lr_magnitudes": 0.01}),
     "VeRA": Entry(method="vera", rates={"lr_vera": 0.03}),
