@@ -196,7 +196,8 @@ def _config(options: FuseOptions, variant: Variant) -> dict[str, Any]:
     """Return everything that decides a row besides its seed."""
     values = {name: value for name, value in dataclasses.asdict(options).items() if name not in _BOOKKEEPING}
     values["beyond"] = {"train": variant.train.__name__, **variant.settings}
-    return json.loads(json.dumps(values, default=str))
+    # Paths inside the repository count from its root: rows of two checkouts are alike.
+    return json.loads(json.dumps(values, default=str).replace(f"{ROOT}/", ""))
 
 
 def _check_same(was: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
