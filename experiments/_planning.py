@@ -20,7 +20,7 @@ from lorafusion_jax.train.setup import available
 from lorafusion_jax.train.sweep import default_path
 from lorafusion_jax.train.workload import workload
 
-_RANK = 16  # of LoraHub's adapters
+_RANK, _MODULES = 16, 196  # LoraHub's adapters
 
 
 def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> None:
@@ -44,7 +44,8 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
         settings = Settings(
             recipe=recipe,
             rank=rank,
-            pool=size or None,
+            # Those that any seed draws: at most as many as all of them together.
+            pool=min(len(options.seeds) * options.modules, size or _MODULES),
             seeds=len(options.seeds),
             path=default_path(),
             device="cpu" if jax.default_backend() == "cpu" else "accelerator",

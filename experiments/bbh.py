@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     folders = _folders(options)
     for folder in folders:
         if overlap := prompt_overlap(load_task(folder)):
-            print(f"{folder.name}: the prompts of {len(overlap)} test rows are also among the training rows")
+            rows = ", ".join(map(str, overlap))
+            print(f"{folder.name}: prompts of the test set that are also among the training rows: {rows}")
     matrix = dataclasses.replace(options, task=tuple(map(str, folders)))
     if options.plan:
         print_matrix_plan(matrix, METHODS)
