@@ -410,7 +410,9 @@ def test_transformers_agrees(tmp_path, fields, safe):
 
     ours = load_base(tmp_path / "base")
     assert ours.config.tied == fields["tie_word_embeddings"]
-    np.testing.assert_allclose(_run(ours, input_ids, mask, decoder_ids), logits(theirs), atol=1e-4)
+    wanted = logits(theirs)
+    # 3e-5 of the largest: what float32 leaves of a few layers, in the order that this processor sums.
+    np.testing.assert_allclose(_run(ours, input_ids, mask, decoder_ids), wanted, atol=3e-5 * np.abs(wanted).max())
 
     # Without its cache, which fails on a decoder deeper than the encoder.
     options = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}

@@ -20,7 +20,7 @@ _COMPOSED: dict[str, tuple[str, Composition]] = {
 }
 METHODS: tuple[str, ...] = (*get_args(MethodName), *_COMPOSED)
 _SEARCHES = ("single", "lorahub", "cma")
-_WITHOUT_STEPS = (*UNTRAINED, "mean", *_SEARCHES)
+_WITHOUT_STEPS = (*UNTRAINED, "mean", "merge", *_SEARCHES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,9 @@ def update_of(method: str, settings: Settings) -> Update:
     if name in ("lora", "dora", "vera", "magnitudes", "full"):
         rank = recipe.vera_rank if name == "vera" else recipe.lora_rank
         return Update(kind=name, rank=rank, targets=recipe.lora_targets)
-    # The compositions of LoraHub, of the mean and of the best single module are no matter of the recipe.
-    fixed: dict[str, Composition] = {"lorahub": "mix", "cma": "mix", "mean": "sum", "single": "sum"}
+    # The compositions of LoraHub, of the mean and of the best single module are no matter of the recipe. A merge, made
+    # once, counts as the mix whose rank it has.
+    fixed: dict[str, Composition] = {"lorahub": "mix", "cma": "mix", "merge": "mix", "mean": "sum", "single": "sum"}
     kind = fixed.get(name, composition)
     return Update(
         kind=kind,
