@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from .adc import Converter
+from .encoding import split
 from .pulses import digit, significance
 
 
@@ -26,6 +27,39 @@ def to_planes(cells: Float[Array, "K R rows cols"], bits: int) -> UInt32[Array, 
         [_to_words((sign * cells > 0) & (((magnitude >> i) & 1) == 1), axis=2) for sign in (1, -1)] for i in range(bits)
     ]
     return jnp.moveaxis(jnp.stack([jnp.stack(pair) for pair in planes]), 2, 0)
+
+
+def pair_planes(
+    codes: Float[Array, "d_in d_out"], rows: tuple[int, ...], slices: tuple[int, ...]
+) -> UInt32[Array, "K I 2 R Q cols"]:
+    """Return `to_planes` of perfect differential weights, one row tile at a time, straight from their codes.
+
+    Args:
+      codes: weight codes.
+      rows: of every row tile.
+      slices: bits of every weight slice.
+    """
+    first, most = np.cumsum((0, *slices)), max(slices)
+
+    def of_tile(tile: Float[Array, "rows d_out"]) -> UInt32[Array, "K I 2 Q d_out"]:
+        padded = jnp.pad(tile.astype(jnp.int32), ((0, -len(tile) % 32), (0, 0)))
+        sides = [jnp.maximum(sign * padded, 0).astype(jnp.uint32).reshape(-1, 32, tile.shape[1]) for sign in (1, -1)]
+
+        def word(side: UInt32[Array, "Q 32 d_out"], bit: int) -> UInt32[Array, "Q d_out"]:
+            # One row after the other: a sum over their axis is an order of magnitude slower on a CPU.
+            total = (side[:, 0] >> np.uint32(bit)) & np.uint32(1)
+            for row in range(1, 32):
+                total = total | (((side[:, row] >> np.uint32(bit)) & np.uint32(1)) << np.uint32(row))
+            return total
+
+        nothing = jnp.zeros((len(padded) // 32, tile.shape[1]), jnp.uint32)
+        words = [
+            [[word(side, start + i) if i < bits else nothing for side in sides] for i in range(most)]
+            for start, bits in zip(first.tolist(), slices, strict=False)
+        ]
+        return jnp.stack([jnp.stack([jnp.stack(pair) for pair in of_slice]) for of_slice in words])
+
+    return jnp.moveaxis(jax.lax.map(of_tile, split(codes, rows, 0, front=True)), 0, 3)
 
 
 def planes(

@@ -20,7 +20,7 @@ from .noise import powers
 from .normal import normal
 from .packing import Packed
 from .plan import Path, Plan, choose, worst_case
-from .planes import to_planes
+from .planes import pair_planes, to_planes
 from .values import is_traced, like
 from .words import pack_columns, pack_pairs
 
@@ -157,6 +157,8 @@ def program(
             variance = encoding.join(variance, rows, 0, front=True)
     if paired and chosen.integers and chosen.path not in ("product", "planes"):
         columns, chosen = pack_pairs(exact, rows, config, chosen, asked=path is not None)
+    elif paired and chosen.path == "planes":
+        columns = pair_planes(exact, rows, config.weight_slices)
     elif chosen.path not in ("definition", "product"):
         if cells is None:
             columns = encoding.split(slices, rows, 1, front=True)
