@@ -130,7 +130,8 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
         return state
     rows, _ = encoding.grid(state.shape, config)
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
-    plans = [choose(config, worst_case(config, max(rows)), one[None], perfect=True) for one in known]
+    bounds, columns = worst_case(config, max(rows)), state.shape[1]
+    plans = [choose(config, bounds, one[None], columns=columns, perfect=True) for one in known]
     if all(plan.path == "product" for plan in plans) and state.plan.path != "definition":
         return dataclasses.replace(state, plan=plans[0], columns=None, cells=None)
     return state

@@ -122,6 +122,43 @@ def pack(
     return Packed(words, low, _join(squares, packing.variances, packing.words))
 
 
+def pack_codes(
+    codes: Float[Array, "rows d_out"], slices: tuple[int, ...], packing: Packing, top: int, *, signed: bool
+) -> Packed:
+    """Return `pack` of the signed digits of one row tile, a leaf without its axis of tiles.
+
+    Slice by slice, and row sums as products: stacked slices and sums over rows take ten times as long on a CPU.
+
+    Args:
+      codes: weight codes.
+      slices: bits of every weight slice.
+      packing: from `certify`.
+      top: largest |u| of an input slice.
+      signed: whether inputs may be negative.
+    """
+    magnitude, sign = jnp.abs(codes).astype(jnp.int32), jnp.sign(codes).astype(jnp.int32)
+    counted = magnitude if signed else jnp.where(codes < 0, magnitude, 0)
+    starts = np.cumsum((0, *slices))[:-1].tolist()
+    ones = jnp.ones((1, len(codes)))
+
+    def digit(of: Int[Array, "rows d_out"], k: int) -> Int[Array, "rows d_out"]:
+        return (of >> starts[k]) & (2 ** slices[k] - 1)
+
+    def low(k: int) -> Int[Array, "1 d_out"]:
+        total = jnp.matmul(ones, digit(counted, k).astype(jnp.float32), precision="highest")
+        return -top * total.astype(jnp.int32)
+
+    lows = [low(k) for k in range(len(slices))]
+
+    def word(own: range) -> Int[Array, "rows+1 d_out"]:
+        shifted = [digit(magnitude, k) << packing.fields[k][1] for k in own]
+        bottom = [-lows[k] << packing.fields[k][1] for k in own]
+        return jnp.concatenate([sum(shifted[1:], shifted[0]) * sign, sum(bottom[1:], bottom[0])])
+
+    words = [word(range(len(slices))[own]) for own in packing.words]
+    return Packed(jnp.stack(words), jnp.concatenate(lows))
+
+
 def _join(planes: Array, fields: tuple[tuple[int, int, int], ...], words: list[slice]) -> Array:
     shifted = [plane << shift for plane, (_, shift, _) in zip(planes, fields, strict=True)]
     return jnp.stack([sum(shifted[own][1:], shifted[own][0]) for own in words])

@@ -27,6 +27,9 @@ Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
 
 # Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
 _NARROW = 2
+# Columns from which on a table of sums is worth making, where bits can be counted instead: 16 take 1.5 times as long
+# from tables as by counting, 1,024 two thirds.
+_WIDE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ def choose(
     bounds: tuple[float, ...],
     limits: np.ndarray | None,
     *,
+    columns: int,
     perfect: bool,
     path: Path | None = None,
 ) -> Plan:
@@ -60,6 +64,7 @@ def choose(
       config: of the crossbar.
       bounds: largest |column sum| that one conversion of each weight slice can see, in level units.
       limits: [1 or R, K, 2] ADC ranges where they are known.
+      columns: of the matrix.
       perfect: whether all cells are at their target levels.
       path: use this one.
 
@@ -74,7 +79,7 @@ def choose(
         nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
-    countable = config.device.read_noise is None and config.mapping.scale != "tile"
+    countable = _is_countable(config)
     if path is not None:
         if path == "product" and not telescopes:
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
@@ -96,16 +101,28 @@ def choose(
         return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}", integers)
     if jax.default_backend() != "cpu":
         return Plan("definition", "every conversion on its own, batched: fastest on an accelerator", integers)
-    if narrow and integers and countable and _counts_vectors():
-        return Plan("planes", "integers in narrow slices, on a processor that counts the bits of vectors", integers)
+    if narrow and integers and countable and columns < _WIDE and _counts_vectors():
+        why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"
+        return Plan("planes", why, integers)
     if narrow:
         return Plan("lookup", "input slices are narrow: sums of a few rows come from tables", integers)
     return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue", integers)
 
 
+def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
+    """Return the fastest exact path that takes the place of `lookup`."""
+    if not plan.integers:
+        return "loop"
+    return "planes" if _is_countable(config) and _counts_vectors() else "packed"
+
+
+def _is_countable(config: CrossbarConfig) -> bool:
+    return config.device.read_noise is None and config.mapping.scale != "tile"
+
+
 @functools.cache
 def _counts_vectors() -> bool:
-    """Whether the processor counts the bits of whole vectors; without, tables are faster than planes."""
+    """Whether the processor counts the bits of whole vectors; without, tables are always faster than planes."""
     try:
         return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -93,15 +93,16 @@ def planes(
             count = jnp.zeros(total.shape, jnp.int32)
             for bit, (positive, negative) in enumerate(of_tile[k]):
                 for t in range(max(slices)):
+                    counted = jnp.zeros(total.shape, jnp.int32)
                     for q in range(positive.shape[0]):
                         x, plus, minus = up[t][:, q, None], positive[None, q], negative[None, q]
                         more, less = x & plus, x & minus
                         if down is not None:
                             y = down[t][:, q, None]
                             more, less = more | (y & minus), less | (y & plus)
-                        counted = jax.lax.population_count(more).astype(jnp.int32)
+                        counted += jax.lax.population_count(more).astype(jnp.int32)
                         counted -= jax.lax.population_count(less).astype(jnp.int32)
-                        count += counted << (bit + t)
+                    count += counted << (bit + t)
             return total + worth[j] * adc(count.astype(n.dtype), adc.inv_lsb[k])
 
         return tuple(read(k, total) for k, total in enumerate(totals))

@@ -106,7 +106,8 @@ def program(
     perfect = conductances is None and _is_perfect(config)
     limits = fixed_limits(config, rows, dtype)
     known = None if limits is None or is_traced(limits) else np.asarray(limits)
-    chosen = choose(config, worst_case(config, max(rows)), known, perfect=perfect, path=path)
+    bounds = worst_case(config, max(rows))
+    chosen = choose(config, bounds, known, columns=shape[1], perfect=perfect, path=path)
 
     cells = flipped = gain = offset = pulses = None
     codes = exact

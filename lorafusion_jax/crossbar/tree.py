@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .config import CrossbarConfig
+from .plan import without_tables
 from .programmed import Programmed, Structure, split_config, stacked_keys
 from .segments import Segments
 from .state import ArrayState, program
@@ -108,8 +109,8 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         if state.plan.path == "lookup":
             # Tables compile in 2 to 4 s where products take less than one, are hardly faster or slower to read, and a
             # model compiles dozens of reads at once.
-            path = "packed" if state.plan.integers else "loop"
-            state = program(matrix, structure.config(values), key, path=path)
+            config = structure.config(values)
+            state = program(matrix, config, key, path=without_tables(state.plan, config))
         return state
 
     if not lead:

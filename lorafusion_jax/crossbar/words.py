@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from . import encoding
 from .config import CrossbarConfig
-from .packing import FLOAT_BITS, INT_BITS, Packed, certify, extent, pack
+from .packing import FLOAT_BITS, INT_BITS, Packed, certify, extent, pack, pack_codes
 from .plan import Plan
 from .values import is_traced
 
@@ -75,8 +75,7 @@ def pack_pairs(
         return encoding.split(encoding.digits(codes, config), rows, 1, front=True), plan
 
     def words(tile: Float[Array, "rows d_out"]) -> Packed:
-        packed = pack(encoding.digits(tile, config)[:, None], packing, top, signed=signed)
-        return jax.tree.map(lambda leaf: leaf[:, 0], packed)
+        return pack_codes(tile, config.weight_slices, packing, top, signed=signed)
 
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), jax.lax.map(words, tiles)), plan
 
