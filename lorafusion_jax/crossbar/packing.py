@@ -139,7 +139,7 @@ def pack_codes(
     magnitude, sign = jnp.abs(codes).astype(jnp.int32), jnp.sign(codes).astype(jnp.int32)
     counted = magnitude if signed else jnp.where(codes < 0, magnitude, 0)
     starts = np.cumsum((0, *slices))[:-1].tolist()
-    ones = jnp.ones((1, len(codes)))
+    ones = jnp.ones((1, len(codes)), jnp.float32)
 
     def digit(of: Int[Array, "rows d_out"], k: int) -> Int[Array, "rows d_out"]:
         return (of >> starts[k]) & (2 ** slices[k] - 1)
@@ -150,7 +150,7 @@ def pack_codes(
 
     lows = [low(k) for k in range(len(slices))]
 
-    def word(own: range) -> Int[Array, "rows+1 d_out"]:
+    def word(own: range) -> Int[Array, "_rows d_out"]:
         shifted = [digit(magnitude, k) << packing.fields[k][1] for k in own]
         bottom = [-lows[k] << packing.fields[k][1] for k in own]
         return jnp.concatenate([sum(shifted[1:], shifted[0]) * sign, sum(bottom[1:], bottom[0])])
