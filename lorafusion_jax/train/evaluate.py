@@ -19,7 +19,7 @@ from .methods import Frozen, Method, Params, adapted_model
 from .progress import progress
 from .setup import Setup
 from .step import batch_logits, objective
-from .sweep import Path, over_seeds
+from .sweep import Path, over_seeds, per_seed
 
 # What arrays are read for beside training: the first of the numbers that make a read's noise.
 VALIDATION, SEARCH, GENERATION, LOSS, OPTIONS = range(5)
@@ -80,8 +80,7 @@ def evaluate(
             said = generate_seeds(params, index, frozen, batch, max_new_tokens=setup.max_new_tokens, **static)
             tokens[:, numbers[real]] = np.asarray(said)[:, real]
             count = int(np.sum(batch.labels >= 0))
-            everyone = jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch)
-            frozen = reads(setup.frozen, LOSS, number)
+            frozen, everyone = reads(setup.frozen, LOSS, number), _for_every_seed(batch, seeds)
             entropy += np.asarray(seed_entropies(params, everyone, index, frozen, **static), float) * count
             targets += count
             bar.update(int(np.sum(real)))
@@ -115,12 +114,13 @@ def _option_correct(
     pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
     labels = encode(setup.tokenizer, [Example(option, option) for _, option in pairs]).labels
     asked = Encoded(tuple(setup.test.inputs[row] for row, _ in pairs), labels)
-    likelihoods = np.zeros((index.shape[0], len(pairs)))
+    likelihoods = np.zeros((len(index), len(pairs)))
+    static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
     for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, pad_id=setup.tokenizer.pad_token_id)):
         real = numbers >= 0
         frozen = reads(setup.frozen, OPTIONS, number)
-        static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
-        likelihoods[:, numbers[real]] = np.asarray(seed_likelihoods(params, batch, index, frozen, **static))[:, real]
+        everyone = _for_every_seed(batch, len(index))
+        likelihoods[:, numbers[real]] = np.asarray(seed_likelihoods(params, everyone, index, frozen, **static))[:, real]
     ends = np.cumsum([len(of_row) for of_row in options])
     chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
     wanted = [example.target for example in setup.task.test[: len(options)]]
@@ -160,44 +160,22 @@ def generate_seeds(
     return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
 
 
-@partial(jax.jit, static_argnames=("graph", "method", "path"))
+@per_seed
 def seed_likelihoods(
-    params: Params,
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    path: Path,
-) -> Float[Array, "seeds B"]:
-    """Return the log-likelihood of every row of one batch under every seed, in nats."""
-
-    def of_seed(seed: tuple[Array, Params, Array], shared: tuple[Frozen, Batch]) -> Array:
-        (number, params, index), (frozen, batch) = seed, shared
-        frozen = reads(frozen, number)
-        logits, _ = batch_logits(params, batch, index, frozen, graph=graph, method=method)
-        return log_likelihood(logits, jnp.asarray(batch.labels))
-
-    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
+    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
+) -> Float[Array, " B"]:
+    """Return the log-likelihood of every row of a batch, in nats."""
+    logits, _ = batch_logits(params, batch, index, frozen, graph=graph, method=method)
+    return log_likelihood(logits, jnp.asarray(batch.labels))
 
 
-@partial(jax.jit, static_argnames=("graph", "method", "path"))
+@per_seed
 def seed_entropies(
-    params: Params,
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    path: Path,
-) -> Float[Array, " seeds"]:
-    """Return every seed's mean cross-entropy on a batch of its own, in nats per token."""
+    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
+) -> Float[Array, ""]:
+    """Return the mean cross-entropy on a batch, in nats per token."""
+    return objective(params, batch, index, frozen, jnp.float32(0), graph=graph, method=method)[1]["cross_entropy"]
 
-    def of_seed(seed: tuple[Array, Params, Batch, Array], frozen: Frozen) -> Array:
-        number, params, batch, index = seed
-        frozen, zero = reads(frozen, number), jnp.float32(0)
-        return objective(params, batch, index, frozen, zero, graph=graph, method=method)[1]["cross_entropy"]
 
-    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, batch, index), frozen)
+def _for_every_seed(batch: Batch, seeds: int) -> Batch:
+    return jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch)

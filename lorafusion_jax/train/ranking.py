@@ -7,7 +7,6 @@ Axis letters: N modules.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from .fit import start
 from .methods import Frozen, Method, Params
 from .setup import Setup
 from .step import objective
-from .sweep import Path, over_seeds
+from .sweep import per_seed
 
 
 def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch_size: int) -> Setup:
@@ -72,26 +71,14 @@ def gradients_at_zero(setup: Setup, seeds: tuple[int, ...], *, batch_size: int) 
     return total
 
 
-@partial(jax.jit, static_argnames=("graph", "method", "path"))
+@per_seed
 def coefficient_gradients(
-    params: Params,
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    path: Path,
-) -> Float[Array, "seeds N *columns"]:
-    """Return the gradient of every seed's loss in its coefficients, on a batch of its own."""
+    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
+) -> Float[Array, "N *columns"]:
+    """Return the gradient of the loss in the coefficients, on a batch."""
 
-    def of_seed(seed: tuple[Params, Batch, Array], frozen: Frozen) -> Array:
-        params, batch, index = seed
+    def loss(coefficients: Array) -> Array:
+        moved = params | {"coefficients": coefficients}
+        return objective(moved, batch, index, frozen, jnp.float32(0), graph=graph, method=method)[0]
 
-        def loss(coefficients: Array) -> Array:
-            moved = params | {"coefficients": coefficients}
-            return objective(moved, batch, index, frozen, jnp.float32(0), graph=graph, method=method)[0]
-
-        return jax.grad(loss)(params["coefficients"])
-
-    return over_seeds(of_seed, path)((params, batch, index), frozen)
+    return jax.grad(loss)(params["coefficients"])

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+
+from ..linear import reads
 
 Path = Literal["vmap", "map"]
 
@@ -27,3 +30,21 @@ def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
     if path == "vmap":
         return jax.vmap(fn, in_axes=(0, None))
     return lambda seeds, shared: jax.lax.map(lambda seed: fn(seed, shared), seeds)
+
+
+def per_seed(of_batch: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `of_batch(params, batch, index, frozen, *, graph, method)` as one jitted program for all seeds.
+
+    It takes `path` as well, and a leading axis of seeds in params, batch and index: each seed has a batch of its own.
+    Arrays are read with noise of their own for each.
+    """
+
+    def of_seeds(params: Any, batch: Any, index: Any, frozen: Any, *, graph: Any, method: Any, path: Path) -> Any:
+        def of_seed(seed: tuple[Any, ...], frozen: Any) -> Any:
+            number, *own = seed
+            return of_batch(*own, reads(frozen, number), graph=graph, method=method)
+
+        return over_seeds(of_seed, path)((jnp.arange(len(index)), params, batch, index), frozen)
+
+    of_seeds.__name__, of_seeds.__doc__ = of_batch.__name__, of_batch.__doc__
+    return jax.jit(of_seeds, static_argnames=("graph", "method", "path"))
