@@ -1,15 +1,12 @@
 """`lorafusion params`: how many numbers each method trains on a base model, without any weights."""
 
 import dataclasses
-import math
 from pathlib import Path
 
-import jax
-from flax import nnx
-
 from .io.hf import read_config
-from .models.sites import Site, sites
-from .models.t5 import T5, T5Config
+from .models.counts import size, trainable
+from .models.sites import targeted
+from .models.t5 import T5Config
 
 
 def _shape(d_model: int, d_ff: int, heads: int, layers: int, *, flan: bool) -> T5Config:
@@ -77,8 +74,7 @@ def params(options: ParamsOptions) -> None:
 def counts(config: T5Config, options: ParamsOptions) -> dict[str, int]:
     """Return how many numbers each method trains.
 
-    LoRAFusion's coefficients are one for each module and block; magnitudes are one for each column of an adapted
-    matrix, as DoRA's. VeRA trains two vectors a matrix, of its rank and of d_out (PEFT counts the same).
+    LoRAFusion's coefficients are one for each module and block.
 
     Args:
       config: the base model.
@@ -90,21 +86,17 @@ def counts(config: T5Config, options: ParamsOptions) -> dict[str, int]:
     for name in ("adapters", "rank", "vera_rank"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}: wanted at least 1")
-    adapted = _adapted(config, options.targets)
-    matrices = [site for site in adapted.values() for _ in range(site.layers)]
-    blocks = sum({name.partition(".")[0]: site.layers for name, site in adapted.items()}.values())
-    coefficients = options.adapters * blocks
-    magnitudes = sum(site.d_out for site in matrices)
-    lora = sum(options.rank * (site.d_in + site.d_out) for site in matrices)
+    found = trainable(targeted(config, options.targets), rank=options.rank, vera_rank=options.vera_rank)
+    coefficients = options.adapters * found.blocks
     return {
-        "LoRAFusion": coefficients + magnitudes,
+        "LoRAFusion": coefficients + found.magnitudes,
         "LoRAFusion, coefficients only": coefficients,
-        "LoRAFusion, magnitudes only": magnitudes,
-        f"LoRA, rank {options.rank}": lora,
-        f"DoRA, rank {options.rank}": lora + magnitudes,
-        f"VeRA, rank {options.vera_rank}": sum(options.vera_rank + site.d_out for site in matrices),
+        "LoRAFusion, magnitudes only": found.magnitudes,
+        f"LoRA, rank {options.rank}": found.lora,
+        f"DoRA, rank {options.rank}": found.lora + found.magnitudes,
+        f"VeRA, rank {options.vera_rank}": found.vera,
         "LoraHub": options.adapters,
-        "full fine-tuning": _size(config),
+        "full fine-tuning": size(config),
     }
 
 
@@ -119,14 +111,3 @@ def _config(shape: str) -> T5Config:
     # transformers 5 writes that FLAN's head is tied, which it is not. In every T5 a tied head has scaled logits.
     return dataclasses.replace(config, tied=config.tied and config.scale_logits)
 
-
-def _adapted(config: T5Config, targets: tuple[str, ...]) -> dict[str, Site]:
-    there = dict.fromkeys(name.rpartition(".")[2] for name in sites(config))
-    if not targets or set(targets) - there.keys():
-        raise ValueError(f"targets are {' '.join(targets) or 'none'}: choose of {' '.join(there)}, such as q v")
-    return {name: site for name, site in sites(config).items() if name.rpartition(".")[2] in targets}
-
-
-def _size(config: T5Config) -> int:
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))

@@ -12,8 +12,9 @@ from flax import nnx
 from lorafusion_jax.fusion.coefficients import shape
 from lorafusion_jax.fusion.compose import Gram
 from lorafusion_jax.fusion.pool import LoraPool
+from lorafusion_jax.models.counts import size
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.sites import sites
+from lorafusion_jax.models.sites import sites, targeted
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.params import SHAPES, ParamsOptions, counts
 from lorafusion_jax.tasks import Batch, Example, Task
@@ -21,7 +22,7 @@ from lorafusion_jax.train.baselines.full import FullFineTuning
 from lorafusion_jax.train.baselines.lora import LoRA
 from lorafusion_jax.train.baselines.magnitudes import Magnitudes
 from lorafusion_jax.train.baselines.vera import VeRA
-from lorafusion_jax.train.cost import Shape, Update, adapted, forward_flops, generation_flops, model_size, step_flops
+from lorafusion_jax.train.cost import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.train.estimate import METHODS, Settings, estimate, trainable_count, update_of
 from lorafusion_jax.train.evaluate import generate_seeds
 from lorafusion_jax.train.fit import recipe_rates, train_seeds
@@ -144,7 +145,7 @@ def test_flops_of_a_sum_that_is_formed_as_a_matrix():
     settings = dataclasses.replace(_SETTINGS, rank=32)
     update = update_of("fusion-sum", settings)
     found = step_flops(_SMALL, _SHAPE, update, trainable=trainable_count(_SMALL, "fusion-sum", settings))
-    assert all(update.is_dense(site) for site in adapted(_SMALL, ("q", "v")).values())
+    assert all(update.is_dense(site) for site in targeted(_SMALL, ("q", "v")).values())
     np.testing.assert_allclose(found, _flops(_step("fusion-sum", _SMALL, settings)), rtol=0.1)
 
 
@@ -277,7 +278,7 @@ def test_a_plan_adds_up():
     assert fusion.cost == rows["fusion-sum"].cost
     cost = fusion.cost
     held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes)
-    assert cost.peak_bytes == sum(held) and cost.weights_bytes == 4 * model_size(_SMALL)
+    assert cost.peak_bytes == sum(held) and cost.weights_bytes == 4 * size(_SMALL)
     # 40 evaluations of LoraHub, 40 generations of 16 of CMA-ES, one for each of 5 modules of the best single one.
     assert rows["cma"].cost.training_flops == 16 * rows["lorahub"].cost.training_flops
     passes = rows["single"].cost.training_flops / rows["single"].cost.forward_flops

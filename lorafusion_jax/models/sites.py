@@ -6,6 +6,7 @@ Hugging Face calls for example `encoder.block.3.layer.0.SelfAttention.q`.
 """
 
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -43,6 +44,23 @@ def sites(config: "T5Config") -> dict[str, Site]:
         for stack, module in _HF_MODULES
         for name, shape in (ff if module == "ff" else shapes).items()
     }
+
+
+def targeted(config: "T5Config", targets: Collection[str], option: str = "targets") -> dict[str, Site]:
+    """Return the sites whose linear map, wherever it occurs, is one of `targets`: of q k v o wi wi_0 wi_1 wo.
+
+    Args:
+      config: of the model.
+      targets: last names of sites.
+      option: what a message calls them.
+
+    Raises:
+      ValueError: there are no targets, or the model does not have one.
+    """
+    there = dict.fromkeys(name.rpartition(".")[2] for name in sites(config))
+    if not targets or set(targets) - there.keys():
+        raise ValueError(f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(there)}, such as q v")
+    return {name: site for name, site in sites(config).items() if name.rpartition(".")[2] in targets}
 
 
 def site_order(site: str) -> tuple[int, int]:

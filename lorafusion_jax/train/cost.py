@@ -7,15 +7,10 @@ Axis letters: B batch, S source, T target, N modules of a fusion, P modules in m
 """
 
 import dataclasses
-import functools
-import math
 from typing import Literal, NamedTuple
 
-import jax
-from flax import nnx
-
-from ..models.sites import Site, sites
-from ..models.t5 import T5, T5Config
+from ..models.sites import Site, sites, targeted
+from ..models.t5 import T5Config
 
 UpdateKind = Literal["none", "magnitudes", "mix", "sum", "lora", "dora", "vera", "full"]
 
@@ -62,26 +57,6 @@ class Update:
         return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 
-@functools.cache
-def model_size(config: T5Config) -> int:
-    """Return how many numbers the base model has."""
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
-
-
-def adapted(config: T5Config, targets: tuple[str, ...]) -> dict[str, Site]:
-    """Return the sites whose last name is one of `targets`.
-
-    Raises:
-      ValueError: there is none.
-    """
-    found = {name: site for name, site in sites(config).items() if name.rpartition(".")[2] in targets}
-    there = dict.fromkeys(name.rpartition(".")[2] for name in sites(config))
-    if not targets or set(targets) - there.keys():
-        raise ValueError(f"targets are {' '.join(targets) or 'none'}: choose of {' '.join(there)}, such as q v")
-    return found
-
-
 def tokens(site: str, shape: Shape) -> int:
     """Return how many tokens a site meets: the decoder reads keys and values of the source at every layer."""
     of_source = site.startswith("encoder") or site in ("decoder.cross.k", "decoder.cross.v")
@@ -102,7 +77,7 @@ def generation_flops(config: T5Config, shape: Shape, update: Update) -> float:
     again = 0
     if update.kind == "dora":
         of_source = ("decoder.cross.k", "decoder.cross.v")
-        there = {n: s for n, s in adapted(config, update.targets).items() if n.startswith("decoder")}
+        there = {n: s for n, s in targeted(config, update.targets).items() if n.startswith("decoder")}
         again = sum(s.layers * _prepare(s, update) for name, s in there.items() if name not in of_source)
     return forward_flops(config, shape, update) + float(again * max(shape.target - 1, 0))
 
@@ -156,7 +131,7 @@ def _updates(config: T5Config, shape: Shape, update: Update, *, prepare: bool = 
     if update.kind in ("none", "full"):
         return 0.0
     total = 0
-    for name, site in adapted(config, update.targets).items():
+    for name, site in targeted(config, update.targets).items():
         total += site.layers * 2 * tokens(name, shape) * update.width(site) * (site.d_in + site.d_out)
         total += site.layers * _prepare(site, update) if prepare else 0
     return float(total)
@@ -183,7 +158,7 @@ def _gradients(config: T5Config, shape: Shape, update: Update) -> float:
     if update.kind in ("none", "magnitudes", "vera"):
         return 0.0
     total = 0
-    for name, site in adapted(config, update.targets).items():
+    for name, site in targeted(config, update.targets).items():
         count, d_in, d_out = tokens(name, shape), site.d_in, site.d_out
         # The norm is made anew for the magnitudes' gradient: `compose` keeps nothing of a layer.
         total += site.layers * (_prepare(site, update) if update.magnitudes else 0)

@@ -5,8 +5,10 @@ from functools import partial
 from typing import NamedTuple, get_args
 
 from ..fusion.compose import Composition
+from ..models.counts import size, trainable
+from ..models.sites import targeted
 from ..models.t5 import T5Config
-from .cost import Update, adapted, forward_flops, generation_flops, model_size, step_flops
+from .cost import Update, forward_flops, generation_flops, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from .options import UNTRAINED, MethodName, Recipe
 from .sweep import Path
@@ -160,24 +162,21 @@ def update_of(method: str, settings: Settings) -> Update:
 def trainable_count(config: T5Config, method: str, settings: Settings) -> int:
     """Return how many numbers a method trains, or searches, for one seed."""
     recipe, (name, _) = settings.recipe, _COMPOSED.get(method, (method, ""))
-    there = adapted(config, update_of(method, settings).targets)
-    matrices = [site for site in there.values() for _ in range(site.layers)]
-    magnitudes = sum(site.d_out for site in matrices)
-    factors = sum(recipe.lora_rank * (site.d_in + site.d_out) for site in matrices)
-    blocks = sum({name.partition(".")[0]: site.layers for name, site in there.items()}.values())
-    columns = {"global": 1, "block": blocks, "site": len(matrices), "rank": len(matrices) * settings.rank}
+    adapted = targeted(config, update_of(method, settings).targets)
+    found = trainable(adapted, rank=recipe.lora_rank, vera_rank=recipe.vera_rank)
+    columns = {"global": 1, "block": found.blocks, "site": found.matrices, "rank": found.matrices * settings.rank}
     coefficients = recipe.modules * columns[recipe.granularity]
     counts = {
         "lorahub": recipe.modules,
         "cma": recipe.modules,
-        "fusion": coefficients + magnitudes,
+        "fusion": coefficients + found.magnitudes,
         "coefficients": coefficients,
-        "magnitudes": magnitudes,
-        "lora": factors,
-        "dora": factors + magnitudes,
-        "vera": sum(recipe.vera_rank + site.d_out for site in matrices),
+        "magnitudes": found.magnitudes,
+        "lora": found.lora,
+        "dora": found.lora + found.magnitudes,
+        "vera": found.vera,
     }
-    return model_size(config) if name == "full" else counts.get(name, 0)
+    return size(config) if name == "full" else counts.get(name, 0)
 
 
 def _training_flops(config: T5Config, method: str, work: Workload, settings: Settings) -> float:

@@ -9,9 +9,10 @@ Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, 
 
 from typing import Literal
 
-from ..models.sites import Site, sites
+from ..models.counts import size
+from ..models.sites import Site, sites, targeted
 from ..models.t5 import T5Config
-from .cost import Shape, Update, adapted, model_size, tokens
+from .cost import Shape, Update, tokens
 from .sweep import Path
 
 Device = Literal["cpu", "accelerator"]
@@ -25,12 +26,12 @@ _GROUP = 4  # layers whose norms and fused factors `compose` computes together
 
 def weights_bytes(config: T5Config) -> int:
     """Return the bytes of the base model's weights."""
-    return model_size(config) * _itemsize(config)
+    return size(config) * _itemsize(config)
 
 
 def pool_bytes(config: T5Config, update: Update) -> int:
     """Return the bytes of P modules and their Gram terms, or of the random matrices that all sites of a VeRA share."""
-    frozen = adapted(config, update.targets).values()
+    frozen = targeted(config, update.targets).values()
     if update.kind == "vera":
         return _FLOAT32 * update.rank * (max(s.d_in for s in frozen) + max(s.d_out for s in frozen))
     if update.kind not in ("mix", "sum"):
@@ -105,7 +106,7 @@ def _kept(config: T5Config, shape: Shape, update: Update) -> int:
     # The last product of a block goes into the next one's input: nothing asks for it.
     total += sum(tokens(n, shape) * s.layers * s.d_out for n, s in there.items() if not n.endswith("ff.wo"))
     if update.kind not in ("none", "magnitudes", "full"):
-        for name, site in adapted(config, update.targets).items():
+        for name, site in targeted(config, update.targets).items():
             width = update.width(site)
             total += tokens(name, shape) * site.layers * (width + site.d_out if width else 0)
     return total + (_rest(config, shape) if config.remat == "none" else 0)
@@ -142,7 +143,7 @@ def _fused(config: T5Config, update: Update) -> int:
     if update.kind not in ("mix", "sum"):
         return 0
     modules = update.pool if update.kind == "mix" else update.modules
-    frozen = adapted(config, update.targets).values()
+    frozen = targeted(config, update.targets).values()
     group = max(min(s.layers, _GROUP) * modules * update.rank * (s.d_in + 2 * s.d_out) for s in frozen)
     factors = sum(s.layers * _factors(s, update) for s in frozen)
     return _FLOAT32 * 2 * (group + factors)

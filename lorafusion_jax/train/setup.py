@@ -14,7 +14,7 @@ from ..fusion.compose import gram, norms
 from ..fusion.pool import LoraPool, random_pool, shuffled_pool
 from ..io.hf import base_tensor, load_base
 from ..io.pool import check_base, load_pool, read_manifest, read_pool
-from ..models.sites import Site, sites
+from ..models.sites import Site, targeted
 from ..models.t5 import T5, kernels
 from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
 from .baselines.full import FullFineTuning
@@ -304,9 +304,4 @@ def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
 
 def _targets(options: FuseOptions, model: T5) -> tuple[tuple[str, Site], ...]:
     """Return the linear maps that methods without a pool adapt."""
-    targets = options.recipe.lora_targets
-    found = tuple((name, site) for name, site in sites(model.config).items() if name.rpartition(".")[2] in targets)
-    known = dict.fromkeys(name.rpartition(".")[2] for name in sites(model.config))
-    if not targets or set(targets) - known.keys():
-        raise ValueError(f"lora_targets are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as q v")
-    return found
+    return tuple(targeted(model.config, options.recipe.lora_targets, "lora_targets").items())
