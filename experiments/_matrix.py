@@ -4,7 +4,6 @@ All seeds of a task and method are one program (see `lorafusion fuse`); tasks, m
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from _common import ROOT, TRAIN_ROWS, League, recipe_of
+from _common import TRAIN_ROWS, League, check_same, recipe_of, settings_of
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
@@ -72,11 +71,17 @@ def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
     """Run what is missing of a matrix, and return its file of rows.
 
     Raises:
-      ValueError: an unknown method, no task, or a pool of fewer modules than are asked for; and as `fuse` does.
+      ValueError: an unknown method, no task, a pool of fewer modules than are asked for, or rows of other settings; and
+        as `fuse` does.
     """
     todo = list(jobs(options, entries))
     file = options.out / "results.jsonl"
-    have = done(read_rows(file)) if file.exists() else set()
+    rows = read_rows(file) if file.exists() else []
+    have = done(rows)
+    wanted: dict[tuple[str, str, str], FuseOptions] = {job[:3]: job.options for job in todo}
+    for row in rows:
+        if (of := (row["task"], row["method"], row["league"])) in wanted:
+            check_same(row["config"], wanted[of], f"{file}: {', '.join(of)}, seed {row['seed']}")
     began = time.perf_counter()
     for number, job in enumerate(todo, start=1):
         seeds = job.options.seeds[:1] if job.options.method == "zero-shot" else job.options.seeds
@@ -116,7 +121,8 @@ def _fuse_options(
         task=task,
         seeds=options.seeds,
         out=options.out / "runs",
-        name="-".join((name, method, league)).replace(" ", "_").replace(",", ""),
+        # Seeds are in it, so that more of them, asked for later, are a run of their own.
+        name="-".join((name, method, league, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
         recipe=dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs),
@@ -149,12 +155,9 @@ def _rows(job: Job, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "league": job.league,
         "trainable": results["trainable"],
         "seconds": results["seconds"]["train"] / len(results["seeds"]),
-        # Paths inside the repository count from its root: rows of two checkouts are alike.
-        "config": json.loads(json.dumps(config["options"]).replace(f"{ROOT}/", "")),
+        "config": settings_of(job.options),
         "data_sha256": config["task_sha256"],
-        "versions": config["environment"]["versions"],
-        "device": config["environment"]["device"],
-        "cores": config["environment"]["cores"],
+        **{name: config["environment"][name] for name in ("versions", "device", "cores")},
     }
     for seed in results["seeds"]:
         said = [row for row in predictions if row["seed"] == seed["seed"]]

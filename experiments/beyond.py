@@ -15,25 +15,22 @@ Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
 """
 
 import dataclasses
-import importlib.metadata
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import _beyond
-import jax
 import tyro
-from _common import ROOT, SMALL, TASKS, recipe_of
+from _common import ROOT, SMALL, TASKS, check_same, recipe_of, settings_of
 from _methods import METHODS, Entry
 from report import main as report
 
-from lorafusion_jax import PRESETS, FuseOptions, __version__, cli
+from lorafusion_jax import PRESETS, FuseOptions, cli
 from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.train.evaluate import seed_rows
+from lorafusion_jax.train.run import environment
 from lorafusion_jax.train.setup import available, trainable_count
 from lorafusion_jax.train.untrained import evaluate_seeds
 
@@ -42,9 +39,6 @@ Idea = Literal["rank", "start", "penalty", "gauss-newton", "prune"]
 _POOL = SMALL / "adapters"
 _LEAGUE = "95+5"
 _FUSION, _COEFFICIENTS = "LoRAFusion", "coefficients only"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
-# Of the options of a run, those that say nothing about its results.
-_BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,9 +131,10 @@ def run(options: BeyondOptions) -> Path:
     began = time.perf_counter()
     for number, (task, name, variant) in enumerate(jobs, start=1):
         missing = tuple(seed for seed in options.seeds if (task.stem, name, seed) not in have)
-        config = _config(_fuse_options(options, task, variant, options.seeds), variant)
+        wanted = _fuse_options(options, task, variant, options.seeds)
         for seed in set(options.seeds) - set(missing):
-            _check_same(have[task.stem, name, seed]["config"], config, f"{file}: {task.stem}, {name}, seed {seed}")
+            was = have[task.stem, name, seed]["config"]
+            check_same(was, wanted, f"{file}: {task.stem}, {name}, seed {seed}", beyond=_idea(variant))
         if not missing:
             continue
         rows = list(_rows(_fuse_options(options, task, variant, missing), variant, task.stem, name))
@@ -177,11 +172,9 @@ def _rows(options: FuseOptions, variant: Variant, task: str, method: str) -> Ite
         "forward_rows": trained.forward_rows,
         "backward_rows": trained.backward_rows,
         "seconds": trained.seconds / len(seeds),
-        "config": _config(options, variant),
+        "config": settings_of(options) | {"beyond": _idea(variant)},
         "data_sha256": trained.setup.task.sha256,
-        "versions": {"lorafusion-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)),
+        **environment(),
     }
     for i, row in enumerate(seed_rows(seeds, found)):
         options_correct = None if found.option_correct is None else _marks(found.option_correct[i])
@@ -192,19 +185,9 @@ def _marks(right: Any) -> str:
     return "".join("01"[int(one)] for one in right)
 
 
-def _config(options: FuseOptions, variant: Variant) -> dict[str, Any]:
-    """Return everything that decides a row besides its seed."""
-    values = {name: value for name, value in dataclasses.asdict(options).items() if name not in _BOOKKEEPING}
-    values["beyond"] = {"train": variant.train.__name__, **variant.settings}
-    # Paths inside the repository count from its root: rows of two checkouts are alike.
-    return json.loads(json.dumps(values, default=str).replace(f"{ROOT}/", ""))
-
-
-def _check_same(was: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    different = [name for name in now if was.get(name) != now[name]]
-    if different:
-        changes = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in different)
-        raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
+def _idea(variant: Variant) -> dict[str, Any]:
+    """Return what decides a row besides the options of a run and its seed."""
+    return {"train": variant.train.__name__, **variant.settings}
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -279,7 +279,7 @@ def test_a_resumed_run_repeats_nothing(beyond, monkeypatch, tmp_path, capsys):
     assert len(keys) == len(set(keys)) == 8
     asked[asked.index("--epochs") + 1] = "2"
     with pytest.raises(
-        ValueError, match=r"LoRAFusion, seed 1 was run with other settings \(recipe was .*another --out"
+        ValueError, match=r"LoRAFusion, seed 1 was run with other settings \(epochs was 1, is 2\): give another --out"
     ):
         beyond.main([*asked, "--seeds", "1"])
 

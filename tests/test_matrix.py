@@ -99,6 +99,33 @@ def test_a_row_that_is_missing_is_run_again_alone(matrix, options, monkeypatch):
     assert again[:-1] == kept and json.loads(again[-1]) == json.loads(gone)
 
 
+def test_rows_of_other_settings_are_no_part_of_a_matrix(matrix, options, monkeypatch):
+    module, entries = matrix
+    file = module.run_matrix(options, entries)
+    before = file.read_bytes()
+    ran = _counted(module, monkeypatch)
+    for changes, message in [
+        (
+            {"epochs": 2},
+            r"results.jsonl: double_digit, zero-shot, 95\+5, seed 1 was run with other settings \(epochs was 1, is 2\)",
+        ),
+        ({"test_rows": 5}, "test_rows was 6, is 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            module.run_matrix(dataclasses.replace(options, **changes), entries)
+    assert not ran and file.read_bytes() == before
+
+
+def test_more_seeds_are_more_rows(matrix, options):
+    module, entries = matrix
+    few = dataclasses.replace(options, method=("uniform mean",), seeds=(7,), out=options.out.with_name("seeds"))
+    file = module.run_matrix(few, entries)
+    first = file.read_text()
+    module.run_matrix(dataclasses.replace(few, seeds=(7, 8)), entries)
+    assert file.read_text().startswith(first)
+    assert [row["seed"] for row in read_rows(file)] == [7, 8]
+
+
 def test_the_league_of_five_has_five_rows_and_more_epochs(matrix, options):
     module, entries = matrix
     leagues = dataclasses.replace(options, leagues=("95+5", "5"), method=("coefficients only",))

@@ -101,7 +101,7 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
     """
     run = RunFolder(folder)
     config = run.config()
-    options = _options_from_json(config["options"])
+    options = options_from_json(config["options"])
     if options.method in UNTRAINED:
         return options, {}, config
     final = run.checkpoints / "final"
@@ -272,40 +272,43 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
 
 def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
     return {
-        "options": _options_to_json(options),
+        "options": options_to_json(options),
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
         "max_new_tokens": setup.max_new_tokens,
-        "environment": {
-            "path": setup.path,
-            "dtype": options.dtype,
-            "device": jax.devices()[0].device_kind,
-            "cores": len(os.sched_getaffinity(0)),
-            "versions": {"lorafusion-jax": __version__}
-            | {name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "environment": {"path": setup.path, "dtype": options.dtype, **environment()},
     }
 
 
-def _options_to_json(options: FuseOptions) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Return the device, the cores and the versions that a result was made with."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"lorafusion-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def options_to_json(options: FuseOptions) -> dict[str, Any]:
     """Return the options as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
 
-def _options_from_json(values: dict[str, Any]) -> FuseOptions:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    values["out"] = Path(values["out"])
-    recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["recipe"].items()}
-    values["recipe"] = Recipe(**recipe)
-    values["start_from"] = values["start_from"] and Path(values["start_from"])
-    return FuseOptions(**values)
+def options_from_json(values: dict[str, Any]) -> FuseOptions:
+    """Return the options again; what was not known yet when they were written has its default."""
+    restored: dict[str, Any] = _with_tuples(values) | {"recipe": Recipe(**_with_tuples(values["recipe"]))}
+    restored |= {name: Path(restored[name]) for name in ("out", "start_from") if restored.get(name)}
+    return FuseOptions(**restored)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
     """Return the config of the run to resume, if it was asked for the same."""
     config = run.config()
-    # Through the options, so that what a run of before did not know has its default.
-    was, now = (_flat(_options_to_json(o)) for o in (_options_from_json(config["options"]), options))
+    was, now = (_flat(options_to_json(o)) for o in (options_from_json(config["options"]), options))
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
     if different:
         changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
@@ -338,7 +341,7 @@ def _load_wandb() -> ModuleType:
 
 
 def _weights_and_biases(run: RunFolder, options: FuseOptions) -> Any:
-    config = _options_to_json(options)
+    config = options_to_json(options)
     return _load_wandb().init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
 
 
