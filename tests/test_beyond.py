@@ -12,11 +12,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.fusion.compose import gram
-from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.train import fit as fit_lib
 from lorafusion_jax.train import ranking
-from lorafusion_jax.train.methods import Frozen, Fusion
+from lorafusion_jax.train.methods import Fusion
 from lorafusion_jax.train.step import batch_logits, objective
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -25,10 +23,6 @@ _MODEL = tiny.t5()
 _GRAPH, _BASE = nnx.split(_MODEL)
 _INDEX = jnp.array([2, 0])
 _FUSION, _PLAIN = Fusion(), Fusion(magnitudes=False)
-
-
-def _somewhere(n, site, layer):
-    return 0 if n == 0 and "decoder" in site else 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,8 +50,7 @@ def newton(experiments):
 
 @pytest.fixture(scope="module")
 def frozen():
-    pool = tiny.pool(3, _somewhere)
-    return Frozen(_BASE, pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+    return tiny.frozen(_MODEL)
 
 
 def _losses(frozen, method):

@@ -16,8 +16,8 @@ from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.train.evaluate import evaluate, seed_rows
 from lorafusion_jax.train.fit import start
 from lorafusion_jax.train.options import PRESETS, FuseOptions
+from lorafusion_jax.train.scoring import evaluate_seeds
 from lorafusion_jax.train.setup import prepare
-from lorafusion_jax.train.untrained import evaluate_seeds
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)

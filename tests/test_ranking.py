@@ -10,11 +10,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.fusion.compose import gram
-from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.train import ranking
 from lorafusion_jax.train.apply import EvaluateOptions, evaluate_run
-from lorafusion_jax.train.methods import Frozen, Fusion
+from lorafusion_jax.train.methods import Fusion
 from lorafusion_jax.train.options import PRESETS, FuseOptions
 from lorafusion_jax.train.run import fuse, load_run, run_path
 from lorafusion_jax.train.setup import prepare
@@ -27,14 +25,9 @@ _INDEX = jnp.array([2, 0])
 _FUSION, _PLAIN = Fusion(), Fusion(magnitudes=False)
 
 
-def _somewhere(n, site, layer):
-    return 0 if n == 0 and "decoder" in site else 4
-
-
 @pytest.fixture(scope="module")
 def frozen():
-    pool = tiny.pool(3, _somewhere)
-    return Frozen(_BASE, pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+    return tiny.frozen(_MODEL)
 
 
 def _losses(frozen, method):

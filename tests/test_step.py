@@ -10,11 +10,9 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.fusion.coefficients import present
-from lorafusion_jax.fusion.compose import gram
-from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.train import step as step_lib
-from lorafusion_jax.train.methods import Frozen, Fusion
+from lorafusion_jax.train.methods import Fusion
 from lorafusion_jax.train.step import Optimisation, Rates, end_epoch, fusion_step, init_state, objective, prune
 from lorafusion_jax.train.sweep import over_seeds
 
@@ -24,14 +22,9 @@ _METHOD = Fusion(composition="sum", start="uniform")
 _INDEX = jnp.array([2, 0])
 
 
-def _somewhere(n, site, layer):
-    return 0 if n == 0 and "decoder" in site else 4
-
-
 @pytest.fixture(scope="module")
 def frozen():
-    pool = tiny.pool(3, _somewhere)
-    return Frozen(_BASE, pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+    return tiny.frozen(_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lorafusion_jax.fusion.compose import gram
 from lorafusion_jax.fusion.pool import LoraPool
 from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.models.t5 import T5, T5Config, kernels
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.train.methods import Frozen
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
 
@@ -43,6 +45,13 @@ def pool(
         A[name], B[name] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
         rank[name] = jnp.asarray(r, jnp.int32)
     return LoraPool(A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules)))
+
+
+def frozen(model: T5) -> Frozen:
+    """The model with a pool of three modules of rank 4, of which the first has nothing in the decoder."""
+    modules = pool(3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
+    used = {site: kernel for site, kernel in kernels(model).items() if site in modules.A}
+    return Frozen(nnx.state(model), modules, jax.jit(gram)(modules, used))
 
 
 def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: int = 7, target: int = 5) -> Batch:

@@ -13,8 +13,8 @@ from .evaluate import generate_seeds, seed_rows
 from .methods import Params
 from .options import FuseOptions
 from .run import load_run
+from .scoring import evaluate_seeds
 from .setup import Setup, load_fused, prepare, with_modules
-from .untrained import evaluate_seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from ..models.sites import targeted
 from ..models.t5 import T5Config
 from .cost import Update, forward_flops, generation_flops, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from .options import UNTRAINED, MethodName, Recipe
+from .options import GIVEN, UNTRAINED, MethodName, Recipe
 from .sweep import Path
 from .workload import Asked, Shapes, Workload
 
@@ -22,7 +22,7 @@ _COMPOSED: dict[str, tuple[str, Composition]] = {
 }
 METHODS: tuple[str, ...] = (*get_args(MethodName), *_COMPOSED)
 _SEARCHES = ("single", "lorahub", "cma")
-_WITHOUT_STEPS = (*UNTRAINED, "mean", "merge", *_SEARCHES)
+_WITHOUT_STEPS = (*UNTRAINED, *GIVEN, *_SEARCHES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

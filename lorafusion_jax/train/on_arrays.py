@@ -25,8 +25,8 @@ from .evaluate import seed_rows
 from .hardware import logits_of, program
 from .methods import Frozen, Params
 from .progress import progress
+from .scoring import evaluate_seeds
 from .setup import Setup
-from .untrained import evaluate_seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -190,8 +190,9 @@ class FuseOptions:
     save_seconds: float = 30.0
 
 
-# Methods without a pool, and those that neither train nor search.
+# Methods without a pool; those that compute nothing before evaluation; those whose numbers follow from the pool alone.
 POOLLESS: frozenset[MethodName] = frozenset(
     ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
 )
 UNTRAINED: frozenset[MethodName] = frozenset(("zero-shot", "few-shot", "constant"))
+GIVEN: frozenset[MethodName] = frozenset(("mean", "merge"))

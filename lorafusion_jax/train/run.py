@@ -18,16 +18,16 @@ from .. import __version__
 from ..io import checkpoint
 from .evaluate import Evaluation, seed_rows
 from .fit import Epoch, fit, start
-from .options import UNTRAINED, FuseOptions, Recipe
+from .options import GIVEN, UNTRAINED, FuseOptions, Recipe
 from .programs import make_room
 from .ranking import choose_by_gradient
 from .run_folder import RunFolder
+from .scoring import evaluate_seeds
 from .search.cma import check_population, load_evosax
 from .search.lorahub import check_evaluations, load_nevergrad
 from .search.run import SEARCHES, evaluations
 from .setup import Setup, check, prepare, trainable_count, with_modules
 from .step import TrainState
-from .untrained import evaluate_seeds
 
 # What may differ between a run and its resumption.
 _FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name")
@@ -124,7 +124,7 @@ def _complete(
     seeds, evaluation = evaluate_seeds(setup, options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = {} if options.method in (*UNTRAINED, "mean", "merge", "single") else trainable_count(setup)
+    counts = {} if options.method in UNTRAINED | GIVEN | {"single"} else trainable_count(setup)
     results = {
         "task": setup.task.name,
         "method": options.method,
@@ -157,7 +157,7 @@ def _train(
     if final.is_dir():
         params, metadata = checkpoint.load(final)
         return jax.tree.map(jnp.asarray, params), metadata["steps"]
-    if options.method in ("mean", "merge"):
+    if options.method in GIVEN:
         params, steps = start(setup, options.seeds).params, [0] * len(options.seeds)
     elif options.method in SEARCHES:
         run.cut_metrics(0)  # a search is not resumed, but repeated
@@ -243,7 +243,7 @@ def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, int]:
     """Return how many rows one seed passed forward and backward through the model to adapt, validation included."""
-    if setup.split is None or options.method in ("mean", "merge"):
+    if setup.split is None or options.method in GIVEN:
         return 0, 0
     recipe = options.recipe
     train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]
