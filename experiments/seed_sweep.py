@@ -71,10 +71,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     rates = rates._replace(learning_rate=rates.learning_rate | {"coefficients": c, "magnitudes": m})
     state = fit(setup, start(setup, entries), recipe, entries, rates=rates)
     found = evaluate(setup, state.params, setup.index, batch_size=64)
-    scores = found.exact_match.reshape(len(options.lr_coefficients), len(options.lr_magnitudes), len(options.seeds))
+    assert found.loss is not None
+    shape = len(options.lr_coefficients), len(options.lr_magnitudes), len(options.seeds)
+    scores, losses = (np.reshape(values, shape) for values in (found.exact_match, found.loss))
     seconds = time.perf_counter() - began
     options.out.mkdir(parents=True, exist_ok=True)
-    summary = dataclasses.asdict(options) | {"exact_match": scores.tolist(), "seconds": seconds, "path": setup.path}
+    summary = dataclasses.asdict(options) | {"exact_match": scores.tolist(), "loss": losses.tolist()}
+    summary |= {"seconds": seconds, "path": setup.path}
     write_text(options.out / "sweep.json", json.dumps(summary, default=str, indent=1) + "\n")
     _plot(scores, options)
     print(_table(scores, options))
