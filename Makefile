@@ -13,11 +13,15 @@ BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test test-peft test-smoke lint bench
+.PHONY: demo results test test-peft test-smoke lint bench
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 	$(BIN)/python experiments/demo.py
+
+# The main table on the embedded pool; what docs/results holds is not run again.
+results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
+	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile

@@ -6,7 +6,7 @@ All seeds of a task and method are one program (see `lorafusion fuse`); tasks, m
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,6 +18,8 @@ from lorafusion_jax import PRESETS, FuseOptions, fuse
 from lorafusion_jax.report import append_rows, done, read_rows
 from lorafusion_jax.train.options import POOLLESS
 from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.train.search.cma import load_evosax
+from lorafusion_jax.train.search.lorahub import load_nevergrad
 from lorafusion_jax.train.setup import available
 
 
@@ -58,6 +60,10 @@ class MatrixOptions:
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
+# What needs a library that is no dependency of the package.
+_EXTRAS: dict[str, Callable[[], Any]] = {"lorahub": load_nevergrad, "cma": load_evosax}
+
+
 class Job(NamedTuple):
     """One program: a task, a method and a league, with all seeds."""
 
@@ -75,6 +81,8 @@ def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
         as `fuse` does.
     """
     todo = list(jobs(options, entries))
+    for method in {job.options.method for job in todo} & _EXTRAS.keys():
+        _EXTRAS[method]()  # now, and not when its turn comes
     file = options.out / "results.jsonl"
     rows = read_rows(file) if file.exists() else []
     have = done(rows)

@@ -135,7 +135,7 @@ def test_the_league_of_five_has_five_rows_and_more_epochs(matrix, options):
     assert plenty.name != few.name
 
 
-def test_what_cannot_be_run(matrix, options, tmp_path):
+def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
     module, entries = matrix
     for changes, message in [
         ({"method": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),
@@ -145,6 +145,12 @@ def test_what_cannot_be_run(matrix, options, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             module.run_matrix(dataclasses.replace(options, out=tmp_path / "new", **changes), entries)
+    assert not (tmp_path / "new").exists()
+    # A library that is missing is named before anything runs.
+    monkeypatch.setitem(sys.modules, "evosax", None)
+    search = {"CMA-ES": dataclasses.replace(entries["uniform mean"], method="cma")}
+    with pytest.raises(ValueError, match=r"CMA-ES needs evosax, .* pip install -e '\.\[cma\]'"):
+        module.run_matrix(dataclasses.replace(options, out=tmp_path / "new"), entries | search)
     assert not (tmp_path / "new").exists()
     # Methods without a pool need none.
     poolless = dataclasses.replace(options, pool=str(tmp_path), method=("zero-shot",))

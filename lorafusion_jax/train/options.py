@@ -141,7 +141,7 @@ class FuseOptions:
 
     Attributes:
       base: the base model: a Hugging Face folder or a hub id (owner/name, owner/name@revision).
-      pool: a converted pool, or a folder of PEFT adapter folders. A LoRA of its own and zero-shot need none.
+      pool: a converted pool, or a folder of PEFT adapter folders; methods that fuse nothing need none.
       task: a JSONL file or a folder of them, a BIG-Bench Hard file, a `datasets` folder or hub id.
       seeds: each draws its modules, its start and its order of rows; all run as one program.
       name: the run is written to OUT/NAME.
