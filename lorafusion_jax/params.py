@@ -110,4 +110,3 @@ def _config(shape: str) -> T5Config:
     config = read_config(shape)
     # transformers 5 writes that FLAN's head is tied, which it is not. In every T5 a tied head has scaled logits.
     return dataclasses.replace(config, tied=config.tied and config.scale_logits)
-

@@ -42,9 +42,7 @@ def _check(encoded, rows, batch):
     for index in np.ndindex(rows.shape):
         row = rows[index]
         inputs, labels = (encoded.inputs[row], encoded.labels[row]) if row >= 0 else ([], [])
-        np.testing.assert_array_equal(
-            batch.input_mask[index], np.arange(batch.input_ids.shape[-1]) < len(inputs)
-        )
+        np.testing.assert_array_equal(batch.input_mask[index], np.arange(batch.input_ids.shape[-1]) < len(inputs))
         np.testing.assert_array_equal(batch.input_ids[index][batch.input_mask[index]], inputs)
         np.testing.assert_array_equal(batch.labels[index][: len(labels)], labels)
         np.testing.assert_array_equal(batch.labels[index][len(labels) :], IGNORED)

@@ -133,9 +133,7 @@ def test_every_spelling_of_the_keys(write, tmp_path, spell):
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
 def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
     magnitudes = {_Q: np.arange(10, dtype=np.float32), _V: np.ones(10, np.float32)}
-    tensors = _TENSORS | {
-        f"{_PREFIX}{path}.lora_magnitude_vector{suffix}": m for path, m in magnitudes.items()
-    }
+    tensors = _TENSORS | {f"{_PREFIX}{path}.lora_magnitude_vector{suffix}": m for path, m in magnitudes.items()}
     adapter = read_adapter(write(tensors, use_dora=True), shapes=_SHAPES)
     assert adapter.magnitude is not None
     for path, magnitude in magnitudes.items():
@@ -181,8 +179,7 @@ def test_the_rule_up_to_0_13_is_warned_about_where_it_differs(write):
 def test_mixed_ranks_and_dtypes_stay_as_read(write, tmp_path):
     tensors = _factors(r=2) | _factors(r=4, path=_V)
     tensors = {
-        key: array.astype(ml_dtypes.bfloat16 if "lora_A" in key else np.float16)
-        for key, array in tensors.items()
+        key: array.astype(ml_dtypes.bfloat16 if "lora_A" in key else np.float16) for key, array in tensors.items()
     }
     adapter = read_adapter(write(tensors, rank_pattern={"q": 2}), shapes=_SHAPES)
     a, b = adapter.factors[_Q]
@@ -366,9 +363,7 @@ def test_configs_that_are_no_config(write, text, message):
 def test_missing_files(write, tmp_path):
     folder = write()
     os.remove(os.path.join(folder, "adapter_model.safetensors"))
-    _refused(
-        folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well"
-    )
+    _refused(folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well")
     (tmp_path / "adapter" / "adapters.safetensors").write_bytes(b"x")
     _refused(folder, r"nor adapter_model\.bin \(adapters\.safetensors is MLX's\)")
     os.remove(os.path.join(folder, "adapter_config.json"))
@@ -455,9 +450,7 @@ def test_a_bin_that_asks_for_os_system_is_refused_and_not_executed(write, tmp_pa
     ],
 )
 def test_tensors_refused_by_name(write, extra, message):
-    tensors = _TENSORS | {
-        _PREFIX + key if "lora_A" not in key else key: array for key, array in extra.items()
-    }
+    tensors = _TENSORS | {_PREFIX + key if "lora_A" not in key else key: array for key, array in extra.items()}
     _refused(write(tensors), rf"adapter_model\.safetensors: .*{message}")
 
 
@@ -501,9 +494,7 @@ def test_rank_that_the_config_denies(write):
 
 def test_dora_without_or_with_wrong_magnitudes(write):
     one = {f"{_PREFIX}{_Q}.lora_magnitude_vector": np.ones(10, np.float32)}
-    message = (
-        f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"
-    )
+    message = f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"
     _refused(write(_TENSORS | one, use_dora=True), message)
     wrong = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(9, np.float32) for path in (_Q, _V)}
     _refused(write(_TENSORS | wrong, use_dora=True), r"lora_magnitude_vector has shape \[9\]: wanted \[10\]")
@@ -522,9 +513,7 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     with pytest.raises(AdapterError) as caught:
         read_adapter(write(tensors), shapes=_SHAPES)
     assert "wrong base?" not in str(caught.value)
-    llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(
-        path="model.layers.0.self_attn.v_proj"
-    )
+    llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(path="model.layers.0.self_attn.v_proj")
     _refused(write(llama), "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'")
     _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
 
@@ -619,9 +608,7 @@ def peft_model():
 
     def make(**fields):
         torch.manual_seed(0)
-        t5 = T5Config(
-            d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=30
-        )
+        t5 = T5Config(d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=30)
         unknown = set(fields) - set(peft.LoraConfig.__dataclass_fields__)
         if unknown:
             pytest.skip(f"this PEFT does not know {sorted(unknown)}")
@@ -649,9 +636,7 @@ def _shapes(model):
     """(d_in, d_out) of every linear module of the base under the adapter."""
     import torch
 
-    names = (
-        (name.replace(".base_layer", ""), module) for name, module in model.base_model.model.named_modules()
-    )
+    names = ((name.replace(".base_layer", ""), module) for name, module in model.base_model.model.named_modules())
     return {
         name: (module.in_features, module.out_features)
         for name, module in names
@@ -681,9 +666,7 @@ def test_what_peft_saves_reads_with_peft_s_own_scalings(peft_model, tmp_path, fi
     folder = _save(model, tmp_path / "saved", safe_serialization=safe)
     assert os.path.exists(os.path.join(folder, "adapter_model.safetensors" if safe else "adapter_model.bin"))
     adapter = read_adapter(folder, shapes=_shapes(model))
-    layers = {
-        name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")
-    }
+    layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
     assert adapter.factors.keys() == layers.keys()
     for path, layer in layers.items():
         a, b = adapter.factors[path]
@@ -725,9 +708,7 @@ def test_modules_that_peft_saves_in_full(peft_model, tmp_path, train):
             model.base_model.model.lm_head.modules_to_save["default"].weight[0, 0] += 1
     folder = _save(model, tmp_path / "saved")
     if train:
-        _refused(
-            folder, "lm_head.weight .* differs from the base's", shapes=None, base_tensor=base.__getitem__
-        )
+        _refused(folder, "lm_head.weight .* differs from the base's", shapes=None, base_tensor=base.__getitem__)
     else:
         adapter = read_adapter(folder, base_tensor=base.__getitem__)
         assert "ignored: base_model.model.lm_head.weight, equal to the base's" in adapter.notes
@@ -784,18 +765,14 @@ def test_pissa_is_accepted_once_converted(peft_model, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weight = base.encoder.block[0].layer[0].SelfAttention.q.weight.detach().clone()
-        pissa = peft.get_peft_model(
-            base, peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"], r=2)
-        )
+        pissa = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"], r=2))
         pissa.peft_config["default"].init_lora_weights = True
         pissa.save_pretrained(tmp_path / "start")
         pissa.peft_config["default"].init_lora_weights = "pissa"
         layer = pissa.base_model.model.encoder.block[0].layer[0].SelfAttention.q
         with torch.no_grad():
             layer.lora_B["default"].weight += 0.1
-        pissa.save_pretrained(
-            tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start")
-        )
+        pissa.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
         merged = layer.base_layer.weight + layer.get_delta_weight("default")
     adapter = read_adapter(str(tmp_path / "end"))
     a, b = adapter.factors[_Q]

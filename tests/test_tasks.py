@@ -30,9 +30,7 @@ _LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 
 
 def _rows(count, start=0, keys=("input", "target")):
-    return [
-        dict(zip(keys, (f"question {i}", f"answer {i}"), strict=True)) for i in range(start, start + count)
-    ]
+    return [dict(zip(keys, (f"question {i}", f"answer {i}"), strict=True)) for i in range(start, start + count)]
 
 
 def _examples(count, start=0):
@@ -244,27 +242,21 @@ def test_unknown_folder(tmp_path):
         load_task(tmp_path)
     for name in "gfedcba":
         (tmp_path / f"{name}.json").touch()
-    with pytest.raises(
-        ValueError, match=r"it holds a\.json, b\.json, .*, e\.json and 2 more; .* by its own path"
-    ):
+    with pytest.raises(ValueError, match=r"it holds a\.json, b\.json, .*, e\.json and 2 more; .* by its own path"):
         load_task(tmp_path)
 
 
 def test_folder_with_two_files_for_one_part(tmp_path):
     for name in ("train.jsonl", "example.jsonl", "test.jsonl"):
         _write(tmp_path / name, _rows(1))
-    with pytest.raises(
-        ValueError, match=r"holds train\.jsonl, example\.jsonl, test\.jsonl, two files for one part"
-    ):
+    with pytest.raises(ValueError, match=r"holds train\.jsonl, example\.jsonl, test\.jsonl, two files for one part"):
         load_task(tmp_path)
 
 
 @pytest.mark.parametrize(("there", "missing"), [("test.jsonl", "train"), ("train.jsonl", "test")])
 def test_missing_part(tmp_path, there, missing):
     _write(tmp_path / there, _rows(2))
-    with pytest.raises(
-        ValueError, match=f"has no {missing} rows: give a folder or data set that has both parts"
-    ):
+    with pytest.raises(ValueError, match=f"has no {missing} rows: give a folder or data set that has both parts"):
         load_task(tmp_path)
 
 
@@ -278,9 +270,7 @@ def test_one_list_too_short_to_divide(tmp_path):
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"])
 def test_source_that_does_not_exist(source):
-    with pytest.raises(
-        ValueError, match="does not exist: wanted a task file, a task folder or a data set's hub id"
-    ):
+    with pytest.raises(ValueError, match="does not exist: wanted a task file, a task folder or a data set's hub id"):
         load_task(source)
 
 
@@ -475,9 +465,7 @@ def test_no_examples_encode_to_nothing(tokenizer_folder):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} gives no tokenizer: wanted a folder or hub id with config.json"
-    ):
+    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: wanted a folder or hub id with config.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="gives no tokenizer: .* From transformers: Expecting"):

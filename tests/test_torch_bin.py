@@ -407,9 +407,7 @@ def test_files_that_torch_writes(tmp_path, zipped):
     for name, tensor in tensors.items():
         assert str(got[name].dtype) == str(tensor.dtype).removeprefix("torch."), name
         assert got[name].shape == tuple(tensor.shape), name
-        np.testing.assert_array_equal(
-            got[name].astype(np.float64), tensor.detach().double().numpy(), err_msg=name
-        )
+        np.testing.assert_array_equal(got[name].astype(np.float64), tensor.detach().double().numpy(), err_msg=name)
     assert np.shares_memory(got["plain"], got["shared"])
 
 

@@ -327,6 +327,15 @@ class CrossbarConfig:
         return 0.0 if self.cell.on_off_ratio is None else 1.0 / self.cell.on_off_ratio
 
 
+def deterministic(config: CrossbarConfig) -> CrossbarConfig:
+    """Return the same arrays and converters with nothing random: no errors of cells or ADCs, no drift, no noise."""
+    device = dataclasses.replace(
+        config.device, programming=None, write_verify=None, stuck=None, drift=None, compensate=False, read_noise=None
+    )
+    adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None)
+    return dataclasses.replace(config, device=device, adc=adc)
+
+
 def _tuples(values: Any) -> Any:
     """Return nested lists as nested tuples, which can be hashed."""
     return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values

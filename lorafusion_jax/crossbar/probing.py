@@ -40,7 +40,7 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
     settled = [
         _calibrated(leaf, statistics) for leaf, statistics in zip(programmed_leaves(weights), found, strict=True)
     ]
-    return _replaced(weights, settled)
+    return replaced(weights, settled)
 
 
 def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
@@ -92,7 +92,7 @@ def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Stati
 
     def total(taps: list[Statistics]) -> Array:
         tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
-        return jnp.sum(run(_replaced(weights, tapped), batch))
+        return jnp.sum(run(replaced(weights, tapped), batch))
 
     return jax.grad(total)([_zeros(leaf) for leaf in leaves])
 
@@ -138,7 +138,7 @@ def _said(names: dict[str, Any]) -> str:
     return ", ".join([names["site"], *numbers])
 
 
-def _replaced(weights: Any, programmed: list[Programmed]) -> Any:
+def replaced(weights: Any, programmed: Sequence[Programmed]) -> Any:
     """Return the weights with other programmed ones, in the order of `programmed_leaves`."""
     following = iter(programmed)
     return jax.tree.map(lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed)

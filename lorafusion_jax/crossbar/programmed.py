@@ -5,13 +5,13 @@ Axis letters: L layer, N module; a leaf of a stack has them in front, and a scan
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .calibrate import Statistics, probe
 from .config import CrossbarConfig
@@ -27,10 +27,12 @@ class Structure(NamedTuple):
     Attributes:
       tree: of the configuration.
       numbers: its leaves, None where there is an array.
+      classes: of its parts, device models among them: jaxlib 0.10 takes trees for equal that differ in these alone.
     """
 
     tree: Any
     numbers: tuple[Any, ...]
+    classes: tuple[type, ...]
 
     def config(self, values: Iterable[Any]) -> CrossbarConfig:
         """Return the configuration with these arrays."""
@@ -43,7 +45,16 @@ def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
     leaves, tree = jax.tree.flatten(config)
     is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
     numbers = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    return Structure(tree, numbers), [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return Structure(tree, numbers, tuple(_classes(config))), [
+        leaf for leaf, array in zip(leaves, is_array, strict=True) if array
+    ]
+
+
+def _classes(part: Any) -> Iterator[type]:
+    if dataclasses.is_dataclass(part):
+        yield type(part)
+        for field in dataclasses.fields(part):
+            yield from _classes(getattr(part, field.name))
 
 
 @jax.tree_util.register_dataclass
@@ -174,8 +185,13 @@ def reads(tree: Any, *numbers: Array | int) -> Any:
     return jax.tree.map(of_leaf, tree, is_leaf=is_programmed)
 
 
-def stacked_keys(key: Array, lead: tuple[int, ...]) -> Array:
-    """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n)."""
-    for size in lead:
-        key = jax.vmap(fold, in_axes=(None, 0), out_axes=-1)(key, jnp.arange(size))
+def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:
+    """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n).
+
+    Args:
+      key: of the weight.
+      numbers: l, n, ... of the entries of every axis.
+    """
+    for of_axis in numbers:
+        key = jax.vmap(fold, in_axes=(None, 0), out_axes=-1)(key, of_axis)
     return key

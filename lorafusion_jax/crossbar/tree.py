@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .config import CrossbarConfig
 from .plan import without_tables
@@ -37,7 +37,7 @@ _RANGE = re.compile(r"(.*)\[(-?\d*):(-?\d*)\]")
 _CHIP, _READ = 0, 1
 
 
-def program_tree(weights: Any, rules: Rules, key: Array) -> Any:
+def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, " N"] | None = None) -> Any:
     """Write a model's weights into arrays.
 
     A weight's arrays depend on the key, its path, its layer and its module alone: the same key is the same chip,
@@ -48,6 +48,7 @@ def program_tree(weights: Any, rules: Rules, key: Array) -> Any:
         by dots, are what rules match.
       rules: path pattern -> configuration, or None for digital.
       key: of the chip.
+      modules: the numbers that modules have on the chip, where the stacks hold only some of them; None for 0, 1, ...
 
     Returns:
       The tree with `Programmed` leaves; `Segments` for stacks whose layers differ in kind.
@@ -58,15 +59,18 @@ def program_tree(weights: Any, rules: Rules, key: Array) -> Any:
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
     _check_patterns(rules, named)
-    return tree.unflatten([_place(path, leaf, rules, key) for path, leaf in named.items()])
+    return tree.unflatten([_place(path, leaf, rules, key, modules) for path, leaf in named.items()])
 
 
-def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array) -> Any:
+def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array, modules: Int[Array, " N"] | None) -> Any:
     """Return a weight where its rules put it: neighbouring layers under one configuration stay together."""
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(f"{path} holds weights that are NaN or infinite: no conductance stands for them")
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    chips, noise = (stacked_keys(jax.random.fold_in(key, purpose), weight.shape[:-2]) for purpose in (_CHIP, _READ))
+    numbers = [jnp.arange(size) for size in weight.shape[:-2]]
+    if modules is not None and len(numbers) == 2:
+        numbers[1] = modules
+    chips, noise = (stacked_keys(jax.random.fold_in(key, purpose), numbers) for purpose in (_CHIP, _READ))
     if weight.ndim == 2:
         config = _first_match(path, None, rules)
         return weight if config is None else _program(path, weight, config, chips, noise)

@@ -9,7 +9,7 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
 and several orders of evaluation, equal in exact arithmetic: `mix` in the weights (`Lora`), `sum` as one
 product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`), and both in the outputs,
 module by module (`Outputs`), which is what hardware does whose A_n and B_n each sit in arrays of their own. Norms
-are digital, and those of the weights as they are: quantised, or as programmed.
+are digital, and those of the weights as they are: quantised, or as programmed unless `Gram.modules` says otherwise.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
@@ -137,10 +137,13 @@ class Gram:
     Attributes:
       squared: site -> [L, d_out], ||W||^2 of every column.
       cross: site -> [L, P, r, d_out], A_n^T W.
+      modules: whose A and B the norms are of, where the pool's own are not: it sits in arrays, and the norms are of
+        what was meant to be there.
     """
 
     squared: dict[str, Float[Array, "_L _d_out"]]
     cross: dict[str, Float[Array, "_L P _r _d_out"]]
+    modules: LoraPool | None = None
 
 
 def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
@@ -234,7 +237,8 @@ def compose(
             # What a module lacks has no cells: padding must not bring in their noise.
             real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
             c = jnp.where(real, c, jnp.zeros_like(c))
-        layers = (A, B, c, *terms)
+        of = pool if gram is None or gram.modules is None else gram.modules
+        layers = (of.A[site], of.B[site], c, *terms)
         # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers.
         update, scale, floored = map_layers(jax.checkpoint(of_layer), layers, batch_size=4)
         total = total + jnp.sum(floored, dtype=jnp.int32)

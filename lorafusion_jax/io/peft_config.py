@@ -67,9 +67,7 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
-            raise AdapterError(
-                f"{where}: {field} is set: {name}, is refused; retrain as plain LoRA (PEFT's default)"
-            )
+            raise AdapterError(f"{where}: {field} is set: {name}, is refused; retrain as plain LoRA (PEFT's default)")
     bias = config.get("bias") or "none"
     if bias != "none":
         raise AdapterError(

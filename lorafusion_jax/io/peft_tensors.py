@@ -141,9 +141,7 @@ def _reason_to_ignore(
     except KeyError:
         task = config.get("task_type")
         head = f" (task_type {task} trains a head of its own)" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
-        raise AdapterError(
-            f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it"
-        ) from None
+        raise AdapterError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
     if base.shape != array.shape or not np.array_equal(base.astype(array.dtype), array):
         raise AdapterError(
             f"{got}, and it differs from the base's {name} {list(base.shape)}: it cannot be mixed; "

@@ -64,9 +64,7 @@ def read_pool(
     return _stack(adapters, config, dtype)
 
 
-def load_pool(
-    folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32"
-) -> LoraPool:
+def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32") -> LoraPool:
     """Load a converted pool, or only the adapters chosen by name or index, in that order.
 
     Raises:

@@ -48,9 +48,7 @@ class _Table(NamedTuple):
         )
 
 
-def pad(
-    sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int
-) -> Int32[np.ndarray, "rows {width}"]:
+def pad(sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int) -> Int32[np.ndarray, "rows {width}"]:
     """Fill up every sequence to `width` with `pad_id`.
 
     Raises:
@@ -89,16 +87,12 @@ def train_batches(
       first_step: where to start.
     """
     table = _table(encoded, pad_id)
-    shapes = _shapes(
-        table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2))
-    )
+    shapes = _shapes(table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2)))
     for step in range(first_step, orders.shape[1]):
         yield table.take(orders[:, step], *shapes[step])
 
 
-def eval_batches(
-    encoded: Encoded, batch_size: int, *, pad_id: int
-) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
+def eval_batches(encoded: Encoded, batch_size: int, *, pad_id: int) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
     """Yield row numbers and batches, shortest rows first, all of one B; every row once.
 
     B is the smallest that needs no more steps than `batch_size` does. Row number -1 marks a row that only

@@ -100,7 +100,5 @@ def draw_modules(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]
       ValueError: if the pool does not hold `count` modules.
     """
     if not 1 <= count <= len(names):
-        raise ValueError(
-            f"{count} modules to be drawn from a pool of {len(names)}: ask for 1 to {len(names)}"
-        )
+        raise ValueError(f"{count} modules to be drawn from a pool of {len(names)}: ask for 1 to {len(names)}")
     return tuple(names[i] for i in random.Random(seed).sample(range(len(names)), count))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..linear import reads
 from ..models.generate import generate
 from ..tasks import Batch, Encoded, Example, encode, eval_batches, exact_match
+from .chips import of_seed
 from .loss import log_likelihood
 from .methods import Frozen, Method, Params, adapted_model
 from .progress import progress
@@ -144,9 +145,9 @@ def generate_seeds(
 ) -> Int[Array, "seeds B T"]:
     """Generate for one batch with the adapters of every seed."""
 
-    def of_seed(seed: tuple[Array, Params, Array], shared: tuple[Frozen, Batch]) -> Array:
+    def one_seed(seed: tuple[Array, Params, Array], shared: tuple[Frozen, Batch]) -> Array:
         (number, params, index), (frozen, batch) = seed, shared
-        frozen = reads(frozen, number)
+        frozen = of_seed(frozen, number)
         model, adapters, _ = adapted_model(params, index, frozen, graph=graph, method=method)
         return generate(
             model,
@@ -157,7 +158,7 @@ def generate_seeds(
             row_mask=batch.row_mask,
         )
 
-    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
+    return over_seeds(one_seed, path)((jnp.arange(index.shape[0]), params, index), (frozen, batch))
 
 
 @per_seed

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from ..linear import reads
 from ..tasks import Batch, batch_orders, train_batches
+from .chips import of_seed
 from .evaluate import VALIDATION, seed_entropies
 from .methods import Frozen, Method
 from .options import Recipe
@@ -133,19 +134,22 @@ def train_seeds(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take one fusion step with every seed, each on its own batch and at its own rates."""
 
-    def of_seed(
+    def train_seed(
         seed: tuple[Array, TrainState, Batch, Array, Rates], frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
         number, state, batch, index, rates = seed
-        frozen = reads(frozen, number)
+        frozen = of_seed(frozen, number)
         return fusion_step(state, batch, index, frozen, rates, graph=graph, method=method, optimisation=optimisation)
 
-    return over_seeds(of_seed, path)((jnp.arange(index.shape[0]), state, batch, index, rates), frozen)
+    return over_seeds(train_seed, path)((jnp.arange(index.shape[0]), state, batch, index, rates), frozen)
 
 
 @partial(jax.jit, static_argnames=("method",))
 def _start(keys: Array, index: Array, frozen: Frozen, *, method: Method) -> TrainState:
-    return jax.vmap(lambda k, i: init_state(method, frozen, i, k))(keys, index)
+    def start_seed(number: Array, key: Array, index: Array) -> TrainState:
+        return init_state(method, of_seed(frozen, number), index, key)
+
+    return jax.vmap(start_seed)(jnp.arange(len(index)), keys, index)
 
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))

@@ -39,6 +39,8 @@ class Frozen:
       gram: the pool's Gram terms on the base.
       norms: site -> [L, d_out], ||W|| of every column of the sites that a baseline with magnitudes adapts.
       projections: VeRA's random matrices, which all sites share.
+      redraw: what training steps draw chips from (`chips.Redraw`); None: the weights stay as they are.
+      chip_of_seed: which chip each seed of a program computes on, where all leaves have a leading axis of chips.
     """
 
     base: nnx.State
@@ -46,6 +48,8 @@ class Frozen:
     gram: Gram | None = None
     norms: dict[str, Float[Array, "_L _d_out"]] | None = None
     projections: Projections | None = None
+    redraw: Any = None
+    chip_of_seed: Int[Array, " S"] | None = None
 
 
 @runtime_checkable

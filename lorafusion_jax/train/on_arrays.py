@@ -4,13 +4,11 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
-from jaxtyping import Array
 
 from ..crossbar.explain import explain
 from ..crossbar.probing import calibrate_tree, observe, programmed_leaves, site_errors
@@ -18,15 +16,14 @@ from ..crossbar.serialise import config_hash, load_config
 from ..crossbar.state import is_random
 from ..crossbar.tree import Rules
 from ..io.checkpoint import write_json
-from ..tasks import Encoded, eval_batches
 from .apply import EvaluateOptions, load_to_evaluate
 from .baselines.merge import Merge
+from .calibration import calibration_batches, logits_of, looped
 from .evaluate import seed_rows
-from .hardware import logits_of, program
-from .methods import Frozen, Params
+from .hardware import program
+from .methods import Frozen
 from .progress import progress
 from .scoring import evaluate_seeds
-from .setup import Setup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +81,9 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
         setup = dataclasses.replace(setup, frozen=dataclasses.replace(setup.frozen, pool=None, gram=None))
     rules: Rules = dict.fromkeys(options.digital) | {"*": config}
     digital = seed_rows(*evaluate_seeds(setup, fused, params))
-    setup = dataclasses.replace(setup, graph=_looped(setup))
+    setup = looped(setup)
     run = logits_of(setup.graph, setup.method)
-    batches = list(_batches(setup, params, options))
+    batches = list(calibration_batches(setup, params, options.calibration_rows, batch_size=options.eval_batch))
     chips, sites = [], []
     with progress("chips", options.chips) as bar:
         for chip in range(options.chips):
@@ -142,21 +139,6 @@ def site_table(results: Mapping[str, Any]) -> str:
 def _is_of(row: Mapping[str, Any], site: Mapping[str, Any]) -> bool:
     """Whether a matrix is one of a site's."""
     return row["site"] == site["site"] and (site["layers"] is None or row["layer"] in range(*site["layers"]))
-
-
-def _looped(setup: Setup) -> nnx.GraphDef:
-    """Return the structure with a loop over layers: reads compile slowly, and unrolled ones as often as layers."""
-    model = nnx.merge(setup.graph, setup.frozen.base)
-    model.config = dataclasses.replace(model.config, unroll=False)
-    return nnx.split(model)[0]
-
-
-def _batches(setup: Setup, params: Params, options: CrossbarOptions) -> Iterable[tuple[Params, Array, Any]]:
-    """Yield the training rows to calibrate on, with every seed's numbers."""
-    rows = Encoded(*(part[: options.calibration_rows] for part in (setup.train.inputs, setup.train.labels)))
-    for _, batch in eval_batches(rows, min(options.eval_batch, len(rows)), pad_id=setup.tokenizer.pad_token_id):
-        for seed in range(setup.index.shape[0]):
-            yield jax.tree.map(lambda p, seed=seed: p[seed], params), setup.index[seed], batch
 
 
 def _sites(frozen: Frozen) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..linear import reads
 from ..tasks.batches import Batch
+from .chips import of_step
 from .loss import cross_entropy, decoder_inputs, rows
 from .methods import Frozen, Method, Params, adapted_model
 
@@ -148,7 +148,7 @@ def fusion_step(
     method: Method,
     optimisation: Optimisation,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take one step of one seed, which reads arrays with noise of its own.
+    """Take one step of one seed, which reads arrays with noise of its own, or on a chip of its own (see `chips`).
 
     Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
     Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
@@ -157,7 +157,7 @@ def fusion_step(
       The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
       nonfinite_gradients, and the method's own.
     """
-    frozen = reads(frozen, state.step)
+    frozen = of_step(frozen, state.step, graph)
     (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
         state.params, batch, index, frozen, rates.l1, graph=graph, method=method
     )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ..linear import reads
+from .chips import of_seed
 
 Path = Literal["vmap", "map"]
 
@@ -40,11 +40,11 @@ def per_seed(of_batch: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def of_seeds(params: Any, batch: Any, index: Any, frozen: Any, *, graph: Any, method: Any, path: Path) -> Any:
-        def of_seed(seed: tuple[Any, ...], frozen: Any) -> Any:
+        def one_seed(seed: tuple[Any, ...], frozen: Any) -> Any:
             number, *own = seed
-            return of_batch(*own, reads(frozen, number), graph=graph, method=method)
+            return of_batch(*own, of_seed(frozen, number), graph=graph, method=method)
 
-        return over_seeds(of_seed, path)((jnp.arange(len(index)), params, batch, index), frozen)
+        return over_seeds(one_seed, path)((jnp.arange(len(index)), params, batch, index), frozen)
 
     of_seeds.__name__, of_seeds.__doc__ = of_batch.__name__, of_batch.__doc__
     return jax.jit(of_seeds, static_argnames=("graph", "method", "path"))
