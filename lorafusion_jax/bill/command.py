@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ..crossbar.constants import CONSTANTS, Constants, load_constants, save_constants
-from ..crossbar.cost import Programming, programming
+from ..crossbar.cost import Programming, ReadEnergy, programming
 from ..crossbar.ranges import Range
 from ..crossbar.serialise import load_config
 from ..params import shape_config
@@ -70,6 +70,6 @@ def _plain(value: Any) -> Any:
         return [value.low, value.typical, value.high]
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+    if isinstance(value, Programming | ReadEnergy):
         return _plain(value._asdict())
     return value
