@@ -1,5 +1,6 @@
 """The bill of a task: counts against what programming makes and sums by hand, the command, its speed and refusals."""
 
+import csv
 import dataclasses
 import json
 import subprocess
@@ -261,6 +262,24 @@ def test_another_table_changes_the_bill_and_is_written(tmp_path, capsys):
     main([*arguments, "--constants", str(path)])
     after = capsys.readouterr().out
     assert before != after and "| mine" in "".join(after.split("  "))
+
+
+def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
+    import cost
+
+    arguments = ["--shapes", "t5-small", "flan-t5-small", "--presets", "puma", "--out", str(tmp_path)]
+    cost.main(arguments)
+    assert {p.name for p in tmp_path.iterdir()} == {"table.md", "table.csv", "t5-small.png", "flan-t5-small.png"}
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    found = bills(SHAPES["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
+    of = {row["quantity"]: row for row in rows if (row["shape"], row["method"]) == ("t5-small", "LoRA in cells")}
+    assert float(of["learned"]["high"]) == pytest.approx(found.learning.high, rel=1e-5)
+    assert float(of["cells written"]["low"]) == found.written.cells
+    assert all(float(r["low"]) <= float(r["typical"]) <= float(r["high"]) for r in rows)
+    assert "## flan-t5-small on puma" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="no shapes t5-tiny: choose of flan-t5-small"):
+        cost.main(["--shapes", "t5-tiny"])
 
 
 @pytest.mark.parametrize(

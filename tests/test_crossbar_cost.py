@@ -26,10 +26,10 @@ from lorafusion_jax.crossbar import (
     Tile,
     counts,
     load_constants,
-    programming,
     read_energy,
     read_latency,
     save_constants,
+    write_cost,
 )
 
 _SMALL = Tile(rows=4, cols=4)
@@ -98,7 +98,7 @@ def test_cells_are_those_that_programming_writes(config, shape):
 
 
 def test_writing_by_hand():
-    found = programming(counts((6, 5), _UNIT))
+    found = write_cost(counts((6, 5), _UNIT))
     assert found.cells == 168
     assert found.pulses == CONSTANTS["write_pulses"] * 168
     assert found.energy.low == _exactly(168 * 1.3e-12)
@@ -110,12 +110,12 @@ def test_writing_by_hand():
     assert found.cycles == Range(1.0, 8.52, 32.0)
     assert found.until_worn.typical == _exactly(1e6 / 8.52)
     assert (found.until_worn.low, found.until_worn.high) == (1e4 / 32, 1e10)
-    again = programming(counts((6, 5), _UNIT), passes=10)
+    again = write_cost(counts((6, 5), _UNIT), passes=10)
     assert again.cells == 1680 and again.cycles == found.cycles * 10
     assert again.energy.typical == _exactly(10 * found.energy.typical)
     assert again.time.typical == _exactly(10 * found.time.typical)
     assert again.until_worn.typical == _exactly(found.until_worn.typical / 10)
-    nothing = programming(Counts())
+    nothing = write_cost(Counts())
     assert nothing.cells == 0 and nothing.energy == nothing.time == nothing.cycles == Range.of(0.0)
     assert nothing.until_worn is None
 
@@ -173,8 +173,8 @@ def test_costs_add_up_over_layers(name, shapes, times):
     each = [counts(shape, config) for shape in shapes]
     together = sum(each, start=Counts()) * times
     for field in ("energy", "time", "pulses"):
-        alone = [getattr(programming(c), field) for c in each]
-        whole = getattr(programming(together), field)
+        alone = [getattr(write_cost(c), field) for c in each]
+        whole = getattr(write_cost(together), field)
         for end in ("low", "typical", "high"):
             assert getattr(whole, end) == pytest.approx(times * sum(getattr(a, end) for a in alone))
     reads = [read_energy(c, config) for c in each]
@@ -199,7 +199,7 @@ def test_more_bits_never_cost_less(name, shape, bits, what):
         return dataclasses.replace(config, adc=ADC(bits=bits, separate=config.converts_each))
 
     few, more = of(bits), of(bits + 1)
-    written = [programming(counts(shape, c)) for c in (few, more)]
+    written = [write_cost(counts(shape, c)) for c in (few, more)]
     read = [read_energy(counts(shape, c), c).total for c in (few, more)]
     late = [read_latency(shape, c) for c in (few, more)]
     pairs = [*(zip(*((w.energy, w.time, w.pulses) for w in written), strict=True)), read]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ..crossbar.config import CrossbarConfig
 from ..crossbar.constants import CONSTANTS, Constants
-from ..crossbar.cost import Programming, ReadEnergy, programming, read_energy, read_latency
+from ..crossbar.cost import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
 from ..crossbar.ranges import Range, longest, total
 from ..models.t5 import T5Config
 from .activity import Activity, Work, activities
@@ -31,7 +31,7 @@ class Bill(NamedTuple):
 
     method: str
     trainable: int
-    written: Programming
+    written: WriteCost
     install: Range
     update: Range
     base: Range
@@ -73,7 +73,7 @@ def bills(
 
 def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS) -> Bill:
     """Return the bill of one method from what it does; the arguments are those of `bills`."""
-    written = programming(activity.written, constants, passes=activity.passes)
+    written = write_cost(activity.written, constants, passes=activity.passes)
     source, generated = (token_energy(work, crossbar, constants) for work in (activity.source, activity.generated))
     per_token = generated.total + source.total * (options.source / options.target)
     return Bill(

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ..crossbar.constants import CONSTANTS, Constants, load_constants, save_constants
-from ..crossbar.cost import Programming, ReadEnergy, programming
+from ..crossbar.cost import ReadEnergy, WriteCost, write_cost
 from ..crossbar.ranges import Range
 from ..crossbar.serialise import load_config
 from ..params import shape_config
@@ -28,7 +28,7 @@ def cost(options: CostOptions) -> None:
     found = {activity.method: activity for activity in activities(config, crossbar, options)}
     bills = {name: price(activity, crossbar, options, constants) for name, activity in found.items()}
     once = {
-        name: (counts.arrays, programming(counts, constants))
+        name: (counts.arrays, write_cost(counts, constants))
         for name, counts in installed_once(config, crossbar, options).items()
     }
     against = comparisons(found, crossbar, options, constants)
@@ -70,6 +70,6 @@ def _plain(value: Any) -> Any:
         return [value.low, value.typical, value.high]
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, Programming | ReadEnergy):
+    if isinstance(value, WriteCost | ReadEnergy):
         return _plain(value._asdict())
     return value

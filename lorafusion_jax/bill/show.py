@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..crossbar.constants import Constants
-from ..crossbar.cost import Programming
+from ..crossbar.cost import WriteCost
 from ..crossbar.ranges import Range
 from ..report.formats import EMPTY, aligned
 from .bill import Bill
@@ -29,7 +29,7 @@ def number(value: Range) -> str:
 
 
 def tables(
-    bills: Mapping[str, Bill], once: Mapping[str, tuple[int, Programming]], options: CostOptions
+    bills: Mapping[str, Bill], once: Mapping[str, tuple[int, WriteCost]], options: CostOptions
 ) -> dict[str, list[list[str]]]:
     """Return the tables of a bill by caption: headings, then lines.
 
@@ -77,7 +77,7 @@ def tables(
 
 
 def sentences(
-    found: Mapping[str, Comparison], bills: Mapping[str, Bill], pool: Programming, options: CostOptions
+    found: Mapping[str, Comparison], bills: Mapping[str, Bill], pool: WriteCost, options: CostOptions
 ) -> list[str]:
     """Return what the numbers come to: LoRA in cells against LoRAFusion.
 
@@ -134,7 +134,7 @@ def markdown(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
     return "\n".join(f"{caption}\n\n{aligned(lines)}" for caption, lines in found.items())
 
 
-def _written(p: Programming) -> list[str]:
+def _written(p: WriteCost) -> list[str]:
     if p.until_worn is None:
         return ["0", *[EMPTY] * 5]
     energies = [number(p.pulses), quantity(p.energy, "J"), quantity(p.time, "s")]

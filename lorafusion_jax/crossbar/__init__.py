@@ -8,7 +8,7 @@ y = crossbar.mvm(x, state, config)                 # what the arrays make of x @
 from .calibrate import Statistics, calibrated, probe
 from .config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
 from .constants import CONSTANTS, Constant, Constants, load_constants, save_constants
-from .cost import Programming, ReadEnergy, programming, read_energy, read_latency
+from .cost import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
 from .counts import Counts, counts
 from .device import Device, ReadNoise, Sinh, StuckAt
 from .drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
@@ -64,7 +64,6 @@ __all__ = [
     "Polynomial",
     "PowerLaw",
     "Programmed",
-    "Programming",
     "Proportional",
     "Range",
     "ReadEnergy",
@@ -76,6 +75,7 @@ __all__ = [
     "StuckAt",
     "Tile",
     "Wire",
+    "WriteCost",
     "WriteVerify",
     "calibrate_tree",
     "calibrated",
@@ -93,7 +93,6 @@ __all__ = [
     "program",
     "program_tree",
     "programmed_weights",
-    "programming",
     "read_energy",
     "read_latency",
     "reads",
@@ -102,4 +101,5 @@ __all__ = [
     "save_state",
     "scan_layers",
     "site_errors",
+    "write_cost",
 ]

@@ -21,7 +21,7 @@ from .counts import Counts
 from .ranges import Range, longest, total
 
 
-class Programming(NamedTuple):
+class WriteCost(NamedTuple):
     """What it takes to write cells once.
 
     Attributes:
@@ -56,7 +56,7 @@ class ReadEnergy(NamedTuple):
         return total(self)
 
 
-def programming(written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1) -> Programming:
+def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1) -> WriteCost:
     """Return what writing takes.
 
     Args:
@@ -66,7 +66,7 @@ def programming(written: Counts, constants: Constants = CONSTANTS, *, passes: in
     """
     cycles = constants["write_pulses"] * (passes if written.cells else 0)
     cells = written.cells * passes
-    return Programming(
+    return WriteCost(
         cells=cells,
         pulses=constants["write_pulses"] * cells,
         energy=constants["cell_write_energy"] * cells,
