@@ -139,15 +139,18 @@ def csv_of(found: Sequence[Billed]) -> str:
     for billed in found:
         for name, bill in billed.bills.items():
             for what, unit, value in _quantities(bill):
-                ends = [f"{end:.6g}" for end in (value.low, value.typical, value.high)]
-                writer.writerow([billed.options.shape, billed.options.preset, name, what, unit, *ends])
+                writer.writerow([billed.options.shape, billed.options.preset, name, what, unit, *_ends(value, unit)])
         for name, c in billed.against.items():
             for what, value in c._asdict().items():
                 unit = {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1")
-                ends = [f"{end:.6g}" for end in (value.low, value.typical, value.high)]
                 against = f"LoRA in cells : {name}"
-                writer.writerow([billed.options.shape, billed.options.preset, against, what, unit, *ends])
+                writer.writerow([billed.options.shape, billed.options.preset, against, what, unit, *_ends(value, unit)])
     return text.getvalue()
+
+
+def _ends(value: Range, unit: str) -> list[str]:
+    """Six digits; counts are whole."""
+    return [f"{end:.{12 if unit == '1' and end == int(end) else 6}g}" for end in (value.low, value.typical, value.high)]
 
 
 def draw(found: Sequence[Billed], path: Path) -> None:

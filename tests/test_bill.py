@@ -271,7 +271,7 @@ def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
     arguments = ["--shapes", "t5-small", "flan-t5-small", "--presets", "puma", "--out", str(tmp_path)]
     cost.main(arguments)
     assert {p.name for p in tmp_path.iterdir()} == {"table.md", "table.csv", "t5-small.png", "flan-t5-small.png"}
-    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     found = bills(SHAPES["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
     of = {row["quantity"]: row for row in rows if (row["shape"], row["method"]) == ("t5-small", "LoRA in cells")}
     assert float(of["learned"]["high"]) == pytest.approx(found.learning.high, rel=1e-5)
