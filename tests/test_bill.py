@@ -16,13 +16,14 @@ import yaml
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.bill import CostOptions, activities, bills, comparisons, installed_once, price
-from lorafusion_jax.bill.show import number, quantity
+from lorafusion_jax.bill.show import constants_table, number, quantity
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Encoding, Range, Tile
 from lorafusion_jax.models.sites import sites
 from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.params import SHAPES, ParamsOptions
 from lorafusion_jax.params import counts as trainable_counts
+from lorafusion_jax.report.formats import aligned
 from lorafusion_jax.train.cost import Shape, Update, forward_flops, step_flops
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +221,10 @@ def test_a_tied_head_is_digital():
     head = crossbar.counts((16, 48), _ISAAC)
     assert of.generated.reads + head == other.generated.reads
     assert of.generated.macs == other.generated.macs + 16 * 48 and of.source == other.source
+
+
+def test_the_docs_hold_the_table_of_constants():
+    assert aligned(constants_table(CONSTANTS)) in (_ROOT / "docs" / "cost.md").read_text()
 
 
 def test_numbers_as_they_are_read():
