@@ -3,26 +3,21 @@
 Base kernels and an untied head sit in arrays, as `train.hardware` puts them there; forward, frozen matrices are read
 from arrays. Arrays are not read transposed: backward, and for weights that change (a LoRA in training, full
 fine-tuning), products are digital, as many as `train.cost` counts. Embeddings, norms and softmax are left out.
-
-Letters: S source and T target tokens of a row, N modules, r rank.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ..crossbar.config import CrossbarConfig
 from ..crossbar.counts import Counts, counts
-from ..models.counts import size, trainable
 from ..models.sites import Site, sites, targeted
 from ..models.t5 import T5Config
 from ..train.cost import Shape, Update, forward_flops, step_flops, tokens
 from ..train.workload import Workload, uniform
+from .methods import Matrix, Method, base_matrices, head, methods, module, side_by_side
 from .options import CostOptions
-
-Matrix = tuple[int, int]
-Place = Literal["arrays", "memory"]
 
 _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three
 
@@ -72,37 +67,6 @@ class Activity:
     stages: Mapping[frozenset[tuple[Matrix, ...]], int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Method:
-    """How a method adapts a site.
-
-    Attributes:
-      update: as `train.cost` counts it.
-      trainable: numbers.
-      installed_words: those that end in memory.
-      matrices: that a site's adapter consists of, A before B.
-      macs: digital multiply-adds of a token at a site, at inference.
-      words: read from memory for them.
-      trains_in: where the adapters are while they are trained.
-      stays_in: where they are afterwards.
-      passes: times that their cells are written for the task.
-      searched: without gradients.
-      shared: all sites read the same matrices.
-    """
-
-    update: Update
-    trainable: int
-    installed_words: int
-    matrices: Callable[[Site], list[Matrix]] = lambda site: []
-    macs: Callable[[Site], int] = lambda site: 0
-    words: Callable[[Site], int] = lambda site: 0
-    trains_in: Place = "memory"
-    stays_in: Place = "memory"
-    passes: int = 0
-    searched: bool = False
-    shared: bool = False
-
-
 def activities(config: T5Config, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
     """Return what every method does for one task.
 
@@ -117,103 +81,31 @@ def activities(config: T5Config, crossbar: CrossbarConfig, options: CostOptions)
     work = uniform(
         options.recipe, source=options.source, target=options.target, train_rows=options.train_rows, test_rows=1
     )
-    methods = _methods(config, options, steps=len(work.steps))
-    return [_activity(name, method, config, crossbar, options, work) for name, method in methods.items()]
+    found = methods(config, options, steps=len(work.steps))
+    return [_activity(name, method, config, crossbar, options, work) for name, method in found.items()]
 
 
 def installed_once(config: T5Config, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
     """Return the counts of what is written once, before any task."""
     adapted = targeted(config, options.targets)
-    own, side_by_side = _module(options.rank), _side_by_side(options.adapters, options.rank)
+    own, together = module(options.rank), side_by_side(options.adapters, options.rank)
     return {
-        "base": _sum(counts(matrix, crossbar) * layers for matrix, layers in _base(config)),
+        "base": _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config)),
         f"pool of {options.adapters}, each module on its own": _standing(adapted, own, crossbar) * options.adapters,
-        f"pool of {options.adapters}, side by side": _standing(adapted, side_by_side, crossbar),
-        "VeRA's random matrices": _shared(adapted, _module(options.vera_rank), crossbar),
-    }
-
-
-def _methods(config: T5Config, options: CostOptions, *, steps: int) -> dict[str, _Method]:
-    N, r, R, targets = options.adapters, options.rank, options.vera_rank, options.targets
-    found = trainable(targeted(config, targets), rank=r, vera_rank=R)
-    lora = _Method(
-        update=Update(kind="lora", rank=r, targets=targets),
-        trainable=found.lora,
-        installed_words=0,
-        matrices=_module(r),
-        macs=lambda site: site.d_out,
-        stays_in="arrays",
-        passes=1,
-    )
-    pool = _Method(
-        update=Update(kind="sum", rank=r, modules=N, pool=N, magnitudes=True, targets=targets),
-        trainable=N * found.blocks + found.magnitudes,
-        installed_words=N * found.blocks + found.magnitudes,
-        matrices=lambda site: _module(r)(site) * N,
-        macs=lambda site: N * (r + site.d_out) + site.d_out,
-        words=lambda site: N + site.d_out,
-        trains_in="arrays",
-        stays_in="arrays",
-    )
-    digital = size(config) - sum(d_in * d_out * layers for (d_in, d_out), layers in _base(config))
-    return {
-        "LoRA in cells": lora,
-        "LoRA in cells, every step": dataclasses.replace(lora, trains_in="arrays", passes=steps),
-        "LoRA in SRAM": dataclasses.replace(
-            lora,
-            installed_words=found.lora,
-            macs=lambda site: r * (site.d_in + site.d_out) + site.d_out,
-            words=lambda site: r * (site.d_in + site.d_out),
-            stays_in="memory",
-            passes=0,
-        ),
-        "DoRA in cells": dataclasses.replace(
-            lora,
-            update=dataclasses.replace(lora.update, kind="dora"),
-            trainable=found.lora + found.magnitudes,
-            installed_words=found.magnitudes,
-            macs=lambda site: 2 * site.d_out,
-            words=lambda site: site.d_out,
-        ),
-        "VeRA": _Method(
-            update=Update(kind="vera", rank=R, targets=targets),
-            trainable=found.vera,
-            installed_words=found.vera,
-            matrices=_module(R),
-            macs=lambda site: R + 2 * site.d_out,
-            words=lambda site: R + site.d_out,
-            trains_in="arrays",
-            stays_in="arrays",
-            shared=True,
-        ),
-        "LoraHub": dataclasses.replace(
-            pool,
-            update=Update(kind="mix", rank=r, modules=N, pool=N, targets=targets),
-            trainable=N,
-            installed_words=N,
-            macs=lambda site: N * (2 * r + site.d_out),
-            words=lambda site: N,
-            searched=True,
-        ),
-        "full fine-tuning": _Method(
-            update=Update(kind="full"), trainable=size(config), installed_words=digital, passes=1
-        ),
-        "LoRAFusion": pool,
-        "LoRAFusion, side by side": dataclasses.replace(
-            pool, matrices=_side_by_side(N, r), macs=lambda site: N * r + 2 * site.d_out
-        ),
+        f"pool of {options.adapters}, side by side": _standing(adapted, together, crossbar),
+        "VeRA's random matrices": _shared(adapted, module(options.vera_rank), crossbar),
     }
 
 
 def _activity(
-    name: str, method: _Method, config: T5Config, crossbar: CrossbarConfig, options: CostOptions, work: Workload
+    name: str, method: Method, config: T5Config, crossbar: CrossbarConfig, options: CostOptions, work: Workload
 ) -> Activity:
     adapted = {} if method.update.kind == "full" else targeted(config, method.update.targets)
     place = _shared if method.shared else _standing
     adapters = place(adapted, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
     written = adapters
     if method.update.kind == "full":
-        written = _sum(counts(matrix, crossbar) * layers for matrix, layers in _base(config))
+        written = _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
     base_training, update_training = _training(method, config, crossbar, adapted, work, options.evaluations)
     row = Shape(1, options.source, options.target)
     return Activity(
@@ -232,7 +124,7 @@ def _activity(
 
 
 def _training(
-    method: _Method,
+    method: Method,
     config: T5Config,
     crossbar: CrossbarConfig,
     adapted: Mapping[str, Site],
@@ -255,7 +147,7 @@ def _training(
                 2 * tokens(name, shape) * site.layers * site.d_in * site.d_out for name, site in sites(config).items()
             )
             if not config.tied:
-                base_reads += counts(_head(config), crossbar) * (n * shape.rows * shape.target)
+                base_reads += counts(head(config), crossbar) * (n * shape.rows * shape.target)
                 base_flops -= n * 2 * shape.rows * shape.target * config.d_model * config.vocab_size
             if method.trains_in == "arrays":
                 update_reads += _read(adapted, method.matrices, crossbar, shape) * n
@@ -277,7 +169,7 @@ def _training(
 
 
 def _token(
-    method: _Method,
+    method: Method,
     config: T5Config,
     crossbar: CrossbarConfig,
     adapted: Mapping[str, Site],
@@ -296,7 +188,7 @@ def _token(
     if generated and config.tied:
         macs, words = macs + config.d_model * config.vocab_size, words + config.d_model * config.vocab_size
     elif generated:
-        reads += counts(_head(config), crossbar)
+        reads += counts(head(config), crossbar)
     if method.stays_in == "arrays":
         reads += _read(adapted, method.matrices, crossbar, one)
     macs += sum(tokens(name, one) * site.layers * method.macs(site) for name, site in adapted.items())
@@ -304,7 +196,7 @@ def _token(
     return Work(reads, macs, words)
 
 
-def _stages(method: _Method, config: T5Config, adapted: Mapping[str, Site]) -> dict[frozenset[tuple[Matrix, ...]], int]:
+def _stages(method: Method, config: T5Config, adapted: Mapping[str, Site]) -> dict[frozenset[tuple[Matrix, ...]], int]:
     """Return what a generated token goes through: q, k and v side by side, o, the cross-attention's, and so on."""
     chains: dict[str, set[tuple[Matrix, ...]]] = {}
     for name, site in sites(config).items():
@@ -318,7 +210,7 @@ def _stages(method: _Method, config: T5Config, adapted: Mapping[str, Site]) -> d
     for stage in chains.values():
         stages[frozenset(stage)] += config.num_decoder_layers
     if not config.tied:
-        stages[frozenset({(_head(config),)})] += 1
+        stages[frozenset({(head(config),)})] += 1
     return dict(stages)
 
 
@@ -348,25 +240,6 @@ def _shared(adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]
     """Return the counts of matrices that are large enough for every site."""
     widest = Site(1, max(site.d_in for site in adapted.values()), max(site.d_out for site in adapted.values()))
     return _sum(counts(matrix, crossbar) for matrix in matrices(widest))
-
-
-def _module(rank: int) -> Callable[[Site], list[Matrix]]:
-    return lambda site: [(site.d_in, rank), (rank, site.d_out)]
-
-
-def _side_by_side(modules: int, rank: int) -> Callable[[Site], list[Matrix]]:
-    """Return the modules' A beside each other along columns, their B along rows, whose outputs add up in the array."""
-    return _module(modules * rank)
-
-
-def _base(config: T5Config) -> list[tuple[Matrix, int]]:
-    """Return the matrices that sit in arrays, and how often each shape occurs."""
-    found = [((site.d_in, site.d_out), site.layers) for site in sites(config).values()]
-    return found if config.tied else [*found, (_head(config), 1)]
-
-
-def _head(config: T5Config) -> Matrix:
-    return config.d_model, config.vocab_size
 
 
 def _sum(of: Iterable[Counts]) -> Counts:
