@@ -17,6 +17,7 @@ subcommands:
   export     a fused run -> a PEFT adapter or a merged base model
   crossbar   a fused run on simulated ReRAM arrays: accuracy, errors by site, arrays used
   params     exact trainable counts of every method, without weights
+  cost       one new task's writes, energy, time and wear with every method, without weights
 
 `lorafusion SUBCOMMAND --help` says the rest."""
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "export": _export,
         "crossbar": _crossbar,
         "params": _params,
+        "cost": _cost,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_DESCRIPTION)
@@ -121,6 +123,13 @@ def _params(arguments: Sequence[str]) -> None:
     from .params import ParamsOptions, params
 
     params(_parse(ParamsOptions, arguments, "params"))
+
+
+def _cost(arguments: Sequence[str]) -> None:
+    from .bill.command import cost
+    from .bill.options import CostOptions
+
+    cost(_parse(CostOptions, arguments, "cost"))
 
 
 def _parse(options: type, arguments: Sequence[str], name: str) -> Any:

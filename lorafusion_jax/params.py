@@ -64,7 +64,7 @@ def params(options: ParamsOptions) -> None:
     Raises:
       ValueError: as `counts` and `read_config` do; a shape that is neither a known name, a folder nor a hub id.
     """
-    found = counts(_config(options.shape), options)
+    found = counts(shape_config(options.shape), options)
     full = found["full fine-tuning"]
     print(f"| method | trainable numbers | of {options.shape} |\n|---|---:|---:|")
     for method, count in found.items():
@@ -100,7 +100,12 @@ def counts(config: T5Config, options: ParamsOptions) -> dict[str, int]:
     }
 
 
-def _config(shape: str) -> T5Config:
+def shape_config(shape: str) -> T5Config:
+    """Return the structure of a known shape, or of the base model in a folder or at a hub id.
+
+    Raises:
+      ValueError: a shape that is none of these; and as `read_config` does.
+    """
     if shape in SHAPES:
         return SHAPES[shape]
     if "/" not in shape and not Path(shape).exists():

@@ -25,7 +25,8 @@ _MAY_IMPORT = {
     "io": {"crossbar", "linear", "fusion", "models"},
     "train": {"crossbar", "linear", "fusion", "models", "io", "tasks"},
     "params": {"linear", "fusion", "models", "io"},
-    "cli": {"params", "crossbar", "linear", "fusion", "models", "io", "tasks", "train", "report"},
+    "bill": {"params", "crossbar", "linear", "fusion", "models", "io", "tasks", "train", "report"},
+    "cli": {"params", "bill", "crossbar", "linear", "fusion", "models", "io", "tasks", "train", "report"},
     "__main__": {"cli"},
 }
 

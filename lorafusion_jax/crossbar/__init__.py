@@ -7,6 +7,9 @@ y = crossbar.mvm(x, state, config)                 # what the arrays make of x @
 
 from .calibrate import Statistics, calibrated, probe
 from .config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from .constants import CONSTANTS, Constant, Constants, load_constants, save_constants
+from .cost import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
+from .counts import Counts, counts
 from .device import Device, ReadNoise, Sinh, StuckAt
 from .drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
 from .explain import Explanation, explain
@@ -26,6 +29,7 @@ from .programming import (
     Proportional,
     WriteVerify,
 )
+from .ranges import Range
 from .saved import load_state, save_state
 from .segments import Segments, map_layers, scan_layers
 from .serialise import config_hash, load_config, save_config
@@ -34,6 +38,7 @@ from .tree import program_tree
 
 __all__ = [
     "ADC",
+    "CONSTANTS",
     "DAC",
     "PCM_DRIFT",
     "PCM_JOSHI_2020",
@@ -44,6 +49,9 @@ __all__ = [
     "RERAM_WAN_2022",
     "ArrayState",
     "Cell",
+    "Constant",
+    "Constants",
+    "Counts",
     "CrossbarConfig",
     "Device",
     "Encoding",
@@ -57,6 +65,8 @@ __all__ = [
     "PowerLaw",
     "Programmed",
     "Proportional",
+    "Range",
+    "ReadEnergy",
     "ReadNoise",
     "Relaxation",
     "Segments",
@@ -65,13 +75,16 @@ __all__ = [
     "StuckAt",
     "Tile",
     "Wire",
+    "WriteCost",
     "WriteVerify",
     "calibrate_tree",
     "calibrated",
     "config_hash",
+    "counts",
     "drift_compensation",
     "explain",
     "load_config",
+    "load_constants",
     "load_state",
     "map_layers",
     "mvm",
@@ -80,9 +93,13 @@ __all__ = [
     "program",
     "program_tree",
     "programmed_weights",
+    "read_energy",
+    "read_latency",
     "reads",
     "save_config",
+    "save_constants",
     "save_state",
     "scan_layers",
     "site_errors",
+    "write_cost",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 from . import encoding
 from .adc import codes
 from .config import CrossbarConfig
+from .counts import counts
 from .plan import Plan, worst_case
 from .state import ArrayState, program
 
@@ -93,8 +94,8 @@ def explain(
     Raises:
       ValueError: on a shape that is none, or another one than the state's.
     """
-    counts = [*shape, modules] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
-    if not all(isinstance(count, int | np.integer) and count > 0 for count in counts):
+    sizes = [*shape, modules] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
+    if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
         raise ValueError(f"shape {shape!r} with modules = {modules!r}: give (d_in, d_out) and a count, all 1 or more")
     if state is not None and tuple(shape) != state.shape:
         raise ValueError(f"shape {tuple(shape)}: the state's arrays hold a matrix of {state.shape}")
@@ -108,13 +109,7 @@ def explain(
     shared = math.prod(map(len, encoding.grid(together, config)))
     shared_array = config.tile.rows or together[0], config.tile.cols or together[1]
 
-    conversions = 0
-    if config.adc is not None:
-        times = 1 if config.converts_sums else len(config.input_slices)
-        columns = d_out + (len(cols) if config.encoding.unit_column else 0)
-        pairs = 2 if config.converts_each else 1
-        conversions = times * len(config.weight_slices) * len(rows) * columns * pairs
-
+    taken = counts((d_in, d_out), config)
     return Explanation(
         shape=(d_in, d_out),
         path=plan.path,
@@ -124,12 +119,12 @@ def explain(
         weight_slices=config.cell.bits or (),
         input_slices=config.dac.slices if config.dac else (),
         polarities=2 if config.encoding.kind == "differential" else 1,
-        arrays=math.prod(tiles) * each,
+        arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         modules=modules,
         shared_arrays=shared * each,
         shared_utilisation=math.prod(together) / (shared * math.prod(shared_array)),
-        conversions=conversions,
+        conversions=taken.conversions,
         lost_bits=_lost_bits(config, max(rows)),
     )
 

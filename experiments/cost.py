@@ -1,0 +1,214 @@
+"""What a new task costs on arrays: every method's bill for several base models and kinds of array.
+
+    python experiments/cost.py                          # FLAN-T5-small, base, large on isaac, puma, neurram
+    python experiments/cost.py --shapes t5-base --presets raella --constants mine.yaml
+
+Written to the folder: table.md (LoRA in cells against LoRAFusion, then every bill), table.csv (one line for each
+quantity of a method, in joules, seconds and counts), and a plot for each shape. No weights are loaded; seconds.
+"""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lorafusion_jax import cli
+from lorafusion_jax.bill import Bill, Comparison, CostOptions, activities, comparisons, installed_once, price
+from lorafusion_jax.bill.show import constants_table, markdown, number, quantity, tables
+from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants, write_cost
+from lorafusion_jax.params import SHAPES
+from lorafusion_jax.report import write_text
+from lorafusion_jax.report.figure import colour, plot
+
+_PARTS = {"putting it in place": "install", "its update": "update", "the base's passes": "base"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is billed.
+
+    Attributes:
+      shapes: of base models, by name.
+      presets: of arrays: names or files.
+      adapters: modules that are fused.
+      rank: of each.
+      constants: a file that replaces the table of constants.
+      out: folder to write to.
+    """
+
+    shapes: tuple[str, ...] = ("flan-t5-small", "flan-t5-base", "flan-t5-large")
+    presets: tuple[str, ...] = ("isaac", "puma", "neurram")
+    adapters: int = 20
+    rank: int = 16
+    constants: Path | None = None
+    out: Path = Path("runs/cost")
+
+
+@dataclasses.dataclass(frozen=True)
+class Billed:
+    """One shape on one kind of array."""
+
+    options: CostOptions
+    bills: dict[str, Bill]
+    against: dict[str, Comparison]
+    once: dict[str, tuple[int, WriteCost]]
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    if unknown := [shape for shape in options.shapes if shape not in SHAPES]:
+        raise ValueError(f"no shapes {', '.join(unknown)}: choose of {', '.join(SHAPES)}")
+    constants = CONSTANTS if options.constants is None else load_constants(options.constants)
+    found = []
+    for shape in options.shapes:
+        for preset in options.presets:
+            asked = CostOptions(shape=shape, preset=preset, adapters=options.adapters, rank=options.rank)
+            config, crossbar = SHAPES[shape], load_config(preset)
+            of = {activity.method: activity for activity in activities(config, crossbar, asked)}
+            written = installed_once(config, crossbar, asked)
+            found.append(
+                Billed(
+                    asked,
+                    {name: price(activity, crossbar, asked, constants) for name, activity in of.items()},
+                    comparisons(of, crossbar, asked, constants),
+                    {name: (counts.arrays, write_cost(counts, constants)) for name, counts in written.items()},
+                )
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    of_all = "LoRA in cells against LoRAFusion: one new task (low / typical / high)"
+    parts = [markdown({of_all: summary(found)})]
+    for billed in found:
+        headed = tables(billed.bills, billed.once, billed.options)
+        parts += [f"## {billed.options.shape} on {billed.options.preset}\n", markdown(headed)]
+    parts += ["## Constants\n", markdown({"Every one with its source": constants_table(constants)})]
+    write_text(options.out / "table.md", "\n".join(parts))
+    write_text(options.out / "table.csv", csv_of(found))
+    for shape in options.shapes:
+        draw([b for b in found if b.options.shape == shape], options.out / f"{shape}.png")
+    print(f"{markdown({of_all: summary(found)})}\nwritten to {options.out}")
+
+
+def summary(found: Sequence[Billed]) -> list[list[str]]:
+    """Headings, and a line for each shape, preset and layout of the pool."""
+    lines = [
+        [
+            "model and arrays",
+            "pool",
+            "cells saved",
+            "energy saved",
+            "time saved",
+            "LoRA tasks until wear-out",
+            "ratio in place",
+            "ratio with updates",
+            "ratio learned",
+            "more a token",
+            "break-even tokens",
+        ]
+    ]
+    for billed in found:
+        lora = billed.bills["LoRA in cells"].written
+        for name, c in billed.against.items():
+            assert lora.until_worn is not None
+            lines.append(
+                [
+                    f"{billed.options.shape}, {billed.options.preset}",
+                    "side by side" if "side" in name else "own arrays",
+                    f"{lora.cells:,}",
+                    quantity(lora.energy, "J"),
+                    quantity(lora.time, "s"),
+                    number(lora.until_worn),
+                    number(c.install),
+                    number(c.with_update),
+                    number(c.learning_all),
+                    quantity(c.extra_per_token, "J"),
+                    number(c.break_even),
+                ]
+            )
+    return lines
+
+
+def csv_of(found: Sequence[Billed]) -> str:
+    """Every quantity of every bill: shape, preset, method, quantity, unit, low, typical, high."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"])
+    for billed in found:
+        for name, bill in billed.bills.items():
+            for what, unit, value in _quantities(bill):
+                writer.writerow([billed.options.shape, billed.options.preset, name, what, unit, *_ends(value, unit)])
+        for name, c in billed.against.items():
+            for what, value in c._asdict().items():
+                unit = {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1")
+                against = f"LoRA in cells : {name}"
+                writer.writerow([billed.options.shape, billed.options.preset, against, what, unit, *_ends(value, unit)])
+    return text.getvalue()
+
+
+def _ends(value: Range, unit: str) -> list[str]:
+    """Six digits; counts are whole."""
+    return [f"{end:.{12 if unit == '1' and end == int(end) else 6}g}" for end in (value.low, value.typical, value.high)]
+
+
+def draw(found: Sequence[Billed], path: Path) -> None:
+    """Energy until a task is learned, by part, and of a generated token with its source: a column for each preset."""
+
+    def on(figure: Any) -> None:
+        axes = figure.subplots(2, len(found), sharex="row", sharey=True, squeeze=False)
+        for column, billed in enumerate(found):
+            bills = list(billed.bills.values())
+            for row, of_token in enumerate((False, True)):
+                axis = axes[row][column]
+                for i, bill in enumerate(bills):
+                    for k, (label, value) in enumerate(_drawn(bill, billed.options, of_token=of_token)):
+                        place = i + (0 if of_token else 0.22 * (k - 1))
+                        axis.hlines(place, value.low, value.high, color=colour(k + 3), linewidth=1.5)
+                        legend = label if i == 0 and not of_token else None
+                        axis.plot(value.typical, place, "o", color=colour(k + 3), markersize=4, label=legend)
+                axis.set_xscale("log")
+                axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
+                axis.grid(visible=True, axis="x")
+                axis.set_xlabel("J for a generated token and its source" if of_token else "J until a task is learned")
+            axes[0][column].set_title(billed.options.preset)
+        axes[0][0].invert_yaxis()
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+        figure.suptitle(f"{found[0].options.shape}: low, typical, high", x=0.01, ha="left", size=12)
+
+    plot(path, (4.2 * len(found), 7.5), on)
+
+
+def _drawn(bill: Bill, options: CostOptions, *, of_token: bool) -> Iterator[tuple[str, Range]]:
+    if of_token:
+        yield "", bill.inference / options.tokens_per_task
+    else:
+        for label, part in _PARTS.items():
+            yield label, getattr(bill, part)
+
+
+def _quantities(bill: Bill) -> Iterator[tuple[str, str, Range]]:
+    yield "trained numbers", "1", Range.of(bill.trainable)
+    yield "cells written", "1", Range.of(bill.written.cells)
+    yield "write-verify pulses", "1", bill.written.pulses
+    yield "writing, energy", "J", bill.written.energy
+    yield "writing, time", "s", bill.written.time
+    yield "cycles of a cell", "1", bill.written.cycles
+    if bill.written.until_worn is not None:
+        yield "tasks until wear-out", "1", bill.written.until_worn
+    for label, part in _PARTS.items():
+        yield label, "J", getattr(bill, part)
+    yield "learned", "J", bill.learning
+    for token in ("source", "generated"):
+        energy = getattr(bill, token)
+        for component, value in energy._asdict().items():
+            yield f"one {token} token, {component}", "J", value
+        yield f"one {token} token", "J", energy.total
+    yield "latency of a generated token, arrays", "s", bill.latency_arrays
+    yield "latency of a generated token, digital", "s", bill.latency_digital
+    yield "adapters' arrays", "1", Range.of(bill.adapter_arrays)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""A quantity that is known to a range, and its arithmetic."""
+
+import dataclasses
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A quantity as low, typical and high value, none negative: sums, products and quotients are ranges again.
+
+    Ends meet ends, as in interval arithmetic: what has one constant on both sides of a quotient comes out wider
+    than it is. Pin such constants first (`Constants.pinned`).
+
+    Raises:
+      ValueError: where not 0 <= low <= typical <= high.
+    """
+
+    low: float | int
+    typical: float | int
+    high: float | int
+
+    def __post_init__(self):
+        if not 0 <= self.low <= self.typical <= self.high:
+            raise ValueError(f"{self}: wanted 0 <= low <= typical <= high")
+
+    @classmethod
+    def of(cls, value: float | int) -> "Range":
+        """Return a value that is known exactly."""
+        return cls(value, value, value)
+
+    def __add__(self, other: "Range") -> "Range":
+        return Range(self.low + other.low, self.typical + other.typical, self.high + other.high)
+
+    def __mul__(self, other: "Range | float | int") -> "Range":
+        other = other if isinstance(other, Range) else Range.of(other)
+        return Range(self.low * other.low, self.typical * other.typical, self.high * other.high)
+
+    def __truediv__(self, other: "Range | float | int") -> "Range":
+        """Return the quotient by what is above zero."""
+        other = other if isinstance(other, Range) else Range.of(other)
+        return Range(self.low / other.high, self.typical / other.typical, self.high / other.low)
+
+    def __pow__(self, exponent: int) -> "Range":
+        ends = self.low**exponent, self.high**exponent
+        return Range(min(ends), self.typical**exponent, max(ends))
+
+
+def total(ranges: Iterable[Range]) -> Range:
+    """Return the sum of ranges, zero of none."""
+    return sum(ranges, start=Range.of(0.0))
+
+
+def longest(ranges: Iterable[Range]) -> Range:
+    """Return the largest low, typical and high value of ranges: of what goes on side by side."""
+    found = list(ranges)
+    return Range(*(max(getattr(each, end) for each in found) for end in ("low", "typical", "high")))

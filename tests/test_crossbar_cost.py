@@ -1,0 +1,281 @@
+"""The cost model against sums by hand, the cells that programming really makes, and properties that any cost has."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import (
+    ADC,
+    CONSTANTS,
+    DAC,
+    PRESETS,
+    Cell,
+    Counts,
+    CrossbarConfig,
+    Encoding,
+    Mapping,
+    Range,
+    Tile,
+    counts,
+    load_constants,
+    read_energy,
+    read_latency,
+    save_constants,
+    write_cost,
+)
+
+_SMALL = Tile(rows=4, cols=4)
+_UNIT = CrossbarConfig(tile=_SMALL, encoding=Encoding(kind="offset", unit_column=True), adc=ADC())
+_TYPICAL = CONSTANTS.pinned("typical")
+_CONFIGS = {
+    "differential": CrossbarConfig(tile=_SMALL, adc=ADC()),
+    "separate": CrossbarConfig(tile=_SMALL, adc=ADC(separate=True)),
+    "offset": CrossbarConfig(tile=_SMALL, encoding=Encoding(kind="offset"), adc=ADC()),
+    "unit column": _UNIT,
+    "whole": CrossbarConfig(tile=Tile(rows=None, cols=None), adc=ADC()),
+    **{name: PRESETS[name] for name in ("isaac", "puma", "raella", "neurram")},
+}
+
+
+def _exactly(value: float) -> Range:
+    """A typical value, and one equal to it but for rounding."""
+    return pytest.approx(value, rel=1e-12)
+
+
+def test_a_range_is_interval_arithmetic():
+    a, b = Range(1.0, 2.0, 4.0), Range(2.0, 5.0, 10.0)
+    assert a + b == Range(3.0, 7.0, 14.0)
+    assert a * b == Range(2.0, 10.0, 40.0) and a * 3 == Range(3.0, 6.0, 12.0)
+    assert b / a == Range(0.5, 2.5, 10.0) and a / 2 == Range(0.5, 1.0, 2.0)
+    assert a**2 == Range(1.0, 4.0, 16.0) and a**-1 == Range(0.25, 0.5, 1.0) and a**0 == Range.of(1.0)
+    for wrong in [(2.0, 1.0, 3.0), (1.0, 3.0, 2.0), (-1.0, 0.0, 1.0), (math.nan, 1.0, 2.0)]:
+        with pytest.raises(ValueError, match="wanted 0 <= low <= typical <= high"):
+            Range(*wrong)
+
+
+def test_counts_by_hand():
+    # 6 x 5 on 4 x 4 arrays: rows 3 + 3, columns 2 + 3 (5 / 2 rounds to even); four slices, a unit column an array.
+    found = counts((6, 5), _UNIT)
+    assert found.arrays == 2 * 2 * 4
+    assert found.cells == 6 * (5 + 2) * 4
+    assert found.rows == 6 * 2 * 4  # each row in both column tiles and all slices
+    assert found.conversions == 7 * 4 * 2 * (5 + 2)  # input slices, weight slices, row tiles, columns
+    assert found.additions == found.conversions + 7 * 4 * 2 * 5
+    assert found.sums == 5 and (found.inputs, found.outputs) == (6, 5)
+    differential = counts((6, 5), _CONFIGS["differential"])
+    assert (differential.arrays, differential.cells, differential.rows) == (2 * 2 * 4 * 2, 6 * 5 * 8, 6 * 2 * 8)
+    assert differential.additions == differential.conversions == 7 * 4 * 2 * 5
+    assert counts((6, 5), _CONFIGS["separate"]).conversions == 2 * differential.conversions
+    assert counts((6, 5), _CONFIGS["offset"]).additions == differential.conversions + 6
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (3, 10)])
+@pytest.mark.parametrize("config", _CONFIGS.values(), ids=_CONFIGS)
+def test_cells_are_those_that_programming_writes(config, shape):
+    small = config if config.tile.rows is None else dataclasses.replace(config, tile=_SMALL)
+    cells = jax.eval_shape(
+        lambda weights, key: crossbar.program(weights, small, key, path="definition").cells,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.random.key(1),
+    )
+    K, P, R, C, _, cols = cells.shape
+    used = crossbar.encoding.cells_in_use(shape, small)
+    unit = K * P * C * shape[0] * (cols - used.shape[3])
+    found = counts(shape, small)
+    assert found.arrays == K * P * R * C
+    assert found.cells == K * P * int(used.sum()) + unit
+    assert found.rows == K * P * int(used.any(axis=3).sum())
+    explained = crossbar.explain(small, shape)
+    assert (found.arrays, found.conversions) == (explained.arrays, explained.conversions)
+
+
+def test_writing_by_hand():
+    found = write_cost(counts((6, 5), _UNIT))
+    assert found.cells == 168
+    assert found.pulses == CONSTANTS["write_pulses"] * 168
+    assert found.energy.low == _exactly(168 * 1.3e-12)
+    assert found.energy.typical == _exactly(168 * 41e-12)
+    assert found.energy.high == _exactly(168 * 104e-12)
+    assert found.time.low == _exactly(48 * 0.04e-6 / 128)
+    assert found.time.typical == _exactly(48 * 2.74e-6 / 8)
+    assert found.time.high == _exactly(48 * 8.52e-6)
+    assert found.cycles == Range(1.0, 8.52, 32.0)
+    assert found.until_worn.typical == _exactly(1e6 / 8.52)
+    assert (found.until_worn.low, found.until_worn.high) == (1e4 / 32, 1e10)
+    again = write_cost(counts((6, 5), _UNIT), passes=10)
+    assert again.cells == 1680 and again.cycles == found.cycles * 10
+    assert again.energy.typical == _exactly(10 * found.energy.typical)
+    assert again.time.typical == _exactly(10 * found.time.typical)
+    assert again.until_worn.typical == _exactly(found.until_worn.typical / 10)
+    nothing = write_cost(Counts())
+    assert nothing.cells == 0 and nothing.energy == nothing.time == nothing.cycles == Range.of(0.0)
+    assert nothing.until_worn is None
+
+
+def test_reading_by_hand():
+    taken = counts((6, 5), _UNIT)
+    found = read_energy(taken, _UNIT, _TYPICAL)
+    assert found.array.typical == _exactly(168 * 7 * 2e-15)
+    assert found.dac.typical == _exactly(48 * 7 * 0.39e-12)
+    assert found.adc.typical == _exactly(392 * 1.56e-12)
+    assert found.shift_add.typical == _exactly((392 + 280) * 0.1e-12)
+    assert found.digital.typical == _exactly(5 * 0.1e-12 + 5 * 4.6e-12 + (6 + 5) * 2.15e-12)
+    assert found.total.typical == _exactly(sum(part.typical for part in found))
+    # Two bits a slice: three slices of 2 and one of 1, which drive with 3, 3, 3 and 1 units.
+    wide = dataclasses.replace(_UNIT, dac=DAC(bits=8, slice_bits=2))
+    assert read_energy(counts((6, 5), wide), wide, _TYPICAL).dac.typical == _exactly(48 * 10 * 0.39e-12)
+
+
+def test_conversions_grow_with_bits():
+    def one(bits: int) -> Range:
+        config = dataclasses.replace(_UNIT, adc=ADC(bits=bits))
+        return read_energy(Counts(conversions=1), config).adc
+
+    assert one(8) == CONSTANTS["adc_energy"]
+    assert one(10).typical == _exactly(4 * 1.56e-12) and one(10).high == _exactly(16 * 5e-12)
+    assert one(6).typical == _exactly(1.56e-12 / 4) and one(6).low == _exactly(0.5e-12 / 16)
+
+
+def test_latency_by_hand():
+    # 128 conversions of 0.78 ns fit into one read of 100 ns; of 10 ns they do not.
+    config = dataclasses.replace(PRESETS["puma"], adc=ADC(bits=8))
+    found = read_latency((1024, 1024), config)
+    assert found.typical == _exactly(15 * 100e-9)
+    assert found.low == _exactly(15 * 14.6e-9) and found.high == _exactly(15 * 1280e-9)
+    assert read_latency((1024, 16), config).high == _exactly(15 * 700e-9)
+    # NeuRRAM converts once, after all three slices.
+    once = read_latency((256, 256), PRESETS["neurram"])
+    assert once.typical == _exactly(3 * 100e-9 + 128 * 0.78e-9)
+    assert read_latency((6, 5), _CONFIGS["separate"]).low <= read_latency((6, 5), _CONFIGS["separate"]).typical
+
+
+def test_an_array_of_puma_takes_what_its_simulator_says():
+    """puma-simulator: 274 pJ for one read of 128 x 128 cells with its periphery, 30 of them for the array."""
+    config = dataclasses.replace(PRESETS["puma"], cell=Cell(bits=(8,)), mapping=Mapping(weight_bits=8))
+    one_slice = dataclasses.replace(config, dac=DAC(bits=1, signed=False))
+    found = read_energy(counts((128, 128), one_slice), one_slice, _TYPICAL)
+    assert (found.array + found.dac + found.adc).typical == pytest.approx(274e-12, rel=0.05)
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=5), st.integers(1, 7))
+def test_costs_add_up_over_layers(name, shapes, times):
+    config = _CONFIGS[name]
+    each = [counts(shape, config) for shape in shapes]
+    together = sum(each, start=Counts()) * times
+    for field in ("energy", "time", "pulses"):
+        alone = [getattr(write_cost(c), field) for c in each]
+        whole = getattr(write_cost(together), field)
+        for end in ("low", "typical", "high"):
+            assert getattr(whole, end) == pytest.approx(times * sum(getattr(a, end) for a in alone))
+    reads = [read_energy(c, config) for c in each]
+    for component, whole in zip(zip(*reads, strict=True), read_energy(together, config), strict=True):
+        assert whole.high == pytest.approx(times * sum(part.high for part in component))
+        assert whole.low == pytest.approx(times * sum(part.low for part in component))
+
+
+@given(
+    st.sampled_from(["differential", "offset", "unit column", "separate"]),
+    st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    st.integers(2, 15),
+    st.sampled_from(["adc", "dac", "weight"]),
+)
+def test_more_bits_never_cost_less(name, shape, bits, what):
+    def of(bits: int) -> CrossbarConfig:
+        config = _CONFIGS[name]
+        if what == "weight":
+            return dataclasses.replace(config, cell=Cell(bits=(1,) * bits), mapping=Mapping(weight_bits=bits))
+        if what == "dac":
+            return dataclasses.replace(config, dac=DAC(bits=bits, slice_bits=2 if bits > 2 else 1))
+        return dataclasses.replace(config, adc=ADC(bits=bits, separate=config.converts_each))
+
+    few, more = of(bits), of(bits + 1)
+    written = [write_cost(counts(shape, c)) for c in (few, more)]
+    read = [read_energy(counts(shape, c), c).total for c in (few, more)]
+    late = [read_latency(shape, c) for c in (few, more)]
+    pairs = [*(zip(*((w.energy, w.time, w.pulses) for w in written), strict=True)), read]
+    if not (what == "dac" and bits == 2):  # the one step that also widens the slices
+        pairs.append(late)
+    for less, greater in pairs:
+        for end in ("low", "typical", "high"):
+            assert getattr(less, end) <= getattr(greater, end)
+
+
+def test_ideal_converters_have_no_energy():
+    with pytest.raises(ValueError, match="dac = None is an ideal converter"):
+        read_energy(Counts(), PRESETS["ideal"])
+    with pytest.raises(ValueError, match="adc = None is an ideal converter"):
+        read_latency((4, 4), CrossbarConfig())
+
+
+def test_constants_are_in_si_units_and_pinned():
+    assert CONSTANTS["cell_write_energy"] == Range(1.3, 41.0, 104.0) * 1e-12
+    assert CONSTANTS["row_write_time"].typical == _exactly(2.74e-6)
+    pinned = CONSTANTS.pinned("high", "endurance")
+    assert pinned["endurance"] == Range.of(1e10) and pinned["adc_energy"] == CONSTANTS["adc_energy"]
+    assert all(_TYPICAL[name].low == _TYPICAL[name].high for name in CONSTANTS.table)
+
+
+def test_every_constant_has_a_source_and_a_rising_positive_range():
+    for name, constant in CONSTANTS.table.items():
+        assert 0 < constant.low <= constant.typical <= constant.high, name
+        assert any(tag in constant.source for tag in ("[S]", "[R]", "[A]")), name
+
+
+@pytest.mark.parametrize("name", ["table.yaml", "table.json"])
+def test_a_table_is_read_as_it_was_written(name, tmp_path):
+    save_constants(tmp_path / name)
+    assert load_constants(tmp_path / name) == CONSTANTS
+    text = (tmp_path / name).read_text().replace("104.0", "300.0")
+    (tmp_path / name).write_text(text)
+    assert load_constants(tmp_path / name)["cell_write_energy"].high == _exactly(300e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("endurance"), r"lacks endurance: wanted every one of cell_write_energy"),
+        (lambda t: t.update(enduranze={}), r"enduranze unknown: choose from cell_write_energy"),
+        (lambda t: t["adc_energy"].update(unit="nJ"), r"adc_energy is in 'nJ': wanted 'pJ'"),
+        (lambda t: t["adc_energy"].update(low=2.0), r"adc_energy is \[2.0, 1.56, 5.0\]: wanted low <= typical <= high"),
+        (lambda t: t["adc_energy"].update(high=1.0), r"wanted low <= typical <= high"),
+        (lambda t: t["adc_energy"].update(low=0), r"adc_energy has the value 0: wanted a positive number"),
+        (lambda t: t["adc_energy"].update(low=-1.0), r"has the value -1.0: wanted a positive number"),
+        (lambda t: t["adc_energy"].update(high=float("nan")), r"has the value nan"),
+        (lambda t: t["adc_energy"].update(high=True), r"has the value True"),
+        (lambda t: t["endurance"].update(low="1e4"), r"'1e4': wanted a positive number; YAML takes 1e4 for a text"),
+        (lambda t: t["endurance"].pop("source"), r"endurance is .*: wanted a table of exactly unit, low, typical"),
+        (lambda t: t["endurance"].update(source=" "), r"endurance has the source ' '"),
+        (lambda t: t.update(endurance=3), r"endurance is 3: wanted a table"),
+    ],
+)
+def test_a_bad_table_is_refused_by_name(change, message, tmp_path):
+    path = tmp_path / "table.yaml"
+    save_constants(path)
+    table = yaml.safe_load(path.read_text())
+    change(table)
+    path.write_text(yaml.safe_dump(table))
+    with pytest.raises(ValueError, match=message):
+        load_constants(path)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file of constants"):
+        load_constants(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="constants are a file ending in .yaml, .yml, .json"):
+        load_constants(tmp_path / "none.txt")
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON file"):
+        load_constants(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="wanted a table of constants by name"):
+        load_constants(tmp_path / "b.json")
