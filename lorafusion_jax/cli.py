@@ -107,7 +107,7 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _crossbar(arguments: Sequence[str]) -> None:
-    from .train.on_arrays import CrossbarOptions, evaluate_on_arrays, results_path, site_table
+    from .train.arrays.report import CrossbarOptions, evaluate_on_arrays, results_path, site_table
 
     options = _parse(CrossbarOptions, arguments, "crossbar")
     results = evaluate_on_arrays(options)

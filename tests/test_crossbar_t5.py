@@ -21,8 +21,8 @@ from lorafusion_jax.fusion.compose import Dense, Outputs, gram
 from lorafusion_jax.linear import dense, is_in_arrays
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import kernels, matrices
-from lorafusion_jax.train.calibration import logits_of
-from lorafusion_jax.train.hardware import program
+from lorafusion_jax.train.arrays.calibration import logits_of
+from lorafusion_jax.train.arrays.program import program
 from lorafusion_jax.train.methods import Frozen, Fusion, ZeroShot
 from lorafusion_jax.train.step import Optimisation, Rates, fusion_step, init_state, objective
 

@@ -15,8 +15,8 @@ from lorafusion_jax.params import ParamsOptions, counts
 from lorafusion_jax.tasks import load_task, split
 from lorafusion_jax.train import fit
 from lorafusion_jax.train.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.train.arrays.report import CrossbarOptions, evaluate_on_arrays
 from lorafusion_jax.train.export import ExportOptions, export
-from lorafusion_jax.train.on_arrays import CrossbarOptions, evaluate_on_arrays
 from lorafusion_jax.train.options import PRESETS, FuseOptions
 from lorafusion_jax.train.run import fuse, load_run, run_path
 from lorafusion_jax.train.run_folder import RunFolder

@@ -1,6 +1,6 @@
 """What every method does for one task and for one token, in counts: cells, reads of arrays, digital operations.
 
-Base kernels and an untied head sit in arrays, as `train.hardware` puts them there; forward, frozen matrices are read
+Base kernels and an untied head sit in arrays, as `train.arrays` puts them there; forward, frozen matrices are read
 from arrays. Arrays are not read transposed: backward, and for weights that change (a LoRA in training, full
 fine-tuning), products are digital, as many as `train.cost` counts. Embeddings, norms and softmax are left out.
 """

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..linear import reads
 from ..models.generate import generate
 from ..tasks import Batch, Encoded, Example, encode, eval_batches, exact_match
-from .chips import of_seed
+from .arrays.chips import of_seed
 from .loss import log_likelihood
 from .methods import Frozen, Method, Params, adapted_model
 from .progress import progress

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from ..linear import reads
 from ..tasks import Batch, batch_orders, train_batches
-from .chips import of_seed
+from .arrays.chips import of_seed
 from .evaluate import VALIDATION, seed_entropies
 from .methods import Frozen, Method
 from .options import Recipe

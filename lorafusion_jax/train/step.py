@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..tasks.batches import Batch
-from .chips import of_step
+from .arrays.chips import of_step
 from .loss import cross_entropy, decoder_inputs, rows
 from .methods import Frozen, Method, Params, adapted_model
 

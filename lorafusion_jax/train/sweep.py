@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .chips import of_seed
+from .arrays.chips import of_seed
 
 Path = Literal["vmap", "map"]
 

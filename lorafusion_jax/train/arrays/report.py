@@ -10,20 +10,20 @@ from typing import Any
 
 import jax
 
-from ..crossbar.explain import explain
-from ..crossbar.probing import calibrate_tree, observe, programmed_leaves, site_errors
-from ..crossbar.serialise import config_hash, load_config
-from ..crossbar.state import is_random
-from ..crossbar.tree import Rules
-from ..io.checkpoint import write_json
-from .apply import EvaluateOptions, load_to_evaluate
-from .baselines.merge import Merge
+from ...crossbar.explain import explain
+from ...crossbar.probing import calibrate_tree, observe, programmed_leaves, site_errors
+from ...crossbar.serialise import config_hash, load_config
+from ...crossbar.state import is_random
+from ...crossbar.tree import Rules
+from ...io.checkpoint import write_json
+from ..apply import EvaluateOptions, load_to_evaluate
+from ..baselines.merge import Merge
+from ..evaluate import seed_rows
+from ..methods import Frozen
+from ..progress import progress
+from ..scoring import evaluate_seeds
 from .calibration import calibration_batches, logits_of, looped
-from .evaluate import seed_rows
-from .hardware import program
-from .methods import Frozen
-from .progress import progress
-from .scoring import evaluate_seeds
+from .program import program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..crossbar.tree import Rules, program_tree
-from ..fusion.compose import gram, norms
-from ..linear import dense
-from ..models.t5 import kernels, matrices, set_matrices
-from .methods import Frozen
+from ...crossbar.tree import Rules, program_tree
+from ...fusion.compose import gram, norms
+from ...linear import dense
+from ...models.t5 import kernels, matrices, set_matrices
+from ..methods import Frozen
 
 # Of which weights the magnitudes' norms are: those on the chip, which take reading back, or those meant to be there.
 Norms = Literal["programmed", "ideal"]

@@ -8,11 +8,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from ..crossbar.probing import calibrate_tree
-from ..tasks import Batch, Encoded, eval_batches
-from .methods import Frozen, Method, Params
-from .setup import Setup
-from .step import batch_logits
+from ...crossbar.probing import calibrate_tree
+from ...tasks import Batch, Encoded, eval_batches
+from ..methods import Frozen, Method, Params
+from ..setup import Setup
+from ..step import batch_logits
 
 
 def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Frozen:

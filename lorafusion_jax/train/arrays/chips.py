@@ -1,6 +1,6 @@
 """Several chips in one program, and chips that are drawn anew at every step.
 
-A fusion runs on one chip (`hardware.program`), each seed of a program on one of several (`program_chips`), or, to
+A fusion runs on one chip (`program`), each seed of a program on one of several (`program_chips`), or, to
 become robust on any chip, every training step on another one (`Redraw`).
 
 Axis letters: C chips, S seeds.
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..crossbar.probing import programmed_leaves, replaced
-from ..crossbar.programmed import Structure, split_config
-from ..crossbar.tree import Rules
-from ..linear import reads
-from .hardware import Norms, program
-from .methods import Frozen
+from ...crossbar.probing import programmed_leaves, replaced
+from ...crossbar.programmed import Structure, split_config
+from ...crossbar.tree import Rules
+from ...linear import reads
+from ..methods import Frozen
+from .program import Norms, program
 
 # A new chip at every step, or at every other one.
 Steps = Literal["every", "other"]
@@ -69,7 +69,7 @@ class Redraw:
 
 
 def redraw(digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redraw:
-    """Return what steps draw their chips from; arguments as for `hardware.program`."""
+    """Return what steps draw their chips from; arguments as for `program`."""
     structures, values = _split(rules)
     return Redraw(digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm)
 
@@ -90,11 +90,11 @@ def program_chips(
     Args:
       graph: the model's structure.
       digital: the weights that are written.
-      rules: of every chip (see `hardware.program`); they may differ in arrays, but not in plain numbers.
+      rules: of every chip (see `program`); they may differ in arrays, but not in plain numbers.
       keys: [C], of the chips.
       of_seed: which chip each seed of a program computes on.
       limits: ADC ranges that all chips share, from `limits_of`.
-      modules: as for `hardware.program`.
+      modules: as for `program`.
       norm: likewise.
 
     Raises:
