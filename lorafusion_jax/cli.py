@@ -16,6 +16,7 @@ subcommands:
   generate   a fused run on new text, from a file or standard input
   export     a fused run -> a PEFT adapter or a merged base model
   crossbar   a fused run on simulated ReRAM arrays: accuracy, errors by site, arrays used
+             crossbar program: base and pool -> chips, for `fuse` and `evaluate`
   params     exact trainable counts of every method, without weights
   cost       one new task's writes, energy, time and wear with every method, without weights
 
@@ -88,9 +89,15 @@ def _fuse(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
-    from .train.apply import EvaluateOptions, evaluate_run
+    from .train.apply import evaluate_run
+    from .train.arrays.evaluate import EvaluateOnChipsOptions, age_table, evaluate_on_chips, results_path
 
-    _print_seeds(evaluate_run(_parse(EvaluateOptions, arguments, "evaluate")))
+    options = _parse(EvaluateOnChipsOptions, arguments, "evaluate")
+    if options.crossbar is None:
+        _print_seeds(evaluate_run(options))
+        return
+    print(age_table(evaluate_on_chips(options)))
+    print(f"written to {results_path(options)}")
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -109,6 +116,9 @@ def _export(arguments: Sequence[str]) -> None:
 def _crossbar(arguments: Sequence[str]) -> None:
     from .train.arrays.report import CrossbarOptions, evaluate_on_arrays, results_path, site_table
 
+    if list(arguments[:1]) == ["program"]:
+        _program(arguments[1:])
+        return
     options = _parse(CrossbarOptions, arguments, "crossbar")
     results = evaluate_on_arrays(options)
     print(site_table(results))
@@ -117,6 +127,14 @@ def _crossbar(arguments: Sequence[str]) -> None:
         for row in chip["seeds"]:
             print(f"{row['seed']:<4}  {chip['chip']:<7}  {row['exact_match']:13.1f}  {_loss(row)}")
     print(f"written to {results_path(options)}")
+
+
+def _program(arguments: Sequence[str]) -> None:
+    from .train.arrays.write import ProgramOptions, program_chips, report_table
+
+    options = _parse(ProgramOptions, arguments, "crossbar program")
+    print(report_table(program_chips(options)))
+    print(f"written to {options.out}")
 
 
 def _params(arguments: Sequence[str]) -> None:

@@ -133,11 +133,37 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OnArrays:
+    """On which simulated ReRAM arrays a fusion is trained, and then evaluated.
+
+    Attributes:
+      crossbar: train with every frozen matrix in arrays: a folder that `lorafusion crossbar program` wrote, a preset
+        or a .yaml or .json file; by default digitally.
+      noise: of training: of the `chip` itself, which is calibrated to it; `fresh`, another chip at every step, which
+        makes robust on any; `both` in turn; or `none`, which knows the bits of cells and converters alone.
+      chip: the number of the chip that is trained on, unless noise is fresh or none, and evaluated on.
+      chip_key: from which the chips of a preset or file are drawn; a folder has its own.
+      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`; a folder has its own.
+      age: of the chip: seconds, or as in 1h, 1day, 1month, 1year.
+      norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
+    """
+
+    crossbar: str | None = None
+    noise: Literal["chip", "fresh", "both", "none"] = "fresh"
+    chip: int = 0
+    chip_key: int = 0
+    digital: tuple[str, ...] = ()
+    age: str | None = None
+    norm: Literal["ideal", "programmed"] = "ideal"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FuseOptions:
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
 
-    Example:
+    Examples:
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
+      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
 
     Attributes:
       base: the base model: a Hugging Face folder or a hub id (owner/name, owner/name@revision).
@@ -154,6 +180,7 @@ class FuseOptions:
       control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
+      arrays: on which simulated arrays; none by default.
       prompt: template of the model's input, with {input}.
       train_rows: at most this many rows are trained and validated on.
       test_rows: evaluate on the first rows of the test set only.
@@ -177,6 +204,7 @@ class FuseOptions:
     control: Literal["none", "random", "shuffled"] = "none"
     adapters: tuple[str, ...] = ()
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = PRESETS["default"]
+    arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
     prompt: str | None = None
     train_rows: int = 100
     test_rows: int | None = None

@@ -16,9 +16,11 @@ import numpy as np
 
 from .. import __version__
 from ..io import checkpoint
+from .arrays.calibration import calibrate
+from .arrays.setup import CALIBRATION_ROWS, on_arrays
 from .evaluate import Evaluation, seed_rows
 from .fit import Epoch, fit, start
-from .options import GIVEN, UNTRAINED, FuseOptions, Recipe
+from .options import GIVEN, UNTRAINED, FuseOptions, OnArrays, Recipe
 from .programs import make_room
 from .ranking import choose_by_gradient
 from .run_folder import RunFolder
@@ -63,13 +65,16 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
         setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
     config = _config(options, setup)
+    training = tested = setup
+    if options.arrays.crossbar is not None:
+        training, tested = on_arrays(setup, options, begin or start(setup, options.seeds).params)
     with run.locked():
         if recorded is None:
             _refuse_begun(run)  # again: another process may have begun it while this one was loading
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
-        return _complete(run, setup, options, config, begin)
+        return _complete(run, training, tested, options, config, begin)
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: dict[str, Any] | None) -> Setup:
@@ -114,6 +119,7 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
 def _complete(
     run: RunFolder,
     setup: Setup,
+    tested: Setup,
     options: FuseOptions,
     config: dict[str, Any],
     begin: dict[str, Any] | None,
@@ -121,7 +127,10 @@ def _complete(
     began = time.perf_counter()
     params, steps = _train(run, setup, options, begin)
     trained = time.perf_counter()
-    seeds, evaluation = evaluate_seeds(setup, options, params)
+    if options.arrays.crossbar is not None:  # on what the trained numbers bring to the converters
+        frozen = calibrate(tested, params, tested.frozen, rows=CALIBRATION_ROWS)
+        tested = dataclasses.replace(tested, frozen=frozen)
+    seeds, evaluation = evaluate_seeds(tested, options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
     counts = {} if options.method in UNTRAINED | GIVEN | {"single"} else trainable_count(setup)
@@ -297,6 +306,7 @@ def options_to_json(options: FuseOptions) -> dict[str, Any]:
 def options_from_json(values: dict[str, Any]) -> FuseOptions:
     """Return the options again; what was not known yet when they were written has its default."""
     restored: dict[str, Any] = _with_tuples(values) | {"recipe": Recipe(**_with_tuples(values["recipe"]))}
+    restored["arrays"] = OnArrays(**_with_tuples(values.get("arrays", {})))
     restored |= {name: Path(restored[name]) for name in ("out", "start_from") if restored.get(name)}
     return FuseOptions(**restored)
 
@@ -317,7 +327,9 @@ def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "recipe"} | options["recipe"]
+    groups = ("recipe", "arrays")
+    flat = {name: value for name, value in options.items() if name not in groups}
+    return flat | {name: value for group in groups for name, value in options[group].items()}
 
 
 def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ from ...crossbar.state import is_random
 from ...crossbar.tree import Rules
 from ...io.checkpoint import write_json
 from ..apply import EvaluateOptions, load_to_evaluate
-from ..baselines.merge import Merge
 from ..evaluate import seed_rows
 from ..methods import Frozen
 from ..progress import progress
 from ..scoring import evaluate_seeds
 from .calibration import calibration_batches, logits_of, looped
 from .program import program
+from .setup import check, without_merged_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,8 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
             f"nothing in {options.config} is random, so {options.chips} chips are all alike: one is enough"
         )
     setup, fused, params = load_to_evaluate(options)
-    if fused.method in ("full", "constant"):
-        raise ValueError(f"{options.run} is of the method {fused.method}, which leaves no frozen model to program")
-    if not len(setup.train):
-        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
-    if isinstance(setup.method, Merge) and setup.method.kind != "cat":
-        # Read is the module that the merge made, which is in no array; the pool's arrays would stay unused.
-        setup = dataclasses.replace(setup, frozen=dataclasses.replace(setup.frozen, pool=None, gram=None))
+    check(setup, fused)
+    setup = without_merged_pool(setup)
     rules: Rules = dict.fromkeys(options.digital) | {"*": config}
     digital = seed_rows(*evaluate_seeds(setup, fused, params))
     setup = looped(setup)

@@ -1,0 +1,228 @@
+"""`lorafusion evaluate --crossbar`: a run on several chips, at several ages, in one program."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ...crossbar.config import CrossbarConfig
+from ...crossbar.device import ReadNoise
+from ...crossbar.state import is_random
+from ...fusion.pool import LoraPool
+from ...io.checkpoint import write_json
+from ...linear import Weight
+from ..apply import EvaluateOptions, load_to_evaluate
+from ..baselines.lora import LoRA
+from ..evaluate import Evaluation, evaluate
+from ..methods import Fusion, Params
+from ..options import OnArrays
+from ..progress import progress
+from ..setup import Setup
+from .calibration import calibrate, looped
+from .chips import limits_of, program_chips
+from .folder import Chips, aged, load_chips
+from .program import Norms, program
+from .setup import CALIBRATION_ROWS, check, module_numbers, without_merged_pool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOnChipsOptions(EvaluateOptions):
+    """Evaluate a fused run, on its own task or another one, digitally or on simulated chips.
+
+    Examples:
+      lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
+      lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --age 1s 1h 1day 1month 1year
+      lorafusion evaluate --run runs/snarks-fusion --crossbar noisy.yaml --chips 8 --adc-bits 6 --read-noise 0.01
+
+    Attributes:
+      crossbar: a folder that `lorafusion crossbar program` wrote, a preset, or a .yaml or .json file.
+      chips: how many of them; by default all of a folder, one of a configuration.
+      chip_key: from which the chips of a preset or file are drawn; a folder has its own.
+      digital: patterns of weights that stay digital; a folder has its own.
+      age: of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
+      compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` beside each other; by default as the
+        configuration says.
+      read_noise: standard deviation of Gmax, in place of the configuration's.
+      adc_bits: in place of the configuration's.
+      norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
+      lora_in: a LoRA baseline's module sits in `sram` beside the arrays, or is written into `cells` for its task.
+    """
+
+    crossbar: str | None = None
+    chips: int | None = None
+    chip_key: int = 0
+    digital: tuple[str, ...] = ()
+    age: tuple[str, ...] = ()
+    compensate: Literal["on", "off", "both"] | None = None
+    read_noise: float | None = None
+    adc_bits: int | None = None
+    norm: Norms = OnArrays.norm
+    lora_in: Literal["sram", "cells"] = "sram"
+
+
+def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return and write what a run says on every chip, at every age.
+
+    Raises:
+      ValueError: chips that hold other weights, an age without a drift model, a LoRA that is none.
+    """
+    assert options.crossbar is not None
+    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.digital)
+    config = _overridden(chips.config, options)
+    cases = _cases(options)
+    configs = [aged(config, age, compensate=compensate) for age, compensate in cases]
+    count = options.chips or chips.count or 1
+    if count > 1 and not is_random(config) and config.device.read_noise is None:
+        raise ValueError(f"nothing in {options.crossbar} is random, so {count} chips are all alike: one is enough")
+    keys = jnp.stack([chips.chip_key(number) for number in range(count)])
+    setup, fused, params = load_to_evaluate(options)
+    check(setup, fused)
+    chips.check(setup)
+    numbers = module_numbers(setup, fused, chips)
+    if options.lora_in == "cells":
+        setup, params = lora_in_cells(setup, params)
+        numbers = None
+    setup = looped(without_merged_pool(setup))
+    rows = []
+    with progress("chips", count * len(cases)) as bar:
+        for (age, compensate), of_age in zip(cases, configs, strict=True):
+            found = on_chips(setup, params, chips, of_age, keys, numbers=numbers, norm=options.norm, options=options)
+            matches = found.exact_match.reshape(count, -1)
+            losses = np.asarray(found.loss, float).reshape(count, -1)
+            rows += [
+                {
+                    "age": age,
+                    "compensate": compensate,
+                    "chip": chip,
+                    "seed": seed,
+                    "exact_match": matches[chip, s].item(),
+                    "loss": losses[chip, s].item(),
+                }
+                for chip in range(count)
+                for s, seed in enumerate(fused.seeds)
+            ]
+            bar.update(count)
+    results = {
+        "task": setup.task.name,
+        "method": fused.method,
+        "crossbar": options.crossbar,
+        "chips": count,
+        "read_noise": options.read_noise,
+        "adc_bits": options.adc_bits,
+        "norm": options.norm,
+        "lora_in": options.lora_in if fused.method == "lora" else None,
+        "rows": rows,
+    }
+    write_json(results_path(options), results)
+    return results
+
+
+def results_path(options: EvaluateOnChipsOptions) -> Path:
+    """Return the file that an evaluation on chips writes."""
+    return options.run / f"chips-{Path(options.crossbar or '').stem}.json"
+
+
+def on_chips(
+    setup: Setup,
+    params: Params,
+    chips: Chips,
+    config: CrossbarConfig,
+    keys: Array,
+    *,
+    numbers: Array | None,
+    norm: Norms,
+    options: EvaluateOptions,
+) -> Evaluation:
+    """Return the evaluation of all seeds on every chip, chip by chip: one program.
+
+    ADC ranges are calibrated on the first chip, and are those of all.
+
+    Args:
+      setup: digital, with a loop over layers.
+      params: leaves with a leading axis of seeds.
+      chips: which weights are in arrays.
+      config: of the arrays.
+      keys: of the chips.
+      numbers: of the modules on the chips.
+      norm: of which weights the magnitudes' norms are.
+      options: of the evaluation.
+    """
+    rules = chips.rules(config)
+    first = program(setup.graph, setup.frozen, rules, keys[0], modules=numbers, norm=norm)
+    limits = limits_of(calibrate(setup, params, first, rows=CALIBRATION_ROWS))
+    count, seeds = len(keys), setup.index.shape[0]
+    of_seed = jnp.repeat(jnp.arange(count), seeds)
+    everywhere = program_chips(
+        setup.graph, setup.frozen, [rules] * count, keys, of_seed, limits=limits, modules=numbers, norm=norm
+    )
+    on_all = dataclasses.replace(setup, frozen=everywhere)
+    repeated = jax.tree.map(lambda p: jnp.concatenate([p] * count), params)
+    return evaluate(on_all, repeated, jnp.tile(setup.index, (count, 1)), batch_size=options.eval_batch)
+
+
+def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
+    """Return a trained LoRA as a pool of its own, one module a seed, so that it is programmed as modules are.
+
+    Raises:
+      ValueError: the run trained no LoRA.
+    """
+    method = setup.method
+    if not isinstance(method, LoRA) or method.dora:
+        raise ValueError("the run trained no LoRA that could be written into cells: leave out --lora-in cells")
+    A: dict[str, Weight] = {site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()}
+    scale = method.alpha / method.rank
+    B: dict[str, Weight] = {site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()}
+    seeds = setup.index.shape[0]
+    pool = LoraPool(
+        A=A,
+        B=B,
+        rank={site: jnp.full(weight.shape[:2], method.rank, jnp.int32) for site, weight in A.items()},
+        names=tuple(f"seed {seed}" for seed in range(seeds)),
+    )
+    as_it_is = Fusion(composition="sum", granularity="global", magnitudes=False)
+    index = jnp.arange(seeds)[:, None]
+    frozen = dataclasses.replace(setup.frozen, pool=pool)
+    return dataclasses.replace(setup, frozen=frozen, method=as_it_is, index=index), {
+        "coefficients": jnp.ones((seeds, 1, 1))
+    }
+
+
+def age_table(results: dict[str, Any]) -> str:
+    """Return a table of the ages: mean over chips and seeds, and the spread of the chips' means."""
+    lines = [f"{'age':<10}  {'compensated':<11}  exact match %  between chips  loss"]
+    for age, compensate in dict.fromkeys((row["age"], row["compensate"]) for row in results["rows"]):
+        here = [row for row in results["rows"] if (row["age"], row["compensate"]) == (age, compensate)]
+        of_chips = [
+            np.mean([row["exact_match"] for row in here if row["chip"] == chip]) for chip in range(results["chips"])
+        ]
+        spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
+        said = {None: "-", True: "yes", False: "no"}[compensate]
+        loss = np.mean([row["loss"] for row in here])
+        lines.append(f"{age or '-':<10}  {said:<11}  {np.mean(of_chips):13.1f}  {spread:>13}  {loss:.4f}")
+    return "\n".join(lines)
+
+
+def _cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:
+    choices: dict[str | None, tuple[bool | None, ...]] = {
+        None: (None,),
+        "on": (True,),
+        "off": (False,),
+        "both": (False, True),
+    }
+    return [(age, compensate) for age in options.age or (None,) for compensate in choices[options.compensate]]
+
+
+def _overridden(config: CrossbarConfig, options: EvaluateOnChipsOptions) -> CrossbarConfig:
+    """Return the configuration with what is read otherwise."""
+    if options.read_noise is not None:
+        noise = ReadNoise(options.read_noise) if options.read_noise else None
+        config = dataclasses.replace(config, device=dataclasses.replace(config.device, read_noise=noise))
+    if options.adc_bits is not None:
+        if config.adc is None:
+            raise ValueError(f"{options.crossbar} has no ADC to give {options.adc_bits} bits: leave out --adc-bits")
+        config = dataclasses.replace(config, adc=dataclasses.replace(config.adc, bits=options.adc_bits))
+    return config
