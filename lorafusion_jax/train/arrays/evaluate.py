@@ -4,10 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from ...crossbar.config import CrossbarConfig
 from ...crossbar.device import ReadNoise
@@ -17,16 +15,16 @@ from ...io.checkpoint import write_json
 from ...linear import Weight
 from ..apply import EvaluateOptions, load_to_evaluate
 from ..baselines.lora import LoRA
-from ..evaluate import Evaluation, evaluate
+from ..evaluate import evaluate
 from ..methods import Fusion, Params
 from ..options import OnArrays
 from ..progress import progress
 from ..setup import Setup
-from .calibration import calibrate, looped
-from .chips import limits_of, program_chips
-from .folder import Chips, aged, load_chips
-from .program import Norms, program
-from .setup import CALIBRATION_ROWS, check, module_numbers, without_merged_pool
+from .calibration import looped
+from .folder import aged, load_chips
+from .lanes import for_every_chip, on_every_chip
+from .program import Norms
+from .setup import check, module_numbers, without_merged_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,10 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     rows = []
     with progress("chips", count * len(cases)) as bar:
         for (age, compensate), of_age in zip(cases, configs, strict=True):
-            found = on_chips(setup, params, chips, of_age, keys, numbers=numbers, norm=options.norm, options=options)
+            rules = chips.rules(of_age)
+            on_all = on_every_chip(setup, params, rules, keys, modules=numbers, norm=options.norm)
+            everyone = for_every_chip(params, count)
+            found = evaluate(on_all, everyone, on_all.index, batch_size=options.eval_batch)
             matches = found.exact_match.reshape(count, -1)
             losses = np.asarray(found.loss, float).reshape(count, -1)
             rows += [
@@ -124,44 +125,6 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
 def results_path(options: EvaluateOnChipsOptions) -> Path:
     """Return the file that an evaluation on chips writes."""
     return options.run / f"chips-{Path(options.crossbar or '').stem}.json"
-
-
-def on_chips(
-    setup: Setup,
-    params: Params,
-    chips: Chips,
-    config: CrossbarConfig,
-    keys: Array,
-    *,
-    numbers: Array | None,
-    norm: Norms,
-    options: EvaluateOptions,
-) -> Evaluation:
-    """Return the evaluation of all seeds on every chip, chip by chip: one program.
-
-    ADC ranges are calibrated on the first chip, and are those of all.
-
-    Args:
-      setup: digital, with a loop over layers.
-      params: leaves with a leading axis of seeds.
-      chips: which weights are in arrays.
-      config: of the arrays.
-      keys: of the chips.
-      numbers: of the modules on the chips.
-      norm: of which weights the magnitudes' norms are.
-      options: of the evaluation.
-    """
-    rules = chips.rules(config)
-    first = program(setup.graph, setup.frozen, rules, keys[0], modules=numbers, norm=norm)
-    limits = limits_of(calibrate(setup, params, first, rows=CALIBRATION_ROWS))
-    count, seeds = len(keys), setup.index.shape[0]
-    of_seed = jnp.repeat(jnp.arange(count), seeds)
-    everywhere = program_chips(
-        setup.graph, setup.frozen, [rules] * count, keys, of_seed, limits=limits, modules=numbers, norm=norm
-    )
-    on_all = dataclasses.replace(setup, frozen=everywhere)
-    repeated = jax.tree.map(lambda p: jnp.concatenate([p] * count), params)
-    return evaluate(on_all, repeated, jnp.tile(setup.index, (count, 1)), batch_size=options.eval_batch)
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

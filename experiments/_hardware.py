@@ -1,0 +1,224 @@
+"""A method on chips: its numbers trained digitally or on every chip, and scored on every chip at any age.
+
+What an experiment has computed lies in a folder: OUT/numbers (trained numbers), OUT/rows (scores), OUT/runs (runs that
+`lorafusion fuse` could have made). The same command goes on where it was interrupted.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import SMALL, convert_small_pool, recipe_of
+from _methods import METHODS
+from jaxtyping import Array
+
+from lorafusion_jax import FuseOptions, Recipe, fuse
+from lorafusion_jax.crossbar import CrossbarConfig
+from lorafusion_jax.io import checkpoint
+from lorafusion_jax.tasks import split
+from lorafusion_jax.train.apply import EvaluateOptions, load_to_evaluate
+from lorafusion_jax.train.arrays.calibration import looped
+from lorafusion_jax.train.arrays.evaluate import lora_in_cells
+from lorafusion_jax.train.arrays.folder import Chips
+from lorafusion_jax.train.arrays.lanes import for_every_chip, on_every_chip
+from lorafusion_jax.train.arrays.setup import module_numbers
+from lorafusion_jax.train.evaluate import evaluate
+from lorafusion_jax.train.fit import fit, start
+from lorafusion_jax.train.methods import Params
+from lorafusion_jax.train.options import POOLLESS
+from lorafusion_jax.train.setup import Setup
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """What an experiment has computed.
+
+    Attributes:
+      folder: of it all.
+    """
+
+    folder: Path
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError where the folder holds results of other settings."""
+        file, now = self.folder / "settings.json", json.loads(json.dumps(settings, default=str))
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(file, now)
+        elif (was := json.loads(file.read_text())) != now:
+            different = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
+            raise ValueError(f"{self.folder} holds other results ({'; '.join(different)}): give another --out")
+
+    def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return rows by name, computed only once."""
+        file = self.folder / "rows" / f"{name}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write(file, {"rows": compute()})
+        return json.loads(file.read_text())["rows"]
+
+    def numbers(self, name: str, compute: Callable[[], Params]) -> Params:
+        """Return trained numbers by name, computed only once."""
+        folder = self.folder / "numbers" / name
+        if not folder.exists():
+            checkpoint.save(folder, compute(), {})
+        return jax.tree.map(jnp.asarray, checkpoint.load(folder)[0])
+
+    def pool(self) -> Path:
+        """Return the embedded pool, converted only once."""
+        if not (folder := self.folder / "pool").exists():
+            convert_small_pool(folder)
+        return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A method on a task, and its chips.
+
+    Attributes:
+      store: of results.
+      options: of the digital run.
+      setup: digital, with a loop over layers.
+      params: trained digitally.
+      chips: which weights are in arrays, and the keys.
+      keys: [C], of the chips.
+    """
+
+    store: Store
+    options: FuseOptions
+    setup: Setup
+    params: Params
+    chips: Chips
+    keys: Array
+
+    @property
+    def count(self) -> int:
+        """Of chips."""
+        return len(self.keys)
+
+    def on_chips(self, config: CrossbarConfig, params: Params, setup: Setup | None = None) -> Setup:
+        """Return the setup of all seeds on all chips, whose converters cover what these numbers bring to them."""
+        setup = setup or self.setup
+        in_pool = module_numbers(setup, self.options, self.chips) if setup is self.setup else None
+        first = jax.tree.map(lambda p: p[: len(self.options.seeds)], params)
+        return on_every_chip(setup, first, self.chips.rules(config), self.keys, modules=in_pool, norm="ideal")
+
+    def train_on_chips(
+        self, config: CrossbarConfig, recipe: Recipe, begin: Params | None = None, rows: int | None = None
+    ) -> Params:
+        """Return numbers of every seed on every chip [C * S], each trained on its chip.
+
+        Args:
+          config: of the arrays.
+          recipe: of the training.
+          begin: numbers to go on from, [C * S]; None for a start from the beginning.
+          rows: how many of the training rows; None for the run's own.
+        """
+        seeds = self.options.seeds * self.count
+        first = begin or start(self.setup, self.options.seeds).params
+        on_all = self.on_chips(config, first)
+        if rows is not None:
+            on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
+        state = start(on_all, seeds)
+        if begin is not None:
+            state = state._replace(params=begin, best=jax.tree.map(jnp.copy, begin))
+        return fit(on_all, state, recipe, seeds).params
+
+    def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
+        """Return a row for every seed on every chip.
+
+        Args:
+          config: of the arrays.
+          params: of every seed [S], or of every seed on every chip [C * S].
+          in_cells: a LoRA is written into cells.
+        """
+        setup = self.setup
+        if in_cells:
+            setup, params = lora_in_cells(setup, params)
+        on_all = self.on_chips(config, params, setup)
+        if len(jax.tree.leaves(params)[0]) < len(on_all.index):
+            params = for_every_chip(params, self.count)
+        found = evaluate(on_all, params, on_all.index, batch_size=self.options.eval_batch)
+        return self._rows(found.exact_match, found.loss, self.count)
+
+    def score_digitally(self, params: Params) -> list[Row]:
+        """Return a row for every seed."""
+        found = evaluate(self.setup, params, self.setup.index, batch_size=self.options.eval_batch)
+        return self._rows(found.exact_match, found.loss, 1)
+
+    def trained(self, name: str, **changes: Any) -> Params:
+        """Return the numbers of a run with other options than the digital one, such as `arrays` or `start_from`."""
+        options = dataclasses.replace(self.options, name=name, resume=True, **changes)
+        fuse(options)
+        return load_to_evaluate(EvaluateOptions(run=options.out / name))[2]
+
+    def _rows(self, matches: Any, losses: Any, chips: int) -> list[Row]:
+        shape = (chips, len(self.options.seeds))
+        matches, losses = np.reshape(matches, shape).tolist(), np.reshape(losses, shape).tolist()
+        return [
+            {"chip": chip, "seed": seed, "exact_match": matches[chip][s], "loss": losses[chip][s]}
+            for chip in range(chips)
+            for s, seed in enumerate(self.options.seeds)
+        ]
+
+
+def subject(
+    store: Store,
+    task: str,
+    method: str,
+    *,
+    seeds: tuple[int, ...],
+    epochs: int,
+    chips: Chips,
+    count: int,
+    test_rows: int | None,
+) -> Subject:
+    """Train a method digitally, and return it with its chips.
+
+    Args:
+      store: of results.
+      task: of the embedded tasks.
+      method: a row of `METHODS`.
+      seeds: of the run.
+      epochs: of training.
+      chips: to draw from.
+      count: of chips.
+      test_rows: evaluate on the first rows only.
+    """
+    entry = METHODS[method]
+    options = FuseOptions(
+        base=str(SMALL / "base"),
+        pool=None if entry.method in POOLLESS else str(store.pool()),
+        task=str(SMALL / "tasks" / task),
+        seeds=seeds,
+        out=store.folder / "runs",
+        name=f"{task}-{slug(method)}",
+        method=entry.method,
+        recipe=dataclasses.replace(recipe_of(entry), epochs=epochs),
+        test_rows=test_rows,
+        resume=True,
+    )
+    fuse(options)
+    setup, options, params = load_to_evaluate(
+        EvaluateOptions(run=options.out / (options.name or ""), test_rows=test_rows)
+    )
+    keys = jnp.stack([chips.chip_key(number) for number in range(count)])
+    return Subject(store, options, looped(setup), params, chips, keys)
+
+
+def slug(name: str) -> str:
+    """Return a name for files."""
+    return name.replace(",", "").replace(" ", "_")
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    checkpoint.write_json(partial, content)
+    partial.replace(file)

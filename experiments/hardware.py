@@ -1,0 +1,276 @@
+"""Fusion on imperfect chips: what putting it on them costs in accuracy, and what training on them wins back.
+
+    python experiments/hardware.py                                    # 3 tasks x 3 seeds x 8 chips
+    python experiments/hardware.py --tasks odd_dash --chips 2 --seeds 1 --out runs/hardware-quick
+    python experiments/hardware.py --config mine.yaml --out runs/hardware-mine
+
+The pool and the base are written once onto every chip. Fusion of as many steps everywhere is trained digitally and
+put there as it is (untouched), on arrays without noise (noise-blind), on another chip at every step (fresh noise), or
+on the very chip (its chip). A month later the numbers are trained a little more on the chip as it is by then. Written
+to the folder: table.md, rows.csv, hardware.png, every row and trained number; interrupted, the same command goes on.
+"""
+
+import csv
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from _common import ROOT
+from _hardware import Row, Store, slug, subject
+
+from lorafusion_jax import cli
+from lorafusion_jax.crossbar.serialise import config_hash
+from lorafusion_jax.report import write_text
+from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.formats import aligned
+from lorafusion_jax.train.arrays.folder import aged, load_chips
+from lorafusion_jax.train.options import OnArrays
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+      tasks: of the embedded ones.
+      seeds: each draws modules, starts and orders of rows.
+      chips: how many.
+      config: of the arrays; it needs a drift model.
+      key: from which chips are drawn.
+      age: at which numbers are trained again.
+      epochs: of training.
+      again_epochs: of training again on all rows.
+      few_rows: of training again on a handful of rows.
+      few_epochs: over them.
+      test_rows: evaluate on the first rows only.
+      out: folder of results; what is there already is not computed again.
+    """
+
+    tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow", "sort_next2")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    chips: int = 8
+    config: str = str(ROOT / "examples" / "chip.yaml")
+    key: int = 0
+    age: str = "1month"
+    epochs: int = 20
+    again_epochs: int = 5
+    few_rows: int = 20
+    few_epochs: int = 10
+    test_rows: int | None = None
+    out: Path = ROOT / "runs" / "hardware"
+
+
+# How numbers are trained -> what that means.
+TRAINED = {
+    "digital": "digitally, and read digitally: what could be had",
+    "untouched": "digitally, and put on the chips",
+    "noise-blind": "on arrays without noise, and put on the chips",
+    "fresh noise": "on another chip at every step, and put on the chips",
+    "its chip": "on the very chip",
+}
+# Of training again.
+BUDGETS = ("all rows", "a handful")
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    store = Store(options.out)
+    settings = dataclasses.asdict(options) | {"config": config_hash(load_chips(options.config).config)}
+    store.claim({name: value for name, value in settings.items() if name not in ("out", "tasks")})
+    rows = []
+    for task in options.tasks:
+        began = time.perf_counter()
+        rows += [{"task": task, **row} for row in task_rows(store, task, options)]
+        print(f"{task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+    text = tables(rows, options)
+    write_text(options.out / "table.md", text)
+    write_text(options.out / "rows.csv", csv_of(rows))
+    draw(rows, options, options.out / "hardware.png")
+    print(f"{text}\nwritten to {options.out}")
+
+
+def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
+    """Yield the rows of a task: case, age, whether drift is compensated, chip, seed, exact match (percent), loss."""
+    chips = load_chips(options.config, key=options.key)
+    on = subject(
+        store,
+        task,
+        "LoRAFusion",
+        seeds=options.seeds,
+        epochs=options.epochs,
+        chips=chips,
+        count=options.chips,
+        test_rows=options.test_rows,
+    )
+    new, recipe = chips.config, on.options.recipe
+
+    def scored(case: str, params: Any, age: str | None = None, *, compensate: bool | None = None) -> Iterator[Row]:
+        config = new if age is None else aged(new, age, compensate=compensate)
+        name = slug(f"{task}-{case}-{age or 'new'}-{compensate}")
+        for row in store.rows(name, lambda: on.score(config, params)):
+            yield {"case": case, "age": age, "compensate": compensate, **row}
+
+    def digitally(case: str, params: Any) -> Iterator[Row]:
+        for row in store.rows(slug(f"{task}-{case}"), lambda: on.score_digitally(params)):
+            yield {"case": case, "age": None, "compensate": None, **row}
+
+    yield from digitally("digital", on.params)
+    arrays = OnArrays(crossbar=options.config, chip_key=options.key)
+    numbers = {
+        "untouched": on.params,
+        "noise-blind": on.trained(f"{task}-blind", arrays=dataclasses.replace(arrays, noise="none"), recipe=recipe),
+        "fresh noise": on.trained(f"{task}-fresh", arrays=dataclasses.replace(arrays, noise="fresh"), recipe=recipe),
+        "its chip": store.numbers(f"{task}-chip", lambda: on.train_on_chips(new, recipe)),
+    }
+    for case, params in numbers.items():
+        yield from scored(case, params)
+        for compensate in (False, True):
+            yield from scored(case, params, options.age, compensate=compensate)
+    # Trained again a month later, beside as many more steps without any noise.
+    month = aged(new, options.age, compensate=True)
+    budgets = ((None, options.again_epochs), (options.few_rows, options.few_epochs))
+    for name, (count, epochs) in zip(BUDGETS, budgets, strict=True):
+        again = dataclasses.replace(
+            recipe,
+            epochs=epochs,
+            lr_coefficients=recipe.lr_coefficients / 2,
+            lr_magnitudes=recipe.lr_magnitudes / 2,
+        )
+        more = {"recipe": again, "train_rows": count or on.options.train_rows}
+        run = on.options.out / (on.options.name or "")
+        clean = on.trained(slug(f"{task}-digital-{name}"), start_from=run, **more)
+        yield from digitally(f"digital, {name}", clean)
+        yield from scored(f"untouched, {name}", clean, options.age, compensate=True)
+        blind = on.trained(
+            slug(f"{task}-blind-{name}"),
+            start_from=on.options.out / f"{task}-blind",
+            arrays=dataclasses.replace(arrays, noise="none"),
+            **more,
+        )
+        yield from scored(f"noise-blind, {name}", blind, options.age, compensate=True)
+        here = store.numbers(
+            slug(f"{task}-again-{name}"),
+            lambda again=again, count=count: on.train_on_chips(month, again, begin=numbers["its chip"], rows=count),
+        )
+        yield from scored(f"its chip, {name}", here, options.age, compensate=True)
+
+
+def tables(rows: Sequence[Row], options: Options) -> str:
+    """Return the tables: new chips, and chips of the age."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+
+    def spread(case: str, age: str | None = None, compensate: bool | None = None) -> list[str]:
+        found = [matches(rows, task, case, age, compensate) for task in tasks]
+        mean = np.mean([of_task.mean() for of_task in found])
+        return [*(_said(of_task) for of_task in found), f"**{mean:.1f}**"]
+
+    def back(trained: str, untouched: str, digital: str, age: str | None, compensate: bool | None) -> list[str]:
+        shares = [won_back(rows, [task], trained, untouched, digital, age, compensate) for task in tasks]
+        return [
+            f"{share:.0f}" for share in (*shares, won_back(rows, tasks, trained, untouched, digital, age, compensate))
+        ]
+
+    head = [*tasks, "**mean**"]
+    new = [["exact match, %", *head]] + [[f"{case}", *spread(case)] for case in TRAINED]
+    new += [[f"won back by {case}, %", *back(case, "untouched", "digital", None, None)] for case in list(TRAINED)[2:]]
+    month = [["exact match, %", *head]]
+    for case in list(TRAINED)[1:]:
+        for compensate, said in ((False, ""), (True, ", drift compensated")):
+            month.append([f"{case}{said}", *spread(case, options.age, compensate)])
+    for budget in BUDGETS:
+        month.append([f"digital, {budget} again", *spread(f"digital, {budget}")])
+        for case in ("untouched", "noise-blind", "its chip"):
+            month.append([f"{case}, {budget} again on it", *spread(f"{case}, {budget}", options.age, compensate=True)])
+        for case in ("noise-blind", "its chip"):
+            names = (f"{case}, {budget}", f"untouched, {budget}", f"digital, {budget}")
+            month.append([f"won back by {case}, %", *back(*names, options.age, True)])
+    few, again = options.few_rows, options.again_epochs
+    return (
+        f"{options.chips} chips, {len(options.seeds)} seeds; mean ± standard deviation between chips.\n\n"
+        f"New chips, {options.epochs} epochs everywhere\n\n{aligned(new)}\n"
+        f"Chips of {options.age}; again: {again} epochs over all rows, or {options.few_epochs} over {few}\n\n"
+        f"{aligned(month)}"
+    )
+
+
+def matches(rows: Sequence[Row], task: str, case: str, age: str | None, compensate: bool | None) -> np.ndarray:
+    """Return exact match of chips [C], means over seeds; digital ones have one."""
+    key = (task, case, age, compensate)
+    found = [row for row in rows if (row["task"], row["case"], row["age"], row["compensate"]) == key]
+    return np.array(
+        [
+            np.mean([row["exact_match"] for row in found if row["chip"] == chip])
+            for chip in sorted({row["chip"] for row in found})
+        ]
+    )
+
+
+def won_back(
+    rows: Sequence[Row],
+    tasks: Sequence[str],
+    trained: str,
+    untouched: str,
+    digital: str,
+    age: str | None,
+    compensate: bool | None,
+) -> float:
+    """Return the share of the loss, digital to untouched, that training wins back, in percent."""
+
+    def mean(case: str, age: str | None, compensate: bool | None) -> float:
+        return float(np.mean([matches(rows, task, case, age, compensate).mean() for task in tasks]))
+
+    here, without, could = mean(trained, age, compensate), mean(untouched, age, compensate), mean(digital, None, None)
+    return 100 * (here - without) / (could - without)
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    """Every row: task, case, age, compensate, chip, seed, exact match, loss."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw(rows: Sequence[Row], options: Options, path: Path) -> None:
+    """Accuracy by case and task, a dot for each chip: new chips, and those of the age."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    aged_cases = [(case, True) for case in list(TRAINED)[1:]] + [
+        (f"{case}, {budget}", True) for budget in BUDGETS for case in ("untouched", "its chip")
+    ]
+    panels: list[tuple[str, list[tuple[str, str | None, bool | None]]]] = [
+        ("new chips", [(case, None, None) for case in TRAINED]),
+        (f"{options.age}, drift compensated", [(case, options.age, compensate) for case, compensate in aged_cases]),
+    ]
+
+    def on(figure: Any) -> None:
+        axes = figure.subplots(1, 2, sharey=True, width_ratios=[len(cases) for _, cases in panels])
+        for axis, (title, cases) in zip(axes, panels, strict=True):
+            for t, task in enumerate(tasks):
+                for i, case in enumerate(cases):
+                    found = matches(rows, task, *case)
+                    place = i + 0.2 * (t - (len(tasks) - 1) / 2)
+                    axis.plot([place] * len(found), found, ".", color=colour(t + 1), alpha=0.6)
+                    label = task if i == 0 else None
+                    axis.plot(place, found.mean(), "_", color=colour(t + 1), markersize=14, label=label)
+            axis.set_title(title)
+            axis.set_xticks(range(len(cases)), [case for case, *_ in cases], rotation=25, ha="right")
+        axes[0].set_ylabel("exact match, %")
+        axes[0].set_ylim(bottom=0)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(tasks))
+
+    plot(path, (11, 4.5), on)
+
+
+def _said(of_chips: np.ndarray) -> str:
+    return f"{of_chips.mean():.1f}" + (f" ± {of_chips.std(ddof=1):.1f}" if len(of_chips) > 1 else "")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,351 @@
+"""Accuracy on chips against what is wrong with them, for fusion and its rivals, and against energy per task.
+
+    python experiments/hardware_sweeps.py                                     # all sweeps
+    python experiments/hardware_sweeps.py --sweeps noise --points 0 0.1       # one of them, at these points
+    python experiments/hardware_sweeps.py --tasks odd_dash --chips 1 --seeds 1 --out runs/sweeps-quick
+
+Sweeps: `noise` of programming (share of Gmax), `adc` (bits), `cell` (bits of each cell, for 7-bit weights), `age`.
+Everything else is as in the configuration. Every method is trained with as many steps: digitally and then put on the
+chips, or on the very chip. Written to the folder: table.md, rows.csv, a plot for each sweep, energy.png, every row
+and trained number; interrupted, the same command goes on.
+"""
+
+import csv
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _common import ROOT, SMALL
+from _hardware import Row, Store, Subject, slug, subject
+
+from lorafusion_jax import cli
+from lorafusion_jax.bill import CostOptions, bills
+from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional
+from lorafusion_jax.crossbar.serialise import config_hash, load_config
+from lorafusion_jax.params import shape_config
+from lorafusion_jax.report import write_text
+from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.formats import aligned
+from lorafusion_jax.train.arrays.folder import aged, load_chips
+
+Sweep = Literal["noise", "adc", "cell", "age"]
+
+_POINTS: dict[Sweep, tuple[str, ...]] = {
+    "noise": ("0", "0.025", "0.05", "0.1", "0.2"),
+    "adc": ("4", "6", "8", "10"),
+    "cell": ("1", "2", "3", "6"),
+    "age": ("1s", "1h", "1day", "1month", "1year"),
+}
+_LABELS: dict[Sweep, str] = {
+    "noise": "programming error, share of Gmax",
+    "adc": "bits of the ADC",
+    "cell": "bits of a cell, 7-bit weights",
+    "age": "age",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is swept.
+
+    Attributes:
+      sweeps: one after the other.
+      points: of the sweep, where it is only one; by default every sweep's own.
+      tasks: of the embedded ones.
+      seeds: each draws modules, starts and orders of rows.
+      chips: how many at every point.
+      config: of the arrays; for the sweep of ages it needs a drift model.
+      key: from which chips are drawn.
+      epochs: of training.
+      again_epochs: of training again on aged chips.
+      test_rows: evaluate on the first rows only.
+      out: folder of results; what is there already is not computed again.
+    """
+
+    sweeps: tuple[Sweep, ...] = get_args(Sweep)
+    points: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow")
+    seeds: tuple[int, ...] = (1, 2)
+    chips: int = 2
+    config: str = str(ROOT / "examples" / "chip.yaml")
+    key: int = 0
+    epochs: int = 20
+    again_epochs: int = 5
+    test_rows: int | None = None
+    out: Path = ROOT / "runs" / "hardware_sweeps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the plots.
+
+    Attributes:
+      method: a row of `METHODS`.
+      training: `digital` numbers are put on the chips, those of `chip` trained there.
+      in_cells: a LoRA is written into cells, its task's own.
+      bill: its name in the bill of a task.
+    """
+
+    method: str
+    training: Literal["digital", "chip"] = "digital"
+    in_cells: bool = False
+    bill: str | None = None
+
+
+LINES = {
+    "LoRAFusion, digital": Line("LoRAFusion"),
+    "LoRAFusion": Line("LoRAFusion", bill="LoRAFusion"),
+    "LoRAFusion, its chip": Line("LoRAFusion", "chip", bill="LoRAFusion"),
+    "coefficients only": Line("coefficients only"),
+    "magnitudes only": Line("magnitudes only"),
+    "LoraHub": Line("LoraHub", bill="LoraHub"),
+    "LoRA in cells": Line("LoRA", in_cells=True, bill="LoRA in cells"),
+    "LoRA in SRAM": Line("LoRA", bill="LoRA in SRAM"),
+    "LoRA in SRAM, its chip": Line("LoRA", "chip", bill="LoRA in SRAM"),
+}
+_AGAIN = "LoRAFusion, trained again"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    if options.points and len(options.sweeps) > 1:
+        raise ValueError("--points are those of one sweep: name it with --sweeps")
+    base = load_config(options.config)
+    for sweep in options.sweeps:  # before anything is trained
+        for point in options.points or _POINTS[sweep]:
+            at(base, sweep, point)
+    store = Store(options.out)
+    settings = dataclasses.asdict(options) | {"config": config_hash(base)}
+    store.claim({k: v for k, v in settings.items() if k not in ("out", "sweeps", "points", "tasks")})
+    rows = []
+    for sweep in options.sweeps:
+        for task in options.tasks:
+            began = time.perf_counter()
+            rows += [{"sweep": sweep, "task": task, **row} for row in sweep_rows(store, sweep, task, options)]
+            print(f"{sweep}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+    text = "\n".join(table(rows, sweep) for sweep in options.sweeps)
+    write_text(options.out / "table.md", text)
+    write_text(options.out / "rows.csv", csv_of(rows))
+    for sweep in options.sweeps:
+        draw(rows, sweep, options.out / f"{sweep}.png")
+    if "noise" in options.sweeps:
+        energy = energies(rows, options)
+        text += f"\n{energy_table(energy)}"
+        write_text(options.out / "table.md", text)
+        draw_energy(energy, options.out / "energy.png")
+    print(f"{text}\nwritten to {options.out}")
+
+
+def at(base: CrossbarConfig, sweep: Sweep, point: str) -> CrossbarConfig:
+    """Return the configuration at a point of a sweep.
+
+    Raises:
+      ValueError: the configuration lacks what is swept, or the point is none.
+    """
+    if sweep == "age":
+        return aged(base, point)
+    if sweep == "noise":
+        model = base.device.programming
+        if not isinstance(model, Independent | Proportional):
+            raise ValueError("the configuration has no programming error of one sigma to sweep")
+        model = dataclasses.replace(model, sigma=jnp.float32(float(point)))
+        return dataclasses.replace(base, device=dataclasses.replace(base.device, programming=model))
+    if sweep == "adc":
+        if base.adc is None:
+            raise ValueError("the configuration has no ADC to sweep")
+        return dataclasses.replace(base, adc=dataclasses.replace(base.adc, bits=int(point)))
+    bits = int(point)
+    if 6 % bits:
+        raise ValueError(f"cells of {bits} bits do not make up the 6 of a 7-bit weight: give 1, 2, 3 or 6")
+    return dataclasses.replace(
+        base,
+        cell=dataclasses.replace(base.cell, bits=(bits,) * (6 // bits)),
+        mapping=dataclasses.replace(base.mapping, weight_bits=7),
+    )
+
+
+def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:
+    """Yield point, line, compensate (of drift, None without ages), chip, seed, exact match (percent), loss."""
+    chips = load_chips(options.config, key=options.key)
+    methods = dict.fromkeys(line.method for line in LINES.values())
+    subjects = {
+        method: subject(
+            store,
+            task,
+            method,
+            seeds=options.seeds,
+            epochs=options.epochs,
+            chips=chips,
+            count=options.chips,
+            test_rows=options.test_rows,
+        )
+        for method in methods
+    }
+    for point in options.points or _POINTS[sweep]:
+        config = at(chips.config, sweep, point)
+        for name, line in LINES.items():
+            on = subjects[line.method]
+            if name == "LoRAFusion, digital":
+                found = store.rows(f"{task}-digital", lambda on=on: on.score_digitally(on.params))
+                yield from ({"point": point, "line": name, "compensate": None, **row} for row in found)
+                continue
+            trained_at = chips.config if sweep == "age" else config
+            where = "new" if sweep == "age" else f"{sweep}-{point}"
+            params = _numbers(store, on, line, trained_at, f"{task}-{slug(name)}-{where}")
+            for compensate in (False, True) if sweep == "age" else (None,):
+                here = config if compensate is None else aged(config, None, compensate=compensate)
+                key = f"{task}-{slug(name)}-{sweep}-{point}-{compensate}"
+                found = store.rows(
+                    key, lambda on=on, here=here, p=params, c=line.in_cells: on.score(here, p, in_cells=c)
+                )
+                yield from ({"point": point, "line": name, "compensate": compensate, **row} for row in found)
+        if sweep == "age":
+            on, config = subjects["LoRAFusion"], aged(config, None, compensate=True)
+            again = dataclasses.replace(
+                on.options.recipe,
+                epochs=options.again_epochs,
+                lr_coefficients=on.options.recipe.lr_coefficients / 2,
+                lr_magnitudes=on.options.recipe.lr_magnitudes / 2,
+            )
+            key = f"{task}-again-{point}"
+            name = "LoRAFusion, its chip"
+            begin = _numbers(store, on, LINES[name], chips.config, f"{task}-{slug(name)}-new")
+            params = store.numbers(
+                key, lambda on=on, c=config, b=begin, again=again: on.train_on_chips(c, again, begin=b)
+            )
+            found = store.rows(key, lambda on=on, c=config, p=params: on.score(c, p))
+            yield from ({"point": point, "line": _AGAIN, "compensate": True, **row} for row in found)
+
+
+def _numbers(store: Store, on: Subject, line: Line, config: CrossbarConfig, name: str) -> Any:
+    if line.training == "digital":
+        return on.params
+    return store.numbers(name, lambda: on.train_on_chips(config, on.options.recipe))
+
+
+def mean(rows: Sequence[Row], line: str, point: str, compensate: bool | None = None) -> float | None:
+    """Return exact match, the mean over tasks, chips and seeds; None where there is none."""
+    found = [
+        row["exact_match"]
+        for row in rows
+        if row["line"] == line and row["point"] == point and row["compensate"] in (compensate, None)
+    ]
+    return float(np.mean(found)) if found else None
+
+
+def lines_of(rows: Sequence[Row]) -> list[tuple[str, str, bool | None]]:
+    """Return label, line and compensation of what is drawn: with ages, both with and without compensation."""
+    found = list(dict.fromkeys((row["line"], row["compensate"]) for row in rows))
+    return [(f"{line}, compensated" if compensate else line, line, compensate) for line, compensate in found]
+
+
+def table(rows: Sequence[Row], sweep: Sweep) -> str:
+    """Return lines by points, means over tasks, chips and seeds."""
+    here = [row for row in rows if row["sweep"] == sweep]
+    points = list(dict.fromkeys(row["point"] for row in here))
+    body = [
+        [label, *(_said(mean(here, line, point, compensate)) for point in points)]
+        for label, line, compensate in lines_of(here)
+    ]
+    tasks = ", ".join(dict.fromkeys(row["task"] for row in here))
+    caption = f"Exact match in percent against {_LABELS[sweep]}; mean of {tasks}, over chips and seeds"
+    return f"{caption}\n\n{aligned([['', *points], *body])}"
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    """Every row: sweep, task, point, line, compensate, chip, seed, exact match, loss."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
+    """Draw every line against the points; dashed: without compensation of drift."""
+    here = [row for row in rows if row["sweep"] == sweep]
+    points = list(dict.fromkeys(row["point"] for row in here))
+    names = list(dict.fromkeys(row["line"] for row in here))
+
+    def on(figure: Any) -> None:
+        axis = figure.subplots()
+        for _, line, compensate in lines_of(here):
+            values = [mean(here, line, point, compensate) for point in points]
+            dashed = compensate is False or "digital" in line
+            axis.plot(
+                range(len(points)),
+                [np.nan if value is None else value for value in values],
+                "--" if dashed else "-",
+                marker="o",
+                markersize=4,
+                color="black" if "digital" in line else colour(names.index(line)),
+                label=None if compensate is False else line,
+            )
+        axis.set_xticks(range(len(points)), points)
+        axis.set_xlabel(_LABELS[sweep] + (" (dashed: drift not compensated)" if sweep == "age" else ""))
+        axis.set_ylabel("exact match, %")
+        axis.set_ylim(bottom=0)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+
+    plot(path, (9, 4.5), on)
+
+
+def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, Any, Any]]:
+    """Return exact match on the chips of the configuration, and joules to learn and to answer, of billed lines."""
+    base = load_config(options.config)
+    model = base.device.programming
+    assert isinstance(model, Independent | Proportional)
+    point = f"{model.sigma:g}"
+    here = [row for row in rows if row["sweep"] == "noise"]
+    asked = CostOptions(adapters=20, rank=16, epochs=options.epochs, source=12, target=8)
+    found = bills(shape_config(str(SMALL / "base")), base, asked)
+    return {
+        name: (match, found[line.bill].learning, found[line.bill].inference)
+        for name, line in LINES.items()
+        if line.bill is not None and (match := mean(here, name, point)) is not None
+    }
+
+
+def energy_table(energy: dict[str, tuple[float, Any, Any]]) -> str:
+    """Return the methods with accuracy and energy."""
+    head = ["", "exact match, %", "J to learn the task", "J for 1,000 tokens"]
+    body = [[name, f"{match:.1f}", _range(learning), _range(task)] for name, (match, learning, task) in energy.items()]
+    return f"Accuracy against energy (low / typical / high)\n\n{aligned([head, *body])}"
+
+
+def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:
+    """Draw accuracy against energy, to learn a task and to use it, a point for every method, with its range."""
+
+    def on(figure: Any) -> None:
+        axes = figure.subplots(1, 2, sharey=True)
+        for i, (name, (match, *joules)) in enumerate(energy.items()):
+            for axis, of in zip(axes, joules, strict=True):
+                axis.hlines(match, of.low, of.high, color=colour(i), linewidth=1.5)
+                axis.plot(of.typical, match, "o", color=colour(i), label=name)
+        for axis, label in zip(axes, ("J to learn the task", "J for 1,000 generated tokens"), strict=True):
+            axis.set_xscale("log")
+            axis.set_xlabel(label)
+            axis.set_ylim(bottom=0)
+        axes[0].set_ylabel("exact match on chips, %")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+
+    plot(path, (11, 4.5), on)
+
+
+def _range(of: Any) -> str:
+    return " / ".join(f"{value:.2g}" for value in (of.low, of.typical, of.high))
+
+
+def _said(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    cli.run(main)
