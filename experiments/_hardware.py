@@ -128,7 +128,7 @@ class Subject:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
         state = start(on_all, seeds)
         if begin is not None:
-            state = state._replace(params=begin, best=jax.tree.map(jnp.copy, begin))
+            state = state._replace(params=jax.tree.map(jnp.copy, begin), best=jax.tree.map(jnp.copy, begin))
         return fit(on_all, state, recipe, seeds).params
 
     def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:

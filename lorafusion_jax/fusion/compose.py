@@ -141,8 +141,8 @@ class Gram:
         what was meant to be there.
     """
 
-    squared: dict[str, Float[Array, "_L _d_out"]]
-    cross: dict[str, Float[Array, "_L P _r _d_out"]]
+    squared: dict[str, Float[Array, "*C _L _d_out"]]
+    cross: dict[str, Float[Array, "*C _L P _r _d_out"]]
     modules: LoraPool | None = None
 
 

@@ -32,8 +32,8 @@ class LoraPool:
 
     A: dict[str, Weight]
     B: dict[str, Weight]
-    rank: dict[str, Int[Array, "_L N"]]
-    scaling: dict[str, Float[Array, "_L N"]] | None = None
+    rank: dict[str, Int[Array, "*C _L N"]]
+    scaling: dict[str, Float[Array, "*C _L N"]] | None = None
     magnitude: dict[str, Array] | None = None
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 

@@ -24,8 +24,8 @@ Params = dict[str, Any]
 class Projections(NamedTuple):
     """Random matrices, of which a site takes the first rows of A and the first columns of B."""
 
-    A: Float[Array, "widest_in r"]
-    B: Float[Array, "r widest_out"]
+    A: Float[Array, "*C widest_in r"]
+    B: Float[Array, "*C r widest_out"]
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +46,7 @@ class Frozen:
     base: nnx.State
     pool: LoraPool | None = None
     gram: Gram | None = None
-    norms: dict[str, Float[Array, "_L _d_out"]] | None = None
+    norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
     projections: Projections | None = None
     redraw: Any = None
     chip_of_seed: Int[Array, " S"] | None = None

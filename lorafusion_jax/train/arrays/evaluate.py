@@ -4,15 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from ...crossbar.config import CrossbarConfig
 from ...crossbar.device import ReadNoise
 from ...crossbar.state import is_random
+from ...fusion.compose import gram
 from ...fusion.pool import LoraPool
 from ...io.checkpoint import write_json
 from ...linear import Weight
+from ...models.t5 import kernels
 from ..apply import EvaluateOptions, load_to_evaluate
 from ..baselines.lora import LoRA
 from ..evaluate import evaluate
@@ -148,9 +152,10 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     )
     as_it_is = Fusion(composition="sum", granularity="global", magnitudes=False)
     index = jnp.arange(seeds)[:, None]
-    frozen = dataclasses.replace(setup.frozen, pool=pool)
+    used = {site: kernel for site, kernel in kernels(nnx.merge(setup.graph, setup.frozen.base)).items() if site in A}
+    frozen = dataclasses.replace(setup.frozen, pool=pool, gram=jax.jit(gram)(pool, used))
     return dataclasses.replace(setup, frozen=frozen, method=as_it_is, index=index), {
-        "coefficients": jnp.ones((seeds, 1, 1))
+        "coefficients": jnp.ones((seeds, 1))
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,13 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
     recipe = Recipe(modules=len(names))
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
     partial_out = options.out.with_name(f".{options.out.name}.partial")
-    partial_out.mkdir(parents=True)
-    save_config(config, partial_out / CONFIG)
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a process that was killed
     leaves: list[Programmed] = []
     with progress("chips", options.chips) as bar:
         for number in range(options.chips):
             chip = program(fused.graph, fused.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
             leaves = programmed_leaves(chip)
-            (folder := partial_out / f"chip_{number}").mkdir()
+            (folder := partial_out / f"chip_{number}").mkdir(parents=True)
             for leaf in leaves:
                 save_state(leaf.state, config, folder / f"{_name(leaf)}.npz")
             bar.update()
@@ -96,6 +96,7 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
         "chips": options.chips,
         "one_chip": _report(leaves),
     }
+    save_config(config, partial_out / CONFIG)
     write_json(partial_out / MANIFEST, manifest)
     partial_out.replace(options.out)
     return manifest
@@ -138,8 +139,8 @@ def _report(leaves: list[Programmed]) -> dict[str, Any]:
         "arrays": total.arrays,
         "cells": total.cells,
         "utilisation": used / there,
-        "pulses": dataclasses.astuple(cost.pulses),
-        "joules": dataclasses.astuple(cost.energy),
-        "seconds": dataclasses.astuple(cost.time),
+        "pulses": list(dataclasses.astuple(cost.pulses)),
+        "joules": list(dataclasses.astuple(cost.energy)),
+        "seconds": list(dataclasses.astuple(cost.time)),
         "simulated_pulses": sum(p * c for p, c in pulses) / total.cells if pulses else None,
     }
