@@ -182,6 +182,14 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small):
     assert f"{manifest['one_chip']['cells']:,} written" in report_table(manifest)
 
 
+def test_arrays_that_the_key_no_longer_draws_are_noticed(small, fused):
+    write_chips(_programming(small, out=small / "changed"))
+    first, second = (small / "changed" / "chip_0" / f"encoder.self.{name}.npz" for name in "qk")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match="encoder.self.q.npz holds other arrays than the key draws now"):
+        _on_chips(fused, crossbar=str(small / "changed"))
+
+
 def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
     before = sorted(small.iterdir())
     for changes, message in (

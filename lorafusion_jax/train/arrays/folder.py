@@ -1,7 +1,8 @@
 """Chips: a configuration, which weights it holds, and the key that each of several chips is drawn from.
 
-A chip is a function of its weights, its configuration and its key, at any age. A folder of chips records these, with
-digests of the weights, and the arrays as they were programmed:
+A chip is a function of its weights, its configuration and its key, at any age: it is drawn from them when it is used. A
+folder of chips records these, with digests of the weights, and the arrays as they were programmed, which a chip that is
+drawn is compared with:
 
     CHIPS/manifest.json   key, digital weights, digests of base and modules, arrays and what writing them took
     CHIPS/config.yaml     of the crossbar
@@ -23,8 +24,9 @@ from jaxtyping import Array, Int
 
 from ...crossbar.config import CrossbarConfig
 from ...crossbar.programming import Polynomial
+from ...crossbar.saved import load_state
 from ...crossbar.serialise import config_hash, load_config
-from ...crossbar.tree import Rules
+from ...crossbar.tree import Rules, program_tree
 from ...linear import dense
 from ...models.t5 import matrices
 from ..setup import Fused
@@ -77,7 +79,7 @@ class Chips:
         return jnp.array([there.index(name) for name in modules], jnp.int32)
 
     def check(self, fused: Fused) -> None:
-        """Refuse a run whose base or modules are not those on the chips.
+        """Refuse a run whose base or modules are not those on the chips, and chips that would be drawn otherwise now.
 
         Raises:
           ValueError: with the first weight that differs.
@@ -98,6 +100,24 @@ class Chips:
                     f"the run fuses the module {name} (sha256 {digest[:12]}), on {self.name} {there}: the chips were "
                     "programmed with another pool; program them with the run's"
                 )
+        self._check_drawn(fused)
+
+    def _check_drawn(self, fused: Fused) -> None:
+        """Draw one weight of chip 0 again, and compare it with the arrays as they were written."""
+        folder = Path(self.name) / "chip_0"
+        base = matrices(nnx.merge(fused.graph, fused.frozen.base))
+        site = next((site for site in base if (folder / f"{site}.npz").is_file()), None)
+        if site is None:
+            return
+        weight = {site: dense(base[site], jnp.float32)}
+        drawn = program_tree(weight, {site: self.config}, self.chip_key(0))[site]
+        written = dataclasses.replace(drawn, state=load_state(folder / f"{site}.npz", self.config)).weights()
+        now = drawn.weights()[: len(written)]
+        if not np.allclose(now, written, rtol=1e-4, atol=1e-5 * float(np.abs(written).max())):
+            raise ValueError(
+                f"{folder / site}.npz holds other arrays than the key draws now: other versions of this package or of "
+                "JAX wrote them; program chips again"
+            )
 
 
 def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chips:
