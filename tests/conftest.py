@@ -11,7 +11,14 @@ import pytest
 _ROOT = Path(__file__).resolve().parent.parent
 
 # Environment variables, because JAX reads them on import and subprocesses that tests start inherit them.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+        # Most of the tests' time is LLVM's: without its optimisations three files measured 18 to 34 % less CPU time.
+        "--xla_backend_optimization_level=0",
+    )
+)
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
