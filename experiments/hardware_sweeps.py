@@ -6,8 +6,9 @@
 
 Sweeps: `noise` of programming (share of Gmax), `adc` (bits), `cell` (bits of each cell, for 7-bit weights), `age`.
 Everything else is as in the configuration. Every method is trained with as many steps: digitally and then put on the
-chips, or on the very chip. Written to the folder: table.md, rows.csv, a plot for each sweep, energy.png, every row
-and trained number; interrupted, the same command goes on.
+chips, or on the very chip. Written to the folder: table, rows and plot of each sweep (noise.md, noise.csv, noise.png),
+accuracy against energy (energy.png, from the sweep of noise), every row and trained number; interrupted, the same
+command goes on.
 """
 
 import csv
@@ -124,23 +125,22 @@ def main(arguments: Sequence[str] = ()) -> None:
     store = Store(options.out)
     settings = dataclasses.asdict(options) | {"config": config_hash(base)}
     store.claim({k: v for k, v in settings.items() if k not in ("out", "sweeps", "points", "tasks")})
-    rows = []
     for sweep in options.sweeps:
+        rows = []
         for task in options.tasks:
             began = time.perf_counter()
-            rows += [{"sweep": sweep, "task": task, **row} for row in sweep_rows(store, sweep, task, options)]
+            rows += [{"task": task, **row} for row in sweep_rows(store, sweep, task, options)]
             print(f"{sweep}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
-    text = "\n".join(table(rows, sweep) for sweep in options.sweeps)
-    write_text(options.out / "table.md", text)
-    write_text(options.out / "rows.csv", csv_of(rows))
-    for sweep in options.sweeps:
+        text = table(rows, sweep)
+        if sweep == "noise":
+            energy = energies(rows, options)
+            text += f"\n{energy_table(energy)}"
+            draw_energy(energy, options.out / "energy.png")
+        write_text(options.out / f"{sweep}.md", text)
+        write_text(options.out / f"{sweep}.csv", csv_of(rows))
         draw(rows, sweep, options.out / f"{sweep}.png")
-    if "noise" in options.sweeps:
-        energy = energies(rows, options)
-        text += f"\n{energy_table(energy)}"
-        write_text(options.out / "table.md", text)
-        draw_energy(energy, options.out / "energy.png")
-    print(f"{text}\nwritten to {options.out}")
+        print(text)
+    print(f"written to {options.out}")
 
 
 def at(base: CrossbarConfig, sweep: Sweep, point: str) -> CrossbarConfig:
@@ -248,19 +248,18 @@ def lines_of(rows: Sequence[Row]) -> list[tuple[str, str, bool | None]]:
 
 def table(rows: Sequence[Row], sweep: Sweep) -> str:
     """Return lines by points, means over tasks, chips and seeds."""
-    here = [row for row in rows if row["sweep"] == sweep]
-    points = list(dict.fromkeys(row["point"] for row in here))
+    points = list(dict.fromkeys(row["point"] for row in rows))
     body = [
-        [label, *(_said(mean(here, line, point, compensate)) for point in points)]
-        for label, line, compensate in lines_of(here)
+        [label, *(_said(mean(rows, line, point, compensate)) for point in points)]
+        for label, line, compensate in lines_of(rows)
     ]
-    tasks = ", ".join(dict.fromkeys(row["task"] for row in here))
+    tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
     caption = f"Exact match in percent against {_LABELS[sweep]}; mean of {tasks}, over chips and seeds"
     return f"{caption}\n\n{aligned([['', *points], *body])}"
 
 
 def csv_of(rows: Sequence[Row]) -> str:
-    """Every row: sweep, task, point, line, compensate, chip, seed, exact match, loss."""
+    """Every row: task, point, line, compensate, chip, seed, exact match, loss."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -270,14 +269,13 @@ def csv_of(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
     """Draw every line against the points; dashed: without compensation of drift."""
-    here = [row for row in rows if row["sweep"] == sweep]
-    points = list(dict.fromkeys(row["point"] for row in here))
-    names = list(dict.fromkeys(row["line"] for row in here))
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    names = list(dict.fromkeys(row["line"] for row in rows))
 
     def on(figure: Any) -> None:
         axis = figure.subplots()
-        for _, line, compensate in lines_of(here):
-            values = [mean(here, line, point, compensate) for point in points]
+        for _, line, compensate in lines_of(rows):
+            values = [mean(rows, line, point, compensate) for point in points]
             dashed = compensate is False or "digital" in line
             axis.plot(
                 range(len(points)),
@@ -303,13 +301,12 @@ def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, An
     model = base.device.programming
     assert isinstance(model, Independent | Proportional)
     point = f"{model.sigma:g}"
-    here = [row for row in rows if row["sweep"] == "noise"]
     asked = CostOptions(adapters=20, rank=16, epochs=options.epochs, source=12, target=8)
     found = bills(shape_config(str(SMALL / "base")), base, asked)
     return {
         name: (match, found[line.bill].learning, found[line.bill].inference)
         for name, line in LINES.items()
-        if line.bill is not None and (match := mean(here, name, point)) is not None
+        if line.bill is not None and (match := mean(rows, name, point)) is not None
     }
 
 
