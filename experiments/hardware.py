@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from _common import ROOT
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for task in options.tasks:
         began = time.perf_counter()
         rows += [{"task": task, **row} for row in task_rows(store, task, options)]
+        jax.clear_caches()  # the next task has other shapes, and compiled programs take gigabytes
         print(f"{task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
     text = tables(rows, options)
     write_text(options.out / "table.md", text)

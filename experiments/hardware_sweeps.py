@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -222,6 +223,9 @@ def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Itera
             )
             found = store.rows(key, lambda on=on, c=config, p=params: on.score(c, p))
             yield from ({"point": point, "line": _AGAIN, "compensate": True, **row} for row in found)
+        if sweep in ("adc", "cell"):
+            jax.clear_caches()  # other bits are other programs, which take gigabytes
+    jax.clear_caches()
 
 
 def _numbers(store: Store, on: Subject, line: Line, config: CrossbarConfig, name: str) -> Any:
