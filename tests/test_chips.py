@@ -23,6 +23,7 @@ from lorafusion_jax.crossbar.state import programmed_weights
 from lorafusion_jax.linear import dense
 from lorafusion_jax.models.t5 import matrices
 from lorafusion_jax.train.apply import EvaluateOptions, evaluate_run
+from lorafusion_jax.train.arrays.calibration import logits_of
 from lorafusion_jax.train.arrays.chips import limits_of, of_seed, of_step, program_chips, redraw
 from lorafusion_jax.train.arrays.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from lorafusion_jax.train.arrays.folder import aged, load_chips, seconds
@@ -307,3 +308,9 @@ def test_methods_without_a_frozen_model_have_no_place_on_arrays(small):
     with pytest.raises(ValueError, match="programming is not random in isaac"):
         fuse(fresh)
     assert load_chips("isaac").config == ARRAYS["isaac"]
+
+
+def test_calibration_compiles_once_for_a_model():
+    """A function of its own for every chip would compile, and be kept, every time."""
+    assert logits_of(_GRAPH, Fusion()) is logits_of(nnx.split(tiny.t5())[0], Fusion())
+    assert logits_of(_GRAPH, Fusion()) is not logits_of(_GRAPH, Fusion(composition="mix"))

@@ -1,6 +1,7 @@
 """Calibration of a chip's converters on a task's training rows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ def calibration_batches(
             yield jax.tree.map(lambda p, seed=seed: p[seed], dict(params)), setup.index[seed], batch
 
 
+@functools.lru_cache  # the same function again: `crossbar.probing` compiles once for each
 def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Params, Array, Batch]], Array]:
     """Return the model as `crossbar.probing` runs it: of frozen weights and (params, index, batch) of one seed."""
 
