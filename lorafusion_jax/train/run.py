@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import __version__
-from ..io import checkpoint
+from ..io import checkpoint, processes
 from .arrays.calibration import calibrate
 from .arrays.setup import CALIBRATION_ROWS, on_arrays
 from .evaluate import Evaluation, seed_rows
@@ -34,7 +34,7 @@ from .sharding import make_mesh, on_mesh, to_host
 from .step import TrainState
 
 # What may differ between a run and its resumption.
-_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name", "mesh")
+_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name", "mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
@@ -46,8 +46,11 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     """
     check(options)
     make_room()
-    mesh = contextlib.nullcontext() if options.mesh is None else jax.set_mesh(make_mesh(options.mesh, len(options.seeds)))
-    with mesh:
+    with contextlib.ExitStack() as stack:
+        if options.distributed:
+            stack.enter_context(processes.joined())
+        if options.mesh is not None:
+            stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
         return _fuse(options)
 
 
@@ -64,7 +67,7 @@ def _fuse(options: FuseOptions) -> dict[str, Any]:
         _refuse_begun(run)
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
-        print(f"{run.folder} is complete: nothing to resume", file=sys.stderr)
+        _note(f"{run.folder} is complete: nothing to resume")
         return done
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
     if options.method == "lorahub":
@@ -76,9 +79,11 @@ def _fuse(options: FuseOptions) -> dict[str, Any]:
     training = tested = setup
     if options.arrays.crossbar is not None:
         training, tested = on_arrays(setup, options, begin or start(setup, options.seeds).params)
+    processes.barrier("every process has read what is there")
     with run.locked():
         if recorded is None:
-            _refuse_begun(run)  # again: another process may have begun it while this one was loading
+            if processes.first():
+                _refuse_begun(run)  # again: another run may have begun it while this one was loading
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
@@ -198,7 +203,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     elif begin is not None:
         state = on_mesh(state._replace(params=begin, best=jax.tree.map(jnp.copy, begin)), of_seeds=True)
     run.cut_metrics(step)
-    log = _weights_and_biases(run, options) if options.log else None
+    log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()
 
     def after_epoch(epoch: Epoch) -> None:
@@ -346,7 +351,12 @@ def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
     was, is_ = recorded["environment"], now["environment"]
     if different := [key for key in is_ if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
-        print(f"note: {changes}; the last bits may differ from an uninterrupted run", file=sys.stderr)
+        _note(f"note: {changes}; the last bits may differ from an uninterrupted run")
+
+
+def _note(text: str) -> None:
+    if processes.first():
+        print(text, file=sys.stderr)
 
 
 def _load_wandb() -> ModuleType:

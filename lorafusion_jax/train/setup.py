@@ -109,6 +109,8 @@ def check(options: FuseOptions) -> None:
             raise ValueError("--adapters names the modules already: leave it out, or --choose")
     if options.mesh is not None and options.method in UNTRAINED:
         raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
+    if options.distributed and options.mesh is None:
+        raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
     if not 0 <= recipe.prune < 1:
         raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
     if recipe.prune and options.method != "fusion":
