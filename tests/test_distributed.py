@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -13,8 +11,7 @@ from pathlib import Path
 import one_block
 import pytest
 
-from lorafusion_jax.train.options import FuseOptions
-from lorafusion_jax.train.run import fuse
+from lorafusion_jax.cli import main
 
 _SEEDS = tuple(range(1, 9))
 _EPOCHS = 12
@@ -60,3 +57,58 @@ def _saved(out: Path) -> int:
 
 def _metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, tmp_path):
+    out = tmp_path / "lost"
+    both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4"))
+    deadline = time.monotonic() + 240
+    while _saved(out) < 2 and all(p.poll() is None for p in both) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    both[1].kill()
+    lost = time.monotonic()
+    printed, said = both[0].communicate(timeout=60)
+    both[1].communicate()
+    assert time.monotonic() - lost < 30
+    assert both[0].returncode == os.EX_TEMPFAIL, said
+    assert "error: another process of this run is lost: start all processes again with --resume" in said
+    assert "Traceback" not in said and "written to" not in printed
+    saved, reached = _saved(out), max(row["step"] for row in _metrics(out))
+    assert 2 <= saved <= reached <= saved + 1 < _EPOCHS  # an interval is an epoch here, and an epoch a step
+    # Four devices of two processes saved it; four of one go on, and one alone comes to the same numbers.
+    main(_command(small, out, "--mesh", "seed=4", "--resume")[3:])
+    alone = tmp_path / "alone"
+    main(_command(small, alone)[3:])
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (out / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
+
+
+_JOINED = """
+import time
+from lorafusion_jax.io import processes
+with processes.joined():
+    print(processes.first(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_other_process_ends_plainly_when_process_0_is_lost():
+    both = _start_two([sys.executable, "-c", _JOINED])
+    assert both[1].stdout is not None
+    assert both[1].stdout.readline() == "False\n"
+    both[0].kill()
+    _, said = both[1].communicate(timeout=60)
+    both[0].communicate()
+    assert both[1].returncode == os.EX_TEMPFAIL
+    assert "error: process 0 of this run is lost: start all processes again with --resume" in said
+
+
+def test_several_processes_without_a_cluster_or_a_mesh_are_refused(small, tmp_path, capsys):
+    for more, message in [
+        (("--distributed", "--mesh", "seed=4"), "--distributed: "),
+        (("--distributed",), "say how with --mesh"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main(_command(small, tmp_path, *more)[3:])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

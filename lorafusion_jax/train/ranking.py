@@ -38,7 +38,9 @@ def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch
     chosen = most_descent(gradient, keep)
     names = [[modules[i] for i in row] for modules, row in zip(setup.modules, chosen.tolist(), strict=True)]
     index = np.take_along_axis(to_host(setup.index), chosen, axis=1)
-    return dataclasses.replace(setup, index=on_mesh(jnp.asarray(index), of_seeds=True), modules=tuple(map(tuple, names)))
+    return dataclasses.replace(
+        setup, index=on_mesh(jnp.asarray(index), of_seeds=True), modules=tuple(map(tuple, names))
+    )
 
 
 def most_descent(gradient: Float[np.ndarray, "seeds N *columns"], keep: int) -> Int[np.ndarray, "seeds keep"]:

@@ -17,13 +17,13 @@ from ..io.pool import check_base, load_pool, read_manifest, read_pool
 from ..models.sites import Site, targeted
 from ..models.t5 import T5, kernels
 from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
+from . import sharding
 from .baselines.full import FullFineTuning
 from .baselines.lora import LoRA
 from .baselines.magnitudes import Magnitudes
 from .baselines.merge import Merge
 from .baselines.vera import VeRA
 from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot
-from . import sharding
 from .options import POOLLESS, UNTRAINED, FuseOptions
 from .sharding import on_mesh
 from .sweep import Path as SeedPath
