@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax.fusion.compose import gram
+from lorafusion_jax.fusion.pool import LoraPool
 from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.train.fit import recipe_rates, train_seeds
 from lorafusion_jax.train.methods import Frozen, Fusion
@@ -25,14 +26,21 @@ from lorafusion_jax.train.step import init_state
 
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_heads=2, num_layers=1, num_decoder_layers=1)
 _COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
+_QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes stays the same
 _SEEDS = 4
 _SITES = ("encoder.self.q", "decoder.cross.v", "encoder.ff.wo")
+
+
+def _of_sites(pool: LoraPool, sites: tuple[str, ...]) -> LoraPool:
+    """Few sites compile quickly: one of each way to split, in either stack."""
+    chosen = ({site: of[site] for site in sites} for of in (pool.A, pool.B, pool.rank))
+    return dataclasses.replace(pool, **dict(zip(("A", "B", "rank"), chosen, strict=True)))
 
 
 def _trained(asked: str | None) -> tuple[list, str, dict]:
     """Return state and metrics of two steps of four seeds, the program, and how its arguments are split, by path."""
     model = tiny.t5(_CONFIG)
-    pool = tiny.pool(3, names="q v wo", config=_CONFIG)
+    pool = _of_sites(tiny.pool(3, names="q v wo", config=_CONFIG), _SITES)
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
     frozen = Frozen(nnx.state(model), pool, jax.jit(gram)(pool, used))
     method = Fusion(composition="mix")
@@ -53,7 +61,7 @@ def _trained(asked: str | None) -> tuple[list, str, dict]:
         # As lists of arrays: types are checked of what holds them, and a compiled program's description is no array.
         leaves, tree = jax.tree.flatten((state, batch, index, frozen, rates))
         step = jax.jit(lambda leaves: jax.tree.leaves(train_seeds(*tree.unflatten(leaves), **static)))
-        compiled = step.lower(leaves).compile()
+        compiled = step.lower(leaves).compile(compiler_options=_QUICK)
         once = compiled(leaves)
         count = len(jax.tree.leaves(state))
         twice = compiled([*once[:count], *leaves[count:]])
@@ -66,9 +74,9 @@ def alone():
 
 
 def test_seeds_over_devices_are_the_same_bits_and_never_meet(alone):
-    (values, _, _), (spread, program, where) = alone, _trained("seed=4")
+    (values, _, _), (spread, program, where) = alone, _trained("seed=2")
     assert not _COLLECTIVES.search(program)
-    assert where["state/params/coefficients"].shard_shape((4, 2, 2)) == (1, 2, 2)
+    assert where["state/params/coefficients"].shard_shape((4, 2, 2)) == (2, 2, 2)
     for a, b in zip(values, spread, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -86,10 +94,11 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
         "frozen/gram/cross/encoder.self.q": (1, 3, 4, 8),
         "state/adam/mu/magnitudes/encoder.self.q": (4, 1, 8),
     }
-    parts = {
-        name: next(s for path, s in where.items() if path.startswith(name)).shard_shape(whole[name]) for name in whole
-    }
-    assert list(parts.values()) == [(1, 16, 4), (1, 12, 16), (1, 3, 12, 4), (1, 3, 4, 4), (1, 3, 4, 4), (2, 1, 4)]
+    parts = [
+        next(sharding for path, sharding in where.items() if path.startswith(name)).shard_shape(shape)
+        for name, shape in whole.items()
+    ]
+    assert parts == [(1, 16, 4), (1, 12, 16), (1, 3, 12, 4), (1, 3, 4, 4), (1, 3, 4, 4), (2, 1, 4)]
 
 
 @pytest.mark.parametrize(

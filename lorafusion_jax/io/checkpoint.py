@@ -59,7 +59,8 @@ def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
 
     Args:
       folder: an existing folder.
-      tree: arrays of any device or NumPy, with several processes of all of them; no PRNG keys (save their `jax.random.key_data`), no 4-bit types.
+      tree: arrays of any device or NumPy, with several processes the same in each or spread over all; no PRNG keys
+        (save their `jax.random.key_data`), no 4-bit types.
 
     Returns:
       `arrays`: "float32[2, 3]" by the path in the tree; `files`: SHA-256 by the path below `folder`.

@@ -42,8 +42,8 @@ def barrier(name: str) -> None:
 def joined() -> Iterator[None]:
     """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them; JAX's backend must not be up.
 
-    If one of them is lost, this one ends within 20 s, with a message and the exit code EX_TEMPFAIL (75). It ends likewise
-    when it fails alone.
+    If one of them is lost, this one ends within 20 s, with a message and the exit code EX_TEMPFAIL (75); likewise when
+    it fails alone.
 
     Raises:
       ValueError: there is no cluster that JAX knows.

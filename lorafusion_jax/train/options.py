@@ -188,8 +188,8 @@ class FuseOptions:
       dtype: of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
       mesh: share the run out over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
-      distributed: this process is one of several, started by Slurm, Open MPI or GKE or on a TPU slice; the run is shared
-        out over all their devices, as --mesh says.
+      distributed: this process is one of several, started by Slurm, Open MPI or GKE or on a TPU slice; --mesh is of all
+        their devices.
       path: how seeds run: batched, or one after the other; by default what is faster on the platform.
       resume: go on with a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).

@@ -109,6 +109,8 @@ def check(options: FuseOptions) -> None:
             raise ValueError("--adapters names the modules already: leave it out, or --choose")
     if options.mesh is not None and options.method in UNTRAINED:
         raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
+    if options.mesh is not None and options.arrays.crossbar is not None:
+        raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
     if options.distributed and options.mesh is None:
         raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
     if not 0 <= recipe.prune < 1:

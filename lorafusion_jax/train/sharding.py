@@ -1,8 +1,8 @@
 """A run on a mesh of devices: seeds over its axis `seed`, matrices over its axis `model`.
 
-The mesh is ambient (`jax.set_mesh`): `sweep.over_seeds` gives every device its own seeds, and the table below says where
-arrays are. Matrices are split as in Megatron-LM (Shoeybi et al., 2019): q, k, v and wi by columns, o and wo, which take
-what those return, by rows. So attention and feed-forward layer each sum over devices once.
+The mesh is ambient (`jax.set_mesh`): `sweep.over_seeds` gives every device its own seeds, and the table below says
+where arrays are. Matrices are split as in Megatron-LM (Shoeybi et al., 2019): q, k, v and wi by columns, o and wo,
+which take what those return, by rows. So attention and feed-forward layer each sum over devices once.
 """
 
 import contextlib
