@@ -2,10 +2,10 @@
 
     python benchmarks/pool_memory.py [--shape flan-t5-large] [--adapters 196] [--modules 20] [--json]
 
-A random base and a converted pool of random adapters of rank 16 on q and v (20 different ones, over and over) are written
-to a temporary folder. Processes of their own load all of the pool, take steps with a few modules of it, and steps with all
-of them in 4 bits, as `--load-in nf4` does; their peaks are the system's (VmHWM) above their imports. Batches of 5 rows of
-128 source and 8 target tokens. FLAN-T5-large's shape takes 12 GiB of disk.
+A random base and a converted pool of random adapters of rank 16 on q and v (20 different ones, over and over) are
+written to a temporary folder. Processes of their own load all of the pool, take steps with a few modules of it, and
+steps with all of them in 4 bits, as `--load-in nf4` does; their peaks are the system's (VmHWM) above their imports.
+Batches of 5 rows of 128 source and 8 target tokens. FLAN-T5-large's shape takes 12 GiB of disk.
 """
 
 import argparse
