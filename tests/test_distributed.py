@@ -105,7 +105,7 @@ def test_the_other_process_ends_plainly_when_process_0_is_lost():
 
 def test_several_processes_without_a_cluster_or_a_mesh_are_refused(small, tmp_path, capsys):
     for more, message in [
-        (("--distributed", "--mesh", "seed=4"), "--distributed: "),
+        (("--distributed", "--mesh", "seed=4"), "--distributed: JAX cannot join other processes here"),
         (("--distributed",), "say how with --mesh"),
     ]:
         with pytest.raises(SystemExit, match="2"):

@@ -46,15 +46,15 @@ def joined() -> Iterator[None]:
     it fails alone.
 
     Raises:
-      ValueError: there is no cluster that JAX knows.
+      ValueError: there is no cluster that JAX knows, or it cannot be reached.
     """
     if not jax.distributed.is_initialized():
         try:
             jax.distributed.initialize()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"--distributed: JAX finds no cluster here ({error}): start the processes with Slurm, Open MPI or GKE, "
-                "or on a TPU slice"
+                f"--distributed: JAX cannot join other processes here ({error}): start them with Slurm, Open MPI or "
+                "GKE, or on a TPU slice"
             ) from None
     over = threading.Event()
     # JAX's client aborts at once where process 0, its coordinator, is lost.
