@@ -71,6 +71,7 @@ def _convert(arguments: Sequence[str]) -> None:
 
 
 def _fuse(arguments: Sequence[str]) -> None:
+    from .io import processes
     from .train.options import PRESETS, FuseOptions
     from .train.run import fuse, run_path
 
@@ -85,7 +86,9 @@ def _fuse(arguments: Sequence[str]) -> None:
         kw_only=True,
     )
     options = _parse(with_preset, arguments, "fuse")
-    print_results(fuse(options), run_path(options))
+    results = fuse(options)
+    if processes.first():
+        print_results(results, run_path(options))
 
 
 def _evaluate(arguments: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """Trees of arrays on disk, by orbax: a SHA-256 guards every file, and a folder is whole or not there.
 
+Several processes (see `processes`) save together, each its own part of the arrays, to a file system that all see.
+
 orbax loads a data file with a flipped byte without a word, hence the digests. Leaves come back as NumPy
 arrays: where they go is the caller's business, so a checkpoint does not depend on the devices that wrote it.
 """
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import processes
 from .source import sha256
 
 _ARRAYS = "arrays"
@@ -27,6 +30,8 @@ _STEP = re.compile(r"step_(\d+)")
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into, which takes the name `folder` once the block has ended without an error.
 
+    Of several processes the first makes and names it.
+
     What a killed process left of an earlier attempt is removed.
 
     Raises:
@@ -35,13 +40,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder, or remove it first")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if processes.first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.barrier(f"{folder.name} is there")
     try:
         yield partial
-        partial.rename(folder)
+        if processes.first():
+            partial.rename(folder)
+        processes.barrier(f"{folder.name} is whole")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
@@ -49,14 +59,16 @@ def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
 
     Args:
       folder: an existing folder.
-      tree: arrays of any device or NumPy; no PRNG keys (save their `jax.random.key_data`), no 4-bit types.
+      tree: arrays of any device or NumPy, with several processes the same in each or spread over all; no PRNG keys
+        (save their `jax.random.key_data`), no 4-bit types.
 
     Returns:
       `arrays`: "float32[2, 3]" by the path in the tree; `files`: SHA-256 by the path below `folder`.
     """
     from orbax.checkpoint import v1 as ocp
 
-    tree = jax.tree.map(np.asarray, jax.device_get(tree))
+    if not processes.several():
+        tree = jax.tree.map(np.asarray, jax.device_get(tree))
     ocp.save(str((folder / _ARRAYS).absolute()), tree)
     files = sorted(path for path in (folder / _ARRAYS).rglob("*") if path.is_file())
     return {
@@ -132,9 +144,10 @@ def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
     """
     with new_folder(folder) as partial:
         record = write_arrays(partial, tree)
-        write_json(partial / _MANIFEST, {"metadata": metadata, **record})
-        for path in partial.rglob("*"):
-            _flush(path)
+        if processes.first():
+            write_json(partial / _MANIFEST, {"metadata": metadata, **record})
+            for path in partial.rglob("*"):
+                _flush(path)
     _flush(folder.parent)
 
 
@@ -152,8 +165,9 @@ def load(folder: Path, abstract: Any = None) -> tuple[Any, dict[str, Any]]:
 def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:
     """Save `checkpoints / step_000123`, and only then remove all but the `keep` (>= 1) latest."""
     save(checkpoints / f"step_{step:06d}", tree, metadata)
-    for old in _steps(checkpoints)[:-keep]:
-        shutil.rmtree(old)
+    if processes.first():
+        for old in _steps(checkpoints)[:-keep]:
+            shutil.rmtree(old)
 
 
 def latest(checkpoints: Path) -> Path | None:

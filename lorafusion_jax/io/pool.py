@@ -38,6 +38,8 @@ _KEPT = "kept"
 
 _Tree = dict[str, dict[str, np.ndarray]]
 _Dtype = Literal["float32", "bfloat16"]
+# Site -> `rank` and `scaling`, a list over layers each, as in the manifest.
+_Ranks = dict[str, dict[str, list]]
 
 
 def read_pool(
@@ -61,11 +63,16 @@ def read_pool(
     # One after the other: what is left of reading is Python, which threads do not share out.
     shapes = linear_shapes(config)
     adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor) for source in sources]
-    return _stack(adapters, config, dtype)
+    stack = _Stack([adapter.name for adapter in adapters], [_table(a, config) for a in adapters], config, dtype)
+    for number, adapter in enumerate(adapters):
+        stack.fill(number, adapter)
+    return stack.pool()
 
 
 def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: _Dtype = "float32") -> LoraPool:
     """Load a converted pool, or only the adapters chosen by name or index, in that order.
+
+    What is not chosen is not read, and of what is, little more than the pool itself is in memory at any time.
 
     Raises:
       ValueError: the folder is no pool, a file is missing or damaged, or the pool has no such adapter.
@@ -76,11 +83,16 @@ def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, 
     # The pool itself knows how to choose; no arrays are needed for it.
     indices = LoraPool(A={}, B={}, rank={}, names=names).indices(names if chosen is None else chosen)
 
-    def load(index: int) -> PeftAdapter:
-        return _load_adapter(folder, manifest["adapters"][index])
+    entries = [manifest["adapters"][index] for index in indices]
+    config = T5Config(**manifest["base"]["config"])
+    stack = _Stack([entry["name"] for entry in entries], [entry["sites"] for entry in entries], config, dtype)
+
+    def fill(number: int) -> None:
+        stack.fill(number, _load_adapter(folder, entries[number]))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return _stack(list(threads.map(load, indices)), T5Config(**manifest["base"]["config"]), dtype)
+        list(threads.map(fill, range(len(entries))))
+    return stack.pool()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -144,12 +156,6 @@ def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _T
     Raises:
       AdapterError: the adapter's dtype changes from layer to layer of a site.
     """
-    table: dict[str, dict[str, list]] = {}
-    for path, (a, _) in adapter.factors.items():
-        site, layer = _located(path)
-        layers = sites(config)[site].layers
-        row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
-        row["rank"][layer], row["scaling"][layer] = a.shape[0], adapter.scaling[path]
     arrays = [array for pair in adapter.factors.values() for array in pair]
     arrays += (adapter.magnitude or {}).values()
     entry = {
@@ -159,7 +165,7 @@ def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _T
         "dtype": ", ".join(sorted({str(array.dtype) for array in arrays})),
         "parameters": sum(array.size for array in arrays),
         "dora": adapter.magnitude is not None,
-        "sites": {site: table[site] for site in sites(config) if site in table},
+        "sites": _table(adapter, config),
         "notes": list(adapter.notes),
     }
     return entry, _by_site(adapter, sites(config))
@@ -239,54 +245,61 @@ def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
     return tree
 
 
-def _stack(adapters: Sequence[PeftAdapter], config: T5Config, dtype: _Dtype) -> LoraPool:
-    """Stack over layers and adapters, scaling folded into B, padded to the largest rank of each site."""
-    if not adapters:
-        raise ValueError("a pool needs at least one adapter: none was given")
-    names: list[str] = []
-    for adapter in adapters:
-        check_fits(adapter, names, alone=len(adapters) == 1)
-        names.append(adapter.name)
-    where: dict[str, list[tuple[int, int, str]]] = {}
-    for n, adapter in enumerate(adapters):
-        for path in adapter.factors:
+def _table(adapter: PeftAdapter, config: T5Config) -> _Ranks:
+    """Return site -> rank and scaling of every layer, 0 in a layer that the adapter lacks."""
+    table: _Ranks = {}
+    for path, (a, _) in adapter.factors.items():
+        site, layer = _located(path)
+        layers = sites(config)[site].layers
+        row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
+        row["rank"][layer], row["scaling"][layer] = a.shape[0], adapter.scaling[path]
+    return {site: table[site] for site in sites(config) if site in table}
+
+
+class _Stack:
+    """A pool that adapters are put into one by one, from any thread: their shapes are known before they are.
+
+    Stacked over layers and adapters, scaling folded into B, padded to the largest rank of each site.
+    """
+
+    def __init__(self, names: Sequence[str], tables: Sequence[_Ranks], config: T5Config, dtype: _Dtype):
+        if not names:
+            raise ValueError("a pool needs at least one adapter: none was given")
+        self.names, self.magnitude = tuple(names), None
+        self.A, self.B, self.rank, self.scaling = {}, {}, {}, {}
+        for site, (layers, d_in, d_out) in sites(config).items():
+            if not any(site in table for table in tables):
+                continue
+            lacks = {"rank": [0] * layers, "scaling": [0.0] * layers}
+            rows = [table.get(site, lacks) for table in tables]
+            self.rank[site] = rank = np.array([row["rank"] for row in rows], np.int32).T
+            self.scaling[site] = np.array([row["scaling"] for row in rows], np.float32).T
+            self.A[site] = aligned_zeros((*rank.shape, d_in, int(rank.max())), dtype)
+            self.B[site] = aligned_zeros((*rank.shape, int(rank.max()), d_out), dtype)
+
+    def fill(self, number: int, adapter: PeftAdapter) -> None:
+        """Put in the adapter of this number."""
+        check_fits(adapter, self.names[:number], alone=len(self.names) == 1)
+        if adapter.magnitude is not None:
+            self.magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
+        for path, (a, b) in adapter.factors.items():
             site, layer = _located(path)
-            where.setdefault(site, []).append((layer, n, path))
+            r = a.shape[0]
+            self.A[site][layer, number, :, :r] = a.T
+            self.B[site][layer, number, :r] = b.astype(np.float32, copy=False).T * self.scaling[site][layer, number]
+            if adapter.magnitude is not None:
+                self.magnitude[site][layer] = adapter.magnitude[path]
 
-    def stack(site: str) -> tuple[jax.Array, ...]:
-        layers, d_in, d_out = sites(config)[site]
-        rank = np.zeros((layers, len(adapters)), np.int32)
-        scaling = np.zeros(rank.shape, np.float32)
-        for layer, n, path in where[site]:
-            rank[layer, n] = adapters[n].factors[path][0].shape[0]
-            scaling[layer, n] = adapters[n].scaling[path]
-        A = aligned_zeros((*rank.shape, d_in, int(rank.max())), dtype)
-        B = aligned_zeros((*rank.shape, int(rank.max()), d_out), dtype)
-        for layer, n, path in where[site]:
-            r = rank[layer, n]
-            a, b = adapters[n].factors[path]
-            A[layer, n, :, :r] = a.T
-            B[layer, n, :r] = b.astype(np.float32, copy=False).T * scaling[layer, n]
-        return jax.device_put(A), jax.device_put(B), jnp.asarray(rank), jnp.asarray(scaling)
-
-    stacked = {site: stack(site) for site in sites(config) if site in where}
-    magnitude = None
-    if (vectors := adapters[0].magnitude) is not None:
-        magnitude = {}
-        for site in stacked:
-            layers, _, d_out = sites(config)[site]
-            rows = np.zeros((layers, d_out), dtype)
-            for layer, _, path in where[site]:
-                rows[layer] = vectors[path]
-            magnitude[site] = jnp.asarray(rows)
-    return LoraPool(
-        A={site: a for site, (a, _, _, _) in stacked.items()},
-        B={site: b for site, (_, b, _, _) in stacked.items()},
-        rank={site: rank for site, (_, _, rank, _) in stacked.items()},
-        scaling={site: scaling for site, (_, _, _, scaling) in stacked.items()},
-        magnitude=magnitude,
-        names=tuple(names),
-    )
+    def pool(self) -> LoraPool:
+        """Return the pool; nothing may be put in any more."""
+        return LoraPool(
+            A={site: jax.device_put(a) for site, a in self.A.items()},
+            B={site: jax.device_put(b) for site, b in self.B.items()},
+            rank={site: jnp.asarray(rank) for site, rank in self.rank.items()},
+            scaling={site: jnp.asarray(scaling) for site, scaling in self.scaling.items()},
+            magnitude=self.magnitude and {site: jnp.asarray(rows) for site, rows in self.magnitude.items()},
+            names=self.names,
+        )
 
 
 def _located(path: str) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from .loss import log_likelihood
 from .methods import Frozen, Method, Params, adapted_model
 from .progress import progress
 from .setup import Setup
+from .sharding import on_mesh, to_host
 from .step import batch_logits, objective
 from .sweep import Path, over_seeds, per_seed
 
@@ -77,12 +78,12 @@ def evaluate(
     with progress("evaluate", rows) as bar:
         for number, (numbers, batch) in enumerate(eval_batches(setup.test, batch_size, pad_id=pad_id)):
             real = numbers >= 0
-            frozen = reads(setup.frozen, GENERATION, number)
-            said = generate_seeds(params, index, frozen, batch, max_new_tokens=setup.max_new_tokens, **static)
-            tokens[:, numbers[real]] = np.asarray(said)[:, real]
+            frozen, asked = reads(setup.frozen, GENERATION, number), on_mesh(batch)
+            said = generate_seeds(params, index, frozen, asked, max_new_tokens=setup.max_new_tokens, **static)
+            tokens[:, numbers[real]] = to_host(said)[:, real]
             count = int(np.sum(batch.labels >= 0))
             frozen, everyone = reads(setup.frozen, LOSS, number), _for_every_seed(batch, seeds)
-            entropy += np.asarray(seed_entropies(params, everyone, index, frozen, **static), float) * count
+            entropy += to_host(seed_entropies(params, everyone, index, frozen, **static)).astype(float) * count
             targets += count
             bar.update(int(np.sum(real)))
     texts = [setup.tokenizer.batch_decode(seed, skip_special_tokens=True) for seed in tokens]
@@ -121,7 +122,7 @@ def _option_correct(
         real = numbers >= 0
         frozen = reads(setup.frozen, OPTIONS, number)
         everyone = _for_every_seed(batch, len(index))
-        likelihoods[:, numbers[real]] = np.asarray(seed_likelihoods(params, everyone, index, frozen, **static))[:, real]
+        likelihoods[:, numbers[real]] = to_host(seed_likelihoods(params, everyone, index, frozen, **static))[:, real]
     ends = np.cumsum([len(of_row) for of_row in options])
     chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
     wanted = [example.target for example in setup.task.test[: len(options)]]
@@ -179,4 +180,4 @@ def seed_entropies(
 
 
 def _for_every_seed(batch: Batch, seeds: int) -> Batch:
-    return jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch)
+    return on_mesh(jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch), of_seeds=True)

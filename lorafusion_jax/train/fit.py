@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ..linear import reads
 from ..tasks import Batch, batch_orders, train_batches
@@ -18,6 +18,7 @@ from .methods import Frozen, Method
 from .options import Recipe
 from .progress import progress
 from .setup import Setup
+from .sharding import on_mesh, to_host
 from .step import Optimisation, Rates, TrainState, end_epoch, fusion_step, init_state, prune
 from .sweep import Path, over_seeds
 
@@ -30,6 +31,7 @@ class Epoch(NamedTuple):
     Attributes:
       number: from 1.
       state: after it.
+      stopped: which seeds go on no more.
       metrics: name -> [steps, seeds], of its steps.
       validation_loss: of each seed on its own validation rows, nats per token.
       first_step: how many steps came before it.
@@ -38,6 +40,7 @@ class Epoch(NamedTuple):
 
     number: int
     state: TrainState
+    stopped: Bool[np.ndarray, " seeds"]
     metrics: dict[str, np.ndarray]
     validation_loss: np.ndarray
     first_step: int
@@ -47,7 +50,8 @@ class Epoch(NamedTuple):
 def start(setup: Setup, seeds: tuple[int, ...]) -> TrainState:
     """Return the state that all seeds start from, each with its own key."""
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
-    return _start(keys, setup.index, setup.frozen, method=setup.method)
+    state = _start(on_mesh(keys, of_seeds=True), setup.index, setup.frozen, method=setup.method)
+    return on_mesh(state, of_seeds=True)
 
 
 def fit(
@@ -80,7 +84,8 @@ def fit(
     # All validation rows in one batch: its loss is then their mean per token.
     validating = setup.split.validation
     held_out = next(train_batches(setup.train, batch_orders(validating, batch_size=validating.shape[1]), pad_id=pad_id))
-    rates = rates or recipe_rates(recipe, len(seeds))
+    held_out = on_mesh(held_out, of_seeds=True)
+    rates = on_mesh(rates or recipe_rates(recipe, len(seeds)), of_seeds=True)
     static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
     first_step = epochs_done * per_epoch
     batches = train_batches(setup.train, orders, pad_id=pad_id, first_step=first_step)
@@ -88,7 +93,7 @@ def fit(
         for number in range(epochs_done + 1, recipe.epochs + 1):
             steps = []
             for _ in range(per_epoch):
-                batch = next(batches)
+                batch = on_mesh(next(batches), of_seeds=True)
                 state, metrics = train_seeds(
                     state, batch, setup.index, setup.frozen, rates, optimisation=optimisation, **static
                 )
@@ -99,22 +104,23 @@ def fit(
             state = _after_epoch(
                 state,
                 validation_loss,
-                jnp.int32(number),
+                np.int32(number),
                 optimisation=optimisation,
                 pruning=recipe.prune > 0 and number == (recipe.epochs + 1) // 2,
             )
-            stopped = bool(jnp.all(state.stopped))
+            steps, validation_loss, stopped = to_host((steps, validation_loss, state.stopped))
             after_epoch(
                 Epoch(
                     number=number,
                     state=state,
-                    metrics={k: np.stack([np.asarray(s[k]) for s in steps]) for k in steps[0]},
-                    validation_loss=np.asarray(validation_loss),
+                    stopped=stopped,
+                    metrics={k: np.stack([s[k] for s in steps]) for k in steps[0]},
+                    validation_loss=validation_loss,
                     first_step=(number - 1) * per_epoch,
-                    last=stopped or number == recipe.epochs,
+                    last=bool(np.all(stopped)) or number == recipe.epochs,
                 )
             )
-            if stopped:
+            if np.all(stopped):
                 break
     return state
 
@@ -146,21 +152,23 @@ def train_seeds(
 
 @partial(jax.jit, static_argnames=("method",))
 def _start(keys: Array, index: Array, frozen: Frozen, *, method: Method) -> TrainState:
-    def start_seed(number: Array, key: Array, index: Array) -> TrainState:
+    def start_seed(seed: tuple[Array, Array, Array], frozen: Frozen) -> TrainState:
+        number, key, index = seed
         return init_state(method, of_seed(frozen, number), index, key)
 
-    return jax.vmap(start_seed)(jnp.arange(len(index)), keys, index)
+    return over_seeds(start_seed, "vmap")((jnp.arange(len(index)), keys, index), frozen)
 
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))
 def _after_epoch(
     state: TrainState, loss: Array, number: Array, *, optimisation: Optimisation, pruning: bool
 ) -> TrainState:
-    def of_seed(state: TrainState, loss: Array) -> TrainState:
+    def end_of_seed(seed: tuple[TrainState, Array], number: Array) -> TrainState:
+        state, loss = seed
         state = end_epoch(state, loss, number, optimisation)
         return prune(state, optimisation.prune) if pruning else state
 
-    return jax.vmap(of_seed)(state, loss)
+    return over_seeds(end_of_seed, "vmap")((state, loss), number)
 
 
 def recipe_rates(recipe: Recipe, seeds: int) -> Rates:

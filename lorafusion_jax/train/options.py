@@ -187,6 +187,9 @@ class FuseOptions:
       eval_batch: rows in a batch of generation.
       dtype: of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
+      mesh: share the run out over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
+      distributed: this process is one of several, started by Slurm, Open MPI or GKE or on a TPU slice; --mesh is of all
+        their devices.
       path: how seeds run: batched, or one after the other; by default what is faster on the platform.
       resume: go on with a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).
@@ -211,6 +214,8 @@ class FuseOptions:
     eval_batch: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
     load_in: Literal["full", "nf4", "int8"] = "full"
+    mesh: str | None = None
+    distributed: bool = False
     path: Literal["auto", "vmap", "map"] = "auto"
     resume: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None

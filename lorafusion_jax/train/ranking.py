@@ -20,6 +20,7 @@ from .evaluate import SEARCH
 from .fit import start
 from .methods import Frozen, Method, Params
 from .setup import Setup
+from .sharding import on_mesh, to_host
 from .step import objective
 from .sweep import per_seed
 
@@ -36,22 +37,26 @@ def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch
     gradient = gradients_at_zero(setup, seeds, batch_size=batch_size)
     chosen = most_descent(gradient, keep)
     names = [[modules[i] for i in row] for modules, row in zip(setup.modules, chosen.tolist(), strict=True)]
-    index = jnp.take_along_axis(setup.index, jnp.asarray(chosen), axis=1)
-    return dataclasses.replace(setup, index=index, modules=tuple(map(tuple, names)))
+    index = np.take_along_axis(to_host(setup.index), chosen, axis=1)
+    return dataclasses.replace(
+        setup, index=on_mesh(jnp.asarray(index), of_seeds=True), modules=tuple(map(tuple, names))
+    )
 
 
-def most_descent(gradient: Float[Array, "seeds N *columns"], keep: int) -> Int[np.ndarray, "seeds keep"]:
+def most_descent(gradient: Float[np.ndarray, "seeds N *columns"], keep: int) -> Int[np.ndarray, "seeds keep"]:
     """Return the modules along whose one coefficient, for all columns, the loss falls most.
 
     Args:
       gradient: in the coefficients.
       keep: how many.
     """
-    descent = -np.sum(np.asarray(gradient, float), axis=tuple(range(2, gradient.ndim)))
+    descent = -np.sum(gradient, axis=tuple(range(2, gradient.ndim)), dtype=float)
     return np.argsort(-descent, axis=1, kind="stable")[:, :keep]
 
 
-def gradients_at_zero(setup: Setup, seeds: tuple[int, ...], *, batch_size: int) -> Float[Array, "seeds N *columns"]:
+def gradients_at_zero(
+    setup: Setup, seeds: tuple[int, ...], *, batch_size: int
+) -> Float[np.ndarray, "seeds N *columns"]:
     """Return the gradient of the training rows' loss in the coefficients at c = 0, by one pass over each seed's rows.
 
     Args:
@@ -67,8 +72,9 @@ def gradients_at_zero(setup: Setup, seeds: tuple[int, ...], *, batch_size: int) 
     total = jnp.zeros_like(params["coefficients"])
     for number, batch in enumerate(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)):
         frozen = reads(setup.frozen, SEARCH, number)
+        batch = on_mesh(batch, of_seeds=True)
         total = total + coefficient_gradients(params, batch, setup.index, frozen, **static)
-    return total
+    return to_host(total)
 
 
 @per_seed

@@ -1,5 +1,6 @@
 """`lorafusion fuse`: prepare, train, evaluate, and write a run that can be killed and resumed at any time."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import __version__
-from ..io import checkpoint
+from ..io import checkpoint, processes
 from .arrays.calibration import calibrate
 from .arrays.setup import CALIBRATION_ROWS, on_arrays
 from .evaluate import Evaluation, seed_rows
@@ -29,10 +30,11 @@ from .search.cma import check_population, load_evosax
 from .search.lorahub import check_evaluations, load_nevergrad
 from .search.run import SEARCHES, evaluations
 from .setup import Setup, check, prepare, trainable_count, with_modules
+from .sharding import make_mesh, on_mesh, to_host
 from .step import TrainState
 
 # What may differ between a run and its resumption.
-_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name")
+_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name", "mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
@@ -44,6 +46,15 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     """
     check(options)
     make_room()
+    with contextlib.ExitStack() as stack:
+        if options.distributed:
+            stack.enter_context(processes.joined())
+        if options.mesh is not None:
+            stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
+        return _fuse(options)
+
+
+def _fuse(options: FuseOptions) -> dict[str, Any]:
     if options.method == "lorahub":
         load_nevergrad()
     if options.method == "cma":
@@ -56,7 +67,7 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
         _refuse_begun(run)
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
-        print(f"{run.folder} is complete: nothing to resume", file=sys.stderr)
+        _note(f"{run.folder} is complete: nothing to resume")
         return done
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
     if options.method == "lorahub":
@@ -68,9 +79,11 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
     training = tested = setup
     if options.arrays.crossbar is not None:
         training, tested = on_arrays(setup, options, begin or start(setup, options.seeds).params)
+    processes.barrier("every process has read what is there")
     with run.locked():
         if recorded is None:
-            _refuse_begun(run)  # again: another process may have begun it while this one was loading
+            if processes.first():
+                _refuse_begun(run)  # again: another run may have begun it while this one was loading
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
@@ -165,7 +178,7 @@ def _train(
         return {}, [0] * len(options.seeds)
     if final.is_dir():
         params, metadata = checkpoint.load(final)
-        return jax.tree.map(jnp.asarray, params), metadata["steps"]
+        return on_mesh(jax.tree.map(jnp.asarray, params), of_seeds=True), metadata["steps"]
     if options.method in GIVEN:
         params, steps = start(setup, options.seeds).params, [0] * len(options.seeds)
     elif options.method in SEARCHES:
@@ -175,9 +188,9 @@ def _train(
     else:
         state = _fit(run, setup, options, begin)
         params = state.best if options.recipe.stop_early else state.params
-        steps = np.asarray(state.step).tolist()
-    checkpoint.save(final, params, {"steps": steps})
-    return params, steps
+        steps = to_host(state.step).tolist()
+    checkpoint.save(final, to_host(params), {"steps": steps})
+    return on_mesh(params, of_seeds=True), steps
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
@@ -185,12 +198,12 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     saved = checkpoint.latest(run.checkpoints)
     if saved is not None:
         state, metadata = checkpoint.load(saved, state)
-        state = jax.tree.map(jnp.asarray, state)
+        state = on_mesh(jax.tree.map(jnp.asarray, state), of_seeds=True)
         done, step = metadata["epochs"], metadata["step"]
     elif begin is not None:
-        state = state._replace(params=begin, best=jax.tree.map(jnp.copy, begin))
+        state = on_mesh(state._replace(params=begin, best=jax.tree.map(jnp.copy, begin)), of_seeds=True)
     run.cut_metrics(step)
-    log = _weights_and_biases(run, options) if options.log else None
+    log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()
 
     def after_epoch(epoch: Epoch) -> None:
@@ -205,8 +218,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             checkpoint.save_step(run.checkpoints, step, epoch.state, metadata, keep=2)
             last_save = time.monotonic()
 
-    stopped = bool(jnp.all(state.stopped))
-    if not stopped:
+    if not np.all(to_host(state.stopped)):
         state = fit(setup, state, options.recipe, options.seeds, epochs_done=done, after_epoch=after_epoch)
     if log is not None:
         log.finish()
@@ -246,7 +258,7 @@ def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
             "epoch": epoch.number,
             "seed": seed,
             "validation_loss": epoch.validation_loss[s].item(),
-            "stopped": bool(epoch.state.stopped[s]),
+            "stopped": epoch.stopped[s].item(),
         }
 
 
@@ -339,7 +351,12 @@ def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
     was, is_ = recorded["environment"], now["environment"]
     if different := [key for key in is_ if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
-        print(f"note: {changes}; the last bits may differ from an uninterrupted run", file=sys.stderr)
+        _note(f"note: {changes}; the last bits may differ from an uninterrupted run")
+
+
+def _note(text: str) -> None:
+    if processes.first():
+        print(text, file=sys.stderr)
 
 
 def _load_wandb() -> ModuleType:

@@ -6,7 +6,7 @@
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
 
-A folder is locked while a process writes to it.
+A folder is locked while a process writes to it. Of several processes of a run the first alone writes.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ..io import processes
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -38,6 +40,9 @@ class RunFolder:
         Raises:
           ValueError: another process is writing to the run.
         """
+        if not processes.first():
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "a+") as lock:
             try:
@@ -95,8 +100,10 @@ class RunFolder:
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to the metrics; a number that is not finite is null."""
-        with open(self.folder / _METRICS, "a") as file:
-            file.write("".join(json.dumps(_finite(row)) + "\n" for row in rows))
+        lines = [json.dumps(_finite(row)) + "\n" for row in rows]
+        if processes.first():
+            with open(self.folder / _METRICS, "a") as file:
+                file.write("".join(lines))
 
     def cut_metrics(self, step: int) -> None:
         """Drop what lies behind a step, and a line that a killed process left unfinished."""
@@ -121,6 +128,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    if processes.first():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text)
+        partial.replace(path)

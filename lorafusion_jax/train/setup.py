@@ -12,11 +12,12 @@ from jaxtyping import Array, Int
 
 from ..fusion.compose import gram, norms
 from ..fusion.pool import LoraPool, random_pool, shuffled_pool
-from ..io.hf import base_tensor, load_base
+from ..io.hf import base_tensor, load_base, read_config
 from ..io.pool import check_base, load_pool, read_manifest, read_pool
 from ..models.sites import Site, targeted
 from ..models.t5 import T5, kernels
 from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
+from . import sharding
 from .baselines.full import FullFineTuning
 from .baselines.lora import LoRA
 from .baselines.magnitudes import Magnitudes
@@ -24,6 +25,7 @@ from .baselines.merge import Merge
 from .baselines.vera import VeRA
 from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot
 from .options import POOLLESS, UNTRAINED, FuseOptions
+from .sharding import on_mesh
 from .sweep import Path as SeedPath
 from .sweep import default_path
 
@@ -105,6 +107,12 @@ def check(options: FuseOptions) -> None:
             )
         if options.adapters:
             raise ValueError("--adapters names the modules already: leave it out, or --choose")
+    if options.mesh is not None and options.method in UNTRAINED:
+        raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
+    if options.mesh is not None and options.arrays.crossbar is not None:
+        raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
+    if options.distributed and options.mesh is None:
+        raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
     if not 0 <= recipe.prune < 1:
         raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
     if recipe.prune and options.method != "fusion":
@@ -162,14 +170,22 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     Raises:
       ValueError: as `prepare` does.
     """
+    sharding.check_model(read_config(options.base))
     tokenizer = load_tokenizer(options.base)
     names, modules = _draw(options)
     quantise = None if options.load_in == "full" else options.load_in
-    model = load_base(options.base, dtype=options.dtype, quantise=quantise)
+    with sharding.loading():
+        model = load_base(options.base, dtype=options.dtype, quantise=quantise)
     if model.config.num_layers + model.config.num_decoder_layers <= _SHALLOW:
         model.config = dataclasses.replace(model.config, unroll=True, remat="none")
     graph, base = nnx.split(model)
-    pool = _load_modules(options, names, model) if names else None
+    base = on_mesh(base)
+    nnx.update(model, base)
+    pool = None
+    if names:
+        with sharding.loading():
+            pool = _load_modules(options, names, model)
+        pool = on_mesh(pool)
     method = _method(options, model, pool)
     frozen = Frozen(base, pool)
     if pool is not None:
@@ -183,9 +199,9 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     position = {name: i for i, name in enumerate(names)}
     return Fused(
         graph=graph,
-        frozen=frozen,
+        frozen=on_mesh(frozen),
         method=method,
-        index=jnp.array([[position[name] for name in drawn] for drawn in modules], jnp.int32),
+        index=_index(modules, position),
         modules=modules,
         tokenizer=tokenizer,
         path=path or (default_path() if options.path == "auto" else options.path),
@@ -206,8 +222,11 @@ def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any])
     position = {name: i for i, name in enumerate(loaded.modules[0])}
     if missing := sorted({name for names in wanted for name in names} - position.keys()):
         raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
-    index = jnp.array([[position[name] for name in names] for names in wanted], jnp.int32)
-    return dataclasses.replace(loaded, index=index, modules=wanted)
+    return dataclasses.replace(loaded, index=_index(wanted, position), modules=wanted)
+
+
+def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
+    return on_mesh(jnp.array([[position[name] for name in names] for names in modules], jnp.int32), of_seeds=True)
 
 
 def trainable_count(setup: Setup) -> dict[str, int]:

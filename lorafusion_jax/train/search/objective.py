@@ -21,6 +21,7 @@ from ...linear import reads
 from ...tasks import Batch
 from ..evaluate import seed_entropies
 from ..methods import LORAHUB, Frozen
+from ..sharding import on_mesh, to_host
 from ..sweep import Path
 
 BOUND = 1.5
@@ -46,11 +47,11 @@ def score(
       graph: the model's structure.
       path: how seeds run.
     """
-    params = {"coefficients": jnp.asarray(weights, jnp.float32)}
+    params = on_mesh({"coefficients": jnp.asarray(weights, jnp.float32)}, of_seeds=True)
     static = {"graph": graph, "method": LORAHUB, "path": path}
     losses = [
-        np.asarray(seed_entropies(params, batch, index, reads(frozen, number), **static), float)
+        to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), index, reads(frozen, number), **static))
         for number, batch in enumerate(batches)
     ]
     rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
-    return np.sum(losses, axis=0) / rows + L1 * np.mean(np.abs(weights), axis=1)
+    return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(np.abs(weights), axis=1)

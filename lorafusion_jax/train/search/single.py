@@ -15,6 +15,7 @@ from ...linear import reads
 from ...tasks import IGNORED, Batch
 from ..evaluate import SEARCH, seed_entropies
 from ..methods import Frozen, Method
+from ..sharding import on_mesh, to_host
 from ..sweep import Path
 
 
@@ -41,10 +42,10 @@ def single_losses(
     total, targets = np.zeros((seeds, modules)), np.zeros(seeds)
     for number, batch in enumerate(batches):
         count = np.sum(batch.labels != IGNORED, axis=(1, 2))
-        read = reads(frozen, SEARCH, number)
+        read, batch = reads(frozen, SEARCH, number), on_mesh(batch, of_seeds=True)
         for n in range(modules):
-            params = {"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))}
+            params = on_mesh({"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))}, of_seeds=True)
             losses = seed_entropies(params, batch, index, read, graph=graph, method=method, path=path)
-            total[:, n] += np.asarray(losses, float) * count
+            total[:, n] += to_host(losses).astype(float) * count
         targets += count
     return total / targets[:, None]

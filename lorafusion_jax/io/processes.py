@@ -1,0 +1,102 @@
+"""Several processes that run one program: which of them writes, and how a run ends when one of them is lost.
+
+Each tells the others every few seconds that it is there. JAX by itself would wait for a lost one, first in the next
+collective, then in its own shutdown, and abort. A restart goes on from the last checkpoint.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+
+# Seconds: between two signs of life, and for how long one may be missing.
+_BEAT, _LOST = 5, 15
+_DAY = 24 * 3600
+_numbers = itertools.count()
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether it falls to this process to print and to write."""
+    return not several() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here; all call the same barriers in the same order."""
+    if several():
+        _wait(f"{name} {next(_numbers)}", _DAY)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them; JAX's backend must not be up.
+
+    If one of them is lost, this one ends within 20 s, with a message and the exit code EX_TEMPFAIL (75); likewise when
+    it fails alone.
+
+    Raises:
+      ValueError: there is no cluster that JAX knows, or it cannot be reached.
+    """
+    if not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"--distributed: JAX cannot join other processes here ({error}): start them with Slurm, Open MPI or "
+                "GKE, or on a TPU slice"
+            ) from None
+    over = threading.Event()
+    # JAX's client aborts at once where process 0, its coordinator, is lost.
+    aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _end("process 0 of this run is lost"))
+    ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
+    heart = threading.Thread(target=_beat, args=(over,), daemon=True)
+    heart.start()
+    try:
+        yield
+        _wait("the end", _DAY)
+    except BaseException as error:
+        # A collective that broke: it is for the heart to say whether a process is lost. Otherwise the others may fail
+        # for the same reason, as on bad options: then all end as any program does.
+        heart.join(_BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0)
+        try:
+            _wait("the end", _LOST)
+        except jax.errors.JaxRuntimeError:
+            _end(f"{error}\nerror: the other processes have not failed")
+        raise
+    finally:
+        over.set()
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
+
+
+def _beat(over: threading.Event) -> None:
+    for number in itertools.count():
+        try:
+            _wait(f"alive {number}", _LOST)
+        except jax.errors.JaxRuntimeError:
+            if not over.is_set():
+                _end("another process of this run is lost")
+        if over.wait(_BEAT):
+            return
+
+
+def _wait(name: str, seconds: int) -> None:
+    from orbax.checkpoint.multihost import get_barrier_sync_fn
+
+    get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+
+
+def _end(why: str) -> NoReturn:
+    """End without JAX's shutdown, which would wait for the lost process."""
+    print(f"error: {why}: start all processes again with --resume", file=sys.stderr, flush=True)
+    os._exit(os.EX_TEMPFAIL)

@@ -1,0 +1,114 @@
+"""Two processes, one run: the same numbers as one process, and a plain end when either of them is killed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import one_block
+import pytest
+
+from lorafusion_jax.cli import main
+
+_SEEDS = tuple(range(1, 9))
+_EPOCHS = 12
+_TASK = one_block.SMALL / "tasks" / "double_digit"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    return one_block.cut(tmp_path_factory.mktemp("small"))
+
+
+def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    base, pool = small
+    command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(base), "--pool", str(pool)]
+    command += ["--task", str(_TASK), "--method", "coefficients", "--modules", "2", "--epochs", str(_EPOCHS)]
+    command += ["--batch-size", "95", "--max-new-tokens", "2", "--test-rows", "2", "--save-seconds", "0"]
+    return [*command, "--out", str(out), "--name", "run", "--seeds", *map(str, _SEEDS), *more]
+
+
+def _environment(devices: int, process: int | None = None, port: int = 0) -> dict[str, str]:
+    """Return an environment with so many devices, and for a process of two what Slurm would say to it."""
+    slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": process, "LOCALID": process}
+    cluster = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    cluster |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    xla = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return os.environ | xla | (cluster if process is not None else {})
+
+
+def _start_two(command: list[str]) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(command, env=_environment(2, process, port), stdout=-1, stderr=-1, text=True)
+        for process in range(2)
+    ]
+
+
+def _saved(out: Path) -> int:
+    steps = [int(path.name.removeprefix("step_")) for path in out.glob("run/checkpoints/step_*")]
+    return max(steps, default=0)
+
+
+def _metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, tmp_path):
+    out = tmp_path / "lost"
+    both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4"))
+    deadline = time.monotonic() + 240
+    while _saved(out) < 2 and all(p.poll() is None for p in both) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    both[1].kill()
+    lost = time.monotonic()
+    printed, said = both[0].communicate(timeout=60)
+    both[1].communicate()
+    assert time.monotonic() - lost < 30
+    assert both[0].returncode == os.EX_TEMPFAIL, said
+    assert "error: another process of this run is lost: start all processes again with --resume" in said
+    assert "Traceback" not in said and "written to" not in printed
+    saved, reached = _saved(out), max(row["step"] for row in _metrics(out))
+    assert 2 <= saved <= reached <= saved + 1 < _EPOCHS  # an interval is an epoch here, and an epoch a step
+    # Four devices of two processes saved it; four of one go on, and one alone comes to the same numbers.
+    main(_command(small, out, "--mesh", "seed=4", "--resume")[3:])
+    alone = tmp_path / "alone"
+    main(_command(small, alone)[3:])
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (out / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
+
+
+_JOINED = """
+import time
+from lorafusion_jax.io import processes
+with processes.joined():
+    print(processes.first(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_other_process_ends_plainly_when_process_0_is_lost():
+    both = _start_two([sys.executable, "-c", _JOINED])
+    assert both[1].stdout is not None
+    assert both[1].stdout.readline() == "False\n"
+    both[0].kill()
+    _, said = both[1].communicate(timeout=60)
+    both[0].communicate()
+    assert both[1].returncode == os.EX_TEMPFAIL
+    assert "error: process 0 of this run is lost: start all processes again with --resume" in said
+
+
+def test_several_processes_without_a_cluster_or_a_mesh_are_refused(small, tmp_path, capsys):
+    for more, message in [
+        (("--distributed", "--mesh", "seed=4"), "--distributed: JAX cannot join other processes here"),
+        (("--distributed",), "say how with --mesh"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main(_command(small, tmp_path, *more)[3:])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
