@@ -25,7 +25,7 @@ from lorafusion_jax.params import SHAPES
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.train.fit import recipe_rates, train_seeds
 from lorafusion_jax.train.loss import cross_entropy, decoder_inputs
-from lorafusion_jax.train.methods import Frozen, Fusion
+from lorafusion_jax.train.methods import Frozen, Fusion, Method
 from lorafusion_jax.train.options import PRESETS
 from lorafusion_jax.train.step import TrainState, init_state
 from lorafusion_jax.train.sweep import default_path
@@ -87,6 +87,31 @@ def frozen(config: T5Config, dtype: Dtype, modules: int) -> Frozen:
         model = nnx.merge(graph_of(config), base)
     used = {site: kernel for site, kernel in kernels(model).items() if site in adapted}
     return Frozen(base, pool, gram(pool, used))
+
+
+def shapes_of(config: T5Config, dtype: Dtype, modules: int = MODULES) -> Frozen:
+    """Return the shapes of a base and a pool, for what is compiled and not run."""
+    return jax.eval_shape(partial(frozen, config, dtype, modules))
+
+
+def lowered(config: T5Config, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
+    """Return the step of some seeds in turn, traced from shapes, to be compiled."""
+    recipe = PRESETS["default"]
+
+    def arguments(weights: Frozen) -> tuple[Any, ...]:
+        index = jnp.zeros((seeds, MODULES), jnp.int32)
+        keys = jax.random.split(jax.random.key(0), seeds)
+        state = jax.vmap(partial(init_state, method), in_axes=(None, 0, 0))(weights, index, keys)
+        batch = Batch(
+            input_ids=jnp.zeros((seeds, count, SOURCE), jnp.int32),
+            input_mask=jnp.zeros((seeds, count, SOURCE), bool),
+            labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
+            row_mask=jnp.zeros((seeds, count), bool),
+        )
+        return state, batch, index, weights, recipe_rates(recipe, seeds)
+
+    static = {"graph": graph_of(config), "method": method, "optimisation": recipe.optimisation(steps=10)}
+    return train_seeds.lower(*jax.eval_shape(arguments, weights), **static, path="map")
 
 
 def batch_of(config: T5Config, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:

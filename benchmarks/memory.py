@@ -8,27 +8,20 @@ FLAN-T5-large at a batch of 5, also in NF4 and for what seven more seeds add; th
 arguments, temporaries and results.
 """
 
-import dataclasses
-from functools import partial
 from typing import Any
 
 import _common
-import jax
-import jax.numpy as jnp
 from _common import case
-from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Dtype, config_of, frozen, graph_of
+from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Dtype, config_of, lowered, shapes_of
 
 from lorafusion_jax.models.sites import targeted
 from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.tasks import Batch
 from lorafusion_jax.train.baselines.full import FullFineTuning
 from lorafusion_jax.train.baselines.lora import LoRA
 from lorafusion_jax.train.cost import Shape
 from lorafusion_jax.train.estimate import Settings, trainable_count, update_of
-from lorafusion_jax.train.fit import recipe_rates, train_seeds
 from lorafusion_jax.train.memory import pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.train.methods import Frozen, Fusion, Method
-from lorafusion_jax.train.step import init_state
 
 _SETTINGS = Settings()
 assert (_SETTINGS.recipe.modules, _SETTINGS.rank, _SETTINGS.targets) == (MODULES, RANK, TARGETS)
@@ -97,17 +90,9 @@ def _planned(name: str, config: T5Config, rows: int) -> int:
 def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1) -> int:
     """Return the bytes of arguments, temporaries and results of the compiled step."""
     config = config_of(shape, dtype)
-    weights, method = _frozen(name, config, dtype), _method(name, config)
-    index = jax.ShapeDtypeStruct((seeds, MODULES), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
-    state = jax.eval_shape(jax.vmap(partial(init_state, method), in_axes=(None, 0, 0)), weights, index, keys)
-    source, target = (jax.ShapeDtypeStruct((seeds, rows, width), jnp.int32) for width in (SOURCE, TARGET))
-    real = jax.ShapeDtypeStruct((seeds, rows), bool)
-    batch = Batch(source, jax.ShapeDtypeStruct(source.shape, bool), target, real)
-    rates = jax.eval_shape(lambda: recipe_rates(_SETTINGS.recipe, seeds))
-    optimisation = _SETTINGS.recipe.optimisation(steps=10)
-    static = {"graph": graph_of(config), "method": method, "optimisation": optimisation, "path": "map"}
-    found = train_seeds.lower(state, batch, index, weights, rates, **static).compile().memory_analysis()
+    weights = shapes_of(config, dtype)
+    weights = weights if name.startswith("fusion") else Frozen(weights.base)
+    found = lowered(config, weights, _method(name, config), rows, seeds=seeds).compile().memory_analysis()
     assert found is not None
     returned = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
@@ -119,12 +104,6 @@ def _method(name: str, config: T5Config) -> Method:
     if name == "lora":
         return LoRA(sites=tuple(targeted(config, TARGETS).items()), rank=RANK)
     return Fusion(composition="mix" if name.endswith("mix") else "sum")
-
-
-def _frozen(name: str, config: T5Config, dtype: Dtype) -> Frozen:
-    """Return the shapes of what is frozen."""
-    weights = jax.eval_shape(partial(frozen, config, dtype, MODULES))
-    return weights if name.startswith("fusion") else Frozen(weights.base)
 
 
 if __name__ == "__main__":
