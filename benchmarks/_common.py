@@ -1,6 +1,7 @@
 """What the benchmarks share: their cases, a process that is pinned to cores, timings taken in turns."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -67,7 +68,9 @@ def met(found: Mapping[str, Any]) -> bool | None:
     """Return whether a case reaches what is required; None where nothing is."""
     if found["required"] is None:
         return None
-    return bool((found["ratio"] >= found["required"]) if found["higher_is_better"] else found["ratio"] <= found["required"])
+    return bool(
+        (found["ratio"] >= found["required"]) if found["higher_is_better"] else found["ratio"] <= found["required"]
+    )
 
 
 def launch(cores: int | None = None) -> None:
@@ -106,12 +109,19 @@ def of_turns(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.median(ours / theirs))
 
 
+def has_peft() -> bool:
+    """Return whether PyTorch and PEFT are there to compare with."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "peft"))
+
+
 def processor() -> str:
     """Return the processor's name and how many cores this process may use."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0] if models else name
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 

@@ -18,7 +18,7 @@ from flax import nnx
 from lorafusion_jax.fusion.compose import gram
 from lorafusion_jax.fusion.pool import LoraPool
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.linear import quantise
+from lorafusion_jax.linear import dense, quantise
 from lorafusion_jax.models.sites import targeted
 from lorafusion_jax.models.t5 import T5, T5Config, kernels, matrices, set_matrices
 from lorafusion_jax.params import SHAPES
@@ -59,7 +59,7 @@ def graph_of(config: T5Config) -> nnx.GraphDef:
 
 
 def frozen(config: T5Config, dtype: Dtype, modules: int) -> Frozen:
-    """Return a random base and pool of `modules` modules; to be jitted, or for shapes alone `jax.eval_shape`d."""
+    """Return a random base and pool of `modules` modules; jitted, it would hold all of that several times."""
     model = T5(config, rngs=nnx.Rngs(0))
     adapted = targeted(config, TARGETS)
 
@@ -79,7 +79,9 @@ def frozen(config: T5Config, dtype: Dtype, modules: int) -> Frozen:
         names=tuple(map(str, range(modules))),
     )  # fmt: skip
     if dtype == "nf4":
-        set_matrices(model, {n: quantise(w, "nf4", tiled_axis=-2) for n, w in matrices(model).items()})
+        set_matrices(
+            model, {n: quantise(dense(w, jnp.float32), "nf4", tiled_axis=-2) for n, w in matrices(model).items()}
+        )
         pool = pool.quantised("nf4")
     base = nnx.split(model)[1]
     if dtype == "bfloat16":
@@ -150,9 +152,7 @@ class Step:
 
     def __call__(self) -> None:
         """Take one step, and wait for it."""
-        self.state, metrics = train_seeds(
-            self.state, self.batch, self.index, self.weights, self.rates, **self.static
-        )
+        self.state, metrics = train_seeds(self.state, self.batch, self.index, self.weights, self.rates, **self.static)
         jax.block_until_ready(self.state)
         self.losses.append(float(metrics["loss"][0]))
 

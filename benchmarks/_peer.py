@@ -4,10 +4,8 @@ PEFT holds one adapter, the mix. Before every step A' = sum_n c_n A_n and B' = s
 gradients that autograd leaves there give those of the coefficients, dc_n = <dA', A_n> + <dB', B_n>.
 """
 
-import json
-import tempfile
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +13,9 @@ import numpy as np
 from _model import MODULES, RANK, Dtype, graph_of
 from flax import nnx
 
-from lorafusion_jax.io.hf import save_base
 from lorafusion_jax.linear import dense
 from lorafusion_jax.models.sites import hf_path
-from lorafusion_jax.models.t5 import T5Config
+from lorafusion_jax.models.t5 import T5, T5Config, kernels
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.train.methods import Frozen
 from lorafusion_jax.train.options import PRESETS
@@ -30,16 +27,15 @@ def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:
     import torch
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as name:
-        source, folder = Path(name) / "config", Path(name) / "base"
-        source.mkdir()
-        (source / "config.json").write_text(json.dumps(_hf_config(config)))
-        save_base(nnx.merge(graph_of(config), base), folder, source)
-        loaded = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
-        for parameter in loaded.parameters():
-            parameter.data = parameter.data.clone()  # no longer pages of the file
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**_hf_config(config)))
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    if not config.tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+    model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    filled = _fill(dict(model.named_parameters()), nnx.merge(graph_of(config), base))
+    assert filled == {name for name, _ in model.named_parameters()}
     adapter = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_2_SEQ_LM,
         r=RANK,
@@ -50,7 +46,27 @@ def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(loaded, adapter, autocast_adapter_dtype=False).eval()
+        return peft.get_peft_model(model, adapter, autocast_adapter_dtype=False).eval()
+
+
+def _fill(parameters: Mapping[str, Any], model: T5) -> set[str]:
+    """Copy a model into PyTorch's parameters, one at a time, and return which were filled."""
+    import torch
+
+    def fill(name: str, weights: Any) -> str:
+        parameters[name].copy_(torch.tensor(np.asarray(weights, np.float32)))
+        return name
+
+    filled = {fill("shared.weight", model.embedding.get_value())}
+    if not model.config.tied:
+        filled.add(fill("lm_head.weight", np.asarray(model.head.get_value()).T))
+    for stack, bias in (("encoder", model.encoder_bias), ("decoder", model.decoder_bias)):
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        filled.add(fill(table, bias.table.get_value()))
+    for site, kernel in kernels(model).items():
+        filled |= {fill(f"{hf_path(site, i)}.weight", layer.T) for i, layer in enumerate(np.asarray(kernel))}
+    # A random model's norms scale by one.
+    return filled | {fill(name, np.ones(p.shape)) for name, p in parameters.items() if "layer_norm" in name}
 
 
 class Peer:
@@ -69,8 +85,8 @@ class Peer:
             A, B = (np.asarray(dense(w[site], jnp.float32))[:, :MODULES] for w in (pool.A, pool.B))
             for layer in range(A.shape[0]):
                 column = layer + (config.num_layers if site.startswith("decoder") else 0)
-                flat = [torch.tensor(w[layer].swapaxes(1, 2).reshape(MODULES, -1)) for w in (A, B)]
-                self.sites.append((layers[hf_path(site, layer)], column, *flat))
+                left, right = (torch.tensor(w[layer].swapaxes(1, 2).reshape(MODULES, -1)) for w in (A, B))
+                self.sites.append((layers[hf_path(site, layer)], column, left, right))
         blocks = config.num_layers + config.num_decoder_layers
         self.coefficients = torch.full((MODULES, blocks), 1 / MODULES, requires_grad=True)
         self.write()
@@ -121,11 +137,9 @@ class Peer:
 def _hf_config(config: T5Config) -> dict[str, Any]:
     sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
     return {name: getattr(config, name) for name in sizes} | {
-        "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        "tie_word_embeddings": config.tied,
         "decoder_start_token_id": config.start_id,
         "pad_token_id": config.pad_id,
+        "tie_word_embeddings": config.scale_logits,  # transformers 5 takes it for that, and ties every head
         "eos_token_id": config.eos_id,
     }

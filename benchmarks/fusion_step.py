@@ -9,7 +9,6 @@ Batch 5, 128 source and 8 target tokens, 20 modules of rank 16 on q and v, rando
 rounds of turns.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import _common
 import jax
 import numpy as np
-from _common import case, in_turns, of_turns
+from _common import case, has_peft, in_turns, of_turns
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
 
 from lorafusion_jax.train.cost import Shape, Update, step_flops
@@ -26,7 +25,8 @@ _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.
 _MIX = {"unrolled": (1.15, 1.08), "scanned": (1.22, 1.08)}
 _SUM = {"flan-t5-small": 1.40, "flan-t5-large": 1.20}
-_PEER = {"flan-t5-small": (1.15, 1.25), "flan-t5-large": (1.05, 1.25)}
+_Bars = tuple[float | None, float | None]
+_PEER: dict[str, _Bars] = {"flan-t5-small": (1.15, 1.25), "flan-t5-large": (1.05, 1.25)}
 _BFLOAT16_AGAINST_FLOAT32 = 1.35
 _SAME_LOSS = 1e-3  # relative
 
@@ -53,13 +53,16 @@ def main() -> None:
 def _single(options: Any) -> list[dict[str, Any]]:
     """Measure one seed's steps, in all precisions, together."""
     runs: dict[str, Callable[[], Any]] = {}
+    if not has_peft():
+        print("PyTorch and PEFT are not installed: the peer is left out (pip install -e '.[peft]')", file=sys.stderr)
+    with_peer = options.cores == 1 and has_peft()
     for dtype in options.dtype:
         config, weights = config_of(options.shape, dtype), _weights(options, dtype)
         runs[f"{dtype} floor"] = floor(config, weights)
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
             for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
                 runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
-        if options.cores == 1 and dtype != "nf4" and _has_peft():
+        if with_peer and dtype != "nf4":
             runs[f"{dtype} peer"] = _peer(config, weights, dtype)
     seconds = in_turns(runs, options.rounds)
     _same_losses(runs)
@@ -98,7 +101,7 @@ def _against_peer(
     options: Any, where: str, dtype: str, took: np.ndarray, seconds: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Compare the peer of one precision with our step of the same, and the float32 peer with ours in bfloat16."""
-    bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
+    bars: _Bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
     pairs = [(_fastest(dtype, seconds), bars)]
     if dtype == "float32" and "bfloat16 floor" in seconds:
         bars = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
@@ -134,7 +137,7 @@ def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
 
 def _weights(options: Any, dtype: Dtype) -> Any:
     config = config_of(options.shape, dtype)
-    return jax.block_until_ready(jax.jit(lambda: frozen(config, dtype, options.pool))())
+    return jax.block_until_ready(frozen(config, dtype, options.pool))
 
 
 def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any]:
@@ -144,13 +147,6 @@ def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any]:
 
     torch.set_num_threads(1)
     return Peer(config, weights, batch_of(config), dtype)
-
-
-def _has_peft() -> bool:
-    if all(importlib.util.find_spec(name) for name in ("torch", "peft")):
-        return True
-    print("PyTorch and PEFT are not installed: the peer is left out (pip install -e '.[peft]')", file=sys.stderr)
-    return False
 
 
 def _same_losses(runs: dict[str, Any]) -> None:
@@ -168,7 +164,7 @@ def _fastest(dtype: str, seconds: dict[str, np.ndarray]) -> str:
     return min((f"{dtype} mix {structure}" for structure in _MIX), key=lambda name: _median(seconds[name]))
 
 
-def _operations(shape: str, composition: str, structure: str, pool: int) -> float:
+def _operations(shape: str, composition: Any, structure: str, pool: int) -> float:
     """Return the counted operations of the step over those of its floor."""
     config = unrolled(config_of(shape)) if structure == "unrolled" else config_of(shape)
     batch = Shape(BATCH, SOURCE, TARGET)

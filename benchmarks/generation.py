@@ -8,17 +8,15 @@ magnitudes, beside the base (composed anew by every call here, in PEFT a DoRA ad
 """
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import case, in_turns, of_turns
+from _common import case, has_peft, in_turns, of_turns
 from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, batch_of, config_of, frozen, graph_of
 from _peer import Peer
 from flax import nnx
@@ -39,8 +37,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if not all(importlib.util.find_spec(name) for name in ("torch", "peft")):
-        sys.exit("PyTorch and PEFT are not installed, and there is nothing else to compare with: pip install -e '.[peft]'")
+    if not has_peft():
+        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
     _common.launch(1)
     _common.show(_cases(options.shape, options.rounds), as_json=options.json)
 
@@ -53,7 +51,7 @@ def _cases(shape: str, rounds: int) -> list[dict[str, Any]]:
     for dtype in _DTYPES:
         # Random weights would end a row somewhere: no token does.
         config = dataclasses.replace(config_of(shape, dtype), eos_id=-1)
-        weights = jax.block_until_ready(jax.jit(partial(frozen, config, dtype, MODULES))())
+        weights = jax.block_until_ready(frozen(config, dtype, MODULES))
         batch = batch_of(config, (_BATCH, SOURCE, TARGET))
         runs |= {f"{dtype} {how}": run for how, run in _ours(config, weights, batch).items()}
         runs |= {f"{dtype} peer {how}": run for how, run in _theirs(config, weights, batch, dtype).items()}

@@ -81,7 +81,8 @@ def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
 
 def _planned(name: str, config: T5Config, rows: int) -> int:
     update, trainable = update_of(name, _SETTINGS), trainable_count(config, name, _SETTINGS)
-    needed = step_bytes(config, Shape(rows, SOURCE, TARGET), update, trainable=trainable, seeds=1, path="map", device="cpu")
+    batch = Shape(rows, SOURCE, TARGET)
+    needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu")
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     base = 0 if name == "full" else weights_bytes(config)
     return base + pool_bytes(config, update) + state_bytes(trainable) + needed

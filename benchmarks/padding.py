@@ -3,8 +3,9 @@
     python benchmarks/padding.py [--tasks bbh/*.json] [--tokenizer google/flan-t5-large] [--json]
 
 Training of one seed and of five that share a program (95 rows, batches of 10, 20 epochs), and evaluation of every test
-row (batches of 64); each is one program for each shape. By default the tasks of BIG-Bench Hard in the folder of shared
-data, or without it the embedded ones; without a tokenizer lengths are estimated from characters.
+row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose tasks are the
+default where LORAFUSION_SHARED names the folder that holds them; else the embedded tasks are. Without a tokenizer
+lengths are estimated from characters.
 """
 
 import os
@@ -35,15 +36,22 @@ from lorafusion_jax.train.workload import CHARACTERS_PER_TOKEN
 
 _REQUIRED = 0.70
 _EVAL_BATCH = 64
+_SMALL = ROOT / "examples/small"
 
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--tasks", nargs="+", type=Path, default=_default_tasks(), help="files or folders")
+    parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
     parser.add_argument("--tokenizer", help="folder or hub id of a base model")
     options = parser.parse_args()
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    tasks = [load_task(path) for path in options.tasks]
+    sources, source = options.tasks, options.tokenizer
+    if not sources:
+        bbh = Path(os.environ.get("LORAFUSION_SHARED", "nowhere")) / "data/bbh"
+        sources = sorted(bbh.glob("*.json"))
+    if not sources:
+        sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
+    tokenizer = load_tokenizer(source) if source else None
+    tasks = [load_task(path) for path in sources]
     lengths = "tokenised" if tokenizer else "estimated from characters"
     cases = []
     for what in ("training, 1 seed", "training, 5 seeds", "evaluation"):
@@ -68,11 +76,6 @@ def main() -> None:
             case(f"{where} most shapes of a task", max(shapes.values()), MOST_SHAPES, mean=np.mean([*shapes.values()]))
         )
     _common.show(cases, as_json=options.json)
-
-
-def _default_tasks() -> list[Path]:
-    bbh = Path(os.environ.get("LORAFUSION_SHARED", "nowhere")) / "data/bbh"
-    return sorted(bbh.glob("*.json")) or sorted((ROOT / "examples/small/tasks").iterdir())
 
 
 def _batches(what: str, task: Task, tokenizer: Any) -> Iterable[Batch]:

@@ -81,12 +81,17 @@ def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table with one row a case, columns aligned."""
     rows = [_HEAD, *map(_cells, cases)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"| {' | '.join(c.rjust(w) if 0 < i < 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))} |"
-        for row in rows
-    ]
-    rule = [f"{'-' * (w + 1)}:" if 0 < i < 4 else "-" * (w + 2) for i, w in enumerate(widths)]
-    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
+    lines = [" | ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
+    rule = [f"{'-' * (w + 1)}:" if _is_number(i) else "-" * (w + 2) for i, w in enumerate(widths)]
+    return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
+
+
+def _aligned(column: int, cell: str, width: int) -> str:
+    return cell.rjust(width) if _is_number(column) else cell.ljust(width)
+
+
+def _is_number(column: int) -> bool:
+    return _HEAD[column] in ("ratio", "required", "ambition")
 
 
 def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:
