@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import qwix
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from .crossbar.programmed import Programmed, is_programmed, reads
 from .crossbar.segments import Segments, map_layers, scan_layers
 
 __all__ = [
+    "PRODUCT",
     "QUANTISED_TYPES",
     "Weight",
     "dense",
@@ -34,6 +36,8 @@ __all__ = [
 Weight = Array | qwix.QArray | Programmed | Segments
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
+# What a policy of `jax.checkpoint` may call products that it does not see, since their gradients are our own.
+PRODUCT = "product"
 _MAX_TILE = 64
 
 
@@ -48,7 +52,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
         return weight.read(x)
     plain = dense(weight, x.dtype)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return _bfloat16_dot(x, plain)
+        return checkpoint_name(_bfloat16_dot(x, plain), PRODUCT)
     return jnp.dot(x, plain)
 
 

@@ -1,8 +1,8 @@
 """Bytes that a run holds: weights, pool, training state, and what a step or a generation needs for itself.
 
 The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU, and
-the tests hold them to its own account. XLA's CPU slices the bfloat16 weights of a layer in float32, and keeps a copy of
-all layers for that. On an accelerator that is left out; no such device was measured.
+the tests hold them to its own account. XLA's CPU slices bfloat16 in float32: a loop over layers keeps a float32 copy of
+the weights beside them, and activations in float32. On an accelerator that is left out; no such device was measured.
 
 Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
 """
@@ -63,7 +63,7 @@ def step_bytes(
       device: where.
     """
     gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
-    kept = _kept(config, shape, update) * _itemsize(config)
+    kept = _kept(config, shape, update) * _activation(config, device)
     batched = seeds if path == "vmap" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(config, device)
     if update.kind == "full":
@@ -167,6 +167,10 @@ def _copies(config: T5Config, device: Device) -> int:
 
 def _stack_tokens(stack: str, shape: Shape) -> int:
     return shape.rows * (shape.source if stack == "encoder" else shape.target)
+
+
+def _activation(config: T5Config, device: Device) -> int:
+    return _FLOAT32 if device == "cpu" else _itemsize(config)
 
 
 def _itemsize(config: T5Config) -> int:
