@@ -9,11 +9,10 @@ endif
 BIN := $(VENV)/bin
 # Processes that share the tests, file by file.
 WORKERS ?= 2
-BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo results test test-peft test-smoke lint bench
+.PHONY: demo results test test-peft test-smoke lint bench bench-fast bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -36,8 +35,15 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# One table of ratios and bars: a quarter of an hour, a minute, hours.
 bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
-	set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/table.py bench
+
+bench-fast: $(VENV)/.installed-plots $(VENV)/.installed-peft
+	$(BIN)/python benchmarks/table.py fast
+
+bench-full: $(VENV)/.installed-plots $(VENV)/.installed-peft
+	$(BIN)/python benchmarks/table.py full
 
 # One stamp for each extra; where pyproject.toml is newer, pip brings the environment up to date.
 $(VENV)/.installed-%: pyproject.toml

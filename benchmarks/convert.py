@@ -7,7 +7,6 @@ cache is warm. PEFT attaches them to a PyTorch base that is in memory already; h
 arrays of a pool. Needs the `peft` extra, 8 GB of memory and 5 GB of disk.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,8 +17,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import _common
 import jax
 import numpy as np
+from _common import case
 
 from lorafusion_jax.io.peft import write_adapter
 from lorafusion_jax.io.pool import read_pool
@@ -56,19 +57,12 @@ print(seconds, memory("VmHWM") - before, sum(p.stat().st_size for p in pathlib.P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    options = _common.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = _write_adapters(folder)
         cases = [_against_peft(sources), _peak_memory(folder, sources)]
-    if options.json:
-        print(json.dumps({"cases": cases}, indent=1))
-        return
-    for case in cases:
-        bound = "at least" if case["higher_is_better"] else "at most"
-        print(f"{case['name']}: {case['ratio']:.3g} (required: {bound} {case['required']}), {case['computed_from']}")
+    _common.show(cases, as_json=options.json)
 
 
 def _write_adapters(folder: Path) -> list[str]:
@@ -107,19 +101,17 @@ def _against_peft(sources: list[str]) -> dict[str, Any]:
                 assert np.array_equal(np.asarray(pool.A[site])[index, n], a.T)
                 assert np.array_equal(np.asarray(pool.B[site])[index, n], layer.scaling[str(n)] * b.T)
     seconds = float(np.median(ours))
-    return {
-        "name": "20 adapters of FLAN-T5-large's shape, from PEFT folders to arrays: PEFT's seconds / ours",
-        "ratio": theirs / seconds,
-        "required": 20.0,
-        "ambition": 40.0,
-        "higher_is_better": True,
-        "computed_from": {
-            "peft_seconds": theirs,
-            "our_seconds_median": seconds,
-            "our_seconds": ours,  # the first also gets its memory from the system for the first time
-            "cores": len(os.sched_getaffinity(0)),
-        },
-    }
+    return case(
+        "20 adapters of FLAN-T5-large's shape, from PEFT folders to arrays: PEFT's seconds / ours",
+        theirs / seconds,
+        20.0,
+        40.0,
+        higher_is_better=True,
+        peft_seconds=theirs,
+        our_seconds_median=seconds,
+        our_seconds=ours,  # the first also gets its memory from the system for the first time
+        cores=len(os.sched_getaffinity(0)),
+    )
 
 
 def _peft(sources: list[str]) -> tuple[float, Any]:
@@ -154,14 +146,15 @@ def _peak_memory(folder: Path, sources: list[str]) -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     seconds, peak, written = map(float, done.stdout.splitlines()[-1].split())
-    return {
-        "name": "196 adapters of FLAN-T5-large's shape converted: peak memory above the imports / output bytes",
-        "ratio": peak / written,
-        "required": 2.0,
-        "ambition": 0.1,
-        "higher_is_better": False,
-        "computed_from": {"peak_bytes": peak, "output_bytes": written, "seconds": seconds},
-    }
+    return case(
+        "196 adapters of FLAN-T5-large's shape converted: peak memory above the imports / output bytes",
+        peak / written,
+        2.0,
+        0.1,
+        peak_bytes=peak,
+        output_bytes=written,
+        seconds=seconds,
+    )
 
 
 if __name__ == "__main__":

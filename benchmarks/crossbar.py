@@ -8,17 +8,16 @@ calibrated. The floor of such a read is a loop of as many full products as it ha
 inputs, 28 for signed ones. Floor and candidate take turns; ratios are those of their medians.
 """
 
-import argparse
 import dataclasses
-import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _common import case, in_turns, of_turns
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.normal import normal
@@ -33,35 +32,9 @@ _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    # Before JAX starts its threads; its own switches leave more than one.
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    cases = _cases()
-    if options.json:
-        print(json.dumps({"device": jax.devices()[0].device_kind, "cases": cases}, indent=1))
-        return
-    print(f"{jax.devices()[0].device_kind}, one thread; ratios to the floor of the same run")
-    for case in cases:
-        print(
-            f"{case['name']} ({case['path']}): {case['ratio']:.3f} "
-            f"(required {case['required']:.2f}, ambition {case['ambition']:.2f}), {case['milliseconds']:.1f} ms of "
-            f"{case['floor_milliseconds']:.1f}, {case['temporary_bytes'] / 2**20:.1f} MiB, "
-            f"compiled in {case['compile_seconds']:.1f} s"
-        )
-        missed = [
-            what
-            for what, over in {
-                "the ambition": case["ratio"] > case["ambition"],
-                "temporaries": case["temporary_bytes"] > _TEMPORARY_BYTES,
-                "compilation": case["compile_seconds"] > _COMPILE_SECONDS,
-            }.items()
-            if over
-        ]
-        if missed:
-            parts = "; ".join(f"{name} {ms:.1f} ms" for name, ms in case["parts"].items())
-            print(f"    missed: {', '.join(missed)}{'. Alone: ' + parts if parts else ''}")
+    options = _common.parser(__doc__).parse_args()
+    _common.launch(1)
+    _common.show(_cases(), as_json=options.json)
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -77,7 +50,7 @@ def _cases() -> list[dict[str, Any]]:
         _read("no ADC", w, x, _with(config, adc=None), single, (1.2, 1.0)),
         _read("lossless ADC", w, x, _with(config, adc=crossbar.ADC(bits=10, range="granular")), single, (1.2, 1.0)),
     ]
-    quiet, conversions = cases[0]["milliseconds"], 32 * (_SIZE // 128) * _BATCH * _SIZE
+    quiet, conversions = cases[0]["computed_from"]["milliseconds"], 32 * (_SIZE // 128) * _BATCH * _SIZE
     parts = {"the read without noise": quiet, "its normal draws": _draws(conversions)}
     for kind in ("proportional", "independent"):
         noisy = _with(
@@ -181,30 +154,32 @@ def _case(
     arguments: tuple[Any, ...],
     floor: Callable[[], Any],
     limits: tuple[float, float],
-    parts: dict[str, float],
+    parts: Mapping[str, float],
 ) -> dict[str, Any]:
     lowered = function.lower(*arguments)
     began = time.perf_counter()
     compiled = lowered.compile()
-    seconds = time.perf_counter() - began
-    candidate = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
-    took, floors = [], []
-    for _ in range(_REPEATS + 1):
-        floors.append(_milliseconds(floor))
-        took.append(_milliseconds(candidate))
-    ours, lowest = float(np.median(took[1:])), float(np.median(floors[1:]))
-    return {
-        "name": name,
-        "path": path,
-        "ratio": ours / lowest,
-        "required": limits[0],
-        "ambition": limits[1],
-        "milliseconds": ours,
-        "floor_milliseconds": lowest,
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "compile_seconds": seconds,
-        "parts": parts,
+    compile_seconds = time.perf_counter() - began
+    runs = {"ours": lambda: jax.block_until_ready(compiled(*arguments)), "floor": floor}
+    seconds = in_turns(runs, _REPEATS)
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    missed = {
+        "temporaries": temporary > _TEMPORARY_BYTES,
+        "compilation": compile_seconds > _COMPILE_SECONDS,
     }
+    return case(
+        f"crossbar, {name} / its float32 products",
+        of_turns(seconds["ours"], seconds["floor"]),
+        *limits,
+        higher_is_better=False,
+        path=path,
+        milliseconds=1e3 * float(np.median(seconds["ours"])),
+        floor_milliseconds=1e3 * float(np.median(seconds["floor"])),
+        temporary_mib=temporary / 2**20,
+        compile_seconds=compile_seconds,
+        missed=[what for what, over in missed.items() if over],
+        parts_alone_milliseconds=dict(parts),
+    )
 
 
 def _median(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import qwix
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from .crossbar.programmed import Programmed, is_programmed, reads
 from .crossbar.segments import Segments, map_layers, scan_layers
 
 __all__ = [
+    "PRODUCT",
     "QUANTISED_TYPES",
     "Weight",
     "dense",
@@ -34,6 +36,8 @@ __all__ = [
 Weight = Array | qwix.QArray | Programmed | Segments
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
+# What a policy of `jax.checkpoint` may call products that it does not see, since their gradients are our own.
+PRODUCT = "product"
 _MAX_TILE = 64
 
 
@@ -46,7 +50,35 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     """
     if isinstance(weight, Programmed):
         return weight.read(x)
-    return jnp.dot(x, dense(weight, x.dtype))
+    plain = dense(weight, x.dtype)
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return checkpoint_name(_bfloat16_dot(x, plain), PRODUCT)
+    return jnp.dot(x, plain)
+
+
+@jax.custom_vjp
+def _bfloat16_dot(x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
+    """Return `x @ w` by XLA's kernels for bfloat16 on a CPU.
+
+    They make float32 results of factors that are not transposed, forward and backward. Any other product of bfloat16
+    is made of float32 copies of its factors: measured half as fast, and an eighth for a head of ten tokens.
+    """
+    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _bfloat16_dot(x, w), (x, w)
+
+
+def _backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = factors
+    batch = tuple(range(x.ndim - 1))
+    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    of_w = jax.lax.dot_general(x, g, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
+    return of_x.astype(x.dtype), of_w.astype(w.dtype)
+
+
+_bfloat16_dot.defvjp(_forward, _backward)
 
 
 def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..linear import Weight, dense, is_in_arrays, map_layers, matmul
@@ -27,6 +28,7 @@ from .pool import LoraPool
 Composition = Literal["mix", "sum"]
 
 # Where dW nearly cancels W the Gram form loses digits and can turn negative: floored at a few eps.
+_NORM = "norm"
 _NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
 
 
@@ -221,10 +223,10 @@ def compose(
         if isinstance(update, Dense):
             of_update = jnp.sum(jnp.square(update.delta), axis=0)
         else:
-            of_update = jnp.sum(right * (left.T @ left @ right), axis=0)
+            of_update = _squared_columns(left, right)
         norm, floored = column_norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
         if not differentiate_norm:
-            norm = jax.lax.stop_gradient(norm)
+            norm = checkpoint_name(jax.lax.stop_gradient(norm), _NORM)
         return None if in_arrays else update, m / norm, floored
 
     adapters, total = {}, jnp.int32(0)
@@ -239,8 +241,9 @@ def compose(
             c = jnp.where(real, c, jnp.zeros_like(c))
         of = pool if gram is None or gram.modules is None else gram.modules
         layers = (of.A[site], of.B[site], c, *terms)
-        # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers.
-        update, scale, floored = map_layers(jax.checkpoint(of_layer), layers, batch_size=4)
+        # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers; norms are kept.
+        of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
+        update, scale, floored = map_layers(of_layers, layers, batch_size=4)
         total = total + jnp.sum(floored, dtype=jnp.int32)
         if update is not None:
             adapters[site] = dataclasses.replace(update, scale=scale)
@@ -314,6 +317,14 @@ def column_norm(
     floor = _NORM_FLOOR * (squared + of_update)
     total = squared + between + of_update
     return jnp.sqrt(jnp.maximum(total, floor)), jnp.sum(total < floor, dtype=jnp.int32)
+
+
+def _squared_columns(left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]) -> Float[Array, " d_out"]:
+    """Return ||left right||^2 of every column, by the order of products that takes fewer operations."""
+    (d_in, k), d_out = left.shape, right.shape[1]
+    if d_in * d_out < k * (d_in + d_out):
+        return jnp.sum(jnp.square(left @ right), axis=0)
+    return jnp.sum(right * (left.T @ left @ right), axis=0)
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:

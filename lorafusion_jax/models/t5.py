@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..linear import Weight, dense, matmul, scan_layers
+from ..linear import PRODUCT, Weight, dense, matmul, scan_layers
 from .attention import Attention, RelativeBias
 from .layers import Adapters, Base, FeedForward, RMSNorm
 from .sites import sites
@@ -24,7 +24,10 @@ from .sites import sites
 _REMAT_POLICIES = {
     # Keeps the products with weights and recomputes the cheap rest: half the memory of saving everything
     # at the same speed; the attention products have batch dimensions and are recomputed.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -148,7 +148,8 @@ def _prepare(site: Site, update: Update) -> int:
         return factors + (2 * update.pool * r * d_out + 2 * r * r * (d_in + d_out) if update.magnitudes else 0)
     if update.is_dense(site):
         return 2 * k * d_in * d_out
-    return 2 * k * k * (d_in + d_out) if update.kind == "sum" and update.magnitudes else 0
+    # The norm, by the order of products that `compose` takes.
+    return 2 * k * min(k * (d_in + d_out), d_in * d_out) if update.kind == "sum" and update.magnitudes else 0
 
 
 def _gradients(config: T5Config, shape: Shape, update: Update) -> float:
@@ -160,8 +161,6 @@ def _gradients(config: T5Config, shape: Shape, update: Update) -> float:
     total = 0
     for name, site in targeted(config, update.targets).items():
         count, d_in, d_out = tokens(name, shape), site.d_in, site.d_out
-        # The norm is made anew for the magnitudes' gradient: `compose` keeps nothing of a layer.
-        total += site.layers * (_prepare(site, update) if update.magnitudes else 0)
         if update.kind == "mix":
             total += site.layers * 2 * update.pool * update.rank * (d_in + d_out)
         if update.is_dense(site):

@@ -1,8 +1,8 @@
 """Bytes that a run holds: weights, pool, training state, and what a step or a generation needs for itself.
 
 The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU, and
-the tests hold them to its own account. XLA's CPU has no products in bfloat16: it keeps a float32 copy of the weights
-beside them, and activations in float32. On an accelerator that is left out; no such device was measured.
+the tests hold them to its own account. XLA's CPU slices bfloat16 in float32: a loop over layers keeps a float32 copy of
+the weights beside them, and activations in float32. On an accelerator that is left out; no such device was measured.
 
 Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
 """

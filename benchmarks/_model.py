@@ -1,0 +1,180 @@
+"""Random models of known shapes with a pool of LoRA modules, batches, and the steps that are measured.
+
+Axis letters: B batch, S source, T target, L layer, P modules of the pool.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import ROOT
+from flax import nnx
+
+from lorafusion_jax.fusion.compose import gram
+from lorafusion_jax.fusion.pool import LoraPool
+from lorafusion_jax.io.hf import read_config
+from lorafusion_jax.linear import dense, quantise
+from lorafusion_jax.models.sites import targeted
+from lorafusion_jax.models.t5 import T5, T5Config, kernels, matrices, set_matrices
+from lorafusion_jax.params import SHAPES
+from lorafusion_jax.tasks import Batch
+from lorafusion_jax.train.fit import recipe_rates, train_seeds
+from lorafusion_jax.train.loss import cross_entropy, decoder_inputs
+from lorafusion_jax.train.methods import Frozen, Fusion, Method
+from lorafusion_jax.train.options import PRESETS
+from lorafusion_jax.train.step import TrainState, init_state
+from lorafusion_jax.train.sweep import default_path
+
+BATCH, SOURCE, TARGET = 5, 128, 8
+MODULES, RANK, TARGETS = 20, 16, ("q", "v")
+CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large")
+
+# What weights and activations are: `nf4` weights are multiplied in float32.
+Dtype = Literal["float32", "bfloat16", "nf4"]
+Composition = Literal["mix", "sum"]
+
+
+def config_of(shape: str, dtype: Dtype = "float32") -> T5Config:
+    """Return the structure of a shape; of the embedded small base too only the sizes count here."""
+    activations = "bfloat16" if dtype == "bfloat16" else "float32"
+    if shape == "small-pool":
+        return dataclasses.replace(read_config(ROOT / "examples/small/base"), dtype=activations)
+    return dataclasses.replace(SHAPES[shape], dtype=activations)
+
+
+def unrolled(config: T5Config) -> T5Config:
+    """Return the structure with its layers compiled one after the other."""
+    return dataclasses.replace(config, unroll=True)
+
+
+@cache
+def graph_of(config: T5Config) -> nnx.GraphDef:
+    """Return the structure that jitted functions take as a static argument."""
+    return nnx.split(nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0))))[0]
+
+
+def frozen(config: T5Config, dtype: Dtype, modules: int) -> Frozen:
+    """Return a random base and pool of `modules` modules; jitted, it would hold all of that several times."""
+    model = T5(config, rngs=nnx.Rngs(0))
+    adapted = targeted(config, TARGETS)
+
+    def draw(purpose: int, scale: dict[str, float], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        keys = jax.random.split(jax.random.key(purpose), len(shapes))
+        return {
+            name: scale[name] * jax.random.normal(key, shape)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    # dW of about a third of W.
+    pool = LoraPool(
+        A=draw(1, {n: s.d_in**-0.5 for n, s in adapted.items()},
+               {n: (s.layers, modules, s.d_in, RANK) for n, s in adapted.items()}),
+        B=draw(2, dict.fromkeys(adapted, 0.02), {n: (s.layers, modules, RANK, s.d_out) for n, s in adapted.items()}),
+        rank={n: jnp.full((s.layers, modules), RANK) for n, s in adapted.items()},
+        names=tuple(map(str, range(modules))),
+    )  # fmt: skip
+    if dtype == "nf4":
+        set_matrices(
+            model, {n: quantise(dense(w, jnp.float32), "nf4", tiled_axis=-2) for n, w in matrices(model).items()}
+        )
+        pool = pool.quantised("nf4")
+    base = nnx.split(model)[1]
+    if dtype == "bfloat16":
+        base = jax.tree.map(lambda a: a.astype(jnp.bfloat16), base)
+        model = nnx.merge(graph_of(config), base)
+    used = {site: kernel for site, kernel in kernels(model).items() if site in adapted}
+    return Frozen(base, pool, gram(pool, used))
+
+
+def shapes_of(config: T5Config, dtype: Dtype, modules: int = MODULES) -> Frozen:
+    """Return the shapes of a base and a pool, for what is compiled and not run."""
+    return jax.eval_shape(partial(frozen, config, dtype, modules))
+
+
+def lowered(config: T5Config, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
+    """Return the step of some seeds in turn, traced from shapes, to be compiled."""
+    recipe = PRESETS["default"]
+
+    def arguments(weights: Frozen) -> tuple[Any, ...]:
+        index = jnp.zeros((seeds, MODULES), jnp.int32)
+        keys = jax.random.split(jax.random.key(0), seeds)
+        state = jax.vmap(partial(init_state, method), in_axes=(None, 0, 0))(weights, index, keys)
+        batch = Batch(
+            input_ids=jnp.zeros((seeds, count, SOURCE), jnp.int32),
+            input_mask=jnp.zeros((seeds, count, SOURCE), bool),
+            labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
+            row_mask=jnp.zeros((seeds, count), bool),
+        )
+        return state, batch, index, weights, recipe_rates(recipe, seeds)
+
+    static = {"graph": graph_of(config), "method": method, "optimisation": recipe.optimisation(steps=10)}
+    return train_seeds.lower(*jax.eval_shape(arguments, weights), **static, path="map")
+
+
+def batch_of(config: T5Config, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:
+    """Return random tokens, [seeds, B, S] and [seeds, B, T], no padding among them."""
+    count, source, target = shape
+    rng = np.random.default_rng(0)
+    return Batch(
+        input_ids=jnp.asarray(rng.integers(2, config.vocab_size, (seeds, count, source)), jnp.int32),
+        input_mask=jnp.ones((seeds, count, source), bool),
+        labels=jnp.asarray(rng.integers(2, config.vocab_size, (seeds, count, target)), jnp.int32),
+        row_mask=jnp.ones((seeds, count), bool),
+    )
+
+
+class Step:
+    """The fusion step of the reference protocol, as runs call it: one program for all seeds, state carried along."""
+
+    def __init__(self, config: T5Config, weights: Frozen, composition: Composition, *, seeds: int = 1):
+        assert weights.pool is not None
+        recipe = dataclasses.replace(PRESETS["reference"], composition=composition)
+        self.method = Fusion(composition=composition, start="uniform")
+        self.weights, self.batch = weights, batch_of(config, seeds=seeds)
+        self.index = jnp.tile(jnp.arange(MODULES), (seeds, 1))
+        self.rates = recipe_rates(recipe, seeds)
+        self.static = {
+            "graph": graph_of(config),
+            "method": self.method,
+            "optimisation": recipe.optimisation(steps=1000),
+            "path": default_path(),
+        }
+        keys = jax.random.split(jax.random.key(0), seeds)
+        # Compiled: outside a program the quantised pool would be dequantised array by array.
+        start = jax.jit(jax.vmap(partial(init_state, self.method), in_axes=(None, 0, 0)))
+        self.state: TrainState = start(weights, self.index, keys)
+        self.losses: list[float] = []  # of the first seed
+
+    def __call__(self) -> None:
+        """Take one step, and wait for it."""
+        self.state, metrics = train_seeds(self.state, self.batch, self.index, self.weights, self.rates, **self.static)
+        jax.block_until_ready(self.state)
+        self.losses.append(float(metrics["loss"][0]))
+
+
+def floor(config: T5Config, weights: Frozen) -> Callable[[], Any]:
+    """Return forward and backward to activations only: the base alone, unrolled, no adapter and no fusion."""
+    batch = jax.tree.map(lambda a: a[0], batch_of(config))
+    graph = graph_of(unrolled(config))
+
+    def loss(shifts: dict[int, jax.Array], base: nnx.State, batch: Batch) -> jax.Array:
+        model = nnx.merge(graph, base)
+        embed = T5._embed
+
+        def shifted(model: T5, ids: jax.Array) -> jax.Array:
+            return embed(model, ids) + shifts[ids.shape[1]]
+
+        start = decoder_inputs(batch.labels, start_id=config.start_id, pad_id=config.pad_id)
+        with mock.patch.object(T5, "_embed", shifted):
+            logits = model(batch.input_ids, batch.input_mask, start)
+        return cross_entropy(logits, batch.labels) / BATCH
+
+    # Gradients with respect to what is added to the embedded tokens are those of the first activations.
+    shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in (SOURCE, TARGET)}
+    gradient = jax.jit(jax.value_and_grad(loss))
+    return lambda: jax.block_until_ready(gradient(shifts, weights.base, batch))

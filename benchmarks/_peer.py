@@ -1,0 +1,145 @@
+"""The peer: the paper's way of fusing, PyTorch and PEFT's DoRA layers with the coefficients chained by hand.
+
+PEFT holds one adapter, the mix. Before every step A' = sum_n c_n A_n and B' = sum_n c_n B_n are written into it; the
+gradients that autograd leaves there give those of the coefficients, dc_n = <dA', A_n> + <dB', B_n>.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from _model import MODULES, RANK, Dtype, graph_of
+from flax import nnx
+
+from lorafusion_jax.linear import dense
+from lorafusion_jax.models.sites import hf_path
+from lorafusion_jax.models.t5 import T5, T5Config, kernels
+from lorafusion_jax.tasks import Batch
+from lorafusion_jax.train.methods import Frozen
+from lorafusion_jax.train.options import PRESETS
+
+
+def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:
+    """Return the base in PEFT, with one new DoRA adapter on q and v and without dropout."""
+    import peft
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**_hf_config(config)))
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    if not config.tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+    model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    filled = _fill(dict(model.named_parameters()), nnx.merge(graph_of(config), base))
+    assert filled == {name for name, _ in model.named_parameters()}
+    adapter = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_2_SEQ_LM,
+        r=RANK,
+        lora_alpha=RANK,
+        lora_dropout=0.0,
+        target_modules=["q", "v"],
+        use_dora=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, adapter, autocast_adapter_dtype=False).eval()
+
+
+def _fill(parameters: Mapping[str, Any], model: T5) -> set[str]:
+    """Copy a model into PyTorch's parameters, one at a time, and return which were filled."""
+    import torch
+
+    def fill(name: str, weights: Any) -> str:
+        parameters[name].copy_(torch.tensor(np.asarray(weights, np.float32)))
+        return name
+
+    filled = {fill("shared.weight", model.embedding.get_value())}
+    if not model.config.tied:
+        filled.add(fill("lm_head.weight", np.asarray(model.head.get_value()).T))
+    for stack, bias in (("encoder", model.encoder_bias), ("decoder", model.decoder_bias)):
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        filled.add(fill(table, bias.table.get_value()))
+    for site, kernel in kernels(model).items():
+        filled |= {fill(f"{hf_path(site, i)}.weight", layer.T) for i, layer in enumerate(np.asarray(kernel))}
+    # A random model's norms scale by one.
+    return filled | {fill(name, np.ones(p.shape)) for name, p in parameters.items() if "layer_norm" in name}
+
+
+class Peer:
+    """A step of the peer, in the reference protocol, with the mix of a random pool."""
+
+    def __init__(self, config: T5Config, weights: Frozen, batch: Batch, dtype: Dtype = "float32"):
+        import torch
+
+        assert weights.pool is not None
+        pool = weights.pool
+        self.model = peft_model(config, weights.base, dtype)
+        # (LoRA layer, column of its block, A of all modules [N, r d_in], B likewise)
+        self.sites: list[tuple[Any, int, Any, Any]] = []
+        layers = {name.removeprefix("base_model.model."): module for name, module in self.model.named_modules()}
+        for site in pool.A:
+            A, B = (np.asarray(dense(w[site], jnp.float32))[:, :MODULES] for w in (pool.A, pool.B))
+            for layer in range(A.shape[0]):
+                column = layer + (config.num_layers if site.startswith("decoder") else 0)
+                left, right = (torch.tensor(w[layer].swapaxes(1, 2).reshape(MODULES, -1)) for w in (A, B))
+                self.sites.append((layers[hf_path(site, layer)], column, left, right))
+        blocks = config.num_layers + config.num_decoder_layers
+        self.coefficients = torch.full((MODULES, blocks), 1 / MODULES, requires_grad=True)
+        self.write()
+        magnitudes = [layer.lora_magnitude_vector["default"].weight for layer, *_ in self.sites]
+        recipe = PRESETS["reference"]
+        self.l1 = recipe.l1
+        self.optimiser = torch.optim.Adam(
+            [
+                {"params": [self.coefficients], "lr": recipe.lr_coefficients, "weight_decay": recipe.l2},
+                {"params": magnitudes, "lr": recipe.lr_magnitudes},
+            ]
+        )
+        self.rows = batch.labels.shape[-2]
+        self.inputs = {
+            "input_ids": torch.tensor(np.asarray(batch.input_ids[0], np.int64)),
+            "attention_mask": torch.tensor(np.asarray(batch.input_mask[0], np.int64)),
+            "labels": torch.tensor(np.asarray(batch.labels[0], np.int64)),
+        }
+        self.losses: list[float] = []
+
+    def write(self) -> None:
+        """Write the mix into PEFT's adapter."""
+        coefficients = self.coefficients.detach()
+        for layer, column, A, B in self.sites:
+            for factor, modules in ((layer.lora_A, A), (layer.lora_B, B)):
+                weight = factor["default"].weight
+                weight.data.copy_((coefficients[:, column] @ modules).view_as(weight))
+
+    def __call__(self) -> None:
+        """Take one step."""
+        import torch
+
+        self.write()
+        self.optimiser.zero_grad()
+        loss = self.model(**self.inputs).loss.float() / self.rows
+        loss.backward()
+        gradient = self.l1 * torch.sign(self.coefficients.detach()) / self.coefficients.numel()
+        for layer, column, A, B in self.sites:
+            for factor, modules in ((layer.lora_A, A), (layer.lora_B, B)):
+                weight = factor["default"].weight
+                gradient[:, column] += modules @ weight.grad.flatten().float()
+                weight.grad = None
+        self.coefficients.grad = gradient
+        self.optimiser.step()
+        self.losses.append(loss.item())
+
+
+def _hf_config(config: T5Config) -> dict[str, Any]:
+    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    return {name: getattr(config, name) for name in sizes} | {
+        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+        "decoder_start_token_id": config.start_id,
+        "pad_token_id": config.pad_id,
+        "tie_word_embeddings": config.scale_logits,  # transformers 5 takes it for that, and ties every head
+        "eos_token_id": config.eos_id,
+    }

@@ -1,0 +1,186 @@
+"""The fusion step, optimiser included, against its floor and against PyTorch + PEFT, all taking turns in one process.
+
+    python benchmarks/fusion_step.py --shape flan-t5-small --cores 1 [--json]
+
+Floor: forward and backward to activations only of the same base on the same batch, unrolled, without adapters or
+fusion. Peer: PEFT's DoRA layers with the coefficients chained by hand (one core only; needs the `peft` extra, and is
+left out without it). Both take the reference protocol's steps from the same numbers, and their losses are compared.
+Batch 5, 128 source and 8 target tokens, 20 modules of rank 16 on q and v, random weights. Ratios are medians over
+rounds of turns.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import _common
+import jax
+import numpy as np
+from _common import case, has_peft, in_turns, of_turns
+from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
+
+from lorafusion_jax.train.cost import Shape, Update, step_flops
+
+_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
+# (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.
+_MIX = {"unrolled": (1.15, 1.08), "scanned": (1.22, 1.08)}
+_SUM = {"flan-t5-small": 1.40, "flan-t5-large": 1.20}
+_Bars = tuple[float | None, float | None]
+_PEER: dict[str, _Bars] = {"flan-t5-small": (1.15, 1.25), "flan-t5-large": (1.05, 1.25)}
+_BFLOAT16_AGAINST_FLOAT32 = 1.35
+_SAME_LOSS = 1e-3  # relative
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
+    parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["float32"], help="of weights and activations")
+    parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory, of which 20 are fused")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
+    parser.add_argument("--cores", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    if options.pool < MODULES:
+        parser.error(f"--pool {options.pool}: {MODULES} modules are fused, so give at least as many")
+    if min(options.seeds) < 1 or options.rounds < 1:
+        parser.error("--seeds and --rounds count from 1")
+    _common.launch(options.cores)
+    cases = [] if 1 not in options.seeds else _single(options)
+    cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
+    _common.show(cases, as_json=options.json)
+
+
+def _single(options: Any) -> list[dict[str, Any]]:
+    """Measure one seed's steps, in all precisions, together."""
+    runs: dict[str, Callable[[], Any]] = {}
+    if not has_peft():
+        print("PyTorch and PEFT are not installed: the peer is left out (pip install -e '.[peft]')", file=sys.stderr)
+    with_peer = options.cores == 1 and has_peft()
+    for dtype in options.dtype:
+        config, weights = config_of(options.shape, dtype), _weights(options, dtype)
+        runs[f"{dtype} floor"] = floor(config, weights)
+        for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
+            for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
+                runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
+        if with_peer and dtype != "nf4":
+            runs[f"{dtype} peer"] = _peer(config, weights, dtype)
+    seconds = in_turns(runs, options.rounds)
+    _same_losses(runs)
+    where = _where(options)
+    cases = []
+    for name, took in seconds.items():
+        dtype, kind = name.split(" ", 1)
+        if kind not in ("floor", "peer"):
+            cases.append(_against_floor(options, where, dtype, kind, took, seconds[f"{dtype} floor"]))
+    for name, took in seconds.items():
+        if name.endswith(" peer"):
+            cases += _against_peer(options, where, name.removesuffix(" peer"), took, seconds)
+    return cases
+
+
+def _against_floor(
+    options: Any, where: str, dtype: str, kind: str, took: np.ndarray, lowest: np.ndarray
+) -> dict[str, Any]:
+    composition, structure = kind.split()
+    required, ambition = None, None
+    if dtype == "float32" and options.pool == MODULES and options.shape != "small-pool":
+        required, ambition = _MIX[structure] if composition == "mix" else (_SUM.get(options.shape, 1.40), None)
+    return case(
+        f"{where} {dtype} step / floor: {composition}, {structure}",
+        of_turns(took, lowest),
+        required,
+        ambition,
+        seconds=_median(took),
+        floor_seconds=_median(lowest),
+        operations=_operations(options.shape, composition, structure, options.pool),
+        rounds=len(took),
+    )
+
+
+def _against_peer(
+    options: Any, where: str, dtype: str, took: np.ndarray, seconds: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Compare the peer of one precision with our step of the same, and the float32 peer with ours in bfloat16."""
+    bars: _Bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
+    pairs = [(_fastest(dtype, seconds), bars)]
+    if dtype == "float32" and "bfloat16 floor" in seconds:
+        bars = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
+        pairs.append((_fastest("bfloat16", seconds), bars))
+    return [
+        case(
+            f"{where} {dtype} peer / our {name} step",
+            of_turns(took, seconds[name]),
+            *bars,
+            higher_is_better=True,
+            peer_seconds=_median(took),
+            seconds=_median(seconds[name]),
+            rounds=len(took),
+        )
+        for name, bars in pairs
+    ]
+
+
+def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
+    config, weights = config_of(options.shape, dtype), _weights(options, dtype)
+    runs = {"one": Step(config, weights, "mix"), "all": Step(config, weights, "mix", seeds=count)}
+    seconds = in_turns(runs, options.rounds)
+    return case(
+        f"{_where(options)} {dtype} {count} seeds in one program / {count} single steps: mix, scanned",
+        of_turns(seconds["all"], count * seconds["one"]),
+        1.0 if runs["all"].static["path"] == "map" else 0.6 if count == 8 else None,
+        path=runs["all"].static["path"],
+        seconds=_median(seconds["all"]),
+        single_seconds=_median(seconds["one"]),
+        rounds=options.rounds,
+    )
+
+
+def _weights(options: Any, dtype: Dtype) -> Any:
+    config = config_of(options.shape, dtype)
+    return jax.block_until_ready(frozen(config, dtype, options.pool))
+
+
+def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any]:
+    import torch
+    from _model import batch_of
+    from _peer import Peer
+
+    torch.set_num_threads(1)
+    return Peer(config, weights, batch_of(config), dtype)
+
+
+def _same_losses(runs: dict[str, Any]) -> None:
+    """Check that our float32 steps and the peer's are the same training."""
+    if "float32 peer" not in runs:
+        return
+    theirs = runs["float32 peer"].losses
+    for name in ("float32 mix unrolled", "float32 mix scanned"):
+        both = min(len(theirs), len(runs[name].losses))
+        np.testing.assert_allclose(runs[name].losses[:both], theirs[:both], rtol=_SAME_LOSS, err_msg=name)
+
+
+def _fastest(dtype: str, seconds: dict[str, np.ndarray]) -> str:
+    """Return the name of our fastest mix: unrolled or scanned, whichever a run would choose."""
+    return min((f"{dtype} mix {structure}" for structure in _MIX), key=lambda name: _median(seconds[name]))
+
+
+def _operations(shape: str, composition: Any, structure: str, pool: int) -> float:
+    """Return the counted operations of the step over those of its floor."""
+    config = unrolled(config_of(shape)) if structure == "unrolled" else config_of(shape)
+    batch = Shape(BATCH, SOURCE, TARGET)
+    update = Update(kind=composition, rank=RANK, modules=MODULES, pool=pool, magnitudes=True)
+    base = step_flops(unrolled(config_of(shape)), batch, Update(kind="none"), trainable=0)
+    return step_flops(config, batch, update, trainable=0) / base
+
+
+def _where(options: Any) -> str:
+    pool = "" if options.pool == MODULES else f" pool of {options.pool}"
+    return f"{options.shape}{pool}, {options.cores} core{'s' if options.cores > 1 else ''},"
+
+
+def _median(seconds: np.ndarray) -> float:
+    return float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Greedy generation with a fused pool against PyTorch + PEFT `generate`, taking turns on one core.
+
+    python benchmarks/generation.py --shape flan-t5-small [--json]
+
+Batch 10, 128 source and 32 new tokens, no row ending earlier; the mix of 20 modules of rank 16 on q and v with its
+magnitudes, beside the base (composed anew by every call here, in PEFT a DoRA adapter) and merged into its weights
+(`merged_base`, PEFT's `merge_and_unload`). Random weights. Needs the `peft` extra.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import _common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import case, has_peft, in_turns, of_turns
+from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, batch_of, config_of, frozen, graph_of
+from _peer import Peer
+from flax import nnx
+
+from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.tasks import Batch
+from lorafusion_jax.train.evaluate import generate_seeds
+from lorafusion_jax.train.methods import Frozen, Fusion, Method, ZeroShot
+
+_BATCH, _NEW = 10, 32
+_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+# (required, ambition) of our precision against PyTorch's float32.
+_BARS = {"float32": (1.5, 2.0), "bfloat16": (2.0, None)}
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if not has_peft():
+        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+    _common.launch(1)
+    _common.show(_cases(options.shape, options.rounds), as_json=options.json)
+
+
+def _cases(shape: str, rounds: int) -> list[dict[str, Any]]:
+    import torch
+
+    torch.set_num_threads(1)
+    runs: dict[str, Callable[[], np.ndarray]] = {}
+    for dtype in _DTYPES:
+        # Random weights would end a row somewhere: no token does.
+        config = dataclasses.replace(config_of(shape, dtype), eos_id=-1)
+        weights = jax.block_until_ready(frozen(config, dtype, MODULES))
+        batch = batch_of(config, (_BATCH, SOURCE, TARGET))
+        runs |= {f"{dtype} {how}": run for how, run in _ours(config, weights, batch).items()}
+        runs |= {f"{dtype} peer {how}": run for how, run in _theirs(config, weights, batch, dtype).items()}
+    said = {name: run() for name, run in runs.items()}
+    seconds = in_turns(runs, rounds)
+    cases = []
+    for how in ("beside", "merged"):
+        for dtype, peer in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+            ours, theirs = f"{dtype} {how}", f"{peer} peer {how}"
+            took, other = float(np.median(seconds[ours])), float(np.median(seconds[theirs]))
+            cases.append(
+                case(
+                    f"{shape}, 1 core, generation, adapters {how}: PyTorch {peer} / our {dtype}",
+                    of_turns(seconds[theirs], seconds[ours]),
+                    *(_BARS[dtype] if peer == "float32" else (None, None)),
+                    higher_is_better=True,
+                    tokens_per_second=_BATCH * _NEW / took,
+                    peer_tokens_per_second=_BATCH * _NEW / other,
+                    same_tokens=float(np.mean(said[ours] == said[theirs])),
+                    rounds=len(seconds[ours]),
+                )
+            )
+    return cases
+
+
+def _ours(config: Any, weights: Frozen, batch: Batch) -> dict[str, Callable[[], np.ndarray]]:
+    method = Fusion(composition="mix", start="uniform")
+    index = jnp.arange(MODULES)
+    params = jax.jit(method.init)(weights, index, jax.random.key(0))
+    model = nnx.merge(graph_of(config), weights.base)
+    merged = nnx.split(merged_base(model, jax.jit(method.adapters)(params, weights, index)[0]))[1]
+    merged = jax.tree.map(lambda a: a.astype(config.dtype), merged)
+    one = jax.tree.map(lambda a: a[0], batch)
+
+    def run(method: Method, params: Any, weights: Frozen) -> Callable[[], np.ndarray]:
+        seeds = jax.tree.map(lambda a: a[None], params)
+        static = {"max_new_tokens": _NEW, "graph": graph_of(config), "method": method, "path": "map"}
+        return lambda: np.asarray(generate_seeds(seeds, index[None], weights, one, **static)[0])
+
+    return {"beside": run(method, params, weights), "merged": run(ZeroShot(), {}, Frozen(merged))}
+
+
+def _theirs(config: Any, weights: Frozen, batch: Batch, dtype: Dtype) -> dict[str, Callable[[], np.ndarray]]:
+    import torch
+
+    def run(merge: bool) -> Callable[[], np.ndarray]:
+        peer = Peer(config, weights, batch, dtype)
+        model = peer.model.merge_and_unload() if merge else peer.model
+        model.generation_config.eos_token_id = None
+        inputs = {name: peer.inputs[name] for name in ("input_ids", "attention_mask")}
+
+        @torch.no_grad()
+        def generate() -> np.ndarray:
+            said = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)
+            return said[:, 1:].numpy()
+
+        return generate
+
+    return {"beside": run(False), "merged": run(True)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Run the benchmarks, each in a process of its own, and print one table of ratios and bars.
+
+    python benchmarks/table.py bench [--out docs/results/speed]
+
+`fast`: the embedded small shape and padding, in less than a minute. `bench`: FLAN-T5-small's ratios and FLAN-T5-large's
+with one seed, in less than a quarter of an hour on two cores. `full`: every shape, pool, number of seeds and precision,
+adapters and crossbars too. A missed bar is printed, and is no error; a script that fails is. Parts that need more cores
+than there are, or the `peft` extra, are left out.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _common import MALLOC, ROOT, met, processor
+
+_SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 3"
+_FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
+_BENCH = (
+    f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4",
+    f"{_SMALL} --cores 2",
+    f"{_LARGE} --dtype float32 bfloat16",
+    f"{_LARGE} --cores 2",
+    "generation.py --shape flan-t5-small",
+    "compilation.py",
+    "memory.py --peak",
+    "padding.py",
+)
+_FULL = (
+    "fusion_step.py --shape small-pool --dtype float32 bfloat16 nf4 --seeds 1 4 16",
+    f"{_SMALL} --dtype float32 bfloat16 nf4 --seeds 1 4 16",
+    f"{_SMALL} --cores 2",
+    f"{_SMALL} --pool 100",
+    "fusion_step.py --shape flan-t5-base --rounds 5 --dtype float32 bfloat16 nf4 --seeds 1 4",
+    "fusion_step.py --shape flan-t5-base --rounds 5 --pool 100",
+    f"{_LARGE} --dtype float32 bfloat16 nf4",
+    f"{_LARGE} --cores 2",
+    f"{_LARGE} --pool 100",
+    f"{_LARGE} --cores 2 --seeds 4 16",
+    "generation.py --shape flan-t5-small",
+    "generation.py --shape flan-t5-large --rounds 3",
+    "compilation.py",
+    "memory.py",
+    "padding.py",
+    "convert.py",
+    "crossbar.py",
+)
+_LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}
+_HEAD = ("what", "ratio", "required", "ambition", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("level", choices=_LEVELS, help="how much is measured")
+    parser.add_argument("--out", type=Path, help="folder for table.md and cases.json")
+    options = parser.parse_args()
+    began, cases, failed = time.perf_counter(), [], []
+    for command in _LEVELS[options.level]:
+        print(f"{command} ...", file=sys.stderr, flush=True)
+        found = _run(command)
+        if found is None:
+            failed.append(command)
+        else:
+            cases += [{"command": command, **of_script} for of_script in found]
+    minutes = (time.perf_counter() - began) / 60
+    print("\n".join([*table(cases), "", f"{processor()}, {minutes:.1f} minutes"]))
+    if options.out is not None:
+        _write(options.out, options.level, cases, minutes)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
+def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table with one row a case, columns aligned."""
+    rows = [_HEAD, *map(_cells, cases)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
+    rule = [f"{'-' * (w + 1)}:" if _is_number(i) else "-" * (w + 2) for i, w in enumerate(widths)]
+    return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
+
+
+def _aligned(column: int, cell: str, width: int) -> str:
+    return cell.rjust(width) if _is_number(column) else cell.ljust(width)
+
+
+def _is_number(column: int) -> bool:
+    return _HEAD[column] in ("ratio", "required", "ambition")
+
+
+def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:
+    sign = "≥" if case["higher_is_better"] else "≤"
+    bars = ("" if case[key] is None else f"{sign} {case[key]:g}" for key in ("required", "ambition"))
+    verdict = {True: "met", False: "missed", None: ""}[met(case)]
+    return (case["name"], f"{case['ratio']:.3g}", *bars, verdict)
+
+
+def _run(command: str) -> list[dict[str, Any]] | None:
+    """Return the cases of one script, none where it cannot run here, or None where it fails."""
+    script, *arguments = command.split()
+    if "--cores" in arguments and int(arguments[arguments.index("--cores") + 1]) > len(os.sched_getaffinity(0)):
+        print(f"  left out: this process may use {len(os.sched_getaffinity(0))} cores", file=sys.stderr)
+        return []
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *arguments, "--json"],
+        env=os.environ | MALLOC,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return None if done.returncode else json.loads(done.stdout)["cases"]
+
+
+def _write(folder: Path, level: str, cases: list[dict[str, Any]], minutes: float) -> None:
+    """Write the table and what it was computed from, each under its name only when it is whole."""
+    today = datetime.date.today().isoformat()
+    head = f"`python benchmarks/table.py {level}`, {processor()}, {today}, {minutes:.0f} minutes."
+    page = "\n".join([head, "", *table(cases), ""])
+    found = {"level": level, "processor": processor(), "date": today, "cases": cases}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("table.md", page), ("cases.json", json.dumps(found, indent=1) + "\n")):
+        partial = folder / f".{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What the benchmarks promise: cases of one contract, a table of them, steps that are what they are compared with."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.train.loss import cross_entropy, decoder_inputs
+from lorafusion_jax.train.methods import Frozen
+
+_ROOT = Path(__file__).resolve().parent.parent
+_KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The benchmarks' modules, imported as their scripts see them."""
+    sys.path.insert(0, str(_ROOT / "benchmarks"))
+    try:
+        import _common
+        import _model
+        import fusion_step
+        import padding
+        import table
+
+        yield {m.__name__: m for m in (_common, _model, fusion_step, padding, table)}
+    finally:
+        sys.path.remove(str(_ROOT / "benchmarks"))
+
+
+def _check(cases):
+    assert cases
+    for case in cases:
+        assert case.keys() == _KEYS
+        assert np.isfinite(case["ratio"]) and isinstance(case["higher_is_better"], bool)
+        assert case["computed_from"]
+    assert len({case["name"] for case in cases}) == len(cases)
+
+
+def test_one_object_of_cases(benchmarks, tmp_path):
+    """A task of 90 rows of 3 characters and 10 of 30, that is 2 and 9 tokens, and answers of 2 tokens."""
+    task = tmp_path / "lengths"
+    task.mkdir()
+    rows = [{"input": "x" * (30 if i % 10 == 0 else 3), "target": "yyyy"} for i in range(100)]
+    for part in ("train", "test"):
+        (task / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, _ROOT / "benchmarks/padding.py", "--json", "--tasks", task]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert said["processor"]
+    _check(said["cases"])
+    evaluation, shapes = said["cases"][-2:]
+    # Two batches of 50 rows, shortest first: widths 4 and 12, answers 4 wide.
+    assert evaluation["computed_from"]["real"] == 90 * 2 + 10 * 9 + 100 * 2
+    assert evaluation["computed_from"]["computed"] == 50 * (4 + 4) + 50 * (12 + 4)
+    assert evaluation["ratio"] == pytest.approx(470 / 1200) and evaluation["higher_is_better"]
+    assert shapes["ratio"] == 2 and not shapes["higher_is_better"]
+
+
+def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
+    """Every run is called as often as every other, and their seconds end in ratios with the issue's bars."""
+    fusion_step, common = benchmarks["fusion_step"], benchmarks["_common"]
+    calls, seconds = {}, {"floor": 1.0, "unrolled": 1.1, "scanned": 1.3, "peer": 1.65}
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+
+    def stand_in(name):
+        def run():
+            calls[name] = calls.get(name, 0) + 1
+            clock.now += seconds[name]
+
+        run.losses = [1.0]
+        return run
+
+    monkeypatch.setattr(common, "time", clock)
+    monkeypatch.setattr(common, "launch", lambda cores: None)
+    monkeypatch.setattr(fusion_step, "has_peft", lambda: True)
+    monkeypatch.setattr(fusion_step, "_weights", lambda options, dtype: None)
+    monkeypatch.setattr(fusion_step, "floor", lambda config, weights: stand_in("floor"))
+    monkeypatch.setattr(fusion_step, "_peer", lambda config, weights, dtype: stand_in("peer"))
+    monkeypatch.setattr(
+        fusion_step,
+        "Step",
+        lambda config, weights, composition: stand_in("unrolled" if config.unroll else "scanned"),
+    )
+    monkeypatch.setattr(sys, "argv", ["fusion_step.py", "--shape", "flan-t5-large", "--rounds", "3", "--json"])
+    fusion_step.main()
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    _check(cases)
+    found = {case["name"].partition(", 1 core, ")[2]: case for case in cases}
+    for structure, ratio, bar in (("unrolled", 1.1, 1.15), ("scanned", 1.3, 1.22)):
+        mix, of_sum = (found[f"float32 step / floor: {c}, {structure}"] for c in ("mix", "sum"))
+        assert mix["ratio"] == pytest.approx(ratio) == of_sum["ratio"]
+        assert (mix["required"], mix["ambition"], of_sum["required"]) == (bar, 1.08, 1.20)
+        assert 1 < mix["computed_from"]["operations"] < of_sum["computed_from"]["operations"] < 2
+    peer = found["float32 peer / our float32 mix unrolled step"]
+    assert peer["ratio"] == pytest.approx(1.5) and peer["required"] == 1.05 and peer["higher_is_better"]
+    # One call that compiles, and three rounds; mix and sum share their stand-ins.
+    assert calls == {"floor": 4, "unrolled": 8, "scanned": 8, "peer": 4}
+
+
+def test_short_functions_take_turns_of_many_calls(benchmarks):
+    calls = []
+    found = benchmarks["_common"].in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert all(len(seconds) == 2 and (seconds > 0).all() for seconds in found.values())
+    turns = [name for i, name in enumerate(calls) if i == 0 or name != calls[i - 1]]
+    assert turns[:4] == ["a", "b", "a", "b"] and turns == turns[:2] * (len(turns) // 2)
+    assert len(calls) > 100
+
+
+def test_the_table_says_which_bars_are_met(benchmarks):
+    case, table = benchmarks["_common"].case, benchmarks["table"].table
+    lines = table(
+        [
+            case("low", 1.1, 1.15, 1.08, seconds=1.0),
+            case("high", 1.1, 1.15, higher_is_better=True, seconds=1.0),
+            case("beside", 1.2345, None, seconds=1.0),
+        ]
+    )
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["what", "ratio", "required", "ambition", ""]
+    assert cells[2:] == [
+        ["low", "1.1", "≤ 1.15", "≤ 1.08", "met"],
+        ["high", "1.1", "≥ 1.15", "", "missed"],
+        ["beside", "1.23", "", "", ""],
+    ]
+
+
+def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, monkeypatch, capsys):
+    table, cases = benchmarks["table"], [benchmarks["_common"].case("one", 2.0, 1.0, seconds=3.0)]
+    monkeypatch.setattr(table, "_run", lambda command: None if command == "padding.py" else cases)
+    monkeypatch.setattr(sys, "argv", ["table.py", "fast", "--out", str(tmp_path / "speed")])
+    with pytest.raises(SystemExit, match="^failed: padding.py$"):
+        table.main()  # what ran is printed and written all the same
+    said = capsys.readouterr().out
+    page = (tmp_path / "speed/table.md").read_text()
+    assert "| one  |     2 |      ≤ 1 |          | missed |" in said and "missed" in page
+    kept = json.loads((tmp_path / "speed/cases.json").read_text())
+    assert kept["cases"][0]["computed_from"] == {"seconds": 3.0}
+    assert {path.name for path in (tmp_path / "speed").iterdir()} == {"table.md", "cases.json"}
+
+
+def test_every_command_of_the_table_is_a_script(benchmarks):
+    for commands in benchmarks["table"]._LEVELS.values():
+        assert len(set(commands)) == len(commands)
+        for command in commands:
+            assert (_ROOT / "benchmarks" / command.split()[0]).is_file()
+
+
+def test_the_floor_is_the_base_alone(benchmarks, monkeypatch):
+    """Gradients of activations, added up by token, are that of the embedding, which nothing else reads."""
+    model = benchmarks["_model"]
+    config = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1)
+    batch = tiny.batch(config, rows=2, source=6, target=4)
+    for name, size in (("BATCH", 2), ("SOURCE", 6), ("TARGET", 4)):
+        monkeypatch.setattr(model, name, size)
+    monkeypatch.setattr(model, "batch_of", lambda config: jax.tree.map(lambda a: a[None], batch))
+    graph, base = nnx.split(tiny.t5(config))
+    loss, of_activations = model.floor(config, Frozen(base))()
+    start = decoder_inputs(batch.labels, start_id=config.start_id, pad_id=config.pad_id)
+
+    @jax.jit
+    @jax.value_and_grad
+    def plain(base):
+        logits = nnx.merge(graph, base)(batch.input_ids, batch.input_mask, start)
+        return cross_entropy(logits, batch.labels) / 2
+
+    wanted, of_weights = plain(base)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    found = np.zeros((config.vocab_size, config.d_model), np.float32)
+    np.add.at(found, np.asarray(batch.input_ids), np.asarray(of_activations[6]))
+    np.add.at(found, np.asarray(start), np.asarray(of_activations[4]))
+    assert np.abs(found).max() > 1e-3
+    np.testing.assert_allclose(found, of_weights["embedding"].get_value(), atol=1e-6)
