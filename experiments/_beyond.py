@@ -128,7 +128,8 @@ def best(gradient: Float[Array, "seeds N blocks"], keep: int, by: By) -> Int[np.
       by: `module`, the descent along one coefficient for all blocks; `block`, the sum of |gradient|, since each block's
         coefficient may have a sign of its own.
     """
-    return most_descent(gradient if by == "module" else -jnp.abs(gradient), keep)
+    of_each = np.asarray(gradient)
+    return most_descent(of_each if by == "module" else -np.abs(of_each), keep)
 
 
 def descent_like(
@@ -191,7 +192,7 @@ def _train(setup: Setup, options: FuseOptions, state: TrainState, *, began: floa
 
 
 def _gradients(setup: Setup, options: FuseOptions) -> Float[Array, "seeds N blocks"]:
-    return gradients_at_zero(setup, options.seeds, batch_size=options.recipe.batch_size)
+    return jnp.asarray(gradients_at_zero(setup, options.seeds, batch_size=options.recipe.batch_size))
 
 
 def _all_rows(setup: Setup) -> tuple[Batch, int]:

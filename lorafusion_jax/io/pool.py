@@ -280,15 +280,16 @@ class _Stack:
     def fill(self, number: int, adapter: PeftAdapter) -> None:
         """Put in the adapter of this number."""
         check_fits(adapter, self.names[:number], alone=len(self.names) == 1)
+        magnitude: dict[str, np.ndarray] = {}
         if adapter.magnitude is not None:
-            self.magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
+            self.magnitude = magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
         for path, (a, b) in adapter.factors.items():
             site, layer = _located(path)
             r = a.shape[0]
             self.A[site][layer, number, :, :r] = a.T
             self.B[site][layer, number, :r] = b.astype(np.float32, copy=False).T * self.scaling[site][layer, number]
             if adapter.magnitude is not None:
-                self.magnitude[site][layer] = adapter.magnitude[path]
+                magnitude[site][layer] = adapter.magnitude[path]
 
     def pool(self) -> LoraPool:
         """Return the pool; nothing may be put in any more."""
@@ -297,7 +298,7 @@ class _Stack:
             B={site: jax.device_put(b) for site, b in self.B.items()},
             rank={site: jnp.asarray(rank) for site, rank in self.rank.items()},
             scaling={site: jnp.asarray(scaling) for site, scaling in self.scaling.items()},
-            magnitude=self.magnitude and {site: jnp.asarray(rows) for site, rows in self.magnitude.items()},
+            magnitude=None if self.magnitude is None else {s: jnp.asarray(m) for s, m in self.magnitude.items()},
             names=self.names,
         )
 

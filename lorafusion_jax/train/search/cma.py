@@ -66,7 +66,7 @@ def search(
         states = [strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings) for key in keys]
     spread = functools.partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), population, axis=0))
     members = [spread(batch) for batch in batches]
-    member_index = on_mesh(np.repeat(to_host(index), population, axis=0), of_seeds=True)
+    member_index = on_mesh(jnp.asarray(np.repeat(to_host(index), population, axis=0)), of_seeds=True)
     best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
     for number in range(1, generations + 1):
         # Seed by seed: batched, the last bits of a walk, and soon all of it, depend on the seeds beside it.
