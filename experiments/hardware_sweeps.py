@@ -280,14 +280,15 @@ def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
         axis = figure.subplots()
         for _, line, compensate in lines_of(rows):
             values = [mean(rows, line, point, compensate) for point in points]
-            dashed = compensate is False or "digital" in line
+            values = [np.nan if value is None else value for value in values]
+            i, digital = names.index(line), line == "LoRAFusion, digital"
             axis.plot(
                 range(len(points)),
-                [np.nan if value is None else value for value in values],
-                "--" if dashed else "-",
-                marker="o",
+                values,
+                ":" if digital else "--" if compensate is False else "-",
+                marker="" if digital else "os"[i // 8],
                 markersize=4,
-                color="black" if "digital" in line else colour(names.index(line)),
+                color=colour(i),
                 label=None if compensate is False else line,
             )
         axis.set_xticks(range(len(points)), points)
