@@ -1,0 +1,94 @@
+"""Fusion steps on several chips in one program against as many steps on one chip, steady state.
+
+    python benchmarks/chips.py [--chips 8] [--json]
+
+The embedded small model and pool in the arrays of examples/chip.yaml, LoRAFusion's own step, one seed. Chips are mapped
+one after the other on one device, or shared out over a device for every core (`sharding`).
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _common
+import jax
+import jax.numpy as jnp
+from _common import ROOT, case, in_turns, of_turns
+
+from lorafusion_jax.tasks import batch_orders, train_batches
+from lorafusion_jax.train.arrays.calibration import looped
+from lorafusion_jax.train.arrays.folder import load_chips
+from lorafusion_jax.train.arrays.lanes import on_every_chip
+from lorafusion_jax.train.fit import recipe_rates, start, train_seeds
+from lorafusion_jax.train.options import FuseOptions
+from lorafusion_jax.train.setup import Setup, prepare
+from lorafusion_jax.train.sharding import make_mesh, on_mesh
+
+_SMALL = ROOT / "examples" / "small"
+_BAR = 0.9
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--chips", type=int, default=8, help="in one program")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cores}"
+    _common.launch()
+    pool, task = str(_SMALL / "adapters"), str(_SMALL / "tasks" / "swapends_prev")
+    setup = looped(prepare(FuseOptions(base=str(_SMALL / "base"), pool=pool, task=task)))
+    runs: dict[str, Callable[[], Any]] = {
+        "one": _step(setup, 1, None),
+        "mapped": _step(setup, options.chips, None),
+    }
+    if not options.chips % cores:
+        runs["shared out"] = _step(setup, options.chips, f"seed={cores}")
+    seconds = in_turns(runs, options.rounds)
+    cases = [
+        case(
+            f"{options.chips} chips {name} / {options.chips} times one",
+            of_turns(took, seconds["one"]) / options.chips,
+            _BAR,
+            one_ms=1e3 * float(min(seconds["one"])),
+            all_ms=1e3 * float(min(took)),
+            cores=cores,
+        )
+        for name, took in seconds.items()
+        if name != "one"
+    ]
+    _common.show(cases, as_json=options.json)
+
+
+def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
+    """Return one training step of a seed on every chip, which goes on from its own last state."""
+    chips = load_chips(str(Path(ROOT / "examples" / "chip.yaml")))
+    keys = jnp.stack([chips.chip_key(number) for number in range(count)])
+    first = start(setup, (1,)).params
+    on_all = on_every_chip(setup, first, chips.rules(), keys, modules=None, norm="ideal")
+    assert on_all.split is not None
+    recipe = FuseOptions(base="", task="").recipe
+    orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
+    batch = next(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id))
+    context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
+    with context():
+        of_seeds = (start(on_all, (1,) * count), batch, on_all.index, recipe_rates(recipe, count))
+        state, batch, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
+        frozen = on_mesh(on_all.frozen)
+    static = {"graph": on_all.graph, "method": on_all.method, "path": "map"}
+    static["optimisation"] = recipe.optimisation(orders.shape[1])
+
+    def step() -> None:
+        nonlocal state
+        with context():
+            state, _ = train_seeds(state, batch, index, frozen, rates, **static)
+            jax.block_until_ready(state)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
