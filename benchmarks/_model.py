@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import ROOT
+from _measure import ROOT
 from flax import nnx
 
 from lorafusion_jax.fusion.compose import gram

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _common
+import _measure
 import jax
 import jax.numpy as jnp
-from _common import ROOT, case, in_turns, of_turns
+from _measure import ROOT, case, in_turns, of_turns
 
 from lorafusion_jax.tasks import batch_orders, train_batches
 from lorafusion_jax.train.arrays.calibration import looped
@@ -32,13 +32,13 @@ _BAR = 0.9
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
+    parser = _measure.parser(__doc__)
     parser.add_argument("--chips", type=int, default=8, help="in one program")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cores}"
-    _common.launch()
+    _measure.launch()
     pool, task = str(_SMALL / "adapters"), str(_SMALL / "tasks" / "swapends_prev")
     setup = looped(prepare(FuseOptions(base=str(_SMALL / "base"), pool=pool, task=task)))
     runs: dict[str, Callable[[], Any]] = {
@@ -60,7 +60,7 @@ def main() -> None:
         for name, took in seconds.items()
         if name != "one"
     ]
-    _common.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json)
 
 
 def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:

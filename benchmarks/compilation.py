@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import _common
-from _common import ROOT, case
+import _measure
+from _measure import ROOT, case
 from _model import CHOICES
 
 _REQUIRED = {"cold": 60.0, "from the persistent cache": 10.0}  # seconds
@@ -34,12 +34,12 @@ print(time.perf_counter() - began)
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
+    parser = _measure.parser(__doc__)
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="of the base model")
     options = parser.parse_args()
-    _common.launch()
+    _measure.launch()
     cases = [found for composition in ("mix", "sum") for found in _compile(options.shape, composition)]
-    _common.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json)
 
 
 def _compile(shape: str, composition: str) -> list[dict[str, Any]]:

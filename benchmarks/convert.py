@@ -17,10 +17,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import _common
+import _measure
 import jax
 import numpy as np
-from _common import case
+from _measure import case
 
 from lorafusion_jax.io.peft import write_adapter
 from lorafusion_jax.io.pool import read_pool
@@ -57,12 +57,12 @@ print(seconds, memory("VmHWM") - before, sum(p.stat().st_size for p in pathlib.P
 
 
 def main() -> None:
-    options = _common.parser(__doc__).parse_args()
+    options = _measure.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = _write_adapters(folder)
         cases = [_against_peft(sources), _peak_memory(folder, sources)]
-    _common.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json)
 
 
 def _write_adapters(folder: Path) -> list[str]:

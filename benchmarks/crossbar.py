@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import _common
+import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import case, in_turns, of_turns
+from _measure import case, in_turns, of_turns
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.normal import normal
@@ -32,9 +32,9 @@ _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 
 def main() -> None:
-    options = _common.parser(__doc__).parse_args()
-    _common.launch(1)
-    _common.show(_cases(), as_json=options.json)
+    options = _measure.parser(__doc__).parse_args()
+    _measure.launch(1)
+    _measure.show(_cases(), as_json=options.json)
 
 
 def _cases() -> list[dict[str, Any]]:

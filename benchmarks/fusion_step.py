@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import _common
+import _measure
 import jax
 import numpy as np
-from _common import case, has_peft, in_turns, of_turns
+from _measure import case, has_peft, in_turns, of_turns
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
 
 from lorafusion_jax.train.cost import Shape, Update, step_flops
@@ -32,7 +32,7 @@ _SAME_LOSS = 1e-3  # relative
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
+    parser = _measure.parser(__doc__)
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
     parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["float32"], help="of weights and activations")
     parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory, of which 20 are fused")
@@ -44,10 +44,10 @@ def main() -> None:
         parser.error(f"--pool {options.pool}: {MODULES} modules are fused, so give at least as many")
     if min(options.seeds) < 1 or options.rounds < 1:
         parser.error("--seeds and --rounds count from 1")
-    _common.launch(options.cores)
+    _measure.launch(options.cores)
     cases = [] if 1 not in options.seeds else _single(options)
     cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
-    _common.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json)
 
 
 def _single(options: Any) -> list[dict[str, Any]]:

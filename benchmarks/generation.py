@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import _common
+import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import case, has_peft, in_turns, of_turns
+from _measure import case, has_peft, in_turns, of_turns
 from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, batch_of, config_of, frozen, graph_of
 from _peer import Peer
 from flax import nnx
@@ -33,14 +33,14 @@ _BARS = {"float32": (1.5, 2.0), "bfloat16": (2.0, None)}
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
+    parser = _measure.parser(__doc__)
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if not has_peft():
         sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
-    _common.launch(1)
-    _common.show(_cases(options.shape, options.rounds), as_json=options.json)
+    _measure.launch(1)
+    _measure.show(_cases(options.shape, options.rounds), as_json=options.json)
 
 
 def _cases(shape: str, rounds: int) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ arguments, temporaries and results.
 
 from typing import Any
 
-import _common
-from _common import case
+import _measure
+from _measure import case
 from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Dtype, config_of, lowered, shapes_of
 
 from lorafusion_jax.models.sites import targeted
@@ -38,7 +38,7 @@ _SEEDS = 8
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
+    parser = _measure.parser(__doc__)
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="of the base model")
     parser.add_argument("--peak", action="store_true", help="only what has a bar in GiB")
     options = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
             for dtype in ("float32", "bfloat16")
             for rows in (5, 10)
         ]
-    _common.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json)
 
 
 def _peaks(name: str, shape: str) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import _common
+import _measure
 import numpy as np
-from _common import ROOT, case
+from _measure import ROOT, case
 
 from lorafusion_jax.tasks import (
     IGNORED,
@@ -40,7 +40,7 @@ _SMALL = ROOT / "examples/small"
 
 
 def main() -> None:
-    parser = _common.parser(__doc__)
+    parser = _measure.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
     parser.add_argument("--tokenizer", help="folder or hub id of a base model")
     options = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
         cases.append(
             case(f"{where} most shapes of a task", max(shapes.values()), MOST_SHAPES, mean=np.mean([*shapes.values()]))
         )
-    _common.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json)
 
 
 def _batches(what: str, task: Task, tokenizer: Any) -> Iterable[Batch]:

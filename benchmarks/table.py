@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import MALLOC, ROOT, met, processor
+from _measure import MALLOC, ROOT, met, processor
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 3"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")

@@ -24,13 +24,13 @@ def benchmarks():
     """The benchmarks' modules, imported as their scripts see them."""
     sys.path.insert(0, str(_ROOT / "benchmarks"))
     try:
-        import _common
+        import _measure
         import _model
         import fusion_step
         import padding
         import table
 
-        yield {m.__name__: m for m in (_common, _model, fusion_step, padding, table)}
+        yield {m.__name__: m for m in (_measure, _model, fusion_step, padding, table)}
     finally:
         sys.path.remove(str(_ROOT / "benchmarks"))
 
@@ -65,7 +65,7 @@ def test_one_object_of_cases(benchmarks, tmp_path):
 
 def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
     """Every run is called as often as every other, and their seconds end in ratios with the issue's bars."""
-    fusion_step, common = benchmarks["fusion_step"], benchmarks["_common"]
+    fusion_step, common = benchmarks["fusion_step"], benchmarks["_measure"]
     calls, seconds = {}, {"floor": 1.0, "unrolled": 1.1, "scanned": 1.3, "peer": 1.65}
 
     class Clock:
@@ -113,7 +113,7 @@ def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
 
 def test_short_functions_take_turns_of_many_calls(benchmarks):
     calls = []
-    found = benchmarks["_common"].in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    found = benchmarks["_measure"].in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert all(len(seconds) == 2 and (seconds > 0).all() for seconds in found.values())
     turns = [name for i, name in enumerate(calls) if i == 0 or name != calls[i - 1]]
     assert turns[:4] == ["a", "b", "a", "b"] and turns == turns[:2] * (len(turns) // 2)
@@ -121,7 +121,7 @@ def test_short_functions_take_turns_of_many_calls(benchmarks):
 
 
 def test_the_table_says_which_bars_are_met(benchmarks):
-    case, table = benchmarks["_common"].case, benchmarks["table"].table
+    case, table = benchmarks["_measure"].case, benchmarks["table"].table
     lines = table(
         [
             case("low", 1.1, 1.15, 1.08, seconds=1.0),
@@ -140,7 +140,7 @@ def test_the_table_says_which_bars_are_met(benchmarks):
 
 
 def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, monkeypatch, capsys):
-    table, cases = benchmarks["table"], [benchmarks["_common"].case("one", 2.0, 1.0, seconds=3.0)]
+    table, cases = benchmarks["table"], [benchmarks["_measure"].case("one", 2.0, 1.0, seconds=3.0)]
     monkeypatch.setattr(table, "_run", lambda command: None if command == "padding.py" else cases)
     monkeypatch.setattr(sys, "argv", ["table.py", "fast", "--out", str(tmp_path / "speed")])
     with pytest.raises(SystemExit, match="^failed: padding.py$"):

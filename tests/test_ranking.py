@@ -73,7 +73,7 @@ def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
     by_block, by_module = gradient("block"), gradient("global")
     np.testing.assert_allclose(jnp.sum(by_block, axis=2), by_module, atol=1e-6)
     wanted = np.argsort(np.asarray(by_module), axis=1)
-    np.testing.assert_array_equal(ranking.most_descent(by_block, 2), wanted)
+    np.testing.assert_array_equal(ranking.most_descent(np.asarray(by_block), 2), wanted)
 
 
 def _options(out: Path, **changes) -> FuseOptions:

@@ -237,7 +237,7 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
             f"{options.start_from} fused other modules or seeds ({got['seeds']}, wanted {wanted['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    fresh = jax.eval_shape(lambda: start(setup, options.seeds)).params
+    fresh = start(setup, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(
             f"{options.start_from} was trained with the method {other.method} and other shapes "
