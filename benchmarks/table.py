@@ -49,6 +49,7 @@ _FULL = (
     "compilation.py",
     "memory.py",
     "padding.py",
+    "chips.py",
     "convert.py",
     "crossbar.py",
 )
