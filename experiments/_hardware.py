@@ -4,9 +4,11 @@ What an experiment has computed lies in a folder: OUT/numbers (trained numbers),
 `lorafusion fuse` could have made). The same command goes on where it was interrupted.
 """
 
+import csv
 import dataclasses
+import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +105,9 @@ class Subject:
         """Of chips."""
         return len(self.keys)
 
-    def on_chips(self, config: CrossbarConfig, params: Params, setup: Setup | None = None) -> Setup:
+    def on_chips(self, config: CrossbarConfig, params: Params) -> Setup:
         """Return the setup of all seeds on all chips, whose converters cover what these numbers bring to them."""
-        setup = setup or self.setup
-        in_pool = module_numbers(setup, self.options, self.chips) if setup is self.setup else None
-        first = jax.tree.map(lambda p: p[: len(self.options.seeds)], params)
-        return on_every_chip(setup, first, self.chips.rules(config), self.keys, modules=in_pool, norm="ideal")
+        return self._placed(self.setup, config, params, module_numbers(self.setup, self.options, self.chips))
 
     def train_on_chips(
         self, config: CrossbarConfig, recipe: Recipe, begin: Params | None = None, rows: int | None = None
@@ -139,10 +138,11 @@ class Subject:
           params: of every seed [S], or of every seed on every chip [C * S].
           in_cells: a LoRA is written into cells.
         """
-        setup = self.setup
         if in_cells:
-            setup, params = lora_in_cells(setup, params)
-        on_all = self.on_chips(config, params, setup)
+            setup, params = lora_in_cells(self.setup, params)
+            on_all = self._placed(setup, config, params, None)
+        else:
+            on_all = self.on_chips(config, params)
         if len(jax.tree.leaves(params)[0]) < len(on_all.index):
             params = for_every_chip(params, self.count)
         found = evaluate(on_all, params, on_all.index, batch_size=self.options.eval_batch)
@@ -158,6 +158,10 @@ class Subject:
         options = dataclasses.replace(self.options, name=name, resume=True, **changes)
         fuse(options)
         return load_to_evaluate(EvaluateOptions(run=options.out / name))[2]
+
+    def _placed(self, setup: Setup, config: CrossbarConfig, params: Params, modules: Array | None) -> Setup:
+        first = jax.tree.map(lambda p: p[: len(self.options.seeds)], params)
+        return on_every_chip(setup, first, self.chips.rules(config), self.keys, modules=modules, norm="ideal")
 
     def _rows(self, matches: Any, losses: Any, chips: int) -> list[Row]:
         shape = (chips, len(self.options.seeds))
@@ -211,6 +215,21 @@ def subject(
     )
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
     return Subject(store, options, looped(setup), params, chips, keys)
+
+
+def again(recipe: Recipe, epochs: int) -> Recipe:
+    """Return the recipe of training again, at half the rates."""
+    halved = {name: getattr(recipe, name) / 2 for name in ("lr_coefficients", "lr_magnitudes")}
+    return dataclasses.replace(recipe, epochs=epochs, **halved)
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    """Return rows as CSV, in the columns of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def slug(name: str) -> str:

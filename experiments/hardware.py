@@ -10,9 +10,7 @@ on the very chip (its chip). A month later the numbers are trained a little more
 to the folder: table.md, rows.csv, hardware.png, every row and trained number; interrupted, the same command goes on.
 """
 
-import csv
 import dataclasses
-import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ import jax
 import numpy as np
 import tyro
 from _common import ROOT
-from _hardware import Row, Store, slug, subject
+from _hardware import Row, Store, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
 from lorafusion_jax.crossbar.serialise import config_hash
@@ -67,14 +65,8 @@ class Options:
     out: Path = ROOT / "runs" / "hardware"
 
 
-# How numbers are trained -> what that means.
-TRAINED = {
-    "digital": "digitally, and read digitally: what could be had",
-    "untouched": "digitally, and put on the chips",
-    "noise-blind": "on arrays without noise, and put on the chips",
-    "fresh noise": "on another chip at every step, and put on the chips",
-    "its chip": "on the very chip",
-}
+# How numbers are trained; the first are read digitally, all others on the chips.
+TRAINED = ("digital", "untouched", "noise-blind", "fresh noise", "its chip")
 # Of training again.
 BUDGETS = ("all rows", "a handful")
 
@@ -138,13 +130,8 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     month = aged(new, options.age, compensate=True)
     budgets = ((None, options.again_epochs), (options.few_rows, options.few_epochs))
     for name, (count, epochs) in zip(BUDGETS, budgets, strict=True):
-        again = dataclasses.replace(
-            recipe,
-            epochs=epochs,
-            lr_coefficients=recipe.lr_coefficients / 2,
-            lr_magnitudes=recipe.lr_magnitudes / 2,
-        )
-        more = {"recipe": again, "train_rows": count or on.options.train_rows}
+        shorter = again(recipe, epochs)
+        more = {"recipe": shorter, "train_rows": count or on.options.train_rows}
         run = on.options.out / (on.options.name or "")
         clean = on.trained(slug(f"{task}-digital-{name}"), start_from=run, **more)
         yield from digitally(f"digital, {name}", clean)
@@ -158,7 +145,7 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         yield from scored(f"noise-blind, {name}", blind, options.age, compensate=True)
         here = store.numbers(
             slug(f"{task}-again-{name}"),
-            lambda again=again, count=count: on.train_on_chips(month, again, begin=numbers["its chip"], rows=count),
+            lambda r=shorter, count=count: on.train_on_chips(month, r, begin=numbers["its chip"], rows=count),
         )
         yield from scored(f"its chip, {name}", here, options.age, compensate=True)
 
@@ -180,9 +167,9 @@ def tables(rows: Sequence[Row], options: Options) -> str:
 
     head = [*tasks, "**mean**"]
     new = [["exact match, %", *head]] + [[f"{case}", *spread(case)] for case in TRAINED]
-    new += [[f"won back by {case}, %", *back(case, "untouched", "digital", None, None)] for case in list(TRAINED)[2:]]
+    new += [[f"won back by {case}, %", *back(case, "untouched", "digital", None, None)] for case in TRAINED[2:]]
     month = [["exact match, %", *head]]
-    for case in list(TRAINED)[1:]:
+    for case in TRAINED[1:]:
         for compensate, said in ((False, ""), (True, ", drift compensated")):
             month.append([f"{case}{said}", *spread(case, options.age, compensate)])
     for budget in BUDGETS:
@@ -231,19 +218,10 @@ def won_back(
     return 100 * (here - without) / (could - without)
 
 
-def csv_of(rows: Sequence[Row]) -> str:
-    """Every row: task, case, age, compensate, chip, seed, exact match, loss."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def draw(rows: Sequence[Row], options: Options, path: Path) -> None:
     """Accuracy by case and task, a dot for each chip: new chips, and those of the age."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    aged_cases = [(case, True) for case in list(TRAINED)[1:]] + [
+    aged_cases = [(case, True) for case in TRAINED[1:]] + [
         (f"{case}, {budget}", True) for budget in BUDGETS for case in ("untouched", "its chip")
     ]
     panels: list[tuple[str, list[tuple[str, str | None, bool | None]]]] = [

@@ -11,9 +11,7 @@ accuracy against energy (energy.png, from the sweep of noise), every row and tra
 command goes on.
 """
 
-import csv
 import dataclasses
-import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _common import ROOT, SMALL
-from _hardware import Row, Store, Subject, slug, subject
+from _hardware import Row, Store, Subject, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
 from lorafusion_jax.bill import CostOptions, bills
@@ -209,17 +207,12 @@ def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Itera
                 yield from ({"point": point, "line": name, "compensate": compensate, **row} for row in found)
         if sweep == "age":
             on, config = subjects["LoRAFusion"], aged(config, None, compensate=True)
-            again = dataclasses.replace(
-                on.options.recipe,
-                epochs=options.again_epochs,
-                lr_coefficients=on.options.recipe.lr_coefficients / 2,
-                lr_magnitudes=on.options.recipe.lr_magnitudes / 2,
-            )
+            recipe = again(on.options.recipe, options.again_epochs)
             key = f"{task}-again-{point}"
             name = "LoRAFusion, its chip"
             begin = _numbers(store, on, LINES[name], chips.config, f"{task}-{slug(name)}-new")
             params = store.numbers(
-                key, lambda on=on, c=config, b=begin, again=again: on.train_on_chips(c, again, begin=b)
+                key, lambda on=on, c=config, b=begin, recipe=recipe: on.train_on_chips(c, recipe, begin=b)
             )
             found = store.rows(key, lambda on=on, c=config, p=params: on.score(c, p))
             yield from ({"point": point, "line": _AGAIN, "compensate": True, **row} for row in found)
@@ -260,15 +253,6 @@ def table(rows: Sequence[Row], sweep: Sweep) -> str:
     tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
     caption = f"Exact match in percent against {_LABELS[sweep]}; mean of {tasks}, over chips and seeds"
     return f"{caption}\n\n{aligned([['', *points], *body])}"
-
-
-def csv_of(rows: Sequence[Row]) -> str:
-    """Every row: task, point, line, compensate, chip, seed, exact match, loss."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:

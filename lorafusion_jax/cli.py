@@ -97,6 +97,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
     options = _parse(EvaluateOnChipsOptions, arguments, "evaluate")
     if options.crossbar is None:
+        options.check_digital()
         _print_seeds(evaluate_run(options))
         return
     print(age_table(evaluate_on_chips(options)))
@@ -117,11 +118,11 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _crossbar(arguments: Sequence[str]) -> None:
-    from .train.arrays.report import CrossbarOptions, evaluate_on_arrays, results_path, site_table
-
     if list(arguments[:1]) == ["program"]:
         _program(arguments[1:])
         return
+    from .train.arrays.report import CrossbarOptions, evaluate_on_arrays, results_path, site_table
+
     options = _parse(CrossbarOptions, arguments, "crossbar")
     results = evaluate_on_arrays(options)
     print(site_table(results))

@@ -10,7 +10,9 @@ import one_block
 import pytest
 import tiny
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar.config import ADC, Cell, CrossbarConfig, Mapping
 from lorafusion_jax.crossbar.device import Device
 from lorafusion_jax.crossbar.drift import PowerLaw
@@ -224,8 +226,6 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, fused, tm
     one_block.cut(tmp_path, adapters=3)
     for path in sorted((tmp_path / "pool").iterdir())[:1]:
         weights = next(path.glob("*.safetensors"))
-        from safetensors.numpy import load_file, save_file
-
         save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
     module = sorted(p.name for p in (small / "pool").iterdir())[0]
     other = _fusing(small, "other", pool=str(tmp_path / "pool"), adapters=(module,), seeds=(1,))
@@ -241,6 +241,7 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, fused, tm
     ("changes", "message"),
     [
         ({"chips": 3}, "two has no chip 2: it has 0 to 1"),
+        ({"chips": 0}, "chips is 0: wanted at least 1"),
         ({"chip_key": 1}, "says itself what its key and its digital weights are"),
         ({"crossbar": "isaac", "age": ("1h",)}, "no drift model"),
         ({"crossbar": "isaac", "chips": 2}, "nothing in isaac is random"),
@@ -297,6 +298,19 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
         for lora_in in ("sram", "cells")
     }
     assert noisy["sram"] != noisy["cells"]
+
+
+def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
+    for noise in (OnArrays(noise="chip"), OnArrays(age="1h")):
+        with pytest.raises(ValueError, match="are of simulated arrays, and there are none: say which with --crossbar"):
+            fuse(dataclasses.replace(fused, name="without", arrays=noise))
+    assert not (small / "runs" / "without").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--run", str(run_path(fused)), "--age", "1h", "--lora-in", "cells"])
+    assert "--age, --lora-in: of chips, and there are none" in capsys.readouterr().err
+    beyond = dataclasses.replace(fused, name="beyond", arrays=OnArrays(crossbar=str(small / "noisy.yaml"), chip=-1))
+    with pytest.raises(ValueError, match="there is no chip -1: they count from 0"):
+        fuse(beyond)
 
 
 def test_methods_without_a_frozen_model_have_no_place_on_arrays(small):

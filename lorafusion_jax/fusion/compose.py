@@ -27,8 +27,8 @@ from .pool import LoraPool
 
 Composition = Literal["mix", "sum"]
 
+_NORM = "norm"  # as the checkpoint policy calls it
 # Where dW nearly cancels W the Gram form loses digits and can turn negative: floored at a few eps.
-_NORM = "norm"
 _NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
 
 

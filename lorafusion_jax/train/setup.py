@@ -24,7 +24,7 @@ from .baselines.magnitudes import Magnitudes
 from .baselines.merge import Merge
 from .baselines.vera import VeRA
 from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot
-from .options import POOLLESS, UNTRAINED, FuseOptions
+from .options import POOLLESS, UNTRAINED, FuseOptions, OnArrays
 from .sharding import on_mesh
 from .sweep import Path as SeedPath
 from .sweep import default_path
@@ -111,6 +111,11 @@ def check(options: FuseOptions) -> None:
         raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
     if options.mesh is not None and options.arrays.crossbar is not None:
         raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
+    if options.arrays.crossbar is None and options.arrays != OnArrays():
+        raise ValueError(
+            "--noise, --chip, --chip-key, --digital, --age and --norm are of simulated arrays, and there are none: say "
+            "which with --crossbar, or leave them out"
+        )
     if options.distributed and options.mesh is None:
         raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
     if not 0 <= recipe.prune < 1:

@@ -65,6 +65,13 @@ class EvaluateOnChipsOptions(EvaluateOptions):
     norm: Norms = OnArrays.norm
     lora_in: Literal["sram", "cells"] = "sram"
 
+    def check_digital(self) -> None:
+        """Raise ValueError for options of chips without any."""
+        of_chips = [f for f in dataclasses.fields(self) if f.name not in EvaluateOptions.__dataclass_fields__]
+        if given := [f.name for f in of_chips if getattr(self, f.name) != f.default]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{flags}: of chips, and there are none: say which with --crossbar, or leave it out")
+
 
 def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write what a run says on every chip, at every age.
@@ -73,6 +80,8 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
       ValueError: chips that hold other weights, an age without a drift model, a LoRA that is none.
     """
     assert options.crossbar is not None
+    if options.chips is not None and options.chips < 1:
+        raise ValueError(f"chips is {options.chips}: wanted at least 1")
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.digital)
     config = _overridden(chips.config, options)
     cases = _cases(options)

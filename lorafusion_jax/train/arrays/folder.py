@@ -69,8 +69,10 @@ class Chips:
         Raises:
           ValueError: the folder has no such chip.
         """
-        if number < 0 or (self.count is not None and number >= self.count):
-            raise ValueError(f"{self.name} has no chip {number}: it has 0 to {(self.count or 0) - 1}")
+        if self.count is not None and not 0 <= number < self.count:
+            raise ValueError(f"{self.name} has no chip {number}: it has 0 to {self.count - 1}")
+        if number < 0:
+            raise ValueError(f"there is no chip {number}: they count from 0")
         return jax.random.fold_in(self.key, number)
 
     def numbers(self, modules: Sequence[str], pool: Sequence[str]) -> Int[Array, " P"]:

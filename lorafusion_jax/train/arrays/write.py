@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ...crossbar.cost import write_cost
 from ...crossbar.counts import Counts, counts
 from ...crossbar.explain import explain
@@ -19,7 +21,7 @@ from ...io.checkpoint import write_json
 from ..options import FuseOptions, Recipe
 from ..progress import progress
 from ..setup import available, load_fused
-from .folder import CONFIG, MANIFEST, digests, load_chips
+from .folder import CONFIG, MANIFEST, Chips, digests
 from .program import program
 
 
@@ -68,7 +70,7 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
         raise ValueError(
             f"programming is not random in {options.config}, so {options.chips} chips are alike: one is enough"
         )
-    chips = load_chips(options.config, key=options.key, digital=options.digital)
+    chips = Chips(config, options.digital, jax.random.key(options.key), None, options.config)
     names = available(Path(options.pool))
     recipe = Recipe(modules=len(names))
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
