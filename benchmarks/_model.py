@@ -47,6 +47,18 @@ def config_of(shape: str, dtype: Dtype = "float32") -> T5Config:
     return dataclasses.replace(SHAPES[shape], dtype=activations)
 
 
+def hf_config(config: T5Config) -> dict[str, Any]:
+    """Return what transformers calls the structure."""
+    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    return {name: getattr(config, name) for name in sizes} | {
+        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+        "decoder_start_token_id": config.start_id,
+        "pad_token_id": config.pad_id,
+        "tie_word_embeddings": config.scale_logits,  # transformers 5 takes it for that, and ties every head
+        "eos_token_id": config.eos_id,
+    }
+
+
 def unrolled(config: T5Config) -> T5Config:
     """Return the structure with its layers compiled one after the other."""
     return dataclasses.replace(config, unroll=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from _model import MODULES, RANK, Dtype, graph_of
+from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
 from lorafusion_jax.linear import dense
@@ -28,7 +28,7 @@ def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:
     import transformers
 
     with torch.device("meta"):
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**_hf_config(config)))
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**hf_config(config)))
     model = model.to_empty(device="cpu")
     model.tie_weights()
     if not config.tied:
@@ -132,14 +132,3 @@ class Peer:
         self.coefficients.grad = gradient
         self.optimiser.step()
         self.losses.append(loss.item())
-
-
-def _hf_config(config: T5Config) -> dict[str, Any]:
-    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
-    return {name: getattr(config, name) for name in sizes} | {
-        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        "decoder_start_token_id": config.start_id,
-        "pad_token_id": config.pad_id,
-        "tie_word_embeddings": config.scale_logits,  # transformers 5 takes it for that, and ties every head
-        "eos_token_id": config.eos_id,
-    }

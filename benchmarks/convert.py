@@ -7,7 +7,6 @@ cache is warm. PEFT attaches them to a PyTorch base that is in memory already; h
 arrays of a pool. Needs the `peft` extra, 8 GB of memory and 5 GB of disk.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -20,19 +19,14 @@ from typing import Any
 import _measure
 import jax
 import numpy as np
-from _measure import case
+from _adapters import write_adapters, write_config
+from _measure import ROOT, case
+from _model import config_of, hf_config
 
-from lorafusion_jax.io.peft import write_adapter
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.sites import linear_shapes, locate
-from lorafusion_jax.models.t5 import T5Config
+from lorafusion_jax.models.sites import locate
 
-_SHAPE = T5Config(
-    vocab_size=32128, d_model=1024, d_kv=64, d_ff=2816, num_heads=16, num_layers=24, num_decoder_layers=24
-)
-_FIELDS = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
-_JSON: dict[str, Any] = {field: getattr(_SHAPE, field) for field in _FIELDS} | {"feed_forward_proj": "gated-gelu"}
-_RANK = 16
+_SHAPE = config_of("flan-t5-large")
 _ADAPTERS = 20
 _CONVERTED = 196
 _REPEATS = 7
@@ -60,27 +54,10 @@ def main() -> None:
     options = _measure.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sources = _write_adapters(folder)
-        cases = [_against_peft(sources), _peak_memory(folder, sources)]
+        write_config(folder / "base", _SHAPE)
+        sources = list(map(str, write_adapters(folder, _SHAPE, _CONVERTED)))
+        cases = [_against_peft(sources[:_ADAPTERS]), _peak_memory(folder, sources)]
     _measure.show(cases, as_json=options.json)
-
-
-def _write_adapters(folder: Path) -> list[str]:
-    (folder / "base").mkdir()
-    (folder / "base/config.json").write_text(json.dumps(_JSON | {"model_type": "t5"}))
-    rng, sources = np.random.default_rng(0), []
-    for n in range(_ADAPTERS):
-        tensors = {}
-        for path, (d_in, d_out) in linear_shapes(_SHAPE).items():
-            if path.endswith((".q", ".v")):
-                key = f"base_model.model.{path}.lora_"
-                tensors[f"{key}A.weight"] = rng.standard_normal((_RANK, d_in), np.float32)
-                tensors[f"{key}B.weight"] = rng.standard_normal((d_out, _RANK), np.float32)
-        adapter = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 32, "target_modules": ["q", "v"]}
-        adapter |= {"task_type": "SEQ_2_SEQ_LM", "inference_mode": True}
-        write_adapter(folder / f"adapter_{n:02d}", adapter, tensors)
-        sources.append(str(folder / f"adapter_{n:02d}"))
-    return sources
 
 
 def _against_peft(sources: list[str]) -> dict[str, Any]:
@@ -121,7 +98,7 @@ def _peft(sources: list[str]) -> tuple[float, Any]:
 
     # Without the time that initialising 783 million numbers takes: they play no part.
     with torch.device("meta"):
-        base = transformers.T5ForConditionalGeneration(transformers.T5Config(**_JSON))
+        base = transformers.T5ForConditionalGeneration(transformers.T5Config(**hf_config(_SHAPE)))
     base = base.to_empty(device="cpu").eval()
     with torch.no_grad():
         for parameter in base.parameters():
@@ -136,15 +113,9 @@ def _peft(sources: list[str]) -> tuple[float, Any]:
 
 
 def _peak_memory(folder: Path, sources: list[str]) -> dict[str, Any]:
-    """Convert 196 adapters, hard links to the 20 files, in a process of its own."""
-    adapters = [folder / f"link_{n:03d}" for n in range(_CONVERTED)]
-    for n, adapter in enumerate(adapters):
-        adapter.mkdir()
-        for file in Path(sources[n % len(sources)]).iterdir():
-            os.link(file, adapter / file.name)
-    command = [sys.executable, "-c", _CONVERT, str(folder / "base"), str(folder / "pool"), *map(str, adapters)]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    """Convert 196 adapters in a process of its own."""
+    command = [sys.executable, "-c", _CONVERT, str(folder / "base"), str(folder / "pool"), *sources]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     seconds, peak, written = map(float, done.stdout.splitlines()[-1].split())
     return case(
         "196 adapters of FLAN-T5-large's shape converted: peak memory above the imports / output bytes",

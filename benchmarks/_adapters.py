@@ -1,0 +1,42 @@
+"""Random PEFT adapters of a base model's shape on disk: what loading and converting are measured on."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from _model import RANK, TARGETS, hf_config
+
+from lorafusion_jax.io.peft import write_adapter
+from lorafusion_jax.models.sites import linear_shapes
+from lorafusion_jax.models.t5 import T5Config
+
+_DIFFERENT = 20
+
+
+def write_config(folder: Path, config: T5Config) -> None:
+    """Write the config.json that the converter reads of a base model."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(config) | {"model_type": "t5"}))
+
+
+def write_adapters(folder: Path, config: T5Config, count: int) -> list[Path]:
+    """Write adapters of rank 16 on q and v, float32: 20 different ones, and hard links to their files beyond."""
+    rng, sources = np.random.default_rng(0), []
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
+    said |= {"task_type": "SEQ_2_SEQ_LM", "inference_mode": True}
+    for n in range(count):
+        sources.append(source := folder / f"adapter_{n:03d}")
+        if n >= _DIFFERENT:
+            source.mkdir()
+            for file in sources[n % _DIFFERENT].iterdir():
+                os.link(file, source / file.name)
+            continue
+        tensors = {}
+        for path, (d_in, d_out) in linear_shapes(config).items():
+            if path.rpartition(".")[2] in TARGETS:
+                key = f"base_model.model.{path}.lora_"
+                tensors[f"{key}A.weight"] = rng.normal(scale=0.02, size=(RANK, d_in)).astype(np.float32)
+                tensors[f"{key}B.weight"] = rng.normal(scale=0.02, size=(d_out, RANK)).astype(np.float32)
+        write_adapter(source, said, tensors)
+    return sources
