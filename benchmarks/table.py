@@ -21,7 +21,7 @@ from typing import Any
 
 from _measure import MALLOC, ROOT, met, processor
 
-_SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 3"
+_SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
     f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4",
@@ -50,6 +50,8 @@ _FULL = (
     "memory.py",
     "padding.py",
     "chips.py",
+    "scaling.py",
+    "pool_memory.py",
     "convert.py",
     "crossbar.py",
 )
