@@ -65,8 +65,9 @@ def pad(sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int) -> 
 def bucket(length: int) -> int:
     """Return the smallest width of the ladder that holds `length` tokens.
 
-    The ladder: 4, 8, 12, ... 64, from there eight widths an octave: 72, 80, ... 128, 144, 160, ... On BIG-Bench Hard 70 % of
-    what training computes with one seed are real tokens then (`benchmarks/padding.py`), with at most 6 widths a task.
+    The ladder: 4, 8, 12, ... 64, from there eight widths an octave: 72, 80, ... 128, 144, 160, ... On BIG-Bench Hard
+    70 % of what training computes with one seed are real tokens then (`benchmarks/padding.py`), with at most 6 widths
+    a task.
     """
     octave = 1 << max(length - 1, 0).bit_length()
     rung = max(octave // 16, 4)
