@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import qwix
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from .crossbar.programmed import Programmed, is_programmed, reads
 from .crossbar.segments import Segments, map_layers, scan_layers
+from .narrow import kept
 
 __all__ = [
     "PRODUCT",
@@ -52,7 +52,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
         return weight.read(x)
     plain = dense(weight, x.dtype)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return checkpoint_name(_bfloat16_dot(x, plain), PRODUCT)
+        return kept(_bfloat16_dot(x, plain), PRODUCT)
     return jnp.dot(x, plain)
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..linear import PRODUCT, Weight, dense, matmul, scan_layers
+from ..narrow import from_bits, to_bits
 from .attention import Attention, RelativeBias
 from .layers import Adapters, Base, FeedForward, RMSNorm
 from .sites import sites
@@ -271,12 +272,13 @@ class T5(nnx.Module):
         """Run `block(layer, x, xs of the layer)` through the layers; return the last x and all outputs."""
         graph, state = nnx.split(stacked)
 
-        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            return block(nnx.merge(graph, layer[0]), x, layer[1])
+        def body(x: Any, layer: Any) -> tuple[Any, Any]:
+            x, (weights, of_layer) = from_bits((x, layer))
+            return to_bits(block(nnx.merge(graph, weights), x, of_layer))
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        return scan_layers(body, x, (state, xs), unroll=self.config.unroll)
+        return from_bits(scan_layers(body, *to_bits((x, (state, xs))), unroll=self.config.unroll))
 
 
 def kernels(model: T5) -> dict[str, Weight]:

@@ -1,8 +1,8 @@
 """Bytes that a run holds: weights, pool, training state, and what a step or a generation needs for itself.
 
 The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU, and
-the tests hold them to its own account. XLA's CPU slices bfloat16 in float32: a loop over layers keeps a float32 copy of
-the weights beside them, and activations in float32. On an accelerator that is left out; no such device was measured.
+the tests hold them to its own account. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights beside
+them (`narrow.py`). On an accelerator that is left out; no such device was measured.
 
 Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
 """
@@ -63,7 +63,7 @@ def step_bytes(
       device: where.
     """
     gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
-    kept = _kept(config, shape, update) * _activation(config, device)
+    kept = _kept(config, shape, update) * _itemsize(config)
     batched = seeds if path == "vmap" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(config, device)
     if update.kind == "full":
@@ -156,21 +156,14 @@ def _factors(site: Site, update: Update) -> int:
 
 
 def _copies(config: T5Config, device: Device) -> int:
-    """Return the bytes of second copies of weights: float32 ones of a bfloat16 model, or unrolled layers."""
-    if device != "cpu":
+    """Return the bytes of second copies of weights: the bits of a bfloat16 model, or unrolled layers."""
+    if device != "cpu" or not (config.unroll or config.dtype == "bfloat16"):
         return 0
-    stacks = sum(s.layers * s.d_in * s.d_out for s in sites(config).values())
-    if config.dtype == "bfloat16":
-        return _FLOAT32 * (stacks + config.d_model * config.vocab_size)
-    return _FLOAT32 * stacks if config.unroll else 0
+    return _itemsize(config) * sum(s.layers * s.d_in * s.d_out for s in sites(config).values())
 
 
 def _stack_tokens(stack: str, shape: Shape) -> int:
     return shape.rows * (shape.source if stack == "encoder" else shape.target)
-
-
-def _activation(config: T5Config, device: Device) -> int:
-    return _FLOAT32 if device == "cpu" else _itemsize(config)
 
 
 def _itemsize(config: T5Config) -> int:

@@ -1,0 +1,116 @@
+"""Loops over stacks of narrow numbers: results and gradients as without bits, and no more memory than that needs."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.narrow import from_bits, kept, to_bits
+
+_LAYERS, _WIDTH = 6, 64
+
+
+def _stack(dtype) -> jax.Array:
+    numbers = jax.random.normal(jax.random.key(0), (_LAYERS, _WIDTH, _WIDTH))
+    return (jnp.abs(4 * numbers) if jnp.issubdtype(dtype, jnp.integer) else 0.1 * numbers).astype(dtype)
+
+
+def _body(x, layer):
+    y = jnp.tanh(jnp.dot(x, layer.astype(x.dtype), preferred_element_type=jnp.float32) / 8).astype(x.dtype)
+    return y, y[0]
+
+
+def _plain(x, stack):
+    return jax.lax.scan(_body, x, stack)
+
+
+def _by_bits(x, stack, *, save: str | None = None):
+    def body(carry, layer):
+        return to_bits(_body(*from_bits((carry, layer))))
+
+    if save is not None:
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(save))
+    return from_bits(jax.lax.scan(body, *to_bits((x, stack))))
+
+
+def _equal(found, wanted):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint4, jnp.int4, jnp.float32, jnp.int8])
+def test_a_loop_over_bits_is_a_loop_over_numbers(dtype):
+    x = jax.random.normal(jax.random.key(1), (3, _WIDTH)).astype(jnp.bfloat16)
+    _equal(jax.jit(_by_bits)(x, _stack(dtype)), jax.jit(_plain)(x, _stack(dtype)))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jax.vmap(f, in_axes=(0, None))], ids=["single", "vmap"])
+@pytest.mark.parametrize("save", [None, "nothing has this name"])
+def test_gradients_are_those_of_the_numbers(wrap, save):
+    x = jax.random.normal(jax.random.key(1), (2, 3, _WIDTH)).astype(jnp.bfloat16)
+
+    def loss(of, x, stack):
+        return jnp.sum(jnp.square(wrap(of)(x, stack)[0].astype(jnp.float32)))
+
+    x = x if wrap(_plain) is not _plain else x[0]
+    gradients = [
+        jax.jit(jax.grad(partial(loss, of), argnums=(0, 1)))(x, _stack(jnp.bfloat16))
+        for of in (partial(_by_bits, save=save), _plain)
+    ]
+    assert all(np.any(np.asarray(g, np.float32)) for g in gradients[1])
+    _equal(*gradients)
+
+
+def test_forward_derivatives():
+    stack = _stack(jnp.bfloat16)
+    x = jnp.ones((3, _WIDTH), jnp.bfloat16)
+    _equal(*(jax.jvp(of, (x, stack), (x, stack)) for of in (_by_bits, _plain)))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(jnp.bfloat16, 16), (jnp.uint4, 4)])
+def test_a_loop_holds_no_wider_copy_of_its_stack(dtype, bits):
+    layers = 64
+    stack = jax.ShapeDtypeStruct((layers, _WIDTH, _WIDTH), dtype)
+    x = jax.ShapeDtypeStruct((1, _WIDTH), jnp.bfloat16)
+
+    def temporaries(of) -> float:
+        """Returns bits for each number of the stack."""
+        found = jax.jit(lambda *given: of(*given)[0]).lower(x, stack).compile().memory_analysis()
+        return 8 * found.temp_size_in_bytes / (layers * _WIDTH**2)
+
+    assert temporaries(_by_bits) < 1.2 * bits
+    # Once this fails, XLA slices them by itself, and there is no need of bits any more.
+    assert temporaries(_plain) > 1.8 * bits
+
+
+def test_odd_rows_and_single_numbers_stay_as_they_are():
+    for array in (jnp.zeros((4, 3), jnp.uint4), jnp.zeros((), jnp.uint4), jnp.zeros(4, jnp.float32)):
+        assert to_bits(array) is array
+
+
+def test_other_devices_slice_the_numbers_themselves(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    stack = _stack(jnp.bfloat16)
+    assert to_bits({"a": stack})["a"] is stack
+
+
+def test_what_the_backward_pass_keeps_is_kept_as_bits():
+    x, stack = jnp.ones((3, _WIDTH), jnp.bfloat16), _stack(jnp.bfloat16)
+
+    def by_bits(x, layer):
+        return jnp.tanh(kept(x @ layer, "product")), None
+
+    def plain(x, layer):
+        return jnp.tanh(x @ layer), None
+
+    def gradient(body):
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names("product"))
+        return jax.grad(lambda x: jnp.sum(jax.lax.scan(body, x, stack)[0].astype(jnp.float32)))
+
+    stacked = f"[{_LAYERS},3,{_WIDTH}]"
+    assert f"u16{stacked}" in str(jax.make_jaxpr(gradient(by_bits))(x))
+    assert f"u16{stacked}" not in str(jax.make_jaxpr(gradient(plain))(x))
+    _equal(gradient(by_bits)(x), gradient(plain)(x))
