@@ -66,7 +66,7 @@ def _kept(x: Array, name: str) -> Array:
 
 
 kept = jax.custom_jvp(_kept, nondiff_argnums=(1,))
-kept.defjvp(lambda name, primals, tangents: (_kept(*primals, name), tangents[0]))
+kept.defjvp(lambda name, primals, tangents: (_kept(primals[0], name), tangents[0]))
 
 
 def _is_bits(leaf: Any) -> bool:
