@@ -58,6 +58,7 @@ def main() -> None:
         found = {task.name: _count(_batches(what, task, tokenizer)) for task in tasks}
         real, computed = (sum(count[i] for count in found.values()) for i in (0, 1))
         shapes = {name: count[2] for name, count in found.items()}
+        exact = sum(count[3] for count in found.values())
         worst = min(found, key=lambda name: found[name][0] / found[name][1])
         where = f"{len(tasks)} tasks, {what}:"
         cases.append(
@@ -68,6 +69,7 @@ def main() -> None:
                 higher_is_better=True,
                 real=real,
                 computed=computed,
+                with_exact_widths=real / exact,
                 lengths=lengths,
                 worst=f"{worst} {found[worst][0] / found[worst][1]:.2f}",
             )
@@ -100,15 +102,18 @@ def _encode(examples: Any, tokenizer: Any) -> Encoded:
     )
 
 
-def _count(batches: Iterable[Batch]) -> tuple[int, int, int]:
-    """Return real tokens, computed ones, and how many shapes there are."""
-    real = computed = 0
+def _count(batches: Iterable[Batch]) -> tuple[int, int, int, int]:
+    """Return real tokens, computed ones, how many shapes there are, and tokens if batches were no wider than needed."""
+    real = computed = exact = 0
     shapes = set()
     for batch in batches:
-        real += int(np.sum(batch.input_mask)) + int(np.sum(batch.labels != IGNORED))
-        computed += batch.input_ids.size + batch.labels.size
+        for ids, is_real in ((batch.input_ids, batch.input_mask), (batch.labels, batch.labels != IGNORED)):
+            lengths = np.sum(is_real, axis=-1)
+            real += int(np.sum(lengths))
+            computed += ids.size
+            exact += int(np.max(lengths)) * lengths.size
         shapes.add((batch.input_ids.shape, batch.labels.shape))
-    return real, computed, len(shapes)
+    return real, computed, len(shapes), exact
 
 
 if __name__ == "__main__":
