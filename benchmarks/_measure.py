@@ -91,18 +91,19 @@ def launch(cores: int | None = None) -> None:
 def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
     """Return the seconds of a call of each function, [rounds]: one after the other, round by round.
 
-    A first call of all of them compiles, and a second one says how many calls make up a turn. Every turn begins with a
-    call that is not timed: it gets its memory from where the function before left it, which cost a step of a large
-    model up to three quarters more.
+    Every turn begins with a call that is not timed. In the first round it compiles; later it gets its memory from where
+    the function before left it, which cost a step of a large model up to three quarters more.
     """
-    for run in runs.values():
-        run()
-    calls = {name: max(1, int(_SHORTEST_TURN / _seconds(run, 1))) for name, run in runs.items()}
+    calls: dict[str, int] = {}
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             run()
-            found[name].append(_seconds(run, calls[name]))
+            seconds = _seconds(run, calls.get(name, 1))
+            if name not in calls:
+                calls[name] = max(1, int(_SHORTEST_TURN / seconds))
+                seconds = seconds if calls[name] == 1 else _seconds(run, calls[name])
+            found[name].append(seconds)
     return {name: np.array(seconds) for name, seconds in found.items()}
 
 

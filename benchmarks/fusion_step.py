@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
     parser.add_argument("--cores", type=int, choices=(1, 2), default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bars", action="store_true", help="only what has a bar")
     options = parser.parse_args()
     if options.pool < MODULES:
         parser.error(f"--pool {options.pool}: {MODULES} modules are fused, so give at least as many")
@@ -58,11 +59,13 @@ def _single(options: Any) -> list[dict[str, Any]]:
     with_peer = options.cores == 1 and has_peft()
     for dtype in options.dtype:
         config, weights = config_of(options.shape, dtype), _weights(options, dtype)
-        runs[f"{dtype} floor"] = floor(config, weights)
+        alone = dtype == "float32" or not options.bars
+        if alone:
+            runs[f"{dtype} floor"] = floor(config, weights)
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
             for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
                 runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
-        if with_peer and dtype != "nf4":
+        if with_peer and alone and dtype != "nf4":
             runs[f"{dtype} peer"] = _peer(config, weights, dtype)
     seconds = in_turns(runs, options.rounds)
     _same_losses(runs)
@@ -70,7 +73,7 @@ def _single(options: Any) -> list[dict[str, Any]]:
     cases = []
     for name, took in seconds.items():
         dtype, kind = name.split(" ", 1)
-        if kind not in ("floor", "peer"):
+        if kind not in ("floor", "peer") and f"{dtype} floor" in seconds:
             cases.append(_against_floor(options, where, dtype, kind, took, seconds[f"{dtype} floor"]))
     for name, took in seconds.items():
         if name.endswith(" peer"):
@@ -103,7 +106,7 @@ def _against_peer(
     """Compare the peer of one precision with our step of the same, and the float32 peer with ours in bfloat16."""
     bars: _Bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
     pairs = [(_fastest(dtype, seconds), bars)]
-    if dtype == "float32" and "bfloat16 floor" in seconds:
+    if dtype == "float32" and "bfloat16 mix scanned" in seconds:
         bars = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
         pairs.append((_fastest("bfloat16", seconds), bars))
     return [

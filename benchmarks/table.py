@@ -24,11 +24,11 @@ from _measure import MALLOC, ROOT, met, processor
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
-    f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4",
-    f"{_SMALL} --cores 2",
-    f"{_LARGE} --dtype float32 bfloat16",
+    f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4 --rounds 5 --bars",
+    f"{_SMALL} --cores 2 --rounds 5",
+    f"{_LARGE} --dtype float32 bfloat16 --bars",
     f"{_LARGE} --cores 2",
-    "generation.py --shape flan-t5-small",
+    "generation.py --shape flan-t5-small --rounds 3",
     "compilation.py",
     "memory.py --peak",
     "padding.py",

@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from lorafusion_jax.tasks.batches import MOST_SHAPES
 from lorafusion_jax.train.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.train.evaluate import seed_entropies
+from lorafusion_jax.train.fit import Epoch, fit, start, train_seeds
 from lorafusion_jax.train.options import PRESETS, FuseOptions
 from lorafusion_jax.train.run import fuse, load_run, run_path
 from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.train.setup import prepare
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 _TASK = sorted((_SMALL / "tasks").iterdir())[0]
@@ -71,6 +76,22 @@ def test_a_seed_does_not_depend_on_those_beside_it(fused, tmp_path):
     options, results = fused
     alone = fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
     assert alone["seeds"][0] == results["seeds"][1]
+
+
+def test_later_epochs_compile_nothing_and_read_no_text(tmp_path):
+    options = _options(tmp_path)
+    setup = prepare(options)
+    # All that training may know of the tokenizer: it cannot tokenise.
+    setup = dataclasses.replace(setup, tokenizer=SimpleNamespace(pad_token_id=setup.tokenizer.pad_token_id))
+    programs, compiled = (train_seeds, seed_entropies), []
+
+    def count(epoch: Epoch) -> None:
+        compiled.append([program._cache_size() for program in programs])
+
+    jax.clear_caches()
+    fit(setup, start(setup, options.seeds), options.recipe, options.seeds, after_epoch=count)
+    assert len(compiled) == 3
+    assert compiled[0] == compiled[-1] and all(0 < n <= MOST_SHAPES for n in compiled[0])
 
 
 def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):

@@ -28,6 +28,7 @@ from lorafusion_jax.train.step import init_state
 _DEPTHS = {"num_layers": 1, "num_decoder_layers": 1, "unroll": True, "remat": "none"}
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_heads=2, d_kv=8, **_DEPTHS)
 _COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
+_OF_THE_HOST = re.compile(r"callback|\b(infeed|outfeed|send|recv)\(")
 _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes stays the same
 _SEEDS = 4
 _SITES = ("encoder.self.q", "decoder.cross.v", "encoder.ff.wo")
@@ -73,6 +74,12 @@ def _trained(asked: str | None) -> tuple[list, str, dict]:
 @pytest.fixture(scope="module")
 def alone():
     return _trained(None)
+
+
+def test_a_step_asks_nothing_of_the_host(alone):
+    asking = jax.jit(lambda x: jax.pure_callback(np.sin, x, x)).lower(jnp.ones(2)).compile().as_text()
+    assert _OF_THE_HOST.search(asking)
+    assert not _OF_THE_HOST.search(alone[1])
 
 
 def test_seeds_over_devices_are_the_same_bits_and_never_meet(alone):
