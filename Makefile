@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# One table of ratios and bars: a quarter of an hour, a minute, hours.
+# One table of ratios and bars: a quarter of an hour, a minute, hours; none runs beside other work.
 bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
 	$(BIN)/python benchmarks/table.py bench
 

@@ -103,23 +103,23 @@ def _against_floor(
 def _against_peer(
     options: Any, where: str, dtype: str, took: np.ndarray, seconds: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Compare the peer of one precision with our step of the same, and the float32 peer with ours in bfloat16."""
+    """Compare the peer of one precision with our steps of the same, and the float32 peer with ours in bfloat16."""
     bars: _Bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
-    pairs = [(_fastest(dtype, seconds), bars)]
+    ours = {dtype: bars}
     if dtype == "float32" and "bfloat16 mix scanned" in seconds:
-        bars = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
-        pairs.append((_fastest("bfloat16", seconds), bars))
+        ours["bfloat16"] = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
     return [
         case(
-            f"{where} {dtype} peer / our {name} step",
-            of_turns(took, seconds[name]),
+            f"{where} {dtype} peer / our {name} step: mix, {structure}",
+            of_turns(took, seconds[f"{name} mix {structure}"]),
             *bars,
             higher_is_better=True,
             peer_seconds=_median(took),
-            seconds=_median(seconds[name]),
+            seconds=_median(seconds[f"{name} mix {structure}"]),
             rounds=len(took),
         )
-        for name, bars in pairs
+        for name, bars in ours.items()
+        for structure in _MIX
     ]
 
 
@@ -160,11 +160,6 @@ def _same_losses(runs: dict[str, Any]) -> None:
     for name in ("float32 mix unrolled", "float32 mix scanned"):
         both = min(len(theirs), len(runs[name].losses))
         np.testing.assert_allclose(runs[name].losses[:both], theirs[:both], rtol=_SAME_LOSS, err_msg=name)
-
-
-def _fastest(dtype: str, seconds: dict[str, np.ndarray]) -> str:
-    """Return the name of our fastest mix: unrolled or scanned, whichever a run would choose."""
-    return min((f"{dtype} mix {structure}" for structure in _MIX), key=lambda name: _median(seconds[name]))
 
 
 def _operations(shape: str, composition: Any, structure: str, pool: int) -> float:

@@ -2,10 +2,10 @@
 
     python benchmarks/table.py bench [--out docs/results/speed]
 
-`fast`: the embedded small shape and padding, in less than a minute. `bench`: FLAN-T5-small's ratios and FLAN-T5-large's
-with one seed, in less than a quarter of an hour on two cores. `full`: every shape, pool, number of seeds and precision,
-adapters and crossbars too. A missed bar is printed, and is no error; a script that fails is. Parts that need more cores
-than there are, or the `peft` extra, are left out.
+`fast`: the embedded small shape and padding, in less than a minute. `bench`: what has a bar of FLAN-T5-small, and of
+FLAN-T5-large with one seed, in a quarter of an hour on two cores. `full`: every shape, pool, number of seeds and
+precision, adapters and crossbars too. A missed bar is printed, and is no error; a script that fails is. Parts that need
+more cores than there are, or the `peft` extra, are left out.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from _measure import MALLOC, ROOT, met, processor
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
-    f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4 --rounds 5 --bars",
-    f"{_SMALL} --cores 2 --rounds 5",
+    f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4 --rounds 3 --bars",
+    f"{_SMALL} --cores 2 --rounds 3",
     f"{_LARGE} --dtype float32 bfloat16 --bars",
     f"{_LARGE} --cores 2",
     "generation.py --shape flan-t5-small --rounds 3",

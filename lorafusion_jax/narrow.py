@@ -2,7 +2,8 @@
 
 XLA's CPU compiler slices no bfloat16 and no 4-bit numbers: ahead of a loop it makes float32 or 8-bit copies of whole
 stacks and slices those, and what a loop stacks up, results or what its backward pass keeps, it stacks in float32.
-Integers of 16 and 8 bits it takes as they are. So loops are given the bits.
+Integers of 16 and 8 bits it takes as they are. So loops are given the bits. Gradients of a stack itself, and what a
+loop keeps that is neither carried nor `kept`, stay as they were.
 """
 
 import dataclasses
@@ -53,8 +54,8 @@ def _numbers(bits: Array, like: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits, like.dtype).reshape(like.shape)
 
 
-# Derivatives pass by the bits. Rules are of the plain functions: a call of a `custom_jvp` would hide from a policy of
-# `jax.checkpoint` what is in it.
+# Derivatives go by the numbers, not by the bits. The rules call plain functions: a call of a `custom_jvp` would hide
+# what is in it from a policy of `jax.checkpoint`.
 _read = jax.custom_jvp(_numbers)
 _read.defjvp(lambda primals, tangents: (_numbers(*primals), tangents[1]))
 

@@ -505,3 +505,27 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
             assert np.abs(replaced - np.asarray(weight)).max() > 0.1
             # A module's draw does not depend on what else is in the pool.
             _close(replaced[:, [2]], getattr(alone, field)[site], 1e-6)
+
+
+@pytest.mark.parametrize("others", [1, 2, 5, 12])
+def test_a_mix_and_its_gradient_do_not_depend_on_modules_beside_it(others):
+    """To the last bit: which modules lie in memory depends on the seeds of a run."""
+    many = tiny.pool(4 + others, names="q")
+    chosen = jnp.sort(jax.random.permutation(jax.random.key(others), 4 + others)[:4])
+    few = dataclasses.replace(
+        many, **{name: {site: a[:, chosen] for site, a in getattr(many, name).items()} for name in ("A", "B", "rank")}
+    )
+    coefficients = {
+        site: jnp.tile(jnp.array([0.3, -0.2, 0.7, 0.1])[:, None], (len(a), 1, 1)) for site, a in few.A.items()
+    }
+
+    @jax.jit
+    def squared(pool, index):
+        def loss(coefficients):
+            adapters, _ = compose(pool, index, coefficients, "mix")
+            return sum(jnp.sum(jnp.square(a.A @ a.B)) for a in adapters.values()), adapters
+
+        return jax.grad(loss, has_aux=True)(coefficients)
+
+    for a, b in zip(*(jax.tree.leaves(squared(*of)) for of in ((many, chosen), (few, jnp.arange(4)))), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,12 +1,20 @@
 """Loops over stacks of narrow numbers: results and gradients as without bits, and no more memory than that needs."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
 
+from lorafusion_jax.crossbar import Segments
+from lorafusion_jax.fusion.compose import compose
+from lorafusion_jax.linear import dense, quantise
+from lorafusion_jax.models import t5
+from lorafusion_jax.models.t5 import kernels, set_matrices
 from lorafusion_jax.narrow import from_bits, kept, to_bits
 
 _LAYERS, _WIDTH = 6, 64
@@ -64,6 +72,46 @@ def test_gradients_are_those_of_the_numbers(wrap, save):
     _equal(*gradients)
 
 
+def test_gradients_pass_a_stack_of_integers():
+    x = jax.random.normal(jax.random.key(1), (3, _WIDTH))
+
+    def loss(of, x):
+        return jnp.sum(of(x, _stack(jnp.uint4))[0])
+
+    gradients = [jax.jit(jax.grad(partial(loss, of)))(x) for of in (_by_bits, _plain)]
+    assert np.any(gradients[1])
+    _equal(*gradients)
+
+
+@pytest.mark.parametrize("remat", ["dots", "none"])
+def test_a_model_of_several_kinds_of_weights(monkeypatch, remat):
+    """Bfloat16, NF4 and a stack of two kinds: losses and gradients of the adapters, with bits and without."""
+    model = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype="bfloat16", remat=remat))
+    kernel = kernels(model)
+    bfloat16 = {site: dense(k, jnp.bfloat16) for site, k in kernel.items()}
+    parts = Segments((bfloat16["encoder.self.v"][:1], quantise(kernel["encoder.self.v"][1:], "nf4", tiled_axis=-2)))
+    nf4 = quantise(kernel["encoder.ff.wo"], "nf4", tiled_axis=-2)
+    set_matrices(model, bfloat16 | {"encoder.ff.wo": nf4, "encoder.self.v": parts})
+    graph, base = nnx.split(model)
+    pool, batch, index = tiny.pool(3), tiny.batch(), jnp.arange(3)
+
+    def loss(coefficients, base):
+        shared = {site: jnp.tile(coefficients[:, None], (len(a), 1, 1)) for site, a in pool.A.items()}
+        adapters, _ = compose(pool, index, shared, "mix")
+        logits = nnx.merge(graph, base)(batch.input_ids, batch.input_mask, jnp.maximum(batch.labels, 0), adapters)
+        return jnp.mean(jnp.square(logits.astype(jnp.float32)))
+
+    def both():
+        return jax.jit(lambda *given: jax.value_and_grad(loss)(*given))(jnp.array([0.2, 0.5, 0.3]), base)
+
+    with_bits = both()
+    monkeypatch.setattr(t5, "to_bits", lambda tree: tree)
+    without = both()
+    assert np.all(np.abs(without[1]) > 0)
+    for a, b in zip(with_bits, without, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.01)
+
+
 def test_forward_derivatives():
     stack = _stack(jnp.bfloat16)
     x = jnp.ones((3, _WIDTH), jnp.bfloat16)
@@ -77,7 +125,7 @@ def test_a_loop_holds_no_wider_copy_of_its_stack(dtype, bits):
     x = jax.ShapeDtypeStruct((1, _WIDTH), jnp.bfloat16)
 
     def temporaries(of) -> float:
-        """Returns bits for each number of the stack."""
+        """Return the bits for each number of the stack."""
         found = jax.jit(lambda *given: of(*given)[0]).lower(x, stack).compile().memory_analysis()
         return 8 * found.temp_size_in_bytes / (layers * _WIDTH**2)
 

@@ -185,15 +185,16 @@ def test_flops_of_generation(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "dtype"),
+    ("name", "path", "structure"),
     [
-        ("fusion-sum", "map", "float32"),
-        ("fusion-mix", "vmap", "bfloat16"),
-        ("full", "map", "float32"),
+        ("fusion-sum", "map", {}),
+        ("fusion-mix", "vmap", {"dtype": "bfloat16"}),
+        ("lora", "map", {"dtype": "bfloat16", "unroll": True, "remat": "none"}),
+        ("full", "map", {}),
     ],
 )
-def test_memory_of_a_step(name, path, dtype):
-    config, shape, seeds = dataclasses.replace(_SCANNED, dtype=dtype), Shape(8, 64, 8), 2
+def test_memory_of_a_step(name, path, structure):
+    config, shape, seeds = dataclasses.replace(_SCANNED, **structure), Shape(8, 64, 8), 2
     graph, frozen = _frozen(name, config, _SETTINGS)
     state, index = _state(name, config, _SETTINGS, seeds)
     static = {"graph": graph, "method": _method(name, config), "optimisation": Optimisation(steps=9, clip=1.0)}
@@ -207,15 +208,16 @@ def test_memory_of_a_step(name, path, dtype):
     np.testing.assert_allclose(held + step_bytes(config, shape, update, **how), _bytes(compiled), rtol=0.25)
 
 
-def test_memory_of_generation():
-    shape, seeds, tokens, path = Shape(32, 96, 8), 2, 8, "vmap"
-    graph, frozen = _frozen("lora", _SCANNED, _SETTINGS)
-    state, index = _state("lora", _SCANNED, _SETTINGS, seeds)
-    static = {"graph": graph, "method": _method("lora", _SCANNED), "path": path, "max_new_tokens": tokens}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_generation(dtype):
+    config, shape, seeds, tokens, path = dataclasses.replace(_SCANNED, dtype=dtype), Shape(32, 96, 8), 2, 8, "vmap"
+    graph, frozen = _frozen("lora", config, _SETTINGS)
+    state, index = _state("lora", config, _SETTINGS, seeds)
+    static = {"graph": graph, "method": _method("lora", config), "path": path, "max_new_tokens": tokens}
     compiled = _compiled(partial(generate_seeds, **static), state.params, index, frozen, _batch(shape))
-    update, trainable = update_of("lora", _SETTINGS), trainable_count(_SCANNED, "lora", _SETTINGS)
-    needed = evaluation_bytes(_SCANNED, shape, tokens, update, seeds=seeds, path=path, device="cpu")
-    held = weights_bytes(_SCANNED) + seeds * trainable * 4
+    update, trainable = update_of("lora", _SETTINGS), trainable_count(config, "lora", _SETTINGS)
+    needed = evaluation_bytes(config, shape, tokens, update, seeds=seeds, path=path, device="cpu")
+    held = weights_bytes(config) + seeds * trainable * 4
     np.testing.assert_allclose(held + needed, _bytes(compiled), rtol=0.25)
 
 

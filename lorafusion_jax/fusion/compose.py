@@ -296,10 +296,29 @@ def _scatter(c: Float[Array, "N k"], index: Int[Array, " N"], size: int) -> Floa
 
 
 def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) -> Float[Array, "a b"]:
-    """Return the weighted sum of modules; one matrix-vector product where one weight serves a module."""
+    """Return the weighted sum of modules; one vector-matrix product where one weight serves a module."""
     if weights.size == modules.shape[0]:
-        return jnp.einsum("nab,n->ab", modules, weights.reshape(-1))
+        return _weighted_whole(modules, weights.reshape(-1))
     return jnp.sum(modules * weights, axis=0)
+
+
+@jax.custom_vjp
+def _weighted_whole(modules: Float[Array, "P a b"], weights: Float[Array, " P"]) -> Float[Array, "a b"]:
+    """Return sum_n weights_n modules_n; its last bits, and its gradient's, do not depend on modules of weight zero."""
+    return (weights @ modules.reshape(modules.shape[0], -1)).reshape(modules.shape[1:])
+
+
+def _weighted_forward(modules: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _weighted_whole(modules, weights), (modules, weights)
+
+
+def _weighted_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    modules, weights = factors
+    # A sum for each module: a matrix-vector product adds up in another order when there are more rows.
+    return weights[:, None, None] * g[None], jnp.sum(modules * g[None], axis=(1, 2))
+
+
+_weighted_whole.defvjp(_weighted_forward, _weighted_backward)
 
 
 def _merged(modules: Float[Array, "N r d_out"]) -> Float[Array, "k d_out"]:

@@ -43,7 +43,7 @@ class T5Config:
       scale_logits: the decoder's output is multiplied by d_model ** -0.5 before the head.
       dtype: of activations; weights are cast to it where they are used.
       remat: what the backward pass keeps of a block: `dots`, everything (`none`) or nothing (`full`).
-      unroll: compile the layers one after the other instead of a loop; faster on CPU, slower to compile.
+      unroll: compile the layers one after the other instead of a loop; slower to compile, faster for few layers.
     """
 
     vocab_size: int
