@@ -37,14 +37,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["float32"], help="of weights and activations")
     parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory, of which 20 are fused")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
-    parser.add_argument("--cores", type=int, choices=(1, 2), default=1)
+    parser.add_argument(
+        "--cores", type=int, default=1, help="that the process is pinned to; the peer runs on one alone"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bars", action="store_true", help="only what has a bar")
     options = parser.parse_args()
     if options.pool < MODULES:
         parser.error(f"--pool {options.pool}: {MODULES} modules are fused, so give at least as many")
-    if min(options.seeds) < 1 or options.rounds < 1:
-        parser.error("--seeds and --rounds count from 1")
+    if min(*options.seeds, options.rounds, options.cores) < 1:
+        parser.error("--seeds, --rounds and --cores count from 1")
     _measure.launch(options.cores)
     cases = [] if 1 not in options.seeds else _single(options)
     cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
@@ -59,13 +61,13 @@ def _single(options: Any) -> list[dict[str, Any]]:
     with_peer = options.cores == 1 and has_peft()
     for dtype in options.dtype:
         config, weights = config_of(options.shape, dtype), _weights(options, dtype)
-        alone = dtype == "float32" or not options.bars
-        if alone:
+        compared = dtype == "float32" or not options.bars
+        if compared:
             runs[f"{dtype} floor"] = floor(config, weights)
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
             for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
                 runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
-        if with_peer and alone and dtype != "nf4":
+        if with_peer and compared and dtype != "nf4":
             runs[f"{dtype} peer"] = _peer(config, weights, dtype)
     seconds = in_turns(runs, options.rounds)
     _same_losses(runs)
