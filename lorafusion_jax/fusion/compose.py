@@ -304,7 +304,11 @@ def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) 
 
 @jax.custom_vjp
 def _weighted_whole(modules: Float[Array, "P a b"], weights: Float[Array, " P"]) -> Float[Array, "a b"]:
-    """Return sum_n weights_n modules_n; its last bits, and its gradient's, do not depend on modules of weight zero."""
+    """Return sum_n weights_n modules_n.
+
+    On a CPU its last bits, and its gradient's, do not depend on modules of weight zero: which ones lie in memory
+    depends on the other seeds of a run.
+    """
     return (weights @ modules.reshape(modules.shape[0], -1)).reshape(modules.shape[1:])
 
 
