@@ -145,6 +145,37 @@ def test_an_exported_adapter_is_read_as_it_was_written(tmp_path, magnitudes):
         np.testing.assert_array_equal(tensor, tensors_again[key])
 
 
+@pytest.mark.parametrize("magnitudes", [True, False], ids=["trained", "frozen"])
+def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magnitudes):
+    """The oracle is the run that was exported: pruned and negative magnitudes are read back as they were."""
+    graph, base = nnx.split(_MODEL)
+    pool, index = tiny.pool(3, _somewhere), jnp.arange(3)
+    terms = jax.jit(gram)(pool, {s: kernels(_MODEL)[s] for s in pool.A})
+    method, frozen = Fusion(), Frozen(base, pool, terms)
+    rng = np.random.default_rng(0)
+    params = method.init(frozen, index, jax.random.key(0))
+    params["magnitudes"] = {
+        s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32) for s, m in params["magnitudes"].items()
+    }
+    spread = expand(params["coefficients"], pool, "block")
+    written = fused_adapter(pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
+    write_adapter(tmp_path / "fused", *written)
+    again = read_pool([str(tmp_path / "fused")], _MODEL.config)
+    frozen_again = Frozen(base, again, jax.jit(gram)(again, {s: kernels(_MODEL)[s] for s in again.A}))
+    next_method = Fusion(magnitudes=magnitudes)
+    start = next_method.init(frozen_again, jnp.arange(1), jax.random.key(1))
+    assert (start["coefficients"] == 1).all() and ("magnitudes" in start) == magnitudes
+    adapters = jax.jit(next_method.adapters)(start, frozen_again, jnp.arange(1))[0]
+    wanted = jax.jit(method.adapters)(params, frozen, index)[0]
+    _close(_logits(_MODEL, adapters), _logits(_MODEL, wanted))
+    # And exported again it is the same adapter.
+    one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
+    config, tensors = fused_adapter(again, jnp.arange(1), one, "sum", base="b", magnitudes=start.get("magnitudes"))
+    assert config == written[0] and tensors.keys() == written[1].keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, written[1][key])
+
+
 def _fused(model, composition):
     pool = tiny.pool(4, _somewhere)
     frozen = Frozen(nnx.split(model)[1], pool, jax.jit(gram)(pool, {s: kernels(model)[s] for s in pool.A}))

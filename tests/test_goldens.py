@@ -180,8 +180,17 @@ def _gap(base, row, tokens, position, other):
     model = nnx.merge(base.graph, base.frozen.base)
     batch = base.batches[0]
     decoder = jnp.asarray([model.config.start_id, *tokens[:position]], jnp.int32)[None]
-    logits = model(batch.input_ids[[row]], batch.input_mask[[row]], decoder)[0, -1]
+    logits = model(batch.input_ids[row][None], batch.input_mask[row][None], decoder)[0, -1]
     return float(logits[tokens[position]] - logits[other])
+
+
+def test_the_gap_of_two_logits_is_that_of_the_golden(case):
+    base = case("t5b")
+    labels, logits = base.golden["labels_0"], base.golden["base_logits_0"]
+    for row, position in ((0, 0), (1, 2)):
+        best = int(np.argmax(logits[row, position]))
+        wanted = logits[row, position][labels[row, position]] - logits[row, position][best]
+        _close(_gap(base, row, labels[row], position, best), wanted, 1e-4)
 
 
 # One adapter.
@@ -197,6 +206,23 @@ def test_single_adapter(case, name):
     _close(cross_entropy(logits, single.batches[0].labels), golden["loss_mean_ce"], 1e-5)
     np.testing.assert_array_equal(tokens, golden["greedy"][:, 1:])
     _close(single.say(batch=1)[0], golden["logits_batch1"], tolerance)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Fusion(composition="sum", magnitudes=False),  # coefficients
+        Fusion(composition="mix", start="xavier", magnitudes=False),  # the same, of the reference preset
+        Fusion(granularity="global", magnitudes=False),  # mean and single
+    ],
+    ids=["coefficients", "mix", "single"],
+)
+def test_a_dora_adapter_keeps_its_magnitudes_where_none_are_trained(case, method):
+    dora = case("t5a", "single_dora")
+    params = method.init(dora.frozen, dora.index, jax.random.key(0))
+    logits, tokens = dora._replace(method=method).say(params=params)
+    _close(logits, dora.golden["logits"], 1e-4)
+    np.testing.assert_array_equal(tokens, dora.golden["greedy"][:, 1:])
 
 
 @pytest.mark.parametrize("name", _SINGLES)

@@ -10,6 +10,7 @@ import one_block
 import pytest
 from safetensors.numpy import load_file
 
+from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.params import ParamsOptions, counts
 from lorafusion_jax.tasks import load_task, split
@@ -232,6 +233,48 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
     said, wanted = (RunFolder(run_path(of)).predictions() for of in (zero, options))
     wanted = [line["prediction"] for line in wanted if line["seed"] == 2]
     assert [line["prediction"] for line in said] == wanted
+
+
+@pytest.fixture(scope="module")
+def dora_again(small, tmp_path_factory):
+    """A fusion some of whose magnitudes turned negative, and the pool that its exported adapter is."""
+    out = tmp_path_factory.mktemp("dora")
+    options = _options(small, out, "fusion", lr_magnitudes=2.0)
+    results = fuse(options)
+    magnitudes = load_run(run_path(options))[1]["magnitudes"]
+    assert np.mean([m[0] < 0 for m in magnitudes.values()]) > 0.01
+    export(ExportOptions(out=out / "exported", run=run_path(options)))
+    convert(ConvertOptions(base=str(small[0]), adapters=(str(out / "exported"),), out=out / "pool"))
+    return options, results, out / "pool"
+
+
+@pytest.mark.parametrize("method", ["fusion", "single"])
+def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_again, small, tmp_path):
+    was, wanted, pool = dora_again
+    options = _options(small, tmp_path, method, pool=str(pool), lr_coefficients=0.0, lr_magnitudes=0.0)
+    found = fuse(options)
+    assert found["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=1e-5)
+    said, again = (
+        [line["prediction"] for line in RunFolder(run_path(of)).predictions() if line["seed"] == 1]
+        for of in (was, options)
+    )
+    assert said == again
+    # And what is exported of it is that adapter.
+    export(ExportOptions(out=tmp_path / "again", run=run_path(options)))
+    first, second = (
+        load_file(folder / "adapter_model.safetensors") for folder in (was.out / "exported", tmp_path / "again")
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(second[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["lorahub", "cma", "merge"])
+def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, dora_again, small, tmp_path):
+    options = _options(small, tmp_path, method, pool=str(dora_again[2]))
+    with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
+        fuse(options)
+    assert not run_path(options).exists()
 
 
 def test_what_cannot_be_exported_or_asked(runs, tmp_path):

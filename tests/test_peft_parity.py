@@ -150,6 +150,21 @@ def test_one_adapter(folder, base, peft_logits, name):
     _close(_logits(base, adapters), theirs)
 
 
+def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(folder, base, peft_logits):
+    def scale(model):
+        for module in model.modules():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(0.6)
+
+    method = Fusion(composition="sum", granularity="global", magnitudes=False)
+    pool = read_pool([str(folder / "dora")], base.config)
+    frozen = Frozen(nnx.split(base)[1], pool, jax.jit(gram)(pool, {site: kernels(base)[site] for site in pool.A}))
+    adapters, _ = jax.jit(method.adapters)({"coefficients": jnp.array([0.6])}, frozen, jnp.arange(1))
+    theirs = peft_logits(adapter="dora", prepare=scale)
+    assert np.abs(theirs - peft_logits(adapter="dora")).max() > 0.1
+    _close(_logits(base, adapters), theirs)
+
+
 def test_sum_is_what_peft_calls_cat(folder, base, peft_logits):
     weights = [0.7, -0.4]
 

@@ -48,7 +48,7 @@ def fused_adapter(
       coefficients: per site, layer and module, as `fusion.coefficients.expand` returns them.
       composition: `mix` or `sum`.
       base: name or folder of the base model, for the configuration.
-      magnitudes: m per site, for a DoRA adapter.
+      magnitudes: m per site, for a DoRA adapter; by default the pool's own, where it is one.
     """
     chosen = np.asarray(index)
     factors: _Factors = {}
@@ -63,7 +63,7 @@ def fused_adapter(
                 real = (np.arange(A.shape[2]) < ranks[layer][:, None]) & (c != 0)
                 mixed = A.swapaxes(1, 2)[real], (B * c[:, :, None])[real]
             factors[site, layer] = mixed
-    return _adapter(factors, base, magnitudes)
+    return _adapter(factors, base, pool.magnitude if magnitudes is None else magnitudes)
 
 
 def lora_adapter(

@@ -78,7 +78,8 @@ class Method(Protocol):
 class Fusion:
     """LoRAFusion: coefficients mix the frozen pool, magnitudes rescale the adapted columns.
 
-    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out].
+    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]. A DoRA pool has
+    magnitudes of its own: they are where trained ones start, and stay as they are where only coefficients are trained.
 
     Attributes:
       composition: `mix` or `sum` (see `fusion.compose`).
@@ -114,13 +115,10 @@ class Fusion:
         pool, gram = _pool_of(frozen)
         shape = coefficients_lib.shape(pool, index.shape[0], self.granularity)
         params: Params = {"coefficients": coefficients_lib.initial(shape, self.start, key)}
-        if self.magnitudes:
-            params["magnitudes"] = column_norms(gram)
-        if self.magnitudes and pool.magnitude is not None:
+        if pool.magnitude is not None:  # one adapter, which training starts from as it is
             params["coefficients"] = jnp.ones(shape, jnp.float32)
-            params["magnitudes"] = {
-                site: jnp.where(m > 0, m, params["magnitudes"][site]) for site, m in pool.magnitude.items()
-            }
+        if self.magnitudes:
+            params["magnitudes"] = _magnitudes(pool.magnitude or column_norms(gram), frozen, index)
         return params
 
     def adapters(
@@ -129,11 +127,9 @@ class Fusion:
         """Return the fused adapters; metrics: `floored_norms`, columns whose norm was floored."""
         pool, gram = _pool_of(frozen)
         spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
-        magnitudes = params.get("magnitudes")
+        magnitudes = params.get("magnitudes", pool.magnitude)
         if magnitudes is not None:
-            acting = _adapted(pool, index)
-            start = column_norms(gram)
-            magnitudes = {s: jnp.where(acting[s][:, None], m, start[s]) for s, m in magnitudes.items()}
+            magnitudes = _magnitudes(magnitudes, frozen, index)
         adapters, floored = compose(
             pool,
             index,
@@ -176,6 +172,15 @@ def adapted_model(
 LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
 
 
+def check_lorahub(pool: LoraPool) -> None:
+    """Raise ValueError where LoraHub's objective is not defined on the pool."""
+    if pool.magnitude is not None:
+        raise ValueError(
+            "LoraHub's weights scale plain LoRAs, and weights of zero stand for the base, but a DoRA adapter has "
+            "magnitudes besides: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
     """The base model as it is: nothing is trained."""
@@ -204,3 +209,10 @@ def _pool_of(frozen: Frozen) -> tuple[LoraPool, Gram]:
 def _adapted(pool: LoraPool, index: Int[Array, " N"]) -> dict[str, Array]:
     """Return, by site, in which layers [L] any of the chosen modules is there."""
     return {site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()}
+
+
+def _magnitudes(magnitudes: dict[str, Array], frozen: Frozen, index: Int[Array, " N"]) -> dict[str, Array]:
+    """Return the magnitudes, but ||W|| in layers that none of the chosen modules adapts: no value tells those apart."""
+    pool, gram = _pool_of(frozen)
+    adapted, norms = _adapted(pool, index), column_norms(gram)
+    return {s: jnp.where(adapted[s][:, None], m.astype(norms[s].dtype), norms[s]) for s, m in magnitudes.items()}

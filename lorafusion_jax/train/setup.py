@@ -23,7 +23,7 @@ from .baselines.lora import LoRA
 from .baselines.magnitudes import Magnitudes
 from .baselines.merge import Merge
 from .baselines.vera import VeRA
-from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot
+from .methods import LORAHUB, Frozen, Fusion, Method, ZeroShot, check_lorahub
 from .options import POOLLESS, UNTRAINED, FuseOptions, OnArrays
 from .sharding import on_mesh
 from .sweep import Path as SeedPath
@@ -317,6 +317,7 @@ def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
         merge.check(pool)
         return merge
     if options.method in ("lorahub", "cma"):
+        check_lorahub(pool)
         fusion = LORAHUB
     elif options.method in ("mean", "single"):
         fusion = Fusion(granularity="global", magnitudes=False)

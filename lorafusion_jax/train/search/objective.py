@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from ...linear import reads
 from ...tasks import Batch
 from ..evaluate import seed_entropies
-from ..methods import LORAHUB, Frozen
+from ..methods import LORAHUB, Frozen, check_lorahub
 from ..sharding import on_mesh, to_host
 from ..sweep import Path
 
@@ -46,7 +46,12 @@ def score(
       frozen: the base model and the pool.
       graph: the model's structure.
       path: how seeds run.
+
+    Raises:
+      ValueError: as `check_lorahub` does.
     """
+    if frozen.pool is not None:
+        check_lorahub(frozen.pool)
     params = on_mesh({"coefficients": jnp.asarray(weights, jnp.float32)}, of_seeds=True)
     static = {"graph": graph, "method": LORAHUB, "path": path}
     losses = [
