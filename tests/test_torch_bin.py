@@ -1,13 +1,18 @@
 """`.bin` files without PyTorch: the golden, files written here byte by byte, and files by torch.save."""
 
 import io
+import json
 import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +20,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorafusion_jax.io import torch_bin
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 class _Global:
@@ -73,8 +80,8 @@ def _tensor(storage, offset, size, stride, *metadata):
     return _Call(_REBUILD, storage, offset, size, stride, False, OrderedDict(), *metadata)
 
 
-def _write_zip(path, content, storages, *, compression=zipfile.ZIP_STORED, members=()):
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def _write_zip(path, content, storages, *, members=()):
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("anything/data.pkl", _pickled(content))
         archive.writestr("anything/version", "3")
         for name, data in members:
@@ -130,8 +137,7 @@ def test_golden_equals_its_safetensors(shared):
         assert not got[key].flags.writeable and not got[key].flags.owndata
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_zip_views_share_one_storage(tmp_path, compression):
+def test_zip_views_share_one_storage(tmp_path):
     storage = _storage("FloatStorage", "0", 24)
     content = OrderedDict(
         whole=_tensor(storage, 0, (4, 6), (6, 1)),
@@ -149,7 +155,7 @@ def test_zip_views_share_one_storage(tmp_path, compression):
     )
     path = tmp_path / "x.bin"
     members = [("byteorder", b"little"), (".format_version", b"1"), ("unheard_of", b"?")]
-    _write_zip(path, content, {"0": _NUMBERS.tobytes()}, compression=compression, members=members)
+    _write_zip(path, content, {"0": _NUMBERS.tobytes()}, members=members)
     got = torch_bin.load(path)
     whole = _NUMBERS.reshape(4, 6)
     np.testing.assert_array_equal(got["whole"], whole)
@@ -159,8 +165,7 @@ def test_zip_views_share_one_storage(tmp_path, compression):
     np.testing.assert_array_equal(got["expanded"], [[3, 4], [3, 4]])
     assert got["scalar"].shape == () and got["empty"].shape == (0, 6)
     np.testing.assert_array_equal(got["parameter"], whole[1])
-    if compression == zipfile.ZIP_STORED:
-        assert np.shares_memory(got["whole"], got["transposed"])
+    assert np.shares_memory(got["whole"], got["transposed"])
 
 
 @pytest.mark.parametrize(
@@ -263,6 +268,156 @@ def test_any_other_global_is_refused_by_name(tmp_path, module, name):
         torch_bin.load(path)
 
 
+def _entry(key, value=b"N"):
+    return b"\x80\2}" + key + value + b"s."
+
+
+_X = b"U\1x"
+_TWICE = b"q\0h\0"  # keep the top of the stack and push it once more
+_LIST_BOMB = b"]q\0" + b"]h\0ah\0aq\0" * 90
+_BFLOAT16 = b"ctorch\nbfloat16\n"
+# What np.dtype.__setstate__ takes, with another byte order.
+_DTYPE_STATE = b"(K\3U\1>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"
+_ORDERED_DICT = b"ccollections\nOrderedDict\nq\1"
+_PAIRS = b"](" + (_X + b"N\x86") * 50_000 + b"eq\0"
+_LARGE = {
+    "a deep key": (_entry(b")" + b"\x85" * 150_000), "entry <tuple> holds a NoneType"),
+    "deep": (_entry(_X, b"}" + b"U\1y}" * 150_000 + b"s" * 150_000), "'x' holds a dict: wanted a flat"),
+    "a far memo": (_entry(_X, b"Nr" + struct.pack("<I", 250_000_000)), "'x' holds a NoneType"),
+    "pairs": (_entry(_X, b"(" + _PAIRS + _ORDERED_DICT + b"h\1h\0\x85R" * 20_000 + b"t"), "'x' holds a tuple"),
+    "opcodes": (_entry(_X, b"(" + b"}" * (1 << 21) + b"t"), "more than 1,048,576 opcodes"),
+}
+_LOAD_ALL = """
+import json, resource, sys
+from pathlib import Path
+from lorafusion_jax.io import torch_bin
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+messages = {}
+for path in map(Path, sys.argv[1:]):
+    try:
+        torch_bin.load(path)
+    except ValueError as error:
+        messages[path.name] = str(error)
+kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([messages, kilobytes]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(_entry(_X, _BFLOAT16 + _DTYPE_STATE + b"b"), "wants torch.bfloat16 changed", id="a dtype"),
+        pytest.param(
+            _entry(_X, b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "wants torch._utils._rebuild.* changed", id="a method"
+        ),
+        pytest.param(_entry(_X, _BFLOAT16 + b")R"), "a call of torch.bfloat16 that rebuilds no tensor", id="a call"),
+        pytest.param(_entry(_X, b"U\1y)R"), "wants a str called", id="a call of no function"),
+        pytest.param(_entry(_X, _BFLOAT16 + b")\x81"), "the opcode b'.x81'", id="a new object"),
+        pytest.param(_entry(b")" + (_TWICE + b"\x86") * 90), "entry <tuple> holds a NoneType", id="a key of 2 ** 90"),
+        pytest.param(_entry(_X, b")" + (_TWICE + b"\x86") * 90), "'x' holds a tuple", id="a value of 2 ** 90"),
+        pytest.param(_entry(_X, b"(" + _LIST_BOMB + b"t"), "'x' holds a tuple", id="a list of 2 ** 90"),
+        pytest.param(
+            b"\x80\2((" + _LIST_BOMB + b"tctorch\nFloatStorage\nU\0010U\3cpuK\1tQ.",
+            "refers to a <tuple>",
+            id="a tag of 2 ** 90 lists",
+        ),
+        pytest.param(b"\x80\2]q\0h\0aQ.", "a storage is described by 5 or 6 values", id="a list in itself"),
+        pytest.param(_entry(b"X" + struct.pack("<I", 1 << 31)), "a string of 2,147,483,648 bytes", id="a long string"),
+        pytest.param(_entry(b"U\xff" + b"k" * 255), "entry 'kkkkk.{,30}kkk' holds", id="a long name"),
+    ],
+)
+@pytest.mark.parametrize("container", ["zip", "legacy"])
+def test_hostile_pickles_cost_little_and_change_nothing(tmp_path, container, content, message):
+    path = tmp_path / "x.bin"
+    if container == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", content)
+    else:
+        head = [_pickled(part) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+        path.write_bytes(b"".join(head) + content + b"\x80\2].")
+    with pytest.raises(ValueError, match=rf"x\.bin: .*{message}") as caught:
+        torch_bin.load(path)
+    assert len(str(caught.value)) < 500
+    assert np.dtype(ml_dtypes.bfloat16).byteorder == "="
+
+
+def test_large_hostile_pickles_end_soon_in_little_memory(tmp_path):
+    # In a process of their own: Python's unpickler dies of the first, and types are not checked at run time there.
+    paths = [tmp_path / name for name in _LARGE]
+    for path, (content, _message) in zip(paths, _LARGE.values(), strict=True):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", content)
+    command = [sys.executable, "-c", _LOAD_ALL, *paths]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    messages, kilobytes = json.loads(done.stdout)
+    for path, (_content, message) in zip(paths, _LARGE.values(), strict=True):
+        assert message in messages[path.name]
+        assert len(messages[path.name]) < 500
+    assert kilobytes < 300_000
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((2_000_000_000, 96), (0, 1)), ((1 << 61,), (0,)), ((1 << 40, 1 << 40), (0, 0)), ((2,) * 60, (0,) * 60)],
+)
+def test_strides_cannot_make_a_small_file_large(tmp_path, size, stride):
+    path = tmp_path / "x.bin"
+    _write_zip(path, {"x": _tensor(_storage("FloatStorage", "0", 96), 0, size, stride)}, {"0": bytes(4 * 96)})
+    with pytest.raises(ValueError, match=r"x\.bin: its [\d,]+ bytes claim to be tensors of|60 dimensions"):
+        torch_bin.load(path)
+
+
+def test_compressed_members_are_refused_unread(tmp_path):
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        content = {"x": _tensor(_storage("FloatStorage", "0", 24), 0, (24,), (1,))}
+        archive.writestr("x/data.pkl", _pickled(content), zipfile.ZIP_STORED)
+        archive.writestr("x/data/0", bytes(50_000_000))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"x\.bin: 'x/data/0' is compressed or encrypted, unlike torch.save's"):
+        torch_bin.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("numel", [-3, -(1 << 40), 1 << 61])
+def test_storages_cannot_lead_back_into_the_file(tmp_path, numel):
+    legacy, tar = tmp_path / "legacy.bin", tmp_path / "tar.bin"
+    content = {"x": _tensor(_storage("FloatStorage", "0", 24, None), 0, (24,), (1,))}
+    _write_legacy(legacy, content, {"0": (numel, _NUMBERS.tobytes())})
+    _write_tar(tar, {"a": (1, 0, (24,), (1,), 0)}, {0: ("FloatStorage", numel, _NUMBERS.tobytes())})
+    for path in (legacy, tar):
+        with pytest.raises(ValueError, match=f"{path}: truncated or corrupt"):
+            torch_bin.load(path)
+
+
+def test_counts_and_sizes_of_a_tar_are_checked(tmp_path, monkeypatch):
+    path = tmp_path / "x.bin"
+    _write_tar(path, {"a": (1, 0, (24,), (1,), 0)}, {0: ("FloatStorage", 24, _NUMBERS.tobytes())})
+    whole = path.read_bytes()
+    monkeypatch.setattr(torch_bin, "_MAX_TENSORS", 1000)
+    path.write_bytes(whole.replace(_pickled(1), b"M\xff\xff.."))
+    with pytest.raises(ValueError, match="claims to hold 65,535 tensors: wanted at most 1,000"):
+        torch_bin.load(path)
+    # A size of -512 leads back to the same header for ever.
+    at = 124
+    path.write_bytes(whole[:at] + b"-0000001000\0" + whole[at + 12 :])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        torch_bin.load(path)
+
+
+def test_a_state_dict_keeps_no_attributes_and_python_2_spells_it_by_pairs(tmp_path):
+    tensor = _pickled(_tensor(_storage("FloatStorage", "0", 24), 0, (24,), (1,)))[2:-1]
+    content = b"\x80\2ccollections\nOrderedDict\n]](" + _X + tensor + b"ea\x85R}U\t_metadataNsb."
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", content)
+        archive.writestr("x/data/0", _NUMBERS.tobytes())
+    np.testing.assert_array_equal(torch_bin.load(path)["x"], _NUMBERS)
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "offset", "numel"),
     [
@@ -332,7 +487,7 @@ def _three_containers(folder):
         storage = _storage("FloatStorage", "0", 24, *view)
         return OrderedDict(a=_tensor(storage, 0, (4, 6), (6, 1)), b=_tensor(storage, 3, (2, 3), (1, 2)))
 
-    _write_zip(folder / "zip", content(), {"0": _NUMBERS.tobytes()}, compression=zipfile.ZIP_DEFLATED)
+    _write_zip(folder / "zip", content(), {"0": _NUMBERS.tobytes()})
     _write_legacy(folder / "legacy", content(None), {"0": (24, _NUMBERS.tobytes())})
     tensors = {"a": (1, 0, (4, 6), (6, 1), 0), "b": (2, 0, (2, 3), (1, 2), 3)}
     _write_tar(folder / "tar", tensors, {0: ("FloatStorage", 24, _NUMBERS.tobytes())})

@@ -2,24 +2,25 @@
 
 `torch.save` has written three containers: a zip archive (since 1.6), a sequence of pickles followed by the
 raw storages (before), and in the beginning a tar archive. In each, a pickle rebuilds tensors as strided views
-of storages. The unpickler here knows the few names that this takes and refuses any other by name.
+of storages. Here a pickle is first read to its end as plain descriptions (see `pickles`); views of the file are
+made afterwards.
 """
 
-import io
+import math
 import mmap
-import pickle
+import reprlib
 import struct
-import tarfile
 import zipfile
-import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from . import pickles
+from .pickles import Dict, Global, Refused
 from .source import map_file
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -54,22 +55,37 @@ _DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# What reading damaged pickles, archives and storages raises.
+# What a pickle may name, and the number type that each name stands for. The tar container names the class of each
+# tensor, torch.FloatTensor.
+_TYPES = {
+    f"{module}.{name}": dtype
+    for module in ("torch", "torch.cuda")
+    for storage, dtype in _STORAGES.items()
+    for name in (storage, storage.replace("Storage", "Tensor"))
+}
+_TYPES |= {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
+_TYPES["torch.storage.UntypedStorage"] = _DTYPES["uint8"]
+_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+_TYPED_TENSOR = "torch._utils._rebuild_tensor_v3"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_NAMES = {*_TYPES, *_TENSOR, _TYPED_TENSOR, _PARAMETER}
+_MAX_PICKLE = 1 << 26
+_MAX_DIMENSIONS = 8
+_MAX_TENSORS = 1 << 16
+# Tied weights share a storage under up to four names, and a stride of 0 repeats elements; a small file may repeat
+# them more often.
+_MAX_REPEATS, _SMALL = 8, 1 << 20
+# What damaged pickles, archives and storages raise.
 _DAMAGE = (
-    pickle.UnpicklingError,
     zipfile.BadZipFile,
-    tarfile.TarError,
     struct.error,
     EOFError,
     OSError,
     LookupError,
     TypeError,
     ValueError,
-    AttributeError,
     OverflowError,
     RuntimeError,
-    MemoryError,
-    zlib.error,
 )
 
 
@@ -78,10 +94,12 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
     Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and ml_dtypes'.
     Members of the archive that the tensors do not ask for are ignored, as are CRC sums (as in `torch.load`).
+    The size of the file bounds the time and the memory that reading takes, and the size of all tensors together.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, corrupt or a Git LFS pointer; it holds something
-            else than a dict of tensors; or its pickle asks for a global that no tensor needs.
+        ValueError: The file is missing, empty, truncated, corrupt, compressed or a Git LFS pointer; it holds
+            something else than a dict of tensors, or tensors that repeat its bytes without end; or its pickle asks
+            for a global that no tensor needs.
     """
     data = map_file(path)
     try:
@@ -91,20 +109,24 @@ def load(path: Path) -> dict[str, np.ndarray]:
             content, storages = _read_tar(data)
         else:
             content, storages = _read_legacy(data)
-        return {key: _array(view, storages) for key, view in _flat(content)}
-    except _Refused as error:
+        views = dict(_flat(content))
+        total = sum(view.nbytes for view in views.values())
+        if total > max(_MAX_REPEATS * len(data), _SMALL):
+            raise Refused(
+                f"its {len(data):,} bytes claim to be tensors of {total:,} bytes, by strides that repeat elements: "
+                "save contiguous tensors"
+            )
+        return {key: _array(view, storages) for key, view in views.items()}
+    except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except _DAMAGE as error:
         raise ValueError(
-            f"{path}: truncated or corrupt, not a file that torch.save wrote ({error}): fetch the file again"
+            f"{path}: truncated or corrupt, not a file that torch.save wrote ({str(error)[:200]}): fetch the file again"
         ) from error
 
 
-class _Refused(Exception):
-    """A file that is whole, but that must not or cannot be read."""
-
-
-class _Storage(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Storage:
     """A run of elements: `numel` of them from element `start` of the root storage `key`."""
 
     key: str
@@ -113,7 +135,8 @@ class _Storage(NamedTuple):
     numel: int
 
 
-class _View(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _View:
     """A tensor: a strided view of a storage, in elements of `dtype`."""
 
     storage: _Storage
@@ -122,145 +145,209 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
     dtype: np.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and dicts alone. It lets pickles call only bound methods, which no pickle can alter."""
 
-    def __init__(self, file: Any, tensors: Mapping[str, _View] | None = None):
-        super().__init__(file, encoding="utf-8")
-        self._tensors = tensors
-        self.dtypes: dict[str, np.dtype] = {}
+@dataclass
+class _Cursor:
+    """A place in a file that holds pickles and storages one after the other.
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.cuda"):
-            # The tar container names the class of each tensor, torch.FloatTensor.
-            dtype = _DTYPES.get(name, _STORAGES.get(name.replace("Tensor", "Storage")))
-            if dtype is not None:
-                return dtype
-        known = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): self._typed_tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-            ("torch.storage", "UntypedStorage"): _DTYPES["uint8"],
-        }
-        if (module, name) not in known:
-            raise _Refused(
-                f"its pickle asks for {module}.{name}, which no tensor needs: refused, nothing was executed; "
-                "if you trust the file, re-save its tensors as safetensors"
-            )
-        return known[module, name]
+    Attributes:
+        data: The file, or the pickle of a zip archive.
+        at: The next byte.
+        tensors: In the tar container, what a persistent id stands for; in the others it is a storage.
+        dtypes: The number type of every storage that a pickle has referred to.
+    """
 
-    def persistent_load(self, pid: Any) -> _Storage | _View:
-        if self._tensors is not None:
-            return self._tensors[str(pid)]
-        tag, dtype, key, _location, numel, *view = pid
-        if tag != "storage" or not isinstance(dtype, np.dtype):
-            raise _Refused(f"its pickle refers to a {tag!r}, which no tensor needs")
-        self.dtypes[str(key)] = dtype
+    data: bytes | mmap.mmap
+    at: int = 0
+    tensors: Mapping[str, _View] | None = None
+    dtypes: dict[str, np.dtype] = field(default_factory=dict)
+
+    def pickle(self) -> Any:
+        content, self.at = pickles.read(self.data, self.at, names=_NAMES, call=_call, persistent=self._persistent)
+        return content
+
+    def struct(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(layout, self.data, self.at)
+        self.at += struct.calcsize(layout)
+        return values
+
+    def storage(self, dtype: np.dtype) -> memoryview:
+        """Return the storage that starts here: its number of elements, then the elements."""
+        (numel,) = self.struct("<q")
+        end = self.at + _size(numel) * dtype.itemsize
+        if end > len(self.data):
+            raise EOFError("it ends in the middle of a storage")
+        start, self.at = self.at, end
+        return memoryview(self.data)[start:end]
+
+    def _persistent(self, pid: Any) -> _Storage | _View:
+        if self.tensors is not None:
+            return self.tensors[_key(pid)]
+        if type(pid) is not tuple or len(pid) not in (5, 6):
+            raise TypeError("a storage is described by 5 or 6 values")
+        tag, kind, key, _location, numel, *view = pid
+        dtype, key, start = _dtype(kind), _key(key), 0
+        if tag != "storage":
+            raise Refused(f"its pickle refers to a {_shown(tag)}, which no tensor needs")
+        self.dtypes[key] = dtype
         if view and view[0] is not None:
-            _key, start, numel = view[0]
-            return _Storage(str(key), dtype, start, numel)
-        return _Storage(str(key), dtype, 0, numel)
-
-    def _tensor(self, storage: _Storage, offset: int, size: tuple, stride: tuple, *extra: Any) -> _View:
-        if len(extra) > 2 and extra[2]:
-            raise _Refused(f"a tensor is saved with {extra[2]}: save it after resolve_neg(), resolve_conj()")
-        return _View(storage, offset, tuple(size), tuple(stride), storage.dtype)
-
-    def _typed_tensor(self, *args: Any) -> _View:
-        *plain, dtype = args[:7]
-        return self._tensor(*plain, *args[7:])._replace(dtype=dtype)
-
-    def _parameter(self, tensor: _View, *_extra: Any) -> _View:
-        return tensor
+            _view_key, start, numel = view[0]
+        return _Storage(key, dtype, _size(start), _size(numel))
 
 
-def _flat(content: Any) -> Iterable[tuple[str, _View]]:
-    if not isinstance(content, dict):
-        raise _Refused(f"holds a {type(content).__name__}: wanted a dict of tensors")
-    for key, value in dict.items(content):
-        if not isinstance(key, str) or not isinstance(value, _View):
-            got = "a tensor" if isinstance(value, _View) else f"a {type(value).__name__}"
-            raise _Refused(f"entry {key!r} holds {got}: wanted a flat dict of tensors by name")
+def _call(name: str, arguments: tuple) -> _View:
+    """Describe the tensor that a call would rebuild."""
+    if name == _PARAMETER and arguments and type(arguments[0]) is _View:
+        return arguments[0]
+    if name == _TYPED_TENSOR and len(arguments) > 6:
+        return replace(_call(_TENSOR[0], (*arguments[:6], *arguments[7:8])), dtype=_dtype(arguments[6]))
+    if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
+        raise TypeError(f"a call of {name} that rebuilds no tensor")
+    storage, offset, size, stride = arguments[:4]
+    metadata = arguments[6] if len(arguments) > 6 else None
+    if metadata.items if type(metadata) is Dict else metadata:
+        raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
+    _check_dimensions(len(size))
+    return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
+
+
+def _dtype(kind: Any) -> np.dtype:
+    if type(kind) is not Global:
+        raise TypeError(f"a {type(kind).__name__} in place of a type of numbers")
+    return _TYPES[kind.name]
+
+
+def _check_dimensions(count: int) -> None:
+    if count > _MAX_DIMENSIONS:
+        raise Refused(f"a tensor has {count} dimensions: wanted at most {_MAX_DIMENSIONS}")
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{_shown(value)} is not a number of elements")
+    return value
+
+
+def _count(value: Any) -> int:
+    if _size(value) > _MAX_TENSORS:
+        raise Refused(f"it claims to hold {value:,} tensors: wanted at most {_MAX_TENSORS:,}")
+    return value
+
+
+def _key(value: Any) -> str:
+    if type(value) not in (int, str):
+        raise TypeError(f"a {type(value).__name__} in place of a storage's key")
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    """Spell a value for a message: of a tuple its type alone, which may hold another 2 ** 90 times."""
+    return reprlib.repr(value) if type(value) in (int, str) else f"<{_kind(value)}>"
+
+
+def _kind(value: Any) -> str:
+    return {_View: "tensor", Dict: "dict"}.get(type(value), type(value).__name__)
+
+
+def _flat(content: Any) -> Iterator[tuple[str, _View]]:
+    if type(content) is not Dict:
+        raise Refused(f"holds a {_kind(content)}: wanted a dict of tensors")
+    for key, value in content.items:
+        if type(key) is not str or type(value) is not _View:
+            raise Refused(f"entry {_shown(key)} holds a {_kind(value)}: wanted a flat dict of tensors by name")
         yield key, value
 
 
 def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
     # NumPy itself refuses a view that would reach outside its buffer.
     item = view.dtype.itemsize
-    key, dtype, start, numel = view.storage
-    buffer = storages[key][start * dtype.itemsize : (start + numel) * dtype.itemsize]
-    strides = [step * item for step in view.stride]
-    return np.ndarray(view.size, view.dtype, buffer, view.offset * item, strides)
+    storage = view.storage
+    width = storage.dtype.itemsize
+    buffer = storages[storage.key][storage.start * width : (storage.start + storage.numel) * width]
+    return np.ndarray(view.size, view.dtype, buffer, view.offset * item, [step * item for step in view.stride])
 
 
 def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise _Refused(f"a zip archive with {len(pickles)} members data.pkl: torch.save writes one")
-        root = pickles[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-            raise _Refused("written on a big-endian machine: re-save its tensors as safetensors there")
-        storages = {
-            entry.filename.removeprefix(f"{root}data/"): _member(archive, entry, data)
-            for entry in archive.infolist()
-            if entry.filename.startswith(f"{root}data/")
-        }
-        return _Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), storages
+        members = {entry.filename: entry for entry in archive.infolist()}
+    names = [name for name in members if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise Refused(f"a zip archive with {len(names)} members data.pkl: torch.save writes one")
+    root = names[0].removesuffix("data.pkl")
+    order = members.get(f"{root}byteorder")
+    if order and _member(order, data) != b"little":
+        raise Refused("written on a big-endian machine: re-save its tensors as safetensors there")
+    storages = {
+        name.removeprefix(f"{root}data/"): _member(entry, data)
+        for name, entry in members.items()
+        if name.startswith(f"{root}data/")
+    }
+    content = _member(members[names[0]], data)
+    if len(content) > _MAX_PICKLE:
+        raise Refused(f"its pickle has {len(content):,} bytes: wanted at most {_MAX_PICKLE:,}")
+    return _Cursor(bytes(content)).pickle(), storages
 
 
-def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
-    if entry.compress_type != zipfile.ZIP_STORED:
-        return memoryview(archive.read(entry))
+def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
+    """Return a member's bytes in the mapped file."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise Refused(
+            f"{_shown(entry.filename)} is compressed or encrypted, unlike torch.save's: zip it again as it is"
+        )
     # The name and the extra field of the local header pad the content to its alignment.
     name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
     start = entry.header_offset + 30 + name + extra
+    if start + entry.file_size > len(data):
+        raise EOFError(f"it ends in the middle of {_shown(entry.filename)}")
     return memoryview(data)[start : start + entry.file_size]
 
 
 def _read_legacy(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
-    if _Unpickler(data).load() != _LEGACY_MAGIC or _Unpickler(data).load() != _LEGACY_PROTOCOL:
+    file = _Cursor(data)
+    if file.pickle() != _LEGACY_MAGIC or file.pickle() != _LEGACY_PROTOCOL:
         raise ValueError("no magic number")
-    if not _Unpickler(data).load()["little_endian"]:
-        raise _Refused("written on a big-endian machine: re-save its tensors as safetensors there")
-    unpickler = _Unpickler(data)
-    content = unpickler.load()
-    keys = _Unpickler(data).load()
-    return content, {str(key): _run(data, unpickler.dtypes[str(key)]) for key in keys}
+    info = file.pickle()
+    if type(info) is not Dict or not any(key == "little_endian" and value is True for key, value in info.items):
+        raise Refused("written on a big-endian machine: re-save its tensors as safetensors there")
+    content = file.pickle()
+    keys = file.pickle()
+    return content, {_key(key): file.storage(file.dtypes[_key(key)]) for key in keys}
 
 
 def _read_tar(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
-    with tarfile.open(fileobj=data, mode="r:") as archive:
-        starts = {name: archive.getmember(name).offset_data for name in ("storages", "tensors", "pickle")}
-    data.seek(starts["storages"])
+    starts = _tar_members(data)
+    file = _Cursor(data, starts["storages"])
     dtypes, storages = {}, {}
-    for _ in range(_Unpickler(data).load()):
-        key, _location, dtype = _Unpickler(data).load()
-        dtypes[key], storages[str(key)] = dtype, _run(data, dtype)
-    for key, root, start, numel in _Unpickler(data).load():
-        dtypes[key], item = dtypes[root], dtypes[root].itemsize
-        storages[str(key)] = storages[str(root)][start * item : (start + numel) * item]
+    for _ in range(_count(file.pickle())):
+        key, _location, kind = file.pickle()
+        dtypes[_key(key)] = dtype = _dtype(kind)
+        storages[_key(key)] = file.storage(dtype)
+    for key, root, start, numel in file.pickle():
+        dtypes[_key(key)] = dtype = dtypes[_key(root)]
+        start, end = (_size(n) * dtype.itemsize for n in (start, start + numel))
+        storages[_key(key)] = storages[_key(root)][start:end]
 
-    data.seek(starts["tensors"])
-    tensors = {}
-    for _ in range(_Unpickler(data).load()):
-        key, storage, _type = _Unpickler(data).load()
-        (ndim,) = struct.unpack("<i4x", data.read(8))
-        *shape, offset = struct.unpack(f"<{2 * ndim + 1}q", data.read(16 * ndim + 8))
-        numel = len(storages[str(storage)]) // dtypes[storage].itemsize
-        view = _Storage(str(storage), dtypes[storage], 0, numel)
-        tensors[str(key)] = _View(view, offset, tuple(shape[:ndim]), tuple(shape[ndim:]), dtypes[storage])
-
-    data.seek(starts["pickle"])
-    return _Unpickler(data, tensors).load(), storages
+    file, tensors = _Cursor(data, starts["tensors"]), {}
+    for _ in range(_count(file.pickle())):
+        key, storage, _type = file.pickle()
+        (ndim,) = file.struct("<i4x")
+        _check_dimensions(ndim)
+        *shape, offset = file.struct(f"<{2 * ndim + 1}q")
+        dtype = dtypes[_key(storage)]
+        run = _Storage(_key(storage), dtype, 0, len(storages[_key(storage)]) // dtype.itemsize)
+        tensors[_key(key)] = _call(_TENSOR[0], (run, offset, shape[:ndim], shape[ndim:]))
+    return _Cursor(data, starts["pickle"], tensors).pickle(), storages
 
 
-def _run(data: mmap.mmap, dtype: np.dtype) -> memoryview:
-    """Return the storage that starts here: its number of elements, then the elements."""
-    (numel,) = struct.unpack("<q", data.read(8))
-    start = data.tell()
-    data.seek(start + numel * dtype.itemsize)
-    return memoryview(data)[start : data.tell()]
+def _tar_members(data: mmap.mmap) -> dict[str, int]:
+    """Return where the content of each member begins; Python's tarfile can be made to read without end."""
+    members, at = {}, 0
+    while at + 512 <= len(data) and data[at]:
+        name, size = (data[at + start : at + end].partition(b"\0")[0] for start, end in ((0, 100), (124, 136)))
+        members[name.decode()] = at + 512
+        at += 512 + -(-_size(int(size, 8)) // 512) * 512
+    return members
