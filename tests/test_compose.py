@@ -15,6 +15,7 @@ from flax import nnx
 from lorafusion_jax.fusion.coefficients import column_names, expand, initial, present, shape
 from lorafusion_jax.fusion.compose import Dense, Gram, Lora, Modules, column_norms, compose, gram, mix_outputs
 from lorafusion_jax.fusion.pool import LoraPool, random_pool
+from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.linear import dense
 from lorafusion_jax.models.t5 import kernels
 from lorafusion_jax.tasks import draw_modules
@@ -389,6 +390,32 @@ def test_mix_refuses_several_ranks_and_takes_missing_sites():
         Fusion(composition="mix").check(tiny.pool(4, _several))
     Fusion(composition="mix").check(tiny.pool(4, _somewhere))
     Fusion(composition="sum").check(tiny.pool(4, _several))
+
+
+def test_a_mix_of_several_ranks_is_refused_in_python():
+    pool = tiny.pool(4, _several)
+    frozen, index = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool)), jnp.array(_INDEX)
+    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    for refused in (
+        lambda: compose(pool, index, spread, "mix"),
+        # Which modules meet is not known there, so all of them count.
+        lambda: jax.jit(lambda index: compose(pool, index, spread, "mix"))(index),
+        lambda: Fusion(composition="mix").init(frozen, index, jax.random.key(0)),
+        lambda: fused_adapter(pool, index, spread, "mix", base="b"),
+    ):
+        with pytest.raises(ValueError, match="different ranks at .*: use the composition sum"):
+            refused()
+
+
+def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
+    """One adapter with a rank pattern; and modules of one rank out of a pool of several."""
+    pool = tiny.pool(2, lambda n, site, layer: 1 + layer if n == 0 else 5)
+    for index in ([0], [1]):
+        c = tiny.coefficients((1,))
+        adapters, _ = compose(pool, jnp.array(index), expand(c, pool, "global"), "mix")
+        matrices = _matrices(adapters)
+        for (site, layer), update in tiny.updates(pool, index, tiny.coefficient_of(c, pool, "global"), "mix").items():
+            _close(matrices[site][layer], _kernel(site, layer) + update)
 
 
 def test_a_fusion_without_gram_terms_is_refused():

@@ -19,9 +19,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from ..crossbar.values import is_traced
 from ..linear import Weight, dense, is_in_arrays, map_layers, matmul
 from .pool import LoraPool
 
@@ -176,6 +178,27 @@ def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
     return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
 
 
+def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
+    """Raise ValueError where `mix` would add matrices of different ranks: neither PEFT nor LoraHub defines that.
+
+    Inside a compiled program ranks have no values; nothing is refused there.
+
+    Args:
+      pool: P adapters.
+      index: which of them are mixed; all if it is None, or has no values yet.
+    """
+    if is_traced(pool.rank):
+        return
+    chosen = np.arange(len(pool)) if index is None or is_traced(index) else np.asarray(index)
+    for site, rank in pool.rank.items():
+        ranks = np.asarray(rank)[..., chosen]
+        if np.any((ranks > 0) & (ranks != ranks.max(axis=-1, keepdims=True))):
+            raise ValueError(
+                f"the pool's adapters have different ranks at {site}, and mix adds their matrices entry by entry: "
+                "use the composition sum, or a pool of one rank"
+            )
+
+
 def compose(
     pool: LoraPool,
     index: Int[Array, " N"],
@@ -196,9 +219,14 @@ def compose(
       coefficients: site -> per layer and module, k = 1, or per rank too, k = r (see `coefficients.expand`).
       composition: `mix` or `sum`.
       gram: needed with magnitudes.
-      magnitudes: m per site; None leaves the columns as they are.
+      magnitudes: m per site, in a DoRA pool its `magnitude`; None leaves the columns as they are.
       differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
+
+    Raises:
+      ValueError: as `check_mix` does.
     """
+    if composition == "mix":
+        check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
 
     def of_layer(layer: tuple) -> tuple[Lora | Dense | None, Array | None, Array]:

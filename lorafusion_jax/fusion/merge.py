@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..crossbar.values import is_traced
 from ..linear import Weight, dense, map_layers
 from .compose import Dense, Lora, Modules, Outputs, compose
 from .pool import LoraPool
@@ -41,7 +42,8 @@ def check_merge(pool: LoraPool, kind: MergeKind) -> None:
     """Raise ValueError where PEFT cannot merge these modules in this way, and so we do not."""
     if pool.magnitude is not None:
         raise ValueError("a DoRA adapter has magnitudes of its own, which a merge would lose: merge plain LoRAs")
-    if kind in get_args(_OnFactors) and pool.uniform_rank is None:
+    # A single module is only weighted, whatever its ranks; inside a compiled program ranks have no values.
+    if kind in get_args(_OnFactors) and len(pool) > 1 and not is_traced(pool.rank) and pool.uniform_rank is None:
         raise ValueError(
             f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
             f"use cat, svd{'' if kind == 'linear' else f', {kind}_svd'}, or a pool of one rank"
@@ -58,7 +60,7 @@ def merge(
     rank: int | None = None,
     key: Array | None = None,
 ) -> dict[str, Lora | Dense | Modules | Outputs]:
-    """Return one adapter by site, merged from modules of a pool that `check_merge` lets pass.
+    """Return one adapter by site, merged from modules of a pool.
 
     Args:
       pool: P adapters; without their scalings, these count as equal.
@@ -70,8 +72,9 @@ def merge(
       key: of the masks of dare; an entry's fate depends on it, the module's name, site and layer alone.
 
     Raises:
-      ValueError: a dare without a key.
+      ValueError: as `check_merge` does; a dare without a key.
     """
+    check_merge(pool, kind)
     if kind == "cat":
         ones = {site: jnp.ones((ranks.shape[0], 1, 1)) for site, ranks in pool.rank.items()}
         return compose(pool, index, {s: one * weights[None, :, None] for s, one in ones.items()}, "sum")[0]

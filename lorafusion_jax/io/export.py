@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..fusion.compose import Composition, Lora
+from ..fusion.compose import Composition, Lora, check_mix
 from ..fusion.dora import Dora
 from ..fusion.pool import LoraPool
 from ..linear import Weight, dense
@@ -49,7 +49,12 @@ def fused_adapter(
       composition: `mix` or `sum`.
       base: name or folder of the base model, for the configuration.
       magnitudes: m per site, for a DoRA adapter; by default the pool's own, where it is one.
+
+    Raises:
+      ValueError: a mix of adapters of different ranks.
     """
+    if composition == "mix":
+        check_mix(pool, index)
     chosen = np.asarray(index)
     factors: _Factors = {}
     for site, spread in coefficients.items():

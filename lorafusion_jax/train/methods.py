@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ..fusion import coefficients as coefficients_lib
 from ..fusion.coefficients import Granularity, Start
-from ..fusion.compose import Composition, Gram, column_norms, compose
+from ..fusion.compose import Composition, Gram, check_mix, column_norms, compose
 from ..fusion.pool import LoraPool
 from ..models.t5 import T5
 
@@ -104,15 +104,18 @@ class Fusion:
 
     def check(self, pool: LoraPool) -> None:
         """Raise ValueError where this fusion cannot use the pool."""
-        if self.composition == "mix" and pool.uniform_rank is None:
-            raise ValueError(
-                "the pool's adapters have different ranks, and mix adds their matrices entry by entry: "
-                "use the composition sum, or a pool of one rank"
-            )
+        if self.composition == "mix":
+            check_mix(pool)
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return coefficients and, where trained, magnitudes: those of the base, or of a DoRA pool."""
+        """Return coefficients and, where trained, magnitudes: those of the base, or of a DoRA pool.
+
+        Raises:
+          ValueError: there is no pool, or a mix cannot use it (see `compose.check_mix`).
+        """
         pool, gram = _pool_of(frozen)
+        if self.composition == "mix":
+            check_mix(pool, index)
         shape = coefficients_lib.shape(pool, index.shape[0], self.granularity)
         params: Params = {"coefficients": coefficients_lib.initial(shape, self.start, key)}
         if pool.magnitude is not None:  # one adapter, which training starts from as it is
