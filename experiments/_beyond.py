@@ -73,12 +73,9 @@ def gradient_start(options: FuseOptions) -> Trained:
     """Start from the descent at zero, as long as the uniform start, for one epoch less."""
     setup = prepare(options)
     began = time.perf_counter()
-    state = start(setup, options.seeds)
-    gradient = _gradients(setup, options)
-    coefficients = descent_like(gradient, state.params["coefficients"])
-    params = state.params | {"coefficients": coefficients}
-    # A step gives its state's memory away, so that no array may occur in it twice.
-    state = state._replace(params=params, best=jax.tree.map(jnp.copy, params))
+    uniform = start(setup, options.seeds).params["coefficients"]
+    coefficients = descent_like(_gradients(setup, options), uniform)
+    state = start(setup, options.seeds, {"coefficients": coefficients})
     return _train(setup, options, state, began=began, epochs_spent=1)
 
 

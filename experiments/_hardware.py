@@ -125,10 +125,7 @@ class Subject:
         on_all = self.on_chips(config, first)
         if rows is not None:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
-        state = start(on_all, seeds)
-        if begin is not None:
-            state = state._replace(params=jax.tree.map(jnp.copy, begin), best=jax.tree.map(jnp.copy, begin))
-        return fit(on_all, state, recipe, seeds).params
+        return fit(on_all, start(on_all, seeds, begin), recipe, seeds).params
 
     def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
         """Return a row for every seed on every chip.

@@ -6,23 +6,26 @@ from . import crossbar
 from .crossbar import CrossbarConfig, mvm, program, program_tree
 from .fusion.compose import Gram, Lora, Modules, column_norms, compose, gram
 from .fusion.pool import LoraPool, random_pool, shuffled_pool
-from .io.hf import load_base, read_config, save_base
+from .io.export import merged_base
+from .io.hf import base_tensor, load_base, read_config, save_base
 from .io.pool import load_pool, read_pool
 from .linear import matmul, quantise
 from .models.generate import generate
-from .models.sites import Site, sites
+from .models.sites import Site, locate, sites
 from .models.t5 import T5, T5Config, kernels
+from .tasks import Batch
 from .train.baselines.lora import LoRA
 from .train.baselines.merge import Merge
 from .train.methods import Frozen, Fusion, Method, ZeroShot
 from .train.options import PRESETS, FuseOptions, Recipe
 from .train.run import fuse, load_run
-from .train.step import Optimisation, Rates, TrainState, fusion_step, init_state
+from .train.step import Optimisation, Rates, TrainState, fusion_step, init_state, objective
 from .train.sweep import over_seeds
 
 __all__ = [
     "PRESETS",
     "T5",
+    "Batch",
     "CrossbarConfig",
     "Frozen",
     "FuseOptions",
@@ -41,6 +44,7 @@ __all__ = [
     "T5Config",
     "TrainState",
     "ZeroShot",
+    "base_tensor",
     "column_norms",
     "compose",
     "crossbar",
@@ -53,8 +57,11 @@ __all__ = [
     "load_base",
     "load_pool",
     "load_run",
+    "locate",
     "matmul",
+    "merged_base",
     "mvm",
+    "objective",
     "over_seeds",
     "program",
     "program_tree",

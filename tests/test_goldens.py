@@ -76,8 +76,7 @@ class _Case(NamedTuple):
         return _step(state, self.batches[batch], self.index, self.frozen, rates, **static)
 
     def start(self):
-        state = init_state(self.method, self.frozen, self.index, jax.random.key(0))
-        return state._replace(params=self.params)
+        return init_state(self.method, self.frozen, self.index, jax.random.key(0), self.params)
 
     def by_row(self, magnitudes):
         return np.stack([magnitudes[site][layer] for site, layer in self.rows])

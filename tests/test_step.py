@@ -62,6 +62,47 @@ def take(monkeypatch, frozen):
     return take
 
 
+def test_a_state_starts_from_given_numbers(frozen, start):
+    """All of them or a group; `best` too, and no array is one that was given or occurs twice."""
+    given = jax.tree.map(lambda p: np.asarray(p) + 1, start.params)
+    for some in (given, {"coefficients": given["coefficients"]}, {}):
+        state = init_state(_METHOD, frozen, _INDEX, jax.random.key(0), some)
+        _equal(state.params, start.params | some)
+        _equal(state.best, state.params)
+        _equal(state._replace(params=None, best=None), start._replace(params=None, best=None))
+    keep = jax.tree.map(jnp.asarray, given)
+    donated = jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)
+    for state in (
+        init_state(_METHOD, frozen, _INDEX, jax.random.key(0), keep),
+        jax.jit(lambda p: init_state(_METHOD, frozen, _INDEX, jax.random.key(0), p))(keep),
+        init_state(_METHOD, frozen, _INDEX, jax.random.key(0)),
+    ):
+        donated(state)
+    _equal(keep, given)
+
+
+def test_numbers_to_start_from_that_do_not_fit_are_refused(frozen, start):
+    c = start.params["coefficients"]
+    for given, message in (
+        ({"lora": c}, "have the group 'lora': the method has coefficients, magnitudes"),
+        ({"coefficients": c[:1]}, r"have coefficients of the shapes \(1, 5\): wanted \(2, 5\)"),
+        ({"magnitudes": {}}, "have magnitudes of the shapes {}: wanted {'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            init_state(_METHOD, frozen, _INDEX, jax.random.key(0), given)
+
+
+def test_a_group_without_a_learning_rate_is_refused(frozen, start):
+    rates = _rates()
+    static = {"graph": _GRAPH, "method": _METHOD, "optimisation": Optimisation(steps=2)}
+    for there, message in (
+        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: there is one for coefficients; put it"),
+        ({}, "no learning rate for coefficients, magnitudes: there is one for no group"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusion_step(start, tiny.batch(), _INDEX, frozen, rates._replace(learning_rate=there), **static)
+
+
 def _random_like(params, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)

@@ -14,7 +14,7 @@ from ..linear import reads
 from ..tasks import Batch, batch_orders, train_batches
 from .arrays.chips import of_seed
 from .evaluate import VALIDATION, seed_entropies
-from .methods import Frozen, Method
+from .methods import Frozen, Method, Params
 from .options import Recipe
 from .progress import progress
 from .setup import Setup
@@ -47,10 +47,17 @@ class Epoch(NamedTuple):
     last: bool
 
 
-def start(setup: Setup, seeds: tuple[int, ...]) -> TrainState:
-    """Return the state that all seeds start from, each with its own key."""
+def start(setup: Setup, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
+    """Return the state that all seeds start from, each with its own key.
+
+    Args:
+      setup: of the run.
+      seeds: of the run.
+      params: as in `init_state`, leaves [seeds].
+    """
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
-    state = _start(on_mesh(keys, of_seeds=True), setup.index, setup.frozen, method=setup.method)
+    params = on_mesh(params, of_seeds=True)
+    state = _start(on_mesh(keys, of_seeds=True), setup.index, params, setup.frozen, method=setup.method)
     return on_mesh(state, of_seeds=True)
 
 
@@ -151,12 +158,12 @@ def train_seeds(
 
 
 @partial(jax.jit, static_argnames=("method",))
-def _start(keys: Array, index: Array, frozen: Frozen, *, method: Method) -> TrainState:
-    def start_seed(seed: tuple[Array, Array, Array], frozen: Frozen) -> TrainState:
-        number, key, index = seed
-        return init_state(method, of_seed(frozen, number), index, key)
+def _start(keys: Array, index: Array, params: Params | None, frozen: Frozen, *, method: Method) -> TrainState:
+    def start_seed(seed: tuple[Array, Array, Array, Params | None], frozen: Frozen) -> TrainState:
+        number, key, index, params = seed
+        return init_state(method, of_seed(frozen, number), index, key, params)
 
-    return over_seeds(start_seed, "vmap")((jnp.arange(len(index)), keys, index), frozen)
+    return over_seeds(start_seed, "vmap")((jnp.arange(len(index)), keys, index, params), frozen)
 
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))

@@ -194,14 +194,12 @@ def _train(
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
-    state, done, step = start(setup, options.seeds), 0, 0
+    state, done, step = start(setup, options.seeds, begin), 0, 0
     saved = checkpoint.latest(run.checkpoints)
     if saved is not None:
         state, metadata = checkpoint.load(saved, state)
         state = on_mesh(jax.tree.map(jnp.asarray, state), of_seeds=True)
         done, step = metadata["epochs"], metadata["step"]
-    elif begin is not None:
-        state = on_mesh(state._replace(params=begin, best=jax.tree.map(jnp.copy, begin)), of_seeds=True)
     run.cut_metrics(step)
     log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()

@@ -87,16 +87,32 @@ def standard_promotion() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def init_state(method: Method, frozen: Frozen, index: Int[Array, " N"], key: Array) -> TrainState:
-    """Return the state that training starts from."""
-    params = method.init(frozen, index, key)
+def init_state(
+    method: Method, frozen: Frozen, index: Int[Array, " N"], key: Array, params: Params | None = None
+) -> TrainState:
+    """Return the state that training starts from.
+
+    No array occurs in it twice, nor is one of `params`, so that a step may be given its memory.
+
+    Args:
+      method: what is trained.
+      frozen: what is not.
+      index: the modules of the pool that are fused.
+      key: of what the method draws.
+      params: numbers to start from in place of the method's own: all of its groups, or some.
+
+    Raises:
+      ValueError: `params` has a group that the method does not have, or other shapes.
+    """
+    own = method.init(frozen, index, key)
+    params = own if params is None else own | _like(params, own)
     kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
     return TrainState(
         params=params,
         adam=_ADAM.init(params),
         step=jnp.int32(0),
         kept=kept,
-        best=params,
+        best=jax.tree.map(jnp.copy, params),
         best_loss=jnp.float32(jnp.inf),
         waited=jnp.int32(0),
         stopped=jnp.bool_(False),
@@ -153,10 +169,31 @@ def fusion_step(
     Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
     Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
 
+    The last three arguments are structure and static under `jax.jit`:
+    `jax.jit(fusion_step, static_argnames=("graph", "method", "optimisation"))`.
+
+    Args:
+      state: before the step.
+      batch: of the seed.
+      index: the modules of the pool that are fused.
+      frozen: the base model, the pool, its Gram terms.
+      rates: a learning rate for each group of numbers, L2 and L1.
+      graph: the model's structure, of `nnx.split(model)`. Hashable.
+      method: what is trained. Hashable.
+      optimisation: how. Hashable; another one is another program.
+
     Returns:
       The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
       nonfinite_gradients, and the method's own.
+
+    Raises:
+      ValueError: a group of numbers has no learning rate.
     """
+    if missing := state.params.keys() - rates.learning_rate.keys():
+        raise ValueError(
+            f"no learning rate for {', '.join(sorted(missing))}: there is one for "
+            f"{', '.join(sorted(rates.learning_rate)) or 'no group'}; put it into Rates.learning_rate"
+        )
     frozen = of_step(frozen, state.step, graph)
     (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
         state.params, batch, index, frozen, rates.l1, graph=graph, method=method
@@ -253,6 +290,19 @@ def _prune_moments(adam: Any, kept: Any) -> Any:
         return moment | {"magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])}
 
     return adam._replace(mu=pruned(adam.mu), nu=pruned(adam.nu))
+
+
+def _like(params: Params, own: Params) -> Params:
+    """Return copies of given numbers in the types of a method's own."""
+    for group, values in params.items():
+        if group not in own:
+            raise ValueError(
+                f"numbers to start from have the group {group!r}: the method has {', '.join(own) or 'none'}"
+            )
+        given, wanted = (jax.tree.map(jnp.shape, numbers) for numbers in (values, own[group]))
+        if given != wanted:
+            raise ValueError(f"numbers to start from have {group} of the shapes {given}: wanted {wanted}")
+    return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), params, {group: own[group] for group in params})
 
 
 def _descend(rate: Array, value: Array, update: Array) -> Array:
