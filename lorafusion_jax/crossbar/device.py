@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .programming import WriteVerify
-from .values import Physical, check_bounds, like, noise
+from .values import Physical, check_bounds, like, noise, without_gradient
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +38,14 @@ class StuckAt:
 
     def __call__(self, G: Float[Array, "..."], key: Array, g_min: Physical) -> Float[Array, "..."]:
         """Return `G` with the stuck cells in it."""
+
+        def share(name: str) -> Array:
+            why = f"StuckAt.{name} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
+            return without_gradient(like(getattr(self, name), G), why)
+
         u = jax.random.uniform(key, G.shape, G.dtype)
-        stuck_low = jnp.where(u < like(self.low, G), like(g_min, G), G)
-        return jnp.where(u >= 1 - like(self.high, G), like(1.0, G), stuck_low)
+        stuck_low = jnp.where(u < share("low"), like(g_min, G), G)
+        return jnp.where(u >= 1 - share("high"), like(1.0, G), stuck_low)
 
 
 @jax.tree_util.register_dataclass

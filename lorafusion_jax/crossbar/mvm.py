@@ -2,8 +2,9 @@
 
     y = scale * limit / (2^m - 1) * sum_k 2^(P_k) lsb_k * sum_{r,j} 2^(s j) code[r, k, j]
 
-over row tiles r, weight slices k, input slices j. Straight through DAC, ADC and quantisers, the gradients are those
-of `x @ W` with W the weights as programmed; the ADC's limits get that of clipping.
+over row tiles r, weight slices k, input slices j. Straight through DAC, ADC and quantisers, the derivatives are those
+of `x @ W` with W the weights as programmed; the ADC's limits, and all else that a read depends on, get those of a
+read whose ADC clips but does not round.
 
 Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are
 converted), R row tiles (1 once summed), C column tiles.
@@ -11,7 +12,8 @@ converted), R row tiles (1 once summed), C column tiles.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,12 @@ from .adc import Converter, converter
 from .config import CrossbarConfig
 from .conversions import convert_tiles
 from .definition import all_sums, shift_and_add
+from .noise import root
 from .normal import normal
 from .recombine import finish
 from .state import ArrayState
-from .values import like
+from .structure import Structure, split_config
+from .values import is_moved, like
 
 # Bytes that the conversions of one read may take at a time.
 BUDGET = 256 * 2**20
@@ -55,25 +59,118 @@ def mvm(
             "this ADC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
             "or choose adc.range = 'max'"
         )
-    chip, tree = jax.tree.flatten((state, config, key))
-    y: Array = _read(tree, x.reshape(-1, x.shape[-1]), state.codes, state.limits, chip)
-    return y.reshape(*x.shape[:-1], state.shape[1])
+    structure, values = split_config(config)
+    batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(state.codes.dtype)
+    y = _compiled(batch, state, values, key, structure=structure)
+    return y.reshape(*x.shape[:-1], state.shape[1]).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read(
-    tree: Any,
-    x: Float[Array, "B d_in"],
-    codes: Float[Array, "d_in d_out"],
-    limits: Float[Array, "_R K 2"] | None,
-    chip: list[Any],
+class _Chip(NamedTuple):
+    """What leaves of (state, the configuration's arrays, key) belong to; JAX would fill the classes with placeholders.
+
+    Attributes:
+      tree: of the three.
+      structure: of the configuration.
+      names: of the leaves: fields of the state, paths of the configuration.
+    """
+
+    tree: Any
+    structure: Structure
+    names: tuple[str, ...]
+
+    def parts(self, leaves: list[Any]) -> tuple[ArrayState, CrossbarConfig, Array | None]:
+        """Return the state, the configuration and the key."""
+        state, values, key = jax.tree.unflatten(self.tree, leaves)
+        return state, self.structure.config(values), key
+
+
+# Compiled, since the loops of a read would be compiled anew at every call outside `jax.jit`.
+@functools.partial(jax.jit, static_argnames=("structure",), inline=True)
+def _compiled(
+    x: Float[Array, "B d_in"], state: ArrayState, values: list[Any], key: Array | None, *, structure: Structure
 ) -> Float[Array, "B d_out"]:
-    """Read; `chip` are the leaves of (state, config, key), whose classes JAX would fill with placeholders."""
-    state, config, key = jax.tree.unflatten(tree, chip)
+    paths, tree = jax.tree.flatten_with_path((state, values, key))
+    of_state = [jax.tree_util.keystr(path[1:2], simple=True) for path, _ in paths if path[0].idx == 0]
+    of_key = [] if key is None else ["key"]
+    chip = _Chip(tree, structure, (*of_state, *structure.names, *of_key))
+    return _read(chip, x, [leaf for _, leaf in paths])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _read(chip: _Chip, x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[Array, "B d_out"]:
+    """Read."""
+    return _multiply(x, *chip.parts(leaves), rounds=True)
+
+
+def _multiply(
+    x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None, *, rounds: bool
+) -> Float[Array, "B d_out"]:
+    """Return what the arrays and their converters make of x; without `rounds`, ADCs only clip."""
     limit = _full_scale(x, state)
     n = encoding.input_codes(x, limit, config)
-    quantise = None if limits is None else converter(limits, config)
-    return _converted(n, quantise, codes, state, config, key) * (limit / encoding.input_top(config))
+    quantise = None if state.limits is None else converter(state.limits, config)._replace(rounds=rounds)
+    return _converted(n, quantise, state.codes, state, config, key) * (limit / encoding.input_top(config))
+
+
+@functools.partial(_read.defjvp, symbolic_zeros=True)
+def _derivative(chip, primals, tangents):
+    x, leaves = primals
+    x_dot, leaves_dot = tangents
+    state, config, _ = chip.parts(leaves)
+    moved = {name: dot for name, dot in zip(chip.names, leaves_dot, strict=True) if is_moved(dot)}
+    _check_moved(moved, config)
+    y = _read(chip, x, leaves)
+    parts = []
+    inside, seen = jnp.ones_like(x, bool), x
+    if state.input_limit is not None and config.dac is not None:
+        low = -state.input_limit if config.dac.signed else jnp.zeros_like(state.input_limit)
+        inside, seen = (x >= low) & (x <= state.input_limit), jnp.clip(x, low, state.input_limit)
+
+    def times(x: Array, codes: Array) -> Array:
+        if state.scale.shape[0] > 1:
+            return jnp.dot(x, codes * encoding.per_weight(state.scale, state.shape, config), precision="highest")
+        return jnp.dot(x, codes, precision="highest") * state.scale
+
+    if is_moved(x_dot):
+        parts.append(times(jnp.where(inside, x_dot, 0), state.codes))
+    if "codes" in moved:
+        parts.append(times(seen, moved["codes"]))
+    if "input_limit" in moved:
+        # y = limit f(x / limit), and f passes the inputs within the range straight through (LSQ, Esser et al. 2020).
+        rest = y - times(jnp.where(inside, x, 0), state.codes)
+        parts.append(moved["input_limit"] / state.input_limit * rest)
+    others = [i for i, name in enumerate(chip.names) if name in moved and name not in ("codes", "input_limit")]
+    if others:
+
+        def smooth(values: list[Array]) -> Array:
+            changed = dict(zip(others, values, strict=True))
+            return _multiply(x, *chip.parts([changed.get(i, leaf) for i, leaf in enumerate(leaves)]), rounds=False)
+
+        parts.append(jax.jvp(smooth, ([leaves[i] for i in others],), ([leaves_dot[i] for i in others],))[1])
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+
+def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
+    """Refuse derivatives that a read does not have, rather than return zeros.
+
+    Args:
+      moved: names of the leaves that are differentiated.
+      config: of the crossbar.
+    """
+    of_read = ("cell.on_off_ratio", "tile.", "device.read_noise.", "device.iv.")
+    for name in moved:
+        if "." not in name:
+            continue
+        if not name.startswith(of_read) and all("." in other for other in moved):
+            raise ValueError(
+                f"{name} acts where arrays are programmed, and this read's were programmed outside what is "
+                "differentiated: call program (or program_tree) inside it"
+            )
+        if config.tile.wire is not None and name.startswith(of_read) and name != "tile.current_limit":
+            raise ValueError(
+                f"{name} has no gradient on arrays with resistive wires, whose currents are iterated until they are "
+                "within a tolerance: leave it out with jax.lax.stop_gradient, or take differences"
+            )
 
 
 def reading(x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig) -> Float[Array, "B d_in"]:
@@ -106,37 +203,6 @@ def _converted(
     return _definition(n, quantise, state, config, key)
 
 
-def _forward(tree, x, codes, limits, chip):
-    return _read(tree, x, codes, limits, chip), (x, codes, limits, chip)
-
-
-def _backward(tree, residuals, cotangent):
-    x, codes, limits, chip = residuals
-    state, config, key = jax.tree.unflatten(tree, chip)
-    scale = encoding.per_weight(state.scale, state.shape, config)
-    d_x = jnp.dot(cotangent, (codes * scale).T, precision="highest")
-    seen = x
-    if state.input_limit is not None and config.dac is not None:
-        low = -state.input_limit if config.dac.signed else jnp.zeros_like(state.input_limit)
-        d_x = jnp.where((x >= low) & (x <= state.input_limit), d_x, 0)
-        seen = jnp.clip(x, low, state.input_limit)
-    d_codes = jnp.dot(seen.T, cotangent, precision="highest") * scale
-    d_limits = None
-    if limits is not None:  # under jit, not computed where nobody asks for it
-
-        def saturating(limits: Array) -> Array:
-            limit = _full_scale(x, state)
-            n = encoding.input_codes(x, limit, config)
-            quantise = converter(limits, config)._replace(rounds=False)
-            return _converted(n, quantise, codes, state, config, key) * (limit / encoding.input_top(config))
-
-        (d_limits,) = jax.vjp(saturating, limits)[1](cotangent)
-    return d_x, d_codes, d_limits, None
-
-
-_read.defvjp(_forward, _backward)
-
-
 def _product(
     n: Float[Array, "B d_in"],
     codes: Float[Array, "d_in d_out"],
@@ -159,7 +225,7 @@ def _product(
             variance = variance * jnp.square(per_weight)
         worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
         power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
-        spread = jnp.sqrt(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
+        spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
         outputs = state.shape[1] + (len(cols) if config.encoding.unit_column else 0)
         drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
         if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs

@@ -90,9 +90,22 @@ def add_noise(
     planes = noise.scale.shape[0]
     drawn = normal_at(noise.words, place.astype(jnp.uint32) * np.uint32(planes) + k, b * np.uint32(cols) + c)
     scale = jax.lax.slice_in_dim(noise.scale, corner[0], corner[0] + sums.shape[0])
-    return sums + scale[:, None, None] * jnp.sqrt(variance) * drawn.astype(sums.dtype)
+    return sums + scale[:, None, None] * root(variance) * drawn.astype(sums.dtype)
 
 
 def alike(u: Float[Array, "B rows"], variance: Float[Array, "k rows"]) -> Float[Array, "k B 1"]:
     """Return V where all columns have the same."""
     return jnp.dot(variance, jnp.square(u).T, precision="highest")[:, :, None]
+
+
+@jax.custom_jvp
+def root(variance: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the square root, whose derivative is taken as zero where nothing is driven and the variance is zero."""
+    return jnp.sqrt(variance)
+
+
+@root.defjvp
+def _derivative(primals, tangents):
+    deviation = jnp.sqrt(primals[0])
+    slope = jnp.where(deviation > 0, 0.5 / jnp.where(deviation > 0, deviation, 1), 0)
+    return deviation, slope * tangents[0]

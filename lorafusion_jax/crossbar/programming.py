@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .values import Physical, check_bounds, like, noise
+from .values import Physical, check_bounds, like, noise, without_gradient
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +169,8 @@ class WriteVerify:
           target: conductances asked for.
           key: of all pulses.
         """
-        tolerance = like(self.tolerance, target)
+        why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
+        tolerance = without_gradient(like(self.tolerance, target), f"WriteVerify.tolerance {why}")
 
         def outside(G: Array) -> Array:
             return jnp.abs(G - target) > tolerance
@@ -186,4 +187,4 @@ class WriteVerify:
 
         first = write(target, jax.random.fold_in(key, 0))
         G, count, _ = jax.lax.while_loop(more, rewrite, (first, jnp.ones(target.shape, jnp.int32), jnp.int32(1)))
-        return G, count
+        return without_gradient(G, f"what is programmed through write-verify {why}"), count

@@ -97,9 +97,13 @@ def program(
         would not be exact.
     """
     _check(weights, config, key, conductances)
+    if weights.dtype in (jnp.bfloat16, jnp.float16):
+        weights = weights.astype(jnp.float32)
     dtype, shape = weights.dtype, (weights.shape[0], weights.shape[1])
-    scale = encoding.full_scale(weights, config) / encoding.code_scale(config)
-    exact = encoding.weight_codes(weights, scale, config)
+    # Rounding has no useful gradient: weights get theirs from `_straight_through` alone.
+    fixed = jax.lax.stop_gradient(weights)
+    scale = encoding.full_scale(fixed, config) / encoding.code_scale(config)
+    exact = encoding.weight_codes(fixed, scale, config)
     slices = encoding.digits(exact, config)
     rows, _ = encoding.grid(shape, config)
 
@@ -164,7 +168,9 @@ def program(
         if cells is None:
             columns = encoding.split(slices, rows, 1, front=True)
         else:
-            columns = arrays.columns(cells if gain is None else cells * gain[..., None, :], shape, config)
+            # What cells hold reaches the gradient through the codes.
+            held = jax.lax.stop_gradient(cells)
+            columns = arrays.columns(held if gain is None else held * gain[..., None, :], shape, config)
         if flipped is not None:
             columns, units = arrays.unflipped(columns, flipped, shape, config)
         if chosen.path == "planes":
@@ -175,12 +181,11 @@ def program(
             raise ValueError("path='packed' has no room for this noise: leave path out")
     if chosen.path == "loop" and chosen.integers:
         occupied = jnp.any(columns != 0, axis=(2, 3))
-    # The scale cancels in a read: its own dependence on the largest weight is no part of the gradient.
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), shape, config)
     return ArrayState(
         codes=_straight_through(real, codes),
         scale=scale,
-        cells=cells if chosen.path == "definition" else None,
+        cells=jax.lax.stop_gradient(cells) if chosen.path == "definition" else None,
         columns=columns,
         units=units,
         variance=variance,
@@ -211,13 +216,13 @@ def programmed_weights(state: ArrayState, config: CrossbarConfig) -> Float[Array
     return state.codes * encoding.per_weight(state.scale, state.shape, config)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _straight_through(real: Array, quantised: Array) -> Array:
-    """Return `quantised`, with the gradient of `real`."""
+    """Return `quantised`, with the derivative of `real` as well as its own."""
     return quantised
 
 
-_straight_through.defvjp(lambda real, quantised: (quantised, None), lambda _, cotangent: (cotangent, None))
+_straight_through.defjvps(lambda dot, _, *of: dot, lambda dot, _, *of: dot)
 
 
 def is_random(config: CrossbarConfig) -> bool:

@@ -25,9 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from .config import CrossbarConfig
 from .plan import without_tables
-from .programmed import Programmed, Structure, split_config, stacked_keys
+from .programmed import Programmed, stacked_keys
 from .segments import Segments
 from .state import ArrayState, program
+from .structure import Structure, split_config
 from .values import is_traced
 
 Rules = Mapping[str, CrossbarConfig | None]

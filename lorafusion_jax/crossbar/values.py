@@ -1,11 +1,13 @@
 """Physical values of a device: numbers or arrays to sweep and to learn, their bounds, and draws like a matrix."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from .normal import normal
@@ -51,3 +53,29 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
 def is_traced(tree: Any) -> bool:
     """Return whether any leaf is known to a transformation alone."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def is_moved(tangent: Any) -> bool:
+    """Return whether a tangent, in a rule with symbolic zeros, is of something that is differentiated."""
+    return not isinstance(tangent, SymbolicZero)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def without_gradient(value: Array, why: str) -> Array:
+    """Return `value`, which has no gradient: a derivative with respect to it is refused, rather than zero.
+
+    Args:
+      value: any array.
+      why: the message.
+
+    Raises:
+      ValueError: when it is differentiated.
+    """
+    return value
+
+
+@functools.partial(without_gradient.defjvp, symbolic_zeros=True)
+def _refuse(why, primals, tangents):
+    if is_moved(tangents[0]):
+        raise ValueError(why)
+    return primals[0], jnp.zeros_like(primals[0])

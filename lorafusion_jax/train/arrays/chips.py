@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ...crossbar.probing import programmed_leaves, replaced
-from ...crossbar.programmed import Structure, split_config
+from ...crossbar.structure import Structure, split_config
 from ...crossbar.tree import Rules
 from ...linear import reads
 from ..methods import Frozen

@@ -1,0 +1,243 @@
+"""Derivatives with respect to a crossbar's values: finite differences with common random numbers, in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
+from lorafusion_jax.crossbar.drift import Flicker, LogLinear, PowerLaw, Relaxation
+from lorafusion_jax.crossbar.mvm import mvm
+from lorafusion_jax.crossbar.parasitics import Wire
+from lorafusion_jax.crossbar.programming import RERAM_WAN_2022, Independent, Proportional, WriteVerify
+from lorafusion_jax.crossbar.state import program, programmed_weights
+
+CHIP, READ = jax.random.key(11), jax.random.key(12)
+WIDE = ADC(bits=16, range="given", limits=((-8.0, 8.0),) * 4)  # rounds little and clips nothing
+
+
+LINEAR = ("gain", "offset", "noise")
+
+
+def drifting(values, **others):
+    drift = PowerLaw(
+        LogLinear(0.05, values["slope"], 0.0, 1.0), values["spread"], values["start"], Flicker(values["flicker"])
+    )
+    return Device(drift=drift, time=values["time"], compensate=True, **others)
+
+
+def aged(values):
+    noise = ReadNoise(values["noise"], "proportional")
+    device = drifting(values, programming=Independent(values["sigma"]), read_noise=noise)
+    return CrossbarConfig(cell=Cell(on_off_ratio=values["ratio"]), dac=None, tile=Tile(rows=8), device=device)
+
+
+def with_a_unit_column(values):
+    drift = Relaxation(values["shift"], values["spread"], values["growth"])
+    device = Device(
+        programming=dataclasses.replace(RERAM_WAN_2022, scale=values["scale"]),
+        drift=drift,
+        time=values["time"],
+        read_noise=ReadNoise(values["noise"]),
+    )
+    return CrossbarConfig(
+        cell=Cell(on_off_ratio=values["ratio"]),
+        encoding=Encoding(kind="offset", unit_column=True),
+        mapping=Mapping(scale="tile"),
+        dac=None,
+        tile=Tile(rows=8, cols=4),
+        device=device,
+    )
+
+
+def converted(values):
+    device = Device(read_noise=ReadNoise(values["noise"]))
+    adc = dataclasses.replace(WIDE, gain_error=values["gain"])
+    cell = Cell(on_off_ratio=values["ratio"])
+    return CrossbarConfig(cell=cell, dac=None, adc=adc, tile=Tile(rows=8), device=device)
+
+
+def nonlinear(values):
+    adc = dataclasses.replace(WIDE, offset_error=values["offset"], gain_error=values["gain"])
+    device = Device(iv=Sinh(values["voltage"], values["scale"]), read_noise=ReadNoise(values["noise"]))
+    tile = Tile(rows=8, current_limit=values["current"])
+    return CrossbarConfig(cell=Cell(on_off_ratio=values["ratio"]), dac=None, adc=adc, tile=tile, device=device)
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=shape)) for shape in ((20, 7), (3, 20), (3, 7)))
+
+
+CASES = {
+    "aged": (
+        aged,
+        None,
+        {
+            "sigma": 0.05,
+            "noise": 0.1,
+            "ratio": 9.0,
+            "slope": -0.0155,
+            "spread": 0.02,
+            "start": 3.0,
+            "flicker": 0.01,
+            "time": 50.0,
+        },
+    ),
+    "unit column": (
+        with_a_unit_column,
+        None,
+        {"scale": 1.0, "noise": 0.1, "ratio": 9.0, "shift": -0.01, "spread": 0.02, "growth": 0.01, "time": 50.0},
+    ),
+    "loop": (converted, "loop", {"gain": 0.1, "noise": 0.1, "ratio": 5.0}),
+    "definition": (
+        nonlinear,
+        "definition",
+        {"gain": 0.1, "offset": 0.2, "noise": 0.05, "ratio": 5.0, "current": 0.9, "voltage": 0.3, "scale": 0.25},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_have_the_derivatives_of_finite_differences(case):
+    make, path, start = CASES[case]
+    with jax.enable_x64(True):
+        W, x, C = problem()
+
+        def loss(values):
+            config = make(values)
+            return jnp.sum(C * mvm(x, program(W, config, CHIP, path=path), config, READ))
+
+        both = jax.jit(jax.value_and_grad(loss))
+        at = {name: jnp.asarray(value) for name, value in start.items()}
+        _, gradient = both(at)
+        # An ADC of 16 bits still has steps, which are small over a distance.
+        steps = dict.fromkeys(at, 1e-5 if path is None else 0.03) | dict.fromkeys(LINEAR, 0.3)
+        for name, value in at.items():
+            step = steps[name] * value
+            wanted = (both(at | {name: value + step})[0] - both(at | {name: value - step})[0]) / (2 * step)
+            assert abs(wanted) > 1e-3
+            tolerance = 1e-5 if path is None else 0.05
+            np.testing.assert_allclose(gradient[name], wanted, rtol=tolerance, atol=1e-8, err_msg=name)
+        if case == "loop":
+            _, along = jax.jit(lambda at: jax.jvp(loss, (at,), (at,)))(at)
+            np.testing.assert_allclose(along, sum(gradient[name] * at[name] for name in at), rtol=1e-8)
+
+
+def test_full_scale_has_the_derivative_of_clipping_and_that_of_its_rounding():
+    """LSQ (Esser et al. 2020): (round(v) - v) of an input within the range, its sign beyond; times the weights."""
+    with jax.enable_x64(True):
+        W, x, C = problem()
+
+        def loss(limit, bits):
+            config = CrossbarConfig(dac=DAC(bits=bits, scaling="fixed", limit=limit), mapping=Mapping(weight_bits=4))
+            return jnp.sum(C * mvm(x, program(W, config), config))
+
+        limit = jnp.asarray(0.8)
+        v = np.asarray(x) / 0.8
+        assert 0.2 < np.mean(np.abs(v) < 1) < 0.8
+        codes = np.clip(np.rint(v * 7), -7, 7) / 7
+        W_ = np.rint(np.asarray(W) / np.abs(W).max() * 7) * np.abs(W).max() / 7
+        wanted = np.sum(np.asarray(C) * ((codes - np.where(np.abs(v) <= 1, v, 0)) @ W_))
+        np.testing.assert_allclose(jax.grad(loss)(limit, 4), wanted, rtol=1e-9)
+        difference = (loss(limit + 1e-3, 16) - loss(limit - 1e-3, 16)) / 2e-3
+        np.testing.assert_allclose(jax.grad(loss)(limit, 16), difference, rtol=2e-2)
+
+
+def test_weights_keep_their_gradient_beside_that_of_the_cells():
+    """Weights pass straight through what makes their scale: that of program and programmed_weights is the identity."""
+    W = jnp.asarray(np.random.default_rng(1).normal(size=(6, 5)), jnp.float32)
+    config = CrossbarConfig(device=Device(programming=Independent(0.05)))
+    C = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)), jnp.float32)
+    gradient = jax.grad(lambda W: jnp.sum(C * programmed_weights(program(W, config, CHIP), config)))
+    np.testing.assert_allclose(jax.jit(gradient)(W), C, rtol=1e-5)
+
+
+STUCK = Device(stuck=StuckAt(low=0.1, high=0.1))
+VERIFIED = Device(programming=Proportional(0.1), write_verify=WriteVerify(0.05))
+WIRED = Tile(wire=Wire(row_resistance=1e-3, column_resistance=1e-3, relaxation=0.5))
+
+
+@pytest.mark.parametrize(
+    "config, where, message",
+    [
+        (CrossbarConfig(device=STUCK), "device.stuck.low", r"StuckAt.low has no gradient: .* take differences"),
+        (CrossbarConfig(device=STUCK), "device.stuck.high", r"StuckAt.high has no gradient"),
+        (CrossbarConfig(device=VERIFIED), "device.write_verify.tolerance", r"WriteVerify.tolerance has no gradient"),
+        (CrossbarConfig(device=VERIFIED), "device.programming.sigma", r"write-verify has no gradient"),
+        (CrossbarConfig(tile=WIRED), "tile.wire.row_resistance", r"tile.wire.row_resistance has no gradient"),
+        (CrossbarConfig(tile=WIRED), "tile.wire.tolerance", r"tile.wire.tolerance has no gradient"),
+        (CrossbarConfig(tile=WIRED, cell=Cell(on_off_ratio=9.0)), "cell.on_off_ratio", r"cell.on_off_ratio has no"),
+    ],
+)
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
+def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, message, derivative):
+    W = jnp.ones((6, 5), jnp.float32)
+    leaves, tree = jax.tree.flatten_with_path(config)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    at = names.index(where)
+
+    def loss(value):
+        config = jax.tree.unflatten(tree, [value if i == at else leaf for i, (_, leaf) in enumerate(leaves)])
+        return jnp.sum(mvm(jnp.ones((2, 6), jnp.float32), program(W, config, CHIP), config))
+
+    value = jnp.float32(leaves[at][1])
+    assert jnp.isfinite(loss(value))
+    with pytest.raises(ValueError, match=message):
+        derivative(loss)(value)
+
+
+def test_a_value_that_acts_at_programming_is_learned_through_it():
+    W, x = jnp.ones((6, 5), jnp.float32), jnp.ones((2, 6), jnp.float32)
+
+    def made(limit):
+        return CrossbarConfig(dac=DAC(scaling="fixed", limit=limit))
+
+    state = program(W, made(jnp.float32(0.5)))
+    with pytest.raises(ValueError, match=r"dac.limit acts where arrays are programmed, .*: call program"):
+        jax.grad(lambda limit: jnp.sum(mvm(x, state, made(limit))))(jnp.float32(0.5))
+    through = jax.grad(lambda limit: jnp.sum(mvm(x, program(W, made(limit)), made(limit))))(jnp.float32(0.5))
+    np.testing.assert_allclose(through, 60, rtol=1e-5)  # every input is clipped to the limit
+
+
+@pytest.mark.parametrize("path", ["loop", "definition"])
+def test_a_read_has_a_forward_derivative(path):
+    """That of x W, straight through converters, and the transpose of the reverse one."""
+    config = CrossbarConfig(adc=ADC(bits=6, range="max"), device=Device(programming=Independent(0.05)))
+    rng = np.random.default_rng(3)
+    W, x, dx, C = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (4, 6), (4, 6), (4, 5)))
+    state = program(W, config, CHIP, path=path)
+    y, along = jax.jvp(lambda x: mvm(x, state, config), (x,), (dx,))
+    np.testing.assert_array_equal(y, mvm(x, state, config))
+    np.testing.assert_allclose(along, dx @ programmed_weights(state, config), rtol=1e-4, atol=1e-5)
+    back = jax.vjp(lambda x: mvm(x, state, config), x)[1](C)[0]
+    np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(along * C), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("adc", "path"), [(None, "product"), (WIDE, "loop")])
+def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative(adc, path):
+    W, x = jnp.ones((6, 5), jnp.float32), jnp.zeros((2, 6), jnp.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(sigma):
+        noise = ReadNoise(0.1, "proportional")
+        config = CrossbarConfig(adc=adc, device=Device(programming=Independent(sigma), read_noise=noise))
+        return jnp.sum(mvm(x, program(W, config, CHIP, path=path), config, READ))
+
+    assert gradient(jnp.float32(0.1)) == 0
+
+
+def test_an_eager_read_is_compiled_once(caplog):
+    config = CrossbarConfig(adc=ADC(bits=6, range="max"))
+    state = program(jnp.ones((6, 5), jnp.float32), config)
+    x, other = jnp.ones((2, 6), jnp.float32), jnp.zeros((2, 6), jnp.float32)
+    with jax.log_compiles():
+        mvm(x, state, config)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        mvm(other, state, config)
+        assert "Compiling" not in caplog.text
