@@ -12,7 +12,10 @@ WORKERS ?= 2
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo results test test-peft test-smoke lint bench bench-fast bench-full
+# How long the fuzzer draws.
+SECONDS ?= 3600
+
+.PHONY: demo results test test-peft test-smoke fuzz-crossbar lint bench bench-fast bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -30,6 +33,10 @@ test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 
 test-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m smoke -n $(WORKERS) --dist loadfile
+
+# The properties of tests/test_crossbar_fuzz.py with new draws, for as long as SECONDS says.
+fuzz-crossbar: $(VENV)/.installed-test
+	$(BIN)/python tests/fuzz_crossbar.py --seconds $(SECONDS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -1,0 +1,211 @@
+"""Crossbars, weights and inputs as hypothesis draws them: plain choices, and what is built from them.
+
+Choices are dictionaries of numbers, because the run-time type checks of the tests call `random`, which no strategy may.
+Every list begins with the simplest choice, to which failures shrink. Arrays are tiny, since XLA's time for a program is
+all that a case costs.
+"""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Device, Encoding, Mapping, ReadNoise, Tile, Wire
+
+ENCODINGS = {
+    "differential": Encoding(),
+    "two-sided": Encoding(two_sided=True),
+    "offset": Encoding(kind="offset"),
+    "unit column": Encoding(kind="offset", unit_column=True),
+    "flip": Encoding(kind="offset", unit_column=True, flip=True),
+}
+PATHS = ("definition", "product", "loop", "lookup", "planes", "packed")
+CELLS = [(2,), (1,), (2, 2), (1, 1), (3,), (4,), (2, 1), (3, 3), (4, 4), (1, 1, 1), None]
+
+
+def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Return choices of a crossbar and of a matrix for it; `fixed` replaces single ones, by values or strategies."""
+    named: dict[str, Any] = {
+        "encoding": st.sampled_from(tuple(ENCODINGS)),
+        "cells": st.sampled_from(CELLS),
+        "spare": st.sampled_from([0, 0, 1]),  # weight bits less than the cells hold
+        "ratio": st.sampled_from([None, None, 10.0, 2.5, 100.0]),
+        "scale": st.sampled_from(["matrix", "tile", "column"]),
+        "weight_quantile": st.sampled_from([1.0, 1.0, 0.9, 0.5]),
+        "rows": st.sampled_from([None, 3, 4, 5, 6]),
+        "cols": st.sampled_from([None, 2, 3]),
+        "partition": st.sampled_from(["equal", "full"]),
+        "bits": st.sampled_from([3, 2, 4, 5, 8, None]),
+        "slice_bits": st.sampled_from([1, None, 2, 3]),
+        "signed": st.booleans(),
+        "scaling": st.sampled_from(["row", "fixed"]),
+        "limit": st.sampled_from([1.0, 0.6, 1.7]),
+        "adc": st.sampled_from(["max", "calibrated", "granular", "given", "given by row", None]),
+        "adc_bits": st.sampled_from([5, 3, 4, 6, 8, 12]),
+        "convert": st.sampled_from(["slice", "slice", "sum"]),
+        "separate": st.sampled_from([False, False, True]),
+        "gain": st.sampled_from([None, None, None, 0.05]),
+        "offset": st.sampled_from([None, None, None, None, None, 0.1]),
+        "clip": st.sampled_from([0.5, 1.0, 0.2]),  # of the largest sum, where ranges are given
+        "whole": st.booleans(),  # whether given limits are simple fractions
+        "nonlinear": st.sampled_from([None] * 9 + ["current", "wire", "iv", "iv and wire"]),
+        "device": st.sampled_from([None, None, None, "independent", "proportional", "stuck", "drift", "range"]),
+        "noise": st.none(),
+        "d_in": st.sampled_from([4, 1, 2, 3, 5, 6, 7, 9, 10, 12]),
+        "d_out": st.sampled_from([2, 1, 3, 4, 5, 8]),
+        "batch": st.sampled_from([3, 1, 2, 4]),
+        "weights": st.sampled_from(["normal", "sparse", "extreme", "zero", "positive", "tiny"]),
+        "inputs": st.sampled_from(["uniform", "full", "sparse", "beyond"]),
+        "float64": st.sampled_from([False, False, False, True]),
+        "seed": st.integers(0, 2**16),
+    }
+    assert fixed.keys() <= named.keys(), fixed
+    for name, value in fixed.items():
+        named[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)
+    return st.fixed_dictionaries(named)
+
+
+# What a path needs of a configuration, for the most part; what it refuses all the same counts as refused.
+_CONVERTS = {
+    "adc": st.sampled_from(["max", "calibrated", "granular", "given"]),
+    "offset": st.none(),
+    "nonlinear": st.none(),
+}
+_NARROW = {"bits": st.sampled_from([3, 2, 4, 5]), "slice_bits": st.sampled_from([1, 2]), "convert": st.just("slice")}
+_INTEGERS = {"cells": st.sampled_from(CELLS[:-1]), "device": st.none(), "gain": st.none(), "ratio": st.none()}
+SUITED: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "definition": {},
+    "product": {"adc": st.sampled_from([None, None, "granular"]), "nonlinear": st.none()},
+    "loop": _CONVERTS,
+    "lookup": _CONVERTS | _NARROW,
+    "planes": _CONVERTS | _NARROW | _INTEGERS | {"scale": st.sampled_from(["matrix", "column"])},
+    "packed": _CONVERTS | _INTEGERS | {"bits": st.sampled_from([3, 2, 4, 5])},
+}
+
+
+def reads(*paths: str | None, **fixed: Any) -> st.SearchStrategy[tuple[str | None, dict[str, Any]]]:
+    """Return one of some paths and choices that suit it; None is the path that programming chooses."""
+    return st.sampled_from(paths).flatmap(lambda path: st.tuples(st.just(path), choices(**{**SUITED[path], **fixed})))
+
+
+def build(c: dict[str, Any]) -> CrossbarConfig:
+    """Return the crossbar of some choices; those that do not go together give way to simpler ones."""
+    encoding = ENCODINGS[c["encoding"]]
+    cells = c["cells"]
+    if cells is None and encoding.flip:
+        cells = (2,)
+    capacity = None if cells is None else sum(cells) + (encoding.kind == "differential")
+    if capacity == 1:  # weights have a sign
+        cells, capacity = (1, 1), 2
+    weight_bits = None if capacity is None else max(2, capacity - c["spare"])
+    slice_bits = c["slice_bits"]
+    if c["bits"] is not None and slice_bits is not None:
+        slice_bits = min(slice_bits, c["bits"] - c["signed"])
+    dac = c["bits"] and DAC(
+        bits=c["bits"], slice_bits=slice_bits, signed=c["signed"], scaling=c["scaling"], limit=c["limit"]
+    )
+    tile = Tile(rows=c["rows"], cols=c["cols"], partition=c["partition"])
+    device, ratio = _device(c), c["ratio"]
+    config = CrossbarConfig(
+        cell=Cell(bits=cells, on_off_ratio=ratio),
+        encoding=encoding,
+        mapping=Mapping(weight_bits=weight_bits, scale=c["scale"], quantile=c["weight_quantile"]),
+        tile=with_nonlinearity(tile, c),
+        dac=dac,
+        device=device,
+    )
+    return CrossbarConfig(**{**vars(config), "adc": _adc(c, config)})
+
+
+def with_nonlinearity(tile: Tile, c: dict[str, Any]) -> Tile:
+    wire = None
+    if c["nonlinear"] in ("wire", "iv and wire"):
+        wire = Wire(row_resistance=0.01, column_resistance=0.02, tolerance=1e-6)
+    limit = 0.7 if c["nonlinear"] == "current" else None
+    return Tile(rows=tile.rows, cols=tile.cols, partition=tile.partition, wire=wire, current_limit=limit)
+
+
+def _device(c: dict[str, Any]) -> Device:
+    parts: dict[str, Any] = {
+        None: {},
+        "independent": {"programming": crossbar.Independent(0.1)},
+        "proportional": {"programming": crossbar.Proportional(0.2)},
+        "stuck": {"stuck": crossbar.StuckAt(low=0.2, high=0.1)},
+        "drift": {"drift": crossbar.PowerLaw(0.1, 0.05), "time": 100.0},
+        "range": {"programming": crossbar.Independent(0.2), "clip": "range"},
+    }[c["device"]]
+    if c["device"] == "drift" and ENCODINGS[c["encoding"]].kind == "differential":
+        parts["compensate"] = c["seed"] % 2 == 0
+    iv = crossbar.Sinh(0.4, 0.25) if c["nonlinear"] in ("iv", "iv and wire") else None
+    # The oracle knows the distribution of clipped noise, but not what an ADC makes of its sum.
+    clip, kind = c["noise"] == "clipped", "proportional" if c["noise"] == "proportional" else "independent"
+    noise = None if c["noise"] is None else ReadNoise(0.15, kind, clip=clip and c["adc"] is None)
+    return Device(**parts, iv=iv, read_noise=noise)
+
+
+def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
+    kind = c["adc"]
+    if kind is None:
+        return None
+    if kind == "granular" and (config.dac is None or config.cell.bits is None):
+        kind = "max"
+    common = {
+        "bits": c["adc_bits"],
+        "convert": c["convert"],
+        "separate": c["separate"] and config.encoding.kind == "differential",
+        "gain_error": c["gain"],
+        "offset_error": c["offset"],
+    }
+    if not kind.startswith("given"):
+        return ADC(range=kind, **common)
+    signed = (
+        config.dac is None or config.dac.signed or (config.encoding.kind == "differential" and not common["separate"])
+    )
+    rng = np.random.default_rng(c["seed"])
+    height = min(c["rows"] or c["d_in"], c["d_in"])
+    slices, tiles = len(config.weight_slices), row_tiles(c, config)
+    share = c["clip"] * height * rng.uniform(0.5, 1, (tiles, slices))
+    tops = np.ceil(share * 8) / 8 if c["whole"] else share
+    limits = tuple(tuple((-t if signed else 0.0, t) for t in row) for row in tops.tolist())
+    return ADC(range="given", limits=limits if kind == "given by row" else limits[0], **common)
+
+
+def row_tiles(c: dict[str, Any], config: CrossbarConfig) -> int:
+    return 1 if config.tile.rows is None else -(-c["d_in"] // config.tile.rows)
+
+
+def weights(c: dict[str, Any], number: int = 0) -> np.ndarray:
+    """Return the matrix of some choices; `number` tells several of one kind apart."""
+    rng, shape = np.random.default_rng((c["seed"], number)), (c["d_in"], c["d_out"])
+    W = rng.normal(size=shape)
+    if c["weights"] == "sparse":
+        W *= rng.random(shape) < 0.3
+    elif c["weights"] == "extreme":
+        W = np.where(rng.random(shape) < 0.5, -1.0, 1.0)
+    elif c["weights"] == "zero":
+        W[:] = 0
+    elif c["weights"] == "positive":
+        W = np.abs(W)
+    elif c["weights"] == "tiny":
+        W *= 1e-20
+    return W.astype(dtype(c))
+
+
+def inputs(c: dict[str, Any], number: int = 0) -> np.ndarray:
+    """Return a batch of inputs, none of them negative where the DAC is unsigned."""
+    rng, shape = np.random.default_rng((c["seed"], number, 1)), (c["batch"], c["d_in"])
+    x = rng.uniform(-1, 1, shape)
+    if c["inputs"] == "sparse":
+        x *= rng.random(shape) < 0.4
+    elif c["inputs"] == "full":
+        x = np.where(rng.random(shape) < 0.2, -1.0, 1.0)
+    elif c["inputs"] == "beyond":
+        x *= 3
+    unsigned = c["bits"] is not None and not c["signed"]
+    return (np.abs(x) if unsigned else x).astype(dtype(c))
+
+
+def dtype(c: dict[str, Any]) -> type:
+    return np.float64 if c["float64"] else np.float32
