@@ -11,6 +11,9 @@ product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`
 module by module (`Outputs`), which is what hardware does whose A_n and B_n each sit in arrays of their own. Norms
 are digital, and those of the weights as they are: quantised, or as programmed unless `Gram.modules` says otherwise.
 
+Products of weights with weights (norms, Gram terms, mixes) have precision "highest": by default a TPU multiplies
+float32 numbers in bfloat16 and a recent NVIDIA card in TF32. A CPU computes the same either way.
+
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
 
@@ -158,7 +161,7 @@ def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
 
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
         kernel, A = (dense(w, jnp.float32) for w in layer)
-        return jnp.sum(jnp.square(kernel), axis=0), jax.lax.map(lambda a: a.T @ kernel, A)
+        return jnp.sum(jnp.square(kernel), axis=0), jax.lax.map(lambda a: product(a.T, kernel), A)
 
     terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
@@ -176,6 +179,11 @@ def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
 def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
     """Return ||W|| of every column, where magnitudes start."""
     return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
+
+
+def product(a: Float[Array, "*M k"], b: Float[Array, "*N k n"]) -> Float[Array, "..."]:
+    """Return `a @ b` of float32 weights in float32, whatever a device's default is."""
+    return jnp.matmul(a, b, precision="highest")
 
 
 def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
@@ -243,7 +251,7 @@ def compose(
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
             right = _merged(dense(_gather(B, index), jnp.float32) * c[:, :, None])
             # N r columns of A reach the width of x: the sum has no low rank to make use of.
-            update = Dense(left @ right) if left.shape[1] >= left.shape[0] else None
+            update = Dense(product(left, right)) if left.shape[1] >= left.shape[0] else None
             if m is not None:
                 cross = _merged(jnp.take(cross, index, axis=0))
         if m is None:
@@ -337,7 +345,7 @@ def _weighted_whole(modules: Float[Array, "P a b"], weights: Float[Array, " P"])
     On a CPU its last bits, and its gradient's, do not depend on modules of weight zero: which ones lie in memory
     depends on the other seeds of a run.
     """
-    return (weights @ modules.reshape(modules.shape[0], -1)).reshape(modules.shape[1:])
+    return product(weights, modules.reshape(modules.shape[0], -1)).reshape(modules.shape[1:])
 
 
 def _weighted_forward(modules: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -374,8 +382,8 @@ def _squared_columns(left: Float[Array, "d_in k"], right: Float[Array, "k d_out"
     """Return ||left right||^2 of every column, by the order of products that takes fewer operations."""
     (d_in, k), d_out = left.shape, right.shape[1]
     if d_in * d_out < k * (d_in + d_out):
-        return jnp.sum(jnp.square(left @ right), axis=0)
-    return jnp.sum(right * (left.T @ left @ right), axis=0)
+        return jnp.sum(jnp.square(product(left, right)), axis=0)
+    return jnp.sum(right * product(product(left.T, left), right), axis=0)
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:

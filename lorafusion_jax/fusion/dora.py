@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..linear import Weight, dense, matmul
-from .compose import column_norm
+from .compose import column_norm, product
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +35,8 @@ class Dora:
         """Return the adapted product."""
         W = dense(kernel, jnp.float32)
         squared = jnp.sum(jnp.square(W), axis=0)
-        cross = 2 * jnp.sum((self.A.T @ W) * self.B, axis=0)
-        of_update = jnp.sum(self.B * (self.A.T @ self.A @ self.B), axis=0)
+        cross = 2 * jnp.sum(product(self.A.T, W) * self.B, axis=0)
+        of_update = jnp.sum(self.B * product(product(self.A.T, self.A), self.B), axis=0)
         norm, _ = column_norm(squared, cross, of_update)
         scale = (self.magnitude / jax.lax.stop_gradient(norm)).astype(x.dtype)
         y = matmul(x, kernel) + matmul(matmul(x, self.A), self.B)

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..crossbar.values import is_traced
 from ..linear import Weight, dense, map_layers
-from .compose import Dense, Lora, Modules, Outputs, compose
+from .compose import Dense, Lora, Modules, Outputs, compose, product
 from .pool import LoraPool
 
 _OnFactors = Literal["linear", "magnitude_prune", "dare_linear", "ties", "dare_ties"]
@@ -96,7 +96,7 @@ def merge(
             return (_elected if rule.endswith("ties") else _summed)(tasks, by[:, None, None])
 
         if kind in get_args(_OnUpdates):
-            return _truncated(combined("dW", A @ B, weights), width)
+            return _truncated(combined("dW", product(A, B), weights), width)
         # A scaling of 0 leaves nothing of B to get back.
         unfolded = B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
         signed = weights * scaling
