@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The temporaries of a step are mapped anew by every call: in huge pages that costs less, here and in PyTorch.
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _SHORTEST_TURN = 0.1  # seconds; faster functions are called several times in a turn
+PRODUCT = 1024  # width of the square matrices whose product tells what each library reaches
+# What decides which kernels libraries choose, of the flags in /proc/cpuinfo.
+_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 avx512_vpopcntdq amx_bf16 amx_int8 asimd sve bf16".split()
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -46,11 +49,15 @@ def case(
     }
 
 
-def show(cases: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print cases as the one JSON object of the contract, or a line each."""
+def show(cases: Sequence[Mapping[str, Any]], *, as_json: bool, rates: Mapping[str, float] | None = None) -> None:
+    """Print cases, and the rates of products in the same run, as the one JSON object of the contract or a line each."""
     if as_json:
-        print(json.dumps({"processor": processor(), "cases": cases}, indent=1))
+        found = {"processor": processor(), "features": features(), "rates": dict(rates or {}), "cases": cases}
+        print(json.dumps(found, indent=1))
         return
+    print(f"{processor()}: {' '.join(features())}")
+    if rates:
+        print(f"one product of {PRODUCT} x {PRODUCT} x {PRODUCT}, GFLOP/s: {_rates(rates)}")
     for found in cases:
         numbers = ", ".join(f"{key} {_short(value)}" for key, value in found["computed_from"].items())
         print(f"{found['name']}: {found['ratio']:.3g} ({bar(found)}); {numbers}")
@@ -76,14 +83,15 @@ def met(found: Mapping[str, Any]) -> bool | None:
 def launch(cores: int | None = None) -> None:
     """Pin this process to its first `cores` cores, and start it again where malloc is not set as for all others.
 
-    Before JAX and PyTorch start their threads: nothing else makes JAX use one alone.
+    It also starts again where that pins it: NumPy's threads are there already, and only so does JAX use one alone.
     """
+    there = sorted(os.sched_getaffinity(0))
     if cores is not None:
-        there = sorted(os.sched_getaffinity(0))
         if cores > len(there):
             sys.exit(f"{cores} cores are asked for, and this process may use {len(there)}: ask for fewer")
         os.sched_setaffinity(0, there[:cores])
-    if os.environ.get("GLIBC_TUNABLES") != MALLOC["GLIBC_TUNABLES"]:
+    pinned = cores is not None and cores < len(there)
+    if pinned or os.environ.get("GLIBC_TUNABLES") != MALLOC["GLIBC_TUNABLES"]:
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
@@ -119,14 +127,59 @@ def has_peft() -> bool:
 
 def processor() -> str:
     """Return the processor's name and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def features() -> list[str]:
+    """Return which of the features that decide about speed the processor has: vectors, tiles, narrow types, counts."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return [feature for feature in _FEATURES if feature in flags]
+
+
+def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
+    """Return the GFLOP/s of one product of matrices in XLA, NumPy and PyTorch: the fastest of turns that all take.
+
+    A ratio between two libraries is also one of their products, which differ from processor to processor.
+
+    Args:
+      dtypes: of the steps beside it; a product of NF4 weights is one of float32.
+      rounds: of turns.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from lorafusion_jax.linear import matmul
+
+    rng, product = np.random.default_rng(0), jax.jit(matmul)
+    x, w = (rng.standard_normal((PRODUCT, PRODUCT), np.float32) for _ in range(2))
+    runs: dict[str, Callable[[], Any]] = {}
+    for dtype in dict.fromkeys("float32" if dtype == "nf4" else dtype for dtype in dtypes):
+        ours = [jnp.asarray(a, dtype) for a in (x, w)]
+        runs[f"XLA {dtype}"] = lambda a=ours: jax.block_until_ready(product(*a))
+        if dtype == "float32":
+            runs["NumPy float32"] = lambda: x @ w
+        if importlib.util.find_spec("torch"):
+            import torch
+
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+            theirs = [torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, w)]
+            runs[f"PyTorch {dtype}"] = lambda a=theirs: torch.matmul(*a)
+    return {name: 2 * PRODUCT**3 / seconds.min() / 1e9 for name, seconds in in_turns(runs, rounds).items()}
+
+
+def _cpuinfo(field: str) -> str | None:
+    """Return a field of /proc/cpuinfo, of the first processor; None where there is none."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == field), None
+    )
+
+
+def _rates(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
 
 
 def _seconds(run: Callable[[], Any], calls: int) -> float:

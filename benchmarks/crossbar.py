@@ -17,7 +17,7 @@ import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import case, in_turns, of_turns
+from _measure import case, in_turns, of_turns, product_rates
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.normal import normal
@@ -34,7 +34,8 @@ _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 def main() -> None:
     options = _measure.parser(__doc__).parse_args()
     _measure.launch(1)
-    _measure.show(_cases(), as_json=options.json)
+    cases = _cases()
+    _measure.show(cases, as_json=options.json, rates=product_rates(["float32"]))
 
 
 def _cases() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import _measure
 import jax
 import numpy as np
-from _measure import case, has_peft, in_turns, of_turns
+from _measure import case, has_peft, in_turns, of_turns, product_rates
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
 
 from lorafusion_jax.train.cost import Shape, Update, step_flops
@@ -50,7 +50,7 @@ def main() -> None:
     _measure.launch(options.cores)
     cases = [] if 1 not in options.seeds else _single(options)
     cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
-    _measure.show(cases, as_json=options.json)
+    _measure.show(cases, as_json=options.json, rates=product_rates(options.dtype))
 
 
 def _single(options: Any) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import case, has_peft, in_turns, of_turns
+from _measure import case, has_peft, in_turns, of_turns, product_rates
 from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, batch_of, config_of, frozen, graph_of
 from _peer import Peer
 from flax import nnx
@@ -40,7 +40,8 @@ def main() -> None:
     if not has_peft():
         sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
     _measure.launch(1)
-    _measure.show(_cases(options.shape, options.rounds), as_json=options.json)
+    cases = _cases(options.shape, options.rounds)
+    _measure.show(cases, as_json=options.json, rates=product_rates(_DTYPES))
 
 
 def _cases(shape: str, rounds: int) -> list[dict[str, Any]]:

@@ -15,11 +15,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _measure import MALLOC, ROOT, met, processor
+from _measure import MALLOC, PRODUCT, ROOT, features, met, processor
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
@@ -65,37 +65,58 @@ def main() -> None:
     parser.add_argument("level", choices=_LEVELS, help="how much is measured")
     parser.add_argument("--out", type=Path, help="folder for table.md and cases.json")
     options = parser.parse_args()
-    began, cases, failed = time.perf_counter(), [], []
+    began, cases, rates, failed = time.perf_counter(), [], [], []
     for command in _LEVELS[options.level]:
         print(f"{command} ...", file=sys.stderr, flush=True)
         found = _run(command)
         if found is None:
             failed.append(command)
-        else:
-            cases += [{"command": command, **of_script} for of_script in found]
+            continue
+        cases += [{"command": command, **of_script} for of_script in found["cases"]]
+        if found["rates"]:
+            rates.append({"command": command, "processor": found["processor"], "gflops": found["rates"]})
     minutes = (time.perf_counter() - began) / 60
-    print("\n".join([*table(cases), "", f"{processor()}, {minutes:.1f} minutes"]))
+    tables = [*table(cases), *(["", *rates_table(rates)] if rates else [])]
+    print("\n".join([*tables, "", f"{_machine()}, {minutes:.1f} minutes"]))
     if options.out is not None:
-        _write(options.out, options.level, cases, minutes)
+        head = f"`python benchmarks/table.py {options.level}`, {_machine()}, {_today()}, {minutes:.0f} minutes."
+        kept = {"level": options.level, "processor": processor(), "features": features(), "date": _today()}
+        _write(options.out, [head, "", *tables, ""], kept | {"rates": rates, "cases": cases})
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
 
 
 def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table with one row a case, columns aligned."""
-    rows = [_HEAD, *map(_cells, cases)]
+    return _markdown([_HEAD, *map(_cells, cases)], numbers=("ratio", "required", "ambition"))
+
+
+def rates_table(rates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table of what one product of each library reached, a row for each script."""
+    libraries = list(dict.fromkeys(name for of_script in rates for name in of_script["gflops"]))
+    head = (f"GFLOP/s of one product, {PRODUCT} x {PRODUCT} x {PRODUCT}, in the run of", "on", *libraries)
+    rows = [
+        (
+            row["command"],
+            row["processor"],
+            *(f"{row['gflops'][n]:.0f}" if n in row["gflops"] else "" for n in libraries),
+        )
+        for row in rates
+    ]
+    return _markdown([head, *rows], numbers=libraries)
+
+
+def _markdown(rows: Sequence[Sequence[str]], numbers: Collection[str]) -> list[str]:
+    """Return a table's lines, the first row its head; columns of `numbers` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
-    rule = [f"{'-' * (w + 1)}:" if _is_number(i) else "-" * (w + 2) for i, w in enumerate(widths)]
-    return [f"| {lines[0]} |", f"|{'|'.join(rule)}|", *(f"| {line} |" for line in lines[1:])]
+    right = [name in numbers for name in rows[0]]
 
+    def line(row: Sequence[str]) -> str:
+        cells = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
+        return f"| {' | '.join(cells)} |"
 
-def _aligned(column: int, cell: str, width: int) -> str:
-    return cell.rjust(width) if _is_number(column) else cell.ljust(width)
-
-
-def _is_number(column: int) -> bool:
-    return _HEAD[column] in ("ratio", "required", "ambition")
+    rule = [f"{'-' * (w + 1)}:" if r else "-" * (w + 2) for w, r in zip(widths, right, strict=True)]
+    return [line(rows[0]), f"|{'|'.join(rule)}|", *map(line, rows[1:])]
 
 
 def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:
@@ -105,29 +126,33 @@ def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:
     return (case["name"], f"{case['ratio']:.3g}", *bars, verdict)
 
 
-def _run(command: str) -> list[dict[str, Any]] | None:
-    """Return the cases of one script, none where it cannot run here, or None where it fails."""
+def _run(command: str) -> dict[str, Any] | None:
+    """Return the cases and rates of one script, none where it cannot run here, or None where it fails."""
     script, *arguments = command.split()
     if "--cores" in arguments and int(arguments[arguments.index("--cores") + 1]) > len(os.sched_getaffinity(0)):
         print(f"  left out: this process may use {len(os.sched_getaffinity(0))} cores", file=sys.stderr)
-        return []
+        return {"cases": [], "rates": {}}
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, *arguments, "--json"],
         env=os.environ | MALLOC,
         stdout=subprocess.PIPE,
         text=True,
     )
-    return None if done.returncode else json.loads(done.stdout)["cases"]
+    return None if done.returncode else json.loads(done.stdout)
 
 
-def _write(folder: Path, level: str, cases: list[dict[str, Any]], minutes: float) -> None:
+def _machine() -> str:
+    return f"{processor()} ({' '.join(features())})"
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _write(folder: Path, page: Sequence[str], found: Mapping[str, Any]) -> None:
     """Write the table and what it was computed from, each under its name only when it is whole."""
-    today = datetime.date.today().isoformat()
-    head = f"`python benchmarks/table.py {level}`, {processor()}, {today}, {minutes:.0f} minutes."
-    page = "\n".join([head, "", *table(cases), ""])
-    found = {"level": level, "processor": processor(), "date": today, "cases": cases}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("table.md", page), ("cases.json", json.dumps(found, indent=1) + "\n")):
+    for name, text in (("table.md", "\n".join(page)), ("cases.json", json.dumps(found, indent=1) + "\n")):
         partial = folder / f".{name}.partial"
         partial.write_text(text)
         partial.replace(folder / name)

@@ -53,7 +53,8 @@ def test_one_object_of_cases(benchmarks, tmp_path):
         (task / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, _ROOT / "benchmarks/padding.py", "--json", "--tasks", task]
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert said["processor"]
+    assert said["processor"] and isinstance(said["features"], list)
+    assert said["rates"] == {}  # nothing of this is a product
     _check(said["cases"])
     evaluation, shapes = said["cases"][-2:]
     # Two batches of 50 rows, shortest first: widths 4 and 12, answers 4 wide.
@@ -87,6 +88,7 @@ def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
     monkeypatch.setattr(common, "time", clock)
     monkeypatch.setattr(common, "launch", lambda cores: None)
     monkeypatch.setattr(fusion_step, "has_peft", lambda: True)
+    monkeypatch.setattr(fusion_step, "product_rates", lambda dtypes: dict.fromkeys(dtypes, 100.0))
     monkeypatch.setattr(fusion_step, "_weights", lambda options, dtype: None)
     monkeypatch.setattr(fusion_step, "floor", lambda config, weights: stand_in("floor"))
     monkeypatch.setattr(fusion_step, "_peer", lambda config, weights, dtype: stand_in("peer"))
@@ -97,8 +99,10 @@ def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
     )
     monkeypatch.setattr(sys, "argv", ["fusion_step.py", "--shape", "flan-t5-large", "--rounds", "3", "--json"])
     fusion_step.main()
-    cases = json.loads(capsys.readouterr().out)["cases"]
+    said = json.loads(capsys.readouterr().out)
+    cases = said["cases"]
     _check(cases)
+    assert said["rates"] == {"float32": 100.0}
     found = {case["name"].partition(", 1 core, ")[2]: case for case in cases}
     for structure, ratio, bar in (("unrolled", 1.1, 1.15), ("scanned", 1.3, 1.22)):
         mix, of_sum = (found[f"float32 step / floor: {c}, {structure}"] for c in ("mix", "sum"))
@@ -148,7 +152,8 @@ def test_the_table_says_which_bars_are_met(benchmarks):
 
 def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, monkeypatch, capsys):
     table, cases = benchmarks["table"], [benchmarks["_measure"].case("one", 2.0, 1.0, seconds=3.0)]
-    monkeypatch.setattr(table, "_run", lambda command: None if command == "padding.py" else cases)
+    ran = {"processor": "Some CPU, 1 core", "rates": {"XLA float32": 115.2, "NumPy float32": 132.0}, "cases": cases}
+    monkeypatch.setattr(table, "_run", lambda command: None if command == "padding.py" else ran)
     monkeypatch.setattr(sys, "argv", ["table.py", "fast", "--out", str(tmp_path / "speed")])
     with pytest.raises(SystemExit, match="^failed: padding.py$"):
         table.main()  # what ran is printed and written all the same
@@ -157,7 +162,48 @@ def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, mo
     assert "| one  |     2 |      ≤ 1 |          | missed |" in said and "missed" in page
     kept = json.loads((tmp_path / "speed/cases.json").read_text())
     assert kept["cases"][0]["computed_from"] == {"seconds": 3.0}
+    # What the processor is and does is kept beside it.
+    assert all(feature in page for feature in (*kept["features"], kept["processor"]))
+    (rates,) = kept["rates"]
+    assert (rates["processor"], rates["gflops"]) == (ran["processor"], ran["rates"])
+    assert "| XLA float32 | NumPy float32 |" in said and "| Some CPU, 1 core |         115 |           132 |" in page
     assert {path.name for path in (tmp_path / "speed").iterdir()} == {"table.md", "cases.json"}
+
+
+def test_the_table_that_is_kept_can_be_made_again(benchmarks):
+    """From its cases, whatever else a file of an earlier form lacks."""
+    folder = _ROOT / "docs/results/speed"
+    lines = benchmarks["table"].table(json.loads((folder / "cases.json").read_text())["cases"])
+    assert "\n".join(lines) in (folder / "table.md").read_text()
+
+
+def test_features_are_those_that_decide_about_speed(benchmarks, monkeypatch):
+    fields = {"flags": "fpu sse2 avx2 avx512f amx_bf16 amx_tile avx512_vpopcntdq", "model name": "Some CPU"}
+    monkeypatch.setattr(benchmarks["_measure"], "_cpuinfo", fields.get)
+    assert benchmarks["_measure"].features() == ["avx2", "avx512f", "avx512_vpopcntdq", "amx_bf16"]
+    assert benchmarks["_measure"].processor().startswith("Some CPU, ")
+
+
+@pytest.mark.parametrize("torch", [False, pytest.param(True, marks=pytest.mark.peft)])
+def test_rates_are_of_one_product_in_every_library(benchmarks, monkeypatch, torch):
+    common, products = benchmarks["_measure"], {}
+
+    def in_turns(runs, rounds):
+        products.update({name: np.asarray(run(), np.float32) for name, run in runs.items() if "PyTorch b" not in name})
+        return {name: np.array([0.5, 0.25, 1.0]) for name in runs}
+
+    monkeypatch.setattr(common, "PRODUCT", 64)
+    monkeypatch.setattr(common, "in_turns", in_turns)
+    if not torch:
+        monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    rates = common.product_rates(["bfloat16", "float32", "nf4"])
+    others = ["PyTorch bfloat16", "PyTorch float32"] if torch else []
+    assert rates.keys() == {"XLA bfloat16", "XLA float32", "NumPy float32", *others}
+    # The fastest turn counts: 2 n^3 operations in a quarter of a second.
+    assert set(rates.values()) == {2 * 64**3 / 0.25 / 1e9}
+    for name, product in products.items():
+        tolerance = 0.1 if "bfloat16" in name else 1e-4
+        np.testing.assert_allclose(product, products["NumPy float32"], atol=tolerance * np.abs(product).max())
 
 
 def test_every_command_of_the_table_is_a_script(benchmarks):
