@@ -16,8 +16,15 @@ from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import base_tensor, read_config
-from lorafusion_jax.io.peft import read_adapter, resave, write_adapter
-from lorafusion_jax.io.pool import check_base, load_pool, read_adapter_from_pool, read_manifest, read_pool
+from lorafusion_jax.io.peft import AdapterError, read_adapter, resave, write_adapter
+from lorafusion_jax.io.pool import (
+    check_base,
+    load_pool,
+    read_adapter_from_pool,
+    read_manifest,
+    read_pool,
+    write_manifest,
+)
 from lorafusion_jax.models.sites import linear_shapes, locate, sites
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -278,6 +285,129 @@ def test_bad_adapters_can_be_left_out_and_are_listed(base, adapter, tmp_path, ca
     assert load_pool(tmp_path / "pool").names == ("good", "last")
 
 
+def test_no_kind_of_bad_adapter_stops_the_others(base, adapter, tmp_path):
+    good = adapter("good")
+    bad = {
+        "deep": "[" * 100_000,
+        "targets": json.dumps({"peft_type": "LORA", "r": 2, "target_modules": 5}),
+        "alpha": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 10**400}),
+        "repeat": json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": {"q{99999999999}": 2}}),
+        "reference": json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": {r"\1q": 2}}),
+        "bytes": b"\xff\xfe\x00{",
+    }
+    for name, text in bad.items():
+        adapter(name)
+        (tmp_path / name / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    shutil.copytree(adapter("pickle"), tmp_path / "zip")
+    for name, content in (("pickle", b"\x80\2}U\1x" + b"\x85" * 9), ("zip", b"PK\3\4" + bytes(99))):
+        (tmp_path / name / "adapter_model.safetensors").unlink()
+        (tmp_path / name / "adapter_model.bin").write_bytes(content)
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable/adapter_config.json").mkdir()
+    names = [*bad, "pickle", "zip", "unreadable", "owner/name@../x", "nul\0"]
+    folders = [name if "/" in name or "\0" in name else str(tmp_path / name) for name in names]
+    manifest = _convert(base, [*folders, good], out=tmp_path / "pool", skip_bad=True)
+    assert [entry["name"] for entry in manifest["adapters"]] == ["good"]
+    for folder, entry in zip(folders, manifest["skipped"], strict=True):
+        assert entry["source"] == folder and (folder in entry["reason"] or repr(folder) in entry["reason"])
+        assert len(entry["reason"]) < 3_000
+    with pytest.raises(AdapterError, match="deep/adapter_config.json: not JSON"):
+        read_pool(folders[:1], read_config(base))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "dtype", "pool", "message"),
+    [
+        ("lora_B", 3e38, np.float32, "float32", "lora_B is infinite in float32 with the scaling 2"),
+        ("lora_A", 1e300, np.float64, "float32", "lora_A is infinite in float32"),
+        ("lora_B", 1e300, np.float64, "float32", "lora_B is infinite in float32"),
+        ("lora_A", 3.402e38, np.float32, "bfloat16", "lora_A is infinite in bfloat16"),
+        ("lora_B", 1.7e38, np.float32, "float32", None),
+    ],
+)
+def test_what_a_pool_would_hold_is_finite(base, adapter, tmp_path, kind, value, dtype, pool, message):
+    shape = (2, 8) if kind == "lora_A" else (6, 2)
+    paths = [path for path in linear_shapes(read_config(base)) if path.endswith((".q", ".v"))]
+    key = f"base_model.model.{_Q}.{kind}.weight"
+    extra = {f"base_model.model.{path}.{kind}.weight": np.ones(shape, dtype) for path in paths}
+    folder = adapter("large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)})
+    if message is None:
+        _convert(base, [folder], out=tmp_path / "pool")
+        site, layer = locate(_Q)
+        np.testing.assert_allclose(load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6)
+        return
+    with pytest.raises(AdapterError, match=f"^{folder}: {_Q}.{message}"):
+        read_pool([folder], read_config(base), dtype=pool)
+    if pool == "float32":
+        _refused(f"^{folder}: {_Q}.{message}", base, [folder], out=tmp_path / "pool")
+        assert not (tmp_path / "pool").exists()
+        return
+    _convert(base, [folder], out=tmp_path / "pool")  # which holds float32
+    with pytest.raises(AdapterError, match=f"{_Q}.{message}"):
+        load_pool(tmp_path / "pool", dtype="bfloat16")
+
+
+def _edit_manifest(folder, change, *, sign):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    if sign:
+        manifest.pop("sha256")
+        write_manifest(folder, manifest)
+    else:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1), "encoder.self.q has ranks .1, 2, 2. in the"),
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8), "encoder.self.q has ranks .8, 2, 2. in the"),
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1), "has ranks .-1, 2, 2. in the manifest"),
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].append(2), "has ranks .2, 2, 2, 2. in the manifest"),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, 99.0),
+            "scalings are not those of adapter_co",
+        ),
+        (lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, float("nan")), "scalings are not those of"),
+        (lambda e: e["sites"].pop("encoder.self.q"), "the manifest lists other sites than its arrays are of"),
+        (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no keys.json"),
+        (lambda e: e["files"].pop("arrays/_CHECKPOINT_METADATA"), "METADATA: the manifest does not list this file"),
+        (lambda e: e["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
+        (lambda e: e.update(folder="../../etc"), "'../../etc' is not a file inside this folder"),
+    ],
+)
+def test_a_manifest_that_was_edited(base, adapter, tmp_path, change, message):
+    folder = tmp_path / "pool"
+    _convert(base, [adapter("one")], out=folder)
+    original = (folder / "manifest.json").read_bytes()
+    _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=False)
+    for read in (load_pool, read_manifest, lambda pool: read_adapter_from_pool(pool, "one")):
+        with pytest.raises(ValueError, match=r"manifest\.json: damaged or altered, its SHA-256 is not the one"):
+            read(folder)
+    # Even a manifest with a digest that fits is held to the files.
+    (folder / "manifest.json").write_bytes(original)
+    _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=True)
+    for read in (load_pool, lambda pool: read_adapter_from_pool(pool, "one")):
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+def test_a_manifest_without_a_digest_says_to_convert_again(base, adapter, tmp_path):
+    _convert(base, [adapter("one")], out=tmp_path / "pool")
+    _edit_manifest(tmp_path / "pool", lambda manifest: manifest.pop("sha256"), sign=False)
+    with pytest.raises(ValueError, match=r"states no SHA-256 of itself .*: convert the adapters again"):
+        load_pool(tmp_path / "pool")
+
+
+def test_one_name_in_place_of_a_list_is_refused(base, adapter, tmp_path):
+    folder = adapter("one")
+    with pytest.raises(ValueError, match=rf"'{folder}', a single adapter: wanted a list, read_pool\(\['{folder}'\]\)"):
+        read_pool(folder, read_config(base))
+    _convert(base, [folder], out=tmp_path / "pool")
+    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: wanted a list, chosen=\['one'\]"):
+        load_pool(tmp_path / "pool", chosen="one")
+
+
 def test_two_adapters_of_one_name(base, adapter, tmp_path):
     first = adapter("one")
     again = shutil.copytree(first, tmp_path / "elsewhere/one")
@@ -316,7 +446,13 @@ def test_casting(base, adapter, tmp_path):
         for a, b in zip(got.factors[path], pair, strict=True):
             np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
     large = adapter("large", extra={f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), 1e6, np.float32)})
-    _refused("values of large overflow in float16: choose --dtype", base, [large], dry_run=True, dtype="float16")
+    _refused(
+        f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range",
+        base,
+        [large],
+        dry_run=True,
+        dtype="float16",
+    )
 
 
 def test_dtypes_that_change_between_layers(base, adapter, tmp_path):

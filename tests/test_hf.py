@@ -335,6 +335,41 @@ def test_weights_that_do_not_fit(base, change, message):
         load_base(base)
 
 
+@pytest.mark.parametrize("name", [_V, "shared.weight", "decoder.final_layer_norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: np.where(np.arange(a.size).reshape(a.shape) == a.size - 1, np.float32(np.nan), a),
+            "NaN or infinity",
+        ),
+        (lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, -np.float32(np.inf), a), "NaN or infinity"),
+        (lambda a: np.full(a.shape, 1e300), "NaN or infinity in float32"),
+        (lambda a: a.astype(np.int32), "has dtype int32: wanted floats"),
+        (lambda a: a > 0, "has dtype bool: wanted floats"),
+    ],
+)
+def test_weights_that_are_not_finite_floats_are_refused_by_name(base, name, change, message):
+    _change(base, lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}))
+    with pytest.raises(ValueError, match=f"^{base}: {name} (holds )?{message}"):
+        load_base(base)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", 5, None, ["x"]])
+def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
+    folder = _lay_out(base, tmp_path / "shards", "sharded safetensors")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][_V] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{folder}: .* is not a file inside this folder: refused"):
+        load_base(folder)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json holds no weight_map"):
+        load_base(folder)
+
+
 def test_files_that_are_missing_or_damaged(base, tmp_path):
     with pytest.raises(ValueError, match=r"is not a Hugging Face model: it has no config\.json"):
         read_config(tmp_path)

@@ -157,6 +157,7 @@ def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
         ({"alpha_pattern": {r"encoder\.block\.\d+.*": 3, "q": 5}}, 3 / 4),
         ({"alpha_pattern": {"q": 5, r"encoder\.block\.\d+.*": 3}}, 5 / 4),
         ({"alpha_pattern": {"k|q": 3}}, 3 / 4),
+        ({"alpha_pattern": {"q)|(v": 3}}, 3 / 4),
         ({"r": 16, "rank_pattern": {"q|v": 4}, "use_rslora": True}, 8 / 2),
     ],
 )
@@ -233,6 +234,10 @@ def test_safetensors_come_before_bin(write):
         ({"target_modules": ["q"]}, f"target_modules does not name {_V}; the tensors count"),
         ({"target_modules": "nothing"}, f"target_modules does not name {_V} and 1 more; the tensors count"),
         ({"target_modules": "(q"}, "target_modules '(q' is not a pattern"),
+        ({"target_modules": r"(\w+\.?)+x"}, f"target_modules does not name {_V} and 1 more"),
+        ({"target_modules": r"(\w+\.?)+[qv]"}, None),
+        ({"target_modules": "q{99999999999}"}, "target_modules 'q{99999999999}' is not a pattern"),
+        ({"target_modules": ["q", "v", *map(str, range(30_000))]}, "target_modules names 0, 1, 2, 3"),
         ({"target_modules": r".*Attention\.(q|v)"}, None),
         ({"target_modules": "all-linear", "layers_to_transform": [7]}, None),
         ({"target_modules": ["SelfAttention.q", "v", "v"]}, None),
@@ -326,6 +331,22 @@ def test_state_of_the_training_is_ignored(write):
         ({"lora_alpha": float("inf")}, "lora_alpha or alpha_pattern holds inf: wanted a number"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: wanted numbers by module name"),
         ({"alpha_pattern": {"(q": 1}}, r"alpha_pattern has the key '\(q', not a pattern"),
+        ({"target_modules": 5}, "target_modules is 5: wanted names of modules, or one pattern"),
+        ({"target_modules": True}, "target_modules is True: wanted names"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]: wanted names"),
+        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}: wanted names"),
+        ({"use_rslora": "false"}, "use_rslora is 'false': wanted true or false"),
+        ({"use_dora": 3}, "use_dora is 3: wanted true or false"),
+        ({"lora_alpha": 10**400}, r"lora_alpha or alpha_pattern holds 10000.*\.\.\..*: wanted a number that float32"),
+        ({"lora_alpha": 1e308}, "lora_alpha or alpha_pattern holds 1e.308: wanted a number that float32 holds"),
+        ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern holds nan: wanted a number"),
+        ({"rank_pattern": {"q{99999999999}": 4}}, "rank_pattern has the key .*repetition number is too large"),
+        ({"rank_pattern": {r"\1q": 4}}, "rank_pattern has the key .*a groupref, which is not followed here"),
+        ({"rank_pattern": {"(" * 4000 + ")" * 4000: 4}}, "rank_pattern has the key .*not a pattern: .*recursion"),
+        ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: wanted at most"),
+        ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\], which is unknown"),
+        ({"modules_to_save": ["x" * 5000] * 50}, r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full"),
+        ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: wanted at most 1,048,576"),
     ],
 )
 def test_configurations_refused_by_name(write, fields, message):
@@ -346,6 +367,7 @@ def test_fields_that_are_off_do_not_refuse(write, fields):
         ("{", r"adapter_config\.json: not JSON \(.*\): fetch the file again"),
         ("[1]", r"adapter_config\.json: holds a list: wanted the fields of PEFT's LoraConfig"),
         ("", r"adapter_config\.json: the file is empty"),
+        ('{"a":' + "[" * 100_000, r"adapter_config\.json: not JSON \(.*recursion"),
         (
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
             r"config\.json: this is a Git LFS pointer",
@@ -486,9 +508,33 @@ def test_factors_of_the_wrong_kind_or_shape(write, kind, array, message):
     _refused(write(tensors | {f"{_PREFIX}{_Q}.{kind}.weight": array}), message)
 
 
+@pytest.mark.parametrize(
+    ("name", "spelt"),
+    [("e" * 170_000, "'eee.*eee'"), (f"{_Q}\n.lora_A.weight", r"'encoder.*\\n.lora_A.weight'"), ("\x1b[2J", "'.x1b.2J'")],
+)
+def test_names_of_tensors_are_bounded(write, name, spelt):
+    folder = write(_TENSORS | {name: np.ones((4, 6), np.float32)})
+    _refused(folder, rf"a tensor is named {spelt}: wanted at most 400 printable characters")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RuntimeError("y" * 10_000), ValueError("z")])
+def test_whatever_an_adapter_brings_about_names_it_and_keeps_its_cause(write, monkeypatch, error):
+    def fail(*_arguments, **_keywords):
+        raise error
+
+    folder = write()
+    monkeypatch.setattr("lorafusion_jax.io.peft.collect", fail)
+    with pytest.raises(AdapterError, match=f"^{folder}: ") as caught:
+        read_adapter(folder)
+    assert caught.value.__cause__ is error
+    assert len(str(caught.value)) < 2_500
+    assert isinstance(error, ValueError) or type(error).__name__ in str(caught.value)
+
+
 def test_rank_that_the_config_denies(write):
     message = "has rank 4 in the tensors, but r and rank_pattern of adapter_config.json give 8: .*fetch both"
     _refused(write(r=8), message)
+    _refused(write(r=10**400), r"give 10000.*\.\.\..*: the two files do not belong together")
     _refused(write(rank_pattern={"q": 2}), "has rank 4 in the tensors.* give 2")
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from . import processes
-from .source import sha256
+from .source import inside, sha256
 
 _ARRAYS = "arrays"
 _MANIFEST = "manifest.json"
@@ -124,7 +124,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"{path.parent} is not {what}: it has no {path.name}")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}): restore it from a copy") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object: restore it from a copy")
@@ -181,9 +181,12 @@ def _steps(checkpoints: Path) -> list[Path]:
 
 
 def _check_files(root: Path, files: Mapping[str, str]) -> None:
-    """Raise a ValueError that names the first file which is missing below `root` or has another SHA-256."""
+    """Raise a ValueError that names the first file which is missing, not listed, or has another SHA-256."""
+    for path in (root / _ARRAYS).rglob("*"):
+        if path.is_file() and path.relative_to(root).as_posix() not in files:
+            raise ValueError(f"{path}: the manifest does not list this file: copy the whole folder again")
     for name, digest in files.items():
-        path = root / name
+        path = inside(root, name)
         if not path.is_file():
             raise ValueError(f"{path}: no such file, though the manifest lists it: copy the whole folder again")
         if sha256(path) != digest:

@@ -17,10 +17,11 @@ import numpy as np
 
 from .. import __version__
 from ..models.sites import linear_shapes
-from .checkpoint import new_folder, write_json
+from .checkpoint import new_folder
 from .hf import base_tensor, read_config
 from .peft import AdapterError, PeftAdapter, read_adapter
-from .pool import MANIFEST, check_fits, describe, save_adapter
+from .peft_tensors import MAGNITUDE
+from .pool import check_finite, check_fits, describe, save_adapter, write_manifest
 from .source import resolve, sha256
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
@@ -98,12 +99,11 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)
             entry, tree = describe(adapter, config)
-        except ValueError as error:
-            reason = str(error) if source in str(error) else f"{source}: {error}"
+        except AdapterError as error:
             if not options.skip_bad:
                 advice = "Nothing was written; --skip-bad leaves out such adapters and lists them."
-                raise AdapterError(f"{reason}. {advice}") from error
-            skipped.append({"source": source, "reason": reason})
+                raise AdapterError(f"{error}. {advice}") from error
+            skipped.append({"source": source, "reason": str(error)})
             continue
         entry["folder"] = f"adapters/{len(adapters):04d}"
         if folder is not None:
@@ -129,22 +129,21 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
     if folder is not None:
-        write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, manifest)
     return manifest
 
 
 def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:
-    def cast(array: np.ndarray) -> np.ndarray:
+    def cast(path: str, kind: str, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             out = array.astype(dtype)
-        if not np.isfinite(out).all():
-            raise AdapterError(f"values of {adapter.name} overflow in {dtype}: choose --dtype bfloat16")
+        check_finite(adapter, path, kind, out)
         return out
 
     return dataclasses.replace(
         adapter,
-        factors={path: (cast(a), cast(b)) for path, (a, b) in adapter.factors.items()},
-        magnitude=adapter.magnitude and {path: cast(m) for path, m in adapter.magnitude.items()},
+        factors={path: (cast(path, "lora_A", a), cast(path, "lora_B", b)) for path, (a, b) in adapter.factors.items()},
+        magnitude=adapter.magnitude and {path: cast(path, MAGNITUDE, m) for path, m in adapter.magnitude.items()},
     )
 
 

@@ -22,7 +22,7 @@ from ..models.t5 import T5, T5Config
 from . import safetensors_map, torch_bin
 from .buffers import aligned_zeros, copy_transposed
 from .checkpoint import new_folder, read_json
-from .source import check_lfs, resolve
+from .source import check_lfs, inside, resolve
 
 _CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
@@ -94,8 +94,8 @@ def load_base(
       quantise: one of `linear.QUANTISED_TYPES`, for all kernels and the head (unless tied); tiles along d_in.
 
     Raises:
-      ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected
-        or of another shape than the configuration says.
+      ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
+        not floats, not finite or of another shape than the configuration says.
     """
     folder = _fetch(source)
     tensors = _open(folder)
@@ -107,7 +107,7 @@ def load_base(
     slots = _slots(model)
     _check_tensors(folder, tensors, slots, config)
     for slot in slots:
-        weights = jax.device_put(_gather(slot, tensors, dtype))
+        weights = jax.device_put(_gather(folder, slot, tensors, dtype))
         if quantise and slot.transposed:
             weights = linear.quantise(weights, quantise, tiled_axis=-2)
         slot.variable.set_value(weights)
@@ -221,12 +221,16 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             check_lfs(index)
-            files = read_json(index, "a sharded model")["weight_map"]
-            shards = {file: load(folder / file) for file in set(files.values())}
-            for tensor, file in files.items():
-                if tensor not in shards[file]:
-                    raise ValueError(f"{folder / file} holds no {tensor}, though {index.name} says so: fetch it again")
-            return {tensor: shards[file][tensor] for tensor, file in files.items()}
+            files = read_json(index, "a sharded model").get("weight_map")
+            if not isinstance(files, dict):
+                raise ValueError(f"{index} holds no weight_map, which names the file of every tensor: fetch it again")
+            # Every name is checked before the first file is opened.
+            paths = [inside(folder, file) for file in files.values()]
+            shards = {path: load(path) for path in set(paths)}
+            for tensor, path in zip(files, paths, strict=True):
+                if tensor not in shards[path]:
+                    raise ValueError(f"{path} holds no {tensor}, though {index.name} says so: fetch it again")
+            return {tensor: shards[path][tensor] for tensor, path in zip(files, paths, strict=True)}
     raise ValueError(f"{folder} holds no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
 
 
@@ -239,6 +243,8 @@ def _check_tensors(folder: Path, tensors: Mapping[str, np.ndarray], slots: list[
     if unexpected := [name for name in tensors if name not in shapes and name not in optional]:
         raise ValueError(f"{folder}: the model has no place for {_some(unexpected)}: {advice}")
     for name, shape in shapes.items():
+        if tensors[name].dtype.kind in "biuc":
+            raise ValueError(f"{folder}: {name} has dtype {tensors[name].dtype}: wanted floats; save it unquantised")
         if tensors[name].shape != shape:
             raise ValueError(f"{folder}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
     for name in _COPIES_OF_SHARED:
@@ -250,14 +256,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _gather(slot: _Slot, tensors: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
+def _gather(folder: Path, slot: _Slot, tensors: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
     weights = aligned_zeros(slot.variable.shape, dtype)
     layers = weights if slot.stacked else weights[None]
     for name, layer in zip(slot.names, layers, strict=True):
-        if slot.transposed:
-            copy_transposed(tensors[name], layer)
-        else:
-            layer[...] = tensors[name]
+        with np.errstate(over="ignore"):
+            if slot.transposed:
+                copy_transposed(tensors[name], layer)
+            else:
+                layer[...] = tensors[name]
+        # As it is used: float64 may hold what float32 does not. 0.2 ns a number in float32, 0.9 in bfloat16.
+        if not np.isfinite(layer).all():
+            raise ValueError(f"{folder}: {name} holds NaN or infinity in {dtype}: fetch the weights again")
         _release(tensors[name])
     return weights
 

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from . import safetensors_map, torch_bin
-from .peft_config import AdapterError, check_config, site_scaling
+from .peft_config import AdapterError, check_config, scalings
 from .peft_tensors import MAGNITUDE, collect, target_warnings
 from .source import map_file, resolve
 
 _CONFIG = "adapter_config.json"
 _SAFETENSORS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
+_MAX_CONFIG = 1 << 20
+_LONGEST_REASON = 2_000
 _FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
 
 
@@ -71,9 +73,26 @@ def read_adapter(
             there is none. Full weights in the adapter are compared with it: ignored if equal, else refused.
 
     Raises:
-        AdapterError: The adapter cannot be used; the message says why and what to do.
-        ValueError: A file is missing, truncated, corrupt or a Git LFS pointer.
+        AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer; the
+            message names the adapter, and says why and what to do.
     """
+    try:
+        return _read(source, shapes, base_tensor)
+    except Exception as error:
+        # What the checks foresee is an AdapterError or a ValueError already. Whatever else a file brings about ends
+        # this adapter only; the traceback keeps the cause.
+        if isinstance(error, AdapterError) and source in str(error):
+            raise
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
+        raise AdapterError(reason if source in reason else f"{source}: {reason}") from error
+
+
+def _read(
+    source: str,
+    shapes: Mapping[str, tuple[int, int]] | None,
+    base_tensor: Callable[[str], np.ndarray] | None,
+) -> PeftAdapter:
     folder = resolve(source, patterns=(_CONFIG, _SAFETENSORS, _BIN))
     config_text, config = _read_config(folder)
     notes = list(check_config(config, where=str(folder / _CONFIG), compare_saved=base_tensor is not None))
@@ -83,11 +102,9 @@ def read_adapter(
     parts, ignored = collect(tensors, config, where=where, shapes=shapes, base_tensor=base_tensor)
     notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
 
-    scaling = {}
-    for path, part in parts.items():
-        scaling[path], warning = site_scaling(config, path, part["lora_A"][1].shape[0], where=where)
-        if warning:
-            notes.append(f"warning: {warning}")
+    ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
+    scaling, warnings = scalings(config, ranks, where=where)
+    notes += [f"warning: {warning}" for warning in warnings]
     notes += target_warnings(config, parts)
 
     dora = bool(config.get("use_dora"))
@@ -156,10 +173,13 @@ def _read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
     path = folder / _CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} has no {_CONFIG}: wanted the folder that PEFT's save_pretrained wrote")
-    text = bytes(map_file(path))
+    data = map_file(path)
+    if len(data) > _MAX_CONFIG:
+        raise AdapterError(f"{path}: has {len(data):,} bytes: wanted at most {_MAX_CONFIG:,}")
+    text = bytes(data)
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not JSON ({error}): fetch the file again") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds a {type(config).__name__}: wanted the fields of PEFT's LoraConfig")

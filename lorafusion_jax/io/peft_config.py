@@ -6,11 +6,18 @@ than a low-rank update would.
 """
 
 import math
-import re
-from collections.abc import Collection, Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from .patterns import Pattern, PatternError, Steps, Text
+
+# How PEFT looks a module up among the keys of a pattern: since 0.15, and up to 0.13.
 _PATTERN = r"(.*\.)?({})$"
+_OLD_PATTERN = r".*\.{}$"
+_MAX_KEYS = 2_000
 
 # Fields of no effect on a trained adapter's output, or that the tensors answer better.
 _IDLE = (
@@ -40,8 +47,23 @@ _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
 
+_SPELL = reprlib.Repr()
+_SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxother = 3, 120, 120
+
+
 class AdapterError(ValueError):
-    """An adapter that cannot be used: which file and key, what came, what was wanted, how to mend it."""
+    """An adapter that cannot be used: which file and key, what came, what was wanted, how to fix it."""
+
+
+def shown(value: Any) -> str:
+    """Spell a value of a file for a message, shortened: files may nest lists without end."""
+    return _SPELL.repr(value)
+
+
+def some(names: Sequence[str]) -> str:
+    """Spell the first of many names of a file for a message."""
+    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
+    return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool = False) -> tuple[str, ...]:
@@ -63,7 +85,7 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     if foreign:
         raise AdapterError(f"{where}: {foreign}: wanted a LoRA adapter saved by PEFT (peft_type LORA)")
     if config["peft_type"] != "LORA":
-        raise AdapterError(f"{where}: peft_type is {config['peft_type']!r}: wanted 'LORA'")
+        raise AdapterError(f"{where}: peft_type is {shown(config['peft_type'])}: wanted 'LORA'")
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
@@ -71,53 +93,83 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     bias = config.get("bias") or "none"
     if bias != "none":
         raise AdapterError(
-            f"{where}: bias is {bias!r}: trained biases are absolute values that cannot be mixed; "
+            f"{where}: bias is {shown(bias)}: trained biases are absolute values that cannot be mixed; "
             "retrain with bias='none'"
         )
     _check_init(config, where)
     if config.get("modules_to_save") and not compare_saved:
         raise AdapterError(
-            f"{where}: modules_to_save is {config['modules_to_save']}: modules trained in full cannot be "
+            f"{where}: modules_to_save is {shown(config['modules_to_save'])}: modules trained in full cannot be "
             "mixed; retrain without them, or give the base's weights: modules equal to the base are ignored"
         )
+    _check_types(config, where)
     _check_numbers(config, where)
     return tuple(_notes(config))
 
 
-def site_scaling(config: Mapping[str, Any], path: str, rank: int, *, where: str) -> tuple[float, str | None]:
-    """Return the factor on B A at one module, alpha / r or (rslora) alpha / sqrt(r), and a warning or None.
+def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], *, where: str) -> tuple[dict[str, float], list[str]]:
+    """Return the factor on B A of every module, alpha / r or (rslora) alpha / sqrt(r), and warnings.
 
     Patterns are looked up by the rule of PEFT since 0.15, for rank and alpha apart. Up to 0.13 one key served
-    both; the warning says where that would have given another scaling.
+    both; a warning says where that would have given another scaling.
+
+    Args:
+        config: The content of `adapter_config.json`, checked by `check_config`.
+        ranks: The rank of every module's tensors, by path.
+        where: The file, for messages.
 
     Raises:
-        AdapterError: The rank in the tensors is not the one that the configuration gives the module.
+        AdapterError: A rank in the tensors is not the one that the configuration gives the module, or the
+            patterns take too long to match.
     """
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    try:
+        return _scalings(config, ranks, where)
+    except PatternError as error:
+        raise AdapterError(f"{where}: rank_pattern and alpha_pattern of adapter_config.json: {error}") from None
+
+
+def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> tuple[dict[str, float], list[str]]:
+    rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     default_rank, default_alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    r = ranks.get(_first_match(ranks, _PATTERN, path), default_rank)
-    alpha = alphas.get(_first_match(alphas, _PATTERN, path), default_alpha)
-    if rank != r:
-        raise AdapterError(
-            f"{where}: {path} has rank {rank} in the tensors, but r and rank_pattern of adapter_config.json "
-            f"give {r}: the two files do not belong together; fetch both again, or correct r if you know it"
-        )
-    scaling = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    rank_patterns, alpha_patterns = _compile(_PATTERN, rank_of), _compile(_PATTERN, alpha_of)
     # A file that states its version (0.18 and later) was trained by the current rule.
-    if not (ranks or alphas) or config.get("peft_version"):
-        return scaling, None
-    shared_key = _first_match([*ranks, *alphas], r".*\.{}$", path)
-    old_rank, old_alpha = ranks.get(shared_key, default_rank), alphas.get(shared_key, default_alpha)
-    if (old_rank, old_alpha) == (r, alpha):
-        return scaling, None
-    return scaling, (
-        f"{path}: rank {r} and alpha {alpha} by the current rule for patterns; "
-        f"PEFT up to 0.13 would have taken rank {old_rank} and alpha {old_alpha}"
-    )
+    old_patterns = None if config.get("peft_version") else _old_patterns([*rank_of, *alpha_of])
+    found, warnings, steps = {}, [], Steps()
+    for path, rank in ranks.items():
+        text = Text(path, steps)
+        r = rank_of.get(_first_match(rank_patterns, text), default_rank)
+        alpha = alpha_of.get(_first_match(alpha_patterns, text), default_alpha)
+        if rank != r:
+            raise AdapterError(
+                f"{where}: {path} has rank {rank} in the tensors, but r and rank_pattern of adapter_config.json "
+                f"give {shown(r)}: the two files do not belong together; fetch both again, or correct r if you know it"
+            )
+        found[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+        if old_patterns:
+            key = _first_match(old_patterns, text)
+            old_rank, old_alpha = rank_of.get(key, default_rank), alpha_of.get(key, default_alpha)
+            if (old_rank, old_alpha) != (r, alpha):
+                warnings.append(
+                    f"{path}: rank {r} and alpha {alpha} by the current rule for patterns; "
+                    f"PEFT up to 0.13 would have taken rank {old_rank} and alpha {old_alpha}"
+                )
+    return found, warnings
 
 
-def _first_match(keys: Collection[str], pattern: str, path: str) -> str | None:
-    return next((key for key in keys if re.match(pattern.format(key), path)), None)
+def _compile(rule: str, keys: Iterable[str]) -> dict[str, Pattern]:
+    return {key: Pattern(rule.format(key)) for key in keys}
+
+
+def _old_patterns(keys: Sequence[str]) -> dict[str, Pattern] | None:
+    """Return the patterns of the rule up to PEFT 0.13, or None where that rule could not read a key."""
+    try:
+        return _compile(_OLD_PATTERN, keys)
+    except PatternError:
+        return None
+
+
+def _first_match(patterns: Mapping[str, Pattern], text: Text) -> str | None:
+    return next((key for key, pattern in patterns.items() if pattern.match(text)), None)
 
 
 def _foreign_format(config: Mapping[str, Any]) -> str | None:
@@ -128,48 +180,68 @@ def _foreign_format(config: Mapping[str, Any]) -> str | None:
         return "a configuration of AdapterHub (the adapters library)"
     if "lora_parameters" in config or "fine_tune_type" in config:
         return "a configuration of MLX (mlx-lm)"
-    if "lora_rank" in config or re.search("tunix|qwix", str(config.get("framework"))):
+    framework = config.get("framework")
+    if "lora_rank" in config or isinstance(framework, str) and ("tunix" in framework or "qwix" in framework):
         return "a configuration of tunix / qwix (JAX)"
     if "format" in config:
-        return f"a configuration of another tool's own format, {config['format']!r}"
-    return f"no peft_type among its fields {sorted(config)}, so not a configuration of PEFT"
+        return f"a configuration of another tool's own format, {shown(config['format'])}"
+    return f"no peft_type among its fields {shown(sorted(config))}, so not a configuration of PEFT"
 
 
 def _check_init(config: Mapping[str, Any], where: str) -> None:
     init = config.get("init_lora_weights")
-    if init is None or isinstance(init, bool) or str(init).lower() in _BASE_KEPT:
+    if init is None or isinstance(init, bool):
         return
-    name = next((name for key, name in _BASE_CHANGED.items() if str(init).lower().startswith(key)), None)
+    kind = init.lower() if isinstance(init, str) else ""
+    if kind in _BASE_KEPT:
+        return
+    name = next((name for key, name in _BASE_CHANGED.items() if kind.startswith(key)), None)
     if name:
-        mend = "re-save with path_initial_model_for_weight_conversion"
+        advice = "re-save with path_initial_model_for_weight_conversion"
         if name == "LoftQ":
-            mend = "PEFT has no path_initial_model_for_weight_conversion for it: retrain with another"
+            advice = "PEFT has no path_initial_model_for_weight_conversion for it: retrain with another"
         raise AdapterError(
-            f"{where}: init_lora_weights is {init!r}: {name} changes the base weights, so that the factors "
-            f"alone are not the update; {mend}"
+            f"{where}: init_lora_weights is {shown(init)}: {name} changes the base weights, so that the factors "
+            f"alone are not the update; {advice}"
         )
     raise AdapterError(
-        f"{where}: init_lora_weights is {init!r}, which is unknown and may change the base weights: "
+        f"{where}: init_lora_weights is {shown(init)}, which is unknown and may change the base weights: "
         f"wanted true, false, or one of {', '.join(_BASE_KEPT)}"
     )
+
+
+def _check_types(config: Mapping[str, Any], where: str) -> None:
+    for field in ("use_dora", "use_rslora"):
+        if config.get(field) not in (None, False, True):
+            raise AdapterError(f"{where}: {field} is {shown(config[field])}: wanted true or false")
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list) else [] if targets is None else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"{where}: target_modules is {shown(targets)}: wanted names of modules, or one pattern")
 
 
 def _check_numbers(config: Mapping[str, Any], where: str) -> None:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(patterns, dict):
-            raise AdapterError(f"{where}: {field} is {patterns!r}: wanted numbers by module name")
+            raise AdapterError(f"{where}: {field} is {shown(patterns)}: wanted numbers by module name")
+        if len(patterns) > _MAX_KEYS:
+            raise AdapterError(f"{where}: {field} has {len(patterns):,} keys: wanted at most {_MAX_KEYS:,}")
         for key in patterns:
             try:
-                re.compile(_PATTERN.format(key))
-            except re.error as error:
-                raise AdapterError(f"{where}: {field} has the key {key!r}, not a pattern: {error}") from None
+                Pattern(_PATTERN.format(key))
+            except PatternError as error:
+                raise AdapterError(f"{where}: {field} has the key {shown(key)}, not a pattern: {error}") from None
     for r in (config.get("r", 8), *ranks.values()):
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise AdapterError(f"{where}: r or rank_pattern holds {r!r}: wanted a positive integer")
+            raise AdapterError(f"{where}: r or rank_pattern holds {shown(r)}: wanted a positive integer")
+    limit = float(np.finfo(np.float32).max)
     for alpha in (config.get("lora_alpha", 8), *alphas.values()):
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise AdapterError(f"{where}: lora_alpha or alpha_pattern holds {alpha!r}: wanted a number")
+        # Compared as it is: JSON holds integers that no float does.
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -limit <= alpha <= limit:
+            raise AdapterError(
+                f"{where}: lora_alpha or alpha_pattern holds {shown(alpha)}: wanted a number that float32 holds"
+            )
 
 
 def _notes(config: Mapping[str, Any]) -> list[str]:
@@ -179,5 +251,5 @@ def _notes(config: Mapping[str, Any]) -> list[str]:
         notes.append(f"without effect on the trained adapter, kept for re-saving: {', '.join(idle)}")
     unknown = sorted(set(config) - set(_KNOWN) - set(_IDLE) - set(_OTHER_FORWARD))
     if unknown:
-        notes.append(f"warning: unknown to PEFT up to 0.21, ignored: {', '.join(unknown)}")
+        notes.append(f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}")
     return notes

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .peft_config import AdapterError
+from .patterns import Pattern, PatternError, Steps, Text
+from .peft_config import AdapterError, shown, some
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
 _FACTOR = re.compile(
@@ -26,6 +27,8 @@ _OTHER_TENSORS = {
     "lora_": "a tensor that plain LoRA does not have",
 }
 MAGNITUDE = "lora_magnitude_vector"
+# The longest name in a T5 has 90 characters, with all wrappers 150.
+_MAX_NAME, _MAX_TENSORS = 400, 100_000
 _EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
 
 # The tensors of one module: {lora_A, lora_B or lora_magnitude_vector: (key, array)}.
@@ -70,20 +73,29 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
         return []
     if isinstance(targets, str):
         try:
-            strays = [path for path in paths if not re.fullmatch(targets, path)]
-        except re.error as error:
-            return [f"warning: target_modules {targets!r} is not a pattern ({error}); the tensors count"]
+            pattern, steps = Pattern(targets), Steps()
+            strays = [path for path in paths if not pattern.fullmatch(Text(path, steps))]
+        except PatternError as error:
+            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors count"]
         idle = []
     else:
-        strays = [path for path in paths if not any(f".{path}".endswith(f".{target}") for target in targets)]
-        idle = [target for target in targets if not any(f".{path}".endswith(f".{target}") for path in paths)]
+        ends = {path: _ends(path) for path in paths}
+        strays = [path for path in paths if ends[path].isdisjoint(targets)]
+        named = set().union(*ends.values())
+        idle = [target for target in targets if target not in named]
     warnings = []
     if strays:
         more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
         warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors count")
     if idle:
-        warnings.append(f"warning: target_modules names {', '.join(idle)}, for which there are no tensors")
+        warnings.append(f"warning: target_modules names {some(idle)}, for which there are no tensors")
     return warnings
+
+
+def _ends(path: str) -> set[str]:
+    """Return the names by which target_modules may mean a path: its last parts."""
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def _sort(
@@ -94,7 +106,13 @@ def _sort(
 ) -> tuple[dict[str, Part], dict[str, str]]:
     parts: dict[str, Part] = {}
     ignored = {}
+    if len(tensors) > _MAX_TENSORS:
+        raise AdapterError(f"{where} holds {len(tensors):,} tensors: wanted at most {_MAX_TENSORS:,}")
     for key, array in tensors.items():
+        if len(key) > _MAX_NAME or not key.isprintable():
+            raise AdapterError(
+                f"{where}: a tensor is named {shown(key)}: wanted at most {_MAX_NAME} printable characters"
+            )
         match = _FACTOR.fullmatch(key)
         if match is None:
             ignored[key] = _reason_to_ignore(where, key, array, config, base_tensor)
@@ -133,7 +151,7 @@ def _reason_to_ignore(
         kind = "a trained bias"
     elif name.split(".")[-2:][0] in _EMBEDDINGS:
         kind = "an embedding"
-    got = f"{where}: {key} {list(array.shape)} is {kind} (modules_to_save is {config.get('modules_to_save')})"
+    got = f"{where}: {key} {list(array.shape)} is {kind} (modules_to_save is {shown(config.get('modules_to_save'))})"
     if base_tensor is None:
         raise AdapterError(f"{got}: give the base's weights to compare it with; a copy of them is ignored")
     try:
@@ -142,7 +160,9 @@ def _reason_to_ignore(
         task = config.get("task_type")
         head = f" (task_type {task} trains a head of its own)" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
         raise AdapterError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
-    if base.shape != array.shape or not np.array_equal(base.astype(array.dtype), array):
+    with np.errstate(over="ignore", invalid="ignore"):
+        same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
+    if not same:
         raise AdapterError(
             f"{got}, and it differs from the base's {name} {list(base.shape)}: it cannot be mixed; "
             "retrain without it, or give the base that it was trained with"
@@ -205,7 +225,7 @@ def _check_shapes(
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
     raise AdapterError(
         f"{where}: {wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; "
-        f"give the base that the adapter was trained on, {config.get('base_model_name_or_path')!r}"
+        f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
     )
 
 

@@ -1,6 +1,6 @@
 """A converted pool on disk, and from adapters to the stacked arrays of a `LoraPool`.
 
-    manifest.json                        what there is, where it came from, a SHA-256 of every other file
+    manifest.json                        what there is, where it came from, a SHA-256 of every other file and of itself
     adapters/0000/arrays                 orbax: site -> A [L, r, d_in], B [L, d_out, r] (DoRA: magnitude [L, d_out])
     adapters/0000/adapter_config.json    PEFT's configuration, byte for byte
     adapters/0000/keys.json              how its file spelt the tensors' names
@@ -11,6 +11,7 @@ layers without an adapter are zeros of rank 0, smaller ranks are padded. In a `L
 Axis letters: L layer, N adapters, r rank.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,9 +29,12 @@ from ..models.t5 import T5Config
 from .buffers import aligned_zeros
 from .checkpoint import read_arrays, read_json, write_arrays, write_json
 from .peft import AdapterError, PeftAdapter, read_adapter
-from .source import sha256
+from .peft_config import scalings
+from .peft_tensors import MAGNITUDE
+from .source import inside, sha256
 
-MANIFEST = "manifest.json"
+_MANIFEST = "manifest.json"
+_DIGEST = "sha256"
 _CONFIG = "adapter_config.json"
 _KEYS = "keys.json"
 # In the tree of arrays beside the sites: tensors of the source that are not applied, for an exact re-save.
@@ -52,14 +56,16 @@ def read_pool(
     """Read adapters of PEFT straight into a pool, without a converted pool on disk.
 
     Args:
-      sources: folders or hub ids; their last parts are the names.
+      sources: a list of folders or hub ids; their last parts are the names.
       config: of the base model.
       base_tensor: as in `peft.read_adapter`.
       dtype: of the pool's arrays.
 
     Raises:
-      ValueError: an adapter cannot be used, or not beside the others.
+      ValueError: an adapter cannot be used, or not next to the others; or `sources` is a single one.
     """
+    if isinstance(sources, str | Path):
+        raise ValueError(f"sources is {str(sources)!r}, a single adapter: wanted a list, read_pool([{str(sources)!r}])")
     # One after the other: what is left of reading is Python, which threads do not share out.
     shapes = linear_shapes(config)
     adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor) for source in sources]
@@ -77,6 +83,8 @@ def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, 
     Raises:
       ValueError: the folder is no pool, a file is missing or damaged, or the pool has no such adapter.
     """
+    if isinstance(chosen, str):
+        raise ValueError(f"chosen is {chosen!r}, a single adapter: wanted a list, chosen=[{chosen!r}]")
     folder = Path(folder)
     manifest = read_manifest(folder)
     names = tuple(entry["name"] for entry in manifest["adapters"])
@@ -88,7 +96,7 @@ def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, 
     stack = _Stack([entry["name"] for entry in entries], [entry["sites"] for entry in entries], config, dtype)
 
     def fill(number: int) -> None:
-        stack.fill(number, _load_adapter(folder, entries[number]))
+        stack.fill(number, _load_adapter(folder, entries[number], config))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(fill, range(len(entries))))
@@ -99,13 +107,32 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read the manifest of a converted pool.
 
     Raises:
-      ValueError: the folder is no converted pool.
+      ValueError: the folder is no converted pool, or its manifest was altered or states no digest of itself.
     """
-    folder = Path(folder)
-    manifest = read_json(folder / MANIFEST, "a converted pool")
+    path = Path(folder) / _MANIFEST
+    manifest = read_json(path, "a converted pool")
     if "adapters" not in manifest:
-        raise ValueError(f"{folder / MANIFEST} lists no adapters: it is not the manifest of a converted pool")
+        raise ValueError(f"{path} lists no adapters: it is not the manifest of a converted pool")
+    digest = manifest.pop(_DIGEST, None)
+    if digest is None:
+        raise ValueError(
+            f"{path} states no SHA-256 of itself (it was edited, or is of an older version): convert the adapters again"
+        )
+    if digest != _digest(manifest):
+        raise ValueError(
+            f"{path}: damaged or altered, its SHA-256 is not the one that it states: "
+            "restore it from a copy, or convert the adapters again"
+        )
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a converted pool, with a SHA-256 of itself."""
+    write_json(folder / _MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_adapter_from_pool(folder: Path, name: str) -> PeftAdapter:
@@ -114,10 +141,11 @@ def read_adapter_from_pool(folder: Path, name: str) -> PeftAdapter:
     Raises:
       ValueError: the folder is no pool, has no such adapter, or a file is missing or damaged.
     """
-    entries = {entry["name"]: entry for entry in read_manifest(folder)["adapters"]}
+    manifest = read_manifest(folder)
+    entries = {entry["name"]: entry for entry in manifest["adapters"]}
     if name not in entries:
         raise ValueError(f"{folder} has no adapter {name!r}: it holds {', '.join(entries)}")
-    return _load_adapter(folder, entries[name])
+    return _load_adapter(folder, entries[name], T5Config(**manifest["base"]["config"]))
 
 
 def check_base(manifest: Mapping[str, Any], config: T5Config) -> None:
@@ -154,8 +182,11 @@ def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _T
     """Return an adapter's entry in the manifest, but for its files, and the tree of arrays to write.
 
     Raises:
-      AdapterError: the adapter's dtype changes from layer to layer of a site.
+      AdapterError: the adapter's dtype changes from layer to layer of a site, or its numbers are infinite in a pool.
     """
+    for path in adapter.factors:
+        for kind, array in _values(adapter, path).items():
+            check_finite(adapter, path, kind, array)
     arrays = [array for pair in adapter.factors.values() for array in pair]
     arrays += (adapter.magnitude or {}).values()
     entry = {
@@ -181,9 +212,16 @@ def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) ->
     return record
 
 
-def _load_adapter(pool: Path, entry: Mapping[str, Any]) -> PeftAdapter:
-    folder = pool / entry["folder"]
+def _load_adapter(pool: Path, entry: Mapping[str, Any], base: T5Config) -> PeftAdapter:
+    folder = inside(pool, entry["folder"])
+    if missing := {_CONFIG, _KEYS} - entry["files"].keys():
+        raise ValueError(
+            f"{folder}: the manifest lists no {' and no '.join(sorted(missing))}: convert the adapters again"
+        )
     tree = read_arrays(folder, entry)
+    _check_arrays(folder, entry, tree, sites(base))
+    text = (folder / _CONFIG).read_bytes()
+    config = json.loads(text)
     factors, scaling, magnitude = {}, {}, {}
     for site, row in entry["sites"].items():
         for layer, (rank, scale) in enumerate(zip(row["rank"], row["scaling"], strict=True)):
@@ -193,12 +231,17 @@ def _load_adapter(pool: Path, entry: Mapping[str, Any]) -> PeftAdapter:
                 scaling[path] = scale
                 if entry["dora"]:
                     magnitude[path] = tree[site]["magnitude"][layer]
-    text = (folder / _CONFIG).read_bytes()
+    ranks = {path: len(a) for path, (a, _) in factors.items()}
+    if scaling != scalings(config, ranks, where=str(folder))[0]:
+        raise ValueError(
+            f"{folder}: the manifest's scalings are not those of {_CONFIG}: restore it from a copy, "
+            "or convert the adapters again"
+        )
     return PeftAdapter(
         name=entry["name"],
         source=entry["source"],
         weights=folder / "arrays",
-        config=json.loads(text),
+        config=config,
         config_text=text,
         factors=factors,
         scaling=scaling,
@@ -207,6 +250,60 @@ def _load_adapter(pool: Path, entry: Mapping[str, Any]) -> PeftAdapter:
         kept=tree.get(_KEPT, {}),
         notes=tuple(entry["notes"]),
     )
+
+
+def _check_arrays(folder: Path, entry: Mapping[str, Any], tree: _Tree, shapes: Mapping[str, Site]) -> None:
+    """Raise a ValueError where an adapter's arrays are not of the ranks that the manifest gives it."""
+    if tree.keys() - {_KEPT} != entry["sites"].keys():
+        raise ValueError(f"{folder}: the manifest lists other sites than its arrays are of: convert the adapters again")
+    for site, row in entry["sites"].items():
+        (layers, d_in, d_out), ranks, r = shapes[site], row["rank"], tree[site]["A"].shape[1]
+        wanted = {"A": (layers, r, d_in), "B": (layers, d_out, r)} | (
+            {"magnitude": (layers, d_out)} if entry["dora"] else {}
+        )
+        fits = wanted == {name: array.shape for name, array in tree[site].items()} and len(ranks) == layers
+        # Behind a layer's rank there is padding alone.
+        if (
+            not fits
+            or max(ranks) != r
+            or any(
+                n < 0 or tree[site]["A"][layer, n:].any() or tree[site]["B"][layer, :, n:].any()
+                for layer, n in enumerate(ranks)
+            )
+        ):
+            raise ValueError(
+                f"{folder}: {site} has ranks {ranks} in the manifest, which its arrays do not have: "
+                "restore the manifest from a copy, or convert the adapters again"
+            )
+
+
+def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
+    """Raise an AdapterError if numbers of an adapter are infinite in the dtype and the scale of a pool.
+
+    Args:
+      adapter: where they come from.
+      path: of the module.
+      kind: which of its tensors.
+      array: the numbers as the pool holds them.
+    """
+    if not np.isfinite(array).all():
+        raise AdapterError(
+            f"{adapter.source}: {path}.{kind} is infinite in {array.dtype} with the scaling {adapter.scaling[path]:g}: "
+            "choose a dtype of wider range, or correct lora_alpha or the tensor"
+        )
+
+
+def _values(adapter: PeftAdapter, path: str) -> dict[str, np.ndarray]:
+    """Return what a pool holds of one module, by kind: A [d_in, r], scaled B [r, d_out], DoRA's magnitude [d_out]."""
+    a, b = adapter.factors[path]
+    with np.errstate(over="ignore"):
+        values = {
+            "lora_A": a.astype(np.float32, copy=False).T,
+            "lora_B": b.astype(np.float32, copy=False).T * np.float32(adapter.scaling[path]),
+        }
+        if adapter.magnitude is not None:
+            values[MAGNITUDE] = adapter.magnitude[path].astype(np.float32, copy=False)
+    return values
 
 
 def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
@@ -283,13 +380,16 @@ class _Stack:
         magnitude: dict[str, np.ndarray] = {}
         if adapter.magnitude is not None:
             self.magnitude = magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
-        for path, (a, b) in adapter.factors.items():
+        for path, (a, _) in adapter.factors.items():
             site, layer = _located(path)
             r = a.shape[0]
-            self.A[site][layer, number, :, :r] = a.T
-            self.B[site][layer, number, :r] = b.astype(np.float32, copy=False).T * self.scaling[site][layer, number]
+            places = {"lora_A": self.A[site][layer, number, :, :r], "lora_B": self.B[site][layer, number, :r]}
             if adapter.magnitude is not None:
-                magnitude[site][layer] = adapter.magnitude[path]
+                places[MAGNITUDE] = magnitude[site][layer]
+            for kind, values in _values(adapter, path).items():
+                with np.errstate(over="ignore"):
+                    places[kind][...] = values
+                check_finite(adapter, path, kind, places[kind])
 
     def pool(self) -> LoraPool:
         """Return the pool; nothing may be put in any more."""

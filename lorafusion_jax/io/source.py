@@ -3,8 +3,10 @@
 import hashlib
 import mmap
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -46,6 +48,18 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             f"{source!r} is no folder here, and fetching it from the hub failed: {reason} "
             "(check the spelling, the network and HF_HUB_OFFLINE)"
         ) from error
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """Return `folder / name`, for a name that a file gives.
+
+    Raises:
+        ValueError: The name leads out of the folder, or is not a name.
+    """
+    # Not by resolving links: the hub's cache keeps every file as a link to a folder elsewhere.
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
+        raise ValueError(f"{folder}: {reprlib.repr(name)} is not a file inside this folder: refused")
+    return folder / name
 
 
 def check_lfs(path: Path) -> None:

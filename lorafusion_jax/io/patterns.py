@@ -1,0 +1,233 @@
+"""Regular expressions that files bring along, matched in bounded time.
+
+Python's `re` tries one way after another, and a short pattern has it try 2 ** 60. Here all ways are followed at
+once: a set of positions in the text, the bits of an integer, goes through the pattern that `re` itself has parsed.
+What matches is the same. Back-references, possessive repeats and flags are refused: sets of positions cannot follow
+the first two.
+"""
+
+import importlib
+import re
+import warnings
+from typing import Any
+
+# The parser of `re`, private but the same in Python 3.11 to 3.14: a second one would not agree with the first.
+_parser: Any = importlib.import_module("re._parser")
+
+_MAX_LENGTH = 10_000
+_MAX_DEPTH = 30
+# For all patterns and texts of one file: about 5 seconds.
+_MAX_STEPS = 5_000_000
+_CATEGORIES = {
+    "DIGIT": str.isdecimal,
+    "SPACE": str.isspace,
+    "WORD": lambda character: character.isalnum() or character == "_",
+}
+
+_ONE_CHARACTER = ("ANY", "NOT_LITERAL", "IN")
+
+# What is followed, in order: (kind, its arguments ...).
+_Nodes = list[tuple[Any, ...]]
+
+
+class PatternError(ValueError):
+    """A pattern that is not valid, or that cannot be matched in bounded time."""
+
+
+class Steps:
+    """How much matching one file may still cost."""
+
+    def __init__(self) -> None:
+        self.left = _MAX_STEPS
+
+    def take(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise PatternError(f"the patterns take more than {_MAX_STEPS:,} steps to match: use simpler or fewer ones")
+
+
+class Pattern:
+    """A regular expression that has been parsed and checked.
+
+    Raises:
+        PatternError: The text is not a pattern, is too long, or has parts that are not followed here.
+    """
+
+    def __init__(self, text: str):
+        if len(text) > _MAX_LENGTH:
+            raise PatternError(f"it has {len(text):,} characters: wanted at most {_MAX_LENGTH:,}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what a future `re` may read in another way
+                tree = _parser.parse(text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise PatternError(str(error)) from None
+        if tree.state.flags != re.UNICODE.value:
+            raise PatternError("it sets flags: write out what it matches")
+        self._nodes = _translate(tree, 0)
+
+    def match(self, text: "Text") -> bool:
+        """Return whether a start of the text matches, as `re.match` does."""
+        return bool(text.ends(self._nodes, 1))
+
+    def fullmatch(self, text: "Text") -> bool:
+        """Return whether the whole text matches, as `re.fullmatch` does."""
+        return bool(text.ends(self._nodes, 1) >> text.length)
+
+
+def _translate(tree: Any, depth: int) -> _Nodes:
+    if depth > _MAX_DEPTH:
+        raise PatternError(f"it nests deeper than {_MAX_DEPTH} levels")
+    nodes: _Nodes = []
+    for opcode, argument in tree:
+        kind = str(opcode)
+        if kind == "LITERAL":
+            literal = nodes.pop()[1] if nodes and nodes[-1][0] == "LITERAL" else ""
+            nodes.append((kind, literal + chr(argument)))
+        elif kind in ("ANY", "NOT_LITERAL"):
+            nodes.append((kind, argument))
+        elif kind == "IN":
+            nodes.append((kind, tuple((str(item), value) for item, value in argument)))
+        elif kind == "AT":
+            nodes.append((kind, str(argument)))
+        elif kind == "BRANCH":
+            nodes.append((kind, [_translate(part, depth + 1) for part in argument[1]]))
+        elif kind == "SUBPATTERN" and not (argument[1] or argument[2]):
+            nodes.append(("BRANCH", [_translate(argument[3], depth + 1)]))
+        elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, part = argument
+            nodes.append(("REPEAT", least, most, _translate(part, depth + 1)))
+        elif kind in ("ASSERT", "ASSERT_NOT"):
+            direction, part = argument
+            back = part.getwidth()[0] if direction < 0 else None
+            nodes.append((kind, back, _translate(part, depth + 1)))
+        elif kind == "FAILURE":
+            nodes.append(("BRANCH", []))
+        else:
+            raise PatternError(f"it has a {kind.lower().replace('_', ' ')}, which is not followed here")
+    return nodes
+
+
+class Text:
+    """A text to match patterns with. Bit p of a set of positions stands for the place before character p."""
+
+    def __init__(self, text: str, steps: Steps):
+        self.length = len(text)
+        self._text, self._steps = text, steps
+        self._characters: dict[str, int] = {}
+        for place, character in enumerate(text):
+            self._characters[character] = self._characters.get(character, 0) | 1 << place
+        self._found: dict[tuple[Any, ...], int] = {}
+
+    def ends(self, nodes: _Nodes, starts: int) -> int:
+        """Return where a pattern may end that begins at one of the positions."""
+        for node in nodes:
+            if not starts:
+                return 0
+            self._steps.take()
+            starts = self._follow(node, starts)
+        return starts
+
+    def _follow(self, node: tuple[Any, ...], starts: int) -> int:
+        kind = node[0]
+        if kind == "LITERAL":
+            return (starts & self._places(node)) << len(node[1])
+        if kind in _ONE_CHARACTER:
+            return (starts & self._places(node)) << 1
+        if kind == "AT":
+            return starts & self._places(node)
+        if kind == "BRANCH":
+            found = 0
+            for part in node[1]:
+                found |= self.ends(part, starts)
+            return found
+        if kind == "REPEAT":
+            _, least, most, part = node
+            return self._repeat(least, most, part, starts)
+        _, back, part = node
+        return self._look(back, part, starts, wanted=kind == "ASSERT")
+
+    def _repeat(self, least: int, most: int, part: _Nodes, starts: int) -> int:
+        # After as many turns as there are positions, another turn changes nothing.
+        turns = self.length + 1
+        for _ in range(min(least, turns)):
+            starts = self.ends(part, starts)
+        if most - least >= self.length and len(part) == 1 and part[0][0] in _ONE_CHARACTER:
+            # Adding carries a position through a run of such characters: MatchStar of Cameron et al. (PACT 2014).
+            places = self._places(part[0])
+            return (((starts & places) + places) ^ places) | starts
+        found = new = starts
+        for _ in range(min(most - least, turns)):
+            new = self.ends(part, new) & ~found
+            if not new:
+                break
+            found |= new
+        return found
+
+    def _look(self, back: int | None, part: _Nodes, starts: int, *, wanted: bool) -> int:
+        """Keep the positions where an assertion holds about what follows, or about the `back` characters before."""
+        kept = 0
+        for place in range(self.length + 1):
+            here = 1 << place
+            if not starts & here:
+                continue
+            if back is None:
+                holds = bool(self.ends(part, here))
+            else:
+                holds = place >= back and bool(self.ends(part, here >> back) & here)
+            if holds == wanted:
+                kept |= here
+        return kept
+
+    def _places(self, node: tuple[Any, ...]) -> int:
+        """Return where a literal, an item that takes one character, or an anchor fits."""
+        if node not in self._found:
+            kind, argument = node
+            if kind == "LITERAL":
+                self._found[node] = self._occurrences(argument)
+            elif kind == "AT":
+                self._found[node] = self._anchor(argument)
+            else:
+                places = (at for character, at in self._characters.items() if _takes(kind, argument, character))
+                self._found[node] = sum(places)  # no two characters are in one place
+        return self._found[node]
+
+    def _occurrences(self, literal: str) -> int:
+        found, place = 0, self._text.find(literal)
+        while place >= 0:
+            found |= 1 << place
+            place = self._text.find(literal, place + 1)
+        return found
+
+    def _anchor(self, name: str) -> int:
+        last = 1 << self.length
+        if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+            return 1
+        if name == "AT_END_STRING":
+            return last
+        if name == "AT_END":
+            return last | (last >> 1 if self._text.endswith("\n") else 0)
+        words = sum(at for character, at in self._characters.items() if _CATEGORIES["WORD"](character))
+        # A boundary has a word's character on one side alone. In an empty text `re` finds neither of the two.
+        boundary = words ^ (words << 1)
+        if name == "AT_BOUNDARY":
+            return boundary
+        return ~boundary if self._text else 0
+
+
+def _takes(kind: str, argument: Any, character: str) -> bool:
+    if kind == "NOT_LITERAL":
+        return ord(character) != argument
+    if kind == "ANY":
+        return character != "\n"
+    negated = argument[0][0] == "NEGATE"
+    return negated != any(_holds(item, value, character) for item, value in argument[negated:])
+
+
+def _holds(kind: str, value: Any, character: str) -> bool:
+    if kind == "LITERAL":
+        return ord(character) == value
+    if kind == "RANGE":
+        return value[0] <= ord(character) <= value[1]
+    name = str(value).removeprefix("CATEGORY_")
+    return _CATEGORIES[name.removeprefix("NOT_")](character) != name.startswith("NOT_")
