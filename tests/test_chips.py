@@ -17,11 +17,11 @@ from lorafusion_jax.crossbar.config import ADC, Cell, CrossbarConfig, Mapping
 from lorafusion_jax.crossbar.device import Device
 from lorafusion_jax.crossbar.drift import PowerLaw
 from lorafusion_jax.crossbar.presets import PRESETS as ARRAYS
-from lorafusion_jax.crossbar.structure import split_config
 from lorafusion_jax.crossbar.programming import Independent, Proportional
 from lorafusion_jax.crossbar.saved import load_state
 from lorafusion_jax.crossbar.serialise import save_config
 from lorafusion_jax.crossbar.state import programmed_weights
+from lorafusion_jax.crossbar.structure import split_config
 from lorafusion_jax.linear import dense
 from lorafusion_jax.models.t5 import matrices
 from lorafusion_jax.train.apply import EvaluateOptions, evaluate_run

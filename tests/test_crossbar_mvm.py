@@ -19,8 +19,7 @@ from lorafusion_jax.crossbar.programming import Independent, Proportional
 from lorafusion_jax.crossbar.state import program, programmed_weights
 
 KEY = jax.random.key(11)
-# The package's attribute of this name is the function.
-module = importlib.import_module("lorafusion_jax.crossbar.mvm")
+module = importlib.import_module("lorafusion_jax.crossbar.definition")
 UNIT = Encoding(kind="offset", unit_column=True)
 NOISY = Device(programming=Independent(0.05))
 

@@ -55,7 +55,7 @@ def _slices(n: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
 
 def _oracle(n: np.ndarray, cells: np.ndarray, adc: Converter, bits: tuple[int, ...]) -> np.ndarray:
     sums = np.einsum("jbri,krio->rjkbo", _slices(n, bits), cells)
-    scaled = sums.astype(np.float32) * np.asarray(adc.inv_lsb)[:, None, None]
+    scaled = sums.astype(np.float32) * np.asarray(adc.scale)[:, None, None]
     codes = np.clip(np.rint(scaled), adc.qmin, adc.qmax)
     worth = 2.0 ** np.cumsum([0, *bits[:-1]])
     return np.einsum("j,rjkbo->kbo", worth, codes.astype(np.float64))
@@ -293,8 +293,8 @@ def test_under_vmap_over_chips():
 def test_in_float64():
     with jax.enable_x64(True):
         n, cells, bits = _codes(False, "random"), _cells("random"), (1,) * 8
-        packing, adc = _packing(cells, 1, False, INT_BITS), _adc()._replace(inv_lsb=jnp.asarray([0.5, 1.5, 0.25, 2.75]))
-        assert adc.inv_lsb.dtype == jnp.float64
+        packing, adc = _packing(cells, 1, False, INT_BITS), _adc()._replace(scale=jnp.asarray([0.5, 1.5, 0.25, 2.75]))
+        assert adc.scale.dtype == jnp.float64
         x, g = jnp.asarray(n, jnp.float64), jnp.asarray(cells, jnp.float64)
         expected = loop(x, g, adc, bits)
         found = lookup(x, pack(g, packing, 1, signed=False), packing, adc, bits, signed=False)

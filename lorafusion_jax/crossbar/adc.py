@@ -6,7 +6,7 @@ S is a column's sum in level units (see `encoding`). Signed sums have 2^b - 1 co
 zero. One unit of current is one cell at Gmax under a full-scale pulse: limits are given in it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,37 @@ from .values import is_traced
 class Converter(NamedTuple):
     """The quantiser of every weight slice, in level units.
 
+    An integer sum can lie half-way between two codes, which only an exact quotient shows: S qmax / span with both
+    products integers below 2^24, or S times a power of two.
+
     Attributes:
-      inv_lsb: [R, K] codes per level unit; R is 1 where all row tiles have one range. [K] for the kernels.
+      scale: [R, K], R is 1 where all row tiles have one range; [K] for the kernels. The codes per level unit, or,
+        where the converter divides, the sum that the highest code stands for.
       qmin: lowest code.
       qmax: highest code.
+      divides: whether `scale` is divided by.
       rounds: False for the smooth surrogate, which only clips.
     """
 
-    inv_lsb: Float[Array, "*_R K"]
+    scale: Float[Array, "*_R K"]
     qmin: int
     qmax: int
+    divides: bool = False
     rounds: bool = True
 
-    def __call__(self, sums: Float[Array, "..."], inv_lsb: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return the codes of sums, given the part of `inv_lsb` that applies to them."""
-        scaled = sums * inv_lsb
+    @property
+    def lsb(self) -> Float[Array, "*_R K"]:
+        """Level units that one code stands for."""
+        return self.scale / self.qmax if self.divides else 1 / self.scale
+
+    def __call__(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the codes of sums, given the part of `scale` that applies to them."""
+        scaled = self.scaled(sums, scale)
         return jnp.clip(jnp.round(scaled) if self.rounds else scaled, self.qmin, self.qmax)
+
+    def scaled(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return sums in units of a code, neither rounded nor clipped."""
+        return sums * self.qmax / scale if self.divides else sums * scale
 
 
 def level_units(config: CrossbarConfig) -> tuple[Any, ...]:
@@ -56,8 +71,9 @@ def codes(config: CrossbarConfig) -> tuple[int, int]:
 def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype) -> Array | np.ndarray | None:
     """Return the limits that follow from the configuration; None where they are calibrated from data.
 
-    `max` is the rows of each tile, halved where flipped columns halve what an array produces. (CrossSim rounds it to
-    a power of two for sliced offset encoding.) `granular` is the highest code times one level.
+    `max` is the rows of each tile. Where columns are flipped it is the largest current that one of them or the unit
+    column can bring, Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is
+    the highest code times one level.
 
     Args:
       config: of the crossbar.
@@ -79,9 +95,13 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
             )
         return given[None] if given.ndim == 2 else given
     if adc.range == "max":
-        share = 2 if config.encoding.flip else 1
         heights = (max(rows),) if len(set(rows)) == 1 else rows
-        top = np.asarray([[height / share for _ in config.weight_slices] for height in heights], dtype)
+        shares = [1.0] * len(config.weight_slices)
+        if config.encoding.flip:
+            cells = [max(0.5, 1 / level) for level in encoding.levels(config)]
+            shares = [config.g_min + (1 - config.g_min) * share for share in cells]
+        stacked = jnp if is_traced(shares) else np
+        top = stacked.asarray([[height * share for share in shares] for height in heights], dtype)
     else:
         units = level_units(config)
         if any(isinstance(unit, jax.Array) for unit in units):
@@ -92,8 +112,36 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
     return stack([-top if config.signed_sums else 0 * top, top], axis=-1)
 
 
-def converter(limits: Float[Array, "_R K 2"], config: CrossbarConfig) -> Converter:
-    """Return the quantiser that covers `limits`."""
+# How an integer sum's code is computed exactly: times the inverse of a step that is a power of two, or by a division.
+# None for sums that are real numbers, and never half-way between two codes.
+Ties = Literal["shift", "divide"] | None
+
+
+def converter(limits: Float[Array, "_R K 2"], config: CrossbarConfig, ties: Ties) -> Converter:
+    """Return the quantiser that covers `limits`.
+
+    Args:
+      limits: of every weight slice.
+      config: of the crossbar.
+      ties: how they are kept exact.
+    """
     qmin, qmax = codes(config)
     units = jnp.stack([jnp.asarray(u, limits.dtype) for u in level_units(config)])
-    return Converter(qmax / (limits[..., 1] * units[None]), qmin, qmax)
+    span = limits[..., 1] * units[None]
+    if ties is None:
+        return Converter(qmax / span, qmin, qmax)
+    if ties == "divide":
+        return Converter(span, qmin, qmax, divides=True)
+    step = span / qmax
+    fixed = jax.lax.stop_gradient(step)
+    # The power of two next to it. Not by `exp2`, which is not exact.
+    power = jnp.ldexp(jnp.ones_like(fixed), jnp.frexp(fixed * 1.5)[1] - 1)
+    rounding = jnp.where(jnp.abs(power - fixed) < 1e-5 * fixed, power - fixed, 0)
+    return Converter(1 / (step + rounding), qmin, qmax)
+
+
+def are_power_steps(limits: np.ndarray, config: CrossbarConfig) -> bool:
+    """Return whether every step of known `limits` is a power of two levels."""
+    steps = limits[..., 1] * np.asarray([float(unit) for unit in level_units(config)]) / codes(config)[1]
+    exponents = np.log2(steps)
+    return bool(np.allclose(exponents, np.round(exponents), atol=1e-6))

@@ -73,27 +73,44 @@ def matrix(arrays: Float[Array, "R C rows cols"], shape: tuple[int, int], config
 
 
 def columns(
-    cells: Float[Array, "K P R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+    cells: Float[Array, "K P R C rows cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+    gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
     """Return what multiplies the inputs, one entry for each conversion: k = K, or 2 K where both polarities convert.
 
     Unit columns, one of every array, come after all others.
+
+    Args:
+      cells: in level units.
+      shape: of the matrix.
+      config: of the crossbar.
+      gain: of every conversion.
     """
     if config.encoding.kind == "differential" and not config.converts_each:
-        return _side_by_side(cells[:, 0] - cells[:, 1], shape, config)
-    cells = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
-    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(cells, 1, 0))), shape, config)
+        converted = (cells[:, 0] - cells[:, 1])[:, None]
+    else:
+        converted = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
+    if gain is not None:
+        converted = converted * gain[..., None, :]
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(converted, 1, 0))), shape, config)
 
 
 def column_variances(
-    variances: Float[Array, "K P R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+    variances: Float[Array, "K P R C rows _cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+    gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
     """Return the variances of what `columns` returns, given those of the cells.
 
-    Cells of one column only stand for all columns.
+    Cells of one column only stand for all columns. Arguments as for `columns`.
     """
     if config.encoding.kind == "differential" and not config.converts_each:
-        return _side_by_side(variances[:, 0] + variances[:, 1], shape, config)
+        variances = (variances[:, 0] + variances[:, 1])[:, None]
+    if gain is not None:
+        variances = variances * jnp.square(gain)[..., None, :]
     return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
 
 
@@ -111,6 +128,19 @@ def unflipped(
     _, cols = encoding.grid(shape, config)
     sign = 1 - 2 * encoding.join(flipped, cols, 2).astype(columns.dtype)
     return columns[..., : shape[1]] * sign[:, :, None], columns[..., shape[1] :]
+
+
+def as_stored(
+    columns: Float[Array, "K R rows d_out"],
+    units: Float[Array, "K R rows C"],
+    flipped: Bool[Array, "K R C cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> Float[Array, "K R rows _cols"]:
+    """Undo `unflipped`."""
+    _, cols = encoding.grid(shape, config)
+    sign = 1 - 2 * encoding.join(flipped, cols, 2).astype(columns.dtype)
+    return jnp.concatenate([columns * sign[:, :, None], units], axis=3)
 
 
 def recover_flipped(

@@ -18,7 +18,7 @@ from . import encoding
 from .adc import codes, converter, level_units
 from .config import CrossbarConfig
 from .definition import all_sums
-from .mvm import mvm, reading
+from .mvm import mvm, reading, with_mismatch
 from .plan import choose, worst_case
 from .state import ArrayState, columns_of, programmed_weights
 from .values import is_traced
@@ -148,8 +148,11 @@ def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"]
 
 def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, ...]:
     """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
-    rows, _ = encoding.grid(state.shape, config)
-    return tuple(bound / (1 - config.g_min) for bound in worst_case(config, max(rows)))
+    rows = max(encoding.grid(state.shape, config)[0])
+    of_gmin = rows * encoding.converted_top(config) * config.g_min / (1 - config.g_min)
+    return tuple(
+        bound + top * of_gmin for bound, top in zip(worst_case(config, rows), encoding.levels(config), strict=True)
+    )
 
 
 def _conversions(
@@ -165,17 +168,19 @@ def _conversions(
     n = reading(x, state, config)
     keys = None if key is None else jax.random.split(key, x.shape[0])
     bound = jnp.stack([jnp.asarray(b, x.dtype) for b in _extent(state, config)])
-    quantise = None if state.limits is None else converter(state.limits, config)
+    quantise = None if state.limits is None else converter(state.limits, config, state.plan.ties)
 
     def of_one(total: tuple[Array, Array], one: tuple[Array, Array | None]) -> tuple[tuple[Array, Array], None]:
         sums, used = _sums(*one, state, config)
-        at = jnp.clip(jnp.abs(sums) / bound[:, None] * BINS, 0, BINS - 1).astype(jnp.int32)
-        histogram = jax.vmap(lambda row, bins: row.at[bins].add(used))(total[0], at)
+        at = jnp.clip(jnp.abs(sums) / bound[:, None, None, None] * BINS, 0, BINS - 1).astype(jnp.int32)
+        counted = jnp.broadcast_to(used, sums.shape[1:]).reshape(-1)
+        histogram = jax.vmap(lambda row, bins: row.at[bins].add(counted))(total[0], at.reshape(slices, -1))
         clipped = total[1]
         if quantise is not None:
-            scaled = sums * quantise.inv_lsb[0][:, None]  # tiles of unequal height: the first one's range
+            of_sums = jnp.broadcast_to(quantise.scale.T[:, None, :, None], sums.shape)
+            scaled = quantise.scaled(sums, of_sums)
             beyond = (scaled > quantise.qmax + 0.5) | (scaled < quantise.qmin - 0.5)
-            clipped = clipped + jnp.sum(jnp.where(beyond, used, 0), axis=1)
+            clipped = clipped + jnp.sum(jnp.where(beyond, used, 0).reshape(slices, -1), axis=1)
         return (histogram, clipped), None
 
     return jax.lax.scan(of_one, zeros, (n, keys))[0]
@@ -183,23 +188,26 @@ def _conversions(
 
 def _sums(
     n: Float[Array, " d_in"], key: Array | None, state: ArrayState, config: CrossbarConfig
-) -> tuple[Float[Array, "K S"], Float[Array, " S"]]:
+) -> tuple[Float[Array, "K _J R S"], Float[Array, "R S"]]:
     """Return every sum that one input vector brings to the ADC, and 1 for those of columns in use."""
     rows, _ = encoding.grid(state.shape, config)
     tiles = encoding.split(n, rows, axis=0, front=True)
     worth = jnp.asarray(encoding.pulse_significance(config), n.dtype)
     if state.cells is not None:
-        sums = jnp.moveaxis(all_sums(tiles, state.cells, key, config), 1, 0)  # [K, J, R, C, P, cols]
+        sums = all_sums(tiles, state.cells, key, config)  # [J, K, R, C, P, cols]
+        if config.converts_sums:
+            sums = jnp.tensordot(worth, sums, ((0,), (0,)))[None]
+        sums = with_mismatch(sums, state)
         cols = jnp.asarray(np.any(encoding.cells_in_use(state.shape, config), axis=2), n.dtype)  # [R, C, cols]
         if config.encoding.unit_column:
             cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), n.dtype)], axis=2)
-        used = jnp.broadcast_to(cols[:, :, None], sums.shape[2:])
+        used = jnp.broadcast_to(cols[:, :, None], sums.shape[2:]).reshape(len(rows), -1)
+        sums = sums.swapaxes(0, 1).reshape(*sums.shape[1::-1], len(rows), -1)
     else:
         sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), columns_of(state, config))
-        sums = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:]).swapaxes(0, 1)
-        sums = jnp.moveaxis(sums, 2, 1)  # [K, J, conversions of a column, R, cols]
+        polarities = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:])
+        sums = jnp.concatenate(list(polarities), axis=3)
+        if config.converts_sums:
+            sums = jnp.tensordot(worth, sums, ((0,), (1,)))[:, None]
         used = jnp.ones(sums.shape[2:], n.dtype)
-    if config.converts_sums:
-        sums = jnp.tensordot(worth, sums, ((0,), (1,)))[:, None]
-    used = jnp.broadcast_to(used[None], sums.shape[1:])
-    return sums.reshape(len(sums), -1), used.reshape(-1)
+    return sums, used

@@ -44,9 +44,8 @@ def convert_tiles(
     tiles = encoding.split(n, rows, axis=1, front=True)
     slices = _slices(config)
     each = 2 if config.converts_each else 1
-    adc = quantise._replace(inv_lsb=jnp.tile(quantise.inv_lsb[0], each))
     if state.flipped is not None:  # negated columns
-        adc = adc._replace(qmin=-quantise.qmax)
+        quantise = quantise._replace(qmin=-quantise.qmax)
 
     def noise(variance: Array | None, number: Array | int) -> Noise | None:
         if config.device.read_noise is None or key is None:
@@ -54,7 +53,9 @@ def convert_tiles(
         words = stream(jax.random.fold_in(key, number))
         return Noise(variance, jnp.tile(deviations(config, n.dtype), each), words)
 
-    def unit_sums(tiles: Array, units: Array, variance: Array | None, number: Array | int) -> Float[Array, "K R B C"]:
+    def unit_sums(
+        tiles: Array, units: Array, variance: Array | None, number: Array | int, adc: Converter
+    ) -> Float[Array, "K R B C"]:
         """Return what the unit column of every array measures, in codes."""
 
         def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
@@ -65,8 +66,12 @@ def convert_tiles(
         by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
         return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
 
-    def of_tiles(tiles: Array, operand: _Operand, number: Array | int) -> Float[Array, "B d_out"]:
+    def of_tiles(
+        tiles: Array, operand: _Operand, number: Array | int, scale: Float[Array, "1 K"]
+    ) -> Float[Array, "B d_out"]:
         columns, units, variance, occupied, flipped = operand
+        own = quantise._replace(scale=scale)
+        adc = own._replace(scale=jnp.tile(scale[0], each))
         of_units = variance
         if units is not None and variance is not None and variance.shape[3] > 1:
             variance, of_units = variance[..., : state.shape[1]], variance[..., state.shape[1] :]
@@ -75,26 +80,38 @@ def convert_tiles(
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
         if units is not None and flipped is not None:
-            lsb = 1 / quantise.inv_lsb[0, :, None, None, None]
-            measured = unit_sums(tiles, units, of_units, number) * lsb
+            lsb = own.lsb[0, :, None, None, None]
+            measured = unit_sums(tiles, units, of_units, number, adc) * lsb
             return weigh(arrays.recover_flipped(whole * lsb, measured, flipped, config), None, state, config)
         if config.encoding.unit_column:
             whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
         ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
-        return finish(whole, ones, quantise, state, config)
+        return finish(whole, ones, own, state, config)
 
     operand = state.columns, state.units, state.variance, state.occupied, state.flipped
-    if state.scale.shape[0] == 1:
-        return of_tiles(tiles, operand, 0) * state.scale
+    if state.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
+        return of_tiles(tiles, operand, 0, quantise.scale) * state.scale
 
-    def add(y: Array, tile: tuple[Array, Any, Array, Array]) -> tuple[Array, None]:
-        x, operand, scale, number = tile
-        one = jax.tree.map(lambda a: jnp.expand_dims(a, 1), operand)
-        return y + of_tiles(x[:, None], one, number) * scale[None], None
+    # Row tiles whose weights, or ADCs, have ranges of their own are added up as outputs.
+    axes = (3 if state.plan.path == "planes" else 1, 1, 1, 1, 1)
+
+    def add(y: Array, tile: tuple[Array, Any, Array, Array, Array]) -> tuple[Array, None]:
+        x, operand, adc_scale, scale, number = tile
+        one = tuple(
+            jax.tree.map(lambda a, axis=axis: jnp.expand_dims(a, axis), part)
+            for part, axis in zip(operand, axes, strict=True)
+        )
+        return y + of_tiles(x[:, None], one, number, adc_scale[None]) * scale[None], None
 
     zero = jnp.zeros((n.shape[0], state.shape[1]), n.dtype)
-    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, operand))
-    return jax.lax.scan(add, zero, (*by_tile, state.scale, jnp.arange(len(rows))))[0]
+    by_tile = tuple(
+        jax.tree.map(lambda a, axis=axis: jnp.moveaxis(a, axis, 0), part)
+        for part, axis in zip(operand, axes, strict=True)
+    )
+    adc_scale, scale = (
+        jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, state.scale)
+    )
+    return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 
 
 def _by_kernel(

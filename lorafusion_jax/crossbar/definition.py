@@ -1,12 +1,13 @@
 """What a crossbar computes: one tile, one weight slice, one input slice, mapped over all of them.
 
 Short and readable, for every configuration; each faster path is tested against this one. It draws every cell's
-read noise at every read.
+read noise at every read. As much as fits `BUDGET` is computed at a time.
 
 Axis letters: K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,11 @@ from . import encoding
 from .config import CrossbarConfig
 from .parasitics import currents
 from .values import like
+
+# Bytes that the temporaries of one read may take.
+BUDGET = 256 * 2**20
+# Copies of an array's cells that are there at once: of drawn or nonlinear ones, and while wires are solved for.
+_CELL_COPIES, _WIRE_COPIES = 4, 12
 
 
 def column_sums(
@@ -87,11 +93,56 @@ def all_sums(
         return column_sums(u, g, top, key, config)
 
     along_key = None if keys is None else 0
-    over_column_tiles = jax.vmap(tile, in_axes=(None, 1, None, along_key))
-    over_row_tiles = jax.vmap(over_column_tiles, in_axes=(0, 1, None, along_key))
-    over_weight_slices = jax.vmap(over_row_tiles, in_axes=(None, 0, 0, along_key))
-    over_input_slices = jax.vmap(over_weight_slices, in_axes=(0, None, None, along_key))
+    slices, _, row_tiles, column_tiles = cells.shape[:4]
+    bytes_each = _tile_bytes(cells, config)
+    over_column_tiles, bytes_each = mapped(tile, (None, 1, None, along_key), column_tiles, bytes_each)
+    over_row_tiles, bytes_each = mapped(over_column_tiles, (0, 1, None, along_key), row_tiles, bytes_each)
+    over_weight_slices, bytes_each = mapped(over_row_tiles, (None, 0, 0, along_key), slices, bytes_each)
+    over_input_slices, _ = mapped(over_weight_slices, (0, None, None, along_key), len(pulses), bytes_each)
     return over_input_slices(pulses, cells, tops, keys)
+
+
+def input_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> int:
+    """Return the bytes of temporaries that `all_sums` takes, unless they exceed the budget."""
+    slices, _, row_tiles, column_tiles = cells.shape[:4]
+    return len(config.input_slices) * slices * row_tiles * column_tiles * _tile_bytes(cells, config)
+
+
+def mapped(
+    fn: Callable[..., Any], in_axes: tuple[int | None, ...], size: int, bytes_each: int
+) -> tuple[Callable[..., Any], int]:
+    """Return `fn` over an axis, all at once or as many at a time as the budget allows, and the bytes that it takes.
+
+    Args:
+      fn: of one.
+      in_axes: as for `jax.vmap`.
+      size: of the axis.
+      bytes_each: temporaries of one.
+    """
+    if size * bytes_each <= BUDGET:
+        return jax.vmap(fn, in_axes=in_axes), size * bytes_each
+
+    def in_turn(*arguments: Any) -> Any:
+        along = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, in_axes, strict=True)]
+        moving = [i for i, axis in enumerate(in_axes) if axis is not None]
+
+        def one(parts: list[Array]) -> Any:
+            own = dict(zip(moving, parts, strict=True))
+            return fn(*(own.get(i, a) for i, a in enumerate(along)))
+
+        return jax.lax.map(one, [along[i] for i in moving], batch_size=max(1, BUDGET // bytes_each))
+
+    return in_turn, max(BUDGET, bytes_each)
+
+
+def _tile_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> int:
+    """Return the bytes of temporaries that one call of `column_sums` takes."""
+    polarities, rows, cols = cells.shape[1], *cells.shape[4:]
+    columns = polarities * cols * cells.dtype.itemsize
+    if config.tile.wire is not None:
+        return columns * rows * _WIRE_COPIES
+    single = config.device.iv is not None or config.device.read_noise is not None
+    return columns * rows * _CELL_COPIES if single else columns
 
 
 def shift_and_add(

@@ -103,7 +103,7 @@ def lookup(
                         variance = alike(u, noise.variance[own, r, :, 0])
                     place = jnp.asarray(r * len(slices) + j)
                     sums = add_noise(sums, variance, noise, place, (own.start, chunk * size, first), cols)
-                return total + worth[j] * adc(sums, adc.inv_lsb[own, None, None])
+                return total + worth[j] * adc(sums, adc.scale[own, None, None])
 
             def step(j: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
                 # Sums wait for the next step: in the same one XLA would add them up anew for every slice.

@@ -47,7 +47,7 @@ def loop(
                 of_cells = jax.lax.dynamic_index_in_dim(noise.variance[k], r, 0, keepdims=False)
                 variance = jnp.dot(jnp.square(u), of_cells, precision="highest")
                 sums = add_noise(sums[None], variance[None], noise, i, (k, 0, 0), plane.shape[1])[0]
-            return total + worth[j] * adc(sums, adc.inv_lsb[k])
+            return total + worth[j] * adc(sums, adc.scale[k])
 
         if occupied is None:
             return tuple(read(k, total) for k, total in enumerate(totals))

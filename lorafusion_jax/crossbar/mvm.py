@@ -12,7 +12,7 @@ converted), R row tiles (1 once summed), C column tiles.
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -24,16 +24,14 @@ from . import encoding
 from .adc import Converter, converter
 from .config import CrossbarConfig
 from .conversions import convert_tiles
-from .definition import all_sums, shift_and_add
+from .definition import all_sums, input_bytes, mapped, shift_and_add
 from .noise import root
 from .normal import normal
+from .plan import loses_nothing, worst_case
 from .recombine import finish
 from .state import ArrayState
 from .structure import Structure, split_config
-from .values import is_moved, like
-
-# Bytes that the conversions of one read may take at a time.
-BUDGET = 256 * 2**20
+from .values import is_moved, is_traced, like
 
 
 def mvm(
@@ -48,7 +46,8 @@ def mvm(
       key: of this read's noise; needed with read noise, another one for every read.
 
     Raises:
-      ValueError: on inputs of another width, a missing key, or an ADC that has not been calibrated.
+      ValueError: on inputs of another width, a missing key, an ADC that has not been calibrated, or ranges that
+        these arrays cannot be read with.
     """
     if x.shape[-1] != state.shape[0]:
         raise ValueError(f"x of shape {x.shape} meets arrays of {state.shape}: its last axis must be {state.shape[0]}")
@@ -59,6 +58,7 @@ def mvm(
             "this ADC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
             "or choose adc.range = 'max'"
         )
+    _check_limits(state, config)
     structure, values = split_config(config)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(state.codes.dtype)
     y = _compiled(batch, state, values, key, structure=structure)
@@ -108,8 +108,15 @@ def _multiply(
     """Return what the arrays and their converters make of x; without `rounds`, ADCs only clip."""
     limit = _full_scale(x, state)
     n = encoding.input_codes(x, limit, config)
-    quantise = None if state.limits is None else converter(state.limits, config)._replace(rounds=rounds)
-    return _converted(n, quantise, state.codes, state, config, key) * (limit / encoding.input_top(config))
+    quantise = None
+    if state.limits is not None:
+        quantise = converter(state.limits, config, state.plan.ties)._replace(rounds=rounds)
+    y = _converted(n, quantise, state.codes, state, config, key) * (limit / encoding.input_top(config))
+    # Codes are integers on most paths, and counted as such, which NaN cannot be.
+    known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
+    if config.adc is not None and state.limits is not None and state.plan.path == "product":
+        known &= loses_nothing(state.limits, _bounds(state, config), config)
+    return jnp.where(known, y, jnp.nan)
 
 
 @functools.partial(_read.defjvp, symbolic_zeros=True)
@@ -122,9 +129,10 @@ def _derivative(chip, primals, tangents):
     y = _read(chip, x, leaves)
     parts = []
     inside, seen = jnp.ones_like(x, bool), x
-    if state.input_limit is not None and config.dac is not None:
-        low = -state.input_limit if config.dac.signed else jnp.zeros_like(state.input_limit)
-        inside, seen = (x >= low) & (x <= state.input_limit), jnp.clip(x, low, state.input_limit)
+    if config.dac is not None and (state.input_limit is not None or not config.dac.signed):
+        limit = _full_scale(x, state)
+        low = -limit if config.dac.signed else jnp.zeros_like(limit)
+        inside, seen = (x >= low) & (x <= limit), jnp.clip(x, low, limit)
 
     def times(x: Array, codes: Array) -> Array:
         if state.scale.shape[0] > 1:
@@ -173,6 +181,30 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
             )
 
 
+def _check_limits(state: ArrayState, config: CrossbarConfig) -> None:
+    """Refuse ADC ranges, put into the state after programming, that its arrays cannot be read with."""
+    limits, slices = state.limits, len(config.weight_slices)
+    if config.adc is None or limits is None:
+        return
+    row_tiles = len(encoding.grid(state.shape, config)[0])
+    if limits.shape not in {(1, slices, 2), (row_tiles, slices, 2)}:
+        raise ValueError(
+            f"state.limits of shape {limits.shape}: give one range for all row tiles, (1, {slices}, 2), or "
+            f"({row_tiles}, {slices}, 2)"
+        )
+    if state.plan.path != "product" or is_traced(limits):
+        return
+    if not loses_nothing(limits, _bounds(state, config), config):
+        raise ValueError(
+            "state.limits lose bits, but these arrays were put into one product since their ADC lost none: program "
+            "them with path='loop', or with adc.range='given' and these limits"
+        )
+
+
+def _bounds(state: ArrayState, config: CrossbarConfig) -> tuple[float, ...]:
+    return worst_case(config, max(encoding.grid(state.shape, config)[0]))
+
+
 def reading(x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig) -> Float[Array, "B d_in"]:
     """Return the input codes of a read."""
     return encoding.input_codes(x, _full_scale(x, state), config)
@@ -183,7 +215,7 @@ def _full_scale(x: Float[Array, "B d_in"], state: ArrayState) -> Float[Array, ""
     if state.input_limit is not None:
         return state.input_limit
     limit = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    return jnp.where(limit > 0, limit, jnp.ones_like(limit))
+    return jnp.where(limit == 0, jnp.ones_like(limit), limit)
 
 
 def _converted(
@@ -238,38 +270,40 @@ def _product(
 def _definition(
     n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
 ) -> Float[Array, "B d_out"]:
-    """Compute as many inputs at a time as the budget allows."""
+    """Compute every conversion on its own."""
     rows, _ = encoding.grid(state.shape, config)
     cells = state.cells
     assert cells is not None
     tiles = encoding.split(n, rows, axis=1, front=True)
     keys = None if key is None else jax.random.split(key, n.shape[0])
 
-    def of_one(arguments: tuple[Array, Array | None]) -> Array:
-        codes, key = arguments
+    def of_one(codes: Array, key: Array | None) -> Array:
         sums = all_sums(codes, cells, key, config)
-        total = shift_and_add(sums, None if quantise is None else _converter_of_chip(quantise, state), config)
+        total = shift_and_add(sums, None if quantise is None else _of_conversions(quantise, state), config)
         total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
         ones = jnp.sum(codes, axis=1)[:, None, None]
-        one_range = quantise is None or quantise.inv_lsb.shape[0] == 1
+        one_range = quantise is None or quantise.scale.shape[0] == 1
         if state.flipped is None and state.scale.shape[0] == 1 and one_range:
             total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
         return jnp.sum(finish(total, ones, quantise, state, config) * state.scale, axis=0)
 
-    conversions = math.prod(cells.shape) // cells.shape[4] * len(config.input_slices)
-    chunk = max(1, BUDGET // (conversions * n.dtype.itemsize))
-    if chunk >= n.shape[0]:
-        return jax.vmap(of_one)((tiles, keys))
-    return jax.lax.map(of_one, (tiles, keys), batch_size=chunk)
+    over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
+    return over_inputs(tiles, keys)
 
 
-def _converter_of_chip(quantise: Converter, state: ArrayState):
-    """Return the conversion of sums [..., K, R, C, P, cols], each column with its own gain and offset."""
+def with_mismatch(sums: Float[Array, "*J K R C P cols"], state: ArrayState) -> Float[Array, "*J K R C P cols"]:
+    """Return what is converted, with the gain and the offset that the ADC of its column has."""
+    for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
+        if error is not None:
+            sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
+    return sums
+
+
+def _of_conversions(quantise: Converter, state: ArrayState) -> Callable[[Array], Array]:
+    """Return the conversion of sums [..., K, R, C, P, cols]."""
 
     def convert(sums: Array) -> Array:
-        for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
-            if error is not None:
-                sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
-        return quantise(sums, jnp.broadcast_to(quantise.inv_lsb.T[:, :, None, None, None], sums.shape))
+        scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
+        return quantise(with_mismatch(sums, state), scale)
 
     return convert

@@ -57,7 +57,7 @@ def packed(
                         variance = alike(u[:, : noise.variance.shape[2]], noise.variance[own, r, :, 0])
                     place = r * worth.size + j
                     sums = add_noise(sums, variance, noise, place, (own.start, 0, 0), sums.shape[2])
-                return total + worth[j] * adc(sums, adc.inv_lsb[own, None, None])
+                return total + worth[j] * adc(sums, adc.scale[own, None, None])
 
             return tuple(read(w, *pair) for w, pair in enumerate(zip(packing.words, totals, strict=True)))
 

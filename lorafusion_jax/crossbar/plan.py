@@ -16,12 +16,15 @@ import pathlib
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from . import encoding
-from .adc import codes, level_units
+from .adc import Ties, are_power_steps, codes, level_units
 from .config import CrossbarConfig
 from .packing import Packing
+from .values import is_traced
 
 Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
 
@@ -41,18 +44,20 @@ class Plan:
       reason: why it was chosen.
       integers: whether column sums, before read noise, are integers.
       packing: where weight slices lie in the words of `lookup` and `packed`; None where they are not packed.
+      ties: how codes of sums that lie half-way between two are kept exact.
     """
 
     path: Path
     reason: str
     integers: bool
     packing: Packing | None = None
+    ties: Ties = None
 
 
 def choose(
     config: CrossbarConfig,
     bounds: tuple[float, ...],
-    limits: np.ndarray | None,
+    limits: Array | np.ndarray | None,
     *,
     columns: int,
     perfect: bool,
@@ -63,7 +68,7 @@ def choose(
     Args:
       config: of the crossbar.
       bounds: largest |column sum| that one conversion of each weight slice can see, in level units.
-      limits: [1 or R, K, 2] ADC ranges where they are known.
+      limits: [1 or R, K, 2] ADC ranges; those that a transformation traces are not known.
       columns: of the matrix.
       perfect: whether all cells are at their target levels.
       path: use this one.
@@ -71,12 +76,12 @@ def choose(
     Raises:
       ValueError: where the wanted path would not be exact.
     """
+    known = None if limits is None or is_traced((limits, level_units(config))) else np.asarray(limits)
     nonlinear = _nonlinearity(config)
     integers = perfect and nonlinear is None and _sums_integers(config)
-    lossless = integers and _is_lossless(config, bounds, limits)
+    lossless = integers and _is_lossless(config, bounds, known)
     telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
-    if limits is not None and limits.shape[0] > 1:
-        nonlinear = nonlinear or "row tiles of unequal height have ADC ranges of their own"
+    plan = functools.partial(Plan, integers=integers, ties=_ties(config, known) if integers else None)
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
     countable = _is_countable(config)
@@ -88,25 +93,27 @@ def choose(
         if path in ("planes", "packed") and not integers:
             raise ValueError(f"path={path!r} takes integer cells: perfect ones, whose Gmin does not reach the ADC")
         if path == "planes" and not countable:
-            raise ValueError("path='planes' counts neither variances nor tile by tile: no read noise, no scale='tile'")
+            raise ValueError("path='planes' counts no variances: leave out the noise, or the path")
         if path not in ("definition", "product") and not loops:
             raise ValueError(
                 f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
             )
-        return Plan(path, "asked for", integers)
+        return plan(path, "asked for")
     if telescopes:
         why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
-        return Plan("product", f"one matrix product: {why}, so that all slices and tiles telescope", integers)
+        return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
     if not loops:
-        return Plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}", integers)
+        return plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
+    if jax.default_backend() != "cpu" and config.device.read_noise is None:
+        return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
     if jax.default_backend() != "cpu":
-        return Plan("definition", "every conversion on its own, batched: fastest on an accelerator", integers)
+        return plan("loop", "one draw of the read noise for each conversion, where `definition` draws every cell's")
     if narrow and integers and countable and columns < _WIDE and _counts_vectors():
         why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"
-        return Plan("planes", why, integers)
+        return plan("planes", why)
     if narrow:
-        return Plan("lookup", "input slices are narrow: sums of a few rows come from tables", integers)
-    return Plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue", integers)
+        return plan("lookup", "input slices are narrow: sums of a few rows come from tables")
+    return plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
 
 
 def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
@@ -117,7 +124,15 @@ def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
 
 
 def _is_countable(config: CrossbarConfig) -> bool:
-    return config.device.read_noise is None and config.mapping.scale != "tile"
+    return config.device.read_noise is None
+
+
+def _ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
+    """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
+    if config.adc is None or config.device.read_noise is not None:
+        return None
+    powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, config))
+    return "shift" if powers else "divide"
 
 
 @functools.cache
@@ -169,15 +184,21 @@ def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.n
     adc = config.adc
     if adc is None or config.device.read_noise is not None:
         return False
-    top = codes(config)[1]
     if adc.range == "granular":
-        return max(bounds) <= top
-    if limits is None:
-        return False
-    inv_lsb = top / (limits[..., 1] * np.asarray([float(u) for u in level_units(config)]))
-    step = np.round(inv_lsb)
-    whole = (step >= 1) & (np.abs(inv_lsb - step) < 1e-6)
-    return bool(np.all(whole & (np.asarray(bounds) * step <= top)))
+        return max(bounds) <= codes(config)[1]
+    return limits is not None and bool(loses_nothing(limits, bounds, config))
+
+
+def loses_nothing(
+    limits: np.ndarray | Float[Array, "_R K 2"], bounds: tuple[float, ...], config: CrossbarConfig
+) -> np.bool_ | Bool[Array, ""]:
+    """Return whether ADCs of these limits have a code for every integer sum within the bounds."""
+    xp = jnp if isinstance(limits, jax.Array) else np
+    top = codes(config)[1]
+    inv_lsb = top / (limits[..., 1] * xp.asarray(level_units(config), limits.dtype)[None])
+    step = xp.round(inv_lsb)
+    whole = (step >= 1) & (abs(inv_lsb - step) < 1e-6 * step)
+    return xp.all(whole & (xp.asarray(bounds, limits.dtype)[None] * step <= top))
 
 
 def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:

@@ -103,7 +103,7 @@ def planes(
                         counted += jax.lax.population_count(more).astype(jnp.int32)
                         counted -= jax.lax.population_count(less).astype(jnp.int32)
                     count += counted << (bit + t)
-            return total + worth[j] * adc(count.astype(n.dtype), adc.inv_lsb[k])
+            return total + worth[j] * adc(count.astype(n.dtype), adc.scale[k])
 
         return tuple(read(k, total) for k, total in enumerate(totals))
 

@@ -28,7 +28,7 @@ def finish(
       state: of the chip.
       config: of the crossbar.
     """
-    lsb = None if quantise is None else 1 / quantise.inv_lsb
+    lsb = None if quantise is None else quantise.lsb
     if config.encoding.kind == "offset" and (state.flipped is not None or not config.encoding.unit_column):
         if lsb is not None:
             total = total * lsb.T[:, :, None, None]

@@ -109,9 +109,8 @@ def program(
 
     perfect = conductances is None and _is_perfect(config)
     limits = fixed_limits(config, rows, dtype)
-    known = None if limits is None or is_traced(limits) else np.asarray(limits)
     bounds = worst_case(config, max(rows))
-    chosen = choose(config, bounds, known, columns=shape[1], perfect=perfect, path=path)
+    chosen = choose(config, bounds, limits, columns=shape[1], perfect=perfect, path=path)
 
     cells = flipped = gain = offset = pulses = None
     codes = exact
@@ -151,9 +150,10 @@ def program(
             drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
             offset = like(config.adc.offset_error, weights) * drawn * units
     columns = units = variance = occupied = None
-    halves = config.encoding.two_sided  # whose squares are no integers
+    # Squares of halves, and of levels with Gmin, are not integers.
+    whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
     if cells is not None and config.device.read_noise is not None and chosen.path != "definition":
-        variance = arrays.column_variances(powers(cells, config), shape, config)
+        variance = arrays.column_variances(powers(cells, config), shape, config, gain)
         if chosen.path == "product":
             worth = jnp.asarray(encoding.significance(config), dtype)
             if config.device.read_noise.kind == "independent":
@@ -169,13 +169,12 @@ def program(
             columns = encoding.split(slices, rows, 1, front=True)
         else:
             # What cells hold reaches the gradient through the codes.
-            held = jax.lax.stop_gradient(cells)
-            columns = arrays.columns(held if gain is None else held * gain[..., None, :], shape, config)
+            columns = arrays.columns(jax.lax.stop_gradient(cells), shape, config, gain)
         if flipped is not None:
             columns, units = arrays.unflipped(columns, flipped, shape, config)
         if chosen.path == "planes":
             columns = to_planes(columns, max(config.weight_slices))
-        elif chosen.integers and (variance is None or variance.shape[3] == 1 or not (flipped is not None or halves)):
+        elif chosen.integers and (variance is None or variance.shape[3] == 1 or (flipped is None and whole_squares)):
             columns, variance, chosen = pack_columns(columns, variance, config, chosen, asked=path is not None)
         elif chosen.path == "packed":
             raise ValueError("path='packed' has no room for this noise: leave path out")
@@ -202,13 +201,14 @@ def program(
 
 
 def columns_of(state: ArrayState, config: CrossbarConfig) -> Float[Array, "k R rows cols"]:
-    """Return what multiplies the inputs; packed cells and bit planes are perfect, and follow from the codes."""
-    if state.plan.packing is not None or state.plan.path == "planes":
-        cells, flipped = encoding.to_arrays(encoding.digits(state.codes, config), config)
-        columns = arrays.columns(cells, state.shape, config)
-        return columns if flipped is None else arrays.unflipped(columns, flipped, state.shape, config)[0]
+    """Return what multiplies the inputs in the arrays: flipped columns as they are stored, unit columns last."""
+    if state.plan.packing is not None or state.plan.path == "planes":  # perfect cells, which follow from the codes
+        cells, _ = encoding.to_arrays(encoding.digits(state.codes, config), config)
+        return arrays.columns(cells, state.shape, config)
     assert isinstance(state.columns, jax.Array)
-    return state.columns
+    if state.flipped is None or state.units is None:
+        return state.columns
+    return arrays.as_stored(state.columns, state.units, state.flipped, state.shape, config)
 
 
 def programmed_weights(state: ArrayState, config: CrossbarConfig) -> Float[Array, "d_in d_out"]:

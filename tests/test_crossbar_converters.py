@@ -1,0 +1,267 @@
+"""What converters do to column sums, against NumPy in float64: ties, ranges, mismatch, flipped columns, bad inputs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Mapping,
+    ReadNoise,
+    Tile,
+    Wire,
+    calibrated,
+    explain,
+    mvm,
+    probe,
+    program,
+)
+from lorafusion_jax.crossbar import definition as definition_module
+
+UNSIGNED = DAC(signed=False, scaling="fixed")
+OFFSET, UNIT = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True)
+FLIP = Encoding(kind="offset", unit_column=True, flip=True)
+KEY = jax.random.key(3)
+
+
+def problem(d_in=40, d_out=6, batch=16, low=-1.0):
+    rng = np.random.default_rng(1)
+    weights = jnp.asarray(rng.normal(size=(d_in, d_out)), jnp.float32)
+    return weights, jnp.asarray(rng.uniform(low, 1, (batch, d_in)), jnp.float32)
+
+
+def relative(y, exact):
+    return float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
+
+
+def offset_read(weights, x, bits, step, adc_bits):
+    """Unsigned 8-bit inputs bit by bit, 8-bit weights with a digital offset, one array: in float64, loop by loop."""
+    scale = np.abs(weights).max() / 127
+    u, n = np.round(weights / scale).astype(int) + 128, np.round(x * 255).astype(int)
+    total, start = np.zeros((len(x), weights.shape[1])), 0
+    for k, width in enumerate(bits):
+        digits = (u >> start) & (2**width - 1)
+        for j in range(8):
+            sums = ((n >> j) & 1) @ digits
+            total += 2.0 ** (start + j) * step[k] * np.clip(np.round(sums / step[k]), 0, 2**adc_bits - 1)
+        start += width
+    return (total - 128 * n.sum(1, keepdims=True)) * scale / 255
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3, 2), (8,), (2, 6)])
+def test_calibrated_codes_of_sums_between_two_are_the_even_one(bits):
+    """Steps are whole levels, so that every other sum of a step of 2 is a tie: in float32 the result of float64."""
+    config = CrossbarConfig(cell=Cell(bits=bits), encoding=OFFSET, dac=UNSIGNED, adc=ADC(bits=7))
+    weights, x = problem(120, low=0.2)
+    state = program(weights, config)
+    state = calibrated(state, probe(x, state, config)[1], config)
+    step = np.asarray(state.limits[0, :, 1] * np.asarray([2**b - 1 for b in bits], np.float32) / 127, float)
+    exact = offset_read(np.asarray(weights, float), np.asarray(x, float), bits, np.round(step), 7)
+    np.testing.assert_allclose(step, np.round(step), rtol=1e-6)
+    assert (np.round(step) > 1).any()
+    np.testing.assert_allclose(mvm(x, state, config), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed"])
+def test_codes_at_max_of_sums_between_two_are_the_even_one(path):
+    """40 rows of 4-bit cells and 4-bit codes: a step of 600 / 15 levels, of which half is a sum that occurs."""
+    config = CrossbarConfig(cell=Cell(bits=(4, 4)), encoding=OFFSET, dac=UNSIGNED, adc=ADC(bits=4, range="max"))
+    weights, x = problem(low=0.2)
+    exact = offset_read(np.asarray(weights, float), np.asarray(x, float), (4, 4), [40 * 15 / 15] * 2, 4)
+    y = mvm(x, program(weights, config, path=path), config)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("encoding, separate", [(OFFSET, False), (UNIT, False), (Encoding(), True)])
+def test_gain_errors_multiply_the_current_of_gmin_too(encoding, separate):
+    adc = ADC(bits=14, range="max", gain_error=0.05, separate=separate)
+    config = CrossbarConfig(cell=Cell(on_off_ratio=10.0), encoding=encoding, adc=adc)
+    weights, x = problem()
+    wanted = mvm(x, program(weights, config, KEY, path="definition"), config)
+    for path in ("loop", "lookup"):
+        assert relative(mvm(x, program(weights, config, KEY, path=path), config), wanted) < 2e-3
+
+
+def test_gain_errors_multiply_read_noise():
+    """A column whose ADC has gain g has g times the noise."""
+    device = Device(read_noise=ReadNoise(0.1))
+    config = CrossbarConfig(adc=ADC(bits=14, range="max", gain_error=0.5, separate=True), device=device)
+    weights, x = problem(batch=2)
+    keys = jax.random.split(KEY, 400)
+
+    def spread(path):
+        state = program(weights, config, KEY, path=path)
+        return jnp.std(jax.lax.map(lambda key: mvm(x, state, config, key), keys), axis=0)
+
+    np.testing.assert_allclose(spread("loop"), spread("definition"), rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    "kind, ratio, encoding",
+    [("proportional", 10.0, Encoding()), ("independent", 10.0, OFFSET), ("proportional", 4.0, FLIP)],
+)
+def test_every_path_has_the_read_noise_of_the_definition(kind, ratio, encoding):
+    """The standard deviation of `sum over cells of u^2 v`, Gmin among the conductances: 3 % over 16 x 6 x 200 draws."""
+    device = Device(read_noise=ReadNoise(0.3, kind))
+    config = CrossbarConfig(
+        cell=Cell(on_off_ratio=ratio), encoding=encoding, adc=ADC(bits=14, range="max"), device=device
+    )
+    weights, x = problem()
+    keys = jax.random.split(KEY, 200)
+
+    def spread(path):
+        state = program(weights, config, path=path)
+        drawn = jax.lax.map(lambda key: mvm(x, state, config, key), keys)
+        return float(jnp.sqrt(jnp.mean(jnp.var(drawn, axis=0))))
+
+    wanted = spread("definition")
+    assert [spread(path) / wanted for path in (None, "loop")] == pytest.approx([1, 1], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "bits, ratio, adc",
+    [
+        ((1,) * 8, None, ADC(bits=12, range="max")),
+        ((2,) * 4, 10.0, ADC(bits=12, range="max")),
+        ((1,) * 8, None, ADC(bits=6)),
+        ((1,) * 4, 20.0, ADC(bits=6)),
+    ],
+)
+def test_ranges_cover_the_unit_column_of_flipped_arrays(bits, ratio, adc):
+    """Inputs near full scale: the unit column carries as much current as any; flipping is no worse than not."""
+    weights, x = problem(low=0.8)
+    errors, shares = [], []
+    for encoding in (UNIT, FLIP):
+        cell, mapping = Cell(bits=bits, on_off_ratio=ratio), Mapping(weight_bits=sum(bits))
+        config = CrossbarConfig(cell=cell, encoding=encoding, mapping=mapping, dac=UNSIGNED, adc=adc)
+        paths = (None, "definition")
+        states = [program(weights, config, path=path) for path in paths]
+        states = [calibrated(state, probe(x, state, config)[1], config) for state in states]
+        y, other = (mvm(x, state, config) for state in states)
+        np.testing.assert_allclose(other, y, rtol=0, atol=2e-3 * float(jnp.abs(y).max()))
+        errors.append(relative(y, x @ weights))
+        of_paths = [probe(x, state, config)[1].clip_share for state in states if state.plan.path != "product"]
+        shares += [float(jnp.max(share)) for share in of_paths]
+        assert explain(config, weights.shape).lost_bits is not None
+    assert errors[1] < 1.5 * errors[0] + 0.01
+    assert max(shares, default=0) < 0.01
+
+
+@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed", "product"])
+@pytest.mark.parametrize("scaling", ["row", "fixed"])
+def test_an_input_that_is_not_a_number_makes_its_row_not_a_number(path, scaling):
+    adc = ADC(bits=14, range="granular") if path == "product" else ADC(range="max")
+    config = CrossbarConfig(dac=DAC(scaling=scaling), adc=adc)
+    weights, x = problem(batch=3)
+    y = mvm(x.at[1, 7].set(jnp.nan), program(weights, config, path=path), config)
+    assert jnp.isnan(y[1]).all()
+    assert jnp.isfinite(y[jnp.array([0, 2])]).all()
+
+
+LIMITS = np.stack([np.stack([[-a, a]] * 4) for a in (3.0, 6.0, 2.0, 5.0)])  # [R 4, K 4, 2]
+
+
+@pytest.mark.parametrize("path", ["loop", "lookup", "planes", "packed"])
+def test_row_tiles_with_ranges_of_their_own_are_read_as_defined(path):
+    """Given, under jit, or put in: the result does not depend on it, and the gradient is that of the definition."""
+    weights, x = problem(batch=4)
+    config = CrossbarConfig(tile=Tile(rows=10), adc=ADC(bits=5, range="given", limits=LIMITS.tolist()))
+    wanted = mvm(x, program(weights, config, path="definition"), config)
+    plain = dataclasses.replace(config, adc=ADC(bits=5, range="given", limits=LIMITS[0].tolist()))
+    assert relative(mvm(x, program(weights, plain, path="definition"), plain), wanted) > 0.01
+
+    def read(limits, path):
+        traced = dataclasses.replace(config, adc=dataclasses.replace(config.adc, limits=limits))
+        return mvm(x, program(weights, traced, path=path), traced)
+
+    limits = jnp.asarray(LIMITS, jnp.float32)
+    put_in = dataclasses.replace(program(weights, plain, path=path), limits=limits)
+    bound = {"rtol": 0, "atol": 1e-6 * float(jnp.abs(wanted).max())}
+    np.testing.assert_allclose(mvm(x, program(weights, config, path=path), config), wanted, **bound)
+    np.testing.assert_allclose(mvm(x, put_in, config), wanted, **bound)
+    np.testing.assert_allclose(jax.jit(lambda limits: read(limits, path))(limits), wanted, **bound)
+    if path != "loop":
+        return
+    slopes = [jax.grad(lambda limits, p=p: jnp.sum(read(limits, p)))(limits) for p in ("definition", path)]
+    np.testing.assert_allclose(slopes[1], slopes[0], rtol=0, atol=1e-4 * float(jnp.abs(slopes[0]).max()))
+
+
+def test_ranges_that_no_array_has_are_refused():
+    weights, x = problem()
+    config = CrossbarConfig(tile=Tile(rows=10), adc=ADC(range="max"))
+    state = dataclasses.replace(program(weights, config), limits=jnp.asarray(LIMITS[:3], jnp.float32))
+    with pytest.raises(ValueError, match=r"state.limits of shape \(3, 4, 2\): give .* or \(4, 4, 2\)"):
+        mvm(x, state, config)
+
+
+def test_ranges_that_lose_bits_do_not_pass_for_lossless_ones():
+    """A lossless ADC leaves one product behind, which cannot clip: refused, and NaN where a program cannot refuse."""
+    weights, x = problem()
+    config = CrossbarConfig(adc=ADC(bits=9, range="granular"))
+    state = program(weights, config)
+    assert state.plan.path == "product"
+    narrow = dataclasses.replace(state, limits=state.limits / 8)
+    with pytest.raises(ValueError, match="state.limits lose bits, .* path='loop'"):
+        mvm(x, narrow, config)
+    assert jnp.isnan(
+        jax.jit(lambda limits: mvm(x, dataclasses.replace(state, limits=limits), config))(narrow.limits)
+    ).all()
+    y = mvm(x, program(weights, config, path="loop"), config)
+    np.testing.assert_allclose(mvm(x, state, config), y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+def test_negative_inputs_of_an_unsigned_dac_have_no_gradient():
+    """The read sees max(x, 0): so do the gradients of inputs and of weights."""
+    config = CrossbarConfig(
+        dac=DAC(bits=16, slice_bits=None, signed=False), mapping=Mapping(weight_bits=16), cell=Cell(bits=(8, 8))
+    )
+    weights, x = problem(batch=4)
+
+    def loss(x, weights):
+        return jnp.sum(jnp.sin(mvm(x, program(weights, config), config)))
+
+    def clipped(x, weights):
+        return jnp.sum(jnp.sin(jnp.dot(jnp.maximum(x, 0), weights, precision="highest")))
+
+    found, wanted = (jax.grad(of, argnums=(0, 1))(x, weights) for of in (loss, clipped))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CrossbarConfig(
+            adc=ADC(range="max"), tile=Tile(rows=32, wire=Wire(row_resistance=1e-3, column_resistance=1e-3))
+        ),
+        CrossbarConfig(adc=ADC(range="max"), tile=Tile(rows=32), device=Device(read_noise=ReadNoise(0.1, clip=True))),
+    ],
+    ids=["wires", "clipped noise"],
+)
+def test_cells_that_are_read_one_by_one_keep_to_the_budget(config, monkeypatch):
+    """96 x 96, 64 inputs: [B 64, J 7, K 4, P 2, 96, 96] float32 cells are 132 MB; what is there at once is 2 MiB."""
+    weights, x = problem(96, 96, 64)
+    leaves, structure = jax.tree.flatten(program(weights, config, path="definition"))
+
+    def temporaries(budget):
+        monkeypatch.setattr(definition_module, "BUDGET", budget)
+        read = jax.jit(lambda x, leaves: mvm(x, jax.tree.unflatten(structure, leaves), config, KEY))
+        return read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2**21) < 2 * 2**21
+
+
+def test_read_noise_on_an_accelerator_is_drawn_once_for_each_conversion(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = CrossbarConfig(adc=ADC(range="max"), device=Device(read_noise=ReadNoise(0.1)))
+    weights, _ = problem()
+    assert program(weights, config).plan.path in ("loop", "packed")
+    assert program(weights, dataclasses.replace(config, device=Device())).plan.path == "definition"
