@@ -1,6 +1,7 @@
 """What cannot be built, programmed or read, and what the error says about it."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -253,3 +254,90 @@ def test_swept_values_and_placeholders_pass():
     assert jax.tree.unflatten(structure, [None] * len(leaves)).cell.bits == (2, 2, 2, 2)
     jax.eval_shape(lambda config: jax.tree.leaves(jax.tree.map(lambda v: v * 2, config)), config)
     assert hash(structure) == hash(jax.tree.structure(config))
+
+
+# State that was supplied.
+
+
+@pytest.mark.parametrize(
+    "programmed, read, message",
+    [
+        (CrossbarConfig(), CrossbarConfig(cell=Cell(bits=(4, 4))), r"cell.bits = \(4, 4\), not \(2, 2, 2, 2\)"),
+        (CrossbarConfig(), CrossbarConfig(encoding=OFFSET), r"encoding.kind = 'offset', not 'differential'"),
+        (CrossbarConfig(), CrossbarConfig(device=Device(read_noise=ReadNoise(0.1))), r"device.read_noise = ReadNoise"),
+        (
+            CrossbarConfig(cell=Cell(on_off_ratio=10.0)),
+            CrossbarConfig(cell=Cell(on_off_ratio=20.0)),
+            r"cell.on_off_ratio = 20.0, not 10.0",
+        ),
+        (
+            CrossbarConfig(device=Device(drift=PCM_DRIFT)),
+            CrossbarConfig(device=Device(drift=PCM_DRIFT, time=1e6)),
+            r"device.time = 1000000.0, not None. Read them with their own, or program",
+        ),
+        (CrossbarConfig(), CrossbarConfig(cell=Cell(on_off_ratio=jnp.float32(9))), r"ratio = an array, not None"),
+        (
+            CrossbarConfig(adc=given(*FOUR)),
+            CrossbarConfig(adc=given(*FOUR[:3], (-2.0, 2.0))),
+            r"adc.limits\[3\]\[0\] = -2.0, not -1.0; adc.limits\[3\]\[1\] = 2.0, not 1.0",
+        ),
+    ],
+)
+def test_arrays_of_another_configuration(programmed, read, message):
+    state, x = program(W, programmed), jnp.ones((2, 6), jnp.float32)
+    key = jax.random.key(0)
+    compiled = jax.jit(lambda x, state: mvm(x, state, read, key))
+    for multiply in (lambda *of: mvm(*of, read, key), compiled, lambda *of: probe(*of, read, key)):
+        with pytest.raises(ValueError, match=f"programmed with another configuration: .*{message}"):
+            multiply(x, state)
+
+
+def test_calibration_with_another_configuration():
+    config = CrossbarConfig(adc=ADC(bits=4))
+    state = program(W, config)
+    _, statistics = probe(jnp.ones((3, 6), jnp.float32), state, config)
+    with pytest.raises(ValueError, match=r"another configuration: adc.bits = 5, not 4"):
+        calibrated(state, statistics, CrossbarConfig(adc=ADC(bits=5)))
+    calibrated(state, statistics, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5)))
+
+
+def test_what_a_chip_may_be_read_with():
+    """The size of read noise, warnings, swept values, and functions, which cannot be compared."""
+    x, key = jnp.ones((2, 6), jnp.float32), jax.random.key(0)
+
+    def made(sigma=0.1, ratio=10.0, clip_share=0.02):
+        device = Device(programming=lambda G, key, time: G, read_noise=ReadNoise(sigma))
+        adc = ADC(range="max", clip_share=clip_share)
+        return CrossbarConfig(cell=Cell(on_off_ratio=ratio), adc=adc, device=device)
+
+    state = program(W, made(), key)
+    for other in (made(sigma=0.2), made(clip_share=0.5), made(ratio=jnp.float32(10.0))):
+        assert mvm(x, state, other, key).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (40.0, r"conductances from 0 to 40: give fractions of Gmax, .* divide microsiemens by the Gmax"),
+        (-0.1, r"conductances from -0.1 to 0: give fractions"),
+        (NAN, r"conductances from nan to nan: give fractions of Gmax, finite"),
+        (INF, r"conductances from 0 to inf"),
+    ],
+)
+def test_conductances_that_are_not_fractions(value, message):
+    measured = jnp.zeros((4, 2, 1, 1, 6, 5), jnp.float32).at[0, 0, 0, 0, 2, 3].set(value)
+    with pytest.raises(ValueError, match=message):
+        program(W, CrossbarConfig(), conductances=measured)
+
+
+def test_conductances_do_not_drift_silently():
+    config = CrossbarConfig(device=Device(drift=PCM_DRIFT, time=1e6))
+    measured = jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32)
+    with pytest.raises(ValueError, match=r"device.time = 1000000.0 asks for drift on top: set device.time=None"):
+        program(W, config, jax.random.key(0), conductances=measured)
+
+
+def test_inputs_that_are_not_floating_point():
+    config = CrossbarConfig()
+    with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
+        inspect.unwrap(mvm)(jnp.ones((2, 6), jnp.int32), program(W, config), config)

@@ -26,7 +26,10 @@ from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import CrossbarConfig, calibrated, mvm, probe, program
 
 # Known faults, which are being fixed one by one.
-pytestmark = pytest.mark.xfail(strict=False, reason="faults that these properties found, not fixed yet")
+pytestmark = [
+    pytest.mark.xfail(strict=False, reason="faults that these properties found, not fixed yet"),
+    pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'"),
+]
 
 # How often each outcome was met: (property, path, outcome) -> cases.
 TALLY: collections.Counter[tuple[str, str, str]] = collections.Counter()
@@ -610,9 +613,16 @@ def swept(leaf: str, base: CrossbarConfig) -> tuple[list[float], Callable[[Cross
     leaf=st.sampled_from(["sigma", "ratio", "time", "read noise", "limit"]),
 )
 def test_gradients_of_physical_values_are_slopes(case: tuple[str, dict[str, Any]], leaf: str):
-    """Finite differences of the reparameterised draws; of a DAC's limit, that of clipping in the loops; or refused."""
+    """Finite differences of the reparameterised draws; a DAC's limit has LSQ's, by the loops' weights; or refused.
+
+    What moves the cells passes straight through rounded inputs, as the weights do: theirs are not rounded here.
+    """
     path, c = case
-    base = build({**c, "scaling": "fixed", "bits": c["bits"] or 4} if leaf == "limit" else c)
+    if leaf == "limit":
+        c = {**c, "scaling": "fixed", "bits": c["bits"] or 4}
+    elif leaf != "read noise":
+        c = {**c, "bits": None}
+    base = build(c)
     note(repr(base))
     device = {
         "sigma": lambda v: crossbar.Device(programming=crossbar.Independent(v)),
@@ -641,7 +651,9 @@ def test_gradients_of_physical_values_are_slopes(case: tuple[str, dict[str, Any]
         if leaf == "limit":
             low = -at if base.dac.signed else 0.0
             d_x = C @ oracle.weights(oracle.program(W, base), len(W), base).T
-            wanted = np.sum(d_x * ((x > at) * 1.0 - ((x < low) if base.dac.signed else 0)))
+            top = 2.0**base.dac.magnitude_bits - 1
+            rounded = np.clip(np.rint(x / at * top) / top, low / at, 1)
+            wanted = np.sum(d_x * (rounded - np.where((x >= low) & (x <= at), x / at, 0)))
         else:
             run = jax.jit(loss)
             ends = [run(jnp.asarray(at * f), jnp.asarray(W), jnp.asarray(x)) for f in (1 - 1e-6, 1 + 1e-6)]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorafusion_jax.crossbar.calibrate import probe
 from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
 from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
 from lorafusion_jax.crossbar.drift import Flicker, LogLinear, PowerLaw, Relaxation
@@ -235,9 +236,10 @@ def test_an_eager_read_is_compiled_once(caplog):
     config = CrossbarConfig(adc=ADC(bits=6, range="max"))
     state = program(jnp.ones((6, 5), jnp.float32), config)
     x, other = jnp.ones((2, 6), jnp.float32), jnp.zeros((2, 6), jnp.float32)
-    with jax.log_compiles():
-        mvm(x, state, config)
-        assert "Compiling" in caplog.text
-        caplog.clear()
-        mvm(other, state, config)
-        assert "Compiling" not in caplog.text
+    for read in (mvm, probe):
+        with jax.log_compiles():
+            read(x, state, config)
+            assert "Compiling" in caplog.text
+            caplog.clear()
+            read(other, state, config)
+            assert "Compiling" not in caplog.text

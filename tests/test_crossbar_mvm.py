@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorafusion_jax.crossbar.calibrate import calibrated, probe
 from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
 from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
 from lorafusion_jax.crossbar.drift import PCM_DRIFT
@@ -224,6 +225,21 @@ def test_sweeps_are_loops(path, values):
         assert (difference > 1e-4).mean() < 0.05
 
 
+@pytest.mark.parametrize("adc", [ADC(bits=6, range="max"), given(3.0, bits=6)])
+def test_an_on_off_ratio_is_swept_under_an_adc_whose_range_does_not_follow_it(adc):
+    """Differential pairs subtract Gmin, so that perfect sums are integers at any ratio; the range in levels is not."""
+    W, x = problem()
+
+    def read(ratio):
+        config = CrossbarConfig(cell=Cell(on_off_ratio=ratio), tile=Tile(rows=10), adc=adc)
+        return mvm(x, program(W, config), config)
+
+    ratios = (3.0, 100.0)
+    swept = jax.jit(jax.vmap(read))(jnp.asarray(ratios, jnp.float32))
+    for ratio, y in zip(ratios, swept, strict=True):
+        np.testing.assert_allclose(y, read(ratio), rtol=0, atol=2e-5)
+
+
 def test_a_batch_of_configurations():
     W, x = problem()
     config = CrossbarConfig(device=Device(programming=Independent(0.0)))
@@ -245,6 +261,38 @@ def test_stacks_of_weights_and_leading_axes():
     one = program(W[0], config)
     assert mvm(x[0, 0], one, config).shape == (9,)
     np.testing.assert_allclose(mvm(x, one, config)[1], mvm(x[1], one, config), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["loop", "lookup", "packed", "definition", "product"])
+def test_an_empty_batch(path):
+    W, _ = problem()
+    config = CrossbarConfig(adc=None if path == "product" else ADC(bits=6, range="max"), tile=Tile(rows=10))
+    state = program(W, config, path=path)
+    empty = jnp.zeros((0, 30), jnp.float32)
+    assert mvm(empty, state, config).shape == jax.jit(lambda x: mvm(x, state, config))(empty).shape == (0, 9)
+    assert mvm(empty.reshape(3, 0, 30), state, config).shape == (3, 0, 9)
+    assert jax.grad(lambda x: jnp.sum(mvm(x, state, config)))(empty).shape == (0, 30)
+    assert probe(empty, state, config)[0].shape == (0, 9)
+
+
+def test_calibrating_again_after_a_range_that_loses_nothing():
+    W, x = problem()
+    config = CrossbarConfig(adc=ADC(bits=10), tile=Tile(rows=10))
+    state = program(W, config)
+    state = calibrated(state, probe(x, state, config)[1], config)
+    assert state.plan.path == "product"
+    again = calibrated(state, probe(2 * x, state, config)[1], config)
+    np.testing.assert_array_equal(mvm(x, again, config), mvm(x, state, config))
+
+
+def test_granular_steps_of_whole_sums_warn_where_they_clip():
+    W, x = problem(128, 9, 16)
+    wide, narrow = (CrossbarConfig(adc=ADC(bits=bits, range="granular", convert="sum")) for bits in (14, 8))
+    clipped = probe(x, program(W, wide), wide)[1].clip_share
+    assert clipped.max() < 0.02
+    with pytest.warns(UserWarning, match=r"'granular' with convert='sum' covers 127 levels .* usually 1,437, .* clip:"):
+        state = program(W, narrow)
+    assert probe(x, state, narrow)[1].clip_share.max() > 0.4
 
 
 # Read noise

@@ -210,3 +210,24 @@ def test_offset_and_analogue_configurations_round_trip(tmp_path):
     )
     save_config(config, tmp_path / "a.yaml")
     assert load_config(tmp_path / "a.yaml") == config
+
+
+# bfloat16 and float16: everything is computed in float32, whose results these are.
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["isaac", "puma", "neurram"])
+def test_weights_and_inputs_of_sixteen_bits(name, dtype):
+    config = PRESETS[name]
+    weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)
+    x = jax.random.normal(jax.random.key(1), (5, 40)).astype(dtype)
+    wide, narrow = (program(w, config, jax.random.key(2)) for w in (weights.astype(jnp.float32), weights))
+    if config.adc.range == "calibrated":
+        seen, of_narrow = probe(x.astype(jnp.float32), wide, config)[1], probe(x, narrow, config)[1]
+        wide, narrow = calibrated(wide, seen, config), calibrated(narrow, of_narrow, config)
+    for got, wanted in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+    y = mvm(x, narrow, config)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, mvm(x.astype(jnp.float32), wide, config).astype(dtype))

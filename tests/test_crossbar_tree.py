@@ -93,6 +93,16 @@ def test_a_rule_that_matches_nothing_is_refused_with_the_paths_there_are(pattern
     assert repr(pattern) in message and "A.q, encoder.ff.wi, encoder.self.q, head" in message
 
 
+def test_biases_stay_digital_unless_a_rule_names_them_alone():
+    weights = {"kernel": _weights()["head"], "bias": jnp.ones(5), "scale": jnp.ones(())}
+    placed = program_tree(weights, {"*": _NOISY}, _KEY)
+    assert isinstance(placed["kernel"], Programmed)
+    assert placed["bias"] is weights["bias"] and placed["scale"] is weights["scale"]
+    with pytest.raises(ValueError, match=r"the rule 'b\*' matches bias of shape \(5,\), but arrays hold matrices"):
+        program_tree(weights, {"b*": _NOISY}, _KEY)
+    assert program_tree(weights, {"b*": None, "*": _NOISY}, _KEY)["bias"] is weights["bias"]
+
+
 def test_weights_that_are_no_numbers_are_refused_by_name():
     weights = _weights() | {"head": jnp.full((6, 5), jnp.nan)}
     with pytest.raises(ValueError, match="head holds weights that are NaN or infinite"):
@@ -140,6 +150,8 @@ def test_a_noise_level_is_an_axis_and_has_a_gradient():
     errors = jax.jit(jax.vmap(error))(levels)
     np.testing.assert_allclose(errors, [error(float(level)) for level in levels], rtol=1e-4)
     assert errors[0] < errors[1] < errors[2]
+    slope = jax.jit(jax.grad(error))(levels[1])
+    np.testing.assert_allclose(slope, (error(0.022) - error(0.018)) / 0.004, rtol=0.02)
 
 
 # Bit planes where the processor counts the bits of vectors.

@@ -8,6 +8,9 @@ Axis letters: K weight slices, J input slices, R row tiles, C column tiles, k co
 """
 
 import dataclasses
+import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from .definition import all_sums
 from .mvm import mvm, reading, with_mismatch
 from .plan import choose, worst_case
 from .state import ArrayState, columns_of, programmed_weights
+from .structure import Structure, check_same, split_config, structure_of_arrays
 from .values import is_traced
 
 # Resolution of the distribution of |current|: 1 / BINS of what an array could produce at most.
@@ -76,19 +80,24 @@ def probe(
       key: of the read noise.
       weights: what the error is measured against; None: the weights as programmed.
     """
+    dtype, x = x.dtype, x.astype(state.codes.dtype)
     uncalibrated = config.adc is not None and state.limits is None and state.plan.path != "product"
     if uncalibrated:
+        check_same(state.structure, config)
         ideal = dataclasses.replace(config, adc=None, device=dataclasses.replace(config.device, read_noise=None))
         path = "definition" if state.plan.path == "definition" else "product"
-        plain = dataclasses.replace(state, plan=dataclasses.replace(state.plan, path=path))
+        plan, structure = dataclasses.replace(state.plan, path=path), structure_of_arrays(ideal)
+        plain = dataclasses.replace(state, plan=plan, structure=structure)
         y = mvm(x, plain, ideal, key)
     else:
         y = mvm(x, state, config, key)
-    batch = x.reshape(-1, x.shape[-1])
-    reference = batch @ (programmed_weights(state, config) if weights is None else weights)
+    batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    held = programmed_weights(state, config) if weights is None else weights.astype(batch.dtype)
+    reference = batch @ held
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
-    histogram, clipped = _conversions(batch, state, config, key)
-    return y, Statistics(histogram, clipped, signal, error)
+    structure, values = split_config(config)
+    histogram, clipped = _conversions(batch, state, values, key, structure=structure)
+    return y.astype(dtype), Statistics(histogram, clipped, signal, error)
 
 
 def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig) -> ArrayState:
@@ -96,7 +105,8 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
 
     Ranges of the weight slices are powers of two apart, so that shift-and-add stays shifts. Where column sums are
     integers, steps are whole: of 1, 2, 4, ... levels the one with the least squared error on the sums seen, clipped
-    ones among them. A range wide enough to lose nothing turns the read into one product.
+    ones among them. A range wide enough to lose nothing, whatever the inputs, turns the read into one product, whose
+    conversions are not seen any more: it stays as it is.
 
     Args:
       state: one chip's, or with leading axes like those of the statistics.
@@ -104,10 +114,11 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
       config: of the crossbar; unchanged unless its ADC has range `calibrated`.
 
     Raises:
-      ValueError: where no conversion was seen.
+      ValueError: where no conversion was seen, or for another configuration than that of the arrays.
     """
+    check_same(state.structure, config)
     adc = config.adc
-    if adc is None or adc.range != "calibrated":
+    if adc is None or adc.range != "calibrated" or state.plan.path == "product":
         return state
     seen = jnp.cumsum(statistics.histogram, axis=-1)
     if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
@@ -155,10 +166,13 @@ def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, .
     )
 
 
+# Compiled, since its loop would be compiled anew at every call outside `jax.jit`.
+@functools.partial(jax.jit, static_argnames=("structure",), inline=True)
 def _conversions(
-    x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None
+    x: Float[Array, "B d_in"], state: ArrayState, values: list[Any], key: Array | None, *, structure: Structure
 ) -> tuple[Float[Array, "K bins"], Float[Array, " K"]]:
     """Return the distribution of |column sum| of every weight slice, and how many were clipped."""
+    config = structure.config(values)
     slices = len(config.weight_slices)
     zeros = jnp.zeros((slices, BINS), x.dtype), jnp.zeros((slices,), x.dtype)
     if config.adc is None or state.plan.path == "product":

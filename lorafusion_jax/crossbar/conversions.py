@@ -108,9 +108,7 @@ def convert_tiles(
         jax.tree.map(lambda a, axis=axis: jnp.moveaxis(a, axis, 0), part)
         for part, axis in zip(operand, axes, strict=True)
     )
-    adc_scale, scale = (
-        jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, state.scale)
-    )
+    adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, state.scale))
     return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 
 

@@ -30,27 +30,31 @@ from .normal import normal
 from .plan import loses_nothing, worst_case
 from .recombine import finish
 from .state import ArrayState
-from .structure import Structure, split_config
+from .structure import Structure, check_same, split_config
 from .values import is_moved, is_traced, like
 
 
 def mvm(
     x: Float[Array, "*B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None = None
 ) -> Float[Array, "*B d_out"]:
-    """Multiply by a programmed matrix: what the arrays and their converters make of `x @ W`.
+    """Multiply by a programmed matrix: what the arrays and their converters make of `x @ W`, in the dtype of `x`.
+
+    Computed in the dtype of the state: float32 for weights of 16 bits.
 
     Args:
-      x: inputs.
-      state: from `program`, with this config.
+      x: inputs, of any floating dtype; there may be none.
+      state: from `program`, with this config; only the size of the read noise, `adc.clip_share` and `adc.quantile`
+        may differ, and values that are arrays are not compared.
       config: of the crossbar.
       key: of this read's noise; needed with read noise, another one for every read.
 
     Raises:
-      ValueError: on inputs of another width, a missing key, an ADC that has not been calibrated, or ranges that
-        these arrays cannot be read with.
+      ValueError: on inputs of another width, another configuration, a missing key, an ADC that has not been
+        calibrated, or ranges that these arrays cannot be read with.
     """
     if x.shape[-1] != state.shape[0]:
         raise ValueError(f"x of shape {x.shape} meets arrays of {state.shape}: its last axis must be {state.shape[0]}")
+    check_same(state.structure, config)
     if config.device.read_noise is not None and key is None:
         raise ValueError("read noise is drawn anew for every read: give its key, as in jax.random.fold_in(key, step)")
     if config.adc is not None and state.limits is None and state.plan.path != "product":
@@ -58,7 +62,11 @@ def mvm(
             "this ADC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
             "or choose adc.range = 'max'"
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x of dtype {x.dtype}: give floating point numbers")
     _check_limits(state, config)
+    if 0 in x.shape:
+        return jnp.zeros((*x.shape[:-1], state.shape[1]), x.dtype)
     structure, values = split_config(config)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(state.codes.dtype)
     y = _compiled(batch, state, values, key, structure=structure)

@@ -54,13 +54,10 @@ class Programmed:
 
     def read(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         """Return what the arrays make of `x @ W`, in the dtype of `x`."""
-        inputs = jnp.asarray(x, self.state.codes.dtype)
         if self.tap is None:
-            y = mvm(inputs, self.state, self.config, self.key)
-        else:
-            leaves, tree = jax.tree.flatten(dataclasses.replace(self, tap=None))
-            y = _tapped(tree, inputs, tuple(jax.tree.leaves(self.tap)), leaves)
-        return jnp.asarray(y, x.dtype)
+            return mvm(x, self.state, self.config, self.key)
+        leaves, tree = jax.tree.flatten(dataclasses.replace(self, tap=None))
+        return _tapped(tree, x, tuple(jax.tree.leaves(self.tap)), leaves)
 
     def weights(self) -> Float[Array, "*N d_in d_out"]:
         """Return the weights as programmed."""

@@ -13,9 +13,10 @@ from .packing import Packed, Packing
 from .plan import Plan
 from .serialise import config_hash
 from .state import ArrayState
+from .structure import structure_of_arrays
 
 _META = "meta_json"
-_STATIC = ("shape", "plan")
+_STATIC = ("shape", "plan", "structure")
 
 
 def save_state(state: ArrayState, config: CrossbarConfig, path: str | Path) -> None:
@@ -71,4 +72,5 @@ def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
-    return ArrayState(**fields, shape=tuple(meta["shape"]), plan=Plan(**plan))
+    structure = structure_of_arrays(config)
+    return ArrayState(**fields, shape=tuple(meta["shape"]), plan=Plan(**plan), structure=structure)

@@ -5,6 +5,8 @@ column (K, or 2 K where both polarities are converted).
 """
 
 import dataclasses
+import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from . import arrays, encoding
+from .adc import codes as adc_codes
 from .adc import fixed_limits, level_units
 from .config import CrossbarConfig, check_limits
 from .device import Device, realise
@@ -21,11 +24,14 @@ from .normal import normal
 from .packing import Packed
 from .plan import Path, Plan, choose, worst_case
 from .planes import pair_planes, to_planes
+from .structure import Structure, structure_of_arrays
 from .values import is_traced, like
 from .words import pack_columns, pack_pairs
 
 # Purposes of a chip's key besides those of `device.realise`.
 _GAIN, _OFFSET = 16, 17
+# Largest measured conductance that is taken for a fraction of Gmax: programming overshoots, but not by that much.
+_MOST = 1.5
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +59,7 @@ class ArrayState:
       pulses: mean write-verify pulses per cell, or None.
       shape: (d_in, d_out).
       plan: how a read is computed, and why.
+      structure: of the configuration that they were programmed with.
     """
 
     codes: Float[Array, "*N d_in d_out"]
@@ -70,6 +77,7 @@ class ArrayState:
     pulses: Float[Array, "*N"] | None
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     plan: Plan = dataclasses.field(metadata={"static": True})
+    structure: Structure = dataclasses.field(metadata={"static": True})
 
 
 def program(
@@ -90,11 +98,11 @@ def program(
       config: of the crossbar.
       key: of the chip: the same key gives the same chip. Needed where the device or the ADC is random.
       path: how reads are computed (see `plan`); None chooses the fastest exact one.
-      conductances: measured conductances (Gmax = 1) of all cells, in place of modelled ones.
+      conductances: measured conductances (Gmax = 1) of all cells as they are when read, in place of modelled ones.
 
     Raises:
-      ValueError: on weights that are no finite matrix, a missing key, conductances of another shape, or a path that
-        would not be exact.
+      ValueError: on weights that are no finite matrix, a missing key, conductances of another shape or that are not
+        fractions of Gmax, drift of measured conductances, or a path that would not be exact.
     """
     _check(weights, config, key, conductances)
     if weights.dtype in (jnp.bfloat16, jnp.float16):
@@ -110,6 +118,7 @@ def program(
     perfect = conductances is None and _is_perfect(config)
     limits = fixed_limits(config, rows, dtype)
     bounds = worst_case(config, max(rows))
+    _warn_of_clipping(config, max(rows))
     chosen = choose(config, bounds, limits, columns=shape[1], perfect=perfect, path=path)
 
     cells = flipped = gain = offset = pulses = None
@@ -197,6 +206,7 @@ def program(
         pulses=pulses,
         shape=shape,
         plan=chosen,
+        structure=structure_of_arrays(config),
     )
 
 
@@ -249,6 +259,38 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     drawn = config if conductances is None else dataclasses.replace(config, device=Device())
     if key is None and is_random(drawn):
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
+    if conductances is not None:
+        _check_conductances(conductances, config)
     check_limits(
         None if config.adc is None else config.adc.limits, len(config.weight_slices), signed=config.signed_sums
     )
+
+
+def _check_conductances(conductances: Array, config: CrossbarConfig) -> None:
+    if config.device.drift is not None and config.device.time is not None:
+        raise ValueError(
+            f"conductances are those of cells as they are when read, but device.time = {config.device.time} asks for "
+            "drift on top: set device.time=None, or let the conductances drift before (device.drift is a function)"
+        )
+    if is_traced(conductances):
+        return
+    low, high = float(np.min(conductances)), float(np.max(conductances))
+    if not 0 <= low <= high <= _MOST:
+        raise ValueError(
+            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1; divide "
+            "microsiemens by the Gmax of the cells"
+        )
+
+
+def _warn_of_clipping(config: CrossbarConfig, rows: int) -> None:
+    """Warn where an ADC of range `granular` clips sums of evenly spread digits and inputs at one standard deviation."""
+    if config.adc is None or config.adc.range != "granular" or not config.converts_sums:
+        return
+    top = adc_codes(config)[1]
+    usual = math.sqrt(rows) * max(encoding.levels(config)) * encoding.input_top(config) / 3
+    if usual > top:
+        warnings.warn(
+            f"adc.range='granular' with convert='sum' covers {top:,} levels where sums of {rows} rows are usually "
+            f"{usual:,.0f}, so that most conversions clip: choose range='calibrated' or 'max', or convert='slice'",
+            stacklevel=3,
+        )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .config import CrossbarConfig
+from .config import ADC, CrossbarConfig
 
 
 class Structure(NamedTuple):
@@ -49,6 +49,65 @@ def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
     return Structure(tree, numbers, tuple(_classes(config))), [
         leaf for leaf, array in zip(leaves, is_array, strict=True) if array
     ]
+
+
+def structure_of_arrays(config: CrossbarConfig) -> Structure:
+    """Return what has to be the same where arrays are programmed and where they are read.
+
+    That is all but what concerns calibration and warnings, and the size of read noise.
+    """
+    adc, noise = config.adc, config.device.read_noise
+    if adc is not None:
+        adc = dataclasses.replace(adc, quantile=ADC.quantile, clip_share=ADC.clip_share)
+    if noise is not None:
+        noise = dataclasses.replace(noise, sigma=0.0)
+    device = dataclasses.replace(config.device, read_noise=noise)
+    return split_config(dataclasses.replace(config, adc=adc, device=device))[0]
+
+
+def check_same(programmed: Structure, config: CrossbarConfig) -> None:
+    """Refuse a configuration that is not that of the arrays; swept values and functions are not compared.
+
+    Args:
+      programmed: of the arrays.
+      config: that they are read with.
+
+    Raises:
+      ValueError: which names what differs.
+    """
+    asked = structure_of_arrays(config)
+    if asked == programmed:
+        return
+    here, there = (each.config([_Swept()] * each.numbers.count(None)) for each in (programmed, asked))
+    if different := list(_differences(here, there, "")):
+        raise ValueError(
+            f"these arrays were programmed with another configuration: {'; '.join(different)}. Read them with their "
+            "own, or program the weights again"
+        )
+
+
+class _Swept:
+    """Stands for an array, whose values are not compared."""
+
+    def __repr__(self) -> str:
+        return "an array"
+
+
+def _differences(programmed: Any, asked: Any, where: str) -> Iterator[str]:
+    swept = isinstance(programmed, _Swept) or isinstance(asked, _Swept)
+    if swept and programmed is not None and asked is not None:
+        return
+    if dataclasses.is_dataclass(programmed) and type(programmed) is type(asked):
+        for field in dataclasses.fields(programmed):
+            name = f"{where}.{field.name}" if where else field.name
+            yield from _differences(getattr(programmed, field.name), getattr(asked, field.name), name)
+    elif isinstance(programmed, tuple) and isinstance(asked, tuple) and len(programmed) == len(asked):
+        for i, (one, other) in enumerate(zip(programmed, asked, strict=True)):
+            yield from _differences(one, other, f"{where}[{i}]")
+    elif isinstance(programmed, jax.tree_util.Partial) and isinstance(asked, jax.tree_util.Partial):
+        return
+    elif programmed != asked:
+        yield f"{where} = {asked!r}, not {programmed!r}"
 
 
 def _classes(part: Any) -> Iterator[type]:

@@ -47,6 +47,7 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, 
     Args:
       weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Its paths, joined
         by dots, are what rules match.
+        Vectors, such as biases, stay digital. (A stack of vectors is a matrix by its shape: give it a rule of None.)
       rules: path pattern -> configuration, or None for digital.
       key: of the chip.
       modules: the numbers that modules have on the chip, where the stacks hold only some of them; None for 0, 1, ...
@@ -55,7 +56,7 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, 
       The tree with `Programmed` leaves; `Segments` for stacks whose layers differ in kind.
 
     Raises:
-      ValueError: a pattern matches nothing, or a weight cannot be programmed.
+      ValueError: a pattern matches nothing, or vectors alone, or a weight cannot be programmed.
     """
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
@@ -65,6 +66,8 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, 
 
 def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array, modules: Int[Array, " N"] | None) -> Any:
     """Return a weight where its rules put it: neighbouring layers under one configuration stay together."""
+    if weight.ndim < 2:
+        return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(f"{path} holds weights that are NaN or infinite: no conductance stands for them")
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -142,10 +145,17 @@ def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
 
 
 def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
-    for pattern in rules:
-        if not any(
-            _matches(pattern, path, layer)
+    for pattern, config in rules.items():
+        matched = [
+            path
             for path, weight in weights.items()
-            for layer in ([None] if weight.ndim == 2 else [(i, weight.shape[0]) for i in range(weight.shape[0])])
-        ):
+            for layer in ([None] if weight.ndim <= 2 else [(i, weight.shape[0]) for i in range(weight.shape[0])])
+            if _matches(pattern, path, layer)
+        ]
+        if not matched:
             raise ValueError(f"the rule {pattern!r} matches no weight: there are {', '.join(weights)}")
+        if config is not None and all(weights[path].ndim < 2 for path in matched):
+            raise ValueError(
+                f"the rule {pattern!r} matches {', '.join(matched)} of shape {weights[matched[0]].shape}, but arrays "
+                "hold matrices: leave the rule out, or name a matrix or a stack of them"
+            )
