@@ -307,6 +307,9 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu': wanted 'relu' or 'gated-gelu'"),
         ({"d_kv": ...}, "d_kv is missing: wanted an integer"),
         ({"num_heads": "two"}, "num_heads is two: wanted an integer"),
+        ({"d_ff": -1}, "d_ff is -1: wanted an integer from 1 to 10,000,000"),
+        ({"d_ff": True}, "d_ff is True: wanted an integer"),
+        ({"vocab_size": 10**400}, "vocab_size is 10{99}: wanted an integer"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path, fields, message):

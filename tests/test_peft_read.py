@@ -510,7 +510,11 @@ def test_factors_of_the_wrong_kind_or_shape(write, kind, array, message):
 
 @pytest.mark.parametrize(
     ("name", "spelt"),
-    [("e" * 170_000, "'eee.*eee'"), (f"{_Q}\n.lora_A.weight", r"'encoder.*\\n.lora_A.weight'"), ("\x1b[2J", "'.x1b.2J'")],
+    [
+        ("e" * 170_000, "'eee.*eee'"),
+        (f"{_Q}\n.lora_A.weight", r"'encoder.*\\n.lora_A.weight'"),
+        ("\x1b[2J", "'.x1b.2J'"),
+    ],
 )
 def test_names_of_tensors_are_bounded(write, name, spelt):
     folder = write(_TENSORS | {name: np.ones((4, 6), np.float32)})

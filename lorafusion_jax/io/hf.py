@@ -37,6 +37,7 @@ _COPIED_FILES = (
     "tokenizer_config.json",
 )
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
+_LARGEST = 10_000_000
 _SHARED = "shared.weight"
 _HEAD = "lm_head.weight"
 _COPIES_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -62,8 +63,9 @@ def read_config(source: str | Path) -> T5Config:
     if activation not in ("relu", "gated-gelu"):
         raise ValueError(f"{path}: feed_forward_proj is {activation!r}: wanted 'relu' or 'gated-gelu'")
     for field in _SIZES:
-        if not isinstance(raw.get(field), int):
-            raise ValueError(f"{path}: {field} is {raw.get(field, 'missing')}: wanted an integer")
+        value = raw.get(field, "missing")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            raise ValueError(f"{path}: {field} is {str(value)[:100]}: wanted an integer from 1 to {_LARGEST:,}")
     says_tied = raw.get("tie_word_embeddings", kind == "t5")
     return T5Config(
         **{field: raw[field] for field in _SIZES},
