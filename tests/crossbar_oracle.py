@@ -448,7 +448,7 @@ def convert(
         above = ndtr((t[noisy][:, None] - c - 0.5) / np.sqrt(V[noisy])[:, None])
         mean = low + above.sum(1)
         square = low**2 + ((2 * c + 1) * above).sum(1)
-        code[noisy], variance[noisy], slack[noisy] = mean, square - mean**2, 0
+        code[noisy], variance[noisy], slack[noisy] = mean, np.maximum(square - mean**2, 0), 0
     return np.stack([code, slack, variance, np.abs(code)]), beyond
 
 

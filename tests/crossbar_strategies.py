@@ -77,7 +77,7 @@ _INTEGERS = {"cells": st.sampled_from(CELLS[:-1]), "device": st.none(), "gain": 
 SUITED: dict[str | None, dict[str, Any]] = {
     None: {},
     "definition": {},
-    "product": {"adc": st.sampled_from([None, None, "granular"]), "nonlinear": st.none()},
+    "product": {"adc": st.sampled_from([None, None, None, "granular"]), "nonlinear": st.none()},
     "loop": _CONVERTS,
     "lookup": _CONVERTS | _NARROW,
     "planes": _CONVERTS | _NARROW | _INTEGERS | {"scale": st.sampled_from(["matrix", "column"])},
@@ -141,7 +141,7 @@ def _device(c: dict[str, Any]) -> Device:
     iv = crossbar.Sinh(0.4, 0.25) if c["nonlinear"] in ("iv", "iv and wire") else None
     # The oracle knows the distribution of clipped noise, but not what an ADC makes of its sum.
     clip, kind = c["noise"] == "clipped", "proportional" if c["noise"] == "proportional" else "independent"
-    noise = None if c["noise"] is None else ReadNoise(0.15, kind, clip=clip and c["adc"] is None)
+    noise = None if c["noise"] is None else ReadNoise(0.3, kind, clip=clip and c["adc"] is None)
     return Device(**parts, iv=iv, read_noise=noise)
 
 
@@ -189,7 +189,7 @@ def weights(c: dict[str, Any], number: int = 0) -> np.ndarray:
     elif c["weights"] == "positive":
         W = np.abs(W)
     elif c["weights"] == "tiny":
-        W *= 1e-20
+        W *= 1e-12
     return W.astype(dtype(c))
 
 
