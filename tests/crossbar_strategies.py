@@ -41,7 +41,7 @@ def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
         "signed": st.booleans(),
         "scaling": st.sampled_from(["row", "fixed"]),
         "limit": st.sampled_from([1.0, 0.6, 1.7]),
-        "adc": st.sampled_from(["max", "calibrated", "granular", "given", "given by row", None]),
+        "adc": st.sampled_from(["max", "granular", "given", "calibrated", "max", "given by row", None]),
         "adc_bits": st.sampled_from([5, 3, 4, 6, 8, 12]),
         "convert": st.sampled_from(["slice", "slice", "sum"]),
         "separate": st.sampled_from([False, False, True]),
@@ -68,7 +68,7 @@ def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
 
 # What a path needs of a configuration, for the most part; what it refuses all the same counts as refused.
 _CONVERTS = {
-    "adc": st.sampled_from(["max", "calibrated", "granular", "given"]),
+    "adc": st.sampled_from(["max", "granular", "given", "max", "calibrated"]),
     "offset": st.none(),
     "nonlinear": st.none(),
 }

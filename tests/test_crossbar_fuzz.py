@@ -1,7 +1,7 @@
 """Differential tests of the crossbar model: drawn configurations, every path against loops in NumPy.
 
 A case is one drawn crossbar with a matrix and inputs, read by one path, and held against `crossbar_oracle` (or
-refused by a clear ValueError). Each case's program is compiled once and runs on three matrices and batches of the
+refused by a clear ValueError). Each case's program is compiled once and runs on two matrices and batches of the
 same shape, which count as one. Here the draws are the same in every run; `make fuzz-crossbar` draws others for an hour.
 """
 
@@ -36,7 +36,7 @@ TALLY: collections.Counter[tuple[str, str, str]] = collections.Counter()
 # What `fuzz_crossbar.py` runs: the functions and what they draw.
 PROPERTIES: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]] = {}
 # Matrices and batches that each program runs on.
-DRAWS = 3
+DRAWS = 2
 
 
 def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -154,9 +154,9 @@ def limits_of(state: Any) -> np.ndarray | None:
 
 
 @cases(
-    60,
+    46,
     case=reads(None, "product", "loop", "lookup", "planes", "packed"),
-    eager=st.sampled_from([False, False, False, False, True]),
+    eager=st.sampled_from([False] * 9 + [True]),
 )
 def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]], eager: bool):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
@@ -295,7 +295,7 @@ PAIRS: dict[str, Any] = {
 
 
 @cases(
-    16,
+    14,
     case=reads("lookup", "packed", **{**NOISE, **PAIRS})
     | reads("lookup", "loop", **NOISE)
     | reads("product", **{**NOISE, "adc": None})
@@ -303,9 +303,9 @@ PAIRS: dict[str, Any] = {
     | reads("definition", **{**NOISE, "noise": "clipped", "adc": None}),
 )
 def test_read_noise_has_the_mean_and_variance_of_its_conversions(case: tuple[str, dict[str, Any]]):
-    """Those of normal sums after rounding and clipping, exactly, over 6,000 reads with keys of their own."""
+    """Those of normal sums after rounding and clipping, exactly, over 5,000 reads with keys of their own."""
     path, c = case
-    config, reads = build(c), 6000
+    config, reads = build(c), 5000
     note(repr(config))
     W, x, _ = problem(c, 0)
     key = jax.random.key(c["seed"])
