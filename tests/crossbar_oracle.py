@@ -42,7 +42,7 @@ class Read(NamedTuple):
       slack: [B, d_out] how far conversions within rounding errors of a tie, or of the range's end, may move it.
       variance: [B, d_out] of read noise.
       magnitude: [B, d_out] sum of |terms|, which rounding errors are relative to.
-      sums: for every weight slice what its columns in use bring to the ADC, in level units.
+      sums: for every weight slice what its ADC converts of the columns in use, in level units.
       clipped: [K, 2] least and largest number of them beyond the range.
       lsb: [R, K] level units of a code; None without an ADC.
     """
@@ -314,13 +314,13 @@ def read(
                         np.sum(weight**power * a, 1, keepdims=True) for power, a in ((1, S), (2, V), (1, size))
                     )
                     weights = np.ones((1, 1, 1))
-                seen[k].append(S[..., used].reshape(-1))
                 if chip.gain is not None:
                     gain = chip.gain[k, :, r, c][:, None, None]
                     S, V, size = S * gain, V * gain**2, size * np.abs(gain)
                 if chip.offset is not None:
                     shift = chip.offset[k, :, r, c][:, None, None]
                     S, size = S + shift, size + np.abs(shift)
+                seen[k].append(S[..., used].reshape(-1))
                 step = 1.0
                 if lsb is None:
                     total = np.stack([S, np.zeros_like(S), V, size])

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a property's name")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
+    properties.OPTIONS.clear()  # programs as users' are compiled
     start, seed, failures, said = time.monotonic(), options.seed, {}, 0.0
     names = [name for name in properties.PROPERTIES if options.only in name]
     while time.monotonic() - start < options.seconds:
