@@ -25,9 +25,7 @@ from scipy.special import ndtri
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import CrossbarConfig, calibrated, mvm, probe, program
 
-# Known faults, which are being fixed one by one.
 pytestmark = [
-    pytest.mark.xfail(strict=False, reason="faults that these properties found, not fixed yet"),
     pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'"),
 ]
 
@@ -161,7 +159,7 @@ def limits_of(state: Any) -> np.ndarray | None:
 
 
 @cases(
-    44,
+    36,
     case=reads(None, "product", "loop", "lookup", "planes", "packed"),
     eager=st.sampled_from([False] * 9 + [True]),
 )
@@ -307,7 +305,7 @@ PAIRS: dict[str, Any] = {
 
 
 @cases(
-    14,
+    13,
     case=reads("lookup", "packed", **{**NOISE, **PAIRS})
     | reads("lookup", "loop", **NOISE)
     | reads("product", **{**NOISE, "adc": None})
@@ -486,7 +484,7 @@ def cell(
 
 
 @cases(
-    10,
+    14,
     case=reads("loop", "lookup", "definition", float64=True, adc=st.sampled_from(["max", "granular", "given"]))
     | reads("product", float64=True),
 )
@@ -520,7 +518,7 @@ GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none
 
 
 @cases(
-    10,
+    8,
     case=reads("loop", "definition", "lookup", "packed", None, **GIVEN, whole=False),
     how=st.sampled_from(["replaced in the configuration", "replaced in the state"]),
 )
@@ -573,7 +571,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str
 
 
 @cases(
-    8,
+    14,
     case=reads(
         "loop",
         "definition",
@@ -714,8 +712,9 @@ _OTHER = {
 }
 
 
+@pytest.mark.xfail(strict=False, reason="XLA divides by a broadcast with a reciprocal: some ties are not half to even")
 @cases(
-    10,
+    24,
     case=reads(
         None,
         "definition",
@@ -745,8 +744,8 @@ def test_a_state_read_with_another_configuration_is_refused_or_right(
 
 
 @cases(
-    6,
-    c=choices(float64=False, seed=st.integers(0, 99)),
+    8,
+    c=choices(float64=False, weights=st.sampled_from(["normal", "sparse"]), seed=st.integers(0, 99)),
     to=st.sampled_from(["bfloat16", "float16"]),
     which=st.sampled_from(["W", "x", "both"]),
 )
