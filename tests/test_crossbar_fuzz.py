@@ -519,17 +519,20 @@ GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none
 
 @cases(
     8,
-    case=reads("loop", "definition", "lookup", "packed", None, **GIVEN, whole=False),
+    case=reads("loop", "definition", "lookup", "packed", **GIVEN, whole=False)
+    | reads(None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None),
     how=st.sampled_from(["replaced in the configuration", "replaced in the state"]),
 )
 def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str | None, dict[str, Any]], how: str):
     """Other limits than those programmed with: the read is theirs, its gradient that of clipping in the loops."""
     path, c = case
     new = build({**c, "seed": c["seed"] + 1})
-    old = dataclasses.replace(
-        new, adc=dataclasses.replace(new.adc, range="max", limits=None, bits=max(new.adc.bits, 4 + c["seed"] % 10))
-    )
-    new = dataclasses.replace(new, adc=dataclasses.replace(new.adc, bits=old.adc.bits))
+    # Where it can be, the range before is one that loses nothing, whose plan is one product.
+    lossless = how.endswith("state") and path is None and oracle.integer_sums(new)
+    bits = 14 if lossless else max(new.adc.bits, 4 + c["seed"] % 10)
+    before = dataclasses.replace(new.adc, range="granular" if lossless else "max", limits=None, bits=bits)
+    old = dataclasses.replace(new, adc=before)
+    new = dataclasses.replace(new, adc=dataclasses.replace(new.adc, bits=bits))
     note(repr(new))
     with precision(c), contextlib.suppress(Refused):
         W, x, _ = problem(c, 0)
@@ -551,6 +554,9 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str
 
         with refusals(path):
             gradient, y = jit(jax.grad(loss, has_aux=True))(jnp.asarray(limits), jnp.asarray(W), jnp.asarray(x))
+        if lossless and np.isnan(y).all():  # what a trace can do about limits that one product cannot have
+            with refusals(path):
+                read(jnp.asarray(limits), jnp.asarray(W), jnp.asarray(x))
         chip = programmed_chip(c, new, W)
         within(y, oracle.read(chip, x, new), c, new, how)
 
