@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from . import encoding
 from .config import CrossbarConfig
@@ -31,6 +31,7 @@ class Converter(NamedTuple):
       qmax: highest code.
       divides: whether `scale` is divided by.
       rounds: False for the smooth surrogate, which only clips.
+      counts: return 1 for a clipped sum and 0 for another in place of its code.
     """
 
     scale: Float[Array, "*_R K"]
@@ -38,6 +39,7 @@ class Converter(NamedTuple):
     qmax: int
     divides: bool = False
     rounds: bool = True
+    counts: bool = False
 
     @property
     def lsb(self) -> Float[Array, "*_R K"]:
@@ -47,7 +49,13 @@ class Converter(NamedTuple):
     def __call__(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the codes of sums, given the part of `scale` that applies to them."""
         scaled = self.scaled(sums, scale)
+        if self.counts:
+            return self.clips(scaled).astype(sums.dtype)
         return jnp.clip(jnp.round(scaled) if self.rounds else scaled, self.qmin, self.qmax)
+
+    def clips(self, scaled: Float[Array, "..."]) -> Bool[Array, "..."]:
+        """Return which sums, in units of a code, are beyond the range."""
+        return (scaled > self.qmax + 0.5) | (scaled < self.qmin - 0.5)
 
     def scaled(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return sums in units of a code, neither rounded nor clipped."""

@@ -21,7 +21,7 @@ from . import encoding
 from .adc import codes, converter, level_units
 from .config import CrossbarConfig
 from .definition import all_sums
-from .mvm import mvm, reading, with_mismatch
+from .mvm import mvm, reading, with_mismatch, with_noise
 from .plan import choose, worst_case
 from .state import ArrayState, columns_of, programmed_weights
 from .structure import Structure, check_same, split_config, structure_of_arrays
@@ -31,6 +31,8 @@ from .values import is_traced
 BINS = 4096
 # Inputs of one read that enter the distribution, evenly spread; results and errors take all.
 SAMPLES = 256
+# The distribution of |x| has so many bins for each power of two, from 2^-_LEAST on: their edges are 1 % apart.
+_OCTAVE, _LEAST = 64, 32
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +43,16 @@ class Statistics:
     Attributes:
       histogram: [K, BINS] conversions by |column sum|, up to the worst case of the configuration.
       clipped: [K] conversions beyond the range.
+      inputs: [BINS] inputs by log2 |x|; empty for an ideal DAC.
+      clipped_inputs: inputs beyond the DAC's range.
       signal: sum of squares of x @ W.
       error: sum of squares of y - x @ W.
     """
 
     histogram: Float[Array, "*N K bins"]
     clipped: Float[Array, "*N K"]
+    inputs: Float[Array, "*N bins"]
+    clipped_inputs: Float[Array, "*N"]
     signal: Float[Array, "*N"]
     error: Float[Array, "*N"]
 
@@ -54,6 +60,11 @@ class Statistics:
     def clip_share(self) -> Float[Array, "*N K"]:
         """Share of conversions that were clipped, of every weight slice."""
         return self.clipped / jnp.maximum(jnp.sum(self.histogram, axis=-1), 1)
+
+    @property
+    def clip_share_of_inputs(self) -> Float[Array, "*N"]:
+        """Share of inputs that were clipped."""
+        return self.clipped_inputs / jnp.maximum(jnp.sum(self.inputs, axis=-1), 1)
 
     @property
     def sqnr(self) -> Float[Array, "*N"]:
@@ -71,19 +82,21 @@ def probe(
 ) -> tuple[Float[Array, "*B d_out"], Statistics]:
     """Read, and return what the converters met beside the result.
 
-    Before calibration the result is that of an ideal ADC.
+    Before calibration the result is that of an ideal ADC, with each input vector's largest |x| as the DAC's range.
 
     Args:
       x: inputs.
       state: of the chip.
       config: of the crossbar.
-      key: of the read noise.
+      key: of the noise.
       weights: what the error is measured against; None: the weights as programmed.
     """
     dtype, x = x.dtype, x.astype(state.codes.dtype)
-    uncalibrated = config.adc is not None and state.limits is None and state.plan.path != "product"
-    if uncalibrated:
-        check_same(state.structure, config)
+    check_same(state.structure, config)
+    if config.dac is not None and config.dac.scaling == "calibrated" and state.input_limit is None:
+        config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, scaling="row"))
+        state = dataclasses.replace(state, structure=structure_of_arrays(config))
+    if config.adc is not None and state.limits is None and state.plan.path != "product":
         ideal = dataclasses.replace(config, adc=None, device=dataclasses.replace(config.device, read_noise=None))
         path = "definition" if state.plan.path == "definition" else "product"
         plan, structure = dataclasses.replace(state.plan, path=path), structure_of_arrays(ideal)
@@ -96,12 +109,14 @@ def probe(
     reference = batch @ held
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
     structure, values = split_config(config)
-    histogram, clipped = _conversions(batch, state, values, key, structure=structure)
-    return y.astype(dtype), Statistics(histogram, clipped, signal, error)
+    histogram, clipped, inputs, clipped_inputs = _converted(batch, state, values, key, structure=structure)
+    return y.astype(dtype), Statistics(histogram, clipped, inputs, clipped_inputs, signal, error)
 
 
 def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig) -> ArrayState:
-    """Return the state with ADC ranges that cover `adc.quantile` of the conversions seen.
+    """Return the state with converters whose ranges cover `quantile` of the inputs, or of the conversions, seen.
+
+    The range of a `calibrated` DAC comes first: what the ADCs meet depends on it, so that they need another probe.
 
     Ranges of the weight slices are powers of two apart, so that shift-and-add stays shifts. Where column sums are
     integers, steps are whole: of 1, 2, 4, ... levels the one with the least squared error on the sums seen, clipped
@@ -111,13 +126,15 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     Args:
       state: one chip's, or with leading axes like those of the statistics.
       statistics: of probing reads.
-      config: of the crossbar; unchanged unless its ADC has range `calibrated`.
+      config: of the crossbar; unchanged unless a range of it is `calibrated`.
 
     Raises:
       ValueError: where no conversion was seen, or for another configuration than that of the arrays.
     """
     check_same(state.structure, config)
-    adc = config.adc
+    adc, dac = config.adc, config.dac
+    if dac is not None and dac.scaling == "calibrated" and state.input_limit is None:
+        return dataclasses.replace(state, input_limit=_input_limit(statistics.inputs, dac.quantile))
     if adc is None or adc.range != "calibrated" or state.plan.path == "product":
         return state
     seen = jnp.cumsum(statistics.histogram, axis=-1)
@@ -125,7 +142,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
         raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
     dtype = statistics.histogram.dtype
     bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(state, config)])
-    if state.plan.integers and config.device.read_noise is None:
+    if state.plan.ties is not None:
         lsb = _whole_steps(statistics.histogram, bound, codes(config)[1])
     else:
         reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
@@ -148,6 +165,15 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     return state
 
 
+def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
+    """Return the edge of the bin up to which the inputs make `quantile` of all."""
+    seen = jnp.cumsum(inputs, axis=-1)
+    if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
+        raise ValueError("calibration saw no input: probe the arrays with some inputs first")
+    reached = jnp.sum(seen < quantile * seen[..., -1:], axis=-1) + 1
+    return jnp.exp2(reached.astype(inputs.dtype) / _OCTAVE - _LEAST)
+
+
 def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"], top: int) -> Float[Array, "*N K"]:
     """Return the steps of 1, 2, 4, ... levels that quantise integer sums with the least squared error."""
     sums = jnp.round((jnp.arange(BINS, dtype=bound.dtype) + 0.5)[None] / BINS * bound[:, None])
@@ -168,18 +194,25 @@ def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, .
 
 # Compiled, since its loop would be compiled anew at every call outside `jax.jit`.
 @functools.partial(jax.jit, static_argnames=("structure",), inline=True)
-def _conversions(
+def _converted(
     x: Float[Array, "B d_in"], state: ArrayState, values: list[Any], key: Array | None, *, structure: Structure
-) -> tuple[Float[Array, "K bins"], Float[Array, " K"]]:
-    """Return the distribution of |column sum| of every weight slice, and how many were clipped."""
+) -> tuple[Float[Array, "K bins"], Float[Array, " K"], Float[Array, " bins"], Float[Array, ""]]:
+    """Return the distribution of |column sum| of every weight slice, how many were clipped, and likewise of inputs."""
     config = structure.config(values)
     slices = len(config.weight_slices)
     zeros = jnp.zeros((slices, BINS), x.dtype), jnp.zeros((slices,), x.dtype)
-    if config.adc is None or state.plan.path == "product":
-        return zeros
     step = max(1, x.shape[0] // SAMPLES)
     x = x[: step * SAMPLES : step]
-    n = reading(x, state, config)
+    n, limit = reading(x, state, config, key)
+    inputs, outside = jnp.zeros((BINS,), x.dtype), jnp.zeros((), x.dtype)
+    if config.dac is not None:
+        octaves = jnp.log2(jnp.maximum(jnp.abs(x), 2.0**-_LEAST)) + _LEAST
+        at = jnp.clip(octaves * _OCTAVE, 0, BINS - 1).astype(jnp.int32)
+        inputs = inputs.at[at.reshape(-1)].add(jnp.ones((), x.dtype))
+        beyond = (jnp.abs(x) > limit) | ((x < 0) if not config.dac.signed else False)
+        outside = jnp.sum(beyond, dtype=x.dtype)
+    if config.adc is None or state.plan.path == "product":
+        return *zeros, inputs, outside
     keys = None if key is None else jax.random.split(key, x.shape[0])
     bound = jnp.stack([jnp.asarray(b, x.dtype) for b in _extent(state, config)])
     quantise = None if state.limits is None else converter(state.limits, config, state.plan.ties)
@@ -192,12 +225,11 @@ def _conversions(
         clipped = total[1]
         if quantise is not None:
             of_sums = jnp.broadcast_to(quantise.scale.T[:, None, :, None], sums.shape)
-            scaled = quantise.scaled(sums, of_sums)
-            beyond = (scaled > quantise.qmax + 0.5) | (scaled < quantise.qmin - 0.5)
+            beyond = quantise.clips(quantise.scaled(sums, of_sums))
             clipped = clipped + jnp.sum(jnp.where(beyond, used, 0).reshape(slices, -1), axis=1)
         return (histogram, clipped), None
 
-    return jax.lax.scan(of_one, zeros, (n, keys))[0]
+    return *jax.lax.scan(of_one, zeros, (n, keys))[0], inputs, outside
 
 
 def _sums(
@@ -211,7 +243,7 @@ def _sums(
         sums = all_sums(tiles, state.cells, key, config)  # [J, K, R, C, P, cols]
         if config.converts_sums:
             sums = jnp.tensordot(worth, sums, ((0,), (0,)))[None]
-        sums = with_mismatch(sums, state)
+        sums = with_noise(with_mismatch(sums, state), config, key)
         cols = jnp.asarray(np.any(encoding.cells_in_use(state.shape, config), axis=2), n.dtype)  # [R, C, cols]
         if config.encoding.unit_column:
             cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), n.dtype)], axis=2)

@@ -91,7 +91,7 @@ class Encoding:
             raise ValueError("encoding: flipped columns are recovered by the unit column: set unit_column=True")
 
 
-@_register("bits", "slice_bits", "signed", "scaling")
+@_register("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DAC:
     """How inputs become voltages: quantised, and sent in slices.
@@ -100,16 +100,23 @@ class DAC:
       bits: of the input, its sign included.
       slice_bits: bits that one pulse carries (the DAC's own resolution); None sends all in one.
       signed: sign and magnitude on +-limit, 2^bits - 1 levels; else 2^bits levels on 0..limit.
-      scaling: what full scale is: `fixed` (limit, for every input) or `row` (the largest |x| of each input
-        vector, divided out and multiplied back digitally).
+      scaling: what full scale is: `fixed` (limit, for every input), `calibrated` (one value for every input, from
+        data) or `row` (the largest |x| of each input vector, divided out and multiplied back digitally). Inputs
+        beyond it are clipped, as negative ones of an unsigned DAC are.
       limit: full scale for `fixed`.
+      quantile: of |x| that a calibrated full scale covers.
+      clip_share: share of clipped inputs above which statistics warn.
+      rounding: to the `nearest` code, or `stochastic`: up or down at random, right on average.
     """
 
     bits: int = 8
     slice_bits: int | None = 1
     signed: bool = True
-    scaling: Literal["fixed", "row"] = "row"
+    scaling: Literal["fixed", "calibrated", "row"] = "row"
     limit: Physical = 1.0
+    quantile: float = 0.9995
+    clip_share: float = 0.02
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self):
         least = 2 if self.signed else 1
@@ -119,8 +126,12 @@ class DAC:
             raise ValueError(
                 f"dac.slice_bits = {self.slice_bits!r}: give 1 to {self.bits} bits, or None for no slicing"
             )
-        if self.scaling not in ("fixed", "row"):
-            raise ValueError(f"dac.scaling = {self.scaling!r}: choose fixed or row")
+        if self.scaling not in ("fixed", "calibrated", "row"):
+            raise ValueError(f"dac.scaling = {self.scaling!r}: choose fixed, calibrated or row")
+        if not 0.5 <= self.quantile <= 1:
+            raise ValueError(f"dac.quantile = {self.quantile}: give a share of inputs from 0.5 to 1")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"dac.rounding = {self.rounding!r}: choose nearest or stochastic")
         if isinstance(self.limit, int | float) and not 0 < self.limit < float("inf"):
             raise ValueError(f"dac.limit = {self.limit}: give the largest |x|, positive and finite")
 
@@ -136,7 +147,7 @@ class DAC:
         return (*[step] * (total // step), *([total % step] if total % step else []))
 
 
-@_register("bits", "range", "convert", "separate", "quantile", "clip_share")
+@_register("bits", "range", "convert", "separate", "quantile", "clip_share", "retries")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ADC:
     """How column currents become numbers.
@@ -153,6 +164,10 @@ class ADC:
         range `given`; may be learned.
       gain_error: standard deviation of each column's ADC gain, drawn once per chip.
       offset_error: standard deviation of each column's ADC offset, in units of Gmax at full input.
+      noise: standard deviation of the normal noise of a conversion, drawn anew for each, in units of Gmax at full
+        input (aihwkit's `out_noise`).
+      retries: how often an input vector of which a conversion was clipped is read again, at half the voltage of the
+        time before (aihwkit's iterative bound management).
     """
 
     bits: int = 8
@@ -164,6 +179,8 @@ class ADC:
     limits: Any = None
     gain_error: Physical = None
     offset_error: Physical = None
+    noise: Physical = None
+    retries: int = 0
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
@@ -178,7 +195,9 @@ class ADC:
             raise ValueError(f"adc.quantile = {self.quantile}: give a share of conversions from 0.5 to 1")
         if isinstance(self.limits, list | tuple):
             object.__setattr__(self, "limits", _tuples(self.limits))
-        for name in ("gain_error", "offset_error"):
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, or 0")
+        for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"adc.{name} = {value}: a standard deviation cannot be negative")
@@ -322,18 +341,29 @@ class CrossbarConfig:
         return self.adc is not None and (self.adc.gain_error is not None or self.adc.offset_error is not None)
 
     @property
+    def draws_at_conversion(self) -> bool:
+        """Whether a column sum has noise when it is converted."""
+        return self.device.read_noise is not None or (self.adc is not None and self.adc.noise is not None)
+
+    @property
+    def reads_at_random(self) -> bool:
+        """Whether every read draws random numbers."""
+        return self.draws_at_conversion or (self.dac is not None and self.dac.rounding == "stochastic")
+
+    @property
     def g_min(self) -> Any:
         """The smallest conductance, of Gmax."""
         return 0.0 if self.cell.on_off_ratio is None else 1.0 / self.cell.on_off_ratio
 
 
 def deterministic(config: CrossbarConfig) -> CrossbarConfig:
-    """Return the same arrays and converters with nothing random: no errors of cells or ADCs, no drift, no noise."""
+    """Return the same arrays and converters with nothing random: no errors, no drift, no noise, inputs rounded."""
     device = dataclasses.replace(
         config.device, programming=None, write_verify=None, stuck=None, drift=None, compensate=False, read_noise=None
     )
-    adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None)
-    return dataclasses.replace(config, device=device, adc=adc)
+    adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None, noise=None)
+    dac = config.dac and dataclasses.replace(config.dac, rounding="nearest")
+    return dataclasses.replace(config, device=device, adc=adc, dac=dac)
 
 
 def _tuples(values: Any) -> Any:

@@ -18,8 +18,9 @@ from .adc import Converter
 from .config import CrossbarConfig
 from .lookup import lookup
 from .loop import loop
-from .noise import Noise, deviations, stream
+from .noise import Noise, deviations, of_conversions, stream
 from .packed import packed
+from .packing import Packed
 from .planes import planes
 from .recombine import finish, weigh
 from .state import ArrayState
@@ -30,15 +31,15 @@ _Operand = tuple[Any, Array | None, Array | None, Array | None, Array | None]
 
 def convert_tiles(
     n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Float[Array, "B d_out"]:
-    """Return weights times input codes.
+) -> Float[Array, "B _d_out"]:
+    """Return weights times input codes; of a converter that counts, [B, 1], above zero where a conversion is clipped.
 
     Args:
       n: input codes.
       quantise: the ADC.
       state: of the chip.
       config: of the crossbar.
-      key: of the read noise.
+      key: of the noise.
     """
     rows, cols = encoding.grid(state.shape, config)
     tiles = encoding.split(n, rows, axis=1, front=True)
@@ -47,11 +48,17 @@ def convert_tiles(
     if state.flipped is not None:  # negated columns
         quantise = quantise._replace(qmin=-quantise.qmax)
 
-    def noise(variance: Array | None, number: Array | int) -> Noise | None:
-        if config.device.read_noise is None or key is None:
+    def noise(variance: Array | None, number: Array | int, columns: Any) -> Noise | None:
+        if not config.draws_at_conversion or key is None:
             return None
         words = stream(jax.random.fold_in(key, number))
-        return Noise(variance, jnp.tile(deviations(config, n.dtype), each), words)
+        scale, of_adc = deviations(config, n.dtype), of_conversions(config, n.dtype)
+        if variance is None and not isinstance(columns, Packed):  # quiet cells
+            variance = jnp.zeros((*columns.shape[:3], 1), n.dtype)
+        elif variance is None and columns.variances is None:
+            row_tiles, read = columns.low.shape[1], columns.words.shape[2] - 1
+            variance = jnp.zeros((len(columns.low), row_tiles, read, 1), n.dtype)
+        return Noise(variance, jnp.tile(scale, each), words, None if of_adc is None else jnp.tile(of_adc, each))
 
     def unit_sums(
         tiles: Array, units: Array, variance: Array | None, number: Array | int, adc: Converter
@@ -61,7 +68,8 @@ def convert_tiles(
         def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
             x, units, variance, r = tile
             variance = None if variance is None else variance[:, None]
-            return loop(x[:, None], units[:, None], adc, slices, None, noise(variance, 2 * (number + r) + 1))
+            units = units[:, None]
+            return loop(x[:, None], units, adc, slices, None, noise(variance, 2 * (number + r) + 1, units))
 
         by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
         return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
@@ -75,7 +83,13 @@ def convert_tiles(
         of_units = variance
         if units is not None and variance is not None and variance.shape[3] > 1:
             variance, of_units = variance[..., : state.shape[1]], variance[..., state.shape[1] :]
-        total = _by_kernel(tiles, columns, occupied, adc, slices, noise(variance, 2 * number), state, config)
+        drawn = noise(variance, 2 * number, columns)
+        total = _by_kernel(tiles, columns, occupied, adc, slices, drawn, state, config)
+        if adc.counts:
+            clipped = jnp.sum(total, axis=(0, 2))
+            if units is not None:
+                clipped += jnp.sum(unit_sums(tiles, units, of_units, number, adc), axis=(0, 1, 3))
+            return clipped[:, None]
         if each == 2:
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
@@ -89,8 +103,9 @@ def convert_tiles(
         return finish(whole, ones, own, state, config)
 
     operand = state.columns, state.units, state.variance, state.occupied, state.flipped
+    worth = jnp.ones((1, 1), n.dtype) if quantise.counts else state.scale
     if state.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
-        return of_tiles(tiles, operand, 0, quantise.scale) * state.scale
+        return of_tiles(tiles, operand, 0, quantise.scale) * worth
 
     # Row tiles whose weights, or ADCs, have ranges of their own are added up as outputs.
     axes = (3 if state.plan.path == "planes" else 1, 1, 1, 1, 1)
@@ -103,12 +118,12 @@ def convert_tiles(
         )
         return y + of_tiles(x[:, None], one, number, adc_scale[None]) * scale[None], None
 
-    zero = jnp.zeros((n.shape[0], state.shape[1]), n.dtype)
+    zero = jnp.zeros((n.shape[0], 1 if quantise.counts else state.shape[1]), n.dtype)
     by_tile = tuple(
         jax.tree.map(lambda a, axis=axis: jnp.moveaxis(a, axis, 0), part)
         for part, axis in zip(operand, axes, strict=True)
     )
-    adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, state.scale))
+    adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, worth))
     return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 
 

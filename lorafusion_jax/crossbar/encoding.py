@@ -21,6 +21,9 @@ from jaxtyping import Array, Bool, Float
 
 from .config import CrossbarConfig
 
+# Purpose of a read's key, besides the numbers of its row tiles.
+_ROUNDING = 2**31
+
 
 def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
     """Return the lengths of the parts into which arrays of `limit` cut an axis.
@@ -241,18 +244,26 @@ def unit_levels(config: CrossbarConfig) -> tuple[float, ...]:
     return tuple(1.0 for _ in config.weight_slices) if config.encoding.flip else zero_digits(config)
 
 
-def input_codes(x: Float[Array, "B d_in"], limit: Array, config: CrossbarConfig) -> Float[Array, "B d_in"]:
+def input_codes(
+    x: Float[Array, "B d_in"], limit: Array, config: CrossbarConfig, key: Array | None = None
+) -> Float[Array, "B d_in"]:
     """Return the signed input codes n; for an ideal DAC x / limit itself.
 
     Args:
       x: inputs.
       limit: full scale, a scalar or [B, 1].
       config: with the DAC.
+      key: of the read, for stochastic rounding.
     """
     if config.dac is None:
         return x / limit
     top = float(input_top(config))
-    return jnp.clip(jnp.round(x / limit * top), -top if config.dac.signed else 0.0, top)
+    codes = x / limit * top
+    if config.dac.rounding == "nearest" or key is None:
+        whole = jnp.round(codes)
+    else:
+        whole = jnp.floor(codes + jax.random.uniform(jax.random.fold_in(key, _ROUNDING), codes.shape, codes.dtype))
+    return jnp.clip(whole, -top if config.dac.signed else 0.0, top)
 
 
 def pulses(codes: Float[Array, "*B d"], config: CrossbarConfig) -> Float[Array, "J *B d"]:

@@ -18,20 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from . import encoding
 from .adc import Converter, converter
 from .config import CrossbarConfig
 from .conversions import convert_tiles
 from .definition import all_sums, input_bytes, mapped, shift_and_add
-from .noise import root
+from .noise import of_conversions, root
 from .normal import normal
 from .plan import loses_nothing, worst_case
 from .recombine import finish
 from .state import ArrayState
 from .structure import Structure, check_same, split_config
 from .values import is_moved, is_traced, like
+
+# Purpose of an input vector's key, besides its cells' noise.
+_CONVERSION = 2**31
 
 
 def mvm(
@@ -55,8 +58,16 @@ def mvm(
     if x.shape[-1] != state.shape[0]:
         raise ValueError(f"x of shape {x.shape} meets arrays of {state.shape}: its last axis must be {state.shape[0]}")
     check_same(state.structure, config)
-    if config.device.read_noise is not None and key is None:
-        raise ValueError("read noise is drawn anew for every read: give its key, as in jax.random.fold_in(key, step)")
+    if config.reads_at_random and key is None:
+        raise ValueError(
+            "this crossbar draws noise, or rounds at random, anew for every read: give its key, as in "
+            "jax.random.fold_in(key, step)"
+        )
+    if config.dac is not None and config.dac.scaling == "calibrated" and state.input_limit is None:
+        raise ValueError(
+            "this DAC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
+            "or choose dac.scaling = 'row'"
+        )
     if config.adc is not None and state.limits is None and state.plan.path != "product":
         raise ValueError(
             "this ADC's range comes from data: state = calibrated(state, probe(x, state, config)[1], config), "
@@ -107,18 +118,24 @@ def _compiled(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _read(chip: _Chip, x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[Array, "B d_out"]:
     """Read."""
-    return _multiply(x, *chip.parts(leaves), rounds=True)
+    state, config, key = chip.parts(leaves)
+    return _multiply(x, _full_scale(x, state, config, key), state, config, key, rounds=True)
 
 
 def _multiply(
-    x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None, *, rounds: bool
+    x: Float[Array, "B d_in"],
+    limit: Float[Array, ""] | Float[Array, "B 1"],
+    state: ArrayState,
+    config: CrossbarConfig,
+    key: Array | None,
+    *,
+    rounds: bool,
 ) -> Float[Array, "B d_out"]:
     """Return what the arrays and their converters make of x; without `rounds`, ADCs only clip."""
-    limit = _full_scale(x, state)
-    n = encoding.input_codes(x, limit, config)
-    quantise = None
-    if state.limits is not None:
-        quantise = converter(state.limits, config, state.plan.ties)._replace(rounds=rounds)
+    n = encoding.input_codes(x, limit, config, key)
+    quantise = _converter(state, config)
+    if quantise is not None:
+        quantise = quantise._replace(rounds=rounds)
     y = _converted(n, quantise, state.codes, state, config, key) * (limit / encoding.input_top(config))
     # Codes are integers on most paths, and counted as such, which NaN cannot be.
     known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
@@ -131,14 +148,14 @@ def _multiply(
 def _derivative(chip, primals, tangents):
     x, leaves = primals
     x_dot, leaves_dot = tangents
-    state, config, _ = chip.parts(leaves)
+    state, config, key = chip.parts(leaves)
     moved = {name: dot for name, dot in zip(chip.names, leaves_dot, strict=True) if is_moved(dot)}
     _check_moved(moved, config)
     y = _read(chip, x, leaves)
     parts = []
     inside, seen = jnp.ones_like(x, bool), x
+    limit = _full_scale(x, state, config, key)
     if config.dac is not None and (state.input_limit is not None or not config.dac.signed):
-        limit = _full_scale(x, state)
         low = -limit if config.dac.signed else jnp.zeros_like(limit)
         inside, seen = (x >= low) & (x <= limit), jnp.clip(x, low, limit)
 
@@ -160,7 +177,8 @@ def _derivative(chip, primals, tangents):
 
         def smooth(values: list[Array]) -> Array:
             changed = dict(zip(others, values, strict=True))
-            return _multiply(x, *chip.parts([changed.get(i, leaf) for i, leaf in enumerate(leaves)]), rounds=False)
+            moving = chip.parts([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
+            return _multiply(x, limit, *moving, rounds=False)
 
         parts.append(jax.jvp(smooth, ([leaves[i] for i in others],), ([leaves_dot[i] for i in others],))[1])
     return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
@@ -173,7 +191,7 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
       moved: names of the leaves that are differentiated.
       config: of the crossbar.
     """
-    of_read = ("cell.on_off_ratio", "tile.", "device.read_noise.", "device.iv.")
+    of_read = ("cell.on_off_ratio", "tile.", "adc.noise", "device.read_noise.", "device.iv.")
     for name in moved:
         if "." not in name:
             continue
@@ -213,17 +231,47 @@ def _bounds(state: ArrayState, config: CrossbarConfig) -> tuple[float, ...]:
     return worst_case(config, max(encoding.grid(state.shape, config)[0]))
 
 
-def reading(x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig) -> Float[Array, "B d_in"]:
-    """Return the input codes of a read."""
-    return encoding.input_codes(x, _full_scale(x, state), config)
+def reading(
+    x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> tuple[Float[Array, "B d_in"], Float[Array, ""] | Float[Array, "B 1"]]:
+    """Return the input codes of a read, and the input that the highest of them stands for."""
+    limit = _full_scale(x, state, config, key)
+    return encoding.input_codes(x, limit, config, key), limit
 
 
-def _full_scale(x: Float[Array, "B d_in"], state: ArrayState) -> Float[Array, ""] | Float[Array, "B 1"]:
-    """Return the input that the DAC's highest code stands for."""
-    if state.input_limit is not None:
-        return state.input_limit
-    limit = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    return jnp.where(limit == 0, jnp.ones_like(limit), limit)
+def _full_scale(
+    x: Float[Array, "B d_in"], state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Float[Array, ""] | Float[Array, "B 1"]:
+    """Return the input that the DAC's highest code stands for, doubled where a read is repeated at half of it."""
+    limit = state.input_limit
+    if limit is None:
+        limit = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+        limit = jnp.where(limit == 0, jnp.ones_like(limit), limit)
+    quantise = _converter(state, config)
+    if quantise is None or config.adc is None or config.adc.retries == 0 or state.plan.path == "product":
+        return limit
+    counting, retries = quantise._replace(counts=True), config.adc.retries
+
+    def clipped(limit: Float[Array, "B 1"]) -> Bool[Array, "B 1"]:
+        codes = encoding.input_codes(x, limit, config, key)
+        return _converted(codes, counting, state.codes, state, config, key) > 0
+
+    def proceed(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
+        _, again, count = carry
+        return (count < retries) & jnp.any(again)
+
+    def halve(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        limit, again, count = carry
+        limit = jnp.where(again, 2 * limit, limit)
+        return limit, again & clipped(limit), count + 1
+
+    first = jnp.broadcast_to(jax.lax.stop_gradient(limit), (x.shape[0], 1))
+    last, _, _ = jax.lax.while_loop(proceed, halve, (first, clipped(first), jnp.int32(0)))
+    return limit * jax.lax.stop_gradient(last / limit)
+
+
+def _converter(state: ArrayState, config: CrossbarConfig) -> Converter | None:
+    return None if state.limits is None else converter(state.limits, config, state.plan.ties)
 
 
 def _converted(
@@ -233,8 +281,8 @@ def _converted(
     state: ArrayState,
     config: CrossbarConfig,
     key: Array | None,
-) -> Float[Array, "B d_out"]:
-    """Return weights times input codes, by the plan's path."""
+) -> Float[Array, "B _d_out"]:
+    """Return weights times input codes, by the plan's path; see `convert_tiles` for a converter that counts."""
     if state.plan.path == "product":
         return _product(n, codes, state, config, key)
     if state.plan.path != "definition":
@@ -277,7 +325,7 @@ def _product(
 
 def _definition(
     n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Float[Array, "B d_out"]:
+) -> Float[Array, "B _d_out"]:
     """Compute every conversion on its own."""
     rows, _ = encoding.grid(state.shape, config)
     cells = state.cells
@@ -287,7 +335,10 @@ def _definition(
 
     def of_one(codes: Array, key: Array | None) -> Array:
         sums = all_sums(codes, cells, key, config)
-        total = shift_and_add(sums, None if quantise is None else _of_conversions(quantise, state), config)
+        convert = None if quantise is None else _of_conversions(quantise, state, config, key)
+        total = shift_and_add(sums, convert, config)
+        if quantise is not None and quantise.counts:
+            return jnp.sum(total).reshape(1)
         total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
         ones = jnp.sum(codes, axis=1)[:, None, None]
         one_range = quantise is None or quantise.scale.shape[0] == 1
@@ -307,11 +358,24 @@ def with_mismatch(sums: Float[Array, "*J K R C P cols"], state: ArrayState) -> F
     return sums
 
 
-def _of_conversions(quantise: Converter, state: ArrayState) -> Callable[[Array], Array]:
+def with_noise(
+    sums: Float[Array, "*J K R C P cols"], config: CrossbarConfig, key: Array | None
+) -> Float[Array, "*J K R C P cols"]:
+    """Return what is converted with the noise of its conversion, for one input vector's key."""
+    deviation = of_conversions(config, sums.dtype)
+    if deviation is None or key is None:
+        return sums
+    drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
+    return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
+
+
+def _of_conversions(
+    quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Callable[[Array], Array]:
     """Return the conversion of sums [..., K, R, C, P, cols]."""
 
     def convert(sums: Array) -> Array:
         scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
-        return quantise(with_mismatch(sums, state), scale)
+        return quantise(with_noise(with_mismatch(sums, state), config, key), scale)
 
     return convert

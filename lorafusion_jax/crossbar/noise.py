@@ -1,11 +1,11 @@
-"""Read noise where a column is converted: one normal draw for each conversion instead of one for each cell.
+"""Noise where a column is converted: one normal draw for each conversion, for its cells' read noise and its own.
 
 Independent normal noise of the cells adds up to normal noise of the column, with variance
 
     V = sum_rows u^2 v,
 
-v being the variance of a cell, or of both cells of a differential pair. The draw of a conversion depends on its key
-and place alone, so that every path makes the same.
+v being the variance of a cell, or of both cells of a differential pair; the ADC's own variance adds to it. The draw
+of a conversion depends on its key and place alone, so that every path makes the same.
 
 Axis letters: B batch, K weight slices, k those at hand, R row tiles.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from . import encoding
+from .adc import level_units
 from .arrays import kappa
 from .config import CrossbarConfig
 from .normal import normal_at
@@ -32,11 +33,13 @@ class Noise(NamedTuple):
         None where they travel with packed cells.
       scale: [K] what deviations are multiplied by.
       words: of the random stream.
+      of_adc: [K] standard deviation of a conversion itself; None for none.
     """
 
     variance: Any
     scale: Float[Array, " K"]
     words: UInt32[Array, "2"]
+    of_adc: Float[Array, " K"] | None = None
 
 
 def powers(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
@@ -50,14 +53,22 @@ def powers(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> 
 def deviations(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return the standard deviation of a cell whose power is 1, in the level units of every weight slice."""
     noise = config.device.read_noise
-    assert noise is not None
     top = jnp.asarray(encoding.levels(config), dtype)
+    if noise is None:
+        return jnp.zeros_like(top)
     sigma = jnp.asarray(noise.sigma, dtype)
     return (
         jnp.broadcast_to(sigma, top.shape)
         if noise.kind == "proportional"
         else sigma * top / (1 - like(config.g_min, top))
     )
+
+
+def of_conversions(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"] | None:
+    """Return the standard deviation of a conversion, in the level units of every weight slice; None for none."""
+    if config.adc is None or config.adc.noise is None:
+        return None
+    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(config)]) * jnp.asarray(config.adc.noise, dtype)
 
 
 def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:
@@ -89,8 +100,13 @@ def add_noise(
     )
     planes = noise.scale.shape[0]
     drawn = normal_at(noise.words, place.astype(jnp.uint32) * np.uint32(planes) + k, b * np.uint32(cols) + c)
-    scale = jax.lax.slice_in_dim(noise.scale, corner[0], corner[0] + sums.shape[0])
-    return sums + scale[:, None, None] * root(variance) * drawn.astype(sums.dtype)
+    own = slice(corner[0], corner[0] + sums.shape[0])
+    scale = noise.scale[own, None, None]
+    if noise.of_adc is None:
+        deviation = scale * root(variance)
+    else:
+        deviation = root(jnp.square(scale) * variance + jnp.square(noise.of_adc[own, None, None]))
+    return sums + deviation * drawn.astype(sums.dtype)
 
 
 def alike(u: Float[Array, "B rows"], variance: Float[Array, "k rows"]) -> Float[Array, "k B 1"]:

@@ -104,10 +104,10 @@ def choose(
         return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
     if not loops:
         return plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
-    if jax.default_backend() != "cpu" and config.device.read_noise is None:
+    if jax.default_backend() != "cpu" and not config.draws_at_conversion:
         return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
     if jax.default_backend() != "cpu":
-        return plan("loop", "one draw of the read noise for each conversion, where `definition` draws every cell's")
+        return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
     if narrow and integers and countable and columns < _WIDE and _counts_vectors():
         why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"
         return plan("planes", why)
@@ -124,12 +124,12 @@ def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
 
 
 def _is_countable(config: CrossbarConfig) -> bool:
-    return config.device.read_noise is None
+    return not config.draws_at_conversion
 
 
 def _ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
     """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
-    if config.adc is None or config.device.read_noise is not None:
+    if config.adc is None or config.draws_at_conversion:
         return None
     powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, config))
     return "shift" if powers else "divide"
@@ -182,7 +182,7 @@ def _sums_integers(config: CrossbarConfig) -> bool:
 def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
     """Whether every possible column sum, an integer, has a code of its own that stands for it."""
     adc = config.adc
-    if adc is None or config.device.read_noise is not None:
+    if adc is None or config.draws_at_conversion:
         return False
     if adc.range == "granular":
         return max(bounds) <= codes(config)[1]

@@ -26,7 +26,7 @@ _NAMED = 5  # sites that a warning names
 
 
 def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
-    """Return the weights with ADC ranges set from the sums that the batches bring to the converters.
+    """Return the weights with converters' ranges set from the inputs and sums that the batches bring to them.
 
     Args:
       run: the model; keep one function for all calls, it is compiled once for each.
@@ -36,11 +36,11 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
     Raises:
       ValueError: there are no batches, or a weight is not read by them.
     """
-    found = observe(run, weights, batches)
-    settled = [
-        _calibrated(leaf, statistics) for leaf, statistics in zip(programmed_leaves(weights), found, strict=True)
-    ]
-    return replaced(weights, settled)
+    for _ in range(2 if any(map(_awaits_inputs, programmed_leaves(weights))) else 1):
+        found = observe(run, weights, batches)
+        leaves = programmed_leaves(weights)
+        weights = replaced(weights, [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)])
+    return weights
 
 
 def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
@@ -55,9 +55,9 @@ def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
 
 
 def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, Any]]:
-    """Return a row for every matrix in arrays: where it is, how well it is read, what its ADCs clip.
+    """Return a row for every matrix in arrays: where it is, how well it is read, what its converters clip.
 
-    Warns where more conversions are clipped than `adc.clip_share`.
+    Warns where more conversions are clipped than `adc.clip_share`, or more inputs than `dac.clip_share`.
 
     Args:
       weights: as calibrated.
@@ -65,19 +65,26 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
 
     Returns:
       Rows of {site, layer, module (None where the weight has no such axis), sqnr (dB, x @ W with the weights as
-      programmed against its read), clipped (share of the conversions of the slice that clips most)}.
+      programmed against its read), clipped (share of the conversions of the slice that clips most), clipped_inputs
+      (share)}.
     """
-    rows, clipping = [], []
+    rows, of_adcs, of_dacs = [], [], []
     for leaf, seen in zip(programmed_leaves(weights), statistics, strict=True):
         of_leaf = list(_rows(leaf, seen))
         rows += of_leaf
         if (adc := leaf.config.adc) is not None:
-            clipping += [row for row in of_leaf if row["clipped"] > adc.clip_share]
-    if clipping:
-        worst = sorted(clipping, key=lambda row: -row["clipped"])
-        named = "; ".join(f"{_said(row)}: {row['clipped']:.1%}" for row in worst[:_NAMED])
-        more = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
-        warnings.warn(f"ADCs clip more conversions than adc.clip_share: {named}{more}", stacklevel=2)
+            of_adcs += [row for row in of_leaf if row["clipped"] > adc.clip_share]
+        if (dac := leaf.config.dac) is not None:
+            of_dacs += [row for row in of_leaf if row["clipped_inputs"] > dac.clip_share]
+    for what, column, clipping in (
+        ("ADCs clip more conversions than adc.clip_share", "clipped", of_adcs),
+        ("DACs clip more inputs than dac.clip_share", "clipped_inputs", of_dacs),
+    ):
+        if clipping:
+            worst = sorted(clipping, key=lambda row, column=column: -row[column])
+            named = "; ".join(f"{_said(row)}: {row[column]:.1%}" for row in worst[:_NAMED])
+            more = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+            warnings.warn(f"{what}: {named}{more}", stacklevel=2)
     return rows
 
 
@@ -99,15 +106,25 @@ def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Stati
 
 def _zeros(leaf: Programmed) -> Statistics:
     lead, dtype, slices = leaf.shape[:-2], leaf.state.codes.dtype, len(leaf.config.weight_slices)
-    shapes = {"histogram": (slices, BINS), "clipped": (slices,), "signal": (), "error": ()}
+    of_conversions = {"histogram": (slices, BINS), "clipped": (slices,)}
+    shapes = of_conversions | {"inputs": (BINS,), "clipped_inputs": (), "signal": (), "error": ()}
     return Statistics(**{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()})
 
 
+def _awaits_inputs(leaf: Programmed) -> bool:
+    dac = leaf.config.dac
+    return dac is not None and dac.scaling == "calibrated" and leaf.state.input_limit is None
+
+
 def _calibrated(leaf: Programmed, seen: Statistics) -> Programmed:
-    if (adc := leaf.config.adc) is None or adc.range != "calibrated" or leaf.state.plan.path == "product":
+    adc = leaf.config.adc
+    if _awaits_inputs(leaf):
+        met = np.asarray(jnp.sum(seen.inputs, axis=-1))
+    elif adc is None or adc.range != "calibrated" or leaf.state.plan.path == "product":
         return leaf
-    conversions = np.asarray(jnp.sum(seen.histogram, axis=(-2, -1)))
-    if idle := [place for place in np.ndindex(conversions.shape) if conversions[place] == 0]:
+    else:
+        met = np.asarray(jnp.sum(seen.histogram, axis=(-2, -1)))
+    if idle := [place for place in np.ndindex(met.shape) if met[place] == 0]:
         where = _said(_names(leaf, idle[0]))
         raise ValueError(f"{where} was read by none of the batches: give batches, and modules, that use all arrays")
     if not leaf.values:
@@ -122,10 +139,11 @@ def _calibrated(leaf: Programmed, seen: Statistics) -> Programmed:
 def _rows(leaf: Programmed, seen: Statistics) -> Iterator[dict[str, Any]]:
     """Yield a row for every matrix that was read."""
     sqnr, signal = np.asarray(seen.sqnr), np.asarray(seen.signal)
-    clipped = np.max(np.asarray(seen.clip_share), axis=-1)
+    clipped, inputs = np.max(np.asarray(seen.clip_share), axis=-1), np.asarray(seen.clip_share_of_inputs)
     for place in np.ndindex(sqnr.shape):
         if signal[place] > 0:
-            yield _names(leaf, place) | {"sqnr": sqnr[place].item(), "clipped": clipped[place].item()}
+            shares = {"clipped": clipped[place].item(), "clipped_inputs": inputs[place].item()}
+            yield _names(leaf, place) | {"sqnr": sqnr[place].item()} | shares
 
 
 def _names(leaf: Programmed, place: tuple[int, ...]) -> dict[str, Any]:

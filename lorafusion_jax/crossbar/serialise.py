@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import yaml
 
-from .config import CrossbarConfig
+from .config import ADC, DAC, CrossbarConfig
 from .device import Sinh
 from .drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw, Relaxation
 from .presets import PRESETS
@@ -43,6 +43,7 @@ _MODELS: dict[str, tuple[type, ...]] = {
     "drift": (PowerLaw, Relaxation),
     "iv": (Sinh,),
 }
+_LATER = {"adc": ("noise", "retries"), "dac": ("quantile", "clip_share", "rounding")}
 _UNIONS = (typing.Union, types.UnionType)
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "programming": {
@@ -103,9 +104,14 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
 def config_hash(config: CrossbarConfig) -> str:
     """Return the SHA-256 of a configuration: equal for equal ones, in any process.
 
-    A device model that is a function counts by its module and name.
+    A device model that is a function counts by its module and name. Fields that came later count where they are set,
+    so that chips saved before still know their configuration.
     """
     fields = _plain(config, "", lambda function, _: f"{function.__module__}.{function.__qualname__}")
+    for part, cls in (("adc", ADC), ("dac", DAC)):
+        for name in _LATER[part]:
+            if fields[part] is not None and fields[part][name] == getattr(cls, name):
+                del fields[part][name]
     same = json.loads(json.dumps(fields), parse_int=float)  # 1 and 1.0 are equal
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 

@@ -55,7 +55,7 @@ class ArrayState:
       offset: [K, P, R, C, cols] its offset in level units, or None.
       limits: [1 or R, K, 2] ADC range of each weight slice, in units of current; R where row tiles of unequal height
         have ranges of their own; None without an ADC or before calibration.
-      input_limit: full scale of the DAC; None where each input vector has its own.
+      input_limit: full scale of the DAC; None where each input vector has its own, or before calibration.
       pulses: mean write-verify pulses per cell, or None.
       shape: (d_in, d_out).
       plan: how a read is computed, and why.
@@ -187,7 +187,7 @@ def program(
             columns, variance, chosen = pack_columns(columns, variance, config, chosen, asked=path is not None)
         elif chosen.path == "packed":
             raise ValueError("path='packed' has no room for this noise: leave path out")
-    if chosen.path == "loop" and chosen.integers:
+    if chosen.path == "loop" and chosen.integers and not config.draws_at_conversion:
         occupied = jnp.any(columns != 0, axis=(2, 3))
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), shape, config)
     return ArrayState(
@@ -202,7 +202,7 @@ def program(
         gain=gain if chosen.path == "definition" else None,
         offset=offset,
         limits=None if limits is None else jnp.asarray(limits, dtype),
-        input_limit=None if config.dac is None or config.dac.scaling == "row" else like(config.dac.limit, weights),
+        input_limit=like(config.dac.limit, weights) if config.dac and config.dac.scaling == "fixed" else None,
         pulses=pulses,
         shape=shape,
         plan=chosen,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .config import ADC, CrossbarConfig
+from .config import ADC, DAC, CrossbarConfig
 
 
 class Structure(NamedTuple):
@@ -56,13 +56,18 @@ def structure_of_arrays(config: CrossbarConfig) -> Structure:
 
     That is all but what concerns calibration and warnings, and the size of read noise.
     """
-    adc, noise = config.adc, config.device.read_noise
+    adc, dac, noise = config.adc, config.dac, config.device.read_noise
     if adc is not None:
-        adc = dataclasses.replace(adc, quantile=ADC.quantile, clip_share=ADC.clip_share)
+        of_conversions = None if adc.noise is None else 0.0
+        adc = dataclasses.replace(
+            adc, quantile=ADC.quantile, clip_share=ADC.clip_share, noise=of_conversions, retries=0
+        )
+    if dac is not None:
+        dac = dataclasses.replace(dac, quantile=DAC.quantile, clip_share=DAC.clip_share, rounding="nearest")
     if noise is not None:
         noise = dataclasses.replace(noise, sigma=0.0)
     device = dataclasses.replace(config.device, read_noise=noise)
-    return split_config(dataclasses.replace(config, adc=adc, device=device))[0]
+    return split_config(dataclasses.replace(config, adc=adc, dac=dac, device=device))[0]
 
 
 def check_same(programmed: Structure, config: CrossbarConfig) -> None:

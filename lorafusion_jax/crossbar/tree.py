@@ -101,7 +101,7 @@ def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noi
         state=_program_stack(weight, chips, values, structure=structure),
         values=[jnp.broadcast_to(value, (*weight.shape[:-2], *jnp.shape(value))) for value in values],
         structure=structure,
-        key=None if config.device.read_noise is None else noise,
+        key=noise if config.reads_at_random else None,
         name=name,
     )
 

@@ -26,7 +26,7 @@ from .program import Norms, program
 # A new chip at every step, or at every other one.
 Steps = Literal["every", "other"]
 # Of every programmed weight, in the order of the tree; None without ADC.
-Limits = list[Float[Array, "..."] | None]
+Limits = list[tuple[Float[Array, "..."] | None, Float[Array, "..."] | None]]
 
 
 class _Structures(NamedTuple):
@@ -93,7 +93,7 @@ def program_chips(
       rules: of every chip (see `program`); they may differ in arrays, but not in plain numbers.
       keys: [C], of the chips.
       of_seed: which chip each seed of a program computes on.
-      limits: ADC ranges that all chips share, from `limits_of`.
+      limits: converters' ranges that all chips share, from `limits_of`.
       modules: as for `program`.
       norm: likewise.
 
@@ -109,8 +109,8 @@ def program_chips(
 
 
 def limits_of(frozen: Frozen) -> Limits:
-    """Return the ADC ranges of a chip."""
-    return [leaf.state.limits for leaf in programmed_leaves(frozen)]
+    """Return the ranges of a chip's ADCs and DACs."""
+    return [(leaf.state.limits, leaf.state.input_limit) for leaf in programmed_leaves(frozen)]
 
 
 def of_seed(frozen: Frozen, number: Array) -> Frozen:
@@ -162,7 +162,7 @@ def _program_all(
 def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
     """Return a chip whose converters have these ranges."""
     leaves = [
-        dataclasses.replace(leaf, state=dataclasses.replace(leaf.state, limits=range_))
-        for leaf, range_ in zip(programmed_leaves(frozen), limits, strict=True)
+        dataclasses.replace(leaf, state=dataclasses.replace(leaf.state, limits=of_adcs, input_limit=of_dacs))
+        for leaf, (of_adcs, of_dacs) in zip(programmed_leaves(frozen), limits, strict=True)
     ]
     return replaced(frozen, leaves)

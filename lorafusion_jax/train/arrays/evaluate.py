@@ -87,7 +87,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     cases = _cases(options)
     configs = [aged(config, age, compensate=compensate) for age, compensate in cases]
     count = options.chips or chips.count or 1
-    if count > 1 and not is_random(config) and config.device.read_noise is None:
+    if count > 1 and not is_random(config) and not config.reads_at_random:
         raise ValueError(f"nothing in {options.crossbar} is random, so {count} chips are all alike: one is enough")
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
     setup, fused, params = load_to_evaluate(options)

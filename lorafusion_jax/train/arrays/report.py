@@ -67,7 +67,7 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
     for name in ("chips", "calibration_rows"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}: wanted at least 1")
-    if options.chips > 1 and not is_random(config) and config.device.read_noise is None:
+    if options.chips > 1 and not is_random(config) and not config.reads_at_random:
         raise ValueError(
             f"nothing in {options.config} is random, so {options.chips} chips are all alike: one is enough"
         )
