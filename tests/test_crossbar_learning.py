@@ -54,6 +54,12 @@ def with_a_unit_column(values):
     )
 
 
+def flipped(values):
+    encoding = Encoding(kind="offset", unit_column=True, flip=True)
+    device = Device(programming=Independent(values["sigma"]))
+    return CrossbarConfig(cell=Cell(on_off_ratio=values["ratio"]), encoding=encoding, dac=None, device=device)
+
+
 def converted(values):
     device = Device(read_noise=ReadNoise(values["noise"]))
     adc = dataclasses.replace(WIDE, gain_error=values["gain"])
@@ -93,6 +99,7 @@ CASES = {
         None,
         {"scale": 1.0, "noise": 0.1, "ratio": 9.0, "shift": -0.01, "spread": 0.02, "growth": 0.01, "time": 50.0},
     ),
+    "flipped": (flipped, "definition", {"sigma": 0.1, "ratio": 5.0}),
     "loop": (converted, "loop", {"gain": 0.1, "noise": 0.1, "ratio": 5.0}),
     "definition": (
         nonlinear,

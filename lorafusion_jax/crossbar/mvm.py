@@ -305,8 +305,11 @@ def _product(
     noise = config.device.read_noise
     if noise is not None and state.variance is not None and key is not None:
         _, cols = encoding.grid(state.shape, config)
-        variance = state.variance
+        variance, unit = state.variance, state.scale
         if tiled:
+            # Over the largest scale, since the square of a small one is zero in float32.
+            unit = jnp.max(state.scale, axis=(0, 1), keepdims=True)
+            per_weight = per_weight / unit
             if config.encoding.unit_column:
                 starts = np.cumsum((0, *cols[:-1]))
                 per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
@@ -319,7 +322,7 @@ def _product(
         if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
             drawn, units = drawn[:, : state.shape[1]], drawn[:, state.shape[1] :]
             drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=state.shape[1])
-        y = y + drawn
+        y = y + (drawn * unit if tiled else drawn)
     return y if tiled else y * state.scale
 
 

@@ -147,7 +147,7 @@ def program(
                 "[weight slices, polarities, row tiles, column tiles, rows, columns]"
             )
         cells = (conductances.astype(dtype) - g_min) / (1 - g_min) * top
-        codes = arrays.programmed_codes(cells, flipped, shape, config)
+        codes = arrays.programmed_codes(cells, flipped, shape, _as_held(config, chosen))
     if config.adc is not None and cells is not None and key is not None:
         conversions = 2 if config.converts_each else 1
         per_column = (cells.shape[0], conversions, *cells.shape[2:4], cells.shape[5])
@@ -233,6 +233,14 @@ def _straight_through(real: Array, quantised: Array) -> Array:
 
 
 _straight_through.defjvps(lambda dot, _, *of: dot, lambda dot, _, *of: dot)
+
+
+def _as_held(config: CrossbarConfig, plan: Plan) -> CrossbarConfig:
+    """Return the configuration whose Gmin codes follow from, which moves where no read takes it off again."""
+    ratio = config.cell.on_off_ratio
+    if plan.path == "product" or not is_traced(ratio):
+        return config
+    return dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=jax.lax.stop_gradient(ratio)))
 
 
 def is_random(config: CrossbarConfig) -> bool:
