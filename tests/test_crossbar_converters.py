@@ -1,6 +1,7 @@
 """What converters do to column sums, against NumPy in float64: ties, ranges, mismatch, flipped columns, bad inputs."""
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from lorafusion_jax.crossbar import (
     program,
 )
 from lorafusion_jax.crossbar import definition as definition_module
+from lorafusion_jax.crossbar.adc import Converter
 
 UNSIGNED = DAC(signed=False, scaling="fixed")
 OFFSET, UNIT = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True)
@@ -68,6 +70,20 @@ def test_calibrated_codes_of_sums_between_two_are_the_even_one(bits):
     np.testing.assert_allclose(step, np.round(step), rtol=1e-6)
     assert (np.round(step) > 1).any()
     np.testing.assert_allclose(mvm(x, state, config), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("top", [3, 63, 127, 1023])
+def test_codes_are_those_of_fractions(top):
+    """Every integer sum of every range, where no step is a power of two; Python rounds half to even."""
+
+    @jax.jit
+    def codes(sums, span):
+        return Converter(span[None], -top, top, divides=True)(sums, span)
+
+    for span in (1, 2, 6, 60, 384, 1001, 3825):
+        sums = np.arange(-span - 3, span + 4)
+        wanted = [max(-top, min(top, round(Fraction(int(s) * top, span)))) for s in sums]
+        np.testing.assert_array_equal(codes(jnp.asarray(sums, jnp.float32), jnp.float32(span)), wanted)
 
 
 @pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed"])

@@ -21,8 +21,8 @@ from .values import is_traced
 class Converter(NamedTuple):
     """The quantiser of every weight slice, in level units.
 
-    An integer sum can lie half-way between two codes, which only an exact quotient shows: S qmax / span with both
-    products integers below 2^24, or S times a power of two.
+    An integer sum can lie half-way between two codes, which only exact arithmetic shows: S times a power of two, or
+    the remainder of S qmax / span, all integers below 2^24. A quotient does not: XLA's CPU multiplies by the inverse.
 
     Attributes:
       scale: [R, K], R is 1 where all row tiles have one range; [K] for the kernels. The codes per level unit, or,
@@ -51,11 +51,24 @@ class Converter(NamedTuple):
         scaled = self.scaled(sums, scale)
         if self.counts:
             return self.clips(scaled).astype(sums.dtype)
-        return jnp.clip(jnp.round(scaled) if self.rounds else scaled, self.qmin, self.qmax)
+        if self.rounds:
+            scaled = jnp.round(scaled)
+            if self.divides:
+                scaled = self._half_to_even(scaled, sums, scale)
+        return jnp.clip(scaled, self.qmin, self.qmax)
 
     def clips(self, scaled: Float[Array, "..."]) -> Bool[Array, "..."]:
         """Return which sums, in units of a code, are beyond the range."""
         return (scaled > self.qmax + 0.5) | (scaled < self.qmin - 0.5)
+
+    def _half_to_even(
+        self, codes: Float[Array, "..."], sums: Float[Array, "..."], span: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Return the codes next to S qmax / span, given ones that are at most one off."""
+        twice = 2 * (sums * self.qmax - codes * span)
+        codes = jnp.where(twice > span, codes + 1, jnp.where(twice < -span, codes - 1, codes))
+        odd = codes != 2 * jnp.round(codes / 2)
+        return jnp.where((abs(twice) == span) & odd, codes + jnp.sign(twice), codes)
 
     def scaled(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return sums in units of a code, neither rounded nor clipped."""
