@@ -19,7 +19,10 @@ import conftest  # noqa: F401  strict JAX and type checks, before anything impor
 import hypothesis
 import jax
 import test_crossbar_fuzz as properties
+from hypothesis.internal.conjecture import engine
 
+# Hypothesis makes a failing example smaller for five minutes, which an hour of a broken path would be spent on.
+engine.MAX_SHRINKING_SECONDS = 30
 # Cases of one property between two looks at the clock; a property that has failed stops at its first example.
 ROUND = 10
 
