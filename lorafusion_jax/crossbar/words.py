@@ -52,7 +52,7 @@ def pack_columns(
 def pack_pairs(
     codes: Float[Array, "d_in d_out"], rows: tuple[int, ...], config: CrossbarConfig, plan: Plan, *, asked: bool
 ) -> tuple[Packed | Array, Plan]:
-    """Return perfect differential weights in words, as `pack_columns` does, one row tile at a time.
+    """Return perfect differential weights in words, as `pack_columns` does.
 
     Args:
       codes: weight codes.
@@ -74,10 +74,7 @@ def pack_pairs(
     if packing is None:
         return encoding.split(encoding.digits(codes, config), rows, 1, front=True), plan
 
-    def words(tile: Float[Array, "rows d_out"]) -> Packed:
-        return pack_codes(tile, config.weight_slices, packing, top, signed=signed)
-
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), jax.lax.map(words, tiles)), plan
+    return pack_codes(tiles, config.weight_slices, packing, top, signed=signed), plan
 
 
 def _certified(
