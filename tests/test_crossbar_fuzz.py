@@ -718,7 +718,6 @@ _OTHER = {
 }
 
 
-@pytest.mark.xfail(strict=False, reason="XLA divides by a broadcast with a reciprocal: some ties are not half to even")
 @cases(
     24,
     case=reads(

@@ -211,7 +211,8 @@ class Tile:
     Attributes:
       rows: inputs of an array; None: as many as the matrix has.
       cols: outputs of an array, a unit column not counted; None: as many as the matrix has.
-      partition: `equal` (ceil(d / rows) parts as equal as can be) or `full` (all but the last array are full).
+      partition: `equal` (ceil(d / rows) parts of one rounded size, the last of what is left) or `full` (all but the
+        last array are full).
       wire: resistance of the wires (IR drop); None for ideal wires.
       current_limit: the largest current of a column (Gmax at full input = 1), clipped before any subtraction.
     """

@@ -73,7 +73,6 @@ def pack_pairs(
     packing = plan.packing
     if packing is None:
         return encoding.split(encoding.digits(codes, config), rows, 1, front=True), plan
-
     return pack_codes(tiles, config.weight_slices, packing, top, signed=signed), plan
 
 
