@@ -142,6 +142,24 @@ def test_every_path_has_the_read_noise_of_the_definition(kind, ratio, encoding):
     assert [spread(path) / wanted for path in (None, "loop")] == pytest.approx([1, 1], rel=0.03)
 
 
+def test_noise_below_zero_is_cut_off_in_flipped_columns_too():
+    """Few inputs, so that sums are near zero, where an unsigned ADC has no codes below: the definition's mean."""
+    weights, x = problem(d_in=64, d_out=8, batch=1, low=0.0)
+    x = jnp.where(jnp.arange(64) % 10 == 0, x, 0)
+    config = CrossbarConfig(
+        cell=Cell(bits=(1,) * 8), encoding=FLIP, dac=UNSIGNED, adc=ADC(bits=8, range="max", noise=0.5)
+    )
+    keys = jax.random.split(KEY, 2000)
+
+    def mean(path):
+        state = program(weights, config, path=path)
+        return jnp.mean(jax.lax.map(lambda key: mvm(x, state, config, key), keys, batch_size=500), axis=0)
+
+    np.testing.assert_allclose(mean(None), mean("definition"), atol=0.3)
+    with pytest.raises(ValueError, match="path='loop' cannot compute noise below zero"):
+        program(weights, config, path="loop")
+
+
 @pytest.mark.parametrize(
     "bits, ratio, adc",
     [

@@ -1,13 +1,26 @@
 """Chips on disk: what is read back reads the same; another configuration is refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, ReadNoise, mvm, program
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Independent,
+    ReadNoise,
+    calibrated,
+    mvm,
+    probe,
+    program,
+)
 from lorafusion_jax.crossbar.saved import load_state, save_state
 
 _KEY = jax.random.key(0)
@@ -30,6 +43,23 @@ def test_a_saved_chip_reads_the_same(name, tmp_path):
     assert loaded.plan == state.plan and jax.tree.structure(loaded) == jax.tree.structure(state)
     np.testing.assert_array_equal(mvm(x, loaded, config, _KEY), mvm(x, state, config, _KEY))
     assert [file.name for file in tmp_path.iterdir()] == ["chip.npz"]
+
+
+def test_a_chip_saved_before_plans_had_ties_keeps_them_exact(tmp_path):
+    """Steps of two levels, so that every odd sum lies half-way between two codes."""
+    config = CrossbarConfig(cell=Cell(bits=(4, 4)), dac=DAC(signed=False), adc=ADC(bits=7))
+    weights, x = jax.random.normal(_KEY, (64, 8)), jax.random.uniform(jax.random.key(1), (16, 64))
+    state = program(weights, config)
+    state = calibrated(state, probe(x, state, config)[1], config)
+    save_state(state, config, tmp_path / "chip.npz")
+    with np.load(tmp_path / "chip.npz") as file:
+        stored = dict(file)
+    meta = json.loads(str(stored["meta_json"]))
+    del meta["plan"]["ties"]
+    np.savez(tmp_path / "old.npz", **stored | {"meta_json": json.dumps(meta)})
+    loaded = load_state(tmp_path / "old.npz", config)
+    assert loaded.plan == state.plan
+    np.testing.assert_array_equal(mvm(x, loaded, config), mvm(x, state, config))
 
 
 def test_another_configuration_is_refused(tmp_path):

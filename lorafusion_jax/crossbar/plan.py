@@ -81,7 +81,7 @@ def choose(
     integers = perfect and nonlinear is None and _sums_integers(config)
     lossless = integers and _is_lossless(config, bounds, known)
     telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
-    plan = functools.partial(Plan, integers=integers, ties=_ties(config, known) if integers else None)
+    plan = functools.partial(Plan, integers=integers, ties=exact_ties(config, known) if integers else None)
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
     countable = _is_countable(config)
@@ -127,7 +127,7 @@ def _is_countable(config: CrossbarConfig) -> bool:
     return not config.draws_at_conversion
 
 
-def _ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
+def exact_ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
     """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
     if config.adc is None or config.draws_at_conversion:
         return None
@@ -161,6 +161,8 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
         return "every column's ADC has its offset"
     if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
         return "flipped columns are recovered tile by tile, each with its noise"
+    if config.adc is not None and config.encoding.flip and not config.signed_sums and config.draws_at_conversion:
+        return "noise below zero is cut off, which negated columns would not show"
     noise = config.device.read_noise
     if noise is not None and noise.clip:
         return "read noise is clipped cell by cell"

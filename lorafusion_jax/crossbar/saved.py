@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import CrossbarConfig
 from .packing import Packed, Packing
-from .plan import Plan
+from .plan import Plan, exact_ties
 from .serialise import config_hash
 from .state import ArrayState
 from .structure import structure_of_arrays
@@ -69,6 +69,9 @@ def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
     if packed:
         fields["columns"] = Packed(**packed)
     plan = dict(meta["plan"])
+    if "ties" not in plan and plan["integers"]:  # written before a plan had it
+        limits = stored.get("limits")
+        plan["ties"] = exact_ties(config, None if limits is None else np.asarray(limits))
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
