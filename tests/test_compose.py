@@ -516,6 +516,7 @@ def test_pools_choose_by_name_and_index():
         ([4], "the pool has no adapter 4"),
         ([-1], "the pool has no adapter -1"),
         (["module_1", 1], "chosen twice"),
+        ("module_1", r"'module_1' is one name: give a list"),
     ):
         with pytest.raises(ValueError, match=message):
             pool.select(wrong)
@@ -532,6 +533,13 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
             assert np.abs(replaced - np.asarray(weight)).max() > 0.1
             # A module's draw does not depend on what else is in the pool.
             _close(replaced[:, [2]], getattr(alone, field)[site], 1e-6)
+
+
+def test_the_random_control_replaces_zeros_of_a_module_too():
+    pool = tiny.pool(2, names="v")
+    (site, a), *_ = pool.A.items()
+    pruned = dataclasses.replace(pool, A=pool.A | {site: a.at[:, :, 0].set(0.0)})
+    assert (np.asarray(random_pool(pruned, jax.random.key(0)).A[site]) != 0).all()
 
 
 @pytest.mark.parametrize("others", [1, 2, 5, 12])

@@ -50,8 +50,11 @@ class LoraPool:
         """Return the positions of adapters given by name or index.
 
         Raises:
-          ValueError: on a name or an index that the pool does not have, and on duplicates.
+          ValueError: on a name or an index that the pool does not have, on duplicates, and on one name in place of a
+            list.
         """
+        if isinstance(chosen, str):
+            raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
         position = {name: i for i, name in enumerate(self.names)}
         found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
         for given, index in zip(chosen, found, strict=True):
@@ -100,19 +103,20 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
       key: of the whole draw.
     """
 
-    def like(a: Array, purpose: str) -> Array:
+    def like(a: Array, site: str, purpose: str, axis: int) -> Array:
         def draw(name: str) -> Array:
-            drawn = jax.random.fold_in(key, zlib.crc32(f"{purpose}, {name}".encode()))
+            drawn = jax.random.fold_in(key, zlib.crc32(f"{purpose} of {site}, {name}".encode()))
             return jax.random.normal(drawn, (a.shape[0], *a.shape[2:]), a.dtype)
 
         noise = jnp.stack([draw(name) for name in pool.names], axis=1)
-        noise = jnp.where(a == 0, jnp.zeros_like(a), noise)
+        own = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < jnp.expand_dims(pool.rank[site], (2, 3))
+        noise = jnp.where(own, noise, 0)
         return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))
 
     return dataclasses.replace(
         pool,
-        A={site: like(dense(a, jnp.float32), f"A of {site}") for site, a in pool.A.items()},
-        B={site: like(dense(b, jnp.float32), f"B of {site}") for site, b in pool.B.items()},
+        A={site: like(dense(a, jnp.float32), site, "A", 3) for site, a in pool.A.items()},
+        B={site: like(dense(b, jnp.float32), site, "B", 2) for site, b in pool.B.items()},
         names=tuple(f"random {name}" for name in pool.names),
     )
 
