@@ -162,6 +162,21 @@ def test_clipped_reads_are_repeated_at_half_the_voltage(path, encoding, scaling)
     )
 
 
+@pytest.mark.parametrize("path", ["definition", "loop"])
+def test_noise_below_zero_does_not_repeat_a_read(path):
+    """Few inputs in a range that holds every sum: the same read as without retries, draw by draw."""
+    weights, x = problem(24, 5)
+    x = jnp.where(jnp.arange(24) % 8 == 0, abs(x), 0)
+    config = CrossbarConfig(
+        encoding=Encoding(kind="offset"),
+        dac=DAC(signed=False, scaling="fixed"),
+        adc=ADC(bits=8, range="max", noise=0.5, retries=3),
+    )
+    once = dataclasses.replace(config, adc=dataclasses.replace(config.adc, retries=0))
+    state = program(weights, config, path=path)
+    np.testing.assert_array_equal(mvm(x, state, config, KEY), mvm(x, state, once, KEY))
+
+
 def test_repeated_reads_have_the_gradient_of_their_scale():
     """Straight through: d y / d x is W wherever the DAC, at its final scale, does not clip."""
     adc = ADC(bits=5, range="given", limits=[[-9.0, 9.0]] * 4, retries=3)

@@ -31,7 +31,8 @@ class Converter(NamedTuple):
       qmax: highest code.
       divides: whether `scale` is divided by.
       rounds: False for the smooth surrogate, which only clips.
-      counts: return 1 for a clipped sum and 0 for another in place of its code.
+      counts: return 1 for a sum beyond the highest code and 0 for another in place of its code. Noise below zero, which
+        an unsigned converter clips too, would not be less at half the voltage.
     """
 
     scale: Float[Array, "*_R K"]
@@ -50,7 +51,7 @@ class Converter(NamedTuple):
         """Return the codes of sums, given the part of `scale` that applies to them."""
         scaled = self.scaled(sums, scale)
         if self.counts:
-            return self.clips(scaled).astype(sums.dtype)
+            return (abs(scaled) > self.qmax + 0.5).astype(sums.dtype)
         if self.rounds:
             scaled = jnp.round(scaled)
             if self.divides:

@@ -166,8 +166,8 @@ class ADC:
       offset_error: standard deviation of each column's ADC offset, in units of Gmax at full input.
       noise: standard deviation of the normal noise of a conversion, drawn anew for each, in units of Gmax at full
         input (aihwkit's `out_noise`).
-      retries: how often an input vector of which a conversion was clipped is read again, at half the voltage of the
-        time before (aihwkit's iterative bound management).
+      retries: how often an input vector is read again of which a conversion was beyond the highest code, at half the
+        voltage of the time before (aihwkit's iterative bound management).
     """
 
     bits: int = 8
@@ -264,7 +264,7 @@ class CrossbarConfig:
     """A crossbar. The default is 128 x 128 arrays of four 2-bit differential cells, without any ADC or noise.
 
     Raises:
-      ValueError: for parts that do not fit together, with the way to mend it.
+      ValueError: for parts that do not fit together, with the way to fix it.
     """
 
     cell: Cell = Cell()

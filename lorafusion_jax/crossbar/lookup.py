@@ -165,7 +165,7 @@ def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> N
         # The row of zeros that is always there has XLA copy the plane, which it would else read scattered.
         groups, base = plane.shape[0] // group + 1, len(levels)
         rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
-        # An odd number of entries, lest the tables of all groups compete for the same lines of the cache.
+        # An odd number of entries, so that the tables of all groups do not compete for the same lines of the cache.
         entries = np.arange(base**group | 1)
         for i in range(group):
             driven = np.asarray(levels)[entries // base**i % base]
