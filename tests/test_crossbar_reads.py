@@ -108,6 +108,18 @@ def test_the_range_of_inputs_comes_from_data_then_that_of_sums():
     assert float(seen.clip_share_of_inputs) == pytest.approx(np.mean(np.abs(x) > float(state.input_limit)), abs=1e-3)
 
 
+@pytest.mark.parametrize(("signed", "low", "wanted"), [(True, -8.0, 8.0), (False, -8.0, 1.0), (True, 0.0, 1.0)])
+def test_the_range_of_inputs_is_of_those_that_the_dac_can_pass(signed, low, wanted):
+    """Not of negative ones where it is unsigned; and 1 where all are zero, as for each input vector."""
+    weights, x = problem()
+    x = jnp.where(x < 0, low, x / jnp.max(x)) if low else jnp.zeros_like(x)
+    encoding = Encoding() if signed else Encoding(kind="offset")
+    config = CrossbarConfig(encoding=encoding, dac=DAC(signed=signed, scaling="calibrated", quantile=1.0))
+    state = program(weights, config)
+    state = calibrated(state, probe(x, state, config)[1], config)
+    np.testing.assert_allclose(state.input_limit, wanted, rtol=0.02)
+
+
 def test_ranges_of_a_model_come_from_data():
     """Two passes over the batches; one that clips more inputs than it may is named."""
     config = CrossbarConfig(dac=DAC(scaling="calibrated", quantile=0.5), adc=ADC(bits=8))

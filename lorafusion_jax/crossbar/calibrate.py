@@ -43,7 +43,7 @@ class Statistics:
     Attributes:
       histogram: [K, BINS] conversions by |column sum|, up to the worst case of the configuration.
       clipped: [K] conversions beyond the range.
-      inputs: [BINS] inputs by log2 |x|; empty for an ideal DAC.
+      inputs: [BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
       clipped_inputs: inputs beyond the DAC's range.
       signal: sum of squares of x @ W.
       error: sum of squares of y - x @ W.
@@ -166,12 +166,13 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
 
 
 def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
-    """Return the edge of the bin up to which the inputs make `quantile` of all."""
+    """Return the edge of the bin up to which the inputs make `quantile` of all; 1 where that is the bin of zero."""
     seen = jnp.cumsum(inputs, axis=-1)
     if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
         raise ValueError("calibration saw no input: probe the arrays with some inputs first")
     reached = jnp.sum(seen < quantile * seen[..., -1:], axis=-1) + 1
-    return jnp.exp2(reached.astype(inputs.dtype) / _OCTAVE - _LEAST)
+    edge = jnp.exp2(reached.astype(inputs.dtype) / _OCTAVE - _LEAST)
+    return jnp.where(reached > 1, edge, jnp.ones_like(edge))
 
 
 def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"], top: int) -> Float[Array, "*N K"]:
@@ -206,7 +207,8 @@ def _converted(
     n, limit = reading(x, state, config, key)
     inputs, outside = jnp.zeros((BINS,), x.dtype), jnp.zeros((), x.dtype)
     if config.dac is not None:
-        octaves = jnp.log2(jnp.maximum(jnp.abs(x), 2.0**-_LEAST)) + _LEAST
+        passed = jnp.abs(x) if config.dac.signed else jnp.maximum(x, 0)
+        octaves = jnp.log2(jnp.maximum(passed, 2.0**-_LEAST)) + _LEAST
         at = jnp.clip(octaves * _OCTAVE, 0, BINS - 1).astype(jnp.int32)
         inputs = inputs.at[at.reshape(-1)].add(jnp.ones((), x.dtype))
         beyond = (jnp.abs(x) > limit) | ((x < 0) if not config.dac.signed else False)

@@ -104,7 +104,7 @@ class DAC:
         data) or `row` (the largest |x| of each input vector, divided out and multiplied back digitally). Inputs
         beyond it are clipped, as negative ones of an unsigned DAC are.
       limit: full scale for `fixed`.
-      quantile: of |x| that a calibrated full scale covers.
+      quantile: of |x| that a calibrated full scale covers; negative inputs of an unsigned DAC count as zero.
       clip_share: share of clipped inputs above which statistics warn.
       rounding: to the `nearest` code, or `stochastic`: up or down at random, right on average.
     """
