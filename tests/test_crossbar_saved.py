@@ -68,6 +68,9 @@ def test_another_configuration_is_refused(tmp_path):
     other = dataclasses.replace(config, adc=ADC(bits=7, range="max"))
     with pytest.raises(ValueError, match="programmed under another configuration .* load it with its own"):
         load_state(tmp_path / "chip.npz", other)
+    with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
+        save_state(program(jnp.ones((4, 3)), config), other, tmp_path / "other.npz")
+    assert not (tmp_path / "other.npz").exists()
 
 
 def test_a_file_without_arrays_is_refused(tmp_path):

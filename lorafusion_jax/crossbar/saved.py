@@ -13,7 +13,7 @@ from .packing import Packed, Packing
 from .plan import Plan, exact_ties
 from .serialise import config_hash
 from .state import ArrayState
-from .structure import structure_of_arrays
+from .structure import check_same, structure_of_arrays
 
 _META = "meta_json"
 _STATIC = ("shape", "plan", "structure")
@@ -26,7 +26,11 @@ def save_state(state: ArrayState, config: CrossbarConfig, path: str | Path) -> N
       state: the arrays.
       config: of the crossbar.
       path: an .npz file; replaced as a whole, or not at all.
+
+    Raises:
+      ValueError: the arrays were programmed with another configuration.
     """
+    check_same(state.structure, config)
     path = Path(path)
     arrays: dict[str, Any] = {}
     for field in dataclasses.fields(state):
