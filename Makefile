@@ -15,7 +15,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo results test test-peft test-smoke fuzz-crossbar lint bench bench-fast bench-full
+.PHONY: demo results test test-peft test-smoke fuzz-crossbar lint docs bench bench-fast bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -41,6 +41,11 @@ fuzz-crossbar: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# The site, in build/docs; every warning is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet --builder html docs build/docs
+	@echo "Written to build/docs/index.html"
 
 # One table of ratios and bars: a quarter of an hour, a minute, hours; none runs beside other work.
 bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
