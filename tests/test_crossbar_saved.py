@@ -14,6 +14,7 @@ from lorafusion_jax.crossbar import (
     Cell,
     CrossbarConfig,
     Device,
+    Encoding,
     Independent,
     ReadNoise,
     calibrated,
@@ -45,19 +46,61 @@ def test_a_saved_chip_reads_the_same(name, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["chip.npz"]
 
 
+def _saved_without_ties(state, config, folder):
+    save_state(state, config, folder / "chip.npz")
+    with np.load(folder / "chip.npz") as file:
+        stored = dict(file)
+    meta = json.loads(str(stored["meta_json"]))
+    del meta["plan"]["ties"]
+    np.savez(folder / "old.npz", **stored | {"meta_json": json.dumps(meta)})
+    return folder / "old.npz"
+
+
+_FLIP = Encoding(kind="offset", unit_column=True, flip=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CrossbarConfig(encoding=_FLIP, adc=ADC(bits=6, range="max")), "left out the unit column of flipped arrays"),
+        (CrossbarConfig(encoding=_FLIP, adc=ADC(bits=6, range="granular")), None),
+        (
+            CrossbarConfig(
+                cell=Cell(on_off_ratio=10.0),
+                encoding=Encoding(kind="offset"),
+                adc=ADC(bits=6, range="max", gain_error=0.05),
+            ),
+            "gain errors left Gmin out",
+        ),
+        (CrossbarConfig(cell=Cell(on_off_ratio=10.0), adc=ADC(bits=6, range="max", gain_error=0.05)), None),
+    ],
+)
+def test_what_an_earlier_version_wrote_wrongly_is_refused(config, message, tmp_path):
+    path = _saved_without_ties(program(jnp.ones((4, 3)), config, _KEY), config, tmp_path)
+    if message is None:
+        assert load_state(path, config).shape == (4, 3)
+        return
+    with pytest.raises(ValueError, match=f"written by an earlier version, .*{message}: program the weights again"):
+        load_state(path, config)
+
+
+def test_noise_that_an_earlier_version_packed_is_refused(tmp_path):
+    """Packed variances of cells with Gmin, which are not packed any more: put into the plan of a chip of today."""
+    config = CrossbarConfig(cell=Cell(on_off_ratio=10.0), adc=ADC(bits=6, range="max"))
+    state = program(jnp.ones((4, 3)), config, path="packed")
+    packing = dataclasses.replace(state.plan.packing, variances=state.plan.packing.fields)
+    state = dataclasses.replace(state, plan=dataclasses.replace(state.plan, packing=packing))
+    with pytest.raises(ValueError, match="read noise of packed cells was too small"):
+        load_state(_saved_without_ties(state, config, tmp_path), config)
+
+
 def test_a_chip_saved_before_plans_had_ties_keeps_them_exact(tmp_path):
     """Steps of two levels, so that every odd sum lies half-way between two codes."""
     config = CrossbarConfig(cell=Cell(bits=(4, 4)), dac=DAC(signed=False), adc=ADC(bits=7))
     weights, x = jax.random.normal(_KEY, (64, 8)), jax.random.uniform(jax.random.key(1), (16, 64))
     state = program(weights, config)
     state = calibrated(state, probe(x, state, config)[1], config)
-    save_state(state, config, tmp_path / "chip.npz")
-    with np.load(tmp_path / "chip.npz") as file:
-        stored = dict(file)
-    meta = json.loads(str(stored["meta_json"]))
-    del meta["plan"]["ties"]
-    np.savez(tmp_path / "old.npz", **stored | {"meta_json": json.dumps(meta)})
-    loaded = load_state(tmp_path / "old.npz", config)
+    loaded = load_state(_saved_without_ties(state, config, tmp_path), config)
     assert loaded.plan == state.plan
     np.testing.assert_array_equal(mvm(x, loaded, config), mvm(x, state, config))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
       config: that it was programmed under.
 
     Raises:
-      ValueError: the file holds no chip, or one of another configuration.
+      ValueError: the file holds no chip, one of another configuration, or one that an earlier version wrote wrongly.
     """
     with np.load(path) as file:
         if _META not in file:
@@ -73,11 +74,30 @@ def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
     if packed:
         fields["columns"] = Packed(**packed)
     plan = dict(meta["plan"])
-    if "ties" not in plan and plan["integers"]:  # written before a plan had it
+    if "ties" not in plan:  # written before plans had it
+        if fault := _earlier_fault(config, plan):
+            raise ValueError(f"{path} was written by an earlier version, {fault}: program the weights again")
         limits = stored.get("limits")
-        plan["ties"] = exact_ties(config, None if limits is None else np.asarray(limits))
+        exact = exact_ties(config, None if limits is None else np.asarray(limits))
+        plan["ties"] = exact if plan["integers"] else None
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
     structure = structure_of_arrays(config)
     return ArrayState(**fields, shape=tuple(meta["shape"]), plan=Plan(**plan), structure=structure)
+
+
+def _earlier_fault(config: CrossbarConfig, plan: Mapping[str, Any]) -> str | None:
+    """Return what is wrong in arrays written before plans had ties; None where nothing is."""
+    if config.adc is None:
+        return None
+    if config.encoding.flip and config.adc.range in ("max", "calibrated"):
+        return "whose ADC range left out the unit column of flipped arrays"
+    if config.cell.on_off_ratio is None:
+        return None
+    reads_gmin = config.encoding.kind == "offset" or config.converts_each
+    if config.adc.gain_error is not None and reads_gmin and plan["path"] != "definition":
+        return "whose gain errors left Gmin out"
+    if plan["packing"] is not None and plan["packing"]["variances"]:
+        return "whose read noise of packed cells was too small"
+    return None
