@@ -163,6 +163,7 @@ class FuseOptions:
 
     Examples:
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
+      lorafusion fuse --preset reference --base base --pool pool --task task
       lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
 
     Attributes:
