@@ -1,13 +1,14 @@
 """What a crossbar computes, in NumPy and float64, loop by loop: the oracle of the differential tests.
 
 Written from the equations of docs/crossbar.md. It shares the configuration classes with the package and nothing else;
-the wires are solved by nodal analysis, ties at an ADC are decided in whole numbers, and read noise enters as the
-exact mean and variance of every conversion.
+the wires are solved by nodal analysis, ties at an ADC are decided in whole numbers, and noise enters as the exact mean
+and variance of every conversion.
 
 Axis letters: K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles, B batch.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,12 +39,13 @@ class Read(NamedTuple):
     """A product.
 
     Attributes:
-      y: [B, d_out]; with read noise its mean.
+      y: [B, d_out]; with noise its mean.
       slack: [B, d_out] how far conversions within rounding errors of a tie, or of the range's end, may move it.
-      variance: [B, d_out] of read noise.
+      variance: [B, d_out] of noise.
       magnitude: [B, d_out] sum of |terms|, which rounding errors are relative to.
       sums: for every weight slice what its ADC converts of the columns in use, in level units.
       clipped: [K, 2] least and largest number of them beyond the range.
+      clipped_inputs: [2] least and largest number of inputs beyond the DAC's range.
       lsb: [R, K] level units of a code; None without an ADC.
     """
 
@@ -53,7 +55,12 @@ class Read(NamedTuple):
     magnitude: np.ndarray
     sums: list[np.ndarray]
     clipped: np.ndarray
+    clipped_inputs: np.ndarray
     lsb: np.ndarray | None
+
+
+# Codes that voltages, as shares of full scale, become when they are rounded at random.
+Drawn = Callable[[np.ndarray], np.ndarray]
 
 
 # Structure
@@ -136,7 +143,7 @@ def integer_sums(config: CrossbarConfig) -> bool:
     device = config.device
     if device.programming or device.stuck or (device.drift and device.time is not None):
         return False
-    if config.adc is not None and (config.adc.gain_error is not None or config.adc.offset_error is not None):
+    if config.adc is not None and not config.adc.gain_error is config.adc.offset_error is config.adc.noise is None:
         return False
     subtracted = config.encoding.kind == "differential" and not separate(config)
     if separate(config) and config.encoding.two_sided:
@@ -216,18 +223,32 @@ def _levels(codes: np.ndarray, k: int, config: CrossbarConfig) -> list[np.ndarra
 # Reading
 
 
-def input_codes(x: np.ndarray, config: CrossbarConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return the input codes and what full scale stands for; divided and rounded in the dtype of `x`."""
-    if config.dac is not None and config.dac.scaling == "fixed":
-        limit = np.full((len(x), 1), config.dac.limit, x.dtype)
-    else:
-        limit = np.abs(x).max(1, keepdims=True)
-        limit = np.where(limit > 0, limit, x.dtype.type(1))
+def full_scale(x: np.ndarray, config: CrossbarConfig, input_limit: float | None) -> np.ndarray:
+    """Return the input [B, 1] that the highest code stands for, in the dtype of `x`."""
+    if config.dac is not None and config.dac.scaling != "row":
+        limit = config.dac.limit if config.dac.scaling == "fixed" else input_limit
+        return np.full((len(x), 1), limit, x.dtype)
+    limit = np.abs(x).max(1, keepdims=True)
+    return np.where(limit > 0, limit, x.dtype.type(1))
+
+
+def input_codes(x: np.ndarray, full: np.ndarray, config: CrossbarConfig, drawn: Drawn | None) -> np.ndarray:
+    """Return the input codes; divided and rounded in the dtype of `x`."""
     if config.dac is None:
-        return (x / limit).astype(float), limit.astype(float)
+        return (x / full).astype(float)
     top = input_top(config)
-    n = np.rint(x / limit * x.dtype.type(top)).astype(float)
-    return np.clip(n, -top if config.dac.signed else 0, top), limit.astype(float)
+    if config.dac.rounding == "stochastic":
+        n = drawn(x / full)
+    else:
+        n = np.rint(x / full * x.dtype.type(top)).astype(float)
+    return np.clip(n, -top if config.dac.signed else 0, top)
+
+
+def beyond_dac(x: np.ndarray, full: np.ndarray, config: CrossbarConfig) -> np.ndarray:
+    """Return which inputs are clipped."""
+    if config.dac is None:
+        return np.zeros(x.shape, bool)
+    return (np.abs(x) > full) | ((x < 0) & (not config.dac.signed))
 
 
 def pulses(n: np.ndarray, config: CrossbarConfig) -> np.ndarray:
@@ -252,8 +273,7 @@ def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> 
     if adc is None:
         return None
     top = code_range(config)[1]
-    converted = input_top(config) if adc.convert == "sum" else pulse_top(config)
-    units = np.asarray([converted * t / (1 - g_min(config)) for t in tops(config)])
+    units = full_current(config)
     if adc.range == "granular":
         return np.ones((len(rows), len(units)))
     if adc.range == "max" and not config.encoding.flip:
@@ -270,38 +290,110 @@ def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> 
     return steps
 
 
+def full_current(config: CrossbarConfig) -> np.ndarray:
+    """Return the level units [K] of one cell at Gmax under the largest input that is converted."""
+    converted = input_top(config) if config.adc is not None and config.adc.convert == "sum" else pulse_top(config)
+    return np.asarray([converted * t / (1 - g_min(config)) for t in tops(config)])
+
+
 def code_range(config: CrossbarConfig) -> tuple[int, int]:
     bits = config.adc.bits
     return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if signed_sums(config) else (0, 2**bits - 1)
 
 
 def read(
-    chip: Chip, x: np.ndarray, config: CrossbarConfig, limits: np.ndarray | None = None, *, rounds: bool = True
+    chip: Chip,
+    x: np.ndarray,
+    config: CrossbarConfig,
+    limits: np.ndarray | None = None,
+    *,
+    input_limit: float | None = None,
+    drawn: Drawn | None = None,
+    rounds: bool = True,
 ) -> Read:
-    """Return what the chip makes of `x`.
+    """Return what the chip makes of `x`, each vector read again at half the voltage while a sum has too high a code.
+
+    Where rounding errors decide whether one is, both answers are allowed.
 
     Args:
       chip: programmed.
       x: [B, d_in].
       config: of the crossbar.
       limits: see `lsbs`.
+      input_limit: of a calibrated DAC.
+      drawn: see `Drawn`.
       rounds: False: the ADC only clips, the function whose gradient its limits get.
     """
-    n, full = input_codes(x, config)
-    rows, cols = grid((x.shape[1], chip.scale.shape[1]), config)
+    full = full_scale(x, config, input_limit)
+    again = 0 if config.adc is None else config.adc.retries
+    at = np.ones(len(x), bool)  # vectors that may be read at this voltage
+    found = []
+    for halvings in range(again + 1):
+        scale = full * x.dtype.type(2**halvings)
+        n = input_codes(x, scale, config, drawn)
+        four, clipped, sums, lsb = _once(chip, n, x.dtype, config, limits, rounds=rounds)
+        four *= (scale.astype(float) / input_top(config)) ** np.asarray([1, 1, 2, 1])[:, None, None]
+        inputs = beyond_dac(x, scale, config).sum(1)
+        stops = at & (clipped[:, 2].sum(0) == 0) if halvings < again else at
+        found.append((stops, four, clipped, inputs))
+        at = at & (clipped[:, 3].sum(0) > 0)
+        if halvings == 0:
+            first = sums, lsb
+        if not at.any():
+            break
+    stops, four, clipped, inputs = (np.stack(parts) for parts in zip(*found, strict=True))
+    y, slack, variance, magnitude = np.moveaxis(four, 1, 0)
+    low = np.where(stops[..., None], y - slack, np.inf).min(0)
+    high = np.where(stops[..., None], y + slack, -np.inf).max(0)
+    return Read(
+        (low + high) / 2,
+        (high - low) / 2,
+        np.where(stops[..., None], variance, 0).max(0),
+        np.where(stops[..., None], magnitude, 0).max(0),
+        first[0],
+        np.stack([_least(stops[:, None], clipped[:, :, 0]), _most(stops[:, None], clipped[:, :, 1])], axis=1),
+        np.stack([_least(stops, inputs), _most(stops, inputs)]),
+        first[1],
+    )
+
+
+def _least(stops: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.where(stops, counts, np.inf).min(0).sum(-1)
+
+
+def _most(stops: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.where(stops, counts, 0).max(0).sum(-1)
+
+
+def _once(
+    chip: Chip, n: np.ndarray, dtype: np.dtype, config: CrossbarConfig, limits: np.ndarray | None, *, rounds: bool
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | None]:
+    """Return y, slack, variance and magnitude of input codes; clipped conversions, sums and steps.
+
+    Clipped are [K, 4, B]: least and largest number of sums beyond the range, and of those beyond its highest code.
+
+    Args:
+      chip: programmed.
+      n: [B, d_in] input codes.
+      dtype: that the package computes in.
+      config: of the crossbar.
+      limits: see `lsbs`.
+      rounds: see `read`.
+    """
+    rows, cols = grid((n.shape[1], chip.scale.shape[1]), config)
     lsb = lsbs(config, rows, limits)
     sizes = input_slices(config)
     together = config.adc is not None and config.adc.convert == "sum"
     weight = 2.0 ** np.asarray(starts(sizes))[:, None, None]
-    eps = 3e-6 if x.dtype == np.float32 else 1e-11
+    eps = 3e-6 if dtype == np.float32 else 1e-11
     if config.tile.wire is not None:
         eps = max(eps, 20 * float(config.tile.wire.tolerance))
-    out = np.zeros((4, len(x), chip.scale.shape[1]))  # y, slack, variance, magnitude
+    out = np.zeros((4, len(n), chip.scale.shape[1]))  # y, slack, variance, magnitude
     K, unit = len(tops(config)), config.encoding.unit_column
     seen: list[list[np.ndarray]] = [[] for _ in range(K)]
-    clipped = np.zeros((K, 2))
+    clipped = np.zeros((K, 4, len(n)))
     for r, (r0, height) in enumerate(zip(starts(rows), rows, strict=True)):
-        u = np.zeros((len(sizes), len(x), max(rows)))
+        u = np.zeros((len(sizes), len(n), max(rows)))
         u[:, :, max(rows) - height :] = pulses(n[:, r0 : r0 + height], config)
         ones = n[:, r0 : r0 + height].sum(1)[:, None]
         for c, (c0, width) in enumerate(zip(starts(cols), cols, strict=True)):
@@ -320,6 +412,8 @@ def read(
                 if chip.offset is not None:
                     shift = chip.offset[k, :, r, c][:, None, None]
                     S, size = S + shift, size + np.abs(shift)
+                if config.adc is not None and config.adc.noise is not None:
+                    V = V + (float(config.adc.noise) * full_current(config)[k]) ** 2
                 seen[k].append(S[..., used].reshape(-1))
                 step = 1.0
                 if lsb is None:
@@ -327,7 +421,7 @@ def read(
                 else:
                     step = lsb[r, k]
                     total, beyond = convert(S / step, V / step**2, eps * size / step, config, rounds=rounds)
-                    clipped[k] += beyond[..., used].sum((1, 2, 3, 4))
+                    clipped[k] += beyond[..., used].sum((1, 2, 4))
                 powers = (1, 1, 2, 1)  # of the factor that each of the four is multiplied by
                 total = np.stack(
                     [np.sum((weights * step) ** p * t, 1) for p, t in zip(powers, total, strict=True)]
@@ -338,9 +432,7 @@ def read(
                     out[i][:, c0 : c0 + width] += (
                         np.abs(factor) ** p * np.sign(factor) ** (i == 0) * value[i][:, :width]
                     )
-    by = full / input_top(config)
-    y, slack, variance, magnitude = out[0] * by, out[1] * by, out[2] * by**2, out[3] * by
-    return Read(y, slack, variance, magnitude, [np.concatenate(s) for s in seen], clipped, lsb)
+    return out, clipped, [np.concatenate(s) for s in seen], lsb
 
 
 def column_sums(
@@ -422,7 +514,7 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
 def convert(
     t: np.ndarray, V: np.ndarray, eps: np.ndarray, config: CrossbarConfig, *, rounds: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return [4, ...] mean code, slack, variance and magnitude of sums in codes, and [2, ...] which are clipped.
+    """Return [4, ...] mean code, slack, variance and magnitude of sums in codes, and [4, ...] which are clipped.
 
     Args:
       t: sums.
@@ -432,7 +524,9 @@ def convert(
       rounds: False for clipping alone.
     """
     low, high = code_range(config)
-    beyond = np.stack([(t + e > high + 0.5) | (t - e < low - 0.5) for e in (-eps, eps)]).astype(float)
+    above = [(t + e > high + 0.5) | ((low < 0) & (t - e < low - 0.5)) for e in (-eps, eps)]
+    clipped = [(t + e > high + 0.5) | (t - e < low - 0.5) for e in (-eps, eps)]
+    beyond = np.stack([*clipped, *above]).astype(float)
     if not rounds:
         code = np.clip(t, low, high)
         return np.stack([code, np.zeros_like(t), np.zeros_like(t), np.abs(code)]), beyond

@@ -41,6 +41,8 @@ def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
         "signed": st.booleans(),
         "scaling": st.sampled_from(["row", "fixed"]),
         "limit": st.sampled_from([1.0, 0.6, 1.7]),
+        "input_quantile": st.sampled_from([0.9995, 0.8]),
+        "rounding": st.just("nearest"),
         "adc": st.sampled_from(["max", "granular", "given", "calibrated", "max", "given by row", None]),
         "adc_bits": st.sampled_from([5, 3, 4, 6, 8, 12]),
         "convert": st.sampled_from(["slice", "slice", "sum"]),
@@ -52,6 +54,8 @@ def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
         "nonlinear": st.sampled_from([None] * 9 + ["current", "wire", "iv", "iv and wire"]),
         "device": st.sampled_from([None, None, None, "independent", "proportional", "stuck", "drift", "range"]),
         "noise": st.none(),
+        "adc_noise": st.none(),
+        "retries": st.just(0),
         "d_in": st.sampled_from([4, 1, 2, 3, 5, 6, 7, 9, 10, 12]),
         "d_out": st.sampled_from([2, 1, 3, 4, 5, 8]),
         "batch": st.sampled_from([3, 1, 2, 4]),
@@ -104,7 +108,13 @@ def build(c: dict[str, Any]) -> CrossbarConfig:
     if c["bits"] is not None and slice_bits is not None:
         slice_bits = min(slice_bits, c["bits"] - c["signed"])
     dac = c["bits"] and DAC(
-        bits=c["bits"], slice_bits=slice_bits, signed=c["signed"], scaling=c["scaling"], limit=c["limit"]
+        bits=c["bits"],
+        slice_bits=slice_bits,
+        signed=c["signed"],
+        scaling=c["scaling"],
+        limit=c["limit"],
+        quantile=c["input_quantile"],
+        rounding=c["rounding"],
     )
     tile = Tile(rows=c["rows"], cols=c["cols"], partition=c["partition"])
     device, ratio = _device(c), c["ratio"]
@@ -157,6 +167,8 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
         "separate": c["separate"] and config.encoding.kind == "differential",
         "gain_error": c["gain"],
         "offset_error": c["offset"],
+        "noise": c["adc_noise"],
+        "retries": c["retries"],
     }
     if not kind.startswith("given"):
         return ADC(range=kind, **common)

@@ -12,6 +12,8 @@ import re
 import sys
 import time
 import traceback
+import warnings
+from typing import Any
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # an hour's programs, none of which comes again
 
@@ -22,9 +24,13 @@ import test_crossbar_fuzz as properties
 from hypothesis.internal.conjecture import engine
 
 # Hypothesis makes a failing example smaller for five minutes, which an hour of a broken path would be spent on.
-engine.MAX_SHRINKING_SECONDS = 30
-# Cases of one property between two looks at the clock; a property that has failed stops at its first example.
+SHRINKING = 30
+# Cases of one property in its turn; a property that has failed stops at its first example.
 ROUND = 10
+
+
+class TimeIsUp(BaseException):
+    """No time is left for another draw."""
 
 
 def main() -> int:
@@ -35,12 +41,18 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     properties.OPTIONS.clear()  # programs as users' are compiled
+    # As in the tests: what it warns of is drawn on purpose.
+    warnings.filterwarnings("ignore", "adc.range='granular' with convert='sum'", UserWarning)
     start, seed, failures, said = time.monotonic(), options.seed, {}, 0.0
+    end = start + options.seconds
     names = [name for name in properties.PROPERTIES if options.only in name]
-    while time.monotonic() - start < options.seconds:
+    while time.monotonic() < end:
         for name in names:
             seed += 1
-            failed = one_round(name, seed)
+            try:
+                failed = one_round(name, seed, end)
+            except TimeIsUp:
+                break
             if failed is not None:
                 kind, text = failed
                 properties.TALLY[name, "any", "failed"] += 1
@@ -49,8 +61,6 @@ def main() -> int:
                     print(f"\nFAILED {name}, seed {seed}\n{text}\n", flush=True)
             jax.clear_caches()
             gc.collect()
-            if time.monotonic() - start >= options.seconds:
-                break
         if time.monotonic() - said > 60:
             said = time.monotonic()
             total = sum(properties.TALLY.values())
@@ -61,9 +71,27 @@ def main() -> int:
     return bool(failures)
 
 
-def one_round(name: str, seed: int) -> tuple[str, str] | None:
-    """Return the kind and the description of the smallest failing example, if one of a round of draws fails."""
+def one_round(name: str, seed: int, end: float) -> tuple[str, str] | None:
+    """Return the kind and the description of the smallest failing example, if one of a round of draws fails.
+
+    Raises:
+      TimeIsUp: before a draw after `end`, where none has failed.
+    """
     check, drawn = properties.PROPERTIES[name]
+    failed = False
+
+    def timed(**case: Any) -> None:
+        nonlocal failed
+        if not failed and time.monotonic() > end:
+            raise TimeIsUp
+        try:
+            check(**case)
+        except Exception:
+            if not failed:
+                engine.MAX_SHRINKING_SECONDS = max(0, min(SHRINKING, end - time.monotonic()))
+            failed = True
+            raise
+
     settings = hypothesis.settings(
         max_examples=ROUND,
         derandomize=False,
@@ -73,7 +101,7 @@ def one_round(name: str, seed: int) -> tuple[str, str] | None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     try:
-        settings(hypothesis.seed(seed)(hypothesis.given(**drawn)(check)))()
+        settings(hypothesis.seed(seed)(hypothesis.given(**drawn)(timed)))()
     except KeyboardInterrupt:
         raise
     except Exception as error:  # whatever a crash raises is a finding

@@ -81,16 +81,15 @@ def refusals(path: str | None) -> Iterator[None]:
 
 
 def compiled(c: dict[str, Any], config: CrossbarConfig, path: str | None, *, eager: bool = False) -> Callable[..., Any]:
-    """Return (W, x, seen) -> y, state, statistics of x, with ranges calibrated on `seen` where they come from data."""
+    """Return (W, x, seen) -> y, statistics of x, state, with ranges calibrated on `seen` where they come from data."""
     key = jax.random.key(c["seed"])
-    measures = config.adc is not None and config.adc.range == "calibrated"
+    of_read = jax.random.fold_in(key, 1) if config.reads_at_random else None
 
     def programmed(W: Any, seen: Any) -> Any:
-        state = program(W, config, key, path=path)
-        return calibrated(state, probe(seen, state, config)[1], config) if measures else state
+        return settled(program(W, config, key, path=path), seen, config, of_read)
 
     def reading(x: Any, state: Any) -> Any:
-        return probe(x, state, config) if measures else (mvm(x, state, config), None)
+        return probe(x, state, config, of_read) if ranges(config) else (mvm(x, state, config, of_read), None)
 
     def both(W: Any, x: Any, seen: Any) -> Any:
         state = programmed(W, seen)
@@ -105,6 +104,42 @@ def compiled(c: dict[str, Any], config: CrossbarConfig, path: str | None, *, eag
         return *jitted(x, state), state
 
     return apart
+
+
+def ranges(config: CrossbarConfig) -> int:
+    """Return how many ranges come from data: first that of the inputs, then that of the sums."""
+    of_inputs = config.dac is not None and config.dac.scaling == "calibrated"
+    return of_inputs + (config.adc is not None and config.adc.range == "calibrated")
+
+
+def settled(state: Any, seen: Any, config: CrossbarConfig, key: Any) -> Any:
+    """Return the state with its ranges from data."""
+    for _ in range(ranges(config)):
+        state = calibrated(state, probe(seen, state, config, key)[1], config)
+    return state
+
+
+def drawn_codes(c: dict[str, Any], config: CrossbarConfig) -> oracle.Drawn | None:
+    """Return what random rounding makes of voltages: an identity matrix, read with the same key, shows the codes."""
+    if config.dac is None or config.dac.rounding == "nearest":
+        return None
+    top = oracle.input_top(config)
+    plain = CrossbarConfig(
+        cell=crossbar.Cell(bits=None),
+        mapping=crossbar.Mapping(weight_bits=None),
+        tile=crossbar.Tile(rows=None, cols=None),
+        dac=dataclasses.replace(config.dac, scaling="fixed", limit=1.0),
+    )
+    key = jax.random.fold_in(jax.random.key(c["seed"]), 1)
+    read = jit(lambda v: mvm(v, program(jnp.eye(c["d_in"], dtype=v.dtype), plain), plain, key))
+
+    def drawn(voltages: np.ndarray) -> np.ndarray:
+        codes = np.rint(top * np.asarray(read(jnp.asarray(voltages)), float))
+        exact = np.clip(voltages.astype(float), -1 if config.dac.signed else 0, 1) * top
+        assert (np.abs(codes - exact) < 1 + 1e-5).all(), f"{voltages} as {codes} of {top}"
+        return codes
+
+    return drawn
 
 
 def within(found: Any, wanted: oracle.Read, c: dict[str, Any], config: CrossbarConfig, what: str) -> None:
@@ -158,9 +193,17 @@ def limits_of(state: Any) -> np.ndarray | None:
     return None if state.limits is None else np.asarray(state.limits, float)
 
 
+# What a converter may do at every read, besides noise.
+AT_READ: dict[str, Any] = {
+    "scaling": st.sampled_from(["row", "fixed", "row", "fixed", "calibrated"]),
+    "rounding": st.sampled_from(["nearest", "nearest", "nearest", "stochastic"]),
+    "retries": st.sampled_from([0, 0, 0, 0, 0, 0, 1, 3]),
+}
+
+
 @cases(
-    36,
-    case=reads(None, "product", "loop", "lookup", "planes", "packed"),
+    34,
+    case=reads(None, "product", "loop", "lookup", "planes", "packed", **AT_READ),
     eager=st.sampled_from([False] * 9 + [True]),
 )
 def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]], eager: bool):
@@ -169,9 +212,8 @@ def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, A
     config = build(c)
     note(repr(config))
     with precision(c):
-        first = [
-            defined(c, config, number, run) for run in [compiled(c, config, "definition")] for number in range(DRAWS)
-        ]
+        run, drawn = compiled(c, config, "definition"), drawn_codes(c, config)
+        first = [defined(c, config, number, run, drawn) for number in range(DRAWS)]
         tally("definition", "within tolerance")
         exact = same_bits(c, config)
         with contextlib.suppress(Refused):
@@ -184,13 +226,13 @@ def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, A
                 own = limits_of(state)
                 if oracle.integer_sums(config) and limits is not None:
                     np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
-                wanted = oracle.read(chip, x, config, own)
+                wanted = oracle.read(chip, x, config, own, input_limit=state.input_limit, drawn=drawn)
                 within(found, wanted, c, config, what)
                 if exact:
                     np.testing.assert_array_equal(found, y, what)
-                if state.plan.path != "product":
-                    check_clipped(statistics, wanted, what)
-                not_finite(lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0], x, found, config, what)  # noqa: B023
+                check_clipped(statistics, wanted, what)
+                read = lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0]  # noqa: B023, E731
+                not_finite(read, x, found, config, state.input_limit, what)
             tally(path, "bitwise" if exact else "within tolerance")
 
 
@@ -200,7 +242,7 @@ def problem(c: dict[str, Any], number: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def defined(
-    c: dict[str, Any], config: CrossbarConfig, number: int, run: Callable[..., Any]
+    c: dict[str, Any], config: CrossbarConfig, number: int, run: Callable[..., Any], drawn: oracle.Drawn | None
 ) -> tuple[oracle.Chip, Any, np.ndarray | None]:
     """Hold the definition against the loops; return its chip, its product and its ADC's limits."""
     W, x, seen = problem(c, number)
@@ -208,11 +250,16 @@ def defined(
     chip, limits, what = chip_of(state), limits_of(state), f"definition, draw {number}"
     if is_perfect(config):
         same_cells(chip, oracle.program(W, config), config)
-    wanted = oracle.read(chip, x, config, limits)
+    input_limit = state.input_limit
+    wanted = oracle.read(chip, x, config, limits, input_limit=input_limit, drawn=drawn)
     within(y, wanted, c, config, what)
     check_clipped(statistics, wanted, what)
-    check_range(oracle.read(chip, seen, config, limits), config, W.shape)
-    not_finite(lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0], x, y, config, what)
+    if config.dac is not None and config.dac.scaling == "calibrated":
+        reach = np.quantile(np.abs(seen), config.dac.quantile, method="inverted_cdf") or 2 ** (-1 / 64)
+        assert reach * (1 - 1e-5) <= input_limit <= reach * 2 ** (1 / 64) * (1 + 1e-5), f"{input_limit} covers {reach}"
+    once = config if config.adc is None else dataclasses.replace(config, adc=dataclasses.replace(config.adc, retries=0))
+    check_range(oracle.read(chip, seen, once, limits, input_limit=input_limit, drawn=drawn), config, W.shape)
+    not_finite(lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0], x, y, config, input_limit, what)
     return chip, y, limits
 
 
@@ -227,9 +274,12 @@ def same_cells(found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig) 
 def check_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
     if statistics is None:
         return
-    found = np.asarray(statistics.clipped)
-    low, high = wanted.clipped.T
-    assert (low <= found).all() and (found <= high).all(), f"{what} counts {found} clipped, the loops {low} to {high}"
+    for of, found, wanted_range in (
+        ("conversions", statistics.clipped, wanted.clipped.T),
+        ("inputs", statistics.clipped_inputs, wanted.clipped_inputs),
+    ):
+        (low, high), count = wanted_range, np.asarray(found)
+        assert (low <= count).all() and (count <= high).all(), f"{what}: {count} {of} clipped, by loops {low} to {high}"
 
 
 def check_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int]) -> None:
@@ -244,8 +294,7 @@ def check_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int
     if adc.range != "calibrated":
         return
     rows, _ = oracle.grid(shape, config)
-    converted = oracle.input_top(config) if adc.convert == "sum" else oracle.pulse_top(config)
-    bounds = [max(rows) * t * converted / (1 - oracle.g_min(config)) for t in oracle.tops(config)]
+    bounds = max(rows) * oracle.full_current(config)
     top = oracle.code_range(config)[1]
     sums = [np.abs(s) for s in seen.sums]
     if oracle.integer_sums(config):
@@ -267,8 +316,10 @@ def check_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int
     np.testing.assert_allclose(powers, np.rint(powers), atol=1e-3, err_msg="ranges are powers of two apart")
 
 
-def not_finite(read: Callable[[Any], Any], x: np.ndarray, y: Any, config: CrossbarConfig, what: str) -> None:
-    """NaN makes the outputs of its row NaN and no others; infinity is clipped by a fixed DAC, else like NaN."""
+def not_finite(
+    read: Callable[[Any], Any], x: np.ndarray, y: Any, config: CrossbarConfig, input_limit: Any, what: str
+) -> None:
+    """NaN makes the outputs of its row NaN and no others; a DAC with one range clips infinity, else it is like NaN."""
 
     def replaced(value: float) -> np.ndarray:
         changed = x.copy()
@@ -278,8 +329,10 @@ def not_finite(read: Callable[[Any], Any], x: np.ndarray, y: Any, config: Crossb
     for value in (np.nan, np.inf):
         found = replaced(value)
         np.testing.assert_array_equal(found[1:], np.asarray(y)[1:], f"{what}: rows beside one with {value}")
-        if np.isinf(value) and config.dac is not None and config.dac.scaling == "fixed":
-            np.testing.assert_array_equal(found, replaced(config.dac.limit), f"{what}: {value}")
+        if np.isinf(value) and config.dac is not None and config.dac.scaling != "row":
+            # Beyond the range of every further read too.
+            most = float(input_limit) * 2 ** (0 if config.adc is None else config.adc.retries)
+            np.testing.assert_array_equal(found, replaced(most), f"{what}: {value}")
         else:
             assert not np.isfinite(found[0]).any(), f"{what}: {value} at the input gives {found[0]}"
 
@@ -293,6 +346,14 @@ NOISE: dict[str, Any] = {
     "float64": st.just(False),
     "adc": st.sampled_from(["max", "granular", "given"]),
 }
+# Noise of the conversions, alone or with that of the cells.
+OF_ADC: dict[str, Any] = {
+    **NOISE,
+    "noise": st.sampled_from([None, None, "proportional"]),
+    "adc_noise": st.sampled_from([0.1, 0.5]),
+    "adc": st.sampled_from(["max", "granular", "given", "calibrated"]),
+    "scaling": AT_READ["scaling"],
+}
 # Integer cells, whose variances are not where Gmin counts.
 PAIRS: dict[str, Any] = {
     "encoding": st.just("differential"),
@@ -305,30 +366,76 @@ PAIRS: dict[str, Any] = {
 
 
 @cases(
-    13,
-    case=reads("lookup", "packed", **{**NOISE, **PAIRS})
+    15,
+    case=reads("lookup", "packed", **{**OF_ADC, **PAIRS})
+    | reads("loop", "lookup", None, **OF_ADC)
+    | reads("definition", **{**OF_ADC, "noise": None, "nonlinear": st.sampled_from([None, "current", "iv"])})
+    | reads("lookup", "packed", **{**NOISE, **PAIRS})
     | reads("lookup", "loop", **NOISE)
     | reads("product", **{**NOISE, "adc": None})
     | reads("definition", **{**NOISE, "nonlinear": st.sampled_from([None, "iv"])})
     | reads("definition", **{**NOISE, "noise": "clipped", "adc": None}),
 )
-def test_read_noise_has_the_mean_and_variance_of_its_conversions(case: tuple[str, dict[str, Any]]):
-    """Those of normal sums after rounding and clipping, exactly, over 5,000 reads with keys of their own."""
+def test_noise_has_the_mean_and_variance_of_its_conversions(case: tuple[str | None, dict[str, Any]]):
+    """Those of normal sums after rounding and clipping, exactly, over 5,000 reads with keys of their own.
+
+    The noise is that of cells, that of ADCs, or both.
+    """
     path, c = case
     config, reads = build(c), 5000
     note(repr(config))
-    W, x, _ = problem(c, 0)
+    W, x, seen = problem(c, 0)
     key = jax.random.key(c["seed"])
 
     @jit
-    def run(W: Any, x: Any) -> Any:
-        state = program(W, config, key, path=path)
-        return jax.vmap(lambda key: mvm(x, state, config, key))(jax.random.split(key, reads)), state.limits
+    def run(W: Any, x: Any, seen: Any) -> Any:
+        state = settled(program(W, config, key, path=path), seen, config, key)
+        y = jax.vmap(lambda key: mvm(x, state, config, key))(jax.random.split(key, reads))
+        return y, state.limits, state.input_limit
 
     with contextlib.suppress(Refused):
         with refusals(path):
-            y, limits = run(jnp.asarray(W), jnp.asarray(x))
-        wanted = oracle.read(programmed_chip(c, config, W), x, config, limits)
+            y, limits, input_limit = run(*(jnp.asarray(a) for a in (W, x, seen)))
+        wanted = oracle.read(programmed_chip(c, config, W), x, config, limits, input_limit=input_limit)
+        moments(np.asarray(y, float), wanted, path or "chosen")
+        tally(path, "within tolerance")
+
+
+ROUNDING: dict[str, Any] = {
+    "rounding": "stochastic",
+    "scaling": AT_READ["scaling"],
+    "bits": st.sampled_from([3, 2, 4, 5]),
+    "adc": None,
+    "nonlinear": None,
+    "float64": False,
+}
+
+
+@cases(6, case=reads("product", **ROUNDING) | reads("definition", **ROUNDING))
+def test_stochastic_rounding_of_inputs_is_right_on_average(case: tuple[str, dict[str, Any]]):
+    """Without an ADC, over 5,000 reads: the mean loses nothing to rounding, and each input has variance f (1 - f)."""
+    path, c = case
+    config, reads = build(c), 5000
+    note(repr(config))
+    W, x, seen = problem(c, 0)
+    key = jax.random.key(c["seed"])
+
+    @jit
+    def run(W: Any, x: Any, seen: Any) -> Any:
+        state = settled(program(W, config, key, path=path), seen, config, key)
+        return jax.vmap(lambda key: mvm(x, state, config, key))(jax.random.split(key, reads)), state.input_limit
+
+    with contextlib.suppress(Refused):
+        with refusals(path):
+            y, input_limit = run(*(jnp.asarray(a) for a in (W, x, seen)))
+        chip = programmed_chip(c, config, W)
+        full, real = oracle.full_scale(x, config, input_limit).astype(float), oracle.weights(chip, len(W), config)
+        top, low = oracle.input_top(config), -1 if config.dac.signed else 0
+        codes = np.clip(x / full, low, 1) * top
+        share, by = codes - np.floor(codes), full / top
+        nearest = dataclasses.replace(config, dac=dataclasses.replace(config.dac, rounding="nearest"))
+        plain = oracle.read(chip, x, nearest, input_limit=input_limit)
+        wanted = plain._replace(y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2)
         moments(np.asarray(y, float), wanted, path)
         tally(path, "within tolerance")
 
@@ -518,7 +625,7 @@ GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none
 
 
 @cases(
-    8,
+    7,
     case=reads("loop", "definition", "lookup", "packed", **GIVEN, whole=False)
     | reads(None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None),
     how=st.sampled_from(["replaced in the configuration", "replaced in the state"]),
@@ -719,7 +826,7 @@ _OTHER = {
 
 
 @cases(
-    24,
+    40,
     case=reads(
         None,
         "definition",
@@ -749,7 +856,7 @@ def test_a_state_read_with_another_configuration_is_refused_or_right(
 
 
 @cases(
-    8,
+    12,
     c=choices(float64=False, weights=st.sampled_from(["normal", "sparse"]), seed=st.integers(0, 99)),
     to=st.sampled_from(["bfloat16", "float16"]),
     which=st.sampled_from(["W", "x", "both"]),
@@ -775,7 +882,7 @@ def test_narrow_floats_are_refused_or_right(c: dict[str, Any], to: str, which: s
 
 
 @cases(
-    5,
+    6,
     case=reads("product", signed=False, bits=st.sampled_from([3, 4]), float64=True)
     | reads("definition", "loop", None, signed=False, bits=st.sampled_from([3, 4]), float64=True, adc="max"),
 )
@@ -807,7 +914,7 @@ def test_negative_inputs_of_an_unsigned_dac_are_refused_or_clipped_throughout(ca
 
 
 @cases(
-    5,
+    6,
     case=reads("product")
     | reads(None, "definition", "loop", "lookup", nonlinear=None, adc=st.sampled_from(["max", "granular"])),
 )
