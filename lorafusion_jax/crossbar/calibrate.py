@@ -178,7 +178,7 @@ def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Arra
 def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"], top: int) -> Float[Array, "*N K"]:
     """Return the steps of 1, 2, 4, ... levels that quantise integer sums with the least squared error."""
     sums = jnp.round((jnp.arange(BINS, dtype=bound.dtype) + 0.5)[None] / BINS * bound[:, None])
-    steps = 2.0 ** jnp.arange(24, dtype=bound.dtype)[:, None, None]
+    steps = 2.0 ** jnp.arange(32, dtype=bound.dtype)[:, None, None]
     read = steps * jnp.clip(jnp.round(sums[None] / steps), 0, top)
     errors = jnp.einsum("...kb,skb->...ks", histogram, jnp.square(read - sums[None]), precision="highest")
     return steps[:, 0, 0][jnp.argmin(errors, axis=-1)]

@@ -13,6 +13,7 @@ from .config import CrossbarConfig
 from .counts import counts
 from .plan import Plan, worst_case
 from .state import ArrayState, program
+from .structure import check_same
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,15 @@ def explain(
       state: programmed with this config; its plan is shown.
 
     Raises:
-      ValueError: on a shape that is none, or another one than the state's.
+      ValueError: on a shape that is none, or another shape or configuration than the state's.
     """
     sizes = [*shape, modules] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
     if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
         raise ValueError(f"shape {shape!r} with modules = {modules!r}: give (d_in, d_out) and a count, all 1 or more")
     if state is not None and tuple(shape) != state.shape:
         raise ValueError(f"shape {tuple(shape)}: the state's arrays hold a matrix of {state.shape}")
+    if state is not None:
+        check_same(state.structure, config)
     d_in, d_out = shape
     plan = _plan(config, (d_in, d_out)) if state is None else state.plan
     rows, cols = encoding.grid((d_in, d_out), config)

@@ -197,8 +197,8 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
             continue
         if not name.startswith(of_read) and all("." in other for other in moved):
             raise ValueError(
-                f"{name} acts where arrays are programmed, and this read's were programmed outside what is "
-                "differentiated: call program (or program_tree) inside it"
+                f"{name} is not used by a read: it acts where arrays are programmed, if at all. Call program (or "
+                "program_tree) inside what is differentiated"
             )
         if config.tile.wire is not None and name.startswith(of_read) and name != "tile.current_limit":
             raise ValueError(
@@ -245,7 +245,7 @@ def _full_scale(
     """Return the input that the DAC's highest code stands for, doubled where a read is repeated at half of it."""
     limit = state.input_limit
     if limit is None:
-        limit = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+        limit = jnp.max(jnp.abs(x) if config.signed_inputs else jnp.maximum(x, 0), axis=1, keepdims=True)
         limit = jnp.where(limit == 0, jnp.ones_like(limit), limit)
     quantise = _converter(state, config)
     if quantise is None or config.adc is None or config.adc.retries == 0 or state.plan.path == "product":

@@ -24,7 +24,7 @@ from .normal import normal
 from .packing import Packed
 from .plan import Path, Plan, choose, worst_case
 from .planes import pair_planes, to_planes
-from .structure import Structure, structure_of_arrays
+from .structure import Structure, check_same, structure_of_arrays
 from .values import is_traced, like
 from .words import pack_columns, pack_pairs
 
@@ -222,7 +222,12 @@ def columns_of(state: ArrayState, config: CrossbarConfig) -> Float[Array, "k R r
 
 
 def programmed_weights(state: ArrayState, config: CrossbarConfig) -> Float[Array, "d_in d_out"]:
-    """Return the weights as programmed: what a read multiplies by if its converters are ideal."""
+    """Return the weights as programmed: what a read multiplies by if its converters are ideal.
+
+    Raises:
+      ValueError: the arrays were programmed with another configuration.
+    """
+    check_same(state.structure, config)
     return state.codes * encoding.per_weight(state.scale, state.shape, config)
 
 

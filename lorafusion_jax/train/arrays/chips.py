@@ -161,8 +161,11 @@ def _program_all(
 
 def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
     """Return a chip whose converters have these ranges."""
-    leaves = [
-        dataclasses.replace(leaf, state=dataclasses.replace(leaf.state, limits=of_adcs, input_limit=of_dacs))
-        for leaf, (of_adcs, of_dacs) in zip(programmed_leaves(frozen), limits, strict=True)
-    ]
+    leaves = []
+    for leaf, (of_adcs, of_dacs) in zip(programmed_leaves(frozen), limits, strict=True):
+        dac = leaf.config.dac
+        own = leaf.state.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
+        leaves.append(
+            dataclasses.replace(leaf, state=dataclasses.replace(leaf.state, limits=of_adcs, input_limit=own))
+        )
     return replaced(frozen, leaves)
