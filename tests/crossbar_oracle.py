@@ -228,7 +228,7 @@ def full_scale(x: np.ndarray, config: CrossbarConfig, input_limit: float | None)
     if config.dac is not None and config.dac.scaling != "row":
         limit = config.dac.limit if config.dac.scaling == "fixed" else input_limit
         return np.full((len(x), 1), limit, x.dtype)
-    limit = np.abs(x).max(1, keepdims=True)
+    limit = (np.abs(x) if config.dac is None or config.dac.signed else np.maximum(x, 0)).max(1, keepdims=True)
     return np.where(limit > 0, limit, x.dtype.type(1))
 
 

@@ -397,7 +397,7 @@ def test_noise_has_the_mean_and_variance_of_its_conversions(case: tuple[str | No
         with refusals(path):
             y, limits, input_limit = run(*(jnp.asarray(a) for a in (W, x, seen)))
         wanted = oracle.read(programmed_chip(c, config, W), x, config, limits, input_limit=input_limit)
-        moments(np.asarray(y, float), wanted, path or "chosen")
+        moments(np.asarray(y, float), wanted, config, path or "chosen")
         tally(path, "within tolerance")
 
 
@@ -436,7 +436,7 @@ def test_stochastic_rounding_of_inputs_is_right_on_average(case: tuple[str, dict
         nearest = dataclasses.replace(config, dac=dataclasses.replace(config.dac, rounding="nearest"))
         plain = oracle.read(chip, x, nearest, input_limit=input_limit)
         wanted = plain._replace(y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2)
-        moments(np.asarray(y, float), wanted, path)
+        moments(np.asarray(y, float), wanted, config, path)
         tally(path, "within tolerance")
 
 
@@ -448,7 +448,7 @@ def programmed_chip(c: dict[str, Any], config: CrossbarConfig, W: np.ndarray) ->
     return chip_of(jit(lambda W: program(W, config, key, path="definition"))(jnp.asarray(W)))
 
 
-def moments(y: np.ndarray, wanted: oracle.Read, what: str) -> None:
+def moments(y: np.ndarray, wanted: oracle.Read, config: CrossbarConfig, what: str) -> None:
     """Compare draws [n, B, d_out] with means and variances, within 5.5 and 6 standard errors."""
     n, error = len(y), y - wanted.y
     rounding = wanted.slack + 1e-5 * wanted.magnitude + 1e-30
@@ -458,6 +458,9 @@ def moments(y: np.ndarray, wanted: oracle.Read, what: str) -> None:
     assert (bias <= allowed).all(), f"{what}: means are off by {bias}, allowed {allowed}"
     square, expected = np.sum(error**2, axis=2), np.sum(wanted.variance, axis=1)
     allowed = 6 * square.std(0) / np.sqrt(n) + 4 * square.max(0) / n + 0.01 * expected + np.sum(rounding**2, axis=1)
+    if config.adc is not None:  # 10 draws of a code, about a step apart, that is so rare that none may have shown it
+        step = wanted.magnitude / 2 ** (config.adc.bits - 1)
+        allowed = allowed + np.minimum(expected, 10 / n * np.sum(step**2, axis=1))
     found = square.mean(0)
     assert (np.abs(found - expected) <= allowed).all(), f"{what}: variances {found}, wanted {expected} +- {allowed}"
 

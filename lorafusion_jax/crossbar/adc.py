@@ -52,7 +52,8 @@ class Converter(NamedTuple):
         """Return the codes of sums, given the part of `scale` that applies to them."""
         scaled = self.scaled(sums, scale)
         if self.counts:
-            return (abs(scaled) > self.qmax + 0.5).astype(sums.dtype)
+            size = abs(scaled) if self.qmin < 0 else scaled
+            return (size > self.qmax + 0.5).astype(sums.dtype)
         if self.rounds:
             scaled = jnp.round(scaled)
             if self.divides:
