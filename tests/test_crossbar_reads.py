@@ -44,8 +44,9 @@ def reads(x, state, config, count):
     return jax.lax.map(lambda key: mvm(x, state, config, key), jax.random.split(KEY, count))
 
 
-@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "packed"])
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(
+    "path, separate", [("definition", False), ("loop", True), ("lookup", False), ("packed", False)]
+)
 def test_noise_of_conversions_adds_up(path, separate):
     """Every conversion has sigma Gmax of its own: R tiles, K slices, J pulses, both polarities where each is read."""
     sigma = 0.5
@@ -144,9 +145,14 @@ def test_negative_inputs_of_an_unsigned_dac_are_counted():
 
 
 @pytest.mark.parametrize(
-    "path, encoding", [("definition", Encoding()), ("lookup", Encoding()), ("planes", FLIP), ("loop", FLIP)]
+    "path, encoding, scaling",
+    [
+        ("definition", Encoding(), "row"),
+        ("lookup", Encoding(), "fixed"),
+        ("planes", FLIP, "row"),
+        ("loop", FLIP, "fixed"),
+    ],
 )
-@pytest.mark.parametrize("scaling", ["row", "fixed"])
 def test_clipped_reads_are_repeated_at_half_the_voltage(path, encoding, scaling):
     """The oracle reads each row at full scale, half and a quarter of it, and takes the first that clips nothing."""
     adc = ADC(bits=5, range="given", limits=[[-9.0, 9.0]] * 4, retries=2)
