@@ -142,7 +142,7 @@ def drawn_codes(c: dict[str, Any], config: CrossbarConfig) -> oracle.Drawn | Non
     return drawn
 
 
-def within(found: Any, wanted: oracle.Read, c: dict[str, Any], config: CrossbarConfig, what: str) -> None:
+def assert_within(found: Any, wanted: oracle.Read, c: dict[str, Any], config: CrossbarConfig, what: str) -> None:
     eps = 3e-6 if dtype(c) == np.float32 else 1e-12
     if config.tile.wire is not None:
         eps = max(eps, 20 * config.tile.wire.tolerance)
@@ -213,7 +213,7 @@ def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, A
     note(repr(config))
     with precision(c):
         run, drawn = compiled(c, config, "definition"), drawn_codes(c, config)
-        first = [defined(c, config, number, run, drawn) for number in range(DRAWS)]
+        first = [assert_defined(c, config, number, run, drawn) for number in range(DRAWS)]
         tally("definition", "within tolerance")
         exact = same_bits(c, config)
         with contextlib.suppress(Refused):
@@ -227,12 +227,12 @@ def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, A
                 if oracle.integer_sums(config) and limits is not None:
                     np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
                 wanted = oracle.read(chip, x, config, own, input_limit=state.input_limit, drawn=drawn)
-                within(found, wanted, c, config, what)
+                assert_within(found, wanted, c, config, what)
                 if exact:  # the same integers; XLA may multiply the scales of weights and inputs first
                     np.testing.assert_allclose(found, y, rtol=2 * np.finfo(dtype(c)).eps, atol=0, err_msg=what)
-                check_clipped(statistics, wanted, what)
+                assert_clipped(statistics, wanted, what)
                 read = lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0]  # noqa: B023, E731
-                not_finite(read, x, found, config, state.input_limit, what)
+                assert_not_finite(read, x, found, config, state.input_limit, what)
             tally(path, "bitwise" if exact else "within tolerance")
 
 
@@ -241,7 +241,7 @@ def problem(c: dict[str, Any], number: int) -> tuple[np.ndarray, np.ndarray, np.
     return weights(c, number), inputs(c, number), inputs(c, number + DRAWS)
 
 
-def defined(
+def assert_defined(
     c: dict[str, Any], config: CrossbarConfig, number: int, run: Callable[..., Any], drawn: oracle.Drawn | None
 ) -> tuple[oracle.Chip, Any, np.ndarray | None]:
     """Hold the definition against the loops; return its chip, its product and its ADC's limits."""
@@ -249,21 +249,21 @@ def defined(
     y, statistics, state = run(*(jnp.asarray(a) for a in (W, x, seen)))
     chip, limits, what = chip_of(state), limits_of(state), f"definition, draw {number}"
     if is_perfect(config):
-        same_cells(chip, oracle.program(W, config), config)
+        assert_same_cells(chip, oracle.program(W, config), config)
     input_limit = state.input_limit
     wanted = oracle.read(chip, x, config, limits, input_limit=input_limit, drawn=drawn)
-    within(y, wanted, c, config, what)
-    check_clipped(statistics, wanted, what)
+    assert_within(y, wanted, c, config, what)
+    assert_clipped(statistics, wanted, what)
     if config.dac is not None and config.dac.scaling == "calibrated":
         reach = np.quantile(np.abs(seen), config.dac.quantile, method="inverted_cdf") or 2 ** (-1 / 64)
         assert reach * (1 - 1e-5) <= input_limit <= reach * 2 ** (1 / 64) * (1 + 1e-5), f"{input_limit} covers {reach}"
     once = config if config.adc is None else dataclasses.replace(config, adc=dataclasses.replace(config.adc, retries=0))
-    check_range(oracle.read(chip, seen, once, limits, input_limit=input_limit, drawn=drawn), config, W.shape)
-    not_finite(lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0], x, y, config, input_limit, what)
+    assert_range(oracle.read(chip, seen, once, limits, input_limit=input_limit, drawn=drawn), config, W.shape)
+    assert_not_finite(lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0], x, y, config, input_limit, what)
     return chip, y, limits
 
 
-def same_cells(found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig) -> None:
+def assert_same_cells(found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig) -> None:
     exact = config.cell.bits is not None
     np.testing.assert_allclose(found.cells, wanted.cells, rtol=0, atol=1e-12 if exact else 1e-6, err_msg="cells")
     np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-6, err_msg="scale")
@@ -271,7 +271,7 @@ def same_cells(found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig) 
         np.testing.assert_array_equal(found.flipped, wanted.flipped, "flipped columns")
 
 
-def check_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
+def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
     if statistics is None:
         return
     for of, found, wanted_range in (
@@ -282,7 +282,7 @@ def check_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
         assert (low <= count).all() and (count <= high).all(), f"{what}: {count} {of} clipped, by loops {low} to {high}"
 
 
-def check_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int]) -> None:
+def assert_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int]) -> None:
     """`max` clips no sum of perfect cells; calibrated steps are those with the least error, or cover the quantile."""
     adc = config.adc
     if adc is None or seen.lsb is None:
@@ -316,7 +316,7 @@ def check_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int
     np.testing.assert_allclose(powers, np.rint(powers), atol=1e-3, err_msg="ranges are powers of two apart")
 
 
-def not_finite(
+def assert_not_finite(
     read: Callable[[Any], Any], x: np.ndarray, y: Any, config: CrossbarConfig, input_limit: Any, what: str
 ) -> None:
     """NaN makes the outputs of its row NaN and no others; a DAC with one range clips infinity, else it is like NaN."""
@@ -397,7 +397,7 @@ def test_noise_has_the_mean_and_variance_of_its_conversions(case: tuple[str | No
         with refusals(path):
             y, limits, input_limit = run(*(jnp.asarray(a) for a in (W, x, seen)))
         wanted = oracle.read(programmed_chip(c, config, W), x, config, limits, input_limit=input_limit)
-        moments(np.asarray(y, float), wanted, config, path or "chosen")
+        assert_moments(np.asarray(y, float), wanted, config, path or "chosen")
         tally(path, "within tolerance")
 
 
@@ -436,7 +436,7 @@ def test_stochastic_rounding_of_inputs_is_right_on_average(case: tuple[str, dict
         nearest = dataclasses.replace(config, dac=dataclasses.replace(config.dac, rounding="nearest"))
         plain = oracle.read(chip, x, nearest, input_limit=input_limit)
         wanted = plain._replace(y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2)
-        moments(np.asarray(y, float), wanted, config, path)
+        assert_moments(np.asarray(y, float), wanted, config, path)
         tally(path, "within tolerance")
 
 
@@ -448,7 +448,7 @@ def programmed_chip(c: dict[str, Any], config: CrossbarConfig, W: np.ndarray) ->
     return chip_of(jit(lambda W: program(W, config, key, path="definition"))(jnp.asarray(W)))
 
 
-def moments(y: np.ndarray, wanted: oracle.Read, config: CrossbarConfig, what: str) -> None:
+def assert_moments(y: np.ndarray, wanted: oracle.Read, config: CrossbarConfig, what: str) -> None:
     """Compare draws [n, B, d_out] with means and variances, within 5.5 and 6 standard errors."""
     n, error = len(y), y - wanted.y
     rounding = wanted.slack + 1e-5 * wanted.magnitude + 1e-30
@@ -668,7 +668,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str
             with refusals(path):
                 read(jnp.asarray(limits), jnp.asarray(W), jnp.asarray(x))
         chip = programmed_chip(c, new, W)
-        within(y, oracle.read(chip, x, new), c, new, how)
+        assert_within(y, oracle.read(chip, x, new), c, new, how)
 
         def smooth(tops: np.ndarray) -> float:
             moved = np.stack([limits[..., 0], tops], -1).tolist()
@@ -709,46 +709,46 @@ def test_a_sweep_is_a_loop(case: tuple[str | None, dict[str, Any]], leaf: str):
         key = jax.random.key(c["seed"])
 
         def read(value: Any, W: Any, x: Any) -> Any:
-            config = change(base, value)
+            config = change(value)
             return mvm(x, program(W, config, key, path=path), config)
 
         with refusals(path):
             y = jit(jax.vmap(read, (0, None, None)))(jnp.asarray(values, dtype(c)), jnp.asarray(W), jnp.asarray(x))
         for at in (0, -1):
-            config = change(base, values[at])
+            config = change(values[at])
             flip = config.encoding.flip and config.adc is not None and config.adc.range == "max"
             limits = None
             if flip:
                 limits = limits_of(jit(lambda W: program(W, config, key, path="definition"))(jnp.asarray(W)))  # noqa: B023
             wanted = oracle.read(programmed_chip(c, config, W), x, config, limits)
-            within(y[at], wanted, c, config, f"{leaf} = {values[at]}")
+            assert_within(y[at], wanted, c, config, f"{leaf} = {values[at]}")
         tally(path, "within tolerance")
 
 
-def swept(leaf: str, base: CrossbarConfig) -> tuple[list[float], Callable[[CrossbarConfig, Any], CrossbarConfig]]:
+def swept(leaf: str, base: CrossbarConfig) -> tuple[list[float], Callable[[Any], CrossbarConfig]]:
     """Return values of a leaf, and how a configuration gets one."""
 
     def part(name: str, **changes: Any) -> CrossbarConfig:
         return dataclasses.replace(base, **{name: dataclasses.replace(getattr(base, name), **changes)})
 
     if leaf == "programming":
-        return [0.05, 0.1, 0.3], lambda base, v: part("device", programming=crossbar.Proportional(v))
+        return [0.05, 0.1, 0.3], lambda v: part("device", programming=crossbar.Proportional(v))
     if leaf == "gain" and base.adc is not None:
-        return [0.0, 0.02, 0.2], lambda base, v: part("adc", gain_error=v)
+        return [0.0, 0.02, 0.2], lambda v: part("adc", gain_error=v)
     if leaf == "current":
-        return [0.3, 0.9, 2.0], lambda base, v: part("tile", current_limit=v)
+        return [0.3, 0.9, 2.0], lambda v: part("tile", current_limit=v)
     if leaf == "limit" and base.dac is not None and base.dac.scaling == "fixed":
-        return [0.4, 0.8, 1.5], lambda base, v: part("dac", limit=v)
+        return [0.4, 0.8, 1.5], lambda v: part("dac", limit=v)
     if leaf == "limits" and base.adc is not None and base.adc.limits is not None:
         given = np.asarray(base.adc.limits)
-        return [0.5, 0.9, 1.3], lambda base, v: part(
+        return [0.5, 0.9, 1.3], lambda v: part(
             "adc", limits=given * v if isinstance(v, float) else jnp.asarray(given, v.dtype) * v
         )
     if leaf == "wire":
-        return [0.0, 0.01, 0.03], lambda base, v: part(
+        return [0.0, 0.01, 0.03], lambda v: part(
             "tile", wire=crossbar.Wire(row_resistance=v, column_resistance=v, tolerance=1e-6)
         )
-    return [2.5, 8.0, 50.0], lambda base, v: part("cell", on_off_ratio=v)
+    return [2.5, 8.0, 50.0], lambda v: part("cell", on_off_ratio=v)
 
 
 @cases(
@@ -854,7 +854,7 @@ def test_a_state_read_with_another_configuration_is_refused_or_right(
         W, x, _ = problem(other, 0)
         with refusals(path):
             y = jit(lambda W, x: mvm(x, program(W, config, path=path), changed))(jnp.asarray(W), jnp.asarray(x))
-        within(y, oracle.read(oracle.program(W, changed), x, changed), other, changed, f"{name} changed")
+        assert_within(y, oracle.read(oracle.program(W, changed), x, changed), other, changed, f"{name} changed")
         tally(path, "within tolerance")
 
 
@@ -906,7 +906,7 @@ def test_negative_inputs_of_an_unsigned_dac_are_refused_or_clipped_throughout(ca
             (d_W, d_x), y = jit(jax.grad(loss, (0, 1), has_aux=True))(jnp.asarray(W), jnp.asarray(x))
         chip = programmed_chip(c, config, W)
         if config.adc is None or not config.encoding.flip:
-            within(y, oracle.read(chip, x, config), c, config, "clipped")
+            assert_within(y, oracle.read(chip, x, config), c, config, "clipped")
         most = config.dac.limit if config.dac.scaling == "fixed" else np.inf
         clipped = np.clip(x, 0, most)
         wanted = np.where(clipped == x, C @ oracle.weights(chip, len(W), config).T, 0)

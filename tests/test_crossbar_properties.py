@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossbar_strategies import ENCODINGS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile
 from lorafusion_jax.crossbar.encoding import pulse
 from lorafusion_jax.crossbar.mvm import mvm
 from lorafusion_jax.crossbar.state import program
@@ -18,13 +19,6 @@ from lorafusion_jax.crossbar.state import program
 few = settings(max_examples=4, phases=[Phase.generate])
 seeds = st.integers(0, 2**16)
 
-ENCODINGS = {
-    "differential": Encoding(),
-    "two-sided": Encoding(two_sided=True),
-    "offset": Encoding(kind="offset"),
-    "unit column": Encoding(kind="offset", unit_column=True),
-    "flip": Encoding(kind="offset", unit_column=True, flip=True),
-}
 UNFLIPPED = tuple(name for name in ENCODINGS if name != "flip")
 SUBTRACTED = ("differential", "two-sided")  # column sums are integers at any on/off ratio
 SLICINGS = [(2, 2, 2, 2), (1,) * 8, (4, 4), (2, 2, 4), (8,), (3, 3, 2)]
