@@ -228,8 +228,9 @@ def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, A
                     np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
                 wanted = oracle.read(chip, x, config, own, input_limit=state.input_limit, drawn=drawn)
                 assert_within(found, wanted, c, config, what)
-                if exact:  # the same integers; XLA may multiply the scales of weights and inputs first
-                    np.testing.assert_allclose(found, y, rtol=2 * np.finfo(dtype(c)).eps, atol=0, err_msg=what)
+                if exact:  # programmed outside jit, arrays may have a scale that is another in its last bit
+                    rtol = 2 * np.finfo(dtype(c)).eps if eager else 0
+                    np.testing.assert_allclose(found, y, rtol=rtol, atol=0, err_msg=what)
                 assert_clipped(statistics, wanted, what)
                 read = lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0]  # noqa: B023, E731
                 assert_not_finite(read, x, found, config, state.input_limit, what)
