@@ -189,6 +189,18 @@ def test_ranges_cover_the_unit_column_of_flipped_arrays(bits, ratio, adc):
     assert max(shares, default=0) < 0.01
 
 
+def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_targets():
+    """All cells at Gmax where half of it is the target of a flipped column: the range is what the sums reach."""
+    config = CrossbarConfig(encoding=FLIP, dac=UNSIGNED, adc=ADC(bits=8, quantile=1.0))
+    weights, _ = problem()
+    cells = program(weights, config, path="definition").cells
+    state = program(weights, config, conductances=jnp.ones_like(cells))
+    x = jnp.ones((2, 40), jnp.float32)
+    state = calibrated(state, probe(x, state, config)[1], config)
+    np.testing.assert_allclose(state.limits[0, :, 1], 40, rtol=1e-3)
+    assert float(jnp.max(probe(x, state, config)[1].clip_share)) == 0
+
+
 @pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed", "product"])
 @pytest.mark.parametrize("scaling", ["row", "fixed"])
 def test_an_input_that_is_not_a_number_makes_its_row_not_a_number(path, scaling):

@@ -187,9 +187,11 @@ def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"]
 def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, ...]:
     """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
     rows = max(encoding.grid(state.shape, config)[0])
-    of_gmin = rows * encoding.converted_top(config) * config.g_min / (1 - config.g_min)
+    full, levels = rows * encoding.converted_top(config), encoding.levels(config)
+    # Flipped columns stay below half of it, unless their cells are not at their targets.
+    bounds = worst_case(config, rows) if state.plan.integers else [top * full for top in levels]
     return tuple(
-        bound + top * of_gmin for bound, top in zip(worst_case(config, rows), encoding.levels(config), strict=True)
+        bound + top * full * config.g_min / (1 - config.g_min) for bound, top in zip(bounds, levels, strict=True)
     )
 
 
