@@ -83,6 +83,11 @@ def level_units(config: CrossbarConfig) -> tuple[Any, ...]:
     return tuple(encoding.converted_top(config) * top / (1 - config.g_min) for top in encoding.levels(config))
 
 
+def stacked_units(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return `level_units` as an array."""
+    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(config)])
+
+
 def codes(config: CrossbarConfig) -> tuple[int, int]:
     """Return the lowest and the highest code."""
     assert config.adc is not None
@@ -150,8 +155,7 @@ def converter(limits: Float[Array, "_R K 2"], config: CrossbarConfig, ties: Ties
       ties: how they are kept exact.
     """
     qmin, qmax = codes(config)
-    units = jnp.stack([jnp.asarray(u, limits.dtype) for u in level_units(config)])
-    span = limits[..., 1] * units[None]
+    span = limits[..., 1] * stacked_units(config, limits.dtype)[None]
     if ties is None:
         return Converter(qmax / span, qmin, qmax)
     if ties == "divide":

@@ -125,9 +125,7 @@ def unflipped(
     The ADC is symmetric, so that a negated column has the negated codes: those of all row tiles can be added up
     before the unit columns complete them (see `recover_flipped`).
     """
-    _, cols = encoding.grid(shape, config)
-    sign = 1 - 2 * encoding.join(flipped, cols, 2).astype(columns.dtype)
-    return columns[..., : shape[1]] * sign[:, :, None], columns[..., shape[1] :]
+    return columns[..., : shape[1]] * _signs(flipped, shape, config, columns.dtype), columns[..., shape[1] :]
 
 
 def as_stored(
@@ -138,9 +136,15 @@ def as_stored(
     config: CrossbarConfig,
 ) -> Float[Array, "K R rows _cols"]:
     """Undo `unflipped`."""
+    return jnp.concatenate([columns * _signs(flipped, shape, config, columns.dtype), units], axis=3)
+
+
+def _signs(
+    flipped: Bool[Array, "K R C cols"], shape: tuple[int, int], config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, "K R 1 d_out"]:
+    """Return -1 for columns that are stored inverted, else 1."""
     _, cols = encoding.grid(shape, config)
-    sign = 1 - 2 * encoding.join(flipped, cols, 2).astype(columns.dtype)
-    return jnp.concatenate([columns * sign[:, :, None], units], axis=3)
+    return 1 - 2 * encoding.join(flipped, cols, 2).astype(dtype)[:, :, None]
 
 
 def recover_flipped(

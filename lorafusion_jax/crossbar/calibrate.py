@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from . import encoding
-from .adc import codes, converter, level_units
+from .adc import codes, converter, stacked_units
 from .config import CrossbarConfig
-from .definition import all_sums
-from .mvm import mvm, reading, with_mismatch, with_noise
+from .definition import all_sums, with_mismatch, with_noise
+from .mvm import mvm, reading
 from .plan import choose, worst_case
 from .state import ArrayState, columns_of, programmed_weights
 from .structure import Structure, check_same, split_config, structure_of_arrays
@@ -109,7 +109,7 @@ def probe(
     reference = batch @ held
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
     structure, values = split_config(config)
-    histogram, clipped, inputs, clipped_inputs = _converted(batch, state, values, key, structure=structure)
+    histogram, clipped, inputs, clipped_inputs = _met_by_converters(batch, state, values, key, structure=structure)
     return y.astype(dtype), Statistics(histogram, clipped, inputs, clipped_inputs, signal, error)
 
 
@@ -150,7 +150,7 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
         base = jnp.max(lsb, axis=-1, keepdims=True)
         # 1e-3: a ratio that is a power of two but for rounding stays one.
         lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
-    units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])
+    units = stacked_units(config, dtype)
     top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
     state = dataclasses.replace(state, limits=limits.astype(state.codes.dtype))
@@ -197,7 +197,7 @@ def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, .
 
 # Compiled, since its loop would be compiled anew at every call outside `jax.jit`.
 @functools.partial(jax.jit, static_argnames=("structure",), inline=True)
-def _converted(
+def _met_by_converters(
     x: Float[Array, "B d_in"], state: ArrayState, values: list[Any], key: Array | None, *, structure: Structure
 ) -> tuple[Float[Array, "K bins"], Float[Array, " K"], Float[Array, " bins"], Float[Array, ""]]:
     """Return the distribution of |column sum| of every weight slice, how many were clipped, and likewise of inputs."""

@@ -3,7 +3,7 @@
 Short and readable, for every configuration; each faster path is tested against this one. It draws every cell's
 read noise at every read. As much as fits `BUDGET` is computed at a time.
 
-Axis letters: K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles.
+Axis letters: B batch, K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import encoding
+from .adc import Converter
 from .config import CrossbarConfig
+from .noise import of_conversions
+from .normal import normal
 from .parasitics import currents
+from .recombine import finish
+from .state import ArrayState
 from .values import like
 
 # Bytes that the temporaries of one read may take.
 BUDGET = 256 * 2**20
 # Copies of an array's cells that are there at once: of drawn or nonlinear ones, and while wires are solved for.
 _CELL_COPIES, _WIRE_COPIES = 4, 12
+# Purpose of an input vector's key, besides its cells' noise.
+_CONVERSION = 2**31
 
 
 def column_sums(
@@ -162,3 +169,61 @@ def shift_and_add(
         return jnp.einsum("j,jkrcpo->krcpo", weights, convert(sums))
     total = jnp.einsum("j,jkrcpo->krcpo", weights, sums)
     return total if convert is None else convert(total)
+
+
+def definition(
+    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Float[Array, "B _d_out"]:
+    """Return weights times input codes; see `convert_tiles` for a converter that counts."""
+    rows, _ = encoding.grid(state.shape, config)
+    cells = state.cells
+    assert cells is not None
+    tiles = encoding.split(n, rows, axis=1, front=True)
+    keys = None if key is None else jax.random.split(key, n.shape[0])
+
+    def of_one(codes: Array, key: Array | None) -> Array:
+        sums = all_sums(codes, cells, key, config)
+        convert = None if quantise is None else _of_conversions(quantise, state, config, key)
+        total = shift_and_add(sums, convert, config)
+        if quantise is not None and quantise.counts:
+            return jnp.sum(total).reshape(1)
+        total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
+        ones = jnp.sum(codes, axis=1)[:, None, None]
+        one_range = quantise is None or quantise.scale.shape[0] == 1
+        if state.flipped is None and state.scale.shape[0] == 1 and one_range:
+            total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
+        return jnp.sum(finish(total, ones, quantise, state, config) * state.scale, axis=0)
+
+    over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
+    return over_inputs(tiles, keys)
+
+
+def with_mismatch(sums: Float[Array, "*J K R C P cols"], state: ArrayState) -> Float[Array, "*J K R C P cols"]:
+    """Return what is converted, with the gain and the offset that the ADC of its column has."""
+    for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
+        if error is not None:
+            sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
+    return sums
+
+
+def with_noise(
+    sums: Float[Array, "*J K R C P cols"], config: CrossbarConfig, key: Array | None
+) -> Float[Array, "*J K R C P cols"]:
+    """Return what is converted with the noise of its conversion, for one input vector's key."""
+    deviation = of_conversions(config, sums.dtype)
+    if deviation is None or key is None:
+        return sums
+    drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
+    return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
+
+
+def _of_conversions(
+    quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Callable[[Array], Array]:
+    """Return the conversion of sums [..., K, R, C, P, cols]."""
+
+    def convert(sums: Array) -> Array:
+        scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
+        return quantise(with_noise(with_mismatch(sums, state), config, key), scale)
+
+    return convert

@@ -12,29 +12,23 @@ converted), R row tiles (1 once summed), C column tiles.
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from . import encoding
 from .adc import Converter, converter
 from .config import CrossbarConfig
 from .conversions import convert_tiles
-from .definition import all_sums, input_bytes, mapped, shift_and_add
-from .noise import of_conversions, root
-from .normal import normal
+from .definition import definition
 from .plan import loses_nothing, worst_case
-from .recombine import finish
+from .product import product
 from .state import ArrayState
 from .structure import Structure, check_same, split_config
-from .values import is_moved, is_traced, like
-
-# Purpose of an input vector's key, besides its cells' noise.
-_CONVERSION = 2**31
+from .values import is_moved, is_traced
 
 
 def mvm(
@@ -46,10 +40,10 @@ def mvm(
 
     Args:
       x: inputs, of any floating dtype; there may be none.
-      state: from `program`, with this config; only the size of the read noise, `adc.clip_share` and `adc.quantile`
-        may differ, and values that are arrays are not compared.
+      state: from `program`, with this config; only what acts at a read may differ (see `structure_of_arrays`), and
+        values that are arrays are not compared.
       config: of the crossbar.
-      key: of this read's noise; needed with read noise, another one for every read.
+      key: of this read, another one for every read; needed with noise or stochastic rounding.
 
     Raises:
       ValueError: on inputs of another width, another configuration, a missing key, an ADC that has not been
@@ -136,7 +130,7 @@ def _multiply(
     quantise = _converter(state, config)
     if quantise is not None:
         quantise = quantise._replace(rounds=rounds)
-    y = _converted(n, quantise, state.codes, state, config, key) * (limit / encoding.input_top(config))
+    y = _by_path(n, quantise, state.codes, state, config, key) * (limit / encoding.input_top(config))
     # Codes are integers on most paths, and counted as such, which NaN cannot be.
     known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
     if config.adc is not None and state.limits is not None and state.plan.path == "product":
@@ -254,7 +248,7 @@ def _full_scale(
 
     def clipped(limit: Float[Array, "B 1"]) -> Bool[Array, "B 1"]:
         codes = encoding.input_codes(x, limit, config, key)
-        return _converted(codes, counting, state.codes, state, config, key) > 0
+        return _by_path(codes, counting, state.codes, state, config, key) > 0
 
     def proceed(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         _, again, count = carry
@@ -274,7 +268,7 @@ def _converter(state: ArrayState, config: CrossbarConfig) -> Converter | None:
     return None if state.limits is None else converter(state.limits, config, state.plan.ties)
 
 
-def _converted(
+def _by_path(
     n: Float[Array, "B d_in"],
     quantise: Converter | None,
     codes: Float[Array, "d_in d_out"],
@@ -284,101 +278,8 @@ def _converted(
 ) -> Float[Array, "B _d_out"]:
     """Return weights times input codes, by the plan's path; see `convert_tiles` for a converter that counts."""
     if state.plan.path == "product":
-        return _product(n, codes, state, config, key)
+        return product(n, codes, state, config, key)
     if state.plan.path != "definition":
         assert quantise is not None
         return convert_tiles(n, quantise, state, config, key)
-    return _definition(n, quantise, state, config, key)
-
-
-def _product(
-    n: Float[Array, "B d_in"],
-    codes: Float[Array, "d_in d_out"],
-    state: ArrayState,
-    config: CrossbarConfig,
-    key: Array | None,
-) -> Float[Array, "B d_out"]:
-    """Multiply once; read noise, a sum of normal draws over all slices and rows, is one draw for each output."""
-    tiled = state.scale.shape[0] > 1
-    per_weight = encoding.per_weight(state.scale, state.shape, config)
-    y = jnp.dot(n, codes * per_weight if tiled else codes, precision="highest")
-    noise = config.device.read_noise
-    if noise is not None and state.variance is not None and key is not None:
-        _, cols = encoding.grid(state.shape, config)
-        variance, unit = state.variance, state.scale
-        if tiled:
-            # Over the largest scale, since the square of a small one is zero in float32.
-            unit = jnp.max(state.scale, axis=(0, 1), keepdims=True)
-            per_weight = per_weight / unit
-            if config.encoding.unit_column:
-                starts = np.cumsum((0, *cols[:-1]))
-                per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
-            variance = variance * jnp.square(per_weight)
-        worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
-        power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
-        spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
-        outputs = state.shape[1] + (len(cols) if config.encoding.unit_column else 0)
-        drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
-        if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
-            drawn, units = drawn[:, : state.shape[1]], drawn[:, state.shape[1] :]
-            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=state.shape[1])
-        y = y + (drawn * unit if tiled else drawn)
-    return y if tiled else y * state.scale
-
-
-def _definition(
-    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Float[Array, "B _d_out"]:
-    """Compute every conversion on its own."""
-    rows, _ = encoding.grid(state.shape, config)
-    cells = state.cells
-    assert cells is not None
-    tiles = encoding.split(n, rows, axis=1, front=True)
-    keys = None if key is None else jax.random.split(key, n.shape[0])
-
-    def of_one(codes: Array, key: Array | None) -> Array:
-        sums = all_sums(codes, cells, key, config)
-        convert = None if quantise is None else _of_conversions(quantise, state, config, key)
-        total = shift_and_add(sums, convert, config)
-        if quantise is not None and quantise.counts:
-            return jnp.sum(total).reshape(1)
-        total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
-        ones = jnp.sum(codes, axis=1)[:, None, None]
-        one_range = quantise is None or quantise.scale.shape[0] == 1
-        if state.flipped is None and state.scale.shape[0] == 1 and one_range:
-            total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
-        return jnp.sum(finish(total, ones, quantise, state, config) * state.scale, axis=0)
-
-    over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
-    return over_inputs(tiles, keys)
-
-
-def with_mismatch(sums: Float[Array, "*J K R C P cols"], state: ArrayState) -> Float[Array, "*J K R C P cols"]:
-    """Return what is converted, with the gain and the offset that the ADC of its column has."""
-    for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
-        if error is not None:
-            sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
-    return sums
-
-
-def with_noise(
-    sums: Float[Array, "*J K R C P cols"], config: CrossbarConfig, key: Array | None
-) -> Float[Array, "*J K R C P cols"]:
-    """Return what is converted with the noise of its conversion, for one input vector's key."""
-    deviation = of_conversions(config, sums.dtype)
-    if deviation is None or key is None:
-        return sums
-    drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
-    return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
-
-
-def _of_conversions(
-    quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Callable[[Array], Array]:
-    """Return the conversion of sums [..., K, R, C, P, cols]."""
-
-    def convert(sums: Array) -> Array:
-        scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
-        return quantise(with_noise(with_mismatch(sums, state), config, key), scale)
-
-    return convert
+    return definition(n, quantise, state, config, key)

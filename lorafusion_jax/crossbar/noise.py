@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from . import encoding
-from .adc import level_units
+from .adc import stacked_units
 from .arrays import kappa
 from .config import CrossbarConfig
 from .normal import normal_at
@@ -68,7 +68,7 @@ def of_conversions(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K
     """Return the standard deviation of a conversion, in the level units of every weight slice; None for none."""
     if config.adc is None or config.adc.noise is None:
         return None
-    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(config)]) * jnp.asarray(config.adc.noise, dtype)
+    return stacked_units(config, dtype) * jnp.asarray(config.adc.noise, dtype)
 
 
 def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:

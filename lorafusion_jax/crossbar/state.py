@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from . import arrays, encoding
 from .adc import codes as adc_codes
-from .adc import fixed_limits, level_units
+from .adc import fixed_limits, stacked_units
 from .config import CrossbarConfig, check_limits
 from .device import Device, realise
 from .drift import drift_compensation
@@ -155,9 +155,9 @@ def program(
             drawn = normal(jax.random.fold_in(key, _GAIN), per_column, dtype)
             gain = 1 + like(config.adc.gain_error, weights) * drawn
         if config.adc.offset_error is not None:
-            units = jnp.stack([jnp.asarray(u, dtype) for u in level_units(config)])[:, None, None, None, None]
             drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, dtype)
-            offset = like(config.adc.offset_error, weights) * drawn * units
+            scale_of_slices = stacked_units(config, dtype)[:, None, None, None, None]
+            offset = like(config.adc.offset_error, weights) * drawn * scale_of_slices
     columns = units = variance = occupied = None
     # Squares of halves, and of levels with Gmin, are not integers.
     whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None

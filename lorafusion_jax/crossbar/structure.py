@@ -54,7 +54,8 @@ def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
 def structure_of_arrays(config: CrossbarConfig) -> Structure:
     """Return what has to be the same where arrays are programmed and where they are read.
 
-    That is all but what concerns calibration and warnings, and the size of read noise.
+    That is all but what acts at a read (the size of noise, repeated reads, rounding of inputs), at calibration, and
+    in warnings.
     """
     adc, dac, noise = config.adc, config.dac, config.device.read_noise
     if adc is not None:
