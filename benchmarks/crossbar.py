@@ -20,6 +20,7 @@ import numpy as np
 from _measure import case, in_turns, of_turns, product_rates
 
 from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import definition as crossbar_definition
 from lorafusion_jax.crossbar.normal import normal
 
 _SIZE, _BATCH = 1024, 256
@@ -61,6 +62,28 @@ def _cases() -> list[dict[str, Any]]:
     cases.append(_chips(key))
     program = jax.jit(lambda w: crossbar.program(w, config))
     cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0), {}))
+    return cases + _temporaries(w[:_CHIP_SIZE, :_CHIP_SIZE], x[:_CHIP_BATCH, :_CHIP_SIZE])
+
+
+def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
+    """Compile, and do not run, reads that compute with every cell: 512 x 512, a batch of 64."""
+    wires = crossbar.Tile(wire=crossbar.Wire(row_resistance=1e-3, column_resistance=1e-3))
+    sinh = crossbar.Device(iv=crossbar.Sinh())
+    clipped = crossbar.Device(read_noise=crossbar.ReadNoise(0.01, clip=True))
+    by_cell = {
+        "wires": {"tile": wires},
+        "wires and nonlinear cells": {"tile": wires, "device": sinh},
+        "nonlinear cells": {"device": sinh},
+        "clipped read noise": {"device": clipped},
+    }
+    cases = []
+    for name, changes in by_cell.items():
+        config = crossbar.CrossbarConfig(adc=crossbar.ADC(bits=8, range="max"), **changes)
+        read = jax.jit(lambda x, state, key, config=config: crossbar.mvm(x, state, config, key))
+        compiled: Any = read.lower(x, crossbar.program(w, config), jax.random.key(2)).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        name, share = f"crossbar, {name}: temporaries / 256 MiB", temporary / crossbar_definition.BUDGET
+        cases.append(case(name, share, 1.0, temporary_mib=temporary / 2**20))
     return cases
 
 
