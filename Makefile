@@ -34,9 +34,9 @@ test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 test-smoke: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m smoke -n $(WORKERS) --dist loadfile
 
-# The properties of tests/test_crossbar_fuzz.py with new draws, for as long as SECONDS says.
+# The properties of tests/crossbar/test_fuzz.py with new draws, for as long as SECONDS says.
 fuzz-crossbar: $(VENV)/.installed-test
-	$(BIN)/python tests/fuzz_crossbar.py --seconds $(SECONDS)
+	$(BIN)/python tests/crossbar/fuzz_crossbar.py --seconds $(SECONDS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -15,20 +15,20 @@ import numpy as np
 from _measure import ROOT
 from flax import nnx
 
-from lorafusion_jax.fusion.compose import gram
-from lorafusion_jax.fusion.pool import LoraPool
+from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.linear import dense, quantise
+from lorafusion_jax.methods.method import Frozen, Fusion, Method
 from lorafusion_jax.models.sites import targeted
-from lorafusion_jax.models.t5 import T5, T5Config, kernels, matrices, set_matrices
-from lorafusion_jax.params import SHAPES
+from lorafusion_jax.models.t5.model import T5, T5Config, kernels, matrices, set_matrices
+from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.train.fit import recipe_rates, train_seeds
-from lorafusion_jax.train.loss import cross_entropy, decoder_inputs
-from lorafusion_jax.train.methods import Frozen, Fusion, Method
-from lorafusion_jax.train.options import PRESETS
-from lorafusion_jax.train.step import TrainState, init_state
-from lorafusion_jax.train.sweep import default_path
+from lorafusion_jax.training.fit import recipe_rates, train_seeds
+from lorafusion_jax.training.loss import cross_entropy, decoder_inputs
+from lorafusion_jax.training.seeds import default_path
+from lorafusion_jax.training.step import TrainState, init_state
 
 BATCH, SOURCE, TARGET = 5, 128, 8
 MODULES, RANK, TARGETS = 20, 16, ("q", "v")

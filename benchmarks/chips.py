@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from _measure import ROOT, case, in_turns, of_turns
 
+from lorafusion_jax.hardware.calibration import looped
+from lorafusion_jax.hardware.folder import load_chips
+from lorafusion_jax.hardware.lanes import on_every_chip
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import Setup, prepare
 from lorafusion_jax.tasks import batch_orders, train_batches
-from lorafusion_jax.train.arrays.calibration import looped
-from lorafusion_jax.train.arrays.folder import load_chips
-from lorafusion_jax.train.arrays.lanes import on_every_chip
-from lorafusion_jax.train.fit import recipe_rates, start, train_seeds
-from lorafusion_jax.train.options import FuseOptions
-from lorafusion_jax.train.setup import Setup, prepare
-from lorafusion_jax.train.sharding import make_mesh, on_mesh
+from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
+from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _SMALL = ROOT / "examples" / "small"
 _BAR = 0.9

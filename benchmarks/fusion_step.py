@@ -19,7 +19,7 @@ import numpy as np
 from _measure import case, has_peft, in_turns, of_turns, product_rates
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
 
-from lorafusion_jax.train.cost import Shape, Update, step_flops
+from lorafusion_jax.estimates.flops import Shape, Update, step_flops
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.

@@ -22,9 +22,9 @@ from _peer import Peer
 from flax import nnx
 
 from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.methods.method import Frozen, Fusion, Method, ZeroShot
+from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.train.evaluate import generate_seeds
-from lorafusion_jax.train.methods import Frozen, Fusion, Method, ZeroShot
 
 _BATCH, _NEW = 10, 32
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")

@@ -14,14 +14,14 @@ import _measure
 from _measure import case
 from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Dtype, config_of, lowered, shapes_of
 
+from lorafusion_jax.estimates.estimate import Settings, trainable_count, update_of
+from lorafusion_jax.estimates.flops import Shape
+from lorafusion_jax.estimates.memory import pool_bytes, state_bytes, step_bytes, weights_bytes
+from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.method import Frozen, Fusion, Method
 from lorafusion_jax.models.sites import targeted
-from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.train.baselines.full import FullFineTuning
-from lorafusion_jax.train.baselines.lora import LoRA
-from lorafusion_jax.train.cost import Shape
-from lorafusion_jax.train.estimate import Settings, trainable_count, update_of
-from lorafusion_jax.train.memory import pool_bytes, state_bytes, step_bytes, weights_bytes
-from lorafusion_jax.train.methods import Frozen, Fusion, Method
+from lorafusion_jax.models.t5.model import T5Config
 
 _SETTINGS = Settings()
 assert (_SETTINGS.recipe.modules, _SETTINGS.rank, _SETTINGS.targets) == (MODULES, RANK, TARGETS)

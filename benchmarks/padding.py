@@ -17,6 +17,8 @@ import _measure
 import numpy as np
 from _measure import ROOT, case
 
+from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
+from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -31,8 +33,6 @@ from lorafusion_jax.tasks import (
     train_batches,
 )
 from lorafusion_jax.tasks.batches import MOST_SHAPES
-from lorafusion_jax.train.options import PRESETS
-from lorafusion_jax.train.workload import CHARACTERS_PER_TOKEN
 
 _REQUIRED = 0.70
 _EVAL_BATCH = 64

@@ -28,16 +28,16 @@ from _measure import case
 from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
-from lorafusion_jax.fusion.compose import gram
+from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool
-from lorafusion_jax.models.t5 import T5, kernels
-from lorafusion_jax.params import SHAPES
-from lorafusion_jax.train.fit import recipe_rates, train_seeds
-from lorafusion_jax.train.methods import Frozen, Fusion
-from lorafusion_jax.train.options import PRESETS
-from lorafusion_jax.train.step import init_state
+from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.models.t5.model import T5, kernels
+from lorafusion_jax.runs.options import PRESETS
+from lorafusion_jax.training.fit import recipe_rates, train_seeds
+from lorafusion_jax.training.step import init_state
 
 _BAR = 8 * 2**30
 _STEPS = 3

@@ -26,11 +26,11 @@ from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Step,
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax.models.counts import trainable
+from lorafusion_jax.estimates.flops import Shape, Update, step_flops
+from lorafusion_jax.estimates.parameters import trainable
+from lorafusion_jax.estimates.scaling import Rates, step_seconds
 from lorafusion_jax.models.sites import targeted
-from lorafusion_jax.train.cost import Shape, Update, step_flops
-from lorafusion_jax.train.scaling import Rates, step_seconds
-from lorafusion_jax.train.sharding import make_mesh, on_mesh
+from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / foretold, either way
 _UPDATE = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True, targets=TARGETS)

@@ -26,17 +26,17 @@ from jaxtyping import Array
 from safetensors.numpy import load_file, save_file
 from string_tasks import CHARACTER_OPS, LETTERS, MAX_LETTERS, MAX_OUTPUT, POSITION_OPS, Task, draw, split
 
-from lorafusion_jax.fusion.compose import Lora
+from lorafusion_jax.adapters.composition import Lora
 from lorafusion_jax.io.checkpoint import new_folder
 from lorafusion_jax.io.hf import save_base
-from lorafusion_jax.io.peft import write_adapter
+from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.sites import hf_path, sites
-from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.models.t5.model import T5, T5Config
 from lorafusion_jax.tasks.batches import IGNORED
-from lorafusion_jax.train import loss
-from lorafusion_jax.train.progress import progress
-from lorafusion_jax.train.step import standard_promotion
+from lorafusion_jax.training import loss
+from lorafusion_jax.training.progress import progress
+from lorafusion_jax.training.step import standard_promotion
 
 WORDS = ["<pad>", "</s>", "<unk>", ":", "then", *POSITION_OPS, *CHARACTER_OPS, *LETTERS, *"0123456789*-"]
 CONFIG = T5Config(

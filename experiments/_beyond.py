@@ -17,13 +17,13 @@ from _gauss_newton import Fit, rows_of_step, step_seeds
 from jaxtyping import Array, Float, Int
 
 from lorafusion_jax import FuseOptions, Fusion
+from lorafusion_jax.methods.method import Frozen, Params
+from lorafusion_jax.runs.prepare import Setup, prepare
+from lorafusion_jax.runs.ranking import gradients_at_zero, most_descent
+from lorafusion_jax.runs.run import rows_passed
 from lorafusion_jax.tasks import Batch, batch_orders, train_batches
-from lorafusion_jax.train.fit import fit, start
-from lorafusion_jax.train.methods import Frozen, Params
-from lorafusion_jax.train.ranking import gradients_at_zero, most_descent
-from lorafusion_jax.train.run import rows_passed
-from lorafusion_jax.train.setup import Setup, prepare
-from lorafusion_jax.train.step import TrainState
+from lorafusion_jax.training.fit import fit, start
+from lorafusion_jax.training.step import TrainState
 
 By = Literal["module", "block"]
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
-from lorafusion_jax.train.run import options_from_json, options_to_json
-from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.run import options_from_json, options_to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lorafusion_jax.methods.method import Frozen, Method
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.tasks.batches import IGNORED
-from lorafusion_jax.train.loss import cross_entropy
-from lorafusion_jax.train.methods import Frozen, Method
-from lorafusion_jax.train.step import batch_logits
-from lorafusion_jax.train.sweep import Path, over_seeds
+from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax.training.seeds import Path, over_seeds
+from lorafusion_jax.training.step import batch_logits
 
 Product = Callable[[Array], Array]
 

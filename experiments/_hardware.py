@@ -21,19 +21,19 @@ from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.crossbar import CrossbarConfig
+from lorafusion_jax.hardware.calibration import looped
+from lorafusion_jax.hardware.evaluate import lora_in_cells
+from lorafusion_jax.hardware.folder import Chips
+from lorafusion_jax.hardware.lanes import for_every_chip, on_every_chip
+from lorafusion_jax.hardware.setup import module_numbers
 from lorafusion_jax.io import checkpoint
+from lorafusion_jax.methods.method import Params
+from lorafusion_jax.runs.apply import EvaluateOptions, load_to_evaluate
+from lorafusion_jax.runs.evaluate import evaluate
+from lorafusion_jax.runs.options import POOLLESS
+from lorafusion_jax.runs.prepare import Setup
 from lorafusion_jax.tasks import split
-from lorafusion_jax.train.apply import EvaluateOptions, load_to_evaluate
-from lorafusion_jax.train.arrays.calibration import looped
-from lorafusion_jax.train.arrays.evaluate import lora_in_cells
-from lorafusion_jax.train.arrays.folder import Chips
-from lorafusion_jax.train.arrays.lanes import for_every_chip, on_every_chip
-from lorafusion_jax.train.arrays.setup import module_numbers
-from lorafusion_jax.train.evaluate import evaluate
-from lorafusion_jax.train.fit import fit, start
-from lorafusion_jax.train.methods import Params
-from lorafusion_jax.train.options import POOLLESS
-from lorafusion_jax.train.setup import Setup
+from lorafusion_jax.training.fit import fit, start
 
 Row = dict[str, Any]
 

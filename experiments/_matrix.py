@@ -15,12 +15,12 @@ from _common import TRAIN_ROWS, League, check_same, recipe_of, settings_of
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
+from lorafusion_jax.methods.search.cma import load_evosax
+from lorafusion_jax.methods.search.lorahub import load_nevergrad
 from lorafusion_jax.report import append_rows, done, read_rows
-from lorafusion_jax.train.options import POOLLESS
-from lorafusion_jax.train.run_folder import RunFolder
-from lorafusion_jax.train.search.cma import load_evosax
-from lorafusion_jax.train.search.lorahub import load_nevergrad
-from lorafusion_jax.train.setup import available
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import POOLLESS
+from lorafusion_jax.runs.prepare import available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

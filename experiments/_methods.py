@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from lorafusion_jax.train.options import MethodName
+from lorafusion_jax.runs.options import MethodName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,14 @@ from _matrix import MatrixOptions, jobs
 from _methods import Entry
 
 from lorafusion_jax import read_config
+from lorafusion_jax.estimates.estimate import Settings
+from lorafusion_jax.estimates.params import SHAPES
+from lorafusion_jax.estimates.plan import print_plan
+from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.io.pool import read_manifest
-from lorafusion_jax.params import SHAPES
+from lorafusion_jax.runs.prepare import available
 from lorafusion_jax.tasks import load_task, load_tokenizer
-from lorafusion_jax.train.estimate import Settings
-from lorafusion_jax.train.plan import print_plan
-from lorafusion_jax.train.setup import available
-from lorafusion_jax.train.sweep import default_path
-from lorafusion_jax.train.workload import workload
+from lorafusion_jax.training.seeds import default_path
 
 _RANK, _MODULES = 16, 196  # LoraHub's adapters
 

@@ -23,7 +23,7 @@ from report import main as report
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax import cli
-from lorafusion_jax.fusion.merge import MergeKind
+from lorafusion_jax.adapters.merges import MergeKind
 
 Group = Literal["modules", "examples", "granularity", "composition", "start", "bits", "pruning", "controls", "merges"]
 

@@ -29,10 +29,10 @@ from report import main as report
 
 from lorafusion_jax import PRESETS, FuseOptions, cli
 from lorafusion_jax.report import append_rows, read_rows
-from lorafusion_jax.train.evaluate import seed_rows
-from lorafusion_jax.train.run import environment
-from lorafusion_jax.train.scoring import evaluate_seeds
-from lorafusion_jax.train.setup import available, trainable_count
+from lorafusion_jax.runs.evaluate import seed_rows
+from lorafusion_jax.runs.prepare import available, trainable_count
+from lorafusion_jax.runs.run import environment
+from lorafusion_jax.runs.scoring import evaluate_seeds
 
 Idea = Literal["rank", "start", "penalty", "gauss-newton", "prune"]
 

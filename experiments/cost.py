@@ -17,10 +17,10 @@ from typing import Any
 import tyro
 
 from lorafusion_jax import cli
-from lorafusion_jax.bill import Bill, Comparison, CostOptions, activities, comparisons, installed_once, price
-from lorafusion_jax.bill.show import constants_table, markdown, number, quantity, tables
 from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants, write_cost
-from lorafusion_jax.params import SHAPES
+from lorafusion_jax.estimates.bill import Bill, Comparison, CostOptions, activities, comparisons, installed_once, price
+from lorafusion_jax.estimates.bill.show import constants_table, markdown, number, quantity, tables
+from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 

@@ -14,9 +14,9 @@ from _common import ROOT, convert_small_pool, fresh_folder, fuse_small
 from _methods import METHODS
 
 from lorafusion_jax import PRESETS, cli, load_pool, load_run
-from lorafusion_jax.fusion.coefficients import column_names
+from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.report import markdown_table, plot_accuracy, plot_coefficients, plot_learning_curves, write_text
-from lorafusion_jax.train.run_folder import RunFolder
+from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)

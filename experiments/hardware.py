@@ -25,11 +25,11 @@ from _hardware import Row, Store, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
 from lorafusion_jax.crossbar.serialise import config_hash
+from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 from lorafusion_jax.report.formats import aligned
-from lorafusion_jax.train.arrays.folder import aged, load_chips
-from lorafusion_jax.train.options import OnArrays
+from lorafusion_jax.runs.options import OnArrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,14 @@ from _common import ROOT, SMALL
 from _hardware import Row, Store, Subject, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
-from lorafusion_jax.bill import CostOptions, bills
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional
 from lorafusion_jax.crossbar.serialise import config_hash, load_config
-from lorafusion_jax.params import shape_config
+from lorafusion_jax.estimates.bill import CostOptions, bills
+from lorafusion_jax.estimates.params import shape_config
+from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 from lorafusion_jax.report.formats import aligned
-from lorafusion_jax.train.arrays.folder import aged, load_chips
 
 Sweep = Literal["noise", "adc", "cell", "age"]
 

@@ -24,10 +24,10 @@ from _methods import METHODS
 from lorafusion_jax import FuseOptions, cli
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import plot
+from lorafusion_jax.runs.evaluate import evaluate
+from lorafusion_jax.runs.prepare import Setup, prepare
 from lorafusion_jax.tasks import Split
-from lorafusion_jax.train.evaluate import evaluate
-from lorafusion_jax.train.fit import fit, recipe_rates, start
-from lorafusion_jax.train.setup import Setup, prepare
+from lorafusion_jax.training.fit import fit, recipe_rates, start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ import dataclasses
 from pathlib import Path
 
 from lorafusion_jax import cli
-from lorafusion_jax.train.options import PRESETS, FuseOptions
-from lorafusion_jax.train.run import fuse, run_path
+from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.run import fuse, run_path
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 _REFERENCE = PRESETS["reference"]

@@ -3,24 +3,24 @@
 __version__ = "0.1.0.dev0"
 
 from . import crossbar
+from .adapters.composition import Gram, Lora, Modules, column_norms, compose, gram
+from .adapters.pool import LoraPool, random_pool, shuffled_pool
 from .crossbar import CrossbarConfig, mvm, program, program_tree
-from .fusion.compose import Gram, Lora, Modules, column_norms, compose, gram
-from .fusion.pool import LoraPool, random_pool, shuffled_pool
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, read_config, save_base
 from .io.pool import load_pool, read_pool
-from .linear import matmul, quantise
+from .methods.lora import LoRA
+from .methods.merge import Merge
+from .methods.method import Frozen, Fusion, Method, ZeroShot
 from .models.generate import generate
 from .models.sites import Site, locate, sites
-from .models.t5 import T5, T5Config, kernels
+from .models.t5.model import T5, T5Config, kernels
+from .models.weights import matmul, quantise
+from .runs.options import PRESETS, FuseOptions, Recipe
+from .runs.run import fuse, load_run
 from .tasks import Batch
-from .train.baselines.lora import LoRA
-from .train.baselines.merge import Merge
-from .train.methods import Frozen, Fusion, Method, ZeroShot
-from .train.options import PRESETS, FuseOptions, Recipe
-from .train.run import fuse, load_run
-from .train.step import Optimisation, Rates, TrainState, fusion_step, init_state, objective
-from .train.sweep import over_seeds
+from .training.seeds import over_seeds
+from .training.step import Optimisation, Rates, TrainState, fusion_step, init_state, objective
 
 __all__ = [
     "PRESETS",

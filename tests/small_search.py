@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorafusion_jax.fusion.compose import gram
-from lorafusion_jax.fusion.pool import LoraPool
-from lorafusion_jax.models.t5 import T5, T5Config, kernels
+from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.methods.method import Frozen
+from lorafusion_jax.models.t5.model import T5, T5Config, kernels
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.train.methods import Frozen
 
 SITE = "decoder.self.v"
 _CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)

@@ -19,8 +19,8 @@ from .. import __version__
 from ..models.sites import linear_shapes
 from .checkpoint import new_folder
 from .hf import base_tensor, read_config
-from .peft import AdapterError, PeftAdapter, read_adapter
-from .peft_tensors import MAGNITUDE
+from .peft.adapter import AdapterError, PeftAdapter, read_adapter
+from .peft.tensors import MAGNITUDE
 from .pool import check_finite, check_fits, describe, save_adapter, write_manifest
 from .source import resolve, sha256
 

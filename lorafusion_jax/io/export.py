@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..fusion.compose import Composition, Lora, check_mix
-from ..fusion.dora import Dora
-from ..fusion.pool import LoraPool
-from ..linear import Weight, dense
+from ..adapters.composition import Composition, Lora, check_mix
+from ..adapters.dora import Dora
+from ..adapters.pool import LoraPool
 from ..models.layers import Adapter, Linear
 from ..models.sites import hf_path
-from ..models.t5 import T5
+from ..models.t5.model import T5
+from ..models.weights import Weight, dense
 
 # (A [r, d_in], B [r, d_out]) by site and layer.
 _Factors = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .. import linear
+from ..models import weights as linear
 from ..models.layers import Base, Linear
 from ..models.sites import hf_path, sites
-from ..models.t5 import T5, T5Config
-from . import safetensors_map, torch_bin
+from ..models.t5.model import T5, T5Config
+from . import safetensors as safetensors_map
+from . import torch_pickle
 from .buffers import aligned_zeros, copy_transposed
 from .checkpoint import new_folder, read_json
 from .source import check_lfs, inside, resolve
@@ -217,7 +218,7 @@ def _fetch(source: str | Path) -> Path:
 
 def _open(folder: Path) -> dict[str, np.ndarray]:
     """Return all tensors by name as views of mapped files."""
-    for name, load in ((_SAFETENSORS, safetensors_map.load), (_BIN, torch_bin.load)):
+    for name, load in ((_SAFETENSORS, safetensors_map.load), (_BIN, torch_pickle.load)):
         if (folder / name).is_file():
             return load(folder / name)
         index = folder / f"{name}.index.json"

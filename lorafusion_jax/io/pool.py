@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..fusion.pool import LoraPool
+from ..adapters.pool import LoraPool
 from ..models.sites import Site, hf_path, linear_shapes, locate, sites
-from ..models.t5 import T5Config
+from ..models.t5.model import T5Config
 from .buffers import aligned_zeros
 from .checkpoint import read_arrays, read_json, write_arrays, write_json
-from .peft import AdapterError, PeftAdapter, read_adapter
-from .peft_config import scalings
-from .peft_tensors import MAGNITUDE
+from .peft.adapter import AdapterError, PeftAdapter, read_adapter
+from .peft.config import scalings
+from .peft.tensors import MAGNITUDE
 from .source import inside, sha256
 
 _MANIFEST = "manifest.json"

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from ..linear import reads
 from .layers import Adapters
-from .t5 import T5, Cache
+from .t5.model import T5, Cache
+from .weights import reads
 
 # position, last token [B], done [B], tokens so far [B, max_new_tokens], cache
 _State = tuple[Array, Array, Array, Array, Cache]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..linear import matmul
+from .weights import matmul
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .t5 import T5Config
+    from .t5.model import T5Config
 
 _HF_MODULES = {
     ("encoder", "self"): "layer.0.SelfAttention",

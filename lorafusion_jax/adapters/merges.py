@@ -1,0 +1,163 @@
+"""Merging modules without data, as PEFT's `add_weighted_adapter` does: one weight a module, nothing is trained.
+
+With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weights:
+
+    linear            A = sum_n sign(w_n s_n) sqrt|w_n s_n| A_n,  B = sum_n sqrt|w_n s_n| B_n: cross terms, as in mix
+    magnitude_prune   linear, after all but the largest share `density` of every A_n and B_n is set to zero
+    dare_linear       linear, after random entries are set to zero and the rest divided by the density
+    ties, dare_ties   pruned likewise; per entry, the weighted mean of the modules whose sign is that of their sum
+    cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `fusion.compose`
+    svd               that dW at a lower rank
+    *_svd             the rules above on the dW_n in place of factors, then the same
+
+Modules that a site lacks add nothing and have no say in signs. Equal to PEFT 0.21; as there, the signs are voted on
+before the weights, so that a subtracted module votes as an added one. PEFT itself is wrong where the first adapter
+has use_rslora (dW times sqrt(r)), from 0.9 to 0.20 in all *svd (scaled twice), and up to 0.18 for negative weights.
+
+Sources: Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE), PEFT's utils/merge_utils.py.
+
+Axis letters: L layer, N modules merged, P modules of the pool, r rank.
+"""
+
+import zlib
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ..crossbar.values import is_traced
+from ..models.weights import Weight, dense, map_layers
+from .composition import Dense, Lora, Modules, Outputs, compose, product
+from .pool import LoraPool
+
+_OnFactors = Literal["linear", "magnitude_prune", "dare_linear", "ties", "dare_ties"]
+_OnUpdates = Literal["svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd", "dare_ties_svd"]
+MergeKind = Literal[_OnFactors, _OnUpdates, Literal["cat"]]
+
+
+def check_merge(pool: LoraPool, kind: MergeKind) -> None:
+    """Raise ValueError where PEFT cannot merge these modules in this way, and so we do not."""
+    if pool.magnitude is not None:
+        raise ValueError("a DoRA adapter has magnitudes of its own, which a merge would lose: merge plain LoRAs")
+    # A single module is only weighted, whatever its ranks; inside a compiled program ranks have no values.
+    if kind in get_args(_OnFactors) and len(pool) > 1 and not is_traced(pool.rank) and pool.uniform_rank is None:
+        raise ValueError(
+            f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
+            f"use cat, svd{'' if kind == 'linear' else f', {kind}_svd'}, or a pool of one rank"
+        )
+
+
+def merge(
+    pool: LoraPool,
+    index: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    kind: MergeKind,
+    *,
+    density: float = 0.5,
+    rank: int | None = None,
+    key: Array | None = None,
+) -> dict[str, Lora | Dense | Modules | Outputs]:
+    """Return one adapter by site, merged from modules of a pool.
+
+    Args:
+      pool: P adapters; without their scalings, these count as equal.
+      index: which of them; a single one is only weighted, as in PEFT.
+      weights: one for each, of either sign.
+      kind: the rule; `cat` gives what `compose` does, the others a `Lora`.
+      density: share of the entries that pruning keeps.
+      rank: of the result of an svd; None for the largest of the pool.
+      key: of the masks of dare; an entry's fate depends on it, the module's name, site and layer alone.
+
+    Raises:
+      ValueError: as `check_merge` does; a dare without a key.
+    """
+    check_merge(pool, kind)
+    if kind == "cat":
+        ones = {site: jnp.ones((ranks.shape[0], 1, 1)) for site, ranks in pool.rank.items()}
+        return compose(pool, index, {s: one * weights[None, :, None] for s, one in ones.items()}, "sum")[0]
+    if kind.startswith("dare") and key is None:
+        raise ValueError(f"{kind} keeps random entries: give a key")
+    rule = "linear" if index.shape[0] == 1 else kind.removesuffix("_svd")
+    width = rank or max(A.shape[-1] for A in pool.A.values())
+
+    def of_layer(site: str, layer: tuple[Array, Weight, Weight, Array]) -> tuple[Array, Array]:
+        number, A, B, scaling = layer
+        A, B, scaling = (jnp.take(dense(w, jnp.float32), index, axis=0) for w in (A, B, scaling))
+
+        def combined(what: str, tasks: Array, by: Array) -> Array:
+            if rule.startswith("dare") and key is not None:
+                kept = dare_masks(key, pool.names, index, f"{what} of {site}", number, tasks.shape[1:], density)
+                tasks = jnp.where(kept, tasks / density, jnp.zeros_like(tasks))
+            elif rule in ("ties", "magnitude_prune"):
+                tasks = jax.vmap(partial(_largest, count=int(density * tasks[0].size)))(tasks)
+            return (_elected if rule.endswith("ties") else _summed)(tasks, by[:, None, None])
+
+        if kind in get_args(_OnUpdates):
+            return _truncated(combined("dW", product(A, B), weights), width)
+        # A scaling of 0 leaves nothing of B to get back.
+        unfolded = B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
+        signed = weights * scaling
+        root = jnp.sqrt(jnp.abs(signed))
+        return combined("A", A, jnp.sign(signed) * root), combined("B", unfolded, root)
+
+    merged = {}
+    for site, ranks in pool.rank.items():
+        scaling = jnp.ones(ranks.shape) if pool.scaling is None else pool.scaling[site]
+        layers = (jnp.arange(ranks.shape[0]), pool.A[site], pool.B[site], scaling)
+        merged[site] = Lora(*map_layers(partial(of_layer, site), layers))
+    return merged
+
+
+def dare_masks(
+    key: Array,
+    names: tuple[str, ...],
+    index: Int[Array, " N"],
+    matrix: str,
+    layer: Int[Array, ""],
+    shape: tuple[int, ...],
+    density: float,
+) -> Bool[Array, "N d_in d_out"]:
+    """Return which entries of a matrix of each module a dare keeps.
+
+    Args:
+      key: of the whole draw.
+      names: of all modules of the pool.
+      index: which of them.
+      matrix: `A of `, `B of ` or `dW of ` and the site.
+      layer: its number.
+      shape: of the matrix, [d_in, d_out] in our layout.
+      density: the chance that an entry is kept.
+    """
+    of_names = np.array([zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32)
+
+    def draw(of_name: Array) -> Array:
+        drawn = jax.random.fold_in(jax.random.fold_in(key, of_name), layer)
+        return jax.random.bernoulli(drawn, density, shape)
+
+    return jax.vmap(draw)(jnp.take(of_names, index))
+
+
+def _largest(matrix: Float[Array, "a b"], count: int) -> Float[Array, "a b"]:
+    """Keep the `count` entries of largest size; of equals the first, where torch.topk leaves it open."""
+    _, kept = jax.lax.top_k(jnp.abs(matrix).ravel(), count)
+    mask = jnp.zeros(matrix.size, bool).at[kept].set(True).reshape(matrix.shape)
+    return jnp.where(mask, matrix, jnp.zeros_like(matrix))
+
+
+def _summed(tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]) -> Float[Array, "a b"]:
+    return jnp.sum(tasks * weights, axis=0)
+
+
+def _elected(tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]) -> Float[Array, "a b"]:
+    """Return the weighted mean over the modules that agree with the sign of the sum."""
+    majority = jnp.where(jnp.sum(tasks, axis=0) >= 0, 1.0, -1.0)
+    agreeing = (jnp.sign(tasks) == majority[None]).astype(tasks.dtype)
+    return _summed(tasks * agreeing, weights) / jnp.maximum(jnp.sum(agreeing, axis=0), 1)
+
+
+def _truncated(update: Float[Array, "d_in d_out"], rank: int) -> tuple[Float[Array, "d_in r"], Float[Array, "r d_out"]]:
+    U, S, Vt = jnp.linalg.svd(update, full_matrices=False)
+    return U[:, :rank], S[:rank, None] * Vt[:rank]

@@ -1,0 +1,164 @@
+"""A pool of pretrained LoRA modules, stacked: what sits frozen in the crossbars.
+
+Axis letters: L layer, N adapters, r rank.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ..models.weights import Weight, dense, quantise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraPool:
+    """N adapters of one base model, by site. dW of adapter n in layer l is `A[l, n] @ B[l, n]`.
+
+    Attributes:
+      A: site -> [L, N, d_in, r].
+      B: site -> [L, N, r, d_out], with the adapter's scaling (alpha / r) folded in.
+      rank: site -> [L, N], the true rank; smaller ones are padded with zeros, 0 where an adapter lacks it.
+      scaling: site -> [L, N], the factor in B, 0 where an adapter lacks the site; None where nobody knows it.
+      magnitude: site -> [L, d_out] of a pool of one DoRA adapter (0 where a layer lacks it), else None.
+      names: of the adapters, in the order of the axis N.
+    """
+
+    A: dict[str, Weight]
+    B: dict[str, Weight]
+    rank: dict[str, Int[Array, "*C _L N"]]
+    scaling: dict[str, Float[Array, "*C _L N"]] | None = None
+    magnitude: dict[str, Array] | None = None
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def uniform_rank(self) -> int | None:
+        """The rank that all adapters share at all their sites, or None."""
+        ranks = {int(r) for rank in self.rank.values() for r in np.unique(np.asarray(rank)) if r > 0}
+        return ranks.pop() if len(ranks) == 1 else None
+
+    def indices(self, chosen: Sequence[str | int]) -> list[int]:
+        """Return the positions of adapters given by name or index.
+
+        Raises:
+          ValueError: on a name or an index that the pool does not have, on duplicates, and on one name in place of a
+            list.
+        """
+        if isinstance(chosen, str):
+            raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
+        position = {name: i for i, name in enumerate(self.names)}
+        found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
+        for given, index in zip(chosen, found, strict=True):
+            if not 0 <= index < len(self):
+                raise ValueError(
+                    f"the pool has no adapter {given!r}: it holds {len(self)}, from {self.names[0]!r} "
+                    f"to {self.names[-1]!r}"
+                )
+        if len(set(found)) < len(found):
+            raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
+        return found
+
+    def select(self, chosen: Sequence[str | int]) -> "LoraPool":
+        """Return the pool of the adapters given by name or index, in that order."""
+        index = np.array(self.indices(chosen))
+
+        def take(a: Array) -> Array:
+            return a[:, index]
+
+        return dataclasses.replace(
+            self,
+            A=jax.tree.map(take, self.A),
+            B=jax.tree.map(take, self.B),
+            rank=jax.tree.map(take, self.rank),
+            scaling=jax.tree.map(take, self.scaling),
+            names=tuple(self.names[i] for i in index),
+        )
+
+    def quantised(self, qtype: str) -> "LoraPool":
+        """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `linear.quantise`)."""
+        return dataclasses.replace(
+            self,
+            A={site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2) for site, a in self.A.items()},
+            B={site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3) for site, b in self.B.items()},
+        )
+
+
+def random_pool(pool: LoraPool, key: Array) -> LoraPool:
+    """Return the control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
+
+    A module's draw depends on the key and its name alone, not on what else is in the pool. Sites that an
+    adapter lacks and ranks beyond its own stay zero.
+
+    Args:
+      pool: of the real modules.
+      key: of the whole draw.
+    """
+
+    def like(a: Array, site: str, purpose: str, axis: int) -> Array:
+        def draw(name: str) -> Array:
+            drawn = jax.random.fold_in(key, zlib.crc32(f"{purpose} of {site}, {name}".encode()))
+            return jax.random.normal(drawn, (a.shape[0], *a.shape[2:]), a.dtype)
+
+        noise = jnp.stack([draw(name) for name in pool.names], axis=1)
+        own = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < jnp.expand_dims(pool.rank[site], (2, 3))
+        noise = jnp.where(own, noise, 0)
+        return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))
+
+    return dataclasses.replace(
+        pool,
+        A={site: like(dense(a, jnp.float32), site, "A", 3) for site, a in pool.A.items()},
+        B={site: like(dense(b, jnp.float32), site, "B", 2) for site, b in pool.B.items()},
+        names=tuple(f"random {name}" for name in pool.names),
+    )
+
+
+def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
+    """Return the control: a pool whose modules keep their matrices, each in another layer of its stack.
+
+    The layers of a module go round in one random cycle, the same at all sites of a stack, so that none stays in
+    its place and A and B of a layer stay together. The draw depends on the key and the module's name alone. A
+    stack of one layer stays as it is.
+
+    Args:
+      pool: of the real modules, plain or quantised.
+      key: of the whole draw.
+    """
+
+    def source(site: str) -> Int[Array, "L N"]:
+        layers = pool.rank[site].shape[0]
+
+        def draw(name: str) -> Array:
+            drawn = jax.random.fold_in(key, zlib.crc32(f"layers of {site.partition('.')[0]}, {name}".encode()))
+            cycle = jax.random.permutation(drawn, layers)
+            return jnp.zeros(layers, jnp.int32).at[cycle].set(jnp.roll(cycle, 1))
+
+        return jnp.stack([draw(name) for name in pool.names], axis=1)
+
+    sources = {site: source(site) for site in pool.rank}
+    modules = jnp.arange(len(pool))[None]
+
+    def moved(weights: dict[str, Any]) -> dict[str, Any]:
+        return {site: jax.tree.map(lambda a, s=sources[site]: a[s, modules], w) for site, w in weights.items()}
+
+    return dataclasses.replace(
+        pool,
+        A=moved(pool.A),
+        B=moved(pool.B),
+        rank=moved(pool.rank),
+        scaling=None if pool.scaling is None else moved(pool.scaling),
+        magnitude=pool.magnitude and {site: m[sources[site][:, 0]] for site, m in pool.magnitude.items()},
+        names=tuple(f"shuffled {name}" for name in pool.names),
+    )
+
+
+def _norm(a: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True))

@@ -1,0 +1,245 @@
+"""What every method does for one task and for one token, in counts: cells, reads of arrays, digital operations.
+
+Base kernels and an untied head sit in arrays, as `train.arrays` puts them there; forward, frozen matrices are read
+from arrays. Arrays are not read transposed: backward, and for weights that change (a LoRA in training, full
+fine-tuning), products are digital, as many as `train.cost` counts. Embeddings, norms and softmax are left out.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from ...crossbar import Counts, CrossbarConfig, counts
+from ...models.sites import Site, sites, targeted
+from ...models.t5.model import T5Config
+from ..flops import Shape, Update, forward_flops, step_flops, tokens
+from ..workload import Workload, uniform
+from .methods import Matrix, Method, base_matrices, head, methods, module, side_by_side
+from .options import CostOptions
+
+_OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three
+
+
+class Work(NamedTuple):
+    """What is done.
+
+    Attributes:
+      reads: of arrays.
+      macs: digital multiply-adds.
+      words: of 32 bits, read from memory or written to it, besides what feeds a matrix product in training.
+    """
+
+    reads: Counts
+    macs: float
+    words: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activity:
+    """What one method does.
+
+    Attributes:
+      method: its name.
+      trainable: numbers.
+      written: cells of the task's own matrices, all of which a pass writes.
+      passes: programming passes for the task; 0 where the task writes no cell.
+      installed_words: trained numbers that go into memory instead.
+      adapters: counts of the arrays that the adapters stand in, whoever wrote them.
+      base_training: of running the base forward in training, and backward where there are gradients.
+      update_training: of all that the method adds to that.
+      source: of one source token at inference.
+      generated: of one generated token at inference.
+      stages: the dependent products of a generated token: chains of matrices side by side -> how many such stages.
+    """
+
+    method: str
+    trainable: int
+    written: Counts
+    passes: int
+    installed_words: int
+    adapters: Counts
+    base_training: Work
+    update_training: Work
+    source: Work
+    generated: Work
+    stages: Mapping[frozenset[tuple[Matrix, ...]], int]
+
+
+def activities(config: T5Config, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
+    """Return what every method does for one task.
+
+    Args:
+      config: the base model.
+      crossbar: the arrays.
+      options: all but its shape, preset and files.
+
+    Raises:
+      ValueError: a target that the model does not have.
+    """
+    work = uniform(
+        options.recipe, source=options.source, target=options.target, train_rows=options.train_rows, test_rows=1
+    )
+    found = methods(config, options, steps=len(work.steps))
+    return [_activity(name, method, config, crossbar, options, work) for name, method in found.items()]
+
+
+def installed_once(config: T5Config, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
+    """Return the counts of what is written once, before any task."""
+    adapted = targeted(config, options.targets)
+    own, together = module(options.rank), side_by_side(options.adapters, options.rank)
+    return {
+        "base": _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config)),
+        f"pool of {options.adapters}, each module on its own": _standing(adapted, own, crossbar) * options.adapters,
+        f"pool of {options.adapters}, side by side": _standing(adapted, together, crossbar),
+        "VeRA's random matrices": _shared(adapted, module(options.vera_rank), crossbar),
+    }
+
+
+def _activity(
+    name: str, method: Method, config: T5Config, crossbar: CrossbarConfig, options: CostOptions, work: Workload
+) -> Activity:
+    adapted = {} if method.update.kind == "full" else targeted(config, method.update.targets)
+    place = _shared if method.shared else _standing
+    adapters = place(adapted, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
+    written = adapters
+    if method.update.kind == "full":
+        written = _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
+    base_training, update_training = _training(method, config, crossbar, adapted, work, options.evaluations)
+    row = Shape(1, options.source, options.target)
+    return Activity(
+        method=name,
+        trainable=method.trainable,
+        written=written if method.passes else Counts(),
+        passes=method.passes,
+        installed_words=method.installed_words,
+        adapters=adapters,
+        base_training=base_training,
+        update_training=update_training,
+        source=_token(method, config, crossbar, adapted, row, generated=False),
+        generated=_token(method, config, crossbar, adapted, row, generated=True),
+        stages=_stages(method, config, adapted),
+    )
+
+
+def _training(
+    method: Method,
+    config: T5Config,
+    crossbar: CrossbarConfig,
+    adapted: Mapping[str, Site],
+    work: Workload,
+    evaluations: int,
+) -> tuple[Work, Work]:
+    """Return the work of the base's passes, and of what the method adds to them, until the task is learned."""
+    none, update = Update(kind="none"), method.update
+    steps = Counter[Shape]() if method.searched else Counter(work.steps)
+    forward = Counter(work.search * evaluations) if method.searched else Counter({work.validation: work.epochs})
+    base_flops = sum(n * step_flops(config, shape, none, trainable=0) for shape, n in steps.items())
+    base_flops += sum(n * forward_flops(config, shape, none) for shape, n in forward.items())
+    flops = sum(n * step_flops(config, shape, update, trainable=method.trainable) for shape, n in steps.items())
+    flops += sum(n * forward_flops(config, shape, update) for shape, n in forward.items()) - base_flops
+    base_reads = update_reads = Counts()
+    if update.kind != "full":
+        for shape, n in (steps + forward).items():
+            base_reads += _read(sites(config), lambda site: [(site.d_in, site.d_out)], crossbar, shape) * n
+            base_flops -= n * sum(
+                2 * tokens(name, shape) * site.layers * site.d_in * site.d_out for name, site in sites(config).items()
+            )
+            if not config.tied:
+                base_reads += counts(head(config), crossbar) * (n * shape.rows * shape.target)
+                base_flops -= n * 2 * shape.rows * shape.target * config.d_model * config.vocab_size
+            if method.trains_in == "arrays":
+                update_reads += _read(adapted, method.matrices, crossbar, shape) * n
+                flops -= n * sum(
+                    2 * tokens(name, shape) * site.layers * update.width(site) * (site.d_in + site.d_out)
+                    for name, site in adapted.items()
+                )
+    macs = flops / 2
+    if method.searched:  # the arrays' outputs are mixed, where `train.cost` counts mixing the weights
+        macs = float(
+            sum(
+                n * tokens(name, shape) * site.layers * method.macs(site)
+                for shape, n in forward.items()
+                for name, site in adapted.items()
+            )
+        )
+    words = _OPTIMISER_WORDS * method.trainable * steps.total()
+    return Work(base_reads, base_flops / 2, 0), Work(update_reads, macs, words)
+
+
+def _token(
+    method: Method,
+    config: T5Config,
+    crossbar: CrossbarConfig,
+    adapted: Mapping[str, Site],
+    row: Shape,
+    *,
+    generated: bool,
+) -> Work:
+    """Return the work of one token of a row, read or generated."""
+    one = Shape(1, 0, 1) if generated else Shape(1, 1, 0)
+    reads = _read(sites(config), lambda site: [(site.d_in, site.d_out)], crossbar, one)
+    # Scores and the sum of values: every position of the source, and of the target where one is generated.
+    layers, positions = config.num_layers, row.source
+    if generated:
+        layers, positions = config.num_decoder_layers, row.source + row.target
+    macs = words = 2 * layers * positions * config.num_heads * config.d_kv
+    if generated and config.tied:
+        macs, words = macs + config.d_model * config.vocab_size, words + config.d_model * config.vocab_size
+    elif generated:
+        reads += counts(head(config), crossbar)
+    if method.stays_in == "arrays":
+        reads += _read(adapted, method.matrices, crossbar, one)
+    macs += sum(tokens(name, one) * site.layers * method.macs(site) for name, site in adapted.items())
+    words += sum(tokens(name, one) * site.layers * method.words(site) for name, site in adapted.items())
+    return Work(reads, macs, words)
+
+
+def _stages(method: Method, config: T5Config, adapted: Mapping[str, Site]) -> dict[frozenset[tuple[Matrix, ...]], int]:
+    """Return what a generated token goes through: q, k and v side by side, o, the cross-attention's, and so on."""
+    chains: dict[str, set[tuple[Matrix, ...]]] = {}
+    for name, site in sites(config).items():
+        if tokens(name, Shape(1, 0, 1)):
+            module, _, last = name.rpartition(".")
+            stage = chains.setdefault(f"{module}.{'in' if last in 'qkv' or last.startswith('wi') else last}", set())
+            stage.add(((site.d_in, site.d_out),))
+            if name in adapted and method.stays_in == "arrays":
+                stage.add(tuple(method.matrices(site)[:2]))
+    stages = Counter({frozenset(stage): 0 for stage in chains.values()})
+    for stage in chains.values():
+        stages[frozenset(stage)] += config.num_decoder_layers
+    if not config.tied:
+        stages[frozenset({(head(config),)})] += 1
+    return dict(stages)
+
+
+def _read(
+    of: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig, shape: Shape
+) -> Counts:
+    """Return the counts of reading the sites' matrices with every token of a batch that meets them."""
+    return _sum(
+        counts(matrix, crossbar) * (n * site.layers * tokens(name, shape))
+        for name, site in of.items()
+        for matrix, n in Counter(matrices(site)).items()
+    )
+
+
+def _standing(
+    adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig
+) -> Counts:
+    """Return the counts of the sites' matrices, each with arrays of its own."""
+    return _sum(
+        counts(matrix, crossbar) * (n * site.layers)
+        for site in adapted.values()
+        for matrix, n in Counter(matrices(site)).items()
+    )
+
+
+def _shared(adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
+    """Return the counts of matrices that are large enough for every site."""
+    widest = Site(1, max(site.d_in for site in adapted.values()), max(site.d_out for site in adapted.values()))
+    return _sum(counts(matrix, crossbar) for matrix in matrices(widest))
+
+
+def _sum(of: Iterable[Counts]) -> Counts:
+    return sum(of, start=Counts())

@@ -1,0 +1,146 @@
+"""The bill as text: Markdown tables of ranges, low / typical / high."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ...crossbar import Constants, Range, WriteCost
+from ...report.formats import EMPTY, aligned
+from .bill import Bill
+from .comparison import Comparison
+from .options import CostOptions
+
+_PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"}
+
+
+def quantity(value: Range, unit: str) -> str:
+    """Return a range with the unit's prefix that suits its typical value: `1.2 / 3.4 / 12 mJ`; one number if exact."""
+    exponent = 3 * math.floor(math.log10(value.typical) / 3) if value.typical else 0
+    exponent = min(max(exponent, min(_PREFIXES)), max(_PREFIXES))
+    ends = [_digits(end / 10.0**exponent) for end in (value.low, value.typical, value.high)]
+    return f"{ends[0] if len(set(ends)) == 1 else ' / '.join(ends)} {_PREFIXES[exponent]}{unit}"
+
+
+def number(value: Range) -> str:
+    """Return a range of pure numbers."""
+    ends = [_digits(end) for end in (value.low, value.typical, value.high)]
+    return ends[0] if len(set(ends)) == 1 else " / ".join(ends)
+
+
+def tables(
+    bills: Mapping[str, Bill], once: Mapping[str, tuple[int, WriteCost]], options: CostOptions
+) -> dict[str, list[list[str]]]:
+    """Return the tables of a bill by caption: headings, then lines.
+
+    Args:
+      bills: of every method.
+      once: what is written before any task: its arrays, and what writing takes.
+      options: of the bill.
+    """
+    found = bills.values()
+    tokens = f"{options.tokens_per_task:,} tokens"
+    return {
+        "Written for one new task": [
+            ["method", "trained", "cells", "pulses", "energy", "time", "cycles of a cell", "tasks until wear-out"],
+            *([b.method, f"{b.trainable:,}", *_written(b.written)] for b in found),
+        ],
+        f"Energy of one new task: learning it, and {tokens} with their sources": [
+            ["method", "putting it in place", "its update", "the base's passes", "learned", tokens],
+            *(
+                [b.method, *(quantity(e, "J") for e in (b.install, b.update, b.base, b.learning, b.inference))]
+                for b in found
+            ),
+        ],
+        "Energy of one generated token, by component, without its source": [
+            ["method", "array", "DAC", "ADC", "shift-and-add", "digital", "all"],
+            *([b.method, *(quantity(e, "J") for e in (*b.generated, b.generated.total))] for b in found),
+        ],
+        "Other costs of inference": [
+            ["method", "one source token", "latency, arrays", "latency, digital", "adapters' arrays"],
+            *(
+                [
+                    b.method,
+                    quantity(b.source.total, "J"),
+                    quantity(b.latency_arrays, "s"),
+                    quantity(b.latency_digital, "s"),
+                    f"{b.adapter_arrays:,}",
+                ]
+                for b in found
+            ),
+        ],
+        "Written once, before any task": [
+            ["what", "arrays", "cells", "pulses", "energy", "time"],
+            *([name, f"{arrays:,}", *_written(p)[:4]] for name, (arrays, p) in once.items()),
+        ],
+    }
+
+
+def sentences(
+    found: Mapping[str, Comparison], bills: Mapping[str, Bill], pool: WriteCost, options: CostOptions
+) -> list[str]:
+    """Return what the numbers come to: LoRA in cells against LoRAFusion.
+
+    Args:
+      found: by the layout of the pool.
+      bills: of every method.
+      pool: writing the pool once, each module in arrays of its own.
+      options: of the bill.
+    """
+    lora = bills["LoRA in cells"]
+    worn = lora.written.until_worn
+    lines = [
+        f"What LoRAFusion saves a task: {lora.written.cells:,} written cells, {quantity(lora.written.time, 's')} of "
+        f"writing, and {number(lora.written.cycles)} cycles of endurance, which LoRA in cells uses up after "
+        f"{EMPTY if worn is None else number(worn)} tasks.",
+        f"Writing the pool once takes the cells of {pool.cells / lora.written.cells:.3g} LoRA tasks; LoRAFusion writes "
+        "none after that.",
+    ]
+    for name, c in found.items():
+        fused = bills[name]
+        lines += [
+            f"{name}: LoRA's energy over LoRAFusion's, over the published energies of a cell's write, is "
+            f"{number(c.install)} for putting a finished task in place, {number(c.with_update)} with both updates' "
+            f"training, {number(c.learning)} with the base's passes too ({number(c.learning_all)} over all constants).",
+            f"{name}: reading the pool takes {quantity(c.extra_per_token, 'J')} more for a generated token and its "
+            f"{options.source / options.target:.3g} source tokens, which outweighs the saved writes after "
+            f"{number(c.break_even)} generated tokens a task. Its training takes "
+            f"{_digits(fused.update.typical / lora.update.typical)} times the energy of LoRA's (updates, typical).",
+        ]
+    least = next(iter(found.values()))
+    cells = lora.written.cells / lora.trainable
+    lines.append(
+        f"What makes the ratios smaller: cheaper writes and fewer cells a number (here {cells:.3g}), which shrink what "
+        "is saved; more modules and more training, which grow what is added: writing is "
+        f"{_digits(100 * least.writing_share.low)} to {_digits(100 * least.writing_share.high)} % of what LoRA's task "
+        "takes until it is learned."
+    )
+    return lines
+
+
+def constants_table(constants: Constants) -> list[list[str]]:
+    """Return the constants with their sources: headings, then lines."""
+    return [
+        ["constant", "low / typical / high", "unit", "what", "source"],
+        *(
+            [name, number(Range(c.low, c.typical, c.high)), c.unit, c.meaning, c.source]
+            for name, c in constants.table.items()
+        ),
+    ]
+
+
+def markdown(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """Return tables with their captions; ranges are low / typical / high."""
+    return "\n".join(f"{caption}\n\n{aligned(lines)}" for caption, lines in found.items())
+
+
+def _written(p: WriteCost) -> list[str]:
+    if p.until_worn is None:
+        return ["0", *[EMPTY] * 5]
+    energies = [number(p.pulses), quantity(p.energy, "J"), quantity(p.time, "s")]
+    return [f"{p.cells:,}", *energies, number(p.cycles), number(p.until_worn)]
+
+
+def _digits(value: float) -> str:
+    """Return three digits, without an exponent where a reader needs none."""
+    if value == 0 or 1e-3 <= value < 1e6:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.2g}"

@@ -1,0 +1,170 @@
+"""Bytes that a run holds: weights, pool, training state, and what a step or a generation needs for itself.
+
+The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU, and
+the tests hold them to its own account. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights beside
+them (`narrow.py`). On an accelerator that is left out; no such device was measured.
+
+Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
+"""
+
+from typing import Literal
+
+from ..models.sites import Site, sites, targeted
+from ..models.t5.model import T5Config
+from ..training.seeds import Path
+from .flops import Shape, Update, tokens
+from .parameters import size
+
+Device = Literal["cpu", "accelerator"]
+
+_FLOAT32 = 4
+# Gradients, those of them that are finite, and the largest updates, after the backward pass: 2.4 times the 783 million
+# numbers of FLAN-T5-large.
+_UPDATING = 2.4
+_GROUP = 4  # layers whose norms and fused factors `compose` computes together
+
+
+def weights_bytes(config: T5Config) -> int:
+    """Return the bytes of the base model's weights."""
+    return size(config) * _itemsize(config)
+
+
+def pool_bytes(config: T5Config, update: Update) -> int:
+    """Return the bytes of P modules and their Gram terms, or of the random matrices that all sites of a VeRA share."""
+    frozen = targeted(config, update.targets).values()
+    if update.kind == "vera":
+        return _FLOAT32 * update.rank * (max(s.d_in for s in frozen) + max(s.d_out for s in frozen))
+    if update.kind not in ("mix", "sum"):
+        return 0
+    factors = sum(s.layers * update.pool * update.rank * (s.d_in + 2 * s.d_out) for s in frozen)
+    return _FLOAT32 * (factors + sum(s.layers * s.d_out for s in frozen))
+
+
+def state_bytes(trainable: int) -> int:
+    """Return the bytes of one seed's training state: what is trained, Adam's two moments, and the best so far."""
+    return 4 * trainable * _FLOAT32
+
+
+def step_bytes(
+    config: T5Config, shape: Shape, update: Update, *, trainable: int, seeds: int, path: Path, device: Device
+) -> int:
+    """Return the bytes that a training step of all seeds needs beside its arguments.
+
+    What the backward pass keeps of every layer, the gradients, one layer's own work, and the fused factors: of all
+    seeds if they are batched, else of one, but then the new state of all seeds is not written over the old one.
+
+    Args:
+      config: the base model.
+      shape: of one seed's batch.
+      update: of the method.
+      trainable: numbers, of one seed.
+      seeds: how many.
+      path: how they run.
+      device: where.
+    """
+    gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
+    kept = _kept(config, shape, update) * _itemsize(config)
+    batched = seeds if path == "vmap" else 1
+    needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(config, device)
+    if update.kind == "full":
+        needed = max(needed, int(_UPDATING * batched * gradients))
+    return needed + (seeds * state_bytes(trainable) if path == "map" and seeds > 1 else 0)
+
+
+def evaluation_bytes(
+    config: T5Config, shape: Shape, new_tokens: int, update: Update, *, seeds: int, path: Path, device: Device
+) -> int:
+    """Return the bytes that generating for one batch, or its loss, needs beside its arguments.
+
+    The cache holds the source's keys and values once and the target's twice, since a token's scan over layers
+    writes these anew.
+
+    Args:
+      config: the base model.
+      shape: of the batch.
+      new_tokens: the length of the cache; 0 where only the loss is computed.
+      update: of the method.
+      seeds: how many.
+      path: how they run.
+      device: where.
+    """
+    batched = seeds if path == "vmap" else 1
+    inner = config.num_heads * config.d_kv
+    positions = shape.source + 2 * new_tokens if new_tokens else 0
+    cache = 2 * config.num_decoder_layers * shape.rows * positions * inner * _itemsize(config)
+    of_seed = cache + _work(config, shape) + _fused(config, update)
+    return batched * of_seed + _copies(config, device)
+
+
+def _kept(config: T5Config, shape: Shape, update: Update) -> int:
+    """Return how many numbers the backward pass keeps: of every layer its input and what `config.remat` says."""
+    stacks = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
+    total = sum(depth * _stack_tokens(stack, shape) * config.d_model for stack, depth in stacks.items())
+    if config.remat == "full":
+        return total
+    there = sites(config)
+    # The last product of a block goes into the next one's input: nothing asks for it.
+    total += sum(tokens(n, shape) * s.layers * s.d_out for n, s in there.items() if not n.endswith("ff.wo"))
+    if update.kind not in ("none", "magnitudes", "full"):
+        for name, site in targeted(config, update.targets).items():
+            width = update.width(site)
+            total += tokens(name, shape) * site.layers * (width + site.d_out if width else 0)
+    return total + (_rest(config, shape) if config.remat == "none" else 0)
+
+
+def _rest(config: T5Config, shape: Shape) -> int:
+    """Return how many numbers are kept besides where nothing is recomputed: norms, attention weights, gates."""
+    rows, source, target = shape
+    scores = rows * config.num_heads
+    encoder = config.num_layers * scores * source**2
+    decoder = config.num_decoder_layers * scores * target * (target + source)
+    stacks = {"encoder": (config.num_layers, 2), "decoder": (config.num_decoder_layers, 3)}
+    norms = sum(
+        depth * _stack_tokens(stack, shape) * 2 * count * config.d_model for stack, (depth, count) in stacks.items()
+    )
+    gates = sum(
+        depth * _stack_tokens(stack, shape) * (4 if config.gated else 1) * config.d_ff
+        for stack, (depth, _) in stacks.items()
+    )
+    return encoder + decoder + norms + gates
+
+
+def _work(config: T5Config, shape: Shape) -> int:
+    """Return the bytes of the logits and their gradient, and of one layer's attention and feed-forward."""
+    rows, source, target = shape
+    logits = 2 * rows * target * config.vocab_size
+    longest = max(source, target)
+    layer = 2 * rows * longest * (config.num_heads * longest + config.d_ff)
+    return _FLOAT32 * (logits + layer)
+
+
+def _fused(config: T5Config, update: Update) -> int:
+    """Return the bytes of a group of layers' modules as `compose` reads them, and of factors and their gradients."""
+    if update.kind not in ("mix", "sum"):
+        return 0
+    modules = update.pool if update.kind == "mix" else update.modules
+    frozen = targeted(config, update.targets).values()
+    group = max(min(s.layers, _GROUP) * modules * update.rank * (s.d_in + 2 * s.d_out) for s in frozen)
+    factors = sum(s.layers * _factors(s, update) for s in frozen)
+    return _FLOAT32 * 2 * (group + factors)
+
+
+def _factors(site: Site, update: Update) -> int:
+    if update.kind == "mix":
+        return update.rank * (site.d_in + site.d_out)
+    return site.d_in * site.d_out if update.is_dense(site) else 0
+
+
+def _copies(config: T5Config, device: Device) -> int:
+    """Return the bytes of second copies of weights: the bits of a bfloat16 model, or unrolled layers."""
+    if device != "cpu" or not (config.unroll or config.dtype == "bfloat16"):
+        return 0
+    return _itemsize(config) * sum(s.layers * s.d_in * s.d_out for s in sites(config).values())
+
+
+def _stack_tokens(stack: str, shape: Shape) -> int:
+    return shape.rows * (shape.source if stack == "encoder" else shape.target)
+
+
+def _itemsize(config: T5Config) -> int:
+    return 2 if config.dtype == "bfloat16" else _FLOAT32

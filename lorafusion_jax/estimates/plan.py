@@ -1,0 +1,110 @@
+"""`--plan`: what a matrix of methods, tasks and seeds needs, as a table, without running or loading weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ..models.t5.model import T5Config
+from .estimate import Cost, Settings, estimate, seeds_of
+from .workload import Shapes, Workload
+
+
+class Row(NamedTuple):
+    """One method of a matrix.
+
+    Attributes:
+      method: its name.
+      runs: tasks times seeds.
+      cost: FLOPs of training and evaluation are those of all its runs, the rest is that of its largest task.
+    """
+
+    method: str
+    runs: int
+    cost: Cost
+
+
+def plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> list[Row]:
+    """Return what every method needs for all tasks and seeds.
+
+    Args:
+      config: the base model.
+      methods: of `estimate.METHODS`.
+      tasks: name -> workload.
+      settings: of all runs.
+
+    Raises:
+      ValueError: there is nothing to plan; and as `estimate` does.
+    """
+    if not tasks or not methods:
+        raise ValueError(f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each")
+    rows = []
+    for method in methods:
+        costs = [estimate(config, method, work, settings) for work in tasks.values()]
+        seeds = seeds_of(method, settings)
+        all_runs = {
+            "forward_flops": max(cost.forward_flops for cost in costs),
+            "training_flops": seeds * sum(cost.training_flops for cost in costs),
+            "evaluation_flops": seeds * sum(cost.evaluation_flops for cost in costs),
+        }
+        largest = max(costs, key=lambda cost: cost.peak_bytes)
+        rows.append(Row(method, seeds * len(costs), largest._replace(**all_runs)))
+    return rows
+
+
+def plan_table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of the rows, and of their sum."""
+    head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak"
+    lines: list[list[str]] = [[*head.split(",")]]
+    for method, runs, cost in rows:
+        flops = (cost.forward_flops, cost.training_flops, cost.evaluation_flops)
+        held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes, cost.peak_bytes)
+        lines.append([method, f"{runs:,}", f"{cost.trainable:,}", *map(_flops, flops), *map(_bytes, held)])
+    total = [sum(row.cost.training_flops for row in rows), sum(row.cost.evaluation_flops for row in rows)]
+    peak = _bytes(max(row.cost.peak_bytes for row in rows))
+    lines.append(["all", f"{sum(row.runs for row in rows):,}", "", "", *map(_flops, total), "", "", "", "", peak])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths))
+    printed = [" | ".join(_cell(*cell) for cell in zip(line, widths, range(len(line)), strict=True)) for line in lines]
+    return "\n".join([f"| {printed[0]} |", f"|{rule}|", *(f"| {line} |" for line in printed[1:])])
+
+
+def print_plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> None:
+    """Print how a matrix runs and what it needs; the arguments and errors are those of `plan`."""
+    table = plan_table(plan(config, methods, tasks, settings))
+    how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
+    where = "a CPU" if settings.device == "cpu" else "an accelerator"
+    print(f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}.")
+    for name, work in tasks.items():
+        print(
+            f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
+            f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
+        )
+    print(f"\n{table}\n")
+    print(
+        f"{config.dtype} on {where}. FLOPs: forward of one batch, the rest of all runs of a method. Bytes: of one\n"
+        "program with all its seeds, at its largest batch."
+    )
+
+
+def _batches(shapes: Shapes) -> str:
+    """Return how many batches there are, and from which to which size."""
+    sizes = (sorted(set(column)) for column in zip(*shapes, strict=True))
+    rows, source, target = (str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes)
+    return f"{len(shapes):,} batches of {rows} rows, {source} source and {target} target tokens"
+
+
+def _cell(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if column else text.ljust(width)
+
+
+def _flops(count: float) -> str:
+    for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f}"
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f}"

@@ -1,0 +1,198 @@
+"""The padded batches that a task gives to every run of it, by the rules that training and evaluation follow."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ..runs.options import Recipe
+from ..tasks import (
+    Batch,
+    Encoded,
+    Example,
+    Task,
+    answer_options,
+    batch_orders,
+    bucket,
+    encode,
+    eval_batches,
+    few_shot,
+    split,
+    train_batches,
+)
+from .flops import Shape
+
+# About what T5's vocabulary makes of English; where there is a tokenizer, it is what counts.
+CHARACTERS_PER_TOKEN = 4
+_LONGEST = 2048  # tokens of a text, as `tasks.encode` cuts it
+_SEED = 1
+
+Lengths = Literal["given", "tokenised", "estimated from characters"]
+Shapes = tuple[Shape, ...]
+
+
+class Asked(NamedTuple):
+    """What evaluation asks: batches of the test rows, and of each row with each of its options, if it has any."""
+
+    rows: Shapes
+    options: Shapes = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one seed computes on one task.
+
+    Attributes:
+      steps: the batch of every training step.
+      search: the batches that hold every training row once: one evaluation of a search.
+      validation: the batch that ends every epoch.
+      epochs: how many.
+      test: of evaluation.
+      few_shot: the same with examples in every prompt; None where there are too few rows for that.
+      new_tokens: the most that is generated for a row.
+      lengths: where token lengths come from.
+    """
+
+    steps: Shapes
+    search: Shapes
+    validation: Shape
+    epochs: int
+    test: Asked
+    few_shot: Asked | None
+    new_tokens: int
+    lengths: Lengths
+
+
+def workload(
+    task: Task,
+    recipe: Recipe,
+    *,
+    tokenizer: Any = None,
+    train_rows: int = 100,
+    test_rows: int | None = None,
+    eval_batch: int = 64,
+) -> Workload:
+    """Return the workload of a seed on a task; other seeds meet the same rows in other orders.
+
+    Args:
+      task: the texts.
+      recipe: of the training.
+      tokenizer: the base model's; without one, lengths are estimated from characters.
+      train_rows: train and validate on no more rows than this.
+      test_rows: evaluate on the first rows of the test set only.
+      eval_batch: rows in a batch of evaluation.
+
+    Raises:
+      ValueError: there are no rows to train or to evaluate on.
+    """
+    task = dataclasses.replace(task, test=task.test[:test_rows])
+    if not task.test:
+        raise ValueError(f"{task.name} has no test rows: there is nothing to evaluate")
+    train = _encode(task.train, tokenizer)
+    rows = split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
+    shuffle = None if recipe.protocol == "reference" else (_SEED,)
+    orders = {
+        "steps": batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle),
+        "search": batch_orders(rows.train, batch_size=recipe.batch_size),
+        "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
+    }
+    shapes = {name: _shapes(train_batches(train, order, pad_id=0)) for name, order in orders.items()}
+    enough = recipe.shots <= min(train_rows, len(task.train))
+    prompted = few_shot(task, recipe.shots, _SEED) if enough else None
+    options = answer_options(task)
+    longest = max(len(row) for row in train.labels)
+    return Workload(
+        steps=shapes["steps"],
+        search=shapes["search"],
+        validation=shapes["validation"][0],
+        epochs=recipe.epochs,
+        test=_asked(task, options, tokenizer, eval_batch),
+        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, eval_batch),
+        new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
+        lengths="estimated from characters" if tokenizer is None else "tokenised",
+    )
+
+
+def uniform(
+    recipe: Recipe,
+    *,
+    source: int,
+    target: int,
+    train_rows: int = 100,
+    test_rows: int,
+    options: int = 0,
+    eval_batch: int = 64,
+) -> Workload:
+    """Return the workload of a task whose rows are all of one length.
+
+    Args:
+      recipe: of the training.
+      source: tokens of an input.
+      target: tokens of an answer.
+      train_rows: that train and validate.
+      test_rows: to evaluate on.
+      options: of every test row, 0 for none.
+      eval_batch: rows in a batch of evaluation.
+
+    Raises:
+      ValueError: a number below its least.
+    """
+    least = {"source": source, "target": target, "train_rows": train_rows, "test_rows": test_rows}
+    for name, count in (least | {"eval_batch": eval_batch}).items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: wanted at least 1")
+    widths, prompted = (bucket(source), bucket(target)), source + recipe.shots * (source + target)
+    rows = split(train_rows, (_SEED,), limit=train_rows)
+    orders = batch_orders(rows.train, batch_size=recipe.batch_size)
+    search = tuple(Shape(orders.shape[2], *widths) for _ in range(orders.shape[1]))
+
+    def asked(width: int) -> Asked:
+        return Asked(*(_even(count, eval_batch, width, widths[1]) for count in (test_rows, options * test_rows)))
+
+    return Workload(
+        steps=search * recipe.epochs,
+        search=search,
+        validation=Shape(rows.validation.shape[1], *widths),
+        epochs=recipe.epochs,
+        test=asked(widths[0]),
+        few_shot=asked(min(bucket(prompted), _LONGEST)),
+        new_tokens=recipe.max_new_tokens or min(bucket(2 * target), 256),
+        lengths="given",
+    )
+
+
+def _even(rows: int, most: int, source: int, target: int) -> Shapes:
+    """Return as few batches as hold all rows, all of one size, as `eval_batches` makes them."""
+    steps = -(-rows // most)
+    return tuple(Shape(-(-rows // steps), source, target) for _ in range(steps))
+
+
+def _asked(task: Task, options: Sequence[Sequence[str]] | None, tokenizer: Any, eval_batch: int) -> Asked:
+    rows = _encode(task.test, tokenizer)
+    asked = Asked(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
+    if options is None:
+        return asked
+    labels = _encode([Example(o, o) for of_row in options for o in of_row], tokenizer).labels
+    inputs = tuple(row for row, of_row in zip(rows.inputs, options, strict=True) for _ in of_row)
+    pairs = Encoded(inputs, labels)
+    return asked._replace(options=_shapes(batch for _, batch in eval_batches(pairs, eval_batch, pad_id=0)))
+
+
+def _shapes(batches: Iterable[Batch]) -> Shapes:
+    sizes = ((*batch.input_ids.shape[-2:], batch.labels.shape[-1]) for batch in batches)
+    return tuple(Shape(rows, source, target) for rows, source, target in sizes)
+
+
+def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
+    """Return tokens; without a tokenizer, as many as characters suggest and one that ends the row."""
+    if tokenizer is not None:
+        return encode(tokenizer, examples)
+
+    def stand_in(text: str) -> np.ndarray:
+        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, _LONGEST), np.int32)
+
+    return Encoded(
+        inputs=tuple(stand_in(example.input) for example in examples),
+        labels=tuple(stand_in(example.target) for example in examples),
+    )

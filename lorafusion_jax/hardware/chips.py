@@ -1,0 +1,169 @@
+"""Several chips in one program, and chips that are drawn anew at every step.
+
+A fusion runs on one chip (`program`), each seed of a program on one of several (`program_chips`), or, to
+become robust on any chip, every training step on another one (`Redraw`).
+
+Axis letters: C chips, S seeds.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..crossbar.probing import programmed_leaves, replaced
+from ..crossbar.structure import Structure, split_config
+from ..crossbar.tree import Rules
+from ..methods.method import Frozen
+from ..models.weights import reads
+from .program import Norms, program
+
+# A new chip at every step, or at every other one.
+Steps = Literal["every", "other"]
+# Of every programmed weight, in the order of the tree; None without ADC.
+Limits = list[tuple[Float[Array, "..."] | None, Float[Array, "..."] | None]]
+
+
+class _Structures(NamedTuple):
+    """Rules without their arrays: hashable."""
+
+    patterns: tuple[str, ...]
+    structures: tuple[Structure | None, ...]
+
+    def rules(self, values: Iterable[list[Any]]) -> Rules:
+        """Return the rules with these arrays."""
+        configs = [s and s.config(v) for s, v in zip(self.structures, values, strict=True)]
+        return dict(zip(self.patterns, configs, strict=True))
+
+
+def _split(rules: Rules) -> tuple[_Structures, list[list[Any]]]:
+    parts = [(None, []) if config is None else split_config(config) for config in rules.values()]
+    return _Structures(tuple(rules), tuple(structure for structure, _ in parts)), [values for _, values in parts]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Redraw:
+    """What a training step draws its chip from.
+
+    Attributes:
+      digital: the weights that are written.
+      values: of the rules, the arrays among each configuration's.
+      key: from which chips are drawn.
+      structures: the rest of the rules.
+      steps: which steps draw; the others compute on the chip that is there.
+      norm: of which weights the magnitudes' norms are.
+    """
+
+    digital: Frozen
+    values: list[list[Any]]
+    key: Array
+    structures: _Structures = dataclasses.field(metadata={"static": True})
+    steps: Steps = dataclasses.field(metadata={"static": True})
+    norm: Norms = dataclasses.field(metadata={"static": True})
+
+
+def redraw(digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redraw:
+    """Return what steps draw their chips from; arguments as for `program`."""
+    structures, values = _split(rules)
+    return Redraw(digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm)
+
+
+def program_chips(
+    graph: nnx.GraphDef,
+    digital: Frozen,
+    rules: Sequence[Rules],
+    keys: Array,
+    of_seed: Int[Array, " S"],
+    *,
+    limits: Limits,
+    modules: Int[Array, " P"] | None = None,
+    norm: Norms = "ideal",
+) -> Frozen:
+    """Return frozen weights on several chips, in one program.
+
+    Args:
+      graph: the model's structure.
+      digital: the weights that are written.
+      rules: of every chip (see `program`); they may differ in arrays, but not in plain numbers.
+      keys: [C], of the chips.
+      of_seed: which chip each seed of a program computes on.
+      limits: converters' ranges that all chips share, from `limits_of`.
+      modules: as for `program`.
+      norm: likewise.
+
+    Raises:
+      ValueError: the chips' rules differ in more than arrays.
+    """
+    split = [_split(of_chip) for of_chip in rules]
+    if len({structures for structures, _ in split}) > 1:
+        raise ValueError("chips of one program differ in plain numbers of their configurations: give these as arrays")
+    values = jax.tree.map(lambda *of_chips: jnp.stack(of_chips), *(values for _, values in split))
+    weights = _program_all(digital, values, keys, limits, modules, structures=split[0][0], graph=graph, norm=norm)
+    return dataclasses.replace(weights, chip_of_seed=of_seed)
+
+
+def limits_of(frozen: Frozen) -> Limits:
+    """Return the ranges of a chip's ADCs and DACs."""
+    return [(leaf.state.limits, leaf.state.input_limit) for leaf in programmed_leaves(frozen)]
+
+
+def of_seed(frozen: Frozen, number: Array) -> Frozen:
+    """Return what a seed of a program computes on, to be read with noise of its own."""
+    if frozen.chip_of_seed is not None:
+        chip = frozen.chip_of_seed[number]
+        frozen = jax.tree.map(lambda leaf: leaf[chip], dataclasses.replace(frozen, chip_of_seed=None))
+    frozen = reads(frozen, number)
+    if frozen.redraw is None:
+        return frozen
+    drawn = dataclasses.replace(frozen.redraw, key=jax.random.fold_in(frozen.redraw.key, number))
+    return dataclasses.replace(frozen, redraw=drawn)
+
+
+def of_step(frozen: Frozen, step: Array, graph: nnx.GraphDef) -> Frozen:
+    """Return what a training step computes on: the chip that is there, or a new one with its converters."""
+    here = reads(dataclasses.replace(frozen, redraw=None), step)
+    source = frozen.redraw
+    if source is None:
+        return here
+    rules, key = source.structures.rules(source.values), jax.random.fold_in(source.key, step)
+    new = _with_limits(program(graph, source.digital, rules, key, norm=source.norm), limits_of(here))
+    new = reads(new, step)
+    if source.steps == "every":
+        return new
+    return jax.tree.map(lambda a, b: jnp.where(step % 2 == 0, a, b), new, here)
+
+
+@partial(jax.jit, static_argnames=("structures", "graph", "norm"))
+def _program_all(
+    digital: Frozen,
+    values: list[list[Any]],
+    keys: Array,
+    limits: Limits,
+    modules: Int[Array, " P"] | None,
+    *,
+    structures: _Structures,
+    graph: nnx.GraphDef,
+    norm: Norms,
+) -> Frozen:
+    def of_chip(chip: tuple[Array, list[list[Any]]]) -> Frozen:
+        key, values = chip
+        frozen = program(graph, digital, structures.rules(values), key, modules=modules, norm=norm)
+        return _with_limits(frozen, limits)
+
+    return jax.lax.map(of_chip, (keys, values))
+
+
+def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
+    """Return a chip whose converters have these ranges."""
+    leaves = []
+    for leaf, (of_adcs, of_dacs) in zip(programmed_leaves(frozen), limits, strict=True):
+        dac = leaf.config.dac
+        own = leaf.state.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
+        leaves.append(dataclasses.replace(leaf, state=dataclasses.replace(leaf.state, limits=of_adcs, input_limit=own)))
+    return replaced(frozen, leaves)

@@ -1,0 +1,71 @@
+"""A fusion whose weights sit in arrays: base kernels, head and every module's A and B programmed and calibrated.
+
+Embeddings, norms, softmax, coefficients and magnitudes stay digital, and so does a head that is the embedding.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from ..adapters.composition import gram, norms
+from ..crossbar import program_tree
+from ..crossbar.tree import Rules
+from ..methods.method import Frozen
+from ..models.t5.model import kernels, matrices, set_matrices
+from ..models.weights import dense
+
+# Of which weights the magnitudes' norms are: those on the chip, which take reading back, or those meant to be there.
+Norms = Literal["programmed", "ideal"]
+
+
+def program(
+    graph: nnx.GraphDef,
+    frozen: Frozen,
+    rules: Rules,
+    key: Array,
+    *,
+    modules: Int[Array, " P"] | None = None,
+    norm: Norms = "programmed",
+) -> Frozen:
+    """Write what rules name into arrays.
+
+    Paths: a site, as in `encoder.self.q`; `head` where it is not tied; `pool.A.encoder.self.q` and
+    `pool.B.encoder.self.q` for the modules.
+
+    Args:
+      graph: the model's structure.
+      frozen: digital weights, quantised or not.
+      rules: path pattern -> configuration, or None for digital (see `crossbar.tree`).
+      key: of the chip. The same key is the same chip; may be vmapped over.
+      modules: the numbers that the pool's modules have on the chip, where it holds more of them.
+      norm: of which weights the magnitudes' norms are.
+
+    Raises:
+      ValueError: a pattern matches nothing, or a weight cannot be programmed.
+    """
+    # A copy of the state: merged models share its variables, and the digital one must stay as it is.
+    model, pool = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base)), frozen.pool
+    base = {name: dense(weight, jnp.float32) for name, weight in matrices(model).items()}
+    factors = {} if pool is None else {"A": pool.A, "B": pool.B}
+    factors = {factor: {s: dense(w, jnp.float32) for s, w in by_site.items()} for factor, by_site in factors.items()}
+    placed = program_tree(base | ({"pool": factors} if factors else {}), rules, key, modules=modules)
+    factors = placed.pop("pool", None)
+    set_matrices(model, placed)
+    _, state = nnx.split(model)
+    programmed = dataclasses.replace(frozen, base=state)
+    if frozen.norms is not None and norm == "programmed":
+        adapted = {site: kernel for site, kernel in kernels(model).items() if site in frozen.norms}
+        programmed = dataclasses.replace(programmed, norms=jax.jit(norms)(adapted))
+    if pool is None or factors is None:
+        return programmed
+    in_arrays = dataclasses.replace(pool, A=factors["A"], B=factors["B"])
+    programmed = dataclasses.replace(programmed, pool=in_arrays)
+    if norm == "ideal":
+        terms = None if frozen.gram is None else dataclasses.replace(frozen.gram, modules=pool)
+        return dataclasses.replace(programmed, gram=terms)
+    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+    return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, used))

@@ -1,0 +1,86 @@
+"""A run on arrays: what it trains on, and what it is evaluated on."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jaxtyping import Array, Int
+
+from ..crossbar import CrossbarConfig
+from ..crossbar.config import deterministic
+from ..crossbar.state import is_random
+from ..methods.merge import Merge
+from ..methods.method import Frozen, Params
+from ..runs.options import FuseOptions
+from ..runs.prepare import Setup, available
+from .calibration import calibrate, looped
+from .chips import redraw
+from .folder import Chips, aged, load_chips
+from .program import program
+
+# Training rows that ADCs are calibrated on.
+CALIBRATION_ROWS = 64
+# The chips of training steps are none of chip 0, 1, ...
+_STEPS = 2**32 - 1
+
+
+def check(setup: Setup, options: FuseOptions) -> None:
+    """Raise ValueError for a run that leaves no frozen model to program, or has no rows to calibrate ADCs on."""
+    if options.method in ("full", "constant"):
+        raise ValueError(f"the method {options.method} leaves no frozen model to program: it has no place on arrays")
+    if not len(setup.train):
+        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
+
+
+def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> tuple[Setup, Setup]:
+    """Return what a run trains on and what it is evaluated on: its chip, calibrated.
+
+    Args:
+      setup: digital.
+      options: of the run.
+      params: that it starts from.
+
+    Raises:
+      ValueError: chips that hold other weights, a chip that is not there, an age without a drift model, or fresh noise
+        where nothing is random.
+    """
+    check(setup, options)
+    asked = options.arrays
+    assert asked.crossbar is not None
+    chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.digital)
+    chips.check(setup)
+    config = aged(chips.config, asked.age)
+    if asked.noise in ("fresh", "both") and not is_random(config):
+        raise ValueError(f"programming is not random in {chips.name}: train with --noise chip or --noise none")
+    setup = looped(without_merged_pool(setup))
+
+    def calibrated(config: CrossbarConfig) -> Frozen:
+        numbers = module_numbers(setup, options, chips)
+        key = chips.chip_key(asked.chip)
+        chip = program(setup.graph, setup.frozen, chips.rules(config), key, modules=numbers, norm=asked.norm)
+        return calibrate(setup, params, chip, rows=CALIBRATION_ROWS)
+
+    chip = calibrated(config)
+    training = chip
+    if asked.noise == "none":
+        training = calibrated(deterministic(config))
+    elif asked.noise != "chip":
+        key = jax.random.fold_in(chips.key, _STEPS)
+        steps = "every" if asked.noise == "fresh" else "other"
+        source = redraw(setup.frozen, chips.rules(config), key, steps=steps, norm=asked.norm)
+        training = dataclasses.replace(chip, redraw=source)
+    return dataclasses.replace(setup, frozen=training), dataclasses.replace(setup, frozen=chip)
+
+
+def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:
+    """Return the numbers that the setup's modules have on the chips; None without a pool."""
+    if setup.frozen.pool is None or options.pool is None:
+        return None
+    return chips.numbers(setup.frozen.pool.names, available(Path(options.pool)))
+
+
+def without_merged_pool(setup: Setup) -> Setup:
+    """Return the setup without modules that are in no array: what is read is the module that a merge made of them."""
+    if isinstance(setup.method, Merge) and setup.method.kind != "cat":
+        return dataclasses.replace(setup, frozen=dataclasses.replace(setup.frozen, pool=None, gram=None))
+    return setup

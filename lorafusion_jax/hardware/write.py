@@ -1,0 +1,153 @@
+"""`lorafusion crossbar program`: base and pool written onto chips, once, for every run that will use them."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..crossbar import (
+    Counts,
+    Programmed,
+    config_hash,
+    counts,
+    explain,
+    load_config,
+    save_config,
+    save_state,
+    write_cost,
+)
+from ..crossbar.probing import programmed_leaves
+from ..crossbar.state import is_random
+from ..io.checkpoint import write_json
+from ..runs.options import FuseOptions, Recipe
+from ..runs.prepare import available, load_fused
+from ..training.progress import progress
+from .folder import CONFIG, MANIFEST, Chips, digests
+from .program import program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramOptions:
+    """Write a base model and a pool onto independent chips, and report arrays, cells, energy and time.
+
+    Every chip has random errors of its own, drawn from the key. `lorafusion fuse` and `lorafusion evaluate` take the
+    folder with --crossbar.
+
+    Example:
+      lorafusion crossbar program --base examples/small/base --pool pool --config noisy.yaml --chips 8 --out chips/noisy
+
+    Attributes:
+      base: the base model: a Hugging Face folder or a hub id.
+      pool: a converted pool, or a folder of PEFT adapters; all its modules are written.
+      out: folder of the chips.
+      config: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
+      chips: how many.
+      key: from which they are drawn.
+      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers.
+    """
+
+    base: str
+    pool: str
+    out: Path
+    config: str = "isaac"
+    chips: int = 1
+    key: int = 0
+    digital: tuple[str, ...] = ()
+
+
+def program_chips(options: ProgramOptions) -> dict[str, Any]:
+    """Write the folder (see `folder`), and return its manifest.
+
+    Raises:
+      ValueError: before anything is written: the folder exists, or a configuration, a pattern, a base or a pool
+        cannot be used.
+    """
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: give another --out; chips are never written over")
+    if options.chips < 1:
+        raise ValueError(f"chips is {options.chips}: wanted at least 1")
+    config = load_config(options.config)
+    if options.chips > 1 and not is_random(config):
+        raise ValueError(
+            f"programming is not random in {options.config}, so {options.chips} chips are alike: one is enough"
+        )
+    chips = Chips(config, options.digital, jax.random.key(options.key), None, options.config)
+    names = available(Path(options.pool))
+    recipe = Recipe(modules=len(names))
+    fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
+    partial_out = options.out.with_name(f".{options.out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a process that was killed
+    leaves: list[Programmed] = []
+    with progress("chips", options.chips) as bar:
+        for number in range(options.chips):
+            chip = program(fused.graph, fused.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
+            leaves = programmed_leaves(chip)
+            (folder := partial_out / f"chip_{number}").mkdir(parents=True)
+            for leaf in leaves:
+                save_state(leaf.state, config, folder / f"{_name(leaf)}.npz")
+            bar.update()
+    found = digests(fused)
+    manifest = {
+        "base": options.base,
+        "base_sha256": found["base"],
+        "pool": options.pool,
+        "modules": found["modules"],
+        "config": options.config,
+        "config_sha256": config_hash(config),
+        "digital": list(options.digital),
+        "key": options.key,
+        "chips": options.chips,
+        "one_chip": _report(leaves),
+    }
+    save_config(config, partial_out / CONFIG)
+    write_json(partial_out / MANIFEST, manifest)
+    partial_out.replace(options.out)
+    return manifest
+
+
+def report_table(manifest: Mapping[str, Any]) -> str:
+    """Return what one chip takes, in words."""
+    one = manifest["one_chip"]
+    ranges = {name: " / ".join(f"{value:.3g}" for value in one[name]) for name in ("pulses", "joules", "seconds")}
+    lines = [
+        f"{manifest['chips']} chips of {manifest['config']}, each:",
+        f"  arrays       {one['arrays']:,}",
+        f"  cells        {one['cells']:,} written, {one['utilisation']:.1%} of the arrays'",
+        f"  pulses       {ranges['pulses']} (low / typical / high)",
+        f"  programming  {ranges['joules']} J, {ranges['seconds']} s",
+    ]
+    if one["simulated_pulses"] is not None:
+        lines.append(f"  write-verify {one['simulated_pulses']:.2f} pulses a cell, as simulated")
+    return "\n".join(lines)
+
+
+def _name(leaf: Programmed) -> str:
+    return leaf.name if not leaf.first else f"{leaf.name}.{leaf.first}"
+
+
+def _report(leaves: list[Programmed]) -> dict[str, Any]:
+    total, there, used = Counts(), 0, 0.0
+    pulses = []
+    for leaf in leaves:
+        matrices = math.prod(leaf.shape[:-2])
+        of_one = counts(leaf.state.shape, leaf.config)
+        total = total + of_one * matrices
+        explained = explain(leaf.config, leaf.state.shape, state=leaf.state)
+        cells = explained.arrays * math.prod(explained.array) * matrices
+        there, used = there + cells, used + explained.utilisation * cells
+        if leaf.state.pulses is not None:
+            pulses.append((float(leaf.state.pulses.mean()), of_one.cells * matrices))
+    cost = write_cost(total)
+    return {
+        "arrays": total.arrays,
+        "cells": total.cells,
+        "utilisation": used / there,
+        "pulses": list(dataclasses.astuple(cost.pulses)),
+        "joules": list(dataclasses.astuple(cost.energy)),
+        "seconds": list(dataclasses.astuple(cost.time)),
+        "simulated_pulses": sum(p * c for p, c in pulses) / total.cells if pulses else None,
+    }

@@ -1,0 +1,198 @@
+"""PEFT adapters, read from a folder or the hub and written back.
+
+The tensors' keys and shapes are the truth about where an adapter sits and of what rank it is. PEFT itself
+loads non-strictly and only warns; here whatever would change the result is refused by name.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import safetensors as safetensors_map
+from .. import torch_pickle
+from ..source import map_file, resolve
+from .config import AdapterError, check_config, scalings
+from .tensors import MAGNITUDE, collect, target_warnings
+
+_CONFIG = "adapter_config.json"
+_SAFETENSORS = "adapter_model.safetensors"
+_BIN = "adapter_model.bin"
+_MAX_CONFIG = 1 << 20
+_LONGEST_REASON = 2_000
+_FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
+
+
+@dataclass(frozen=True, eq=False)
+class PeftAdapter:
+    """One adapter as it lies on disk; arrays are read-only views of its file, in the file's dtype.
+
+    Attributes:
+        name: The last part of its source, without a revision.
+        source: The folder or hub id that it was read from.
+        weights: The file, or in a converted pool the folder, that holds the tensors.
+        config: The content of adapter_config.json.
+        config_text: The bytes of that file.
+        factors: (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model.
+        scaling: The factor on B A by path.
+        magnitude: DoRA's magnitude [d_out] by path; None without DoRA.
+        keys: The file's own spelling of the keys of A, B and, with DoRA, the magnitude, by path.
+        kept: Tensors that are not applied, by key: copies of base weights and state of training.
+        notes: What was ignored and why, and warnings.
+    """
+
+    name: str
+    source: str
+    weights: Path
+    config: Mapping[str, Any]
+    config_text: bytes
+    factors: dict[str, tuple[np.ndarray, np.ndarray]]
+    scaling: dict[str, float]
+    magnitude: dict[str, np.ndarray] | None
+    keys: dict[str, tuple[str, ...]]
+    kept: dict[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+def read_adapter(
+    source: str,
+    *,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    base_tensor: Callable[[str], np.ndarray] | None = None,
+) -> PeftAdapter:
+    """Read and check an adapter: everything that would make it mean something else is an error.
+
+    Args:
+        source: A folder, or a hub id `owner/name` or `owner/name@revision`.
+        shapes: (d_in, d_out) of every linear module of the base model that may be adapted, by path.
+        base_tensor: The base's tensor by its Hugging Face name, a tied name included; raises KeyError where
+            there is none. Full weights in the adapter are compared with it: ignored if equal, else refused.
+
+    Raises:
+        AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer; the
+            message names the adapter, and says why and what to do.
+    """
+    try:
+        return _read(source, shapes, base_tensor)
+    except Exception as error:
+        # What the checks foresee is an AdapterError or a ValueError already. Whatever else a file brings about ends
+        # this adapter only; the traceback keeps the cause.
+        if isinstance(error, AdapterError) and source in str(error):
+            raise
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
+        raise AdapterError(reason if source in reason else f"{source}: {reason}") from error
+
+
+def _read(
+    source: str,
+    shapes: Mapping[str, tuple[int, int]] | None,
+    base_tensor: Callable[[str], np.ndarray] | None,
+) -> PeftAdapter:
+    folder = resolve(source, patterns=(_CONFIG, _SAFETENSORS, _BIN))
+    config_text, config = _read_config(folder)
+    notes = list(check_config(config, where=str(folder / _CONFIG), compare_saved=base_tensor is not None))
+    weights = _weights_file(folder, notes)
+    where = str(weights)
+    tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
+    parts, ignored = collect(tensors, config, where=where, shapes=shapes, base_tensor=base_tensor)
+    notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
+
+    ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
+    scaling, warnings = scalings(config, ranks, where=where)
+    notes += [f"warning: {warning}" for warning in warnings]
+    notes += target_warnings(config, parts)
+
+    dora = bool(config.get("use_dora"))
+    local = Path(source).expanduser().is_dir()
+    return PeftAdapter(
+        name=folder.resolve().name if local else source.partition("@")[0].rpartition("/")[2],
+        source=source,
+        weights=weights,
+        config=config,
+        config_text=config_text,
+        factors={path: (part["lora_A"][1], part["lora_B"][1]) for path, part in parts.items()},
+        scaling=scaling,
+        magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()} if dora else None,
+        keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
+        kept={key: tensors[key] for key in ignored},
+        notes=tuple(notes),
+    )
+
+
+def resave(adapter: PeftAdapter, folder: Path) -> None:
+    """Write an adapter back: the same tensors under the same keys, and its configuration byte for byte.
+
+    Raises:
+        ValueError: The folder exists.
+    """
+    tensors = dict(adapter.kept)
+    for path, keys in adapter.keys.items():
+        arrays = adapter.factors[path] + ((adapter.magnitude[path],) if adapter.magnitude else ())
+        tensors |= zip(keys, arrays, strict=True)
+    write_adapter(folder, adapter.config_text, tensors)
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
+
+    The folder appears under its name only when it is complete.
+
+    Args:
+        folder: The folder to make.
+        config: The fields of the configuration, or the bytes of the file.
+        tensors: By PEFT's keys, `base_model.model.<path>.lora_A.weight` [r, d_in] and so on.
+
+    Raises:
+        ValueError: The folder exists.
+    """
+    from safetensors.numpy import save_file
+
+    if folder.exists():
+        raise ValueError(f"{folder} exists: give a new folder, or remove it first")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        if not isinstance(config, bytes):
+            config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
+        (partial / _CONFIG).write_bytes(config)
+        # PEFT and transformers refuse a file that does not state its format. The library wants C order.
+        arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
+        save_file(arrays, partial / _SAFETENSORS, metadata={"format": "pt"})
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {_CONFIG}: wanted the folder that PEFT's save_pretrained wrote")
+    data = map_file(path)
+    if len(data) > _MAX_CONFIG:
+        raise AdapterError(f"{path}: has {len(data):,} bytes: wanted at most {_MAX_CONFIG:,}")
+    text = bytes(data)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not JSON ({error}): fetch the file again") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: holds a {type(config).__name__}: wanted the fields of PEFT's LoraConfig")
+    return text, config
+
+
+def _weights_file(folder: Path, notes: list[str]) -> Path:
+    if (folder / _SAFETENSORS).is_file():
+        if (folder / _BIN).is_file():
+            notes.append(f"ignored: {_BIN}, because {_SAFETENSORS} lies beside it")
+        return folder / _SAFETENSORS
+    if (folder / _BIN).is_file():
+        return folder / _BIN
+    foreign = [f" ({file} is {name}'s)" for file, name in _FOREIGN_FILES.items() if (folder / file).exists()]
+    raise AdapterError(f"{folder} has neither {_SAFETENSORS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")

@@ -1,0 +1,233 @@
+"""From a file's tensors to LoRA factors by module: spelling, completeness, shapes, and what else is there."""
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from .config import AdapterError, shown, some
+from .patterns import Pattern, PatternError, Steps, Text
+
+# <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)*(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?P<leaf>\.weight|\.bias)?"
+)
+_WRAPPERS = re.compile(
+    r"^(?:base_model\.model\.)+|\.(?:base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)"
+)
+_TRAINING_STATE = ("lora_velora_", "lora_monteclora_sampler")
+_OTHER_TENSORS = {
+    "lora_embedding_": "LoRA on an embedding, which T5 shares between encoder, decoder and often the head",
+    "lora_diag": "KaSA",
+    "trainable_tokens": "retrained rows of the embedding (trainable_token_indices)",
+    "prompt_embeddings": "prompt or prefix tuning",
+    "lora_": "a tensor that plain LoRA does not have",
+}
+MAGNITUDE = "lora_magnitude_vector"
+# The longest name in a T5 has 90 characters, with all wrappers 150.
+_MAX_NAME, _MAX_TENSORS = 400, 100_000
+_EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
+
+# The tensors of one module: {lora_A, lora_B or lora_magnitude_vector: (key, array)}.
+Part = dict[str, tuple[str, np.ndarray]]
+
+
+def collect(
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    *,
+    where: str,
+    shapes: Mapping[str, tuple[int, int]] | None,
+    base_tensor: Callable[[str], np.ndarray] | None,
+) -> tuple[dict[str, Part], dict[str, str]]:
+    """Return the checked factors by module path, and why each other tensor (by key) may be ignored.
+
+    Args:
+        tensors: A file's tensors by key, in any spelling that PEFT or its users have written.
+        config: The content of adapter_config.json.
+        where: The file, for messages.
+        shapes: (d_in, d_out) of the base's linear modules by path; None leaves the fit unchecked.
+        base_tensor: The base's tensor by name, KeyError where there is none; None if the base is not at hand.
+
+    Raises:
+        AdapterError: A tensor is missing, unexpected, not finite or of the wrong shape, or the base is wrong.
+    """
+    parts, ignored = _sort(tensors, config, where, base_tensor)
+    _check_pairs(where, parts, dora=bool(config.get("use_dora")))
+    if shapes is not None:
+        _check_shapes(where, parts, shapes, config)
+    for part in parts.values():
+        for key, array in part.values():
+            if not np.isfinite(array).all():
+                raise AdapterError(f"{where}: {key} holds NaN or infinity: its training diverged; retrain it")
+    return parts, ignored
+
+
+def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
+    """Say where target_modules and the tensors' paths disagree; the tensors count."""
+    targets = config.get("target_modules")
+    if not targets or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        try:
+            pattern, steps = Pattern(targets), Steps()
+            strays = [path for path in paths if not pattern.fullmatch(Text(path, steps))]
+        except PatternError as error:
+            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors count"]
+        idle = []
+    else:
+        ends = {path: _ends(path) for path in paths}
+        strays = [path for path in paths if ends[path].isdisjoint(targets)]
+        named = set().union(*ends.values())
+        idle = [target for target in targets if target not in named]
+    warnings = []
+    if strays:
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors count")
+    if idle:
+        warnings.append(f"warning: target_modules names {some(idle)}, for which there are no tensors")
+    return warnings
+
+
+def _ends(path: str) -> set[str]:
+    """Return the names by which target_modules may mean a path: its last parts."""
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
+def _sort(
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    where: str,
+    base_tensor: Callable[[str], np.ndarray] | None,
+) -> tuple[dict[str, Part], dict[str, str]]:
+    parts: dict[str, Part] = {}
+    ignored = {}
+    if len(tensors) > _MAX_TENSORS:
+        raise AdapterError(f"{where} holds {len(tensors):,} tensors: wanted at most {_MAX_TENSORS:,}")
+    for key, array in tensors.items():
+        if len(key) > _MAX_NAME or not key.isprintable():
+            raise AdapterError(
+                f"{where}: a tensor is named {shown(key)}: wanted at most {_MAX_NAME} printable characters"
+            )
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            ignored[key] = _reason_to_ignore(where, key, array, config, base_tensor)
+            continue
+        if match["leaf"] == ".bias":
+            raise AdapterError(f"{where}: {key} is a bias on a factor: retrain with lora_bias=False")
+        part = parts.setdefault(match["path"], {})
+        if match["kind"] in part:
+            raise AdapterError(
+                f"{where}: {part[match['kind']][0]} and {key} are the same factor: "
+                "the file holds two adapters; save each in a folder of its own"
+            )
+        _check_array(where, key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
+        part[match["kind"]] = key, array
+    if not parts:
+        raise AdapterError(f"{where} holds no lora_A and lora_B: wanted the weights of a LoRA adapter")
+    return parts, ignored
+
+
+def _reason_to_ignore(
+    where: str,
+    key: str,
+    array: np.ndarray,
+    config: Mapping[str, Any],
+    base_tensor: Callable[[str], np.ndarray] | None,
+) -> str:
+    """Return why a tensor that is no factor does not matter, or refuse it by name."""
+    if any(state in key for state in _TRAINING_STATE):
+        return "state of the training only"
+    for fragment, meaning in _OTHER_TENSORS.items():
+        if fragment in key:
+            raise AdapterError(f"{where}: {key} is {meaning}: retrain as plain LoRA on linear modules")
+    name = _WRAPPERS.sub("", key)
+    kind = "a module trained in full"
+    if name.endswith("bias"):
+        kind = "a trained bias"
+    elif name.split(".")[-2:][0] in _EMBEDDINGS:
+        kind = "an embedding"
+    got = f"{where}: {key} {list(array.shape)} is {kind} (modules_to_save is {shown(config.get('modules_to_save'))})"
+    if base_tensor is None:
+        raise AdapterError(f"{got}: give the base's weights to compare it with; a copy of them is ignored")
+    try:
+        base = base_tensor(name)
+    except KeyError:
+        task = config.get("task_type")
+        head = f" (task_type {task} trains a head of its own)" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
+        raise AdapterError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
+    with np.errstate(over="ignore", invalid="ignore"):
+        same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
+    if not same:
+        raise AdapterError(
+            f"{got}, and it differs from the base's {name} {list(base.shape)}: it cannot be mixed; "
+            "retrain without it, or give the base that it was trained with"
+        )
+    return "equal to the base's"
+
+
+def _check_array(where: str, key: str, array: np.ndarray, *, ndim: int) -> None:
+    if array.ndim == ndim and 0 not in array.shape and array.dtype.kind not in "biuc":
+        return
+    got = f"{where}: {key} {list(array.shape)} of dtype {array.dtype}"
+    if array.ndim > 2:
+        raise AdapterError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; wanted linear modules")
+    if array.dtype.kind in "biuc":
+        raise AdapterError(f"{got}: wanted floats; save the adapter without quantisation")
+    raise AdapterError(
+        f"{got}: wanted {ndim} dimensions, none empty; probably shards of DeepSpeed ZeRO-3 or FSDP: "
+        "gather the parameters, then save again"
+    )
+
+
+def _check_pairs(where: str, parts: Mapping[str, Part], *, dora: bool) -> None:
+    for path, part in parts.items():
+        missing = {"lora_A", "lora_B", *([MAGNITUDE] if dora else [])} - set(part)
+        if missing:
+            raise AdapterError(
+                f"{where}: {path} has {' and '.join(sorted(part))} but no {' and no '.join(sorted(missing))} "
+                f"(use_dora is {str(dora).lower()}): the file is incomplete; save the adapter again"
+            )
+        if MAGNITUDE in part and not dora:
+            raise AdapterError(
+                f"{where}: {part[MAGNITUDE][0]} is DoRA's, but use_dora is not set: "
+                "set it to true in adapter_config.json if the adapter is a DoRA"
+            )
+        (key_a, a), (key_b, b) = part["lora_A"], part["lora_B"]
+        if a.shape[0] != b.shape[1]:
+            raise AdapterError(
+                f"{where}: {key_a} {list(a.shape)} has rank {a.shape[0]}, {key_b} {list(b.shape)} has rank "
+                f"{b.shape[1]}: wanted [r, d_in] and [d_out, r]; save again"
+            )
+        if dora and part[MAGNITUDE][1].shape != b.shape[:1]:
+            key, magnitude = part[MAGNITUDE]
+            raise AdapterError(f"{where}: {key} has shape {list(magnitude.shape)}: wanted [{b.shape[0]}]")
+
+
+def _check_shapes(
+    where: str, parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]
+) -> None:
+    misfits = [path for path, part in parts.items() if shapes.get(path) != _d_in_d_out(part)]
+    if not misfits:
+        return
+    path = misfits[0]
+    (key_a, a), (key_b, b) = parts[path]["lora_A"], parts[path]["lora_B"]
+    if path in shapes:
+        d_in, d_out = shapes[path]
+        got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: wanted [r, {d_in}] and [{d_out}, r]"
+    else:
+        near = difflib.get_close_matches(path, shapes, n=1, cutoff=0)
+        got = f"{key_a}: the base has no linear module {path} (nearest: {', '.join(near)})"
+    wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
+    raise AdapterError(
+        f"{where}: {wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; "
+        f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
+    )
+
+
+def _d_in_d_out(part: Part) -> tuple[int, int]:
+    return part["lora_A"][1].shape[1], part["lora_B"][1].shape[0]

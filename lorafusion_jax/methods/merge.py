@@ -1,0 +1,72 @@
+"""The baselines that merge modules without data: nothing is trained."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..adapters.composition import Lora
+from ..adapters.merges import MergeKind, check_merge, merge
+from ..adapters.pool import LoraPool
+from .method import Frozen, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """A merge of the modules, made once: every weight is the same, and nothing is trained.
+
+    Group `merged`: A and B of the result; `cat` reads the pool where it lies, and its group is `weights` [N]. None
+    of these numbers counts.
+
+    Attributes:
+      kind: the rule (see `fusion.merge`).
+      density: share of the entries that ties, dare and magnitude_prune keep.
+      weight: of every module; None for 1 / N.
+      rank: of the result of an svd; None for the largest of the pool.
+    """
+
+    kind: MergeKind
+    density: float = 0.5
+    weight: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"a density of {self.density}: wanted a share of the entries to keep, above 0 and up to 1")
+        if self.rank is not None and (self.rank < 1 or not self.kind.endswith("svd")):
+            raise ValueError(f"rank {self.rank} for {self.kind}: wanted 1 or more, and only an svd chooses its rank")
+
+    def check(self, pool: LoraPool) -> None:
+        """Raise ValueError where this merge cannot use the pool."""
+        check_merge(pool, self.kind)
+
+    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
+        """Return the merged module; the key draws the masks of dare."""
+        weights = jnp.full(index.shape[0], 1 / index.shape[0] if self.weight is None else self.weight)
+        if self.kind == "cat":
+            return {"weights": weights}
+        merged = self._merge(frozen, index, weights, key)
+        factors = {site: lora for site, lora in merged.items() if isinstance(lora, Lora)}
+        return {"merged": {"A": {s: m.A for s, m in factors.items()}, "B": {s: m.B for s, m in factors.items()}}}
+
+    def adapters(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return the merged module, whose gradient is zero; no metrics."""
+        if self.kind == "cat":
+            return self._merge(frozen, index, jax.lax.stop_gradient(params["weights"]), None), {}
+        A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
+        return {site: Lora(A[site], B[site]) for site in A}, {}
+
+    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
+        """Return that no number counts."""
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+
+    def _merge(
+        self, frozen: Frozen, index: Int[Array, " N"], weights: Float[Array, " N"], key: Array | None
+    ) -> dict[str, Any]:
+        if frozen.pool is None:
+            raise ValueError("a merge needs a pool: Frozen(base, pool)")
+        return merge(frozen.pool, index, weights, self.kind, density=self.density, rank=self.rank, key=key)

@@ -1,0 +1,119 @@
+"""CMA-ES over LoraHub's objective: what gradient-free search reaches with a modern optimiser and more evaluations.
+
+Source: Hansen, "The CMA Evolution Strategy: A Tutorial" (2016), as evosax implements it.
+
+Axis letters: N modules of a seed.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ...models.weights import reads
+from ...runs.evaluate import SEARCH
+from ...tasks import Batch
+from ...training.mesh import on_mesh, to_host
+from ...training.seeds import Path
+from ...training.step import standard_promotion
+from ..method import Frozen
+from .objective import BOUND, score
+
+_DEVIATION = 0.3  # of the first generation about zero, a fifth of the bound
+
+
+def search(
+    batches: Sequence[Batch],
+    index: Int[Array, "seeds N"],
+    frozen: Frozen,
+    keys: Array,
+    *,
+    graph: nnx.GraphDef,
+    path: Path,
+    generations: int,
+    population: int,
+    after_generation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
+) -> Float[np.ndarray, "seeds N"]:
+    """Return the best weights that any generation of each seed tried, within LoraHub's bounds.
+
+    All members of all seeds' generations are one program: members are further seeds to it.
+
+    Args:
+      batches: of every seed's rows, leaves with a leading axis of seeds.
+      index: the modules of each seed.
+      frozen: the base model and the pool.
+      keys: of the seeds.
+      graph: the model's structure.
+      path: how seeds and members run.
+      generations: how often a population is drawn.
+      population: members of a generation, at least 4.
+      after_generation: called with its number, from 1, and the best score of every seed so far.
+
+    Raises:
+      ValueError: evosax is not installed, or such a population cannot be had.
+    """
+    check_population(generations, population)
+    seeds, modules = index.shape
+    with _promotions():
+        strategy = load_evosax().CMA_ES(population_size=population, solution=jnp.zeros(modules))
+        settings = strategy.default_params.replace(std_init=jnp.asarray(_DEVIATION))
+        states = [strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings) for key in keys]
+    spread = functools.partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), population, axis=0))
+    members = [spread(batch) for batch in batches]
+    member_index = on_mesh(jnp.asarray(np.repeat(to_host(index), population, axis=0)), of_seeds=True)
+    best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
+    for number in range(1, generations + 1):
+        # Seed by seed: batched, the last bits of a walk, and soon all of it, depend on the seeds beside it.
+        now = [jax.random.split(jax.random.fold_in(key, number)) for key in keys]
+        with _promotions():
+            drawn = [strategy.ask(key[0], state, settings) for key, state in zip(now, states, strict=True)]
+        tried = np.clip(np.stack([np.asarray(generation, float) for generation, _ in drawn]), -BOUND, BOUND)
+        read = reads(frozen, SEARCH, number)
+        flat = score(tried.reshape(-1, modules), members, member_index, read, graph=graph, path=path)
+        scores = np.where(np.isfinite(flat), flat, np.inf).reshape(seeds, population)
+        with _promotions():
+            states = [
+                strategy.tell(key[1], *(jnp.asarray(a[seed], jnp.float32) for a in (tried, scores)), state, settings)[0]
+                for seed, (key, (_, state)) in enumerate(zip(now, drawn, strict=True))
+            ]
+        winner = np.argmin(scores, axis=1)
+        found = np.take_along_axis(scores, winner[:, None], axis=1)[:, 0]
+        better = found < best_score
+        best[better] = tried[np.arange(seeds), winner][better]
+        best_score[better] = found[better]
+        after_generation(number, best_score)
+    return best
+
+
+def check_population(generations: int, population: int) -> None:
+    """Raise ValueError where CMA-ES cannot have such generations."""
+    if generations < 1 or population < 4:
+        raise ValueError(
+            f"{generations} generations of {population}: wanted at least 1 generation, and at least 4 members of it"
+        )
+
+
+@contextlib.contextmanager
+def _promotions() -> Iterator[None]:
+    """Let evosax's own arithmetic promote dtypes and ranks, which the strict modes refuse."""
+    with standard_promotion(), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def load_evosax() -> ModuleType:
+    """Return the optional dependency's algorithms.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    try:
+        from evosax import algorithms
+    except ModuleNotFoundError as error:
+        raise ValueError(f"CMA-ES needs {error.name}, which is not installed: pip install -e '.[cma]'") from error
+    return algorithms

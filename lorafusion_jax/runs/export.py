@@ -1,0 +1,114 @@
+"""`lorafusion export`: a fused run as a PEFT adapter or a merged base model, or one adapter of a pool as it was."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from ..adapters.coefficients import expand
+from ..adapters.composition import Lora
+from ..io.export import fused_adapter, lora_adapter, merged_base
+from ..io.hf import save_base
+from ..io.peft.adapter import resave, write_adapter
+from ..io.pool import read_adapter_from_pool
+from ..models.sites import sites
+from ..methods.magnitudes import Magnitudes
+from ..methods.merge import Merge
+from ..methods.method import Fusion, Params, adapted_model
+from .options import UNTRAINED
+from .run import load_run
+from .prepare import Fused, load_fused, with_modules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a fused run in the hub's formats, or an adapter of a converted pool as it came.
+
+    Examples:
+      lorafusion export --run runs/snarks-fusion --seed 1 --out adapter
+      lorafusion export --run runs/snarks-fusion --seed 1 --format merged --out model
+      lorafusion export --pool pool --adapter flan_t5_large-super_glue_wic --out adapter
+
+    Attributes:
+      out: the folder to write, which must not exist.
+      run: folder of the run.
+      seed: which of the run's seeds; by default its first.
+      format: a PEFT adapter, or a Hugging Face base model with what was trained merged in.
+      pool: a converted pool, to save one of its adapters again.
+      adapter: the name of that adapter.
+    """
+
+    out: Path
+    run: Path | None = None
+    seed: int | None = None
+    format: Literal["adapter", "merged"] = "adapter"
+    pool: Path | None = None
+    adapter: str | None = None
+
+
+def export(options: ExportOptions) -> None:
+    """Write what the options ask for.
+
+    Raises:
+      ValueError: `out` exists, or the options do not say what to write.
+    """
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
+    if options.run is not None and options.pool is None:
+        _export_run(options, options.run)
+    elif options.pool is not None and options.adapter is not None and options.run is None:
+        resave(read_adapter_from_pool(options.pool, options.adapter), options.out)
+    else:
+        raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
+
+
+def _export_run(options: ExportOptions, folder: Path) -> None:
+    fused, params, config = load_run(folder)
+    if fused.method in UNTRAINED:
+        raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: there is nothing to export")
+    if fused.method == "full" and options.format == "adapter":
+        raise ValueError(f"{folder} fine-tuned all weights, which no adapter holds: export it with --format merged")
+    seed = fused.seeds[0] if options.seed is None else options.seed
+    if seed not in fused.seeds:
+        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
+    loaded = with_modules(load_fused(fused), fused, config)
+    position = fused.seeds.index(seed)
+    of_seed: Params = jax.tree.map(lambda p: p[position], params)
+    index = loaded.index[position]
+    if options.format == "merged":
+        model, adapters, _ = adapted_model(of_seed, index, loaded.frozen, graph=loaded.graph, method=loaded.method)
+        save_base(merged_base(model, adapters), options.out, fused.base)
+    else:
+        write_adapter(options.out, *_adapter(loaded, of_seed, index, fused.base))
+
+
+def _adapter(
+    loaded: Fused, of_seed: Params, index: Int[Array, " N"], base: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the configuration and the tensors of the PEFT adapter that one seed's numbers amount to."""
+    magnitudes, pool, method = of_seed.get("magnitudes"), loaded.frozen.pool, loaded.method
+    if isinstance(method, Fusion) and pool is not None:
+        coefficients = expand(of_seed["coefficients"], pool, method.granularity)
+        return fused_adapter(pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
+    if isinstance(method, Merge) and method.kind == "cat" and pool is not None:
+        coefficients = expand(of_seed["weights"], pool, "global")
+        return fused_adapter(pool, index, coefficients, "sum", base=base)
+    if isinstance(method, Magnitudes) and magnitudes is not None:
+        return lora_adapter(_no_update(loaded, magnitudes), base=base, magnitudes=magnitudes)
+    adapters, _ = jax.jit(method.adapters)(of_seed, loaded.frozen, index)
+    return lora_adapter(adapters, base=base, magnitudes=magnitudes)
+
+
+def _no_update(loaded: Fused, magnitudes: dict[str, Array]) -> dict[str, Lora]:
+    """Return updates of rank 1 that are zero: PEFT has magnitudes only beside an update."""
+    adapted = sites(nnx.merge(loaded.graph, loaded.frozen.base).config)
+    shapes = {name: (site.layers, site.d_in, site.d_out) for name, site in adapted.items() if name in magnitudes}
+    return {
+        name: Lora(jnp.zeros((layers, d_in, 1)), jnp.zeros((layers, 1, d_out)))
+        for name, (layers, d_in, d_out) in shapes.items()
+    }

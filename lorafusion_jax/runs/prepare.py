@@ -1,0 +1,332 @@
+"""From options to arrays: the base model, the pool, the task's tokens, and what each seed draws."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from ..adapters.composition import gram, norms
+from ..adapters.pool import LoraPool, random_pool, shuffled_pool
+from ..io.hf import base_tensor, load_base, read_config
+from ..io.pool import check_base, load_pool, read_manifest, read_pool
+from ..models.sites import Site, targeted
+from ..models.t5.model import T5, kernels
+from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
+from ..training import mesh as sharding
+from ..methods.full import FullFineTuning
+from ..methods.lora import LoRA
+from ..methods.magnitudes import Magnitudes
+from ..methods.merge import Merge
+from ..methods.vera import VeRA
+from ..methods.method import LORAHUB, Frozen, Fusion, Method, ZeroShot, check_lorahub
+from .options import POOLLESS, UNTRAINED, FuseOptions, OnArrays
+from ..training.mesh import on_mesh
+from ..training.seeds import Path as SeedPath
+from ..training.seeds import default_path
+
+_CONTROL_KEY = 0
+_PROJECTION_KEY = 0  # VeRA's matrices are those of every run, as PEFT's are
+# A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
+_SHALLOW = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A model and what is fused onto it, without a task.
+
+    Attributes:
+      graph: the model's structure, a static argument of the jitted functions.
+      frozen: the model's weights, the pool of all modules that any seed draws, its Gram terms.
+      method: what is trained.
+      index: [seeds, N], the modules of each seed as positions in that pool.
+      modules: their names, by seed.
+      tokenizer: between texts and tokens.
+      path: how seeds run.
+    """
+
+    graph: nnx.GraphDef
+    frozen: Frozen
+    method: Method
+    index: Int[Array, "seeds N"]
+    modules: tuple[tuple[str, ...], ...]
+    tokenizer: Any
+    path: SeedPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Fused):
+    """Everything a run computes with.
+
+    Attributes:
+      task: the texts.
+      train: tokens of the task's training rows.
+      test: tokens of the rows to evaluate on.
+      split: which training rows train and which validate, by seed; None where nothing is trained.
+      max_new_tokens: of generation.
+    """
+
+    task: Task
+    train: Encoded
+    test: Encoded
+    split: Split | None
+    max_new_tokens: int
+
+
+AnyFused = TypeVar("AnyFused", bound=Fused)
+
+
+def check(options: FuseOptions) -> None:
+    """Raise ValueError for options that do not go together, before anything is loaded."""
+    if not options.seeds:
+        raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
+    if options.pool is None and options.method not in POOLLESS:
+        raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
+    if options.control != "none" and options.load_in != "full":
+        raise ValueError(f"the {options.control} control is drawn in full precision: leave out --load-in")
+    if options.control != "none" and options.method in POOLLESS:
+        raise ValueError(f"the method {options.method} has no pool to replace: leave out --control")
+    if options.method == "full" and options.load_in != "full":
+        raise ValueError("full fine-tuning trains the weights themselves, not 4 or 8 bits of them: leave out --load-in")
+    recipe = options.recipe
+    counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
+    for name, count in (counts | {"eval_batch": options.eval_batch}).items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: wanted at least 1")
+    if recipe.choose == "gradient":
+        if options.method not in ("fusion", "coefficients") or recipe.composition != "sum":
+            raise ValueError(
+                "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
+                "leave out --choose, or use the method fusion or coefficients and the composition sum"
+            )
+        if options.adapters:
+            raise ValueError("--adapters names the modules already: leave it out, or --choose")
+    if options.mesh is not None and options.method in UNTRAINED:
+        raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
+    if options.mesh is not None and options.arrays.crossbar is not None:
+        raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
+    if options.arrays.crossbar is None and options.arrays != OnArrays():
+        raise ValueError(
+            "--noise, --chip, --chip-key, --digital, --age and --norm are of simulated arrays, and there are none: say "
+            "which with --crossbar, or leave them out"
+        )
+    if options.distributed and options.mesh is None:
+        raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
+    if not 0 <= recipe.prune < 1:
+        raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
+    if recipe.prune and options.method != "fusion":
+        raise ValueError(f"the method {options.method} has no magnitudes to prune: leave out --prune")
+
+
+def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
+    """Load what the options name, and draw what the seeds decide.
+
+    Args:
+      options: of the run.
+      path: of a run that is resumed; else the options' own, or what is faster here.
+
+    Raises:
+      ValueError: with the file, what was wanted, and how to mend it.
+    """
+    check(options)
+    recipe = options.recipe
+    needs_training_rows = options.method != "zero-shot"
+    task = load_task(
+        options.task,
+        prompt=options.prompt,
+        train_rows=options.train_rows,
+        need=("train", "test") if needs_training_rows else ("test",),
+    )
+    there = min(len(task.train), options.train_rows)
+    if options.method == "few-shot" and recipe.shots > there:
+        raise ValueError(
+            f"{recipe.shots} examples for the prompts of {task.name}, of which {there} training rows are used: "
+            "ask for fewer --shots"
+        )
+    fused = load_fused(options, path)
+    train = encode(fused.tokenizer, task.train)
+    longest = max((len(row) for row in train.labels), default=128)
+    rows = None
+    if options.method not in UNTRAINED:
+        rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
+    return Setup(
+        **vars(fused),
+        task=task,
+        train=train,
+        test=encode(fused.tokenizer, task.test[: options.test_rows]),
+        split=rows,
+        max_new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
+    )
+
+
+def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
+    """Load the model and the modules that the options name; the task is not looked at.
+
+    Args:
+      options: of the run.
+      path: as in `prepare`.
+
+    Raises:
+      ValueError: as `prepare` does.
+    """
+    sharding.check_model(read_config(options.base))
+    tokenizer = load_tokenizer(options.base)
+    names, modules = _draw(options)
+    quantise = None if options.load_in == "full" else options.load_in
+    with sharding.loading():
+        model = load_base(options.base, dtype=options.dtype, quantise=quantise)
+    if model.config.num_layers + model.config.num_decoder_layers <= _SHALLOW:
+        model.config = dataclasses.replace(model.config, unroll=True, remat="none")
+    graph, base = nnx.split(model)
+    base = on_mesh(base)
+    nnx.update(model, base)
+    pool = None
+    if names:
+        with sharding.loading():
+            pool = _load_modules(options, names, model)
+        pool = on_mesh(pool)
+    method = _method(options, model, pool)
+    frozen = Frozen(base, pool)
+    if pool is not None:
+        used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+        frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, used))
+    if options.method in ("magnitudes", "dora"):
+        adapted = {name: kernels(model)[name] for name, _ in _targets(options, model)}
+        frozen = dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))
+    if isinstance(method, VeRA):
+        frozen = dataclasses.replace(frozen, projections=method.projections(jax.random.key(_PROJECTION_KEY)))
+    position = {name: i for i, name in enumerate(names)}
+    return Fused(
+        graph=graph,
+        frozen=on_mesh(frozen),
+        method=method,
+        index=_index(modules, position),
+        modules=modules,
+        tokenizer=tokenizer,
+        path=path or (default_path() if options.path == "auto" else options.path),
+    )
+
+
+def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:
+    """Return what was loaded with the modules that the run fused.
+
+    Raises:
+      ValueError: the pool has no such modules any more, or its seeds draw others by now.
+    """
+    wanted = tuple(tuple(modules) for modules in config["modules"])
+    if options.recipe.choose == "draw" and loaded.modules != wanted:
+        raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
+    if loaded.modules == wanted:
+        return loaded
+    position = {name: i for i, name in enumerate(loaded.modules[0])}
+    if missing := sorted({name for names in wanted for name in names} - position.keys()):
+        raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
+    return dataclasses.replace(loaded, index=_index(wanted, position), modules=wanted)
+
+
+def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
+    return on_mesh(jnp.array([[position[name] for name in names] for names in modules], jnp.int32), of_seeds=True)
+
+
+def trainable_count(setup: Setup) -> dict[str, int]:
+    """Return how many numbers the first seed trains, by group."""
+    index = setup.index[0]
+    params = setup.method.init(setup.frozen, index, jax.random.key(0))
+    acting = setup.method.trainable(params, setup.frozen, index)
+    return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}
+
+
+def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+    """Return the names of all modules needed, in the pool's order, and those of each seed."""
+    if options.pool is None or options.method in POOLLESS:
+        return [], tuple(() for _ in options.seeds)
+    there = available(Path(options.pool))
+    if options.adapters:
+        # LoraPool knows how to choose; no arrays are needed for it.
+        names = LoraPool(A={}, B={}, rank={}, names=tuple(there)).indices(
+            [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
+        )
+        drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
+    elif options.recipe.choose == "gradient":
+        if not 1 <= options.recipe.modules <= len(there):
+            raise ValueError(
+                f"{options.recipe.modules} modules to be chosen from a pool of {len(there)}: ask for 1 to {len(there)}"
+            )
+        drawn = tuple(tuple(there) for _ in options.seeds)
+    else:
+        count = min(options.recipe.modules, len(there))
+        drawn = tuple(draw_modules(there, count, seed) for seed in options.seeds)
+    used = {name for names in drawn for name in names}
+    return [name for name in there if name in used], drawn
+
+
+def available(pool: Path) -> list[str]:
+    """Return the names of the adapters of a converted pool, or of a folder of PEFT adapters.
+
+    Raises:
+      ValueError: the folder is neither.
+    """
+    if (pool / "manifest.json").is_file():
+        return [entry["name"] for entry in read_manifest(pool)["adapters"]]
+    names = sorted(path.parent.name for path in pool.glob("*/adapter_config.json"))
+    if not names:
+        raise ValueError(
+            f"{pool} is no pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
+            "PEFT adapter folders"
+        )
+    return names
+
+
+def _load_modules(options: FuseOptions, names: Sequence[str], model: T5) -> LoraPool:
+    assert options.pool is not None
+    folder = Path(options.pool)
+    if (folder / "manifest.json").is_file():
+        check_base(read_manifest(folder), model.config)
+        pool = load_pool(folder, chosen=names)
+    else:
+        sources = [str(folder / name) for name in names]
+        pool = read_pool(sources, model.config, base_tensor=base_tensor(options.base))
+    if options.control != "none":
+        control = random_pool if options.control == "random" else shuffled_pool
+        pool = control(pool, jax.random.key(_CONTROL_KEY))
+    return pool if options.load_in == "full" else pool.quantised(options.load_in)
+
+
+def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
+    recipe = options.recipe
+    if options.method in UNTRAINED:
+        return ZeroShot()
+    if options.method == "full":
+        return FullFineTuning()
+    if options.method == "magnitudes":
+        return Magnitudes()
+    if options.method in ("lora", "dora"):
+        rank, dora = recipe.lora_rank, options.method == "dora"
+        return LoRA(sites=_targets(options, model), rank=rank, alpha=2.0 * rank, dora=dora)
+    if options.method == "vera":
+        return VeRA(sites=_targets(options, model), rank=recipe.vera_rank)
+    assert pool is not None
+    if options.method == "merge":
+        merge = Merge(kind=recipe.merge, density=recipe.density)
+        merge.check(pool)
+        return merge
+    if options.method in ("lorahub", "cma"):
+        check_lorahub(pool)
+        fusion = LORAHUB
+    elif options.method in ("mean", "single"):
+        fusion = Fusion(granularity="global", magnitudes=False)
+    else:
+        fusion = recipe.fusion(magnitudes=options.method == "fusion")
+    fusion.check(pool)
+    return fusion
+
+
+def _targets(options: FuseOptions, model: T5) -> tuple[tuple[str, Site], ...]:
+    """Return the linear maps that methods without a pool adapt."""
+    return tuple(targeted(model.config, options.recipe.lora_targets, "lora_targets").items())

@@ -1,0 +1,66 @@
+"""Evaluation of a run by what its method is: a model, a model that sees examples, or no model at all."""
+
+import dataclasses
+
+import numpy as np
+
+from ..tasks import Encoded, Task, answer_options, constant_answer, encode, exact_match, few_shot, split
+from .evaluate import Evaluation, evaluate
+from ..methods.method import Params
+from .options import FuseOptions
+from .prepare import Setup
+
+_UNCUT, _LONGEST = 2**30, 2048  # tokens
+
+
+def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
+    """Return the seeds, only the first where all say the same, and their evaluation.
+
+    Args:
+      setup: of the run.
+      options: of the run.
+      params: leaves with a leading axis of seeds.
+    """
+    if options.method == "constant":
+        return options.seeds, _constant(setup, options)
+    if options.method == "few-shot":
+        return options.seeds, _few_shot(setup, options)
+    seeds = options.seeds[:1] if options.method == "zero-shot" else options.seeds
+    closed = answer_options(setup.task)
+    return seeds, evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch, options=closed)
+
+
+def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
+    """Answer every row with the most common target of the rows that a seed would train on."""
+    wanted = [example.target for example in setup.task.test[: len(setup.test)]]
+    said = [[constant_answer(task)] * len(wanted) for task in _tasks_of_seeds(setup, options)]
+    correct = np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
+    return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
+
+
+def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
+    """Ask the base model with examples in the prompt, which each seed draws from the rows it would train on."""
+    closed = answer_options(setup.task)
+    found = []
+    for seed, task in zip(options.seeds, _tasks_of_seeds(setup, options), strict=True):
+        shown = few_shot(task, options.recipe.shots, seed)
+        test = encode(setup.tokenizer, shown.test[: len(setup.test)], max_length=_UNCUT)
+        # A prompt that is too long loses its first examples, not the question at its end.
+        test = Encoded(tuple(ids[-_LONGEST:] for ids in test.inputs), test.labels)
+        asked = dataclasses.replace(setup, task=shown, test=test)
+        found.append(evaluate(asked, {}, setup.index[:1], batch_size=options.eval_batch, options=closed))
+    scored = [one.option_correct for one in found if one.option_correct is not None]
+    losses = [one.loss for one in found if one.loss is not None]
+    return Evaluation(
+        predictions=[one.predictions[0] for one in found],
+        correct=np.concatenate([one.correct for one in found]),
+        loss=np.concatenate(losses),
+        option_correct=np.concatenate(scored) if scored else None,
+    )
+
+
+def _tasks_of_seeds(setup: Setup, options: FuseOptions) -> list[Task]:
+    """Return the task with those training rows that each seed would train and validate on."""
+    rows = split(len(setup.task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
+    chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
+    return [dataclasses.replace(setup.task, train=tuple(setup.task.train[i] for i in of_seed)) for of_seed in chosen]

@@ -1,0 +1,64 @@
+"""Seeds as an array axis: one program for all of them, batched or one after the other."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ..hardware.chips import of_seed
+
+Path = Literal["vmap", "map"]
+
+
+def default_path() -> Path:
+    """Return how seeds run best on this platform.
+
+    Accelerators read the base weights once for all seeds (`vmap`). On a CPU a batched program measures
+    slower than its seeds in turn (`map`): caches hold one seed's activations, not all of them.
+    """
+    return "map" if jax.default_backend() == "cpu" else "vmap"
+
+
+def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
+    """Return `fn(seeds, shared)` mapped over the leading axis of every array in `seeds`.
+
+    On a mesh (see `sharding`) every device maps seeds of its own, and none waits for another's.
+
+    Args:
+      fn: of (one seed's arrays, what all seeds share).
+      path: `vmap` (results within 1e-5 of single runs) or `map` (equal to them bit for bit).
+    """
+
+    def mapped(seeds: Any, shared: Any) -> Any:
+        if path == "vmap":
+            return jax.vmap(fn, in_axes=(0, None))(seeds, shared)
+        return jax.lax.map(lambda seed: fn(seed, shared), seeds)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return mapped
+    # The compiler partitions what lies on the axis `model`, if anything does: a program that it has no part in
+    # computes the same bits as on one device.
+    by_hand = {axis for axis, size in mesh.shape.items() if axis == "seed" or size == 1}
+    of_seeds, whole = PartitionSpec("seed"), PartitionSpec()
+    return jax.shard_map(mapped, in_specs=(of_seeds, whole), out_specs=of_seeds, axis_names=by_hand, check_vma=False)
+
+
+def per_seed(of_batch: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `of_batch(params, batch, index, frozen, *, graph, method)` as one jitted program for all seeds.
+
+    It takes `path` as well, and a leading axis of seeds in params, batch and index: each seed has a batch of its own.
+    Arrays are read with noise of their own for each.
+    """
+
+    def of_seeds(params: Any, batch: Any, index: Any, frozen: Any, *, graph: Any, method: Any, path: Path) -> Any:
+        def one_seed(seed: tuple[Any, ...], frozen: Any) -> Any:
+            number, *own = seed
+            return of_batch(*own, of_seed(frozen, number), graph=graph, method=method)
+
+        return over_seeds(one_seed, path)((jnp.arange(len(index)), params, batch, index), frozen)
+
+    of_seeds.__name__, of_seeds.__doc__ = of_batch.__name__, of_batch.__doc__
+    return jax.jit(of_seeds, static_argnames=("graph", "method", "path"))

@@ -1,0 +1,321 @@
+"""The fusion step: `(state, batch) -> (state, metrics)`, pure, to be jitted and mapped over seeds.
+
+Early stopping and pruning are masks in the state, so that seeds that share a program may differ in them.
+
+Axis letters: N adapters, B batch, S source, T target.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ..hardware.chips import of_step
+from ..methods.method import Frozen, Method, Params, adapted_model
+from ..tasks.batches import Batch
+from .loss import cross_entropy, decoder_inputs, rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How the numbers are trained: the static part.
+
+    Attributes:
+      steps: in all; the schedule's length.
+      schedule: of the learning rates: `constant`, or `cosine` to zero.
+      warmup: steps of linear warm-up.
+      clip: global norm above which gradients are scaled down; None for never.
+      patience: epochs without a better validation loss after which a seed stops; None for never.
+      patience_from: epochs before which none is counted.
+      prune: share of the smallest magnitudes that are set to zero at half time and kept there.
+    """
+
+    steps: int
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    clip: float | None = None
+    patience: int | None = None
+    patience_from: int = 0
+    prune: float = 0.0
+
+
+class Rates(NamedTuple):
+    """The part of the optimisation that may be swept as arrays.
+
+    Attributes:
+      learning_rate: by group of trainable numbers.
+      l2: added to the coefficients' gradient as l2 * c (coupled, as torch's Adam does).
+      l1: weight of mean |c| in the objective.
+    """
+
+    learning_rate: dict[str, Float[Array, ""]]
+    l2: Float[Array, ""]
+    l1: Float[Array, ""]
+
+
+class TrainState(NamedTuple):
+    """What training changes.
+
+    Attributes:
+      params: by group.
+      adam: optax state.
+      step: steps taken.
+      kept: False for magnitudes that were pruned (the shape of `params["magnitudes"]`, or None).
+      best: params of the best validation loss so far.
+      best_loss: that loss, infinite before the first.
+      waited: counted epochs since.
+      stopped: once True, nothing changes any more.
+    """
+
+    params: Params
+    adam: Any
+    step: Int[Array, ""]
+    kept: Any
+    best: Params
+    best_loss: Float[Array, ""]
+    waited: Int[Array, ""]
+    stopped: Bool[Array, ""]
+
+
+def standard_promotion() -> Any:
+    """Return the context for optax's own arithmetic, which strict dtype promotion refuses."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def init_state(
+    method: Method, frozen: Frozen, index: Int[Array, " N"], key: Array, params: Params | None = None
+) -> TrainState:
+    """Return the state that training starts from.
+
+    No array occurs in it twice, nor is one of `params`, so that a step may be given its memory.
+
+    Args:
+      method: what is trained.
+      frozen: what is not.
+      index: the modules of the pool that are fused.
+      key: of what the method draws.
+      params: numbers to start from in place of the method's own: all of its groups, or some.
+
+    Raises:
+      ValueError: `params` has a group that the method does not have, or other shapes.
+    """
+    own = method.init(frozen, index, key)
+    params = own if params is None else own | _like(params, own)
+    kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
+    return TrainState(
+        params=params,
+        adam=_ADAM.init(params),
+        step=jnp.int32(0),
+        kept=kept,
+        best=jax.tree.map(jnp.copy, params),
+        best_loss=jnp.float32(jnp.inf),
+        waited=jnp.int32(0),
+        stopped=jnp.bool_(False),
+    )
+
+
+def objective(
+    params: Params,
+    batch: Batch,
+    index: Int[Array, " N"],
+    frozen: Frozen,
+    l1: Float[Array, ""],
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return the training objective and its parts.
+
+    Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
+    """
+    logits, metrics = batch_logits(params, batch, index, frozen, graph=graph, method=method)
+    entropy = cross_entropy(logits, batch.labels)
+    loss = entropy / rows(batch.row_mask)
+    penalty = jnp.float32(0)
+    if "coefficients" in params:
+        acting = method.trainable(params, frozen, index)["coefficients"]
+        size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
+        penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
+    return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
+
+
+def batch_logits(
+    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
+) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    """Return the logits of teacher forcing, and the method's metrics."""
+    model, adapters, metrics = adapted_model(params, index, frozen, graph=graph, method=method)
+    start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
+    return model(batch.input_ids, batch.input_mask, start, adapters), metrics
+
+
+def fusion_step(
+    state: TrainState,
+    batch: Batch,
+    index: Int[Array, " N"],
+    frozen: Frozen,
+    rates: Rates,
+    *,
+    graph: nnx.GraphDef,
+    method: Method,
+    optimisation: Optimisation,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Take one step of one seed, which reads arrays with noise of its own, or on a chip of its own (see `chips`).
+
+    Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
+    Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
+
+    The last three arguments are structure and static under `jax.jit`:
+    `jax.jit(fusion_step, static_argnames=("graph", "method", "optimisation"))`.
+
+    Args:
+      state: before the step.
+      batch: of the seed.
+      index: the modules of the pool that are fused.
+      frozen: the base model, the pool, its Gram terms.
+      rates: a learning rate for each group of numbers, L2 and L1.
+      graph: the model's structure, of `nnx.split(model)`. Hashable.
+      method: what is trained. Hashable.
+      optimisation: how. Hashable; another one is another program.
+
+    Returns:
+      The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
+      nonfinite_gradients, and the method's own.
+
+    Raises:
+      ValueError: a group of numbers has no learning rate.
+    """
+    if missing := state.params.keys() - rates.learning_rate.keys():
+        raise ValueError(
+            f"no learning rate for {', '.join(sorted(missing))}: there is one for "
+            f"{', '.join(sorted(rates.learning_rate)) or 'no group'}; put it into Rates.learning_rate"
+        )
+    frozen = of_step(frozen, state.step, graph)
+    (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+        state.params, batch, index, frozen, rates.l1, graph=graph, method=method
+    )
+    broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))
+    gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
+    metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.tree.norm(gradients)}
+    updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
+    with standard_promotion():
+        schedule = _schedule(optimisation)(state.step)
+    params = {
+        group: jax.tree.map(partial(_descend, rates.learning_rate[group] * schedule), values, updates[group])
+        for group, values in state.params.items()
+    }
+    if optimisation.prune:
+        params["magnitudes"] = jax.tree.map(_zero_unless, state.kept, params["magnitudes"])
+        adam = _prune_moments(adam, state.kept)
+    new = state._replace(params=params, adam=adam, step=state.step + 1)
+    return _unless_stopped(state, new), metrics
+
+
+def prune(state: TrainState, share: float) -> TrainState:
+    """Return the state with the smallest `share` of all magnitudes at zero, ranked over all entries.
+
+    They stay there, and so do Adam's moments; the best parameters so far, not pruned, are forgotten.
+    """
+    magnitudes = state.params["magnitudes"]
+    flat = jnp.concatenate([jnp.abs(m).ravel() for m in jax.tree.leaves(magnitudes)])
+    order = jnp.argsort(flat)
+    kept_flat = jnp.ones(flat.shape, bool).at[order[: int(share * flat.size)]].set(False)
+    sizes = [m.size for m in jax.tree.leaves(magnitudes)]
+    parts = jnp.split(kept_flat, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
+    leaves, tree = jax.tree.flatten(magnitudes)
+    kept = tree.unflatten([k.reshape(m.shape) for k, m in zip(parts, leaves, strict=True)])
+    params = state.params | {"magnitudes": jax.tree.map(_zero_unless, kept, magnitudes)}
+    new = state._replace(
+        params=params,
+        adam=_prune_moments(state.adam, kept),
+        kept=kept,
+        best=params,
+        best_loss=jnp.full_like(state.best_loss, jnp.inf),
+    )
+    return _unless_stopped(state, new)
+
+
+def end_epoch(
+    state: TrainState, validation_loss: Float[Array, ""], epoch: Int[Array, ""], optimisation: Optimisation
+) -> TrainState:
+    """Remember the best parameters, and stop after `patience` counted epochs without better ones."""
+    better = validation_loss < state.best_loss
+    counted = (epoch >= optimisation.patience_from).astype(jnp.int32)
+    waited = jnp.where(better, 0, state.waited + counted)
+    stopped = jnp.bool_(False)
+    if optimisation.patience is not None:
+        stopped = waited >= optimisation.patience
+    new = state._replace(
+        best=_select(better, state.params, state.best),
+        best_loss=jnp.where(better, validation_loss, state.best_loss),
+        waited=waited,
+        stopped=stopped,
+    )
+    return _unless_stopped(state, new)
+
+
+_ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
+
+
+def _adam(gradients: Any, state: TrainState, l2: Array, clip: float | None) -> tuple[Params, Any]:
+    """Clip, add the coefficients' L2, and return Adam's updates (before the learning rates) and its state."""
+    updates: Any = gradients
+    with standard_promotion():
+        if clip is not None:
+            updates, _ = optax.clip_by_global_norm(clip).update(updates, optax.EmptyState())
+        if "coefficients" in updates:
+            decayed = updates["coefficients"] + l2 * state.params["coefficients"]
+            updates = updates | {"coefficients": decayed}
+        updates, adam = _ADAM.update(updates, state.adam, state.params)
+    return updates, adam
+
+
+def _schedule(optimisation: Optimisation) -> optax.Schedule:
+    if optimisation.schedule == "constant":
+        tail = optax.constant_schedule(1.0)
+    else:
+        tail = optax.cosine_decay_schedule(1.0, max(optimisation.steps - optimisation.warmup, 1))
+    if not optimisation.warmup:
+        return tail
+    ramp = optax.linear_schedule(1 / optimisation.warmup, 1.0, optimisation.warmup - 1)
+    return optax.join_schedules([ramp, tail], [optimisation.warmup])
+
+
+def _prune_moments(adam: Any, kept: Any) -> Any:
+    def pruned(moment: Params) -> Params:
+        return moment | {"magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])}
+
+    return adam._replace(mu=pruned(adam.mu), nu=pruned(adam.nu))
+
+
+def _like(params: Params, own: Params) -> Params:
+    """Return copies of given numbers in the types of a method's own."""
+    for group, values in params.items():
+        if group not in own:
+            raise ValueError(
+                f"numbers to start from have the group {group!r}: the method has {', '.join(own) or 'none'}"
+            )
+        given, wanted = (jax.tree.map(jnp.shape, numbers) for numbers in (values, own[group]))
+        if given != wanted:
+            raise ValueError(f"numbers to start from have {group} of the shapes {given}: wanted {wanted}")
+    return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), params, {group: own[group] for group in params})
+
+
+def _descend(rate: Array, value: Array, update: Array) -> Array:
+    return value - rate * update
+
+
+def _zero_unless(kept: Array, value: Array) -> Array:
+    return jnp.where(kept, value, jnp.zeros_like(value))
+
+
+def _select(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _unless_stopped(old: TrainState, new: TrainState) -> TrainState:
+    return _select(old.stopped, old, new)

@@ -1,0 +1,566 @@
+"""Fusion by its definition: oracles in NumPy, float64."""
+
+import dataclasses
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
+from lorafusion_jax.adapters.composition import Dense, Gram, Lora, Modules, column_norms, compose, gram, mix_outputs
+from lorafusion_jax.adapters.pool import LoraPool, random_pool
+from lorafusion_jax.io.export import fused_adapter
+from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.weights import dense
+from lorafusion_jax.tasks import draw_modules
+from lorafusion_jax.training.seeds import over_seeds
+
+_GRANULARITIES = ("global", "block", "site", "rank")
+_INDEX = [3, 0, 2]  # of a pool of four
+
+
+def _somewhere(n, site, layer):
+    """Rank 4, but module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer."""
+    return 0 if (n == 0 and "decoder" in site) or (n == 2 and site.startswith("encoder") and layer == 2) else 4
+
+
+def _several(n, site, layer):
+    """Ranks from 0 to 5, another one for every module, site and layer."""
+    return (n + 2 * layer + 3 * ("cross" in site)) % 6
+
+
+def _full(n, site, layer):
+    """Together three modules reach the rank of the matrices that they adapt."""
+    return 6
+
+
+_MODEL = tiny.t5()
+_KERNELS = kernels(_MODEL)
+
+
+def _layer(tree, layer):
+    return jax.tree.map(lambda a: a[layer], tree)
+
+
+@jax.jit
+def _matrices(adapters):
+    """What each adapted linear map multiplies by, (W + dW) times the scale, by site [L, d_in, d_out]."""
+
+    def of_layer(adapter, kernel):
+        return adapter(jnp.eye(kernel.shape[0]), kernel)
+
+    return {site: jax.vmap(of_layer)(adapter, _KERNELS[site]) for site, adapter in adapters.items()}
+
+
+# The modules of `_INDEX`, fused; compiled, since operations one by one take longer to compile than together.
+@functools.partial(jax.jit, static_argnames=("granularity", "composition", "differentiate_norm"))
+def _fuse(c, pool, granularity, composition, gram=None, magnitudes=None, differentiate_norm=False):
+    return compose(
+        pool,
+        jnp.array(_INDEX),
+        expand(c, pool, granularity),
+        composition,
+        gram=gram,
+        magnitudes=magnitudes,
+        differentiate_norm=differentiate_norm,
+    )
+
+
+def _close(got, wanted, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance)
+
+
+def _gram(pool):
+    return jax.jit(gram)(pool, {site: _KERNELS[site] for site in pool.A})
+
+
+def _kernel(site, layer):
+    return np.asarray(_KERNELS[site][layer], np.float64)
+
+
+# The definition, whatever the order of evaluation.
+
+
+@pytest.mark.parametrize("granularity", _GRANULARITIES)
+@pytest.mark.parametrize(
+    ("composition", "ranks", "kind"),
+    [("mix", _somewhere, Lora), ("sum", _somewhere, Modules), ("sum", _several, Modules), ("sum", _full, Dense)],
+)
+def test_adapters_are_the_definition(composition, granularity, ranks, kind):
+    pool = tiny.pool(4, ranks)
+    c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
+    adapters, floored = _fuse(c, pool, granularity, composition)
+    assert adapters.keys() == pool.A.keys() and floored == 0
+    assert all(isinstance(adapter, kind) for adapter in adapters.values())
+    matrices = _matrices(adapters)
+    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    for (site, layer), update in wanted.items():
+        _close(matrices[site][layer], _kernel(site, layer) + update)
+
+
+@pytest.mark.parametrize("granularity", ["block", "rank"])
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_orders_of_evaluation_are_equal(composition, granularity):
+    pool = tiny.pool(4)
+    c = tiny.coefficients(shape(pool, 3, granularity))
+    adapters, _ = _fuse(c, pool, granularity, composition)
+    matrices, spread = _matrices(adapters), expand(c, pool, granularity)
+    rng = np.random.default_rng(1)
+
+    @jax.jit
+    def both_orders(x, layer):
+        adapter, kernel, A, B, c = layer
+        chosen = jnp.array(_INDEX)
+        return adapter(x, kernel), mix_outputs(x, kernel, A[chosen], B[chosen], c, composition)
+
+    for site, adapter in adapters.items():
+        x = jnp.asarray(rng.normal(size=(2, 5, pool.A[site].shape[2])), jnp.float32)
+        for layer in range(pool.A[site].shape[0]):
+            stacked = (adapter, _KERNELS[site], pool.A[site], pool.B[site], spread[site])
+            in_weights, in_outputs = both_orders(x, _layer(stacked, layer))
+            _close(in_weights, in_outputs)
+            _close(in_outputs, np.asarray(x) @ np.asarray(matrices[site][layer]))
+
+
+def test_blocks_of_unequal_depths_have_columns_of_their_own():
+    pool = tiny.pool(2)
+    assert shape(pool, 2, "block") == (2, 5)
+    assert column_names(pool, "block") == ["encoder.0", "encoder.1", "encoder.2", "decoder.0", "decoder.1"]
+    assert column_names(pool, "global") == ["all"]
+    labels = column_names(pool, "site")
+    assert labels[:3] == ["encoder.0.self.q", "encoder.0.self.v", "encoder.1.self.q"]
+    assert labels[-2:] == ["decoder.1.cross.q", "decoder.1.cross.v"]
+    # Every block's coefficient moves the matrices of that block and no other.
+    c = tiny.coefficients((2, 5))
+    for column, (stack, layer) in enumerate((label.split(".")) for label in column_names(pool, "block")):
+        changed = expand(c.at[:, column].add(1.0), pool, "block")
+        for site, before in expand(c, pool, "block").items():
+            moved = np.asarray(before != changed[site]).any(axis=(1, 2))
+            wanted = np.arange(len(moved)) == int(layer) if site.startswith(stack) else np.zeros(len(moved), bool)
+            np.testing.assert_array_equal(moved, wanted)
+
+
+# Norms without W + dW.
+
+
+@pytest.mark.parametrize("granularity", ["block", "rank"])
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several), ("sum", _full)])
+def test_gram_norm_is_the_norm(composition, granularity, ranks):
+    pool = tiny.pool(4, ranks)
+    c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
+    terms = _gram(pool)
+    magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
+    adapters, floored = _fuse(c, pool, granularity, composition, gram=terms, magnitudes=magnitudes)
+    assert floored == 0
+    matrices = _matrices(adapters)
+    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    for (site, layer), update in wanted.items():
+        W = _kernel(site, layer)
+        m = 2.0 * np.linalg.norm(W, axis=0)
+        _close(matrices[site][layer], m * (W + update) / np.linalg.norm(W + update, axis=0))
+
+
+def _cancelling():
+    """One module whose product is -W at every encoder query."""
+    site = "encoder.self.q"
+    W = _KERNELS[site]
+    unit = jnp.broadcast_to(jnp.eye(W.shape[1])[None, None], (3, 1, W.shape[1], W.shape[1]))
+    return LoraPool(
+        A={site: unit}, B={site: -W[:, None]}, rank={site: jnp.full((3, 1), W.shape[1])}, names=("minus W",)
+    )
+
+
+@pytest.mark.parametrize(("c", "floored"), [(0.0, False), (0.9, False), (0.99, False), (1 - 1e-5, True), (1.0, True)])
+@pytest.mark.parametrize("composition", ["sum", "mix"])
+def test_norms_near_cancellation_are_floored_and_counted(composition, c, floored):
+    pool = _cancelling()
+    site, frozen = "encoder.self.q", Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = Fusion(composition=composition, granularity="global", start="uniform")
+    params = method.init(frozen, jnp.arange(1), jax.random.key(0))
+    # A mix is quadratic: its dW is -c^2 W.
+    params["coefficients"] = jnp.float32([c if composition == "sum" else c**0.5])
+
+    @jax.jit
+    def scale_of(params):
+        adapters, metrics = method.adapters(params, frozen, jnp.arange(1))
+        return adapters[site].scale, metrics["floored_norms"]
+
+    scale, count = scale_of(params)
+    columns = scale.size
+    assert count == (columns if floored else 0)
+    W = np.stack([_kernel(site, layer) for layer in range(3)])
+    norm = np.linalg.norm(W, axis=1)
+    if floored:
+        # 8 eps of what cancelled: ||W||^2 + ||dW||^2.
+        _close(scale, 1 / np.sqrt(8 * np.finfo(np.float32).eps * 2) + 0 * norm, 1e-3)
+    else:
+        # The difference keeps all digits but those that cancelled.
+        _close(scale, 1 / (1 - c) + 0 * norm, 8 * np.finfo(np.float32).eps / (1 - c) ** 2)
+    learned = dataclasses.replace(method, differentiate_norm=True)
+    for fusion in (method, learned):
+
+        def total(params, fusion=fusion):
+            return jnp.sum(fusion.adapters(params, frozen, jnp.arange(1))[0][site].scale)
+
+        gradients = jax.jit(jax.grad(total))(params)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+@pytest.mark.parametrize("differentiate_norm", [False, True])
+def test_peak_memory_does_not_hold_w_plus_dw(composition, differentiate_norm):
+    layers, width, modules, rank = 24, 1024, 8, 4
+
+    def array(*sizes):
+        return jax.ShapeDtypeStruct((layers, *sizes), jnp.float32)
+
+    def value(c, magnitudes, A, B, squared, cross, x, W):
+        pool = LoraPool(A={"q": A}, B={"q": B}, rank={"q": jnp.full((layers, modules), rank)}, names=("",) * modules)
+        adapters, _ = compose(
+            pool,
+            jnp.arange(modules),
+            {"q": c},
+            composition,
+            gram=Gram({"q": squared}, {"q": cross}),
+            magnitudes={"q": magnitudes},
+            differentiate_norm=differentiate_norm,
+        )
+        y, _ = jax.lax.scan(lambda x, layer: (layer[0](x, layer[1]), None), x, (adapters["q"], W))
+        return jnp.sum(y)
+
+    arguments = (
+        array(modules, 1),
+        array(width),
+        array(modules, width, rank),
+        array(modules, rank, width),
+        array(width),
+        array(modules, rank, width),
+        jax.ShapeDtypeStruct((2, width), jnp.float32),
+        array(width, width),
+    )
+    compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(*arguments).compile()
+    # Holding W + dW would take as much as all of W; a layer or two of it is a 24th or two.
+    assert compiled.memory_analysis().temp_size_in_bytes < layers * width * width * 4 / 4
+
+
+# Gradients.
+
+
+def _objective_in_numpy(pool, site, x, direction, composition, m, norm):
+    """Return a function of c [N], in float64; `norm` None lets the norm follow c."""
+
+    def value(c):
+        total = 0.0
+        look_up = tiny.coefficient_of(c, pool, "global")
+        for (name, layer), update in tiny.updates(pool, _INDEX, look_up, composition).items():
+            if name == site:
+                matrix = _kernel(site, layer) + update
+                divisor = np.linalg.norm(matrix, axis=0) if norm is None else norm[layer]
+                total += np.sum(x @ (matrix * m[layer] / divisor) * direction)
+        return total
+
+    return value
+
+
+@pytest.mark.parametrize("differentiate_norm", [False, True])
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _full)])
+def test_gradients_and_the_norm_as_a_constant(composition, ranks, differentiate_norm):
+    site, pool = "decoder.cross.v", tiny.pool(4, ranks, names="v")
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(6, 16))
+    direction = rng.normal(size=(6, 12))
+    c = tiny.coefficients((3,))
+    assert np.any(c < 0) and np.any(c > 0)
+    terms = _gram(pool)
+    magnitudes = {s: jnp.asarray(rng.uniform(0.5, 2, n.shape), jnp.float32) for s, n in column_norms(terms).items()}
+
+    def value(c, magnitudes):
+        adapters, _ = _fuse(c, pool, "global", composition, terms, magnitudes, differentiate_norm)
+        outputs = [
+            _layer(adapters[site], layer)(jnp.asarray(x, jnp.float32), _KERNELS[site][layer]) for layer in range(2)
+        ]
+        return sum(jnp.sum(y * jnp.asarray(direction, jnp.float32)) for y in outputs)
+
+    of_c, of_m = jax.jit(jax.grad(value, argnums=(0, 1)))(c, magnitudes)
+    look_up = tiny.coefficient_of(c, pool, "global")
+    here = tiny.updates(pool, _INDEX, look_up, composition)
+    norm = [np.linalg.norm(_kernel(site, layer) + here[site, layer], axis=0) for layer in range(2)]
+    m = np.asarray(magnitudes[site], np.float64)
+    function = _objective_in_numpy(pool, site, x, direction, composition, m, None if differentiate_norm else norm)
+    # float64 and second order: the differences are good to 1e-9.
+    at, step = np.asarray(c, np.float64), 1e-5
+    differences = [(function(at + step * e) - function(at - step * e)) / (2 * step) for e in np.eye(3)]
+    _close(of_c, differences, 1e-4)
+    for layer in range(2):
+        _close(of_m[site][layer], np.sum(x @ ((_kernel(site, layer) + here[site, layer]) / norm[layer]) * direction, 0))
+
+
+def test_a_negative_coefficient_keeps_the_sign_of_its_gradient():
+    # The paper's code multiplies the gradient by 2c. Of a sum the gradient does not depend on c at all.
+    pool = tiny.pool(4, names="q")
+
+    @jax.jit
+    def value_and_gradient(c):
+        return jax.value_and_grad(lambda c: jnp.sum(_matrices(_fuse(c, pool, "global", "sum")[0])["encoder.self.q"]))(c)
+
+    c = jnp.float32([0.7, 0.7, 0.7])
+    (above, _), (value, positive), (below, negative) = map(value_and_gradient, (c.at[0].set(0.8), c, -c))
+    assert np.all(np.abs(positive) > 0.1)
+    _close(positive, negative)
+    _close(positive[0], (above - value) / 0.1, 1e-3)
+    _close(below, value - 1.4 * np.sum(positive), 1e-4)
+
+
+def test_mix_has_no_gradient_at_zero_and_sum_has():
+    pool = tiny.pool(4)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(c, composition):
+        return jax.grad(lambda c: sum(map(jnp.sum, _matrices(_fuse(c, pool, "block", composition)[0]).values())))(c)
+
+    assert not np.any(gradient(jnp.zeros((3, 5)), "mix"))
+    assert np.all(np.abs(gradient(jnp.zeros((3, 5)), "sum")) > 1e-3)
+
+
+def test_mix_from_zeros_is_refused():
+    with pytest.raises(ValueError, match="a mix that starts at zero never moves.*use the composition sum"):
+        Fusion(composition="mix", start="zeros")
+
+
+# Modules that are not everywhere, and ranks that differ.
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_a_missing_module_contributes_nothing(composition):
+    pool = tiny.pool(4, _somewhere)
+    c = tiny.coefficients(shape(pool, 3, "block"))
+    changed = c.at[1, 3:].set(100.0)  # of the second one, module 0, which has nothing in the decoder
+
+    def matrices(c):
+        return _matrices(_fuse(c, pool, "block", composition)[0])
+
+    before, gradient = matrices(c), jax.jit(jax.grad(lambda c: sum(map(jnp.sum, matrices(c).values()))))(c)
+    jax.tree.map(np.testing.assert_array_equal, matrices(changed), before)
+    assert not np.any(gradient[1, 3:])
+    assert np.all(gradient[0, 3:] != 0)
+
+
+@pytest.mark.parametrize("granularity", _GRANULARITIES)
+@pytest.mark.parametrize("ranks", [_somewhere, _several])
+def test_only_coefficients_that_act_are_counted(granularity, ranks):
+    pool = tiny.pool(4, ranks)
+    found = np.asarray(present(pool, jnp.array(_INDEX), granularity))
+    # A coefficient acts where changing it changes a matrix.
+    c = tiny.coefficients(found.shape)
+    before = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), "sum")
+    for position in np.ndindex(found.shape):
+        moved = tiny.updates(pool, _INDEX, tiny.coefficient_of(c.at[position].add(1.0), pool, granularity), "sum")
+        assert found[position] == any(np.abs(moved[where] - before[where]).max() > 0 for where in before)
+
+
+def test_magnitudes_act_only_where_a_module_does():
+    pool = tiny.pool(2, lambda n, site, layer: 4 * (site.startswith("encoder") and layer == n))
+    pool = dataclasses.replace(
+        pool,
+        **{field: {s: w for s, w in getattr(pool, field).items() if "encoder" in s} for field in ("A", "B", "rank")},
+    )
+    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = Fusion(composition="sum")
+    for index, layers in ([0], [0]), ([1], [1]), ([0, 1], [0, 1]):
+        params = method.init(frozen, jnp.array(index), jax.random.key(0))
+        acting = method.trainable(params, frozen, jnp.array(index))["magnitudes"]["encoder.self.q"]
+        np.testing.assert_array_equal(np.flatnonzero(acting.any(axis=1)), layers)
+        params["magnitudes"] = {s: 3.0 * m for s, m in params["magnitudes"].items()}
+        matrices = _matrices(jax.jit(method.adapters)(params, frozen, jnp.array(index))[0])
+        for layer in range(3):
+            matrix, W = matrices["encoder.self.q"][layer], _kernel("encoder.self.q", layer)
+            norm = np.linalg.norm(matrix, axis=0) / np.linalg.norm(W, axis=0)
+            _close(norm, np.full(norm.shape, 3.0 if layer in layers else 1.0))
+
+
+def test_mix_refuses_several_ranks_and_takes_missing_sites():
+    with pytest.raises(ValueError, match="different ranks.*use the composition sum"):
+        Fusion(composition="mix").check(tiny.pool(4, _several))
+    Fusion(composition="mix").check(tiny.pool(4, _somewhere))
+    Fusion(composition="sum").check(tiny.pool(4, _several))
+
+
+def test_a_mix_of_several_ranks_is_refused_in_python():
+    pool = tiny.pool(4, _several)
+    frozen, index = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool)), jnp.array(_INDEX)
+    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    for refused in (
+        lambda: compose(pool, index, spread, "mix"),
+        # Which modules meet is not known there, so all of them count.
+        lambda: jax.jit(lambda index: compose(pool, index, spread, "mix"))(index),
+        lambda: Fusion(composition="mix").init(frozen, index, jax.random.key(0)),
+        lambda: fused_adapter(pool, index, spread, "mix", base="b"),
+    ):
+        with pytest.raises(ValueError, match="different ranks at .*: use the composition sum"):
+            refused()
+
+
+def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
+    """One adapter with a rank pattern; and modules of one rank out of a pool of several."""
+    pool = tiny.pool(2, lambda n, site, layer: 1 + layer if n == 0 else 5)
+    for index in ([0], [1]):
+        c = tiny.coefficients((1,))
+        adapters, _ = compose(pool, jnp.array(index), expand(c, pool, "global"), "mix")
+        matrices = _matrices(adapters)
+        for (site, layer), update in tiny.updates(pool, index, tiny.coefficient_of(c, pool, "global"), "mix").items():
+            _close(matrices[site][layer], _kernel(site, layer) + update)
+
+
+def test_a_fusion_without_gram_terms_is_refused():
+    with pytest.raises(ValueError, match="needs a pool and its Gram terms"):
+        Fusion().init(Frozen(nnx.split(_MODEL)[1]), jnp.arange(1), jax.random.key(0))
+
+
+# Pools in few bits.
+
+
+@pytest.mark.parametrize(("qtype", "bits", "error"), [("nf4", 4, 0.15), ("int8", 8, 0.02)])
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits, error):
+    pool = tiny.pool(4)
+    small = pool.quantised(qtype)
+    for weight in (*small.A.values(), *small.B.values()):
+        assert isinstance(weight, qwix.QArray)
+        assert jnp.iinfo(weight.qvalue.dtype).bits == bits
+    plain_again = dataclasses.replace(
+        small, **{f: {s: dense(w, jnp.float32) for s, w in getattr(small, f).items()} for f in ("A", "B")}
+    )
+    c = tiny.coefficients((3, 5))
+    whole, quantised, dequantised = (
+        _matrices(_fuse(c, p, "block", composition)[0]) for p in (pool, small, plain_again)
+    )
+    for site, matrices in whole.items():
+        _close(quantised[site], dequantised[site], 1e-6)
+        update = np.linalg.norm(matrices - _KERNELS[site])
+        assert 0 < np.linalg.norm(quantised[site] - matrices) < error * update
+
+
+# Seeds as an axis.
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_seeds_together_equal_seeds_alone(composition):
+    pool = tiny.pool(4)
+    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = Fusion(composition=composition, start="xavier")
+    index = jnp.array([_INDEX, [1, 2, 3]])
+    keys = jnp.stack([jax.random.key(seed) for seed in (1, 2)])
+
+    def of_seed(seed, frozen):
+        index, key = seed
+        params = method.init(frozen, index, key)
+        adapters, _ = method.adapters(params, frozen, index)
+        x = jnp.ones((1, 16))
+        return {s: a(x, k) for s in adapters for a, k in [(_layer(adapters[s], 0), _KERNELS[s][0])]}
+
+    single = [jax.jit(of_seed)((index[s], keys[s]), frozen) for s in (0, 1)]
+    batched = jax.jit(over_seeds(of_seed, "vmap"))((index, keys), frozen)
+    mapped = jax.jit(over_seeds(of_seed, "map"))((index, keys), frozen)
+    for site in pool.A:
+        for s in (0, 1):
+            _close(batched[site][s], single[s][site])
+            np.testing.assert_array_equal(mapped[site][s], single[s][site])
+        assert np.abs(single[0][site] - single[1][site]).max() > 1e-3
+
+
+def test_seeds_draw_different_modules_as_the_reference_does():
+    names = [f"adapter {n}" for n in range(196)]
+    drawn = [draw_modules(names, 20, seed) for seed in (1, 2, 3)]
+    assert len(set(drawn)) == 3
+    for seed, modules in zip((1, 2, 3), drawn, strict=True):
+        assert list(modules) == [names[i] for i in random.Random(seed).sample(range(196), 20)]
+
+
+# Starts and pools.
+
+
+def test_starts():
+    key = jax.random.key(0)
+    c = np.asarray(initial((20, 48), "xavier", key))
+    bound = np.sqrt(6 / 68)
+    assert np.abs(c).max() <= bound and np.abs(c).max() > 0.99 * bound and abs(c.mean()) < 0.02
+    np.testing.assert_array_equal(initial((4, 5), "uniform", key), np.full((4, 5), 0.25, np.float32))
+    np.testing.assert_array_equal(initial((4, 5), "zeros", key), np.zeros((4, 5)))
+
+
+def test_magnitudes_start_at_the_norms_of_the_base():
+    pool = tiny.pool(2)
+    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    params = Fusion().init(frozen, jnp.arange(2), jax.random.key(0))
+    for site, magnitudes in params["magnitudes"].items():
+        for layer, m in enumerate(magnitudes):
+            _close(m, np.linalg.norm(_kernel(site, layer), axis=0))
+
+
+def test_pools_choose_by_name_and_index():
+    pool = tiny.pool(4)
+    chosen = pool.select(["module_2", 0])
+    assert chosen.names == ("module_2", "module_0") and len(chosen) == 2
+    for site in pool.A:
+        np.testing.assert_array_equal(chosen.A[site], np.asarray(pool.A[site])[:, [2, 0]])
+        np.testing.assert_array_equal(chosen.rank[site], np.asarray(pool.rank[site])[:, [2, 0]])
+    for wrong, message in (
+        (["module_9"], "the pool has no adapter 'module_9': it holds 4, from 'module_0' to 'module_3'"),
+        ([4], "the pool has no adapter 4"),
+        ([-1], "the pool has no adapter -1"),
+        (["module_1", 1], "chosen twice"),
+        ("module_1", r"'module_1' is one name: give a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pool.select(wrong)
+
+
+def test_the_random_control_keeps_norms_sites_and_ranks():
+    pool = tiny.pool(4, _several, names="v")
+    control, alone = (jax.jit(random_pool)(p, jax.random.key(0)) for p in (pool, pool.select([2])))
+    for field in ("A", "B"):
+        for site, weight in getattr(pool, field).items():
+            replaced = np.asarray(getattr(control, field)[site])
+            np.testing.assert_array_equal(replaced == 0, np.asarray(weight) == 0)
+            _close(np.linalg.norm(replaced, axis=(2, 3)), np.linalg.norm(np.asarray(weight), axis=(2, 3)))
+            assert np.abs(replaced - np.asarray(weight)).max() > 0.1
+            # A module's draw does not depend on what else is in the pool.
+            _close(replaced[:, [2]], getattr(alone, field)[site], 1e-6)
+
+
+def test_the_random_control_replaces_zeros_of_a_module_too():
+    pool = tiny.pool(2, names="v")
+    (site, a), *_ = pool.A.items()
+    pruned = dataclasses.replace(pool, A=pool.A | {site: a.at[:, :, 0].set(0.0)})
+    assert (np.asarray(random_pool(pruned, jax.random.key(0)).A[site]) != 0).all()
+
+
+@pytest.mark.parametrize("others", [1, 2, 5, 12])
+def test_a_mix_and_its_gradient_do_not_depend_on_modules_beside_it(others):
+    """To the last bit: which modules lie in memory depends on the seeds of a run."""
+    many = tiny.pool(4 + others, names="q")
+    chosen = jnp.sort(jax.random.permutation(jax.random.key(others), 4 + others)[:4])
+    few = dataclasses.replace(
+        many, **{name: {site: a[:, chosen] for site, a in getattr(many, name).items()} for name in ("A", "B", "rank")}
+    )
+    coefficients = {
+        site: jnp.tile(jnp.array([0.3, -0.2, 0.7, 0.1])[:, None], (len(a), 1, 1)) for site, a in few.A.items()
+    }
+
+    @jax.jit
+    def squared(pool, index):
+        def loss(coefficients):
+            adapters, _ = compose(pool, index, coefficients, "mix")
+            return sum(jnp.sum(jnp.square(a.A @ a.B)) for a in adapters.values()), adapters
+
+        return jax.grad(loss, has_aux=True)(coefficients)
+
+    for a, b in zip(*(jax.tree.leaves(squared(*of)) for of in ((many, chosen), (few, jnp.arange(4)))), strict=True):
+        np.testing.assert_array_equal(a, b)

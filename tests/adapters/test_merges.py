@@ -1,0 +1,285 @@
+"""Merges without data against NumPy in float64, written from PEFT's source; and the controls' shuffled layers."""
+
+import dataclasses
+import zlib
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.composition import compose
+from lorafusion_jax.adapters.merges import MergeKind, check_merge, dare_masks, merge
+from lorafusion_jax.adapters.pool import shuffled_pool
+from lorafusion_jax.methods.merge import Merge
+from lorafusion_jax.methods.method import Frozen
+from lorafusion_jax.training.step import init_state
+
+_KINDS = get_args(MergeKind)
+_INDEX = (3, 0, 2)
+_WEIGHTS = (0.7, -0.4, 0.5)
+_KEY = jax.random.key(5)
+
+
+def _pool(sites=("encoder.self.q",)):
+    """Four modules of one rank and several scalings, of which two lack a layer."""
+
+    def ranks(n, site, layer):
+        return 0 if (n, layer) in ((0, 1), (2, 0)) else 4
+
+    pool = tiny.pool(4, ranks, names="qv")
+    A, B, rank = ({site: field[site] for site in sites} for field in (pool.A, pool.B, pool.rank))
+    scaling = {site: jnp.where(r > 0, jnp.array([[2.0, 0.5, 1.0, 3.0]]), 0.0) for site, r in rank.items()}
+    return dataclasses.replace(pool, A=A, B=B, rank=rank, scaling=scaling)
+
+
+_POOL = _pool()
+
+
+@partial(jax.jit, static_argnames=("kind", "density", "rank"))
+def _merged(pool, index, weights, key, kind, density=0.5, rank=None):
+    adapters = merge(pool, index, weights, kind, density=density, rank=rank, key=key)
+    unit = {s: jnp.eye(weight.shape[2]) for s, weight in pool.A.items()}
+    run = {s: jax.vmap(lambda a, u=unit[s]: a(u, jnp.zeros((u.shape[0], a.B.shape[-1])))) for s in adapters}
+    return {s: run[s](adapter) for s, adapter in adapters.items()}
+
+
+def _update(pool=_POOL, index=_INDEX, weights=_WEIGHTS, key=_KEY, **kwargs):
+    return _merged(pool, jnp.array(index), jnp.array(weights, jnp.float32), key, **kwargs)
+
+
+def _combine(tasks, weights, rule, density, kept):
+    """One matrix of all modules, [N, a, b], by the rule of PEFT's merge_utils.py."""
+    tasks = np.stack(tasks)
+    if rule.startswith("dare"):
+        tasks = tasks * kept / density
+    elif rule != "linear":
+        pruned = np.zeros_like(tasks)
+        for n, task in enumerate(tasks):
+            order = np.argsort(-np.abs(task), axis=None, kind="stable")[: int(density * task.size)]
+            pruned[n].flat[order] = task.flat[order]
+        tasks = pruned
+    weighted = tasks * np.reshape(weights, (-1, 1, 1))
+    if not rule.endswith("ties"):
+        return weighted.sum(axis=0)
+    agreeing = np.sign(tasks) == np.where(tasks.sum(axis=0) >= 0, 1, -1)
+    return (weighted * agreeing).sum(axis=0) / np.maximum(agreeing.sum(axis=0), 1)
+
+
+def _oracle(pool, index, weights, kind, density, rank):
+    found = {}
+    for site in pool.A:
+        A, B = (np.asarray(weight[site], np.float64) for weight in (pool.A, pool.B))
+        for layer in range(A.shape[0]):
+            there = [(i, w) for i, w in zip(index, weights, strict=True) if pool.rank[site][layer, i]]
+            at = jnp.array([i for i, _ in there])
+            w = np.array([w for _, w in there])
+
+            def kept(what, shape, site=site, layer=layer, at=at):
+                return np.asarray(
+                    dare_masks(_KEY, pool.names, at, f"{what} of {site}", jnp.int32(layer), shape, density)
+                )
+
+            updates = [A[layer, i] @ B[layer, i] for i, _ in there]
+            if kind == "cat":
+                found[site, layer] = _combine(updates, w, "linear", None, None)
+            elif kind.endswith("svd"):
+                rule = "linear" if kind == "svd" else kind.removesuffix("_svd")
+                whole = _combine(updates, w, rule, density, kept("dW", updates[0].shape))
+                u, s, v = np.linalg.svd(whole, full_matrices=False)
+                found[site, layer] = (u[:, :rank] * s[:rank]) @ v[:rank]
+            else:
+                s = np.asarray(pool.scaling[site])[layer, at]
+                root = np.sqrt(np.abs(w * s))
+                left, right = A[layer, at], B[layer, at] / s[:, None, None]
+                found[site, layer] = _combine(
+                    left, np.sign(w * s) * root, kind, density, kept("A", left[0].shape)
+                ) @ _combine(right, root, kind, density, kept("B", right[0].shape))
+    return found
+
+
+def _same(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _close(got, wanted):
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_merges_are_what_peft_defines(kind):
+    svd = {"rank": 5} if kind.endswith("svd") else {}
+    got = _update(kind=kind, density=0.3, **svd)
+    for (site, layer), wanted in _oracle(_POOL, _INDEX, _WEIGHTS, kind, 0.3, 5).items():
+        assert np.abs(wanted).max() > 0.01
+        _close(got[site][layer], wanted)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_single_module_is_only_weighted(kind):
+    got = _update(index=[1], weights=[-0.6], kind=kind, density=0.3)
+    for site in _POOL.A:
+        _close(got[site], -0.6 * np.asarray(_POOL.A[site][:, 1] @ _POOL.B[site][:, 1]))
+
+
+def test_where_nothing_is_pruned_the_rules_meet():
+    linear = _update(kind="linear")
+    for kind in ("magnitude_prune", "dare_linear"):
+        for site, wanted in _update(kind=kind, density=1.0).items():
+            _close(wanted, linear[site])
+    exact = _update(kind="svd", rank=12)
+    for site, wanted in _update(kind="cat").items():
+        _close(exact[site], wanted)
+
+
+def test_cat_is_the_composition_sum():
+    coefficients = {
+        s: jnp.broadcast_to(jnp.array(_WEIGHTS)[None, :, None], (len(r), 3, 1)) for s, r in _POOL.rank.items()
+    }
+    wanted, _ = compose(_POOL, jnp.array(_INDEX), coefficients, "sum")
+    got = merge(_POOL, jnp.array(_INDEX), jnp.array(_WEIGHTS), "cat")
+    _same(got, wanted)
+
+
+def test_unknown_scalings_count_as_equal():
+    alike = dataclasses.replace(_POOL, scaling={s: jnp.full(r.shape, 2.5) for s, r in _POOL.rank.items()})
+    for kind in ("linear", "ties"):
+        wanted = _update(alike, kind=kind)
+        for site, got in _update(dataclasses.replace(_POOL, scaling=None), kind=kind).items():
+            _close(got, wanted[site])
+            assert np.abs(np.asarray(wanted[site]) - np.asarray(_update(kind=kind)[site])).max() > 0.01
+
+
+def test_of_equal_entries_the_first_are_kept():
+    flat = dataclasses.replace(_POOL, A=jax.tree.map(lambda a: jnp.where(a == 0, 0.0, jnp.sign(a)), _POOL.A))
+    got = merge(flat, jnp.array([1, 3]), jnp.ones(2), "magnitude_prune", density=0.25)
+    for site, lora in got.items():
+        assert not np.asarray(lora.A)[:, 4:].any()
+        assert np.asarray(lora.A)[:, :4].any(axis=(1, 2)).all(), site
+
+
+def test_a_dare_depends_on_key_name_site_and_layer_alone():
+    first = _update(kind="dare_linear")
+    _same(first, _update(kind="dare_linear"))
+    for site, other in _update(kind="dare_linear", key=jax.random.key(6)).items():
+        assert np.abs(np.asarray(other - first[site])).max() > 0.01
+    alone = _POOL.select([_POOL.names[i] for i in _INDEX])
+    for site, again in _update(alone, index=range(3), kind="dare_linear").items():
+        _close(again, first[site])
+    masks = [
+        np.asarray(dare_masks(_KEY, _POOL.names, jnp.arange(4), site, jnp.int32(layer), (30, 40), 0.3))
+        for site, layer in (("A of encoder.self.q", 0), ("A of encoder.self.q", 1), ("A of encoder.self.v", 0))
+    ]
+    stacked = np.concatenate(masks)
+    assert abs(stacked.mean() - 0.3) < 0.02
+    assert len({mask.tobytes() for mask in stacked}) == 12
+
+
+@pytest.mark.parametrize("kind", ["linear", "dare_ties", "ties_svd"])
+def test_merges_map_over_seeds(kind):
+    index = jnp.array([[3, 0, 2], [1, 2, 3]])
+    keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
+    method = Merge(kind=kind)
+    frozen = Frozen(nnx.State({}), _POOL)
+    both = jax.jit(jax.vmap(lambda i, k: method.init(frozen, i, k)))(index, keys)["merged"]
+    for seed in range(2):
+        one = _update(index=index[seed], weights=[1 / 3] * 3, key=keys[seed], kind=kind)
+        for site in one:
+            _close(both["A"][site][seed] @ both["B"][site][seed], one[site])
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "dare_ties_svd"])
+def test_the_method_trains_nothing(kind):
+    method, frozen, index = Merge(kind=kind, weight=0.5), Frozen(nnx.State({}), _POOL), jnp.arange(4)
+    method.check(_POOL)
+    params = init_state(method, frozen, index, _KEY).params
+    acting = method.trainable(params, frozen, index)
+    assert jax.tree.structure(acting) == jax.tree.structure(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(acting))
+
+    def total(params):
+        adapters, metrics = method.adapters(params, frozen, index)
+        assert adapters.keys() == _POOL.A.keys() and not metrics
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(adapters))
+
+    value, gradient = jax.value_and_grad(total)(params)
+    assert value > 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_quantised_pool_merges_as_what_it_holds():
+    pool = _POOL.quantised("int8")
+    for site, got in _update(pool, kind="ties").items():
+        near = np.asarray(_update(kind="ties")[site])
+        assert 0 < np.abs(np.asarray(got) - near).mean() < 0.1 * np.abs(near).mean()
+
+
+def test_what_cannot_be_merged_is_refused():
+    mixed = tiny.pool(2, lambda n, site, layer: 2 + n)
+    for kind in ("cat", "svd", "ties_svd"):
+        Merge(kind=kind).check(mixed)
+    with pytest.raises(ValueError, match="different ranks, and ties adds .* use cat, svd, ties_svd, or a pool of one"):
+        Merge(kind="ties").check(mixed)
+    with pytest.raises(ValueError, match="and linear adds .* use cat, svd, or a pool of one rank"):
+        check_merge(mixed, "linear")
+    for kind in ("linear", "ties"):
+        with pytest.raises(ValueError, match=f"different ranks, and {kind} adds"):
+            merge(mixed, jnp.arange(2), jnp.ones(2), kind)
+    dora = dataclasses.replace(tiny.pool(1), magnitude={})
+    with pytest.raises(ValueError, match="a DoRA adapter has magnitudes of its own"):
+        check_merge(dora, "svd")
+    with pytest.raises(ValueError, match="a DoRA adapter has magnitudes of its own"):
+        merge(dora, jnp.arange(1), jnp.ones(1), "cat")
+    with pytest.raises(ValueError, match="dare_ties keeps random entries: give a key"):
+        merge(_POOL, jnp.arange(2), jnp.ones(2), "dare_ties")
+    with pytest.raises(ValueError, match="a merge needs a pool"):
+        Merge(kind="linear").init(Frozen(nnx.State({})), jnp.arange(2), _KEY)
+    for wrong, message in (
+        ({"kind": "ties", "density": 0.0}, "a density of 0.0: wanted a share"),
+        ({"kind": "ties", "density": 1.5}, "a density of 1.5"),
+        ({"kind": "svd", "rank": 0}, "rank 0 for svd: wanted 1 or more"),
+        ({"kind": "linear", "rank": 3}, "rank 3 for linear: .* only an svd chooses its rank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Merge(**wrong)
+
+
+def test_the_shuffled_control_moves_whole_layers():
+    pool = _pool(("encoder.self.q", "encoder.self.v", "decoder.cross.q"))
+    shuffled, alone = (jax.jit(shuffled_pool)(p, _KEY) for p in (pool, pool.select([2])))
+    assert shuffled.names[2] == alone.names[0] == "shuffled module_2"
+    orders = {}
+    for site in pool.A:
+        for n in range(4):
+            # NumPy's own cycle, from the same draw.
+            of_name = zlib.crc32(f"layers of {site.partition('.')[0]}, {pool.names[n]}".encode())
+            cycle = np.asarray(jax.random.permutation(jax.random.fold_in(_KEY, of_name), pool.A[site].shape[0]))
+            order = np.empty_like(cycle)
+            for i, layer in enumerate(cycle):
+                order[layer] = cycle[i - 1]
+            assert (order != np.arange(len(order))).all()
+            orders.setdefault((site.partition(".")[0], len(order)), set()).add(tuple(order))
+            for field in ("A", "B", "rank", "scaling"):
+                kept, moved = (np.asarray(getattr(p, field)[site])[:, n] for p in (pool, shuffled))
+                np.testing.assert_array_equal(moved, kept[order])
+        for field in ("A", "B", "rank", "scaling"):
+            np.testing.assert_array_equal(getattr(shuffled, field)[site][:, [2]], getattr(alone, field)[site])
+    # Three layers have two cycles, and the modules do not all share one.
+    assert len(orders["encoder", 3]) == 2 and len(orders["decoder", 2]) == 1
+
+
+def test_the_shuffled_control_takes_quantised_and_single_layers():
+    pool, shuffle = _pool(), jax.jit(shuffled_pool)
+    a, b = (shuffle(pool, _KEY).quantised("int8"), shuffle(pool.quantised("int8"), _KEY))
+    _same(a, b)
+    single = tiny.pool(2, config=dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1))
+    _same(shuffled_pool(single, _KEY).A, single.A)
+    dora = dataclasses.replace(tiny.pool(1), magnitude={s: a[:, 0, 0] for s, a in tiny.pool(1).B.items()})
+    shuffled = shuffled_pool(dora, _KEY)
+    for site in dora.A:
+        np.testing.assert_array_equal(shuffled.magnitude[site], shuffled.B[site][:, 0, 0])

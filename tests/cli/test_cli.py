@@ -1,0 +1,148 @@
+"""The commands as they are typed, on the embedded pool."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lorafusion_jax import cli
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SMALL = _ROOT / "examples" / "small"
+_FUSE = ["fuse", "--base", str(_SMALL / "base"), "--task", str(_SMALL / "tasks" / "double_digit")]
+_QUICK = ["--modules", "3", "--epochs", "1", "--batch-size", "32", "--max-new-tokens", "8", "--test-rows", "4"]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pool") / "pool"
+    adapters = [str(folder) for folder in sorted((_SMALL / "adapters").iterdir())]
+    cli.main(["convert", "--base", str(_SMALL / "base"), "--adapters", *adapters, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(pool, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    cli.main([*_FUSE, "--pool", str(pool), "--seeds", "1", "2", *_QUICK, "--out", str(out), "--name", "r"])
+    return out / "r"
+
+
+@pytest.mark.smoke
+def test_convert_writes_all_adapters_of_the_embedded_pool(pool):
+    manifest = json.loads((pool / "manifest.json").read_text())
+    assert len(manifest["adapters"]) == 28
+
+
+def test_fuse_on_a_converted_pool_equals_the_adapter_folders(run, tmp_path):
+    folders = [*_FUSE, "--pool", str(_SMALL / "adapters"), "--seeds", "1", "2", *_QUICK, "--out", str(tmp_path)]
+    cli.main([*folders, "--name", "r"])
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
+
+
+def test_crossbar_puts_a_run_on_arrays(run, tmp_path, capsys):
+    cli.main(["crossbar", "--run", str(run), "--config", "isaac", "--calibration-rows", "4"])
+    printed = capsys.readouterr().out
+    results = json.loads((run / "crossbar-isaac.json").read_text())
+    evaluated = json.loads((run / "results.json").read_text())["seeds"]
+    for digital, on_chip, recorded in zip(results["digital"], results["chips"][0]["seeds"], evaluated, strict=True):
+        assert digital["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
+        # ISAAC's 16 bits and lossless conversions.
+        assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-3)
+        assert f"{on_chip['seed']:<4}  {0:<7}  {on_chip['exact_match']:13.1f}  {on_chip['loss']:.4f}" in printed
+    sites = {site["site"]: site for site in results["sites"]}
+    assert len(sites) == 18 + 1 + 12 and sum(site["arrays"] for site in sites.values()) == results["arrays"]
+    A, wo = sites["pool.A.encoder.self.q"], sites["encoder.ff.wo"]
+    assert A["utilisation"] == 96 * 16 / 128**2 and A["arrays"] == A["matrices"] * 8
+    assert (wo["shape"], wo["arrays"]) == ([256, 96], 2 * 2 * 8)  # layers x row tiles x weight slices
+    assert all(row["sqnr"] > 70 for row in results["chips"][0]["matrices"])
+    for name in ("pool.B.decoder.cross.v[0:2]", "head"):
+        assert f"\n{name} " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "isac"], "no preset 'isac': choose one of ideal, isaac"),
+        (["--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
+        (["--chips", "0"], "chips is 0: wanted at least 1"),
+        (["--digital", "embedding"], "the rule 'embedding' matches no weight: there are decoder.cross.k"),
+    ],
+)
+def test_crossbar_says_what_is_wrong(run, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["crossbar", "--run", str(run), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_generate_and_export(run, pool, tmp_path, capsys):
+    cli.main(["evaluate", "--run", str(run), "--test-rows", "4"])
+    assert capsys.readouterr().out.startswith("seed  exact match %  loss\n1 ")
+    (tmp_path / "text").write_text("double then digit : a b c\n")
+    cli.main(["generate", "--run", str(run), "--file", str(tmp_path / "text")])
+    assert capsys.readouterr().out.strip()
+    cli.main(["export", "--run", str(run), "--seed", "2", "--out", str(tmp_path / "adapter")])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["use_dora"]) == (3 * 16, True)
+    cli.main(["export", "--run", str(run), "--format", "merged", "--out", str(tmp_path / "merged")])
+    again = tmp_path / "again"
+    # The merged model says without a pool what the run says with it.
+    zero = ["fuse", "--base", str(tmp_path / "merged"), *_FUSE[3:], *_QUICK, "--method", "zero-shot"]
+    cli.main([*zero, "--out", str(again), "--name", "z"])
+    said, wanted = (
+        [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:4]
+        for folder in (again / "z", run)
+    )
+    assert said == wanted
+    cli.main(["export", "--pool", str(pool), "--adapter", "sort_dash", "--out", str(tmp_path / "sort")])
+    files = [f / "adapter_model.safetensors" for f in (tmp_path / "sort", _SMALL / "adapters" / "sort_dash")]
+    a, b = map(load_file, files)
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
+    for arguments, message in [
+        ([*_FUSE, "--seeds", "1", "1"], "a seed is given twice"),
+        ([*_FUSE], "give one with --pool"),
+        ([*_FUSE, "--preset", "best"], "no preset 'best'"),
+        (["export", "--run", str(run), "--out", str(run)], "exists"),
+        (["export", "--out", str(tmp_path / "x")], "say what to export"),
+        (["evaluate", "--run", str(tmp_path)], "is not a run"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
+
+
+def test_presets_are_the_defaults_of_help(capsys):
+    for preset, rate in (("default", "sum"), ("reference", "mix")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["fuse", "--preset", preset, "--help"])
+        assert stop.value.code == 0
+        assert f"(default: {rate})" in capsys.readouterr().out
+
+
+def test_help_lists_the_subcommands(capsys):
+    cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("convert", "fuse", "evaluate", "generate", "export", "params"))
+    with pytest.raises(SystemExit, match="no subcommand 'fly'"):
+        cli.main(["fly"])
+
+
+def test_the_originals_command_line_runs(tmp_path):
+    arguments = "--epoch 1 --batch_size 32 --lr 0.02 --lora_num 3 --load_in_4bit --seeds 1".split()
+    command = [sys.executable, str(_ROOT / "experiments" / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "runs" / "double_digit-fusion" / "config.json").read_text())
+    recipe = config["options"]["recipe"]
+    assert (recipe["composition"], recipe["lr_coefficients"], recipe["protocol"]) == ("mix", 0.02, "reference")
+    assert config["options"]["load_in"] == "nf4"

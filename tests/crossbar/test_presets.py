@@ -1,0 +1,233 @@
+"""Presets have the numbers of their sources; configurations survive YAML and JSON; bad files are refused by name."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.crossbar.calibrate import calibrated, probe
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
+from lorafusion_jax.crossbar.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw
+from lorafusion_jax.crossbar.mvm import mvm
+from lorafusion_jax.crossbar.parasitics import Wire
+from lorafusion_jax.crossbar.presets import PRESETS
+from lorafusion_jax.crossbar.programming import PCM_JOSHI_2020, Independent, WriteVerify
+from lorafusion_jax.crossbar.serialise import config_hash, load_config, save_config
+from lorafusion_jax.crossbar.state import program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FULL = CrossbarConfig(
+    cell=Cell(on_off_ratio=50.0),
+    tile=Tile(rows=64, wire=Wire(row_resistance=1e-5, iterations=50), current_limit=30.0),
+    dac=DAC(scaling="fixed", limit=2.5),
+    adc=ADC(range="given", limits=((-9.0, 9.0),) * 4, separate=False, gain_error=0.01),
+    device=Device(
+        programming=Independent(0.02),
+        write_verify=WriteVerify(0.03, 8),
+        stuck=StuckAt(0.001, 0.002),
+        drift=PCM_DRIFT,
+        time=3600,
+        read_noise=ReadNoise(0.01, "proportional"),
+        iv=Sinh(),
+        clip="range",
+    ),
+)
+
+
+def relative_error(name: str) -> float:
+    config = PRESETS[name]
+    weights = jax.random.normal(jax.random.key(0), (300, 40))
+    x = jax.random.normal(jax.random.key(1), (32, 300))
+    state = program(weights, config, jax.random.key(2))
+    state = calibrated(state, probe(x, state, config)[1], config)
+    exact = np.asarray(x, float) @ np.asarray(weights, float)
+    return float(np.linalg.norm(mvm(x, state, config) - exact) / np.linalg.norm(exact))
+
+
+def test_isaac_loses_nothing_but_what_sixteen_bits_round():
+    # Weights and inputs are rounded to 2^15 - 1 steps of their largest value, here about 4 standard deviations.
+    step = 4 / (2**15 - 1) / np.sqrt(12)
+    assert relative_error("isaac") < 3 * step
+    assert relative_error("ideal") < 1e-6
+
+
+def test_isaac_rounds_its_gmin_away():
+    config = PRESETS["isaac"]
+    assert config.cell.on_off_ratio is None
+    finite = dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=1000.0))
+    kappa = 3 * finite.g_min / (1 - finite.g_min)  # Gmin in levels of a 2-bit cell
+    sums = np.arange(193)
+    np.testing.assert_array_equal(np.round(sums + kappa * config.tile.rows), sums)
+
+
+def test_isaac_needs_its_nine_bits():
+    weights = jax.random.normal(jax.random.key(0), (128, 8))
+    config = PRESETS["isaac"]
+    fewer = dataclasses.replace(config, adc=dataclasses.replace(config.adc, bits=8))
+    assert program(weights, config).plan.path == "product"
+    assert program(weights, fewer).plan.path != "product"
+
+
+@pytest.mark.parametrize("name, least, most", [("puma", 1e-6, 1e-2), ("raella", 1e-3, 0.1), ("neurram", 0.05, 0.8)])
+def test_lossy_presets_lose_some(name, least, most):
+    assert least < relative_error(name) < most
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+@pytest.mark.parametrize("config", [*PRESETS.values(), FULL], ids=[*PRESETS, "everything"])
+def test_round_trip(tmp_path, config, suffix):
+    path = tmp_path / "folder" / f"crossbar{suffix}"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert config_hash(load_config(path)) == config_hash(config)
+
+
+def test_a_preset_is_loaded_by_its_name():
+    assert load_config("puma") is PRESETS["puma"]
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path):
+    path = tmp_path / "crossbar.yaml"
+    path.write_text("device: {programming: PCM_JOSHI_2020, drift: RERAM_CMO_DRIFT, time: 60}\nadc: {bits: 6}\n")
+    device = Device(programming=PCM_JOSHI_2020, drift=RERAM_CMO_DRIFT, time=60)
+    assert load_config(path) == CrossbarConfig(adc=ADC(bits=6), device=device)
+    path.write_text("")
+    assert load_config(path) == CrossbarConfig()
+
+
+def test_arrays_are_written_as_lists(tmp_path):
+    swept = jnp.array([0.125, 0.25])
+    config = CrossbarConfig(device=Device(programming=Independent(swept)))
+    save_config(config, tmp_path / "sweep.yaml")
+    np.testing.assert_array_equal(load_config(tmp_path / "sweep.yaml").device.programming.sigma, swept)
+    limits = CrossbarConfig(adc=ADC(range="given", limits=jnp.array([[[-4.0, 4.0]] * 4] * 2)))
+    save_config(limits, tmp_path / "limits.json")
+    np.testing.assert_array_equal(load_config(tmp_path / "limits.json").adc.limits, limits.adc.limits)
+
+
+def test_a_nested_model_is_written(tmp_path):
+    config = CrossbarConfig(device=Device(drift=PowerLaw(0.05, 0.01), time=10.0))
+    save_config(config, tmp_path / "drift.json")
+    written = json.loads((tmp_path / "drift.json").read_text())["device"]["drift"]
+    assert written["model"] == "PowerLaw" and written["flicker"] is None
+    assert load_config(tmp_path / "drift.json") == config
+
+
+def my_cells(G, key, time):
+    return G
+
+
+def test_functions_cannot_be_written(tmp_path):
+    config = CrossbarConfig(device=Device(programming=my_cells))
+    with pytest.raises(ValueError, match=r"device\.programming is the function my_cells, which a file cannot hold"):
+        save_config(config, tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+    assert config_hash(config) != config_hash(CrossbarConfig())
+    assert config_hash(config) == config_hash(CrossbarConfig(device=Device(programming=my_cells)))
+
+
+def test_the_hash_tells_configurations_apart():
+    hashes = {config_hash(config) for config in (*PRESETS.values(), FULL, CrossbarConfig())}
+    assert len(hashes) == len(PRESETS) + 2
+    assert config_hash(CrossbarConfig(cell=Cell(on_off_ratio=10))) == config_hash(
+        CrossbarConfig(cell=Cell(on_off_ratio=10.0))
+    )
+    device = dataclasses.replace(FULL.device, programming=Independent(0.020001))
+    assert config_hash(dataclasses.replace(FULL, device=device)) != config_hash(FULL)
+
+
+def test_the_hash_is_the_same_in_another_process():
+    code = "from lorafusion_jax.crossbar.serialise import *; print(config_hash(load_config('neurram')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == config_hash(PRESETS["neurram"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cells: {}", r"cells is unknown: choose from cell, encoding, mapping, tile, dac, adc, device"),
+        ("cell: {bit: 2}", r"cell\.bit is unknown: choose from bits, on_off_ratio"),
+        ("cell: 4", r"cell is 4: give a table with any of bits, on_off_ratio"),
+        ("[1, 2]", r"the file is \[1, 2\]: give a table"),
+        ("cell: {bits: four}", r"cell\.bits = 'four': give a list of numbers or null"),
+        ("cell: {bits: [two]}", r"cell\.bits = \['two'\]: give a list of numbers or null"),
+        ("adc: {limits: [[low, high]]}", r"adc\.limits = .*give a number, a list of numbers or null"),
+        ("cell: {bits: [9]}", r"cell\.bits = \[9\]|cell\.bits = \(9,\)"),
+        ("dac: {bits: 7.5}", r"dac\.bits = 7\.5: give a whole number"),
+        ("dac: {bits: true}", r"dac\.bits = True: give a whole number"),
+        ("adc: {range: widest}", r"adc\.range = 'widest': give calibrated or max or granular or given"),
+        ("adc: {separate: 1}", r"adc\.separate = 1: give true or false"),
+        ("adc: {quantile: high}", r"adc\.quantile = 'high': give a number"),
+        ("tile: {rows: '128'}", r"tile\.rows = '128': give a whole number or null"),
+        ("tile: {wire: {row: 1}}", r"tile\.wire\.row is unknown: choose from row_resistance"),
+        ("encoding: null", r"encoding is None: give a table with any of kind, two_sided"),
+        (
+            "device: {programming: noisy}",
+            r"device\.programming = 'noisy': choose from PCM_JOSHI_2020, .*\{model: ",
+        ),
+        ("device: {programming: {sigma: 0.1}}", r"device\.programming = .*choose from"),
+        ("device: {programming: {model: Independent}}", r"device\.programming lacks sigma"),
+        ("device: {programming: {model: Independent, sigma: 1e-3}}", r"sigma = '1e-3': .*like 1\.0e-3"),
+        ("device: {programming: {model: Independent, sigma: -1}}", r"Independent\.sigma = -1"),
+        ("device: {iv: tanh}", r"device\.iv = 'tanh': choose from \{model: Sinh"),
+        ("device: {clip: 3}", r"device\.clip = 3: give a text"),
+        ("cell: [", r"is no YAML file"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "crossbar.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config(path)
+    assert str(path) in str(raised.value)
+
+
+def test_bad_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no preset 'isac': choose one of ideal, isaac"):
+        load_config("isac")
+    with pytest.raises(ValueError, match=r"absent\.yaml: no such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match=r"ending in \.yaml, \.yml, \.json"):
+        save_config(CrossbarConfig(), tmp_path / "crossbar.toml")
+    (tmp_path / "half.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON file"):
+        load_config(tmp_path / "half.json")
+
+
+def test_offset_and_analogue_configurations_round_trip(tmp_path):
+    config = CrossbarConfig(
+        cell=Cell(bits=None), encoding=Encoding(kind="offset"), mapping=Mapping(weight_bits=None), dac=None
+    )
+    save_config(config, tmp_path / "a.yaml")
+    assert load_config(tmp_path / "a.yaml") == config
+
+
+# bfloat16 and float16: everything is computed in float32, whose results these are.
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["isaac", "puma", "neurram"])
+def test_weights_and_inputs_of_sixteen_bits(name, dtype):
+    config = PRESETS[name]
+    weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)
+    x = jax.random.normal(jax.random.key(1), (5, 40)).astype(dtype)
+    wide, narrow = (program(w, config, jax.random.key(2)) for w in (weights.astype(jnp.float32), weights))
+    if config.adc.range == "calibrated":
+        seen, of_narrow = probe(x.astype(jnp.float32), wide, config)[1], probe(x, narrow, config)[1]
+        wide, narrow = calibrated(wide, seen, config), calibrated(narrow, of_narrow, config)
+    for got, wanted in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+    y = mvm(x, narrow, config)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, mvm(x.astype(jnp.float32), wide, config).astype(dtype))

@@ -1,0 +1,320 @@
+"""Trees of weights in arrays: which go where, on which chip, with which noise, and what probing them returns."""
+
+import dataclasses
+import warnings
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.crossbar.calibrate import calibrated, probe
+from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile
+from lorafusion_jax.crossbar.device import Device, ReadNoise
+from lorafusion_jax.crossbar.mvm import mvm
+from lorafusion_jax.crossbar.probing import calibrate_tree, observe, site_errors
+from lorafusion_jax.crossbar.programmed import Programmed, reads
+from lorafusion_jax.crossbar.programming import Independent
+from lorafusion_jax.crossbar.segments import Segments, map_layers, scan_layers
+from lorafusion_jax.crossbar.state import program, programmed_weights
+from lorafusion_jax.crossbar.tree import program_tree
+from lorafusion_jax.models.weights import dense, is_in_arrays, matmul
+
+_IDEAL = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
+_NOISY = CrossbarConfig(device=Device(programming=Independent(0.05)))
+_READ_NOISE = CrossbarConfig(device=Device(read_noise=ReadNoise(0.02)))
+_CONVERTED = CrossbarConfig(
+    cell=Cell(bits=(4, 4)), adc=ADC(bits=5, clip_share=0.1), tile=Tile(rows=4, cols=4), dac=DAC(bits=4)
+)
+
+_KEY = jax.random.key(3)
+
+
+def _weights(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"head": (6, 5), "encoder.self.q": (4, 6, 6), "encoder.ff.wi": (4, 6, 8), "A": {"q": (4, 3, 6, 2)}}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+
+
+def _equal(got, wanted):
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+
+
+# Rules.
+
+
+def test_the_first_rule_that_matches_decides_and_the_rest_stays_digital():
+    weights = _weights()
+    placed = program_tree(weights, {"*.wi": None, "encoder.*": _NOISY, "A.*": _IDEAL}, _KEY)
+    assert placed["head"] is weights["head"] and placed["encoder.ff.wi"] is weights["encoder.ff.wi"]
+    assert placed["encoder.self.q"].config == _NOISY and placed["A"]["q"].config == _IDEAL
+    assert placed["A"]["q"].name == "A.q" and placed["A"]["q"].shape == (4, 3, 6, 2)
+    assert is_in_arrays(placed) and not is_in_arrays(weights)
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        ("[1:-1]", ["digital", "arrays", "arrays", "digital"]),
+        ("[:1]", ["arrays", "digital", "digital", "digital"]),
+        ("[-2:]", ["digital", "digital", "arrays", "arrays"]),
+        ("[0:4]", ["arrays"] * 4),
+        ("[:]", ["arrays"] * 4),
+    ],
+)
+def test_a_rule_may_name_layers_as_python_does(layers, wanted):
+    weight = _weights()["encoder.self.q"]
+    placed = program_tree({"q": weight}, {f"q{layers}": _NOISY}, _KEY)["q"]
+    parts = placed.parts if isinstance(placed, Segments) else (placed,)
+    kinds = [kind for part in parts for kind in ["arrays" if is_in_arrays(part) else "digital"] * part.shape[0]]
+    assert kinds == wanted
+    firsts = [part.first for part in parts if isinstance(part, Programmed)]
+    assert firsts == [wanted.index("arrays")]
+    # A layer is the same chip, however its stack is cut.
+    whole = dense(program_tree({"q": weight}, {"*": _NOISY}, _KEY)["q"], jnp.float32)
+    for layer, kind in enumerate(wanted):
+        _equal(dense(placed, jnp.float32)[layer], whole[layer] if kind == "arrays" else weight[layer])
+
+
+def test_two_configurations_in_one_stack():
+    placed = program_tree(_weights(), {"encoder.*[:2]": _NOISY, "encoder.*": _IDEAL}, _KEY)["encoder.self.q"]
+    assert [part.config for part in placed.parts] == [_NOISY, _IDEAL]
+    assert placed.shape == (4, 6, 6) and placed.ends == (2, 4)
+
+
+@pytest.mark.parametrize("pattern", ["decoder.*", "head[1:]", "encoder.*[4:]", "encoder.self"])
+def test_a_rule_that_matches_nothing_is_refused_with_the_paths_there_are(pattern):
+    with pytest.raises(ValueError) as refused:
+        program_tree(_weights(), {pattern: _IDEAL}, _KEY)
+    message = str(refused.value)
+    assert repr(pattern) in message and "A.q, encoder.ff.wi, encoder.self.q, head" in message
+
+
+def test_biases_stay_digital_unless_a_rule_names_them_alone():
+    weights = {"kernel": _weights()["head"], "bias": jnp.ones(5), "scale": jnp.ones(())}
+    placed = program_tree(weights, {"*": _NOISY}, _KEY)
+    assert isinstance(placed["kernel"], Programmed)
+    assert placed["bias"] is weights["bias"] and placed["scale"] is weights["scale"]
+    with pytest.raises(ValueError, match=r"the rule 'b\*' matches bias of shape \(5,\), but arrays hold matrices"):
+        program_tree(weights, {"b*": _NOISY}, _KEY)
+    assert program_tree(weights, {"b*": None, "*": _NOISY}, _KEY)["bias"] is weights["bias"]
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name():
+    weights = _weights() | {"head": jnp.full((6, 5), jnp.nan)}
+    with pytest.raises(ValueError, match="head holds weights that are NaN or infinite"):
+        program_tree(weights, {"*": _IDEAL}, _KEY)
+
+
+# Chips.
+
+
+def test_every_matrix_is_programmed_with_a_key_of_its_own():
+    same = {"a": jnp.ones((2, 3, 4, 4)), "b": jnp.ones((2, 3, 4, 4))}
+    placed = program_tree(same, {"*": _NOISY}, _KEY)
+    chips = np.concatenate([np.asarray(dense(placed[name], jnp.float32)).reshape(6, -1) for name in "ab"])
+    assert len(np.unique(chips, axis=0)) == 12
+    _equal(dense(program_tree(same, {"*": _NOISY}, _KEY)["b"], jnp.float32), dense(placed["b"], jnp.float32))
+    # What else is programmed makes no difference.
+    _equal(
+        dense(program_tree({"b": same["b"]}, {"*": _NOISY}, _KEY)["b"], jnp.float32), dense(placed["b"], jnp.float32)
+    )
+
+
+def test_chips_are_an_axis():
+    weights = _weights()
+    keys = jax.random.split(_KEY, 3)
+    chips = jax.vmap(lambda key: program_tree(weights, {"*": _NOISY}, key))(keys)
+    for chip, key in enumerate(keys):
+        alone = program_tree(weights, {"*": _NOISY}, key)
+        of_chip = jax.tree.map(lambda leaf, chip=chip: leaf[chip], chips)
+        for name in ("head", "encoder.self.q"):
+            np.testing.assert_allclose(dense(of_chip[name], jnp.float32), dense(alone[name], jnp.float32), rtol=1e-5)
+
+
+def test_a_noise_level_is_an_axis_and_has_a_gradient():
+    weights = {"q": _weights()["encoder.self.q"]}
+
+    def error(sigma):
+        config = dataclasses.replace(_NOISY, device=Device(programming=Independent(sigma)))
+        placed = program_tree(weights, {"*": config}, _KEY)["q"]
+        x = jnp.ones((2, 6))
+        return jnp.sum(
+            jnp.square(map_layers(lambda layer: matmul(x, layer), placed) - jnp.sum(weights["q"], axis=1)[:, None])
+        )
+
+    levels = jnp.array([0.01, 0.02, 0.04])
+    errors = jax.jit(jax.vmap(error))(levels)
+    np.testing.assert_allclose(errors, [error(float(level)) for level in levels], rtol=1e-4)
+    assert errors[0] < errors[1] < errors[2]
+    slope = jax.jit(jax.grad(error))(levels[1])
+    np.testing.assert_allclose(slope, (error(0.022) - error(0.018)) / 0.004, rtol=0.02)
+
+
+# Bit planes where the processor counts the bits of vectors.
+@pytest.mark.parametrize(("device", "paths"), [(Device(), {"packed", "planes"}), (_NOISY.device, {"loop"})])
+def test_the_reads_of_a_model_avoid_tables_which_compile_slowly(device, paths):
+    config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=device)
+    weight, x = _weights()["head"], _inputs(1)[0]
+    placed = program_tree({"head": weight}, {"*": config}, _KEY)["head"]
+    assert placed.state.plan.path in paths
+    chip = jax.random.fold_in(jax.random.fold_in(_KEY, zlib.crc32(b"head")), 0)
+    tables = program(weight, config, chip, path="lookup")
+    np.testing.assert_allclose(placed.weights(), programmed_weights(tables, config), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(matmul(x, placed), mvm(x, tables, config), rtol=1e-5, atol=1e-5)
+
+
+# Reads.
+
+
+def test_a_stack_is_read_like_its_matrices():
+    weights = _weights()["encoder.self.q"]
+    placed = program_tree({"q": weights}, {"*[1:3]": _NOISY}, _KEY)["q"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 6)), jnp.float32)
+    _, scanned = jax.jit(lambda stack: scan_layers(lambda c, layer: (c, matmul(x, layer)), None, stack))(placed)
+    mapped = map_layers(lambda layer: matmul(x, layer), placed)
+    _equal(scanned, mapped)
+    part = placed.parts[1]
+    for layer in (1, 2):
+        matrix = jax.tree.map(lambda leaf, layer=layer: leaf[layer - 1], part)
+        np.testing.assert_allclose(scanned[layer], mvm(x, matrix.state, _NOISY), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scanned[0], x @ weights[0], rtol=1e-5, atol=1e-6)
+
+
+def test_carry_passes_through_all_segments_in_order():
+    placed = program_tree({"q": _weights()["encoder.self.q"]}, {"*[1:3]": _IDEAL}, _KEY)["q"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)), jnp.float32)
+    y, numbers = scan_layers(lambda x, layer: (matmul(x, layer[0]), layer[1]), x, (placed, jnp.arange(4)))
+    wanted = np.linalg.multi_dot([x, *np.asarray(_weights()["encoder.self.q"])])
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
+    _equal(numbers, np.arange(4))
+
+
+def test_bfloat16_activations_stay_bfloat16():
+    placed = program_tree(_weights(), {"*": _IDEAL}, _KEY)["head"]
+    y = matmul(jnp.ones((2, 6), jnp.bfloat16), placed)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y[0], np.float32), jnp.sum(_weights()["head"], axis=0), rtol=2e-2, atol=2e-2)
+
+
+def test_reads_draw_anew_for_every_number_layer_and_module():
+    placed = program_tree(_weights(), {"*": _READ_NOISE}, _KEY)
+    x = jnp.ones((2, 6))
+
+    def read(*numbers):
+        return np.asarray(matmul(x, reads(placed, *numbers)["head"]))
+
+    _equal(read(1, 2), read(1, 2))
+    draws = [read(), read(0), read(1), read(2), read(1, 2), read(2, 1), read(0, 0)]
+    assert len({draw.tobytes() for draw in draws}) == len(draws)
+    assert not np.array_equal(draws[0][0], draws[0][1])  # two inputs of one read
+    keys = [jax.random.key_data(leaf.key).reshape(-1, 2) for leaf in (placed["A"]["q"], placed["encoder.self.q"])]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 4 * 3 + 4
+    jitted = jax.jit(lambda placed, number: matmul(x, reads(placed, number)["head"]))
+    np.testing.assert_allclose(jitted(placed, jnp.int32(1)), read(1), rtol=1e-5, atol=1e-5)
+
+
+def test_without_read_noise_there_is_no_key_and_no_cost():
+    placed = program_tree(_weights(), {"*": _NOISY}, _KEY)
+    assert placed["head"].key is None
+    before, after = jax.tree.leaves(placed), jax.tree.leaves(reads(placed, 7))
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+# Probing.
+
+
+def _run(weights, x):
+    """Two products in a scan, of which the second is read twice, then modules and a head."""
+
+    def body(x, layer):
+        q, wi, A = layer
+        x = x + matmul(x, q)
+        hidden = matmul(x, wi)[:, :6] + matmul(jnp.tanh(x), wi)[:, :6]
+        modules = jax.vmap(matmul, in_axes=(None, 0))(x, A)
+        return x + 0.1 * hidden, jnp.sum(modules, axis=0)
+
+    x, low = scan_layers(body, x, (weights["encoder.self.q"], weights["encoder.ff.wi"], weights["A"]["q"]))
+    return jnp.concatenate([jnp.sum(low, axis=0), matmul(x, weights["head"])], axis=-1)
+
+
+def _inputs(count):
+    return [jnp.asarray(np.random.default_rng(i).normal(size=(5, 6)), jnp.float32) for i in range(count)]
+
+
+def test_taps_return_the_statistics_of_every_read():
+    placed = program_tree(_weights(), {"*": _CONVERTED}, _KEY)
+    seen = dict(zip(["A.q", "wi", "q", "head"], observe(_run, placed, _inputs(2)), strict=True))
+    assert seen["A.q"].signal.shape == (4, 3) and seen["q"].signal.shape == (4,) and seen["head"].signal.shape == ()
+    # The first layer's inputs are known: the same reads, one by one.
+    wanted, matrix = None, jax.tree.map(lambda leaf: leaf[0], placed["encoder.self.q"])
+    for x in _inputs(2):
+        statistics = probe(x, matrix.state, _CONVERTED)[1]
+        wanted = statistics if wanted is None else jax.tree.map(jnp.add, wanted, statistics)
+    for got, want in zip(jax.tree.leaves(seen["q"]), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-6)
+    conversions = np.asarray(jnp.sum(seen["wi"].histogram, axis=(-2, -1)))
+    # batches x reads x inputs x input slices x weight slices x row tiles x columns
+    _equal(conversions, np.full(4, 2 * 2 * 5 * 3 * 2 * 2 * 8))
+
+
+def test_calibration_sets_every_matrix_to_its_own_data():
+    config = dataclasses.replace(_CONVERTED, device=_NOISY.device)
+    placed = program_tree(_weights(), {"encoder.*[1:3]": None, "*": config}, _KEY)
+    settled = calibrate_tree(_run, placed, _inputs(3))
+    statistics = observe(_run, placed, _inputs(3))
+    A = settled["A"]["q"]
+    for layer, module in ((0, 0), (3, 2)):
+        one = jax.tree.map(lambda leaf, at=(layer, module): leaf[at], (placed["A"]["q"].state, statistics[0]))
+        np.testing.assert_allclose(A.state.limits[layer, module], calibrated(*one, config).limits, rtol=1e-6)
+    assert len(np.unique(np.asarray(A.state.limits[..., -1]))) > 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = site_errors(settled, observe(_run, settled, _inputs(3)))
+    layers = [row["layer"] for row in rows if row["site"] == "encoder.self.q"]
+    assert layers == [0, 3]
+    assert {(row["site"], row["layer"], row["module"]) for row in rows} >= {("A.q", 3, 2), ("head", None, None)}
+    assert all(3 < row["sqnr"] < 60 and row["clipped"] <= 0.1 for row in rows)
+
+
+def test_more_bits_are_fewer_errors():
+    def worst(bits):
+        config = dataclasses.replace(_CONVERTED, adc=ADC(bits=bits, clip_share=1.0))
+        settled = calibrate_tree(_run, program_tree(_weights(), {"*": config}, _KEY), _inputs(1))
+        return min(row["sqnr"] for row in site_errors(settled, observe(_run, settled, _inputs(1))))
+
+    assert worst(3) + 6 < worst(7)
+
+
+def test_swept_values_are_calibrated_too():
+    config = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=jnp.float32(20)))
+    fixed = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=20.0))
+    swept, plain = (
+        calibrate_tree(_run, program_tree(_weights(), {"*": c}, _KEY), _inputs(1))["encoder.self.q"]
+        for c in (config, fixed)
+    )
+    assert len(swept.values) == 1 and swept.values[0].shape == (4,) and not plain.values
+    np.testing.assert_allclose(swept.state.limits, plain.state.limits, rtol=1e-5)
+
+
+def test_ranges_that_clip_warn_by_name():
+    limits = ((-0.2, 0.2), (-0.2, 0.2))
+    config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="given", limits=limits))
+    placed = program_tree(_weights(), {"head": config}, _KEY)
+    with pytest.warns(UserWarning, match=r"ADCs clip more conversions than adc.clip_share: head: \d+.\d%"):
+        site_errors(placed, observe(_run, placed, _inputs(1)))
+
+
+def test_calibration_without_batches_or_reads_is_refused():
+    placed = program_tree(_weights(), {"*": _CONVERTED}, _KEY)
+    with pytest.raises(ValueError, match="no batches to observe"):
+        calibrate_tree(_run, placed, [])
+
+    def without_head(weights, x):
+        return _run(weights | {"head": jnp.ones((6, 5))}, x)
+
+    with pytest.raises(ValueError, match="head was read by none of the batches"):
+        calibrate_tree(without_head, placed, _inputs(1))

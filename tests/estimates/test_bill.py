@@ -1,0 +1,310 @@
+"""The bill of a task: counts against what programming makes and sums by hand, the command, its speed and refusals."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.cli import main
+from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Encoding, Range, Tile
+from lorafusion_jax.estimates.bill import CostOptions, activities, bills, comparisons, installed_once, price
+from lorafusion_jax.estimates.bill.show import constants_table, number, quantity
+from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, step_flops
+from lorafusion_jax.estimates.params import SHAPES, ParamsOptions
+from lorafusion_jax.estimates.params import counts as trainable_counts
+from lorafusion_jax.models.sites import sites
+from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.report.formats import aligned
+
+_ROOT = Path(__file__).resolve().parents[2]
+_LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]
+_OPTIONS = CostOptions()
+_NO_CELLS = ("LoRA in SRAM", "VeRA", "LoraHub", "LoRAFusion", "LoRAFusion, side by side")
+
+
+@pytest.fixture(scope="module")
+def large():
+    return bills(_LARGE, _ISAAC, _OPTIONS)
+
+
+def test_only_matrices_of_a_task_are_written(large):
+    for name, bill in large.items():
+        assert (bill.written.cells == 0) == (name in _NO_CELLS)
+        assert (bill.written.until_worn is None) == (name in _NO_CELLS)
+        assert bill.written.energy.high == pytest.approx(bill.written.cells * 104e-12)
+    # By hand: 48 + 96 matrices; A is 1024 x 16 and a unit column in 8 row tiles, B 16 x 1024 in 8 column tiles.
+    lora = 144 * 8 * (1024 * 17 + 16 * (1024 + 8))
+    assert large["LoRA in cells"].written.cells == large["DoRA in cells"].written.cells == lora
+    steps = 20 * 10
+    assert large["LoRA in cells, every step"].written.cells == steps * lora
+    assert large["LoRA in cells"].adapter_arrays == 144 * 8 * 16
+    assert large["LoRAFusion"].adapter_arrays == 20 * 144 * 8 * 16
+    assert large["LoRAFusion, side by side"].adapter_arrays == 144 * 8 * 2 * 8 * 3
+    assert large["VeRA"].adapter_arrays == 8 * 16  # one pair of 1024 x 128 and 128 x 1024, which all sites read
+
+
+def test_trained_numbers_are_those_of_params(large):
+    for name, count in trainable_counts(_LARGE, ParamsOptions()).items():
+        of = {"LoRA, rank 16": "LoRA in SRAM", "DoRA, rank 16": "DoRA in cells", "VeRA, rank 128": "VeRA"}
+        if "only" not in name:
+            assert large[of.get(name, name)].trainable == count
+
+
+def test_a_small_model_has_the_cells_that_programming_gives_it():
+    config = CrossbarConfig(tile=Tile(rows=7, cols=5), encoding=Encoding(kind="offset", unit_column=True), adc=ADC())
+    square = dataclasses.replace(tiny.CONFIG, num_heads=4, d_ff=16)  # few shapes, so few programs
+    model, pool = tiny.t5(square), tiny.pool(2, config=square)
+    weights, head = list(kernels(model).values()), model.head.get_value()[None]
+    write = jax.jit(jax.vmap(lambda w: crossbar.program(w, config, path="definition").cells))
+
+    def written(stack: jax.Array) -> tuple[int, int]:
+        """Arrays and cells of stacked matrices: those of the array that stands for a weight or a unit column."""
+        L, K, P, R, C, _, _ = write(stack).shape
+        used = crossbar.encoding.cells_in_use(stack.shape[1:], config)
+        with_unit = np.concatenate([used, used[..., :1]], axis=-1)
+        return L * K * P * R * C, L * K * P * int(with_unit.sum())
+
+    options = dataclasses.replace(_OPTIONS, adapters=2, rank=4, vera_rank=5)
+    once = installed_once(square, config, options)
+    base = np.sum([written(stack) for stack in (*weights, head)], axis=0)
+    modules = [m.reshape(-1, *m.shape[2:]) for m in (*pool.A.values(), *pool.B.values())]
+    own = np.sum([written(stack) for stack in modules], axis=0)
+    found = list(once.values())
+    assert (found[0].arrays, found[0].cells) == tuple(base)
+    assert (found[1].arrays, found[1].cells) == tuple(own)
+    of = {activity.method: activity for activity in activities(square, config, options)}
+    assert of["full fine-tuning"].written == found[0]
+    assert of["LoRAFusion"].adapters == found[1] == of["LoRA in cells"].written * 2
+    assert of["LoRAFusion, side by side"].adapters == found[2] and of["VeRA"].adapters == found[3]
+
+
+def test_reads_of_a_token_by_hand():
+    config = CrossbarConfig(adc=ADC())
+    options = dataclasses.replace(_OPTIONS, adapters=3, rank=4, source=6, target=2, targets=("v",))
+    of = {activity.method: activity for activity in activities(tiny.CONFIG, config, options)}
+
+    def one(d_in: int, d_out: int) -> int:
+        return crossbar.counts((d_in, d_out), config).conversions
+
+    # d_model 16, inner 12, d_ff 24; three encoder and two decoder layers, whose cross k and v are read for the source.
+    encoder = 3 * (3 * one(16, 12) + one(12, 16) + 2 * one(16, 24) + one(24, 16)) + 2 * 2 * one(16, 12)
+    decoder = 2 * (4 * one(16, 12) + 2 * one(12, 16) + 2 * one(16, 24) + one(24, 16)) + one(16, 48)
+    module = one(16, 4) + one(4, 12)
+    assert of["full fine-tuning"].source.reads.conversions == encoder
+    assert of["full fine-tuning"].generated.reads.conversions == decoder
+    assert of["LoRA in SRAM"].generated.reads.conversions == decoder
+    assert of["LoRA in cells"].source.reads.conversions == encoder + (3 + 2) * module
+    assert of["LoRA in cells"].generated.reads.conversions == decoder + 2 * module
+    assert of["LoRAFusion"].source.reads.conversions == encoder + 3 * (3 + 2) * module
+    assert of["LoRAFusion"].generated.reads.conversions == decoder + 3 * 2 * module
+    together = one(16, 12) + one(12, 12)
+    assert of["LoRAFusion, side by side"].generated.reads.conversions == decoder + 2 * together
+    # Keys and values of 6 + 2 positions, 12 wide, in two layers; three in the encoder.
+    attention, of_source = 2 * 2 * 8 * 12, 2 * 3 * 6 * 12
+    assert of["full fine-tuning"].generated[1:] == (attention, attention)
+    assert of["full fine-tuning"].source[1:] == (of_source, of_source)
+    assert of["LoRA in SRAM"].generated.macs == attention + 2 * (4 * (16 + 12) + 12)
+    assert of["LoRA in SRAM"].generated.words == attention + 2 * 4 * (16 + 12)
+    assert of["LoRAFusion"].generated.macs == attention + 2 * (3 * (4 + 12) + 12)
+    assert of["LoRAFusion"].generated.words == attention + 2 * (3 + 12)
+    assert of["LoraHub"].generated.macs == attention + 2 * 3 * (2 * 4 + 12)
+    assert of["VeRA"].generated.macs == attention + 2 * (128 + 2 * 12)
+    # q, k and v side by side and four more, in two layers, then the head; v's A and B come one after the other.
+    stages = of["LoRA in cells"].stages
+    assert sum(stages.values()) == 2 * 6 + 1
+    longest = crossbar.read_latency((16, 4), config) + crossbar.read_latency((4, 12), config)
+    plain, adapted = (price(of[name], config, options) for name in ("full fine-tuning", "LoRA in cells"))
+    assert adapted.latency_arrays.typical == pytest.approx(
+        plain.latency_arrays.typical + 2 * (longest.typical - crossbar.read_latency((16, 12), config).typical)
+    )
+
+
+def test_training_by_hand():
+    """Forward on arrays, backward digital: the steps' FLOPs without the forward products of frozen matrices."""
+    config = CrossbarConfig(adc=ADC())
+    options = dataclasses.replace(
+        _OPTIONS, adapters=2, rank=4, source=16, target=8, train_rows=20, batch_size=5, epochs=3, evaluations=7
+    )
+    of = {activity.method: activity for activity in activities(tiny.CONFIG, config, options)}
+    step, steps = Shape(5, 16, 8), 3 * 4  # 19 rows of 20 train
+    validation = Shape(1, 16, 8)
+    none, lora = Update(kind="none"), Update(kind="lora", rank=4)
+
+    def products(shape: Shape) -> float:
+        found = 2.0 * shape.rows * shape.target * 16 * 48
+        for name, site in sites(tiny.CONFIG).items():
+            of_source = name.startswith("encoder") or name in ("decoder.cross.k", "decoder.cross.v")
+            count = shape.rows * (shape.source if of_source else shape.target)
+            found += 2.0 * count * site.layers * site.d_in * site.d_out
+        return found
+
+    base = steps * step_flops(tiny.CONFIG, step, none, trainable=0) + 3 * forward_flops(tiny.CONFIG, validation, none)
+    on_arrays = steps * products(step) + 3 * products(validation)
+    trained = of["LoRA in cells"].trainable
+    whole = steps * step_flops(tiny.CONFIG, step, lora, trainable=trained) + 3 * forward_flops(
+        tiny.CONFIG, validation, lora
+    )
+    assert of["LoRA in cells"].base_training.macs == pytest.approx((base - on_arrays) / 2)
+    assert of["LoRA in cells"].update_training.macs == pytest.approx((whole - base) / 2)
+    assert of["LoRA in cells"].update_training.reads.conversions == 0
+    assert of["LoRA in cells"].update_training.words == 7 * steps * trained
+    assert of["full fine-tuning"].base_training.macs == pytest.approx(base / 2)
+    assert of["full fine-tuning"].base_training.reads.conversions == 0
+    # A row's reads are those of its tokens; all adapters on arrays are read as often.
+    source, target = steps * 5 * 16 + 3 * 16, steps * 5 * 8 + 3 * 8
+    for name in ("LoRAFusion", "VeRA", "LoRA in cells, every step"):
+        read = of[name].base_training.reads + of[name].update_training.reads
+        assert read == of[name].source.reads * source + of[name].generated.reads * target
+    searched = of["LoraHub"].base_training.reads + of["LoraHub"].update_training.reads
+    rows = 7 * 4 * 5
+    assert searched == of["LoraHub"].source.reads * (rows * 16) + of["LoraHub"].generated.reads * (rows * 8)
+    assert of["LoraHub"].update_training.words == 0
+
+
+def test_a_bill_adds_up(large):
+    fusion = large["LoRAFusion"]
+    assert fusion.install == CONSTANTS["word_energy"] * 148_416
+    for bill in large.values():
+        assert bill.learning == bill.install + bill.update + bill.base
+        share = bill.generated.total + bill.source.total * 16.0
+        assert bill.inference.typical == pytest.approx(1000 * share.typical)
+        assert bill.task.high == pytest.approx(bill.learning.high + bill.inference.high)
+    more = bills(_LARGE, _ISAAC, dataclasses.replace(_OPTIONS, tokens_per_task=3000))["LoRAFusion"]
+    assert more.inference.low == pytest.approx(3 * fusion.inference.low) and more.learning == fusion.learning
+
+
+@pytest.mark.parametrize("preset", ["isaac", "puma", "raella", "neurram"])
+def test_saved_writes_are_outweighed_where_the_two_bills_meet(preset):
+    of = {activity.method: activity for activity in activities(_LARGE, PRESETS[preset], _OPTIONS)}
+    constants = CONSTANTS.pinned("typical")
+    for name, found in comparisons(of, PRESETS[preset], _OPTIONS, constants).items():
+        tokens = found.break_even.typical
+        priced = [price(of[n], PRESETS[preset], _OPTIONS, constants) for n in ("LoRA in cells", name)]
+        lora, fusion = (b.inference.typical / 1000 * tokens for b in priced)
+        assert fusion == pytest.approx(lora + priced[0].written.energy.typical, rel=1e-6)
+        assert found.learning.typical == pytest.approx(priced[0].learning.typical / priced[1].learning.typical)
+        assert found.install.typical == pytest.approx(priced[0].install.typical / priced[1].install.typical)
+
+
+def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
+    of = {activity.method: activity for activity in activities(_LARGE, _ISAAC, _OPTIONS)}
+    found = comparisons(of, _ISAAC, _OPTIONS)["LoRAFusion"]
+    word, cells = 148_416 * 2.15e-12, large["LoRA in cells"].written.cells
+    for end, energy in (("low", 1.3e-12), ("typical", 41e-12), ("high", 104e-12)):
+        assert getattr(found.install, end) == pytest.approx(cells * energy / word)
+    assert found.learning_all.low <= found.learning.low and found.learning.high <= found.learning_all.high
+    cheap = dataclasses.replace(CONSTANTS.table["cell_write_energy"], low=1e-3, typical=1e-3, high=1e-3)
+    table = dataclasses.replace(CONSTANTS, table={**CONSTANTS.table, "cell_write_energy": cheap})
+    assert comparisons(of, _ISAAC, _OPTIONS, table)["LoRAFusion"].break_even.high < found.break_even.low
+
+
+def test_one_module_still_costs_something_more():
+    options = dataclasses.replace(_OPTIONS, adapters=1)
+    of = {activity.method: activity for activity in activities(_LARGE, _ISAAC, options)}
+    for found in comparisons(of, _ISAAC, options).values():
+        assert found.extra_per_token.low > 0
+
+
+def test_a_tied_head_is_digital():
+    tied = dataclasses.replace(tiny.CONFIG, tied=True)
+    of, other = (activities(config, _ISAAC, _OPTIONS)[0] for config in (tied, tiny.CONFIG))
+    head = crossbar.counts((16, 48), _ISAAC)
+    assert of.generated.reads + head == other.generated.reads
+    assert of.generated.macs == other.generated.macs + 16 * 48 and of.source == other.source
+
+
+def test_the_docs_hold_the_table_of_constants():
+    assert aligned(constants_table(CONSTANTS)) in (_ROOT / "docs" / "cost.md").read_text()
+
+
+def test_numbers_as_they_are_read():
+    assert quantity(Range(1.2e-6, 3.45e-6, 0.0123), "J") == "1.2 / 3.45 / 12,300 µJ"
+    assert quantity(Range.of(2.5), "s") == "2.5 s" and quantity(Range.of(0.0), "J") == "0 J"
+    assert quantity(Range(1e-20, 2e-20, 3e-20), "J") == "1e-05 / 2e-05 / 3e-05 fJ"
+    assert number(Range(0.5, 12.0, 1e10)) == "0.5 / 12 / 1e+10"
+
+
+def test_the_command_is_quick_and_says_everything(tmp_path):
+    out = tmp_path / "cost.json"
+    command = [sys.executable, "-m", "lorafusion_jax.cli", "cost", "--shape", "flan-t5-large", "--adapters", "20"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--preset", "isaac", "--json", out], cwd=_ROOT, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert seconds < 6  # 1.3 on two idle cores
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| LoRAFusion  ")]
+    assert rows[0].split("|")[3].strip() == "0"
+    for name in ("LoRA in cells", "LoRA in SRAM", "DoRA in cells", "VeRA", "LoraHub", "full fine-tuning"):
+        assert sum(line.startswith(f"| {name} ") for line in done.stdout.splitlines()) == 4
+    assert all(constant.source[:40] in done.stdout for constant in CONSTANTS.table.values())
+    saved = json.loads(out.read_text())
+    assert saved["methods"]["LoRAFusion"]["written"]["cells"] == 0
+    assert saved["methods"]["LoRA in cells"]["written"]["cells"] == 39_075_840
+    low, typical, high = saved["methods"]["LoRAFusion"]["generated"]["adc"]
+    assert 0 < low < typical < high
+
+
+def test_another_table_changes_the_bill_and_is_written(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    arguments = ["cost", "--shape", "flan-t5-small"]
+    main([*arguments, "--save-constants", str(path)])
+    before = capsys.readouterr().out
+    table = yaml.safe_load(path.read_text())
+    table["cell_write_energy"].update(low=1.0e6, typical=1.0e6, high=1.0e6, source="mine")
+    path.write_text(yaml.safe_dump(table))
+    main([*arguments, "--constants", str(path)])
+    after = capsys.readouterr().out
+    assert before != after and "| mine" in "".join(after.split("  "))
+
+
+def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
+    import cost
+
+    arguments = ["--shapes", "t5-small", "flan-t5-small", "--presets", "puma", "--out", str(tmp_path)]
+    cost.main(arguments)
+    assert {p.name for p in tmp_path.iterdir()} == {"table.md", "table.csv", "t5-small.png", "flan-t5-small.png"}
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    found = bills(SHAPES["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
+    of = {row["quantity"]: row for row in rows if (row["shape"], row["method"]) == ("t5-small", "LoRA in cells")}
+    assert float(of["learned"]["high"]) == pytest.approx(found.learning.high, rel=1e-5)
+    assert float(of["cells written"]["low"]) == found.written.cells
+    assert all(float(r["low"]) <= float(r["typical"]) <= float(r["high"]) for r in rows)
+    assert "## flan-t5-small on puma" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="no shapes t5-tiny: choose of flan-t5-small"):
+        cost.main(["--shapes", "t5-tiny"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "isaak"], "no preset 'isaak': choose one of ideal, isaac, puma"),
+        (["--preset", "ideal"], "dac = None is an ideal converter"),
+        (["--shape", "flan-t5-huge"], "no shape 'flan-t5-huge': choose one of flan-t5-small"),
+        (["--targets", "q_proj"], "targets are q_proj: choose of q k v"),
+        (["--adapters", "0"], "adapters is 0: wanted at least 1"),
+        (["--tokens-per-task", "0"], "tokens_per_task is 0"),
+        (["--json", "cost.txt"], "wanted a file ending in .json"),
+        (["--constants", "none.yaml"], "none.yaml: no such file of constants"),
+        (["--save-constants", "cost.txt"], "constants are a file ending in"),
+    ],
+)
+def test_what_cannot_be_billed_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["cost", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

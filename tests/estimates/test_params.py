@@ -1,0 +1,161 @@
+"""Trainable counts: the published sizes, the code that trains, and PEFT."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorafusion_jax.adapters.composition import Gram
+from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.cli import main
+from lorafusion_jax.estimates.params import SHAPES, ParamsOptions, counts, params
+from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.magnitudes import Magnitudes
+from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.methods.vera import VeRA
+from lorafusion_jax.models.sites import sites
+from lorafusion_jax.models.t5.model import T5, T5Config
+
+_LARGE = {
+    "LoRAFusion": 148_416,
+    "LoRAFusion, coefficients only": 960,
+    "LoRAFusion, magnitudes only": 147_456,
+    "LoRA, rank 16": 4_718_592,
+    "DoRA, rank 16": 4_866_048,
+    "VeRA, rank 128": 165_888,
+    "LoraHub": 20,
+    "full fine-tuning": 783_150_080,
+}
+# What transformers counts in the models of the hub.
+_SIZES = {
+    "flan-t5-small": 76_961_152,
+    "flan-t5-base": 247_577_856,
+    "flan-t5-large": 783_150_080,
+    "flan-t5-xl": 2_849_757_184,
+    "flan-t5-xxl": 11_135_332_352,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+}
+# Unequal stacks, and attention whose inner width is not d_model.
+_UNEQUAL = T5Config(vocab_size=32, d_model=24, d_kv=4, d_ff=40, num_heads=4, num_layers=3, num_decoder_layers=2)
+
+
+def _options(**changes) -> ParamsOptions:
+    return ParamsOptions(shape="unused", adapters=5, rank=3, vera_rank=7, **changes)
+
+
+def test_flan_t5_large():
+    assert counts(SHAPES["flan-t5-large"], ParamsOptions()) == _LARGE
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_sizes(name):
+    assert counts(SHAPES[name], ParamsOptions())["full fine-tuning"] == _SIZES[name]
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",)])
+def test_counts_are_what_the_methods_train(targets):
+    adapted = {n: site for n, site in sites(_UNEQUAL).items() if n.rpartition(".")[2] in targets}
+    pool = LoraPool(
+        A={n: jnp.ones((s.layers, 5, s.d_in, 3)) for n, s in adapted.items()},
+        B={n: jnp.ones((s.layers, 5, 3, s.d_out)) for n, s in adapted.items()},
+        rank={n: jnp.full((s.layers, 5), 3) for n, s in adapted.items()},
+        names=tuple("abcde"),
+    )
+    gram = Gram({n: jnp.ones((s.layers, s.d_out)) for n, s in adapted.items()}, {})
+    base = nnx.state(T5(_UNEQUAL, rngs=nnx.Rngs(0)))
+    frozen, index, key = Frozen(base, pool, gram, norms=gram.squared), jnp.arange(5), jax.random.key(0)
+    adapted_sites = tuple(adapted.items())
+    methods = {
+        "LoRAFusion": Fusion(),
+        "LoRAFusion, coefficients only": Fusion(magnitudes=False),
+        "LoRAFusion, magnitudes only": Magnitudes(),
+        "LoRA, rank 3": LoRA(sites=adapted_sites, rank=3),
+        "DoRA, rank 3": LoRA(sites=adapted_sites, rank=3, dora=True),
+        "VeRA, rank 7": VeRA(sites=adapted_sites, rank=7),
+        "full fine-tuning": FullFineTuning(),
+        "LoraHub": Fusion(composition="mix", granularity="global", magnitudes=False),
+    }
+    found = counts(_UNEQUAL, _options(targets=targets))
+    for name, method in methods.items():
+        acting = method.trainable(method.init(frozen, index, key), frozen, index)
+        assert found[name] == sum(int(np.sum(a)) for a in jax.tree.leaves(acting)), name
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo")])
+def test_counts_are_pefts(targets):
+    import peft
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=32,
+        d_model=24,
+        d_kv=4,
+        d_ff=40,
+        num_heads=4,
+        num_layers=3,
+        num_decoder_layers=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+
+    def trained(adapter=None) -> int:
+        model = transformers.T5ForConditionalGeneration(config)
+        if adapter is not None:
+            model = peft.get_peft_model(model, adapter)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    modules = list(targets)
+    found = counts(_UNEQUAL, _options(targets=targets))
+    assert found["LoRA, rank 3"] == trained(peft.LoraConfig(r=3, target_modules=modules))
+    assert found["DoRA, rank 3"] == trained(peft.LoraConfig(r=3, target_modules=modules, use_dora=True))
+    if targets == ("q", "v"):  # VeRA's shared matrices need one shape for all
+        assert found["VeRA, rank 7"] == trained(peft.VeraConfig(r=7, target_modules=modules))
+
+
+@pytest.mark.parametrize("config", ["config.json", "config.transformers5.json"])
+def test_a_folder_with_the_config_of_transformers_4_or_5(config, shared, tmp_path, capsys):
+    folder = shared / "goldens" / "fusion" / "t5a" / "base"
+    (tmp_path / "config.json").write_bytes((folder / config).read_bytes())
+    params(ParamsOptions(shape=str(tmp_path), adapters=4))
+    rows = capsys.readouterr().out.splitlines()
+    from lorafusion_jax.io.hf import load_base
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(load_base(folder)))
+    assert f"| full fine-tuning | {size:,} | 100 % |" in rows
+    assert any(row.startswith("| LoraHub | 4 |") for row in rows)
+
+
+def test_the_command_prints_a_table(capsys):
+    main(["params", "--shape", "flan-t5-large", "--adapters", "20", "--rank", "16"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[:2] == ["| method | trainable numbers | of flan-t5-large |", "|---|---:|---:|"]
+    assert rows[2] == "| LoRAFusion | 148,416 | 0.01895 % |"
+    assert [row.split(" | ")[1] for row in rows[2:]] == [f"{count:,}" for count in _LARGE.values()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "flan-t5-huge"}, "no shape 'flan-t5-huge': choose one of flan-t5-small, .*, or give the folder"),
+        ({"targets": ("q", "q_proj")}, "targets are q q_proj: choose of q k v o wi_0 wi_1 wo"),
+        ({"targets": ()}, "targets are none"),
+        ({"adapters": 0}, "adapters is 0: wanted at least 1"),
+        ({"rank": -1}, "rank is -1"),
+    ],
+)
+def test_what_cannot_be_counted(changes, message):
+    with pytest.raises(ValueError, match=message):
+        params(ParamsOptions(**changes))
+
+
+def test_another_kind_of_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="model_type is 'llama'"):
+        params(ParamsOptions(shape=str(tmp_path)))

@@ -1,0 +1,326 @@
+"""The plan of a matrix of runs, held to what XLA says of the programs that run; nothing is computed."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorafusion_jax.adapters.coefficients import shape
+from lorafusion_jax.adapters.composition import Gram
+from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.estimates.estimate import METHODS, Settings, estimate, trainable_count, update_of
+from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
+from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
+from lorafusion_jax.estimates.parameters import size
+from lorafusion_jax.estimates.params import SHAPES, ParamsOptions, counts
+from lorafusion_jax.estimates.plan import plan, plan_table, print_plan
+from lorafusion_jax.estimates.workload import uniform, workload
+from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.magnitudes import Magnitudes
+from lorafusion_jax.methods.method import LORAHUB, Frozen, Fusion, Method, Projections, ZeroShot
+from lorafusion_jax.methods.vera import VeRA
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.sites import sites, targeted
+from lorafusion_jax.models.t5.model import T5, T5Config
+from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.runs.options import Recipe
+from lorafusion_jax.tasks import Batch, Example, Task
+from lorafusion_jax.training.fit import recipe_rates, train_seeds
+from lorafusion_jax.training.step import Optimisation, fusion_step, init_state
+
+_S = jax.ShapeDtypeStruct
+# XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
+_SMALL = T5Config(
+    vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_heads=4, num_layers=2, num_decoder_layers=1, unroll=True
+)
+_SCANNED = T5Config(vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_heads=4, num_layers=9, num_decoder_layers=7)
+_SHAPE = Shape(4, 32, 8)
+_RECIPE = Recipe(modules=5, lora_rank=8, vera_rank=24)
+_SETTINGS = Settings(recipe=_RECIPE, rank=8, pool=7)
+_QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes and holds stays the same
+
+
+def _method(name: str, config: T5Config) -> Method:
+    adapted = tuple((n, s) for n, s in sites(config).items() if n.endswith((".q", ".v")))
+    composition = "mix" if name.endswith("mix") else "sum"
+    return {
+        "zero-shot": ZeroShot(),
+        "lorahub": LORAHUB,
+        "lora": LoRA(sites=adapted, rank=8),
+        "dora": LoRA(sites=adapted, rank=8, dora=True),
+        "vera": VeRA(sites=adapted, rank=24),
+        "magnitudes": Magnitudes(),
+        "full": FullFineTuning(),
+    }.get(name) or Fusion(composition=composition, magnitudes=name.startswith("fusion"))
+
+
+@cache
+def _frozen(name: str, config: T5Config, settings: Settings) -> tuple[nnx.GraphDef, Frozen]:
+    """Returns the model's structure and what is frozen, all zeros."""
+    graph, base = nnx.split(nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0))))
+    base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
+    adapted = {n: s for n, s in sites(config).items() if n.endswith((".q", ".v"))}
+    columns = {n: jnp.zeros((s.layers, s.d_out)) for n, s in adapted.items()}
+    if name in ("dora", "magnitudes"):
+        return graph, Frozen(base, norms=columns)
+    if name == "vera":
+        width = config.num_heads * config.d_kv
+        return graph, Frozen(base, projections=Projections(jnp.zeros((config.d_model, 24)), jnp.zeros((24, width))))
+    if name in ("zero-shot", "lora", "full"):
+        return graph, Frozen(base)
+    modules, r = settings.pool or settings.recipe.modules, settings.rank
+    pool = LoraPool(
+        A={n: jnp.zeros((s.layers, modules, s.d_in, r)) for n, s in adapted.items()},
+        B={n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()},
+        rank={n: jnp.full((s.layers, modules), r) for n, s in adapted.items()},
+        names=tuple(map(str, range(modules))),
+    )
+    cross = {n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()}
+    return graph, Frozen(base, pool, Gram(columns, cross))
+
+
+def _batch(shape: Shape, *lead: int) -> Batch:
+    source, target = ((*lead, shape.rows, width) for width in shape[1:])
+    return Batch(_S(source, jnp.int32), _S(source, bool), _S(target, jnp.int32), _S(source[:-1], bool))
+
+
+def _state(name: str, config: T5Config, settings: Settings, seeds: int):
+    _, frozen = _frozen(name, config, settings)
+    index = _S((seeds, settings.recipe.modules), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
+    start = jax.vmap(partial(init_state, _method(name, config)), in_axes=(None, 0, 0))
+    return jax.eval_shape(start, frozen, index, keys), index
+
+
+def _rates(seeds: int):
+    return jax.eval_shape(lambda: recipe_rates(_RECIPE, seeds))
+
+
+def _of_one(tree):
+    return jax.tree.map(lambda a: _S(a.shape[1:], a.dtype), tree)
+
+
+def _compiled(fn, first, *rest, donate: bool = False):
+    """Returns the compiled program of `fn(first, *rest)`, whose arrays pass as leaves: types are checked of tracers."""
+    leaves, tree = jax.tree.flatten(first)
+    others, rest_tree = jax.tree.flatten(rest)
+
+    def flat(leaves, others):
+        return jax.tree.leaves(fn(tree.unflatten(leaves), *rest_tree.unflatten(others)))
+
+    return jax.jit(flat, donate_argnums=0 if donate else ()).lower(leaves, others).compile(compiler_options=_QUICK)
+
+
+def _flops(compiled) -> float:
+    return compiled.cost_analysis()["flops"]
+
+
+def _bytes(compiled) -> int:
+    found = compiled.memory_analysis()
+    returned = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
+
+
+def _step(name: str, config: T5Config, settings: Settings):
+    """Returns the real step of one seed, compiled."""
+    graph, frozen = _frozen(name, config, settings)
+    state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
+    static = {"graph": graph, "method": _method(name, config), "optimisation": Optimisation(steps=9, clip=1.0)}
+    return _compiled(partial(fusion_step, **static), state, _batch(_SHAPE), index, frozen, _of_one(_rates(1)))
+
+
+@pytest.mark.parametrize("name", ["fusion-sum", "fusion-mix", "lora", "full"])
+def test_flops_of_a_step(name):
+    trainable = trainable_count(_SMALL, name, _SETTINGS)
+    found = step_flops(_SMALL, _SHAPE, update_of(name, _SETTINGS), trainable=trainable)
+    np.testing.assert_allclose(found, _flops(_step(name, _SMALL, _SETTINGS)), rtol=0.1)
+
+
+def test_flops_of_a_sum_that_is_formed_as_a_matrix():
+    settings = dataclasses.replace(_SETTINGS, rank=32)
+    update = update_of("fusion-sum", settings)
+    found = step_flops(_SMALL, _SHAPE, update, trainable=trainable_count(_SMALL, "fusion-sum", settings))
+    assert all(update.is_dense(site) for site in targeted(_SMALL, ("q", "v")).values())
+    np.testing.assert_allclose(found, _flops(_step("fusion-sum", _SMALL, settings)), rtol=0.1)
+
+
+def test_flops_by_hand():
+    # One layer each of 2 x 2 matrices, one row of 3 source and 1 target tokens.
+    config = T5Config(vocab_size=5, d_model=2, d_kv=2, d_ff=2, num_heads=1, num_layers=1, num_decoder_layers=1)
+    shape = Shape(1, 3, 1)
+    # Encoder: q k v o and three of the feed-forward for 3 tokens; decoder: 9 for 1, cross k and v for 3; the head.
+    base = 8 * (7 * 3 + 9 * 1 + 2 * 3) + 2 * 2 * 5
+    attention = 2 * 2 * 2 * (3 * 3 + 1 * 1 + 1 * 3)
+    assert forward_flops(config, shape, Update(kind="none")) == base + attention
+    # q and v: of 3 tokens in the encoder, of 1, 1 and 1 in the decoder, cross v of 3.
+    met = 3 + 3 + 1 + 1 + 1 + 3
+    vera = Update(kind="vera", rank=7)
+    assert forward_flops(config, shape, vera) == base + attention + 2 * met * 7 * (2 + 2)
+    backward = base + 2.5 * attention
+    assert step_flops(config, shape, Update(kind="magnitudes"), trainable=0) == base + attention + backward
+    assert step_flops(config, shape, vera, trainable=0) == base + attention + backward + 2 * 2 * met * 7 * 4
+    assert step_flops(config, shape, Update(kind="full"), trainable=1) == 2 * base + attention + backward + 18
+
+
+@pytest.mark.parametrize("name", ["fusion-sum", "dora"])
+def test_flops_of_generation(name):
+    graph, frozen = _frozen(name, _SMALL, _SETTINGS)
+    state, index = (_of_one(tree) for tree in _state(name, _SMALL, _SETTINGS, 1))
+
+    def run(params, batch, index, frozen):
+        adapters, _ = _method(name, _SMALL).adapters(params, frozen, index)
+        model = nnx.merge(graph, frozen.base)
+        return generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=6)
+
+    # Counted once by XLA: the source, and the body of the loop over tokens.
+    update = update_of(name, _SETTINGS)
+    source, whole = (generation_flops(_SMALL, Shape(4, 32, tokens), update) for tokens in (0, 6))
+    counted = _flops(_compiled(run, state.params, _batch(_SHAPE), index, frozen))
+    np.testing.assert_allclose(source + (whole - source) / 6, counted, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "structure"),
+    [
+        ("fusion-sum", "map", {}),
+        ("fusion-mix", "vmap", {"dtype": "bfloat16"}),
+        ("lora", "map", {"dtype": "bfloat16", "unroll": True, "remat": "none"}),
+        ("full", "map", {}),
+    ],
+)
+def test_memory_of_a_step(name, path, structure):
+    config, shape, seeds = dataclasses.replace(_SCANNED, **structure), Shape(8, 64, 8), 2
+    graph, frozen = _frozen(name, config, _SETTINGS)
+    state, index = _state(name, config, _SETTINGS, seeds)
+    static = {"graph": graph, "method": _method(name, config), "optimisation": Optimisation(steps=9, clip=1.0)}
+    step = partial(train_seeds, path=path, **static)
+    compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, _rates(seeds), donate=True)
+    update, trainable = update_of(name, _SETTINGS), trainable_count(config, name, _SETTINGS)
+    held = pool_bytes(config, update) + seeds * state_bytes(trainable)
+    # Nothing reads the base where all of it is trained, and XLA does not count it.
+    held += 0 if name == "full" else weights_bytes(config)
+    how = {"trainable": trainable, "seeds": seeds, "path": path, "device": "cpu"}
+    np.testing.assert_allclose(held + step_bytes(config, shape, update, **how), _bytes(compiled), rtol=0.25)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_generation(dtype):
+    config, shape, seeds, tokens, path = dataclasses.replace(_SCANNED, dtype=dtype), Shape(32, 96, 8), 2, 8, "vmap"
+    graph, frozen = _frozen("lora", config, _SETTINGS)
+    state, index = _state("lora", config, _SETTINGS, seeds)
+    static = {"graph": graph, "method": _method("lora", config), "path": path, "max_new_tokens": tokens}
+    compiled = _compiled(partial(generate_seeds, **static), state.params, index, frozen, _batch(shape))
+    update, trainable = update_of("lora", _SETTINGS), trainable_count(config, "lora", _SETTINGS)
+    needed = evaluation_bytes(config, shape, tokens, update, seeds=seeds, path=path, device="cpu")
+    held = weights_bytes(config) + seeds * trainable * 4
+    np.testing.assert_allclose(held + needed, _bytes(compiled), rtol=0.25)
+
+
+@pytest.mark.parametrize("config", [SHAPES["flan-t5-large"], SHAPES["t5-small"], _SMALL])
+@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wo")])
+def test_trainable_numbers_are_those_of_params(config, targets):
+    recipe = Recipe(modules=11, lora_rank=6, vera_rank=30, lora_targets=targets)
+    settings = Settings(recipe=recipe, targets=targets)
+    wanted = counts(config, ParamsOptions(adapters=11, rank=6, vera_rank=30, targets=targets))
+    names = "fusion coefficients magnitudes lora dora vera lorahub full".split()
+    assert [trainable_count(config, name, settings) for name in names] == list(wanted.values())
+    assert trainable_count(config, "mean", settings) == trainable_count(config, "zero-shot", settings) == 0
+
+
+@pytest.mark.parametrize("granularity", ["global", "block", "site", "rank"])
+def test_trainable_coefficients_are_those_of_the_pool(granularity):
+    _, frozen = _frozen("coefficients", _SMALL, _SETTINGS)
+    settings = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, granularity=granularity))
+    assert trainable_count(_SMALL, "coefficients", settings) == np.prod(shape(frozen.pool, 5, granularity))
+
+
+def test_a_workload_has_the_batches_of_training_and_evaluation():
+    rows = [Example("x" * (4 * n + 2), "yes" if n % 2 else "no") for n in range(40)]
+    recipe = Recipe(epochs=3, batch_size=8, shots=4)
+    found = workload(Task("t", tuple(rows), tuple(rows[:30]), "-"), recipe, eval_batch=16)
+    # 2 of 40 rows validate; 5 batches hold 38; a row of n tokens and its end is at most 40 wide.
+    assert len(found.steps) == 15 and len(found.search) == 5 and found.validation.rows == 2
+    assert all(step.rows == 8 and 4 <= step.source <= 48 for step in found.steps)
+    assert [shape.rows for shape in found.test.rows] == [15, 15] and found.test.rows[-1].source == 32
+    # Each test row is asked with both labels.
+    assert sum(shape.rows for shape in found.test.options) == 60
+    assert found.few_shot is not None and found.few_shot.rows[0].source > 32
+    assert found.lengths == "estimated from characters" and found.new_tokens == 4
+
+
+def test_a_workload_by_a_tokenizer():
+    rows = tuple(Example("a b c", "d e") for _ in range(20))
+
+    def tokenizer(texts, **_):
+        return {"input_ids": [[1] * (10 * len(text.split())) for text in texts]}
+
+    found = workload(Task("t", rows, rows[:2], "-"), Recipe(shots=50), tokenizer=tokenizer)
+    assert found.steps[0] == Shape(10, 32, 20) and found.lengths == "tokenised" and found.few_shot is None
+    with pytest.raises(ValueError, match="too few training rows for 50 examples in a prompt: lower shots"):
+        estimate(_SMALL, "few-shot", found, Settings(recipe=Recipe(shots=50)))
+
+
+def _work(**changes):
+    return uniform(_RECIPE, **{"source": 30, "target": 3, "train_rows": 40, "test_rows": 50} | changes)
+
+
+def test_a_plan_adds_up():
+    work = _work()
+    rows = {row.method: row for row in plan(_SMALL, METHODS, {"a": work, "b": work}, _SETTINGS)}
+    alone = estimate(_SMALL, "fusion", work, _SETTINGS)
+    fusion = rows["fusion"]
+    assert fusion.runs == 10 and rows["zero-shot"].runs == 2 and rows["constant"].cost.peak_bytes == 0
+    assert fusion.cost.training_flops == pytest.approx(10 * alone.training_flops)
+    assert fusion.cost.evaluation_flops == pytest.approx(10 * alone.evaluation_flops)
+    assert fusion.cost == rows["fusion-sum"].cost
+    cost = fusion.cost
+    held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes)
+    assert cost.peak_bytes == sum(held) and cost.weights_bytes == 4 * size(_SMALL)
+    # 40 evaluations of LoraHub, 40 generations of 16 of CMA-ES, one for each of 5 modules of the best single one.
+    assert rows["cma"].cost.training_flops == 16 * rows["lorahub"].cost.training_flops
+    passes = rows["single"].cost.training_flops / rows["single"].cost.forward_flops
+    assert passes == pytest.approx(10 * 5 * len(work.search))
+
+
+def test_batched_seeds_need_more_memory_and_no_more_flops():
+    batched = dataclasses.replace(_SETTINGS, path="vmap", device="accelerator")
+    one, other = (estimate(_SMALL, "lora", _work(), settings) for settings in (_SETTINGS, batched))
+    assert other.activation_bytes > one.activation_bytes and other.training_flops == one.training_flops
+
+
+def test_the_table_is_printed(capsys):
+    print_plan(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=Recipe()))
+    out = capsys.readouterr().out
+    assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other (lax.map)." in out
+    assert "lengths given, padded" in out and "| fusion    |    5 |   148,416 |" in out and "2.92 GiB" in out
+    table = plan_table(plan(_SMALL, ["lora"], {"a": _work()}, _SETTINGS)).splitlines()
+    assert len({len(line) for line in table}) == 1 and table[-1].startswith("| all ")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("lorra", {}, "no method 'lorra': choose of fusion, coefficients"),
+        ("fusion", {"rank": 0}, "rank is 0: wanted at least 1"),
+        ("lora", {"recipe": Recipe(epochs=0)}, "epochs is 0: wanted at least 1"),
+        ("fusion", {"pool": 2}, "a pool of 2 for seeds that draw 5 modules each"),
+        ("fusion", {"targets": ("q", "x")}, "targets are q x: choose of q k v o wi_0 wi_1 wo"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(method, changes, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
+
+
+def test_no_rows_or_tasks_are_refused():
+    with pytest.raises(ValueError, match="t has no test rows: there is nothing to evaluate"):
+        workload(Task("t", (Example("a", "b"),), (), "-"), _RECIPE)
+    with pytest.raises(ValueError, match="test_rows is 0: wanted at least 1"):
+        _work(test_rows=0)
+    with pytest.raises(ValueError, match="a plan of 1 methods for 0 tasks: give at least one of each"):
+        plan(_SMALL, ["lora"], {}, _SETTINGS)

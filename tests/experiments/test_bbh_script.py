@@ -1,0 +1,83 @@
+"""experiments/bbh.py on real BIG-Bench Hard tasks: the whole path, with a random base that reads bytes."""
+
+import sys
+from pathlib import Path
+
+import byte_base
+import pytest
+
+from lorafusion_jax.report import read_rows
+
+_ROOT = Path(__file__).resolve().parents[2]
+_POOL = _ROOT / "examples" / "small" / "adapters"
+
+
+@pytest.fixture(scope="module")
+def bbh():
+    sys.path.insert(0, str(_ROOT / "experiments"))
+    try:
+        import bbh
+
+        yield bbh
+    finally:
+        sys.path.remove(str(_ROOT / "experiments"))
+
+
+@pytest.fixture(scope="module")
+def arguments(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bbh")
+    base = byte_base.make(folder / "base")
+    data = shared / "data"
+    tasks = ["--bbh", str(data / "bbh"), "--split", str(data / "lorahub_bbh_split.json")]
+    sizes = ["--modules", "2", "--epochs", "1", "--test-rows", "4", "--seeds", "1", "2"]
+    where = ["--base", str(base), "--pool", str(_POOL), "--out", str(folder / "out")]
+    return folder / "out", [*where, *tasks, *sizes, "--task", "boolean_expressions", "object_counting"]
+
+
+def test_tasks_with_and_without_options(bbh, arguments, capsys):
+    out, given = arguments
+    bbh.main([*given, "--method", "zero-shot", "LoRAFusion"])
+    rows = read_rows(out / "results.jsonl")
+    assert {(row["task"], row["method"], row["seed"]) for row in rows} == {
+        (task, method, seed)
+        for task in ("boolean_expressions", "object_counting")
+        for method, seed in (("zero-shot", 1), ("LoRAFusion", 1), ("LoRAFusion", 2))
+    }
+    assert all(len(row["correct"]) == 4 for row in rows)
+    assert {row["task"] for row in rows if row["option_accuracy"] is not None} == {"boolean_expressions"}
+    assert "boolean_expressions" in (out / "report" / "report.html").read_text()
+    before = (out / "results.jsonl").read_bytes()
+    bbh.main([*given, "--method", "zero-shot", "LoRAFusion"])
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
+    _, given = arguments
+    given = [{str(_POOL): "none"}.get(word, word) for word in given]
+    given[given.index("--base") + 1] = "flan-t5-large"
+    bbh.main([*given, "--method", "LoRAFusion", "LoRA", "full fine-tuning", "--modules", "20", "--plan"])
+    said = capsys.readouterr().out
+    for count in ("148,416", "4,718,592", "783,150,080"):
+        assert count in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--bbh": None}, r"say where the tasks are: --bbh with --split, or --data alone"),
+        ({"--task": ["no_such_task"]}, "no_such_task"),
+        ({"--method": ["LoRAFuson"]}, r"no method LoRAFuson: choose of zero-shot; "),
+        ({"--modules": ["29"], "--method": ["LoRAFusion"]}, r"holds 28 modules, and 29 are to be drawn"),
+    ],
+)
+def test_bad_input(bbh, arguments, change, message):
+    words: dict[str, list[str]] = {}
+    for word in arguments[1]:
+        if word.startswith("--"):
+            words[word] = []
+        else:
+            words[list(words)[-1]].append(word)
+    words |= change
+    given = [word for name, values in words.items() if values is not None for word in (name, *values)]
+    with pytest.raises(ValueError, match=message):
+        bbh.main(given)

@@ -1,0 +1,104 @@
+"""The experiments on chips: what is computed once, which points there are, and the sums of their tables."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from lorafusion_jax.crossbar.serialise import load_config
+
+_ROOT = Path(__file__).resolve().parents[2]
+_CHIP = load_config(_ROOT / "examples" / "chip.yaml")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(_ROOT / "experiments"))
+    yield {name: importlib.import_module(name) for name in ("_hardware", "hardware", "hardware_sweeps")}
+    sys.path.remove(str(_ROOT / "experiments"))
+
+
+def test_results_are_computed_once_and_settings_are_kept_apart(scripts, tmp_path):
+    store, calls = scripts["_hardware"].Store(tmp_path / "out"), []
+
+    def compute():
+        calls.append(1)
+        return [{"chip": 0, "seed": 1, "exact_match": 50.0, "loss": 0.5}]
+
+    store.claim({"chips": 8, "seeds": (1, 2)})
+    assert store.rows("a", compute) == store.rows("a", compute) and len(calls) == 1
+    numbers = store.numbers("b", lambda: {"coefficients": jnp.ones((2, 3))})
+    again = store.numbers("b", lambda: pytest.fail("was computed already"))
+    assert jnp.array_equal(numbers["coefficients"], again["coefficients"])
+    store.claim({"chips": 8, "seeds": (1, 2)})
+    with pytest.raises(ValueError, match="holds other results \\(chips was 8, is 4\\): give another --out"):
+        store.claim({"chips": 4, "seeds": (1, 2)})
+
+
+def _rows(case, values, *, age=None, compensate=None):
+    """Exact match of (chip, seed)."""
+    return [
+        {"task": "t", "case": case, "age": age, "compensate": compensate, "chip": c, "seed": s, "exact_match": m}
+        for c, of_chip in enumerate(values)
+        for s, m in enumerate(of_chip)
+    ]
+
+
+def test_shares_won_back_by_hand(scripts):
+    hardware = scripts["hardware"]
+    rows = (
+        _rows("digital", [[70, 50]])
+        + _rows("untouched", [[40, 40], [30, 50]])
+        + _rows("its chip", [[60, 40], [55, 45]])
+    )
+    assert list(hardware.matches(rows, "t", "untouched", None, None)) == [40, 40]
+    # Digital 60, untouched 40, trained 50.
+    assert hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None) == 50
+
+
+def test_the_tables_hold_every_case(scripts):
+    hardware = scripts["hardware"]
+    options = hardware.Options(tasks=("t",), seeds=(1, 2), chips=2)
+    rows = _rows("digital", [[70, 50]])
+    for case in list(hardware.TRAINED)[1:]:
+        rows += _rows(case, [[40, 40], [30, 30]])
+        for compensate in (False, True):
+            rows += _rows(case, [[20, 20], [10, 10]], age="1month", compensate=compensate)
+    for budget in hardware.BUDGETS:
+        rows += _rows(f"digital, {budget}", [[60, 60]])
+        for case in ("untouched", "noise-blind", "its chip"):
+            rows += _rows(f"{case}, {budget}", [[30, 30], [30, 30]], age="1month", compensate=True)
+    text = hardware.tables(rows, options)
+    assert "35.0 ± 7.1" in text and "nan" not in text
+    for case in hardware.TRAINED:
+        assert f"| {case} " in text
+    assert hardware.csv_of(rows).count("\n") == len(rows) + 1
+
+
+@pytest.mark.parametrize(("sweep", "point"), [("noise", "0.1"), ("adc", "6"), ("cell", "2"), ("age", "1day")])
+def test_points_change_what_they_name_and_nothing_else(scripts, sweep, point):
+    found = scripts["hardware_sweeps"].at(_CHIP, sweep, point)
+    values = {
+        "noise": (found.device.programming.sigma, _CHIP.device.programming.sigma, 0.1),
+        "adc": (found.adc.bits, _CHIP.adc.bits, 6),
+        "cell": (found.cell.bits, _CHIP.cell.bits, (2, 2, 2)),
+        "age": (found.device.time, _CHIP.device.time, 86_400),
+    }
+    for name, (now, before, wanted) in values.items():
+        assert now == (pytest.approx(wanted) if name == sweep else before)
+
+
+@pytest.mark.parametrize(
+    ("config", "sweep", "point", "message"),
+    [
+        ("isaac", "noise", "0.1", "no programming error of one sigma"),
+        ("ideal", "adc", "4", "no ADC to sweep"),
+        ("isaac", "age", "1h", "no drift model"),
+        ("isaac", "cell", "4", "do not make up the 6 of a 7-bit weight"),
+    ],
+)
+def test_what_cannot_be_swept(scripts, config, sweep, point, message):
+    with pytest.raises(ValueError, match=message):
+        scripts["hardware_sweeps"].at(load_config(config), sweep, point)

@@ -1,0 +1,157 @@
+"""A matrix of runs: its rows, what is not run twice, and what it refuses."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import one_block
+import pytest
+
+from lorafusion_jax.report import done, read_rows
+
+_EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+_TASK = one_block.SMALL / "tasks" / "double_digit"
+_QUICK = {"batch_size": 48, "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """The experiments' module, imported as its scripts see it, and methods that are quick."""
+    sys.path.insert(0, str(_EXPERIMENTS))
+    try:
+        import _matrix
+        import _methods
+
+        chosen = ("zero-shot", "constant answer", "uniform mean", "coefficients only")
+        entries = {name: _methods.METHODS[name] for name in chosen}
+        yield _matrix, {name: dataclasses.replace(entry, recipe=_QUICK) for name, entry in entries.items()}
+    finally:
+        sys.path.remove(str(_EXPERIMENTS))
+
+
+@pytest.fixture(scope="module")
+def options(matrix, tmp_path_factory):
+    out = tmp_path_factory.mktemp("matrix")
+    base, pool = one_block.cut(out)
+    return matrix[0].MatrixOptions(
+        base=str(base),
+        pool=str(pool),
+        task=(str(_TASK),),
+        seeds=(1, 2),
+        modules=2,
+        epochs=1,
+        test_rows=6,
+        out=out / "matrix",
+    )
+
+
+def _counted(matrix, monkeypatch) -> list[tuple[str, str]]:
+    """Return the list to which every run adds its method and folder."""
+    ran, fuse = [], matrix.fuse
+
+    def run(options):
+        ran.append((options.method, options.name))
+        return fuse(options)
+
+    monkeypatch.setattr(matrix, "fuse", run)
+    return ran
+
+
+def test_every_result_is_a_row_and_none_is_run_twice(matrix, options, monkeypatch, capsys):
+    module, entries = matrix
+    ran = _counted(module, monkeypatch)
+    file = module.run_matrix(options, entries)
+    rows = read_rows(file)
+    # What trains nothing and draws nothing has one seed.
+    seeds = {"zero-shot": (1,)}
+    expected = {
+        ("double_digit", method, "95+5", seed) for method in entries for seed in seeds.get(method, options.seeds)
+    }
+    assert done(rows) == expected and len(rows) == len(expected)
+    assert [method for method, _ in ran] == [entry.method for entry in entries.values()]
+    assert len({name for _, name in ran}) == len(ran)
+    assert "[4/4] double_digit, coefficients only, 95+5:" in capsys.readouterr().err
+    for row in rows:
+        assert len(row["correct"]) == 6 and row["option_correct"] is None
+        assert row["config"]["recipe"]["modules"] == 2
+        trained = row["method"] == "coefficients only"
+        assert row["trainable"] == (2 * 2 if trained else 0)  # modules times blocks
+        assert (row["forward_rows"], row["backward_rows"]) == ((100, 95) if trained else (0, 0))
+        assert (row["loss"] is None) == (row["method"] == "constant answer")
+    before = file.read_bytes()
+    ran.clear()
+    assert module.run_matrix(options, entries) == file
+    assert not ran and file.read_bytes() == before
+
+
+def test_a_row_that_is_missing_is_run_again_alone(matrix, options, monkeypatch):
+    module, entries = matrix
+    file = module.run_matrix(options, entries)
+    lines = file.read_text().splitlines(keepends=True)
+    (gone,) = [line for line in lines if (row := json.loads(line))["method"] == "uniform mean" and row["seed"] == 2]
+    kept = [line for line in lines if line != gone]
+    file.write_text("".join(kept))
+    ran = _counted(module, monkeypatch)
+    module.run_matrix(options, entries)
+    assert [method for method, _ in ran] == ["mean"]
+    again = file.read_text().splitlines(keepends=True)
+    assert again[:-1] == kept and json.loads(again[-1]) == json.loads(gone)
+
+
+def test_rows_of_other_settings_are_no_part_of_a_matrix(matrix, options, monkeypatch):
+    module, entries = matrix
+    file = module.run_matrix(options, entries)
+    before = file.read_bytes()
+    ran = _counted(module, monkeypatch)
+    for changes, message in [
+        (
+            {"epochs": 2},
+            r"results.jsonl: double_digit, zero-shot, 95\+5, seed 1 was run with other settings \(epochs was 1, is 2\)",
+        ),
+        ({"test_rows": 5}, "test_rows was 6, is 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            module.run_matrix(dataclasses.replace(options, **changes), entries)
+    assert not ran and file.read_bytes() == before
+
+
+def test_more_seeds_are_more_rows(matrix, options):
+    module, entries = matrix
+    few = dataclasses.replace(options, method=("uniform mean",), seeds=(7,), out=options.out.with_name("seeds"))
+    file = module.run_matrix(few, entries)
+    first = file.read_text()
+    module.run_matrix(dataclasses.replace(few, seeds=(7, 8)), entries)
+    assert file.read_text().startswith(first)
+    assert [row["seed"] for row in read_rows(file)] == [7, 8]
+
+
+def test_the_league_of_five_has_five_rows_and_more_epochs(matrix, options):
+    module, entries = matrix
+    leagues = dataclasses.replace(options, leagues=("95+5", "5"), method=("coefficients only",))
+    plenty, few = (job.options for job in module.jobs(dataclasses.replace(leagues, epochs=None), entries))
+    assert (plenty.train_rows, few.train_rows) == (100, 5)
+    assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
+    assert plenty.name != few.name
+
+
+def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
+    module, entries = matrix
+    for changes, message in [
+        ({"method": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),
+        ({"task": ()}, "no task: give at least one with --task"),
+        ({"modules": 5}, "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules"),
+        ({"pool": str(tmp_path)}, "is no pool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            module.run_matrix(dataclasses.replace(options, out=tmp_path / "new", **changes), entries)
+    assert not (tmp_path / "new").exists()
+    # A library that is missing is named before anything runs.
+    monkeypatch.setitem(sys.modules, "evosax", None)
+    search = {"CMA-ES": dataclasses.replace(entries["uniform mean"], method="cma")}
+    with pytest.raises(ValueError, match=r"CMA-ES needs evosax, .* pip install -e '\.\[cma\]'"):
+        module.run_matrix(dataclasses.replace(options, out=tmp_path / "new"), entries | search)
+    assert not (tmp_path / "new").exists()
+    # Methods without a pool need none.
+    poolless = dataclasses.replace(options, pool=str(tmp_path), method=("zero-shot",))
+    assert [job.options.pool for job in module.jobs(poolless, entries)] == [None]

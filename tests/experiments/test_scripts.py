@@ -1,0 +1,87 @@
+"""Scripts of the experiments that no other file runs: settings of the ablations, the sweep as one program."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import one_block
+import pytest
+
+from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax.runs.prepare import check
+
+_EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+_TASK = one_block.SMALL / "tasks" / "rotr_next"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(_EXPERIMENTS))
+    try:
+        import _common
+        import ablations
+        import seed_sweep
+
+        yield _common, ablations, seed_sweep
+    finally:
+        sys.path.remove(str(_EXPERIMENTS))
+
+
+def test_every_ablation_can_run_and_is_beside_what_it_varies(scripts):
+    common, ablations, _ = scripts
+    options = ablations.AblationOptions()
+    settings = set()
+    for group in options.group:
+        entries = ablations.entries_of(group, options)
+        for name, entry in entries.items():
+            recipe = common.recipe_of(entry)
+            run = FuseOptions(
+                base="base",
+                pool="pool",
+                task="task",
+                method=entry.method,
+                control=entry.control,
+                recipe=recipe,
+                load_in=entry.load_in or "full",
+                train_rows=entry.train_rows or 100,
+            )
+            check(run)
+            settings.add((group, json.dumps(dataclasses.asdict(run), default=str)))
+            assert name
+    # Within a group no two rows run the same.
+    assert len(settings) == sum(len(ablations.entries_of(group, options)) for group in options.group)
+    plain = ablations.METHODS["LoRAFusion"]
+    for group in ("granularity", "composition", "start", "bits", "pruning", "controls"):
+        first = next(iter(ablations.entries_of(group, options).values()))
+        assert common.recipe_of(first) == common.recipe_of(plain) and first.control == "none"
+
+
+def test_a_sweep_is_its_runs(scripts, tmp_path, capsys):
+    common, _, seed_sweep = scripts
+    base, pool = one_block.cut(tmp_path)
+    given = {"--base": [base], "--pool": [pool], "--task": [_TASK], "--seeds": [1, 2], "--epochs": [2]}
+    given |= {"--lr-coefficients": [0.05, 0.2], "--lr-magnitudes": [0.02], "--out": [tmp_path / "sweep"]}
+    seed_sweep.main([str(word) for name, values in given.items() for word in (name, *values)])
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    losses, scores = np.array(found["loss"]), np.array(found["exact_match"])
+    assert losses.shape == scores.shape == (2, 1, 2)
+    assert len(set(losses.ravel().tolist())) == 4
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
+    assert "4 runs as one program (map)" in capsys.readouterr().out
+    recipe = common.recipe_of(seed_sweep.METHODS["LoRAFusion"])
+    for loss, score, rate in zip(losses, scores, (0.05, 0.2), strict=True):
+        alone = fuse(
+            FuseOptions(
+                base=str(base),
+                pool=str(pool),
+                task=str(_TASK),
+                seeds=(1, 2),
+                out=tmp_path,
+                name=f"alone-{rate}",
+                recipe=dataclasses.replace(recipe, lr_coefficients=rate, lr_magnitudes=0.02, epochs=2),
+            )
+        )
+        assert [seed["loss"] for seed in alone["seeds"]] == loss[0].tolist()
+        assert [seed["exact_match"] for seed in alone["seeds"]] == score[0].tolist()

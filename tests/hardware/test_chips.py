@@ -1,0 +1,330 @@
+"""Chips: written once, drawn by key, evaluated at ages, trained on, several in one program."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import one_block
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from lorafusion_jax.cli import main
+from lorafusion_jax.crossbar.config import ADC, Cell, CrossbarConfig, Mapping
+from lorafusion_jax.crossbar.device import Device
+from lorafusion_jax.crossbar.drift import PowerLaw
+from lorafusion_jax.crossbar.presets import PRESETS as ARRAYS
+from lorafusion_jax.crossbar.programming import Independent, Proportional
+from lorafusion_jax.crossbar.saved import load_state
+from lorafusion_jax.crossbar.serialise import save_config
+from lorafusion_jax.crossbar.state import programmed_weights
+from lorafusion_jax.crossbar.structure import split_config
+from lorafusion_jax.hardware.calibration import logits_of
+from lorafusion_jax.hardware.chips import limits_of, of_seed, of_step, program_chips, redraw
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
+from lorafusion_jax.hardware.folder import aged, load_chips, seconds
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.hardware.setup import on_arrays
+from lorafusion_jax.hardware.write import ProgramOptions, report_table
+from lorafusion_jax.hardware.write import program_chips as write_chips
+from lorafusion_jax.methods.method import Fusion
+from lorafusion_jax.models.t5.model import matrices
+from lorafusion_jax.models.weights import dense
+from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
+from lorafusion_jax.runs.options import PRESETS, FuseOptions, OnArrays
+from lorafusion_jax.runs.prepare import prepare
+from lorafusion_jax.runs.run import fuse, load_run, run_path
+from lorafusion_jax.training.step import objective
+
+_ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
+_DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)
+_NOISY = dataclasses.replace(_ANALOGUE, device=_DEVICE)
+_GRAPH, _ = nnx.split(tiny.t5())
+_DIGITAL = tiny.frozen(tiny.t5())
+_INDEX = jnp.array([2, 1])
+_KEYS = jax.random.split(jax.random.key(5), 2)
+
+
+@jax.jit
+def _loss(frozen, step=0):
+    params = {"coefficients": jnp.full((2, 5), 0.4)}
+    frozen = of_step(frozen, jnp.int32(step), _GRAPH)
+    method = Fusion(magnitudes=False)
+    return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+
+
+def test_chips_in_one_program_are_the_single_ones():
+    converted = dataclasses.replace(_NOISY, adc=ADC(bits=6, range="max"))
+    rules = [{"*": aged(converted, age)} for age in ("0", "1h")]
+    singles = [program(_GRAPH, _DIGITAL, of_chip, key, norm="ideal") for of_chip, key in zip(rules, _KEYS, strict=True)]
+    limits = limits_of(singles[0])
+    both = program_chips(_GRAPH, _DIGITAL, rules, _KEYS, jnp.array([1, 0, 1]), limits=limits)
+    found = [_loss(of_seed(both, jnp.int32(number))) for number in range(3)]
+    wanted = [_loss(of_seed(chip, jnp.int32(0))) for chip in singles]
+    assert wanted[0] != wanted[1]
+    np.testing.assert_allclose(found, [wanted[1], wanted[0], wanted[1]], rtol=1e-5)
+    with pytest.raises(ValueError, match="differ in plain numbers"):
+        other = dataclasses.replace(_NOISY, device=dataclasses.replace(_DEVICE, time=None))
+        program_chips(_GRAPH, _DIGITAL, [rules[0], {"*": other}], _KEYS, jnp.arange(2), limits=limits)
+
+
+def test_configurations_that_differ_in_their_device_model_alone_are_different_structures():
+    """Trees of registered dataclasses compare equal in jaxlib where only a class differs."""
+    independent, proportional = (
+        split_config(dataclasses.replace(_ANALOGUE, device=Device(programming=model(0.1))))[0]
+        for model in (Independent, Proportional)
+    )
+    assert independent != proportional and hash(independent) != hash(proportional)
+    drawn = [
+        program(
+            _GRAPH, _DIGITAL, {"*": dataclasses.replace(_ANALOGUE, device=Device(programming=model(0.1)))}, _KEYS[0]
+        )
+        for model in (Independent, Proportional)
+    ]
+    assert _loss(drawn[0]) != _loss(drawn[1])
+
+
+@pytest.mark.parametrize("steps", ["every", "other"])
+def test_steps_draw_chips_of_their_own_from_the_key(steps):
+    here = program(_GRAPH, _DIGITAL, {"*": _NOISY}, _KEYS[0], norm="ideal")
+    source = redraw(_DIGITAL, {"*": _NOISY}, _KEYS[1], steps=steps, norm="ideal")
+    drawing = dataclasses.replace(here, redraw=source)
+    losses = [float(_loss(drawing, step)) for step in range(4)]
+    assert losses == [float(_loss(drawing, step)) for step in range(4)]
+    stays = float(_loss(here))
+    if steps == "every":
+        assert len({*losses, stays}) == 5
+    else:
+        assert losses[1] == losses[3] == pytest.approx(stays, rel=1e-6) and len({*losses}) == 3
+    # The chip of a step is the one of its key.
+    chip = program(_GRAPH, _DIGITAL, {"*": _NOISY}, jax.random.fold_in(_KEYS[1], 2), norm="ideal")
+    assert losses[2] == pytest.approx(float(_loss(chip)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("age", "wanted"),
+    [("0", 0), ("90", 90), ("1s", 1), ("2min", 120), ("1h", 3600), ("1.5days", 129_600), ("1month", 2_592_000)],
+)
+def test_ages_in_seconds(age, wanted):
+    assert seconds(age) == wanted
+
+
+@pytest.mark.parametrize("age", ["", "h", "1 fortnight", "-1h", "1e"])
+def test_what_is_no_age(age):
+    with pytest.raises(ValueError, match="an age of"):
+        seconds(age)
+
+
+def test_an_age_needs_a_drift_model():
+    with pytest.raises(ValueError, match="an age of 1h, but these cells have no drift model: give device.drift"):
+        aged(_ANALOGUE, "1h")
+    assert aged(_ANALOGUE, "0").device.time == 0
+    assert aged(_NOISY, "1h", compensate=True).device.compensate and not aged(_NOISY, "1h").device.compensate
+
+
+# Folders and runs.
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with `base` and `pool`, an analogue configuration, and two chips of them."""
+    folder = tmp_path_factory.mktemp("chips")
+    one_block.cut(folder, adapters=3)
+    save_config(_NOISY, folder / "noisy.yaml")
+    write_chips(_programming(folder, chips=2, key=7))
+    return folder
+
+
+def _programming(folder, **changes):
+    values = {"config": str(folder / "noisy.yaml"), "out": folder / "two"} | changes
+    return ProgramOptions(base=str(folder / "base"), pool=str(folder / "pool"), **values)
+
+
+def _fusing(folder, name, **changes):
+    recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 6, "lora_rank": 4}
+    values = {"seeds": (1, 2), "test_rows": 8, "out": folder / "runs", "name": name, "pool": str(folder / "pool")}
+    return FuseOptions(
+        base=str(folder / "base"),
+        task=str(one_block.SMALL / "tasks" / "double_digit"),
+        recipe=dataclasses.replace(PRESETS["default"], **recipe),
+        **(values | changes),
+    )
+
+
+def _weights_of(chips, number):
+    state = load_state(chips / f"chip_{number}" / "encoder.self.q.npz", _NOISY)
+    return np.asarray(jax.vmap(lambda layer: programmed_weights(layer, _NOISY))(state))
+
+
+def _on_chips(options, **changes):
+    return evaluate_on_chips(EvaluateOnChipsOptions(run=run_path(options), **changes))
+
+
+@pytest.fixture(scope="module")
+def fused(small):
+    fuse(options := _fusing(small, "digital"))
+    return options
+
+
+def test_a_folder_holds_the_chips_that_its_key_draws(small):
+    manifest = json.loads((small / "two" / "manifest.json").read_text())
+    assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(p.name for p in (small / "pool").iterdir())
+    cells = [_weights_of(small / "two", n) for n in (0, 1)]
+    assert not np.array_equal(*cells)
+    again = write_chips(_programming(small, out=small / "again", chips=2, key=7))
+    assert again["one_chip"] == manifest["one_chip"]
+    for n in (0, 1):
+        np.testing.assert_array_equal(_weights_of(small / "again", n), cells[n])
+    # Every weight of the base and the pool is two cells.
+    sites = 96 * 96 * (8 + 4) + 3 * 96 * 384 * 2  # attention of a block of either stack, gated feed-forward
+    assert manifest["one_chip"]["cells"] == pytest.approx(2 * sites, rel=0.5)
+    assert 0 < manifest["one_chip"]["utilisation"] <= 1
+    assert f"{manifest['one_chip']['cells']:,} written" in report_table(manifest)
+
+
+def test_arrays_that_the_key_no_longer_draws_are_noticed(small, fused):
+    write_chips(_programming(small, out=small / "changed"))
+    first, second = (small / "changed" / "chip_0" / f"encoder.self.{name}.npz" for name in "qk")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match="encoder.self.q.npz holds other arrays than the key draws now"):
+        _on_chips(fused, crossbar=str(small / "changed"))
+
+
+def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
+    before = sorted(small.iterdir())
+    for changes, message in (
+        ({}, "two exists: give another --out; chips are never written over"),
+        ({"out": small / "new", "chips": 0}, "chips is 0: wanted at least 1"),
+        ({"out": small / "new", "config": "isaac", "chips": 2}, "programming is not random in isaac, so 2 chips"),
+        ({"out": small / "new", "digital": ("nowhere.*",)}, "the rule 'nowhere.\\*' matches no weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_chips(_programming(small, **changes))
+    assert sorted(small.iterdir()) == before
+
+
+def test_a_run_on_chips_of_a_folder(small, fused):
+    found = _on_chips(fused, crossbar=str(small / "two"), age=("1s", "1year"), compensate="off")
+    assert json.loads(results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two")).read_text()) == found
+    losses = {(r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"] for r in found["rows"]}
+    assert len(losses) == 2 * 2 * 2
+    assert losses["1s", False, 0, 1] != losses["1s", False, 1, 1]
+    # A chip of the same key from the configuration is the same chip, with modules in other places or alone.
+    alone = _on_chips(fused, crossbar=str(small / "noisy.yaml"), chip_key=7, age=("1s",), compensate="off")
+    for row in alone["rows"]:
+        assert row["loss"] == pytest.approx(losses["1s", False, 0, row["seed"]], rel=1e-4)
+    digital = {row["seed"]: row["loss"] for row in evaluate_run(EvaluateOptions(run=run_path(fused)))}
+    year = np.mean([abs(losses["1year", False, chip, seed] - digital[seed]) for chip in (0, 1) for seed in (1, 2)])
+    new = np.mean([abs(losses["1s", False, chip, seed] - digital[seed]) for chip in (0, 1) for seed in (1, 2)])
+    assert year > new
+
+
+def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, fused, tmp_path):
+    one_block.cut(tmp_path, adapters=3)
+    for path in sorted((tmp_path / "pool").iterdir())[:1]:
+        weights = next(path.glob("*.safetensors"))
+        save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    module = sorted(p.name for p in (small / "pool").iterdir())[0]
+    other = _fusing(small, "other", pool=str(tmp_path / "pool"), adapters=(module,), seeds=(1,))
+    fuse(other)
+    with pytest.raises(ValueError, match=f"fuses the module {module} .* programmed with another pool"):
+        _on_chips(other, crossbar=str(small / "two"))
+    with pytest.raises(ValueError, match="programmed with another pool"):
+        fuse(dataclasses.replace(other, name="refused", arrays=OnArrays(crossbar=str(small / "two"))))
+    assert not (small / "runs" / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chips": 3}, "two has no chip 2: it has 0 to 1"),
+        ({"chips": 0}, "chips is 0: wanted at least 1"),
+        ({"chip_key": 1}, "says itself what its key and its digital weights are"),
+        ({"crossbar": "isaac", "age": ("1h",)}, "no drift model"),
+        ({"crossbar": "isaac", "chips": 2}, "nothing in isaac is random"),
+        ({"adc_bits": 4}, "has no ADC to give 4 bits"),
+        ({"lora_in": "cells"}, "trained no LoRA"),
+    ],
+)
+def test_what_chips_cannot_do(small, fused, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _on_chips(fused, **({"crossbar": str(small / "two")} | changes))
+
+
+def test_a_fusion_trained_on_its_chip(small, fused):
+    options = _fusing(small, "chip", arrays=OnArrays(crossbar=str(small / "two"), noise="chip", chip=1))
+    trained = [row["loss"] for row in fuse(options)["seeds"]]
+    # What the run says of its chip is what an evaluation says, and it is better there than the digital numbers.
+    found = [
+        [row["loss"] for row in _on_chips(run, crossbar=str(small / "two"))["rows"] if row["chip"] == 1]
+        for run in (options, fused)
+    ]
+    assert found[0] == pytest.approx(trained, rel=1e-4)
+    assert np.mean(found[0]) < np.mean(found[1])
+
+
+def test_what_a_run_trains_on(small, fused):
+    setup, params = prepare(fused), load_run(run_path(fused))[1]
+
+    def asked(noise):
+        options = dataclasses.replace(fused, arrays=OnArrays(crossbar=str(small / "two"), noise=noise, chip=1))
+        return (of.frozen for of in on_arrays(setup, options, params))
+
+    def query(frozen):
+        return np.asarray(dense(matrices(nnx.merge(setup.graph, frozen.base))["encoder.self.q"], jnp.float32))
+
+    digital, chip = query(setup.frozen), next(asked("chip"))
+    np.testing.assert_allclose(query(chip)[0], _weights_of(small / "two", 1)[0], rtol=1e-5, atol=1e-6)
+    training, tested = asked("none")
+    np.testing.assert_allclose(query(training), digital, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(query(tested), query(chip))
+    for noise, steps in (("fresh", "every"), ("both", "other")):
+        training, tested = asked(noise)
+        assert training.redraw.steps == steps and tested.redraw is None
+        np.testing.assert_array_equal(query(training), query(tested))
+
+
+def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
+    options = _fusing(small, "lora", method="lora", pool=None)
+    wanted = [row["loss"] for row in fuse(options)["seeds"]]
+    for lora_in in ("sram", "cells"):
+        rows = _on_chips(options, crossbar="ideal", lora_in=lora_in)["rows"]
+        assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-4)
+    noisy = {
+        lora_in: [r["loss"] for r in _on_chips(options, crossbar=str(small / "noisy.yaml"), lora_in=lora_in)["rows"]]
+        for lora_in in ("sram", "cells")
+    }
+    assert noisy["sram"] != noisy["cells"]
+
+
+def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
+    for noise in (OnArrays(noise="chip"), OnArrays(age="1h")):
+        with pytest.raises(ValueError, match="are of simulated arrays, and there are none: say which with --crossbar"):
+            fuse(dataclasses.replace(fused, name="without", arrays=noise))
+    assert not (small / "runs" / "without").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--run", str(run_path(fused)), "--age", "1h", "--lora-in", "cells"])
+    assert "--age, --lora-in: of chips, and there are none" in capsys.readouterr().err
+    beyond = dataclasses.replace(fused, name="beyond", arrays=OnArrays(crossbar=str(small / "noisy.yaml"), chip=-1))
+    with pytest.raises(ValueError, match="there is no chip -1: they count from 0"):
+        fuse(beyond)
+
+
+def test_methods_without_a_frozen_model_have_no_place_on_arrays(small):
+    for method in ("full", "constant"):
+        options = _fusing(small, f"no-{method}", method=method, pool=None, arrays=OnArrays(crossbar="isaac"))
+        with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
+            fuse(options)
+    fresh = _fusing(small, "no-noise", arrays=OnArrays(crossbar="isaac", noise="fresh"))
+    with pytest.raises(ValueError, match="programming is not random in isaac"):
+        fuse(fresh)
+    assert load_chips("isaac").config == ARRAYS["isaac"]
+
+
+def test_calibration_compiles_once_for_a_model():
+    """A function of its own for every chip would compile, and be kept, every time."""
+    assert logits_of(_GRAPH, Fusion()) is logits_of(nnx.split(tiny.t5())[0], Fusion())
+    assert logits_of(_GRAPH, Fusion()) is not logits_of(_GRAPH, Fusion(composition="mix"))

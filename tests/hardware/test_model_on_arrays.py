@@ -1,0 +1,283 @@
+"""A whole T5 with its pool in arrays: exact where the arrays are ideal, noisy where they are not."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.composition import Dense, Outputs, gram
+from lorafusion_jax.crossbar.config import DAC, Cell, CrossbarConfig, Mapping
+from lorafusion_jax.crossbar.device import Device, ReadNoise
+from lorafusion_jax.crossbar.presets import PRESETS
+from lorafusion_jax.crossbar.probing import observe, site_errors
+from lorafusion_jax.crossbar.programmed import Programmed
+from lorafusion_jax.crossbar.programming import Independent
+from lorafusion_jax.crossbar.segments import Segments
+from lorafusion_jax.hardware.calibration import logits_of
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.methods.method import Frozen, Fusion, ZeroShot
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.t5.model import kernels, matrices
+from lorafusion_jax.models.weights import dense, is_in_arrays
+from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state, objective
+
+_KEY = jax.random.key(5)
+_IDEAL = {"*": PRESETS["ideal"]}
+_NOISY = CrossbarConfig(
+    cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(programming=Independent(0.02))
+)
+_READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=ReadNoise(0.01)))
+
+_GRAPH, _BASE = nnx.split(tiny.t5())
+_INDEX = jnp.array([2, 0])
+
+
+def _somewhere(n, site, layer):
+    """Module 0 has nothing in the decoder, and rank 3 of 4 in the encoder."""
+    return (0 if "decoder" in site else 3) if n == 0 else 4
+
+
+def _frozen(pool):
+    used = {site: kernel for site, kernel in kernels(nnx.merge(_GRAPH, _BASE)).items() if site in pool.A}
+    return Frozen(_BASE, pool, jax.jit(gram)(pool, used))
+
+
+_DIGITAL = _frozen(tiny.pool(3))
+
+
+@functools.cache
+def _in_arrays(pattern="*", config="ideal"):
+    found = {"ideal": PRESETS["ideal"], "noisy": _NOISY, "read noise": _READ_NOISE}[config]
+    return program(_GRAPH, _DIGITAL, {pattern: found}, _KEY)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _loss_and_gradients(params, frozen, method):
+    def loss(params):
+        return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+
+    return jax.value_and_grad(loss)(params)
+
+
+def _params(method, frozen=_DIGITAL):
+    params = method.init(frozen, _INDEX, jax.random.key(0))
+    params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
+    return params
+
+
+def _close(got, wanted, tolerance=2e-4):
+    scale = float(np.max(np.abs(wanted)))
+    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance * scale)
+
+
+# The digital model, where arrays are ideal.
+
+
+@pytest.mark.parametrize(("composition", "granularity"), [("mix", "block"), ("sum", "rank")])
+def test_ideal_arrays_are_the_digital_fusion_and_so_are_its_gradients(composition, granularity):
+    method = Fusion(composition=composition, granularity=granularity)
+    params = _params(method)
+    adapters, _ = jax.jit(method.adapters)(params, _in_arrays(), _INDEX)
+    assert all(isinstance(adapter, Outputs) for adapter in adapters.values())
+    wanted, gradients = _loss_and_gradients(params, _DIGITAL, method)
+    got, on_arrays = _loss_and_gradients(params, _in_arrays(), method)
+    _close(got, wanted, 1e-5)
+    assert jax.tree.structure(gradients) == jax.tree.structure(on_arrays)
+    jax.tree.map(_close, on_arrays, gradients)
+
+
+@pytest.mark.parametrize("pattern", ["encoder.*", "pool.B.*", "*[1:-1]", "pool.*[1:]"])
+def test_any_part_may_stay_digital(pattern):
+    frozen = _in_arrays(pattern)
+    method = Fusion(granularity="site")
+    params = _params(method)
+    _close(_loss_and_gradients(params, frozen, method)[0], _loss_and_gradients(params, _DIGITAL, method)[0], 1e-5)
+    assert is_in_arrays(frozen.base) == (not pattern.startswith("pool"))
+    assert is_in_arrays(frozen.pool.B) == (not pattern.startswith("encoder"))
+
+
+def test_the_digital_weights_are_left_alone():
+    assert is_in_arrays(_in_arrays(config="noisy").base) and not is_in_arrays((_DIGITAL, _BASE))
+    for name, weight in matrices(tiny.t5()).items():
+        np.testing.assert_array_equal(matrices(nnx.merge(_GRAPH, _BASE))[name], weight)
+
+
+def test_layer_ranges_split_the_scan():
+    weights = matrices(nnx.merge(_GRAPH, _in_arrays("*[1:-1]").base))
+    assert isinstance(weights["encoder.self.q"], Segments) and weights["encoder.self.q"].ends == (1, 2, 3)
+    assert isinstance(weights["decoder.self.q"], jax.Array)  # of two layers none is inner
+    assert isinstance(weights["head"], jax.Array)
+    assert isinstance(matrices(nnx.merge(_GRAPH, _in_arrays().base))["head"], Programmed)
+
+
+def test_a_tied_head_stays_digital():
+    config = dataclasses.replace(tiny.CONFIG, tied=True)
+    graph, base = nnx.split(tiny.t5(config))
+    placed = nnx.merge(graph, program(graph, Frozen(base), _IDEAL, _KEY).base)
+    assert "head" not in matrices(placed) and isinstance(placed.embedding.get_value(), jax.Array)
+    with pytest.raises(ValueError, match="the rule 'head' matches no weight"):
+        program(graph, Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
+
+
+def test_digital_modules_of_full_rank_on_a_base_in_arrays():
+    digital = _frozen(tiny.pool(3, lambda n, site, layer: 8))
+    frozen = program(_GRAPH, digital, {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}, _KEY)
+    method = Fusion()
+    params = _params(method, digital)
+    adapters, _ = jax.jit(method.adapters)(params, frozen, _INDEX)
+    assert all(isinstance(adapter, Dense) for adapter in adapters.values())
+    _close(_loss_and_gradients(params, frozen, method)[0], _loss_and_gradients(params, digital, method)[0], 1e-5)
+
+
+def test_quantised_weights_are_programmed_as_they_are():
+    pool = tiny.pool(3).quantised("int8")
+    digital = Frozen(_BASE, pool, _DIGITAL.gram)
+    frozen = program(_GRAPH, digital, {"pool.*": PRESETS["ideal"]}, _KEY)
+    for site, A in pool.A.items():
+        _close(dense(frozen.pool.A[site], jnp.float32), dense(A, jnp.float32), 1e-6)
+
+
+# Chips that are not ideal.
+
+
+def test_norms_are_those_of_the_weights_as_programmed():
+    frozen = _in_arrays(config="noisy")
+    for site, kernel in kernels(nnx.merge(_GRAPH, frozen.base)).items():
+        if site in frozen.pool.A:
+            W = np.asarray(dense(kernel, jnp.float32), np.float64)
+            A = np.asarray(dense(frozen.pool.A[site], jnp.float32), np.float64)
+            _close(frozen.gram.squared[site], np.sum(W**2, axis=1), 1e-5)
+            _close(frozen.gram.cross[site], np.einsum("lnir,lio->lnro", A, W), 1e-4)
+    # With magnitudes at those norms, every adapted column keeps its length.
+    method = Fusion(composition="sum")
+    params = _params(method, frozen)
+    adapters, _ = jax.jit(method.adapters)(params, frozen, _INDEX)
+    model = kernels(nnx.merge(_GRAPH, frozen.base))
+
+    @jax.jit
+    def columns(adapter, kernel):
+        return jax.vmap(lambda a, k: a(jnp.eye(k.shape[-2]), k))(adapter, kernel)
+
+    for site in ("encoder.self.q", "decoder.cross.v"):
+        norms = jnp.linalg.norm(columns(adapters[site], model[site]), axis=1)
+        _close(norms, params["magnitudes"][site], 1e-3)
+
+
+def test_what_a_module_lacks_brings_no_noise():
+    digital = _frozen(tiny.pool(3, _somewhere))
+    frozen = program(_GRAPH, digital, {"pool.*": _NOISY}, _KEY)
+    index = jnp.array([0])
+    method = Fusion(magnitudes=False)
+    params = {"coefficients": jnp.full((1, 5), 2.0)}
+    adapters, _ = jax.jit(method.adapters)(params, frozen, index)
+    x = jnp.ones((1, 16))
+    none = adapters["decoder.self.q"]
+    zero = jnp.zeros((2, 16, 12))
+    y = jax.vmap(lambda a, k: a(x, k))(none, zero)
+    np.testing.assert_array_equal(y, jnp.zeros_like(y))
+    # Rank 3 of 4: the fourth column and row are not there.
+    some = adapters["encoder.self.q"]
+    A, B = (np.asarray(dense(w["encoder.self.q"], jnp.float32))[:, 0] for w in (frozen.pool.A, frozen.pool.B))
+    y = jax.vmap(lambda a, k: a(x, k))(some, jnp.zeros((3, 16, 12)))
+    _close(y[:, 0], 2 * np.einsum("li,lir,lro->lo", np.ones((3, 16)), A[:, :, :3], B[:, :3]), 1e-4)
+
+
+def test_chips_are_an_axis_of_the_model():
+    keys = jax.random.split(_KEY, 2)
+    method = Fusion()
+    params = _params(method)
+
+    def loss(key):
+        frozen = program(_GRAPH, _DIGITAL, {"*": _NOISY}, key)
+        return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+
+    losses = jax.jit(jax.vmap(loss))(keys)
+    assert losses[0] != losses[1]
+    frozen = program(_GRAPH, _DIGITAL, {"*": _NOISY}, keys[1])
+    _close(losses[1], _loss_and_gradients(params, frozen, method)[0], 1e-4)
+
+
+# Read noise.
+
+
+def test_every_training_step_reads_anew_and_the_same_seed_the_same():
+    frozen = _in_arrays(config="read noise")
+    method = Fusion()
+    rates = Rates({"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}, jnp.float32(0), jnp.float32(0))
+    step = jax.jit(functools.partial(fusion_step, graph=_GRAPH, method=method, optimisation=Optimisation(steps=9)))
+
+    def losses(steps):
+        state, found = init_state(method, frozen, _INDEX, jax.random.key(0)), []
+        for _ in range(steps):
+            state, metrics = step(state, tiny.batch(), _INDEX, frozen, rates)
+            found.append(float(metrics["loss"]))
+        return found
+
+    three = losses(3)
+    assert len(set(three)) == 3 and losses(3) == three
+
+
+def test_every_token_is_decoded_with_noise_of_its_own():
+    """A model that copies noise into its cache: two equal tokens in a row, and different keys behind them."""
+    frozen = _in_arrays("decoder.*", "read noise")
+    batch = tiny.batch()
+
+    @jax.jit
+    def tokens(frozen):
+        return generate(nnx.merge(_GRAPH, frozen.base), batch.input_ids, batch.input_mask, max_new_tokens=4)
+
+    np.testing.assert_array_equal(tokens(frozen), tokens(frozen))
+    drawn = []
+
+    class Recording:
+        """An adapter that adds what the kernel's read adds to its ideal product."""
+
+        def __call__(self, x, kernel):
+            y = kernel.read(x)
+            jax.debug.callback(lambda noise: drawn.append(np.asarray(noise)), y - x @ kernel.weights())
+            return y
+
+    jax.tree_util.register_pytree_node(Recording, lambda r: ((), None), lambda aux, children: Recording())
+
+    @jax.jit
+    def recorded(frozen):
+        model = nnx.merge(_GRAPH, frozen.base)
+        return generate(model, batch.input_ids, batch.input_mask, {"decoder.self.o": Recording()}, max_new_tokens=3)
+
+    jax.block_until_ready(recorded(frozen))
+    jax.effects_barrier()
+    assert len(drawn) == 3 * 2  # tokens x layers
+    assert all(np.abs(noise).max() > 0 for noise in drawn)
+    assert len({noise.tobytes() for noise in drawn}) == len(drawn)
+
+
+# Reports.
+
+
+def test_errors_by_site_layer_and_module():
+    config = dataclasses.replace(PRESETS["ideal"], dac=DAC(bits=6))
+    frozen = program(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)
+    method = Fusion()
+    inputs = (_params(method), _INDEX, tiny.batch())
+    rows = site_errors(frozen, observe(logits_of(_GRAPH, method), frozen, [inputs]))
+    found = {(row["site"], row["layer"], row["module"]): row["sqnr"] for row in rows}
+    assert found.keys() == {
+        *((f"encoder.self.{name}", layer, None) for name in "qkvo" for layer in range(3)),
+        *((f"pool.A.encoder.self.{name}", layer, n) for name in "qv" for layer in range(3) for n in (0, 2)),
+        *((f"pool.A.decoder.self.{name}", layer, n) for name in "qv" for layer in range(2) for n in (0, 2)),
+        *((f"pool.A.decoder.cross.{name}", layer, n) for name in "qv" for layer in range(2) for n in (0, 2)),
+    }
+    # 6 bits, sign included: a uniform error of 1 / 31 of the largest input.
+    assert all(20 < sqnr < 45 for sqnr in found.values())
+
+
+def test_isaac_loses_nothing_but_quantisation():
+    frozen = program(_GRAPH, Frozen(_BASE), {"*": PRESETS["isaac"]}, _KEY)
+    inputs = ({}, jnp.zeros(0, jnp.int32), tiny.batch())
+    run = logits_of(_GRAPH, ZeroShot())
+    _close(jax.jit(run)(frozen, inputs), jax.jit(run)(Frozen(_BASE), inputs), 2e-3)

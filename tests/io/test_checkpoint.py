@@ -1,0 +1,161 @@
+"""Checkpoints: exact round trips, every damage noticed by name, and nothing lost when a save is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lorafusion_jax.io import checkpoint
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    params: dict
+    moments: tuple
+
+
+def _state(seed=0.0):
+    return _State(
+        step=jnp.int32(7),
+        params={"coefficients": jnp.full((2, 3), seed), "m": jnp.arange(4, dtype=jnp.bfloat16)},
+        moments=(np.array([True, False]), {}, jnp.uint32(9)),
+    )
+
+
+def _assert_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert isinstance(a, np.ndarray) and a.dtype == b.dtype
+        np.testing.assert_array_equal(a, np.asarray(b))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(tmp_path / "saved", _state(0.5), {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]})
+    return tmp_path / "saved"
+
+
+def test_a_tree_and_its_metadata_come_back_exactly(saved):
+    tree, metadata = checkpoint.load(saved, _state())
+    _assert_equal(tree, _state(0.5))
+    assert metadata == {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]}
+
+
+def test_shapes_alone_say_what_to_load(saved):
+    abstract = jax.eval_shape(_state)
+    tree, _ = checkpoint.load(saved, abstract)
+    _assert_equal(tree, _state(0.5))
+
+
+def test_without_an_abstract_tree_come_dicts_and_lists(saved):
+    tree, _ = checkpoint.load(saved)
+    assert tree["params"]["m"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(tree["params"]["coefficients"], np.full((2, 3), 0.5))
+    assert tree["moments"][0].tolist() == [True, False] and tree["step"] == 7
+
+
+def test_arrays_spread_over_devices_are_saved_whole(tmp_path):
+    mesh = jax.make_mesh((4,), ("seed",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seed"))
+    spread = jax.device_put(jnp.arange(8.0), sharding)
+    checkpoint.save(tmp_path / "saved", {"spread": spread}, {})
+    tree, _ = checkpoint.load(tmp_path / "saved")
+    np.testing.assert_array_equal(tree["spread"], np.arange(8.0))
+
+
+def test_every_file_is_guarded(saved):
+    files = json.loads((saved / "manifest.json").read_text())["files"]
+    on_disk = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    assert files.keys() == on_disk - {"manifest.json"}
+    for name in files:
+        content = (saved / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1 if content else 0]) + content[middle + 1 :]
+        (saved / name).write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"{name}: damaged or altered"):
+            checkpoint.load(saved)
+        (saved / name).unlink()
+        with pytest.raises(ValueError, match=f"{name}: no such file, though the manifest lists it"):
+            checkpoint.load(saved)
+        (saved / name).write_bytes(content)
+    checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coefficients": jnp.ones((2, 4))}, r"params/coefficients is float32\[2, 3\]: wanted float32\[2, 4\]"),
+        ({"m": jnp.ones(4)}, r"params/m is bfloat16\[4\]: wanted float32\[4\]"),
+        ({"new": jnp.ones(1)}, r"params/new is absent: wanted float32\[1\]"),
+        ({"m": {}}, r"params/m is bfloat16\[4\]: wanted none such"),
+    ],
+)
+def test_another_tree_is_refused(saved, change, message):
+    state = _state()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(saved, state._replace(params=state.params | change))
+
+
+def test_a_folder_without_or_with_a_broken_manifest(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"is not a complete checkpoint: it has no manifest\.json"):
+        checkpoint.load(tmp_path)
+    (saved / "manifest.json").write_text('{"metadata": ')
+    with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):
+        checkpoint.load(saved)
+    (saved / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list, not an object"):
+        checkpoint.load(saved)
+
+
+def test_what_exists_is_not_overwritten(saved):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="exists: give a new folder, or remove it first"):
+        checkpoint.save(saved, _state(1.0), {})
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoint.save(tmp_path / "saved", _state(), {"object": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_steps_are_kept(tmp_path):
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+    for step in (5, 20, 1_000_000):
+        checkpoint.save_step(tmp_path / "checkpoints", step, _state(step), {"step": step}, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000020", "step_1000000"]
+    latest = checkpoint.latest(tmp_path / "checkpoints")
+    assert latest is not None and checkpoint.load(latest)[1] == {"step": 1_000_000}
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+import numpy as np
+from lorafusion_jax.io import checkpoint
+folder = pathlib.Path(sys.argv[1])
+checkpoint.save_step(folder, 1, {"x": np.ones(3)}, {}, keep=1)
+checkpoint._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # after everything was written
+checkpoint.save_step(folder, 2, {"x": np.zeros(3)}, {}, keep=1)
+"""
+
+
+def test_a_killed_save_leaves_the_one_before(tmp_path):
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    latest = checkpoint.latest(tmp_path)
+    assert latest == tmp_path / "step_000001"
+    np.testing.assert_array_equal(checkpoint.load(latest)[0]["x"], np.ones(3))
+    checkpoint.save_step(tmp_path, 2, {"x": np.zeros(3)}, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]

@@ -1,0 +1,533 @@
+"""From adapters of PEFT to a pool on disk and back: exact, complete or not at all, every damage noticed."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.hf import base_tensor, read_config
+from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave, write_adapter
+from lorafusion_jax.io.pool import (
+    check_base,
+    load_pool,
+    read_adapter_from_pool,
+    read_manifest,
+    read_pool,
+    write_manifest,
+)
+from lorafusion_jax.models.sites import linear_shapes, locate, sites
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SIZES = {"vocab_size": 20, "d_model": 8, "d_kv": 3, "d_ff": 10, "num_heads": 2, "num_layers": 3}
+_SIZES |= {"num_decoder_layers": 2, "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+_Q = "encoder.block.1.layer.0.SelfAttention.q"
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base of which there is config.json only."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(_SIZES))
+    return folder
+
+
+@pytest.fixture
+def adapter(base):
+    """Write an adapter folder and return its name: rank `r` on every path that ends in one of `targets`."""
+
+    def write(name, r=2, alpha=3, targets=("q", "v"), dtype="float32", prefix="base_model.model.", extra=(), **fields):
+        rng = np.random.default_rng(len(name) + r)
+        tensors = {}
+        for path, (d_in, d_out) in linear_shapes(read_config(base)).items():
+            if path.endswith(tuple(targets)):
+                tensors[f"{prefix}{path}.lora_A.weight"] = rng.standard_normal((r, d_in)).astype(dtype)
+                tensors[f"{prefix}{path}.lora_B.weight"] = rng.standard_normal((d_out, r)).astype(dtype)
+                if fields.get("use_dora"):
+                    magnitude = rng.uniform(1, 2, d_out).astype(dtype)
+                    tensors[f"{prefix}{path}.lora_magnitude_vector"] = magnitude
+        config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.1} | fields
+        # Spelt as nobody's JSON library would, to see that not a byte is lost.
+        text = json.dumps(config, indent=3).replace("\n", "\r\n").encode()
+        write_adapter(base.parent / name, text, tensors | dict(extra))
+        return str(base.parent / name)
+
+    return write
+
+
+def _convert(base, adapters, **options):
+    return convert(ConvertOptions(base=str(base), adapters=tuple(adapters), **options))
+
+
+def _refused(message, *arguments, **options):
+    with pytest.raises(ValueError, match=message):
+        _convert(*arguments, **options)
+
+
+def _assert_same_pool(got, want):
+    assert got.names == want.names
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def _assert_holds(pool, config, folders, scalings):
+    """Compare with the files: dW is scaling * B A of each module, and zero where an adapter has none."""
+    for n, (folder, scaling) in enumerate(zip(folders, scalings, strict=True)):
+        tensors = {
+            key.removeprefix("base_model.model."): value.astype(np.float32)
+            for key, value in load_file(Path(folder) / "adapter_model.safetensors").items()
+        }
+        for path in linear_shapes(config):
+            site, layer = locate(path)
+            a, b = tensors.get(f"{path}.lora_A.weight"), tensors.get(f"{path}.lora_B.weight")
+            if a is None:
+                if site in pool.A:
+                    assert pool.rank[site][layer, n] == 0
+                    assert not pool.A[site][layer, n].any() and not pool.B[site][layer, n].any()
+                continue
+            r = len(a)
+            assert pool.rank[site][layer, n] == r
+            np.testing.assert_array_equal(pool.A[site][layer, n, :, :r], a.T)
+            np.testing.assert_allclose(pool.B[site][layer, n, :r], scaling * b.T, rtol=1e-6)
+            assert not pool.A[site][layer, n, :, r:].any() and not pool.B[site][layer, n, r:].any()
+
+
+@pytest.mark.smoke
+def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
+    folders = [adapter("one"), adapter("wide", r=5, targets=("q", "wo"), use_rslora=True), adapter("third")]
+    config = read_config(base)
+    _convert(base, folders, out=tmp_path / "pool")
+    pool = load_pool(tmp_path / "pool")
+    assert pool.names == ("one", "wide", "third") and pool.magnitude is None
+    assert list(pool.A) == [s for s in sites(config) if s.endswith((".q", ".v", ".wo"))]
+    assert pool.A["encoder.ff.wo"].shape == (3, 3, 10, 5) and pool.B["decoder.cross.v"].shape == (2, 3, 2, 6)
+    _assert_holds(pool, config, folders, [3 / 2, 3 / 5**0.5, 3 / 2])
+    _assert_same_pool(read_pool(folders, config), pool)
+
+
+def test_goldens_of_every_kind(shared, tmp_path):
+    golden = shared / "goldens/fusion/t5a"
+    names = ["lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora"]
+    folders = [str(golden / "adapters" / name) for name in names]
+    _convert(golden / "base", folders, out=tmp_path / "pool")
+    pool = load_pool(tmp_path / "pool")
+    _assert_same_pool(read_pool(folders, read_config(golden / "base")), pool)
+    for tree in (pool.A, pool.B):
+        for array in tree.values():
+            np.testing.assert_array_equal(array[:, 0], array[:, 1])
+    assert pool.rank["encoder.self.q"].tolist() == [[16, 16, 4, 16], [16, 16, 16, 16]]
+    assert pool.rank["decoder.cross.v"].tolist() == [[16, 16, 16, 16], [16, 16, 8, 16]]
+
+
+def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
+    folders = [adapter("one"), adapter("two", r=4), adapter("third")]
+    _convert(base, folders, out=tmp_path / "pool")
+    config = read_config(base)
+    chosen = load_pool(tmp_path / "pool", chosen=["third", 0])
+    _assert_same_pool(chosen, read_pool([folders[2], folders[0]], config))
+    assert chosen.uniform_rank == 2
+    with pytest.raises(ValueError, match="the pool has no adapter 'fourth': it holds 3"):
+        load_pool(tmp_path / "pool", chosen=["fourth"])
+    with pytest.raises(ValueError, match="at least one adapter: none was given"):
+        load_pool(tmp_path / "pool", chosen=[])
+    # What was not chosen is not read either.
+    shutil.rmtree(tmp_path / "pool/adapters/0001")
+    _assert_same_pool(load_pool(tmp_path / "pool", chosen=["third", "one"]), chosen)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
+    folder = adapter("one", dtype=ml_dtypes.bfloat16)
+    _convert(base, [folder], out=tmp_path / "pool")
+    pool = load_pool(tmp_path / "pool", dtype=dtype)
+    _assert_same_pool(read_pool([folder], read_config(base), dtype=dtype), pool)
+    read = read_adapter(folder)
+    site, layer = locate(_Q)
+    a, b = read.factors[_Q]
+    np.testing.assert_array_equal(pool.A[site][layer, 0], a.T.astype(dtype))
+    np.testing.assert_array_equal(pool.B[site][layer, 0], (b.T.astype(np.float32) * 1.5).astype(dtype))
+
+
+def test_a_resaved_adapter_is_its_source(base, adapter, tmp_path):
+    folders = [
+        adapter("plain"),
+        adapter("half", dtype=np.float16, r=3, targets=("o", "wi_1")),
+        adapter("bf16", dtype=ml_dtypes.bfloat16),
+        adapter("bare", prefix=""),
+        adapter("state", extra={"base_model.model.lora_velora_x": np.arange(5.0)}),
+    ]
+    _convert(base, folders, out=tmp_path / "pool")
+    for folder in map(Path, folders):
+        again = tmp_path / "again" / folder.name
+        resave(read_adapter_from_pool(tmp_path / "pool", folder.name), again)
+        got, want = (load_file(f / "adapter_model.safetensors") for f in (again, folder))
+        assert got.keys() == want.keys()
+        for key in want:
+            assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes()
+        assert (again / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+    with pytest.raises(ValueError, match="has no adapter 'other': it holds plain, half"):
+        read_adapter_from_pool(tmp_path / "pool", "other")
+
+
+def test_resaved_goldens(shared, tmp_path):
+    golden = shared / "goldens/fusion/t5a"
+    for name in ("rank_alpha_pattern", "dora"):
+        source = golden / "adapters" / name
+        _convert(golden / "base", [str(source)], out=tmp_path / name)
+        resave(read_adapter_from_pool(tmp_path / name, name), tmp_path / "again" / name)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            got, want = tmp_path / "again" / name / file, source / file
+            if file.endswith("json"):
+                assert got.read_bytes() == want.read_bytes()
+            else:
+                got, want = load_file(got), load_file(want)
+                assert got.keys() == want.keys()
+                assert all(got[key].tobytes() == want[key].tobytes() for key in want)
+
+
+def test_a_dora_adapter_alone(base, adapter, tmp_path):
+    folder = adapter("dora", use_dora=True, targets=("block.1.layer.0.SelfAttention.q", "wo"))
+    _convert(base, [folder], out=tmp_path / "pool")
+    pool = load_pool(tmp_path / "pool")
+    _assert_same_pool(read_pool([folder], read_config(base)), pool)
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    assert pool.magnitude is not None and pool.magnitude.keys() == pool.A.keys()
+    q = pool.magnitude["encoder.self.q"]
+    np.testing.assert_array_equal(q[1], tensors[f"base_model.model.{_Q}.lora_magnitude_vector"])
+    assert not q[0].any() and not q[2].any()
+
+
+def test_dora_is_refused_beside_others(base, adapter, tmp_path):
+    plain, dora, second = adapter("plain"), adapter("dora", use_dora=True), adapter("second", use_dora=True)
+    for folders in ([plain, dora], [dora, plain], [dora, second]):
+        with pytest.raises(ValueError, match="dora: a DoRA adapter has magnitudes of its own|second: a DoRA"):
+            read_pool(folders, read_config(base))
+        _refused("a DoRA adapter has magnitudes of its own", base, folders, out=tmp_path / "pool")
+    manifest = _convert(base, [dora, plain, second], out=tmp_path / "pool", skip_bad=True)
+    assert [entry["name"] for entry in manifest["adapters"]] == ["plain"]
+
+
+def test_the_manifest(base, adapter, tmp_path, capsys):
+    folders = [adapter("one", alpha=4), adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",))]
+    returned = _convert(base, folders, out=tmp_path / "pool")
+    manifest = read_manifest(tmp_path / "pool")
+    assert manifest == returned
+    one, wide = manifest["adapters"]
+    assert (one["name"], one["source"], one["folder"]) == ("one", folders[0], "adapters/0000")
+    weights = (Path(folders[0]) / "adapter_model.safetensors").read_bytes()
+    assert one["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert one["sites"]["decoder.cross.v"] == {"rank": [2, 2], "scaling": [2.0, 2.0]}
+    assert wide["sites"]["encoder.self.q"] == {"rank": [0, 5, 0], "scaling": [0.0, 3 / 5, 0.0]}
+    # q and v of 3 + 2 + 2 layers, r 2, d_in 8, d_out 6; q of one layer of encoder and decoder, r 5.
+    assert (one["parameters"], wide["parameters"]) == (14 * 2 * (8 + 6), 2 * 5 * (8 + 6))
+    assert manifest["totals"] == {"adapters": 2, "skipped": 0, "parameters": 392 + 140}
+    assert manifest["base"]["source"] == str(base)
+    config_hash = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    assert manifest["base"]["config_sha256"] == config_hash
+    assert manifest["base"]["config"]["num_decoder_layers"] == 2
+    assert {"jax", "orbax-checkpoint", "lorafusion-jax", "python"} <= manifest["versions"].keys()
+    files = {f"{e['folder']}/{name}" for e in manifest["adapters"] for name in e["files"]}
+    on_disk = {p.relative_to(tmp_path / "pool").as_posix() for p in (tmp_path / "pool").rglob("*") if p.is_file()}
+    assert files | {"manifest.json"} == on_disk
+    out, err = capsys.readouterr()
+    assert err == ""
+    table = [line.split() for line in out.splitlines()]
+    assert table[1] == ["one", "14", "2", "2", "float32", "392"]
+    assert table[2] == ["wide", "2", "5", "0.6", "float32", "140"]
+    assert "2 x without effect on the trained adapter, kept for re-saving: lora_dropout" in out
+    assert out.endswith(f"2 adapters, 532 parameters, written to {tmp_path / 'pool'}\n")
+
+
+def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, capsys):
+    folders = [adapter("one"), adapter("wide", r=5)]
+    _convert(base, folders, out=tmp_path / "pool")
+    written = capsys.readouterr().out
+    before = sorted(tmp_path.rglob("*"))
+    _convert(base, folders, dry_run=True, out=tmp_path / "dry")
+    _convert(base, folders, dry_run=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    would = written.replace(f"written to {tmp_path / 'pool'}", "would be written (dry run)")
+    assert capsys.readouterr().out == 2 * would
+
+
+def test_one_bad_adapter_stops_everything_by_name(base, adapter, tmp_path):
+    good, bad = adapter("good"), adapter("bad")
+    weights = Path(bad) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[f"base_model.model.{_Q}.lora_A.weight"][0, 0] = np.nan
+    save_file(tensors, weights)
+    message = f"^{weights}: .*{_Q}.lora_A.weight holds NaN .*Nothing was written; --skip-bad"
+    _refused(message, base, [good, bad], out=tmp_path / "pool")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "base", "good"]
+    _refused("none of 1 adapters can be used; the first: .*NaN", base, [bad], out=tmp_path / "p", skip_bad=True)
+    _refused(f"^{weights}: .*NaN", base, [bad, good], dry_run=True)
+
+
+def test_bad_adapters_can_be_left_out_and_are_listed(base, adapter, tmp_path, capsys):
+    good, bad, last = adapter("good"), adapter("bad", peft_type="LOHA"), adapter("last")
+    manifest = _convert(base, [good, bad, last], out=tmp_path / "pool", skip_bad=True)
+    assert [entry["folder"] for entry in manifest["adapters"]] == ["adapters/0000", "adapters/0001"]
+    (skipped,) = read_manifest(tmp_path / "pool")["skipped"]
+    assert skipped["source"] == bad and "peft_type is 'LOHA'" in skipped["reason"]
+    assert f"left out {skipped['reason']}" in capsys.readouterr().out
+    assert load_pool(tmp_path / "pool").names == ("good", "last")
+
+
+def test_no_kind_of_bad_adapter_stops_the_others(base, adapter, tmp_path):
+    good = adapter("good")
+    bad = {
+        "deep": "[" * 100_000,
+        "targets": json.dumps({"peft_type": "LORA", "r": 2, "target_modules": 5}),
+        "alpha": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 10**400}),
+        "repeat": json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": {"q{99999999999}": 2}}),
+        "reference": json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": {r"\1q": 2}}),
+        "bytes": b"\xff\xfe\x00{",
+    }
+    for name, text in bad.items():
+        adapter(name)
+        (tmp_path / name / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    shutil.copytree(adapter("pickle"), tmp_path / "zip")
+    for name, content in (("pickle", b"\x80\2}U\1x" + b"\x85" * 9), ("zip", b"PK\3\4" + bytes(99))):
+        (tmp_path / name / "adapter_model.safetensors").unlink()
+        (tmp_path / name / "adapter_model.bin").write_bytes(content)
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable/adapter_config.json").mkdir()
+    names = [*bad, "pickle", "zip", "unreadable", "owner/name@../x", "nul\0"]
+    folders = [name if "/" in name or "\0" in name else str(tmp_path / name) for name in names]
+    manifest = _convert(base, [*folders, good], out=tmp_path / "pool", skip_bad=True)
+    assert [entry["name"] for entry in manifest["adapters"]] == ["good"]
+    for folder, entry in zip(folders, manifest["skipped"], strict=True):
+        assert entry["source"] == folder and (folder in entry["reason"] or repr(folder) in entry["reason"])
+        assert len(entry["reason"]) < 3_000
+    with pytest.raises(AdapterError, match="deep/adapter_config.json: not JSON"):
+        read_pool(folders[:1], read_config(base))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "dtype", "pool", "message"),
+    [
+        ("lora_B", 3e38, np.float32, "float32", "lora_B is infinite in float32 with the scaling 2"),
+        ("lora_A", 1e300, np.float64, "float32", "lora_A is infinite in float32"),
+        ("lora_B", 1e300, np.float64, "float32", "lora_B is infinite in float32"),
+        ("lora_A", 3.402e38, np.float32, "bfloat16", "lora_A is infinite in bfloat16"),
+        ("lora_B", 1.7e38, np.float32, "float32", None),
+    ],
+)
+def test_what_a_pool_would_hold_is_finite(base, adapter, tmp_path, kind, value, dtype, pool, message):
+    shape = (2, 8) if kind == "lora_A" else (6, 2)
+    paths = [path for path in linear_shapes(read_config(base)) if path.endswith((".q", ".v"))]
+    key = f"base_model.model.{_Q}.{kind}.weight"
+    extra = {f"base_model.model.{path}.{kind}.weight": np.ones(shape, dtype) for path in paths}
+    folder = adapter("large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)})
+    if message is None:
+        _convert(base, [folder], out=tmp_path / "pool")
+        site, layer = locate(_Q)
+        np.testing.assert_allclose(load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6)
+        return
+    with pytest.raises(AdapterError, match=f"^{folder}: {_Q}.{message}"):
+        read_pool([folder], read_config(base), dtype=pool)
+    if pool == "float32":
+        _refused(f"^{folder}: {_Q}.{message}", base, [folder], out=tmp_path / "pool")
+        assert not (tmp_path / "pool").exists()
+        return
+    _convert(base, [folder], out=tmp_path / "pool")  # which holds float32
+    with pytest.raises(AdapterError, match=f"{_Q}.{message}"):
+        load_pool(tmp_path / "pool", dtype="bfloat16")
+
+
+def _edit_manifest(folder, change, *, sign):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    if sign:
+        manifest.pop("sha256")
+        write_manifest(folder, manifest)
+    else:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1), "encoder.self.q has ranks .1, 2, 2. in the"),
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8), "encoder.self.q has ranks .8, 2, 2. in the"),
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1), "has ranks .-1, 2, 2. in the manifest"),
+        (lambda e: e["sites"]["encoder.self.q"]["rank"].append(2), "has ranks .2, 2, 2, 2. in the manifest"),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, 99.0),
+            "scalings are not those of adapter_co",
+        ),
+        (lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, float("nan")), "scalings are not those of"),
+        (lambda e: e["sites"].pop("encoder.self.q"), "the manifest lists other sites than its arrays are of"),
+        (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no keys.json"),
+        (lambda e: e["files"].pop("arrays/_CHECKPOINT_METADATA"), "METADATA: the manifest does not list this file"),
+        (lambda e: e["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
+        (lambda e: e.update(folder="../../etc"), "'../../etc' is not a file inside this folder"),
+    ],
+)
+def test_a_manifest_that_was_edited(base, adapter, tmp_path, change, message):
+    folder = tmp_path / "pool"
+    _convert(base, [adapter("one")], out=folder)
+    original = (folder / "manifest.json").read_bytes()
+    _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=False)
+    for read in (load_pool, read_manifest, lambda pool: read_adapter_from_pool(pool, "one")):
+        with pytest.raises(ValueError, match=r"manifest\.json: damaged or altered, its SHA-256 is not the one"):
+            read(folder)
+    # Even a manifest with a digest that fits is held to the files.
+    (folder / "manifest.json").write_bytes(original)
+    _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=True)
+    for read in (load_pool, lambda pool: read_adapter_from_pool(pool, "one")):
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+def test_a_manifest_without_a_digest_says_to_convert_again(base, adapter, tmp_path):
+    _convert(base, [adapter("one")], out=tmp_path / "pool")
+    _edit_manifest(tmp_path / "pool", lambda manifest: manifest.pop("sha256"), sign=False)
+    with pytest.raises(ValueError, match=r"states no SHA-256 of itself .*: convert the adapters again"):
+        load_pool(tmp_path / "pool")
+
+
+def test_one_name_in_place_of_a_list_is_refused(base, adapter, tmp_path):
+    folder = adapter("one")
+    with pytest.raises(ValueError, match=rf"'{folder}', a single adapter: wanted a list, read_pool\(\['{folder}'\]\)"):
+        read_pool(folder, read_config(base))
+    _convert(base, [folder], out=tmp_path / "pool")
+    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: wanted a list, chosen=\['one'\]"):
+        load_pool(tmp_path / "pool", chosen="one")
+
+
+def test_two_adapters_of_one_name(base, adapter, tmp_path):
+    first = adapter("one")
+    again = shutil.copytree(first, tmp_path / "elsewhere/one")
+    message = f"^{again}: another adapter is named 'one' already: rename one folder"
+    _refused(message, base, [first, str(again)], out=tmp_path / "pool")
+    with pytest.raises(ValueError, match=message):
+        read_pool([first, str(again)], read_config(base))
+
+
+def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool/precious").write_text("kept")
+    _refused("pool exists: give a new folder", tmp_path / "no_base", ["no_adapter"], out=tmp_path / "pool")
+    assert (tmp_path / "pool/precious").read_text() == "kept"
+
+
+def test_the_list_of_adapters(base, adapter, tmp_path):
+    one, two = adapter("one"), adapter("two")
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"# mine\n\n  {two}  # the second\n")
+    manifest = _convert(base, [one], adapters_file=listed, dry_run=True)
+    assert [entry["source"] for entry in manifest["adapters"]] == [one, two]
+    _refused(r"no\.txt: no such file", base, [one], adapters_file=tmp_path / "no.txt", dry_run=True)
+    listed.write_text("# nothing\n")
+    _refused("no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True)
+    _refused("say where to write the pool: --out FOLDER, or --dry-run", base, [one])
+
+
+def test_casting(base, adapter, tmp_path):
+    folder = adapter("one")
+    _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")
+    manifest = read_manifest(tmp_path / "pool")
+    assert manifest["cast_to"] == "bfloat16" and manifest["adapters"][0]["dtype"] == "bfloat16"
+    got, want = read_adapter_from_pool(tmp_path / "pool", "one"), read_adapter(folder)
+    for path, pair in want.factors.items():
+        for a, b in zip(got.factors[path], pair, strict=True):
+            np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
+    large = adapter("large", extra={f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), 1e6, np.float32)})
+    _refused(
+        f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range",
+        base,
+        [large],
+        dry_run=True,
+        dtype="float16",
+    )
+
+
+def test_dtypes_that_change_between_layers(base, adapter, tmp_path):
+    factor = {f"base_model.model.{_Q}.lora_A.weight": np.ones((2, 8), np.float16)}
+    folder = adapter("mixed", extra=factor)
+    _refused("encoder.self.q mixes float16 and float32: choose one dtype", base, [folder], dry_run=True)
+    assert _convert(base, [folder], dry_run=True, dtype="float32")["adapters"][0]["dtype"] == "float32"
+
+
+def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
+    shared = np.random.default_rng(0).standard_normal((20, 8), np.float32)
+    same = adapter("same", extra={"base_model.model.shared.weight": shared})
+    _refused("holds no weights", base, [same], dry_run=True)
+    save_file({"shared.weight": shared}, base / "model.safetensors")
+    manifest = _convert(base, [same], out=tmp_path / "pool")
+    assert any("shared.weight, equal to the base's" in note for note in manifest["adapters"][0]["notes"])
+    again = read_adapter_from_pool(tmp_path / "pool", "same")
+    np.testing.assert_array_equal(again.kept["base_model.model.shared.weight"], shared)
+    other = adapter("other", extra={"base_model.model.shared.weight": shared + 1})
+    _refused("differs from the base's shared.weight", base, [other], dry_run=True)
+    pool = read_pool([same], read_config(base), base_tensor=base_tensor(base))
+    _assert_same_pool(load_pool(tmp_path / "pool"), pool)
+
+
+def test_a_damaged_pool(base, adapter, tmp_path):
+    folder = tmp_path / "pool"
+    _convert(base, [adapter("one"), adapter("two")], out=folder)
+    for name in ("adapter_config.json", "keys.json", *read_manifest(folder)["adapters"][1]["files"]):
+        path = folder / "adapters/0001" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"more")
+        with pytest.raises(ValueError, match=f"{path}: damaged or altered"):
+            load_pool(folder)
+        assert load_pool(folder, chosen=["one"]).names == ("one",)
+        path.write_bytes(content)
+    (folder / "adapters/0001/keys.json").unlink()
+    with pytest.raises(ValueError, match=r"0001/keys\.json: no such file, though the manifest lists it"):
+        load_pool(folder)
+    with pytest.raises(ValueError, match=r"is not a converted pool: it has no manifest\.json"):
+        load_pool(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="lists no adapters: it is not the manifest of a converted pool"):
+        read_manifest(tmp_path)
+
+
+def test_a_pool_of_another_base(base, adapter, tmp_path):
+    manifest = _convert(base, [adapter("one")], dry_run=True)
+    check_base(manifest, read_config(base))
+    (base / "config.json").write_text(json.dumps(_SIZES | {"d_kv": 4}))
+    message = r"converted for .*base: encoder\.self\.q is Site\(layers=3, d_in=8, d_out=6\) there and .*d_out=8"
+    with pytest.raises(ValueError, match=message):
+        check_base(manifest, read_config(base))
+    (base / "config.json").write_text(json.dumps(_SIZES | {"feed_forward_proj": "relu"}))
+    with pytest.raises(ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"):
+        check_base(manifest, read_config(base))
+
+
+def test_the_script(base, adapter, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "convert_peft_weights.py", *arguments]
+        return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+    one, two = adapter("one"), adapter("two")
+    done = run("--base", str(base), "--adapters", one, two, "--out", str(tmp_path / "pool"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'pool'}\n")
+    _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([one, two], read_config(base)))
+    done = run("--base", str(base), "--adapters", one, "--out", str(tmp_path / "pool"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'pool'} exists: give a new folder, or remove it first\n"
+    done = run("--help")
+    assert done.returncode == 0 and "python convert_peft_weights.py --base" in done.stdout
+
+
+def test_pools_are_what_jit_takes(base, adapter):
+    pool = read_pool([adapter("one"), adapter("two")], read_config(base))
+    norms = jax.jit(lambda pool: {site: jnp.square(a).sum() for site, a in pool.A.items()})(pool)
+    assert all(norm > 0 for norm in norms.values())

@@ -1,0 +1,231 @@
+"""Exported adapters and merged models against PEFT's own formulas, in NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.coefficients import expand, shape
+from lorafusion_jax.adapters.composition import Lora, column_norms, gram
+from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
+from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
+from lorafusion_jax.io.pool import read_pool
+from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.models.layers import Linear
+from lorafusion_jax.models.sites import hf_path, linear_shapes, sites
+from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.training.loss import decoder_inputs
+
+_MODEL = tiny.t5()
+_INDEX = [3, 0, 2]
+
+
+def _somewhere(n, site, layer):
+    """Rank 4; module 0 has nothing in the decoder, nobody has anything in the encoder's second layer."""
+    return 0 if (n == 0 and "decoder" in site) or (site.startswith("encoder") and layer == 1) else 4
+
+
+def _several(n, site, layer):
+    return _somewhere(n, site, layer) and 1 + (n + 2 * layer + 3 * ("cross" in site)) % 5
+
+
+def _kernel(site, layer):
+    return np.asarray(kernels(_MODEL)[site][layer], np.float64)
+
+
+def _in_peft(config, tensors):
+    """Return by site and layer what PEFT multiplies by instead of W, [d_in, d_out]."""
+    paths = {hf_path(s, layer): (s, layer) for s, site in sites(_MODEL.config).items() for layer in range(site.layers)}
+    # PEFT adapts every module that is named, whether it has tensors for it or not.
+    named = [p for p in paths if any(p == t or p.endswith(f".{t}") for t in config["target_modules"])]
+    kinds = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * config["use_dora"]
+    assert set(tensors) == {f"base_model.model.{path}.{kind}" for path in named for kind in kinds}
+    found = {}
+    for path in named:
+        A, B, *m = (np.asarray(tensors[f"base_model.model.{path}.{kind}"], np.float64) for kind in kinds)
+        assert (len(A), *B.shape[1:]) == (config["r"], config["r"])
+        assert (A.shape[1], B.shape[0]) == linear_shapes(_MODEL.config)[path]
+        W = _kernel(*paths[path]).T + config["lora_alpha"] / config["r"] * B @ A
+        if m:
+            W = W * (m[0] / np.linalg.norm(W, axis=1))[:, None]
+        found[paths[path]] = W.T
+    return found
+
+
+def _close(got, wanted, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize("granularity", ["global", "block", "site", "rank"])
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _several)])
+def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
+    pool = tiny.pool(4, ranks)
+    c = tiny.coefficients(shape(pool, 3, granularity))
+    rng = np.random.default_rng(0)
+    m = {s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32) for s, b in pool.B.items()}
+    config, tensors = fused_adapter(
+        pool,
+        jnp.array(_INDEX),
+        expand(c, pool, granularity),
+        composition,
+        base="some/base",
+        magnitudes=m if magnitudes else None,
+    )
+    found = _in_peft(config, tensors)
+    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    adapted = {where for where in wanted if any(ranks(n, *where) for n in _INDEX)}
+    assert found.keys() == adapted and len(adapted) < len(wanted)
+    for site, layer in adapted:
+        W = _kernel(site, layer) + wanted[site, layer]
+        if magnitudes:
+            W = W * np.asarray(m[site][layer], np.float64) / np.linalg.norm(W, axis=0)
+        _close(found[site, layer], W)
+    # As small as it can be: the ranks of the modules that meet in one place.
+    together = max(sum(ranks(n, *where) for n in _INDEX) for where in adapted)
+    assert config["r"] == config["lora_alpha"] == (4 if composition == "mix" else together)
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "some/base")
+    assert (config["use_rslora"], config["use_dora"]) == (False, magnitudes)
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_a_quantised_pool_exports_what_it_computes(composition):
+    pool = tiny.pool(4).quantised("nf4")
+    plain = {f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in ("A", "B")}
+    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    exported, wanted = (
+        fused_adapter(p, jnp.array(_INDEX), spread, composition, base="b")
+        for p in (pool, dataclasses.replace(pool, **plain))
+    )
+    assert exported[0] == wanted[0] and exported[1].keys() == wanted[1].keys()
+    for key, tensor in exported[1].items():
+        _close(tensor, wanted[1][key], 1e-6)
+
+
+def test_a_lora_is_a_plain_adapter():
+    rng = np.random.default_rng(0)
+    adapters = {
+        site: Lora(
+            jnp.asarray(rng.normal(size=(layers, d_in, 3)), jnp.float32),
+            jnp.asarray(rng.normal(size=(layers, 3, d_out)), jnp.float32),
+        )
+        for site, (layers, d_in, d_out) in sites(_MODEL.config).items()
+        if site.endswith((".o", "wi_1"))
+    }
+    config, tensors = lora_adapter(adapters, base="b")
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
+    found = _in_peft(config, tensors)
+    assert found.keys() == {(s, layer) for s, lora in adapters.items() for layer in range(lora.A.shape[0])}
+    for (site, layer), W in found.items():
+        A, B = (np.asarray(w[layer], np.float64) for w in (adapters[site].A, adapters[site].B))
+        _close(W, _kernel(site, layer) + A @ B)
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_an_exported_adapter_is_read_as_it_was_written(tmp_path, magnitudes):
+    pool = tiny.pool(4, _several)
+    m = column_norms(jax.jit(gram)(pool, {s: kernels(_MODEL)[s] for s in pool.A})) if magnitudes else None
+    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    config, tensors = fused_adapter(pool, jnp.array(_INDEX), spread, "sum", base="b", magnitudes=m)
+    write_adapter(tmp_path / "fused", config, tensors)
+    adapter = read_adapter(str(tmp_path / "fused"), shapes=linear_shapes(_MODEL.config))
+    assert set(adapter.scaling.values()) == {1.0}
+    assert not [note for note in adapter.notes if note.startswith("warning")]
+    again = read_pool([str(tmp_path / "fused")], _MODEL.config)
+    one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
+    _, tensors_again = fused_adapter(again, jnp.arange(1), one, "sum", base="b", magnitudes=again.magnitude)
+    assert tensors.keys() == tensors_again.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, tensors_again[key])
+
+
+@pytest.mark.parametrize("magnitudes", [True, False], ids=["trained", "frozen"])
+def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magnitudes):
+    """The oracle is the run that was exported: pruned and negative magnitudes are read back as they were."""
+    graph, base = nnx.split(_MODEL)
+    pool, index = tiny.pool(3, _somewhere), jnp.arange(3)
+    terms = jax.jit(gram)(pool, {s: kernels(_MODEL)[s] for s in pool.A})
+    method, frozen = Fusion(), Frozen(base, pool, terms)
+    rng = np.random.default_rng(0)
+    params = method.init(frozen, index, jax.random.key(0))
+    params["magnitudes"] = {
+        s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32) for s, m in params["magnitudes"].items()
+    }
+    spread = expand(params["coefficients"], pool, "block")
+    written = fused_adapter(pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
+    write_adapter(tmp_path / "fused", *written)
+    again = read_pool([str(tmp_path / "fused")], _MODEL.config)
+    frozen_again = Frozen(base, again, jax.jit(gram)(again, {s: kernels(_MODEL)[s] for s in again.A}))
+    next_method = Fusion(magnitudes=magnitudes)
+    start = next_method.init(frozen_again, jnp.arange(1), jax.random.key(1))
+    assert (start["coefficients"] == 1).all() and ("magnitudes" in start) == magnitudes
+    adapters = jax.jit(next_method.adapters)(start, frozen_again, jnp.arange(1))[0]
+    wanted = jax.jit(method.adapters)(params, frozen, index)[0]
+    _close(_logits(_MODEL, adapters), _logits(_MODEL, wanted))
+    # And exported again it is the same adapter.
+    one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
+    config, tensors = fused_adapter(again, jnp.arange(1), one, "sum", base="b", magnitudes=start.get("magnitudes"))
+    assert config == written[0] and tensors.keys() == written[1].keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, written[1][key])
+
+
+def _fused(model, composition):
+    pool = tiny.pool(4, _somewhere)
+    frozen = Frozen(nnx.split(model)[1], pool, jax.jit(gram)(pool, {s: kernels(model)[s] for s in pool.A}))
+    method = Fusion(composition=composition)
+    params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
+    params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
+    params["magnitudes"] = {site: 1.5 * m for site, m in params["magnitudes"].items()}
+    return jax.jit(method.adapters)(params, frozen, jnp.array(_INDEX))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, weights, adapters):
+    batch = tiny.batch()
+    start = decoder_inputs(batch.labels, start_id=0, pad_id=0)
+    return nnx.merge(graph, weights)(batch.input_ids, batch.input_mask, start, adapters)
+
+
+def _logits(model, adapters=None):
+    return np.asarray(_run(*nnx.split(model), adapters or {}))
+
+
+@pytest.mark.parametrize("composition", ["mix", "sum"])
+def test_a_merged_model_says_what_the_adapted_one_says(composition):
+    model = tiny.t5()
+    adapters = _fused(model, composition)
+    before, old = _logits(model), kernels(model)
+    merged = merged_base(model, adapters)
+    _close(_logits(merged), _logits(model, adapters), 1e-4)
+    assert np.abs(_logits(merged) - before).max() > 0.1
+    # The model that it was made from is as it was.
+    np.testing.assert_array_equal(_logits(model), before)
+    for site, kernel in kernels(merged).items():
+        assert (kernel is old[site]) == (site not in adapters)
+
+
+def test_a_quantised_model_merges_what_it_computes():
+    model = tiny.t5()
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.kernel.set_value(quantise(module.kernel.get_value(), "int8", tiled_axis=-2))
+    adapters = _fused(model, "sum")
+    merged = merged_base(model, adapters)
+    _close(_logits(merged), _logits(model, adapters), 1e-4)
+    assert all(isinstance(kernels(merged)[site], jax.Array) for site in adapters)
+
+
+def test_a_bf16_model_merges_in_float32():
+    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    model = tiny.t5(config)
+    adapters = _fused(model, "sum")
+    merged = kernels(merged_base(model, adapters))
+    for site, wanted in kernels(merged_base(tiny.t5(), adapters)).items():
+        np.testing.assert_array_equal(merged[site], wanted)

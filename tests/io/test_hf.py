@@ -1,0 +1,463 @@
+"""Base models in and out: goldens, every layout of files, what is refused, and transformers itself."""
+
+import itertools
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from lorafusion_jax.io.hf import base_tensor, load_base, read_config, save_base
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.sites import linear_shapes
+from lorafusion_jax.models.t5.model import T5Config, kernels
+from lorafusion_jax.models.weights import QUANTISED_TYPES, dense
+
+_JSON = {
+    "model_type": "t5",
+    "vocab_size": 20,
+    "d_model": 8,
+    "d_kv": 3,
+    "d_ff": 10,
+    "num_heads": 2,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+_V = "decoder.block.1.layer.1.EncDecAttention.v.weight"
+
+
+def _write_config(folder, **fields):
+    folder.mkdir(exist_ok=True)
+    config = {key: value for key, value in (_JSON | fields).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with a small untied T5 1.1, random weights."""
+    folder = _write_config(tmp_path / "base")
+    config, rng = read_config(folder), np.random.default_rng(0)
+    shapes = {f"{path}.weight": (d_out, d_in) for path, (d_in, d_out) in linear_shapes(config).items()}
+    for stack, layers, sublayers in (("encoder", 3, 2), ("decoder", 2, 3)):
+        shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 2)
+        shapes[f"{stack}.final_layer_norm.weight"] = (8,)
+        for layer, sublayer in itertools.product(range(layers), range(sublayers)):
+            shapes[f"{stack}.block.{layer}.layer.{sublayer}.layer_norm.weight"] = (8,)
+    shapes |= dict.fromkeys(("shared.weight", "lm_head.weight"), (20, 8))
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _change(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_bin(path, tensors):
+    """Write a file as torch.save does, opcode by opcode: no torch needed."""
+
+    def text(value):
+        return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
+
+    def integers(values):
+        return pickle.MARK + b"".join(b"J" + struct.pack("<i", value) for value in values) + pickle.TUPLE
+
+    entries = b""
+    for key, (name, array) in enumerate(tensors.items()):
+        kind = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage"}[str(array.dtype)]
+        storage = text("storage") + f"ctorch\n{kind}\n".encode() + text(str(key)) + text("cpu")
+        storage = b"(" + storage + b"J" + struct.pack("<i", array.size) + b"tQ"
+        strides = [stride // array.itemsize for stride in array.strides]
+        arguments = storage + b"K\0" + integers(array.shape) + integers(strides) + b"\x89ccollections\nOrderedDict\n)R"
+        entries += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\2}(" + entries + b"u.")
+        for key, array in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+
+
+def _lay_out(source, folder, layout):
+    """Copy a base into another layout of files."""
+    folder.mkdir()
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    tensors = load_file(source / "model.safetensors")
+    name = "pytorch_model.bin" if "bin" in layout else "model.safetensors"
+    write = _write_bin if "bin" in layout else lambda path, part: save_file(part, path)
+    if "sharded" not in layout:
+        write(folder / name, tensors)
+        return folder
+    stem, _, suffix = name.partition(".")
+    files = {key: f"{stem}-0000{1 + i % 3}-of-00003.{suffix}" for i, key in enumerate(tensors)}
+    for file in set(files.values()):
+        write(folder / file, {key: array for key, array in tensors.items() if files[key] == file})
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def _assert_same_model(got, want):
+    assert got.config == want.config
+    a, b = (dict(nnx.to_flat_state(nnx.state(model))) for model in (got, want))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(np.asarray(a[path].get_value()), np.asarray(b[path].get_value()))
+
+
+def _run(model, input_ids, mask, decoder_ids):
+    graph, state = nnx.split(model)
+    arguments = (jnp.asarray(x) for x in (input_ids.astype(np.int32), mask > 0, decoder_ids.astype(np.int32)))
+    return np.asarray(jax.jit(lambda state, *x: nnx.merge(graph, state)(*x))(state, *arguments))
+
+
+def _greedy(model, input_ids, mask, length):
+    graph, state = nnx.split(model)
+
+    def run(state, *x):
+        return generate(nnx.merge(graph, state), *x, max_new_tokens=length)
+
+    tokens = jax.jit(run)(state, jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask > 0))
+    return np.concatenate([np.full((len(tokens), 1), model.config.start_id), np.asarray(tokens)], axis=1)
+
+
+@pytest.mark.parametrize("kind", ["t5a", "t5b"])
+def test_golden_logits_and_texts(shared, kind):
+    folder = shared / "goldens/fusion" / kind
+    golden = np.load(folder / "inputs.npz")
+    model = load_base(folder / "base")
+    labels = golden["labels_0"]
+    decoder_ids = np.roll(np.where(labels < 0, 0, labels), 1, axis=1)
+    decoder_ids[:, 0] = 0
+    inputs = golden["input_ids_0"], golden["attention_mask_0"]
+    np.testing.assert_allclose(_run(model, *inputs, decoder_ids), golden["base_logits_0"], atol=1e-4)
+    texts, wanted = _greedy(model, *inputs, 16), golden["base_greedy_0"]
+    if kind == "t5a":
+        # Two tokens of one row are 1.9e-4 apart: at most that row may differ, and only from the tie on.
+        (differing,) = np.nonzero((texts != wanted).any(axis=1))
+        assert len(differing) <= 1 and all(texts[row, 1] == wanted[row, 1] for row in differing)
+    else:
+        np.testing.assert_array_equal(texts, wanted)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("layout", ["bin", "sharded safetensors", "sharded bin"])
+def test_every_layout_of_files_gives_the_same_model(base, tmp_path, layout):
+    _assert_same_model(load_base(_lay_out(base, tmp_path / "other", layout)), load_base(base))
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded bin"])
+def test_golden_with_the_configuration_of_transformers_5(shared, tmp_path, layout):
+    source = shared / "goldens/fusion/t5a/base"
+    other = _lay_out(source, tmp_path / "other", layout)
+    shutil.copyfile(source / "config.transformers5.json", other / "config.json")
+    _assert_same_model(load_base(other), load_base(source))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tied", "scaled"),
+    [
+        ({"tie_word_embeddings": ...}, True, True),
+        ({"tie_word_embeddings": True}, True, True),
+        ({}, False, False),
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, True, False),
+        ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, False, True),
+        ({"model_type": "mt5", "tie_word_embeddings": ...}, False, False),
+        ({"model_type": "mt5", "tie_word_embeddings": True}, True, False),
+    ],
+)
+def test_what_the_configuration_says_of_head_and_scale(tmp_path, fields, tied, scaled):
+    config = read_config(_write_config(tmp_path / "base", **fields))
+    assert (config.tied, config.scale_logits) == (tied, scaled)
+
+
+def test_the_defaults_of_old_configurations(tmp_path):
+    fields = dict.fromkeys(("num_decoder_layers", "feed_forward_proj", "tie_word_embeddings"), ...)
+    config = read_config(_write_config(tmp_path / "base", **fields, relative_attention_num_buckets=16))
+    wanted = T5Config(
+        vocab_size=20,
+        d_model=8,
+        d_kv=3,
+        d_ff=10,
+        num_heads=2,
+        num_layers=3,
+        num_decoder_layers=3,
+        gated=False,
+        tied=True,
+        scale_logits=True,
+        buckets=16,
+    )
+    assert config == wanted
+
+
+def test_a_head_that_equals_the_embedding_is_tied(base):
+    _change(base, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].copy()}))
+    assert load_base(base).config.tied
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(base):
+    _write_config(base, tie_word_embeddings=True, scale_decoder_outputs=False)
+    model = load_base(base)
+    assert not model.config.tied and not model.config.scale_logits
+    np.testing.assert_array_equal(model.head[...].T, load_file(base / "model.safetensors")["lm_head.weight"])
+
+
+def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
+    before = load_base(base)
+
+    def add(tensors):
+        for stack in ("encoder", "decoder"):
+            tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].copy()
+        unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        tensors[unused] = np.ones((32, 2), np.float32)
+
+    _change(base, add)
+    _assert_same_model(load_base(base), before)
+    _change(base, lambda tensors: tensors["decoder.embed_tokens.weight"].__iadd__(1))
+    with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight"):
+        load_base(base)
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes(base, stored, dtype):
+    _change(base, lambda tensors: tensors.update({k: v.astype(stored) for k, v in tensors.items()}))
+    model = load_base(base, dtype=dtype)
+    assert model.config.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(dtype)}
+    wanted = load_file(base / "model.safetensors")[_V].T.astype(dtype)
+    np.testing.assert_array_equal(np.asarray(kernels(model)["decoder.cross.v"][1]), wanted)
+    logits = _run(model, np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 3)))
+    assert logits.dtype == dtype and np.isfinite(logits.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("qtype", QUANTISED_TYPES)
+def test_quantised_as_it_loads(base, qtype):
+    plain, quantised = load_base(base), load_base(base, quantise=qtype)
+    for site, kernel in kernels(quantised).items():
+        # A tile holds one scale: along d_in, of which 8, 6 and 10 are single tiles.
+        layers, _, d_out = kernels(plain)[site].shape
+        assert kernel.qtype == qtype and kernel.scale.shape == (layers, 1, d_out)
+        width = np.abs(kernels(plain)[site]).max(axis=1, keepdims=True)
+        # Half the widest gap between levels, in units of the largest weight: 0.152 in NF4, 1 / 15 in int4.
+        gap = {"nf4": 0.153, "int4": 0.067, "int8": 0.004}[qtype]
+        assert (np.abs(dense(kernel, "float32") - kernels(plain)[site]) <= gap * width).all()
+    assert quantised.head.get_value().qtype == qtype
+    np.testing.assert_array_equal(quantised.embedding[...], plain.embedding[...])
+    x = np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 3))
+    close = np.abs(_run(quantised, *x) - _run(plain, *x)).max() / np.abs(_run(plain, *x)).max()
+    assert 0 < close < {"nf4": 0.5, "int4": 0.5, "int8": 0.05}[qtype]
+
+
+def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
+    (base / "tokenizer.json").write_text("{}")
+    (base / "README.md").write_text("not copied")
+    save_base(load_base(base), tmp_path / "again", base)
+    _assert_same_model(load_base(tmp_path / "again"), load_base(base))
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert (tmp_path / "again/config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    with pytest.raises(ValueError, match="exists: give a new folder"):
+        save_base(load_base(base), tmp_path / "again", base)
+
+
+def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
+    model = load_base(base, dtype="bfloat16", quantise="int8")
+    save_base(model, tmp_path / "again", base)
+    tensors = load_file(tmp_path / "again/model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    wanted = dense(kernels(model)["decoder.cross.v"], "bfloat16")[1].T
+    np.testing.assert_array_equal(tensors[_V], np.asarray(wanted))
+
+
+def test_a_tensor_of_the_base_by_name(base, tmp_path):
+    tensor, tensors = base_tensor(base), load_file(base / "model.safetensors")
+    np.testing.assert_array_equal(tensor(_V), tensors[_V])
+    np.testing.assert_array_equal(tensor("lm_head.weight"), tensors["lm_head.weight"])
+    np.testing.assert_array_equal(tensor("encoder.embed_tokens.weight"), tensors["shared.weight"])
+    with pytest.raises(KeyError, match="score"):
+        tensor("score.weight")
+    _change(base, lambda tensors: tensors.pop("lm_head.weight"))
+    np.testing.assert_array_equal(base_tensor(base)("lm_head.weight"), tensors["shared.weight"])
+    lazy = base_tensor(_write_config(tmp_path / "no_weights"))
+    with pytest.raises(ValueError, match="holds no weights"):
+        lazy(_V)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "umt5"}, "model_type is 'umt5', whose every layer has a relative bias"),
+        ({"model_type": "llama"}, r"model_type is 'llama': wanted a T5 1\.0, T5 1\.1, FLAN-T5 or mT5"),
+        ({"model_type": ...}, "model_type is None"),
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu': wanted 'relu' or 'gated-gelu'"),
+        ({"d_kv": ...}, "d_kv is missing: wanted an integer"),
+        ({"num_heads": "two"}, "num_heads is two: wanted an integer"),
+        ({"d_ff": -1}, "d_ff is -1: wanted an integer from 1 to 10,000,000"),
+        ({"d_ff": True}, "d_ff is True: wanted an integer"),
+        ({"vocab_size": 10**400}, "vocab_size is 10{99}: wanted an integer"),
+    ],
+)
+def test_configurations_that_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(_write_config(tmp_path / "base", **fields))
+
+
+def _forget(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_forget(_V), f"the weights lack {_V}: do config.json and the weights .* belong together"),
+        (_forget("lm_head.weight"), r"the weights lack lm_head\.weight"),
+        (_forget("shared.weight"), r"the weights lack shared\.weight"),
+        (lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}), "no place for odd.0, .* and 2 more"),
+        (lambda t: t.update({_V: t[_V][:-1].copy()}), rf"{_V} has shape \[5, 8\], not \[6, 8\]"),
+        (lambda t: t.update({_V: t[_V].T.copy()}), rf"{_V} has shape \[8, 6\], not \[6, 8\]"),
+    ],
+)
+def test_weights_that_do_not_fit(base, change, message):
+    _change(base, change)
+    with pytest.raises(ValueError, match=message):
+        load_base(base)
+
+
+@pytest.mark.parametrize("name", [_V, "shared.weight", "decoder.final_layer_norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: np.where(np.arange(a.size).reshape(a.shape) == a.size - 1, np.float32(np.nan), a),
+            "NaN or infinity",
+        ),
+        (lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, -np.float32(np.inf), a), "NaN or infinity"),
+        (lambda a: np.full(a.shape, 1e300), "NaN or infinity in float32"),
+        (lambda a: a.astype(np.int32), "has dtype int32: wanted floats"),
+        (lambda a: a > 0, "has dtype bool: wanted floats"),
+    ],
+)
+def test_weights_that_are_not_finite_floats_are_refused_by_name(base, name, change, message):
+    _change(base, lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}))
+    with pytest.raises(ValueError, match=f"^{base}: {name} (holds )?{message}"):
+        load_base(base)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", 5, None, ["x"]])
+def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
+    folder = _lay_out(base, tmp_path / "shards", "sharded safetensors")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][_V] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{folder}: .* is not a file inside this folder: refused"):
+        load_base(folder)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json holds no weight_map"):
+        load_base(folder)
+
+
+def test_files_that_are_missing_or_damaged(base, tmp_path):
+    with pytest.raises(ValueError, match=r"is not a Hugging Face model: it has no config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
+        load_base(tmp_path / "no" / "such" / "folder")
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for file in (weights, base / "config.json"):
+        original = file.read_bytes()
+        file.write_text(pointer)
+        with pytest.raises(ValueError, match=f"{file}: this is a Git LFS pointer"):
+            load_base(base)
+        file.write_bytes(original)
+    weights.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=f"{weights}: truncated or corrupt"):
+        load_base(base)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"holds no weights: wanted model\.safetensors or pytorch_model\.bin"):
+        load_base(base)
+
+
+def test_shards_that_are_missing_or_do_not_match_the_index(base, tmp_path):
+    folder = _lay_out(base, tmp_path / "shards", "sharded safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["odd"] = content["weight_map"][_V]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"holds no odd, though model\.safetensors\.index\.json says so"):
+        load_base(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors: no such file"):
+        load_base(folder)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "num_layers": 2, "num_decoder_layers": 4},
+    ],
+)
+def test_transformers_agrees(tmp_path, fields, safe):
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 12, "d_ff": 40, "num_heads": 2}
+    depths = {"num_layers": 3, "num_decoder_layers": 2}
+    torch.manual_seed(0)
+    config = transformers.T5Config(**sizes | depths | fields, decoder_start_token_id=0)
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    if not fields["tie_word_embeddings"]:  # version 5 ties every new model and leaves apart what it loads apart
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # T5's own start is too flat to tell tokens apart
+            parameter += 0.2 * torch.randn(parameter.shape)
+    theirs.save_pretrained(tmp_path / "base")
+    if not safe:
+        (tmp_path / "base/model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "base/pytorch_model.bin")
+
+    rng = np.random.default_rng(0)
+    input_ids, decoder_ids = rng.integers(2, 60, (3, 9)), rng.integers(2, 60, (3, 7))
+    mask = (np.arange(9) < np.array([[9], [4], [1]])).astype(np.int64)
+
+    def logits(model):
+        with torch.no_grad():
+            arguments = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
+            return model(**{name: torch.tensor(ids) for name, ids in arguments.items()}).logits.numpy()
+
+    ours = load_base(tmp_path / "base")
+    assert ours.config.tied == fields["tie_word_embeddings"]
+    wanted = logits(theirs)
+    # 3e-5 of the largest: what float32 leaves of a few layers, in the order that this processor sums.
+    np.testing.assert_allclose(_run(ours, input_ids, mask, decoder_ids), wanted, atol=3e-5 * np.abs(wanted).max())
+
+    # Without its cache, which fails on a decoder deeper than the encoder.
+    options = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}
+    generated = theirs.generate(torch.tensor(input_ids), attention_mask=torch.tensor(mask), **options).numpy()
+    texts = _greedy(ours, input_ids, mask, 12)[:, : generated.shape[1]]
+    np.testing.assert_array_equal(texts, generated)
+
+    save_base(ours, tmp_path / "again", tmp_path / "base")
+    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+    np.testing.assert_array_equal(logits(again), logits(theirs))

@@ -1,0 +1,831 @@
+"""PEFT adapters in and out: what is converted, what is ignored and kept, what is refused in which words."""
+
+import json
+import os
+import pickle
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
+from lorafusion_jax.io.peft.config import AdapterError
+
+_Q = "encoder.block.0.layer.0.SelfAttention.q"
+_V = "decoder.block.1.layer.1.EncDecAttention.v"
+_SHAPES = {_Q: (6, 10), _V: (6, 10), "encoder.block.1.layer.0.SelfAttention.q": (6, 10)}
+_PREFIX = "base_model.model."
+_CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "base_model_name_or_path": "google/flan-t5-large",
+    "target_modules": ["q", "v"],
+}
+
+
+def _factors(r=4, path=_Q, seed=0, d_in=6, d_out=10):
+    rng = np.random.default_rng(seed)
+    return {
+        f"{_PREFIX}{path}.lora_A.weight": rng.standard_normal((r, d_in), np.float32),
+        f"{_PREFIX}{path}.lora_B.weight": rng.standard_normal((d_out, r), np.float32),
+    }
+
+
+_TENSORS = _factors() | _factors(path=_V, seed=1)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write an adapter folder; return its name."""
+
+    def write(tensors=_TENSORS, **fields):
+        folder = tmp_path / "adapter"
+        folder.mkdir(exist_ok=True)
+        config = {key: value for key, value in (_CONFIG | fields).items() if value is not ...}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(
+            {key: np.asarray(array, order="C") for key, array in tensors.items()},
+            folder / "adapter_model.safetensors",
+        )
+        return str(folder)
+
+    return write
+
+
+def _refused(folder, message, **kwargs):
+    with pytest.raises(AdapterError, match=message) as caught:
+        read_adapter(folder, **{"shapes": _SHAPES} | kwargs)
+    assert str(folder) in str(caught.value)
+
+
+# What is converted.
+
+
+def test_every_golden_adapter_reads_as_its_tensors_say(shared):
+    folders = sorted((shared / "goldens").glob("*/**/adapters/*/"))
+    assert len(folders) >= 18
+    for folder in folders:
+        adapter = read_adapter(str(folder))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = next(folder.glob("adapter_model.*"))
+        assert (adapter.name, adapter.source, adapter.config) == (folder.name, str(folder), config)
+        assert adapter.weights.is_file()
+        assert not [note for note in adapter.notes if note.startswith("warning")]
+        assert (adapter.magnitude is not None) == config.get("use_dora", False)
+        if weights.suffix == ".safetensors":
+            tensors = load_file(weights)
+            for path, (a, b) in adapter.factors.items():
+                np.testing.assert_array_equal(a, tensors[f"{_PREFIX}{path}.lora_A.weight"])
+                np.testing.assert_array_equal(b, tensors[f"{_PREFIX}{path}.lora_B.weight"])
+            assert len(tensors) == sum(len(keys) for keys in adapter.keys.values())
+
+
+@pytest.mark.smoke
+def test_golden_bin_equals_golden_safetensors(shared):
+    folder = shared / "goldens" / "fusion" / "t5a" / "adapters"
+    one, other = (read_adapter(str(folder / name)) for name in ("lora_0", "lora_0_bin"))
+    assert one.factors.keys() == other.factors.keys() and one.scaling == other.scaling
+    for path, pair in one.factors.items():
+        for left, right in zip(pair, other.factors[path], strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_golden_scalings_and_magnitudes(shared):
+    folder = shared / "goldens" / "fusion" / "t5a" / "adapters"
+    assert set(read_adapter(str(folder / "lora_0")).scaling.values()) == {2.0}
+    assert set(read_adapter(str(folder / "rslora")).scaling.values()) == {8.0}
+    patterns = read_adapter(str(folder / "rank_alpha_pattern"))
+    block = "block.0.layer.0.SelfAttention"
+    assert patterns.scaling[f"encoder.{block}.q"] == 8 / 4
+    assert patterns.scaling[f"decoder.{block}.v"] == 64 / 16
+    assert patterns.scaling["decoder.block.1.layer.1.EncDecAttention.v"] == 32 / 8
+    assert patterns.scaling[f"encoder.{block}.v"] == 32 / 16
+    dora = read_adapter(str(folder / "dora"))
+    assert dora.magnitude and dora.magnitude.keys() == dora.factors.keys()
+    assert {array.shape for array in dora.magnitude.values()} == {(64,)}
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda key: key,
+        lambda key: key.removeprefix(_PREFIX),
+        lambda key: _PREFIX + key,
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.removeprefix(_PREFIX).replace(".weight", ".my_task.weight"),
+    ],
+)
+def test_every_spelling_of_the_keys(write, tmp_path, spell):
+    tensors = {spell(key): array for key, array in _TENSORS.items()}
+    adapter = read_adapter(write(tensors), shapes=_SHAPES)
+    assert set(adapter.factors) == {_Q, _V}
+    for path, (a, b) in adapter.factors.items():
+        np.testing.assert_array_equal(a, _TENSORS[f"{_PREFIX}{path}.lora_A.weight"])
+        np.testing.assert_array_equal(b, _TENSORS[f"{_PREFIX}{path}.lora_B.weight"])
+    resave(adapter, tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(tensors)
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
+def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
+    magnitudes = {_Q: np.arange(10, dtype=np.float32), _V: np.ones(10, np.float32)}
+    tensors = _TENSORS | {f"{_PREFIX}{path}.lora_magnitude_vector{suffix}": m for path, m in magnitudes.items()}
+    adapter = read_adapter(write(tensors, use_dora=True), shapes=_SHAPES)
+    assert adapter.magnitude is not None
+    for path, magnitude in magnitudes.items():
+        np.testing.assert_array_equal(adapter.magnitude[path], magnitude)
+    resave(adapter, tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({}, 8 / 4),
+        ({"lora_alpha": ..., "r": ..., "rank_pattern": {"q": 4, "v": 4}, "peft_version": "0.18.0"}, 8 / 4),
+        ({"lora_alpha": 1.5}, 1.5 / 4),
+        ({"use_rslora": True}, 8 / 2),
+        ({"alpha_pattern": {"q": 3}}, 3 / 4),
+        ({"alpha_pattern": {"SelfAttention.q": 3}}, 3 / 4),
+        ({"alpha_pattern": {"Attention.q": 3}}, 8 / 4),
+        ({"alpha_pattern": {"^encoder.block.0.layer.0.SelfAttention.q": 3}}, 3 / 4),
+        ({"alpha_pattern": {"^block.0.layer.0.SelfAttention.q": 3}}, 8 / 4),
+        ({"alpha_pattern": {r"encoder\.block\.\d+.*": 3, "q": 5}}, 3 / 4),
+        ({"alpha_pattern": {"q": 5, r"encoder\.block\.\d+.*": 3}}, 5 / 4),
+        ({"alpha_pattern": {"k|q": 3}}, 3 / 4),
+        ({"alpha_pattern": {"q)|(v": 3}}, 3 / 4),
+        ({"r": 16, "rank_pattern": {"q|v": 4}, "use_rslora": True}, 8 / 2),
+    ],
+)
+def test_scaling_by_the_current_rule(write, fields, scaling):
+    assert read_adapter(write(**fields), shapes=_SHAPES).scaling[_Q] == scaling
+
+
+def test_the_rule_up_to_0_13_is_warned_about_where_it_differs(write):
+    # The old rule stops at the first key of both patterns together: `q`, which has a rank but no alpha.
+    fields = {"rank_pattern": {"q": 4}, "alpha_pattern": {"SelfAttention.q": 16}}
+    adapter = read_adapter(write(**fields), shapes=_SHAPES)
+    assert adapter.scaling == {_Q: 4.0, _V: 2.0}
+    (warning,) = [note for note in adapter.notes if note.startswith("warning")]
+    assert f"{_Q}: rank 4 and alpha 16 by the current rule" in warning
+    assert "PEFT up to 0.13 would have taken rank 4 and alpha 8" in warning
+    for same in (fields | {"peft_version": "0.18.0"}, {"rank_pattern": {"q": 4}, "alpha_pattern": {"q": 16}}):
+        assert "0.13" not in str(read_adapter(write(**same), shapes=_SHAPES).notes)
+
+
+def test_mixed_ranks_and_dtypes_stay_as_read(write, tmp_path):
+    tensors = _factors(r=2) | _factors(r=4, path=_V)
+    tensors = {
+        key: array.astype(ml_dtypes.bfloat16 if "lora_A" in key else np.float16) for key, array in tensors.items()
+    }
+    adapter = read_adapter(write(tensors, rank_pattern={"q": 2}), shapes=_SHAPES)
+    a, b = adapter.factors[_Q]
+    assert (a.shape, a.dtype, b.shape, b.dtype) == ((2, 6), ml_dtypes.bfloat16, (10, 2), np.float16)
+    assert adapter.scaling == {_Q: 4.0, _V: 2.0}
+    resave(adapter, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    for key, array in tensors.items():
+        assert again[key].dtype == array.dtype
+        np.testing.assert_array_equal(again[key], array)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone(write, init):
+    assert read_adapter(write(init_lora_weights=init), shapes=_SHAPES).scaling[_Q] == 2.0
+
+
+def test_fan_in_fan_out_never_transposes_a_linear(write):
+    plain, flagged = (read_adapter(write(fan_in_fan_out=flag), shapes=_SHAPES) for flag in (False, True))
+    for left, right in zip(plain.factors[_Q], flagged.factors[_Q], strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert any("fan_in_fan_out" in note for note in flagged.notes)
+
+
+# What is ignored and kept.
+
+
+def test_ignored_fields_are_noted_and_kept(write, tmp_path):
+    fields = {"lora_dropout": 0.1, "task_type": "SEQ_2_SEQ_LM", "modules_to_save": [], "from_the_future": 1}
+    adapter = read_adapter(write(**fields), shapes=_SHAPES)
+    assert adapter.notes == (
+        "without effect on the trained adapter, kept for re-saving: lora_dropout, task_type",
+        "warning: unknown to PEFT up to 0.21, ignored: from_the_future",
+    )
+    resave(adapter, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == _CONFIG | fields
+
+
+def test_safetensors_come_before_bin(write):
+    folder = write()
+    with open(os.path.join(folder, "adapter_model.bin"), "wb") as file:
+        file.write(b"never read")
+    adapter = read_adapter(folder, shapes=_SHAPES)
+    assert "ignored: adapter_model.bin, because adapter_model.safetensors lies beside it" in adapter.notes
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({"target_modules": ["q", "v", "k"]}, "target_modules names k, for which there are no tensors"),
+        ({"target_modules": ["q"]}, f"target_modules does not name {_V}; the tensors count"),
+        ({"target_modules": "nothing"}, f"target_modules does not name {_V} and 1 more; the tensors count"),
+        ({"target_modules": "(q"}, "target_modules '(q' is not a pattern"),
+        ({"target_modules": r"(\w+\.?)+x"}, f"target_modules does not name {_V} and 1 more"),
+        ({"target_modules": r"(\w+\.?)+[qv]"}, None),
+        ({"target_modules": "q{99999999999}"}, "target_modules 'q{99999999999}' is not a pattern"),
+        ({"target_modules": ["q", "v", *map(str, range(30_000))]}, "target_modules names 0, 1, 2, 3"),
+        ({"target_modules": r".*Attention\.(q|v)"}, None),
+        ({"target_modules": "all-linear", "layers_to_transform": [7]}, None),
+        ({"target_modules": ["SelfAttention.q", "v", "v"]}, None),
+        ({"target_modules": None}, None),
+    ],
+)
+def test_target_modules_only_warn(write, fields, warning):
+    adapter = read_adapter(write(**fields), shapes=_SHAPES)
+    assert set(adapter.factors) == {_Q, _V}
+    got = [note for note in adapter.notes if note.startswith("warning")]
+    assert len(got) == (warning is not None)
+    assert warning is None or warning in got[0]
+
+
+_EMBEDDING = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
+
+
+def _base_tensor(name):
+    return {"shared.weight": _EMBEDDING, "lm_head.weight": _EMBEDDING + 1}[name]
+
+
+@pytest.mark.parametrize(
+    ("key", "array"),
+    [
+        ("base_model.model.shared.weight", _EMBEDDING),
+        ("shared.weight", _EMBEDDING.astype(ml_dtypes.bfloat16)),
+        ("base_model.model.lm_head.weight", _EMBEDDING + 1),
+        ("base_model.model.lm_head.modules_to_save.default.weight", _EMBEDDING + 1),
+        ("base_model.model.lm_head.original_module.weight", _EMBEDDING + 1),
+        ("base_model.model.shared.base_layer.weight", _EMBEDDING),
+    ],
+)
+def test_copies_of_base_weights_are_ignored_but_kept(write, tmp_path, key, array):
+    folder = write(_TENSORS | {key: array}, modules_to_save=["lm_head"])
+    adapter = read_adapter(folder, shapes=_SHAPES, base_tensor=_base_tensor)
+    assert f"ignored: {key}, equal to the base's" in adapter.notes
+    assert set(adapter.factors) == {_Q, _V} and set(adapter.kept) == {key}
+    resave(adapter, tmp_path / "again")
+    np.testing.assert_array_equal(load_file(tmp_path / "again" / "adapter_model.safetensors")[key], array)
+
+
+def test_state_of_the_training_is_ignored(write):
+    state = {f"{_PREFIX}{_Q}.lora_velora_embed": np.ones((2, 3), np.float32)}
+    adapter = read_adapter(write(_TENSORS | state, velora_config={"num_groups": 2}), shapes=_SHAPES)
+    assert f"ignored: {_PREFIX}{_Q}.lora_velora_embed, state of the training only" in adapter.notes
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3': wanted 'LORA'"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
+        ({"peft_type": ...}, "no peft_type among its fields"),
+        ({"peft_type": None, "model_class": "T5", "config": {"x": 1}}, "AdapterHub"),
+        ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX"),
+        ({"peft_type": None, "framework": "jax-tunix-qwix"}, "tunix / qwix"),
+        ({"peft_type": None, "format": "native"}, "another tool's own format, 'native'"),
+        ({"enable_lora": [True, False]}, "enable_lora is set: the MergedLinear of PEFT 0.2"),
+        ({"target_parameters": ["w"]}, "target_parameters is set: LoRA on bare parameters"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices is set: retrained rows of the embedding"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is set: replicated layers"),
+        ({"use_qalora": True}, "use_qalora is set: QA-LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is set: BD-LoRA"),
+        ({"arrow_config": {}}, "arrow_config is set: Arrow"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is set: aLoRA"),
+        ({"kasa_config": {}}, "kasa_config is set: KaSA"),
+        ({"lora_bias": True}, "lora_bias is set: a bias on lora_B, is refused; retrain as plain LoRA"),
+        ({"bias": "all"}, "bias is 'all': trained biases are absolute values.*retrain with bias='none'"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]:.*give the base's weights"),
+        (
+            {"init_lora_weights": "pissa"},
+            "PiSSA changes the base weights.*path_initial_model_for_weight_conv",
+        ),
+        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base weights"),
+        ({"init_lora_weights": "olora"}, "OLoRA changes the base.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "corda"}, "CorDA changes the base.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "LoRA-GA changes the base.*path_initial_model_for_weight_conv"),
+        ({"init_lora_weights": "loftq"}, "LoftQ changes the base.*no path_initial_model.*retrain"),
+        (
+            {"init_lora_weights": "new"},
+            "init_lora_weights is 'new', which is unknown.*wanted true, false, or",
+        ),
+        ({"r": 0}, "r or rank_pattern holds 0: wanted a positive integer"),
+        ({"r": "4"}, "r or rank_pattern holds '4': wanted a positive integer"),
+        ({"rank_pattern": {"q": 2.5}}, "r or rank_pattern holds 2.5: wanted a positive integer"),
+        ({"lora_alpha": None}, "lora_alpha or alpha_pattern holds None: wanted a number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha or alpha_pattern holds inf: wanted a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: wanted numbers by module name"),
+        ({"alpha_pattern": {"(q": 1}}, r"alpha_pattern has the key '\(q', not a pattern"),
+        ({"target_modules": 5}, "target_modules is 5: wanted names of modules, or one pattern"),
+        ({"target_modules": True}, "target_modules is True: wanted names"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]: wanted names"),
+        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}: wanted names"),
+        ({"use_rslora": "false"}, "use_rslora is 'false': wanted true or false"),
+        ({"use_dora": 3}, "use_dora is 3: wanted true or false"),
+        ({"lora_alpha": 10**400}, r"lora_alpha or alpha_pattern holds 10000.*\.\.\..*: wanted a number that float32"),
+        ({"lora_alpha": 1e308}, "lora_alpha or alpha_pattern holds 1e.308: wanted a number that float32 holds"),
+        ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern holds nan: wanted a number"),
+        ({"rank_pattern": {"q{99999999999}": 4}}, "rank_pattern has the key .*repetition number is too large"),
+        ({"rank_pattern": {r"\1q": 4}}, "rank_pattern has the key .*a groupref, which is not followed here"),
+        ({"rank_pattern": {"(" * 4000 + ")" * 4000: 4}}, "rank_pattern has the key .*not a pattern: .*recursion"),
+        ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: wanted at most"),
+        ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\], which is unknown"),
+        ({"modules_to_save": ["x" * 5000] * 50}, r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full"),
+        ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: wanted at most 1,048,576"),
+    ],
+)
+def test_configurations_refused_by_name(write, fields, message):
+    _refused(write(**fields), rf"adapter_config\.json: .*{message}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"enable_lora": None}, {"enable_lora": False}, {"target_parameters": []}, {"use_qalora": False}],
+)
+def test_fields_that_are_off_do_not_refuse(write, fields):
+    assert read_adapter(write(**fields), shapes=_SHAPES).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"adapter_config\.json: not JSON \(.*\): fetch the file again"),
+        ("[1]", r"adapter_config\.json: holds a list: wanted the fields of PEFT's LoraConfig"),
+        ("", r"adapter_config\.json: the file is empty"),
+        ('{"a":' + "[" * 100_000, r"adapter_config\.json: not JSON \(.*recursion"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            r"config\.json: this is a Git LFS pointer",
+        ),
+    ],
+)
+def test_configs_that_are_no_config(write, text, message):
+    folder = write()
+    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
+        file.write(text)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+def test_missing_files(write, tmp_path):
+    folder = write()
+    os.remove(os.path.join(folder, "adapter_model.safetensors"))
+    _refused(folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well")
+    (tmp_path / "adapter" / "adapters.safetensors").write_bytes(b"x")
+    _refused(folder, r"nor adapter_model\.bin \(adapters\.safetensors is MLX's\)")
+    os.remove(os.path.join(folder, "adapter_config.json"))
+    _refused(folder, r"has no adapter_config\.json: wanted the folder that PEFT's save_pretrained wrote")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-3], r"adapter_model\.safetensors: truncated or corrupt"),
+        (
+            lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+            r"adapter_model\.safetensors: .*LFS pointer",
+        ),
+    ],
+)
+def test_damaged_weights(write, damage, message):
+    folder = write()
+    path = os.path.join(folder, "adapter_model.safetensors")
+    with open(path, "rb") as file:
+        data = file.read()
+    with open(path, "wb") as file:
+        file.write(damage(data))
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+class _Attack:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_bin_that_asks_for_os_system_is_refused_and_not_executed(write, tmp_path):
+    folder = write()
+    os.remove(os.path.join(folder, "adapter_model.safetensors"))
+    witness = tmp_path / "witness"
+    with open(os.path.join(folder, "adapter_model.bin"), "wb") as file:
+        pickle.dump({"x": _Attack(f"touch {witness}")}, file, protocol=2)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: its pickle asks for (posix|nt)\.system"):
+        read_adapter(folder)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {f"{_Q}.lora_A.weight": np.ones((4, 6), np.float32)},
+            "are the same factor: the file holds two adapters",
+        ),
+        (
+            {f"{_Q}.lora_B.bias": np.ones(10, np.float32)},
+            "is a bias on a factor: retrain with lora_bias=False",
+        ),
+        (
+            {f"{_Q}.lora_magnitude_vector": np.ones(10, np.float32)},
+            "is DoRA's, but use_dora is not set: set it",
+        ),
+        ({"shared.lora_embedding_A": np.ones((4, 9), np.float32)}, "LoRA on an embedding, which T5 shares"),
+        ({f"{_Q}.lora_diag": np.ones(4, np.float32)}, "lora_diag is KaSA"),
+        (
+            {f"{_Q}.lora_new.weight": np.ones(4, np.float32)},
+            "lora_new.weight is a tensor that plain LoRA does not",
+        ),
+        (
+            {"shared.token_adapter.trainable_tokens_delta": np.ones(4, np.float32)},
+            "retrained rows of the embedd",
+        ),
+        ({"prompt_embeddings": np.ones(4, np.float32)}, "prompt or prefix tuning"),
+        (
+            {"shared.weight": _EMBEDDING},
+            r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp",
+        ),
+        ({"encoder.q.bias": np.ones(4, np.float32)}, "encoder.q.bias .* is a trained bias"),
+        (
+            {f"{_Q}.weight": np.ones((10, 6), np.float32)},
+            "is a module trained in full .modules_to_save is None",
+        ),
+        ({"encoder.x.lora_A.weight": np.ones((4, 6), np.float32)}, "encoder.x has lora_A but no lora_B"),
+        ({"encoder.x.lora_B.weight": np.ones((6, 4), np.float32)}, "encoder.x has lora_B but no lora_A"),
+    ],
+)
+def test_tensors_refused_by_name(write, extra, message):
+    tensors = _TENSORS | {_PREFIX + key if "lora_A" not in key else key: array for key, array in extra.items()}
+    _refused(write(tensors), rf"adapter_model\.safetensors: .*{message}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "message"),
+    [
+        ("lora_A", np.ones((4, 6, 3, 3), np.float32), r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution"),
+        ("lora_B", np.ones((10, 4, 1), np.float32), r"lora_B.weight \[10, 4, 1\].*MergedLinear"),
+        (
+            "lora_A",
+            np.ones(24, np.float32),
+            r"lora_A.weight \[24\].*wanted 2 dimensions.*DeepSpeed ZeRO-3.*gather",
+        ),
+        ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
+        ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: wanted floats"),
+        ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
+        ("lora_B", np.full((10, 4), np.inf, ml_dtypes.bfloat16), "q.lora_B.weight holds NaN or infinity"),
+        (
+            "lora_A",
+            np.ones((3, 6), np.float32),
+            r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: wanted",
+        ),
+        (
+            "lora_A",
+            np.ones((4, 7), np.float32),
+            r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]",
+        ),
+        ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: wanted \[r, 6\] and \[10, r\]"),
+    ],
+)
+def test_factors_of_the_wrong_kind_or_shape(write, kind, array, message):
+    tensors = _TENSORS | _factors(path="encoder.block.1.layer.0.SelfAttention.q")
+    _refused(write(tensors | {f"{_PREFIX}{_Q}.{kind}.weight": array}), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "spelt"),
+    [
+        ("e" * 170_000, "'eee.*eee'"),
+        (f"{_Q}\n.lora_A.weight", r"'encoder.*\\n.lora_A.weight'"),
+        ("\x1b[2J", "'.x1b.2J'"),
+    ],
+)
+def test_names_of_tensors_are_bounded(write, name, spelt):
+    folder = write(_TENSORS | {name: np.ones((4, 6), np.float32)})
+    _refused(folder, rf"a tensor is named {spelt}: wanted at most 400 printable characters")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RuntimeError("y" * 10_000), ValueError("z")])
+def test_whatever_an_adapter_brings_about_names_it_and_keeps_its_cause(write, monkeypatch, error):
+    def fail(*_arguments, **_keywords):
+        raise error
+
+    folder = write()
+    monkeypatch.setattr("lorafusion_jax.io.peft.adapter.collect", fail)
+    with pytest.raises(AdapterError, match=f"^{folder}: ") as caught:
+        read_adapter(folder)
+    assert caught.value.__cause__ is error
+    assert len(str(caught.value)) < 2_500
+    assert isinstance(error, ValueError) or type(error).__name__ in str(caught.value)
+
+
+def test_rank_that_the_config_denies(write):
+    message = "has rank 4 in the tensors, but r and rank_pattern of adapter_config.json give 8: .*fetch both"
+    _refused(write(r=8), message)
+    _refused(write(r=10**400), r"give 10000.*\.\.\..*: the two files do not belong together")
+    _refused(write(rank_pattern={"q": 2}), "has rank 4 in the tensors.* give 2")
+
+
+def test_dora_without_or_with_wrong_magnitudes(write):
+    one = {f"{_PREFIX}{_Q}.lora_magnitude_vector": np.ones(10, np.float32)}
+    message = f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"
+    _refused(write(_TENSORS | one, use_dora=True), message)
+    wrong = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(9, np.float32) for path in (_Q, _V)}
+    _refused(write(_TENSORS | wrong, use_dora=True), r"lora_magnitude_vector has shape \[9\]: wanted \[10\]")
+    square = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones((1, 10), np.float32) for path in (_Q, _V)}
+    _refused(write(_TENSORS | square, use_dora=True), r"lora_magnitude_vector \[1, 10\].*wanted 1 dimension")
+
+
+def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
+    stray = "encoder.block.7.layer.0.SelfAttention.q"
+    tensors = _TENSORS | _factors(path="encoder.block.1.layer.0.SelfAttention.q") | _factors(path=stray)
+    message = (
+        f"1 of 4 modules do not fit; first .*the base has no linear module {stray} .nearest: encoder.block.*"
+        "give the base that the adapter was trained on, 'google/flan-t5-large'"
+    )
+    _refused(write(tensors), message)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(write(tensors), shapes=_SHAPES)
+    assert "wrong base?" not in str(caught.value)
+    llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(path="model.layers.0.self_attn.v_proj")
+    _refused(write(llama), "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'")
+    _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "array", "message"),
+    [
+        (
+            {},
+            "lm_head.weight",
+            _EMBEDDING,
+            r"lm_head.weight \[4, 3\] is an embedding.*differs from the base's",
+        ),
+        (
+            {},
+            "shared.weight",
+            _EMBEDDING[:3],
+            r"shared.weight \[3, 3\].*differs from the base's shared.weight \[4, 3\]",
+        ),
+        (
+            {"modules_to_save": ["score"]},
+            "score.weight",
+            _EMBEDDING,
+            r"score.weight .* is a module trained in full .modules_to_save is .*score.*, and the base has",
+        ),
+        (
+            {"task_type": "SEQ_CLS", "modules_to_save": None},
+            "classifier.out_proj.weight",
+            _EMBEDDING,
+            r"the base has no classifier.out_proj.weight \(task_type SEQ_CLS trains a head of its own\)",
+        ),
+    ],
+)
+def test_full_weights_that_differ_are_refused(write, fields, key, array, message):
+    _refused(write(_TENSORS | {_PREFIX + key: array}, **fields), message, base_tensor=_base_tensor)
+
+
+def test_a_file_without_lora(write):
+    tensors = {"shared.weight": _EMBEDDING}
+    _refused(write(tensors), "holds no lora_A and lora_B: wanted the weights", base_tensor=_base_tensor)
+
+
+# The way back.
+
+
+def test_resaved_goldens_are_identical(shared, tmp_path):
+    for folder in sorted((shared / "goldens").glob("*/**/adapters/*/")):
+        adapter = read_adapter(str(folder))
+        target = tmp_path / folder.parent.parent.name / folder.name
+        resave(adapter, target)
+        again = read_adapter(str(target))
+        assert (target / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+        assert again.keys == adapter.keys and again.scaling == adapter.scaling
+        for path, pair in adapter.factors.items():
+            for left, right in zip(pair, again.factors[path], strict=True):
+                assert left.dtype == right.dtype
+                np.testing.assert_array_equal(left, right)
+        with safe_open(target / "adapter_model.safetensors", "np") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_an_existing_folder_is_never_written_over(write, tmp_path):
+    adapter = read_adapter(write())
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ValueError, match="taken exists: give a new folder, or remove it first"):
+        resave(adapter, tmp_path / "taken")
+    assert list((tmp_path / "taken").iterdir()) == []
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    with pytest.raises(TypeError):
+        write_adapter(tmp_path / "deep" / "new", {"r": object()}, _TENSORS)
+    assert list((tmp_path / "deep").iterdir()) == []
+    transposed = {"x.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    write_adapter(tmp_path / "deep" / "new", _CONFIG, transposed)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
+    again = load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(again["x.lora_A.weight"], transposed["x.lora_A.weight"])
+
+
+# Against PEFT itself.
+
+
+@pytest.fixture
+def peft_model():
+    """Make an adapted random T5 by real PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+        import torch
+        from transformers import T5Config, T5ForConditionalGeneration
+
+    def make(**fields):
+        torch.manual_seed(0)
+        t5 = T5Config(d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=30)
+        unknown = set(fields) - set(peft.LoraConfig.__dataclass_fields__)
+        if unknown:
+            pytest.skip(f"this PEFT does not know {sorted(unknown)}")
+        fields = {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ["q", "v", "wo"],
+            "init_lora_weights": False,
+        } | fields
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.get_peft_model(T5ForConditionalGeneration(t5), peft.LoraConfig(**fields)).eval()
+
+    return make
+
+
+def _save(model, folder, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, **kwargs)
+    return str(folder)
+
+
+def _shapes(model):
+    """(d_in, d_out) of every linear module of the base under the adapter."""
+    import torch
+
+    names = ((name.replace(".base_layer", ""), module) for name, module in model.base_model.model.named_modules())
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in names
+        if isinstance(module, torch.nn.Linear) and "lora" not in name
+    }
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True},
+        {
+            "rank_pattern": {"q": 2, "block.1.layer.0.SelfAttention.v": 3},
+            "alpha_pattern": {"SelfAttention.q": 5},
+        },
+        {"rank_pattern": {"^decoder.block.2.*": 2}, "use_rslora": True, "target_modules": "all-linear"},
+        {"use_dora": True},
+        {"init_lora_weights": "mica"},
+        {"exclude_modules": r".*block\.0.*"},
+    ],
+)
+def test_what_peft_saves_reads_with_peft_s_own_scalings(peft_model, tmp_path, fields, safe):
+    model = peft_model(**fields)
+    folder = _save(model, tmp_path / "saved", safe_serialization=safe)
+    assert os.path.exists(os.path.join(folder, "adapter_model.safetensors" if safe else "adapter_model.bin"))
+    adapter = read_adapter(folder, shapes=_shapes(model))
+    layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert adapter.factors.keys() == layers.keys()
+    for path, layer in layers.items():
+        a, b = adapter.factors[path]
+        np.testing.assert_array_equal(a, layer.lora_A["default"].weight.detach().numpy())
+        np.testing.assert_array_equal(b, layer.lora_B["default"].weight.detach().numpy())
+        assert adapter.scaling[path] == pytest.approx(layer.scaling["default"], rel=1e-12)
+        if adapter.magnitude is not None:
+            want = layer.lora_magnitude_vector["default"].weight.detach().numpy()
+            np.testing.assert_array_equal(adapter.magnitude[path], want)
+    assert (adapter.magnitude is not None) == fields.get("use_dora", False)
+
+
+@pytest.mark.peft
+def test_peft_loads_a_resaved_adapter_to_the_same_weights(peft_model, tmp_path):
+    import peft
+
+    model = peft_model(use_dora=True, rank_pattern={"q": 2})
+    adapter = read_adapter(_save(model, tmp_path / "saved"))
+    resave(adapter, tmp_path / "again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = peft_model().unload()
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "again")
+    want = peft.get_peft_model_state_dict(model)
+    got = peft.get_peft_model_state_dict(again)
+    assert got.keys() == want.keys()
+    assert all((got[key] == want[key]).all() for key in want)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("train", [False, True])
+def test_modules_that_peft_saves_in_full(peft_model, tmp_path, train):
+    import torch
+
+    model = peft_model(modules_to_save=["lm_head"])
+    base = {name: tensor.numpy() for name, tensor in peft_model().unload().state_dict().items()}
+    if train:
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight[0, 0] += 1
+    folder = _save(model, tmp_path / "saved")
+    if train:
+        _refused(folder, "lm_head.weight .* differs from the base's", shapes=None, base_tensor=base.__getitem__)
+    else:
+        adapter = read_adapter(folder, base_tensor=base.__getitem__)
+        assert "ignored: base_model.model.lm_head.weight, equal to the base's" in adapter.notes
+    _refused(folder, r"modules_to_save is \['lm_head'\]", shapes=None)
+
+
+@pytest.mark.peft
+def test_embeddings_that_peft_saves_along(peft_model, tmp_path):
+    model = peft_model()
+    base = {name: tensor.numpy() for name, tensor in peft_model().unload().state_dict().items()}
+    folder = _save(model, tmp_path / "saved", save_embedding_layers=True)
+    adapter = read_adapter(folder, base_tensor=base.__getitem__)
+    assert "ignored: base_model.model.shared.weight, equal to the base's" in adapter.notes
+    _refused(folder, "weight .* is an embedding.*give the base's weights", shapes=None)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["q", "shared"]}, "LoRA on an embedding"),
+        ({"init_lora_weights": "pissa"}, "PiSSA"),
+        ({"init_lora_weights": "olora"}, "OLoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": {"shared": [1, 2]}}, "trainable_token_indices"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
+        ({"use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": 2}, "target_modules": ["q"]}, "BD-LoRA"),
+    ],
+)
+def test_what_peft_saves_and_is_refused(peft_model, tmp_path, fields, message):
+    _refused(_save(peft_model(**fields), tmp_path / "saved"), message, shapes=None)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(
+    "fields",
+    [{"velora_config": {"num_groups": 4}}, {"monteclora_config": {"num_samples": 2, "buffer_size": 4}}],
+)
+def test_variants_of_the_training_alone_are_accepted(peft_model, tmp_path, fields):
+    model = peft_model(**fields)
+    adapter = read_adapter(_save(model, tmp_path / "saved"), shapes=_shapes(model))
+    assert adapter.factors and adapter.kept
+    assert all(f"ignored: {key}, state of the training only" in adapter.notes for key in adapter.kept)
+
+
+@pytest.mark.peft
+def test_pissa_is_accepted_once_converted(peft_model, tmp_path):
+    model = peft_model()
+    base = model.unload()
+    import peft
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight = base.encoder.block[0].layer[0].SelfAttention.q.weight.detach().clone()
+        pissa = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"], r=2))
+        pissa.peft_config["default"].init_lora_weights = True
+        pissa.save_pretrained(tmp_path / "start")
+        pissa.peft_config["default"].init_lora_weights = "pissa"
+        layer = pissa.base_model.model.encoder.block[0].layer[0].SelfAttention.q
+        with torch.no_grad():
+            layer.lora_B["default"].weight += 0.1
+        pissa.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    adapter = read_adapter(str(tmp_path / "end"))
+    a, b = adapter.factors[_Q]
+    assert a.shape[0] == 4
+    update = adapter.scaling[_Q] * b @ a
+    np.testing.assert_allclose(weight.numpy() + update, merged.detach().numpy(), atol=1e-5)

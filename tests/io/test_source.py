@@ -1,0 +1,168 @@
+"""Where files come from, and safetensors as views of a mapped file."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lorafusion_jax.io import safetensors as safetensors_map
+from lorafusion_jax.io import source
+
+_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:fd6a\nsize 1049\n"
+_RESOLVE = """
+import sys
+from lorafusion_jax.io.source import resolve
+print(resolve(sys.argv[1], patterns=["*.json"]))
+"""
+
+
+@pytest.fixture
+def hub_cache(tmp_path):
+    """The cache that huggingface_hub itself would have left after fetching owner/name."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--owner--name"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / "v2").write_text(commit)
+    return tmp_path / "hub", snapshot
+
+
+def _offline(monkeypatch, cache, hub_id):
+    # The hub's library reads its environment on import, hence another process.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    return subprocess.run([sys.executable, "-c", _RESOLVE, hub_id], capture_output=True, text=True)
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    assert source.resolve(str(tmp_path), patterns=None) == tmp_path
+
+
+@pytest.mark.parametrize("hub_id", ["owner/name", "owner/name@v2"])
+def test_a_hub_id_comes_from_the_cache_when_offline(monkeypatch, hub_cache, hub_id):
+    cache, snapshot = hub_cache
+    run = _offline(monkeypatch, cache, hub_id)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(snapshot)
+
+
+@pytest.mark.parametrize("hub_id", ["owner/other", "owner/name@v3"])
+def test_what_the_cache_lacks_is_a_clear_error_when_offline(monkeypatch, hub_cache, hub_id):
+    run = _offline(monkeypatch, hub_cache[0], hub_id)
+    assert run.returncode != 0
+    last = [line for line in run.stderr.splitlines() if line.startswith("ValueError")][-1]
+    assert f"'{hub_id}' is no folder here, and fetching it from the hub failed" in last
+    assert "HF_HUB_OFFLINE" in last
+
+
+def test_revision_and_patterns_reach_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kwargs: asked.update(kwargs, name=name) or str(tmp_path),
+    )
+    assert source.resolve("owner/name@refs/pr/1", patterns=("*.json",)) == tmp_path
+    assert asked == {"name": "owner/name", "revision": "refs/pr/1", "allow_patterns": ["*.json"]}
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", ""])
+def test_neither_folder_nor_hub_id(name):
+    with pytest.raises(ValueError, match="neither a folder here nor a hub id: wanted a path, owner/name"):
+        source.resolve(name, patterns=None)
+
+
+def test_a_file_instead_of_a_folder(tmp_path):
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(ValueError, match="is a file: give the folder that holds it"):
+        source.resolve(str(tmp_path / "x"), patterns=None)
+
+
+def test_lfs_pointer_and_sha256(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(_POINTER)
+    with pytest.raises(ValueError, match=r"x\.json: this is a Git LFS pointer.*fetch the file.*git lfs pull"):
+        source.check_lfs(path)
+    path.write_bytes(b"content" * 100_000)
+    source.check_lfs(path)
+    assert source.sha256(path) == hashlib.sha256(b"content" * 100_000).hexdigest()
+    path.write_bytes(b"")
+    assert source.sha256(path) == hashlib.sha256().hexdigest()
+
+
+def _example():
+    rng = np.random.default_rng(0)
+    return {
+        "a": rng.standard_normal((3, 5)).astype(np.float32),
+        "b": rng.standard_normal((2, 2, 2)).astype(np.float16),
+        "c": np.array(1.5),
+        "d": rng.standard_normal((4, 1)).astype(ml_dtypes.bfloat16),
+        "e": np.zeros((0, 3), np.float32),
+        "f": np.arange(7),
+        "g": np.array([True, False, True]),
+        "h": np.array([1, 2], ml_dtypes.float8_e4m3fn),
+    }
+
+
+def test_safetensors_are_views_with_the_library_s_values(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(_example(), path, metadata={"format": "pt"})
+    got = safetensors_map.load(path)
+    assert got.keys() == _example().keys()
+    for key, array in _example().items():
+        assert got[key].dtype == array.dtype and got[key].shape == array.shape
+        np.testing.assert_array_equal(got[key], array)
+        assert not got[key].flags.owndata and not got[key].flags.writeable
+
+
+def test_safetensors_goldens(shared):
+    for path in sorted((shared / "goldens" / "fusion").glob("*/**/*.safetensors")):
+        got, want = safetensors_map.load(path), load_file(path)
+        assert got.keys() == want.keys()
+        assert all(np.array_equal(got[key], want[key]) for key in want)
+
+
+def _header(fields):
+    text = json.dumps(fields).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], r"truncated or corrupt \(.*\): fetch the file again"),
+        (lambda data: data[:40], "truncated or corrupt"),
+        (lambda data: data[:4], "truncated or corrupt"),
+        (lambda data: data + b"\0\0\0\0", "truncated or corrupt"),
+        (lambda data: b"\xff" * 8 + data[8:], "truncated or corrupt"),
+        (lambda data: data.replace(b'"F32"', b'"X32"'), "truncated or corrupt"),
+        (lambda data: data.replace(b'"shape":[3,5]', b'"shape":[3,6]'), "truncated or corrupt"),
+        (
+            lambda data: _header({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}) + b"0",
+            "F8_E8M0",
+        ),
+        (lambda data: b"", "the file is empty: fetch it again"),
+        (lambda data: _POINTER.encode(), "Git LFS pointer"),
+    ],
+)
+def test_damaged_safetensors(tmp_path, damage, message):
+    path = tmp_path / "x.safetensors"
+    save_file(_example(), path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"x\.safetensors: .*{message}"):
+        safetensors_map.load(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.safetensors: no such file"):
+        safetensors_map.load(tmp_path / "x.safetensors")

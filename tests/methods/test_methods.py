@@ -1,0 +1,333 @@
+"""Every method as a run: what it reports, what it counts, that it is loaded, evaluated and exported as it was."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import one_block
+import pytest
+from safetensors.numpy import load_file
+
+from lorafusion_jax.estimates.params import ParamsOptions, counts
+from lorafusion_jax.hardware.report import CrossbarOptions, evaluate_on_arrays
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.hf import read_config
+from lorafusion_jax.methods.search import objective, single
+from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.export import ExportOptions, export
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.run import fuse, load_run, run_path
+from lorafusion_jax.tasks import load_task, split
+from lorafusion_jax.training import fit
+
+_TASK = one_block.SMALL / "tasks" / "double_digit"
+_SEEDS = (1, 2)
+_ADAPT, _VALIDATE = 95, 5  # of 100 rows
+
+# Method -> (its name in the table of counts, rows passed forward and backward by a seed of two epochs).
+_TRAINED = {
+    "fusion": "LoRAFusion",
+    "coefficients": "LoRAFusion, coefficients only",
+    "magnitudes": "LoRAFusion, magnitudes only",
+    "lora": "LoRA, rank 4",
+    "dora": "DoRA, rank 4",
+    "vera": "VeRA, rank 8",
+    "full": "full fine-tuning",
+}
+_SEARCHED = {"lorahub": 4, "cma": 2 * 4, "single": 2}  # evaluations of the training rows
+_METHODS = [*_TRAINED, *_SEARCHED, "mean", "merge", "cat", "zero-shot", "few-shot", "constant"]
+_ADAPTERS = [method for method in _METHODS if method not in ("full", "zero-shot", "few-shot", "constant")]
+
+
+def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> FuseOptions:
+    """As in tests/runs/test_run.py, and smaller; `cat` is the method merge with that rule."""
+    recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4, "vera_rank": 8}
+    recipe |= {"evaluations": 4, "generations": 2, "population": 4, "shots": 2}
+    recipe |= {"merge": "cat"} if method == "cat" else {}
+    recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
+    values = {
+        "base": str(small[0]),
+        "pool": str(small[1]),
+        "task": str(_TASK),
+        "seeds": _SEEDS,
+        "out": out,
+        "name": method,
+        "method": "merge" if method == "cat" else method,
+        "test_rows": 8,
+    }
+    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+
+
+def _count_rows(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the rows of all seeds that go through the model while a method adapts."""
+    counted = {"forward": 0, "backward": 0}
+
+    def counting(fn, *directions):
+        def call(first, batch, *args, **kwargs):
+            for direction in directions:
+                counted[direction] += int(np.sum(batch.row_mask))
+            return fn(first, batch, *args, **kwargs)
+
+        return call
+
+    patch.setattr(fit, "train_seeds", counting(fit.train_seeds, "forward", "backward"))
+    for module in (fit, objective, single):
+        patch.setattr(module, "seed_entropies", counting(module.seed_entropies, "forward"))
+    return counted
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return one_block.cut(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """Method -> (options, results, rows counted), each run once."""
+    out, found = tmp_path_factory.mktemp("runs"), {}
+
+    def run(method):
+        if method not in found:
+            options = _options(small, out, method)
+            with pytest.MonkeyPatch.context() as patch:
+                counted = _count_rows(patch)
+                found[method] = options, fuse(options), counted
+        return found[method]
+
+    return run
+
+
+def _strict(text: str):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_a_run_reports_and_counts(method, runs):
+    options, results, counted = runs(method)
+    seeds = _SEEDS[:1] if method == "zero-shot" else _SEEDS
+    assert [row["seed"] for row in results["seeds"]] == list(seeds)
+    assert _strict((run_path(options) / "results.json").read_text()) == results
+    for line in RunFolder(run_path(options)).metrics():
+        _strict(json.dumps(line))
+    forward, backward, steps = 0, 0, 0
+    if method in _TRAINED:
+        forward, backward, steps = 2 * (_ADAPT + _VALIDATE), 2 * _ADAPT, 2 * 2
+    if method in _SEARCHED:
+        forward = _SEARCHED[method] * _ADAPT
+        steps = {"cma": 2}.get(method, _SEARCHED[method])
+    assert counted == {"forward": forward * len(seeds), "backward": backward * len(seeds)}
+    table = counts(read_config(options.base), ParamsOptions(adapters=2, rank=4, vera_rank=8))
+    trainable = {"lorahub": 2, "cma": 2}.get(method, 0) if method not in _TRAINED else table[_TRAINED[method]]
+    assert results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
+    for row in results["seeds"]:
+        assert (row["forward_rows"], row["backward_rows"], row["steps"]) == (forward, backward, steps)
+        assert row["option_accuracy"] is None  # an open task
+        assert 0 <= row["exact_match"] <= 100
+        assert (row["loss"] is None) == (method == "constant")
+        pooled = method in (*_SEARCHED, "fusion", "coefficients", "mean", "merge", "cat")
+        assert len(row["modules"]) == (2 if pooled else 0)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_evaluate_gives_the_runs_own_scores(method, runs):
+    options, results, _ = runs(method)
+    rows = evaluate_run(EvaluateOptions(run=run_path(options)))
+    assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
+
+
+def test_methods_differ(runs):
+    """None of them is another one under a new name."""
+    losses = {method: runs(method)[1]["seeds"][0]["loss"] for method in _METHODS}
+    # A mean is what PEFT calls a cat of equal weights; four evaluations may leave LoraHub at its start, zeros.
+    assert losses.pop("cat") == pytest.approx(losses["mean"], rel=1e-5)
+    del losses["constant"], losses["lorahub"]
+    assert len({round(loss, 4) for loss in losses.values()}) == len(losses)
+
+
+def test_the_best_single_module_is_the_one_of_least_loss(runs):
+    options, results, _ = runs("single")
+    folder = run_path(options)
+    _, params, _ = load_run(folder)
+    lines = RunFolder(folder).metrics()
+    for s, seed in enumerate(results["seeds"]):
+        tried = [line for line in lines if line["seed"] == seed["seed"]]
+        assert [line["module"] for line in tried] == seed["modules"]
+        least = min(range(2), key=lambda n: tried[n]["score"])
+        np.testing.assert_array_equal(params["coefficients"][s], np.eye(2)[least])
+
+
+@pytest.mark.parametrize("method", ["few-shot", "constant"])
+def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
+    rows = load_task(_TASK).train
+    (own,) = split(len(rows), (1,), limit=5).train
+    folders = {}
+    for name, changed in (("others", set(range(len(rows))) - set(own.tolist())), ("own", set(own.tolist()))):
+        folders[name] = tmp_path / name
+        shutil.copytree(_TASK, folders[name])
+        lines = [
+            {"context": row.input, "completion": "z" if i in changed else row.target} for i, row in enumerate(rows)
+        ]
+        (folders[name] / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = {}
+    for name, task in {"as it is": _TASK, **folders}.items():
+        options = _options(small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name)
+        (row,) = fuse(options)["seeds"]
+        said[name] = row["loss"], [line["prediction"] for line in RunFolder(run_path(options)).predictions()]
+    assert said["others"] == said["as it is"] != said["own"]
+    if method == "constant":
+        assert set(said["own"][1]) == {"z"}
+
+
+def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
+    options, _, _ = runs(method)
+    export(ExportOptions(out=tmp_path / form, run=run_path(options), seed=2, format=form))
+    (file,) = (tmp_path / form).glob("*.safetensors")
+    return load_file(file)
+
+
+def _in_peft(adapter: dict[str, np.ndarray], config: dict, base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the base's weights [d_out, d_in] with what PEFT makes of those that an adapter names, in float64."""
+    weights = {name: tensor.astype(np.float64) for name, tensor in base.items()}
+    for path in config["target_modules"]:
+        parts = {
+            kind: adapter[f"base_model.model.{path}.{kind}"].astype(np.float64)
+            for kind in ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * config["use_dora"]]
+        }
+        W = weights[f"{path}.weight"]
+        W = W + config["lora_alpha"] / config["r"] * parts["lora_B.weight"] @ parts["lora_A.weight"]
+        if config["use_dora"]:
+            W = W * (parts["lora_magnitude_vector"] / np.linalg.norm(W, axis=1))[:, None]
+        weights[f"{path}.weight"] = W
+    return weights
+
+
+@pytest.mark.parametrize("method", _ADAPTERS)
+def test_an_exported_adapter_is_the_exported_model(method, runs, small, tmp_path):
+    merged = _exported(runs, method, "merged", tmp_path)
+    adapter = _exported(runs, method, "adapter", tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(adapter) == len(config["target_modules"]) * (3 if config["use_dora"] else 2)
+    wanted = _in_peft(adapter, config, load_file(small[0] / "model.safetensors"))
+    assert merged.keys() == wanted.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+    assert config["use_dora"] == (method in ("fusion", "magnitudes", "dora"))
+    # No larger than it need be: a single module is itself, and magnitudes need an update of one rank.
+    ranks = {"single": 16, "magnitudes": 1, "lora": 4, "dora": 4, "vera": 8, "merge": 16, "mean": 32, "cat": 32}
+    assert config["r"] == ranks.get(method, config["r"])
+
+
+@pytest.mark.parametrize("method", ["fusion", "magnitudes", "dora", "vera", "full", "single", "merge"])
+def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path):
+    options, results, _ = runs(method)
+    _exported(runs, method, "merged", tmp_path)
+    zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
+    (row,) = fuse(zero)["seeds"]
+    assert row["loss"] == pytest.approx(results["seeds"][1]["loss"], rel=1e-4)
+    said, wanted = (RunFolder(run_path(of)).predictions() for of in (zero, options))
+    wanted = [line["prediction"] for line in wanted if line["seed"] == 2]
+    assert [line["prediction"] for line in said] == wanted
+
+
+@pytest.fixture(scope="module")
+def dora_again(small, tmp_path_factory):
+    """A fusion some of whose magnitudes turned negative, and the pool that its exported adapter is."""
+    out = tmp_path_factory.mktemp("dora")
+    options = _options(small, out, "fusion", lr_magnitudes=2.0)
+    results = fuse(options)
+    magnitudes = load_run(run_path(options))[1]["magnitudes"]
+    assert np.mean([m[0] < 0 for m in magnitudes.values()]) > 0.01
+    export(ExportOptions(out=out / "exported", run=run_path(options)))
+    convert(ConvertOptions(base=str(small[0]), adapters=(str(out / "exported"),), out=out / "pool"))
+    return options, results, out / "pool"
+
+
+@pytest.mark.parametrize("method", ["fusion", "single"])
+def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_again, small, tmp_path):
+    was, wanted, pool = dora_again
+    options = _options(small, tmp_path, method, pool=str(pool), lr_coefficients=0.0, lr_magnitudes=0.0)
+    found = fuse(options)
+    assert found["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=1e-5)
+    said, again = (
+        [line["prediction"] for line in RunFolder(run_path(of)).predictions() if line["seed"] == 1]
+        for of in (was, options)
+    )
+    assert said == again
+    # And what is exported of it is that adapter.
+    export(ExportOptions(out=tmp_path / "again", run=run_path(options)))
+    first, second = (
+        load_file(folder / "adapter_model.safetensors") for folder in (was.out / "exported", tmp_path / "again")
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(second[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["lorahub", "cma", "merge"])
+def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, dora_again, small, tmp_path):
+    options = _options(small, tmp_path, method, pool=str(dora_again[2]))
+    with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
+        fuse(options)
+    assert not run_path(options).exists()
+
+
+def test_what_cannot_be_exported_or_asked(runs, tmp_path):
+    (tmp_path / "text").write_text("double then digit : a b c")
+    for method in ("zero-shot", "few-shot", "constant"):
+        with pytest.raises(ValueError, match=f"of the method {method}, which trains nothing"):
+            _exported(runs, method, "adapter", tmp_path)
+    with pytest.raises(ValueError, match="fine-tuned all weights, .* export it with --format merged"):
+        _exported(runs, "full", "adapter", tmp_path)
+    for method in ("few-shot", "constant"):
+        folder = run_path(runs(method)[0])
+        with pytest.raises(ValueError, match=f"of the method {method}, which answers rows of its task"):
+            generate_lines(GenerateOptions(run=folder, file=tmp_path / "text"))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_arrays_hold_what_a_run_reads(runs):
+    """A merge is a module of its own, beside the base's arrays; a merge by `cat` reads the pool's."""
+    sites = {}
+    for method in ("merge", "cat"):
+        options, results, _ = runs(method)
+        found = evaluate_on_arrays(CrossbarOptions(run=run_path(options), config="isaac", calibration_rows=4))
+        for digital, row in zip(found["digital"], results["seeds"], strict=True):
+            assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        for on_chip, row in zip(found["chips"][0]["seeds"], results["seeds"], strict=True):
+            assert on_chip["loss"] == pytest.approx(row["loss"], rel=1e-3)
+        sites[method] = {site["site"] for site in found["sites"]}
+    assert {site.partition(".")[0] for site in sites["cat"] - sites["merge"]} == {"pool"}
+    assert sites["merge"] < sites["cat"] and not any(site.startswith("pool") for site in sites["merge"])
+    for method in ("full", "constant"):
+        with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
+            evaluate_on_arrays(CrossbarOptions(run=run_path(runs(method)[0])))
+
+
+def test_bad_options_stop_before_anything_is_written(small, tmp_path):
+    poolless = ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
+    cases = [(method, {"control": "random"}, f"the method {method} has no pool to replace") for method in poolless]
+    cases += [
+        ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
+        ("full", {"load_in": "nf4"}, "full fine-tuning trains the weights themselves"),
+        ("magnitudes", {"prune": 0.1}, "the method magnitudes has no magnitudes to prune"),
+        ("cma", {"population": 3}, "2 generations of 3: wanted"),
+        ("merge", {"density": 0.0}, "a density of 0"),
+        (
+            "few-shot",
+            {"shots": 6, "train_rows": 5},
+            "6 examples for the prompts of double_digit, of which 5 .* --shots",
+        ),
+    ]
+    wrong = {"lora_targets": ("q", "w")}
+    cases += [(m, wrong, "lora_targets are q w: choose of q k v o") for m in ("lora", "dora", "vera", "magnitudes")]
+    for method, changes, message in cases:
+        options = _options(small, tmp_path, method, **changes)
+        with pytest.raises(ValueError, match=message):
+            fuse(options)
+        assert not run_path(options).exists()

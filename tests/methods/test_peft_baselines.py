@@ -1,0 +1,153 @@
+"""DoRA and VeRA against PEFT's: trainable counts, and the first step's loss and gradients from equal values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.io.hf import load_base
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.method import Frozen, Projections
+from lorafusion_jax.methods.vera import VeRA
+from lorafusion_jax.models.sites import hf_path, sites
+from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.training.step import objective
+
+pytestmark = pytest.mark.peft
+
+_NAMES = ("q", "v", "wo")  # of three shapes, which VeRA cuts from its shared matrices
+_SITES = tuple((n, s) for n, s in sites(tiny.CONFIG).items() if n.rpartition(".")[2] in _NAMES)
+_METHODS = {
+    "dora": LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
+    "vera": VeRA(sites=_SITES, rank=128),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import torch
+    import transformers
+
+    folder, c = tmp_path_factory.mktemp("base"), tiny.CONFIG
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_heads=c.num_heads,
+        num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def _peft(folder, kind, *, moved):
+    """The model with a new adapter, as it starts or with all its numbers changed."""
+    import peft
+    import torch
+    import transformers
+
+    config = {
+        "dora": lambda: peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=list(_NAMES)),
+        "vera": lambda: peft.VeraConfig(r=128, target_modules=list(_NAMES)),
+    }[kind]()
+    torch.manual_seed(1)
+    model = peft.get_peft_model(transformers.T5ForConditionalGeneration.from_pretrained(folder), config).eval()
+    if moved:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    parameter *= 1 + 0.3 * torch.rand_like(parameter)
+                elif parameter.requires_grad:
+                    parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def _tensors(model, kind, of=lambda parameter: parameter):
+    """PEFT's numbers, or what `of` makes of them, in the tree and the layout of our method's params."""
+    modules = dict(model.base_model.model.named_modules())
+
+    def stacked(get):
+        def layer(path):
+            return of(get(modules[path])).detach().numpy().T
+
+        return {n: jnp.stack([layer(hf_path(n, i)) for i in range(s.layers)]) for n, s in _SITES}
+
+    if kind == "vera":
+        d, b = stacked(lambda m: m.vera_lambda_d["default"]), stacked(lambda m: m.vera_lambda_b["default"])
+        return {"vera": {"d": d, "b": b}}
+    A, B = (stacked(lambda m, at=at: getattr(m, at)["default"].weight) for at in ("lora_A", "lora_B"))
+    return {"lora": {"A": A, "B": B}, "magnitudes": stacked(lambda m: m.lora_magnitude_vector["default"].weight)}
+
+
+def _frozen(folder, model, kind):
+    base = load_base(folder)
+    graph, weights = nnx.split(base)
+    if kind == "dora":
+        norms = {n: jnp.linalg.norm(kernels(base)[n], axis=1) for n, _ in _SITES}
+        return graph, Frozen(weights, norms=norms)
+    shared = (jnp.asarray(getattr(model.base_model, at)["default"].numpy().T) for at in ("vera_A", "vera_B"))
+    return graph, Frozen(weights, projections=Projections(*shared))
+
+
+def _close(ours, theirs):
+    """Within 1e-5 of the largest entry of each tensor."""
+    wanted = dict(jax.tree.leaves_with_path(theirs))
+    for path, got in jax.tree.leaves_with_path(ours):
+        size = float(np.abs(wanted[path]).max())
+        np.testing.assert_allclose(got, wanted.pop(path), rtol=0, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path))
+    assert not wanted
+
+
+@pytest.mark.parametrize("kind", _METHODS)
+def test_starts_and_counts(folder, kind):
+    model, method = _peft(folder, kind, moved=False), _METHODS[kind]
+    _, frozen = _frozen(folder, model, kind)
+    params = method.init(frozen, jnp.arange(0), jax.random.key(0))
+    theirs = _tensors(model, kind)
+    acting = method.trainable(params, frozen, jnp.arange(0))
+    count = sum(int(np.sum(leaf)) for leaf in jax.tree.leaves(acting))
+    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if kind == "dora":
+        # Random in both.
+        bounds = {n: s.d_in**-0.5 for n, s in _SITES}
+        for A in (params["lora"].pop("A"), theirs["lora"].pop("A")):
+            assert all(0.8 * bounds[n] < np.abs(A[n]).max() <= bounds[n] for n in bounds)
+    else:
+        drawn = method.projections(jax.random.key(0))
+        for ours, peft in zip(drawn, frozen.projections, strict=True):
+            assert ours.shape == peft.shape
+            np.testing.assert_allclose(np.abs(ours).max(), np.abs(peft).max(), rtol=0.02)
+    _close(params, theirs)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["start", "moved"])
+@pytest.mark.parametrize("kind", _METHODS)
+def test_first_step(folder, kind, moved):
+    import torch
+
+    model, batch = _peft(folder, kind, moved=moved), tiny.batch()
+    loss = model(
+        input_ids=torch.tensor(np.array(batch.input_ids)),
+        attention_mask=torch.tensor(np.array(batch.input_mask)),
+        labels=torch.tensor(np.array(batch.labels, np.int64)),
+    ).loss / len(batch.labels)
+    loss.backward()
+
+    graph, frozen = _frozen(folder, model, kind)
+
+    @jax.jit
+    def step(params, frozen):
+        def ours(params):
+            return objective(params, batch, jnp.arange(0), frozen, jnp.float32(0), graph=graph, method=_METHODS[kind])[
+                0
+            ]
+
+        return jax.value_and_grad(ours)(params)
+
+    value, gradients = step(_tensors(model, kind), frozen)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    wanted = _tensors(model, kind, of=lambda parameter: parameter.grad)
+    moving = [bool(np.any(leaf)) for leaf in jax.tree.leaves(wanted)]
+    assert all(moving) if moved else any(moving)
+    _close(gradients, wanted)

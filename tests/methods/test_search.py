@@ -1,0 +1,155 @@
+"""CMA-ES against random draws and zeros; the losses of single modules against models with merged kernels."""
+
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_search
+from flax import nnx
+
+from lorafusion_jax.methods.method import LORAHUB, Fusion
+from lorafusion_jax.methods.search import cma, objective
+from lorafusion_jax.methods.search.single import single_losses
+from lorafusion_jax.tasks import IGNORED, Batch
+
+_MODULES, _GENERATIONS, _POPULATION = 3, 8, 6
+
+needs_evosax = pytest.mark.skipif(
+    importlib.util.find_spec("evosax") is None, reason="needs evosax: pip install -e '.[cma]'"
+)
+
+
+def _given(seeds):
+    return {name: value for name, value in small_search.small(seeds, _MODULES).items() if name != "seeds"}
+
+
+def _search(seeds, given, **changes):
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    size = {"generations": _GENERATIONS, "population": _POPULATION} | changes
+    return cma.search(given.pop("batches"), given.pop("index"), given.pop("frozen"), keys, **given, **size)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    seen = []
+    weights = _search((1, 2), _given((1, 2)), after_generation=lambda number, best: seen.append((number, best.copy())))
+    return weights, seen
+
+
+@needs_evosax
+def test_a_search_beats_zeros_and_as_many_random_draws(searched):
+    weights, seen = searched
+    rng = np.random.default_rng(0)
+    draws = rng.uniform(-objective.BOUND, objective.BOUND, (_GENERATIONS, 2 * _POPULATION, _MODULES))
+    draws[0, 0] = 0
+    draws[0, 1:3] = weights
+    given = _given((0,) * 2 * _POPULATION)
+    scores = np.stack([objective.score(of_generation, **given) for of_generation in draws])
+    zero, found = scores[0, 0], scores[0, 1:3].copy()
+    scores[0, :3] = np.inf
+    assert (found < zero - 0.01).all()
+    assert (found < scores.min()).all()  # of twice as many draws as each seed had
+    # What it reports is the best so far, and the best of all is what it returns.
+    assert [number for number, _ in seen] == list(range(1, _GENERATIONS + 1))
+    reported = np.stack([best for _, best in seen])
+    assert (np.diff(reported, axis=0) <= 0).all() and (reported[-1] < reported[0]).all()
+    np.testing.assert_allclose(reported[-1], found, atol=1e-6)
+
+
+@needs_evosax
+def test_a_seeds_weights_depend_on_nothing_but_the_seed(searched):
+    np.random.seed(5)  # noqa: NPY002, the global state that it might read
+    alone = _search((2,), _given((2,)))
+    np.testing.assert_array_equal(alone[0], searched[0][1])
+    assert (searched[0][0] != searched[0][1]).all()
+
+
+@needs_evosax
+def test_weights_stay_within_lorahubs_bounds(monkeypatch):
+    """The further out the better: the population runs into the bounds and is cut there."""
+    tried = []
+
+    def score(weights, *_, **__):
+        tried.append(weights)
+        return -np.abs(weights).sum(axis=1)
+
+    monkeypatch.setattr(cma, "score", score)
+    found = _search((1, 2), _given((1, 2)), generations=30)
+    assert np.abs(tried).max() == objective.BOUND
+    np.testing.assert_array_equal(np.abs(found), objective.BOUND)
+
+
+@needs_evosax
+def test_the_walk_of_many_weights_does_not_depend_on_the_seeds_beside_it(monkeypatch):
+    monkeypatch.setattr(cma, "score", lambda weights, *_, **__: np.sum((weights - 0.5) ** 2, axis=1))
+    found = {}
+    for seeds in ((1, 2, 3), (3,)):
+        index = jnp.tile(jnp.arange(20), (len(seeds), 1))
+        found[seeds] = _search(seeds, _given(seeds) | {"index": index}, generations=40, population=16)
+    np.testing.assert_array_equal(found[3,][0], found[1, 2, 3][2])
+    assert (np.sum((found[3,] - 0.5) ** 2) < 0.2 * 20 * 0.5**2).all()
+
+
+@needs_evosax
+def test_scores_that_are_not_finite_are_never_the_best(monkeypatch):
+    monkeypatch.setattr(
+        cma, "score", lambda weights, *_, **__: np.where(weights[:, 0] > 0, np.nan, np.sum(weights**2, axis=1))
+    )
+    found = _search((1, 2), _given((1, 2)), generations=10)
+    assert np.isfinite(found).all() and found.any(axis=1).all() and (found[:, 0] <= 0).all()
+
+
+@pytest.mark.parametrize(("generations", "population"), [(0, 16), (5, 3)])
+def test_generations_that_cannot_be_had(generations, population):
+    message = f"{generations} generations of {population}: wanted at least 1 generation, and at least 4 members"
+    with pytest.raises(ValueError, match=message):
+        _search((1,), _given((1,)), generations=generations, population=population)
+
+
+def test_missing_evosax_is_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evosax", None)
+    with pytest.raises(ValueError, match=r"needs evosax, .* pip install -e '\.\[cma\]'"):
+        _search((1,), _given((1,)))
+
+
+def _ragged(seeds):
+    """Batches of several target tokens, of which the second has fewer, other ones for every seed."""
+    rng = np.random.default_rng(7)
+    batches = []
+    for lengths in ((3, 2, 3, 1), (1, 1, 2, 0)):
+        real = np.array(lengths) > 0
+        mask = np.broadcast_to(real[:, None], (seeds, 4, 5))
+        ids, labels = (rng.integers(2, 16, (seeds, 4, width)) for width in (5, 3))
+        labels = np.where(np.arange(3) < np.array(lengths)[:, None], labels, IGNORED)
+        batches.append(
+            Batch(ids.astype(np.int32), mask, labels.astype(np.int32), np.broadcast_to(real, (seeds, 4)).copy())
+        )
+    return batches
+
+
+@pytest.mark.parametrize("path", ["map", "vmap"])
+def test_losses_of_single_modules_are_those_of_merged_kernels(path):
+    given = _given((1, 2)) | {"batches": _ragged(2), "path": path}
+    given["index"] = jnp.array([[2, 0], [1, 2]])  # a seed draws some of the pool's modules, in its own order
+    method = Fusion(granularity="global", magnitudes=False)
+    got = single_losses(**given, method=method)
+    assert np.ptp(got) > 0.1
+    model, pool = nnx.merge(given["graph"], given["frozen"].base), given["frozen"].pool
+    for seed, modules in enumerate(np.asarray(given["index"])):
+        for n, module in enumerate(modules):
+            mixed = small_search.mixed(model, pool, np.eye(_MODULES)[module])
+            picked = []
+            for batch in given["batches"]:
+                labels = batch.labels[seed]
+                start = np.concatenate([np.zeros((4, 1), int), np.maximum(labels[:, :-1], 0)], axis=1)
+                logits = mixed(batch.input_ids[seed], batch.input_mask[seed], start.astype(np.int32))
+                log_probs = np.asarray(jax.nn.log_softmax(logits))
+                picked += [log_probs[row, t, labels[row, t]] for row, t in np.argwhere(labels != IGNORED)]
+            # Every token counts alike, whatever the batch that it is in.
+            assert len(picked) == 9 + 4
+            assert got[seed, n] == pytest.approx(-np.mean(picked), abs=1e-5)
+    # Alone, a module is the same in either composition.
+    np.testing.assert_allclose(single_losses(**given, method=LORAHUB), got, atol=1e-5)

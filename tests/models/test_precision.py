@@ -1,0 +1,92 @@
+"""Which products of a lowered program ask for float32 in full.
+
+TPUs and recent NVIDIA cards multiply float32 numbers in bfloat16 or TF32 unless asked not to. Products of weights with
+weights (norms, Gram terms, mixes) ask; products with activations, of which every adapter and the base are made, do not.
+"""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.composition import compose, gram
+from lorafusion_jax.adapters.dora import Dora
+from lorafusion_jax.adapters.merges import merge
+from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state
+
+_DOT = re.compile(
+    r"stablehlo\.dot_general .*?precision = \[(\w+), (\w+)\].*?: \(tensor<([\dx]+)xf32>, tensor<([\dx]+)xf32>\)"
+)
+_ROWS = 7  # of a batch; no weight has an axis of this size
+_MODEL = tiny.t5()
+
+
+def _products(function, *args) -> list[tuple[bool, bool]]:
+    """Of every product in a lowered program: whether both factors are of weights, and whether it asks for float32."""
+    leaves, tree = jax.tree.flatten(args)
+    # Lowering makes the arguments' trees anew from what the checks of types do not take for arrays.
+    lowered = jax.jit(lambda leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))).lower(leaves)
+    text = lowered.as_text()
+    found = _DOT.findall(text)
+    assert len(found) == text.count("stablehlo.dot_general")
+    return [
+        (not {str(_ROWS)} & {*left.split("x"), *right.split("x")}, (a, b) == ("HIGHEST", "HIGHEST"))
+        for a, b, left, right in found
+    ]
+
+
+def _check(products, *, of_weights: bool = True):
+    assert any(weights for weights, _ in products) == of_weights
+    assert all(highest == weights for weights, highest in products)
+
+
+def _frozen(rank: int = 4) -> Frozen:
+    pool = tiny.pool(3, lambda n, site, layer: rank)
+    return Frozen(nnx.state(_MODEL), pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+
+
+def test_gram_terms():
+    pool = tiny.pool(2)
+    _check(_products(gram, pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+
+
+@pytest.mark.parametrize(
+    ("composition", "rank", "differentiate_norm"),
+    [("mix", 4, True), ("sum", 2, True), ("sum", 4, True), ("sum", 6, False)],
+)
+def test_a_step(composition, rank, differentiate_norm):
+    """Ranks of 2, 4 and 6 make the norm by the Gram matrix, by dW a layer at a time, and from dW as a matrix."""
+    method = Fusion(composition=composition, differentiate_norm=differentiate_norm)
+    frozen, index = _frozen(rank), jnp.arange(3)
+    state = init_state(method, frozen, index, jax.random.key(0))
+    rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
+    static = {"graph": nnx.split(_MODEL)[0], "method": method, "optimisation": Optimisation(steps=1)}
+    _check(_products(partial(fusion_step, **static), state, tiny.batch(rows=_ROWS), index, frozen, rates))
+
+
+def test_a_mix_by_rank_is_no_product():
+    spread = {site: jnp.ones((b.shape[0], 3, b.shape[2])) for site, b in tiny.pool(3).B.items()}
+    _check(_products(lambda pool: compose(pool, jnp.arange(3), spread, "mix")[0], tiny.pool(3)), of_weights=False)
+
+
+@pytest.mark.parametrize("kind", ["linear", "svd", "dare_ties_svd"])
+def test_merges(kind):
+    def merged(pool):
+        return merge(pool, jnp.arange(3), jnp.ones(3), kind, key=jax.random.key(0))
+
+    products = _products(merged, tiny.pool(3, names="q"))
+    assert all(highest for _, highest in products)
+    assert bool(products) == kind.endswith("svd")
+
+
+def test_a_dora_in_training():
+    rng = np.random.default_rng(0)
+    A, B, W, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 3), (3, 12), (16, 12), (_ROWS, 16)))
+    _check(_products(jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))), Dora(A, B, jnp.ones(12)), x, W))

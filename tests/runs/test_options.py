@@ -1,0 +1,137 @@
+"""Which answers rows could have: BIG-Bench Hard's own, and prompts written for the purpose."""
+
+from pathlib import Path
+
+import pytest
+
+from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task, write_lorahub_split
+
+_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small" / "tasks"
+
+# Answers of every test row, or the letters (from A on) that its rows have.
+_LABELS = {
+    "boolean_expressions": ("False", "True"),
+    "causal_judgement": ("Yes", "No"),
+    "formal_fallacies": ("valid", "invalid"),
+    "navigate": ("Yes", "No"),
+    "sports_understanding": ("no", "yes"),
+    "web_of_lies": ("No", "Yes"),
+}
+_OPEN = {"dyck_languages", "multistep_arithmetic_two", "object_counting", "word_sorting"}
+# Test rows whose target is none of the letters: commas in names broke their lists of options.
+_MALFORMED = {"movie_recommendation": [0], "ruin_names": [62, 144]}
+
+
+def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
+    return Task(
+        "t", tuple(Example(*row) for row in train), tuple(Example(prompt, targets) for prompt in prompts), "here"
+    )
+
+
+@pytest.fixture(scope="module")
+def bbh(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bbh")
+    data = shared / "data"
+    return [load_task(task) for task in write_lorahub_split(data / "bbh", data / "lorahub_bbh_split.json", folder)]
+
+
+def _letters(count):
+    return tuple(f"({chr(ord('A') + i)})" for i in range(count))
+
+
+def test_every_task_of_bbh(bbh):
+    assert len(bbh) == 27
+    for task in bbh:
+        options = answer_options(task)
+        if task.name in _OPEN:
+            assert options is None, task.name
+            continue
+        assert options is not None and len(options) == len(task.test), task.name
+        if task.name in _LABELS:
+            assert set(options) == {_LABELS[task.name]}, task.name
+        else:
+            # Counted in another way: how often a line starts with a bracket.
+            lines = [example.input.count("\n(") for example in task.test]
+            assert options == tuple(map(_letters, lines)), task.name
+        outside = [row for row, example in enumerate(task.test) if example.target not in options[row]]
+        assert outside == _MALFORMED.get(task.name, []), task.name
+
+
+def test_examples_in_the_prompt_change_no_options(bbh):
+    for task in bbh:
+        assert answer_options(few_shot(task, 5, 1)) == answer_options(task), task.name
+
+
+def test_targets_of_test_rows_are_not_looked_at(bbh):
+    for task in bbh:
+        blind = Task(task.name, task.train, tuple(Example(row.input, "?") for row in task.test), task.source)
+        assert answer_options(blind) == answer_options(task), task.name
+
+
+@pytest.mark.parametrize("folder", sorted(_SMALL.iterdir()), ids=lambda folder: folder.name)
+def test_string_tasks_are_open(folder):
+    assert answer_options(load_task(folder)) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("Which?\nOptions:\n(A) red\n(B) blue\n(C) red", ("(A)", "(B)", "(C)")),
+        ("Which?\nOptions:\n(A) red\n(B) blue\nA:", ("(A)", "(B)")),
+        ("Which?\nOptions:\n(A) red\n(B) blueA:", ("(A)", "(B)")),
+        ("Which?\n\nOPTIONS:\n- it is \n- it is not\nAnswer: ", ("it is", "it is not")),
+        ("Options:\n- a\n- a\n- b", ("a", "b")),
+        ("Options:\n(A) x\n(B) y\nA: (A)\n\nOptions:\n(A) x\n(B) y\n(C) z\nA:", ("(A)", "(B)", "(C)")),
+    ],
+)
+def test_options_of_a_prompt(prompt, options):
+    assert answer_options(_task([prompt], train=[(prompt, options[0])])) == (options,)
+    assert answer_options(_task([prompt], train=[])) == (options,)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Which?\n(A) red\n(B) blue",
+        "Which?\nOptions: red or blue",
+        "My options:\n- a\n- b",
+        "Options:\n(A) alone",
+        "Options:\n(A) x\n(B) y\nA: (A)\n\nNone are stated here.\nA:",
+    ],
+)
+def test_no_options_in_a_prompt(prompt):
+    assert answer_options(_task([prompt])) is None
+    closed = _task([prompt], train=[("p", "yes"), ("q", "no")] * 2)
+    assert answer_options(closed) == (("no", "yes"),)
+
+
+def test_a_row_without_options_takes_the_labels():
+    stated = "Options:\n(A) x\n(B) y\n(C) z"
+    train = [(stated, "(A)"), (stated, "(B)")] * 2
+    task = _task([stated, "Options:\n(A) x"], train=train)
+    assert answer_options(task) == (("(A)", "(B)", "(C)"), ("(A)", "(B)"))
+    assert answer_options(_task([stated, "none"], train=train[:2])) is None
+
+
+def test_options_that_the_training_targets_do_not_use_are_not_believed():
+    stated = "Options:\n(A) red\n(B) blue"
+    assert answer_options(_task([stated], train=[(stated, "red"), (stated, "blue")])) is None
+    assert answer_options(_task([stated], train=[(stated, "red"), (stated, "blue")] * 2)) == (("blue", "red"),)
+    # Half of them is enough: prompts of which some are malformed.
+    assert answer_options(_task([stated], train=[(stated, "(A)"), (stated, "red")])) == (("(A)", "(B)"),)
+
+
+@pytest.mark.parametrize(
+    ("targets", "labels"),
+    [
+        (["b", "a", "b", "a"], ("a", "b")),
+        (["b", "a", "b"], None),
+        (["a", "a", "a"], None),
+        ([str(i) for i in range(10)] * 2, tuple(str(i) for i in range(10))),
+        ([str(i) for i in range(11)] * 2, None),
+        ([], None),
+    ],
+)
+def test_labels_are_few_and_come_again(targets, labels):
+    task = _task(["p", "q"], train=[("p", target) for target in targets])
+    assert answer_options(task) == (labels and (labels, labels))

@@ -1,0 +1,272 @@
+"""Whole runs on the embedded pool: resumable, reproducible, the same for a seed whatever runs beside it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.evaluate import seed_entropies
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.prepare import prepare
+from lorafusion_jax.runs.run import fuse, load_run, run_path
+from lorafusion_jax.tasks.batches import MOST_SHAPES
+from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
+
+_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
+_TASK = sorted((_SMALL / "tasks").iterdir())[0]
+
+
+def _options(out: Path, **changes) -> FuseOptions:
+    recipe = {"epochs": 3, "batch_size": 32, "modules": 3, "max_new_tokens": 8}
+    recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
+    values = {
+        "base": str(_SMALL / "base"),
+        "pool": str(_SMALL / "adapters"),
+        "task": str(_TASK),
+        "seeds": (1, 2),
+        "out": out,
+        "test_rows": 8,
+        "save_seconds": 0.0,
+    }
+    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+
+
+def _without_clock(results: dict) -> dict:
+    return {k: v for k, v in results.items() if k != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory) -> tuple[FuseOptions, dict]:
+    options = _options(tmp_path_factory.mktemp("runs"), name="whole")
+    return options, fuse(options)
+
+
+def test_a_run_writes_what_it_promises(fused):
+    options, results = fused
+    folder = run_path(options)
+    for name in ("config.json", "metrics.jsonl", "predictions.jsonl", "results.json", "checkpoints/final"):
+        assert (folder / name).exists()
+    assert json.loads((folder / "results.json").read_text()) == results
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 8
+    shares = [100 * np.mean([r["correct"] for r in rows if r["seed"] == seed]) for seed in options.seeds]
+    assert shares == [s["exact_match"] for s in results["seeds"]]
+    steps = [m for m in RunFolder(folder).metrics() if "loss" in m]
+    assert len(steps) == 2 * 3 * 3  # seeds, epochs, steps of 95 rows by 32
+    for seed in options.seeds:
+        losses = [m["loss"] for m in steps if m["seed"] == seed]
+        assert losses[-1] < losses[0]
+    assert results["trainable_by_group"] == {"coefficients": 3 * 4, "magnitudes": 12 * 96}
+    assert results["seeds"][0]["modules"] != results["seeds"][1]["modules"]
+
+
+def test_a_seed_does_not_depend_on_those_beside_it(fused, tmp_path):
+    options, results = fused
+    alone = fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
+    assert alone["seeds"][0] == results["seeds"][1]
+
+
+def test_later_epochs_compile_nothing_and_read_no_text(tmp_path):
+    options = _options(tmp_path)
+    setup = prepare(options)
+    # All that training may know of the tokenizer: it cannot tokenise.
+    setup = dataclasses.replace(setup, tokenizer=SimpleNamespace(pad_token_id=setup.tokenizer.pad_token_id))
+    programs, compiled = (train_seeds, seed_entropies), []
+
+    def count(epoch: Epoch) -> None:
+        compiled.append([program._cache_size() for program in programs])
+
+    jax.clear_caches()
+    fit(setup, start(setup, options.seeds), options.recipe, options.seeds, after_epoch=count)
+    assert len(compiled) == 3
+    assert compiled[0] == compiled[-1] and all(0 < n <= MOST_SHAPES for n in compiled[0])
+
+
+def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
+    options, _ = fused
+    fuse(dataclasses.replace(options, path="vmap", out=tmp_path, name="vmap"))
+    _, mapped, _ = load_run(run_path(options))
+    _, batched, _ = load_run(tmp_path / "vmap")
+    for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(batched), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_random_control_fuses_other_modules(fused, tmp_path):
+    options, results = fused
+    control = fuse(dataclasses.replace(options, control="random", out=tmp_path))
+    assert control["trainable"] == results["trainable"]
+    assert control["seeds"][0]["loss"] != results["seeds"][0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["coefficients", "lora", "zero-shot"])
+def test_other_methods_run(method, tmp_path):
+    results = fuse(_options(tmp_path, method=method))
+    assert results["trainable"] == {"coefficients": 3 * 4, "lora": 12 * 16 * 2 * 96, "zero-shot": 0}[method]
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+def test_quantised_base_and_pool_run(load_in, tmp_path, fused):
+    results = fuse(_options(tmp_path, load_in=load_in))
+    assert results["seeds"][0]["loss"] == pytest.approx(fused[1]["seeds"][0]["loss"], rel=0.5)
+    assert results["seeds"][0]["loss"] != fused[1]["seeds"][0]["loss"]
+
+
+def test_the_reference_protocol_runs(tmp_path):
+    recipe = dataclasses.replace(PRESETS["reference"], epochs=2, modules=3, max_new_tokens=8, prune=0.15)
+    options = dataclasses.replace(_options(tmp_path, name="reference"), recipe=recipe)
+    fuse(options)
+    _, params, _ = load_run(run_path(options))
+    share = np.mean([np.mean(np.asarray(m) == 0) for m in params["magnitudes"].values()])
+    assert share == pytest.approx(0.15, abs=1e-3)
+
+
+@pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training"])
+def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
+    options, results = fused
+    shutil.copytree(run_path(options), tmp_path / "whole")
+    folder = tmp_path / "whole"
+    (folder / "results.json").unlink()
+    (folder / "predictions.jsonl").unlink()
+    steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    assert steps == ["step_000006", "step_000009"]
+    if killed_after != "training":
+        shutil.rmtree(folder / "checkpoints" / "final")
+    if killed_after == "a step":
+        shutil.rmtree(folder / "checkpoints" / "step_000009")
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"step": 9, "epo')  # what a killed process leaves
+    resumed = fuse(dataclasses.replace(options, out=tmp_path, resume=True))
+    assert _without_clock(resumed) == _without_clock(results)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (folder / name).read_bytes() == (run_path(options) / name).read_bytes()
+    for a, b in zip(jax.tree.leaves(load_run(folder)[1]), jax.tree.leaves(load_run(run_path(options))[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_process_killed_at_any_time_resumes_to_the_same_numbers(tmp_path):
+    command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(_SMALL / "base")]
+    command += ["--pool", str(_SMALL / "adapters"), "--task", str(_TASK), "--seeds", "1", "--epochs", "15"]
+    command += ["--modules", "3", "--max-new-tokens", "8", "--test-rows", "8", "--save-seconds", "0"]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    whole = [*command, "--out", str(tmp_path / "a"), "--name", "run"]
+    broken = [*command, "--out", str(tmp_path / "b"), "--name", "run"]
+    subprocess.run(whole, check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(broken, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "b").glob("run/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b" / "run" / "results.json").exists()
+    subprocess.run([*broken, "--resume"], check=True, env=environment, capture_output=True)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (tmp_path / "a/run" / name).read_bytes() == (tmp_path / "b/run" / name).read_bytes()
+    a, b = (json.loads((tmp_path / x / "run" / "results.json").read_text()) for x in "ab")
+    assert _without_clock(a) == _without_clock(b)
+
+
+def test_a_run_starts_from_another_ones_numbers(fused, tmp_path):
+    options, results = fused
+    more = dataclasses.replace(options, start_from=run_path(options), out=tmp_path)
+    fuse(more)
+    first = RunFolder(run_path(more)).metrics()[0]["loss"]
+    assert first < RunFolder(run_path(options)).metrics()[0]["loss"]
+    with pytest.raises(ValueError, match="other modules or seeds"):
+        fuse(dataclasses.replace(more, seeds=(5,), name="other"))
+    with pytest.raises(ValueError, match="trained with the method fusion"):
+        fuse(dataclasses.replace(more, method="coefficients", name="other"))
+
+
+def test_evaluate_and_generate_agree_with_the_run(fused):
+    options, results = fused
+    folder = run_path(options)
+    rows = evaluate_run(EvaluateOptions(run=folder))
+    assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    of_seed = [p for p in predictions if p["seed"] == 2]
+    text = folder / "lines.txt"
+    text.write_text("\n".join(p["input"] for p in of_seed))
+    assert generate_lines(GenerateOptions(run=folder, file=text, seed=2)) == [p["prediction"] for p in of_seed]
+    text.write_text(" \n")
+    with pytest.raises(ValueError, match="holds no text"):
+        generate_lines(GenerateOptions(run=folder, file=text))
+    text.write_text("a")
+    with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
+        generate_lines(GenerateOptions(run=folder, file=text, seed=7))
+
+
+def test_generating_needs_no_task(fused, tmp_path):
+    options, _ = fused
+    shutil.copytree(run_path(options), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["options"]["task"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "line").write_text("reverse then starcon : a b c")
+    assert len(generate_lines(GenerateOptions(run=tmp_path / "run", file=tmp_path / "line"))) == 1
+    with pytest.raises(ValueError, match="gone.jsonl"):
+        evaluate_run(EvaluateOptions(run=tmp_path / "run"))
+
+
+def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(fused, tmp_path, monkeypatch):
+    options, results = fused
+    shutil.copytree(run_path(options), tmp_path / "whole")
+    answers = iter([False, True])
+    monkeypatch.setattr(RunFolder, "exists", lambda self: next(answers))
+    with pytest.raises(ValueError, match="holds a run"):
+        fuse(dataclasses.replace(options, out=tmp_path))
+    assert json.loads((tmp_path / "whole" / "results.json").read_text()) == results
+
+
+def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
+    options, _ = fused
+    new = dataclasses.replace(options, out=tmp_path, name="new")
+    for changes, message in [
+        ({"seeds": (1, 1)}, "given twice"),
+        ({"seeds": ()}, "no seeds"),
+        ({"pool": None}, "give one with --pool"),
+        ({"pool": str(tmp_path)}, "is no pool"),
+        ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
+        ({"control": "random", "load_in": "nf4"}, "full precision"),
+        (
+            {"method": "lorahub", "recipe": dataclasses.replace(options.recipe, evaluations=1000)},
+            "1000 evaluations for 3",
+        ),
+        ({"recipe": dataclasses.replace(options.recipe, epochs=0)}, "epochs is 0: wanted at least 1"),
+        ({"recipe": dataclasses.replace(options.recipe, prune=1.5)}, "prune is 1.5"),
+        (
+            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
+            "has no magnitudes to prune",
+        ),
+        ({"base": str(tmp_path)}, "config.json"),
+        ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "0 modules"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fuse(dataclasses.replace(new, **changes))
+    assert not run_path(new).exists()
+    with pytest.raises(ValueError, match="holds a run"):
+        fuse(options)
+    with pytest.raises(ValueError, match="was begun with other options: seeds was"):
+        fuse(dataclasses.replace(options, seeds=(3,), resume=True))
+    with RunFolder(run_path(new)).locked(), pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        fuse(new)
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = _options(tmp_path, log=True)
+    fuse(options)
+    assert list(run_path(options).glob("wandb/offline-run-*/*.wandb"))

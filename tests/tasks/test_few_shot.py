@@ -1,0 +1,70 @@
+"""Examples in the prompt: written out by hand, and read by the embedded tokenizer."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from lorafusion_jax.tasks import Example, Task, encode, few_shot, load_task, load_tokenizer
+
+_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
+
+
+def _task(rows=6):
+    train = tuple(Example(f"Count.\n\nQ: {i}?\nA:", f"t{i}") for i in range(rows))
+    return Task("counting", train, (Example("Q: x?\nA:", "x"), Example("Q: y?\nA:", "y")), "here")
+
+
+def test_prompt_written_out():
+    task = _task()
+    first, second = random.Random("few-shot, seed 3").sample(range(6), 2)
+    shown = f"Count.\n\nQ: {first}?\nA: t{first}\n\nCount.\n\nQ: {second}?\nA: t{second}\n\n"
+    shot = few_shot(task, 2, 3)
+    assert shot.test == (Example(f"{shown}Q: x?\nA:", "x"), Example(f"{shown}Q: y?\nA:", "y"))
+    assert (shot.name, shot.train, shot.source) == (task.name, task.train, task.source)
+    assert shot.sha256 != task.sha256
+
+
+def test_seeds_draw_different_examples_and_the_same_ones_again():
+    task = _task(rows=50)
+    prompts = [few_shot(task, 5, seed).test[0].input for seed in range(5)]
+    assert len(set(prompts)) == 5
+    assert few_shot(task, 5, 3).test[0].input == prompts[3]
+    for prompt in prompts:
+        assert len({line for line in prompt.split("\n") if line.startswith("Q:")}) == 6
+
+
+def test_draws_are_the_same_everywhere():
+    # Written down once: other numbers here mean that results of today cannot be repeated.
+    prompt = few_shot(_task(rows=100), 5, 1).test[0].input
+    assert re.findall(r"Q: (\d+)", prompt) == ["62", "97", "86", "55", "58"]
+
+
+def test_all_rows_may_be_shown():
+    prompt = few_shot(_task(rows=3), 3, 0).test[0].input
+    assert sorted(re.findall(r"Q: \d\?\nA: t\d\n\n", prompt)) == [f"Q: {i}?\nA: t{i}\n\n" for i in range(3)]
+
+
+@pytest.mark.parametrize("shots", [0, -1, 7])
+def test_as_many_examples_as_there_are(shots):
+    with pytest.raises(
+        ValueError,
+        match=f"{shots} examples for the prompts of counting, which has 6 training rows: ask for 1 to 6",
+    ):
+        few_shot(_task(), shots, 0)
+
+
+@pytest.mark.parametrize("folder", sorted((_SMALL / "tasks").iterdir()), ids=lambda folder: folder.name)
+def test_embedded_tokenizer_knows_every_token(folder):
+    tokenizer = load_tokenizer(_SMALL / "base")
+    task = load_task(folder)
+    shot = few_shot(task, 5, 1)
+    plain, shown = encode(tokenizer, task.test).inputs, encode(tokenizer, shot.test).inputs
+    examples = random.Random("few-shot, seed 1").sample(task.train, 5)
+    # The separator vanishes: what comes before a question are the examples' own tokens, ends cut off.
+    pieces = [text for example in examples for text in (example.input, example.target)]
+    before = [token for text in pieces for token in tokenizer(text)["input_ids"][:-1]]
+    for row, ids in zip(plain, shown, strict=True):
+        assert ids.tolist() == before + row.tolist()
+        assert tokenizer.unk_token_id not in ids

@@ -1,0 +1,120 @@
+"""Scoring options against a loop over rows and options that reads the model's own log-probabilities."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import one_block
+import pytest
+from flax import nnx
+
+from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.runs.evaluate import evaluate, seed_rows
+from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.prepare import prepare
+from lorafusion_jax.runs.scoring import evaluate_seeds
+from lorafusion_jax.tasks import answer_options
+from lorafusion_jax.training.fit import start
+
+_WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
+_SEEDS = (1, 2)
+
+
+def _row(number: int, rng: np.random.Generator) -> dict[str, str]:
+    """Options of 2 to 4 answers of different lengths at the end of the prompt, one of which is right."""
+    options = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: 2 + number % 3]]
+    text = " ".join("abcdefghij"[i] for i in rng.integers(0, 10, 2 + number % 5))
+    stated = "\n".join(f"- {option}" for option in options)
+    return {"input": f"double then digit : {text}\nOptions:\n{stated}", "target": str(rng.choice(options))}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """The setup of a fusion of two modules for a task of 11 test rows, and numbers of two seeds that differ."""
+    out = tmp_path_factory.mktemp("options")
+    base, pool = one_block.cut(out)
+    rng = np.random.default_rng(0)
+    (out / "task").mkdir()
+    for part, count in (("train", 6), ("test", 11)):
+        lines = [json.dumps(_row(number, rng)) + "\n" for number in range(count)]
+        (out / "task" / f"{part}.jsonl").write_text("".join(lines))
+    options = FuseOptions(
+        base=str(base),
+        pool=str(pool),
+        task=str(out / "task"),
+        seeds=_SEEDS,
+        out=out,
+        eval_batch=7,
+        recipe=dataclasses.replace(PRESETS["default"], modules=2, max_new_tokens=4),
+    )
+    setup = prepare(options)
+    params = start(setup, _SEEDS).params
+    # Away from the start, and apart from each other.
+    params["coefficients"] = params["coefficients"] * jnp.array([0.5, 2.0])[:, None, None]
+    apart = {site: rng.uniform(0.1, 3.0, m.shape) for site, m in params["magnitudes"].items()}
+    params["magnitudes"] = {s: m * jnp.asarray(apart[s], jnp.float32) for s, m in params["magnitudes"].items()}
+    return setup, options, params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(graph, weights, ids, mask, start):
+    return jax.nn.log_softmax(nnx.merge(graph, weights)(ids, mask, start)[0])
+
+
+def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
+    """Return the log-probability that the model says an option and then ends, token after token."""
+    asked, wanted = (tokenizer(text)["input_ids"] for text in (prompt, option))
+    assert wanted[-1] == tokenizer.eos_token_id
+    ids, start = np.zeros((1, 64), np.int32), np.zeros((1, 8), np.int32)  # one shape, one program
+    ids[0, : len(asked)], start[0, 1 : len(wanted)] = asked, wanted[:-1]
+    start[0, 0] = model.config.start_id
+    log_probs = _log_probs(*nnx.split(model), ids, np.arange(64)[None] < len(asked), start)
+    return sum(float(log_probs[t, token]) for t, token in enumerate(wanted))
+
+
+@pytest.fixture(scope="module")
+def chosen(given):
+    """[seeds][rows]: the likeliest option, and by how much, of the model with each seed's fusion merged in."""
+    setup, _, params = given
+    found = []
+    for seed in range(len(_SEEDS)):
+        of_seed = jax.tree.map(lambda p, seed=seed: p[seed], params)
+        adapters, _ = jax.jit(setup.method.adapters)(of_seed, setup.frozen, setup.index[seed])
+        model = merged_base(nnx.merge(setup.graph, setup.frozen.base), adapters)
+        rows = []
+        for example in setup.task.test:
+            options = [line[2:] for line in example.input.splitlines() if line.startswith("- ")]
+            scores = [_likelihood(model, setup.tokenizer, example.input, option) for option in options]
+            best = int(np.argmax(scores))
+            rows.append((options[best], scores[best] - max(scores[:best] + scores[best + 1 :])))
+        found.append(rows)
+    return found
+
+
+@pytest.mark.parametrize("path", ["map", "vmap"])
+def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
+    setup, options, params = given
+    closed = answer_options(setup.task)
+    assert closed is not None and {len(of_row) for of_row in closed} == {2, 3, 4}
+    found = evaluate(dataclasses.replace(setup, path=path), params, setup.index, batch_size=7, options=closed)
+    assert found.option_correct is not None
+    wanted = [[said == row.target for (said, _), row in zip(rows, setup.task.test, strict=True)] for rows in chosen]
+    assert min(margin for rows in chosen for _, margin in rows) > 1e-3  # no tie that rounding decides
+    np.testing.assert_array_equal(found.option_correct, wanted)
+    # The task tells right from wrong, and one seed from the other.
+    assert 0 < np.mean(wanted) < 1 and [said for said, _ in chosen[0]] != [said for said, _ in chosen[1]]
+    percents = [row["option_accuracy"] for row in seed_rows(_SEEDS, found)]
+    assert percents == pytest.approx([100 * np.mean(of_seed) for of_seed in wanted])
+
+
+def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
+    """Batches of another size, fewer rows, and the path from the options of a run."""
+    setup, options, params = given
+    fewer = dataclasses.replace(setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values())))
+    seeds, found = evaluate_seeds(fewer, options, params)
+    assert seeds == _SEEDS and found.option_correct is not None
+    wanted = [[s == row.target for (s, _), row in zip(rows, setup.task.test, strict=True)][:5] for rows in chosen]
+    np.testing.assert_array_equal(found.option_correct, wanted)

@@ -1,0 +1,486 @@
+"""Reading tasks, splitting them, drawing modules, tokenising: what arrives, and what bad input is told."""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lorafusion_jax.tasks import (
+    Example,
+    batch_orders,
+    draw_modules,
+    encode,
+    load_task,
+    load_tokenizer,
+    split,
+)
+
+_ROOT = Path(__file__).resolve().parents[2]
+_LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def _rows(count, start=0, keys=("input", "target")):
+    return [dict(zip(keys, (f"question {i}", f"answer {i}"), strict=True)) for i in range(start, start + count)]
+
+
+def _examples(count, start=0):
+    return tuple(Example(f"question {i}", f"answer {i}") for i in range(start, start + count))
+
+
+def _write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def _dataset(rows):
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.fixture(autouse=True)
+def quiet_datasets():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+# Sources
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "keys"),
+    [
+        ("train.jsonl", "test.jsonl", ("input", "target")),
+        ("example.jsonl", "zero_shot.jsonl", ("context", "completion")),
+    ],
+)
+def test_folder(tmp_path, train, test, keys):
+    folder = tmp_path / "counting"
+    _write(folder / train, _rows(3, keys=keys))
+    _write(folder / test, _rows(2, start=3, keys=keys))
+    task = load_task(folder)
+    assert (task.name, task.source) == ("counting", str(folder))
+    assert task.train == _examples(3)
+    assert task.test == _examples(2, start=3)
+
+
+def test_jsonl_may_have_blank_lines_crlf_a_bom_more_keys_and_unicode_line_separators(tmp_path):
+    path = tmp_path / "test.jsonl"
+    lines = ['{"input": "a", "target": "b", "id": 7}', "", '{"input": "c\u2028d", "target": "e"}', ""]
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert load_task(path, need=["test"]).test == (Example("a", "b"), Example("c\u2028d", "e"))
+
+
+def test_one_file_is_divided_by_one_shuffle_whatever_is_needed(tmp_path):
+    path = _write(tmp_path / "all.jsonl", _rows(150))
+    task = load_task(path, name="mine")
+    order = list(range(150))
+    random.Random(42).shuffle(order)
+    assert task.name == "mine"
+    assert task.train == tuple(_examples(150)[i] for i in order[:100])
+    assert task.test == tuple(_examples(150)[i] for i in order[100:])
+    assert load_task(path, need=["test"]).test == task.test
+    assert len(load_task(path, train_rows=10).test) == 140
+    assert len(load_task(path, train_rows=0, need=["test"]).test) == 150
+
+
+def test_a_file_named_as_one_part_is_that_part(tmp_path):
+    task = load_task(_write(tmp_path / "zero_shot.jsonl", _rows(2)), need=["test"])
+    assert (task.train, task.test) == ((), _examples(2))
+
+
+def test_fingerprint_tells_tasks_apart(tmp_path):
+    path = _write(tmp_path / "train.jsonl", _rows(4))
+    both = load_task(_write(tmp_path / "test.jsonl", _rows(4)).parent)
+    assert both.sha256 == load_task(tmp_path, name="another name").sha256
+    others = [load_task(tmp_path, prompt="Q: {input}"), load_task(path, need=["train"])]
+    _write(path, _rows(4)[::-1])
+    others.append(load_task(tmp_path))
+    assert len({both.sha256, *(task.sha256 for task in others)}) == 4
+
+
+def test_prompt_stands_around_every_input(tmp_path):
+    path = _write(tmp_path / "test.jsonl", [{"input": "{input} {x}", "target": "y"}])
+    task = load_task(path, prompt="Count {braces}.\n\nQ: {input}\nA:", need=["test"])
+    assert task.test == (Example("Count {braces}.\n\nQ: {input} {x}\nA:", "y"),)
+    with pytest.raises(ValueError, match=r"the prompt 'Q: \{\}' has no \{input\}: write it where"):
+        load_task(path, prompt="Q: {}")
+
+
+def test_bbh_files_load(shared):
+    files = sorted((shared / "data" / "bbh").glob("*.json"))
+    assert len(files) == 27
+    for file in files:
+        rows = json.loads(file.read_text(encoding="utf-8"))["examples"]
+        task = load_task(file)
+        assert task.name == file.stem
+        assert len(task.train) == 100
+        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(
+            (row["input"], row["target"]) for row in rows
+        )
+
+
+def test_bbh_prompt_gives_the_bytes_of_lorahubs_folders(shared, tmp_path):
+    published = json.loads((shared / "data" / "lorahub_bbh_split.json").read_text(encoding="utf-8"))
+    for name, parts in published.items():
+        bbh = json.loads((shared / "data" / "bbh" / f"{name}.json").read_text(encoding="utf-8"))["examples"]
+        path = _write(tmp_path / "test.jsonl", [bbh[i] for i in parts["example"]])
+        prompt = f"{parts['prefix'][0]}Q: {{input}}{parts['sep']}A:"
+        task = load_task(path, prompt=prompt, need=["test"])
+        rows = [{"context": example.input, "completion": example.target} for example in task.test]
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        assert hashlib.sha256(text.encode()).hexdigest() == parts["sha256_example"], name
+
+
+def test_datasets_folder(tmp_path):
+    folder = tmp_path / "saved"
+    splits = {"train": _rows(3), "test": _rows(2, start=3), "validation": _rows(9)}
+    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
+    task = load_task(folder)
+    assert (task.name, task.train, task.test) == ("saved", _examples(3), _examples(2, start=3))
+
+
+def test_datasets_folder_whose_test_is_called_validation(tmp_path):
+    parts = {"train": _rows(1), "validation": _rows(2, start=1, keys=("context", "completion"))}
+    datasets.DatasetDict({split: _dataset(rows) for split, rows in parts.items()}).save_to_disk(tmp_path)
+    assert load_task(tmp_path).test == _examples(2, start=1)
+
+
+def test_datasets_folder_of_one_split_is_divided(tmp_path):
+    _dataset(_rows(6)).save_to_disk(tmp_path / "alone")
+    task = load_task(tmp_path / "alone", train_rows=4)
+    assert len(task.train) == 4
+    assert set(task.train + task.test) == set(_examples(6))
+
+
+def test_hub_id_with_config(monkeypatch):
+    asked = []
+
+    def load_dataset(*args):
+        asked.append(args)
+        return datasets.DatasetDict({"train": _dataset(_rows(2)), "test": _dataset(_rows(1, start=2))})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task("owner/bench:counting")
+    assert (task.name, task.source) == ("bench-counting", "owner/bench:counting")
+    assert (task.train, task.test) == (_examples(2), _examples(1, start=2))
+    assert load_task("owner/bench").name == "bench"
+    assert asked == [("owner/bench", "counting"), ("owner/bench", None)]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("test.jsonl", "", r"test\.jsonl is empty: a task needs at least one row"),
+        ("test.jsonl", "\n \n", r"test\.jsonl is empty"),
+        ("bbh.json", "", r"bbh\.json is empty"),
+        ("bbh.json", '{"examples": []}', r"bbh\.json is empty"),
+        (
+            "test.jsonl",
+            '{"context": "a", "completion": "b"}\n\n{"context": "a", "completion": " "}',
+            r"test\.jsonl, line 3: its completion is ' ': give it a text, or take the row out",
+        ),
+        ("test.jsonl", '{"input": "", "target": "b"}', r"line 1: its input is '': give it a text"),
+        ("test.jsonl", '{"input": "a", "target": 5}', r"line 1: its target is 5: give it a text"),
+        ("test.jsonl", '{"input": "a", "target": null}', r"line 1: its target is None"),
+        (
+            "test.jsonl",
+            '{"question": "a", "target": "b"}',
+            r"line 1 has question, target: wanted input and target, or context and completion",
+        ),
+        ("test.jsonl", "{}", r"line 1 has no keys: wanted input and target"),
+        ("test.jsonl", '["a", "b"]', r"line 1 is \['a', 'b'\]: wanted an object with input and target"),
+        (
+            "test.jsonl",
+            '{"input": "a", "target": "b"}\n{"input": "a"; "target": "b"}',
+            r"test\.jsonl, line 2 is not JSON: Expecting ',' delimiter at column 14",
+        ),
+        ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2 is not JSON: Expecting value"),
+        ("bbh.json", '[{"input": "a", "target": "b"}]', r"bbh\.json is not laid out as BIG-Bench Hard"),
+        ("bbh.json", '{"rows": []}', r"not laid out as BIG-Bench Hard.*one row a line into a \.jsonl file"),
+        (
+            "bbh.json",
+            '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}',
+            r"bbh\.json, example 2 has input: wanted input and target",
+        ),
+        (
+            "test.jsonl",
+            _LFS,
+            r"test\.jsonl is a Git LFS pointer, not the file itself: fetch it with git lfs pull",
+        ),
+        ("bbh.json", _LFS, r"bbh\.json is a Git LFS pointer"),
+        ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor, for BIG-Bench Hard, \.json"),
+    ],
+)
+def test_bad_files(tmp_path, file, content, message):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path / file, need=["test"])
+
+
+def test_bad_encoding(tmp_path):
+    (tmp_path / "test.jsonl").write_bytes('{"input": "à", "target": "b"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"test\.jsonl is not UTF-8 text: .*position 11"):
+        load_task(tmp_path)
+
+
+def test_unknown_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"is no task folder: it holds nothing; wanted train\.jsonl"):
+        load_task(tmp_path)
+    for name in "gfedcba":
+        (tmp_path / f"{name}.json").touch()
+    with pytest.raises(ValueError, match=r"it holds a\.json, b\.json, .*, e\.json and 2 more; .* by its own path"):
+        load_task(tmp_path)
+
+
+def test_folder_with_two_files_for_one_part(tmp_path):
+    for name in ("train.jsonl", "example.jsonl", "test.jsonl"):
+        _write(tmp_path / name, _rows(1))
+    with pytest.raises(ValueError, match=r"holds train\.jsonl, example\.jsonl, test\.jsonl, two files for one part"):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize(("there", "missing"), [("test.jsonl", "train"), ("train.jsonl", "test")])
+def test_missing_part(tmp_path, there, missing):
+    _write(tmp_path / there, _rows(2))
+    with pytest.raises(ValueError, match=f"has no {missing} rows: give a folder or data set that has both parts"):
+        load_task(tmp_path)
+
+
+def test_one_list_too_short_to_divide(tmp_path):
+    path = _write(tmp_path / "all.jsonl", _rows(60))
+    with pytest.raises(
+        ValueError, match=r"one list of 60 rows, and 100 to train would leave none to test: ask for fewer"
+    ):
+        load_task(path)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"])
+def test_source_that_does_not_exist(source):
+    with pytest.raises(ValueError, match="does not exist: wanted a task file, a task folder or a data set's hub id"):
+        load_task(source)
+
+
+def test_hub_failure_names_the_source(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError,
+        match="owner/no_such_data is no local path, and the hub did not give it: [a-zA-Z]+: Couldn't",
+    ):
+        load_task("owner/no_such_data")
+
+
+def test_broken_datasets_folder(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets: "):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"a": _rows(1), "b": _rows(1)}, "has the splits a, b: wanted train, and test or validation"),
+        ({"train": _rows(1), "test": [{"text": "a"}]}, "split test, row 0 has text: wanted input and target"),
+        (
+            {"train": _rows(1), "test": [{"input": "a", "target": ""}]},
+            "split test, row 0: its target is '': give it a text",
+        ),
+    ],
+)
+def test_bad_data_sets(tmp_path, splits, message):
+    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path)
+
+
+def test_data_set_without_rows(tmp_path, monkeypatch):
+    empty = datasets.DatasetDict({"train": _dataset(_rows(1)).select([]), "test": _dataset(_rows(1))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: empty)
+    with pytest.raises(ValueError, match="owner/empty, split train is empty: a task needs at least one row"):
+        load_task("owner/empty")
+    empty.save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets: IndexError"):
+        load_task(tmp_path)
+
+
+# What seeds decide
+
+
+def test_reference_split_is_the_papers():
+    examples = [(f"question {i}", f"answer {i}") for i in range(100)]
+    random.Random(42).shuffle(examples)
+    train, validation = split(100, [1, 2, 3], protocol="reference")
+    assert train.shape == (3, 95)
+    for seed in range(3):
+        assert [f"question {i}" for i in validation[seed]] == [question for question, _ in examples[:5]]
+        assert [f"question {i}" for i in train[seed]] == [question for question, _ in examples[5:]]
+
+
+@given(count=st.integers(20, 300), limit=st.integers(20, 120), protocol=st.sampled_from(["reference", "default"]))
+def test_split_divides_rows(count, limit, protocol):
+    train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
+    used = min(count, limit)
+    assert validation.shape == (2, int(0.05 * used))
+    for rows in np.concatenate([train, validation], axis=1):
+        assert len(set(rows.tolist())) == len(rows) == used
+        assert rows.min() >= 0
+        assert rows.max() < count
+
+
+@pytest.mark.parametrize(("count", "limit"), [(100, 5), (19, 100), (1, 100), (50, 1)])
+@pytest.mark.parametrize("protocol", ["reference", "default"])
+def test_fewer_than_twenty_rows_train_and_validate(count, limit, protocol):
+    train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
+    np.testing.assert_array_equal(train, validation)
+    for seed, rows in zip((7, 8), train.tolist(), strict=True):
+        order = list(range(count))
+        random.Random(42 if protocol == "reference" else f"split, seed {seed}").shuffle(order)
+        assert rows == order[:limit]
+
+
+def test_default_split_follows_the_seed_alone():
+    three = split(100, [1, 2, 3])
+    assert len({tuple(rows) for rows in three.validation.tolist()}) == 3
+    np.testing.assert_array_equal(split(100, [3]).train[0], three.train[2])
+
+
+def test_draws_are_the_same_everywhere():
+    # Written down once: other numbers here mean that runs of today cannot be repeated.
+    assert split(20, [1]).train[0, :5].tolist() == [13, 6, 16, 10, 19]
+    rows = np.arange(6, dtype=np.int32)[None]
+    assert batch_orders(rows, batch_size=3, epochs=2, seeds=[1]).tolist() == [
+        [[0, 2, 1], [3, 5, 4], [3, 2, 5], [0, 4, 1]]
+    ]
+    assert draw_modules([str(i) for i in range(196)], 5, 42) == ("163", "28", "6", "189", "70")
+
+
+@pytest.mark.parametrize(("count", "limit"), [(0, 100), (50, 0)])
+def test_split_needs_a_row(count, limit):
+    with pytest.raises(ValueError, match=f"0 of {count} rows to split: training needs at least one"):
+        split(count, [0], limit=limit)
+
+
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 50),
+    epochs=st.integers(1, 4),
+    seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+    reshuffle=st.booleans(),
+)
+def test_every_row_once_an_epoch(count, batch_size, epochs, seeds, reshuffle):
+    rows = np.stack([np.array(random.Random(seed).sample(range(99), count), np.int32) for seed in seeds])
+    orders = batch_orders(rows, batch_size=batch_size, epochs=epochs, seeds=seeds if reshuffle else None)
+    size = min(batch_size, count)
+    steps = -(-count // size)
+    assert orders.shape == (len(seeds), epochs * steps, size)
+    assert orders.dtype == np.int32
+    for its_rows, order in zip(rows, orders.reshape(len(seeds), epochs, -1), strict=True):
+        for epoch in order:
+            np.testing.assert_array_equal(epoch[count:], -1)
+            np.testing.assert_array_equal(np.sort(epoch[:count]), np.sort(its_rows))
+            if not reshuffle:
+                np.testing.assert_array_equal(epoch[:count], its_rows)
+
+
+def test_epochs_and_seeds_are_shuffled_apart_and_a_seed_does_not_see_the_others():
+    rows = np.tile(np.arange(30, dtype=np.int32), (2, 1))
+    orders = batch_orders(rows, batch_size=30, epochs=3, seeds=[4, 5])
+    assert len({tuple(epoch) for epoch in orders.reshape(6, 30).tolist()}) == 6
+    np.testing.assert_array_equal(batch_orders(rows[:1], batch_size=30, epochs=3, seeds=[5])[0], orders[1])
+
+
+def test_modules_are_drawn_as_python_samples_the_list():
+    names = [f"lorahub/{i}" for i in range(196)]
+    for seed in (1, 2, 3):
+        random.seed(seed)  # as LoraHub does
+        drawn = tuple(random.sample(names, 20))
+        assert draw_modules(names, 20, seed) == drawn
+    assert draw_modules(names, 20, 1) != draw_modules(names, 20, 2)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_draw_that_the_pool_cannot_give(count):
+    with pytest.raises(ValueError, match=f"{count} modules to be drawn from a pool of 3: ask for 1 to 3"):
+        draw_modules(["a", "b", "c"], count, 0)
+
+
+# Tokenising
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A tokenizer as T5's is: padding 0, end token 1 after every text, unknown words 2."""
+    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(10))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_tokenizer_loads_and_encodes(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    encoded = encode(tokenizer, [Example("w0 w1 w2", "w9"), Example("w3 other", "w4 w5")])
+    assert len(encoded) == 2
+    assert [ids.tolist() for ids in encoded.inputs] == [[3, 4, 5, 1], [6, 2, 1]]
+    assert [ids.tolist() for ids in encoded.labels] == [[12, 1], [7, 8, 1]]
+    assert {ids.dtype for ids in encoded.inputs + encoded.labels} == {np.dtype(np.int32)}
+
+
+def test_long_texts_are_cut_and_keep_their_end(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    encoded = encode(tokenizer, [Example("w0 " * 3000, "w1 " * 2500)])
+    for (ids,), word in ((encoded.inputs, 3), (encoded.labels, 4)):
+        assert ids.tolist() == [word] * 2047 + [1]
+    assert encode(tokenizer, [Example("w0 w1 w2", "w3 w4 w5")], max_length=3).labels[0].tolist() == [6, 7, 1]
+
+
+def test_text_without_tokens(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(ValueError, match=r"the tokenizer makes no tokens of '\\n': take the row out"):
+        encode(tokenizer, [Example("w0", "w1"), Example("w0", "\n")])
+
+
+def test_no_examples_encode_to_nothing(tokenizer_folder):
+    assert len(encode(load_tokenizer(tokenizer_folder), [])) == 0
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: wanted a folder or hub id with config.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="gives no tokenizer: .* From transformers: Expecting"):
+        load_tokenizer(tmp_path)
+
+
+def test_loading_says_nothing_where_pytorch_is_missing(tokenizer_folder):
+    script = f"""
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "torch" else find_spec(name, *args)
+from lorafusion_jax.tasks import load_tokenizer
+load_tokenizer({str(tokenizer_folder)!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout + done.stderr == ""

@@ -1,0 +1,375 @@
+"""The fusion step: what happens to gradients, and what early stopping and pruning do. Oracles in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.coefficients import present
+from lorafusion_jax.methods.method import Fusion
+from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training import step as step_lib
+from lorafusion_jax.training.seeds import over_seeds
+from lorafusion_jax.training.step import Optimisation, Rates, end_epoch, fusion_step, init_state, objective, prune
+
+_MODEL = tiny.t5()
+_GRAPH, _BASE = nnx.split(_MODEL)
+_METHOD = Fusion(composition="sum", start="uniform")
+_INDEX = jnp.array([2, 0])
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return tiny.frozen(_MODEL)
+
+
+@pytest.fixture(scope="module")
+def start(frozen):
+    return init_state(_METHOD, frozen, _INDEX, jax.random.key(0))
+
+
+def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
+    learning_rate = {"coefficients": jnp.float32(coefficients), "magnitudes": jnp.float32(magnitudes)}
+    return Rates(learning_rate, jnp.float32(l2), jnp.float32(l1))
+
+
+@pytest.fixture
+def take(monkeypatch, frozen):
+    """Take one step whose gradients are given, instead of those of the model."""
+
+    def take(state, gradients, rates, optimisation=None):
+        def linear(params, *args, **kwargs):
+            products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, gradients)
+            # No metric of a model is of interest here.
+            return sum(jax.tree.leaves(products)), {}
+
+        monkeypatch.setattr(step_lib, "objective", linear)
+        return fusion_step(
+            state,
+            tiny.batch(),
+            _INDEX,
+            frozen,
+            rates,
+            graph=_GRAPH,
+            method=_METHOD,
+            optimisation=optimisation or Optimisation(steps=100),
+        )
+
+    return take
+
+
+def test_a_state_starts_from_given_numbers(frozen, start):
+    """All of them or a group; `best` too, and no array is one that was given or occurs twice."""
+    given = jax.tree.map(lambda p: np.asarray(p) + 1, start.params)
+    for some in (given, {"coefficients": given["coefficients"]}, {}):
+        state = init_state(_METHOD, frozen, _INDEX, jax.random.key(0), some)
+        _equal(state.params, start.params | some)
+        _equal(state.best, state.params)
+        _equal(state._replace(params=None, best=None), start._replace(params=None, best=None))
+    keep = jax.tree.map(jnp.asarray, given)
+    donated = jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)
+    for state in (
+        init_state(_METHOD, frozen, _INDEX, jax.random.key(0), keep),
+        jax.jit(lambda p: init_state(_METHOD, frozen, _INDEX, jax.random.key(0), p))(keep),
+        init_state(_METHOD, frozen, _INDEX, jax.random.key(0)),
+    ):
+        donated(state)
+    _equal(keep, given)
+
+
+def test_numbers_to_start_from_that_do_not_fit_are_refused(frozen, start):
+    c = start.params["coefficients"]
+    for given, message in (
+        ({"lora": c}, "have the group 'lora': the method has coefficients, magnitudes"),
+        ({"coefficients": c[:1]}, r"have coefficients of the shapes \(1, 5\): wanted \(2, 5\)"),
+        ({"magnitudes": {}}, "have magnitudes of the shapes {}: wanted {'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            init_state(_METHOD, frozen, _INDEX, jax.random.key(0), given)
+
+
+def test_a_group_without_a_learning_rate_is_refused(frozen, start):
+    rates = _rates()
+    static = {"graph": _GRAPH, "method": _METHOD, "optimisation": Optimisation(steps=2)}
+    for there, message in (
+        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: there is one for coefficients; put it"),
+        ({}, "no learning rate for coefficients, magnitudes: there is one for no group"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusion_step(start, tiny.batch(), _INDEX, frozen, rates._replace(learning_rate=there), **static)
+
+
+def _random_like(params, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+
+
+def _close(got, wanted, tolerance=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, wanted)
+
+
+def _equal(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+class _TorchAdam:
+    """torch.optim.Adam by its documentation, in float64: weight decay joins the gradient."""
+
+    def __init__(self, value, rate, weight_decay=0.0):
+        self.value, self.rate, self.weight_decay = np.asarray(value, np.float64), rate, weight_decay
+        self.first, self.second, self.steps = np.zeros_like(self.value), np.zeros_like(self.value), 0
+
+    def step(self, gradient):
+        self.steps += 1
+        gradient = np.asarray(gradient, np.float64) + self.weight_decay * self.value
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
+        first, second = self.first / (1 - 0.9**self.steps), self.second / (1 - 0.999**self.steps)
+        self.value = self.value - self.rate * first / (np.sqrt(second) + 1e-8)
+
+
+def test_two_learning_rates_and_coupled_l2_as_torch_adam(start, take):
+    # A decay this large shows: it moves coefficients as far as the gradients do.
+    rates = _rates(l2=1.0)
+    coefficients = _TorchAdam(start.params["coefficients"], 0.02, weight_decay=1.0)
+    magnitudes = {site: _TorchAdam(m, 0.005) for site, m in start.params["magnitudes"].items()}
+    state = start
+    for number in range(10):
+        gradients = _random_like(start.params, number)
+        state, _ = take(state, gradients, rates)
+        coefficients.step(gradients["coefficients"])
+        for site, adam in magnitudes.items():
+            adam.step(gradients["magnitudes"][site])
+    assert state.step == 10
+    _close(state.params["coefficients"], coefficients.value, 1e-5)
+    _close(state.params["magnitudes"], {site: adam.value for site, adam in magnitudes.items()}, 1e-5)
+
+
+def test_gradients_that_are_not_finite_are_zeroed_and_counted(start, take):
+    gradients = _random_like(start.params, 0)
+    site = "decoder.cross.v"
+    broken = {
+        "coefficients": gradients["coefficients"].at[0, 1].set(jnp.nan),
+        "magnitudes": gradients["magnitudes"]
+        | {site: gradients["magnitudes"][site].at[1, 2].set(jnp.inf).at[0, 0].set(-jnp.inf)},
+    }
+    mended = {
+        "coefficients": gradients["coefficients"].at[0, 1].set(0.0),
+        "magnitudes": gradients["magnitudes"]
+        | {site: gradients["magnitudes"][site].at[1, 2].set(0.0).at[0, 0].set(0.0)},
+    }
+    # The sum of products that stands in for the loss is not finite either, which must not matter.
+    got, metrics = take(start, broken, _rates())
+    wanted, _ = take(start, mended, _rates())
+    _equal(got, wanted)
+    assert metrics["nonfinite_gradients"] == 3
+    norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(mended)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+def test_clipping_by_the_norm_of_all_groups(start, take, clip):
+    gradients = _random_like(start.params, 0)
+    norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(gradients)))
+    assert 0.5 < norm < 1e6
+    state, metrics = take(start, gradients, _rates(l2=1.0), Optimisation(steps=9, clip=clip))
+    factor = 0.5 / norm if clip == 0.5 else 1.0
+    # After one step Adam's first moment is a tenth of what it was given; L2 comes after clipping.
+    wanted = jax.tree.map(lambda g: 0.1 * factor * np.asarray(g), gradients)
+    wanted["coefficients"] = wanted["coefficients"] + 0.1 * np.asarray(start.params["coefficients"])
+    _close(state.adam.mu, wanted)
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimisation", "factor"),
+    [
+        (Optimisation(steps=6), lambda t: 1.0),
+        (Optimisation(steps=6, schedule="cosine"), lambda t: 0.5 * (1 + np.cos(np.pi * t / 6))),
+        (Optimisation(steps=6, warmup=3), lambda t: min((t + 1) / 3, 1.0)),
+        (
+            Optimisation(steps=6, warmup=2, schedule="cosine"),
+            lambda t: (t + 1) / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 4)),
+        ),
+    ],
+    ids=["constant", "cosine", "warmup", "warmup and cosine"],
+)
+def test_schedules(start, take, optimisation, factor):
+    # Under a gradient that never changes Adam moves by its learning rate, whatever the gradient's size.
+    gradients = jax.tree.map(lambda p: jnp.full(p.shape, 3.0), start.params)
+    state = start
+    for number in range(6):
+        before = state.params
+        state, _ = take(state, gradients, _rates(), optimisation)
+        moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, state.params)
+        np.testing.assert_allclose(moved["coefficients"], 0.02 * factor(number), atol=1e-6)
+        for change in moved["magnitudes"].values():
+            np.testing.assert_allclose(change, 0.005 * factor(number), atol=1e-6)
+
+
+# Early stopping.
+
+
+def _losses(state, losses, optimisation):
+    """Run `end_epoch` with given losses; the parameters count the epochs, so that one sees whose are kept."""
+    for epoch, loss in enumerate(losses, start=1):
+        params = jax.tree.map(lambda p, e=epoch: jnp.full(p.shape, float(e)), state.params)
+        moved = state._replace(
+            params=jax.tree.map(lambda a, b, s=state: jnp.where(s.stopped, a, b), state.params, params)
+        )
+        state = end_epoch(moved, jnp.float32(loss), jnp.int32(epoch), optimisation)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "patience_from", "last", "best"),
+    [
+        ([3, 2, 1, 2, 3, 4], None, 0, 6, 3),  # never stops, remembers
+        ([3, 2, 4, 4, 4, 1], 2, 0, 4, 2),  # stops before the better one
+        ([3, 2, 4, 1, 4, 4], 2, 0, 6, 4),  # a better one starts the count again
+        ([3, 4, 4, 4, 4, 1], 2, 4, 5, 1),  # epochs before the fourth are not counted
+        ([3, 3, 3, 9, 9, 9], 2, 0, 3, 1),  # as good is not better
+        ([3, np.nan, np.nan, 1, 1, 1], 2, 0, 3, 1),  # nor is NaN
+    ],
+)
+def test_stopping_keeps_the_best_of_all_groups(start, losses, patience, patience_from, last, best):
+    state = _losses(start, losses, Optimisation(steps=9, patience=patience, patience_from=patience_from))
+    assert bool(state.stopped) == (last < 6 or patience is not None and state.waited >= patience)
+    for params, epoch in ((state.params, last), (state.best, best)):
+        # Magnitudes are those of the same epoch as coefficients: the paper's code kept the last ones.
+        assert {float(p) for leaf in jax.tree.leaves(params) for p in np.unique(leaf)} == {float(epoch)}
+    assert float(state.best_loss) == losses[best - 1]
+
+
+def test_a_stopped_seed_stays_bit_for_bit_while_another_goes_on(start, take):
+    seeds = jax.tree.map(lambda a, b: jnp.stack([a, b]), start, start._replace(stopped=jnp.bool_(True)))
+    gradients = _random_like(start.params, 0)
+    optimisation = Optimisation(steps=9, patience=1, prune=0.2)
+
+    def of_seed(state):
+        state, _ = take(state, gradients, _rates(l2=1.0), optimisation)
+        return prune(end_epoch(state, jnp.float32(1.0), jnp.int32(3), optimisation), 0.2)
+
+    after = jax.vmap(of_seed)(seeds)
+    going, stopped = (jax.tree.map(lambda a, s=s: a[s], after) for s in (0, 1))
+    _equal(stopped, start._replace(stopped=jnp.bool_(True)))
+    assert going.step == 1 and not going.stopped
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (going.params, start.params)), strict=True))
+
+
+# Pruning.
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start, take, share):
+    # The smallest entries are spread unevenly: sites differ in scale, so no site or module is pruned as a whole.
+    rng = np.random.default_rng(0)
+    magnitudes = {
+        site: jnp.asarray((0.5 + k) * rng.normal(size=m.shape), jnp.float32)
+        for k, (site, m) in enumerate(start.params["magnitudes"].items())
+    }
+    state, _ = take(
+        start._replace(params=start.params | {"magnitudes": magnitudes}), _random_like(start.params, 1), _rates()
+    )
+    state = end_epoch(state, jnp.float32(1.0), jnp.int32(1), Optimisation(steps=9))
+    pruned = prune(state, share)
+    flat, flat_pruned = (
+        np.concatenate([np.asarray(m).ravel() for m in jax.tree.leaves(s.params["magnitudes"])])
+        for s in (state, pruned)
+    )
+    count = int(share * flat.size)
+    smallest = np.argsort(np.abs(flat))[:count]
+    np.testing.assert_array_equal(np.flatnonzero(flat_pruned == 0), np.sort(smallest))
+    others = flat_pruned != 0
+    np.testing.assert_array_equal(flat_pruned[others], flat[others])
+    shares = {site: float(np.mean(np.asarray(m) == 0)) for site, m in pruned.params["magnitudes"].items()}
+    assert len(set(shares.values())) > 1 and any(0 < part < 1 for part in shares.values())
+    # What was best before is forgotten: it was not pruned.
+    _equal(pruned.best, pruned.params)
+    assert np.isinf(pruned.best_loss)
+
+    for number in range(3):
+        gradients = _random_like(start.params, 10 + number)
+        pruned, _ = take(pruned, gradients, _rates(), Optimisation(steps=9, prune=share))
+        for tree in (pruned.params, pruned.adam.mu, pruned.adam.nu):
+            _equal(jax.tree.map(lambda m: m == 0, tree["magnitudes"]), jax.tree.map(lambda k: ~k, pruned.kept))
+    assert sum(int(np.sum(~k)) for k in jax.tree.leaves(pruned.kept)) == count
+
+
+# The objective and the whole step, on the model.
+
+
+@functools.cache
+def _compiled(path):
+    def of_seed(seed, shared):
+        return fusion_step(*seed, *shared, graph=_GRAPH, method=_METHOD, optimisation=Optimisation(steps=9, clip=1.0))
+
+    return jax.jit(over_seeds(of_seed, path))
+
+
+def test_seeds_together_equal_seeds_alone(frozen):
+    index = jnp.array([[2, 0], [1, 2]])
+    states = [init_state(_METHOD, frozen, i, jax.random.key(0)) for i in index]
+    batches = [tiny.batch(seed=s) for s in (0, 1)]
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+
+    def run(path, seeds):
+        state, metrics = stack(*(states[s] for s in seeds)), []
+        shared = (frozen, _rates(l2=1e-5, l1=5e-4))
+        for _ in range(3):
+            state, m = _compiled(path)((state, stack(*(batches[s] for s in seeds)), index[jnp.array(seeds)]), shared)
+            metrics.append(m)
+        return state, metrics
+
+    together = run("map", (0, 1))
+    for s in (0, 1):
+        _equal(jax.tree.map(lambda a: a[0], run("map", (s,))), jax.tree.map(lambda a, s=s: a[s], together))
+    assert together[1][-1]["loss"][0] != together[1][-1]["loss"][1]
+    assert np.all(np.asarray(together[1][-1]["loss"]) < np.asarray(together[1][0]["loss"]))
+    batched = run("vmap", (0, 1))
+    _close(batched[0].params, together[0].params, 1e-5)
+    _close([m["loss"] for m in batched[1]], [m["loss"] for m in together[1]], 1e-5)
+
+
+def test_the_objective(frozen, start):
+    acting = np.asarray(present(frozen.pool, _INDEX, "block"))
+    assert 0 < np.sum(~acting) < acting.size
+    c = tiny.coefficients(acting.shape)
+    batch = tiny.batch()
+    filled = Batch(*(jnp.concatenate([a, jnp.zeros_like(a[:1])]) for a in batch))
+    filled = filled._replace(labels=filled.labels.at[-1].set(-100))
+
+    @jax.jit
+    def value(c, batch):
+        params = start.params | {"coefficients": c}
+        return objective(params, batch, _INDEX, frozen, jnp.float32(0.5), graph=_GRAPH, method=_METHOD)
+
+    total, metrics = value(c, filled)
+    # L1 is a mean over the coefficients that meet a module; the others are not penalised.
+    l1 = 0.5 * np.mean(np.abs(np.asarray(c))[acting])
+    np.testing.assert_allclose(metrics["l1"], l1, rtol=1e-6)
+    moved, _ = value(jnp.where(acting, c, c + 7.0), filled)
+    assert moved == total
+    # The loss divides by the rows that are really there: 3 of 4.
+    np.testing.assert_allclose(metrics["loss"], metrics["cross_entropy"] / 3, rtol=1e-6)
+    np.testing.assert_allclose(total, metrics["loss"] + metrics["l1"], rtol=1e-6)
+    # Nothing is random: evaluation has no dropout.
+    again, _ = value(c, filled)
+    assert again == total
+    assert "random" not in str(jax.make_jaxpr(value)(c, filled))
+
+
+def test_l1_pulls_only_on_coefficients_that_act(frozen, start):
+    acting = np.asarray(present(frozen.pool, _INDEX, "block"))
+    c = tiny.coefficients(acting.shape)
+
+    def penalty(c):
+        params = start.params | {"coefficients": c}
+        out = objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(1.0), graph=_GRAPH, method=_METHOD)
+        return out[1]["l1"]
+
+    np.testing.assert_allclose(jax.jit(jax.grad(penalty))(c), np.sign(c) * acting / np.sum(acting), rtol=1e-6)
