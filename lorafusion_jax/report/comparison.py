@@ -32,8 +32,8 @@ def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
         for position, summary in enumerate(found.values()):
             axes.hlines(position, summary.low, summary.high, color=_POINT, linewidth=2)
             axes.plot(summary.mean, position, "o", color=_POINT, markersize=6)
-            beside = axes.get_yaxis_transform()
-            axes.text(1.01, position, f"{summary.mean:.1f}", transform=beside, va="center", color="#333333", size=10)
+            margin = axes.get_yaxis_transform()
+            axes.text(1.01, position, f"{summary.mean:.1f}", transform=margin, va="center", color="#333333", size=10)
         axes.set_yticks(range(len(found)), list(found))
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xlim(0, 1.04 * max(summary.high for summary in found.values()) or 1)

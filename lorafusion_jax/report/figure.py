@@ -1,4 +1,4 @@
-"""What all plots share: style, colours, and a figure that becomes a whole PNG file."""
+"""Shared parts of all plots: style, colours, and a figure that becomes a whole PNG file."""
 
 from collections.abc import Callable
 from pathlib import Path

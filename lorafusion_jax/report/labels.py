@@ -1,4 +1,4 @@
-"""Names beside the points of a plot, placed so that no two texts overlap."""
+"""Names next to the points of a plot, placed so that no two texts overlap."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -56,7 +56,7 @@ def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | No
       reference: the method that is compared with every other; as a rule the one with the highest mean.
 
     Raises:
-      ValueError: there are no rows, or a reference is no method of a league; matplotlib is not installed.
+      ValueError: there are no rows, or a reference is not a method of its league; matplotlib is not installed.
     """
     paragraphs = "".join(f"<p>{html.escape(part.strip())}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip())
     leagues = "".join(_league(league, reference) for league in scores(rows))

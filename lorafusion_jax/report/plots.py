@@ -64,7 +64,7 @@ def plot_learning_curves(
     The axis of the loss is logarithmic.
 
     Args:
-      metrics: task -> method -> lines of metrics.jsonl, of which those with `key` count. A method without any
+      metrics: task -> method -> lines of metrics.jsonl; those with `key` count. A method without any
         has no curve, but keeps its colour from the methods behind it, as in the plot of accuracy.
       path: of the PNG.
       key: what is drawn.

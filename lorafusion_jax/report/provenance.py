@@ -1,4 +1,4 @@
-"""Where results come from: how configurations differ, which data, versions and devices."""
+"""Provenance of results: differences of configurations, data, versions and devices."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -17,7 +17,7 @@ Key = tuple[str, str, str, int]
 
 
 class Row(TypedDict):
-    """What one method came to on one task with one seed; `correct` has a character for every test row, in order."""
+    """The result of one method on one task with one seed; `correct` has a character for every test row, in order."""
 
     task: str
     method: str
@@ -54,8 +54,8 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a file; a last line that was cut off is none.
 
     Raises:
-      ValueError: a line is no row; file, line and what is wrong are named.
-      OSError: there is no such file.
+      ValueError: a line is not a row; the message names file, line and fault.
+      OSError: the file does not exist.
     """
     rows = []
     lines = path.read_bytes().split(b"\n")
@@ -68,7 +68,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             row = json.loads(line, parse_constant=_no_number)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not JSON ({error}): mend or remove the line") from error
+            raise ValueError(f"{where} is not JSON ({error}): fix or remove the line") from error
         rows.append(_checked(row, where))
     return rows
 
@@ -206,7 +206,7 @@ _WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "exact_match": ("a percentage", _number),
     "option_accuracy": ("a percentage or null", lambda value: value is None or _number(value)),
     "loss": ("a number or null", lambda value: value is None or _number(value)),
-    "correct": ("a 0 or 1 for each test row, of which there is one at least", _marks),
+    "correct": ("a 0 or 1 for each of at least one test row", _marks),
     "option_correct": ("a 0 or 1 for each test row, or null", lambda value: value is None or _marks(value)),
     "trainable": _COUNT,
     "steps": _COUNT,

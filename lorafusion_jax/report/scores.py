@@ -48,7 +48,7 @@ class Scores:
         return None if answers is None else spread(answers)
 
     def paired(self, method: str, other: str) -> Paired | None:
-        """Return a method minus another, on the seeds that both have; None where there is no task or seed in common.
+        """Return a method minus another, on the seeds that both have; None where they share no task or seed.
 
         A method with a single seed, as zero-shot has, stands for all seeds of the other.
         """

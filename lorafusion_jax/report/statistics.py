@@ -44,7 +44,7 @@ def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int =
       seed: of the resampling.
 
     Raises:
-      ValueError: there is no task, a task has no seeds or items, or the tasks' seeds differ in number.
+      ValueError: there are no tasks, a task has no seeds or items, or the tasks' seeds differ in number.
     """
     mean, std = spread(correct)
     low, high = np.quantile(_resampled(_with_seeds([_integers(table) for table in correct]), seed), _TAILS)

@@ -8,7 +8,7 @@ from .formats import Column, Table
 from .rows import Row
 from .scores import Scores
 
-_MOST_TASKS = 8  # that fit beside the means
+_MOST_TASKS = 8  # that fit next to the means
 _EXAMPLES = {"95+5": "95 + 5 examples", "5": "5 examples"}
 _MEANS = (
     Column("mean", "spread"),
@@ -26,15 +26,15 @@ def main_tables(scores: Scores) -> list[Table]:
     The mean has a 95 % bootstrap interval over seeds and test items. Forward rows and seconds are those of adapting
     to one task with one seed. More than 8 tasks go to a second table, of tasks by methods.
     """
-    beside = scores.tasks if len(scores.tasks) <= _MOST_TASKS else []
-    columns = [Column("method", "text"), *(Column(task, "spread") for task in beside), *_MEANS]
+    shown = scores.tasks if len(scores.tasks) <= _MOST_TASKS else []
+    columns = [Column("method", "text"), *(Column(task, "spread") for task in shown), *_MEANS]
     lines = [
-        [method, *(scores.exact_match(method, task) for task in beside), *_means(scores, method)]
+        [method, *(scores.exact_match(method, task) for task in shown), *_means(scores, method)]
         for method in scores.methods
     ]
     caption = f"Exact match, %, league of {league_name(scores.league)}: mean ± standard deviation over {_seeds(scores)}"
     tables = [Table(caption, columns, lines)]
-    if not beside:
+    if not shown:
         columns = [Column("task", "text"), *(Column(method, "spread") for method in scores.methods)]
         lines = [[task, *(scores.exact_match(method, task) for method in scores.methods)] for task in scores.tasks]
         tables.append(Table(f"{caption}, by task", columns, lines))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int, Int32
 
 from .tokenizer import Encoded
 
-IGNORED = -100  # the label of a position that is no target, as in Hugging Face's losses
+IGNORED = -100  # the label of a position without a target, as in Hugging Face's losses
 MOST_SHAPES = 6
 
 

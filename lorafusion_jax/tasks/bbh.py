@@ -80,7 +80,7 @@ def _read_index(index: Path) -> dict[str, _Entry]:
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
         raise ValueError(f"{index} is not JSON: {error}") from error
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{index} is no index of tasks: wanted {{task: {{{', '.join(_KEYS)}}}}}")
+        raise ValueError(f"{index} is not an index of tasks: wanted {{task: {{{', '.join(_KEYS)}}}}}")
     for name, entry in entries.items():
         there = entry if isinstance(entry, dict) else {}
         wrong = [key for key, kind in _KEYS.items() if not isinstance(there.get(key), kind)]

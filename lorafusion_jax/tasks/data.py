@@ -10,7 +10,7 @@ from typing import Literal
 from .protocol import REFERENCE_SEED, shuffled
 from .readers import Row, read_rows
 
-# LoraHub's names beside the plain ones.
+# The plain names, then LoraHub's.
 _KEYS = (("input", "target"), ("context", "completion"))
 
 

@@ -1,4 +1,4 @@
-"""How good predictions are."""
+"""Scores of predictions: exact match and the constant answer."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .data import Task
 
 
 class ExactMatch(NamedTuple):
-    """Which rows are right, and how many of them in percent."""
+    """Rows that are right, and their share in percent."""
 
     correct: Bool[np.ndarray, " rows"]
     percent: float
@@ -39,7 +39,9 @@ def constant_answer(task: Task) -> str:
       ValueError: if there are no training rows.
     """
     if not task.train:
-        raise ValueError(f"{task.name} has no training rows, of which the most common target could be taken")
+        raise ValueError(
+            f"{task.name} has no training rows, so it has no most common target: give a task that has some"
+        )
     # most_common keeps equal counts in the order in which they came.
     return Counter(example.target for example in task.train).most_common(1)[0][0]
 

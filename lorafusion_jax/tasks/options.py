@@ -1,4 +1,4 @@
-"""Which answers a test row could have: what scoring options, instead of generating, chooses from."""
+"""The answers that a test row could have, to be scored instead of generated."""
 
 import re
 from collections import Counter
@@ -13,15 +13,15 @@ _OPTION = re.compile(r"^(?:(\([A-Z]\))|- (.*))", re.MULTILINE)
 
 
 def answer_options(task: Task) -> tuple[tuple[str, ...], ...] | None:
-    """Return the answers that each test row could have, or None if the task's answers are no closed set.
+    """Return the answers that each test row could have, or None if the task's answers do not form a closed set.
 
     No test target is looked at. A row's options are
 
     * those at the end of its prompt: lines "(A) text" under "Options:" give "(A)", lines "- text" give "text". They
       count if at least half of the training targets are among their own prompts' options, so that a task whose
       answers are written otherwise is not misread. In a few-shot prompt the last block, the row's own, counts;
-    * where there are not at least two, the training targets, sorted, if they look like labels: 2 to 10 of them, each
-      of which occurs more than once. (By Good and Turing's estimate, the chance that the next row has a label
+    * where there are not at least two, the training targets, sorted, if they look like labels: 2 to 10 of them,
+      each seen more than once. (By Good and Turing's estimate, the chance that the next row has a label
       never seen is the share of rows whose label was seen once.)
 
     On BIG-Bench Hard that gives options in 20 tasks from the prompts, labels in 3 (boolean_expressions,

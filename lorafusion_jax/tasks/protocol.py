@@ -1,4 +1,4 @@
-"""What a seed decides: the split into training and validation, the order of rows, the modules drawn.
+"""Draws by seed: the split into training and validation, the order of rows, the modules drawn.
 
 Python's `random.Random` makes every draw, from a key of seed and purpose: the same on any machine.
 """

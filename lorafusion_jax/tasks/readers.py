@@ -1,4 +1,4 @@
-"""Where the rows of a task stand: JSONL, BIG-Bench Hard JSON, folders of files, `datasets`."""
+"""Readers of the rows of a task: JSONL, BIG-Bench Hard JSON, folders of files, `datasets`."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 Row = Any  # what JSON gives: checked where rows become examples
 Rows = list[tuple[str, Row]]  # each with the place it came from, for messages
 
-# LoraHub's names beside the plain ones.
+# The plain names and LoraHub's.
 _PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
@@ -35,7 +35,7 @@ def _folder_rows(path: Path) -> dict[str, Rows]:
         there = sorted(entry.name for entry in path.iterdir())
         more = f" and {len(there) - 5} more" if len(there) > 5 else ""
         raise ValueError(
-            f"{path} is no task folder: it holds {', '.join(there[:5]) or 'nothing'}{more}; wanted "
+            f"{path} is not a task folder: it holds {', '.join(there[:5]) or 'nothing'}{more}; wanted "
             "train.jsonl and test.jsonl, example.jsonl and zero_shot.jsonl, or what the save_to_disk of "
             "datasets writes. A single file is given by its own path"
         )
@@ -70,7 +70,7 @@ def _bbh_rows(text: str, path: Path) -> Rows:
     if not isinstance(rows, list):
         raise ValueError(
             f'{path} is not laid out as BIG-Bench Hard, {{"examples": [{{"input": ..., "target": ...}}]}}: '
-            "mend it, or write one row a line into a .jsonl file"
+            "fix it, or write one row a line into a .jsonl file"
         )
     return [(f"{path}, example {n}", row) for n, row in enumerate(rows, start=1)]
 
@@ -96,7 +96,7 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
             repository, _, config = source.partition(":")
             loaded = datasets.load_dataset(repository, config or None)
     except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError
-        what = "cannot be loaded by datasets" if local else "is no local path, and the hub did not give it"
+        what = "cannot be loaded by datasets" if local else "is not a local path, and could not be loaded from the hub"
         raise ValueError(f"{source} {what}: {type(error).__name__}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {"all": loaded}

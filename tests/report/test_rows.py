@@ -70,7 +70,7 @@ def test_a_cut_line_that_is_not_the_last_is_an_error(tmp_path):
     append_rows(path, _ROWS[:2])
     first, second = path.read_text().splitlines()
     path.write_text(f"{first[:50]}\n{second}\n")
-    with pytest.raises(ValueError, match=r"results.jsonl, line 1 is not JSON \(.*\): mend or remove the line"):
+    with pytest.raises(ValueError, match=r"results.jsonl, line 1 is not JSON \(.*\): fix or remove the line"):
         read_rows(path)
 
 
@@ -94,7 +94,7 @@ def test_processes_that_append_at_once_wait_for_each_other(tmp_path):
         ({"steps": -1}, "steps is -1: wanted a count"),
         ({"task": " "}, "task is ' ': wanted a name"),
         ({"league": "100"}, r"league is '100': wanted one of 95\+5, 5"),
-        ({"correct": ""}, "correct is '': wanted a 0 or 1 for each test row, of which there is one at least"),
+        ({"correct": ""}, "correct is '': wanted a 0 or 1 for each of at least one test row"),
         ({"correct": "0120"}, "correct is '0120': wanted a 0 or 1"),
         ({"exact_match": 99.0}, r"exact_match is 99.0, but correct says \d+"),
         ({"option_correct": None}, "only one of option_accuracy and option_correct is null"),

@@ -128,8 +128,11 @@ def _lacking(key):
     ("index", "message"),
     [
         ("{", r"index\.json is not JSON: Expecting property name"),
-        ("[]", r"index\.json is no index of tasks: wanted \{task: \{prefix, sep, example, zero_shot, sha256_example"),
-        ({}, r"index\.json is no index of tasks"),
+        (
+            "[]",
+            r"index\.json is not an index of tasks: wanted \{task: \{prefix, sep, example, zero_shot, sha256_example",
+        ),
+        ({}, r"index\.json is not an index of tasks"),
         ({"counting": [1]}, r"task counting: prefix, sep, example, zero_shot, .* missing or not of its type"),
         (_lacking("sep"), r"task counting: sep missing or not of its type: wanted row numbers as lists"),
         (_lacking("sha256_example"), r"task counting: sha256_example missing"),

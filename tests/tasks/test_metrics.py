@@ -52,5 +52,5 @@ def test_constant_answer_is_the_most_common_and_of_equals_the_first(targets, ans
 
 
 def test_constant_answer_needs_training_rows():
-    with pytest.raises(ValueError, match="t has no training rows, of which the most common target"):
+    with pytest.raises(ValueError, match="t has no training rows, so it has no most common target"):
         constant_answer(_task())

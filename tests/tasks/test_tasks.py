@@ -238,7 +238,7 @@ def test_bad_encoding(tmp_path):
 
 
 def test_unknown_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"is no task folder: it holds nothing; wanted train\.jsonl"):
+    with pytest.raises(ValueError, match=r"is not a task folder: it holds nothing; wanted train\.jsonl"):
         load_task(tmp_path)
     for name in "gfedcba":
         (tmp_path / f"{name}.json").touch()
@@ -279,7 +279,7 @@ def test_hub_failure_names_the_source(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError,
-        match="owner/no_such_data is no local path, and the hub did not give it: [a-zA-Z]+: Couldn't",
+        match="owner/no_such_data is not a local path, and could not be loaded from the hub: [a-zA-Z]+: Couldn't",
     ):
         load_task("owner/no_such_data")
 
