@@ -9,7 +9,7 @@ All are linear in the counts of `counts`, so that matrices and layers add up. Jo
               shift-add  additions E_add
               digital    sums E_add + outputs E_MAC + (inputs + outputs) E_word
 
-docs/cost.md explains them, and names what is not modelled.
+docs/guides/cost.md explains them, and names what is not modelled.
 """
 
 from typing import NamedTuple

@@ -224,7 +224,7 @@ def test_a_tied_head_is_digital():
 
 
 def test_the_docs_hold_the_table_of_constants():
-    assert aligned(constants_table(CONSTANTS)) in (_ROOT / "docs" / "cost.md").read_text()
+    assert aligned(constants_table(CONSTANTS)) in (_ROOT / "docs" / "guides" / "cost.md").read_text()
 
 
 def test_numbers_as_they_are_read():
