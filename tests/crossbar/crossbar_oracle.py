@@ -1,8 +1,8 @@
 """What a crossbar computes, in NumPy and float64, loop by loop: the oracle of the differential tests.
 
 Written from the equations of docs/concepts/crossbar.md. It shares the configuration classes with the package and
-nothing else; the wires are solved by nodal analysis, ties at an ADC are decided in whole numbers, and noise enters as the exact mean
-and variance of every conversion.
+nothing else; the wires are solved by nodal analysis, ties at an ADC are decided in whole numbers, and noise enters as
+the exact mean and variance of every conversion.
 
 Axis letters: K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles, B batch.
 """
