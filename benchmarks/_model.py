@@ -15,7 +15,7 @@ import numpy as np
 from _measure import ROOT
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.io.hf import read_config

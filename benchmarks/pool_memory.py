@@ -28,7 +28,7 @@ from _measure import case
 from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from safetensors.numpy import load_file, save_file
 from string_tasks import CHARACTER_OPS, LETTERS, MAX_LETTERS, MAX_OUTPUT, POSITION_OPS, Task, draw, split
 
-from lorafusion_jax.adapters.composition import Lora
+from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io.checkpoint import new_folder
 from lorafusion_jax.io.hf import save_base
 from lorafusion_jax.io.peft.adapter import write_adapter
@@ -212,8 +212,8 @@ def cross_entropy(model: T5, lora: dict[str, Factors] | None, batch: Batches) ->
     return loss.cross_entropy(logits, labels)
 
 
-def adapters(lora: dict[str, Factors] | None) -> dict[str, Lora]:
-    return {site: Lora(A, B * (ALPHA / RANK)) for site, (A, B) in (lora or {}).items()}
+def adapters(lora: dict[str, Factors] | None) -> dict[str, LowRank]:
+    return {site: LowRank(A, B * (ALPHA / RANK)) for site, (A, B) in (lora or {}).items()}
 
 
 def accuracies(

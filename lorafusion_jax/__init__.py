@@ -3,8 +3,10 @@
 __version__ = "0.1.0.dev0"
 
 from . import crossbar
-from .adapters.composition import Gram, Lora, Modules, column_norms, compose, gram
+from .adapters.composition import compose
+from .adapters.norms import Gram, column_norms, gram
 from .adapters.pool import LoraPool, random_pool, shuffled_pool
+from .adapters.updates import LowRank, Modules
 from .crossbar import CrossbarConfig, mvm, program, program_tree
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, read_config, save_base
@@ -32,7 +34,7 @@ __all__ = [
     "Fusion",
     "Gram",
     "LoRA",
-    "Lora",
+    "LowRank",
     "LoraPool",
     "Merge",
     "Method",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.method import Frozen
 from lorafusion_jax.models.t5.model import T5, T5Config, kernels

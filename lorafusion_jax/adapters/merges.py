@@ -6,7 +6,7 @@ With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weight
     magnitude_prune   linear, after all but the largest share `density` of every A_n and B_n is set to zero
     dare_linear       linear, after random entries are set to zero and the rest divided by the density
     ties, dare_ties   pruned likewise; per entry, the weighted mean of the modules whose sign is that of their sum
-    cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `fusion.compose`
+    cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `composition.compose`
     svd               that dW at a lower rank
     *_svd             the rules above on the dW_n in place of factors, then the same
 
@@ -30,8 +30,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..crossbar.values import is_traced
 from ..models.weights import Weight, dense, map_layers
-from .composition import Dense, Lora, Modules, Outputs, compose, product
+from .composition import compose
+from .norms import product
 from .pool import LoraPool
+from .updates import Dense, LowRank, Modules, Outputs
 
 _OnFactors = Literal["linear", "magnitude_prune", "dare_linear", "ties", "dare_ties"]
 _OnUpdates = Literal["svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd", "dare_ties_svd"]
@@ -59,14 +61,14 @@ def merge(
     density: float = 0.5,
     rank: int | None = None,
     key: Array | None = None,
-) -> dict[str, Lora | Dense | Modules | Outputs]:
+) -> dict[str, LowRank | Dense | Modules | Outputs]:
     """Return one adapter by site, merged from modules of a pool.
 
     Args:
       pool: P adapters; without their scalings, these count as equal.
       index: which of them; a single one is only weighted, as in PEFT.
       weights: one for each, of either sign.
-      kind: the rule; `cat` gives what `compose` does, the others a `Lora`.
+      kind: the rule; `cat` gives what `compose` does, the others a `LowRank`.
       density: share of the entries that pruning keeps.
       rank: of the result of an svd; None for the largest of the pool.
       key: of the masks of dare; an entry's fate depends on it, the module's name, site and layer alone.
@@ -107,7 +109,7 @@ def merge(
     for site, ranks in pool.rank.items():
         scaling = jnp.ones(ranks.shape) if pool.scaling is None else pool.scaling[site]
         layers = (jnp.arange(ranks.shape[0]), pool.A[site], pool.B[site], scaling)
-        merged[site] = Lora(*map_layers(partial(of_layer, site), layers))
+        merged[site] = LowRank(*map_layers(partial(of_layer, site), layers))
     return merged
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from functools import partial
 from typing import NamedTuple, get_args
 
-from ..adapters.composition import Composition
+from ..adapters.updates import Composition
 from ..models.sites import targeted
 from ..models.t5.model import T5Config
 from ..runs.options import GIVEN, UNTRAINED, MethodName, Recipe

@@ -53,7 +53,7 @@ class Update:
         return self.rank * (self.modules if self.kind == "sum" else 1)
 
     def is_dense(self, site: Site) -> bool:
-        """Whether the sum is formed as a whole matrix (see `fusion.compose.Dense`)."""
+        """Whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
         return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 

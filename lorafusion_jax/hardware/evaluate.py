@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..adapters.composition import gram
+from ..adapters.norms import gram
 from ..adapters.pool import LoraPool
 from ..crossbar import CrossbarConfig, ReadNoise
 from ..crossbar.state import is_random

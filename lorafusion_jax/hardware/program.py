@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..adapters.composition import gram, norms
+from ..adapters.norms import gram, norms
 from ..crossbar import program_tree
 from ..crossbar.tree import Rules
 from ..methods.method import Frozen

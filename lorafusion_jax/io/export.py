@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..adapters.composition import Composition, Lora, check_mix
-from ..adapters.dora import Dora
+from ..adapters.composition import check_mix
 from ..adapters.pool import LoraPool
+from ..adapters.updates import Composition, LowRank, WeightDecomposed
 from ..models.layers import Adapter, Linear
 from ..models.sites import hf_path
 from ..models.t5.model import T5
@@ -72,7 +72,7 @@ def fused_adapter(
 
 
 def lora_adapter(
-    adapters: Mapping[str, Lora | Dora],
+    adapters: Mapping[str, LowRank | WeightDecomposed],
     *,
     base: str,
     magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,

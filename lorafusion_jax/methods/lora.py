@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ..adapters.composition import Lora
-from ..adapters.dora import Dora
+from ..adapters.updates import LowRank, WeightDecomposed
 from ..models.sites import Site
 from .method import Frozen, Params
 
@@ -53,8 +52,8 @@ class LoRA:
         A, B = params["lora"]["A"], params["lora"]["B"]
         B = {site: b * (self.alpha / self.rank) for site, b in B.items()}
         if self.dora:
-            return {site: Dora(A[site], B[site], params["magnitudes"][site]) for site in A}, {}
-        return {site: Lora(A[site], B[site]) for site in A}, {}
+            return {site: WeightDecomposed(A[site], B[site], params["magnitudes"][site]) for site in A}, {}
+        return {site: LowRank(A[site], B[site]) for site in A}, {}
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
         """Return that every number counts."""

@@ -5,27 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from ..models.weights import Weight, matmul
+from ..adapters.updates import Rescaled
 from .method import Frozen, Params
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rescaled:
-    """`x W * scale`.
-
-    Attributes:
-      scale: [d_out], under a scan over layers [L, d_out].
-    """
-
-    scale: Float[Array, "*L d_out"]
-
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the rescaled product."""
-        y = matmul(x, kernel)
-        return y * jnp.expand_dims(self.scale.astype(y.dtype), range(y.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)

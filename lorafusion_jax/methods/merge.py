@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..adapters.composition import Lora
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
+from ..adapters.updates import LowRank
 from .method import Frozen, Params
 
 
@@ -48,7 +48,7 @@ class Merge:
         if self.kind == "cat":
             return {"weights": weights}
         merged = self._merge(frozen, index, weights, key)
-        factors = {site: lora for site, lora in merged.items() if isinstance(lora, Lora)}
+        factors = {site: lora for site, lora in merged.items() if isinstance(lora, LowRank)}
         return {"merged": {"A": {s: m.A for s, m in factors.items()}, "B": {s: m.B for s, m in factors.items()}}}
 
     def adapters(
@@ -58,7 +58,7 @@ class Merge:
         if self.kind == "cat":
             return self._merge(frozen, index, jax.lax.stop_gradient(params["weights"]), None), {}
         A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
-        return {site: Lora(A[site], B[site]) for site in A}, {}
+        return {site: LowRank(A[site], B[site]) for site in A}, {}
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
         """Return that no number counts."""

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.coefficients import Granularity, Start
-from ..adapters.composition import Composition, Gram, check_mix, column_norms, compose
+from ..adapters.composition import check_mix, compose
+from ..adapters.norms import Gram, column_norms
 from ..adapters.pool import LoraPool
+from ..adapters.updates import Composition
 from ..models.t5.model import T5
 
 Params = dict[str, Any]
@@ -82,7 +84,7 @@ class Fusion:
     magnitudes of its own: they are where trained ones start, and stay as they are where only coefficients are trained.
 
     Attributes:
-      composition: `mix` or `sum` (see `fusion.compose`).
+      composition: `mix` or `sum` (see `adapters.composition`).
       granularity: of the coefficients: one per module, and block, site or rank.
       start: of the coefficients.
       magnitudes: train them; else coefficients only.
@@ -111,7 +113,7 @@ class Fusion:
         """Return coefficients and, where trained, magnitudes: those of the base, or of a DoRA pool.
 
         Raises:
-          ValueError: there is no pool, or a mix cannot use it (see `compose.check_mix`).
+          ValueError: there is no pool, or a mix cannot use it (see `composition.check_mix`).
         """
         pool, gram = _pool_of(frozen)
         if self.composition == "mix":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ..adapters.composition import Lora
+from ..adapters.updates import LowRank
 from ..models.sites import Site
 from .method import Frozen, Params, Projections
 
@@ -55,7 +55,7 @@ class VeRA:
         A, B = frozen.projections
         d, b = params["vera"]["d"], params["vera"]["b"]
         return {
-            name: Lora(A[None, : site.d_in] * d[name][:, None], B[None, :, : site.d_out] * b[name][:, None])
+            name: LowRank(A[None, : site.d_in] * d[name][:, None], B[None, :, : site.d_out] * b[name][:, None])
             for name, site in self.sites
         }, {}
 

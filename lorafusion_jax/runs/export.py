@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.coefficients import expand
-from ..adapters.composition import Lora
+from ..adapters.updates import LowRank
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft.adapter import resave, write_adapter
@@ -104,11 +104,11 @@ def _adapter(
     return lora_adapter(adapters, base=base, magnitudes=magnitudes)
 
 
-def _no_update(loaded: Fused, magnitudes: dict[str, Array]) -> dict[str, Lora]:
+def _no_update(loaded: Fused, magnitudes: dict[str, Array]) -> dict[str, LowRank]:
     """Return updates of rank 1 that are zero: PEFT has magnitudes only beside an update."""
     adapted = sites(nnx.merge(loaded.graph, loaded.frozen.base).config)
     shapes = {name: (site.layers, site.d_in, site.d_out) for name, site in adapted.items() if name in magnitudes}
     return {
-        name: Lora(jnp.zeros((layers, d_in, 1)), jnp.zeros((layers, 1, d_out)))
+        name: LowRank(jnp.zeros((layers, d_in, 1)), jnp.zeros((layers, 1, d_out)))
         for name, (layers, d_in, d_out) in shapes.items()
     }

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..adapters.coefficients import Granularity, Start
-from ..adapters.composition import Composition
+from ..adapters.updates import Composition
 from ..adapters.merges import MergeKind
 from ..tasks.protocol import Protocol
 from ..methods.method import Fusion

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..adapters.composition import gram, norms
+from ..adapters.norms import gram, norms
 from ..adapters.pool import LoraPool, random_pool, shuffled_pool
 from ..io.hf import base_tensor, load_base, read_config
 from ..io.pool import check_base, load_pool, read_manifest, read_pool

@@ -13,8 +13,10 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
-from lorafusion_jax.adapters.composition import Dense, Gram, Lora, Modules, column_norms, compose, gram, mix_outputs
+from lorafusion_jax.adapters.composition import compose
+from lorafusion_jax.adapters.norms import Gram, column_norms, gram
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
+from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
 from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.models.t5.model import kernels
@@ -91,7 +93,7 @@ def _kernel(site, layer):
 @pytest.mark.parametrize("granularity", _GRANULARITIES)
 @pytest.mark.parametrize(
     ("composition", "ranks", "kind"),
-    [("mix", _somewhere, Lora), ("sum", _somewhere, Modules), ("sum", _several, Modules), ("sum", _full, Dense)],
+    [("mix", _somewhere, LowRank), ("sum", _somewhere, Modules), ("sum", _several, Modules), ("sum", _full, Dense)],
 )
 def test_adapters_are_the_definition(composition, granularity, ranks, kind):
     pool = tiny.pool(4, ranks)

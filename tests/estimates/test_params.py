@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import Gram
+from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.params import SHAPES, ParamsOptions, counts, params

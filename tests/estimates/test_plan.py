@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import shape
-from lorafusion_jax.adapters.composition import Gram
+from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.estimate import METHODS, Settings, estimate, trainable_count, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from examples.string_tasks import CHARACTER_OPS, POSITION_OPS, Task, draw, split
-from lorafusion_jax.adapters.composition import Lora
+from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io import torch_pickle
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.io.pool import read_pool
@@ -58,7 +58,7 @@ def answer(base, tokenizer):
         adapters = {}
         if adapter is not None:
             pool = read_pool([str(_SMALL / "adapters" / adapter.name)], config)
-            adapters = {site: Lora(pool.A[site][:, 0], pool.B[site][:, 0]) for site in pool.A}
+            adapters = {site: LowRank(pool.A[site][:, 0], pool.B[site][:, 0]) for site in pool.A}
         batch = tokenizer(contexts, padding="max_length", max_length=12, return_tensors="np")
         mask = jnp.asarray(batch["attention_mask"], bool)
         ids = run(state, jnp.asarray(batch["input_ids"], jnp.int32), mask, adapters)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import Dense, Outputs, gram
+from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.adapters.updates import Dense, Outputs
 from lorafusion_jax.crossbar.config import DAC, Cell, CrossbarConfig, Mapping
 from lorafusion_jax.crossbar.device import Device, ReadNoise
 from lorafusion_jax.crossbar.presets import PRESETS

@@ -11,7 +11,8 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import expand, shape
-from lorafusion_jax.adapters.composition import Lora, column_norms, gram
+from lorafusion_jax.adapters.norms import column_norms, gram
+from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
 from lorafusion_jax.io.pool import read_pool
@@ -111,7 +112,7 @@ def test_a_quantised_pool_exports_what_it_computes(composition):
 def test_a_lora_is_a_plain_adapter():
     rng = np.random.default_rng(0)
     adapters = {
-        site: Lora(
+        site: LowRank(
             jnp.asarray(rng.normal(size=(layers, d_in, 3)), jnp.float32),
             jnp.asarray(rng.normal(size=(layers, 3, d_out)), jnp.float32),
         )

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import norms
+from lorafusion_jax.adapters.norms import norms
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA

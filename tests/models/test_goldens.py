@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool

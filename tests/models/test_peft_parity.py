@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.hf import load_base, save_base

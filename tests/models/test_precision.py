@@ -14,9 +14,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.composition import compose, gram
-from lorafusion_jax.adapters.dora import Dora
+from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import merge
+from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.adapters.updates import WeightDecomposed
 from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.models.t5.model import kernels
 from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state
@@ -89,4 +90,4 @@ def test_merges(kind):
 def test_a_dora_in_training():
     rng = np.random.default_rng(0)
     A, B, W, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 3), (3, 12), (16, 12), (_ROWS, 16)))
-    _check(_products(jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))), Dora(A, B, jnp.ones(12)), x, W))
+    _check(_products(jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))), WeightDecomposed(A, B, jnp.ones(12)), x, W))

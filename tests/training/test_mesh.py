@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax.adapters.composition import gram
+from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.models.t5.model import kernels

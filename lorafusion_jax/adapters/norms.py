@@ -1,0 +1,90 @@
+"""Column norms of W and of W + dW, by the terms that form neither.
+
+Products of weights with weights have precision "highest": by default a TPU multiplies float32 numbers in bfloat16 and
+a recent NVIDIA card in TF32. A CPU computes the same either way.
+
+Axis letters: L layer, P adapters of the pool, r rank.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..models.weights import Weight, dense, map_layers
+from .pool import LoraPool
+
+# Where dW nearly cancels W the Gram form loses digits and can turn negative: floored at a few eps.
+_NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gram:
+    """What the norm ||W + dW|| needs besides the pool, computed once per base and pool.
+
+    Attributes:
+      squared: site -> [L, d_out], ||W||^2 of every column.
+      cross: site -> [L, P, r, d_out], A_n^T W.
+      modules: whose A and B the norms are of, where the pool's own are not: it sits in arrays, and the norms are of
+        what was meant to be there.
+    """
+
+    squared: dict[str, Float[Array, "*C _L _d_out"]]
+    cross: dict[str, Float[Array, "*C _L P _r _d_out"]]
+    modules: LoraPool | None = None
+
+
+def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
+    """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time.
+
+    Each module has a product of its own: in one for all, its last bits depend on how many there are.
+    """
+
+    def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
+        kernel, A = (dense(w, jnp.float32) for w in layer)
+        return jnp.sum(jnp.square(kernel), axis=0), jax.lax.map(lambda a: product(a.T, kernel), A)
+
+    terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
+    return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
+
+
+def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
+    """Return ||W|| of every column of kernels, in float32."""
+
+    def of_layer(kernel: Weight) -> Array:
+        return jnp.linalg.norm(dense(kernel, jnp.float32), axis=0)
+
+    return {site: map_layers(of_layer, kernel) for site, kernel in kernels.items()}
+
+
+def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
+    """Return ||W|| of every column, where magnitudes start."""
+    return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
+
+
+def product(a: Float[Array, "*M k"], b: Float[Array, "*N k n"]) -> Float[Array, "..."]:
+    """Return `a @ b` of float32 weights in float32, whatever a device's default is."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def column_norm(
+    squared: Float[Array, " d_out"], between: Float[Array, " d_out"], of_update: Float[Array, " d_out"]
+) -> tuple[Float[Array, " d_out"], Int[Array, ""]]:
+    """Return ||W + dW|| per column from its Gram terms, and how many were floored.
+
+    ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second is 2 (A^T W)_j . B_j and the third
+    B_j . (A^T A) B_j, so that neither W nor dW is formed.
+    """
+    floor = _NORM_FLOOR * (squared + of_update)
+    total = squared + between + of_update
+    return jnp.sqrt(jnp.maximum(total, floor)), jnp.sum(total < floor, dtype=jnp.int32)
+
+
+def squared_columns(left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]) -> Float[Array, " d_out"]:
+    """Return ||left right||^2 of every column, by the order of products that takes fewer operations."""
+    (d_in, k), d_out = left.shape, right.shape[1]
+    if d_in * d_out < k * (d_in + d_out):
+        return jnp.sum(jnp.square(product(left, right)), axis=0)
+    return jnp.sum(right * product(product(left.T, left), right), axis=0)

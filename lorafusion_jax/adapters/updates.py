@@ -1,0 +1,199 @@
+"""Updates of a linear map: the forms that `models.weights.matmul(x, W)` becomes where an adapter sits.
+
+Each takes (x, kernel) and is stacked over the layers of its site: a scan passes one layer at a time.
+
+Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..models.weights import Weight, dense, is_in_arrays, matmul
+from .norms import column_norm, product
+
+Composition = Literal["mix", "sum"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """One low-rank update: `(x W + x A B) * scale`.
+
+    Attributes:
+      A: [d_in, r], under a scan over layers [L, d_in, r].
+      B: [r, d_out].
+      scale: [d_out], or None for 1.
+    """
+
+    A: Weight
+    B: Weight
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        return _scaled(matmul(x, kernel) + matmul(matmul(x, self.A), self.B), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rescaled:
+    """`x W * scale`.
+
+    Attributes:
+      scale: [d_out], under a scan over layers [L, d_out].
+    """
+
+    scale: Float[Array, "*L d_out"]
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the rescaled product."""
+        y = matmul(x, kernel)
+        return y * jnp.expand_dims(self.scale.astype(y.dtype), range(y.ndim - 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightDecomposed:
+    """One update under magnitudes: `m / ||W + A B|| * x (W + A B)`, the norm taken as constant.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024), and PEFT.
+
+    Attributes:
+      A: [d_in, r], under a scan over layers [L, d_in, r].
+      B: [r, d_out], the scaling folded in.
+      magnitude: [d_out].
+    """
+
+    A: Float[Array, "*L d_in r"]
+    B: Float[Array, "*L r d_out"]
+    magnitude: Float[Array, "*L d_out"]
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        W = dense(kernel, jnp.float32)
+        squared = jnp.sum(jnp.square(W), axis=0)
+        cross = 2 * jnp.sum(product(self.A.T, W) * self.B, axis=0)
+        of_update = jnp.sum(self.B * product(product(self.A.T, self.A), self.B), axis=0)
+        norm, _ = column_norm(squared, cross, of_update)
+        scale = (self.magnitude / jax.lax.stop_gradient(norm)).astype(x.dtype)
+        y = matmul(x, kernel) + matmul(matmul(x, self.A), self.B)
+        return y * jnp.expand_dims(scale, range(y.ndim - 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """One update as a whole matrix: `x (W + dW) * scale`.
+
+    Used only where N r >= d_in: the modules' factors are then no smaller than dW, which is formed for all layers.
+
+    Attributes:
+      delta: [d_in, d_out].
+      scale: [d_out], or None for 1.
+    """
+
+    delta: Float[Array, "*L d_in d_out"]
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        if is_in_arrays(kernel):
+            return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
+        return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """A sum of products, as one update of rank N r: `(x W + sum_n c_n x A_n B_n) * scale`.
+
+    The modules are gathered from the pool where they are used, layer by layer inside the scan, so that
+    seeds with different draws share one pool in memory.
+
+    Attributes:
+      A: [P, d_in, r].
+      B: [P, r, d_out].
+      index: [N], which modules.
+      coefficients: [N, 1], or [N, r] to weigh every rank on its own.
+      scale: [d_out], or None for 1.
+    """
+
+    A: Weight
+    B: Weight
+    index: Int[Array, "*L N"]
+    coefficients: Float[Array, "*L N k"]
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        A, B = (dense(gather(w, self.index), x.dtype) for w in (self.A, self.B))
+        reads = jnp.einsum("...i,nir->...nr", x, A)
+        mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))
+        return _scaled(matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Modules in arrays of their own, mixed in their outputs: every A_n and B_n is read as it stands.
+
+    Attributes:
+      A: [P, d_in, r].
+      B: [P, r, d_out].
+      index: [N], which modules.
+      coefficients: [N, r], zero where a module has no such rank.
+      composition: `mix` or `sum`.
+      scale: [d_out], or None for 1.
+    """
+
+    A: Weight
+    B: Weight
+    index: Int[Array, "*L N"]
+    coefficients: Float[Array, "*L N r"]
+    composition: Composition = dataclasses.field(metadata={"static": True})
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        A, B = (gather(w, self.index) for w in (self.A, self.B))
+        return _scaled(mix_outputs(x, kernel, A, B, self.coefficients, self.composition), self.scale)
+
+
+def mix_outputs(
+    x: Float[Array, "*B d_in"],
+    kernel: Weight,
+    A: Weight,
+    B: Weight,
+    coefficients: Float[Array, "N k"],
+    composition: Composition,
+) -> Float[Array, "*B d_out"]:
+    """Return `x (W + dW)` mixed in the outputs: every A_n and B_n multiplied as it stands, then summed.
+
+    The order of evaluation of hardware, whose modules sit frozen in arrays of their own.
+
+    Args:
+      x: activations.
+      kernel: [d_in, d_out].
+      A: [N, d_in, r].
+      B: [N, r, d_out].
+      coefficients: of each module (k = 1), or of each module and rank (k = r).
+      composition: `mix` or `sum`.
+    """
+    c = jnp.expand_dims(coefficients.astype(x.dtype), range(1, x.ndim))
+    reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c
+    if composition == "mix":
+        reads = jnp.sum(reads, axis=0)[None] * c
+    return matmul(x, kernel) + jnp.sum(jax.vmap(matmul)(reads, B), axis=0)
+
+
+def _scaled(y: Array, scale: Array | None) -> Array:
+    return y if scale is None else y * jnp.expand_dims(scale.astype(y.dtype), range(y.ndim - 1))
+
+
+def gather(weight: Weight, index: Array) -> Weight:
+    """Return the chosen modules of a weight [P, ...], in whatever form it is held."""
+    return jax.tree.map(lambda a: jnp.take(a, index, axis=0), weight)
