@@ -20,8 +20,8 @@ import numpy as np
 from _measure import case, in_turns, of_turns, product_rates
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import definition as crossbar_definition
-from lorafusion_jax.crossbar.normal import normal
+from lorafusion_jax.crossbar.devices.normal_draws import normal
+from lorafusion_jax.crossbar.read import definition as crossbar_definition
 
 _SIZE, _BATCH = 1024, 256
 _CHIPS, _CHIP_SIZE, _CHIP_BATCH = 16, 512, 64

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, PowerLaw, Proportional, ReadNoise
-from lorafusion_jax.crossbar.encoding import input_codes, pulses
+from lorafusion_jax.crossbar.mapping.encoding import input_codes, pulses
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

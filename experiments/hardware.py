@@ -24,7 +24,7 @@ from _common import ROOT
 from _hardware import Row, Store, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
-from lorafusion_jax.crossbar.serialise import config_hash
+from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot

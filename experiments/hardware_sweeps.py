@@ -26,8 +26,7 @@ from _common import ROOT, SMALL
 from _hardware import Row, Store, Subject, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
-from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional
-from lorafusion_jax.crossbar.serialise import config_hash, load_config
+from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, config_hash, load_config
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.hardware.folder import aged, load_chips

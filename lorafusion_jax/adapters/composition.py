@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..crossbar.values import is_traced
+from ..crossbar.devices.physical import is_traced
 from ..models.weights import Weight, dense, is_in_arrays, map_layers
 from .norms import Gram, column_norm, product, squared_columns
 from .pool import LoraPool

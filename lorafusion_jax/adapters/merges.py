@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..crossbar.values import is_traced
+from ..crossbar.devices.physical import is_traced
 from ..models.weights import Weight, dense, map_layers
 from .composition import compose
 from .norms import product

@@ -5,21 +5,26 @@ state = crossbar.program(weights, config, key)     # write a matrix into arrays,
 y = crossbar.mvm(x, state, config)                 # what the arrays make of x @ weights
 """
 
-from .calibrate import Statistics, calibrated, probe
-from .config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from .constants import CONSTANTS, Constant, Constants, load_constants, save_constants
-from .cost import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
-from .counts import Counts, counts
-from .device import Device, ReadNoise, Sinh, StuckAt
-from .drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
-from .explain import Explanation, explain
-from .mvm import mvm
-from .parasitics import Wire
-from .plan import Plan
-from .presets import PRESETS
-from .probing import calibrate_tree, observe, site_errors
-from .programmed import Programmed, reads
-from .programming import (
+from .calibration.one_chip import Statistics, calibrated, probe
+from .calibration.whole_model import calibrate_tree, observe, site_errors
+from .chip.files import load_state, save_state
+from .chip.plan import Plan
+from .chip.program import ArrayState, program, programmed_weights
+from .chip.segments import Segments, map_layers, scan_layers
+from .chip.tree import program_tree
+from .chip.weight import Programmed, reads
+from .config.files import config_hash, load_config, save_config
+from .config.presets import PRESETS
+from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from .cost.constants import CONSTANTS, Constant, Constants, load_constants, save_constants
+from .cost.counts import Counts, counts
+from .cost.energy import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
+from .cost.explain import Explanation, explain
+from .cost.ranges import Range
+from .devices.device import Device, ReadNoise, Sinh, StuckAt
+from .devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
+from .devices.wires import Wire
+from .devices.write_error import (
     PCM_JOSHI_2020,
     RERAM_CMO_2025,
     RERAM_MILO_2021,
@@ -29,12 +34,7 @@ from .programming import (
     Proportional,
     WriteVerify,
 )
-from .ranges import Range
-from .saved import load_state, save_state
-from .segments import Segments, map_layers, scan_layers
-from .serialise import config_hash, load_config, save_config
-from .state import ArrayState, program, programmed_weights
-from .tree import program_tree
+from .read.matmul import mvm
 
 __all__ = [
     "ADC",

@@ -38,9 +38,9 @@ def calibration_batches(
             yield jax.tree.map(lambda p, seed=seed: p[seed], dict(params)), setup.index[seed], batch
 
 
-@functools.lru_cache  # the same function again: `crossbar.probing` compiles once for each
+@functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each
 def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Params, Array, Batch]], Array]:
-    """Return the model as `crossbar.probing` runs it: of frozen weights and (params, index, batch) of one seed."""
+    """Return the model as `crossbar.calibration` runs it: of frozen weights and (params, index, batch) of one seed."""
 
     def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:
         params, index, batch = inputs

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..crossbar.probing import programmed_leaves, replaced
-from ..crossbar.structure import Structure, split_config
-from ..crossbar.tree import Rules
+from ..crossbar.calibration.whole_model import programmed_leaves, replaced
+from ..crossbar.chip.tree import Rules
+from ..crossbar.config.structure import Structure, split_config
 from ..methods.method import Frozen
 from ..models.weights import reads
 from .program import Norms, program

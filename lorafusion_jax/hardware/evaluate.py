@@ -12,7 +12,7 @@ from flax import nnx
 from ..adapters.norms import gram
 from ..adapters.pool import LoraPool
 from ..crossbar import CrossbarConfig, ReadNoise
-from ..crossbar.state import is_random
+from ..crossbar.chip.program import is_random
 from ..io.checkpoint import write_json
 from ..methods.lora import LoRA
 from ..methods.method import Fusion, Params

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..crossbar import CrossbarConfig, Polynomial, config_hash, load_config, load_state, program_tree
-from ..crossbar.tree import Rules
+from ..crossbar.chip.tree import Rules
 from ..models.t5.model import matrices
 from ..models.weights import dense
 from ..runs.prepare import Fused

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import gram, norms
 from ..crossbar import program_tree
-from ..crossbar.tree import Rules
+from ..crossbar.chip.tree import Rules
 from ..methods.method import Frozen
 from ..models.t5.model import kernels, matrices, set_matrices
 from ..models.weights import dense
@@ -39,7 +39,7 @@ def program(
     Args:
       graph: the model's structure.
       frozen: digital weights, quantised or not.
-      rules: path pattern -> configuration, or None for digital (see `crossbar.tree`).
+      rules: path pattern -> configuration, or None for digital (see `crossbar.program_tree`).
       key: of the chip. The same key is the same chip; may be vmapped over.
       modules: the numbers that the pool's modules have on the chip, where it holds more of them.
       norm: of which weights the magnitudes' norms are.

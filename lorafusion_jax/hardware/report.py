@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from ..crossbar import calibrate_tree, config_hash, explain, load_config, observe, site_errors
-from ..crossbar.probing import programmed_leaves
-from ..crossbar.state import is_random
-from ..crossbar.tree import Rules
+from ..crossbar.calibration.whole_model import programmed_leaves
+from ..crossbar.chip.program import is_random
+from ..crossbar.chip.tree import Rules
 from ..io.checkpoint import write_json
 from ..methods.method import Frozen
 from ..runs.apply import EvaluateOptions, load_to_evaluate

@@ -7,8 +7,8 @@ import jax
 from jaxtyping import Array, Int
 
 from ..crossbar import CrossbarConfig
-from ..crossbar.config import deterministic
-from ..crossbar.state import is_random
+from ..crossbar.chip.program import is_random
+from ..crossbar.config.schema import deterministic
 from ..methods.merge import Merge
 from ..methods.method import Frozen, Params
 from ..runs.options import FuseOptions

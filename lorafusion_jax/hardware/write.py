@@ -20,8 +20,8 @@ from ..crossbar import (
     save_state,
     write_cost,
 )
-from ..crossbar.probing import programmed_leaves
-from ..crossbar.state import is_random
+from ..crossbar.calibration.whole_model import programmed_leaves
+from ..crossbar.chip.program import is_random
 from ..io.checkpoint import write_json
 from ..runs.options import FuseOptions, Recipe
 from ..runs.prepare import available, load_fused

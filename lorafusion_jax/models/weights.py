@@ -15,7 +15,7 @@ import qwix
 from jaxtyping import Array, Float
 
 from ..crossbar import Programmed, Segments, map_layers, reads, scan_layers
-from ..crossbar.programmed import is_programmed
+from ..crossbar.chip.weight import is_programmed
 from .narrow import kept
 
 __all__ = [

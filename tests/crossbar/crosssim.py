@@ -9,11 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device, ReadNoise
-from lorafusion_jax.crossbar.encoding import partition
-from lorafusion_jax.crossbar.parasitics import Wire
-from lorafusion_jax.crossbar.programming import RERAM_MILO_2021, Independent, Polynomial, Proportional
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    RERAM_MILO_2021,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    Polynomial,
+    Proportional,
+    ReadNoise,
+    Tile,
+    Wire,
+)
+from lorafusion_jax.crossbar.mapping.encoding import partition
 
 BALANCED, BITSLICED, OFFSET = 1, 2, 3
 CALIBRATED, MAX, GRANULAR = 1, 2, 3

@@ -8,14 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
-from lorafusion_jax.crossbar.drift import PCM_DRIFT
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.parasitics import Wire
-from lorafusion_jax.crossbar.programming import Independent, Proportional, WriteVerify
-from lorafusion_jax.crossbar.state import program
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    PCM_DRIFT,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    Proportional,
+    ReadNoise,
+    Sinh,
+    StuckAt,
+    Tile,
+    Wire,
+    WriteVerify,
+    calibrated,
+    mvm,
+    probe,
+    program,
+)
 
 OFFSET = Encoding(kind="offset")
 FOUR = ((-1.0, 1.0),) * 4

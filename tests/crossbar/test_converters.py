@@ -25,8 +25,8 @@ from lorafusion_jax.crossbar import (
     probe,
     program,
 )
-from lorafusion_jax.crossbar import definition as definition_module
-from lorafusion_jax.crossbar.adc import Converter
+from lorafusion_jax.crossbar.mapping.adc import Converter
+from lorafusion_jax.crossbar.read import definition as definition_module
 
 UNSIGNED = DAC(signed=False, scaling="fixed")
 OFFSET, UNIT = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True)

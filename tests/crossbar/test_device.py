@@ -8,27 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt, realise
-from lorafusion_jax.crossbar.drift import (
+from lorafusion_jax.crossbar import (
     PCM_DRIFT,
-    RERAM_CMO_DRIFT,
-    Flicker,
-    LogLinear,
-    PowerLaw,
-    Relaxation,
-    drift_compensation,
-)
-from lorafusion_jax.crossbar.normal import normal
-from lorafusion_jax.crossbar.programming import (
     PCM_JOSHI_2020,
     RERAM_CMO_2025,
+    RERAM_CMO_DRIFT,
     RERAM_MILO_2021,
     RERAM_WAN_2022,
+    Device,
+    Flicker,
     Independent,
+    LogLinear,
     Polynomial,
+    PowerLaw,
     Proportional,
+    ReadNoise,
+    Relaxation,
+    Sinh,
+    StuckAt,
     WriteVerify,
+    drift_compensation,
 )
+from lorafusion_jax.crossbar.devices.device import realise
+from lorafusion_jax.crossbar.devices.normal_draws import normal
 
 KEY = jax.random.key(7)
 N = 40_000

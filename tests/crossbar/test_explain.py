@@ -8,16 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import encoding
-from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from lorafusion_jax.crossbar.definition import all_sums
-from lorafusion_jax.crossbar.device import Device, ReadNoise
-from lorafusion_jax.crossbar.explain import explain
-from lorafusion_jax.crossbar.parasitics import Wire
-from lorafusion_jax.crossbar.presets import PRESETS
-from lorafusion_jax.crossbar.programming import Independent
-from lorafusion_jax.crossbar.state import program
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    PRESETS,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    ReadNoise,
+    Tile,
+    Wire,
+    calibrated,
+    explain,
+    probe,
+    program,
+)
+from lorafusion_jax.crossbar.mapping import encoding
+from lorafusion_jax.crossbar.read.definition import all_sums
 
 SMALL = Tile(rows=16, cols=12)
 CONFIGS = {

@@ -11,12 +11,20 @@ import pytest
 from crosssim import Inexpressible, adc_limits, convert, gain
 from crosssim_loop import changed, matmat, parameters
 
-from lorafusion_jax.crossbar import encoding
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.programming import Independent, Proportional
-from lorafusion_jax.crossbar.state import program
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Independent,
+    Mapping,
+    Proportional,
+    Tile,
+    mvm,
+    program,
+)
+from lorafusion_jax.crossbar.mapping import encoding
 
 NAMES = [
     "c01_bal_w8s4_fpin_noadc",

@@ -7,14 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar.calibrate import probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
-from lorafusion_jax.crossbar.drift import Flicker, LogLinear, PowerLaw, Relaxation
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.parasitics import Wire
-from lorafusion_jax.crossbar.programming import RERAM_WAN_2022, Independent, Proportional, WriteVerify
-from lorafusion_jax.crossbar.state import program, programmed_weights
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    RERAM_WAN_2022,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Flicker,
+    Independent,
+    LogLinear,
+    Mapping,
+    PowerLaw,
+    Proportional,
+    ReadNoise,
+    Relaxation,
+    Sinh,
+    StuckAt,
+    Tile,
+    Wire,
+    WriteVerify,
+    mvm,
+    probe,
+    program,
+    programmed_weights,
+)
 
 CHIP, READ = jax.random.key(11), jax.random.key(12)
 WIDE = ADC(bits=16, range="given", limits=((-8.0, 8.0),) * 4)  # rounds little and clips nothing

@@ -9,18 +9,32 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
-from lorafusion_jax.crossbar.drift import PCM_DRIFT
-from lorafusion_jax.crossbar.encoding import levels
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.parasitics import Wire
-from lorafusion_jax.crossbar.programming import Independent, Proportional
-from lorafusion_jax.crossbar.state import program, programmed_weights
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    PCM_DRIFT,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    Proportional,
+    ReadNoise,
+    Sinh,
+    StuckAt,
+    Tile,
+    Wire,
+    calibrated,
+    mvm,
+    probe,
+    program,
+    programmed_weights,
+)
+from lorafusion_jax.crossbar.mapping.encoding import levels
 
 KEY = jax.random.key(11)
-module = importlib.import_module("lorafusion_jax.crossbar.definition")
+module = importlib.import_module("lorafusion_jax.crossbar.read.definition")
 UNIT = Encoding(kind="offset", unit_column=True)
 NOISY = Device(programming=Independent(0.05))
 

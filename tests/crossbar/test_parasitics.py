@@ -7,8 +7,8 @@ import pytest
 import scipy.optimize
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar.device import Sinh
-from lorafusion_jax.crossbar.parasitics import Wire, currents
+from lorafusion_jax.crossbar import Sinh, Wire
+from lorafusion_jax.crossbar.devices.wires import currents
 
 TIGHT = {"tolerance": 1e-13, "iterations": 2000}
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from scipy.special import erfinv
 
-from lorafusion_jax.crossbar.adc import Converter
-from lorafusion_jax.crossbar.lookup import lookup
-from lorafusion_jax.crossbar.loop import loop
-from lorafusion_jax.crossbar.noise import Noise, stream
-from lorafusion_jax.crossbar.normal import normal, normal_at
-from lorafusion_jax.crossbar.packed import packed
-from lorafusion_jax.crossbar.packing import FLOAT_BITS, INT_BITS, Packing, certify, extent, pack
-from lorafusion_jax.crossbar.planes import planes, to_planes
+from lorafusion_jax.crossbar.devices.normal_draws import normal, normal_at
+from lorafusion_jax.crossbar.mapping.adc import Converter
+from lorafusion_jax.crossbar.mapping.bit_fields import FLOAT_BITS, INT_BITS, Packing, certify, extent, pack
+from lorafusion_jax.crossbar.read.conversion_noise import Noise, stream
+from lorafusion_jax.crossbar.read.kernels.bit_planes import planes, to_planes
+from lorafusion_jax.crossbar.read.kernels.lookup import lookup
+from lorafusion_jax.crossbar.read.kernels.loop import loop
+from lorafusion_jax.crossbar.read.kernels.packed_product import packed
 
 _BATCH, _TILES, _ROWS, _COLS, _SLICES, _BITS = 6, 2, 40, 70, 4, 2
 

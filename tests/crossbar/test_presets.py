@@ -11,16 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device, ReadNoise, Sinh, StuckAt
-from lorafusion_jax.crossbar.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.parasitics import Wire
-from lorafusion_jax.crossbar.presets import PRESETS
-from lorafusion_jax.crossbar.programming import PCM_JOSHI_2020, Independent, WriteVerify
-from lorafusion_jax.crossbar.serialise import config_hash, load_config, save_config
-from lorafusion_jax.crossbar.state import program
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    PCM_DRIFT,
+    PCM_JOSHI_2020,
+    PRESETS,
+    RERAM_CMO_DRIFT,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    PowerLaw,
+    ReadNoise,
+    Sinh,
+    StuckAt,
+    Tile,
+    Wire,
+    WriteVerify,
+    calibrated,
+    config_hash,
+    load_config,
+    mvm,
+    probe,
+    program,
+    save_config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,7 +163,7 @@ def test_the_hash_tells_configurations_apart():
 
 
 def test_the_hash_is_the_same_in_another_process():
-    code = "from lorafusion_jax.crossbar.serialise import *; print(config_hash(load_config('neurram')))"
+    code = "from lorafusion_jax.crossbar.config.files import *; print(config_hash(load_config('neurram')))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )

@@ -10,11 +10,8 @@ from crossbar_strategies import ENCODINGS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile
-from lorafusion_jax.crossbar.encoding import pulse
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.state import program
+from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile, calibrated, mvm, probe, program
+from lorafusion_jax.crossbar.mapping.encoding import pulse
 
 few = settings(max_examples=4, phases=[Phase.generate])
 seeds = st.integers(0, 2**16)

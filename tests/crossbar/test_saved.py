@@ -18,11 +18,12 @@ from lorafusion_jax.crossbar import (
     Independent,
     ReadNoise,
     calibrated,
+    load_state,
     mvm,
     probe,
     program,
+    save_state,
 )
-from lorafusion_jax.crossbar.saved import load_state, save_state
 
 _KEY = jax.random.key(0)
 _CONFIGS = {

@@ -9,16 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar.calibrate import calibrated, probe
-from lorafusion_jax.crossbar.config import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile
-from lorafusion_jax.crossbar.device import Device, ReadNoise
-from lorafusion_jax.crossbar.mvm import mvm
-from lorafusion_jax.crossbar.probing import calibrate_tree, observe, site_errors
-from lorafusion_jax.crossbar.programmed import Programmed, reads
-from lorafusion_jax.crossbar.programming import Independent
-from lorafusion_jax.crossbar.segments import Segments, map_layers, scan_layers
-from lorafusion_jax.crossbar.state import program, programmed_weights
-from lorafusion_jax.crossbar.tree import program_tree
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Independent,
+    Mapping,
+    Programmed,
+    ReadNoise,
+    Segments,
+    Tile,
+    calibrate_tree,
+    calibrated,
+    map_layers,
+    mvm,
+    observe,
+    probe,
+    program,
+    program_tree,
+    programmed_weights,
+    reads,
+    scan_layers,
+    site_errors,
+)
 from lorafusion_jax.models.weights import dense, is_in_arrays, matmul
 
 _IDEAL = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)

@@ -70,7 +70,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
     def written(stack: jax.Array) -> tuple[int, int]:
         """Arrays and cells of stacked matrices: those of the array that stands for a weight or a unit column."""
         L, K, P, R, C, _, _ = write(stack).shape
-        used = crossbar.encoding.cells_in_use(stack.shape[1:], config)
+        used = crossbar.mapping.encoding.cells_in_use(stack.shape[1:], config)
         with_unit = np.concatenate([used, used[..., :1]], axis=-1)
         return L * K * P * R * C, L * K * P * int(with_unit.sum())
 

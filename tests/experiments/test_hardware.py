@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from lorafusion_jax.crossbar.serialise import load_config
+from lorafusion_jax.crossbar import load_config
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHIP = load_config(_ROOT / "examples" / "chip.yaml")

@@ -13,15 +13,21 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.cli import main
-from lorafusion_jax.crossbar.config import ADC, Cell, CrossbarConfig, Mapping
-from lorafusion_jax.crossbar.device import Device
-from lorafusion_jax.crossbar.drift import PowerLaw
-from lorafusion_jax.crossbar.presets import PRESETS as ARRAYS
-from lorafusion_jax.crossbar.programming import Independent, Proportional
-from lorafusion_jax.crossbar.saved import load_state
-from lorafusion_jax.crossbar.serialise import save_config
-from lorafusion_jax.crossbar.state import programmed_weights
-from lorafusion_jax.crossbar.structure import split_config
+from lorafusion_jax.crossbar import (
+    ADC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Independent,
+    Mapping,
+    PowerLaw,
+    Proportional,
+    load_state,
+    programmed_weights,
+    save_config,
+)
+from lorafusion_jax.crossbar import PRESETS as ARRAYS
+from lorafusion_jax.crossbar.config.structure import split_config
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import limits_of, of_seed, of_step, program_chips, redraw
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path

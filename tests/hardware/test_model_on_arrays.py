@@ -12,13 +12,20 @@ from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.updates import Dense, Outputs
-from lorafusion_jax.crossbar.config import DAC, Cell, CrossbarConfig, Mapping
-from lorafusion_jax.crossbar.device import Device, ReadNoise
-from lorafusion_jax.crossbar.presets import PRESETS
-from lorafusion_jax.crossbar.probing import observe, site_errors
-from lorafusion_jax.crossbar.programmed import Programmed
-from lorafusion_jax.crossbar.programming import Independent
-from lorafusion_jax.crossbar.segments import Segments
+from lorafusion_jax.crossbar import (
+    DAC,
+    PRESETS,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Independent,
+    Mapping,
+    Programmed,
+    ReadNoise,
+    Segments,
+    observe,
+    site_errors,
+)
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.method import Frozen, Fusion, ZeroShot

@@ -13,7 +13,7 @@ from ...crossbar import (
     read_latency,
     write_cost,
 )
-from ...crossbar.ranges import longest, total
+from ...crossbar.cost.ranges import longest, total
 from ...models.t5.model import T5Config
 from .activity import Activity, Work, activities
 from .options import CostOptions

@@ -1,0 +1,162 @@
+"""A whole model's calibration and its error report: what its converters meet on a few batches.
+
+Every programmed weight gets a tap, zeros of the shape of its statistics. Differentiating the model with respect to
+the taps returns the statistics of all reads, out of scans and over repeated calls: the model knows nothing of it.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ..chip.program import ArrayState
+from ..chip.weight import Programmed, is_programmed, over_stack, reads
+from .one_chip import BINS, Statistics, calibrated
+
+# (weights, batch) -> an array that depends on every product, such as logits.
+Run = Callable[[Any, Any], Array]
+
+_NAMED = 5  # sites that a warning names
+
+
+def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
+    """Return the weights with converters' ranges set from the inputs and sums that the batches bring to them.
+
+    Args:
+      run: the model; keep one function for all calls, it is compiled once for each.
+      weights: a tree with `Programmed` leaves.
+      batches: arrays, one `run` each.
+
+    Raises:
+      ValueError: there are no batches, or a weight is not read by them.
+    """
+    for _ in range(2 if any(map(_awaits_inputs, programmed_leaves(weights))) else 1):
+        found = observe(run, weights, batches)
+        leaves = programmed_leaves(weights)
+        weights = replaced(weights, [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)])
+    return weights
+
+
+def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
+    """Return the statistics of every programmed weight, in the order of the tree; arguments as for `calibrate_tree`."""
+    total = None
+    for number, batch in enumerate(batches):
+        of_batch = _observe(weights, batch, jnp.int32(number), run=run)
+        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+    if total is None:
+        raise ValueError("there are no batches to observe: give a few, like those that the model will meet")
+    return total
+
+
+def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, Any]]:
+    """Return a row for every matrix in arrays: where it is, how well it is read, what its converters clip.
+
+    Warns where more conversions are clipped than `adc.clip_share`, or more inputs than `dac.clip_share`.
+
+    Args:
+      weights: as calibrated.
+      statistics: from `observe`.
+
+    Returns:
+      Rows of {site, layer, module (None where the weight has no such axis), sqnr (dB, x @ W with the weights as
+      programmed against its read), clipped (share of the conversions of the slice that clips most), clipped_inputs
+      (share)}.
+    """
+    rows, of_adcs, of_dacs = [], [], []
+    for leaf, seen in zip(programmed_leaves(weights), statistics, strict=True):
+        of_leaf = list(_rows(leaf, seen))
+        rows += of_leaf
+        if (adc := leaf.config.adc) is not None:
+            of_adcs += [row for row in of_leaf if row["clipped"] > adc.clip_share]
+        if (dac := leaf.config.dac) is not None:
+            of_dacs += [row for row in of_leaf if row["clipped_inputs"] > dac.clip_share]
+    for what, column, clipping in (
+        ("ADCs clip more conversions than adc.clip_share", "clipped", of_adcs),
+        ("DACs clip more inputs than dac.clip_share", "clipped_inputs", of_dacs),
+    ):
+        if clipping:
+            worst = sorted(clipping, key=lambda row, column=column: -row[column])
+            named = "; ".join(f"{_said(row)}: {row[column]:.1%}" for row in worst[:_NAMED])
+            more = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+            warnings.warn(f"{what}: {named}{more}", stacklevel=2)
+    return rows
+
+
+def programmed_leaves(weights: Any) -> list[Programmed]:
+    """Return the programmed weights of a tree, in its order."""
+    return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_programmed) if is_programmed(leaf)]
+
+
+@functools.partial(jax.jit, static_argnames=("run",))
+def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Statistics]:
+    leaves = programmed_leaves(reads(weights, number))
+
+    def total(taps: list[Statistics]) -> Array:
+        tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
+        return jnp.sum(run(replaced(weights, tapped), batch))
+
+    return jax.grad(total)([_zeros(leaf) for leaf in leaves])
+
+
+def _zeros(leaf: Programmed) -> Statistics:
+    lead, dtype, slices = leaf.shape[:-2], leaf.state.codes.dtype, len(leaf.config.weight_slices)
+    of_conversions = {"histogram": (slices, BINS), "clipped": (slices,)}
+    shapes = of_conversions | {"inputs": (BINS,), "clipped_inputs": (), "signal": (), "error": ()}
+    return Statistics(**{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()})
+
+
+def _awaits_inputs(leaf: Programmed) -> bool:
+    dac = leaf.config.dac
+    return dac is not None and dac.scaling == "calibrated" and leaf.state.input_limit is None
+
+
+def _calibrated(leaf: Programmed, seen: Statistics) -> Programmed:
+    adc = leaf.config.adc
+    if _awaits_inputs(leaf):
+        met = np.asarray(jnp.sum(seen.inputs, axis=-1))
+    elif adc is None or adc.range != "calibrated" or leaf.state.plan.path == "product":
+        return leaf
+    else:
+        met = np.asarray(jnp.sum(seen.histogram, axis=(-2, -1)))
+    if idle := [place for place in np.ndindex(met.shape) if met[place] == 0]:
+        where = _said(_names(leaf, idle[0]))
+        raise ValueError(f"{where} was read by none of the batches: give batches, and modules, that use all arrays")
+    if not leaf.values:
+        return dataclasses.replace(leaf, state=calibrated(leaf.state, seen, leaf.config))
+
+    def of_one(state: ArrayState, seen: Statistics, values: list[Any]) -> ArrayState:
+        return calibrated(state, seen, leaf.structure.config(values))
+
+    return dataclasses.replace(leaf, state=over_stack(of_one, leaf.shape[:-2])(leaf.state, seen, leaf.values))
+
+
+def _rows(leaf: Programmed, seen: Statistics) -> Iterator[dict[str, Any]]:
+    """Yield a row for every matrix that was read."""
+    sqnr, signal = np.asarray(seen.sqnr), np.asarray(seen.signal)
+    clipped, inputs = np.max(np.asarray(seen.clip_share), axis=-1), np.asarray(seen.clip_share_of_inputs)
+    for place in np.ndindex(sqnr.shape):
+        if signal[place] > 0:
+            shares = {"clipped": clipped[place].item(), "clipped_inputs": inputs[place].item()}
+            yield _names(leaf, place) | {"sqnr": sqnr[place].item()} | shares
+
+
+def _names(leaf: Programmed, place: tuple[int, ...]) -> dict[str, Any]:
+    layer, module = (*place, None, None)[:2]
+    return {"site": leaf.name, "layer": None if layer is None else leaf.first + layer, "module": module}
+
+
+def _said(names: dict[str, Any]) -> str:
+    numbers = [f"{axis} {names[axis]}" for axis in ("layer", "module") if names[axis] is not None]
+    return ", ".join([names["site"], *numbers])
+
+
+def replaced(weights: Any, programmed: Sequence[Programmed]) -> Any:
+    """Return the weights with other programmed ones, in the order of `programmed_leaves`."""
+    following = iter(programmed)
+    return jax.tree.map(lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed)

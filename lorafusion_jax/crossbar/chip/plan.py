@@ -1,0 +1,213 @@
+"""How a read is computed: the choice among paths that give the same result, and what it rests on.
+
+`definition`  every conversion on its own, for any configuration, read noise drawn for every cell
+`product`     slices telescope into one matrix product: no ADC, or one that loses nothing
+`loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
+`lookup`      the same sums from tables, for inputs in narrow slices; integer cells travel packed
+`planes`      integer cells and narrow inputs as planes of bits that are counted, where the processor counts vectors
+`packed`      integer cells of which several fit one product, for inputs in wider slices
+
+The modules of these names tell how.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ..config.schema import CrossbarConfig
+from ..devices.physical import is_traced
+from ..mapping import encoding
+from ..mapping.adc import Ties, are_power_steps, codes, level_units
+from ..mapping.bit_fields import Packing
+
+Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
+
+# Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
+_NARROW = 2
+# Columns from which on a table of sums is worth making, where bits can be counted instead: 16 take 1.5 times as long
+# from tables as by counting, 1,024 two thirds.
+_WIDE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The path of a read.
+
+    Attributes:
+      path: which.
+      reason: why it was chosen.
+      integers: whether column sums, before read noise, are integers.
+      packing: where weight slices lie in the words of `lookup` and `packed`; None where they are not packed.
+      ties: how codes of sums that lie half-way between two are kept exact.
+    """
+
+    path: Path
+    reason: str
+    integers: bool
+    packing: Packing | None = None
+    ties: Ties = None
+
+
+def choose(
+    config: CrossbarConfig,
+    bounds: tuple[float, ...],
+    limits: Array | np.ndarray | None,
+    *,
+    columns: int,
+    perfect: bool,
+    path: Path | None = None,
+) -> Plan:
+    """Return the fastest exact path.
+
+    Args:
+      config: of the crossbar.
+      bounds: largest |column sum| that one conversion of each weight slice can see, in level units.
+      limits: [1 or R, K, 2] ADC ranges; those that a transformation traces are not known.
+      columns: of the matrix.
+      perfect: whether all cells are at their target levels.
+      path: use this one.
+
+    Raises:
+      ValueError: where the wanted path would not be exact.
+    """
+    known = None if limits is None or is_traced((limits, level_units(config))) else np.asarray(limits)
+    nonlinear = _nonlinearity(config)
+    integers = perfect and nonlinear is None and _sums_integers(config)
+    lossless = integers and _is_lossless(config, bounds, known)
+    telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
+    plan = functools.partial(Plan, integers=integers, ties=exact_ties(config, known) if integers else None)
+    loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
+    narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
+    countable = _is_countable(config)
+    if path is not None:
+        if path == "product" and not telescopes:
+            raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
+        if path in ("lookup", "planes") and not narrow:
+            raise ValueError(f"path={path!r} takes input slices of up to {_NARROW} bits: set dac.slice_bits")
+        if path in ("planes", "packed") and not integers:
+            raise ValueError(f"path={path!r} takes integer cells: perfect ones, whose Gmin does not reach the ADC")
+        if path == "planes" and not countable:
+            raise ValueError("path='planes' counts no variances: leave out the noise, or the path")
+        if path not in ("definition", "product") and not loops:
+            raise ValueError(
+                f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
+            )
+        return plan(path, "asked for")
+    if telescopes:
+        why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
+        return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
+    if not loops:
+        return plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
+    if jax.default_backend() != "cpu" and not config.draws_at_conversion:
+        return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
+    if jax.default_backend() != "cpu":
+        return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
+    if narrow and integers and countable and columns < _WIDE and _counts_vectors():
+        why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"
+        return plan("planes", why)
+    if narrow:
+        return plan("lookup", "input slices are narrow: sums of a few rows come from tables")
+    return plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
+
+
+def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
+    """Return the fastest exact path that takes the place of `lookup`."""
+    if not plan.integers:
+        return "loop"
+    return "planes" if _is_countable(config) and _counts_vectors() else "packed"
+
+
+def _is_countable(config: CrossbarConfig) -> bool:
+    return not config.draws_at_conversion
+
+
+def exact_ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
+    """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
+    if config.adc is None or config.draws_at_conversion:
+        return None
+    powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, config))
+    return "shift" if powers else "divide"
+
+
+@functools.cache
+def _counts_vectors() -> bool:
+    """Whether the processor counts the bits of whole vectors; without, tables are always faster than planes."""
+    try:
+        return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _nonlinearity(config: CrossbarConfig) -> str | None:
+    """Return what keeps an array's sums from being linear in its inputs and cells; None if nothing does."""
+    if config.tile.wire is not None:
+        return "IR drop depends on all currents of an array"
+    if config.device.iv is not None:
+        return "cells are nonlinear"
+    if config.tile.current_limit is not None:
+        return "column currents are limited before they are subtracted"
+    return None
+
+
+def _needs_cells(config: CrossbarConfig) -> str | None:
+    """Return what a product per slice would not know of; None if nothing."""
+    if config.adc is not None and config.adc.offset_error is not None:
+        return "every column's ADC has its offset"
+    if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
+        return "flipped columns are recovered tile by tile, each with its noise"
+    if config.adc is not None and config.encoding.flip and not config.signed_sums and config.draws_at_conversion:
+        return "noise below zero is cut off, which negated columns would not show"
+    noise = config.device.read_noise
+    if noise is not None and noise.clip:
+        return "read noise is clipped cell by cell"
+    if noise is not None and config.converts_sums:
+        return "read noise of every input slice adds up before the ADC"
+    return None
+
+
+def _sums_integers(config: CrossbarConfig) -> bool:
+    """Whether column sums of perfect cells are integers in level units."""
+    if config.cell.bits is None or config.dac is None or config.mismatched:
+        return False
+    if config.converts_each and config.encoding.two_sided:
+        return False  # halves of odd digits
+    subtracted = config.encoding.kind == "differential" and not config.converts_each
+    return config.cell.on_off_ratio is None or subtracted  # else Gmin reaches the ADC
+
+
+def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
+    """Whether every possible column sum, an integer, has a code of its own that stands for it."""
+    adc = config.adc
+    if adc is None or config.draws_at_conversion:
+        return False
+    if adc.range == "granular":
+        return max(bounds) <= codes(config)[1]
+    return limits is not None and bool(loses_nothing(limits, bounds, config))
+
+
+def loses_nothing(
+    limits: np.ndarray | Float[Array, "_R K 2"], bounds: tuple[float, ...], config: CrossbarConfig
+) -> np.bool_ | Bool[Array, ""]:
+    """Return whether ADCs of these limits have a code for every integer sum within the bounds."""
+    xp = jnp if isinstance(limits, jax.Array) else np
+    top = codes(config)[1]
+    inv_lsb = top / (limits[..., 1] * xp.asarray(level_units(config), limits.dtype)[None])
+    step = xp.round(inv_lsb)
+    whole = (step >= 1) & (abs(inv_lsb - step) < 1e-6 * step)
+    return xp.all(whole & (xp.asarray(bounds, limits.dtype)[None] * step <= top))
+
+
+def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
+    """Return the largest |column sum| of one conversion that any weights and inputs could cause."""
+    largest = encoding.converted_top(config)
+    half = 2 if config.encoding.flip else 1
+    # The unit column of flipped arrays holds ones, and is not flipped.
+    return tuple(
+        float(max(rows * top * largest / half, rows * largest * (half - 1))) for top in encoding.levels(config)
+    )

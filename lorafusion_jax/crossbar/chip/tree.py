@@ -1,0 +1,161 @@
+"""Putting the weights of a model into arrays: rules say which, and what the arrays are.
+
+A rule is a path pattern and a configuration, or None for a weight that stays digital; the first rule that matches a
+weight decides, and a weight that none matches stays digital. `*` stands for anything; layers of a stack are chosen as
+Python does, the last axis of the path:
+
+    {"head": None, "encoder.*[1:-1]": isaac, "decoder.*": isaac}
+
+Axis letters: L layer, N module.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import itertools
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ..config.schema import CrossbarConfig
+from ..config.structure import Structure, split_config
+from ..devices.physical import is_traced
+from .plan import without_tables
+from .program import ArrayState, program
+from .segments import Segments
+from .weight import Programmed, stacked_keys
+
+Rules = Mapping[str, CrossbarConfig | None]
+
+_RANGE = re.compile(r"(.*)\[(-?\d*):(-?\d*)\]")
+# Purposes of a weight's key.
+_CHIP, _READ = 0, 1
+
+
+def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, " N"] | None = None) -> Any:
+    """Write a model's weights into arrays.
+
+    A weight's arrays depend on the key, its path, its layer and its module alone: the same key is the same chip,
+    whatever else is programmed and on any device count. May be vmapped over keys, chips then being an axis.
+
+    Args:
+      weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Its paths, joined
+        by dots, are what rules match.
+        Vectors, such as biases, stay digital. (A stack of vectors is a matrix by its shape: give it a rule of None.)
+      rules: path pattern -> configuration, or None for digital.
+      key: of the chip.
+      modules: the numbers that modules have on the chip, where the stacks hold only some of them; None for 0, 1, ...
+
+    Returns:
+      The tree with `Programmed` leaves; `Segments` for stacks whose layers differ in kind.
+
+    Raises:
+      ValueError: a pattern matches nothing, or vectors alone, or a weight cannot be programmed.
+    """
+    by_path, tree = jax.tree.flatten_with_path(weights)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
+    _check_patterns(rules, named)
+    return tree.unflatten([_place(path, leaf, rules, key, modules) for path, leaf in named.items()])
+
+
+def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array, modules: Int[Array, " N"] | None) -> Any:
+    """Return a weight where its rules put it: neighbouring layers under one configuration stay together."""
+    if weight.ndim < 2:
+        return weight
+    if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
+        raise ValueError(f"{path} holds weights that are NaN or infinite: no conductance stands for them")
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    numbers = [jnp.arange(size) for size in weight.shape[:-2]]
+    if modules is not None and len(numbers) == 2:
+        numbers[1] = modules
+    chips, noise = (stacked_keys(jax.random.fold_in(key, purpose), numbers) for purpose in (_CHIP, _READ))
+    if weight.ndim == 2:
+        config = _first_match(path, None, rules)
+        return weight if config is None else _program(path, weight, config, chips, noise)
+    depth = weight.shape[0]
+    configs = [_first_match(path, (layer, depth), rules) for layer in range(depth)]
+    parts: list[Any] = []
+    start = 0
+    for _, group in itertools.groupby(configs, key=id):
+        config, *others = group
+        stop = start + 1 + len(others)
+        layers = slice(start, stop)
+        if config is None:
+            parts.append(weight[layers])
+        else:
+            part = _program(path, weight[layers], config, chips[layers], noise[layers])
+            parts.append(dataclasses.replace(part, first=start))
+        start = stop
+    return parts[0] if len(parts) == 1 else Segments(tuple(parts))
+
+
+def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noise: Array) -> Programmed:
+    structure, values = split_config(config)
+    return Programmed(
+        state=_program_stack(weight, chips, values, structure=structure),
+        values=[jnp.broadcast_to(value, (*weight.shape[:-2], *jnp.shape(value))) for value in values],
+        structure=structure,
+        key=noise if config.reads_at_random else None,
+        name=name,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("structure",))
+def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure: Structure) -> ArrayState:
+    """Program the matrices of a stack in turn: the temporaries of one at a time."""
+    lead, shape = weight.shape[:-2], weight.shape[-2:]
+
+    def of_one(matrix_and_key: tuple[Array, Array]) -> ArrayState:
+        matrix, key = matrix_and_key
+        state = program(matrix, structure.config(values), key)
+        if state.plan.path == "lookup":
+            # Tables compile in 2 to 4 s where products take less than one, are hardly faster or slower to read, and a
+            # model compiles dozens of reads at once.
+            config = structure.config(values)
+            state = program(matrix, config, key, path=without_tables(state.plan, config))
+        return state
+
+    if not lead:
+        return of_one((weight, keys))
+    states = jax.lax.map(of_one, (weight.reshape(-1, *shape), keys.reshape(-1)))
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), states)
+
+
+def _first_match(path: str, layer: tuple[int, int] | None, rules: Rules) -> CrossbarConfig | None:
+    return next((config for pattern, config in rules.items() if _matches(pattern, path, layer)), None)
+
+
+def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
+    """Whether a pattern names a weight: a matrix, or layer (number, of how many) of a stack."""
+    ranged = _RANGE.fullmatch(pattern)
+    if ranged is None:
+        return fnmatch.fnmatchcase(path, pattern)
+    if layer is None or not fnmatch.fnmatchcase(path, ranged[1]):
+        return False
+    number, depth = layer
+    first, last = (int(bound) if bound else None for bound in ranged.group(2, 3))
+    start, stop, _ = slice(first, last).indices(depth)
+    return start <= number < stop
+
+
+def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
+    for pattern, config in rules.items():
+        matched = [
+            path
+            for path, weight in weights.items()
+            for layer in ([None] if weight.ndim <= 2 else [(i, weight.shape[0]) for i in range(weight.shape[0])])
+            if _matches(pattern, path, layer)
+        ]
+        if not matched:
+            raise ValueError(f"the rule {pattern!r} matches no weight: there are {', '.join(weights)}")
+        if config is not None and all(weights[path].ndim < 2 for path in matched):
+            raise ValueError(
+                f"the rule {pattern!r} matches {', '.join(matched)} of shape {weights[matched[0]].shape}, but arrays "
+                "hold matrices: leave the rule out, or name a matrix or a stack of them"
+            )

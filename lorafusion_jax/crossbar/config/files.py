@@ -1,0 +1,228 @@
+"""Configurations as YAML or JSON, and a digest by which a saved chip knows its own.
+
+A file holds the fields of `CrossbarConfig` as nested tables; what it leaves out has its default. Device models say
+which they are:
+
+    cell: {bits: [2, 2, 2, 2], on_off_ratio: 100.0}
+    device:
+      programming: {model: Independent, sigma: 0.02}
+      drift: PCM_DRIFT                                  # a published model, by its name
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import yaml
+
+from ..devices.device import Sinh
+from ..devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw, Relaxation
+from ..devices.write_error import (
+    PCM_JOSHI_2020,
+    RERAM_CMO_2025,
+    RERAM_MILO_2021,
+    RERAM_WAN_2022,
+    Independent,
+    Polynomial,
+    Proportional,
+)
+from .presets import PRESETS
+from .schema import ADC, DAC, CrossbarConfig
+
+# Fields that may hold one of several classes, which the key `model` names; all others have one by their annotation.
+_MODELS: dict[str, tuple[type, ...]] = {
+    "programming": (Independent, Proportional, Polynomial),
+    "drift": (PowerLaw, Relaxation),
+    "iv": (Sinh,),
+}
+_LATER = {"adc": ("noise", "retries"), "dac": ("quantile", "clip_share", "rounding")}
+_UNIONS = (typing.Union, types.UnionType)
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "programming": {
+        "PCM_JOSHI_2020": PCM_JOSHI_2020,
+        "RERAM_WAN_2022": RERAM_WAN_2022,
+        "RERAM_MILO_2021": RERAM_MILO_2021,
+        "RERAM_CMO_2025": RERAM_CMO_2025,
+    },
+    "drift": {"PCM_DRIFT": PCM_DRIFT, "RERAM_CMO_DRIFT": RERAM_CMO_DRIFT},
+}
+
+
+def save_config(config: CrossbarConfig, path: str | Path) -> None:
+    """Write every field of a configuration to a `.yaml`, `.yml` or `.json` file.
+
+    Arrays are written as lists; `load_config` returns an equal configuration.
+
+    Raises:
+      ValueError: for another suffix, or a device model that is a function: it cannot be written down.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    fields = _plain(config, "", _refuse)
+    if kind == "json":
+        text = json.dumps(fields, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def load_config(name_or_path: str | Path) -> CrossbarConfig:
+    """Return a preset by its name, or the configuration in a `.yaml`, `.yml` or `.json` file.
+
+    Raises:
+      ValueError: for an unknown preset, a file that is not there or cannot be read, and a key or a value that does
+        not belong, which it names with the choices.
+    """
+    if str(name_or_path) in PRESETS:
+        return PRESETS[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.suffix == "" and not path.exists():
+        raise ValueError(f"no preset {str(path)!r}: choose one of {', '.join(PRESETS)}, or give a .yaml or .json file")
+    kind = _kind(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; presets are {', '.join(PRESETS)}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        fields = json.loads(text) if kind == "json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no {kind.upper()} file: {error}") from error
+    try:
+        return _build(CrossbarConfig, {} if fields is None else fields, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def config_hash(config: CrossbarConfig) -> str:
+    """Return the SHA-256 of a configuration: equal for equal ones, in any process.
+
+    A device model that is a function counts by its module and name. Fields that came later count where they are set,
+    so that chips saved before still know their configuration.
+    """
+    fields = _plain(config, "", lambda function, _: f"{function.__module__}.{function.__qualname__}")
+    for part, cls in (("adc", ADC), ("dac", DAC)):
+        for name in _LATER[part]:
+            if fields[part] is not None and fields[part][name] == getattr(cls, name):
+                del fields[part][name]
+    same = json.loads(json.dumps(fields), parse_int=float)  # 1 and 1.0 are equal
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
+def _kind(path: Path) -> str:
+    kinds = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
+    if path.suffix not in kinds:
+        raise ValueError(f"{path}: a configuration is a file ending in {', '.join(kinds)}")
+    return kinds[path.suffix]
+
+
+def _refuse(function: Callable, where: str) -> str:
+    raise ValueError(
+        f"{where} is the function {getattr(function, '__qualname__', repr(function))}, which a file cannot hold: "
+        "save the configuration without it and put it back with dataclasses.replace"
+    )
+
+
+def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str]) -> Any:
+    """Return a value as tables, lists, numbers and texts."""
+    if isinstance(value, jax.tree_util.Partial):
+        return of_function(value.func, where)
+    if dataclasses.is_dataclass(value):
+        name = where.rpartition(".")[2]
+        if name in _MODELS and type(value) not in _MODELS[name]:
+            return of_function(type(value), where)
+        fields = {"model": type(value).__name__} if name in _MODELS else {}
+        for field in dataclasses.fields(value):
+            fields[field.name] = _plain(getattr(value, field.name), _within(where, field.name), of_function)
+        return fields
+    if isinstance(value, tuple | list):
+        return [_plain(each, where, of_function) for each in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return of_function(value, where)
+
+
+def _within(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _build(cls: type, fields: Any, where: str) -> Any:
+    """Return an object of a class from a table of its fields."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where or 'the file'} is {fields!r}: give a table with any of {', '.join(names)}")
+    for name in fields:
+        if name not in names:
+            raise ValueError(f"{_within(where, name)} is unknown: choose from {', '.join(names)}")
+    hints = typing.get_type_hints(cls)
+    values = {name: _value(name, hints[name], value, _within(where, name)) for name, value in fields.items()}
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    for name in needed:
+        if name not in values:
+            raise ValueError(f"{where} lacks {name}")
+    return cls(**values)
+
+
+def _value(name: str, hint: Any, value: Any, where: str) -> Any:
+    """Return what a field of this annotation holds."""
+    if name in _MODELS:
+        return None if value is None else _model(name, value, where)
+    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    if value is None and (type(None) in options or Any in options):
+        return None
+    for option in options:
+        origin = typing.get_origin(option)
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
+            if isinstance(value, dict) or option is hint:
+                return _build(option, value, where)
+        elif origin is Literal and value in typing.get_args(option) or option in (bool, str) and type(value) is option:
+            return value
+        elif option in (int, float, Any) and type(value) in ((int,) if option is int else (int, float)):
+            return value
+        elif origin is tuple and _are_numbers(value):
+            return _tuple(value)
+        elif option is Any and _are_numbers(value):
+            return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)
+    yaml_wants = f"; YAML takes {value} for a text: write a number like 1.0e-3" if is_number else ""
+    raise ValueError(f"{where} = {value!r}: give {' or '.join(map(_described, options))}{yaml_wants}")
+
+
+def _model(name: str, value: Any, where: str) -> Any:
+    """Return the device model that a table or the name of a published one describes."""
+    published = _PUBLISHED.get(name, {})
+    classes = {cls.__name__: cls for cls in _MODELS[name]}
+    if isinstance(value, str) and value in published:
+        return published[value]
+    if isinstance(value, dict) and value.get("model") in classes:
+        return _build(classes[value["model"]], {k: v for k, v in value.items() if k != "model"}, where)
+    choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
+    raise ValueError(f"{where} = {value!r}: choose from {choices}")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) in (int, float) or _are_numbers(each) for each in value)
+
+
+def _described(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " or ".join(map(str, typing.get_args(option)))
+    if dataclasses.is_dataclass(option):
+        return f"a table of {getattr(option, '__name__', option)}'s fields"
+    if typing.get_origin(option) is tuple:
+        return "a list of numbers"
+    names = {bool: "true or false", int: "a whole number", str: "a text", float: "a number", type(None): "null"}
+    return names.get(option, "a number, a list of numbers or null")

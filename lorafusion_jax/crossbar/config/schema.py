@@ -1,0 +1,402 @@
+"""What a crossbar is: one frozen dataclass tree.
+
+Structure (bits, slices, tile sizes, encodings) is static: metadata of the pytree, hashable. Physical values
+(on/off ratio, noise levels, times, ADC limits) are leaves: numbers, or arrays to be vmapped over and learned.
+`None` means ideal or absent, never zero bits.
+
+Units: conductances are normalised to Gmax = 1 and inputs to a full-scale DAC step = 1, so that a column's
+current is at most the number of rows of its array.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+
+from ..devices.device import Device
+from ..devices.physical import Physical, is_traced
+from ..devices.wires import Wire
+
+# What a limit is unless it is a tracer or a pytree's placeholder.
+_CONCRETE = int | float | np.ndarray | np.generic | jax.Array
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _register(*meta: str) -> Callable[[_Class], _Class]:
+    """Register a frozen dataclass as a pytree whose `meta` fields are structure and whose others are values."""
+
+    def decorate(cls: _Class) -> _Class:
+        names = [field.name for field in dataclasses.fields(cls)]
+        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in meta], list(meta))
+
+    return decorate
+
+
+@_register("bits")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A ReRAM cell.
+
+    Attributes:
+      bits: of each weight slice, least significant first: (2, 2, 2, 2), or RAELLA's (2, 2, 4). None: one
+        analogue cell for the whole weight.
+      on_off_ratio: Gmax / Gmin; None is infinite.
+    """
+
+    bits: tuple[int, ...] | None = (2, 2, 2, 2)
+    on_off_ratio: Physical = None
+
+    def __post_init__(self):
+        if self.bits is not None:
+            if isinstance(self.bits, int) or not self.bits or any(not 1 <= b <= 8 for b in self.bits):
+                raise ValueError(
+                    f"cell.bits = {self.bits!r}: give 1 to 8 bits for each weight slice, as in (2, 2, 2, 2)"
+                )
+            object.__setattr__(self, "bits", tuple(self.bits))
+        if isinstance(self.on_off_ratio, int | float) and not self.on_off_ratio > 1:
+            raise ValueError(f"cell.on_off_ratio = {self.on_off_ratio}: give Gmax / Gmin > 1, or None for infinite")
+
+
+@_register("kind", "two_sided", "unit_column", "flip")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How signed weights become conductances, which have no sign.
+
+    Attributes:
+      kind: `differential` (a positive and a negative array, subtracted) or `offset` (one array of weights
+        shifted to be positive; the shift is removed after the conversion).
+      two_sided: differential: both cells carry the weight, (1 + w) / 2 and (1 - w) / 2, rather than one of them.
+      unit_column: offset: the shift is measured by one more column of each array rather than computed digitally.
+      flip: offset with a unit column: a column whose digits would sum to more than half of the full scale is
+        stored inverted (ISAAC), which halves the range that the ADC has to cover.
+    """
+
+    kind: Literal["differential", "offset"] = "differential"
+    two_sided: bool = False
+    unit_column: bool = False
+    flip: bool = False
+
+    def __post_init__(self):
+        if self.kind not in ("differential", "offset"):
+            raise ValueError(f"encoding.kind = {self.kind!r}: choose differential or offset")
+        if self.kind == "differential" and (self.unit_column or self.flip):
+            raise ValueError("encoding: a unit column and flipped columns belong to kind='offset'")
+        if self.kind == "offset" and self.two_sided:
+            raise ValueError("encoding: two_sided belongs to kind='differential'")
+        if self.flip and not self.unit_column:
+            raise ValueError("encoding: flipped columns are recovered by the unit column: set unit_column=True")
+
+
+@_register("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DAC:
+    """How inputs become voltages: quantised, and sent in slices.
+
+    Attributes:
+      bits: of the input, its sign included.
+      slice_bits: bits that one pulse carries (the DAC's own resolution); None sends all in one.
+      signed: sign and magnitude on +-limit, 2^bits - 1 levels; else 2^bits levels on 0..limit.
+      scaling: what full scale is: `fixed` (limit, for every input), `calibrated` (one value for every input, from
+        data) or `row` (the largest |x| of each input vector, divided out and multiplied back digitally). Inputs
+        beyond it are clipped, as negative ones of an unsigned DAC are.
+      limit: full scale for `fixed`.
+      quantile: of |x| that a calibrated full scale covers; negative inputs of an unsigned DAC count as zero.
+      clip_share: share of clipped inputs above which statistics warn.
+      rounding: to the `nearest` code, or `stochastic`: up or down at random, right on average.
+    """
+
+    bits: int = 8
+    slice_bits: int | None = 1
+    signed: bool = True
+    scaling: Literal["fixed", "calibrated", "row"] = "row"
+    limit: Physical = 1.0
+    quantile: float = 0.9995
+    clip_share: float = 0.02
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def __post_init__(self):
+        least = 2 if self.signed else 1
+        if not isinstance(self.bits, int) or not least <= self.bits <= 16:
+            raise ValueError(f"dac.bits = {self.bits!r}: give {least} to 16 bits, or dac=None for ideal inputs")
+        if self.slice_bits is not None and not 1 <= self.slice_bits <= self.bits:
+            raise ValueError(
+                f"dac.slice_bits = {self.slice_bits!r}: give 1 to {self.bits} bits, or None for no slicing"
+            )
+        if self.scaling not in ("fixed", "calibrated", "row"):
+            raise ValueError(f"dac.scaling = {self.scaling!r}: choose fixed, calibrated or row")
+        if not 0.5 <= self.quantile <= 1:
+            raise ValueError(f"dac.quantile = {self.quantile}: give a share of inputs from 0.5 to 1")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"dac.rounding = {self.rounding!r}: choose nearest or stochastic")
+        if isinstance(self.limit, int | float) and not 0 < self.limit < float("inf"):
+            raise ValueError(f"dac.limit = {self.limit}: give the largest |x|, positive and finite")
+
+    @property
+    def magnitude_bits(self) -> int:
+        """Bits besides the sign."""
+        return self.bits - 1 if self.signed else self.bits
+
+    @property
+    def slices(self) -> tuple[int, ...]:
+        """Bits of each input slice, least significant first; the top slice takes what is left."""
+        total, step = self.magnitude_bits, self.slice_bits or self.magnitude_bits
+        return (*[step] * (total // step), *([total % step] if total % step else []))
+
+
+@_register("bits", "range", "convert", "separate", "quantile", "clip_share", "retries")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ADC:
+    """How column currents become numbers.
+
+    Attributes:
+      bits: of one conversion; signed sums use 2^bits - 1 levels about zero.
+      range: `calibrated` from data, `max` (everything the array could produce: wasteful), `granular` (one step
+        of the ADC is one level of one cell at the smallest input), or `given` in `limits`.
+      convert: after every input slice (`slice`), or once after an analogue shift-and-add (`sum`).
+      separate: differential: convert the positive and the negative column each, and subtract digitally.
+      quantile: of |current| that a calibrated range covers.
+      clip_share: share of clipped conversions above which statistics warn.
+      limits: [K, 2] lowest and highest current of each weight slice, or [R, K, 2] with those of each row tile, for
+        range `given`; may be learned.
+      gain_error: standard deviation of each column's ADC gain, drawn once per chip.
+      offset_error: standard deviation of each column's ADC offset, in units of Gmax at full input.
+      noise: standard deviation of the normal noise of a conversion, drawn anew for each, in units of Gmax at full
+        input (aihwkit's `out_noise`).
+      retries: how often an input vector is read again of which a conversion was beyond the highest code, at half the
+        voltage of the time before (aihwkit's iterative bound management).
+    """
+
+    bits: int = 8
+    range: Literal["calibrated", "max", "granular", "given"] = "calibrated"
+    convert: Literal["slice", "sum"] = "slice"
+    separate: bool = False
+    quantile: float = 0.9995
+    clip_share: float = 0.02
+    limits: Any = None
+    gain_error: Physical = None
+    offset_error: Physical = None
+    noise: Physical = None
+    retries: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise ValueError(f"adc.bits = {self.bits!r}: give 2 to 16 bits, or adc=None for an ideal ADC")
+        if self.range not in ("calibrated", "max", "granular", "given"):
+            raise ValueError(f"adc.range = {self.range!r}: choose calibrated, max, granular or given")
+        if self.convert not in ("slice", "sum"):
+            raise ValueError(f"adc.convert = {self.convert!r}: choose slice or sum")
+        if (self.range == "given") != (self.limits is not None):
+            raise ValueError("adc.limits go with adc.range='given', and only with it")
+        if not 0.5 <= self.quantile <= 1:
+            raise ValueError(f"adc.quantile = {self.quantile}: give a share of conversions from 0.5 to 1")
+        if isinstance(self.limits, list | tuple):
+            object.__setattr__(self, "limits", _tuples(self.limits))
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, or 0")
+        for name in ("gain_error", "offset_error", "noise"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"adc.{name} = {value}: a standard deviation cannot be negative")
+
+
+@_register("rows", "cols", "partition")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One physical array, and how a matrix is cut into such arrays.
+
+    Attributes:
+      rows: inputs of an array; None: as many as the matrix has.
+      cols: outputs of an array, a unit column not counted; None: as many as the matrix has.
+      partition: `equal` (ceil(d / rows) parts of one rounded size, the last of what is left) or `full` (all but the
+        last array are full).
+      wire: resistance of the wires (IR drop); None for ideal wires.
+      current_limit: the largest current of a column (Gmax at full input = 1), clipped before any subtraction.
+    """
+
+    rows: int | None = 128
+    cols: int | None = 128
+    partition: Literal["equal", "full"] = "equal"
+    wire: Wire | None = None
+    current_limit: Physical = None
+
+    def __post_init__(self):
+        for name in ("rows", "cols"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"tile.{name} = {value!r}: give a positive number, or None for no limit")
+        if self.partition not in ("equal", "full"):
+            raise ValueError(f"tile.partition = {self.partition!r}: choose equal or full")
+        if isinstance(self.current_limit, int | float) and not self.current_limit > 0:
+            raise ValueError(f"tile.current_limit = {self.current_limit}: give a positive current, or None")
+
+
+@_register("weight_bits", "scale", "quantile")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mapping:
+    """How weights are scaled onto the cells.
+
+    Attributes:
+      weight_bits: sign included; None for real-valued weights in one analogue cell.
+      scale: the weights that share one full scale M = max |w|: the `matrix`, a `tile`, or an output `column`.
+      quantile: of |w| that M covers; weights beyond it are clipped.
+    """
+
+    weight_bits: int | None = 8
+    scale: Literal["matrix", "tile", "column"] = "matrix"
+    quantile: float = 1.0
+
+    def __post_init__(self):
+        if self.weight_bits is not None and (not isinstance(self.weight_bits, int) or not 2 <= self.weight_bits <= 16):
+            raise ValueError(f"mapping.weight_bits = {self.weight_bits!r}: give 2 to 16 bits, or None for real weights")
+        if self.scale not in ("matrix", "tile", "column"):
+            raise ValueError(f"mapping.scale = {self.scale!r}: choose matrix, tile or column")
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"mapping.quantile = {self.quantile}: give a share of weights in (0, 1]")
+
+
+@_register()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossbarConfig:
+    """A crossbar. The default is 128 x 128 arrays of four 2-bit differential cells, without any ADC or noise.
+
+    Raises:
+      ValueError: for parts that do not fit together, with the way to fix it.
+    """
+
+    cell: Cell = Cell()
+    encoding: Encoding = Encoding()
+    mapping: Mapping = Mapping()
+    tile: Tile = Tile()
+    dac: DAC | None = DAC()
+    adc: ADC | None = None
+    device: Device = Device()
+
+    def __post_init__(self):
+        cell, mapping = self.cell, self.mapping
+        parts = (cell, self.encoding, mapping, self.tile, self.device)
+        if not all(dataclasses.is_dataclass(part) for part in parts):
+            return  # a pytree being rebuilt with placeholders
+        if (cell.bits is None) != (mapping.weight_bits is None):
+            raise ValueError(
+                f"cell.bits = {cell.bits} with mapping.weight_bits = {mapping.weight_bits}: either both are None "
+                "(real-valued weights in one analogue cell) or both are given"
+            )
+        if cell.bits is not None and mapping.weight_bits is not None:
+            need = mapping.weight_bits - (self.encoding.kind == "differential")
+            if sum(cell.bits) < need:
+                raise ValueError(
+                    f"cell.bits = {cell.bits} hold {sum(cell.bits)} bits, but {mapping.weight_bits}-bit weights in "
+                    f"{self.encoding.kind} encoding need {need}: add a slice or bits to the cells"
+                )
+        elif self.encoding.flip:
+            raise ValueError("encoding.flip inverts digits: give cell.bits and mapping.weight_bits")
+        if self.device.compensate and self.encoding.kind != "differential":
+            raise ValueError("device.compensate scales what is left after subtraction: it needs kind='differential'")
+        adc = self.adc
+        if isinstance(adc, ADC):
+            if adc.separate and self.encoding.kind != "differential":
+                raise ValueError("adc.separate converts positive and negative columns: it needs kind='differential'")
+            if adc.range == "granular" and (self.dac is None or cell.bits is None):
+                raise ValueError(
+                    "adc.range='granular' is one level of a cell at one input step: give dac and cell.bits"
+                )
+            check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
+
+    @property
+    def weight_slices(self) -> tuple[int, ...]:
+        """Bits of every weight slice; one slice of 1 for an analogue cell."""
+        return self.cell.bits or (1,)
+
+    @property
+    def input_slices(self) -> tuple[int, ...]:
+        """Bits of every input slice; one slice of 1 for an ideal DAC."""
+        return self.dac.slices if self.dac else (1,)
+
+    @property
+    def signed_inputs(self) -> bool:
+        """Whether an input slice may be negative."""
+        return self.dac is None or self.dac.signed
+
+    @property
+    def signed_sums(self) -> bool:
+        """Whether a current that is converted may be negative."""
+        return self.signed_inputs or (self.encoding.kind == "differential" and not self.converts_each)
+
+    @property
+    def converts_sums(self) -> bool:
+        """Whether input slices are shifted and added before the ADC: one conversion for all of them."""
+        return self.adc is not None and self.adc.convert == "sum"
+
+    @property
+    def converts_each(self) -> bool:
+        """Whether positive and negative columns have conversions of their own."""
+        return self.adc is not None and self.adc.separate
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether every column's ADC has a gain or an offset of its own."""
+        return self.adc is not None and (self.adc.gain_error is not None or self.adc.offset_error is not None)
+
+    @property
+    def draws_at_conversion(self) -> bool:
+        """Whether a column sum has noise when it is converted."""
+        return self.device.read_noise is not None or (self.adc is not None and self.adc.noise is not None)
+
+    @property
+    def reads_at_random(self) -> bool:
+        """Whether every read draws random numbers."""
+        return self.draws_at_conversion or (self.dac is not None and self.dac.rounding == "stochastic")
+
+    @property
+    def g_min(self) -> Any:
+        """The smallest conductance, of Gmax."""
+        return 0.0 if self.cell.on_off_ratio is None else 1.0 / self.cell.on_off_ratio
+
+
+def deterministic(config: CrossbarConfig) -> CrossbarConfig:
+    """Return the same arrays and converters with nothing random: no errors, no drift, no noise, inputs rounded."""
+    device = dataclasses.replace(
+        config.device, programming=None, write_verify=None, stuck=None, drift=None, compensate=False, read_noise=None
+    )
+    adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None, noise=None)
+    dac = config.dac and dataclasses.replace(config.dac, rounding="nearest")
+    return dataclasses.replace(config, device=device, adc=adc, dac=dac)
+
+
+def _tuples(values: Any) -> Any:
+    """Return nested lists as nested tuples, which can be hashed."""
+    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
+
+
+def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
+    """Refuse ADC limits that no converter could have.
+
+    Args:
+      limits: None, [K, 2] or [R, K, 2]; tracers and a pytree's placeholders pass.
+      slices: K.
+      signed: whether the converted currents may be negative.
+
+    Raises:
+      ValueError: on a wrong shape, or a range that is empty, not finite, or one-sided for signed sums.
+    """
+    leaves = jax.tree.leaves(limits, is_leaf=lambda leaf: leaf is None)
+    if is_traced(leaves) or not all(isinstance(leaf, _CONCRETE) for leaf in leaves):
+        return
+    values = np.asarray(limits, float)
+    if values.shape[-2:] != (slices, 2):
+        raise ValueError(
+            f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} weight slices"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"ADC limits {values.tolist()} are not finite")
+    low, high = values[..., 0], values[..., 1]
+    if not (low < high).all():
+        raise ValueError(f"ADC range {values.tolist()} is empty: the lowest current must be below the highest")
+    if signed and not np.allclose(low, -high):
+        raise ValueError(f"ADC range {values.tolist()} is one-sided, but these sums are signed: give [-a, a]")
+    if not signed and (low != 0).any():
+        raise ValueError(f"ADC range {values.tolist()}: these sums are never negative: give [0, a]")

@@ -1,0 +1,66 @@
+"""What a matrix takes on a crossbar and what one read of it does, in whole numbers, by the simulator's own mapping."""
+
+import dataclasses
+
+from ..config.schema import CrossbarConfig
+from ..mapping import encoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts of one matrix, or of several: they add up, and multiply by how often they are met.
+
+    Attributes:
+      arrays: tiles x weight slices x polarities.
+      cells: that hold a weight or a unit column; the rest of an array is neither written nor counted as read.
+      rows: in use, of all arrays: each is driven at a read and written at once.
+      conversions: of the ADCs, for one input vector.
+      additions: for one input vector, after the conversions: shift-and-add, unit columns or offsets taken off.
+      sums: additions over row tiles.
+      inputs: numbers that come in.
+      outputs: numbers that go out, each scaled by one multiplication.
+    """
+
+    arrays: int = 0
+    cells: int = 0
+    rows: int = 0
+    conversions: int = 0
+    additions: int = 0
+    sums: int = 0
+    inputs: int = 0
+    outputs: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
+
+    def __mul__(self, times: int) -> "Counts":
+        return Counts(**{f.name: getattr(self, f.name) * times for f in dataclasses.fields(self)})
+
+
+def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
+    """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
+    d_in, d_out = shape
+    rows, cols = encoding.grid(shape, config)
+    slices = len(config.weight_slices)
+    each = slices * (2 if config.encoding.kind == "differential" else 1)
+    columns = d_out + (len(cols) if config.encoding.unit_column else 0)
+
+    conversions = additions = 0
+    if config.adc is not None:
+        times = 1 if config.converts_sums else len(config.input_slices)
+        reads = times * slices * len(rows)
+        conversions = reads * columns * (2 if config.converts_each else 1)
+        # Every code is shifted and added; a unit column's code is subtracted from those of its array.
+        additions = conversions + (reads * d_out if config.encoding.unit_column else 0)
+    if config.encoding.kind == "offset" and not config.encoding.unit_column:
+        additions += d_in  # the sum of the inputs, which the digital offset multiplies
+    return Counts(
+        arrays=len(rows) * len(cols) * each,
+        cells=d_in * columns * each,
+        rows=d_in * len(cols) * each,
+        conversions=conversions,
+        additions=additions,
+        sums=(len(rows) - 1) * d_out,
+        inputs=d_in,
+        outputs=d_out,
+    )

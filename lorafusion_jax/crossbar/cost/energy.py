@@ -1,0 +1,133 @@
+"""Energy, time and wear of writing matrices into arrays, and energy and latency of reading them.
+
+All are linear in the counts of `counts`, so that matrices and layers add up. Joules and seconds, as ranges.
+
+    writing   E = cells E_cell                  t = rows t_row / arrays at once        wear = pulses / endurance
+    reading   array      cells J E_read         J input slices, of s_j bits
+              DAC        rows sum_j (2^s_j - 1) E_DAC
+              ADC        conversions E_ADC g^(bits - 8)
+              shift-add  additions E_add
+              digital    sums E_add + outputs E_MAC + (inputs + outputs) E_word
+
+docs/guides/cost.md explains them, and names what is not modelled.
+"""
+
+from typing import NamedTuple
+
+from ..config.schema import ADC, DAC, CrossbarConfig
+from ..mapping import encoding
+from .constants import CONSTANTS, Constants
+from .counts import Counts
+from .ranges import Range, longest, total
+
+
+class WriteCost(NamedTuple):
+    """What it takes to write cells once.
+
+    Attributes:
+      cells: written.
+      pulses: write-verify pulses of all of them.
+      energy: joules.
+      time: seconds; rows of an array one after the other, the cells of a row at once.
+      cycles: of endurance that each cell takes.
+      until_worn: how often the same cells can take that before the endurance is used up; None without cells.
+    """
+
+    cells: int
+    pulses: Range
+    energy: Range
+    time: Range
+    cycles: Range
+    until_worn: Range | None
+
+
+class ReadEnergy(NamedTuple):
+    """Joules of reads, by component."""
+
+    array: Range
+    dac: Range
+    adc: Range
+    shift_add: Range
+    digital: Range
+
+    @property
+    def total(self) -> Range:
+        """All components together."""
+        return total(self)
+
+
+def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1) -> WriteCost:
+    """Return what writing takes.
+
+    Args:
+      written: of the matrices.
+      constants: of the device.
+      passes: how often every one of their cells is written.
+    """
+    cycles = constants["write_pulses"] * (passes if written.cells else 0)
+    cells = written.cells * passes
+    return WriteCost(
+        cells=cells,
+        pulses=constants["write_pulses"] * cells,
+        energy=constants["cell_write_energy"] * cells,
+        time=constants["row_write_time"] * (written.rows * passes) / constants["arrays_written_at_once"],
+        cycles=cycles,
+        until_worn=constants["endurance"] / cycles if cells else None,
+    )
+
+
+def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CONSTANTS) -> ReadEnergy:
+    """Return the energy of reads.
+
+    Args:
+      reads: counts of the matrices, each as often as it is read with an input vector.
+      config: of the crossbar.
+      constants: of the devices and converters.
+
+    Raises:
+      ValueError: the DAC or the ADC is ideal: it has no energy.
+    """
+    dac, adc = _converters(config)
+    drive = sum(2**bits - 1 for bits in dac.slices)
+    conversion = constants["adc_energy"] * constants["adc_growth"] ** (adc.bits - 8)
+    return ReadEnergy(
+        array=constants["cell_read_energy"] * (reads.cells * len(dac.slices)),
+        dac=constants["dac_energy"] * (reads.rows * drive),
+        adc=conversion * reads.conversions,
+        shift_add=constants["add_energy"] * reads.additions,
+        digital=constants["add_energy"] * reads.sums
+        + constants["mac_energy"] * reads.outputs
+        + constants["word_energy"] * (reads.inputs + reads.outputs),
+    )
+
+
+def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
+    """Return the seconds of one matrix-vector product; all arrays work at once, each column group at one ADC.
+
+    While the sums of an input slice are converted, the next slice is read; where slices are summed before the ADC
+    (`adc.convert="sum"`), conversion comes after all of them.
+
+    Args:
+      shape: (d_in, d_out).
+      config: of the crossbar.
+      constants: of the devices and converters.
+
+    Raises:
+      ValueError: as `read_energy` does.
+    """
+    dac, adc = _converters(config)
+    columns = max(encoding.grid(shape, config)[1]) + config.encoding.unit_column
+    sharing = constants["columns_per_adc"]
+    turns = Range(*(min(float(columns), most) for most in (sharing.low, sharing.typical, sharing.high)))
+    conversion = constants["adc_time"] * turns * (2 if config.converts_each else 1)
+    read, slices = constants["array_read_time"], len(dac.slices)
+    return read * slices + conversion if adc.convert == "sum" else longest([read, conversion]) * slices
+
+
+def _converters(config: CrossbarConfig) -> tuple[DAC, ADC]:
+    if config.dac is None or config.adc is None:
+        raise ValueError(
+            f"{'dac' if config.dac is None else 'adc'} = None is an ideal converter, which has no energy: give one "
+            "with bits, or a preset that has both, such as isaac"
+        )
+    return config.dac, config.adc

@@ -1,0 +1,167 @@
+"""What a matrix costs on a crossbar, and how its products are computed."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..chip.plan import Plan, worst_case
+from ..chip.program import ArrayState, program
+from ..config.schema import CrossbarConfig
+from ..config.structure import check_same
+from ..mapping import encoding
+from ..mapping.adc import codes
+from .counts import counts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The arrays of a matrix and the path of its products; `print` it.
+
+    Attributes:
+      shape: (d_in, d_out).
+      path: how a product is computed (see `plan`).
+      reason: why, in words.
+      tiles: row tiles and column tiles.
+      array: rows and columns of one array, a unit column not counted.
+      weight_slices: bits of each weight slice, least significant first; () for an analogue cell.
+      input_slices: bits of each input slice, least significant first; () for an ideal DAC.
+      polarities: 2 for differential encoding, else 1.
+      arrays: of one module: tiles x weight slices x polarities.
+      utilisation: share of their cells that hold a weight.
+      modules: matrices of this shape.
+      shared_arrays: of all modules, placed side by side along their shorter axis.
+      shared_utilisation: share of those cells.
+      conversions: of the ADCs for one product with one input vector; 0 without ADC.
+      lost_bits: for each weight slice, the bits that its ADC lacks to tell every possible column sum of perfect cells
+        apart: log2 of the largest sum over the highest code, none below 0; None where sums are no integers.
+    """
+
+    shape: tuple[int, int]
+    path: str
+    reason: str
+    tiles: tuple[int, int]
+    array: tuple[int, int]
+    weight_slices: tuple[int, ...]
+    input_slices: tuple[int, ...]
+    polarities: int
+    arrays: int
+    utilisation: float
+    modules: int
+    shared_arrays: int
+    shared_utilisation: float
+    conversions: int
+    lost_bits: tuple[float, ...] | None
+
+    def __str__(self) -> str:
+        count = max(1, len(self.weight_slices))
+        slices = f"{count} weight slice{'s' if count > 1 else ''}"
+        signs = f" x {self.polarities} polarities" if self.polarities > 1 else ""
+        lines = [
+            ("path", f"{self.path}: {self.reason}"),
+            ("weights", _bits(self.weight_slices, "one analogue cell") + signs.replace(" x", ",")),
+            ("inputs", _bits(self.input_slices, "real-valued, all at once")),
+            ("arrays", f"{self.arrays:,} = {self.tiles[0]} x {self.tiles[1]} tiles x {slices}{signs}"),
+            ("utilisation", f"{100 * self.utilisation:.1f} % of their cells"),
+            ("conversions", f"{self.conversions:,} for one input vector" if self.conversions else "none, no ADC"),
+            ("lost bits", _lost(self.lost_bits)),
+        ]
+        if self.modules > 1:
+            alone = f"{self.modules * self.arrays:,} arrays each on its own"
+            shared = f"{self.shared_arrays:,} side by side, {100 * self.shared_utilisation:.1f} % of their cells"
+            lines.append((f"{self.modules} modules", f"{alone}; {shared}"))
+        title = f"{self.shape[0]} x {self.shape[1]} on arrays of {self.array[0]} x {self.array[1]}"
+        return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
+
+
+def explain(
+    config: CrossbarConfig, shape: tuple[int, int], *, modules: int = 1, state: ArrayState | None = None
+) -> Explanation:
+    """Return what a [d_in, d_out] matrix takes on a crossbar; nothing is programmed.
+
+    The path is that of any weights of this shape. A programmed state's own may be faster: its column sums are known,
+    and an ADC that has been calibrated may turn out to lose nothing.
+
+    Args:
+      config: of the crossbar.
+      shape: (d_in, d_out).
+      modules: how many such matrices there are. Side by side they share arrays: along columns where d_out is the
+        shorter axis (the A of low-rank modules, which read one input), else along rows (their B). Those rows drive
+        common columns, so that their outputs add up in the array, or are driven module by module.
+      state: programmed with this config; its plan is shown.
+
+    Raises:
+      ValueError: on a shape that is none, or another shape or configuration than the state's.
+    """
+    sizes = [*shape, modules] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
+    if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
+        raise ValueError(f"shape {shape!r} with modules = {modules!r}: give (d_in, d_out) and a count, all 1 or more")
+    if state is not None and tuple(shape) != state.shape:
+        raise ValueError(f"shape {tuple(shape)}: the state's arrays hold a matrix of {state.shape}")
+    if state is not None:
+        check_same(state.structure, config)
+    d_in, d_out = shape
+    plan = _plan(config, (d_in, d_out)) if state is None else state.plan
+    rows, cols = encoding.grid((d_in, d_out), config)
+    tiles, array = (len(rows), len(cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
+    each = len(config.weight_slices) * (2 if config.encoding.kind == "differential" else 1)
+
+    together = (d_in, modules * d_out) if d_out <= d_in else (modules * d_in, d_out)
+    shared = math.prod(map(len, encoding.grid(together, config)))
+    shared_array = config.tile.rows or together[0], config.tile.cols or together[1]
+
+    taken = counts((d_in, d_out), config)
+    return Explanation(
+        shape=(d_in, d_out),
+        path=plan.path,
+        reason=plan.reason,
+        tiles=tiles,
+        array=array,
+        weight_slices=config.cell.bits or (),
+        input_slices=config.dac.slices if config.dac else (),
+        polarities=2 if config.encoding.kind == "differential" else 1,
+        arrays=taken.arrays,
+        utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
+        modules=modules,
+        shared_arrays=shared * each,
+        shared_utilisation=math.prod(together) / (shared * math.prod(shared_array)),
+        conversions=taken.conversions,
+        lost_bits=_lost_bits(config, max(rows)),
+    )
+
+
+def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
+    """Return the plan that programming would make, without any arithmetic."""
+    plans = []
+    weights, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(jax.random.key, 0)
+    jax.eval_shape(lambda weights, key: plans.append(program(weights, config, key).plan), weights, key)
+    return plans[0]
+
+
+def _lost_bits(config: CrossbarConfig, rows: int) -> tuple[float, ...] | None:
+    if config.cell.bits is None or config.dac is None:
+        return None
+    if config.adc is None:
+        return tuple(0.0 for _ in config.cell.bits)
+    top = codes(config)[1]
+    return tuple(max(0.0, math.log2(bound / top)) for bound in worst_case(config, rows))
+
+
+def _bits(slices: tuple[int, ...], none: str) -> str:
+    if not slices:
+        return none
+    if len(set(slices)) == 1:
+        return f"{len(slices)} slices of {slices[0]} bit{'s' if slices[0] > 1 else ''}"
+    return f"slices of {', '.join(map(str, slices))} bits, least significant first"
+
+
+def _lost(bits: tuple[float, ...] | None) -> str:
+    if bits is None:
+        return "not defined: column sums are real-valued"
+    if not any(bits):
+        return "none"
+    if len(set(bits)) == 1:
+        return f"{bits[0]:.1f} of every slice, at worst"
+    return f"{', '.join(f'{lost:.1f}' for lost in bits)} from the least significant slice, at worst"

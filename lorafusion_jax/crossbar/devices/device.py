@@ -1,0 +1,191 @@
+"""The cells of one chip: from target conductances to those that are really there.
+
+Conductances are normalised to Gmax = 1. The order of effects: programming error (through write-verify where asked
+for), cells that are stuck, drift until `time`, each followed by the clip to what a cell can be. Read noise and
+nonlinear I-V belong to a read: they are described here and applied there.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .physical import Physical, check_bounds, like, noise, without_gradient
+from .write_error import WriteVerify
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StuckAt:
+    """Cells that no longer switch, drawn once per chip.
+
+    Attributes:
+      low: share of cells stuck at Gmin.
+      high: share of cells stuck at Gmax.
+    """
+
+    low: Physical = 0.0
+    high: Physical = 0.0
+
+    def __post_init__(self):
+        check_bounds(self, "low", 0, 1)
+        check_bounds(self, "high", 0, 1)
+        if isinstance(self.low, int | float) and isinstance(self.high, int | float) and self.low + self.high > 1:
+            raise ValueError(f"StuckAt: low + high = {self.low + self.high}: together at most all cells can be stuck")
+
+    def __call__(self, G: Float[Array, "..."], key: Array, g_min: Physical) -> Float[Array, "..."]:
+        """Return `G` with the stuck cells in it."""
+
+        def share(name: str) -> Array:
+            why = f"StuckAt.{name} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
+            return without_gradient(like(getattr(self, name), G), why)
+
+        u = jax.random.uniform(key, G.shape, G.dtype)
+        stuck_low = jnp.where(u < share("low"), like(g_min, G), G)
+        return jnp.where(u >= 1 - share("high"), like(1.0, G), stuck_low)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadNoise:
+    """Normal noise redrawn for every read.
+
+    Attributes:
+      sigma: standard deviation, of Gmax (`independent`) or of the cell's G (`proportional`).
+      kind: which of them.
+      clip: cut each cell's draw off at G >= 0 (CrossSim does). A column's noise is then no longer normal, and every
+        cell has to be drawn; without, one draw for every conversion has the same distribution.
+    """
+
+    sigma: Physical
+    kind: str = dataclasses.field(default="independent", metadata={"static": True})
+    clip: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        check_bounds(self, "sigma", 0)
+        if self.kind not in ("independent", "proportional"):
+            raise ValueError(f"ReadNoise.kind = {self.kind!r}: choose independent or proportional")
+
+    def draw(self, G: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
+        """Return the conductances of one read."""
+        scale = like(self.sigma, G) * (G if self.kind == "proportional" else 1)
+        drawn = G + scale * noise(key, G)
+        return jnp.maximum(drawn, 0) if self.clip else drawn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sinh:
+    """Nonlinear I-V: I = G sinh(v Vr / V0) / sinh(Vr / V0), with v of the read voltage Vr.
+
+    G is the conductance that a read at Vr measures, as write-verify does: inputs of one bit see no nonlinearity.
+
+    Attributes:
+      read_voltage: Vr, in volts.
+      scale: V0, in volts; 0.25 V in the Stanford-PKU ReRAM model (Jiang et al., SISPAD 2014).
+    """
+
+    read_voltage: Physical = 0.2
+    scale: Physical = 0.25
+
+    def __post_init__(self):
+        check_bounds(self, "read_voltage", 0, open_low=True)
+        check_bounds(self, "scale", 0, open_low=True)
+
+    def __call__(self, v: Float[Array, "..."], G: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the current of every cell, in units of Gmax Vr; `v` and `G` broadcast."""
+        a = like(self.read_voltage, v) / like(self.scale, v)
+        return G * (jnp.sinh(a * v) / jnp.sinh(a))
+
+
+Model = Callable[[Array, Array, Any], Array]
+_MODELS = ("programming", "drift", "iv")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a cell does that an ideal conductance would not; everything None is ideal.
+
+    Attributes:
+      programming: (G, key, time) -> G, of target conductances: a model of `write_error`, or a function.
+      write_verify: program until within a tolerance, counting pulses; needs `programming`.
+      stuck: shares of cells that cannot be programmed.
+      drift: (G, key, time) -> G, of programmed conductances: a model of `drift`, or a function.
+      time: seconds since programming; None: read at once, without drift.
+      compensate: multiply a matrix's outputs by the one factor that undoes its mean drift (see
+        `drift.drift_compensation`): all its conductances just after programming, summed, over all of them now.
+      read_noise: redrawn for each read.
+      iv: (v, G) -> current of a cell at v of the read voltage: `Sinh`, or a function.
+      clip: what a cell can be: `positive` G >= 0, or `range` [Gmin, Gmax].
+    """
+
+    programming: Model | None = None
+    write_verify: WriteVerify | None = None
+    stuck: StuckAt | None = None
+    drift: Model | None = None
+    time: Physical = None
+    compensate: bool = dataclasses.field(default=False, metadata={"static": True})
+    read_noise: ReadNoise | None = None
+    iv: Callable[[Array, Array], Array] | None = None
+    clip: str = dataclasses.field(default="positive", metadata={"static": True})
+
+    def __post_init__(self):
+        check_bounds(self, "time", 0)
+        if self.clip not in ("positive", "range"):
+            raise ValueError(f"Device.clip = {self.clip!r}: choose positive (G >= 0) or range ([Gmin, Gmax])")
+        if self.write_verify is not None and self.programming is None:
+            raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
+        for name in _MODELS:
+            model = getattr(self, name)
+            # A plain function is no pytree: wrapped, it is structure, compared by identity.
+            if callable(model) and jax.tree_util.all_leaves([model]):
+                object.__setattr__(self, name, jax.tree_util.Partial(model))
+
+
+def realise(
+    G: Float[Array, "..."], device: Device, key: Array | None, *, g_min: Physical = 0.0
+) -> tuple[Float[Array, "..."], Int[Array, "..."] | None]:
+    """Return what one chip's cells really are, `device.time` after programming.
+
+    Args:
+      G: target conductances, of Gmax.
+      device: the device.
+      key: of the chip; None only for a device without randomness.
+      g_min: Gmin, of Gmax.
+
+    Returns:
+      The conductances, and how many pulses each cell took (None without write-verify).
+
+    Raises:
+      ValueError: where randomness is asked for without a key.
+    """
+    drift = None if device.time is None else device.drift
+    if device.programming is None and device.stuck is None and drift is None:
+        return _clip(G, device, g_min), None
+    if key is None:
+        raise ValueError("this device is random (programming, stuck cells or drift): give the chip's key")
+    program_key, stuck_key, drift_key = (jax.random.fold_in(key, purpose) for purpose in range(3))
+
+    def write(target: Array, pulse_key: Array) -> Array:
+        if device.programming is not None:
+            # A verified cell is measured at once; it ages afterwards.
+            time = None if device.write_verify is not None else device.time
+            target = _clip(device.programming(target, pulse_key, time), device, g_min)
+        return target if device.stuck is None else device.stuck(target, stuck_key, g_min)
+
+    pulses = None
+    if device.write_verify is None:
+        G = write(G, program_key)
+    else:
+        G, pulses = device.write_verify(write, G, program_key)
+    if drift is not None:
+        G = drift(G, drift_key, device.time)
+    return _clip(G, device, g_min), pulses
+
+
+def _clip(G: Array, device: Device, g_min: Physical) -> Array:
+    return jnp.maximum(G, 0) if device.clip == "positive" else jnp.clip(G, like(g_min, G), like(1.0, G))

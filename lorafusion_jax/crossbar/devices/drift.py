@@ -1,0 +1,165 @@
+"""Drift: how programmed conductances change with time, and what is usually done about it.
+
+A model is any function (G, key, time) -> G of programmed conductances (Gmax = 1) and seconds since programming.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .physical import Physical, check_bounds, like, noise
+
+# Below this conductance log G is that of a cell which no longer conducts.
+_FLOOR = 1e-7
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogLinear:
+    """A statistic of a cell that falls with the logarithm of its conductance: clip(intercept + slope ln G, low, high).
+
+    Attributes:
+      intercept: value at Gmax.
+      slope: per unit of ln(G / Gmax).
+      low: smallest value.
+      high: largest value.
+    """
+
+    intercept: Physical
+    slope: Physical
+    low: Physical = 0.0
+    high: Physical = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.low, int | float) and isinstance(self.high, int | float) and not self.low <= self.high:
+            raise ValueError(f"LogLinear: low = {self.low} is above high = {self.high}: exchange them")
+
+    def __call__(self, G: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the statistic of every cell."""
+        value = like(self.intercept, G) + like(self.slope, G) * jnp.log(jnp.maximum(G, _FLOOR))
+        return jnp.clip(value, like(self.low, G), like(self.high, G))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flicker:
+    """1/f noise that has gathered since programming: relative deviation q(G) sqrt(ln((t + t_read) / (2 t_read))).
+
+    Attributes:
+      magnitude: q at Gmax.
+      exponent: q grows as G^-exponent towards small conductances,
+      largest: up to this.
+      read_time: of one read, in seconds.
+    """
+
+    magnitude: Physical = 0.0088
+    exponent: Physical = 0.65
+    largest: Physical = 0.2
+    read_time: Physical = 250e-9
+
+    def __post_init__(self):
+        check_bounds(self, "magnitude", 0)
+        check_bounds(self, "largest", 0)
+        check_bounds(self, "read_time", 0, open_low=True)
+
+    def deviation(self, G: Float[Array, "..."], time: Float[Array, ""]) -> Float[Array, "..."]:
+        """Return the relative standard deviation of each cell, `time` seconds after programming."""
+        # The floor is that of the published fit: q is at its largest there.
+        q = like(self.magnitude, G) / jnp.maximum(jnp.maximum(G, _FLOOR) ** like(self.exponent, G), 1e-3)
+        read = like(self.read_time, G)
+        return jnp.minimum(q, like(self.largest, G)) * jnp.sqrt(jnp.log((time + read) / (2 * read)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """G ((t + t0) / t0)^-nu, with an exponent nu of its own for every cell.
+
+    Attributes:
+      exponent: mean of nu, a number or a `LogLinear` function of the programmed conductance.
+      spread: standard deviation of nu likewise; |nu| counts, as in the published model.
+      start: t0, when the cell was first read, in seconds after programming.
+      flicker: gathered 1/f noise on top; None for none.
+    """
+
+    exponent: LogLinear | Physical
+    spread: LogLinear | Physical = 0.0
+    start: Physical = 1.0
+    flicker: Flicker | None = None
+
+    def __post_init__(self):
+        check_bounds(self, "exponent", 0)
+        check_bounds(self, "spread", 0)
+        check_bounds(self, "start", 0, open_low=True)
+
+    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical) -> Float[Array, "..."]:
+        """Return the conductances at `time`."""
+        t0 = like(self.start, G)
+        t = like(time, G) + t0
+        exponent, spread = (f(G) if isinstance(f, LogLinear) else like(f, G) for f in (self.exponent, self.spread))
+        nu = jnp.abs(exponent + spread * noise(jax.random.fold_in(key, 0), G))
+        drifted = G * (t / t0) ** -nu
+        if self.flicker is not None:
+            drifted = drifted * (1 + self.flicker.deviation(G, t) * noise(jax.random.fold_in(key, 1), G))
+        return drifted
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Relaxation:
+    """A shift and a spread that grow with the logarithm of time: G + shift ln t + (spread + growth ln t) z, t >= 1 s.
+
+    Attributes:
+      shift: mean change per unit of ln t, of Gmax.
+      spread: standard deviation after one second, of Gmax.
+      growth: of the standard deviation per unit of ln t, of Gmax.
+    """
+
+    shift: Physical
+    spread: Physical
+    growth: Physical = 0.0
+
+    def __post_init__(self):
+        check_bounds(self, "spread", 0)
+        check_bounds(self, "growth", 0)
+
+    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical) -> Float[Array, "..."]:
+        """Return the conductances at `time`."""
+        log_t = jnp.log(jnp.maximum(like(time, G), 1))
+        deviation = like(self.spread, G) + like(self.growth, G) * log_t
+        return G + like(self.shift, G) * log_t + deviation * noise(key, G)
+
+
+PCM_DRIFT = PowerLaw(
+    exponent=LogLinear(0.0244, -0.0155, 0.049, 0.1),
+    spread=LogLinear(-0.0059, -0.0125, 0.008, 0.045),
+    start=20.0,
+    flicker=Flicker(),
+)
+"""Phase-change memory: exponents, their spread, and 1/f noise.
+
+Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); aihwkit's constants. It draws the
+exponents for the target conductance, this for the programmed one.
+"""
+
+RERAM_CMO_DRIFT = Relaxation(shift=-0.08900206 / 88.19, spread=0.41183342 / 88.19, growth=0.04201137 / 88.19)
+"""ReRAM of conductive metal oxide and HfOx, 88 uS. Falcone et al., arXiv:2502.04524 (2025); aihwkit's constants."""
+
+
+def drift_compensation(reference: Float[Array, "..."], now: Float[Array, "..."]) -> Float[Array, ""]:
+    """Return the one factor by which a matrix's outputs are multiplied digitally to undo its mean drift.
+
+    Global drift compensation (Joshi et al. 2020): the summed magnitude of the currents of a calibration read just
+    after programming, over that of the same read now. Reading word line by word line makes them the cells themselves.
+
+    Args:
+      reference: currents just after programming.
+      now: currents of the same read at the present time, of the same shape.
+
+    Returns:
+      The factor; 1 for a matrix without any current.
+    """
+    before, after = jnp.sum(jnp.abs(reference)), jnp.sum(jnp.abs(now))
+    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)

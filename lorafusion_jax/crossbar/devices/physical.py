@@ -1,0 +1,81 @@
+"""Physical values of a device: numbers or arrays to sweep and to learn, their bounds, and draws like a matrix."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from .normal_draws import normal
+
+if TYPE_CHECKING:
+    Physical = float | int | Array | np.ndarray | None
+else:
+    # JAX rebuilds pytrees with placeholders as leaves, which run-time type checks would refuse.
+    Physical = Any
+
+
+def check_bounds(
+    owner: Any, name: str, low: float | int, high: float | int = float("inf"), *, open_low: bool = False
+) -> None:
+    """Refuse a plain number outside [low, high]; arrays, tracers, None and a pytree's placeholders pass.
+
+    Args:
+      owner: the dataclass.
+      name: its field.
+      low: smallest value; excluded where `open_low`.
+      high: largest value.
+
+    Raises:
+      ValueError: with the field, its value and the bounds.
+    """
+    value = getattr(owner, name)
+    if not isinstance(value, int | float) or (low < value if open_low else low <= value) and value <= high:
+        return
+    bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+    raise ValueError(f"{type(owner).__name__}.{name} = {value}: give a number {bound}, or None where it is absent")
+
+
+def like(value: Any, G: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return `value` in the dtype of `G`, so that a swept float32 noise level meets float64 conductances."""
+    return jnp.asarray(value, G.dtype)
+
+
+def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return standard normal draws, one per cell of `G`, in its dtype."""
+    return normal(key, G.shape, G.dtype)
+
+
+def is_traced(tree: Any) -> bool:
+    """Return whether any leaf is known to a transformation alone."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def is_moved(tangent: Any) -> bool:
+    """Return whether a tangent, in a rule with symbolic zeros, is of something that is differentiated."""
+    return not isinstance(tangent, SymbolicZero)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def without_gradient(value: Array, why: str) -> Array:
+    """Return `value`, which has no gradient: a derivative with respect to it is refused, rather than zero.
+
+    Args:
+      value: any array.
+      why: the message.
+
+    Raises:
+      ValueError: when it is differentiated.
+    """
+    return value
+
+
+@functools.partial(without_gradient.defjvp, symbolic_zeros=True)
+def _refuse(why, primals, tangents):
+    if is_moved(tangents[0]):
+        raise ValueError(why)
+    return primals[0], jnp.zeros_like(primals[0])

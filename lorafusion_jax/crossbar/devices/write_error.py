@@ -1,0 +1,190 @@
+"""Programming (write) error: what conductance a cell has that was asked for G, and write-verify.
+
+A model is any function (G, key, time) -> G of normalised target conductances (Gmax = 1) and seconds since
+programming (None: at once). Results may be negative: `realise` clips, which leaves half-normal noise on cells
+whose target is zero.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .physical import Physical, check_bounds, like, noise, without_gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """Normal error of the same size for every cell.
+
+    Attributes:
+      sigma: standard deviation, of Gmax.
+    """
+
+    sigma: Physical
+
+    def __post_init__(self):
+        check_bounds(self, "sigma", 0)
+
+    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+        """Return G + sigma z."""
+        return G + like(self.sigma, G) * noise(key, G)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proportional:
+    """Normal error proportional to the conductance.
+
+    Attributes:
+      sigma: standard deviation, of the cell's G.
+    """
+
+    sigma: Physical
+
+    def __post_init__(self):
+        check_bounds(self, "sigma", 0)
+
+    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+        """Return G (1 + sigma z)."""
+        return G * (1 + like(self.sigma, G) * noise(key, G))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Polynomial:
+    """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
+
+    One draw belongs to a cell: at a later time the same deviation is larger, not another one.
+
+    Attributes:
+      deviation: coefficients of the standard deviation of Gmax, lowest power of G / Gmax first: one tuple for
+        each of `seconds`. A fit that dips below zero counts as zero.
+      shift: coefficients of the mean error likewise; None for none.
+      seconds: since programming, rising; between them coefficients are interpolated in log time, beyond them held.
+      scale: multiplies shift and deviation.
+    """
+
+    deviation: tuple[tuple[float, ...], ...] = dataclasses.field(metadata={"static": True})
+    shift: tuple[tuple[float, ...], ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    seconds: tuple[float, ...] = dataclasses.field(default=(1.0,), metadata={"static": True})
+    scale: Physical = 1.0
+
+    def __post_init__(self):
+        check_bounds(self, "scale", 0)
+        for name in ("deviation", "shift"):
+            rows = getattr(self, name)
+            if rows is not None and (len(rows) != len(self.seconds) or len({len(row) for row in rows}) != 1):
+                raise ValueError(
+                    f"Polynomial.{name} = {rows}: give one tuple of coefficients, all of one length, for each of "
+                    f"seconds = {self.seconds}"
+                )
+        if not self.seconds or self.seconds[0] <= 0 or list(self.seconds) != sorted(set(self.seconds)):
+            raise ValueError(f"Polynomial.seconds = {self.seconds}: give rising positive times")
+
+    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+        """Return G + shift(G) + deviation(G) z at `time`."""
+        error = jnp.maximum(self._at(self.deviation, G, time), 0) * noise(key, G)
+        if self.shift is not None:
+            error = error + self._at(self.shift, G, time)
+        return G + like(self.scale, G) * error
+
+    def _at(self, rows: tuple[tuple[float, ...], ...], G: Array, time: Physical) -> Array:
+        if time is None:
+            coefficients = [like(c, G) for c in rows[0]]
+        else:
+            now = jnp.log(jnp.maximum(like(time, G), self.seconds[0]))
+            knots = jnp.log(like(self.seconds, G))
+            coefficients = [jnp.interp(now, knots, like(column, G)) for column in zip(*rows, strict=True)]
+        value = jnp.full_like(G, coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            value = value * G + c
+        return value
+
+
+def _microsiemens(g_max: float, *rows: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """Coefficients in uS of polynomials of G / Gmax, as fractions of Gmax."""
+    return tuple(tuple(c / g_max for c in row) for row in rows)
+
+
+PCM_JOSHI_2020 = Polynomial(_microsiemens(25.0, (0.26348, 1.9650, -1.1731)))
+"""Phase-change memory, 25 uS. Joshi et al., Nature Communications 11, 2473 (2020), Fig. 3b; aihwkit's fit."""
+
+RERAM_WAN_2022 = Polynomial(
+    _microsiemens(
+        40.0,
+        (0.348, 16.030, -43.853, 45.393, -16.815),
+        (0.701, 22.086, -50.773, 47.095, -16.458),
+        (0.782, 20.274, -43.507, 37.062, -11.934),
+    ),
+    seconds=(1.0, 86_400.0, 172_800.0),
+)
+"""ReRAM of NeuRRAM, 40 uS, 1 s, 1 day and 2 days after write-verify: do not verify it again.
+
+Wan et al., Nature 608, 504 (2022), Extended Data Fig. 3d; aihwkit's fit, whose own class divides by its
+converter's g_max (25 uS unless told otherwise) although the fit is in uS of 40.
+"""
+
+RERAM_MILO_2021 = Polynomial(((4.782321 / 225.0, -0.009107),))
+"""ReRAM, 50 to 225 uS (on/off ratio 4.5), algorithm IGVVA-100. Milo et al., IRPS 2021, Fig. 4; CrossSim's fit."""
+
+RERAM_CMO_2025 = Polynomial(((0.0112185391 / 88.19, 0.01129027418),))
+"""ReRAM of conductive metal oxide and HfOx, 9 to 88 uS, verified to 2 % of the target.
+
+Falcone et al., arXiv:2502.04524 (2025); aihwkit's fit, whose slope is per uS of G.
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WriteVerify:
+    """Program, read, and program again every cell outside the tolerance.
+
+    Every pulse draws the cell's error anew, so that a cell takes 1 / P(|error| <= tolerance) pulses on average,
+    and errors that remain are the model's own, truncated to the tolerance, but for cells that exhausted their pulses.
+
+    Attributes:
+      tolerance: largest accepted |G - target|, of Gmax.
+      pulses: most pulses a cell gets.
+    """
+
+    tolerance: Physical
+    pulses: int = dataclasses.field(default=32, metadata={"static": True})
+
+    def __post_init__(self):
+        check_bounds(self, "tolerance", 0, open_low=True)
+        if not isinstance(self.pulses, int) or self.pulses < 1:
+            raise ValueError(f"WriteVerify.pulses = {self.pulses!r}: give the most pulses of a cell, 1 or more")
+
+    def __call__(
+        self, write: Callable[[Array, Array], Array], target: Float[Array, "..."], key: Array
+    ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+        """Return the conductances, and how many pulses each cell took.
+
+        Args:
+          write: (target, key) -> G, one pulse on every cell.
+          target: conductances asked for.
+          key: of all pulses.
+        """
+        why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
+        tolerance = without_gradient(like(self.tolerance, target), f"WriteVerify.tolerance {why}")
+
+        def outside(G: Array) -> Array:
+            return jnp.abs(G - target) > tolerance
+
+        def more(state: tuple[Array, Array, Array]) -> Array:
+            G, _, pulse = state
+            return (pulse < self.pulses) & jnp.any(outside(G))
+
+        def rewrite(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            G, count, pulse = state
+            again = outside(G)
+            written = jnp.where(again, write(target, jax.random.fold_in(key, pulse)), G)
+            return written, count + again.astype(count.dtype), pulse + 1
+
+        first = write(target, jax.random.fold_in(key, 0))
+        G, count, _ = jax.lax.while_loop(more, rewrite, (first, jnp.ones(target.shape, jnp.int32), jnp.int32(1)))
+        return without_gradient(G, f"what is programmed through write-verify {why}"), count

@@ -1,0 +1,175 @@
+"""The ADC: a uniform quantiser with one range for each weight slice.
+
+    code = clip(round(S / lsb), qmin, qmax),  round half to even
+
+S is a column's sum in level units (see `mapping.encoding`). Signed sums have 2^b - 1 codes about zero, others 2^b from
+zero. One unit of current is one cell at Gmax under a full-scale pulse: limits are given in it.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ..config.schema import CrossbarConfig
+from ..devices.physical import is_traced
+from . import encoding
+
+
+class Converter(NamedTuple):
+    """The quantiser of every weight slice, in level units.
+
+    An integer sum can lie half-way between two codes, which only exact arithmetic shows: S times a power of two, or
+    the remainder of S qmax / span, where both products are integers that the dtype holds (in float32 below 2^24). A
+    quotient does not: XLA's CPU multiplies by the inverse.
+
+    Attributes:
+      scale: [R, K], R is 1 where all row tiles have one range; [K] for the kernels. The codes per level unit, or,
+        where the converter divides, the sum that the highest code stands for.
+      qmin: lowest code.
+      qmax: highest code.
+      divides: whether `scale` is divided by.
+      rounds: False for the smooth surrogate, which only clips.
+      counts: return 1 for a sum beyond the highest code and 0 for another in place of its code. Noise below zero, which
+        an unsigned converter clips too, would not be less at half the voltage.
+    """
+
+    scale: Float[Array, "*_R K"]
+    qmin: int
+    qmax: int
+    divides: bool = False
+    rounds: bool = True
+    counts: bool = False
+
+    @property
+    def lsb(self) -> Float[Array, "*_R K"]:
+        """Level units that one code stands for."""
+        return self.scale / self.qmax if self.divides else 1 / self.scale
+
+    def __call__(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the codes of sums, given the part of `scale` that applies to them."""
+        scaled = self.scaled(sums, scale)
+        if self.counts:
+            size = abs(scaled) if self.qmin < 0 else scaled
+            return (size > self.qmax + 0.5).astype(sums.dtype)
+        if self.rounds:
+            scaled = jnp.round(scaled)
+            if self.divides:
+                scaled = self._half_to_even(scaled, sums, scale)
+        return jnp.clip(scaled, self.qmin, self.qmax)
+
+    def clips(self, scaled: Float[Array, "..."]) -> Bool[Array, "..."]:
+        """Return which sums, in units of a code, are beyond the range."""
+        return (scaled > self.qmax + 0.5) | (scaled < self.qmin - 0.5)
+
+    def _half_to_even(
+        self, codes: Float[Array, "..."], sums: Float[Array, "..."], span: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Return the codes next to S qmax / span, given ones that are at most one off."""
+        twice = 2 * (sums * self.qmax - codes * span)
+        codes = jnp.where(twice > span, codes + 1, jnp.where(twice < -span, codes - 1, codes))
+        odd = codes != 2 * jnp.round(codes / 2)
+        return jnp.where((abs(twice) == span) & odd, codes + jnp.sign(twice), codes)
+
+    def scaled(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return sums in units of a code, neither rounded nor clipped."""
+        return sums * self.qmax / scale if self.divides else sums * scale
+
+
+def level_units(config: CrossbarConfig) -> tuple[Any, ...]:
+    """Return the level units in one unit of the current that is converted, for every weight slice."""
+    return tuple(encoding.converted_top(config) * top / (1 - config.g_min) for top in encoding.levels(config))
+
+
+def stacked_units(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return `level_units` as an array."""
+    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(config)])
+
+
+def codes(config: CrossbarConfig) -> tuple[int, int]:
+    """Return the lowest and the highest code."""
+    assert config.adc is not None
+    if config.signed_sums:
+        top = 2 ** (config.adc.bits - 1) - 1
+        return -top, top
+    return 0, 2**config.adc.bits - 1
+
+
+def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype) -> Array | np.ndarray | None:
+    """Return the limits that follow from the configuration; None where they are calibrated from data.
+
+    `max` is the rows of each tile. Where columns are flipped it is the largest current that one of them or the unit
+    column can bring, Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is
+    the highest code times one level.
+
+    Args:
+      config: of the crossbar.
+      rows: of every row tile.
+      dtype: of the limits.
+
+    Returns:
+      [1 or R, K, 2]; a NumPy array where nothing in it is traced.
+    """
+    adc = config.adc
+    if adc is None or adc.range == "calibrated":
+        return None
+    if adc.range == "given":
+        given = (jnp if is_traced(adc.limits) else np).asarray(adc.limits, dtype)
+        if given.ndim == 3 and len(given) not in (1, len(rows)):
+            raise ValueError(
+                f"ADC limits of {len(given)} row tiles, but these weights take {len(rows)}: give one range for all, "
+                f"[slices, 2], or [{len(rows)}, slices, 2]"
+            )
+        return given[None] if given.ndim == 2 else given
+    if adc.range == "max":
+        heights = (max(rows),) if len(set(rows)) == 1 else rows
+        shares = [1.0] * len(config.weight_slices)
+        if config.encoding.flip:
+            cells = [max(0.5, 1 / level) for level in encoding.levels(config)]
+            shares = [config.g_min + (1 - config.g_min) * share for share in cells]
+        stacked = jnp if is_traced(shares) else np
+        top = stacked.asarray([[height * share for share in shares] for height in heights], dtype)
+    else:
+        units = level_units(config)
+        if any(isinstance(unit, jax.Array) for unit in units):
+            top = jnp.stack([codes(config)[1] / jnp.asarray(unit, dtype) for unit in units])[None]
+        else:
+            top = np.asarray([[codes(config)[1] / unit for unit in units]], dtype)
+    stack = jnp.stack if isinstance(top, jax.Array) else np.stack
+    return stack([-top if config.signed_sums else 0 * top, top], axis=-1)
+
+
+# How an integer sum's code is computed exactly: times the inverse of a step that is a power of two, or by a division.
+# None for sums that are real numbers, and never half-way between two codes.
+Ties = Literal["shift", "divide"] | None
+
+
+def converter(limits: Float[Array, "_R K 2"], config: CrossbarConfig, ties: Ties) -> Converter:
+    """Return the quantiser that covers `limits`.
+
+    Args:
+      limits: of every weight slice.
+      config: of the crossbar.
+      ties: how they are kept exact.
+    """
+    qmin, qmax = codes(config)
+    span = limits[..., 1] * stacked_units(config, limits.dtype)[None]
+    if ties is None:
+        return Converter(qmax / span, qmin, qmax)
+    if ties == "divide":
+        return Converter(span, qmin, qmax, divides=True)
+    step = span / qmax
+    fixed = jax.lax.stop_gradient(step)
+    # The power of two next to it. Not by `exp2`, which is not exact.
+    power = jnp.ldexp(jnp.ones_like(fixed), jnp.frexp(fixed * 1.5)[1] - 1)
+    rounding = jnp.where(jnp.abs(power - fixed) < 1e-5 * fixed, power - fixed, 0)
+    return Converter(1 / (step + rounding), qmin, qmax)
+
+
+def are_power_steps(limits: np.ndarray, config: CrossbarConfig) -> bool:
+    """Return whether every step of known `limits` is a power of two levels."""
+    steps = limits[..., 1] * np.asarray([float(unit) for unit in level_units(config)]) / codes(config)[1]
+    exponents = np.log2(steps)
+    return bool(np.allclose(exponents, np.round(exponents), atol=1e-6))

@@ -1,0 +1,181 @@
+"""From the cells of the arrays to what their columns stand for, and back to the matrix.
+
+A column brings sum_rows u (g + kappa) to the ADC, kappa = Gmin in level units. What it stands for follows by
+taking off the Gmin and the offset, known from the inputs (digital) or measured by the array's unit column.
+This is linear: the same rule recovers sums from conversions and weight codes from cells.
+
+Axis letters: K weight slices, P polarities, R row tiles, C column tiles.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..config.schema import CrossbarConfig
+from . import encoding
+
+
+def kappa(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return Gmin in the level units of every weight slice."""
+    g_min = jnp.asarray(config.g_min, dtype)
+    return g_min / (1 - g_min) * jnp.asarray(encoding.levels(config), dtype)
+
+
+def recover(
+    columns: Float[Array, "K *S cols"],
+    ones: Float[Array, "*#S 1"],
+    flipped: Bool[Array, "K *#S _cols"] | None,
+    config: CrossbarConfig,
+) -> Float[Array, "K *S _cols"]:
+    """Return what columns of offset encoding stand for, whose weighted sum over K is the signed result.
+
+    Args:
+      columns: what was measured, Gmin included; the unit column, if any, last.
+      ones: sum of the inputs.
+      flipped: which columns are stored inverted.
+      config: of the crossbar.
+    """
+    shape = (-1, *[1] * (columns.ndim - 1))
+    gmin = kappa(config, columns.dtype).reshape(shape)
+    zero = jnp.asarray(encoding.zero_digits(config), columns.dtype).reshape(shape)
+    if not config.encoding.unit_column:
+        return columns - (gmin + zero) * ones[None]
+    values, unit = columns[..., :-1], columns[..., -1:]
+    if flipped is None:  # the unit column holds the zero digits and the same Gmin
+        return values - unit
+    ones = unit / (1 + gmin)
+    top = jnp.asarray(encoding.levels(config), columns.dtype).reshape(shape)
+    values = values - gmin * ones
+    return jnp.where(flipped, top * ones - values, values) - zero * ones
+
+
+def programmed_codes(
+    cells: Float[Array, "K P R C rows cols"],
+    flipped: Bool[Array, "K R C _cols"] | None,
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> Float[Array, "d_in d_out"]:
+    """Return the weight codes that cells stand for: what a perfect read of them adds up to."""
+    if config.encoding.kind == "differential":
+        slices = cells[:, 0] - cells[:, 1]
+    else:
+        columns = cells[:, 0] + kappa(config, cells.dtype)[:, None, None, None, None]
+        ones = jnp.ones((1, 1, 1, 1), cells.dtype)
+        slices = recover(columns, ones, None if flipped is None else flipped[:, :, :, None], config)
+    weights = jnp.asarray(encoding.significance(config), cells.dtype)
+    codes = jnp.einsum("k,krcio->rcio", weights, slices, precision="highest")
+    return matrix(codes, shape, config)
+
+
+def matrix(arrays: Float[Array, "R C rows cols"], shape: tuple[int, int], config: CrossbarConfig) -> Array:
+    """Return the [d_in, d_out] matrix whose tiles these are."""
+    rows, cols = encoding.grid(shape, config)
+    return encoding.join(encoding.join(jnp.moveaxis(arrays, 1, 2), rows, 0, front=True), cols, 1)
+
+
+def columns(
+    cells: Float[Array, "K P R C rows cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+    gain: Float[Array, "K _P R C cols"] | None = None,
+) -> Float[Array, "k R rows _cols"]:
+    """Return what multiplies the inputs, one entry for each conversion: k = K, or 2 K where both polarities convert.
+
+    Unit columns, one of every array, come after all others.
+
+    Args:
+      cells: in level units.
+      shape: of the matrix.
+      config: of the crossbar.
+      gain: of every conversion.
+    """
+    if config.encoding.kind == "differential" and not config.converts_each:
+        converted = (cells[:, 0] - cells[:, 1])[:, None]
+    else:
+        converted = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
+    if gain is not None:
+        converted = converted * gain[..., None, :]
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(converted, 1, 0))), shape, config)
+
+
+def column_variances(
+    variances: Float[Array, "K P R C rows _cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+    gain: Float[Array, "K _P R C cols"] | None = None,
+) -> Float[Array, "k R rows _cols"]:
+    """Return the variances of what `columns` returns, given those of the cells.
+
+    Cells of one column only stand for all columns. Arguments as for `columns`.
+    """
+    if config.encoding.kind == "differential" and not config.converts_each:
+        variances = (variances[:, 0] + variances[:, 1])[:, None]
+    if gain is not None:
+        variances = variances * jnp.square(gain)[..., None, :]
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
+
+
+def unflipped(
+    columns: Float[Array, "K R rows _cols"],
+    flipped: Bool[Array, "K R C cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
+    """Return columns of which the flipped ones are negated, and the unit columns.
+
+    The ADC is symmetric, so that a negated column has the negated codes: those of all row tiles can be added up
+    before the unit columns complete them (see `recover_flipped`).
+    """
+    return columns[..., : shape[1]] * _signs(flipped, shape, config, columns.dtype), columns[..., shape[1] :]
+
+
+def as_stored(
+    columns: Float[Array, "K R rows d_out"],
+    units: Float[Array, "K R rows C"],
+    flipped: Bool[Array, "K R C cols"],
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> Float[Array, "K R rows _cols"]:
+    """Undo `unflipped`."""
+    return jnp.concatenate([columns * _signs(flipped, shape, config, columns.dtype), units], axis=3)
+
+
+def _signs(
+    flipped: Bool[Array, "K R C cols"], shape: tuple[int, int], config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, "K R 1 d_out"]:
+    """Return -1 for columns that are stored inverted, else 1."""
+    _, cols = encoding.grid(shape, config)
+    return 1 - 2 * encoding.join(flipped, cols, 2).astype(dtype)[:, :, None]
+
+
+def recover_flipped(
+    columns: Float[Array, "K B C cols"],
+    units: Float[Array, "K R B C"],
+    flipped: Bool[Array, "K R C cols"],
+    config: CrossbarConfig,
+) -> Float[Array, "K B C cols"]:
+    """Return what `recover` would, summed over row tiles, given the sums of `unflipped` columns over them.
+
+    Args:
+      columns: sums over row tiles, flipped ones negated.
+      units: what each tile's unit column measured.
+      flipped: which columns are stored inverted.
+      config: of the crossbar.
+    """
+    gmin = kappa(config, columns.dtype)
+    top, zero = (jnp.asarray(of(config), columns.dtype) for of in (encoding.levels, encoding.zero_digits))
+    top, zero, gmin = (v[:, None, None, None] for v in (top, zero, gmin))
+    share = jnp.where(flipped, top + gmin, -gmin) - zero
+    return columns + jnp.einsum("krbc,krco->kbco", units / (1 + gmin), share, precision="highest")
+
+
+def _side_by_side(
+    converted: Float[Array, "k R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+) -> Float[Array, "k R rows _cols"]:
+    _, cols = encoding.grid(shape, config)
+    if converted.shape[4] == 1 < max(cols):
+        return converted[:, :, 0]
+    if not config.encoding.unit_column:
+        return encoding.join(jnp.moveaxis(converted, 2, 3), cols, 3)
+    values, units = converted[..., :-1], converted[..., -1]
+    values = encoding.join(jnp.moveaxis(values, 2, 3), cols, 3)
+    return jnp.concatenate([values, units.swapaxes(2, 3)], axis=3)

@@ -1,0 +1,127 @@
+"""Noise where a column is converted: one normal draw for each conversion, for its cells' read noise and its own.
+
+Independent normal noise of the cells adds up to normal noise of the column, with variance
+
+    V = sum_rows u^2 v,
+
+v being the variance of a cell, or of both cells of a differential pair; the ADC's own variance adds to it. The draw
+of a conversion depends on its key and place alone, so that every path makes the same.
+
+Axis letters: B batch, K weight slices, k those at hand, R row tiles.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+
+from ..config.schema import CrossbarConfig
+from ..devices.normal_draws import normal_at
+from ..devices.physical import like
+from ..mapping import encoding
+from ..mapping.adc import stacked_units
+from ..mapping.decoding import kappa
+
+
+class Noise(NamedTuple):
+    """The read noise of one read.
+
+    Attributes:
+      variance: [K, R, rows, cols] of each cell, or [K, R, rows, 1] where columns do not differ;
+        None where they travel with packed cells.
+      scale: [K] what deviations are multiplied by.
+      words: of the random stream.
+      of_adc: [K] standard deviation of a conversion itself; None for none.
+    """
+
+    variance: Any
+    scale: Float[Array, " K"]
+    words: UInt32[Array, "2"]
+    of_adc: Float[Array, " K"] | None = None
+
+
+def powers(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
+    """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1 for all columns alike."""
+    assert config.device.read_noise is not None
+    if config.device.read_noise.kind == "independent":
+        return jnp.ones_like(cells[..., :1])
+    return jnp.square(cells + kappa(config, cells.dtype)[:, None, None, None, None, None])
+
+
+def deviations(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return the standard deviation of a cell whose power is 1, in the level units of every weight slice."""
+    noise = config.device.read_noise
+    top = jnp.asarray(encoding.levels(config), dtype)
+    if noise is None:
+        return jnp.zeros_like(top)
+    sigma = jnp.asarray(noise.sigma, dtype)
+    return (
+        jnp.broadcast_to(sigma, top.shape)
+        if noise.kind == "proportional"
+        else sigma * top / (1 - like(config.g_min, top))
+    )
+
+
+def of_conversions(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"] | None:
+    """Return the standard deviation of a conversion, in the level units of every weight slice; None for none."""
+    if config.adc is None or config.adc.noise is None:
+        return None
+    return stacked_units(config, dtype) * jnp.asarray(config.adc.noise, dtype)
+
+
+def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:
+    """Return the random stream of a key of any generator."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def add_noise(
+    sums: Float[Array, "k B C"],
+    variance: Float[Array, "k B #C"],
+    noise: Noise,
+    place: Int[Array, ""],
+    corner: tuple[int, int | Int[Array, ""], int | Int[Array, ""]],
+    cols: int,
+) -> Float[Array, "k B C"]:
+    """Return sums of one row tile and input slice with their noise.
+
+    Args:
+      sums: part of [K, B, cols].
+      variance: V of each.
+      noise: of the read.
+      place: number of the row tile and input slice.
+      corner: where in [K, B, cols] the sums begin.
+      cols: columns of the whole.
+    """
+    k, b, c = (
+        jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)
+        for axis, first in enumerate(corner)
+    )
+    planes = noise.scale.shape[0]
+    drawn = normal_at(noise.words, place.astype(jnp.uint32) * np.uint32(planes) + k, b * np.uint32(cols) + c)
+    own = slice(corner[0], corner[0] + sums.shape[0])
+    scale = noise.scale[own, None, None]
+    if noise.of_adc is None:
+        deviation = scale * root(variance)
+    else:
+        deviation = root(jnp.square(scale) * variance + jnp.square(noise.of_adc[own, None, None]))
+    return sums + deviation * drawn.astype(sums.dtype)
+
+
+def alike(u: Float[Array, "B rows"], variance: Float[Array, "k rows"]) -> Float[Array, "k B 1"]:
+    """Return V where all columns have the same."""
+    return jnp.dot(variance, jnp.square(u).T, precision="highest")[:, :, None]
+
+
+@jax.custom_jvp
+def root(variance: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the square root, whose derivative is taken as zero where nothing is driven and the variance is zero."""
+    return jnp.sqrt(variance)
+
+
+@root.defjvp
+def _derivative(primals, tangents):
+    deviation = jnp.sqrt(primals[0])
+    slope = jnp.where(deviation > 0, 0.5 / jnp.where(deviation > 0, deviation, 1), 0)
+    return deviation, slope * tangents[0]

@@ -1,0 +1,229 @@
+"""What a crossbar computes: one tile, one weight slice, one input slice, mapped over all of them.
+
+Short and readable, for every configuration; each faster path is tested against this one. It draws every cell's
+read noise at every read. As much as fits `BUDGET` is computed at a time.
+
+Axis letters: B batch, K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..chip.program import ArrayState
+from ..config.schema import CrossbarConfig
+from ..devices.normal_draws import normal
+from ..devices.physical import like
+from ..devices.wires import currents
+from ..mapping import encoding
+from ..mapping.adc import Converter
+from .conversion_noise import of_conversions
+from .recombine import finish
+
+# Bytes that the temporaries of one read may take.
+BUDGET = 256 * 2**20
+# Copies of an array's cells that are there at once: of drawn or nonlinear ones, and while wires are solved for.
+_CELL_COPIES, _WIRE_COPIES = 4, 12
+# Purpose of an input vector's key, besides its cells' noise.
+_CONVERSION = 2**31
+
+
+def column_sums(
+    u: Float[Array, " rows"],
+    g: Float[Array, "P rows cols"],
+    top: Float[Array, ""],
+    key: PRNGKeyArray | None,
+    config: CrossbarConfig,
+) -> Float[Array, "_P cols"]:
+    """Return what one tile's columns bring to the ADC for one weight slice and one input slice.
+
+    Args:
+      u: the input slice, in level units, as every sum here.
+      g: the cells of each polarity.
+      top: the highest level, 2^p - 1.
+      key: of this read's noise.
+      config: of the crossbar.
+
+    Returns:
+      The sums, subtracted unless positive and negative columns are converted each.
+    """
+    g_min, tile, device = like(config.g_min, g), config.tile, config.device
+    subtract = g.shape[0] == 2 and not config.converts_each
+    if device.read_noise is not None and key is not None:
+        drawn = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
+        g = (drawn - g_min) / (1 - g_min) * top
+    if tile.wire is None and device.iv is None and tile.current_limit is None:
+        if subtract:
+            return jnp.dot(u, g[0] - g[1], precision="highest")[None]
+        return jnp.einsum("r,prc->pc", u, g, precision="highest") + g_min * top / (1 - g_min) * jnp.sum(u)
+    v, conductance = u / encoding.pulse(config), g_min + g / top * (1 - g_min)
+    if tile.wire is not None:
+        wire = tile.wire
+        current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
+    elif device.iv is not None:
+        # Not jnp.sum: see `devices.wires.currents`.
+        of_cells = device.iv(v[None, :, None], conductance)
+        current = jnp.einsum("r,prc->pc", jnp.ones_like(v), of_cells, precision="highest")
+    else:
+        current = jnp.einsum("r,prc->pc", v, conductance, precision="highest")
+    if tile.current_limit is not None:
+        current = jnp.clip(current, -like(tile.current_limit, g), like(tile.current_limit, g))
+    sums = current * (encoding.pulse(config) * top / (1 - g_min))
+    return (sums[0] - sums[1])[None] if subtract else sums
+
+
+def all_sums(
+    codes: Float[Array, "R rows"],
+    cells: Float[Array, "K P R C rows cols"],
+    key: PRNGKeyArray | None,
+    config: CrossbarConfig,
+) -> Float[Array, "J K R C _P cols"]:
+    """Return the column sums of one input vector in every tile, for every pair of slices.
+
+    Args:
+      codes: input codes, cut into row tiles.
+      cells: in level units.
+      key: of the read noise; every tile and pair of slices draws its own.
+      config: of the crossbar.
+    """
+    pulses = encoding.pulses(codes, config)  # [J, R, rows]
+    tops = jnp.asarray(encoding.levels(config), codes.dtype)
+    keys = None
+    if key is not None:
+        slices, _, row_tiles, column_tiles = cells.shape[:4]
+        keys = jax.random.split(key, (len(config.input_slices), slices, row_tiles, column_tiles))
+
+    def tile(u: Array, g: Array, top: Array, key: Array | None) -> Array:
+        return column_sums(u, g, top, key, config)
+
+    along_key = None if keys is None else 0
+    slices, _, row_tiles, column_tiles = cells.shape[:4]
+    bytes_each = _tile_bytes(cells, config)
+    over_column_tiles, bytes_each = mapped(tile, (None, 1, None, along_key), column_tiles, bytes_each)
+    over_row_tiles, bytes_each = mapped(over_column_tiles, (0, 1, None, along_key), row_tiles, bytes_each)
+    over_weight_slices, bytes_each = mapped(over_row_tiles, (None, 0, 0, along_key), slices, bytes_each)
+    over_input_slices, _ = mapped(over_weight_slices, (0, None, None, along_key), len(pulses), bytes_each)
+    return over_input_slices(pulses, cells, tops, keys)
+
+
+def input_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> int:
+    """Return the bytes of temporaries that `all_sums` takes, unless they exceed the budget."""
+    slices, _, row_tiles, column_tiles = cells.shape[:4]
+    return len(config.input_slices) * slices * row_tiles * column_tiles * _tile_bytes(cells, config)
+
+
+def mapped(
+    fn: Callable[..., Any], in_axes: tuple[int | None, ...], size: int, bytes_each: int
+) -> tuple[Callable[..., Any], int]:
+    """Return `fn` over an axis, all at once or as many at a time as the budget allows, and the bytes that it takes.
+
+    Args:
+      fn: of one.
+      in_axes: as for `jax.vmap`.
+      size: of the axis.
+      bytes_each: temporaries of one.
+    """
+    if size * bytes_each <= BUDGET:
+        return jax.vmap(fn, in_axes=in_axes), size * bytes_each
+
+    def in_turn(*arguments: Any) -> Any:
+        along = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, in_axes, strict=True)]
+        moving = [i for i, axis in enumerate(in_axes) if axis is not None]
+
+        def one(parts: list[Array]) -> Any:
+            own = dict(zip(moving, parts, strict=True))
+            return fn(*(own.get(i, a) for i, a in enumerate(along)))
+
+        return jax.lax.map(one, [along[i] for i in moving], batch_size=max(1, BUDGET // bytes_each))
+
+    return in_turn, max(BUDGET, bytes_each)
+
+
+def _tile_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> int:
+    """Return the bytes of temporaries that one call of `column_sums` takes."""
+    polarities, rows, cols = cells.shape[1], *cells.shape[4:]
+    columns = polarities * cols * cells.dtype.itemsize
+    if config.tile.wire is not None:
+        return columns * rows * _WIRE_COPIES
+    single = config.device.iv is not None or config.device.read_noise is not None
+    return columns * rows * _CELL_COPIES if single else columns
+
+
+def shift_and_add(
+    sums: Float[Array, "J K R C _P cols"],
+    convert: Callable[[Array], Array] | None,
+    config: CrossbarConfig,
+) -> Float[Array, "K R C _P cols"]:
+    """Return the sum over input slices, converted before or after it.
+
+    Args:
+      sums: of every conversion, in level units.
+      convert: the ADC, from sums [..., K, R, C, P, cols] to codes; None for an ideal one.
+      config: of the crossbar.
+    """
+    weights = jnp.asarray(encoding.pulse_significance(config), sums.dtype)
+    if convert is not None and config.adc is not None and config.adc.convert == "slice":
+        return jnp.einsum("j,jkrcpo->krcpo", weights, convert(sums))
+    total = jnp.einsum("j,jkrcpo->krcpo", weights, sums)
+    return total if convert is None else convert(total)
+
+
+def definition(
+    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Float[Array, "B _d_out"]:
+    """Return weights times input codes; see `convert_tiles` for a converter that counts."""
+    rows, _ = encoding.grid(state.shape, config)
+    cells = state.cells
+    assert cells is not None
+    tiles = encoding.split(n, rows, axis=1, front=True)
+    keys = None if key is None else jax.random.split(key, n.shape[0])
+
+    def of_one(codes: Array, key: Array | None) -> Array:
+        sums = all_sums(codes, cells, key, config)
+        convert = None if quantise is None else _of_conversions(quantise, state, config, key)
+        total = shift_and_add(sums, convert, config)
+        if quantise is not None and quantise.counts:
+            return jnp.sum(total).reshape(1)
+        total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
+        ones = jnp.sum(codes, axis=1)[:, None, None]
+        one_range = quantise is None or quantise.scale.shape[0] == 1
+        if state.flipped is None and state.scale.shape[0] == 1 and one_range:
+            total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
+        return jnp.sum(finish(total, ones, quantise, state, config) * state.scale, axis=0)
+
+    over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
+    return over_inputs(tiles, keys)
+
+
+def with_mismatch(sums: Float[Array, "*J K R C P cols"], state: ArrayState) -> Float[Array, "*J K R C P cols"]:
+    """Return what is converted, with the gain and the offset that the ADC of its column has."""
+    for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
+        if error is not None:
+            sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
+    return sums
+
+
+def with_noise(
+    sums: Float[Array, "*J K R C P cols"], config: CrossbarConfig, key: Array | None
+) -> Float[Array, "*J K R C P cols"]:
+    """Return what is converted with the noise of its conversion, for one input vector's key."""
+    deviation = of_conversions(config, sums.dtype)
+    if deviation is None or key is None:
+        return sums
+    drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
+    return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
+
+
+def _of_conversions(
+    quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
+) -> Callable[[Array], Array]:
+    """Return the conversion of sums [..., K, R, C, P, cols]."""
+
+    def convert(sums: Array) -> Array:
+        scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
+        return quantise(with_noise(with_mismatch(sums, state), config, key), scale)
+
+    return convert

@@ -1,0 +1,181 @@
+"""Products by table look-up, for inputs that come in narrow slices.
+
+A few rows of an array can be driven in only a few ways: g rows under one-bit pulses in 2^g. The sums of all of them
+are tabulated, and each input adds up one table entry for every g rows where a product takes g multiplications
+("four Russians"). The entries are contiguous rows of a table that stays in the cache, so that XLA's loop over
+columns is one vector load and addition each. Integer cells travel packed, several weight slices to an int32 word
+(see `mapping.bit_fields`), their variances for read noise along with them.
+
+Axis letters: B batch, K weight slices, k those of one word, J input slices, W words, R row tiles, G groups of rows,
+E table entries, C columns of a block.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num, UInt8
+
+from ...mapping.adc import Converter
+from ...mapping.bit_fields import Packed, Packing, drive, unpack
+from ...mapping.input_slices import digit, significance
+from ..conversion_noise import Noise, add_noise, alike
+
+# A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
+_COLUMNS = 64
+_BATCH = 256
+
+
+def lookup(
+    n: Float[Array, "B R rows"],
+    cells: Packed | Float[Array, "K R rows cols"],
+    packing: Packing | None,
+    adc: Converter,
+    slices: tuple[int, ...],
+    *,
+    signed: bool,
+    noise: Noise | None = None,
+) -> Float[Array, "K B cols"]:
+    """Return the codes of all conversions, shifted and added over input slices and row tiles.
+
+    Args:
+      n: input codes.
+      cells: in level units; packed, or real-valued.
+      packing: of packed cells; None for real ones.
+      adc: the quantiser of each weight slice.
+      slices: bits of every input slice.
+      signed: whether codes may be negative.
+      noise: of this read; its variances are not read where they are packed.
+    """
+    batch, cols = n.shape[0], (cells.words if isinstance(cells, Packed) else cells).shape[3]
+    blocks, chunks = math.ceil(cols / _COLUMNS), math.ceil(batch / _BATCH)
+    width, size = math.ceil(cols / blocks), math.ceil(batch / chunks)
+    top = 2 ** max(slices) - 1
+    digits = list(range(-top if signed else 0, top + 1))
+    squares = [d * d for d in digits]
+    group = _group(len(digits), size * len(slices))
+    worth = jnp.asarray(significance(slices), n.dtype)
+    # What is tabulated, once for each word: sums of a list of planes under digits or their squares.
+    low = None
+    if isinstance(cells, Packed):
+        assert packing is not None
+        n, members, low = drive(n, slices), packing.words, _pad(cells.low, -1, blocks * width)
+        sources = [[(cells.words, digits)]]
+        if cells.variances is not None:
+            sources[0].append((cells.variances, squares))
+    else:
+        members, sources = [slice(k, k + 1) for k in range(cells.shape[0])], [[(cells, digits)]]
+        if noise is not None and noise.variance.shape[3] > 1:
+            sources.append([(noise.variance, squares)])
+    tabulated = [[(_pad(planes, -1, blocks * width), levels) for planes, levels in parts] for parts in sources]
+
+    def of_chunk(argument: tuple[Float[Array, "B R rows"], Array]) -> Float[Array, "N K B C"]:
+        n, chunk = argument
+        entries = _entries(n, slices, digits, group)
+
+        def read(w: int, r: Array, c: Array, total: Float[Array, "k B C"]) -> Float[Array, "k B C"]:
+            """Add the codes of word w, of row tile r and column block c."""
+            own, first = members[w], c * width
+
+            def plane(planes: Num[Array, "W R rows cols"]) -> Num[Array, "rows C"]:
+                return jax.lax.dynamic_slice(planes, (w, r, 0, first), (1, 1, planes.shape[2], width))[0, 0]
+
+            tables = [_table([(plane(planes), levels) for planes, levels in parts], group) for parts in tabulated]
+            least = None if low is None else jax.lax.dynamic_slice(low[own], (0, r, first), (len(total), 1, width))
+
+            def add(j: int | Array) -> list[Num[Array, "B C"]]:
+                of_slice = jax.lax.dynamic_slice(entries, (r, j, 0, 0), (1, 1, *entries.shape[2:]))[0, 0]
+                return [_add_entries(table, of_slice) for table in tables]
+
+            def convert(total: Array, added: list[Array], j: int | Array) -> Array:
+                variance = None
+                if packing is None or least is None:
+                    sums, *more = [a[None] for a in added]
+                    variance = more[0] if more else None
+                else:
+                    sums = (unpack(added[0], packing.fields[own]) + least).astype(n.dtype)
+                    if packing.variances:
+                        variance = unpack(added[0], packing.variances[own]).astype(n.dtype)
+                if noise is not None:
+                    if variance is None:
+                        u = digit(n[:, r, : noise.variance.shape[2]], slices, j).astype(n.dtype)
+                        variance = alike(u, noise.variance[own, r, :, 0])
+                    place = jnp.asarray(r * len(slices) + j)
+                    sums = add_noise(sums, variance, noise, place, (own.start, chunk * size, first), cols)
+                return total + worth[j] * adc(sums, adc.scale[own, None, None])
+
+            def step(j: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+                # Sums wait for the next step: in the same one XLA would add them up anew for every slice.
+                total, added = carry
+                return convert(total, added, j - 1), add(j)
+
+            total, added = jax.lax.fori_loop(1, len(slices), step, (total, add(0)))
+            return convert(total, added, len(slices) - 1)
+
+        def of_block(c: Array) -> Float[Array, "K B C"]:
+            def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+                return tuple(read(w, r, c, total) for w, total in enumerate(totals))
+
+            zero = tuple(jnp.zeros((own.stop - own.start, size, width), n.dtype) for own in members)
+            return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
+
+        return jax.lax.map(of_block, jnp.arange(blocks))
+
+    n = _pad(n, 0, chunks * size).reshape(chunks, size, *n.shape[1:])
+    found = jax.lax.map(of_chunk, (n, jnp.arange(chunks)))  # [chunks, blocks, K, size, width]
+    return found.transpose(2, 0, 3, 1, 4).reshape(found.shape[2], chunks * size, -1)[:, :batch, :cols]
+
+
+def _pad(a: Array, axis: int, size: int) -> Array:
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, size - a.shape[axis])
+    return a if a.shape[axis] == size else jnp.pad(a, widths)
+
+
+def _group(base: int, inputs: int) -> int:
+    """Return how many rows share a table: one that pays for its making, and stays in the cache."""
+    group = 1
+    while base ** (group + 1) <= min(inputs / 4, 32):
+        group += 1
+    return group
+
+
+def _entries(
+    n: Float[Array, "B R rows"], slices: tuple[int, ...], digits: list[int], group: int
+) -> UInt8[Array, "R J B G"]:
+    """Return which table entry every group of rows selects: its digits, as a number."""
+    groups = n.shape[2] // group + 1
+    n = _pad(n, 2, groups * group)
+
+    def of_tile(codes: Float[Array, "B rows"]) -> UInt8[Array, "J B G"]:
+        found = []
+        for j in range(len(slices)):
+            values = (digit(codes, slices, j) - digits[0]).reshape(codes.shape[0], groups, group)
+            found.append(sum((values[:, :, i] * len(digits) ** i for i in range(1, group)), values[:, :, 0]))
+        return jnp.stack(found).astype(jnp.uint8)
+
+    return jax.lax.map(of_tile, jnp.moveaxis(n, 1, 0))
+
+
+def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> Num[Array, "G E C"]:
+    """Return the sums of every group of rows of some planes, for each row at any of the plane's levels."""
+    terms = []
+    for plane, levels in parts:
+        # The row of zeros that is always there has XLA copy the plane, which it would else read scattered.
+        groups, base = plane.shape[0] // group + 1, len(levels)
+        rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
+        # An odd number of entries, so that the tables of all groups do not compete for the same lines of the cache.
+        entries = np.arange(base**group | 1)
+        for i in range(group):
+            driven = np.asarray(levels)[entries // base**i % base]
+            terms.append(jnp.asarray(driven, plane.dtype)[None, :, None] * rows[:, i])
+    return sum(terms[1:], terms[0])
+
+
+def _add_entries(table: Num[Array, "G E C"], entries: UInt8[Array, "B G"]) -> Num[Array, "B C"]:
+    """Return the sum over groups of the entries that each input selects."""
+    total = table[0].at[entries[:, 0]].get(mode="promise_in_bounds")
+    for g in range(1, table.shape[0]):
+        total += table[g].at[entries[:, g]].get(mode="promise_in_bounds")
+    return total

@@ -1,0 +1,60 @@
+"""One product for each row tile, weight slice and input slice, with the ADC in its epilogue.
+
+The path for real-valued cells and inputs, and the one that the others are compared with.
+
+Axis letters: B batch, K weight slices, R row tiles.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ...mapping.adc import Converter
+from ...mapping.input_slices import digit, significance
+from ..conversion_noise import Noise, add_noise
+
+
+def loop(
+    n: Float[Array, "B R rows"],
+    cells: Float[Array, "K R rows cols"],
+    adc: Converter,
+    slices: tuple[int, ...] | None,
+    occupied: Bool[Array, "K R"] | None = None,
+    noise: Noise | None = None,
+) -> Float[Array, "K B cols"]:
+    """Return the codes of all conversions, shifted and added over input slices and row tiles.
+
+    Args:
+      n: input codes.
+      cells: what the columns sum, in level units; any real numbers.
+      adc: the quantiser of each weight slice.
+      slices: bits of every input slice; None for an ideal DAC, whose input is one slice.
+      occupied: planes that are not all zero; the others are skipped, for their codes are zero.
+      noise: of this read.
+    """
+    worth = jnp.asarray((1.0,) if slices is None else significance(slices), n.dtype)
+
+    def step(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        r, j = i // worth.size, i % worth.size
+        u = jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False)
+        if slices is not None:
+            u = digit(u, slices, j).astype(n.dtype)
+
+        def read(k: int, total: Array) -> Array:
+            plane = jax.lax.dynamic_index_in_dim(cells[k], r, 0, keepdims=False)
+            sums = jnp.dot(u, plane, precision="highest")
+            if noise is not None:
+                of_cells = jax.lax.dynamic_index_in_dim(noise.variance[k], r, 0, keepdims=False)
+                variance = jnp.dot(jnp.square(u), of_cells, precision="highest")
+                sums = add_noise(sums[None], variance[None], noise, i, (k, 0, 0), plane.shape[1])[0]
+            return total + worth[j] * adc(sums, adc.scale[k])
+
+        if occupied is None:
+            return tuple(read(k, total) for k, total in enumerate(totals))
+        return tuple(
+            jax.lax.cond(occupied[k, r], lambda total, k=k: read(k, total), lambda total: total, total)
+            for k, total in enumerate(totals)
+        )
+
+    zero = jnp.zeros((n.shape[0], cells.shape[3]), n.dtype)
+    return jnp.stack(jax.lax.fori_loop(0, n.shape[1] * worth.size, step, (zero,) * cells.shape[0]))
