@@ -13,7 +13,7 @@ from _methods import Entry
 from lorafusion_jax import read_config
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import SHAPES
-from lorafusion_jax.estimates.plan import print_plan
+from lorafusion_jax.estimates.plan import describe
 from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.io.pool import read_manifest
 from lorafusion_jax.runs.prepare import available
@@ -56,7 +56,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             for name, task in tasks.items()
         }
         print(f"League {league}, {recipe.epochs} epochs")
-        print_plan(config, list(dict.fromkeys(_name(job.options) for job in of_league)), work, settings)
+        print(describe(config, list(dict.fromkeys(_name(job.options) for job in of_league)), work, settings))
 
 
 def _name(options: Any) -> str:

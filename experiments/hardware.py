@@ -24,11 +24,11 @@ from _common import ROOT
 from _hardware import Row, Store, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
+from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
-from lorafusion_jax.report.formats import aligned
 from lorafusion_jax.runs.options import OnArrays
 
 
@@ -182,9 +182,9 @@ def tables(rows: Sequence[Row], options: Options) -> str:
     few, again = options.few_rows, options.again_epochs
     return (
         f"{options.chips} chips, {len(options.seeds)} seeds; mean ± standard deviation between chips.\n\n"
-        f"New chips, {options.epochs} epochs everywhere\n\n{aligned(new)}\n"
+        f"New chips, {options.epochs} epochs everywhere\n\n{markdown(new)}\n"
         f"Chips of {options.age}; again: {again} epochs over all rows, or {options.few_epochs} over {few}\n\n"
-        f"{aligned(month)}"
+        f"{markdown(month)}"
     )
 
 

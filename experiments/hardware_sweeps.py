@@ -26,13 +26,13 @@ from _common import ROOT, SMALL
 from _hardware import Row, Store, Subject, again, csv_of, slug, subject
 
 from lorafusion_jax import cli
+from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, config_hash, load_config
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
-from lorafusion_jax.report.formats import aligned
 
 Sweep = Literal["noise", "adc", "cell", "age"]
 
@@ -251,7 +251,7 @@ def table(rows: Sequence[Row], sweep: Sweep) -> str:
     ]
     tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
     caption = f"Exact match in percent against {_LABELS[sweep]}; mean of {tasks}, over chips and seeds"
-    return f"{caption}\n\n{aligned([['', *points], *body])}"
+    return f"{caption}\n\n{markdown([['', *points], *body])}"
 
 
 def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
@@ -302,7 +302,7 @@ def energy_table(energy: dict[str, tuple[float, Any, Any]]) -> str:
     """Return the methods with accuracy and energy."""
     head = ["", "exact match, %", "J to learn the task", "J for 1,000 tokens"]
     body = [[name, f"{match:.1f}", _range(learning), _range(task)] for name, (match, learning, task) in energy.items()]
-    return f"Accuracy against energy (low / typical / high)\n\n{aligned([head, *body])}"
+    return f"Accuracy against energy (low / typical / high)\n\n{markdown([head, *body])}"
 
 
 def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from lorafusion_jax import cli
+from lorafusion_jax.cli.fuse import report
 from lorafusion_jax.runs.options import PRESETS, FuseOptions
 from lorafusion_jax.runs.run import fuse, run_path
 
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
         log=given.log,
         resume=given.resume,
     )
-    cli.print_results(fuse(options), run_path(options))
+    print(report(fuse(options), run_path(options)))
 
 
 if __name__ == "__main__":

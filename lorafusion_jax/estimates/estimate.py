@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple, get_args
 
 from ..adapters.updates import Composition
+from ..checks import at_least
 from ..models.sites import targeted
 from ..models.t5.model import T5Config
 from ..runs.options import GIVEN, UNTRAINED, MethodName, Recipe
@@ -122,9 +123,7 @@ def check(method: str, settings: Settings) -> None:
     recipe = settings.recipe
     counts = {name: getattr(recipe, name) for name in ("modules", "lora_rank", "vera_rank", "epochs", "batch_size")}
     counts |= {name: getattr(recipe, name) for name in ("evaluations", "generations", "population", "shots")}
-    for name, count in (counts | {"rank": settings.rank, "seeds": settings.seeds}).items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}: wanted at least 1")
+    at_least(1, **counts, rank=settings.rank, seeds=settings.seeds)
     if settings.pool is not None and settings.pool < recipe.modules:
         raise ValueError(
             f"a pool of {settings.pool} for seeds that draw {recipe.modules} modules each: it must hold at least those"

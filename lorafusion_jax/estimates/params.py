@@ -1,8 +1,10 @@
-"""`lorafusion params`: how many numbers each method trains on a base model, without any weights."""
+"""How many numbers each method trains on a base model, without any weights; shapes of common models."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..checks import at_least
 from ..io.hf import read_config
 from ..models.sites import targeted
 from ..models.t5.model import T5Config
@@ -36,66 +38,39 @@ SHAPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamsOptions:
-    """Print how many numbers each method trains, exactly and without loading weights.
-
-    Example:
-      lorafusion params --shape flan-t5-large --adapters 20 --rank 16
-
-    Attributes:
-      shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
-      adapters: how many modules are fused.
-      rank: of LoRA and DoRA.
-      vera_rank: of VeRA, whose two random matrices all sites share.
-      targets: the linear maps that are adapted, wherever they occur: of q k v o wi wi_0 wi_1 wo.
-    """
-
-    shape: str = "flan-t5-large"
-    adapters: int = 20
-    rank: int = 16
-    vera_rank: int = 128
-    targets: tuple[str, ...] = ("q", "v")
-
-
-def params(options: ParamsOptions) -> None:
-    """Print the counts as a Markdown table.
-
-    Raises:
-      ValueError: as `counts` and `read_config` do; a shape that is neither a known name, a folder nor a hub id.
-    """
-    found = counts(shape_config(options.shape), options)
-    full = found["full fine-tuning"]
-    print(f"| method | trainable numbers | of {options.shape} |\n|---|---:|---:|")
-    for method, count in found.items():
-        print(f"| {method} | {count:,} | {100 * count / full:.4g} % |")
-
-
-def counts(config: T5Config, options: ParamsOptions) -> dict[str, int]:
+def counts(
+    config: T5Config,
+    *,
+    modules: int = 20,
+    rank: int = 16,
+    vera_rank: int = 128,
+    targets: Sequence[str] = ("q", "v"),
+) -> dict[str, int]:
     """Return how many numbers each method trains.
 
     LoRAFusion's coefficients are one for each module and block.
 
     Args:
       config: the base model.
-      options: all but its shape.
+      modules: that are fused.
+      rank: of LoRA and DoRA.
+      vera_rank: of VeRA, whose two random matrices all sites share.
+      targets: the linear maps that are adapted.
 
     Raises:
       ValueError: a count below one, or a target that the model does not have.
     """
-    for name in ("adapters", "rank", "vera_rank"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}: wanted at least 1")
-    found = trainable(targeted(config, options.targets), rank=options.rank, vera_rank=options.vera_rank)
-    coefficients = options.adapters * found.blocks
+    at_least(1, modules=modules, rank=rank, vera_rank=vera_rank)
+    found = trainable(targeted(config, targets), rank=rank, vera_rank=vera_rank)
+    coefficients = modules * found.blocks
     return {
         "LoRAFusion": coefficients + found.magnitudes,
         "LoRAFusion, coefficients only": coefficients,
         "LoRAFusion, magnitudes only": found.magnitudes,
-        f"LoRA, rank {options.rank}": found.lora,
-        f"DoRA, rank {options.rank}": found.lora + found.magnitudes,
-        f"VeRA, rank {options.vera_rank}": found.vera,
-        "LoraHub": options.adapters,
+        f"LoRA, rank {rank}": found.lora,
+        f"DoRA, rank {rank}": found.lora + found.magnitudes,
+        f"VeRA, rank {vera_rank}": found.vera,
+        "LoraHub": modules,
         "full fine-tuning": size(config),
     }
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ..columns import markdown
 from ..models.t5.model import T5Config
 from .estimate import Cost, Settings, estimate, seeds_of
 from .workload import Shapes, Workload
@@ -61,25 +62,22 @@ def plan_table(rows: Sequence[Row]) -> str:
     total = [sum(row.cost.training_flops for row in rows), sum(row.cost.evaluation_flops for row in rows)]
     peak = _bytes(max(row.cost.peak_bytes for row in rows))
     lines.append(["all", f"{sum(row.runs for row in rows):,}", "", "", *map(_flops, total), "", "", "", "", peak])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = "|".join("-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths))
-    printed = [" | ".join(_cell(*cell) for cell in zip(line, widths, range(len(line)), strict=True)) for line in lines]
-    return "\n".join([f"| {printed[0]} |", f"|{rule}|", *(f"| {line} |" for line in printed[1:])])
+    return markdown(lines)
 
 
-def print_plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> None:
-    """Print how a matrix runs and what it needs; the arguments and errors are those of `plan`."""
+def describe(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> str:
+    """Return how a matrix runs and what it needs; the arguments and errors are those of `plan`."""
     table = plan_table(plan(config, methods, tasks, settings))
     how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
     where = "a CPU" if settings.device == "cpu" else "an accelerator"
-    print(f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}.")
-    for name, work in tasks.items():
-        print(
-            f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
-            f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
-        )
-    print(f"\n{table}\n")
-    print(
+    lines = [f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
+    lines += [
+        f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
+        f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
+        for name, work in tasks.items()
+    ]
+    return (
+        "\n".join(lines) + f"\n\n{table}\n"
         f"{config.dtype} on {where}. FLOPs: forward of one batch, the rest of all runs of a method. Bytes: of one\n"
         "program with all its seeds, at its largest batch."
     )
@@ -90,10 +88,6 @@ def _batches(shapes: Shapes) -> str:
     sizes = (sorted(set(column)) for column in zip(*shapes, strict=True))
     rows, source, target = (str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes)
     return f"{len(shapes):,} batches of {rows} rows, {source} source and {target} target tokens"
-
-
-def _cell(text: str, width: int, column: int) -> str:
-    return text.rjust(width) if column else text.ljust(width)
 
 
 def _flops(count: float) -> str:

@@ -6,8 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..checks import at_least
 from ..runs.options import Recipe
 from ..tasks import (
+    LONGEST,
     Batch,
     Encoded,
     Example,
@@ -18,6 +20,7 @@ from ..tasks import (
     encode,
     eval_batches,
     few_shot,
+    most_new_tokens,
     split,
     train_batches,
 )
@@ -25,7 +28,6 @@ from .flops import Shape
 
 # About what T5's vocabulary makes of English; where there is a tokenizer, it is what counts.
 CHARACTERS_PER_TOKEN = 4
-_LONGEST = 2048  # tokens of a text, as `tasks.encode` cuts it
 _SEED = 1
 
 Lengths = Literal["given", "tokenised", "estimated from characters"]
@@ -109,7 +111,7 @@ def workload(
         epochs=recipe.epochs,
         test=_asked(task, options, tokenizer, eval_batch),
         few_shot=None if prompted is None else _asked(prompted, options, tokenizer, eval_batch),
-        new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
+        new_tokens=recipe.max_new_tokens or most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
 
@@ -138,10 +140,7 @@ def uniform(
     Raises:
       ValueError: a number below its least.
     """
-    least = {"source": source, "target": target, "train_rows": train_rows, "test_rows": test_rows}
-    for name, count in (least | {"eval_batch": eval_batch}).items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}: wanted at least 1")
+    at_least(1, source=source, target=target, train_rows=train_rows, test_rows=test_rows, eval_batch=eval_batch)
     widths, prompted = (bucket(source), bucket(target)), source + recipe.shots * (source + target)
     rows = split(train_rows, (_SEED,), limit=train_rows)
     orders = batch_orders(rows.train, batch_size=recipe.batch_size)
@@ -156,8 +155,8 @@ def uniform(
         validation=Shape(rows.validation.shape[1], *widths),
         epochs=recipe.epochs,
         test=asked(widths[0]),
-        few_shot=asked(min(bucket(prompted), _LONGEST)),
-        new_tokens=recipe.max_new_tokens or min(bucket(2 * target), 256),
+        few_shot=asked(min(bucket(prompted), LONGEST)),
+        new_tokens=recipe.max_new_tokens or most_new_tokens(target),
         lengths="given",
     )
 
@@ -190,7 +189,7 @@ def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
         return encode(tokenizer, examples)
 
     def stand_in(text: str) -> np.ndarray:
-        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, _LONGEST), np.int32)
+        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, LONGEST), np.int32)
 
     return Encoded(
         inputs=tuple(stand_in(example.input) for example in examples),

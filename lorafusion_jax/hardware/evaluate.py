@@ -11,6 +11,7 @@ from flax import nnx
 
 from ..adapters.norms import gram
 from ..adapters.pool import LoraPool
+from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise
 from ..crossbar.chip.program import is_random
 from ..io.checkpoint import write_json
@@ -79,8 +80,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
       ValueError: chips that hold other weights, an age without a drift model, a LoRA that is none.
     """
     assert options.crossbar is not None
-    if options.chips is not None and options.chips < 1:
-        raise ValueError(f"chips is {options.chips}: wanted at least 1")
+    at_least(1, chips=options.chips)
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.digital)
     config = _overridden(chips.config, options)
     cases = _cases(options)
@@ -165,21 +165,6 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     return dataclasses.replace(setup, frozen=frozen, method=as_it_is, index=index), {
         "coefficients": jnp.ones((seeds, 1))
     }
-
-
-def age_table(results: dict[str, Any]) -> str:
-    """Return a table of the ages: mean over chips and seeds, and the spread of the chips' means."""
-    lines = [f"{'age':<10}  {'compensated':<11}  exact match %  between chips  loss"]
-    for age, compensate in dict.fromkeys((row["age"], row["compensate"]) for row in results["rows"]):
-        here = [row for row in results["rows"] if (row["age"], row["compensate"]) == (age, compensate)]
-        of_chips = [
-            np.mean([row["exact_match"] for row in here if row["chip"] == chip]) for chip in range(results["chips"])
-        ]
-        spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
-        said = {None: "-", True: "yes", False: "no"}[compensate]
-        loss = np.mean([row["loss"] for row in here])
-        lines.append(f"{age or '-':<10}  {said:<11}  {np.mean(of_chips):13.1f}  {spread:>13}  {loss:.4f}")
-    return "\n".join(lines)
 
 
 def _cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ..checks import at_least
 from ..crossbar import calibrate_tree, config_hash, explain, load_config, observe, site_errors
 from ..crossbar.calibration.whole_model import programmed_leaves
 from ..crossbar.chip.program import is_random
@@ -63,9 +62,7 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
       ValueError: on a configuration, a pattern, or a run that cannot be used.
     """
     config = load_config(options.config)
-    for name in ("chips", "calibration_rows"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}: wanted at least 1")
+    at_least(1, chips=options.chips, calibration_rows=options.calibration_rows)
     if options.chips > 1 and not is_random(config) and not config.reads_at_random:
         raise ValueError(
             f"nothing in {options.config} is random, so {options.chips} chips are all alike: one is enough"
@@ -106,33 +103,6 @@ def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
     }
     write_json(results_path(options), results)
     return results
-
-
-def site_table(results: Mapping[str, Any]) -> str:
-    """Return a table of the sites: arrays, use of their cells, conversions, and errors over all chips."""
-    head = ("site", "matrices", "arrays", "cells used", "conversions", "path", "SQNR dB", "worst", "clipped")
-    lines: list[tuple[str, ...]] = [head]
-    for site in results["sites"]:
-        rows = [row for chip in results["chips"] for row in chip["matrices"] if _is_of(row, site)]
-        errors = ("", "", "")
-        if rows:
-            sqnr = [row["sqnr"] for row in rows]
-            errors = (f"{statistics.fmean(sqnr):.1f}", f"{min(sqnr):.1f}", f"{max(row['clipped'] for row in rows):.2%}")
-        counts = (f"{site['matrices']:,}", f"{site['arrays']:,}", f"{site['utilisation']:.1%}")
-        name = site["site"] if site["layers"] is None else f"{site['site']}[{site['layers'][0]}:{site['layers'][1]}]"
-        lines.append((name, *counts, f"{site['conversions']:,}", site["path"], *errors))
-    lines.append(("all", "", f"{results['arrays']:,}", "", "", "", "", "", ""))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {0, head.index("path")}
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-
-
-def _is_of(row: Mapping[str, Any], site: Mapping[str, Any]) -> bool:
-    """Whether a matrix is one of a site's."""
-    return row["site"] == site["site"] and (site["layers"] is None or row["layer"] in range(*site["layers"]))
 
 
 def _sites(frozen: Frozen) -> list[dict[str, Any]]:

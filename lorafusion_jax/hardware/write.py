@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ..checks import at_least
 from ..crossbar import (
     Counts,
     Programmed,
@@ -22,7 +21,7 @@ from ..crossbar import (
 )
 from ..crossbar.calibration.whole_model import programmed_leaves
 from ..crossbar.chip.program import is_random
-from ..io.checkpoint import write_json
+from ..io.checkpoint import new_folder, write_json
 from ..runs.options import FuseOptions, Recipe
 from ..runs.prepare import available, load_fused
 from ..training.progress import progress
@@ -66,10 +65,9 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
       ValueError: before anything is written: the folder exists, or a configuration, a pattern, a base or a pool
         cannot be used.
     """
-    if options.out.exists():
+    if options.out.exists():  # before hours of programming
         raise ValueError(f"{options.out} exists: give another --out; chips are never written over")
-    if options.chips < 1:
-        raise ValueError(f"chips is {options.chips}: wanted at least 1")
+    at_least(1, chips=options.chips)
     config = load_config(options.config)
     if options.chips > 1 and not is_random(config):
         raise ValueError(
@@ -79,50 +77,32 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
     names = available(Path(options.pool))
     recipe = Recipe(modules=len(names))
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
-    partial_out = options.out.with_name(f".{options.out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)  # of a process that was killed
-    leaves: list[Programmed] = []
-    with progress("chips", options.chips) as bar:
-        for number in range(options.chips):
-            chip = program(fused.graph, fused.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
-            leaves = programmed_leaves(chip)
-            (folder := partial_out / f"chip_{number}").mkdir(parents=True)
-            for leaf in leaves:
-                save_state(leaf.state, config, folder / f"{_name(leaf)}.npz")
-            bar.update()
-    found = digests(fused)
-    manifest = {
-        "base": options.base,
-        "base_sha256": found["base"],
-        "pool": options.pool,
-        "modules": found["modules"],
-        "config": options.config,
-        "config_sha256": config_hash(config),
-        "digital": list(options.digital),
-        "key": options.key,
-        "chips": options.chips,
-        "one_chip": _report(leaves),
-    }
-    save_config(config, partial_out / CONFIG)
-    write_json(partial_out / MANIFEST, manifest)
-    partial_out.replace(options.out)
+    with new_folder(options.out) as folder:
+        leaves: list[Programmed] = []
+        with progress("chips", options.chips) as bar:
+            for number in range(options.chips):
+                chip = program(fused.graph, fused.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
+                leaves = programmed_leaves(chip)
+                (of_chip := folder / f"chip_{number}").mkdir()
+                for leaf in leaves:
+                    save_state(leaf.state, config, of_chip / f"{_name(leaf)}.npz")
+                bar.update()
+        found = digests(fused)
+        manifest = {
+            "base": options.base,
+            "base_sha256": found["base"],
+            "pool": options.pool,
+            "modules": found["modules"],
+            "config": options.config,
+            "config_sha256": config_hash(config),
+            "digital": list(options.digital),
+            "key": options.key,
+            "chips": options.chips,
+            "one_chip": _report(leaves),
+        }
+        save_config(config, folder / CONFIG)
+        write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-def report_table(manifest: Mapping[str, Any]) -> str:
-    """Return what one chip takes, in words."""
-    one = manifest["one_chip"]
-    ranges = {name: " / ".join(f"{value:.3g}" for value in one[name]) for name in ("pulses", "joules", "seconds")}
-    lines = [
-        f"{manifest['chips']} chips of {manifest['config']}, each:",
-        f"  arrays       {one['arrays']:,}",
-        f"  cells        {one['cells']:,} written, {one['utilisation']:.1%} of the arrays'",
-        f"  pulses       {ranges['pulses']} (low / typical / high)",
-        f"  programming  {ranges['joules']} J, {ranges['seconds']} s",
-    ]
-    if one["simulated_pulses"] is not None:
-        lines.append(f"  write-verify {one['simulated_pulses']:.2f} pulses a cell, as simulated")
-    return "\n".join(lines)
 
 
 def _name(leaf: Programmed) -> str:

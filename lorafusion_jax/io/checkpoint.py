@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..files import write_text
 from . import processes
 from .source import inside, sha256
 
@@ -111,7 +112,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     # No JSON string holds a line break, so the pattern touches none.
     numbers = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\s*\]")
     text = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1))
-    path.write_text(f"{text}\n")
+    write_text(path, f"{text}\n")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

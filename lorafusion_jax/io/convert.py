@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +55,7 @@ class ConvertOptions:
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:
-    """Convert, print a table of what was done, and return the pool's manifest.
+    """Convert, and return the pool's manifest.
 
     Raises:
       ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing was written then.
@@ -67,9 +65,7 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
         raise ValueError("say where to write the pool: --out FOLDER, or --dry-run to write nothing")
     target = contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out)
     with target as folder:
-        manifest = _convert(sources, options, folder)
-    print(_report(manifest, options))
-    return manifest
+        return _convert(sources, options, folder)
 
 
 def _sources(options: ConvertOptions) -> list[str]:
@@ -145,32 +141,3 @@ def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:
         factors={path: (cast(path, "lora_A", a), cast(path, "lora_B", b)) for path, (a, b) in adapter.factors.items()},
         magnitude=adapter.magnitude and {path: cast(path, MAGNITUDE, m) for path, m in adapter.magnitude.items()},
     )
-
-
-def _report(manifest: dict[str, Any], options: ConvertOptions) -> str:
-    rows = [("adapter", "modules", "rank", "scaling", "dtype", "parameters")]
-    for entry in manifest["adapters"]:
-        modules = [pair for row in entry["sites"].values() for pair in zip(*row.values(), strict=True) if pair[0]]
-        ranks, scalings = zip(*modules, strict=True)
-        size = f"{entry['parameters']:,}"
-        rows.append((entry["name"], str(len(modules)), _range(ranks), _range(scalings), entry["dtype"], size))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
-    lines += [f"{count} x {note}" for note, count in notes.items()]
-    lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
-    totals = manifest["totals"]
-    done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
-    lines.append(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
-    return "\n".join(lines)
-
-
-def _range(values: Sequence[int | float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g}-{high:g}"

@@ -1,7 +1,7 @@
 """Result rows, their statistics, and the tables, plots and pages made from them."""
 
+from ..files import write_text
 from .comparison import plot_against_trainable, plot_means
-from .files import write_text
 from .formats import Column, Table, csv_text, html_table, latex, markdown
 from .page import page, save_plots
 from .plots import plot_accuracy, plot_coefficients, plot_learning_curves

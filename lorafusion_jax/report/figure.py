@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write
+from ..files import write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

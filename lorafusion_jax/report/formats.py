@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from .. import columns
+
 EMPTY = "–"
 Kind = Literal["text", "spread", "interval", "percent", "points", "count", "counts", "seconds", "p"]
 
@@ -51,21 +53,7 @@ class Table:
 
 def markdown(table: Table) -> str:
     """Return the caption and a table with columns in line."""
-    return f"{_plain(table.caption)}\n\n{aligned([[_plain(cell) for cell in line] for line in table.texts])}"
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, whose first line is the heading; all columns but the first are aligned right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [
-        [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    ]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (padded[0], rule, *padded[1:]))
+    return f"{_plain(table.caption)}\n\n{columns.markdown([[_plain(cell) for cell in line] for line in table.texts])}"
 
 
 def csv_text(table: Table) -> str:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .formats import aligned
+from ..columns import markdown
 
 _KEYS = ("task", "method", "seed", "exact_match", "trainable", "seconds")
 MEAN = "mean"
@@ -36,7 +36,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], *, apart: Collection[str] 
     lines.append(("trainable numbers", *(_trainable(rows, method) for method in methods)))
     seconds = [[row["seconds"] for row in rows if row["method"] == method] for method in methods]
     lines.append(("seconds of training", *(f"{statistics.fmean(values):.1f}" for values in seconds)))
-    return aligned(lines)
+    return markdown(lines)
 
 
 def seed_scores(

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..io import processes
 
 _CONFIG = "config.json"
@@ -129,6 +130,4 @@ def _finite(value: Any) -> Any:
 
 def _write(path: Path, text: str) -> None:
     if processes.first():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text)
-        partial.replace(path)
+        write_text(path, text)

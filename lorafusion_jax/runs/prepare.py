@@ -12,11 +12,12 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import gram, norms
 from ..adapters.pool import LoraPool, random_pool, shuffled_pool
+from ..checks import at_least
 from ..io.hf import base_tensor, load_base, read_config
 from ..io.pool import check_base, load_pool, read_manifest, read_pool
 from ..models.sites import Site, targeted
 from ..models.t5.model import T5, kernels
-from ..tasks import Encoded, Split, Task, bucket, draw_modules, encode, load_task, load_tokenizer, split
+from ..tasks import Encoded, Split, Task, draw_modules, encode, load_task, load_tokenizer, most_new_tokens, split
 from ..training import mesh as sharding
 from ..methods.full import FullFineTuning
 from ..methods.lora import LoRA
@@ -96,9 +97,7 @@ def check(options: FuseOptions) -> None:
         raise ValueError("full fine-tuning trains the weights themselves, not 4 or 8 bits of them: leave out --load-in")
     recipe = options.recipe
     counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
-    for name, count in (counts | {"eval_batch": options.eval_batch}).items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}: wanted at least 1")
+    at_least(1, **counts, eval_batch=options.eval_batch)
     if recipe.choose == "gradient":
         if options.method not in ("fusion", "coefficients") or recipe.composition != "sum":
             raise ValueError(
@@ -161,7 +160,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
         train=train,
         test=encode(fused.tokenizer, task.test[: options.test_rows]),
         split=rows,
-        max_new_tokens=recipe.max_new_tokens or min(bucket(2 * longest), 256),
+        max_new_tokens=recipe.max_new_tokens or most_new_tokens(longest),
     )
 
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from ..tasks import Encoded, Task, answer_options, constant_answer, encode, exact_match, few_shot, split
+from ..tasks import LONGEST, Encoded, Task, answer_options, constant_answer, encode, exact_match, few_shot, split
 from .evaluate import Evaluation, evaluate
 from ..methods.method import Params
 from .options import FuseOptions
 from .prepare import Setup
 
-_UNCUT, _LONGEST = 2**30, 2048  # tokens
+_UNCUT = 2**30  # tokens
 
 
 def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
@@ -46,7 +46,7 @@ def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
         shown = few_shot(task, options.recipe.shots, seed)
         test = encode(setup.tokenizer, shown.test[: len(setup.test)], max_length=_UNCUT)
         # A prompt that is too long loses its first examples, not the question at its end.
-        test = Encoded(tuple(ids[-_LONGEST:] for ids in test.inputs), test.labels)
+        test = Encoded(tuple(ids[-LONGEST:] for ids in test.inputs), test.labels)
         asked = dataclasses.replace(setup, task=shown, test=test)
         found.append(evaluate(asked, {}, setup.index[:1], batch_size=options.eval_batch, options=closed))
     scored = [one.option_correct for one in found if one.option_correct is not None]

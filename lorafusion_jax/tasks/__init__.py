@@ -1,16 +1,17 @@
 """Tasks: reading them, splitting, tokenising, batching, scoring. NumPy only."""
 
-from .batches import IGNORED, Batch, bucket, eval_batches, pad, train_batches
+from .batches import IGNORED, Batch, bucket, eval_batches, most_new_tokens, pad, train_batches
 from .bbh import prompt_overlap, write_lorahub_split
 from .data import Example, Task, load_task
 from .few_shot import few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .tokenizer import Encoded, encode, load_tokenizer
+from .tokenizer import LONGEST, Encoded, encode, load_tokenizer
 
 __all__ = [
     "IGNORED",
+    "LONGEST",
     "Batch",
     "Encoded",
     "Example",
@@ -29,6 +30,7 @@ __all__ = [
     "few_shot",
     "load_task",
     "load_tokenizer",
+    "most_new_tokens",
     "pad",
     "prompt_overlap",
     "split",

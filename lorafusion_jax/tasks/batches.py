@@ -74,6 +74,11 @@ def bucket(length: int) -> int:
     return max(-(-length // rung), 1) * rung
 
 
+def most_new_tokens(longest: int) -> int:
+    """Return how many tokens are generated at most where the longest training target has `longest`: twice as many."""
+    return min(bucket(2 * longest), 256)
+
+
 def train_batches(
     encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int, first_step: int = 0
 ) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_bytes
 from .data import Task, as_example
 from .readers import Rows, read_rows
 
@@ -60,9 +61,7 @@ def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] 
     missing = [path for path, content in contents.items() if not _is_there(path, content)]
     for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(contents[path])
-        partial.replace(path)
+        write_bytes(path, contents[path])
     return [out / name for name in chosen]
 
 

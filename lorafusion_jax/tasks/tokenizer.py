@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import transformers
 
 
+LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """Token ids, row by row and unpadded; a row ends as the tokenizer ends it (T5: with EOS)."""
@@ -46,7 +49,7 @@ def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase"
 
 
 def encode(
-    tokenizer: "transformers.PreTrainedTokenizerBase", examples: Sequence[Example], *, max_length: int = 2048
+    tokenizer: "transformers.PreTrainedTokenizerBase", examples: Sequence[Example], *, max_length: int = LONGEST
 ) -> Encoded:
     """Tokenise inputs and targets, each cut to `max_length` tokens with EOS kept (the paper's code: 2,048).
 

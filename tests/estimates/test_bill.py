@@ -16,15 +16,15 @@ import yaml
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.cli import main
+from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Encoding, Range, Tile
 from lorafusion_jax.estimates.bill import CostOptions, activities, bills, comparisons, installed_once, price
 from lorafusion_jax.estimates.bill.show import constants_table, number, quantity
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, step_flops
-from lorafusion_jax.estimates.params import SHAPES, ParamsOptions
+from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.estimates.params import counts as trainable_counts
 from lorafusion_jax.models.sites import sites
 from lorafusion_jax.models.t5.model import kernels
-from lorafusion_jax.report.formats import aligned
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]
@@ -54,7 +54,7 @@ def test_only_matrices_of_a_task_are_written(large):
 
 
 def test_trained_numbers_are_those_of_params(large):
-    for name, count in trainable_counts(_LARGE, ParamsOptions()).items():
+    for name, count in trainable_counts(_LARGE).items():
         of = {"LoRA, rank 16": "LoRA in SRAM", "DoRA, rank 16": "DoRA in cells", "VeRA, rank 128": "VeRA"}
         if "only" not in name:
             assert large[of.get(name, name)].trainable == count
@@ -224,7 +224,7 @@ def test_a_tied_head_is_digital():
 
 
 def test_the_docs_hold_the_table_of_constants():
-    assert aligned(constants_table(CONSTANTS)) in (_ROOT / "docs" / "guides" / "cost.md").read_text()
+    assert markdown(constants_table(CONSTANTS)) in (_ROOT / "docs" / "guides" / "cost.md").read_text()
 
 
 def test_numbers_as_they_are_read():

@@ -10,8 +10,7 @@ from flax import nnx
 
 from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.cli import main
-from lorafusion_jax.estimates.params import SHAPES, ParamsOptions, counts, params
+from lorafusion_jax.estimates.params import SHAPES, counts, shape_config
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
@@ -45,17 +44,16 @@ _SIZES = {
 _UNEQUAL = T5Config(vocab_size=32, d_model=24, d_kv=4, d_ff=40, num_heads=4, num_layers=3, num_decoder_layers=2)
 
 
-def _options(**changes) -> ParamsOptions:
-    return ParamsOptions(shape="unused", adapters=5, rank=3, vera_rank=7, **changes)
+_COUNTS = {"modules": 5, "rank": 3, "vera_rank": 7}
 
 
 def test_flan_t5_large():
-    assert counts(SHAPES["flan-t5-large"], ParamsOptions()) == _LARGE
+    assert counts(SHAPES["flan-t5-large"]) == _LARGE
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_sizes(name):
-    assert counts(SHAPES[name], ParamsOptions())["full fine-tuning"] == _SIZES[name]
+    assert counts(SHAPES[name])["full fine-tuning"] == _SIZES[name]
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",)])
@@ -81,7 +79,7 @@ def test_counts_are_what_the_methods_train(targets):
         "full fine-tuning": FullFineTuning(),
         "LoraHub": Fusion(composition="mix", granularity="global", magnitudes=False),
     }
-    found = counts(_UNEQUAL, _options(targets=targets))
+    found = counts(_UNEQUAL, **_COUNTS, targets=targets)
     for name, method in methods.items():
         acting = method.trainable(method.init(frozen, index, key), frozen, index)
         assert found[name] == sum(int(np.sum(a)) for a in jax.tree.leaves(acting)), name
@@ -112,7 +110,7 @@ def test_counts_are_pefts(targets):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     modules = list(targets)
-    found = counts(_UNEQUAL, _options(targets=targets))
+    found = counts(_UNEQUAL, **_COUNTS, targets=targets)
     assert found["LoRA, rank 3"] == trained(peft.LoraConfig(r=3, target_modules=modules))
     assert found["DoRA, rank 3"] == trained(peft.LoraConfig(r=3, target_modules=modules, use_dora=True))
     if targets == ("q", "v"):  # VeRA's shared matrices need one shape for all
@@ -120,24 +118,14 @@ def test_counts_are_pefts(targets):
 
 
 @pytest.mark.parametrize("config", ["config.json", "config.transformers5.json"])
-def test_a_folder_with_the_config_of_transformers_4_or_5(config, shared, tmp_path, capsys):
+def test_a_folder_with_the_config_of_transformers_4_or_5(config, shared, tmp_path):
     folder = shared / "goldens" / "fusion" / "t5a" / "base"
     (tmp_path / "config.json").write_bytes((folder / config).read_bytes())
-    params(ParamsOptions(shape=str(tmp_path), adapters=4))
-    rows = capsys.readouterr().out.splitlines()
+    found = counts(shape_config(str(tmp_path)), modules=4)
     from lorafusion_jax.io.hf import load_base
 
     size = sum(leaf.size for leaf in jax.tree.leaves(load_base(folder)))
-    assert f"| full fine-tuning | {size:,} | 100 % |" in rows
-    assert any(row.startswith("| LoraHub | 4 |") for row in rows)
-
-
-def test_the_command_prints_a_table(capsys):
-    main(["params", "--shape", "flan-t5-large", "--adapters", "20", "--rank", "16"])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[:2] == ["| method | trainable numbers | of flan-t5-large |", "|---|---:|---:|"]
-    assert rows[2] == "| LoRAFusion | 148,416 | 0.01895 % |"
-    assert [row.split(" | ")[1] for row in rows[2:]] == [f"{count:,}" for count in _LARGE.values()]
+    assert (found["full fine-tuning"], found["LoraHub"]) == (size, 4)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +134,16 @@ def test_the_command_prints_a_table(capsys):
         ({"shape": "flan-t5-huge"}, "no shape 'flan-t5-huge': choose one of flan-t5-small, .*, or give the folder"),
         ({"targets": ("q", "q_proj")}, "targets are q q_proj: choose of q k v o wi_0 wi_1 wo"),
         ({"targets": ()}, "targets are none"),
-        ({"adapters": 0}, "adapters is 0: wanted at least 1"),
+        ({"modules": 0}, "modules is 0: wanted at least 1"),
         ({"rank": -1}, "rank is -1"),
     ],
 )
 def test_what_cannot_be_counted(changes, message):
     with pytest.raises(ValueError, match=message):
-        params(ParamsOptions(**changes))
+        counts(shape_config(changes.pop("shape", "flan-t5-large")), **changes)
 
 
 def test_another_kind_of_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="model_type is 'llama'"):
-        params(ParamsOptions(shape=str(tmp_path)))
+        shape_config(str(tmp_path))

@@ -16,8 +16,8 @@ from lorafusion_jax.estimates.estimate import METHODS, Settings, estimate, train
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.estimates.parameters import size
-from lorafusion_jax.estimates.params import SHAPES, ParamsOptions, counts
-from lorafusion_jax.estimates.plan import plan, plan_table, print_plan
+from lorafusion_jax.estimates.params import SHAPES, counts
+from lorafusion_jax.estimates.plan import describe, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA
@@ -226,7 +226,7 @@ def test_memory_of_generation(dtype):
 def test_trainable_numbers_are_those_of_params(config, targets):
     recipe = Recipe(modules=11, lora_rank=6, vera_rank=30, lora_targets=targets)
     settings = Settings(recipe=recipe, targets=targets)
-    wanted = counts(config, ParamsOptions(adapters=11, rank=6, vera_rank=30, targets=targets))
+    wanted = counts(config, modules=11, rank=6, vera_rank=30, targets=targets)
     names = "fusion coefficients magnitudes lora dora vera lorahub full".split()
     assert [trainable_count(config, name, settings) for name in names] == list(wanted.values())
     assert trainable_count(config, "mean", settings) == trainable_count(config, "zero-shot", settings) == 0
@@ -293,9 +293,8 @@ def test_batched_seeds_need_more_memory_and_no_more_flops():
     assert other.activation_bytes > one.activation_bytes and other.training_flops == one.training_flops
 
 
-def test_the_table_is_printed(capsys):
-    print_plan(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=Recipe()))
-    out = capsys.readouterr().out
+def test_a_plan_is_described():
+    out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=Recipe()))
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other (lax.map)." in out
     assert "lengths given, padded" in out and "| fusion    |    5 |   148,416 |" in out and "2.92 GiB" in out
     table = plan_table(plan(_SMALL, ["lora"], {"a": _work()}, _SETTINGS)).splitlines()

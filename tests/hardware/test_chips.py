@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.cli import main
+from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.crossbar import (
     ADC,
     Cell,
@@ -34,7 +35,7 @@ from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on
 from lorafusion_jax.hardware.folder import aged, load_chips, seconds
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.setup import on_arrays
-from lorafusion_jax.hardware.write import ProgramOptions, report_table
+from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.hardware.write import program_chips as write_chips
 from lorafusion_jax.methods.method import Fusion
 from lorafusion_jax.models.t5.model import matrices
@@ -188,7 +189,7 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small):
     sites = 96 * 96 * (8 + 4) + 3 * 96 * 384 * 2  # attention of a block of either stack, gated feed-forward
     assert manifest["one_chip"]["cells"] == pytest.approx(2 * sites, rel=0.5)
     assert 0 < manifest["one_chip"]["utilisation"] <= 1
-    assert f"{manifest['one_chip']['cells']:,} written" in report_table(manifest)
+    assert f"{manifest['one_chip']['cells']:,} written" in programmed_report(manifest)
 
 
 def test_arrays_that_the_key_no_longer_draws_are_noticed(small, fused):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax.cli import main
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import base_tensor, read_config
 from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave, write_adapter
@@ -67,6 +68,11 @@ def adapter(base):
 
 def _convert(base, adapters, **options):
     return convert(ConvertOptions(base=str(base), adapters=tuple(adapters), **options))
+
+
+def _printed(capsys, base, adapters, *arguments) -> str:
+    main(["convert", "--base", str(base), "--adapters", *adapters, *map(str, arguments)])
+    return capsys.readouterr().out
 
 
 def _refused(message, *arguments, **options):
@@ -241,25 +247,23 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
     files = {f"{e['folder']}/{name}" for e in manifest["adapters"] for name in e["files"]}
     on_disk = {p.relative_to(tmp_path / "pool").as_posix() for p in (tmp_path / "pool").rglob("*") if p.is_file()}
     assert files | {"manifest.json"} == on_disk
-    out, err = capsys.readouterr()
-    assert err == ""
+    assert capsys.readouterr() == ("", "")
+    out = _printed(capsys, base, folders, "--out", tmp_path / "printed")
     table = [line.split() for line in out.splitlines()]
     assert table[1] == ["one", "14", "2", "2", "float32", "392"]
     assert table[2] == ["wide", "2", "5", "0.6", "float32", "140"]
     assert "2 x without effect on the trained adapter, kept for re-saving: lora_dropout" in out
-    assert out.endswith(f"2 adapters, 532 parameters, written to {tmp_path / 'pool'}\n")
+    assert out.endswith(f"2 adapters, 532 parameters, written to {tmp_path / 'printed'}\n")
 
 
 def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, capsys):
     folders = [adapter("one"), adapter("wide", r=5)]
-    _convert(base, folders, out=tmp_path / "pool")
-    written = capsys.readouterr().out
+    written = _printed(capsys, base, folders, "--out", tmp_path / "pool")
     before = sorted(tmp_path.rglob("*"))
-    _convert(base, folders, dry_run=True, out=tmp_path / "dry")
-    _convert(base, folders, dry_run=True)
+    dry = [_printed(capsys, base, folders, "--dry-run", *out) for out in (("--out", tmp_path / "dry"), ())]
     assert sorted(tmp_path.rglob("*")) == before
     would = written.replace(f"written to {tmp_path / 'pool'}", "would be written (dry run)")
-    assert capsys.readouterr().out == 2 * would
+    assert dry == [would, would]
 
 
 def test_one_bad_adapter_stops_everything_by_name(base, adapter, tmp_path):
@@ -281,7 +285,8 @@ def test_bad_adapters_can_be_left_out_and_are_listed(base, adapter, tmp_path, ca
     assert [entry["folder"] for entry in manifest["adapters"]] == ["adapters/0000", "adapters/0001"]
     (skipped,) = read_manifest(tmp_path / "pool")["skipped"]
     assert skipped["source"] == bad and "peft_type is 'LOHA'" in skipped["reason"]
-    assert f"left out {skipped['reason']}" in capsys.readouterr().out
+    printed = _printed(capsys, base, [good, bad, last], "--skip-bad", "--dry-run")
+    assert f"left out {skipped['reason']}" in printed
     assert load_pool(tmp_path / "pool").names == ("good", "last")
 
 
@@ -518,7 +523,7 @@ def test_the_script(base, adapter, tmp_path):
     one, two = adapter("one"), adapter("two")
     done = run("--base", str(base), "--adapters", one, two, "--out", str(tmp_path / "pool"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'pool'}\n")
+    assert done.stdout.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'printed'}\n")
     _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([one, two], read_config(base)))
     done = run("--base", str(base), "--adapters", one, "--out", str(tmp_path / "pool"))
     assert (done.returncode, done.stdout) == (2, "")

@@ -10,7 +10,7 @@ import one_block
 import pytest
 from safetensors.numpy import load_file
 
-from lorafusion_jax.estimates.params import ParamsOptions, counts
+from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.hardware.report import CrossbarOptions, evaluate_on_arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import read_config
@@ -122,7 +122,7 @@ def test_a_run_reports_and_counts(method, runs):
         forward = _SEARCHED[method] * _ADAPT
         steps = {"cma": 2}.get(method, _SEARCHED[method])
     assert counted == {"forward": forward * len(seeds), "backward": backward * len(seeds)}
-    table = counts(read_config(options.base), ParamsOptions(adapters=2, rank=4, vera_rank=8))
+    table = counts(read_config(options.base), modules=2, rank=4, vera_rank=8)
     trainable = {"lorahub": 2, "cma": 2}.get(method, 0) if method not in _TRAINED else table[_TRAINED[method]]
     assert results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
     for row in results["seeds"]:

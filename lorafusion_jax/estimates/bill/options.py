@@ -1,21 +1,14 @@
-"""What `lorafusion cost` is asked."""
+"""Assumptions of a bill: the base model, the arrays, the pool and the new task."""
 
 import dataclasses
-from pathlib import Path
 
+from ...checks import at_least
 from ...runs.options import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostOptions:
-    """Print what one new task costs with every method: writes, energy, time, wear; and every token after that.
-
-    Ranges from low to high over the constants' published values; no weights are loaded.
-
-    Examples:
-      lorafusion cost --shape flan-t5-large --adapters 20 --preset isaac
-      lorafusion cost --preset puma --save-constants mine.yaml
-      lorafusion cost --preset puma --constants mine.yaml --tokens-per-task 100000
+    """Assumptions of the bill of one new task.
 
     Attributes:
       shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
@@ -24,8 +17,6 @@ class CostOptions:
       vera_rank: of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur: of q k v o wi wi_0 wi_1 wo.
       preset: of the arrays: isaac, puma, raella, neurram, or a .yaml or .json file.
-      constants: a file that replaces the table of constants.
-      save_constants: write the table in use to this .yaml or .json file, to edit it.
       tokens_per_task: tokens that are generated before the next task comes.
       epochs: passes over the training rows.
       train_rows: rows that train and validate.
@@ -33,7 +24,6 @@ class CostOptions:
       source: tokens of an input.
       target: tokens of an answer.
       evaluations: of LoraHub's search.
-      json: write everything to this file.
     """
 
     shape: str = "flan-t5-large"
@@ -42,8 +32,6 @@ class CostOptions:
     vera_rank: int = Recipe.vera_rank
     targets: tuple[str, ...] = Recipe.lora_targets
     preset: str = "isaac"
-    constants: Path | None = None
-    save_constants: Path | None = None
     tokens_per_task: int = 1000
     epochs: int = Recipe.epochs
     train_rows: int = 100
@@ -51,15 +39,10 @@ class CostOptions:
     source: int = 128
     target: int = 8
     evaluations: int = Recipe.evaluations
-    json: Path | None = None
 
     def __post_init__(self):
         numbers = ("adapters", "rank", "vera_rank", "tokens_per_task", "epochs", "train_rows", "batch_size")
-        for name in (*numbers, "source", "target", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: wanted at least 1")
-        if self.json is not None and self.json.suffix != ".json":
-            raise ValueError(f"json is {self.json}: wanted a file ending in .json")
+        at_least(1, **{name: getattr(self, name) for name in (*numbers, "source", "target", "evaluations")})
 
     @property
     def recipe(self) -> Recipe:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from ... import columns
 from ...crossbar import Constants, Range, WriteCost
-from ...report.formats import EMPTY, aligned
+from ...report.formats import EMPTY
 from .bill import Bill
 from .comparison import Comparison
 from .options import CostOptions
@@ -129,7 +130,7 @@ def constants_table(constants: Constants) -> list[list[str]]:
 
 def markdown(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
     """Return tables with their captions; ranges are low / typical / high."""
-    return "\n".join(f"{caption}\n\n{aligned(lines)}" for caption, lines in found.items())
+    return "\n".join(f"{caption}\n\n{columns.markdown(lines)}" for caption, lines in found.items())
 
 
 def _written(p: WriteCost) -> list[str]:

@@ -5,8 +5,6 @@ loads non-strictly and only warns; here whatever would change the result is refu
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
+from ..checkpoint import new_folder
 from ..source import map_file, resolve
 from .config import AdapterError, check_config, scalings
 from .tensors import MAGNITUDE, collect, target_warnings
@@ -153,21 +152,13 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
     """
     from safetensors.numpy import save_file
 
-    if folder.exists():
-        raise ValueError(f"{folder} exists: give a new folder, or remove it first")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         if not isinstance(config, bytes):
             config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
         (partial / _CONFIG).write_bytes(config)
         # PEFT and transformers refuse a file that does not state its format. The library wants C order.
         arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
         save_file(arrays, partial / _SAFETENSORS, metadata={"format": "pt"})
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:

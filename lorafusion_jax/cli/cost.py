@@ -1,9 +1,13 @@
-"""`lorafusion cost`: the bill of one new task, printed and written."""
+"""`lorafusion cost`: the bill of one new task."""
 
+import dataclasses
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ...crossbar import (
+from ..columns import markdown
+from ..crossbar import (
     CONSTANTS,
     Constants,
     Range,
@@ -14,22 +18,48 @@ from ...crossbar import (
     save_constants,
     write_cost,
 )
-from ...report.files import write_text
-from ...report.formats import aligned
-from ..params import shape_config
-from .activity import activities, installed_once
-from .bill import Bill, price
-from .comparison import comparisons
-from .options import CostOptions
-from .show import constants_table, markdown, sentences, tables
+from ..estimates.bill import Bill, CostOptions, activities, comparisons, installed_once, price
+from ..estimates.bill.show import constants_table, sentences, tables
+from ..estimates.bill.show import markdown as captioned
+from ..estimates.params import shape_config
+from ..files import write_text
+from .parsing import parse
 
 
-def cost(options: CostOptions) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostCommand(CostOptions):
+    """Print what one new task costs with every method: writes, energy, time, wear; and every token after that.
+
+    Ranges from low to high over the constants' published values; no weights are loaded.
+
+    Examples:
+      lorafusion cost --shape flan-t5-large --adapters 20 --preset isaac
+      lorafusion cost --preset puma --save-constants mine.yaml
+      lorafusion cost --preset puma --constants mine.yaml --tokens-per-task 100000
+
+    Attributes:
+      constants: a file that replaces the table of constants.
+      save_constants: write the table in use to this .yaml or .json file, to edit it.
+      json: write everything to this file.
+    """
+
+    constants: Path | None = None
+    save_constants: Path | None = None
+    json: Path | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.json is not None and self.json.suffix != ".json":
+            raise ValueError(f"json is {self.json}: wanted a file ending in .json")
+
+
+def main(arguments: Sequence[str]) -> None:
     """Print the bill, and write what was asked for.
 
     Raises:
       ValueError: a shape, target, preset or table of constants that cannot be used, before anything is written.
     """
+    options = parse(CostCommand, arguments, "cost")
     config, crossbar = shape_config(options.shape), load_config(options.preset)
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = {activity.method: activity for activity in activities(config, crossbar, options)}
@@ -57,9 +87,9 @@ def cost(options: CostOptions) -> None:
         f"{options.preset}; {options.train_rows} rows of {options.source} + {options.target} tokens, {options.epochs} "
         "epochs.\nEvery range is low / typical / high.\n"
     )
-    print(markdown(tables(bills, once, options)))
+    print(captioned(tables(bills, once, options)))
     print("\n".join(sentences(against, bills, pool, options)))
-    print(f"\nConstants\n\n{aligned(constants_table(constants))}", end="")
+    print(f"\nConstants\n\n{markdown(constants_table(constants))}", end="")
 
 
 def _content(options: CostOptions, constants: Constants, bills: dict[str, Bill]) -> dict[str, Any]:

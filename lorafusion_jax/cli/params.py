@@ -1,0 +1,45 @@
+"""`lorafusion params`: how many numbers each method trains."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..columns import markdown
+from ..estimates.params import counts, shape_config
+from .parsing import parse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParamsOptions:
+    """Print how many numbers each method trains, exactly and without loading weights.
+
+    Example:
+      lorafusion params --shape flan-t5-large --adapters 20 --rank 16
+
+    Attributes:
+      shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
+      adapters: how many modules are fused.
+      rank: of LoRA and DoRA.
+      vera_rank: of VeRA, whose two random matrices all sites share.
+      targets: the linear maps that are adapted, wherever they occur: of q k v o wi wi_0 wi_1 wo.
+    """
+
+    shape: str = "flan-t5-large"
+    adapters: int = 20
+    rank: int = 16
+    vera_rank: int = 128
+    targets: tuple[str, ...] = ("q", "v")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the counts as a Markdown table."""
+    options = parse(ParamsOptions, arguments, "params")
+    found = counts(
+        shape_config(options.shape),
+        modules=options.adapters,
+        rank=options.rank,
+        vera_rank=options.vera_rank,
+        targets=options.targets,
+    )
+    full = found["full fine-tuning"]
+    lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in found.items()]
+    print(markdown([["method", "trainable numbers", f"of {options.shape}"], *lines]), end="")

@@ -1,0 +1,29 @@
+"""Tables in text: cells filled up to the width of their columns."""
+
+from collections.abc import Collection, Sequence
+
+
+def padded(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[list[str]]:
+    """Return the cells of every line, filled up to the width of their column.
+
+    Args:
+      lines: of as many cells each.
+      left: numbers of the columns that are aligned left; the others are aligned right.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+
+
+def plain(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Return a table for a terminal; the arguments are those of `padded`."""
+    return "\n".join("  ".join(line).rstrip() for line in padded(lines, left=left))
+
+
+def markdown(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Return a Markdown table whose first line is its heading; the arguments are those of `padded`."""
+    head, *rest = padded(lines, left=left)
+    rule = ["-" * len(cell) if i in left else "-" * (len(cell) - 1) + ":" for i, cell in enumerate(head)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rest))

@@ -1,0 +1,22 @@
+"""Files that are complete or absent: written under a temporary name in the same folder, then renamed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, writer: Callable[[Path], Any]) -> None:
+    """Let a function write a file under a temporary name, and rename the file once it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    writer(partial)
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8, that is complete or absent."""
+    write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent."""
+    write(path, lambda partial: partial.write_bytes(content))

@@ -1,0 +1,23 @@
+"""Tables in text."""
+
+import pytest
+
+from lorafusion_jax.checks import at_least
+from lorafusion_jax.columns import markdown, plain
+
+_LINES = [["name", "count"], ["a", "1,000"], ["longer", "2"]]
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    assert plain(_LINES).splitlines() == ["name    count", "a       1,000", "longer      2"]
+    assert plain(_LINES, left=(1,)).splitlines() == ["  name  count", "     a  1,000", "longer  2"]
+
+
+def test_a_markdown_table_is_ruled_by_the_alignment_of_its_columns():
+    assert markdown(_LINES) == "| name   | count |\n| ------ | ----: |\n| a      | 1,000 |\n| longer |     2 |\n"
+
+
+def test_a_count_below_the_least_is_named():
+    at_least(1, chips=1, rows=None)
+    with pytest.raises(ValueError, match="^rows is 0: wanted at least 1$"):
+        at_least(1, chips=2, rows=0)
