@@ -1,6 +1,5 @@
 """What a matrix would run and need, printed without running or loading weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,10 @@ from _methods import Entry
 from lorafusion_jax import read_config
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import SHAPES
-from lorafusion_jax.estimates.plan import describe
+from lorafusion_jax.estimates.plan import MODULES, describe, pool_shape
 from lorafusion_jax.estimates.workload import workload
-from lorafusion_jax.io.pool import read_manifest
-from lorafusion_jax.runs.prepare import available
 from lorafusion_jax.tasks import load_task, load_tokenizer
 from lorafusion_jax.training.seeds import default_path
-
-_RANK, _MODULES = 16, 196  # LoraHub's adapters
 
 
 def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> None:
@@ -35,7 +30,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
     shaped = options.base in SHAPES
     config = SHAPES[options.base] if shaped else read_config(options.base)
     tokenizer = None if shaped else load_tokenizer(options.base)
-    rank, size = _pool(Path(options.pool))
+    rank, size = pool_shape(Path(options.pool))
     todo = list(jobs(options, entries, check_pool=bool(size)))
     for league in options.leagues:
         of_league = [job for job in todo if job.league == league]
@@ -45,7 +40,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             recipe=recipe,
             rank=rank,
             # Those that any seed draws: at most as many as all of them together.
-            pool=min(len(options.seeds) * options.modules, size or _MODULES),
+            pool=min(len(options.seeds) * options.modules, size or MODULES),
             seeds=len(options.seeds),
             path=default_path(),
             device="cpu" if jax.default_backend() == "cpu" else "accelerator",
@@ -62,13 +57,3 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
 def _name(options: Any) -> str:
     mixed = options.recipe.composition == "mix" and options.method in ("fusion", "coefficients")
     return f"{options.method}-mix" if mixed else options.method
-
-
-def _pool(folder: Path) -> tuple[int, int]:
-    """Return the rank and the number of the modules, 0 of a pool that is not there."""
-    if not folder.is_dir():
-        return _RANK, 0
-    if (folder / "manifest.json").is_file():
-        stacks = [row["rank"] for entry in read_manifest(folder)["adapters"] for row in entry["sites"].values()]
-        return max(map(max, stacks)), len(available(folder))
-    return max(json.loads(f.read_text())["r"] for f in folder.glob("*/adapter_config.json")), len(available(folder))

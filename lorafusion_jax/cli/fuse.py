@@ -3,29 +3,78 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..columns import plain
+from ..estimates.plan import describe_run
 from ..io import processes
 from ..runs.options import PRESETS, FuseOptions
 from ..runs.run import fuse, run_path
-from .parsing import parse
+from .parsing import parse, peek
 from .scores import cells
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The recipe that the other options' defaults come from.
+
+    Attributes:
+      preset: numbers of fusion and training that options do not give: `reference` has those of the paper's code.
+    """
+
+    preset: Literal["default", "reference"] = "default"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FuseCommand(FuseOptions, Preset):
+    """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
+
+    Examples:
+      lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
+      lorafusion fuse --preset reference --base base --pool pool --task task
+      lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan
+      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
+
+    Attributes:
+      plan: print what the run needs (FLOPs, memory), and run nothing. The base may be the name of a shape, such as
+        flan-t5-large, whose weights are not needed.
+    """
+
+    plan: bool = False
+
+
+GROUPS = {
+    "data and base": (
+        "base", "pool", "task", "prompt", "train_rows", "test_rows", "dtype", "load_in",
+    ),
+    "fusion": (
+        "method", "modules", "choose", "adapters", "composition", "granularity", "start", "control",
+        "differentiate_norm",
+    ),
+    "training": (
+        "epochs", "batch_size", "lr_coefficients", "lr_magnitudes", "schedule", "warmup", "l2", "l1", "clip", "prune",
+        "stop_early", "protocol", "start_from",
+    ),
+    "baseline": (
+        "lora_rank", "lora_targets", "vera_rank", "lr_lora", "lr_vera", "lr_full", "shots", "merge", "density",
+        "evaluations", "generations", "population",
+    ),
+    "hardware": ("crossbar", "noise", "chip", "chip_key", "digital", "age", "norm"),
+    "run": (
+        "seeds", "out", "name", "plan", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds", "path", "mesh",
+        "distributed",
+    ),
+}  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Fuse, and print what came of it."""
-    preset, arguments = _take_preset(arguments, list(PRESETS))
-    recipe = ("recipe", FuseOptions.__annotations__["recipe"], PRESETS[preset])
-    with_preset = dataclasses.make_dataclass(
-        "FuseOptions",
-        [recipe],
-        bases=(FuseOptions,),
-        namespace={"__doc__": FuseOptions.__doc__},
-        frozen=True,
-        kw_only=True,
-    )
-    options = parse(with_preset, arguments, "fuse")
+    """Fuse, and print what came of it, or what it would need."""
+    recipe = PRESETS[peek(Preset, arguments).preset]
+    command = parse(FuseCommand, arguments, "fuse", groups=GROUPS, defaults=vars(recipe))
+    options = FuseOptions(**{field.name: getattr(command, field.name) for field in dataclasses.fields(FuseOptions)})
+    if command.plan:
+        print(describe_run(options))
+        return
     results = fuse(options)
     if processes.first():
         print(report(results, run_path(options)))
@@ -38,17 +87,3 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
         lines.append(["mean", f"{results['exact_match']:.1f}", f"± {results['exact_match_std']:.1f}"])
     head = f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers"
     return f"{head}\n{plain(lines, left=(0, 2))}\nwritten to {folder}"
-
-
-def _take_preset(arguments: Sequence[str], presets: list[str]) -> tuple[str, list[str]]:
-    """Split `--preset NAME` off: it decides what the other options' defaults are."""
-    rest = list(arguments)
-    for i, argument in enumerate(rest):
-        name, equals, value = argument.partition("=")
-        if name == "--preset":
-            value = value if equals else "".join(rest[i + 1 : i + 2])
-            if value not in presets:
-                raise ValueError(f"no preset {value!r}: choose one of {', '.join(presets)}")
-            del rest[i : i + (1 if equals else 2)]
-            return value, rest
-    return "default", rest

@@ -1,21 +1,106 @@
 """From arguments to the dataclass of a subcommand's options."""
 
+import dataclasses
 import inspect
-from collections.abc import Sequence
-from typing import TypeVar
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 Options = TypeVar("Options")
 
+# Titles of groups in the help text, and the names of their options, in the order in which they are shown.
+Groups = Mapping[str, Sequence[str]]
 
-def parse(options: type[Options], arguments: Sequence[str], name: str) -> Options:
+
+def parse(
+    options: type[Options],
+    arguments: Sequence[str],
+    name: str,
+    *,
+    groups: Groups | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Options:
     """Return the options that the arguments give; the docstring of their class is the help text.
 
     Args:
-      options: a dataclass.
+      options: a dataclass, whose fields may be dataclasses themselves: all their options are spelled without a prefix.
       arguments: those after the subcommand.
       name: of the subcommand.
+      groups: which options the help text shows together; options without a group come first.
+      defaults: of options, by name, in place of the dataclass's own.
     """
     import tyro
 
+    groups = groups or {}
+    shown = _shown(options, groups, defaults or {})
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
-    return tyro.cli(options, args=list(arguments), prog=f"lorafusion {name}", description=description)
+    prefixes = (tyro.conf.OmitArgPrefixes,)
+    found = tyro.cli(shown, args=list(arguments), prog=f"lorafusion {name}", description=description, config=prefixes)
+    values = dict(vars(found))
+    for title in groups:
+        values |= vars(values.pop(_attribute(title)))
+    return _built(options, values)
+
+
+def peek(options: type[Options], arguments: Sequence[str]) -> Options:
+    """Return the options of a dataclass that the arguments give among others, which are passed over."""
+    import tyro
+
+    found, _ = tyro.cli(options, args=list(arguments), return_unknown_args=True, add_help=False)
+    return found
+
+
+def flat_fields(options: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yield name, type and field of every option of a dataclass, those of its dataclasses among them."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        if (inner := _dataclass(hints[field.name])) is not None:
+            yield from flat_fields(inner)
+        else:
+            yield field.name, hints[field.name], field
+
+
+def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
+    """Return a dataclass of the options without a group, with one more dataclass for each group."""
+    import tyro
+
+    found = {}
+    for name, type_, field in flat_fields(options):
+        default = defaults.get(name, field.default)
+        found[name] = (name, type_, dataclasses.field(default=default, default_factory=field.default_factory))
+    documented = {"__doc__": f"Options.\n\nAttributes:\n{_documented(options)}"}
+    fields: list[Any] = [found[name] for name in found if not any(name in names for names in groups.values())]
+    for title, names in groups.items():
+        group = dataclasses.make_dataclass("Group", [found[name] for name in names], kw_only=True, namespace=documented)
+        fields.append((_attribute(title), Annotated[group, tyro.conf.arg(name=title, help="")]))
+    return dataclasses.make_dataclass("Options", fields, kw_only=True, namespace=documented)
+
+
+def _documented(options: type) -> str:
+    """Return the lines that describe the options, of parent classes and of fields that are dataclasses too."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    classes = [*reversed(options.__mro__), *filter(None, map(_dataclass, hints.values()))]
+    docs = (inspect.cleandoc(vars(each).get("__doc__") or "") for each in classes if dataclasses.is_dataclass(each))
+    return "\n".join(doc.partition("\nAttributes:\n")[2] for doc in docs)
+
+
+def _built(options: type[Options], values: Mapping[str, Any]) -> Options:
+    """Return the dataclass, with its dataclasses, of values by the names of their options."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    inner = {name: _dataclass(hint) for name, hint in hints.items()}
+    return options(
+        **{
+            field.name: values[field.name] if (of := inner[field.name]) is None else _built(of, values)
+            for field in dataclasses.fields(options)  # pyright: ignore[reportArgumentType]
+        }
+    )
+
+
+def _dataclass(hint: Any) -> type | None:
+    """Return the dataclass that a type hint names, or None for another type."""
+    kind = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    return kind if dataclasses.is_dataclass(kind) else None  # pyright: ignore[reportReturnType]
+
+
+def _attribute(title: str) -> str:
+    return title.replace(" ", "_")

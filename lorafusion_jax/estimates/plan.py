@@ -1,12 +1,25 @@
 """`--plan`: what a matrix of methods, tasks and seeds needs, as a table, without running or loading weights."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from ..columns import markdown
+from ..io.pool import read_manifest
 from ..models.t5.model import T5Config
+from ..runs.options import FuseOptions
+from ..runs.prepare import available, check
+from ..tasks import load_task, load_tokenizer
+from ..training.seeds import default_path
 from .estimate import Cost, Settings, estimate, seeds_of
-from .workload import Shapes, Workload
+from .params import SHAPES, shape_config
+from .workload import Shapes, Workload, workload
+
+RANK, MODULES = 16, 196  # of LoraHub's adapters, for a pool that is not there yet
 
 
 class Row(NamedTuple):
@@ -81,6 +94,52 @@ def describe(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workl
         f"{config.dtype} on {where}. FLOPs: forward of one batch, the rest of all runs of a method. Bytes: of one\n"
         "program with all its seeds, at its largest batch."
     )
+
+
+def describe_run(options: FuseOptions) -> str:
+    """Return what a run needs.
+
+    The base may be the name of a shape, such as flan-t5-large: lengths are then estimated from characters. A pool that
+    does not exist counts as one of LoraHub's adapters: 196 of rank 16.
+
+    Raises:
+      ValueError: options that do not go together, or files that cannot be read.
+    """
+    check(options)
+    recipe = options.recipe
+    rank, size = (RANK, 0) if options.pool is None else pool_shape(Path(options.pool))
+    size = size or MODULES
+    recipe = dataclasses.replace(recipe, modules=len(options.adapters) or min(recipe.modules, size))
+    all_seeds = size if recipe.choose == "gradient" else min(len(options.seeds) * recipe.modules, size)
+    settings = Settings(
+        recipe=recipe,
+        rank=rank,
+        pool=all_seeds,
+        seeds=len(options.seeds),
+        path=default_path() if options.path == "auto" else options.path,
+        device="cpu" if jax.default_backend() == "cpu" else "accelerator",
+    )
+    task = load_task(options.task, prompt=options.prompt, train_rows=options.train_rows)
+    work = workload(
+        task,
+        recipe,
+        tokenizer=None if options.base in SHAPES else load_tokenizer(options.base),
+        train_rows=options.train_rows,
+        test_rows=options.test_rows,
+        eval_batch=options.eval_batch,
+    )
+    config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
+    return describe(config, [options.method], {task.name: work}, settings)
+
+
+def pool_shape(folder: Path) -> tuple[int, int]:
+    """Return the largest rank and the number of a pool's modules; LoraHub's rank and 0 if there is no such folder."""
+    if not folder.is_dir():
+        return RANK, 0
+    if (folder / "manifest.json").is_file():
+        stacks = [row["rank"] for entry in read_manifest(folder)["adapters"] for row in entry["sites"].values()]
+        return max(map(max, stacks)), len(available(folder))
+    return max(json.loads(f.read_text())["r"] for f in folder.glob("*/adapter_config.json")), len(available(folder))
 
 
 def _batches(shapes: Shapes) -> str:

@@ -109,7 +109,6 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
     for arguments, message in [
         ([*_FUSE, "--seeds", "1", "1"], "a seed is given twice"),
         ([*_FUSE], "give one with --pool"),
-        ([*_FUSE, "--preset", "best"], "no preset 'best'"),
         (["export", "--run", str(run), "--out", str(run)], "exists"),
         (["export", "--out", str(tmp_path / "x")], "say what to export"),
         (["evaluate", "--run", str(tmp_path)], "is not a run"),
@@ -119,22 +118,6 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error
-
-
-def test_presets_are_the_defaults_of_help(capsys):
-    for preset, rate in (("default", "sum"), ("reference", "mix")):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["fuse", "--preset", preset, "--help"])
-        assert stop.value.code == 0
-        assert f"(default: {rate})" in capsys.readouterr().out
-
-
-def test_help_lists_the_subcommands(capsys):
-    cli.main(["--help"])
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("convert", "fuse", "evaluate", "generate", "export", "params"))
-    with pytest.raises(SystemExit, match="no subcommand 'fly'"):
-        cli.main(["fly"])
 
 
 def test_the_originals_command_line_runs(tmp_path):

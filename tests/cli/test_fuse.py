@@ -1,0 +1,59 @@
+"""`lorafusion fuse`: from arguments to options, and the plan of a run."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lorafusion_jax.cli import fuse, main
+from lorafusion_jax.runs.options import PRESETS, FuseOptions
+
+_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The options that a command line asks for, without running it."""
+    found = []
+
+    def take(options):
+        found.append(options)
+        raise ValueError("stop here")
+
+    def ask(*arguments: str) -> FuseOptions:
+        monkeypatch.setattr(fuse, "fuse", take)
+        with pytest.raises(SystemExit, match="2"):
+            main(["fuse", "--base", "b", "--task", "t", *arguments])
+        return found.pop()
+
+    return ask
+
+
+def test_options_without_arguments_are_the_defaults(asked):
+    assert asked() == FuseOptions(base="b", task="t")
+
+
+def test_options_in_every_group_reach_the_run(asked):
+    options = asked("--pool", "p", "--lr-lora", "0.5", "--age", "1day", "--from", "run", "--seeds", "3", "4")
+    assert (options.pool, options.recipe.lr_lora, options.arrays.age) == ("p", 0.5, "1day")
+    assert (options.start_from, options.seeds) == (Path("run"), (3, 4))
+
+
+def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
+    reference = PRESETS["reference"]
+    assert asked("--preset", "reference").recipe == reference
+    # An option that repeats the default recipe's number overrides the preset's all the same.
+    changed = asked("--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1")
+    assert changed.recipe == dataclasses.replace(reference, composition="sum", lr_coefficients=0.1)
+
+
+def test_a_plan_says_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
+    where = ["--pool", str(_SMALL / "adapters"), "--task", str(_SMALL / "tasks" / "double_digit")]
+    main(["fuse", "--base", str(_SMALL / "base"), *where, "--out", str(tmp_path), "--plan"])
+    out = capsys.readouterr().out
+    assert "1 methods and 1 tasks, looped; 1 seeds" in out and "double_digit: training in 200 batches" in out
+    assert "| fusion |" in out and "lengths tokenised" in out
+    main(["fuse", "--base", "flan-t5-large", "--pool", "none", *where[2:], "--preset", "reference", "--plan"])
+    out = capsys.readouterr().out
+    assert "148,416" in out and "lengths estimated from characters" in out
+    assert not list(tmp_path.iterdir())
