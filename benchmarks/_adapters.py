@@ -8,8 +8,8 @@ import numpy as np
 from _model import RANK, TARGETS, hf_config
 
 from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.sites import linear_shapes
-from lorafusion_jax.models.t5.model import T5Config
+from lorafusion_jax.models.architecture import linear_shapes
+from lorafusion_jax.models.t5 import T5Config
 
 _DIFFERENT = 20
 

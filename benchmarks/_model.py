@@ -17,16 +17,17 @@ from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.methods.method import Frozen, Fusion, Method
-from lorafusion_jax.models.sites import targeted
-from lorafusion_jax.models.t5.model import T5, T5Config, kernels, matrices, set_matrices
+from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
+from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.loss import cross_entropy, decoder_inputs
+from lorafusion_jax.training.loss import cross_entropy
 from lorafusion_jax.training.seeds import default_path
 from lorafusion_jax.training.step import TrainState, init_state
 
@@ -43,7 +44,9 @@ def config_of(shape: str, dtype: Dtype = "float32") -> T5Config:
     """Return the structure of a shape; of the embedded small base too only the sizes count here."""
     activations = "bfloat16" if dtype == "bfloat16" else "float32"
     if shape == "small-pool":
-        return dataclasses.replace(read_config(ROOT / "examples/small/base"), dtype=activations)
+        small = read_config(ROOT / "examples/small/base")
+        assert isinstance(small, T5Config)
+        return dataclasses.replace(small, dtype=activations)
     return dataclasses.replace(SHAPES[shape], dtype=activations)
 
 
@@ -128,7 +131,7 @@ def lowered(config: T5Config, weights: Frozen, method: Method, count: int = BATC
     return train_seeds.lower(*jax.eval_shape(arguments, weights), **static, path="map")
 
 
-def batch_of(config: T5Config, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:
+def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:
     """Return random tokens, [seeds, B, S] and [seeds, B, T], no padding among them."""
     count, source, target = shape
     rng = np.random.default_rng(0)

@@ -14,8 +14,8 @@ from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
 from lorafusion_jax.methods.method import Frozen
-from lorafusion_jax.models.sites import hf_path
-from lorafusion_jax.models.t5.model import T5, T5Config, kernels
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
@@ -64,7 +64,8 @@ def _fill(parameters: Mapping[str, Any], model: T5) -> set[str]:
         table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         filled.add(fill(table, bias.table.get_value()))
     for site, kernel in kernels(model).items():
-        filled |= {fill(f"{hf_path(site, i)}.weight", layer.T) for i, layer in enumerate(np.asarray(kernel))}
+        path_of = model.config.sites[site].path_of
+        filled |= {fill(f"{path_of(i)}.weight", layer.T) for i, layer in enumerate(np.asarray(kernel))}
     # A random model's norms scale by one.
     return filled | {fill(name, np.ones(p.shape)) for name, p in parameters.items() if "layer_norm" in name}
 
@@ -86,7 +87,7 @@ class Peer:
             for layer in range(A.shape[0]):
                 column = layer + (config.num_layers if site.startswith("decoder") else 0)
                 left, right = (torch.tensor(w[layer].swapaxes(1, 2).reshape(MODULES, -1)) for w in (A, B))
-                self.sites.append((layers[hf_path(site, layer)], column, left, right))
+                self.sites.append((layers[config.sites[site].path_of(layer)], column, left, right))
         blocks = config.num_layers + config.num_decoder_layers
         self.coefficients = torch.full((MODULES, blocks), 1 / MODULES, requires_grad=True)
         self.write()

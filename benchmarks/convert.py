@@ -24,7 +24,7 @@ from _measure import ROOT, case
 from _model import config_of, hf_config
 
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.sites import locate
+from lorafusion_jax.models.architecture import places
 
 _SHAPE = config_of("flan-t5-large")
 _ADAPTERS = 20
@@ -71,7 +71,7 @@ def _against_peft(sources: list[str]) -> dict[str, Any]:
         ours.append(time.perf_counter() - began)
     pool = jax.device_get(read_pool(sources, _SHAPE))
     for name, layer in model.base_model.model.named_modules():
-        if hasattr(layer, "lora_A") and (place := locate(name)) is not None:
+        if hasattr(layer, "lora_A") and (place := places(_SHAPE).get(name)) is not None:
             site, index = place
             for n in range(_ADAPTERS):
                 a, b = (factor[str(n)].weight.numpy(force=True) for factor in (layer.lora_A, layer.lora_B))

@@ -20,8 +20,8 @@ from lorafusion_jax.estimates.memory import pool_bytes, state_bytes, step_bytes,
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.method import Frozen, Fusion, Method
-from lorafusion_jax.models.sites import targeted
-from lorafusion_jax.models.t5.model import T5Config
+from lorafusion_jax.models.architecture import targeted
+from lorafusion_jax.models.t5 import T5Config
 
 _SETTINGS = Settings()
 assert (_SETTINGS.recipe.modules, _SETTINGS.rank, _SETTINGS.targets) == (MODULES, RANK, TARGETS)

@@ -29,12 +29,13 @@ from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool
 from lorafusion_jax.methods.method import Frozen, Fusion
-from lorafusion_jax.models.t5.model import T5, kernels
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.families import shapes
+from lorafusion_jax.models.t5 import T5
 from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
 from lorafusion_jax.training.step import init_state
@@ -45,7 +46,7 @@ _STEPS = 3
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=list(SHAPES), default="flan-t5-large", help="of the base model")
+    parser.add_argument("--shape", choices=list(shapes()), default="flan-t5-large", help="of the base model")
     parser.add_argument("--adapters", type=int, default=196, help="in the pool")
     parser.add_argument("--modules", type=int, default=20, help="that one fusion mixes")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
 from lorafusion_jax.estimates.parameters import trainable
 from lorafusion_jax.estimates.scaling import Rates, step_seconds
-from lorafusion_jax.models.sites import targeted
+from lorafusion_jax.models.architecture import targeted
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / foretold, either way
@@ -101,9 +101,9 @@ def _point(shape: str, seeds: int, rounds: int, mesh: str) -> dict[str, float]:
     """Return the seconds of a step of all seeds on a mesh, and what sums over its axis `model` cost."""
     config = config_of(shape)
     with contextlib.nullcontext() if mesh == "seed=1" else jax.set_mesh(make_mesh(mesh, seeds)):
-        step = Step(config, on_mesh(frozen(config, "float32", MODULES)), "mix", seeds=seeds)
+        step = Step(config, on_mesh(frozen(config, "float32", MODULES), config), "mix", seeds=seeds)
         for name in ("state", "batch", "index", "rates"):
-            setattr(step, name, on_mesh(getattr(step, name), of_seeds=True))
+            setattr(step, name, on_mesh(getattr(step, name), config, of_seeds=True))
         found = {"seconds": float(np.median(in_turns({"step": step}, rounds)["step"]))}
         if "model" not in mesh:
             return found

@@ -31,8 +31,8 @@ from lorafusion_jax.io.checkpoint import new_folder
 from lorafusion_jax.io.hf import save_base
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.sites import hf_path, sites
-from lorafusion_jax.models.t5.model import T5, T5Config
+from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.tasks.batches import IGNORED
 from lorafusion_jax.training import loss
 from lorafusion_jax.training.progress import progress
@@ -168,13 +168,13 @@ def train_pool(
 
 def initial_loras(count: int, key: Array) -> dict[str, Factors]:
     """Return LoRA's start for every adapted site: A uniform within 1 / sqrt(d_in) as PEFT's, B zero."""
-    adapted = {name: site for name, site in sites(CONFIG).items() if name.rpartition(".")[2] in TARGETS}
+    adapted = {name: site for name, site in CONFIG.sites.items() if name.rpartition(".")[2] in TARGETS}
     keys = dict(zip(adapted, jax.random.split(key, len(adapted)), strict=True))
     loras = {}
-    for name, (layers, d_in, d_out) in adapted.items():
-        bound = d_in**-0.5
-        A = jax.random.uniform(keys[name], (layers, count, d_in, RANK), jnp.float32, -bound, bound)
-        B = jnp.zeros((layers, count, RANK, d_out))
+    for name, site in adapted.items():
+        bound = site.d_in**-0.5
+        A = jax.random.uniform(keys[name], (site.layers, count, site.d_in, RANK), jnp.float32, -bound, bound)
+        B = jnp.zeros((site.layers, count, RANK, site.d_out))
         loras[name] = Factors(A, B)
     return loras
 
@@ -207,7 +207,7 @@ def cross_entropy(model: T5, lora: dict[str, Factors] | None, batch: Batches) ->
     """Return the mean cross-entropy of the target's tokens, padding left out."""
     pad_id = CONFIG.pad_id
     labels = jnp.where(batch.target == pad_id, IGNORED, batch.target)
-    decoder_ids = loss.decoder_inputs(labels, start_id=CONFIG.start_id, pad_id=pad_id)
+    decoder_ids = decoder_inputs(labels, start_id=CONFIG.start_id, pad_id=pad_id)
     logits = model(batch.source, batch.source != pad_id, decoder_ids, adapters(lora))
     return loss.cross_entropy(logits, labels)
 
@@ -331,7 +331,7 @@ def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bo
     tensors = {}
     for site, factors in lora.items():
         for layer, (A, B) in enumerate(zip(factors.A, factors.B, strict=True)):
-            prefix = f"base_model.model.{hf_path(site, layer)}"
+            prefix = f"base_model.model.{CONFIG.sites[site].path_of(layer)}"
             tensors[f"{prefix}.lora_A.weight"] = A.T.astype(np.float16)
             tensors[f"{prefix}.lora_B.weight"] = B.T.astype(np.float16)
     write_adapter(folder, PEFT_CONFIG | {"base_model_name_or_path": base.as_posix()}, tensors)

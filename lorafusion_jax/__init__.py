@@ -14,9 +14,8 @@ from .io.pool import load_pool, read_pool
 from .methods.lora import LoRA
 from .methods.merge import Merge
 from .methods.method import Frozen, Fusion, Method, ZeroShot
+from .models.architecture import Architecture, Site, kernels, places
 from .models.generate import generate
-from .models.sites import Site, locate, sites
-from .models.t5.model import T5, T5Config, kernels
 from .models.weights import matmul, quantise
 from .runs.options import PRESETS, FuseOptions, Recipe
 from .runs.run import fuse, load_run
@@ -26,7 +25,7 @@ from .training.step import Optimisation, Rates, TrainState, fusion_step, init_st
 
 __all__ = [
     "PRESETS",
-    "T5",
+    "Architecture",
     "Batch",
     "CrossbarConfig",
     "Frozen",
@@ -43,7 +42,6 @@ __all__ = [
     "Rates",
     "Recipe",
     "Site",
-    "T5Config",
     "TrainState",
     "ZeroShot",
     "base_tensor",
@@ -59,12 +57,12 @@ __all__ = [
     "load_base",
     "load_pool",
     "load_run",
-    "locate",
     "matmul",
     "merged_base",
     "mvm",
     "objective",
     "over_seeds",
+    "places",
     "program",
     "program_tree",
     "quantise",
@@ -73,5 +71,4 @@ __all__ = [
     "read_pool",
     "save_base",
     "shuffled_pool",
-    "sites",
 ]

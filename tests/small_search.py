@@ -8,7 +8,8 @@ from flax import nnx
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.method import Frozen
-from lorafusion_jax.models.t5.model import T5, T5Config, kernels
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import Batch
 
 SITE = "decoder.self.v"

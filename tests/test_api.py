@@ -24,7 +24,7 @@ def test_a_fusion_is_read_trained_and_merged_with_public_names_alone(tmp_path):
     graph, base = nnx.split(model)
     sources = [str(path) for path in sorted(adapters.iterdir())]
     pool = lf.read_pool(sources, model.config, base_tensor=lf.base_tensor(folder))
-    assert lf.locate("encoder.block.0.layer.0.SelfAttention.q") == ("encoder.self.q", 0)
+    assert lf.places(model.config)["encoder.block.0.layer.0.SelfAttention.q"] == ("encoder.self.q", 0)
     used = {site: kernel for site, kernel in lf.kernels(model).items() if site in pool.A}
     frozen, index = lf.Frozen(base, pool, jax.jit(lf.gram)(pool, used)), jnp.arange(2)
     batch = lf.Batch(

@@ -10,8 +10,8 @@ from flax import nnx
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.method import Frozen
-from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5.model import T5, T5Config, kernels
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import Batch
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
@@ -35,7 +35,7 @@ def pool(
     """Random modules at the sites whose last name is one of `names`, about as large as the base's kernels."""
     rng = np.random.default_rng(seed)
     A, B, rank = {}, {}, {}
-    for name, site in sites(config).items():
+    for name, site in config.sites.items():
         if name.rpartition(".")[2] not in names:
             continue
         r = np.array([[ranks(n, name, layer) for n in range(modules)] for layer in range(site.layers)])
@@ -87,7 +87,7 @@ def coefficient_of(
     depths = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
     blocks = [(stack, layer) for stack, depth in depths.items() for layer in range(depth)]
     columns = [
-        (site, layer) for stack, layer in blocks for site in sites(config) if site in pool.A and site.startswith(stack)
+        (site, layer) for stack, layer in blocks for site in config.sites if site in pool.A and site.startswith(stack)
     ]
 
     def look_up(n: int, site: str, layer: int) -> np.ndarray:

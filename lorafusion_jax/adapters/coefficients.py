@@ -1,7 +1,7 @@
 """Fusion coefficients: their granularity, their start, and which of them a pool gives something to do.
 
-Columns of `block` are the encoder's blocks, then the decoder's. Columns of `site` go block by block, and
-within a block in the order of its computation.
+Columns of `block` are the blocks of one stack after the other. Columns of `site` go block by block, and within a
+block in the order of its computation.
 
 Axis letters: L layer, N adapters, r rank.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..models.sites import site_order
+from ..models.architecture import stack_of
 from .pool import LoraPool
 
 Granularity = Literal["global", "block", "site", "rank"]
@@ -96,33 +96,33 @@ def _columns(pool: LoraPool, granularity: Granularity) -> dict[str, np.ndarray]:
     """Return, by site, the column of each of its layers."""
     if granularity in ("global", "block"):
         position = {block: i for i, block in enumerate(_blocks(pool))}
-        columns = {s: [position[_stack(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()}
+        columns = {s: [position[stack_of(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()}
     else:
         position = {instance: i for i, instance in enumerate(_instances(pool))}
         columns = {
-            s: [position[_stack(s), layer, s.partition(".")[2]] for layer in range(r.shape[0])]
+            s: [position[stack_of(s), layer, s.partition(".")[2]] for layer in range(r.shape[0])]
             for s, r in pool.rank.items()
         }
     return {site: np.array(column) for site, column in columns.items()}
 
 
 def _blocks(pool: LoraPool) -> list[tuple[str, int]]:
-    layers = {_stack(site): rank.shape[0] for site, rank in pool.rank.items()}
-    return [(stack, layer) for stack in ("encoder", "decoder") for layer in range(layers.get(stack, 0))]
+    layers = {stack_of(site): pool.rank[site].shape[0] for site in _sites(pool)}
+    return [(stack, layer) for stack, depth in layers.items() for layer in range(depth)]
 
 
 def _instances(pool: LoraPool) -> list[tuple[str, int, str]]:
     return [
         (stack, layer, site.partition(".")[2])
         for stack, layer in _blocks(pool)
-        for site in sorted(pool.rank, key=site_order)
-        if _stack(site) == stack
+        for site in _sites(pool)
+        if stack_of(site) == stack
     ]
+
+
+def _sites(pool: LoraPool) -> list[str]:
+    return [site for site in pool.sites if site in pool.rank]
 
 
 def _rank(pool: LoraPool, site: str) -> int:
     return jax.tree.leaves(pool.B[site])[0].shape[2]
-
-
-def _stack(site: str) -> str:
-    return site.partition(".")[0]

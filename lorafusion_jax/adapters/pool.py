@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..models.architecture import stack_of
 from ..models.weights import Weight, dense, quantise
 
 
@@ -27,7 +28,9 @@ class LoraPool:
       rank: site -> [L, N], the true rank; smaller ones are padded with zeros, 0 where an adapter lacks it.
       scaling: site -> [L, N], the factor in B, 0 where an adapter lacks the site; None where nobody knows it.
       magnitude: site -> [L, d_out] of a pool of one DoRA adapter (0 where a layer lacks it), else None.
-      names: of the adapters, in the order of the axis N.
+      names: names of the adapters, in the order of the axis N.
+      sites: the sites in the order of the computation, which dictionaries lose inside `jax.jit`; by default the order
+        of `rank`.
     """
 
     A: dict[str, Weight]
@@ -36,6 +39,11 @@ class LoraPool:
     scaling: dict[str, Float[Array, "*C _L N"]] | None = None
     magnitude: dict[str, Array] | None = None
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    sites: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            object.__setattr__(self, "sites", tuple(self.rank))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,25 +55,8 @@ class LoraPool:
         return ranks.pop() if len(ranks) == 1 else None
 
     def indices(self, chosen: Sequence[str | int]) -> list[int]:
-        """Return the positions of adapters given by name or index.
-
-        Raises:
-          ValueError: on a name or an index that the pool does not have, on duplicates, and on one name in place of a
-            list.
-        """
-        if isinstance(chosen, str):
-            raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
-        position = {name: i for i, name in enumerate(self.names)}
-        found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
-        for given, index in zip(chosen, found, strict=True):
-            if not 0 <= index < len(self):
-                raise ValueError(
-                    f"the pool has no adapter {given!r}: it holds {len(self)}, from {self.names[0]!r} "
-                    f"to {self.names[-1]!r}"
-                )
-        if len(set(found)) < len(found):
-            raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
-        return found
+        """Return the positions of adapters given by name or index; the errors are those of `positions`."""
+        return positions(self.names, chosen)
 
     def select(self, chosen: Sequence[str | int]) -> "LoraPool":
         """Return the pool of the adapters given by name or index, in that order."""
@@ -90,6 +81,26 @@ class LoraPool:
             A={site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2) for site, a in self.A.items()},
             B={site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3) for site, b in self.B.items()},
         )
+
+
+def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
+    """Return the positions of adapters given by name or index in a pool that holds `names`.
+
+    Raises:
+      ValueError: on a name or an index that the pool does not have, on duplicates, and on one name in place of a list.
+    """
+    if isinstance(chosen, str):
+        raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
+    position = {name: i for i, name in enumerate(names)}
+    found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
+    for given, index in zip(chosen, found, strict=True):
+        if not 0 <= index < len(names):
+            raise ValueError(
+                f"the pool has no adapter {given!r}: it holds {len(names)}, from {names[0]!r} to {names[-1]!r}"
+            )
+    if len(set(found)) < len(found):
+        raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
+    return found
 
 
 def random_pool(pool: LoraPool, key: Array) -> LoraPool:
@@ -137,7 +148,7 @@ def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
         layers = pool.rank[site].shape[0]
 
         def draw(name: str) -> Array:
-            drawn = jax.random.fold_in(key, zlib.crc32(f"layers of {site.partition('.')[0]}, {name}".encode()))
+            drawn = jax.random.fold_in(key, zlib.crc32(f"layers of {stack_of(site)}, {name}".encode()))
             cycle = jax.random.permutation(drawn, layers)
             return jnp.zeros(layers, jnp.int32).at[cycle].set(jnp.roll(cycle, 1))
 

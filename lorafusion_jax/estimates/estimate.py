@@ -6,8 +6,7 @@ from typing import NamedTuple, get_args
 
 from ..adapters.updates import Composition
 from ..checks import at_least
-from ..models.sites import targeted
-from ..models.t5.model import T5Config
+from ..models.architecture import Architecture, targeted
 from ..runs.options import GIVEN, UNTRAINED, MethodName, Recipe
 from ..training.seeds import Path
 from .flops import Update, forward_flops, generation_flops, step_flops
@@ -33,7 +32,7 @@ class Settings:
     Attributes:
       recipe: of fusion, search and training.
       rank: of the pool's modules.
-      targets: the linear maps that they adapt.
+      targets: the linear maps that they adapt; None for the family's own choice.
       pool: modules in memory, those that any seed draws; None for no more than one seed's.
       seeds: of every method that draws anything.
       path: how they run: `vmap`, best on accelerators, or `map`, best on a CPU (see `sweep`).
@@ -42,7 +41,7 @@ class Settings:
 
     recipe: Recipe = Recipe()
     rank: int = 16
-    targets: tuple[str, ...] = ("q", "v")
+    targets: tuple[str, ...] | None = None
     pool: int | None = None
     seeds: int = 5
     path: Path = "map"
@@ -77,7 +76,7 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def estimate(config: T5Config, method: str, work: Workload, settings: Settings) -> Cost:
+def estimate(config: Architecture, method: str, work: Workload, settings: Settings) -> Cost:
     """Return what one method needs on one task.
 
     Args:
@@ -158,7 +157,7 @@ def update_of(method: str, settings: Settings) -> Update:
     )
 
 
-def trainable_count(config: T5Config, method: str, settings: Settings) -> int:
+def trainable_count(config: Architecture, method: str, settings: Settings) -> int:
     """Return how many numbers a method trains, or searches, for one seed."""
     recipe, (name, _) = settings.recipe, _COMPOSED.get(method, (method, ""))
     adapted = targeted(config, update_of(method, settings).targets)
@@ -178,7 +177,7 @@ def trainable_count(config: T5Config, method: str, settings: Settings) -> int:
     return size(config) if name == "full" else counts.get(name, 0)
 
 
-def _training_flops(config: T5Config, method: str, work: Workload, settings: Settings) -> float:
+def _training_flops(config: Architecture, method: str, work: Workload, settings: Settings) -> float:
     """Return the FLOPs of what comes before evaluation, for one seed."""
     recipe, update = settings.recipe, update_of(method, settings)
     if method not in _WITHOUT_STEPS:
@@ -193,13 +192,13 @@ def _training_flops(config: T5Config, method: str, work: Workload, settings: Set
     return evaluations.get(method, 0) * sum(forward_flops(config, shape, update) for shape in work.search)
 
 
-def _evaluation_flops(config: T5Config, asked: Asked, new_tokens: int, update: Update) -> float:
+def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, update: Update) -> float:
     """Return the FLOPs of generation, of the loss and of the options: programs of their own, each with an encoder."""
     generated = sum(generation_flops(config, s._replace(target=new_tokens), update) for s in asked.rows)
     return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
 
 
-def _activation_bytes(config: T5Config, method: str, work: Workload, asked: Asked, settings: Settings) -> int:
+def _activation_bytes(config: Architecture, method: str, work: Workload, asked: Asked, settings: Settings) -> int:
     """Return the most that training, search or evaluation needs beside its arguments, all seeds together."""
     update, seeds = update_of(method, settings), seeds_of(method, settings)
     evaluation = partial(evaluation_bytes, config, update=update, path=settings.path, device=settings.device)

@@ -9,8 +9,7 @@ Axis letters: B batch, S source, T target, N modules of a fusion, P modules in m
 import dataclasses
 from typing import Literal, NamedTuple
 
-from ..models.sites import Site, sites, targeted
-from ..models.t5.model import T5Config
+from ..models.architecture import Architecture, Attention, Parts, Site, Stack, stack_of, targeted
 
 UpdateKind = Literal["none", "magnitudes", "mix", "sum", "lora", "dora", "vera", "full"]
 
@@ -36,7 +35,7 @@ class Update:
       modules: N.
       pool: P, those that any seed fuses; `mix` reads all of them.
       magnitudes: a fusion has them.
-      targets: the linear maps that are adapted, wherever they occur.
+      targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
     """
 
     kind: UpdateKind
@@ -44,7 +43,7 @@ class Update:
     modules: int = 1
     pool: int = 1
     magnitudes: bool = False
-    targets: tuple[str, ...] = ("q", "v")
+    targets: tuple[str, ...] | None = None
 
     def width(self, site: Site) -> int:
         """Return how many numbers a token has between the two products of the update; 0 where there are none."""
@@ -57,18 +56,32 @@ class Update:
         return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 
-def tokens(site: str, shape: Shape) -> int:
-    """Return how many tokens a site meets: the decoder reads keys and values of the source at every layer."""
-    of_source = site.startswith("encoder") or site in ("decoder.cross.k", "decoder.cross.v")
-    return shape.rows * (shape.source if of_source else shape.target)
+def tokens(reads: Parts, shape: Shape) -> int:
+    """Return how many tokens of a batch are read by what reads these parts of every row."""
+    return shape.rows * sum(getattr(shape, part) for part in reads)
 
 
-def forward_flops(config: T5Config, shape: Shape, update: Update) -> float:
+def queries(stack: Stack, shape: Shape) -> int:
+    """Return how many tokens of a row run through a stack."""
+    return tokens(stack.reads, shape._replace(rows=1))
+
+
+def keys(attention: Attention, shape: Shape) -> int:
+    """Return how many tokens of a row an attention meets."""
+    return tokens(attention.reads, shape._replace(rows=1))
+
+
+def last_sites(config: Architecture) -> dict[str, Site]:
+    """Return the site at the end of each stack's blocks, by stack."""
+    return {stack_of(name): site for name, site in config.sites.items()}
+
+
+def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of making the adapters and running the model once."""
     return _products(config, shape) + _head(config, shape) + _attention(config, shape) + _updates(config, shape, update)
 
 
-def generation_flops(config: T5Config, shape: Shape, update: Update) -> float:
+def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of generating T tokens for B rows.
 
     As many as of a forward pass, since every token meets every position of the cache; only DoRA's norms, which the
@@ -76,13 +89,12 @@ def generation_flops(config: T5Config, shape: Shape, update: Update) -> float:
     """
     again = 0
     if update.kind == "dora":
-        of_source = ("decoder.cross.k", "decoder.cross.v")
-        there = {n: s for n, s in targeted(config, update.targets).items() if n.startswith("decoder")}
-        again = sum(s.layers * _prepare(s, update) for name, s in there.items() if name not in of_source)
+        there = targeted(config, update.targets).values()
+        again = sum(site.layers * _prepare(site, update) for site in there if "target" in site.reads)
     return forward_flops(config, shape, update) + float(again * max(shape.target - 1, 0))
 
 
-def step_flops(config: T5Config, shape: Shape, update: Update, *, trainable: int) -> float:
+def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable: int) -> float:
     """Return the FLOPs of one training step.
 
     Backward, every product with a frozen weight is met once more, by the gradient of the activations alone; full
@@ -100,39 +112,45 @@ def step_flops(config: T5Config, shape: Shape, update: Update, *, trainable: int
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
 
 
-def _products(config: T5Config, shape: Shape) -> float:
-    return float(sum(2 * tokens(name, shape) * s.layers * s.d_in * s.d_out for name, s in sites(config).items()))
+def _products(config: Architecture, shape: Shape) -> float:
+    return float(sum(2 * tokens(s.reads, shape) * s.layers * s.d_in * s.d_out for s in config.sites.values()))
 
 
-def _head(config: T5Config, shape: Shape) -> float:
+def _head(config: Architecture, shape: Shape) -> float:
     return 2.0 * shape.rows * shape.target * config.d_model * config.vocab_size
 
 
-def _attention(config: T5Config, shape: Shape) -> float:
-    rows, source, target = shape
-    scores = config.num_layers * source**2 + config.num_decoder_layers * target * (target + source)
-    return 4.0 * rows * scores * config.num_heads * config.d_kv
+def _attention(config: Architecture, shape: Shape) -> float:
+    return 4.0 * sum(
+        stack.layers * shape.rows * queries(stack, shape) * keys(attention, shape) * attention.heads * attention.d_head
+        for stack in config.stacks.values()
+        for attention in stack.attentions
+    )
 
 
-def _last_products(config: T5Config, shape: Shape) -> float:
+def _last_products(config: Architecture, shape: Shape) -> float:
     """Return the products at the end of the blocks: no gradient needs what they say."""
-    last = {name: s for name, s in sites(config).items() if name.endswith("ff.wo")}
-    return float(sum(2 * tokens(name, shape) * s.layers * s.d_in * s.d_out for name, s in last.items()))
+    last = last_sites(config).values()
+    return float(sum(2 * tokens(s.reads, shape) * s.layers * s.d_in * s.d_out for s in last))
 
 
-def _first_layers(config: T5Config, shape: Shape) -> float:
+def _first_layers(config: Architecture, shape: Shape) -> float:
     """Return what a gradient into the embeddings would take, which nobody asks for and only a loop computes."""
-    into = [f"{stack}.self.{name}" for stack in ("encoder", "decoder") for name in "qkv"]
-    return float(sum(2 * tokens(name, shape) * s.d_in * s.d_out for name, s in sites(config).items() if name in into))
+    first: dict[str, str] = {}
+    total = 0
+    for name, site in config.sites.items():
+        if site.stage == first.setdefault(stack_of(name), site.stage):
+            total += 2 * tokens(site.reads, shape) * site.d_in * site.d_out
+    return float(total)
 
 
-def _updates(config: T5Config, shape: Shape, update: Update, *, prepare: bool = True) -> float:
+def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: bool = True) -> float:
     """Return the FLOPs of the updates of all sites, forward."""
     if update.kind in ("none", "full"):
         return 0.0
     total = 0
-    for name, site in targeted(config, update.targets).items():
-        total += site.layers * 2 * tokens(name, shape) * update.width(site) * (site.d_in + site.d_out)
+    for site in targeted(config, update.targets).values():
+        total += site.layers * 2 * tokens(site.reads, shape) * update.width(site) * (site.d_in + site.d_out)
         total += site.layers * _prepare(site, update) if prepare else 0
     return float(total)
 
@@ -152,15 +170,15 @@ def _prepare(site: Site, update: Update) -> int:
     return 2 * k * min(k * (d_in + d_out), d_in * d_out) if update.kind == "sum" and update.magnitudes else 0
 
 
-def _gradients(config: T5Config, shape: Shape, update: Update) -> float:
+def _gradients(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of the gradients of what is trained, from those of the outputs."""
     if update.kind == "full":
         return _products(config, shape) + _head(config, shape)
     if update.kind in ("none", "magnitudes", "vera"):
         return 0.0
     total = 0
-    for name, site in targeted(config, update.targets).items():
-        count, d_in, d_out = tokens(name, shape), site.d_in, site.d_out
+    for site in targeted(config, update.targets).values():
+        count, d_in, d_out = tokens(site.reads, shape), site.d_in, site.d_out
         if update.kind == "mix":
             total += site.layers * 2 * update.pool * update.rank * (d_in + d_out)
         if update.is_dense(site):

@@ -9,10 +9,9 @@ Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, 
 
 from typing import Literal
 
-from ..models.sites import Site, sites, targeted
-from ..models.t5.model import T5Config
+from ..models.architecture import Architecture, Site, targeted
 from ..training.seeds import Path
-from .flops import Shape, Update, tokens
+from .flops import Shape, Update, keys, last_sites, queries, tokens
 from .parameters import size
 
 Device = Literal["cpu", "accelerator"]
@@ -24,12 +23,12 @@ _UPDATING = 2.4
 _GROUP = 4  # layers whose norms and fused factors `compose` computes together
 
 
-def weights_bytes(config: T5Config) -> int:
+def weights_bytes(config: Architecture) -> int:
     """Return the bytes of the base model's weights."""
     return size(config) * _itemsize(config)
 
 
-def pool_bytes(config: T5Config, update: Update) -> int:
+def pool_bytes(config: Architecture, update: Update) -> int:
     """Return the bytes of P modules and their Gram terms, or of the random matrices that all sites of a VeRA share."""
     frozen = targeted(config, update.targets).values()
     if update.kind == "vera":
@@ -46,7 +45,7 @@ def state_bytes(trainable: int) -> int:
 
 
 def step_bytes(
-    config: T5Config, shape: Shape, update: Update, *, trainable: int, seeds: int, path: Path, device: Device
+    config: Architecture, shape: Shape, update: Update, *, trainable: int, seeds: int, path: Path, device: Device
 ) -> int:
     """Return the bytes that a training step of all seeds needs beside its arguments.
 
@@ -72,7 +71,7 @@ def step_bytes(
 
 
 def evaluation_bytes(
-    config: T5Config, shape: Shape, new_tokens: int, update: Update, *, seeds: int, path: Path, device: Device
+    config: Architecture, shape: Shape, new_tokens: int, update: Update, *, seeds: int, path: Path, device: Device
 ) -> int:
     """Return the bytes that generating for one batch, or its loss, needs beside its arguments.
 
@@ -89,56 +88,62 @@ def evaluation_bytes(
       device: where.
     """
     batched = seeds if path == "vmap" else 1
-    inner = config.num_heads * config.d_kv
-    positions = shape.source + 2 * new_tokens if new_tokens else 0
-    cache = 2 * config.num_decoder_layers * shape.rows * positions * inner * _itemsize(config)
+    cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config) if new_tokens else 0
     of_seed = cache + _work(config, shape) + _fused(config, update)
     return batched * of_seed + _copies(config, device)
 
 
-def _kept(config: T5Config, shape: Shape, update: Update) -> int:
+def _cache(config: Architecture, shape: Shape) -> int:
+    """Return how many numbers the keys and values of all layers that answer are, the answer's twice."""
+    return sum(
+        2
+        * stack.layers
+        * attention.kv_heads
+        * attention.d_head
+        * tokens(attention.reads, shape)
+        * (2 if "target" in attention.reads else 1)
+        for stack in config.stacks.values()
+        if "target" in stack.reads
+        for attention in stack.attentions
+    )
+
+
+def _kept(config: Architecture, shape: Shape, update: Update) -> int:
     """Return how many numbers the backward pass keeps: of every layer its input and what `config.remat` says."""
-    stacks = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
-    total = sum(depth * _stack_tokens(stack, shape) * config.d_model for stack, depth in stacks.items())
+    total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in config.stacks.values())
     if config.remat == "full":
         return total
-    there = sites(config)
     # The last product of a block goes into the next one's input: nothing asks for it.
-    total += sum(tokens(n, shape) * s.layers * s.d_out for n, s in there.items() if not n.endswith("ff.wo"))
+    last = last_sites(config).values()
+    total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
     if update.kind not in ("none", "magnitudes", "full"):
-        for name, site in targeted(config, update.targets).items():
+        for site in targeted(config, update.targets).values():
             width = update.width(site)
-            total += tokens(name, shape) * site.layers * (width + site.d_out if width else 0)
+            total += tokens(site.reads, shape) * site.layers * (width + site.d_out if width else 0)
     return total + (_rest(config, shape) if config.remat == "none" else 0)
 
 
-def _rest(config: T5Config, shape: Shape) -> int:
+def _rest(config: Architecture, shape: Shape) -> int:
     """Return how many numbers are kept besides where nothing is recomputed: norms, attention weights, gates."""
-    rows, source, target = shape
-    scores = rows * config.num_heads
-    encoder = config.num_layers * scores * source**2
-    decoder = config.num_decoder_layers * scores * target * (target + source)
-    stacks = {"encoder": (config.num_layers, 2), "decoder": (config.num_decoder_layers, 3)}
-    norms = sum(
-        depth * _stack_tokens(stack, shape) * 2 * count * config.d_model for stack, (depth, count) in stacks.items()
-    )
-    gates = sum(
-        depth * _stack_tokens(stack, shape) * (4 if config.gated else 1) * config.d_ff
-        for stack, (depth, _) in stacks.items()
-    )
-    return encoder + decoder + norms + gates
+    total = 0
+    for stack in config.stacks.values():
+        met = tokens(stack.reads, shape)
+        scores = sum(attention.heads * keys(attention, shape) for attention in stack.attentions)
+        total += stack.layers * met * (scores + stack.elementwise)
+    return total
 
 
-def _work(config: T5Config, shape: Shape) -> int:
+def _work(config: Architecture, shape: Shape) -> int:
     """Return the bytes of the logits and their gradient, and of one layer's attention and feed-forward."""
-    rows, source, target = shape
-    logits = 2 * rows * target * config.vocab_size
-    longest = max(source, target)
-    layer = 2 * rows * longest * (config.num_heads * longest + config.d_ff)
+    logits = 2 * shape.rows * shape.target * config.vocab_size
+    stacks = config.stacks.values()
+    longest = max(queries(stack, shape) for stack in stacks)
+    heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
+    layer = 2 * shape.rows * longest * (heads * longest + max(stack.d_ff for stack in stacks))
     return _FLOAT32 * (logits + layer)
 
 
-def _fused(config: T5Config, update: Update) -> int:
+def _fused(config: Architecture, update: Update) -> int:
     """Return the bytes of a group of layers' modules as `compose` reads them, and of factors and their gradients."""
     if update.kind not in ("mix", "sum"):
         return 0
@@ -155,16 +160,12 @@ def _factors(site: Site, update: Update) -> int:
     return site.d_in * site.d_out if update.is_dense(site) else 0
 
 
-def _copies(config: T5Config, device: Device) -> int:
+def _copies(config: Architecture, device: Device) -> int:
     """Return the bytes of second copies of weights: the bits of a bfloat16 model, or unrolled layers."""
     if device != "cpu" or not (config.unroll or config.dtype == "bfloat16"):
         return 0
-    return _itemsize(config) * sum(s.layers * s.d_in * s.d_out for s in sites(config).values())
+    return _itemsize(config) * sum(s.layers * s.d_in * s.d_out for s in config.sites.values())
 
 
-def _stack_tokens(stack: str, shape: Shape) -> int:
-    return shape.rows * (shape.source if stack == "encoder" else shape.target)
-
-
-def _itemsize(config: T5Config) -> int:
+def _itemsize(config: Architecture) -> int:
     return 2 if config.dtype == "bfloat16" else _FLOAT32

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from ..models.sites import Site
-from ..models.t5.model import T5, T5Config
+from ..models.architecture import Architecture, Site, stack_of
+from ..models.families import abstract_model
 
 
 class Trainable(NamedTuple):
@@ -35,7 +35,7 @@ def trainable(adapted: Mapping[str, Site], *, rank: int, vera_rank: int) -> Trai
     matrices = [site for site in adapted.values() for _ in range(site.layers)]
     return Trainable(
         matrices=len(matrices),
-        blocks=sum({name.partition(".")[0]: site.layers for name, site in adapted.items()}.values()),
+        blocks=sum({stack_of(name): site.layers for name, site in adapted.items()}.values()),
         magnitudes=sum(site.d_out for site in matrices),
         lora=sum(rank * (site.d_in + site.d_out) for site in matrices),
         vera=sum(vera_rank + site.d_out for site in matrices),
@@ -43,7 +43,7 @@ def trainable(adapted: Mapping[str, Site], *, rank: int, vera_rank: int) -> Trai
 
 
 @functools.cache
-def size(config: T5Config) -> int:
+def size(config: Architecture) -> int:
     """Return how many numbers the model has."""
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))

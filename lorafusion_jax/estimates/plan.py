@@ -10,13 +10,14 @@ import jax
 
 from ..columns import markdown
 from ..io.pool import read_manifest
-from ..models.t5.model import T5Config
+from ..models.families import shapes
+from ..models.architecture import Architecture
 from ..runs.options import FuseOptions
 from ..runs.prepare import available, check
 from ..tasks import load_task, load_tokenizer
 from ..training.seeds import default_path
 from .estimate import Cost, Settings, estimate, seeds_of
-from .params import SHAPES, shape_config
+from .params import shape_config
 from .workload import Shapes, Workload, workload
 
 RANK, MODULES = 16, 196  # of LoraHub's adapters, for a pool that is not there yet
@@ -36,7 +37,7 @@ class Row(NamedTuple):
     cost: Cost
 
 
-def plan(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> list[Row]:
+def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> list[Row]:
     """Return what every method needs for all tasks and seeds.
 
     Args:
@@ -78,7 +79,7 @@ def plan_table(rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def describe(config: T5Config, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> str:
+def describe(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> str:
     """Return how a matrix runs and what it needs; the arguments and errors are those of `plan`."""
     table = plan_table(plan(config, methods, tasks, settings))
     how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
@@ -123,7 +124,7 @@ def describe_run(options: FuseOptions) -> str:
     work = workload(
         task,
         recipe,
-        tokenizer=None if options.base in SHAPES else load_tokenizer(options.base),
+        tokenizer=None if options.base in shapes() else load_tokenizer(options.base),
         train_rows=options.train_rows,
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

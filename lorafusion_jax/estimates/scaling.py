@@ -4,14 +4,14 @@ Every device maps or batches its own seeds, which exchange nothing:
 
     t = seeds / seed * (flops / (rate * model) + sums * (latency + bytes / bandwidth))
 
-Matrices over the axis `model` cost sums over its devices: one after attention (two in the decoder) and one after the
-feed-forward layer, and the same again backward. What is not split, norms and the fusion's own work, is not told apart.
+Matrices over the axis `model` cost sums over its devices: one after every matrix that is split by rows, and the same
+again backward. What is not split, norms and the fusion's own work, is not told apart.
 """
 
 import dataclasses
 
-from ..models.t5.model import T5Config
-from .flops import Shape, Update, step_flops
+from ..models.architecture import Architecture
+from .flops import Shape, Update, step_flops, tokens
 
 _ITEM = {"float32": 4, "bfloat16": 2}
 
@@ -31,12 +31,12 @@ class Rates:
     latency: float
 
 
-def sums(config: T5Config) -> int:
+def sums(config: Architecture) -> int:
     """Return how many sums over the axis `model` a step takes, forward and backward."""
-    return 2 * (2 * config.num_layers + 3 * config.num_decoder_layers)
+    return 2 * sum(site.layers for site in config.sites.values() if site.split == "rows")
 
 
-def sum_bytes(config: T5Config, shape: Shape, model: int) -> float:
+def sum_bytes(config: Architecture, shape: Shape, model: int) -> float:
     """Return the bytes that each device moves for all sums of a step, in a ring: 2 (model - 1) / model of the array.
 
     Args:
@@ -44,14 +44,13 @@ def sum_bytes(config: T5Config, shape: Shape, model: int) -> float:
       shape: of one seed's batch.
       model: size of the axis.
     """
-    encoder = 2 * config.num_layers * shape.rows * shape.source
-    decoder = 3 * config.num_decoder_layers * shape.rows * shape.target
-    array = 2 * (encoder + decoder) * config.d_model * _ITEM[config.dtype]
+    by_rows = [site for site in config.sites.values() if site.split == "rows"]
+    array = 2 * sum(s.layers * tokens(s.reads, shape) * s.d_out for s in by_rows) * _ITEM[config.dtype]
     return 2 * (model - 1) / model * array
 
 
 def step_seconds(
-    config: T5Config,
+    config: Architecture,
     shape: Shape,
     update: Update,
     rates: Rates,

@@ -26,7 +26,7 @@ from ..tasks import (
 )
 from .flops import Shape
 
-# About what T5's vocabulary makes of English; where there is a tokenizer, it is what counts.
+# About what a vocabulary of 32,000 makes of English; where there is a tokenizer, it is what counts.
 CHARACTERS_PER_TOKEN = 4
 _SEED = 1
 

@@ -17,7 +17,7 @@ from ..crossbar.chip.program import is_random
 from ..io.checkpoint import write_json
 from ..methods.lora import LoRA
 from ..methods.method import Fusion, Params
-from ..models.t5.model import kernels
+from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..runs.apply import EvaluateOptions, load_to_evaluate
 from ..runs.evaluate import evaluate

@@ -24,7 +24,7 @@ from jaxtyping import Array, Int
 
 from ..crossbar import CrossbarConfig, Polynomial, config_hash, load_config, load_state, program_tree
 from ..crossbar.chip.tree import Rules
-from ..models.t5.model import matrices
+from ..models.architecture import matrices
 from ..models.weights import dense
 from ..runs.prepare import Fused
 

@@ -15,7 +15,7 @@ from ..adapters.norms import gram, norms
 from ..crossbar import program_tree
 from ..crossbar.chip.tree import Rules
 from ..methods.method import Frozen
-from ..models.t5.model import kernels, matrices, set_matrices
+from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 
 # Of which weights the magnitudes' norms are: those on the chip, which take reading back, or those meant to be there.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import __version__
-from ..models.sites import linear_shapes
+from ..models.architecture import linear_shapes
 from .checkpoint import new_folder
 from .hf import base_tensor, read_config
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
@@ -111,6 +111,7 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
         "base": {
             "source": options.base,
             "config_sha256": sha256(resolve(options.base, patterns=("config.json",)) / "config.json"),
+            "family": config.family,
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUNTIME_FIELDS},
         },
         "cast_to": options.dtype,

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from ..adapters.composition import check_mix
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank, WeightDecomposed
-from ..models.layers import Adapter, Linear
-from ..models.sites import hf_path
-from ..models.t5.model import T5
+from ..models.architecture import Architecture, Model, kernels, set_matrices
+from ..models.families import family_of
+from ..models.layers import Adapter
 from ..models.weights import Weight, dense
 
 # (A [r, d_in], B [r, d_out]) by site and layer.
@@ -28,6 +28,7 @@ _Factors = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]
 
 
 def fused_adapter(
+    config: Architecture,
     pool: LoraPool,
     index: Int[Array, " N"],
     coefficients: Mapping[str, Float[Array, "_L N _k"]],
@@ -43,6 +44,7 @@ def fused_adapter(
     every version of PEFT reads alike, as it does not rank_pattern and alpha_pattern.
 
     Args:
+      config: of the base model.
       pool: plain or quantised.
       index: the modules that are fused.
       coefficients: per site, layer and module, as `fusion.coefficients.expand` returns them.
@@ -68,10 +70,11 @@ def fused_adapter(
                 real = (np.arange(A.shape[2]) < ranks[layer][:, None]) & (c != 0)
                 mixed = A.swapaxes(1, 2)[real], (B * c[:, :, None])[real]
             factors[site, layer] = mixed
-    return _adapter(factors, base, pool.magnitude if magnitudes is None else magnitudes)
+    return _adapter(config, factors, base, pool.magnitude if magnitudes is None else magnitudes)
 
 
 def lora_adapter(
+    config: Architecture,
     adapters: Mapping[str, LowRank | WeightDecomposed],
     *,
     base: str,
@@ -80,6 +83,7 @@ def lora_adapter(
     """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
 
     Args:
+      config: of the base model.
       adapters: by site, A [L, d_in, r] and B [L, r, d_out] with the scaling folded in, without a scale.
       base: name or folder of the base model, for the configuration.
       magnitudes: m per site, which make it a DoRA.
@@ -89,10 +93,10 @@ def lora_adapter(
         for site, lora in adapters.items()
         for layer, (A, B) in enumerate(zip(*(np.asarray(dense(w, jnp.float32)) for w in (lora.A, lora.B)), strict=True))
     }
-    return _adapter(factors, base, magnitudes)
+    return _adapter(config, factors, base, magnitudes)
 
 
-def merged_base(model: T5, adapters: Mapping[str, Adapter]) -> T5:
+def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
     """Return a copy of the model whose adapted kernels are the dense products, W' = (W + dW) * scale.
 
     Args:
@@ -100,9 +104,8 @@ def merged_base(model: T5, adapters: Mapping[str, Adapter]) -> T5:
       adapters: by site, leaves with a leading layer axis.
     """
     merged = nnx.clone(model)
-    for path, module in nnx.iter_modules(merged):
-        if isinstance(module, Linear) and (adapter := adapters.get(f"{path[0]}.{module.site}")):
-            module.kernel.set_value(_merge(adapter, module.kernel.get_value()))
+    adapted = {site: _merge(adapters[site], kernel) for site, kernel in kernels(model).items() if site in adapters}
+    set_matrices(merged, adapted)
     return merged
 
 
@@ -119,18 +122,18 @@ def _modules(weight: Weight, layer: int, chosen: np.ndarray) -> Float[np.ndarray
 
 
 def _adapter(
-    factors: _Factors, base: str, magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None
+    config: Architecture, factors: _Factors, base: str, magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     rank = max(1, *(A.shape[0] for A, _ in factors.values()))
     tensors = {}
-    for where, pair in factors.items():
-        module = f"base_model.model.{hf_path(*where)}"
+    paths = {(site, layer): config.sites[site].path_of(layer) for site, layer in factors}
+    for (site, layer), pair in factors.items():
+        module = f"base_model.model.{paths[site, layer]}"
         A, B = (np.pad(factor, ((0, rank - len(factor)), (0, 0))) for factor in pair)
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B.T}
         if magnitudes is not None:
-            site, layer = where
             tensors[f"{module}.lora_magnitude_vector"] = np.asarray(magnitudes[site][layer], np.float32)
-    config = {
+    fields = {
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -141,9 +144,9 @@ def _adapter(
         "peft_type": "LORA",
         "r": rank,
         # Whole paths: a bare `q` would also name matrices that the adapter has no tensors for.
-        "target_modules": sorted(hf_path(*where) for where in factors),
-        "task_type": "SEQ_2_SEQ_LM",
+        "target_modules": sorted(paths.values()),
+        "task_type": family_of(config).task_type,
         "use_dora": magnitudes is not None,
         "use_rslora": False,
     }
-    return config, tensors
+    return fields, tensors

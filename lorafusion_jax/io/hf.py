@@ -9,16 +9,14 @@ import mmap
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
 
 from ..models import weights as linear
-from ..models.layers import Base, Linear
-from ..models.sites import hf_path, sites
-from ..models.t5.model import T5, T5Config
+from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
+from ..models.families import family_of_json
 from . import safetensors as safetensors_map
 from . import torch_pickle
 from .buffers import aligned_zeros, copy_transposed
@@ -37,56 +35,25 @@ _COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
-_LARGEST = 10_000_000
-_SHARED = "shared.weight"
-_HEAD = "lm_head.weight"
-_COPIES_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# T5 1.0 was published with a table that no layer reads.
-_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
-def read_config(source: str | Path) -> T5Config:
-    """Read the `config.json` of a T5 1.0, T5 1.1, FLAN-T5 or mT5, as transformers 4 and 5 write it.
+def read_config(source: str | Path) -> Architecture:
+    """Read the `config.json` of a base model.
 
     Whether the head is tied to the embedding shows in the weights alone; here it is what the file says, and
     `load_base` settles it.
 
     Raises:
-      ValueError: the model is of another kind, or a size is missing; the message names it.
+      ValueError: no family has such models, or a size is missing; the message names it.
     """
     path = resolve(str(source), patterns=(_CONFIG,)) / _CONFIG
     raw = _read_config(path)
-    kind, activation = raw.get("model_type"), raw.get("feed_forward_proj", "relu")
-    if kind not in ("t5", "mt5"):
-        why = ", whose every layer has a relative bias of its own" if kind == "umt5" else ""
-        raise ValueError(f"{path}: model_type is {kind!r}{why}: wanted a T5 1.0, T5 1.1, FLAN-T5 or mT5")
-    if activation not in ("relu", "gated-gelu"):
-        raise ValueError(f"{path}: feed_forward_proj is {activation!r}: wanted 'relu' or 'gated-gelu'")
-    for field in _SIZES:
-        value = raw.get(field, "missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{path}: {field} is {str(value)[:100]}: wanted an integer from 1 to {_LARGEST:,}")
-    says_tied = raw.get("tie_word_embeddings", kind == "t5")
-    return T5Config(
-        **{field: raw[field] for field in _SIZES},
-        num_decoder_layers=raw.get("num_decoder_layers") or raw["num_layers"],
-        gated=activation == "gated-gelu",
-        tied=says_tied,
-        # transformers 5 says it outright; before, it went with the tied head, and mT5 never did.
-        scale_logits=raw.get("scale_decoder_outputs", says_tied and kind == "t5"),
-        buckets=raw.get("relative_attention_num_buckets", 32),
-        max_distance=raw.get("relative_attention_max_distance", 128),
-        eps=raw.get("layer_norm_epsilon", 1e-6),
-        pad_id=raw.get("pad_token_id", 0),
-        eos_id=raw.get("eos_token_id", 1),
-        start_id=raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
-    )
+    return _family(path, raw)[1]
 
 
 def load_base(
     source: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", quantise: str | None = None
-) -> T5:
+) -> Model:
     """Load a base model; of the weights, little more than the model itself is in memory at any time.
 
     The head is tied if the weights have none and the configuration says so, or if it equals the embedding.
@@ -102,13 +69,15 @@ def load_base(
     """
     folder = _fetch(source)
     tensors = _open(folder)
-    config = dataclasses.replace(read_config(folder), dtype=dtype)
-    if _HEAD in tensors:
-        tied = _SHARED in tensors and np.array_equal(tensors[_HEAD], tensors[_SHARED])
+    family, config = _family(folder / _CONFIG, _read_config(folder / _CONFIG))
+    names = family.checkpoint
+    config = dataclasses.replace(config, dtype=dtype)
+    if names.head in tensors:
+        tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
         config = dataclasses.replace(config, tied=tied)
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
-    slots = _slots(model)
-    _check_tensors(folder, tensors, slots, config)
+    model = family.abstract(config)
+    slots = names.slots(model)
+    _check_tensors(folder, tensors, slots, names, tied=config.tied)
     for slot in slots:
         weights = jax.device_put(_gather(folder, slot, tensors, dtype))
         if quantise and slot.transposed:
@@ -124,17 +93,19 @@ def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
     """
 
     @functools.cache
-    def tensors() -> dict[str, np.ndarray]:
-        return _open(_fetch(source))
+    def files() -> tuple[dict[str, np.ndarray], Checkpoint]:
+        folder = _fetch(source)
+        return _open(folder), _family(folder / _CONFIG, _read_config(folder / _CONFIG))[0].checkpoint
 
     def read(name: str) -> np.ndarray:
-        shared = name in (*_COPIES_OF_SHARED, _HEAD) and name not in tensors()
-        return tensors()[_SHARED if shared else name]
+        tensors, names = files()
+        repeats = name in (*names.copies, names.head) and name not in tensors
+        return tensors[names.embedding if repeats else name]
 
     return read
 
 
-def save_base(model: T5, folder: Path, source: str | Path) -> None:
+def save_base(model: Model, folder: Path, source: str | Path) -> None:
     """Write a model as a Hugging Face folder, which appears under its name only when it is complete.
 
     Args:
@@ -148,9 +119,9 @@ def save_base(model: T5, folder: Path, source: str | Path) -> None:
     from safetensors.numpy import save_file
 
     origin = resolve(str(source), patterns=_COPIED_FILES)
-    raw = _read_config(origin / _CONFIG)
-    tensors = {}
-    for slot in _slots(model):
+    family, said = _family(origin / _CONFIG, _read_config(origin / _CONFIG))
+    names, tensors = family.checkpoint, {}
+    for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
         layers = weights if slot.stacked else weights[None]
         tensors |= {
@@ -158,54 +129,14 @@ def save_base(model: T5, folder: Path, source: str | Path) -> None:
             for name, layer in zip(slot.names, layers, strict=True)
         }
     # A head that happens to equal the embedding is tied here, but a file without it would not load there.
-    if model.config.tied and not raw.get("tie_word_embeddings", raw["model_type"] == "t5"):
-        tensors[_HEAD] = tensors[_SHARED].copy()
+    if model.config.tied and not said.tied:
+        tensors[names.head] = tensors[names.embedding].copy()
     with new_folder(folder) as partial:
         for name in _COPIED_FILES:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, partial / name)
         # transformers refuses a file that does not state its format.
         save_file(tensors, partial / _SAFETENSORS, metadata={"format": "pt"})
-
-
-class _Slot(NamedTuple):
-    """A variable of the model and the tensors that fill it: one per layer if stacked, else a single one."""
-
-    variable: Base
-    names: list[str]
-    stacked: bool = False
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of each tensor in Hugging Face's layout."""
-        shape = self.variable.shape[1:] if self.stacked else self.variable.shape
-        return shape[::-1] if self.transposed else shape
-
-
-def _slots(model: T5) -> list[_Slot]:
-    slots = [_Slot(model.embedding, [_SHARED])]
-    if not model.config.tied:
-        slots.append(_Slot(model.head, [_HEAD], transposed=True))
-    for stack, block, bias, norm in (
-        ("encoder", model.encoder, model.encoder_bias, model.encoder_norm),
-        ("decoder", model.decoder, model.decoder_bias, model.decoder_norm),
-    ):
-        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        slots.append(_Slot(bias.table, [table]))
-        slots.append(_Slot(norm.scale, [f"{stack}.final_layer_norm.weight"]))
-        norms = ("self_norm", "ff_norm") if stack == "encoder" else ("self_norm", "cross_norm", "ff_norm")
-        for sublayer, name in enumerate(norms):
-            scale = getattr(block, name).scale
-            names = [f"{stack}.block.{i}.layer.{sublayer}.layer_norm.weight" for i in range(scale.shape[0])]
-            slots.append(_Slot(scale, names, stacked=True))
-    layers = {name: site.layers for name, site in sites(model.config).items()}
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            site = f"{path[0]}.{module.site}"
-            names = [f"{hf_path(site, layer)}.weight" for layer in range(layers[site])]
-            slots.append(_Slot(module.kernel, names, stacked=True, transposed=True))
-    return slots
 
 
 def _fetch(source: str | Path) -> Path:
@@ -237,9 +168,11 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{folder} holds no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, np.ndarray], slots: list[_Slot], config: T5Config) -> None:
+def _check_tensors(
+    folder: Path, tensors: Mapping[str, np.ndarray], slots: list[Slot], layout: Checkpoint, *, tied: bool
+) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
-    optional = {_UNUSED, *_COPIES_OF_SHARED} | ({_HEAD} if config.tied else set())
+    optional = {*layout.unused, *layout.copies} | ({layout.head} if tied else set())
     advice = f"do {_CONFIG} and the weights in {folder} belong together?"
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"{folder}: the weights lack {_some(missing)}: {advice}")
@@ -250,16 +183,16 @@ def _check_tensors(folder: Path, tensors: Mapping[str, np.ndarray], slots: list[
             raise ValueError(f"{folder}: {name} has dtype {tensors[name].dtype}: wanted floats; save it unquantised")
         if tensors[name].shape != shape:
             raise ValueError(f"{folder}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
-    for name in _COPIES_OF_SHARED:
-        if name in tensors and not np.array_equal(tensors[name], tensors[_SHARED]):
-            raise ValueError(f"{folder}: {name} differs from {_SHARED}: a T5 has one embedding for both stacks")
+    for name in layout.copies:
+        if name in tensors and not np.array_equal(tensors[name], tensors[layout.embedding]):
+            raise ValueError(f"{folder}: {name} differs from {layout.embedding}: the model has one embedding")
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _gather(folder: Path, slot: _Slot, tensors: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
+def _gather(folder: Path, slot: Slot, tensors: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
     weights = aligned_zeros(slot.variable.shape, dtype)
     layers = weights if slot.stacked else weights[None]
     for name, layer in zip(slot.names, layers, strict=True):
@@ -286,3 +219,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     if path.is_file():
         check_lfs(path)
     return read_json(path, "a Hugging Face model")
+
+
+def _family(path: Path, raw: Mapping[str, Any]) -> tuple[Family, Architecture]:
+    """Return the family of a config.json's model and the structure that it describes."""
+    try:
+        family = family_of_json(raw)
+        return family, family.read_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

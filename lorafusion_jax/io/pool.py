@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters.pool import LoraPool
-from ..models.sites import Site, hf_path, linear_shapes, locate, sites
-from ..models.t5.model import T5Config
+from ..adapters.pool import LoraPool, positions
+from ..models.architecture import Architecture, Site, linear_shapes, places
+from ..models.families import recorded_config
 from .buffers import aligned_zeros
 from .checkpoint import read_arrays, read_json, write_arrays, write_json
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
@@ -48,7 +48,7 @@ _Ranks = dict[str, dict[str, list]]
 
 def read_pool(
     sources: Sequence[str],
-    config: T5Config,
+    config: Architecture,
     *,
     base_tensor: Callable[[str], np.ndarray] | None = None,
     dtype: _Dtype = "float32",
@@ -87,12 +87,10 @@ def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, 
         raise ValueError(f"chosen is {chosen!r}, a single adapter: wanted a list, chosen=[{chosen!r}]")
     folder = Path(folder)
     manifest = read_manifest(folder)
-    names = tuple(entry["name"] for entry in manifest["adapters"])
-    # The pool itself knows how to choose; no arrays are needed for it.
-    indices = LoraPool(A={}, B={}, rank={}, names=names).indices(names if chosen is None else chosen)
-
-    entries = [manifest["adapters"][index] for index in indices]
-    config = T5Config(**manifest["base"]["config"])
+    entries = manifest["adapters"]
+    if chosen is not None:
+        entries = [entries[index] for index in positions([entry["name"] for entry in entries], chosen)]
+    config = recorded_config(manifest["base"])
     stack = _Stack([entry["name"] for entry in entries], [entry["sites"] for entry in entries], config, dtype)
 
     def fill(number: int) -> None:
@@ -145,17 +143,17 @@ def read_adapter_from_pool(folder: Path, name: str) -> PeftAdapter:
     entries = {entry["name"]: entry for entry in manifest["adapters"]}
     if name not in entries:
         raise ValueError(f"{folder} has no adapter {name!r}: it holds {', '.join(entries)}")
-    return _load_adapter(folder, entries[name], T5Config(**manifest["base"]["config"]))
+    return _load_adapter(folder, entries[name], recorded_config(manifest["base"]))
 
 
-def check_base(manifest: Mapping[str, Any], config: T5Config) -> None:
+def check_base(manifest: Mapping[str, Any], config: Architecture) -> None:
     """Raise a ValueError if a pool was converted for a base model of another shape."""
-    pool_sites = sites(T5Config(**manifest["base"]["config"]))
-    for name in pool_sites | sites(config):
-        if pool_sites.get(name) != sites(config).get(name):
+    pool_sites = recorded_config(manifest["base"]).sites
+    for name in {**pool_sites, **config.sites}:
+        if pool_sites.get(name) != config.sites.get(name):
             raise ValueError(
                 f"the pool was converted for {manifest['base']['source']}: {name} is {pool_sites.get(name)} there "
-                f"and {sites(config).get(name)} here; convert the adapters for this base"
+                f"and {config.sites.get(name)} here; convert the adapters for this base"
             )
 
 
@@ -178,7 +176,7 @@ def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> 
         )
 
 
-def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _Tree]:
+def describe(adapter: PeftAdapter, config: Architecture) -> tuple[dict[str, Any], _Tree]:
     """Return an adapter's entry in the manifest, but for its files, and the tree of arrays to write.
 
     Raises:
@@ -199,7 +197,7 @@ def describe(adapter: PeftAdapter, config: T5Config) -> tuple[dict[str, Any], _T
         "sites": _table(adapter, config),
         "notes": list(adapter.notes),
     }
-    return entry, _by_site(adapter, sites(config))
+    return entry, _by_site(adapter, config)
 
 
 def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,21 +210,21 @@ def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) ->
     return record
 
 
-def _load_adapter(pool: Path, entry: Mapping[str, Any], base: T5Config) -> PeftAdapter:
+def _load_adapter(pool: Path, entry: Mapping[str, Any], base: Architecture) -> PeftAdapter:
     folder = inside(pool, entry["folder"])
     if missing := {_CONFIG, _KEYS} - entry["files"].keys():
         raise ValueError(
             f"{folder}: the manifest lists no {' and no '.join(sorted(missing))}: convert the adapters again"
         )
     tree = read_arrays(folder, entry)
-    _check_arrays(folder, entry, tree, sites(base))
+    _check_arrays(folder, entry, tree, base.sites)
     text = (folder / _CONFIG).read_bytes()
     config = json.loads(text)
     factors, scaling, magnitude = {}, {}, {}
     for site, row in entry["sites"].items():
         for layer, (rank, scale) in enumerate(zip(row["rank"], row["scaling"], strict=True)):
             if rank:
-                path = hf_path(site, layer)
+                path = base.sites[site].path_of(layer)
                 factors[path] = tree[site]["A"][layer, :rank], tree[site]["B"][layer, :, :rank]
                 scaling[path] = scale
                 if entry["dora"]:
@@ -257,7 +255,8 @@ def _check_arrays(folder: Path, entry: Mapping[str, Any], tree: _Tree, shapes: M
     if tree.keys() - {_KEPT} != entry["sites"].keys():
         raise ValueError(f"{folder}: the manifest lists other sites than its arrays are of: convert the adapters again")
     for site, row in entry["sites"].items():
-        (layers, d_in, d_out), ranks, r = shapes[site], row["rank"], tree[site]["A"].shape[1]
+        layers, d_in, d_out = shapes[site].layers, shapes[site].d_in, shapes[site].d_out
+        ranks, r = row["rank"], tree[site]["A"].shape[1]
         wanted = {"A": (layers, r, d_in), "B": (layers, d_out, r)} | (
             {"magnitude": (layers, d_out)} if entry["dora"] else {}
         )
@@ -306,11 +305,11 @@ def _values(adapter: PeftAdapter, path: str) -> dict[str, np.ndarray]:
     return values
 
 
-def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
+def _by_site(adapter: PeftAdapter, config: Architecture) -> _Tree:
     """Stack an adapter over layers, in the layouts and the dtype of PEFT."""
     where: dict[str, dict[int, str]] = {}
     for path in adapter.factors:
-        site, layer = _located(path)
+        site, layer = _located(path, config)
         where.setdefault(site, {})[layer] = path
 
     def stacked(site: str, shape: tuple[int, ...], arrays: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -320,7 +319,7 @@ def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
                 f"{adapter.source}: {site} mixes {' and '.join(sorted(map(str, dtypes)))}: "
                 "choose one dtype (--dtype float32)"
             )
-        out = np.zeros((shapes[site].layers, *shape), dtypes.pop())
+        out = np.zeros((config.sites[site].layers, *shape), dtypes.pop())
         for layer, array in arrays.items():
             out[layer][tuple(slice(size) for size in array.shape)] = array
         return out
@@ -329,7 +328,7 @@ def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
     for site, paths in where.items():
         pairs = {layer: adapter.factors[path] for layer, path in paths.items()}
         rank = max(a.shape[0] for a, _ in pairs.values())
-        _, d_in, d_out = shapes[site]
+        d_in, d_out = config.sites[site].d_in, config.sites[site].d_out
         tree[site] = {
             "A": stacked(site, (rank, d_in), {layer: a for layer, (a, _) in pairs.items()}),
             "B": stacked(site, (d_out, rank), {layer: b for layer, (_, b) in pairs.items()}),
@@ -342,15 +341,15 @@ def _by_site(adapter: PeftAdapter, shapes: Mapping[str, Site]) -> _Tree:
     return tree
 
 
-def _table(adapter: PeftAdapter, config: T5Config) -> _Ranks:
+def _table(adapter: PeftAdapter, config: Architecture) -> _Ranks:
     """Return site -> rank and scaling of every layer, 0 in a layer that the adapter lacks."""
     table: _Ranks = {}
     for path, (a, _) in adapter.factors.items():
-        site, layer = _located(path)
-        layers = sites(config)[site].layers
+        site, layer = _located(path, config)
+        layers = config.sites[site].layers
         row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
         row["rank"][layer], row["scaling"][layer] = a.shape[0], adapter.scaling[path]
-    return {site: table[site] for site in sites(config) if site in table}
+    return {site: table[site] for site in config.sites if site in table}
 
 
 class _Stack:
@@ -359,20 +358,20 @@ class _Stack:
     Stacked over layers and adapters, scaling folded into B, padded to the largest rank of each site.
     """
 
-    def __init__(self, names: Sequence[str], tables: Sequence[_Ranks], config: T5Config, dtype: _Dtype):
+    def __init__(self, names: Sequence[str], tables: Sequence[_Ranks], config: Architecture, dtype: _Dtype):
         if not names:
             raise ValueError("a pool needs at least one adapter: none was given")
-        self.names, self.magnitude = tuple(names), None
+        self.names, self.magnitude, self.config = tuple(names), None, config
         self.A, self.B, self.rank, self.scaling = {}, {}, {}, {}
-        for site, (layers, d_in, d_out) in sites(config).items():
-            if not any(site in table for table in tables):
+        for name, site in config.sites.items():
+            if not any(name in table for table in tables):
                 continue
-            lacks = {"rank": [0] * layers, "scaling": [0.0] * layers}
-            rows = [table.get(site, lacks) for table in tables]
-            self.rank[site] = rank = np.array([row["rank"] for row in rows], np.int32).T
-            self.scaling[site] = np.array([row["scaling"] for row in rows], np.float32).T
-            self.A[site] = aligned_zeros((*rank.shape, d_in, int(rank.max())), dtype)
-            self.B[site] = aligned_zeros((*rank.shape, int(rank.max()), d_out), dtype)
+            lacks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
+            rows = [table.get(name, lacks) for table in tables]
+            self.rank[name] = rank = np.array([row["rank"] for row in rows], np.int32).T
+            self.scaling[name] = np.array([row["scaling"] for row in rows], np.float32).T
+            self.A[name] = aligned_zeros((*rank.shape, site.d_in, int(rank.max())), dtype)
+            self.B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
 
     def fill(self, number: int, adapter: PeftAdapter) -> None:
         """Put in the adapter of this number."""
@@ -381,7 +380,7 @@ class _Stack:
         if adapter.magnitude is not None:
             self.magnitude = magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
         for path, (a, _) in adapter.factors.items():
-            site, layer = _located(path)
+            site, layer = _located(path, self.config)
             r = a.shape[0]
             places = {"lora_A": self.A[site][layer, number, :, :r], "lora_B": self.B[site][layer, number, :r]}
             if adapter.magnitude is not None:
@@ -403,8 +402,7 @@ class _Stack:
         )
 
 
-def _located(path: str) -> tuple[str, int]:
-    found = locate(path)
-    if found is None:
-        raise AdapterError(f"no adapter may sit at {path}: it is not a linear map of a T5's blocks")
-    return found
+def _located(path: str, config: Architecture) -> tuple[str, int]:
+    if path not in places(config):
+        raise AdapterError(f"no adapter may sit at {path}: it is not a linear map of the base's blocks")
+    return places(config)[path]

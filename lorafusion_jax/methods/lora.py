@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..adapters.updates import LowRank, WeightDecomposed
-from ..models.sites import Site
+from ..models.architecture import Site
 from .method import Frozen, Params
 
 

@@ -18,7 +18,7 @@ from ..adapters.composition import check_mix, compose
 from ..adapters.norms import Gram, column_norms
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
-from ..models.t5.model import T5
+from ..models.architecture import Model
 
 Params = dict[str, Any]
 
@@ -160,7 +160,7 @@ class Fusion:
 
 def adapted_model(
     params: Params, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
-) -> tuple[T5, dict[str, Any], dict[str, Array]]:
+) -> tuple[Model, dict[str, Any], dict[str, Array]]:
     """Return the model, the adapters to call it with, and metrics about them.
 
     Weights in the group `base`, by path, take the place of the frozen ones.

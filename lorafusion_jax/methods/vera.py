@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..adapters.updates import LowRank
-from ..models.sites import Site
+from ..models.architecture import Site
 from .method import Frozen, Params, Projections
 
 _START = 0.1  # of d, PEFT's

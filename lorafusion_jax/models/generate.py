@@ -1,20 +1,22 @@
-"""Greedy generation: encode once, cross keys and values once, then one token at a time until all rows end."""
+"""Greedy generation: read the source once, then one token at a time until all rows end."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from .architecture import Model
 from .layers import Adapters
-from .t5.model import T5, Cache
 from .weights import reads
 
 # position, last token [B], done [B], tokens so far [B, max_new_tokens], cache
-_State = tuple[Array, Array, Array, Array, Cache]
+_State = tuple[Array, Array, Array, Array, Any]
 
 
 def generate(
-    model: T5,
+    model: Model,
     input_ids: Int[Array, "B S"],
     input_mask: Bool[Array, "B S"],
     adapters: Adapters | None = None,
@@ -39,17 +41,15 @@ def generate(
     batch = input_ids.shape[0]
     graph, weights = nnx.split(model)
 
-    def at(number: Array | int) -> tuple[T5, Adapters]:
+    def at(number: Array | int) -> tuple[Model, Adapters]:
         """Return model and adapters as they are read for a token, 0 being the source."""
         read, adapted = reads((weights, adapters), number)
         return nnx.merge(graph, read), adapted
 
     source_model, source_adapters = at(0)
-    encoded = source_model.encode(input_ids, input_mask, source_adapters)
-    cache = source_model.start_cache(encoded, max_new_tokens, source_adapters)
+    first, cache = source_model.prompt(input_ids, input_mask, max_new_tokens, source_adapters)
     done = jnp.zeros(batch, bool) if row_mask is None else ~row_mask
     tokens = jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32)
-    first = jnp.full(batch, config.start_id, jnp.int32)
 
     def running(state: _State) -> Array:
         position, _, done, _, _ = state

@@ -1,17 +1,29 @@
-"""Frozen weights, the linear map that may carry an adapter, RMS norm and the feed-forward layer."""
+"""What families share: frozen weights, the linear map that may carry an adapter, RMS norm, and the scan over layers."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .weights import matmul
+from .narrow import from_bits, to_bits
+from .weights import PRODUCT, matmul, scan_layers
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
 Adapters = Mapping[str, Adapter]
+
+_REMAT_POLICIES = {
+    # Keeps the products with weights and recomputes the cheap rest: half the memory of saving everything
+    # at the same speed; the attention products have batch dimensions and are recomputed.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Base(nnx.Variable):
@@ -19,7 +31,11 @@ class Base(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """A bias-free linear map, kernels stacked [L, d_in, d_out]; one layer of it inside a scan."""
+    """A linear map without bias, kernels stacked [L, d_in, d_out]; one layer of it inside a scan.
+
+    Attributes:
+      site: name of its site without the stack's, by which it finds its adapter.
+    """
 
     def __init__(self, site: str, layers: int, d_in: int, d_out: int, *, scale: float, rngs: nnx.Rngs):
         self.site = site
@@ -33,7 +49,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """T5's layer norm: no mean, no bias, variance in float32."""
+    """Root-mean-square norm: no mean, no bias, variance in float32."""
 
     def __init__(self, shape: tuple[int, ...], eps: float):
         self.eps = eps
@@ -47,23 +63,37 @@ class RMSNorm(nnx.Module):
         return normed * self.scale[...].astype(x.dtype)[None, None, :]
 
 
-class FeedForward(nnx.Module):
-    """`wo(relu(wi x))` of T5 1.0, or `wo(gelu(wi_0 x) * wi_1 x)` of T5 1.1 and FLAN."""
+def scan_blocks(
+    block: Callable[..., tuple[Array, Any]],
+    stacked: nnx.Module,
+    x: Array,
+    xs: Any,
+    *,
+    remat: Literal["dots", "none", "full"],
+    unroll: bool,
+) -> tuple[Array, Any]:
+    """Run `block(layer, x, xs of the layer)` through the layers; return the last x and all outputs.
 
-    def __init__(self, d_model: int, d_ff: int, *, layers: int, gated: bool, rngs: nnx.Rngs):
-        self.gated = gated
-        inner = {"layers": layers, "d_in": d_model, "d_out": d_ff, "scale": d_model**-0.5, "rngs": rngs}
-        if gated:
-            self.wi_0 = Linear("ff.wi_0", **inner)
-            self.wi_1 = Linear("ff.wi_1", **inner)
-        else:
-            self.wi = Linear("ff.wi", **inner)
-        self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
+    Args:
+      block: one layer of `stacked`.
+      stacked: blocks, every variable [L, ...].
+      x: what goes through the layers.
+      xs: a tree of further arrays [L, ...].
+      remat: as in `Architecture`.
+      unroll: as in `Architecture`.
+    """
+    graph, state = nnx.split(stacked)
 
-    def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
-        """Apply to every position."""
-        if self.gated:
-            hidden = jax.nn.gelu(self.wi_0(x, adapters), approximate=True) * self.wi_1(x, adapters)
-        else:
-            hidden = jax.nn.relu(self.wi(x, adapters))
-        return self.wo(hidden, adapters)
+    def body(x: Any, layer: Any) -> tuple[Any, Any]:
+        x, (weights, of_layer) = from_bits((x, layer))
+        return to_bits(block(nnx.merge(graph, weights), x, of_layer))
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    return from_bits(scan_layers(body, *to_bits((x, (state, xs))), unroll=unroll))
+
+
+def of_stack(adapters: Adapters, stack: str) -> Mapping[str, Any]:
+    """Return the adapters of one stack, by their sites' names without the stack's."""
+    prefix = f"{stack}."
+    return {site.removeprefix(prefix): a for site, a in adapters.items() if site.startswith(prefix)}

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.coefficients import expand
@@ -16,7 +15,7 @@ from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft.adapter import resave, write_adapter
 from ..io.pool import read_adapter_from_pool
-from ..models.sites import sites
+from ..models.architecture import Architecture
 from ..methods.magnitudes import Magnitudes
 from ..methods.merge import Merge
 from ..methods.method import Fusion, Params, adapted_model
@@ -92,23 +91,23 @@ def _adapter(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that one seed's numbers amount to."""
     magnitudes, pool, method = of_seed.get("magnitudes"), loaded.frozen.pool, loaded.method
+    config = loaded.config
     if isinstance(method, Fusion) and pool is not None:
         coefficients = expand(of_seed["coefficients"], pool, method.granularity)
-        return fused_adapter(pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
+        return fused_adapter(config, pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
     if isinstance(method, Merge) and method.kind == "cat" and pool is not None:
         coefficients = expand(of_seed["weights"], pool, "global")
-        return fused_adapter(pool, index, coefficients, "sum", base=base)
+        return fused_adapter(config, pool, index, coefficients, "sum", base=base)
     if isinstance(method, Magnitudes) and magnitudes is not None:
-        return lora_adapter(_no_update(loaded, magnitudes), base=base, magnitudes=magnitudes)
+        return lora_adapter(config, _no_update(config, magnitudes), base=base, magnitudes=magnitudes)
     adapters, _ = jax.jit(method.adapters)(of_seed, loaded.frozen, index)
-    return lora_adapter(adapters, base=base, magnitudes=magnitudes)
+    return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
 
 
-def _no_update(loaded: Fused, magnitudes: dict[str, Array]) -> dict[str, LowRank]:
+def _no_update(config: Architecture, magnitudes: dict[str, Array]) -> dict[str, LowRank]:
     """Return updates of rank 1 that are zero: PEFT has magnitudes only beside an update."""
-    adapted = sites(nnx.merge(loaded.graph, loaded.frozen.base).config)
-    shapes = {name: (site.layers, site.d_in, site.d_out) for name, site in adapted.items() if name in magnitudes}
+    adapted = {name: site for name, site in config.sites.items() if name in magnitudes}
     return {
-        name: LowRank(jnp.zeros((layers, d_in, 1)), jnp.zeros((layers, 1, d_out)))
-        for name, (layers, d_in, d_out) in shapes.items()
+        name: LowRank(jnp.zeros((site.layers, site.d_in, 1)), jnp.zeros((site.layers, 1, site.d_out)))
+        for name, site in adapted.items()
     }

@@ -48,7 +48,8 @@ class Recipe:
       protocol: `reference` splits and orders the rows as the paper's code; `default` by seed.
       max_new_tokens: of generation; None for twice the longest training target.
       lora_rank: of the LoRA and DoRA baselines, whose alpha is twice that.
-      lora_targets: the linear maps that LoRA, DoRA, VeRA and magnitudes alone adapt.
+      lora_targets: the linear maps that LoRA, DoRA, VeRA and magnitudes alone adapt; by default the model family's
+        own choice.
       vera_rank: of VeRA's random matrices.
       evaluations: of LoraHub's search.
       generations: of CMA-ES.
@@ -81,7 +82,7 @@ class Recipe:
     protocol: Protocol = "default"
     max_new_tokens: int | None = None
     lora_rank: int = 16
-    lora_targets: tuple[str, ...] = ("q", "v")
+    lora_targets: tuple[str, ...] | None = None
     vera_rank: int = 128
     evaluations: int = 40
     generations: int = 40

@@ -11,12 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.norms import gram, norms
-from ..adapters.pool import LoraPool, random_pool, shuffled_pool
+from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
 from ..checks import at_least
 from ..io.hf import base_tensor, load_base, read_config
 from ..io.pool import check_base, load_pool, read_manifest, read_pool
-from ..models.sites import Site, targeted
-from ..models.t5.model import T5, kernels
+from ..models.architecture import Architecture, Model, Site, kernels, targeted
 from ..tasks import Encoded, Split, Task, draw_modules, encode, load_task, load_tokenizer, most_new_tokens, split
 from ..training import mesh as sharding
 from ..methods.full import FullFineTuning
@@ -57,6 +56,11 @@ class Fused:
     modules: tuple[tuple[str, ...], ...]
     tokenizer: Any
     path: SeedPath
+
+    @property
+    def config(self) -> Architecture:
+        """The structure of the model."""
+        return nnx.merge(self.graph, self.frozen.base).config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,16 +184,16 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     quantise = None if options.load_in == "full" else options.load_in
     with sharding.loading():
         model = load_base(options.base, dtype=options.dtype, quantise=quantise)
-    if model.config.num_layers + model.config.num_decoder_layers <= _SHALLOW:
+    if model.config.layers <= _SHALLOW:
         model.config = dataclasses.replace(model.config, unroll=True, remat="none")
     graph, base = nnx.split(model)
-    base = on_mesh(base)
+    base = on_mesh(base, model.config)
     nnx.update(model, base)
     pool = None
     if names:
         with sharding.loading():
             pool = _load_modules(options, names, model)
-        pool = on_mesh(pool)
+        pool = on_mesh(pool, model.config)
     method = _method(options, model, pool)
     frozen = Frozen(base, pool)
     if pool is not None:
@@ -203,7 +207,7 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     position = {name: i for i, name in enumerate(names)}
     return Fused(
         graph=graph,
-        frozen=on_mesh(frozen),
+        frozen=on_mesh(frozen, model.config),
         method=method,
         index=_index(modules, position),
         modules=modules,
@@ -247,10 +251,7 @@ def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]
         return [], tuple(() for _ in options.seeds)
     there = available(Path(options.pool))
     if options.adapters:
-        # LoraPool knows how to choose; no arrays are needed for it.
-        names = LoraPool(A={}, B={}, rank={}, names=tuple(there)).indices(
-            [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
-        )
+        names = positions(there, [int(a) if a.isdecimal() and a not in there else a for a in options.adapters])
         drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
     elif options.recipe.choose == "gradient":
         if not 1 <= options.recipe.modules <= len(there):
@@ -282,7 +283,7 @@ def available(pool: Path) -> list[str]:
     return names
 
 
-def _load_modules(options: FuseOptions, names: Sequence[str], model: T5) -> LoraPool:
+def _load_modules(options: FuseOptions, names: Sequence[str], model: Model) -> LoraPool:
     assert options.pool is not None
     folder = Path(options.pool)
     if (folder / "manifest.json").is_file():
@@ -297,7 +298,7 @@ def _load_modules(options: FuseOptions, names: Sequence[str], model: T5) -> Lora
     return pool if options.load_in == "full" else pool.quantised(options.load_in)
 
 
-def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
+def _method(options: FuseOptions, model: Model, pool: LoraPool | None) -> Method:
     recipe = options.recipe
     if options.method in UNTRAINED:
         return ZeroShot()
@@ -326,6 +327,6 @@ def _method(options: FuseOptions, model: T5, pool: LoraPool | None) -> Method:
     return fusion
 
 
-def _targets(options: FuseOptions, model: T5) -> tuple[tuple[str, Site], ...]:
+def _targets(options: FuseOptions, model: Model) -> tuple[tuple[str, Site], ...]:
     """Return the linear maps that methods without a pool adapt."""
     return tuple(targeted(model.config, options.recipe.lora_targets, "lora_targets").items())

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import __version__
 from ..io import checkpoint, processes
+from ..io.hf import read_config
 from ..hardware.calibration import calibrate
 from ..hardware.setup import CALIBRATION_ROWS, on_arrays
 from .evaluate import Evaluation, seed_rows
@@ -45,6 +46,9 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
+    if options.recipe.lora_targets is None:  # what the run's record says
+        targets = read_config(options.base).targets
+        options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, lora_targets=targets))
     make_room()
     with contextlib.ExitStack() as stack:
         if options.distributed:
@@ -178,7 +182,7 @@ def _train(
         return {}, [0] * len(options.seeds)
     if final.is_dir():
         params, metadata = checkpoint.load(final)
-        return on_mesh(jax.tree.map(jnp.asarray, params), of_seeds=True), metadata["steps"]
+        return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
     if options.method in GIVEN:
         params, steps = start(setup, options.seeds).params, [0] * len(options.seeds)
     elif options.method in SEARCHES:
@@ -190,7 +194,7 @@ def _train(
         params = state.best if options.recipe.stop_early else state.params
         steps = to_host(state.step).tolist()
     checkpoint.save(final, to_host(params), {"steps": steps})
-    return on_mesh(params, of_seeds=True), steps
+    return on_mesh(params, setup.config, of_seeds=True), steps
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
@@ -198,7 +202,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     saved = checkpoint.latest(run.checkpoints)
     if saved is not None:
         state, metadata = checkpoint.load(saved, state)
-        state = on_mesh(jax.tree.map(jnp.asarray, state), of_seeds=True)
+        state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
         done, step = metadata["epochs"], metadata["step"]
     run.cut_metrics(step)
     log = _weights_and_biases(run, options) if options.log and processes.first() else None

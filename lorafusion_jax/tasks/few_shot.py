@@ -11,7 +11,7 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
 
     The prompt is `input target\n\n` for each example and then the row's own input: a prompt that ends in "A:" is
     followed by its answer, and instructions are repeated with each example. Tokenizers that split at white space, as
-    that of the embedded base does and T5's, which reads line breaks as blanks, get no token that they do not know.
+    some do and the embedded base's does, or that read line breaks as blanks, get no token that they do not know.
 
     `encode` cuts inputs at the end, which is the question: keep its `max_length` above the longest prompt.
 

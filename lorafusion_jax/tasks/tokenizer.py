@@ -20,7 +20,7 @@ LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids, row by row and unpadded; a row ends as the tokenizer ends it (T5: with EOS)."""
+    """Token ids, row by row and unpadded; a row ends as the tokenizer ends it (often with EOS)."""
 
     inputs: tuple[Int32[np.ndarray, " _"], ...]
     labels: tuple[Int32[np.ndarray, " _"], ...]

@@ -56,9 +56,9 @@ def start(setup: Setup, seeds: tuple[int, ...], params: Params | None = None) ->
       params: as in `init_state`, leaves [seeds].
     """
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
-    params = on_mesh(params, of_seeds=True)
+    params = on_mesh(params, setup.config, of_seeds=True)
     state = _start(on_mesh(keys, of_seeds=True), setup.index, params, setup.frozen, method=setup.method)
-    return on_mesh(state, of_seeds=True)
+    return on_mesh(state, setup.config, of_seeds=True)
 
 
 def fit(

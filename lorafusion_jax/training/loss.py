@@ -21,12 +21,6 @@ def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> 
     return jnp.sum(jnp.where(real, picked, 0.0), axis=1)
 
 
-def decoder_inputs(labels: Int[Array, "B T"], *, start_id: int, pad_id: int) -> Int[Array, "B T"]:
-    """Return the labels shifted right behind the start token, ignored ones as padding."""
-    shifted = jnp.roll(jnp.where(labels == IGNORED, pad_id, labels), 1, axis=1)
-    return shifted.at[:, 0].set(start_id)
-
-
 def rows(row_mask: Bool[Array, " B"]) -> Float[Array, ""]:
     """Return how many rows of a batch are really there."""
     return jnp.maximum(jnp.sum(row_mask), 1).astype(jnp.float32)

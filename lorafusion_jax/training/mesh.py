@@ -1,39 +1,31 @@
 """A run on a mesh of devices: seeds over its axis `seed`, matrices over its axis `model`.
 
-The mesh is ambient (`jax.set_mesh`): `sweep.over_seeds` gives every device its own seeds, and the table below says
-where arrays are. Matrices are split as in Megatron-LM (Shoeybi et al., 2019): q, k, v and wi by columns, o and wo,
-which take what those return, by rows. So attention and feed-forward layer each sum over devices once.
+The mesh is ambient (`jax.set_mesh`): `seeds.over_seeds` gives every device its own seeds, and `rules` says where arrays
+are. Matrices are split as in Megatron-LM (Shoeybi et al., 2019): the first of a chain by columns, and the last, which
+takes what those return, by rows. So attention and feed-forward layer each sum over devices once.
 """
 
 import contextlib
+import functools
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ..models.t5.model import T5Config
+from ..models.architecture import Architecture, Split
+from ..models.families import abstract_model
 
 _Tree = TypeVar("_Tree")
 
 AXES = ("seed", "model")
 
-_BY_COLUMNS, _BY_ROWS = (None, "model"), ("model", None)
-_COLUMNS, _ROWS = r"(q|k|v|wi|wi_0|wi_1)\b", r"(o|wo)\b"
-# What is in a path of the tree -> axes of the array's last dimensions; the first that fits, none for all others. A path
-# names a base weight by its module, what belongs to a site by the site: encoder/ff/wo/kernel, pool/A/encoder.ff.wo.
-RULES = (
-    (r"\bembedding\b", _BY_ROWS),
-    (r"\bhead\b", _BY_COLUMNS),
-    (r"\btable\b", _BY_COLUMNS),
-    (rf"\b{_COLUMNS}\W+kernel\b", _BY_COLUMNS),
-    (rf"\b{_ROWS}\W+kernel\b", _BY_ROWS),
-    (rf"\bA/.*\.{_ROWS}", _BY_ROWS),
-    (rf"\bB/.*\.{_COLUMNS}", _BY_COLUMNS),
-    (rf"\b(squared|cross|norms|magnitudes?|kept)/.*\.{_COLUMNS}", ("model",)),
-)
+_SPLIT = {"columns": (None, "model"), "rows": ("model", None)}
+# A pattern in an array's path -> axes of its last dimensions.
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 def make_mesh(asked: str, seeds: int) -> Mesh:
@@ -73,17 +65,56 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:wanted])
 
 
-def check_model(config: T5Config) -> None:
+@functools.lru_cache(maxsize=16)
+def rules(config: Architecture) -> Rules:
+    """Return how the arrays of a run are split; the first rule that fits counts, and none splits all others.
+
+    A path names a base weight by its modules, what belongs to a site by the site: `base/first/map/kernel`,
+    `pool/A/first.map`.
+    """
+    model = abstract_model(config)
+    variables = {id(variable): name for name, variable in model.variables().items()}
+    # Full fine-tuning writes the modules' names with brackets.
+    paths = {
+        variables[id(node)]: r"\W+".join(re.escape(str(part)) for part in path)
+        for path, node in nnx.iter_graph(model)
+        if id(node) in variables
+    }
+    of_splits = {
+        split: [name for name, site in config.sites.items() if site.split == split] for split in get_args(Split)
+    }
+    found: list[tuple[str, tuple[str | None, ...]]] = [
+        (rf"\b{name}\b", _SPLIT[split]) for name, split in config.splits.items()
+    ]
+    for split, names in of_splits.items():
+        if names:
+            found.append((rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split]))
+            sites = rf"({'|'.join(map(re.escape, names))})(?![\w.])"
+            if split == "rows":
+                found.append((rf"\bA/{sites}", _SPLIT[split]))
+            else:
+                found.append((rf"\bB/{sites}", _SPLIT[split]))
+                found.append((rf"\b(squared|cross|norms|magnitudes?|kept)/{sites}", ("model",)))
+    return tuple(found)
+
+
+def check_model(config: Architecture) -> None:
     """Raise ValueError for a base model whose dimensions the ambient mesh does not divide."""
-    for name in ("num_heads", "d_ff", "vocab_size"):
-        _check_divides(_axis_size("model"), getattr(config, name), name)
+    size = _axis_size("model")
+    for stack in config.stacks.values():
+        for attention in stack.attentions:
+            _check_divides(size, attention.heads, "num_heads")
+            _check_divides(size, attention.kv_heads, "num_kv_heads")
+        _check_divides(size, stack.d_ff, "d_ff")
+    _check_divides(size, config.vocab_size, "vocab_size")
 
 
-def on_mesh(tree: _Tree, *, of_seeds: bool = False) -> _Tree:
+def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool = False) -> _Tree:
     """Return arrays where the ambient mesh wants them, and as they are without one.
 
     Args:
       tree: of arrays; with several processes, the same in each.
+      config: of the model; None where no matrix is split, as in batches.
       of_seeds: they have a leading axis of seeds.
 
     Raises:
@@ -92,10 +123,11 @@ def on_mesh(tree: _Tree, *, of_seeds: bool = False) -> _Tree:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
+    split = () if config is None else rules(config)
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = partition(name, leaf.ndim, of_seeds=of_seeds)
+        spec = partition(name, leaf.ndim, split, of_seeds=of_seeds)
         for axis, size in zip(spec, leaf.shape, strict=False):
             if axis is not None:
                 _check_divides(mesh.shape[axis], size, name, axis)
@@ -104,15 +136,16 @@ def on_mesh(tree: _Tree, *, of_seeds: bool = False) -> _Tree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def partition(name: str, dimensions: int, *, of_seeds: bool = False) -> PartitionSpec:
+def partition(name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False) -> PartitionSpec:
     """Return how an array is split.
 
     Args:
-      name: its path in the tree, such as `pool/A/encoder.ff.wo`.
+      name: its path in the tree, such as `pool/A/first.map`.
       dimensions: how many it has.
+      rules: as `rules` returns them.
       of_seeds: the first of them is the seeds'.
     """
-    last = next((axes for pattern, axes in RULES if re.search(pattern, name)), ())
+    last = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
     first = ("seed",) if of_seeds else ()
     between = (None,) * (dimensions - len(first) - len(last))
     return PartitionSpec(*first, *between, *last)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..hardware.chips import of_step
 from ..methods.method import Frozen, Method, Params, adapted_model
 from ..tasks.batches import Batch
-from .loss import cross_entropy, decoder_inputs, rows
+from .loss import cross_entropy, rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,7 @@ def batch_logits(
 ) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
     """Return the logits of teacher forcing, and the method's metrics."""
     model, adapters, metrics = adapted_model(params, index, frozen, graph=graph, method=method)
-    start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
-    return model(batch.input_ids, batch.input_mask, start, adapters), metrics
+    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters), metrics
 
 
 def fusion_step(

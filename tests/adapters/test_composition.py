@@ -19,7 +19,7 @@ from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
 from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.methods.method import Frozen, Fusion
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import draw_modules
 from lorafusion_jax.training.seeds import over_seeds
@@ -403,7 +403,7 @@ def test_a_mix_of_several_ranks_is_refused_in_python():
         # Which modules meet is not known there, so all of them count.
         lambda: jax.jit(lambda index: compose(pool, index, spread, "mix"))(index),
         lambda: Fusion(composition="mix").init(frozen, index, jax.random.key(0)),
-        lambda: fused_adapter(pool, index, spread, "mix", base="b"),
+        lambda: fused_adapter(tiny.CONFIG, pool, index, spread, "mix", base="b"),
     ):
         with pytest.raises(ValueError, match="different ranks at .*: use the composition sum"):
             refused()

@@ -14,7 +14,6 @@ import tiny
 
 from lorafusion_jax.adapters.merges import MergeKind, check_merge, dare_masks, merge
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.sites import hf_path, sites
 
 pytestmark = pytest.mark.peft
 
@@ -70,7 +69,7 @@ def pool_of(model, tmp_path_factory):
 def _layers(model):
     """PEFT's layers by site and layer."""
     modules = dict(model.base_model.model.named_modules())
-    found = {(s, n): modules[hf_path(s, n)] for s, site in sites(tiny.CONFIG).items() for n in range(site.layers)}
+    found = {(s, n): modules[site.path_of(n)] for s, site in tiny.CONFIG.sites.items() for n in range(site.layers)}
     return {where: module for where, module in found.items() if hasattr(module, "lora_A")}
 
 

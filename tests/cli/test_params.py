@@ -1,7 +1,8 @@
 """`lorafusion params`: the table it prints."""
 
 from lorafusion_jax.cli import main
-from lorafusion_jax.estimates.params import SHAPES, counts
+from lorafusion_jax.estimates.params import counts
+from lorafusion_jax.models.t5.config import SHAPES
 
 
 def _cells(line):

@@ -21,10 +21,9 @@ from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Enc
 from lorafusion_jax.estimates.bill import CostOptions, activities, bills, comparisons, installed_once, price
 from lorafusion_jax.estimates.bill.show import constants_table, number, quantity
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, step_flops
-from lorafusion_jax.estimates.params import SHAPES
 from lorafusion_jax.estimates.params import counts as trainable_counts
-from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.t5.config import SHAPES
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]
@@ -142,7 +141,7 @@ def test_training_by_hand():
 
     def products(shape: Shape) -> float:
         found = 2.0 * shape.rows * shape.target * 16 * 48
-        for name, site in sites(tiny.CONFIG).items():
+        for name, site in tiny.CONFIG.sites.items():
             of_source = name.startswith("encoder") or name in ("decoder.cross.k", "decoder.cross.v")
             count = shape.rows * (shape.source if of_source else shape.target)
             found += 2.0 * count * site.layers * site.d_in * site.d_out

@@ -10,14 +10,14 @@ from flax import nnx
 
 from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.estimates.params import SHAPES, counts, shape_config
+from lorafusion_jax.estimates.params import counts, shape_config
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5.model import T5, T5Config
+from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.models.t5.config import SHAPES
 
 _LARGE = {
     "LoRAFusion": 148_416,
@@ -58,7 +58,7 @@ def test_published_sizes(name):
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",)])
 def test_counts_are_what_the_methods_train(targets):
-    adapted = {n: site for n, site in sites(_UNEQUAL).items() if n.rpartition(".")[2] in targets}
+    adapted = {n: site for n, site in _UNEQUAL.sites.items() if n.rpartition(".")[2] in targets}
     pool = LoraPool(
         A={n: jnp.ones((s.layers, 5, s.d_in, 3)) for n, s in adapted.items()},
         B={n: jnp.ones((s.layers, 5, 3, s.d_out)) for n, s in adapted.items()},

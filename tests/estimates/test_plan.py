@@ -16,7 +16,7 @@ from lorafusion_jax.estimates.estimate import METHODS, Settings, estimate, train
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.estimates.parameters import size
-from lorafusion_jax.estimates.params import SHAPES, counts
+from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import describe, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
@@ -24,9 +24,10 @@ from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.method import LORAHUB, Frozen, Fusion, Method, Projections, ZeroShot
 from lorafusion_jax.methods.vera import VeRA
+from lorafusion_jax.models.architecture import targeted
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.sites import sites, targeted
-from lorafusion_jax.models.t5.model import T5, T5Config
+from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.runs.options import Recipe
 from lorafusion_jax.tasks import Batch, Example, Task
@@ -46,7 +47,7 @@ _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes a
 
 
 def _method(name: str, config: T5Config) -> Method:
-    adapted = tuple((n, s) for n, s in sites(config).items() if n.endswith((".q", ".v")))
+    adapted = tuple((n, s) for n, s in config.sites.items() if n.endswith((".q", ".v")))
     composition = "mix" if name.endswith("mix") else "sum"
     return {
         "zero-shot": ZeroShot(),
@@ -64,7 +65,7 @@ def _frozen(name: str, config: T5Config, settings: Settings) -> tuple[nnx.GraphD
     """Returns the model's structure and what is frozen, all zeros."""
     graph, base = nnx.split(nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0))))
     base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
-    adapted = {n: s for n, s in sites(config).items() if n.endswith((".q", ".v"))}
+    adapted = {n: s for n, s in config.sites.items() if n.endswith((".q", ".v"))}
     columns = {n: jnp.zeros((s.layers, s.d_out)) for n, s in adapted.items()}
     if name in ("dora", "magnitudes"):
         return graph, Frozen(base, norms=columns)

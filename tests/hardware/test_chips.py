@@ -38,7 +38,7 @@ from lorafusion_jax.hardware.setup import on_arrays
 from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.hardware.write import program_chips as write_chips
 from lorafusion_jax.methods.method import Fusion
-from lorafusion_jax.models.t5.model import matrices
+from lorafusion_jax.models.architecture import matrices
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.options import PRESETS, FuseOptions, OnArrays

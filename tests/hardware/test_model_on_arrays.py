@@ -29,8 +29,8 @@ from lorafusion_jax.crossbar import (
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.method import Frozen, Fusion, ZeroShot
+from lorafusion_jax.models.architecture import kernels, matrices
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.t5.model import kernels, matrices
 from lorafusion_jax.models.weights import dense, is_in_arrays
 from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state, objective
 

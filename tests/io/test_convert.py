@@ -26,7 +26,7 @@ from lorafusion_jax.io.pool import (
     read_pool,
     write_manifest,
 )
-from lorafusion_jax.models.sites import linear_shapes, locate, sites
+from lorafusion_jax.models.architecture import linear_shapes, places
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"vocab_size": 20, "d_model": 8, "d_kv": 3, "d_ff": 10, "num_heads": 2, "num_layers": 3}
@@ -96,7 +96,7 @@ def _assert_holds(pool, config, folders, scalings):
             for key, value in load_file(Path(folder) / "adapter_model.safetensors").items()
         }
         for path in linear_shapes(config):
-            site, layer = locate(path)
+            site, layer = places(config)[path]
             a, b = tensors.get(f"{path}.lora_A.weight"), tensors.get(f"{path}.lora_B.weight")
             if a is None:
                 if site in pool.A:
@@ -117,7 +117,7 @@ def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
     _convert(base, folders, out=tmp_path / "pool")
     pool = load_pool(tmp_path / "pool")
     assert pool.names == ("one", "wide", "third") and pool.magnitude is None
-    assert list(pool.A) == [s for s in sites(config) if s.endswith((".q", ".v", ".wo"))]
+    assert list(pool.A) == [s for s in config.sites if s.endswith((".q", ".v", ".wo"))]
     assert pool.A["encoder.ff.wo"].shape == (3, 3, 10, 5) and pool.B["decoder.cross.v"].shape == (2, 3, 2, 6)
     _assert_holds(pool, config, folders, [3 / 2, 3 / 5**0.5, 3 / 2])
     _assert_same_pool(read_pool(folders, config), pool)
@@ -160,7 +160,7 @@ def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
     pool = load_pool(tmp_path / "pool", dtype=dtype)
     _assert_same_pool(read_pool([folder], read_config(base), dtype=dtype), pool)
     read = read_adapter(folder)
-    site, layer = locate(_Q)
+    site, layer = places(read_config(base))[_Q]
     a, b = read.factors[_Q]
     np.testing.assert_array_equal(pool.A[site][layer, 0], a.T.astype(dtype))
     np.testing.assert_array_equal(pool.B[site][layer, 0], (b.T.astype(np.float32) * 1.5).astype(dtype))
@@ -338,7 +338,7 @@ def test_what_a_pool_would_hold_is_finite(base, adapter, tmp_path, kind, value, 
     folder = adapter("large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)})
     if message is None:
         _convert(base, [folder], out=tmp_path / "pool")
-        site, layer = locate(_Q)
+        site, layer = places(read_config(base))[_Q]
         np.testing.assert_allclose(load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6)
         return
     with pytest.raises(AdapterError, match=f"^{folder}: {_Q}.{message}"):

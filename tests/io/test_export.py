@@ -17,11 +17,10 @@ from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.layers import Linear
-from lorafusion_jax.models.sites import hf_path, linear_shapes, sites
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.training.loss import decoder_inputs
 
 _MODEL = tiny.t5()
 _INDEX = [3, 0, 2]
@@ -42,7 +41,7 @@ def _kernel(site, layer):
 
 def _in_peft(config, tensors):
     """Return by site and layer what PEFT multiplies by instead of W, [d_in, d_out]."""
-    paths = {hf_path(s, layer): (s, layer) for s, site in sites(_MODEL.config).items() for layer in range(site.layers)}
+    paths = {site.path_of(layer): (s, layer) for s, site in _MODEL.config.sites.items() for layer in range(site.layers)}
     # PEFT adapts every module that is named, whether it has tensors for it or not.
     named = [p for p in paths if any(p == t or p.endswith(f".{t}") for t in config["target_modules"])]
     kinds = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * config["use_dora"]
@@ -72,6 +71,7 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
     rng = np.random.default_rng(0)
     m = {s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32) for s, b in pool.B.items()}
     config, tensors = fused_adapter(
+        _MODEL.config,
         pool,
         jnp.array(_INDEX),
         expand(c, pool, granularity),
@@ -101,7 +101,7 @@ def test_a_quantised_pool_exports_what_it_computes(composition):
     plain = {f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in ("A", "B")}
     spread = expand(tiny.coefficients((3, 5)), pool, "block")
     exported, wanted = (
-        fused_adapter(p, jnp.array(_INDEX), spread, composition, base="b")
+        fused_adapter(_MODEL.config, p, jnp.array(_INDEX), spread, composition, base="b")
         for p in (pool, dataclasses.replace(pool, **plain))
     )
     assert exported[0] == wanted[0] and exported[1].keys() == wanted[1].keys()
@@ -116,10 +116,10 @@ def test_a_lora_is_a_plain_adapter():
             jnp.asarray(rng.normal(size=(layers, d_in, 3)), jnp.float32),
             jnp.asarray(rng.normal(size=(layers, 3, d_out)), jnp.float32),
         )
-        for site, (layers, d_in, d_out) in sites(_MODEL.config).items()
+        for site, s in _MODEL.config.sites.items()
         if site.endswith((".o", "wi_1"))
     }
-    config, tensors = lora_adapter(adapters, base="b")
+    config, tensors = lora_adapter(_MODEL.config, adapters, base="b")
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
     found = _in_peft(config, tensors)
     assert found.keys() == {(s, layer) for s, lora in adapters.items() for layer in range(lora.A.shape[0])}
@@ -133,14 +133,16 @@ def test_an_exported_adapter_is_read_as_it_was_written(tmp_path, magnitudes):
     pool = tiny.pool(4, _several)
     m = column_norms(jax.jit(gram)(pool, {s: kernels(_MODEL)[s] for s in pool.A})) if magnitudes else None
     spread = expand(tiny.coefficients((3, 5)), pool, "block")
-    config, tensors = fused_adapter(pool, jnp.array(_INDEX), spread, "sum", base="b", magnitudes=m)
+    config, tensors = fused_adapter(_MODEL.config, pool, jnp.array(_INDEX), spread, "sum", base="b", magnitudes=m)
     write_adapter(tmp_path / "fused", config, tensors)
     adapter = read_adapter(str(tmp_path / "fused"), shapes=linear_shapes(_MODEL.config))
     assert set(adapter.scaling.values()) == {1.0}
     assert not [note for note in adapter.notes if note.startswith("warning")]
     again = read_pool([str(tmp_path / "fused")], _MODEL.config)
     one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
-    _, tensors_again = fused_adapter(again, jnp.arange(1), one, "sum", base="b", magnitudes=again.magnitude)
+    _, tensors_again = fused_adapter(
+        _MODEL.config, again, jnp.arange(1), one, "sum", base="b", magnitudes=again.magnitude
+    )
     assert tensors.keys() == tensors_again.keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, tensors_again[key])
@@ -159,7 +161,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
         s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32) for s, m in params["magnitudes"].items()
     }
     spread = expand(params["coefficients"], pool, "block")
-    written = fused_adapter(pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
+    written = fused_adapter(_MODEL.config, pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
     write_adapter(tmp_path / "fused", *written)
     again = read_pool([str(tmp_path / "fused")], _MODEL.config)
     frozen_again = Frozen(base, again, jax.jit(gram)(again, {s: kernels(_MODEL)[s] for s in again.A}))
@@ -171,7 +173,9 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     _close(_logits(_MODEL, adapters), _logits(_MODEL, wanted))
     # And exported again it is the same adapter.
     one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
-    config, tensors = fused_adapter(again, jnp.arange(1), one, "sum", base="b", magnitudes=start.get("magnitudes"))
+    config, tensors = fused_adapter(
+        _MODEL.config, again, jnp.arange(1), one, "sum", base="b", magnitudes=start.get("magnitudes")
+    )
     assert config == written[0] and tensors.keys() == written[1].keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, written[1][key])

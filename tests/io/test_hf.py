@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.io.hf import base_tensor, load_base, read_config, save_base
+from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.sites import linear_shapes
-from lorafusion_jax.models.t5.model import T5Config, kernels
+from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import QUANTISED_TYPES, dense
 
 _JSON = {
@@ -128,7 +128,7 @@ def _greedy(model, input_ids, mask, length):
         return generate(nnx.merge(graph, state), *x, max_new_tokens=length)
 
     tokens = jax.jit(run)(state, jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask > 0))
-    return np.concatenate([np.full((len(tokens), 1), model.config.start_id), np.asarray(tokens)], axis=1)
+    return np.concatenate([np.full((len(tokens), 1), model.start_id), np.asarray(tokens)], axis=1)
 
 
 @pytest.mark.parametrize("kind", ["t5a", "t5b"])

@@ -16,13 +16,13 @@ from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.method import Frozen
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5.model import T5, kernels
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.t5 import T5
 from lorafusion_jax.training.step import objective
 
 _MODEL = T5(tiny.CONFIG, rngs=nnx.Rngs(0))
 _GRAPH, _BASE = nnx.split(_MODEL)
-_SITES = tuple((name, site) for name, site in sites(tiny.CONFIG).items() if name.rpartition(".")[2] in ("q", "wo"))
+_SITES = tuple((name, site) for name, site in tiny.CONFIG.sites.items() if name.rpartition(".")[2] in ("q", "wo"))
 _INDEX = jnp.arange(0)
 
 

@@ -11,14 +11,13 @@ from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.method import Frozen, Projections
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.sites import hf_path, sites
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.training.step import objective
 
 pytestmark = pytest.mark.peft
 
 _NAMES = ("q", "v", "wo")  # of three shapes, which VeRA cuts from its shared matrices
-_SITES = tuple((n, s) for n, s in sites(tiny.CONFIG).items() if n.rpartition(".")[2] in _NAMES)
+_SITES = tuple((n, s) for n, s in tiny.CONFIG.sites.items() if n.rpartition(".")[2] in _NAMES)
 _METHODS = {
     "dora": LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
     "vera": VeRA(sites=_SITES, rank=128),
@@ -71,7 +70,7 @@ def _tensors(model, kind, of=lambda parameter: parameter):
         def layer(path):
             return of(get(modules[path])).detach().numpy().T
 
-        return {n: jnp.stack([layer(hf_path(n, i)) for i in range(s.layers)]) for n, s in _SITES}
+        return {n: jnp.stack([layer(s.path_of(i)) for i in range(s.layers)]) for n, s in _SITES}
 
     if kind == "vera":
         d, b = stacked(lambda m: m.vera_lambda_d["default"]), stacked(lambda m: m.vera_lambda_b["default"])

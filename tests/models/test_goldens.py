@@ -19,12 +19,12 @@ from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods.method import Frozen, Fusion, Method, ZeroShot
+from lorafusion_jax.models.architecture import kernels, places
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.sites import locate
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.loss import cross_entropy, decoder_inputs
+from lorafusion_jax.training.loss import cross_entropy
 from lorafusion_jax.training.step import Rates, fusion_step, init_state
 
 _KINDS = ("t5a", "t5b")
@@ -117,7 +117,9 @@ def case(shared):
         if "traj_coeff" in golden:
             params["coefficients"] = jnp.asarray(golden["traj_coeff"][0])
         paths = readme["files"][f"{kind}/{file}.npz"].get("modules_in_magnitude_order") or []
-        return _Case(graph, method, frozen, index, params, batches, golden, [locate(path) for path in paths])
+        return _Case(
+            graph, method, frozen, index, params, batches, golden, [places(model.config)[path] for path in paths]
+        )
 
     return make
 
@@ -138,7 +140,7 @@ def _batch(arrays, k):
 @functools.partial(jax.jit, static_argnums=0)
 def _say(graph, base, adapters, batch):
     model = nnx.merge(graph, base)
-    start = decoder_inputs(batch.labels, start_id=model.config.start_id, pad_id=model.config.pad_id)
+    start = decoder_inputs(batch.labels, start_id=model.start_id, pad_id=model.config.pad_id)
     logits = model(batch.input_ids, batch.input_mask, start, adapters)
     return logits, generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
 
@@ -178,7 +180,7 @@ def test_base_generates_the_same_tokens(case, kind):
 def _gap(base, row, tokens, position, other):
     model = nnx.merge(base.graph, base.frozen.base)
     batch = base.batches[0]
-    decoder = jnp.asarray([model.config.start_id, *tokens[:position]], jnp.int32)[None]
+    decoder = jnp.asarray([model.start_id, *tokens[:position]], jnp.int32)[None]
     logits = model(batch.input_ids[row][None], batch.input_mask[row][None], decoder)[0, -1]
     return float(logits[tokens[position]] - logits[other])
 

@@ -12,9 +12,9 @@ from flax import nnx
 
 from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.crossbar import Segments
+from lorafusion_jax.models.architecture import kernels, set_matrices
 from lorafusion_jax.models.narrow import from_bits, kept, to_bits
 from lorafusion_jax.models.t5 import model as t5
-from lorafusion_jax.models.t5.model import kernels, set_matrices
 from lorafusion_jax.models.weights import dense, quantise
 
 _LAYERS, _WIDTH = 6, 64

@@ -19,9 +19,8 @@ from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool import read_adapter_from_pool, read_pool
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.method import Frozen, Fusion
-from lorafusion_jax.models.sites import sites
-from lorafusion_jax.models.t5.model import kernels
-from lorafusion_jax.training.loss import decoder_inputs
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.t5.model import decoder_inputs
 
 pytestmark = pytest.mark.peft
 
@@ -195,6 +194,7 @@ def test_exported_fusion_in_peft(folder, base, peft_logits, tmp_path, compositio
     pool, params, adapters = _fusion(folder, base, method, names)
     spread = expand(params["coefficients"], pool, granularity)
     config, tensors = fused_adapter(
+        base.config,
         pool,
         jnp.arange(len(names)),
         spread,
@@ -218,7 +218,7 @@ def test_merged_base_in_transformers(folder, base, peft_logits, tmp_path, compos
 
 
 def _trained_lora(model):
-    adapted = {name: site for name, site in sites(model.config).items() if name.endswith((".o", "r.self.q"))}
+    adapted = {name: site for name, site in model.config.sites.items() if name.endswith((".o", "r.self.q"))}
     method = LoRA(sites=tuple(adapted.items()), rank=3, alpha=5.0)
     frozen = Frozen(nnx.split(model)[1])
     shapes = jax.eval_shape(method.init, frozen, jnp.arange(0), jax.random.key(0))
@@ -229,7 +229,7 @@ def _trained_lora(model):
 
 def test_exported_lora_in_peft(base, peft_logits, tmp_path):
     adapters = _trained_lora(base)
-    write_adapter(tmp_path / "lora", *lora_adapter(adapters, base="base"))
+    write_adapter(tmp_path / "lora", *lora_adapter(base.config, adapters, base="base"))
     ours = _logits(base, adapters)
     assert np.abs(ours - _logits(base)).max() > 0.1
     _close(peft_logits(adapter=tmp_path / "lora"), ours)

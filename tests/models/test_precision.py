@@ -19,7 +19,7 @@ from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.updates import WeightDecomposed
 from lorafusion_jax.methods.method import Frozen, Fusion
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state
 
 _DOT = re.compile(

@@ -70,7 +70,7 @@ def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
     assert wanted[-1] == tokenizer.eos_token_id
     ids, start = np.zeros((1, 64), np.int32), np.zeros((1, 8), np.int32)  # one shape, one program
     ids[0, : len(asked)], start[0, 1 : len(wanted)] = asked, wanted[:-1]
-    start[0, 0] = model.config.start_id
+    start[0, 0] = model.start_id
     log_probs = _log_probs(*nnx.split(model), ids, np.arange(64)[None] < len(asked), start)
     return sum(float(log_probs[t, token]) for t, token in enumerate(wanted))
 

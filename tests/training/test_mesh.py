@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.method import Frozen, Fusion
-from lorafusion_jax.models.t5.model import kernels
+from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.runs.options import PRESETS, FuseOptions
 from lorafusion_jax.runs.run import fuse
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.mesh import make_mesh, on_mesh, partition, to_host
+from lorafusion_jax.training.mesh import make_mesh, on_mesh, partition, rules, to_host
 from lorafusion_jax.training.step import init_state
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
@@ -55,8 +55,8 @@ def _trained(asked: str | None) -> tuple[list, str, dict]:
     static = {"graph": nnx.graphdef(model), "method": method, "optimisation": recipe.optimisation(2), "path": "map"}
     with contextlib.nullcontext() if asked is None else jax.set_mesh(make_mesh(asked, _SEEDS)):
         of_seeds = (state, batch, index, recipe_rates(recipe, _SEEDS))
-        state, batch, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
-        frozen = on_mesh(frozen)
+        state, batch, index, rates = (on_mesh(part, _CONFIG, of_seeds=True) for part in of_seeds)
+        frozen = on_mesh(frozen, _CONFIG)
         where = {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding
             for path, leaf in jax.tree_util.tree_leaves_with_path({"frozen": frozen, "state": state})
@@ -130,7 +130,8 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
     ],
 )
 def test_the_table(name, dimensions, of_seeds, spec):
-    assert partition(name, dimensions, of_seeds=of_seeds) == spec
+    gated, plain = rules(tiny.CONFIG), rules(dataclasses.replace(tiny.CONFIG, gated=False))
+    assert partition(name, dimensions, gated + plain, of_seeds=of_seeds) == spec
 
 
 @pytest.mark.parametrize(

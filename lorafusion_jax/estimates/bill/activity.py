@@ -6,16 +6,16 @@ fine-tuning), products are digital, as many as `train.cost` counts. Embeddings, 
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ...crossbar import Counts, CrossbarConfig, counts
-from ...models.sites import Site, sites, targeted
-from ...models.t5.model import T5Config
-from ..flops import Shape, Update, forward_flops, step_flops, tokens
+from ...models.architecture import Architecture, Site, stack_of, targeted
+from ..flops import Shape, Update, forward_flops, keys, step_flops, tokens
 from ..workload import Workload, uniform
-from .methods import Matrix, Method, base_matrices, head, methods, module, side_by_side
+from .methods import Matrix, Method, base_matrices, methods, module, side_by_side
 from .options import CostOptions
 
 _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three
@@ -66,7 +66,7 @@ class Activity:
     stages: Mapping[frozenset[tuple[Matrix, ...]], int]
 
 
-def activities(config: T5Config, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
+def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
     """Return what every method does for one task.
 
     Args:
@@ -84,7 +84,7 @@ def activities(config: T5Config, crossbar: CrossbarConfig, options: CostOptions)
     return [_activity(name, method, config, crossbar, options, work) for name, method in found.items()]
 
 
-def installed_once(config: T5Config, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
+def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
     """Return the counts of what is written once, before any task."""
     adapted = targeted(config, options.targets)
     own, together = module(options.rank), side_by_side(options.adapters, options.rank)
@@ -97,7 +97,7 @@ def installed_once(config: T5Config, crossbar: CrossbarConfig, options: CostOpti
 
 
 def _activity(
-    name: str, method: Method, config: T5Config, crossbar: CrossbarConfig, options: CostOptions, work: Workload
+    name: str, method: Method, config: Architecture, crossbar: CrossbarConfig, options: CostOptions, work: Workload
 ) -> Activity:
     adapted = {} if method.update.kind == "full" else targeted(config, method.update.targets)
     place = _shared if method.shared else _standing
@@ -124,7 +124,7 @@ def _activity(
 
 def _training(
     method: Method,
-    config: T5Config,
+    config: Architecture,
     crossbar: CrossbarConfig,
     adapted: Mapping[str, Site],
     work: Workload,
@@ -141,26 +141,26 @@ def _training(
     base_reads = update_reads = Counts()
     if update.kind != "full":
         for shape, n in (steps + forward).items():
-            base_reads += _read(sites(config), lambda site: [(site.d_in, site.d_out)], crossbar, shape) * n
+            base_reads += _read(config.sites, lambda site: [(site.d_in, site.d_out)], crossbar, shape) * n
             base_flops -= n * sum(
-                2 * tokens(name, shape) * site.layers * site.d_in * site.d_out for name, site in sites(config).items()
+                2 * tokens(site.reads, shape) * site.layers * site.d_in * site.d_out for site in config.sites.values()
             )
             if not config.tied:
-                base_reads += counts(head(config), crossbar) * (n * shape.rows * shape.target)
-                base_flops -= n * 2 * shape.rows * shape.target * config.d_model * config.vocab_size
+                base_reads += counts(config.head, crossbar) * (n * shape.rows * shape.target)
+                base_flops -= n * 2 * shape.rows * shape.target * math.prod(config.head)
             if method.trains_in == "arrays":
                 update_reads += _read(adapted, method.matrices, crossbar, shape) * n
                 flops -= n * sum(
-                    2 * tokens(name, shape) * site.layers * update.width(site) * (site.d_in + site.d_out)
-                    for name, site in adapted.items()
+                    2 * tokens(site.reads, shape) * site.layers * update.width(site) * (site.d_in + site.d_out)
+                    for site in adapted.values()
                 )
     macs = flops / 2
     if method.searched:  # the arrays' outputs are mixed, where `train.cost` counts mixing the weights
         macs = float(
             sum(
-                n * tokens(name, shape) * site.layers * method.macs(site)
+                n * tokens(site.reads, shape) * site.layers * method.macs(site)
                 for shape, n in forward.items()
-                for name, site in adapted.items()
+                for site in adapted.values()
             )
         )
     words = _OPTIMISER_WORDS * method.trainable * steps.total()
@@ -169,7 +169,7 @@ def _training(
 
 def _token(
     method: Method,
-    config: T5Config,
+    config: Architecture,
     crossbar: CrossbarConfig,
     adapted: Mapping[str, Site],
     row: Shape,
@@ -178,38 +178,41 @@ def _token(
 ) -> Work:
     """Return the work of one token of a row, read or generated."""
     one = Shape(1, 0, 1) if generated else Shape(1, 1, 0)
-    reads = _read(sites(config), lambda site: [(site.d_in, site.d_out)], crossbar, one)
-    # Scores and the sum of values: every position of the source, and of the target where one is generated.
-    layers, positions = config.num_layers, row.source
-    if generated:
-        layers, positions = config.num_decoder_layers, row.source + row.target
-    macs = words = 2 * layers * positions * config.num_heads * config.d_kv
+    reads = _read(config.sites, lambda site: [(site.d_in, site.d_out)], crossbar, one)
+    # Scores and the sum of values: every position that an attention meets.
+    macs = words = sum(
+        2 * stack.layers * keys(attention, row) * attention.heads * attention.d_head
+        for stack in config.stacks.values()
+        if ("target" if generated else "source") in stack.reads
+        for attention in stack.attentions
+    )
     if generated and config.tied:
-        macs, words = macs + config.d_model * config.vocab_size, words + config.d_model * config.vocab_size
+        macs, words = macs + math.prod(config.head), words + math.prod(config.head)
     elif generated:
-        reads += counts(head(config), crossbar)
+        reads += counts(config.head, crossbar)
     if method.stays_in == "arrays":
         reads += _read(adapted, method.matrices, crossbar, one)
-    macs += sum(tokens(name, one) * site.layers * method.macs(site) for name, site in adapted.items())
-    words += sum(tokens(name, one) * site.layers * method.words(site) for name, site in adapted.items())
+    macs += sum(tokens(site.reads, one) * site.layers * method.macs(site) for site in adapted.values())
+    words += sum(tokens(site.reads, one) * site.layers * method.words(site) for site in adapted.values())
     return Work(reads, macs, words)
 
 
-def _stages(method: Method, config: T5Config, adapted: Mapping[str, Site]) -> dict[frozenset[tuple[Matrix, ...]], int]:
-    """Return what a generated token goes through: q, k and v side by side, o, the cross-attention's, and so on."""
-    chains: dict[str, set[tuple[Matrix, ...]]] = {}
-    for name, site in sites(config).items():
-        if tokens(name, Shape(1, 0, 1)):
-            module, _, last = name.rpartition(".")
-            stage = chains.setdefault(f"{module}.{'in' if last in 'qkv' or last.startswith('wi') else last}", set())
+def _stages(
+    method: Method, config: Architecture, adapted: Mapping[str, Site]
+) -> dict[frozenset[tuple[Matrix, ...]], int]:
+    """Return what a generated token goes through: in every layer one stage after the other, then the head."""
+    chains: dict[tuple[str, str], set[tuple[Matrix, ...]]] = {}
+    for name, site in config.sites.items():
+        if "target" in site.reads:
+            stage = chains.setdefault((stack_of(name), site.stage), set())
             stage.add(((site.d_in, site.d_out),))
             if name in adapted and method.stays_in == "arrays":
                 stage.add(tuple(method.matrices(site)[:2]))
-    stages = Counter({frozenset(stage): 0 for stage in chains.values()})
-    for stage in chains.values():
-        stages[frozenset(stage)] += config.num_decoder_layers
+    stages: Counter[frozenset[tuple[Matrix, ...]]] = Counter()
+    for (stack, _), stage in chains.items():
+        stages[frozenset(stage)] += config.stacks[stack].layers
     if not config.tied:
-        stages[frozenset({(head(config),)})] += 1
+        stages[frozenset({(config.head,)})] += 1
     return dict(stages)
 
 
@@ -218,8 +221,8 @@ def _read(
 ) -> Counts:
     """Return the counts of reading the sites' matrices with every token of a batch that meets them."""
     return _sum(
-        counts(matrix, crossbar) * (n * site.layers * tokens(name, shape))
-        for name, site in of.items()
+        counts(matrix, crossbar) * (n * site.layers * tokens(site.reads, shape))
+        for site in of.values()
         for matrix, n in Counter(matrices(site)).items()
     )
 

@@ -14,7 +14,7 @@ from ...crossbar import (
     write_cost,
 )
 from ...crossbar.cost.ranges import longest, total
-from ...models.t5.model import T5Config
+from ...models.architecture import Architecture
 from .activity import Activity, Work, activities
 from .options import CostOptions
 
@@ -62,7 +62,7 @@ class Bill(NamedTuple):
 
 
 def bills(
-    config: T5Config, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
+    config: Architecture, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
 ) -> dict[str, Bill]:
     """Return the bill of every method, by its name.
 

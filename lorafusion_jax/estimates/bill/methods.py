@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from ...models.sites import Site, sites, targeted
-from ...models.t5.model import T5Config
+from ...models.architecture import Architecture, Site, targeted
 from ..flops import Update
 from ..parameters import size, trainable
 from .options import CostOptions
@@ -48,7 +47,7 @@ class Method:
     shared: bool = False
 
 
-def methods(config: T5Config, options: CostOptions, *, steps: int) -> dict[str, Method]:
+def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, Method]:
     """Return every method by its name.
 
     Args:
@@ -140,12 +139,7 @@ def side_by_side(modules: int, rank: int) -> Callable[[Site], list[Matrix]]:
     return module(modules * rank)
 
 
-def base_matrices(config: T5Config) -> list[tuple[Matrix, int]]:
+def base_matrices(config: Architecture) -> list[tuple[Matrix, int]]:
     """Return the matrices that sit in arrays, and how often each shape occurs."""
-    found = [((site.d_in, site.d_out), site.layers) for site in sites(config).values()]
-    return found if config.tied else [*found, (head(config), 1)]
-
-
-def head(config: T5Config) -> Matrix:
-    """Return the shape of the head."""
-    return config.d_model, config.vocab_size
+    found = [((site.d_in, site.d_out), site.layers) for site in config.sites.values()]
+    return found if config.tied else [*found, (config.head, 1)]

@@ -15,7 +15,7 @@ class CostOptions:
       adapters: modules that are fused.
       rank: of every module, and of LoRA and DoRA.
       vera_rank: of VeRA's random matrices.
-      targets: the linear maps that are adapted, wherever they occur: of q k v o wi wi_0 wi_1 wo.
+      targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
       preset: of the arrays: isaac, puma, raella, neurram, or a .yaml or .json file.
       tokens_per_task: tokens that are generated before the next task comes.
       epochs: passes over the training rows.
@@ -30,7 +30,7 @@ class CostOptions:
     adapters: int = 20
     rank: int = 16
     vera_rank: int = Recipe.vera_rank
-    targets: tuple[str, ...] = Recipe.lora_targets
+    targets: tuple[str, ...] | None = None
     preset: str = "isaac"
     tokens_per_task: int = 1000
     epochs: int = Recipe.epochs

@@ -16,8 +16,8 @@ _parser: Any = importlib.import_module("re._parser")
 
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 30
-# For all patterns and texts of one file, about 4 seconds. A key of its own for each of T5-11B's 432 matrices, in both
-# patterns of an adapter, takes 4.3 million.
+# For all patterns and texts of one file, about 4 seconds. A key of its own for each of 432 matrices, in both patterns
+# of an adapter, takes 4.3 million.
 _MAX_STEPS = 10_000_000
 _CATEGORIES = {
     "DIGIT": str.isdecimal,

@@ -20,14 +20,14 @@ _WRAPPERS = re.compile(
 )
 _TRAINING_STATE = ("lora_velora_", "lora_monteclora_sampler")
 _OTHER_TENSORS = {
-    "lora_embedding_": "LoRA on an embedding, which T5 shares between encoder, decoder and often the head",
+    "lora_embedding_": "LoRA on an embedding, which stacks of the base and often its head share",
     "lora_diag": "KaSA",
     "trainable_tokens": "retrained rows of the embedding (trainable_token_indices)",
     "prompt_embeddings": "prompt or prefix tuning",
     "lora_": "a tensor that plain LoRA does not have",
 }
 MAGNITUDE = "lora_magnitude_vector"
-# The longest name in a T5 has 90 characters, with all wrappers 150.
+# The longest name in known models has 90 characters, with all wrappers 150.
 _MAX_NAME, _MAX_TENSORS = 400, 100_000
 _EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
 

@@ -7,64 +7,20 @@ pass the state as an argument to `jax.jit`, `jax.grad`, `jax.vmap`; nothing here
 Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..layers import Adapters, Base, FeedForward, RMSNorm
-from ..narrow import from_bits, to_bits
-from ..sites import sites
-from ..weights import PRODUCT, Weight, dense, matmul, scan_layers
+from ..architecture import Architecture
+from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
+from ..weights import dense, matmul
 from .attention import Attention, RelativeBias
-
-_REMAT_POLICIES = {
-    # Keeps the products with weights and recomputes the cheap rest: half the memory of saving everything
-    # at the same speed; the attention products have batch dimensions and are recomputed.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """Structure of a T5 and how to run it. Hashable, so it may be a static argument.
-
-    Attributes:
-      gated: gated GELU feed-forward (T5 1.1, FLAN) rather than ReLU (T5 1.0).
-      tied: the head is the embedding, transposed.
-      scale_logits: the decoder's output is multiplied by d_model ** -0.5 before the head.
-      dtype: of activations; weights are cast to it where they are used.
-      remat: what the backward pass keeps of a block: `dots`, everything (`none`) or nothing (`full`).
-      unroll: compile the layers one after the other instead of a loop; slower to compile, faster for few layers.
-    """
-
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
-    gated: bool = True
-    tied: bool = False
-    scale_logits: bool = False
-    buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
-    pad_id: int = 0
-    eos_id: int = 1
-    start_id: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["dots", "none", "full"] = "dots"
-    unroll: bool = False
+from .config import T5Config
+from .feed_forward import FeedForward
 
 
 class Cache(NamedTuple):
@@ -158,7 +114,9 @@ class T5(nnx.Module):
     """A T5 with T5's own random initialisation; `io.hf` fills it with pretrained weights."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        c = self.config = config
+        c = config
+        self.config: Architecture = config
+        self.scale_logits, self.start_id = c.scale_logits, c.start_id
         relative = {
             "buckets": c.buckets,
             "heads": c.num_heads,
@@ -188,6 +146,34 @@ class T5(nnx.Module):
         encoded = self.encode(input_ids, input_mask, adapters)
         return self.decode(decoder_ids, encoded, input_mask, adapters)
 
+    def variables(self) -> dict[str, Base]:
+        """Return the kernel of every site, and `head` unless it is tied (see `architecture.Model`)."""
+        modules = {"self": "self_attention", "cross": "cross_attention", "ff": "ff"}
+        found = {}
+        for site in self.config.sites:
+            stack, module, name = site.split(".")
+            found[site] = getattr(getattr(getattr(self, stack), modules[module]), name).kernel
+        return found if self.config.tied else found | {"head": self.head}
+
+    def label_logits(
+        self,
+        input_ids: Int[Array, "B S"],
+        input_mask: Bool[Array, "B S"],
+        labels: Int[Array, "B T"],
+        adapters: Adapters,
+    ) -> Float[Array, "B T V"]:
+        """Return the logits that predict each label, by teacher forcing."""
+        start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
+        return self(input_ids, input_mask, start, adapters)
+
+    def prompt(
+        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
+    ) -> tuple[Int[Array, " B"], Cache]:
+        """Encode the source; return the start token and a cache for `length` target positions."""
+        encoded = self.encode(input_ids, input_mask, adapters)
+        start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
+        return start, self.start_cache(encoded, length, adapters)
+
     def encode(
         self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], adapters: Adapters
     ) -> Float[Array, "B S D"]:
@@ -199,7 +185,7 @@ class T5(nnx.Module):
         def block(layer: EncoderBlock, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, mask, bias, adapters), None
 
-        x, _ = self._scan(block, self.encoder, self._embed(input_ids), _of_stack(adapters, "encoder"))
+        x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder"))
         return self.encoder_norm(x)
 
     def decode(
@@ -218,7 +204,7 @@ class T5(nnx.Module):
         def block(layer: DecoderBlock, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, encoded, mask, cross_mask, bias, adapters), None
 
-        x, _ = self._scan(block, self.decoder, self._embed(decoder_ids), _of_stack(adapters, "decoder"))
+        x, _ = self._scan(block, self.decoder, self._embed(decoder_ids), of_stack(adapters, "decoder"))
         return self._logits(x)
 
     def start_cache(self, encoded: Float[Array, "B S D"], length: int, adapters: Adapters) -> Cache:
@@ -227,7 +213,7 @@ class T5(nnx.Module):
         def block(layer: DecoderBlock, x: Array, adapters: Adapters) -> tuple[Array, tuple[Array, Array]]:
             return x, layer.cross_attention.keys_values(x, adapters)
 
-        _, (keys, values) = self._scan(block, self.decoder, encoded, _of_stack(adapters, "decoder"))
+        _, (keys, values) = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder"))
         layers, batch, heads, width, _ = keys.shape
         empty = jnp.zeros((layers, batch, heads, width, length), encoded.dtype)
         return Cache(empty, empty.swapaxes(3, 4), keys, values)
@@ -251,7 +237,7 @@ class T5(nnx.Module):
             x, layer_cache = layer.decode_token(x, layer_cache, position, mask, cross_mask, bias, adapters)
             return x, (layer_cache.keys, layer_cache.values)  # the source's do not change: no copy of them
 
-        xs = (_of_stack(adapters, "decoder"), cache)
+        xs = (of_stack(adapters, "decoder"), cache)
         x, (keys, values) = self._scan(block, self.decoder, self._embed(token[:, None]), xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
@@ -260,7 +246,7 @@ class T5(nnx.Module):
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         x = self.decoder_norm(x)
-        if self.config.scale_logits:
+        if self.scale_logits:
             x = x * self.config.d_model**-0.5
         if self.config.tied:
             return jnp.einsum("btd,vd->btv", x, dense(self.embedding[...], x.dtype))
@@ -269,44 +255,10 @@ class T5(nnx.Module):
     def _scan(
         self, block: Callable[..., tuple[Array, Any]], stacked: nnx.Module, x: Array, xs: Any
     ) -> tuple[Array, Any]:
-        """Run `block(layer, x, xs of the layer)` through the layers; return the last x and all outputs."""
-        graph, state = nnx.split(stacked)
-
-        def body(x: Any, layer: Any) -> tuple[Any, Any]:
-            x, (weights, of_layer) = from_bits((x, layer))
-            return to_bits(block(nnx.merge(graph, weights), x, of_layer))
-
-        if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        return from_bits(scan_layers(body, *to_bits((x, (state, xs))), unroll=self.config.unroll))
+        return scan_blocks(block, stacked, x, xs, remat=self.config.remat, unroll=self.config.unroll)
 
 
-def kernels(model: T5) -> dict[str, Weight]:
-    """Return the kernel of every site, [L, d_in, d_out], in the order of `sites.sites`."""
-    return {site: variable.get_value() for site, variable in _variables(model).items()}
-
-
-def matrices(model: T5) -> dict[str, Weight]:
-    """Return every weight that multiplies activations: the kernels, and `head` [D, V] where it is not tied."""
-    return kernels(model) | ({} if model.config.tied else {"head": model.head.get_value()})
-
-
-def set_matrices(model: T5, weights: Mapping[str, Weight]) -> None:
-    """Put other weights in place of some of those that `matrices` returns."""
-    variables = _variables(model) | ({} if model.config.tied else {"head": model.head})
-    for name, weight in weights.items():
-        variables[name].set_value(weight)
-
-
-def _variables(model: T5) -> dict[str, Base]:
-    modules = {"self": "self_attention", "cross": "cross_attention", "ff": "ff"}
-    found = {}
-    for site in sites(model.config):
-        stack, module, name = site.split(".")
-        found[site] = getattr(getattr(getattr(model, stack), modules[module]), name).kernel
-    return found
-
-
-def _of_stack(adapters: Adapters, stack: str) -> Mapping[str, Any]:
-    prefix = f"{stack}."
-    return {site.removeprefix(prefix): a for site, a in adapters.items() if site.startswith(prefix)}
+def decoder_inputs(labels: Int[Array, "B T"], *, start_id: int, pad_id: int) -> Int[Array, "B T"]:
+    """Return the labels shifted right behind the start token, ignored ones as padding."""
+    shifted = jnp.roll(jnp.where(labels < 0, pad_id, labels), 1, axis=1)
+    return shifted.at[:, 0].set(start_id)

@@ -1,0 +1,324 @@
+"""What a family of models says about itself. The rest of the package follows from it.
+
+A *site* is one linear map of a block, stacked over the layers of its stack. Its name begins with the stack's and
+ends with the map's own: `reader.attention.query`. Site and layer together name one matrix of the model, which has a
+module path in Hugging Face's files.
+
+To add a family: a dataclass that extends `Architecture`, a module that fulfils `Model`, a `Family` that brings them
+together, and its line in `families.FAMILIES`.
+
+Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from .layers import Adapters, Base
+from .weights import Weight
+
+# The tokens of a row: those that are given, and those that the model answers with.
+Part = Literal["source", "target"]
+Parts = tuple[Part, ...]
+# The axis of a matrix that a mesh of devices splits.
+Split = Literal["columns", "rows"]
+
+
+class Attention(NamedTuple):
+    """One attention of a block.
+
+    Attributes:
+      reads: the tokens whose keys and values it meets.
+      heads: number of heads of the queries.
+      kv_heads: number of heads of keys and values.
+      d_head: width of a head.
+    """
+
+    reads: Parts
+    heads: int
+    kv_heads: int
+    d_head: int
+
+
+class Stack(NamedTuple):
+    """Blocks of one kind, one after the other.
+
+    Attributes:
+      layers: number of blocks.
+      reads: the tokens that run through it; the last stack reads `target`.
+      attentions: attentions of a block.
+      d_ff: widest activation within a block.
+      elementwise: numbers a token that a block's norms and activation functions keep for the backward pass, where
+        nothing is recomputed.
+    """
+
+    layers: int
+    reads: Parts
+    attentions: tuple[Attention, ...]
+    d_ff: int
+    elementwise: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One linear map, stacked over the `layers` of its stack: kernels [layers, d_in, d_out].
+
+    Attributes:
+      layers: number of layers.
+      d_in: input width.
+      d_out: output width.
+      path: Hugging Face's module path, with `{layer}` in place of the layer's number.
+      reads: the tokens that it multiplies.
+      split: the axis that a mesh of devices splits. After one that is split by rows, devices sum.
+      stage: a name that sites of one stack share if none of them waits for another.
+    """
+
+    layers: int
+    d_in: int
+    d_out: int
+    path: str = dataclasses.field(default="", repr=False)
+    reads: Parts = dataclasses.field(default=("target",), repr=False)
+    split: Split = dataclasses.field(default="columns", repr=False)
+    stage: str = dataclasses.field(default="", repr=False)
+
+    def path_of(self, layer: int) -> str:
+        """Return Hugging Face's module path of one layer's matrix."""
+        return self.path.format(layer=layer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Structure of a model and how to run it. Hashable, so it may be a static argument.
+
+    A family extends it with fields of its own, and with `stacks` and `sites`.
+
+    Attributes:
+      family: name in `families.FAMILIES`.
+      targets: last names of the sites that methods without a pool adapt unless told otherwise.
+      splits: how a mesh splits matrices that are not kernels of sites, by a name in their path in the model's state.
+      tied: the head is the embedding, transposed.
+      dtype: of activations; weights are cast to it where they are used.
+      remat: what the backward pass keeps of a block: `dots`, everything (`none`) or nothing (`full`).
+      unroll: compile the layers one after the other instead of a loop; slower to compile, faster for few layers.
+    """
+
+    family: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]
+    splits: ClassVar[Mapping[str, Split]] = {"embedding": "rows", "head": "columns"}
+
+    vocab_size: int
+    d_model: int
+    tied: bool = False
+    pad_id: int = 0
+    eos_id: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["dots", "none", "full"] = "dots"
+    unroll: bool = False
+
+    @functools.cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The stacks by name, in the order of the computation."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """Every site by name, in the order of the computation, stack by stack."""
+        raise NotImplementedError
+
+    @property
+    def presumed_tied(self) -> bool:
+        """Whether the head is tied, as far as the configuration shows it without the weights."""
+        return self.tied
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks of all stacks."""
+        return sum(stack.layers for stack in self.stacks.values())
+
+    @property
+    def head(self) -> tuple[int, int]:
+        """Shape of the head."""
+        return self.d_model, self.vocab_size
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A model: an NNX module that holds the frozen base weights. Adapters are an argument of its methods."""
+
+    config: Architecture
+
+    def variables(self) -> dict[str, Base]:
+        """Return the variables that multiply activations.
+
+        Every site's kernel [L, d_in, d_out], in the order of `Architecture.sites`, and `head` [D, V] unless it is tied.
+        """
+        ...
+
+    def label_logits(
+        self,
+        input_ids: Int[Array, "B S"],
+        input_mask: Bool[Array, "B S"],
+        labels: Int[Array, "B T"],
+        adapters: Adapters,
+    ) -> Float[Array, "B T V"]:
+        """Return the logits that predict each label, from the source and the labels before it.
+
+        A negative label is not a target: what is predicted there does not count.
+        """
+        ...
+
+    def prompt(
+        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
+    ) -> tuple[Int[Array, " B"], Any]:
+        """Read the source; return the token that generation continues from, and a cache for `length` new tokens."""
+        ...
+
+    def decode_token(
+        self,
+        token: Int[Array, " B"],
+        position: Int[Array, ""],
+        cache: Any,
+        input_mask: Bool[Array, "B S"],
+        adapters: Adapters,
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """Return the logits that follow `token`, the `position`-th that `decode_token` is given, and the new cache."""
+        ...
+
+
+class Slot(NamedTuple):
+    """A variable of the model and the tensors that fill it: one for each layer if it is stacked, else a single one.
+
+    Attributes:
+      variable: the variable.
+      names: names of the tensors in Hugging Face's files.
+      stacked: whether its first axis is the layers'.
+      transposed: whether files hold [d_out, d_in].
+    """
+
+    variable: Base
+    names: list[str]
+    stacked: bool = False
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in Hugging Face's layout."""
+        shape = self.variable.shape[1:] if self.stacked else self.variable.shape
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """How Hugging Face's files hold a family's weights, besides the kernels, whose names the sites give.
+
+    Attributes:
+      embedding: name of the embedding's tensor.
+      head: name of the head's tensor; a file of a tied model may lack it.
+      copies: other names under which files repeat the embedding.
+      unused: tensors that no layer reads.
+      others: from a model to the slots of its embedding, norms and so on.
+    """
+
+    embedding: str
+    head: str
+    copies: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    others: Callable[[Any], list[Slot]]
+
+    def slots(self, model: Model) -> list[Slot]:
+        """Return every variable of the model with the tensors that fill it."""
+        variables, slots = model.variables(), self.others(model)
+        if "head" in variables:
+            slots.append(Slot(variables["head"], [self.head], transposed=True))
+        for name, site in model.config.sites.items():
+            names = [f"{site.path_of(layer)}.weight" for layer in range(site.layers)]
+            slots.append(Slot(variables[name], names, stacked=True, transposed=True))
+        return slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+      name: of the family.
+      members: names of its models, for messages.
+      model_types: values of `model_type` in a config.json that `read_config` understands or refuses with a reason.
+      config: the family's dataclass.
+      read_config: from the content of a config.json to the structure; raises ValueError without naming the file.
+      model: from (config, rngs=) to a randomly initialised model.
+      checkpoint: layout of its files.
+      task_type: PEFT's name of what the models do.
+      shapes: known sizes by name.
+    """
+
+    name: str
+    members: str
+    model_types: tuple[str, ...]
+    config: type[Architecture]
+    read_config: Callable[[Mapping[str, Any]], Architecture]
+    model: Callable[..., Model]
+    checkpoint: Checkpoint
+    task_type: str
+    shapes: Mapping[str, Architecture]
+
+    def abstract(self, config: Architecture) -> Model:
+        """Return a model whose variables have shapes but no values."""
+        return nnx.eval_shape(lambda: self.model(config, rngs=nnx.Rngs(0)))
+
+
+def kernels(model: Model) -> dict[str, Weight]:
+    """Return the kernel of every site, [L, d_in, d_out], in the order of `Architecture.sites`."""
+    found = matrices(model)
+    return {name: found[name] for name in model.config.sites}
+
+
+def matrices(model: Model) -> dict[str, Weight]:
+    """Return every weight that multiplies activations: the kernels, and `head` [D, V] where it is not tied."""
+    return {name: variable.get_value() for name, variable in model.variables().items()}
+
+
+def set_matrices(model: Model, weights: Mapping[str, Weight]) -> None:
+    """Put other weights in place of some of those that `matrices` returns."""
+    variables = model.variables()
+    for name, weight in weights.items():
+        variables[name].set_value(weight)
+
+
+def targeted(config: Architecture, targets: Collection[str] | None, option: str = "targets") -> dict[str, Site]:
+    """Return the sites whose linear map, wherever it occurs, is one of `targets`.
+
+    Args:
+      config: of the model.
+      targets: last names of sites; None for the family's own choice.
+      option: what a message calls them.
+
+    Raises:
+      ValueError: there are no targets, or the model does not have one.
+    """
+    targets = config.targets if targets is None else targets
+    there = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
+    if not targets or set(targets) - there.keys():
+        usual = " ".join(config.targets)
+        raise ValueError(f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(there)}, such as {usual}")
+    return {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}
+
+
+@functools.lru_cache(maxsize=16)
+def places(config: Architecture) -> Mapping[str, tuple[str, int]]:
+    """Return (site, layer) of every matrix that an adapter may sit on, by its Hugging Face module path."""
+    return {site.path_of(layer): (name, layer) for name, site in config.sites.items() for layer in range(site.layers)}
+
+
+def linear_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of every adaptable matrix by its Hugging Face module path."""
+    return {path: (config.sites[name].d_in, config.sites[name].d_out) for path, (name, _) in places(config).items()}
+
+
+def stack_of(site: str) -> str:
+    """Return the name of a site's stack."""
+    return site.partition(".")[0]

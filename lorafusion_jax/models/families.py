@@ -1,0 +1,44 @@
+"""The families of models that the package loads: one line for each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import t5
+from .architecture import Architecture, Family, Model
+
+# The first is the family of pools that were converted before manifests named one.
+FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY,)}
+
+
+def family_of(config: Architecture) -> Family:
+    """Return the family that a structure belongs to."""
+    return FAMILIES[config.family]
+
+
+def abstract_model(config: Architecture) -> Model:
+    """Return a model of this structure whose variables have shapes but no values."""
+    return family_of(config).abstract(config)
+
+
+def shapes() -> dict[str, Architecture]:
+    """Return the known sizes of all families by name."""
+    return {name: config for family in FAMILIES.values() for name, config in family.shapes.items()}
+
+
+def family_of_json(raw: Mapping[str, Any]) -> Family:
+    """Return the family that the content of a Hugging Face config.json belongs to.
+
+    Raises:
+      ValueError: no family has such a `model_type`.
+    """
+    kind = raw.get("model_type")
+    for family in FAMILIES.values():
+        if kind in family.model_types:
+            return family
+    members = "; ".join(family.members for family in FAMILIES.values())
+    raise ValueError(f"model_type is {kind!r}: wanted a {members}")
+
+
+def recorded_config(base: Mapping[str, Any]) -> Architecture:
+    """Return the structure that the manifest of a converted pool records of its base."""
+    return FAMILIES[base.get("family", next(iter(FAMILIES)))].config(**base["config"])

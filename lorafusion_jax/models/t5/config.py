@@ -1,0 +1,157 @@
+"""The structure of a T5: its sizes, its stacks and its sites, from Hugging Face's config.json or by name."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..architecture import Architecture, Attention, Parts, Site, Split, Stack
+
+_MODULES = {
+    ("encoder", "self"): "layer.0.SelfAttention",
+    ("encoder", "ff"): "layer.1.DenseReluDense",
+    ("decoder", "self"): "layer.0.SelfAttention",
+    ("decoder", "cross"): "layer.1.EncDecAttention",
+    ("decoder", "ff"): "layer.2.DenseReluDense",
+}
+_SOURCE: Parts = ("source",)
+_TARGET: Parts = ("target",)
+_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
+_LARGEST = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config(Architecture):
+    """Structure of a T5 and how to run it.
+
+    Attributes:
+      gated: gated GELU feed-forward (T5 1.1, FLAN) rather than ReLU (T5 1.0).
+      scale_logits: the decoder's output is multiplied by d_model ** -0.5 before the head.
+    """
+
+    family: ClassVar[str] = "t5"
+    targets: ClassVar[tuple[str, ...]] = ("q", "v")
+    splits: ClassVar[Mapping[str, Split]] = {**Architecture.splits, "table": "columns"}
+
+    d_kv: int
+    d_ff: int
+    num_heads: int
+    num_layers: int
+    num_decoder_layers: int
+    gated: bool = True
+    scale_logits: bool = False
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    start_id: int = 0
+
+    @functools.cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """Encoder and decoder."""
+
+        def attention(reads: Parts) -> Attention:
+            return Attention(reads, self.num_heads, self.num_heads, self.d_kv)
+
+        def stack(layers: int, reads: Parts, *attentions: Attention) -> Stack:
+            # Each sublayer's norm keeps its input twice; a gated feed-forward keeps four numbers for each of its own.
+            norms = 2 * (len(attentions) + 1) * self.d_model
+            return Stack(layers, reads, attentions, self.d_ff, norms + (4 if self.gated else 1) * self.d_ff)
+
+        return {
+            "encoder": stack(self.num_layers, _SOURCE, attention(_SOURCE)),
+            "decoder": stack(self.num_decoder_layers, _TARGET, attention(_TARGET), attention(_SOURCE)),
+        }
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """Every linear map, such as `encoder.self.q`, `decoder.cross.v` and `encoder.ff.wi_0`."""
+        inner = self.num_heads * self.d_kv
+        wi = ("wi_0", "wi_1") if self.gated else ("wi",)
+        shapes = dict.fromkeys("qkv", (self.d_model, inner)) | {"o": (inner, self.d_model)}
+        ff = dict.fromkeys(wi, (self.d_model, self.d_ff)) | {"wo": (self.d_ff, self.d_model)}
+        found = {}
+        for (stack, module), path in _MODULES.items():
+            for name, (d_in, d_out) in (ff if module == "ff" else shapes).items():
+                last = name in ("o", "wo")
+                # The decoder reads keys and values of the source at every layer.
+                of_source = stack == "encoder" or (module == "cross" and name in ("k", "v"))
+                found[f"{stack}.{module}.{name}"] = Site(
+                    self.stacks[stack].layers,
+                    d_in,
+                    d_out,
+                    path=f"{stack}.block.{{layer}}.{path}.{name}",
+                    reads=_SOURCE if of_source else _TARGET,
+                    split="rows" if last else "columns",
+                    stage=f"{module} out" if last else f"{module} in",
+                )
+        return found
+
+    @property
+    def presumed_tied(self) -> bool:
+        """Whether the head is tied, as far as the configuration shows it without the weights.
+
+        transformers 5 writes that FLAN's head is tied, which it is not. In every T5 a tied head has scaled logits.
+        """
+        return self.tied and self.scale_logits
+
+
+def read_config(raw: Mapping[str, Any]) -> T5Config:
+    """Return the structure that a config.json describes, as transformers 4 and 5 write it.
+
+    Raises:
+      ValueError: the model is of another kind, or a size is missing.
+    """
+    kind, activation = raw["model_type"], raw.get("feed_forward_proj", "relu")
+    if kind == "umt5":
+        raise ValueError(
+            "model_type is 'umt5', whose every layer has a relative bias of its own: "
+            "wanted a T5 1.0, T5 1.1, FLAN-T5 or mT5"
+        )
+    if activation not in ("relu", "gated-gelu"):
+        raise ValueError(f"feed_forward_proj is {activation!r}: wanted 'relu' or 'gated-gelu'")
+    for field in _SIZES:
+        value = raw.get(field, "missing")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            raise ValueError(f"{field} is {str(value)[:100]}: wanted an integer from 1 to {_LARGEST:,}")
+    says_tied = raw.get("tie_word_embeddings", kind == "t5")
+    return T5Config(
+        **{field: raw[field] for field in _SIZES},
+        num_decoder_layers=raw.get("num_decoder_layers") or raw["num_layers"],
+        gated=activation == "gated-gelu",
+        tied=says_tied,
+        # transformers 5 says it outright; before, it went with the tied head, and mT5 never did.
+        scale_logits=raw.get("scale_decoder_outputs", says_tied and kind == "t5"),
+        buckets=raw.get("relative_attention_num_buckets", 32),
+        max_distance=raw.get("relative_attention_max_distance", 128),
+        eps=raw.get("layer_norm_epsilon", 1e-6),
+        pad_id=raw.get("pad_token_id", 0),
+        eos_id=raw.get("eos_token_id", 1),
+        start_id=raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
+    )
+
+
+def _shape(d_model: int, d_ff: int, heads: int, layers: int, *, flan: bool) -> T5Config:
+    return T5Config(
+        vocab_size=32128,
+        d_model=d_model,
+        d_kv=64,
+        d_ff=d_ff,
+        num_heads=heads,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        gated=flan,
+        tied=not flan,
+        scale_logits=not flan,
+    )
+
+
+SHAPES = {
+    "flan-t5-small": _shape(512, 1024, 6, 8, flan=True),
+    "flan-t5-base": _shape(768, 2048, 12, 12, flan=True),
+    "flan-t5-large": _shape(1024, 2816, 16, 24, flan=True),
+    "flan-t5-xl": _shape(2048, 5120, 32, 24, flan=True),
+    "flan-t5-xxl": _shape(4096, 10240, 64, 24, flan=True),
+    "t5-small": _shape(512, 2048, 8, 6, flan=False),
+    "t5-base": _shape(768, 3072, 12, 12, flan=False),
+    "t5-large": _shape(1024, 4096, 16, 24, flan=False),
+}
