@@ -33,7 +33,7 @@ class PairConfig(Architecture):
 
     @functools.cached_property
     def stacks(self):
-        attention = Attention(("source",), heads=1, kv_heads=1, d_head=self.d_model)
+        attention = Attention(("source",), heads=2, kv_heads=2, d_head=self.d_model // 2)
         return {
             "reader": Stack(self.reader_layers, ("source",), (), self.d_ff, 2 * self.d_model + self.d_ff),
             "writer": Stack(self.writer_layers, ("target",), (attention,), self.d_ff, 4 * self.d_model + self.d_ff),
@@ -94,9 +94,11 @@ class Writer(nnx.Module):
         self.mix = Mix("writer", config, rngs=rngs)
 
     def __call__(self, x, memory, mask, adapters):
-        scores = jnp.matmul(self.query(self.norm(x), adapters), memory.swapaxes(1, 2)) * x.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e9), axis=-1)
-        return self.mix(x + self.back(jnp.matmul(weights, memory), adapters), adapters)
+        query, memory = (a.reshape(*a.shape[:2], 2, -1) for a in (self.query(self.norm(x), adapters), memory))
+        scores = jnp.einsum("bthk,bshk->bhts", query, memory)
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e9), axis=-1)
+        heard = jnp.einsum("bhts,bshk->bthk", weights, memory).reshape(x.shape)
+        return self.mix(x + self.back(heard, adapters), adapters)
 
 
 class Pair(nnx.Module):

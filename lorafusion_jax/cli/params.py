@@ -20,14 +20,14 @@ class ParamsOptions:
       adapters: how many modules are fused.
       rank: of LoRA and DoRA.
       vera_rank: of VeRA, whose two random matrices all sites share.
-      targets: the linear maps that are adapted, wherever they occur: of q k v o wi wi_0 wi_1 wo.
+      targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
     """
 
     shape: str = "flan-t5-large"
     adapters: int = 20
     rank: int = 16
     vera_rank: int = 128
-    targets: tuple[str, ...] = ("q", "v")
+    targets: tuple[str, ...] | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
