@@ -34,7 +34,7 @@ from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool
 from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.families import shapes
+from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.models.t5 import T5
 from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
@@ -46,7 +46,7 @@ _STEPS = 3
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=list(shapes()), default="flan-t5-large", help="of the base model")
+    parser.add_argument("--shape", choices=list(known_shapes()), default="flan-t5-large", help="of the base model")
     parser.add_argument("--adapters", type=int, default=196, help="in the pool")
     parser.add_argument("--modules", type=int, default=20, help="that one fusion mixes")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)

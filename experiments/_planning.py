@@ -13,7 +13,7 @@ from lorafusion_jax import read_config
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.plan import MODULES, describe, pool_shape
 from lorafusion_jax.estimates.workload import workload
-from lorafusion_jax.models.families import shapes
+from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.tasks import load_task, load_tokenizer
 from lorafusion_jax.training.seeds import default_path
 
@@ -27,8 +27,8 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
     Raises:
       ValueError: as `run_matrix` does.
     """
-    shaped = options.base in shapes()
-    config = shapes()[options.base] if shaped else read_config(options.base)
+    shaped = options.base in known_shapes()
+    config = known_shapes()[options.base] if shaped else read_config(options.base)
     tokenizer = None if shaped else load_tokenizer(options.base)
     rank, size = pool_shape(Path(options.pool))
     todo = list(jobs(options, entries, check_pool=bool(size)))

@@ -20,7 +20,7 @@ from lorafusion_jax import cli
 from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants, write_cost
 from lorafusion_jax.estimates.bill import Bill, Comparison, CostOptions, activities, comparisons, installed_once, price
 from lorafusion_jax.estimates.bill.show import constants_table, markdown, number, quantity, tables
-from lorafusion_jax.models.families import shapes
+from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 
@@ -60,14 +60,14 @@ class Billed:
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    if unknown := [shape for shape in options.shapes if shape not in shapes()]:
-        raise ValueError(f"no shapes {', '.join(unknown)}: choose of {', '.join(shapes())}")
+    if unknown := [shape for shape in options.shapes if shape not in known_shapes()]:
+        raise ValueError(f"no shapes {', '.join(unknown)}: choose of {', '.join(known_shapes())}")
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = []
     for shape in options.shapes:
         for preset in options.presets:
             asked = CostOptions(shape=shape, preset=preset, adapters=options.adapters, rank=options.rank)
-            config, crossbar = shapes()[shape], load_config(preset)
+            config, crossbar = known_shapes()[shape], load_config(preset)
             of = {activity.method: activity for activity in activities(config, crossbar, asked)}
             written = installed_once(config, crossbar, asked)
             found.append(

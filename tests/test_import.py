@@ -24,7 +24,7 @@ _MAY_IMPORT = {
     "columns": set(),
     "files": set(),
     "checks": set(),
-    "models": {"crossbar", "adapters"},
+    "models": {"crossbar"},
     "adapters": {"crossbar", "models"},
     "io": {"crossbar", "models", "adapters"},
     "training": {"crossbar", "models", "adapters", "io", "tasks", "methods", "runs", "hardware"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checks import at_least
 from ..io.hf import read_config
 from ..models.architecture import Architecture, targeted
-from ..models.families import shapes
+from ..models.families import known_shapes
 from .parameters import size, trainable
 
 
@@ -54,11 +54,12 @@ def shape_config(shape: str) -> Architecture:
     Raises:
       ValueError: a shape that is none of these; and as `read_config` does.
     """
-    if shape in shapes():
-        return shapes()[shape]
+    if shape in known_shapes():
+        return known_shapes()[shape]
     if "/" not in shape and not Path(shape).exists():
         raise ValueError(
-            f"no shape {shape!r}: choose one of {', '.join(shapes())}, or give the folder or hub id of a base model"
+            f"no shape {shape!r}: choose one of {', '.join(known_shapes())}, "
+            "or give the folder or hub id of a base model"
         )
     config = read_config(shape)
     return dataclasses.replace(config, tied=config.presumed_tied)

@@ -10,8 +10,8 @@ import jax
 
 from ..columns import markdown
 from ..io.pool import read_manifest
-from ..models.families import shapes
 from ..models.architecture import Architecture
+from ..models.families import known_shapes
 from ..runs.options import FuseOptions
 from ..runs.prepare import available, check
 from ..tasks import load_task, load_tokenizer
@@ -124,7 +124,7 @@ def describe_run(options: FuseOptions) -> str:
     work = workload(
         task,
         recipe,
-        tokenizer=None if options.base in shapes() else load_tokenizer(options.base),
+        tokenizer=None if options.base in known_shapes() else load_tokenizer(options.base),
         train_rows=options.train_rows,
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

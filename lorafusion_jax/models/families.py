@@ -20,7 +20,7 @@ def abstract_model(config: Architecture) -> Model:
     return family_of(config).abstract(config)
 
 
-def shapes() -> dict[str, Architecture]:
+def known_shapes() -> dict[str, Architecture]:
     """Return the known sizes of all families by name."""
     return {name: config for family in FAMILIES.values() for name, config in family.shapes.items()}
 

@@ -12,9 +12,9 @@ from flax import nnx
 
 from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.crossbar import Segments
+from lorafusion_jax.models import layers
 from lorafusion_jax.models.architecture import kernels, set_matrices
 from lorafusion_jax.models.narrow import from_bits, kept, to_bits
-from lorafusion_jax.models.t5 import model as t5
 from lorafusion_jax.models.weights import dense, quantise
 
 _LAYERS, _WIDTH = 6, 64
@@ -105,7 +105,7 @@ def test_a_model_of_several_kinds_of_weights(monkeypatch, remat):
         return jax.jit(lambda *given: jax.value_and_grad(loss)(*given))(jnp.array([0.2, 0.5, 0.3]), base)
 
     with_bits = both()
-    monkeypatch.setattr(t5, "to_bits", lambda tree: tree)
+    monkeypatch.setattr(layers, "to_bits", lambda tree: tree)
     without = both()
     assert np.all(np.abs(without[1]) > 0)
     for a, b in zip(with_bits, without, strict=True):
