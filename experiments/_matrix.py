@@ -30,8 +30,8 @@ class MatrixOptions:
     Attributes:
       base: the base model, a folder or hub id.
       pool: a converted pool, or a folder of PEFT adapters.
-      task: task folders or files.
-      method: rows of the table; all by default.
+      tasks: task folders or files.
+      methods: rows of the table; all by default.
       seeds: each draws modules, starts and orders of rows.
       leagues: rows to learn from: 95 and 5 for validation, or LoraHub's 5.
       modules: that a seed draws from the pool.
@@ -46,8 +46,8 @@ class MatrixOptions:
 
     base: str
     pool: str
-    task: tuple[str, ...]
-    method: tuple[str, ...] = ()
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     leagues: tuple[League, ...] = ("95+5",)
     modules: int = PRESETS["default"].modules
@@ -105,15 +105,15 @@ def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
 
 def jobs(options: MatrixOptions, entries: Mapping[str, Entry], *, check_pool: bool = True) -> Iterator[Job]:
     """Yield the programs of a matrix, task by task; errors are those of `run_matrix`."""
-    chosen = options.method or tuple(entries)
+    chosen = options.methods or tuple(entries)
     if unknown := [method for method in chosen if method not in entries]:
         raise ValueError(f"no method {', '.join(unknown)}: choose of {'; '.join(entries)}")
-    if not options.task:
-        raise ValueError("no task: give at least one with --task")
+    if not options.tasks:
+        raise ValueError("no task: give at least one with --tasks")
     if check_pool:
         _check_pool(options, [entries[method] for method in chosen])
     for league in options.leagues:
-        for task in options.task:
+        for task in options.tasks:
             name = Path(task).stem if Path(task).is_file() else Path(task).name
             for method in chosen:
                 yield Job(name, method, league, _fuse_options(options, task, name, method, league, entries[method]))

@@ -1,8 +1,8 @@
 """Ablations of fusion, its controls, and the data-free merges of PEFT, on the embedded small pool.
 
     python experiments/ablations.py                                  # all groups
-    python experiments/ablations.py --group modules controls         # some of them
-    python experiments/ablations.py --group modules --counts 5 20 100 --base BASE --pool POOL --task TASK
+    python experiments/ablations.py --groups modules controls         # some of them
+    python experiments/ablations.py --groups modules --counts 5 20 100 --base BASE --pool POOL --tasks TASK
 
 Every setting is a row of a table beside plain fusion, at fusion's learning rates. Results are rows of
 OUT/results.jsonl; interrupted, the same command goes on.
@@ -37,13 +37,13 @@ class AblationOptions(SmallPoolOptions):
     """What to vary.
 
     Attributes:
-      group: the settings to vary; all by default.
+      groups: the settings to vary; all by default.
       counts: modules that a seed draws, in the group modules.
       examples: rows to learn from, in the group examples.
       out: folder of results.jsonl and the runs; what is there already is not run again.
     """
 
-    group: tuple[Group, ...] = get_args(Group)
+    groups: tuple[Group, ...] = get_args(Group)
     counts: tuple[int, ...] = (1, 2, 5, 10, 20, 28)
     examples: tuple[int, ...] = (5, 10, 20, 50, 100)
     out: Path = ROOT / "runs" / "ablations"
@@ -51,7 +51,7 @@ class AblationOptions(SmallPoolOptions):
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(AblationOptions, args=list(arguments), description=__doc__)
-    for group in options.group:
+    for group in options.groups:
         entries = entries_of(group, options)
         within = dataclasses.replace(options, out=options.out / group)
         if options.plan:

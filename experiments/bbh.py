@@ -31,7 +31,7 @@ class BBHOptions(MatrixOptions):
       bbh: folder of BIG-Bench Hard's JSON files, to be split by `split`.
       split: index file of the split.
       data: folder of tasks that are split already, LoraHub's data_bbh, instead of both.
-      task: names of tasks; all by default.
+      tasks: names of tasks; all by default.
       out: folder of results.jsonl, the runs, and the split.
     """
 
@@ -39,7 +39,7 @@ class BBHOptions(MatrixOptions):
     bbh: Path | None = None
     split: Path | None = None
     data: Path | None = None
-    task: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     out: Path = ROOT / "runs" / "bbh"
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         if overlap := prompt_overlap(load_task(folder)):
             rows = ", ".join(map(str, overlap))
             print(f"{folder.name}: prompts of the test set that are also among the training rows: {rows}")
-    matrix = dataclasses.replace(options, task=tuple(map(str, folders)))
+    matrix = dataclasses.replace(options, tasks=tuple(map(str, folders)))
     if options.plan:
         print_matrix_plan(matrix, METHODS)
         return
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] = ()) -> None:
 def _folders(options: BBHOptions) -> list[Path]:
     if options.data is not None and options.bbh is None and options.split is None:
         there = sorted(path for path in options.data.iterdir() if path.is_dir())
-        if unknown := set(options.task) - {path.name for path in there}:
+        if unknown := set(options.tasks) - {path.name for path in there}:
             raise ValueError(f"{options.data} has no task {', '.join(sorted(unknown))}")
-        return [path for path in there if not options.task or path.name in options.task]
+        return [path for path in there if not options.tasks or path.name in options.tasks]
     if options.data is None and options.bbh is not None and options.split is not None:
-        return write_lorahub_split(options.bbh, options.split, options.out / "data_bbh", options.task or None)
+        return write_lorahub_split(options.bbh, options.split, options.out / "data_bbh", options.tasks or None)
     raise ValueError("say where the tasks are: --bbh with --split, or --data alone")
 
 

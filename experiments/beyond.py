@@ -1,8 +1,8 @@
 """Ideas beyond the paper on the embedded pool, each with no more row passes than plain fusion.
 
     python experiments/beyond.py                             # runs what is missing, then writes the reports
-    python experiments/beyond.py --idea rank prune           # some ideas only
-    python experiments/beyond.py --idea gauss-newton --task examples/small/tasks/double_digit --seeds 1 2
+    python experiments/beyond.py --ideas rank prune           # some ideas only
+    python experiments/beyond.py --ideas gauss-newton --tasks examples/small/tasks/double_digit --seeds 1 2
 
     rank           keep the modules of all 28 that one backward pass at c = 0 ranks highest, and fuse one epoch less
     start          start from that gradient, one epoch less
@@ -46,16 +46,16 @@ class BeyondOptions:
     """What is run.
 
     Attributes:
-      task: task folders or files.
-      idea: which ideas, beside what they are compared with; all by default.
+      tasks: task folders or files.
+      ideas: which ideas, beside what they are compared with; all by default.
       seeds: each draws modules, starts and orders of rows; all run as one program.
       epochs: of plain fusion, which sets the row passes of every idea.
       test_rows: evaluate on the first rows only.
       out: folder of results.jsonl and the reports; what is there already is not run again.
     """
 
-    task: tuple[str, ...] = tuple(str(SMALL / "tasks" / name) for name in TASKS)
-    idea: tuple[Idea, ...] = ()
+    tasks: tuple[str, ...] = tuple(str(SMALL / "tasks" / name) for name in TASKS)
+    ideas: tuple[Idea, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     epochs: int = PRESETS["default"].epochs
     test_rows: int | None = None
@@ -123,11 +123,11 @@ def run(options: BeyondOptions) -> Path:
     Raises:
       ValueError: no task or seed; the file holds rows of other settings; and as `prepare` does.
     """
-    if not options.task or not options.seeds:
-        raise ValueError("no task or no seed: give at least one of each with --task and --seeds")
+    if not options.tasks or not options.seeds:
+        raise ValueError("no task or no seed: give at least one of each with --tasks and --seeds")
     file = options.out / "results.jsonl"
     have = {(row["task"], row["method"], row["seed"]): row for row in (read_rows(file) if file.exists() else [])}
-    jobs = [(Path(task), *pair) for task in options.task for pair in variants(options.idea).items()]
+    jobs = [(Path(task), *pair) for task in options.tasks for pair in variants(options.ideas).items()]
     began = time.perf_counter()
     for number, (task, name, variant) in enumerate(jobs, start=1):
         missing = tuple(seed for seed in options.seeds if (task.stem, name, seed) not in have)

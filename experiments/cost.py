@@ -1,7 +1,7 @@
 """What a new task costs on arrays: every method's bill for several base models and kinds of array.
 
     python experiments/cost.py                          # FLAN-T5-small, base, large on isaac, puma, neurram
-    python experiments/cost.py --shapes t5-base --presets raella --constants mine.yaml
+    python experiments/cost.py --shapes t5-base --crossbars raella --constants mine.yaml
 
 Written to the folder: table.md (LoRA in cells against LoRAFusion, then every bill), table.csv (one line for each
 quantity of a method, in joules, seconds and counts), and a plot for each shape. No weights are loaded; seconds.
@@ -33,16 +33,16 @@ class Options:
 
     Attributes:
       shapes: of base models, by name.
-      presets: of arrays: names or files.
-      adapters: modules that are fused.
+      crossbars: of arrays: names or files.
+      modules: modules that are fused.
       rank: of each.
       constants: a file that replaces the table of constants.
       out: folder to write to.
     """
 
     shapes: tuple[str, ...] = ("flan-t5-small", "flan-t5-base", "flan-t5-large")
-    presets: tuple[str, ...] = ("isaac", "puma", "neurram")
-    adapters: int = 20
+    crossbars: tuple[str, ...] = ("isaac", "puma", "neurram")
+    modules: int = 20
     rank: int = 16
     constants: Path | None = None
     out: Path = Path("runs/cost")
@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = []
     for shape in options.shapes:
-        for preset in options.presets:
-            asked = CostOptions(shape=shape, preset=preset, adapters=options.adapters, rank=options.rank)
-            config, crossbar = known_shapes()[shape], load_config(preset)
+        for name in options.crossbars:
+            asked = CostOptions(shape=shape, crossbar=name, modules=options.modules, rank=options.rank)
+            config, crossbar = known_shapes()[shape], load_config(name)
             of = {activity.method: activity for activity in activities(config, crossbar, asked)}
             written = installed_once(config, crossbar, asked)
             found.append(
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parts = [markdown({of_all: summary(found)})]
     for billed in found:
         headed = tables(billed.bills, billed.once, billed.options)
-        parts += [f"## {billed.options.shape} on {billed.options.preset}\n", markdown(headed)]
+        parts += [f"## {billed.options.shape} on {billed.options.crossbar}\n", markdown(headed)]
     parts += ["## Constants\n", markdown({"Every one with its source": constants_table(constants)})]
     write_text(options.out / "table.md", "\n".join(parts))
     write_text(options.out / "table.csv", csv_of(found))
@@ -115,7 +115,7 @@ def summary(found: Sequence[Billed]) -> list[list[str]]:
             assert lora.until_worn is not None
             lines.append(
                 [
-                    f"{billed.options.shape}, {billed.options.preset}",
+                    f"{billed.options.shape}, {billed.options.crossbar}",
                     "side by side" if "side" in name else "own arrays",
                     f"{lora.cells:,}",
                     quantity(lora.energy, "J"),
@@ -139,12 +139,14 @@ def csv_of(found: Sequence[Billed]) -> str:
     for billed in found:
         for name, bill in billed.bills.items():
             for what, unit, value in _quantities(bill):
-                writer.writerow([billed.options.shape, billed.options.preset, name, what, unit, *_ends(value, unit)])
+                writer.writerow([billed.options.shape, billed.options.crossbar, name, what, unit, *_ends(value, unit)])
         for name, c in billed.against.items():
             for what, value in c._asdict().items():
                 unit = {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1")
                 against = f"LoRA in cells : {name}"
-                writer.writerow([billed.options.shape, billed.options.preset, against, what, unit, *_ends(value, unit)])
+                writer.writerow(
+                    [billed.options.shape, billed.options.crossbar, against, what, unit, *_ends(value, unit)]
+                )
     return text.getvalue()
 
 
@@ -172,7 +174,7 @@ def draw(found: Sequence[Billed], path: Path) -> None:
                 axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
                 axis.grid(visible=True, axis="x")
                 axis.set_xlabel("J for a generated token and its source" if of_token else "J until a task is learned")
-            axes[0][column].set_title(billed.options.preset)
+            axes[0][column].set_title(billed.options.crossbar)
         axes[0][0].invert_yaxis()
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
         figure.suptitle(f"{found[0].options.shape}: low, typical, high", x=0.01, ha="left", size=12)

@@ -2,7 +2,7 @@
 
     python experiments/hardware.py                                    # 3 tasks x 3 seeds x 8 chips
     python experiments/hardware.py --tasks odd_dash --chips 2 --seeds 1 --out runs/hardware-quick
-    python experiments/hardware.py --config mine.yaml --out runs/hardware-mine
+    python experiments/hardware.py --crossbar mine.yaml --out runs/hardware-mine
 
 The pool and the base are written once onto every chip. Fusion of as many steps everywhere is trained digitally and
 put there as it is (untouched), on arrays without noise (noise-blind), on another chip at every step (fresh noise), or
@@ -40,8 +40,8 @@ class Options:
       tasks: of the embedded ones.
       seeds: each draws modules, starts and orders of rows.
       chips: how many.
-      config: of the arrays; it needs a drift model.
-      key: from which chips are drawn.
+      crossbar: configuration of the arrays; it needs a drift model.
+      chip_key: key from which chips are drawn.
       age: at which numbers are trained again.
       epochs: of training.
       again_epochs: of training again on all rows.
@@ -54,8 +54,8 @@ class Options:
     tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow", "sort_next2")
     seeds: tuple[int, ...] = (1, 2, 3)
     chips: int = 8
-    config: str = str(ROOT / "examples" / "chip.yaml")
-    key: int = 0
+    crossbar: str = str(ROOT / "examples" / "chip.yaml")
+    chip_key: int = 0
     age: str = "1month"
     epochs: int = 20
     again_epochs: int = 5
@@ -74,8 +74,12 @@ BUDGETS = ("all rows", "a handful")
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     store = Store(options.out)
-    settings = dataclasses.asdict(options) | {"config": config_hash(load_chips(options.config).config)}
-    store.claim({name: value for name, value in settings.items() if name not in ("out", "tasks")})
+    settings = dataclasses.asdict(options) | {
+        "config": config_hash(load_chips(options.crossbar).config),
+        "key": options.chip_key,
+    }
+    apart = ("out", "tasks", "crossbar", "chip_key")
+    store.claim({name: value for name, value in settings.items() if name not in apart})
     rows = []
     for task in options.tasks:
         began = time.perf_counter()
@@ -91,7 +95,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     """Yield the rows of a task: case, age, whether drift is compensated, chip, seed, exact match (percent), loss."""
-    chips = load_chips(options.config, key=options.key)
+    chips = load_chips(options.crossbar, key=options.chip_key)
     on = subject(
         store,
         task,
@@ -115,7 +119,7 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
             yield {"case": case, "age": None, "compensate": None, **row}
 
     yield from digitally("digital", on.params)
-    arrays = OnArrays(crossbar=options.config, chip_key=options.key)
+    arrays = OnArrays(crossbar=options.crossbar, chip_key=options.chip_key)
     numbers = {
         "untouched": on.params,
         "noise-blind": on.trained(f"{task}-blind", arrays=dataclasses.replace(arrays, noise="none"), recipe=recipe),

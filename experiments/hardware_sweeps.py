@@ -60,8 +60,8 @@ class Options:
       tasks: of the embedded ones.
       seeds: each draws modules, starts and orders of rows.
       chips: how many at every point.
-      config: of the arrays; for the sweep of ages it needs a drift model.
-      key: from which chips are drawn.
+      crossbar: configuration of the arrays; for the sweep of ages it needs a drift model.
+      chip_key: key from which chips are drawn.
       epochs: of training.
       again_epochs: of training again on aged chips.
       test_rows: evaluate on the first rows only.
@@ -73,8 +73,8 @@ class Options:
     tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow")
     seeds: tuple[int, ...] = (1, 2)
     chips: int = 2
-    config: str = str(ROOT / "examples" / "chip.yaml")
-    key: int = 0
+    crossbar: str = str(ROOT / "examples" / "chip.yaml")
+    chip_key: int = 0
     epochs: int = 20
     again_epochs: int = 5
     test_rows: int | None = None
@@ -116,13 +116,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if options.points and len(options.sweeps) > 1:
         raise ValueError("--points are those of one sweep: name it with --sweeps")
-    base = load_config(options.config)
+    base = load_config(options.crossbar)
     for sweep in options.sweeps:  # before anything is trained
         for point in options.points or _POINTS[sweep]:
             at(base, sweep, point)
     store = Store(options.out)
-    settings = dataclasses.asdict(options) | {"config": config_hash(base)}
-    store.claim({k: v for k, v in settings.items() if k not in ("out", "sweeps", "points", "tasks")})
+    settings = dataclasses.asdict(options) | {"config": config_hash(base), "key": options.chip_key}
+    apart = ("out", "sweeps", "points", "tasks", "crossbar", "chip_key")
+    store.claim({k: v for k, v in settings.items() if k not in apart})
     for sweep in options.sweeps:
         rows = []
         for task in options.tasks:
@@ -171,7 +172,7 @@ def at(base: CrossbarConfig, sweep: Sweep, point: str) -> CrossbarConfig:
 
 def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:
     """Yield point, line, compensate (of drift, None without ages), chip, seed, exact match (percent), loss."""
-    chips = load_chips(options.config, key=options.key)
+    chips = load_chips(options.crossbar, key=options.chip_key)
     methods = dict.fromkeys(line.method for line in LINES.values())
     subjects = {
         method: subject(
@@ -285,11 +286,11 @@ def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
 
 def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, Any, Any]]:
     """Return exact match on the chips of the configuration, and joules to learn and to answer, of billed lines."""
-    base = load_config(options.config)
+    base = load_config(options.crossbar)
     model = base.device.programming
     assert isinstance(model, Independent | Proportional)
     point = f"{model.sigma:g}"
-    asked = CostOptions(adapters=20, rank=16, epochs=options.epochs, source=12, target=8)
+    asked = CostOptions(modules=20, rank=16, epochs=options.epochs, source=12, target=8)
     found = bills(shape_config(str(SMALL / "base")), base, asked)
     return {
         name: (match, found[line.bill].learning, found[line.bill].inference)

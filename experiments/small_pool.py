@@ -3,7 +3,7 @@
     python experiments/small_pool.py                    # runs what is missing, then writes the report
     python experiments/small_pool.py --plan             # what it needs
     python experiments/small_pool.py --leagues 5        # LoraHub's league: five examples
-    python experiments/small_pool.py --method LoRAFusion LoRA --seeds 1 2
+    python experiments/small_pool.py --methods LoRAFusion LoRA --seeds 1 2
 
 Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
 """
@@ -28,7 +28,7 @@ class SmallPoolOptions(MatrixOptions):
 
     base: str = str(SMALL / "base")
     pool: str = str(SMALL / "adapters")
-    task: tuple[str, ...] = tuple(str(SMALL / "tasks" / name) for name in TASKS)
+    tasks: tuple[str, ...] = tuple(str(SMALL / "tasks" / name) for name in TASKS)
     out: Path = ROOT / "runs" / "small_pool"
 
 

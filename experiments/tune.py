@@ -1,7 +1,7 @@
 """Tune the learning rates of every trained method on the two tuning tasks, each with the same number of trials.
 
     python experiments/tune.py
-    python experiments/tune.py --method LoRA DoRA
+    python experiments/tune.py --methods LoRA DoRA
     python experiments/tune.py --league 5            # five examples: every rate a third of those tried on 95
 
 writes runs/tune/results.json and runs/tune/table.md. What it found is in `_methods.py`.
@@ -47,13 +47,13 @@ TRIALS: dict[str, list[dict[str, float]]] = {
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--method", nargs="+", choices=list(TRIALS), default=list(TRIALS), help="to tune; all by default"
+        "--methods", nargs="+", choices=list(TRIALS), default=list(TRIALS), help="to tune; all by default"
     )
     parser.add_argument("--league", choices=list(TRAIN_ROWS), default="95+5", help="rows to learn from")
     options = parser.parse_args(list(arguments))
     with fresh_folder(FOLDER):
         measured = []
-        jobs = [(method, rates) for method in options.method for rates in _trials(method, options.league)]
+        jobs = [(method, rates) for method in options.methods for rates in _trials(method, options.league)]
         for number, (method, rates) in enumerate(jobs, start=1):
             measured.append(_trial(method, rates, options.league))
             print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)

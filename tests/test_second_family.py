@@ -27,7 +27,8 @@ from lorafusion_jax.estimates.memory import weights_bytes
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
-from lorafusion_jax.hardware.report import CrossbarOptions, evaluate_on_arrays
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
+from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.hardware.write import ProgramOptions, program_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
@@ -209,7 +210,7 @@ def test_chips_hold_every_matrix(base, pool, run, tmp_path):
     assert list(manifest["modules"]) == ["adapter_0", "adapter_1", "adapter_2"]
     files = {path.stem for path in (tmp_path / "chips" / "chip_0").iterdir()}
     assert files == {*_CONFIG.sites, "head", *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED)}
-    results = evaluate_on_arrays(CrossbarOptions(run=run, config="isaac", calibration_rows=4, test_rows=4))
+    results = report_on_chips(EvaluateOnChipsOptions(run=run, crossbar="isaac", calibration_rows=4, test_rows=4))
     for digital, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
         assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-2)
 
@@ -259,7 +260,7 @@ def test_a_plan_has_a_row_for_each_method():
 
 
 def test_a_bill_follows_the_writer_s_stages():
-    options = CostOptions(adapters=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("query",))
+    options = CostOptions(modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("query",))
     found = {activity.method: activity for activity in activities(_CONFIG, ARRAYS["isaac"], options)}
     stages = found["LoRAFusion"].stages
     # ask (query and its modules; the memory is the source's), answer, mix, mixed in each of 3 layers; then the head.

@@ -33,9 +33,9 @@ class CostCommand(CostOptions):
     Ranges from low to high over the constants' published values; no weights are loaded.
 
     Examples:
-      lorafusion cost --shape flan-t5-large --adapters 20 --preset isaac
-      lorafusion cost --preset puma --save-constants mine.yaml
-      lorafusion cost --preset puma --constants mine.yaml --tokens-per-task 100000
+      lorafusion cost --shape flan-t5-large --modules 20 --crossbar isaac
+      lorafusion cost --crossbar puma --save-constants mine.yaml
+      lorafusion cost --crossbar puma --constants mine.yaml --tokens-per-task 100000
 
     Attributes:
       constants: a file that replaces the table of constants.
@@ -53,14 +53,24 @@ class CostCommand(CostOptions):
             raise ValueError(f"json is {self.json}: wanted a file ending in .json")
 
 
+GROUPS = {
+    "data and base": ("shape", "train_rows", "source", "target", "tokens_per_task"),
+    "fusion": ("modules", "rank", "targets"),
+    "training": ("epochs", "batch_size"),
+    "baseline": ("vera_rank", "evaluations"),
+    "hardware": ("crossbar", "constants", "save_constants"),
+    "run": ("json",),
+}
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the bill, and write what was asked for.
 
     Raises:
       ValueError: a shape, target, preset or table of constants that cannot be used, before anything is written.
     """
-    options = parse(CostCommand, arguments, "cost")
-    config, crossbar = shape_config(options.shape), load_config(options.preset)
+    options = parse(CostCommand, arguments, "cost", groups=GROUPS)
+    config, crossbar = shape_config(options.shape), load_config(options.crossbar)
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = {activity.method: activity for activity in activities(config, crossbar, options)}
     bills = {name: price(activity, crossbar, options, constants) for name, activity in found.items()}
@@ -83,9 +93,9 @@ def main(arguments: Sequence[str]) -> None:
         write_text(options.json, json.dumps(content, indent=2) + "\n")
 
     print(
-        f"One new task on {options.shape}, {options.adapters} modules of rank {options.rank}, in arrays like "
-        f"{options.preset}; {options.train_rows} rows of {options.source} + {options.target} tokens, {options.epochs} "
-        "epochs.\nEvery range is low / typical / high.\n"
+        f"One new task on {options.shape}, {options.modules} modules of rank {options.rank}, in arrays like "
+        f"{options.crossbar}; {options.train_rows} rows of {options.source} + {options.target} tokens, "
+        f"{options.epochs} epochs.\nEvery range is low / typical / high.\n"
     )
     print(captioned(tables(bills, once, options)))
     print("\n".join(sentences(against, bills, pool, options)))

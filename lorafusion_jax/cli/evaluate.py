@@ -1,5 +1,6 @@
 """`lorafusion evaluate`: a fused run on a task, digitally or on simulated chips."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,20 +8,31 @@ import numpy as np
 
 from ..columns import plain
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
+from ..hardware.report import report_on_chips, report_path
 from ..runs.apply import evaluate_run
 from .parsing import parse
-from .scores import cells
+from .scores import cells, loss
+
+GROUPS = {
+    "data and base": ("run", "task", "test_rows", "eval_batch"),
+    "hardware": (
+        "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "digital", "norm", "lora_in",
+        "chip_key", "calibration_rows",
+    ),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate, and print a line for each seed, or for each age of the chips."""
-    options = parse(EvaluateOnChipsOptions, arguments, "evaluate")
+    """Evaluate, and print a line for each seed, for each age of the chips, or for each chip."""
+    options = parse(EvaluateOnChipsOptions, arguments, "evaluate", groups=GROUPS)
     if options.crossbar is None:
         options.check_digital()
         print(plain(cells(evaluate_run(options)), left=(0, 2)))
-        return
-    print(age_table(evaluate_on_chips(options)))
-    print(f"written to {results_path(options)}")
+    elif options.report:
+        results = report_on_chips(options)
+        print(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")
+    else:
+        print(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
 
 
 def age_table(results: Mapping[str, Any]) -> str:
@@ -33,6 +45,37 @@ def age_table(results: Mapping[str, Any]) -> str:
         ]
         spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
         said = {None: "-", True: "yes", False: "no"}[compensate]
-        loss = np.mean([row["loss"] for row in here])
-        lines.append([age or "-", said, f"{np.mean(of_chips):.1f}", spread, f"{loss:.4f}"])
+        mean_loss = np.mean([row["loss"] for row in here])
+        lines.append([age or "-", said, f"{np.mean(of_chips):.1f}", spread, loss(float(mean_loss))])
     return plain(lines, left=(0, 1, 4))
+
+
+def chip_table(results: Mapping[str, Any]) -> str:
+    """Return a table of the seeds, digitally and on every chip."""
+    lines = [["seed", "chip", "exact match %", "loss"]]
+    for chip in ({"chip": "digital", "seeds": results["digital"]}, *results["chips"]):
+        for row in chip["seeds"]:
+            lines.append([str(row["seed"]), str(chip["chip"]), f"{row['exact_match']:.1f}", loss(row["loss"])])
+    return plain(lines, left=(0, 1, 3))
+
+
+def site_table(results: Mapping[str, Any]) -> str:
+    """Return a table of the sites: arrays, use of their cells, conversions, and errors over all chips."""
+    head = ["site", "matrices", "arrays", "cells used", "conversions", "path", "SQNR dB", "worst", "clipped"]
+    lines = [head]
+    for site in results["sites"]:
+        rows = [row for chip in results["chips"] for row in chip["matrices"] if _is_of(row, site)]
+        errors = ["", "", ""]
+        if rows:
+            sqnr = [row["sqnr"] for row in rows]
+            errors = [f"{statistics.fmean(sqnr):.1f}", f"{min(sqnr):.1f}", f"{max(row['clipped'] for row in rows):.2%}"]
+        counts = [f"{site['matrices']:,}", f"{site['arrays']:,}", f"{site['utilisation']:.1%}"]
+        name = site["site"] if site["layers"] is None else f"{site['site']}[{site['layers'][0]}:{site['layers'][1]}]"
+        lines.append([name, *counts, f"{site['conversions']:,}", site["path"], *errors])
+    lines.append(["all", "", f"{results['arrays']:,}", *[""] * 6])
+    return plain(lines, left=(0, head.index("path")))
+
+
+def _is_of(row: Mapping[str, Any], site: Mapping[str, Any]) -> bool:
+    """Return whether a matrix is one of a site's."""
+    return row["site"] == site["site"] and (site["layers"] is None or row["layer"] in range(*site["layers"]))

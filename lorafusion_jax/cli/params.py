@@ -13,18 +13,18 @@ class ParamsOptions:
     """Print how many numbers each method trains, exactly and without loading weights.
 
     Example:
-      lorafusion params --shape flan-t5-large --adapters 20 --rank 16
+      lorafusion params --shape flan-t5-large --modules 20 --rank 16
 
     Attributes:
       shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
-      adapters: how many modules are fused.
+      modules: how many modules are fused.
       rank: of LoRA and DoRA.
       vera_rank: of VeRA, whose two random matrices all sites share.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
     """
 
     shape: str = "flan-t5-large"
-    adapters: int = 20
+    modules: int = 20
     rank: int = 16
     vera_rank: int = 128
     targets: tuple[str, ...] | None = None
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ParamsOptions, arguments, "params")
     found = counts(
         shape_config(options.shape),
-        modules=options.adapters,
+        modules=options.modules,
         rank=options.rank,
         vera_rank=options.vera_rank,
         targets=options.targets,

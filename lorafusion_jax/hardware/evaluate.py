@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
 from ..adapters.pool import LoraPool
@@ -21,14 +22,14 @@ from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..runs.apply import EvaluateOptions, load_to_evaluate
 from ..runs.evaluate import evaluate
-from ..runs.options import OnArrays
+from ..runs.options import FuseOptions, OnArrays
 from ..runs.prepare import Setup
 from ..training.progress import progress
 from .calibration import looped
-from .folder import aged, load_chips
+from .folder import Chips, aged, load_chips
 from .lanes import for_every_chip, on_every_chip
 from .program import Norms
-from .setup import check, module_numbers, without_merged_pool
+from .setup import CALIBRATION_ROWS, check, module_numbers, without_merged_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,58 +38,88 @@ class EvaluateOnChipsOptions(EvaluateOptions):
 
     Examples:
       lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
-      lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --age 1s 1h 1day 1month 1year
+      lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --ages 1s 1h 1day 1month 1year
       lorafusion evaluate --run runs/snarks-fusion --crossbar noisy.yaml --chips 8 --adc-bits 6 --read-noise 0.01
+      lorafusion evaluate --run runs/snarks-fusion --crossbar isaac --report
 
     Attributes:
-      crossbar: a folder that `lorafusion crossbar program` wrote, a preset, or a .yaml or .json file.
-      chips: how many of them; by default all of a folder, one of a configuration.
-      chip_key: from which the chips of a preset or file are drawn; a folder has its own.
-      digital: patterns of weights that stay digital; a folder has its own.
-      age: of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
-      compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` beside each other; by default as the
+      crossbar: a folder that `lorafusion crossbar program` wrote, a preset (ideal, isaac, puma, raella, neurram), or a
+        .yaml or .json file.
+      chips: number of chips; by default all chips of a folder, or one chip of a preset or file.
+      ages: ages of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
+      compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` next to each other; by default as the
         configuration says.
-      read_noise: standard deviation of Gmax, in place of the configuration's.
-      adc_bits: in place of the configuration's.
+      read_noise: standard deviation of the read noise as a share of Gmax, in place of the configuration's.
+      adc_bits: bits of the ADC, in place of the configuration's.
+      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers; a
+        folder has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
-      lora_in: a LoRA baseline's module sits in `sram` beside the arrays, or is written into `cells` for its task.
+      lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into `cells` of its own.
+      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
+      calibration_rows: training rows that the ADCs are calibrated on.
+      report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
+        site's signal to quantisation noise ratio, arrays and conversions.
     """
 
     crossbar: str | None = None
     chips: int | None = None
-    chip_key: int = 0
-    digital: tuple[str, ...] = ()
-    age: tuple[str, ...] = ()
+    ages: tuple[str, ...] = ()
     compensate: Literal["on", "off", "both"] | None = None
     read_noise: float | None = None
     adc_bits: int | None = None
+    digital: tuple[str, ...] = ()
     norm: Norms = OnArrays.norm
     lora_in: Literal["sram", "cells"] = "sram"
+    chip_key: int = 0
+    calibration_rows: int = CALIBRATION_ROWS
+    report: bool = False
 
     def check_digital(self) -> None:
         """Raise ValueError for options of chips without any."""
         of_chips = [f for f in dataclasses.fields(self) if f.name not in EvaluateOptions.__dataclass_fields__]
         if given := [f.name for f in of_chips if getattr(self, f.name) != f.default]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{flags}: of chips, and there are none: say which with --crossbar, or leave it out")
+            raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 
-def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
-    """Return and write what a run says on every chip, at every age.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is evaluated, and on which chips.
+
+    Attributes:
+      setup: the run, digital.
+      fused: its options.
+      params: its trained numbers.
+      chips: what the chips are drawn from.
+      count: how many of them.
+      modules: the numbers that the pool's modules have on the chips.
+      configs: configuration of the arrays by age and compensation.
+    """
+
+    setup: Setup
+    fused: FuseOptions
+    params: Params
+    chips: Chips
+    count: int
+    modules: Int[Array, " P"] | None
+    configs: dict[tuple[str | None, bool | None], CrossbarConfig]
+
+
+def asked(options: EvaluateOnChipsOptions) -> Asked:
+    """Load the run and the chips that the options name.
 
     Raises:
-      ValueError: chips that hold other weights, an age without a drift model, a LoRA that is none.
+      ValueError: chips that hold other weights, an age without a drift model, a run that trained no LoRA for cells.
     """
     assert options.crossbar is not None
-    at_least(1, chips=options.chips)
+    at_least(1, chips=options.chips, calibration_rows=options.calibration_rows)
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.digital)
     config = _overridden(chips.config, options)
-    cases = _cases(options)
-    configs = [aged(config, age, compensate=compensate) for age, compensate in cases]
+    configs = {(age, compensate): aged(config, age, compensate=compensate) for age, compensate in cases(options)}
     count = options.chips or chips.count or 1
     if count > 1 and not is_random(config) and not config.reads_at_random:
         raise ValueError(f"nothing in {options.crossbar} is random, so {count} chips are all alike: one is enough")
-    keys = jnp.stack([chips.chip_key(number) for number in range(count)])
+    chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)
     chips.check(setup)
@@ -96,12 +127,31 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
         numbers = None
-    setup = looped(without_merged_pool(setup))
+    return Asked(without_merged_pool(setup), fused, params, chips, count, numbers, configs)
+
+
+def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return and write the scores of a run on every chip, at every age.
+
+    Raises:
+      ValueError: as `asked` does.
+    """
+    on = asked(options)
+    params, chips, count = on.params, on.chips, on.count
+    keys = jnp.stack([chips.chip_key(number) for number in range(count)])
+    setup = looped(on.setup)
     rows = []
-    with progress("chips", count * len(cases)) as bar:
-        for (age, compensate), of_age in zip(cases, configs, strict=True):
-            rules = chips.rules(of_age)
-            on_all = on_every_chip(setup, params, rules, keys, modules=numbers, norm=options.norm)
+    with progress("chips", count * len(on.configs)) as bar:
+        for (age, compensate), config in on.configs.items():
+            on_all = on_every_chip(
+                setup,
+                params,
+                chips.rules(config),
+                keys,
+                modules=on.modules,
+                norm=options.norm,
+                calibration_rows=options.calibration_rows,
+            )
             everyone = for_every_chip(params, count)
             found = evaluate(on_all, everyone, on_all.index, batch_size=options.eval_batch)
             matches = found.exact_match.reshape(count, -1)
@@ -116,18 +166,18 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                     "loss": losses[chip, s].item(),
                 }
                 for chip in range(count)
-                for s, seed in enumerate(fused.seeds)
+                for s, seed in enumerate(on.fused.seeds)
             ]
             bar.update(count)
     results = {
         "task": setup.task.name,
-        "method": fused.method,
+        "method": on.fused.method,
         "crossbar": options.crossbar,
         "chips": count,
         "read_noise": options.read_noise,
         "adc_bits": options.adc_bits,
         "norm": options.norm,
-        "lora_in": options.lora_in if fused.method == "lora" else None,
+        "lora_in": options.lora_in if on.fused.method == "lora" else None,
         "rows": rows,
     }
     write_json(results_path(options), results)
@@ -167,14 +217,15 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     }
 
 
-def _cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:
+def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:
+    """Return the ages and ways of compensation that are evaluated; None for the configuration's own."""
     choices: dict[str | None, tuple[bool | None, ...]] = {
         None: (None,),
         "on": (True,),
         "off": (False,),
         "both": (False, True),
     }
-    return [(age, compensate) for age in options.age or (None,) for compensate in choices[options.compensate]]
+    return [(age, compensate) for age in options.ages or (None,) for compensate in choices[options.compensate]]
 
 
 def _overridden(config: CrossbarConfig, options: EvaluateOnChipsOptions) -> CrossbarConfig:

@@ -28,6 +28,7 @@ def on_every_chip(
     *,
     modules: Int[Array, " P"] | None,
     norm: Norms,
+    calibration_rows: int = CALIBRATION_ROWS,
 ) -> Setup:
     """Return the setup of S seeds on C chips: C * S seeds, each with a chip.
 
@@ -40,9 +41,10 @@ def on_every_chip(
       keys: [C], of the chips.
       modules: the numbers that the pool's modules have on the chips.
       norm: of which weights the magnitudes' norms are.
+      calibration_rows: training rows that the ranges are calibrated on.
     """
     first = program(setup.graph, setup.frozen, rules, keys[0], modules=modules, norm=norm)
-    limits = limits_of(calibrate(setup, params, first, rows=CALIBRATION_ROWS))
+    limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     count, seeds = len(keys), len(setup.index)
     chip_of_seed = jnp.repeat(jnp.arange(count), seeds)
     frozen = program_chips(

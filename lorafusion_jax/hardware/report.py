@@ -1,4 +1,4 @@
-"""`lorafusion crossbar`: a fused run with its base model and its pool in simulated ReRAM arrays."""
+"""The report of a run on chips: accuracy of each chip, errors by site, arrays and conversions."""
 
 import dataclasses
 import math
@@ -6,102 +6,65 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from ..checks import at_least
-from ..crossbar import calibrate_tree, config_hash, explain, load_config, observe, site_errors
+from ..crossbar import calibrate_tree, config_hash, explain, observe, site_errors
 from ..crossbar.calibration.whole_model import programmed_leaves
-from ..crossbar.chip.program import is_random
-from ..crossbar.chip.tree import Rules
 from ..io.checkpoint import write_json
 from ..methods.method import Frozen
-from ..runs.apply import EvaluateOptions, load_to_evaluate
 from ..runs.evaluate import seed_rows
 from ..runs.scoring import evaluate_seeds
 from ..training.progress import progress
 from .calibration import calibration_batches, logits_of, looped
+from .evaluate import EvaluateOnChipsOptions, asked, cases
 from .program import program
-from .setup import check, without_merged_pool
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossbarOptions(EvaluateOptions):
-    """Evaluate a fused run with every matrix product on ReRAM arrays, beside the digital model.
-
-    Base kernels, head and every module of the pool are programmed, their ADCs calibrated on the task's training
-    rows. Prints each site's signal to quantisation noise ratio, arrays, and conversions; writes them to the run.
-
-    Examples:
-      lorafusion crossbar --run runs/snarks-fusion --config isaac
-      lorafusion crossbar --run runs/snarks-fusion --config noisy.yaml --chips 4 --digital head "encoder.*[:1]"
-
-    Attributes:
-      config: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
-      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers.
-      chips: how many chips to program, each with random errors of its own.
-      chip_key: from which the chips' errors are drawn.
-      calibration_rows: training rows that the ADCs are calibrated on.
-    """
-
-    config: str = "isaac"
-    digital: tuple[str, ...] = ()
-    chips: int = 1
-    chip_key: int = 0
-    calibration_rows: int = 64
+def report_path(options: EvaluateOnChipsOptions) -> Path:
+    """Return the file that a report is written to."""
+    return options.run / f"crossbar-{Path(options.crossbar or '').stem}.json"
 
 
-def results_path(options: CrossbarOptions) -> Path:
-    """Return the file that an evaluation on arrays writes."""
-    return options.run / f"crossbar-{Path(options.config).stem}.json"
-
-
-def evaluate_on_arrays(options: CrossbarOptions) -> dict[str, Any]:
-    """Return and write what a run says digitally and on every chip, and what its arrays are.
+def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return and write the scores of a run digitally and on every chip, its arrays, and their errors by site.
 
     Raises:
-      ValueError: on a configuration, a pattern, or a run that cannot be used.
+      ValueError: more than one age or way of compensation; and as `asked` does.
     """
-    config = load_config(options.config)
-    at_least(1, chips=options.chips, calibration_rows=options.calibration_rows)
-    if options.chips > 1 and not is_random(config) and not config.reads_at_random:
-        raise ValueError(
-            f"nothing in {options.config} is random, so {options.chips} chips are all alike: one is enough"
-        )
-    setup, fused, params = load_to_evaluate(options)
-    check(setup, fused)
-    setup = without_merged_pool(setup)
-    rules: Rules = dict.fromkeys(options.digital) | {"*": config}
-    digital = seed_rows(*evaluate_seeds(setup, fused, params))
-    setup = looped(setup)
+    if len(cases(options)) > 1:
+        raise ValueError("a report is of one age, compensated or not: give one of --ages, and not --compensate both")
+    on = asked(options)
+    (config,) = on.configs.values()
+    params, chips = on.params, on.chips
+    digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
+    setup = looped(on.setup)
     run = logits_of(setup.graph, setup.method)
     batches = list(calibration_batches(setup, params, options.calibration_rows, batch_size=options.eval_batch))
-    chips, sites = [], []
-    with progress("chips", options.chips) as bar:
-        for chip in range(options.chips):
+    found, sites = [], []
+    with progress("chips", on.count) as bar:
+        for chip in range(on.count):
             began = time.perf_counter()
-            key = jax.random.fold_in(jax.random.key(options.chip_key), chip)
-            frozen = program(setup.graph, setup.frozen, rules, key)
+            rules, key = chips.rules(config), chips.chip_key(chip)
+            frozen = program(setup.graph, setup.frozen, rules, key, modules=on.modules, norm=options.norm)
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()
             on_chip = dataclasses.replace(setup, frozen=frozen)
-            seeds, found = evaluate_seeds(on_chip, fused, params)
+            seeds, scores = evaluate_seeds(on_chip, on.fused, params)
             seconds = {"program": calibrated - began, "evaluate": time.perf_counter() - calibrated}
-            chips.append({"chip": chip, "seeds": seed_rows(seeds, found), "seconds": seconds, "matrices": rows})
+            found.append({"chip": chip, "seeds": seed_rows(seeds, scores), "seconds": seconds, "matrices": rows})
             sites = _sites(frozen)
             bar.update()
     results = {
         "task": setup.task.name,
-        "config": options.config,
+        "config": options.crossbar,
         "config_sha256": config_hash(config),
-        "digital_weights": list(options.digital),
+        "digital_weights": list(chips.digital),
         "chip_key": options.chip_key,
         "digital": digital,
-        "chips": chips,
+        "chips": found,
         "sites": sites,
         "arrays": sum(site["arrays"] for site in sites),
     }
-    write_json(results_path(options), results)
+    write_json(report_path(options), results)
     return results
 
 

@@ -37,24 +37,24 @@ class ProgramOptions:
     folder with --crossbar.
 
     Example:
-      lorafusion crossbar program --base examples/small/base --pool pool --config noisy.yaml --chips 8 --out chips/noisy
+      lorafusion crossbar program --base base --pool pool --crossbar noisy.yaml --chips 8 --out chips/noisy
 
     Attributes:
       base: the base model: a Hugging Face folder or a hub id.
       pool: a converted pool, or a folder of PEFT adapters; all its modules are written.
       out: folder of the chips.
-      config: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
+      crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
       chips: how many.
-      key: from which they are drawn.
+      chip_key: key from which they are drawn.
       digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers.
     """
 
     base: str
     pool: str
     out: Path
-    config: str = "isaac"
+    crossbar: str = "isaac"
     chips: int = 1
-    key: int = 0
+    chip_key: int = 0
     digital: tuple[str, ...] = ()
 
 
@@ -68,12 +68,12 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
     if options.out.exists():  # before hours of programming
         raise ValueError(f"{options.out} exists: give another --out; chips are never written over")
     at_least(1, chips=options.chips)
-    config = load_config(options.config)
+    config = load_config(options.crossbar)
     if options.chips > 1 and not is_random(config):
         raise ValueError(
-            f"programming is not random in {options.config}, so {options.chips} chips are alike: one is enough"
+            f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: one is enough"
         )
-    chips = Chips(config, options.digital, jax.random.key(options.key), None, options.config)
+    chips = Chips(config, options.digital, jax.random.key(options.chip_key), None, options.crossbar)
     names = available(Path(options.pool))
     recipe = Recipe(modules=len(names))
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
@@ -93,10 +93,10 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
             "base_sha256": found["base"],
             "pool": options.pool,
             "modules": found["modules"],
-            "config": options.config,
+            "config": options.crossbar,
             "config_sha256": config_hash(config),
             "digital": list(options.digital),
-            "key": options.key,
+            "key": options.chip_key,
             "chips": options.chips,
             "one_chip": _report(leaves),
         }

@@ -49,14 +49,14 @@ class GenerateOptions:
       file: text to answer, a line each; by default standard input.
       seed: which of the run's seeds answers; by default its first.
       max_new_tokens: of an answer; by default the run's own bound.
-      batch: lines answered together.
+      eval_batch: lines answered together.
     """
 
     run: Path
     file: Path | None = None
     seed: int | None = None
     max_new_tokens: int | None = None
-    batch: int = 64
+    eval_batch: int = 64
 
 
 def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     prompts = [fused.prompt.replace("{input}", line) if fused.prompt else line for line in lines]
     encoded = encode(model.tokenizer, [Example(prompt, "") for prompt in prompts])
     answers = [""] * len(lines)
-    for numbers, batch in eval_batches(encoded, options.batch, pad_id=model.tokenizer.pad_token_id):
+    for numbers, batch in eval_batches(encoded, options.eval_batch, pad_id=model.tokenizer.pad_token_id):
         tokens = generate_seeds(
             jax.tree.map(lambda p: p[position], params),
             model.index[position],

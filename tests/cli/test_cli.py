@@ -45,8 +45,8 @@ def test_fuse_on_a_converted_pool_equals_the_adapter_folders(run, tmp_path):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
 
-def test_crossbar_puts_a_run_on_arrays(run, tmp_path, capsys):
-    cli.main(["crossbar", "--run", str(run), "--config", "isaac", "--calibration-rows", "4"])
+def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
+    cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", "--report", "--calibration-rows", "4"])
     printed = capsys.readouterr().out
     results = json.loads((run / "crossbar-isaac.json").read_text())
     evaluated = json.loads((run / "results.json").read_text())["seeds"]
@@ -68,15 +68,16 @@ def test_crossbar_puts_a_run_on_arrays(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "isac"], "no preset 'isac': choose one of ideal, isaac"),
+        (["--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
         (["--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
         (["--chips", "0"], "chips is 0: wanted at least 1"),
-        (["--digital", "embedding"], "the rule 'embedding' matches no weight: there are decoder.cross.k"),
+        (["--compensate", "both", "--report"], "a report is of one age, compensated or not: give one of --ages"),
+        (["--digital", "embedding", "--report"], "the rule 'embedding' matches no weight: there are decoder.cross.k"),
     ],
 )
-def test_crossbar_says_what_is_wrong(run, arguments, message, capsys):
+def test_evaluation_on_arrays_says_what_is_wrong(run, arguments, message, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["crossbar", "--run", str(run), *arguments])
+        cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", *arguments])
     assert message in capsys.readouterr().err
 
 

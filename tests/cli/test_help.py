@@ -2,15 +2,51 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import re
+import typing
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorafusion_jax.cli import COMMANDS, fuse, main
+from lorafusion_jax.cli import COMMANDS, cost, fuse, main, params
 from lorafusion_jax.cli.parsing import flat_fields
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
+from lorafusion_jax.hardware.write import ProgramOptions
+from lorafusion_jax.io.convert import ConvertOptions
+from lorafusion_jax.runs.apply import GenerateOptions
+from lorafusion_jax.runs.export import ExportOptions
 from lorafusion_jax.runs.options import PRESETS
 
+_EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+# The options of an experiment that has a dataclass of them.
+_SCRIPTS = {
+    "ablations": "AblationOptions",
+    "bbh": "BBHOptions",
+    "beyond": "BeyondOptions",
+    "cost": "Options",
+    "hardware": "Options",
+    "hardware_sweeps": "Options",
+    "seed_sweep": "SweepOptions",
+    "small_pool": "SmallPoolOptions",
+}
+# What a thing is called, and what it must not be called next to that.
+_SPELLINGS = {
+    "crossbar": ("config", "array", "arrays", "array_config"),
+    "modules": ("lora_num", "num_modules", "adapter_count"),
+    "adapters": ("sources", "names"),
+    "choose": ("rule", "choice"),
+    "chip_key": ("key",),
+    "eval_batch": ("batch",),
+    "batch_size": ("train_batch",),
+    "task": ("dataset", "data_path"),
+    "run": ("run_folder", "folder", "checkpoint"),
+    "out": ("output", "output_dir"),
+    "shape": ("model",),
+    "plan": ("dry",),
+}
 _SUBCOMMANDS = [*(name for name in COMMANDS if name != "crossbar"), "crossbar program"]
 
 
@@ -64,6 +100,7 @@ def test_fuse_shows_its_options_in_groups_and_the_common_ones_first():
     assert boxes[""] == ["help", "preset"]
     first = [options[0] for options in list(boxes.values())[1:]]
     assert first == ["base", "method", "epochs", "lora-rank", "crossbar", "seeds"]
+    assert list(_boxes("evaluate")) == ["", "data and base", "hardware"]
 
 
 def test_every_option_of_fuse_has_a_group():
@@ -90,3 +127,64 @@ def test_an_unknown_preset_is_refused_with_the_choices(capsys):
 def test_presets_are_the_recipes_that_there_are():
     fields = {name: type_ for name, type_, _ in flat_fields(fuse.Preset)}
     assert fields["preset"].__args__ == tuple(PRESETS)
+
+
+@functools.cache
+def _every_option() -> list[tuple[str, str, Any]]:
+    """Command, name and type of every option of the subcommands and the experiments."""
+    commands: dict[str, type] = {
+        "convert": ConvertOptions,
+        "fuse": fuse.FuseCommand,
+        "evaluate": EvaluateOnChipsOptions,
+        "generate": GenerateOptions,
+        "export": ExportOptions,
+        "crossbar program": ProgramOptions,
+        "params": params.ParamsOptions,
+        "cost": cost.CostCommand,
+    }
+    assert commands.keys() == set(_SUBCOMMANDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(_EXPERIMENTS))
+        for script, name in _SCRIPTS.items():
+            commands[f"{script}.py"] = getattr(importlib.import_module(script), name)
+    return [(command, name, type_) for command, of in commands.items() for name, type_, _ in flat_fields(of)]
+
+
+def _kind(type_: Any) -> Any:
+    """The type of an option's value: several values, or one of a type; None and choices aside."""
+    if typing.get_origin(type_) is typing.Annotated:
+        type_ = typing.get_args(type_)[0]
+    parts = [part for part in typing.get_args(type_) if part is not type(None)]
+    if typing.get_origin(type_) is tuple:
+        return tuple
+    if typing.get_origin(type_) is typing.Literal:
+        return str
+    return _kind(parts[0]) if parts else type_
+
+
+def test_no_thing_has_a_second_spelling():
+    wrong = {other: name for name, others in _SPELLINGS.items() for other in others}
+    assert [f"{command} --{name}: {wrong[name]}" for command, name, _ in _every_option() if name in wrong] == []
+
+
+def test_a_name_means_one_kind_of_value():
+    kinds: dict[str, dict[Any, list[str]]] = {}
+    for command, name, type_ in _every_option():
+        kind = _kind(type_)
+        # A path may also be a hub id.
+        kinds.setdefault(name, {}).setdefault(str if kind is Path else kind, []).append(command)
+    apart = {"lr_coefficients", "lr_magnitudes"}  # seed_sweep.py tries several
+    assert {name: of for name, of in kinds.items() if len(of) > 1 and name not in apart} == {}
+
+
+def test_options_of_several_values_have_plural_names():
+    apart = {"digital", "lr_coefficients", "lr_magnitudes"}  # an adjective; rates of a sweep, named as in fuse
+    several = {name for _, name, type_ in _every_option() if _kind(type_) is tuple} - apart
+    assert sorted(name for name in several if not name.endswith("s")) == []
+    assert {"seeds", "adapters", "tasks", "ages"} <= several
+
+
+def test_crossbar_names_its_one_action(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["crossbar", "--run", "run"])
+    assert "`lorafusion crossbar` has one action, program" in capsys.readouterr().err

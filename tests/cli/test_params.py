@@ -10,7 +10,7 @@ def _cells(line):
 
 
 def test_it_prints_the_counts_as_a_markdown_table(capsys):
-    main(["params", "--shape", "flan-t5-large", "--adapters", "20", "--rank", "16"])
+    main(["params", "--shape", "flan-t5-large", "--modules", "20", "--rank", "16"])
     head, rule, *rows = capsys.readouterr().out.splitlines()
     assert _cells(head) == ["method", "trainable numbers", "of flan-t5-large"]
     assert set(rule) == set("|-: ") and len({len(line) for line in (head, rule, *rows)}) == 1

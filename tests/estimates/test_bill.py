@@ -73,7 +73,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
         with_unit = np.concatenate([used, used[..., :1]], axis=-1)
         return L * K * P * R * C, L * K * P * int(with_unit.sum())
 
-    options = dataclasses.replace(_OPTIONS, adapters=2, rank=4, vera_rank=5)
+    options = dataclasses.replace(_OPTIONS, modules=2, rank=4, vera_rank=5)
     once = installed_once(square, config, options)
     base = np.sum([written(stack) for stack in (*weights, head)], axis=0)
     modules = [m.reshape(-1, *m.shape[2:]) for m in (*pool.A.values(), *pool.B.values())]
@@ -89,7 +89,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
 
 def test_reads_of_a_token_by_hand():
     config = CrossbarConfig(adc=ADC())
-    options = dataclasses.replace(_OPTIONS, adapters=3, rank=4, source=6, target=2, targets=("v",))
+    options = dataclasses.replace(_OPTIONS, modules=3, rank=4, source=6, target=2, targets=("v",))
     of = {activity.method: activity for activity in activities(tiny.CONFIG, config, options)}
 
     def one(d_in: int, d_out: int) -> int:
@@ -132,7 +132,7 @@ def test_training_by_hand():
     """Forward on arrays, backward digital: the steps' FLOPs without the forward products of frozen matrices."""
     config = CrossbarConfig(adc=ADC())
     options = dataclasses.replace(
-        _OPTIONS, adapters=2, rank=4, source=16, target=8, train_rows=20, batch_size=5, epochs=3, evaluations=7
+        _OPTIONS, modules=2, rank=4, source=16, target=8, train_rows=20, batch_size=5, epochs=3, evaluations=7
     )
     of = {activity.method: activity for activity in activities(tiny.CONFIG, config, options)}
     step, steps = Shape(5, 16, 8), 3 * 4  # 19 rows of 20 train
@@ -208,7 +208,7 @@ def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
 
 
 def test_one_module_still_costs_something_more():
-    options = dataclasses.replace(_OPTIONS, adapters=1)
+    options = dataclasses.replace(_OPTIONS, modules=1)
     of = {activity.method: activity for activity in activities(_LARGE, _ISAAC, options)}
     for found in comparisons(of, _ISAAC, options).values():
         assert found.extra_per_token.low > 0
@@ -235,10 +235,10 @@ def test_numbers_as_they_are_read():
 
 def test_the_command_is_quick_and_says_everything(tmp_path):
     out = tmp_path / "cost.json"
-    command = [sys.executable, "-m", "lorafusion_jax.cli", "cost", "--shape", "flan-t5-large", "--adapters", "20"]
+    command = [sys.executable, "-m", "lorafusion_jax.cli", "cost", "--shape", "flan-t5-large", "--modules", "20"]
     start = time.perf_counter()
     done = subprocess.run(
-        [*command, "--preset", "isaac", "--json", out], cwd=_ROOT, capture_output=True, text=True, check=False
+        [*command, "--crossbar", "isaac", "--json", out], cwd=_ROOT, capture_output=True, text=True, check=False
     )
     seconds = time.perf_counter() - start
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -272,7 +272,7 @@ def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
     import cost
 
-    arguments = ["--shapes", "t5-small", "flan-t5-small", "--presets", "puma", "--out", str(tmp_path)]
+    arguments = ["--shapes", "t5-small", "flan-t5-small", "--crossbars", "puma", "--out", str(tmp_path)]
     cost.main(arguments)
     assert {p.name for p in tmp_path.iterdir()} == {"table.md", "table.csv", "t5-small.png", "flan-t5-small.png"}
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
@@ -289,11 +289,11 @@ def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "isaak"], "no preset 'isaak': choose one of ideal, isaac, puma"),
-        (["--preset", "ideal"], "dac = None is an ideal converter"),
+        (["--crossbar", "isaak"], "no preset 'isaak': choose one of ideal, isaac, puma"),
+        (["--crossbar", "ideal"], "dac = None is an ideal converter"),
         (["--shape", "flan-t5-huge"], "no shape 'flan-t5-huge': choose one of flan-t5-small"),
         (["--targets", "q_proj"], "targets are q_proj: choose of q k v"),
-        (["--adapters", "0"], "adapters is 0: wanted at least 1"),
+        (["--modules", "0"], "modules is 0: wanted at least 1"),
         (["--tokens-per-task", "0"], "tokens_per_task is 0"),
         (["--json", "cost.txt"], "wanted a file ending in .json"),
         (["--constants", "none.yaml"], "none.yaml: no such file of constants"),

@@ -31,12 +31,12 @@ def arguments(shared, tmp_path_factory):
     tasks = ["--bbh", str(data / "bbh"), "--split", str(data / "lorahub_bbh_split.json")]
     sizes = ["--modules", "2", "--epochs", "1", "--test-rows", "4", "--seeds", "1", "2"]
     where = ["--base", str(base), "--pool", str(_POOL), "--out", str(folder / "out")]
-    return folder / "out", [*where, *tasks, *sizes, "--task", "boolean_expressions", "object_counting"]
+    return folder / "out", [*where, *tasks, *sizes, "--tasks", "boolean_expressions", "object_counting"]
 
 
 def test_tasks_with_and_without_options(bbh, arguments, capsys):
     out, given = arguments
-    bbh.main([*given, "--method", "zero-shot", "LoRAFusion"])
+    bbh.main([*given, "--methods", "zero-shot", "LoRAFusion"])
     rows = read_rows(out / "results.jsonl")
     assert {(row["task"], row["method"], row["seed"]) for row in rows} == {
         (task, method, seed)
@@ -47,7 +47,7 @@ def test_tasks_with_and_without_options(bbh, arguments, capsys):
     assert {row["task"] for row in rows if row["option_accuracy"] is not None} == {"boolean_expressions"}
     assert "boolean_expressions" in (out / "report" / "report.html").read_text()
     before = (out / "results.jsonl").read_bytes()
-    bbh.main([*given, "--method", "zero-shot", "LoRAFusion"])
+    bbh.main([*given, "--methods", "zero-shot", "LoRAFusion"])
     assert (out / "results.jsonl").read_bytes() == before
 
 
@@ -55,7 +55,7 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
     _, given = arguments
     given = [{str(_POOL): "none"}.get(word, word) for word in given]
     given[given.index("--base") + 1] = "flan-t5-large"
-    bbh.main([*given, "--method", "LoRAFusion", "LoRA", "full fine-tuning", "--modules", "20", "--plan"])
+    bbh.main([*given, "--methods", "LoRAFusion", "LoRA", "full fine-tuning", "--modules", "20", "--plan"])
     said = capsys.readouterr().out
     for count in ("148,416", "4,718,592", "783,150,080"):
         assert count in said
@@ -65,9 +65,9 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
     ("change", "message"),
     [
         ({"--bbh": None}, r"say where the tasks are: --bbh with --split, or --data alone"),
-        ({"--task": ["no_such_task"]}, "no_such_task"),
-        ({"--method": ["LoRAFuson"]}, r"no method LoRAFuson: choose of zero-shot; "),
-        ({"--modules": ["29"], "--method": ["LoRAFusion"]}, r"holds 28 modules, and 29 are to be drawn"),
+        ({"--tasks": ["no_such_task"]}, "no_such_task"),
+        ({"--methods": ["LoRAFuson"]}, r"no method LoRAFuson: choose of zero-shot; "),
+        ({"--modules": ["29"], "--methods": ["LoRAFusion"]}, r"holds 28 modules, and 29 are to be drawn"),
     ],
 )
 def test_bad_input(bbh, arguments, change, message):

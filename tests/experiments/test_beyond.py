@@ -239,7 +239,7 @@ def test_ideas_pass_the_rows_that_they_report_and_no_more_than_plain_fusion(beyo
 
 
 def test_a_resumed_run_repeats_nothing(beyond, monkeypatch, tmp_path, capsys):
-    asked = ["--task", str(_TASK), "--idea", "prune", "--epochs", "1", "--test-rows", "4", "--out", str(tmp_path)]
+    asked = ["--tasks", str(_TASK), "--ideas", "prune", "--epochs", "1", "--test-rows", "4", "--out", str(tmp_path)]
     run = []
     evaluate_seeds = beyond.evaluate_seeds
 
@@ -279,7 +279,7 @@ def test_a_resumed_run_repeats_nothing(beyond, monkeypatch, tmp_path, capsys):
 
 def test_what_cannot_be_run(beyond, ideas, tmp_path):
     with pytest.raises(ValueError, match="no task or no seed: give at least one of each"):
-        beyond.main(["--task", "--out", str(tmp_path)])
+        beyond.main(["--tasks", "--out", str(tmp_path)])
     options = beyond.BeyondOptions(epochs=1)
 
     def run(name):

@@ -37,7 +37,7 @@ def options(matrix, tmp_path_factory):
     return matrix[0].MatrixOptions(
         base=str(base),
         pool=str(pool),
-        task=(str(_TASK),),
+        tasks=(str(_TASK),),
         seeds=(1, 2),
         modules=2,
         epochs=1,
@@ -118,7 +118,7 @@ def test_rows_of_other_settings_are_no_part_of_a_matrix(matrix, options, monkeyp
 
 def test_more_seeds_are_more_rows(matrix, options):
     module, entries = matrix
-    few = dataclasses.replace(options, method=("uniform mean",), seeds=(7,), out=options.out.with_name("seeds"))
+    few = dataclasses.replace(options, methods=("uniform mean",), seeds=(7,), out=options.out.with_name("seeds"))
     file = module.run_matrix(few, entries)
     first = file.read_text()
     module.run_matrix(dataclasses.replace(few, seeds=(7, 8)), entries)
@@ -128,7 +128,7 @@ def test_more_seeds_are_more_rows(matrix, options):
 
 def test_the_league_of_five_has_five_rows_and_more_epochs(matrix, options):
     module, entries = matrix
-    leagues = dataclasses.replace(options, leagues=("95+5", "5"), method=("coefficients only",))
+    leagues = dataclasses.replace(options, leagues=("95+5", "5"), methods=("coefficients only",))
     plenty, few = (job.options for job in module.jobs(dataclasses.replace(leagues, epochs=None), entries))
     assert (plenty.train_rows, few.train_rows) == (100, 5)
     assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
@@ -138,8 +138,8 @@ def test_the_league_of_five_has_five_rows_and_more_epochs(matrix, options):
 def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
     module, entries = matrix
     for changes, message in [
-        ({"method": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),
-        ({"task": ()}, "no task: give at least one with --task"),
+        ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),
+        ({"tasks": ()}, "no task: give at least one with --tasks"),
         ({"modules": 5}, "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules"),
         ({"pool": str(tmp_path)}, "is no pool"),
     ]:
@@ -153,5 +153,5 @@ def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
         module.run_matrix(dataclasses.replace(options, out=tmp_path / "new"), entries | search)
     assert not (tmp_path / "new").exists()
     # Methods without a pool need none.
-    poolless = dataclasses.replace(options, pool=str(tmp_path), method=("zero-shot",))
+    poolless = dataclasses.replace(options, pool=str(tmp_path), methods=("zero-shot",))
     assert [job.options.pool for job in module.jobs(poolless, entries)] == [None]

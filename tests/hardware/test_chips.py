@@ -141,12 +141,12 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chips")
     one_block.cut(folder, adapters=3)
     save_config(_NOISY, folder / "noisy.yaml")
-    write_chips(_programming(folder, chips=2, key=7))
+    write_chips(_programming(folder, chips=2, chip_key=7))
     return folder
 
 
 def _programming(folder, **changes):
-    values = {"config": str(folder / "noisy.yaml"), "out": folder / "two"} | changes
+    values = {"crossbar": str(folder / "noisy.yaml"), "out": folder / "two"} | changes
     return ProgramOptions(base=str(folder / "base"), pool=str(folder / "pool"), **values)
 
 
@@ -181,7 +181,7 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small):
     assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(p.name for p in (small / "pool").iterdir())
     cells = [_weights_of(small / "two", n) for n in (0, 1)]
     assert not np.array_equal(*cells)
-    again = write_chips(_programming(small, out=small / "again", chips=2, key=7))
+    again = write_chips(_programming(small, out=small / "again", chips=2, chip_key=7))
     assert again["one_chip"] == manifest["one_chip"]
     for n in (0, 1):
         np.testing.assert_array_equal(_weights_of(small / "again", n), cells[n])
@@ -205,7 +205,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
     for changes, message in (
         ({}, "two exists: give another --out; chips are never written over"),
         ({"out": small / "new", "chips": 0}, "chips is 0: wanted at least 1"),
-        ({"out": small / "new", "config": "isaac", "chips": 2}, "programming is not random in isaac, so 2 chips"),
+        ({"out": small / "new", "crossbar": "isaac", "chips": 2}, "programming is not random in isaac, so 2 chips"),
         ({"out": small / "new", "digital": ("nowhere.*",)}, "the rule 'nowhere.\\*' matches no weight"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -214,13 +214,13 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
 
 
 def test_a_run_on_chips_of_a_folder(small, fused):
-    found = _on_chips(fused, crossbar=str(small / "two"), age=("1s", "1year"), compensate="off")
+    found = _on_chips(fused, crossbar=str(small / "two"), ages=("1s", "1year"), compensate="off")
     assert json.loads(results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two")).read_text()) == found
     losses = {(r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"] for r in found["rows"]}
     assert len(losses) == 2 * 2 * 2
     assert losses["1s", False, 0, 1] != losses["1s", False, 1, 1]
     # A chip of the same key from the configuration is the same chip, with modules in other places or alone.
-    alone = _on_chips(fused, crossbar=str(small / "noisy.yaml"), chip_key=7, age=("1s",), compensate="off")
+    alone = _on_chips(fused, crossbar=str(small / "noisy.yaml"), chip_key=7, ages=("1s",), compensate="off")
     for row in alone["rows"]:
         assert row["loss"] == pytest.approx(losses["1s", False, 0, row["seed"]], rel=1e-4)
     digital = {row["seed"]: row["loss"] for row in evaluate_run(EvaluateOptions(run=run_path(fused)))}
@@ -313,8 +313,8 @@ def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
             fuse(dataclasses.replace(fused, name="without", arrays=noise))
     assert not (small / "runs" / "without").exists()
     with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "--run", str(run_path(fused)), "--age", "1h", "--lora-in", "cells"])
-    assert "--age, --lora-in: of chips, and there are none" in capsys.readouterr().err
+        main(["evaluate", "--run", str(run_path(fused)), "--ages", "1h", "--lora-in", "cells"])
+    assert "--ages, --lora-in: only for simulated chips: name them with --crossbar" in capsys.readouterr().err
     beyond = dataclasses.replace(fused, name="beyond", arrays=OnArrays(crossbar=str(small / "noisy.yaml"), chip=-1))
     with pytest.raises(ValueError, match="there is no chip -1: they count from 0"):
         fuse(beyond)

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.hardware.report import CrossbarOptions, evaluate_on_arrays
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
+from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.methods.search import objective, single
@@ -296,7 +297,8 @@ def test_arrays_hold_what_a_run_reads(runs):
     sites = {}
     for method in ("merge", "cat"):
         options, results, _ = runs(method)
-        found = evaluate_on_arrays(CrossbarOptions(run=run_path(options), config="isaac", calibration_rows=4))
+        asked = EvaluateOnChipsOptions(run=run_path(options), crossbar="isaac", calibration_rows=4)
+        found = report_on_chips(asked)
         for digital, row in zip(found["digital"], results["seeds"], strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
         for on_chip, row in zip(found["chips"][0]["seeds"], results["seeds"], strict=True):
@@ -306,7 +308,7 @@ def test_arrays_hold_what_a_run_reads(runs):
     assert sites["merge"] < sites["cat"] and not any(site.startswith("pool") for site in sites["merge"])
     for method in ("full", "constant"):
         with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
-            evaluate_on_arrays(CrossbarOptions(run=run_path(runs(method)[0])))
+            report_on_chips(EvaluateOnChipsOptions(run=run_path(runs(method)[0]), crossbar="isaac"))
 
 
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):

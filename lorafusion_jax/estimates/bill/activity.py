@@ -72,7 +72,7 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
     Args:
       config: the base model.
       crossbar: the arrays.
-      options: all but its shape, preset and files.
+      options: all but its shape and arrays.
 
     Raises:
       ValueError: a target that the model does not have.
@@ -87,11 +87,11 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
 def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
     """Return the counts of what is written once, before any task."""
     adapted = targeted(config, options.targets)
-    own, together = module(options.rank), side_by_side(options.adapters, options.rank)
+    own, together = module(options.rank), side_by_side(options.modules, options.rank)
     return {
         "base": _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config)),
-        f"pool of {options.adapters}, each module on its own": _standing(adapted, own, crossbar) * options.adapters,
-        f"pool of {options.adapters}, side by side": _standing(adapted, together, crossbar),
+        f"pool of {options.modules}, each module on its own": _standing(adapted, own, crossbar) * options.modules,
+        f"pool of {options.modules}, side by side": _standing(adapted, together, crossbar),
         "VeRA's random matrices": _shared(adapted, module(options.vera_rank), crossbar),
     }
 

@@ -69,7 +69,7 @@ def bills(
     Args:
       config: the base model.
       crossbar: the arrays.
-      options: all but its shape, preset and files.
+      options: all but its shape and arrays.
       constants: of devices, converters and digital logic.
 
     Raises:

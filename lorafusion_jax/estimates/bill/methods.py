@@ -58,7 +58,7 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     Raises:
       ValueError: a target that the model does not have.
     """
-    N, r, R, targets = options.adapters, options.rank, options.vera_rank, options.targets
+    N, r, R, targets = options.modules, options.rank, options.vera_rank, options.targets
     found = trainable(targeted(config, targets), rank=r, vera_rank=R)
     lora = Method(
         update=Update(kind="lora", rank=r, targets=targets),

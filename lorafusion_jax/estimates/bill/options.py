@@ -12,11 +12,11 @@ class CostOptions:
 
     Attributes:
       shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
-      adapters: modules that are fused.
+      modules: modules that are fused.
       rank: of every module, and of LoRA and DoRA.
       vera_rank: of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
-      preset: of the arrays: isaac, puma, raella, neurram, or a .yaml or .json file.
+      crossbar: of the arrays: isaac, puma, raella, neurram, or a .yaml or .json file.
       tokens_per_task: tokens that are generated before the next task comes.
       epochs: passes over the training rows.
       train_rows: rows that train and validate.
@@ -27,11 +27,11 @@ class CostOptions:
     """
 
     shape: str = "flan-t5-large"
-    adapters: int = 20
+    modules: int = 20
     rank: int = 16
     vera_rank: int = Recipe.vera_rank
     targets: tuple[str, ...] | None = None
-    preset: str = "isaac"
+    crossbar: str = "isaac"
     tokens_per_task: int = 1000
     epochs: int = Recipe.epochs
     train_rows: int = 100
@@ -41,14 +41,14 @@ class CostOptions:
     evaluations: int = Recipe.evaluations
 
     def __post_init__(self):
-        numbers = ("adapters", "rank", "vera_rank", "tokens_per_task", "epochs", "train_rows", "batch_size")
+        numbers = ("modules", "rank", "vera_rank", "tokens_per_task", "epochs", "train_rows", "batch_size")
         at_least(1, **{name: getattr(self, name) for name in (*numbers, "source", "target", "evaluations")})
 
     @property
     def recipe(self) -> Recipe:
         """The recipe that these numbers are of."""
         return Recipe(
-            modules=self.adapters,
+            modules=self.modules,
             epochs=self.epochs,
             batch_size=self.batch_size,
             lora_rank=self.rank,
