@@ -28,9 +28,9 @@ from .parsing import parse
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostCommand(CostOptions):
-    """Print what one new task costs with every method: writes, energy, time, wear; and every token after that.
+    """Print the writes, energy, time and wear of one new task with every method, and the cost of its tokens.
 
-    Ranges from low to high over the constants' published values; no weights are loaded.
+    Every figure is a range over the constants' published values. No weights are loaded.
 
     Examples:
       lorafusion cost --shape flan-t5-large --modules 20 --crossbar isaac
@@ -38,7 +38,7 @@ class CostCommand(CostOptions):
       lorafusion cost --crossbar puma --constants mine.yaml --tokens-per-task 100000
 
     Attributes:
-      constants: a file that replaces the table of constants.
+      constants: file that replaces the table of constants.
       save_constants: write the table in use to this .yaml or .json file, to edit it.
       json: write everything to this file.
     """

@@ -16,10 +16,11 @@ class ParamsOptions:
       lorafusion params --shape flan-t5-large --modules 20 --rank 16
 
     Attributes:
-      shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
-      modules: how many modules are fused.
-      rank: of LoRA and DoRA.
-      vera_rank: of VeRA, whose two random matrices all sites share.
+      shape: name of a known shape, such as flan-t5-large, or the folder or hub id of a base model, whose config.json
+        is read.
+      modules: number of modules that are fused.
+      rank: rank of LoRA and DoRA.
+      vera_rank: rank of VeRA's two random matrices, which all sites share.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
     """
 

@@ -1,4 +1,4 @@
-"""`lorafusion evaluate --crossbar`: a run on several chips, at several ages, in one program."""
+"""A run on several chips, at several ages, in one program."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`lorafusion crossbar program`: base and pool written onto chips, once, for every run that will use them."""
+"""Base and pool written onto chips, once, for every run that uses them."""
 
 import dataclasses
 import math
@@ -33,18 +33,18 @@ from .program import program
 class ProgramOptions:
     """Write a base model and a pool onto independent chips, and report arrays, cells, energy and time.
 
-    Every chip has random errors of its own, drawn from the key. `lorafusion fuse` and `lorafusion evaluate` take the
-    folder with --crossbar.
+    Every chip has its own random errors, which are drawn from the key. `lorafusion fuse` and `lorafusion evaluate`
+    take the folder with --crossbar.
 
     Example:
       lorafusion crossbar program --base base --pool pool --crossbar noisy.yaml --chips 8 --out chips/noisy
 
     Attributes:
       base: the base model: a Hugging Face folder or a hub id.
-      pool: a converted pool, or a folder of PEFT adapters; all its modules are written.
-      out: folder of the chips.
+      pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
+      out: folder to write, which must not exist.
       crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
-      chips: how many.
+      chips: number of chips.
       chip_key: key from which they are drawn.
       digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers.
     """

@@ -39,7 +39,7 @@ class ConvertOptions:
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
       adapters_file: a text file with one more folder or hub id a line; # begins a comment.
       out: folder to write, which must not exist; a dry run needs none.
-      dtype: store factors in this dtype instead of the one they come in.
+      dtype: store factors in this dtype instead of their own.
       dry_run: read and check everything and report the same, but write nothing. Of the base only config.json
         is needed, unless an adapter carries copies of base weights.
       skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.

@@ -26,9 +26,9 @@ class EvaluateOptions:
 
     Attributes:
       run: folder of the run.
-      task: as in `lorafusion fuse`; by default the run's own.
-      test_rows: only the first rows of the test set.
-      eval_batch: rows in a batch.
+      task: task to evaluate on, as in `lorafusion fuse`; by default the run's own.
+      test_rows: evaluate on the first rows of the test set only.
+      eval_batch: number of rows in a batch of generation.
     """
 
     run: Path
@@ -46,10 +46,10 @@ class GenerateOptions:
 
     Attributes:
       run: folder of the run.
-      file: text to answer, a line each; by default standard input.
-      seed: which of the run's seeds answers; by default its first.
-      max_new_tokens: of an answer; by default the run's own bound.
-      eval_batch: lines answered together.
+      file: text file with a line for each answer; by default standard input.
+      seed: seed of the run that answers; by default its first.
+      max_new_tokens: most tokens of an answer; by default as in the run.
+      eval_batch: number of lines in a batch of generation.
     """
 
     run: Path

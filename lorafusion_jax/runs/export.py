@@ -36,10 +36,10 @@ class ExportOptions:
     Attributes:
       out: the folder to write, which must not exist.
       run: folder of the run.
-      seed: which of the run's seeds; by default its first.
-      format: a PEFT adapter, or a Hugging Face base model with what was trained merged in.
+      seed: seed of the run to export; by default its first.
+      format: a PEFT `adapter`, or a Hugging Face base model with the trained numbers `merged` in.
       pool: a converted pool, to save one of its adapters again.
-      adapter: the name of that adapter.
+      adapter: name of that adapter.
     """
 
     out: Path

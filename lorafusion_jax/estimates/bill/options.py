@@ -11,19 +11,20 @@ class CostOptions:
     """Assumptions of the bill of one new task.
 
     Attributes:
-      shape: a name, such as flan-t5-large, or the folder or hub id of a base model, of which config.json is read.
-      modules: modules that are fused.
-      rank: of every module, and of LoRA and DoRA.
-      vera_rank: of VeRA's random matrices.
+      shape: name of a known shape, such as flan-t5-large, or the folder or hub id of a base model, whose config.json
+        is read.
+      modules: number of modules that are fused.
+      rank: rank of every module, and of LoRA and DoRA.
+      vera_rank: rank of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
-      crossbar: of the arrays: isaac, puma, raella, neurram, or a .yaml or .json file.
-      tokens_per_task: tokens that are generated before the next task comes.
+      crossbar: configuration of the arrays: isaac, puma, raella, neurram, or a .yaml or .json file.
+      tokens_per_task: number of tokens that are generated for a task.
       epochs: passes over the training rows.
-      train_rows: rows that train and validate.
-      batch_size: rows in a step.
-      source: tokens of an input.
-      target: tokens of an answer.
-      evaluations: of LoraHub's search.
+      train_rows: number of rows for training and validation.
+      batch_size: number of rows in a step.
+      source: number of tokens of an input.
+      target: number of tokens of an answer.
+      evaluations: number of evaluations in LoraHub's search.
     """
 
     shape: str = "flan-t5-large"
@@ -46,7 +47,7 @@ class CostOptions:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that these numbers are of."""
+        """The recipe with these numbers."""
         return Recipe(
             modules=self.modules,
             epochs=self.epochs,
