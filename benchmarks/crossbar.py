@@ -79,7 +79,7 @@ def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
     cases = []
     for name, changes in by_cell.items():
         config = crossbar.CrossbarConfig(adc=crossbar.ADC(bits=8, range="max"), **changes)
-        read = jax.jit(lambda x, state, key, config=config: crossbar.mvm(x, state, config, key))
+        read = jax.jit(lambda x, state, key, config=config: crossbar.matmul(x, crossbar.with_read_key(state, key)))
         compiled: Any = read.lower(x, crossbar.program(w, config), jax.random.key(2)).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
         name, share = f"crossbar, {name}: temporaries / 256 MiB", temporary / crossbar_definition.BUDGET
@@ -103,15 +103,15 @@ def _read(
     """Time one read of a programmed and calibrated chip."""
     state = _calibrated(w, x, config)
     key = None if config.device.read_noise is None else jax.random.key(2)
-    read = jax.jit(lambda x, state, key: crossbar.mvm(x, state, config, key))
+    read = jax.jit(lambda x, state, key: crossbar.matmul(x, crossbar.with_read_key(state, key)))
     return _case(name, state.plan.path, read, (x, state, key), floor, limits, parts or {})
 
 
-def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ArrayState:
+def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.Chip:
     state = crossbar.program(w, config, jax.random.key(1))
     if config.adc is None or config.adc.range != "calibrated":
         return state
-    return crossbar.calibrated(state, crossbar.probe(x, state, config)[1], config)
+    return crossbar.calibrated(state, crossbar.probe(x, state)[1])
 
 
 def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:
@@ -128,10 +128,10 @@ def _chips(key: jax.Array) -> dict[str, Any]:
     keys = jax.random.split(key, _CHIPS)
 
     def one(key: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
-        return crossbar.mvm(x, crossbar.program(w, config, key), config)
+        return crossbar.matmul(x, crossbar.program(w, config, key))
 
     chips = jax.jit(lambda keys, w, x: jax.lax.map(lambda key: one(key, w, x), keys))
-    read = jax.jit(lambda x, state: crossbar.mvm(x, state, config))
+    read = jax.jit(lambda x, state: crossbar.matmul(x, state))
     state = crossbar.program(w, config, keys[0])
     parts = {
         "normal draws": _CHIPS * _draws(2 * 4 * w.size),

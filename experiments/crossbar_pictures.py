@@ -70,7 +70,7 @@ def tile() -> Any:
         axes[2, 1 + k].set_xlabel("column")
     for row, label in enumerate(("positive array", "negative array", "column sums to the ADC\n(input slice 0 to 6)")):
         axes[row, 1].set_ylabel(label)
-    error = float(jnp.linalg.norm(crossbar.mvm(x, state, config) - x @ weights) / jnp.linalg.norm(x @ weights))
+    error = float(jnp.linalg.norm(crossbar.matmul(x, state) - x @ weights) / jnp.linalg.norm(x @ weights))
     text = "codes are shifted and added\nover input slices j and\nweight slices k:\n\n"
     text += "$\\sum_{k,j}\\, 4^k\\, 2^j\\, code_{k,j}$"
     axes[2, 0].axis("off")
@@ -149,10 +149,10 @@ def _chips(device: Callable[[Array], Device], values: Array) -> np.ndarray:
     def error(value: Array, key: Array) -> Array:
         config = dataclasses.replace(BASE, device=device(value))
         quiet = dataclasses.replace(config, device=dataclasses.replace(config.device, read_noise=None))
-        state = crossbar.program(weights, quiet, key)
-        limits = crossbar.calibrated(state, crossbar.probe(x, state, quiet)[1], quiet).limits
-        state = dataclasses.replace(crossbar.program(weights, config, key), limits=limits)
-        y = crossbar.mvm(x, state, config, jax.random.fold_in(key, 0))
+        chip = crossbar.program(weights, quiet, key)
+        limits = crossbar.calibrated(chip, crossbar.probe(x, chip)[1]).limits
+        chip = dataclasses.replace(crossbar.program(weights, config, key), limits=limits)
+        y = crossbar.matmul(x, crossbar.with_read_key(chip, jax.random.fold_in(key, 0)))
         return jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)
 
     keys = jax.random.split(jax.random.key(2), CHIPS)
@@ -168,7 +168,7 @@ def _wires(rows: int, ratios: Array) -> np.ndarray:
     def error(ratio: Array) -> Array:
         wire = crossbar.Wire(row_resistance=ratio, column_resistance=ratio)
         config = CrossbarConfig(tile=crossbar.Tile(rows=rows, cols=rows, wire=wire))
-        y = crossbar.mvm(x, crossbar.program(weights, config), config)
+        y = crossbar.matmul(x, crossbar.program(weights, config))
         return jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)
 
     return np.stack([error(ratio) for ratio in ratios])
@@ -177,9 +177,9 @@ def _wires(rows: int, ratios: Array) -> np.ndarray:
 def _error(config: CrossbarConfig) -> float:
     weights, x = _normal(0, (512, 128)), _normal(1, (64, 512))
     state = crossbar.program(weights, config)
-    state = crossbar.calibrated(state, crossbar.probe(x, state, config)[1], config)
+    state = crossbar.calibrated(state, crossbar.probe(x, state)[1])
     exact = jnp.dot(x, weights, precision="highest")
-    return float(jnp.linalg.norm(crossbar.mvm(x, state, config) - exact) / jnp.linalg.norm(exact))
+    return float(jnp.linalg.norm(crossbar.matmul(x, state) - exact) / jnp.linalg.norm(exact))
 
 
 def _normal(seed: int, shape: tuple[int, ...]) -> Array:

@@ -7,7 +7,7 @@ from .adapters.composition import compose
 from .adapters.norms import Gram, column_norms, gram
 from .adapters.pool import LoraPool, random_pool, shuffled_pool
 from .adapters.updates import LowRank, Modules
-from .crossbar import CrossbarConfig, mvm, program, program_tree
+from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, read_config, save_base
 from .io.pool import load_pool, read_pool
@@ -27,14 +27,15 @@ __all__ = [
     "PRESETS",
     "Architecture",
     "Batch",
+    "Chip",
     "CrossbarConfig",
     "Frozen",
     "FuseOptions",
     "Fusion",
     "Gram",
     "LoRA",
-    "LowRank",
     "LoraPool",
+    "LowRank",
     "Merge",
     "Method",
     "Modules",
@@ -59,7 +60,6 @@ __all__ = [
     "load_run",
     "matmul",
     "merged_base",
-    "mvm",
     "objective",
     "over_seeds",
     "places",
@@ -71,4 +71,5 @@ __all__ = [
     "read_pool",
     "save_base",
     "shuffled_pool",
+    "with_read_key",
 ]

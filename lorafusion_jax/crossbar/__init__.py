@@ -1,21 +1,22 @@
 """Matrix-vector products on tiled ReRAM crossbars: bit-sliced, exact, differentiable.
 
 config = crossbar.load_config("isaac")
-state = crossbar.program(weights, config, key)     # write a matrix into arrays, once
-y = crossbar.mvm(x, state, config)                 # what the arrays make of x @ weights
+chip = crossbar.program(weights, config, key)     # write a matrix into arrays, once
+y = crossbar.matmul(x, chip)                      # what the arrays make of x @ weights
 """
 
 from .calibration.one_chip import Statistics, calibrated, probe
 from .calibration.whole_model import calibrate_tree, observe, site_errors
-from .chip.files import load_state, save_state
+from .chip.chip import Chip, chips_in, is_chip, programmed_weights, reads, with_chips, with_config, with_read_key
+from .chip.files import load_chip, save_chip
 from .chip.plan import Plan
-from .chip.program import ArrayState, program, programmed_weights
+from .chip.program import is_random, program
 from .chip.segments import Segments, map_layers, scan_layers
-from .chip.tree import program_tree
-from .chip.weight import Programmed, reads
-from .config.files import config_hash, load_config, save_config
+from .chip.tree import Rules, program_tree
+from .config.files import config_hash, has_hash, load_config, save_config
 from .config.presets import PRESETS
-from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
+from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, deterministic
+from .config.structure import Structure, split_config
 from .cost.constants import CONSTANTS, Constant, Constants, load_constants, save_constants
 from .cost.counts import Counts, counts
 from .cost.energy import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
@@ -34,7 +35,7 @@ from .devices.write_error import (
     Proportional,
     WriteVerify,
 )
-from .read.matmul import mvm
+from .read.matmul import matmul
 
 __all__ = [
     "ADC",
@@ -47,8 +48,8 @@ __all__ = [
     "RERAM_CMO_DRIFT",
     "RERAM_MILO_2021",
     "RERAM_WAN_2022",
-    "ArrayState",
     "Cell",
+    "Chip",
     "Constant",
     "Constants",
     "Counts",
@@ -63,15 +64,16 @@ __all__ = [
     "Plan",
     "Polynomial",
     "PowerLaw",
-    "Programmed",
     "Proportional",
     "Range",
     "ReadEnergy",
     "ReadNoise",
     "Relaxation",
+    "Rules",
     "Segments",
     "Sinh",
     "Statistics",
+    "Structure",
     "StuckAt",
     "Tile",
     "Wire",
@@ -79,15 +81,20 @@ __all__ = [
     "WriteVerify",
     "calibrate_tree",
     "calibrated",
+    "chips_in",
     "config_hash",
     "counts",
+    "deterministic",
     "drift_compensation",
     "explain",
+    "has_hash",
+    "is_chip",
+    "is_random",
+    "load_chip",
     "load_config",
     "load_constants",
-    "load_state",
     "map_layers",
-    "mvm",
+    "matmul",
     "observe",
     "probe",
     "program",
@@ -96,10 +103,14 @@ __all__ = [
     "read_energy",
     "read_latency",
     "reads",
+    "save_chip",
     "save_config",
     "save_constants",
-    "save_state",
     "scan_layers",
     "site_errors",
+    "split_config",
+    "with_chips",
+    "with_config",
+    "with_read_key",
     "write_cost",
 ]

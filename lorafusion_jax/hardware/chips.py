@@ -16,9 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..crossbar.calibration.whole_model import programmed_leaves, replaced
-from ..crossbar.chip.tree import Rules
-from ..crossbar.config.structure import Structure, split_config
+from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
 from ..methods.method import Frozen
 from ..models.weights import reads
 from .program import Norms, program
@@ -110,7 +108,7 @@ def program_chips(
 
 def limits_of(frozen: Frozen) -> Limits:
     """Return the ranges of a chip's ADCs and DACs."""
-    return [(leaf.state.limits, leaf.state.input_limit) for leaf in programmed_leaves(frozen)]
+    return [(leaf.limits, leaf.input_limit) for leaf in chips_in(frozen)]
 
 
 def of_seed(frozen: Frozen, number: Array) -> Frozen:
@@ -162,8 +160,8 @@ def _program_all(
 def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
     """Return a chip whose converters have these ranges."""
     leaves = []
-    for leaf, (of_adcs, of_dacs) in zip(programmed_leaves(frozen), limits, strict=True):
+    for leaf, (of_adcs, of_dacs) in zip(chips_in(frozen), limits, strict=True):
         dac = leaf.config.dac
-        own = leaf.state.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
-        leaves.append(dataclasses.replace(leaf, state=dataclasses.replace(leaf.state, limits=of_adcs, input_limit=own)))
-    return replaced(frozen, leaves)
+        own = leaf.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
+        leaves.append(dataclasses.replace(leaf, limits=of_adcs, input_limit=own))
+    return with_chips(frozen, leaves)

@@ -13,8 +13,7 @@ from jaxtyping import Array, Int
 from ..adapters.norms import gram
 from ..adapters.pool import LoraPool
 from ..checks import at_least
-from ..crossbar import CrossbarConfig, ReadNoise
-from ..crossbar.chip.program import is_random
+from ..crossbar import CrossbarConfig, ReadNoise, is_random
 from ..io.checkpoint import write_json
 from ..methods.lora import LoRA
 from ..methods.method import Fusion, Params

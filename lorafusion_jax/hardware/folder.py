@@ -6,7 +6,7 @@ drawn is compared with:
 
     CHIPS/manifest.json   key, digital weights, digests of base and modules, arrays and what writing them took
     CHIPS/config.yaml     of the crossbar
-    CHIPS/chip_0/         encoder.self.q.npz, ...: one file for each stack of matrices (`crossbar.load_state`)
+    CHIPS/chip_0/         encoder.self.q.npz, ...: one file for each stack of matrices (`crossbar.load_chip`)
 """
 
 import dataclasses
@@ -22,8 +22,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..crossbar import CrossbarConfig, Polynomial, config_hash, load_config, load_state, program_tree
-from ..crossbar.chip.tree import Rules
+from ..crossbar import (
+    CrossbarConfig,
+    Polynomial,
+    Rules,
+    has_hash,
+    load_chip,
+    load_config,
+    program_tree,
+    programmed_weights,
+)
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..runs.prepare import Fused
@@ -110,8 +118,8 @@ class Chips:
             return
         weight = {site: dense(base[site], jnp.float32)}
         drawn = program_tree(weight, {site: self.config}, self.chip_key(0))[site]
-        written = dataclasses.replace(drawn, state=load_state(folder / f"{site}.npz", self.config)).weights()
-        now = drawn.weights()[: len(written)]
+        written = programmed_weights(load_chip(folder / f"{site}.npz", self.config))
+        now = programmed_weights(drawn)[: len(written)]
         if not np.allclose(now, written, rtol=1e-4, atol=1e-5 * float(np.abs(written).max())):
             raise ValueError(
                 f"{folder / site}.npz holds other arrays than the key draws now: other versions of this package or of "
@@ -139,7 +147,7 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     if digital or key:
         raise ValueError(f"{folder} says itself what its key and its digital weights are: leave out these options")
     config = load_config(folder / CONFIG)
-    if config_hash(config) != manifest["config_sha256"]:
+    if not has_hash(config, manifest["config_sha256"]):
         raise ValueError(f"{folder / CONFIG} is not the configuration that the chips were programmed under: restore it")
     return Chips(config, tuple(manifest["digital"]), jax.random.key(manifest["key"]), manifest, name)
 

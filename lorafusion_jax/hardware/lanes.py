@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ..crossbar.chip.tree import Rules
+from ..crossbar import Rules
 from ..methods.method import Params
 from ..runs.prepare import Setup
 from ..tasks import Split

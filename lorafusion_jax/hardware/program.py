@@ -12,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.norms import gram, norms
-from ..crossbar import program_tree
-from ..crossbar.chip.tree import Rules
+from ..crossbar import Rules, program_tree
 from ..methods.method import Frozen
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
@@ -52,7 +51,11 @@ def program(
     base = {name: dense(weight, jnp.float32) for name, weight in matrices(model).items()}
     factors = {} if pool is None else {"A": pool.A, "B": pool.B}
     factors = {factor: {s: dense(w, jnp.float32) for s, w in by_site.items()} for factor, by_site in factors.items()}
-    placed = program_tree(base | ({"pool": factors} if factors else {}), rules, key, modules=modules)
+    numbers = None
+    if modules is not None:  # the arrays of a module are those of its number on the chip, in every layer
+        layered = ((f"pool.{factor}.{site}", len(w)) for factor, sites in factors.items() for site, w in sites.items())
+        numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
+    placed = program_tree(base | ({"pool": factors} if factors else {}), rules, key, numbers=numbers)
     factors = placed.pop("pool", None)
     set_matrices(model, placed)
     _, state = nnx.split(model)

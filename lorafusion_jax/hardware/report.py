@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..crossbar import calibrate_tree, config_hash, explain, observe, site_errors
-from ..crossbar.calibration.whole_model import programmed_leaves
+from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
 from ..io.checkpoint import write_json
 from ..methods.method import Frozen
 from ..runs.evaluate import seed_rows
@@ -71,15 +70,15 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
 def _sites(frozen: Frozen) -> list[dict[str, Any]]:
     """Return what every programmed weight takes: its matrices each on arrays of their own."""
     found = []
-    for leaf in programmed_leaves(frozen):
+    for leaf in chips_in(frozen):
         matrices = math.prod(leaf.shape[:-2])
-        of_one = explain(leaf.config, leaf.state.shape, state=leaf.state)
+        of_one = explain(leaf)
         found.append(
             {
                 "site": leaf.name,
                 "layers": [leaf.first, leaf.first + leaf.shape[0]] if leaf.shape[:-2] else None,
                 "matrices": matrices,
-                "shape": list(leaf.state.shape),
+                "shape": list(leaf.matrix_shape),
                 "arrays": matrices * of_one.arrays,
                 "utilisation": of_one.utilisation,
                 "conversions": of_one.conversions,

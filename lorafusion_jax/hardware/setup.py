@@ -6,9 +6,7 @@ from pathlib import Path
 import jax
 from jaxtyping import Array, Int
 
-from ..crossbar import CrossbarConfig
-from ..crossbar.chip.program import is_random
-from ..crossbar.config.schema import deterministic
+from ..crossbar import CrossbarConfig, deterministic, is_random
 from ..methods.merge import Merge
 from ..methods.method import Frozen, Params
 from ..runs.options import FuseOptions

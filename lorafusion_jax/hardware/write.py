@@ -9,18 +9,18 @@ import jax
 
 from ..checks import at_least
 from ..crossbar import (
+    Chip,
     Counts,
-    Programmed,
+    chips_in,
     config_hash,
     counts,
     explain,
+    is_random,
     load_config,
+    save_chip,
     save_config,
-    save_state,
     write_cost,
 )
-from ..crossbar.calibration.whole_model import programmed_leaves
-from ..crossbar.chip.program import is_random
 from ..io.checkpoint import new_folder, write_json
 from ..runs.options import FuseOptions, Recipe
 from ..runs.prepare import available, load_fused
@@ -78,14 +78,14 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
     recipe = Recipe(modules=len(names))
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
     with new_folder(options.out) as folder:
-        leaves: list[Programmed] = []
+        leaves: list[Chip] = []
         with progress("chips", options.chips) as bar:
             for number in range(options.chips):
                 chip = program(fused.graph, fused.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
-                leaves = programmed_leaves(chip)
+                leaves = chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
-                    save_state(leaf.state, config, of_chip / f"{_name(leaf)}.npz")
+                    save_chip(leaf, of_chip / f"{_name(leaf)}.npz")
                 bar.update()
         found = digests(fused)
         manifest = {
@@ -105,22 +105,22 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
     return manifest
 
 
-def _name(leaf: Programmed) -> str:
+def _name(leaf: Chip) -> str:
     return leaf.name if not leaf.first else f"{leaf.name}.{leaf.first}"
 
 
-def _report(leaves: list[Programmed]) -> dict[str, Any]:
+def _report(leaves: list[Chip]) -> dict[str, Any]:
     total, there, used = Counts(), 0, 0.0
     pulses = []
     for leaf in leaves:
         matrices = math.prod(leaf.shape[:-2])
-        of_one = counts(leaf.state.shape, leaf.config)
+        of_one = counts(leaf.matrix_shape, leaf.config)
         total = total + of_one * matrices
-        explained = explain(leaf.config, leaf.state.shape, state=leaf.state)
+        explained = explain(leaf)
         cells = explained.arrays * math.prod(explained.array) * matrices
         there, used = there + cells, used + explained.utilisation * cells
-        if leaf.state.pulses is not None:
-            pulses.append((float(leaf.state.pulses.mean()), of_one.cells * matrices))
+        if leaf.pulses is not None:
+            pulses.append((float(leaf.pulses.mean()), of_one.cells * matrices))
     cost = write_cost(total)
     return {
         "arrays": total.arrays,

@@ -1,7 +1,7 @@
 """The one seam: how a weight is multiplied, whatever it is.
 
 Every dense product of every model is `matmul(x, weight)`. A plain array is a dot product, a `qwix.QArray`
-is dequantised first, a `Programmed` weight is read from the arrays it sits in. Putting a model into 4 bits or
+is dequantised first, a `Chip` is read. Putting a model into 4 bits or
 on hardware is a map over its tree of weights; no model code knows.
 """
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float
 
-from ..crossbar import Programmed, Segments, map_layers, reads, scan_layers
-from ..crossbar.chip.weight import is_programmed
+from .. import crossbar
+from ..crossbar import Chip, Segments, is_chip, map_layers, programmed_weights, reads, scan_layers
 from .narrow import kept
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # `Segments`: a stack of layers of several kinds; a scan over layers (`scan_layers`) meets one kind at a time.
-Weight = Array | qwix.QArray | Programmed | Segments
+Weight = Array | qwix.QArray | Chip | Segments
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 # What a policy of `jax.checkpoint` may call products that it does not see, since their gradients are our own.
@@ -48,8 +48,8 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
       x: activations.
       weight: [d_in, d_out], a plain, quantised or programmed array.
     """
-    if isinstance(weight, Programmed):
-        return weight.read(x)
+    if isinstance(weight, Chip):
+        return crossbar.matmul(x, weight)
     plain = dense(weight, x.dtype)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return kept(_bfloat16_dot(x, plain), PRODUCT)
@@ -87,14 +87,14 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
         return jnp.concatenate([dense(part, dtype) for part in weight.parts])
     if isinstance(weight, qwix.QArray):
         weight = qwix.dequantize(weight)
-    elif isinstance(weight, Programmed):
-        weight = weight.weights()
+    elif isinstance(weight, Chip):
+        weight = programmed_weights(weight)
     return weight.astype(dtype)
 
 
 def is_in_arrays(weights: Any) -> bool:
     """Whether any weight of a tree is a programmed one."""
-    return any(map(is_programmed, jax.tree.leaves(weights, is_leaf=is_programmed)))
+    return any(map(is_chip, jax.tree.leaves(weights, is_leaf=is_chip)))
 
 
 def quantise(weight: Array, qtype: str, *, tiled_axis: int) -> qwix.QArray:

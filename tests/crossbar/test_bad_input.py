@@ -26,9 +26,11 @@ from lorafusion_jax.crossbar import (
     Wire,
     WriteVerify,
     calibrated,
-    mvm,
+    matmul,
     probe,
     program,
+    with_config,
+    with_read_key,
 )
 
 OFFSET = Encoding(kind="offset")
@@ -236,12 +238,12 @@ def test_inputs():
     x = jnp.ones((3, 7), jnp.float32)
     config = CrossbarConfig()
     with pytest.raises(ValueError, match=r"x of shape \(3, 7\) meets arrays of \(6, 5\): its last axis must be 6"):
-        mvm(x, program(W, config), config)
+        matmul(x, program(W, config))
     with pytest.raises(ValueError, match=r"its last axis must be 6"):
-        jax.jit(mvm)(x, program(W, config), config)
+        jax.jit(matmul)(x, program(W, config))
     noisy = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.1)))
-    with pytest.raises(ValueError, match="anew for every read: give its key"):
-        mvm(x[:, :6], program(W, noisy), noisy)
+    with pytest.raises(ValueError, match="anew for every read: give it a key"):
+        matmul(x[:, :6], program(W, noisy))
 
 
 @pytest.mark.parametrize("path", [None, "definition"])
@@ -249,13 +251,13 @@ def test_an_uncalibrated_adc(path):
     config = CrossbarConfig(adc=ADC(bits=4))
     state = program(W, config, path=path)
     x = jnp.ones((3, 6), jnp.float32)
-    with pytest.raises(ValueError, match=r"this ADC's range comes from data: state = calibrated\(state, "):
-        mvm(x, state, config)
-    _, statistics = probe(x, state, config)
-    mvm(x, calibrated(state, statistics, config), config)
+    with pytest.raises(ValueError, match=r"this ADC's range comes from data: chip = calibrated\(chip, "):
+        matmul(x, state)
+    _, statistics = probe(x, state)
+    matmul(x, calibrated(state, statistics))
     nothing = jax.tree.map(jnp.zeros_like, statistics)
     with pytest.raises(ValueError, match="calibration saw no conversion: probe the arrays with some inputs first"):
-        calibrated(state, nothing, config)
+        calibrated(state, nothing)
 
 
 def test_swept_values_and_placeholders_pass():
@@ -300,8 +302,11 @@ def test_swept_values_and_placeholders_pass():
 def test_arrays_of_another_configuration(programmed, read, message):
     state, x = program(W, programmed), jnp.ones((2, 6), jnp.float32)
     key = jax.random.key(0)
-    compiled = jax.jit(lambda x, state: mvm(x, state, read, key))
-    for multiply in (lambda *of: mvm(*of, read, key), compiled, lambda *of: probe(*of, read, key)):
+
+    def reading(by):
+        return lambda x, chip: by(x, with_read_key(with_config(chip, read), key))
+
+    for multiply in (reading(matmul), jax.jit(reading(matmul)), reading(probe)):
         with pytest.raises(ValueError, match=f"programmed with another configuration: .*{message}"):
             multiply(x, state)
 
@@ -309,10 +314,10 @@ def test_arrays_of_another_configuration(programmed, read, message):
 def test_calibration_with_another_configuration():
     config = CrossbarConfig(adc=ADC(bits=4))
     state = program(W, config)
-    _, statistics = probe(jnp.ones((3, 6), jnp.float32), state, config)
+    _, statistics = probe(jnp.ones((3, 6), jnp.float32), state)
     with pytest.raises(ValueError, match=r"another configuration: adc.bits = 5, not 4"):
-        calibrated(state, statistics, CrossbarConfig(adc=ADC(bits=5)))
-    calibrated(state, statistics, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5)))
+        calibrated(with_config(state, CrossbarConfig(adc=ADC(bits=5))), statistics)
+    calibrated(with_config(state, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5))), statistics)
 
 
 def test_what_a_chip_may_be_read_with():
@@ -326,7 +331,7 @@ def test_what_a_chip_may_be_read_with():
 
     state = program(W, made(), key)
     for other in (made(sigma=0.2), made(clip_share=0.5), made(ratio=jnp.float32(10.0))):
-        assert mvm(x, state, other, key).shape == (2, 5)
+        assert matmul(x, with_read_key(with_config(state, other), key)).shape == (2, 5)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from lorafusion_jax.crossbar import (
     Wire,
     calibrated,
     explain,
-    mvm,
+    matmul,
     probe,
     program,
+    with_read_key,
 )
 from lorafusion_jax.crossbar.mapping.adc import Converter
 from lorafusion_jax.crossbar.read import definition as definition_module
@@ -64,12 +65,12 @@ def test_calibrated_codes_of_sums_between_two_are_the_even_one(bits):
     config = CrossbarConfig(cell=Cell(bits=bits), encoding=OFFSET, dac=UNSIGNED, adc=ADC(bits=7))
     weights, x = problem(120, low=0.2)
     state = program(weights, config)
-    state = calibrated(state, probe(x, state, config)[1], config)
+    state = calibrated(state, probe(x, state)[1])
     step = np.asarray(state.limits[0, :, 1] * np.asarray([2**b - 1 for b in bits], np.float32) / 127, float)
     exact = offset_read(np.asarray(weights, float), np.asarray(x, float), bits, np.round(step), 7)
     np.testing.assert_allclose(step, np.round(step), rtol=1e-6)
     assert (np.round(step) > 1).any()
-    np.testing.assert_allclose(mvm(x, state, config), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    np.testing.assert_allclose(matmul(x, state), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("top", [3, 63, 127, 1023])
@@ -92,7 +93,7 @@ def test_codes_at_max_of_sums_between_two_are_the_even_one(path):
     config = CrossbarConfig(cell=Cell(bits=(4, 4)), encoding=OFFSET, dac=UNSIGNED, adc=ADC(bits=4, range="max"))
     weights, x = problem(low=0.2)
     exact = offset_read(np.asarray(weights, float), np.asarray(x, float), (4, 4), [40 * 15 / 15] * 2, 4)
-    y = mvm(x, program(weights, config, path=path), config)
+    y = matmul(x, program(weights, config, path=path))
     np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
@@ -101,9 +102,9 @@ def test_gain_errors_multiply_the_current_of_gmin_too(encoding, separate):
     adc = ADC(bits=14, range="max", gain_error=0.05, separate=separate)
     config = CrossbarConfig(cell=Cell(on_off_ratio=10.0), encoding=encoding, adc=adc)
     weights, x = problem()
-    wanted = mvm(x, program(weights, config, KEY, path="definition"), config)
+    wanted = matmul(x, program(weights, config, KEY, path="definition"))
     for path in ("loop", "lookup"):
-        assert relative(mvm(x, program(weights, config, KEY, path=path), config), wanted) < 2e-3
+        assert relative(matmul(x, program(weights, config, KEY, path=path)), wanted) < 2e-3
 
 
 def test_gain_errors_multiply_read_noise():
@@ -115,7 +116,7 @@ def test_gain_errors_multiply_read_noise():
 
     def spread(path):
         state = program(weights, config, KEY, path=path)
-        return jnp.std(jax.lax.map(lambda key: mvm(x, state, config, key), keys), axis=0)
+        return jnp.std(jax.lax.map(lambda key: matmul(x, with_read_key(state, key)), keys), axis=0)
 
     np.testing.assert_allclose(spread("loop"), spread("definition"), rtol=0.2)
 
@@ -135,7 +136,7 @@ def test_every_path_has_the_read_noise_of_the_definition(kind, ratio, encoding):
 
     def spread(path):
         state = program(weights, config, path=path)
-        drawn = jax.lax.map(lambda key: mvm(x, state, config, key), keys)
+        drawn = jax.lax.map(lambda key: matmul(x, with_read_key(state, key)), keys)
         return float(jnp.sqrt(jnp.mean(jnp.var(drawn, axis=0))))
 
     wanted = spread("definition")
@@ -153,7 +154,7 @@ def test_noise_below_zero_is_cut_off_in_flipped_columns_too():
 
     def mean(path):
         state = program(weights, config, path=path)
-        return jnp.mean(jax.lax.map(lambda key: mvm(x, state, config, key), keys, batch_size=500), axis=0)
+        return jnp.mean(jax.lax.map(lambda key: matmul(x, with_read_key(state, key)), keys, batch_size=500), axis=0)
 
     np.testing.assert_allclose(mean(None), mean("definition"), atol=0.3)
     with pytest.raises(ValueError, match="path='loop' cannot compute noise below zero"):
@@ -178,11 +179,11 @@ def test_ranges_cover_the_unit_column_of_flipped_arrays(bits, ratio, adc):
         config = CrossbarConfig(cell=cell, encoding=encoding, mapping=mapping, dac=UNSIGNED, adc=adc)
         paths = (None, "definition")
         states = [program(weights, config, path=path) for path in paths]
-        states = [calibrated(state, probe(x, state, config)[1], config) for state in states]
-        y, other = (mvm(x, state, config) for state in states)
+        states = [calibrated(state, probe(x, state)[1]) for state in states]
+        y, other = (matmul(x, state) for state in states)
         np.testing.assert_allclose(other, y, rtol=0, atol=2e-3 * float(jnp.abs(y).max()))
         errors.append(relative(y, x @ weights))
-        of_paths = [probe(x, state, config)[1].clip_share for state in states if state.plan.path != "product"]
+        of_paths = [probe(x, state)[1].clip_share for state in states if state.plan.path != "product"]
         shares += [float(jnp.max(share)) for share in of_paths]
         assert explain(config, weights.shape).lost_bits is not None
     assert errors[1] < 1.5 * errors[0] + 0.01
@@ -196,9 +197,9 @@ def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_target
     cells = program(weights, config, path="definition").cells
     state = program(weights, config, conductances=jnp.ones_like(cells))
     x = jnp.ones((2, 40), jnp.float32)
-    state = calibrated(state, probe(x, state, config)[1], config)
+    state = calibrated(state, probe(x, state)[1])
     np.testing.assert_allclose(state.limits[0, :, 1], 40, rtol=1e-3)
-    assert float(jnp.max(probe(x, state, config)[1].clip_share)) == 0
+    assert float(jnp.max(probe(x, state)[1].clip_share)) == 0
 
 
 @pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed", "product"])
@@ -207,7 +208,7 @@ def test_an_input_that_is_not_a_number_makes_its_row_not_a_number(path, scaling)
     adc = ADC(bits=14, range="granular") if path == "product" else ADC(range="max")
     config = CrossbarConfig(dac=DAC(scaling=scaling), adc=adc)
     weights, x = problem(batch=3)
-    y = mvm(x.at[1, 7].set(jnp.nan), program(weights, config, path=path), config)
+    y = matmul(x.at[1, 7].set(jnp.nan), program(weights, config, path=path))
     assert jnp.isnan(y[1]).all()
     assert jnp.isfinite(y[jnp.array([0, 2])]).all()
 
@@ -220,19 +221,19 @@ def test_row_tiles_with_ranges_of_their_own_are_read_as_defined(path):
     """Given, under jit, or put in: the result does not depend on it, and the gradient is that of the definition."""
     weights, x = problem(batch=4)
     config = CrossbarConfig(tile=Tile(rows=10), adc=ADC(bits=5, range="given", limits=LIMITS.tolist()))
-    wanted = mvm(x, program(weights, config, path="definition"), config)
+    wanted = matmul(x, program(weights, config, path="definition"))
     plain = dataclasses.replace(config, adc=ADC(bits=5, range="given", limits=LIMITS[0].tolist()))
-    assert relative(mvm(x, program(weights, plain, path="definition"), plain), wanted) > 0.01
+    assert relative(matmul(x, program(weights, plain, path="definition")), wanted) > 0.01
 
     def read(limits, path):
         traced = dataclasses.replace(config, adc=dataclasses.replace(config.adc, limits=limits))
-        return mvm(x, program(weights, traced, path=path), traced)
+        return matmul(x, program(weights, traced, path=path))
 
     limits = jnp.asarray(LIMITS, jnp.float32)
     put_in = dataclasses.replace(program(weights, plain, path=path), limits=limits)
     bound = {"rtol": 0, "atol": 1e-6 * float(jnp.abs(wanted).max())}
-    np.testing.assert_allclose(mvm(x, program(weights, config, path=path), config), wanted, **bound)
-    np.testing.assert_allclose(mvm(x, put_in, plain), wanted, **bound)
+    np.testing.assert_allclose(matmul(x, program(weights, config, path=path)), wanted, **bound)
+    np.testing.assert_allclose(matmul(x, put_in), wanted, **bound)
     np.testing.assert_allclose(jax.jit(lambda limits: read(limits, path))(limits), wanted, **bound)
     if path != "loop":
         return
@@ -244,8 +245,8 @@ def test_ranges_that_no_array_has_are_refused():
     weights, x = problem()
     config = CrossbarConfig(tile=Tile(rows=10), adc=ADC(range="max"))
     state = dataclasses.replace(program(weights, config), limits=jnp.asarray(LIMITS[:3], jnp.float32))
-    with pytest.raises(ValueError, match=r"state.limits of shape \(3, 4, 2\): give .* or \(4, 4, 2\)"):
-        mvm(x, state, config)
+    with pytest.raises(ValueError, match=r"chip.limits of shape \(3, 4, 2\): give .* or \(4, 4, 2\)"):
+        matmul(x, state)
 
 
 def test_ranges_that_lose_bits_do_not_pass_for_lossless_ones():
@@ -255,13 +256,11 @@ def test_ranges_that_lose_bits_do_not_pass_for_lossless_ones():
     state = program(weights, config)
     assert state.plan.path == "product"
     narrow = dataclasses.replace(state, limits=state.limits / 8)
-    with pytest.raises(ValueError, match="state.limits lose bits, .* path='loop'"):
-        mvm(x, narrow, config)
-    assert jnp.isnan(
-        jax.jit(lambda limits: mvm(x, dataclasses.replace(state, limits=limits), config))(narrow.limits)
-    ).all()
-    y = mvm(x, program(weights, config, path="loop"), config)
-    np.testing.assert_allclose(mvm(x, state, config), y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
+    with pytest.raises(ValueError, match="chip.limits lose bits, .* path='loop'"):
+        matmul(x, narrow)
+    assert jnp.isnan(jax.jit(lambda limits: matmul(x, dataclasses.replace(state, limits=limits)))(narrow.limits)).all()
+    y = matmul(x, program(weights, config, path="loop"))
+    np.testing.assert_allclose(matmul(x, state), y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
 
 
 def test_negative_inputs_of_an_unsigned_dac_have_no_gradient():
@@ -272,7 +271,7 @@ def test_negative_inputs_of_an_unsigned_dac_have_no_gradient():
     weights, x = problem(batch=4)
 
     def loss(x, weights):
-        return jnp.sum(jnp.sin(mvm(x, program(weights, config), config)))
+        return jnp.sum(jnp.sin(matmul(x, program(weights, config))))
 
     def clipped(x, weights):
         return jnp.sum(jnp.sin(jnp.dot(jnp.maximum(x, 0), weights, precision="highest")))
@@ -299,7 +298,7 @@ def test_cells_that_are_read_one_by_one_keep_to_the_budget(config, monkeypatch):
 
     def temporaries(budget):
         monkeypatch.setattr(definition_module, "BUDGET", budget)
-        read = jax.jit(lambda x, leaves: mvm(x, jax.tree.unflatten(structure, leaves), config, KEY))
+        read = jax.jit(lambda x, leaves: matmul(x, with_read_key(jax.tree.unflatten(structure, leaves), KEY)))
         return read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(2**21) < 2 * 2**21

@@ -117,7 +117,7 @@ def test_lost_bits_by_hand():
 
 def test_narrow_modules_share_arrays():
     for shape in [(1024, 16), (16, 1024)]:
-        said = explain(PRESETS["isaac"], shape, modules=20)
+        said = explain(PRESETS["isaac"], shape, matrices=20)
         assert said.arrays == 64 and said.utilisation == pytest.approx(16 / 128)
         assert said.shared_arrays == 8 * 3 * 8 and said.shared_utilisation == pytest.approx(20 * 16 / (3 * 128))
         assert "1,280 arrays each on its own; 192 side by side, 83.3 % of their cells" in str(said)
@@ -129,8 +129,8 @@ def test_a_calibrated_state_may_lose_nothing():
     config = CrossbarConfig(adc=ADC(bits=10, quantile=1.0))
     weights, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (4, 64))
     state = program(weights, config)
-    state = calibrated(state, probe(x, state, config)[1], config)
-    said = explain(config, (64, 8), state=state)
+    state = calibrated(state, probe(x, state)[1])
+    said = explain(state, (64, 8))
     assert (said.path, said.reason) == (state.plan.path, state.plan.reason)
 
 
@@ -158,17 +158,19 @@ def test_noise_and_swept_values_are_explained():
     assert (explain(config, (64, 64)).path, explain(config, (64, 64)).reason) == (plan.path, plan.reason)
 
 
-@pytest.mark.parametrize("shape, modules", [((0, 4), 1), ((4,), 1), (4, 1), ((4, 2.5), 1), ((4, 4), 0), ((2, 3, 4), 1)])
-def test_bad_shapes_are_refused(shape, modules):
+@pytest.mark.parametrize(
+    "shape, matrices", [((0, 4), 1), ((4,), 1), (4, 1), ((4, 2.5), 1), ((4, 4), 0), ((2, 3, 4), 1)]
+)
+def test_bad_shapes_are_refused(shape, matrices):
     function = getattr(explain, "__wrapped__", explain)
     with pytest.raises(ValueError, match=r"give \(d_in, d_out\) and a count"):
-        function(CrossbarConfig(), shape, modules=modules)
+        function(CrossbarConfig(), shape, matrices=matrices)
 
 
 def test_a_state_of_another_shape_is_refused():
     config = CrossbarConfig()
-    with pytest.raises(ValueError, match=r"shape \(4, 5\): the state's arrays hold a matrix of \(4, 4\)"):
-        explain(config, (4, 5), state=program(jnp.ones((4, 4)), config))
+    with pytest.raises(ValueError, match=r"shape \(4, 5\): the arrays of this chip hold a matrix of \(4, 4\)"):
+        explain(program(jnp.ones((4, 4)), config), (4, 5))
 
 
 def test_a_mapping_of_scales_changes_nothing():

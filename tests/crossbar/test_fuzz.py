@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtri
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import CrossbarConfig, calibrated, mvm, probe, program
+from lorafusion_jax.crossbar import CrossbarConfig, calibrated, matmul, probe, program, with_config, with_read_key
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'"),
@@ -89,7 +89,8 @@ def compiled(c: dict[str, Any], config: CrossbarConfig, path: str | None, *, eag
         return settled(program(W, config, key, path=path), seen, config, of_read)
 
     def reading(x: Any, state: Any) -> Any:
-        return probe(x, state, config, of_read) if ranges(config) else (mvm(x, state, config, of_read), None)
+        state = with_read_key(state, of_read)
+        return probe(x, state) if ranges(config) else (matmul(x, state), None)
 
     def both(W: Any, x: Any, seen: Any) -> Any:
         state = programmed(W, seen)
@@ -115,7 +116,7 @@ def ranges(config: CrossbarConfig) -> int:
 def settled(state: Any, seen: Any, config: CrossbarConfig, key: Any) -> Any:
     """Return the state with its ranges from data."""
     for _ in range(ranges(config)):
-        state = calibrated(state, probe(seen, state, config, key)[1], config)
+        state = calibrated(state, probe(seen, with_read_key(state, key))[1])
     return state
 
 
@@ -131,7 +132,7 @@ def drawn_codes(c: dict[str, Any], config: CrossbarConfig) -> oracle.Drawn | Non
         dac=dataclasses.replace(config.dac, scaling="fixed", limit=1.0),
     )
     key = jax.random.fold_in(jax.random.key(c["seed"]), 1)
-    read = jit(lambda v: mvm(v, program(jnp.eye(c["d_in"], dtype=v.dtype), plain), plain, key))
+    read = jit(lambda v: matmul(v, with_read_key(program(jnp.eye(c["d_in"], dtype=v.dtype), plain), key)))
 
     def drawn(voltages: np.ndarray) -> np.ndarray:
         codes = np.rint(top * np.asarray(read(jnp.asarray(voltages)), float))
@@ -402,7 +403,7 @@ def many_reads(
     @jit
     def run(W: Any, x: Any, seen: Any) -> Any:
         state = settled(program(W, config, key, path=path), seen, config, key)
-        y = jax.vmap(lambda key: mvm(x, state, config, key))(jax.random.split(key, 5000))
+        y = jax.vmap(lambda key: matmul(x, with_read_key(state, key)))(jax.random.split(key, 5000))
         return y, state.limits, state.input_limit
 
     with refusals(path):
@@ -610,7 +611,7 @@ def test_gradients_are_those_of_the_programmed_weights(case: tuple[str, dict[str
         key = jax.random.key(c["seed"])
 
         def loss(W: Any, x: Any) -> Any:
-            return jnp.sum(C * mvm(x, program(W, config, key, path=path), config))
+            return jnp.sum(C * matmul(x, program(W, config, key, path=path)))
 
         with refusals(path):
             d_W, d_x = jit(jax.grad(loss, (0, 1)))(jnp.asarray(W), jnp.asarray(x))
@@ -654,10 +655,10 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str
         def read(limits: Any, W: Any, x: Any) -> Any:
             if how.endswith("configuration"):
                 config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=limits))
-                return mvm(x, program(W, config, key, path=path), config)
+                return matmul(x, program(W, config, key, path=path))
             state = program(W, old, key, path=path)
             state = dataclasses.replace(state, limits=limits if limits.ndim == 3 else limits[None])
-            return mvm(x, state, old)
+            return matmul(x, state)
 
         def loss(limits: Any, W: Any, x: Any) -> tuple[Any, Any]:
             y = read(limits, W, x)
@@ -711,7 +712,7 @@ def test_a_sweep_is_a_loop(case: tuple[str | None, dict[str, Any]], leaf: str):
 
         def read(value: Any, W: Any, x: Any) -> Any:
             config = change(value)
-            return mvm(x, program(W, config, key, path=path), config)
+            return matmul(x, program(W, config, key, path=path))
 
         with refusals(path):
             y = jit(jax.vmap(read, (0, None, None)))(jnp.asarray(values, dtype(c)), jnp.asarray(W), jnp.asarray(x))
@@ -789,7 +790,7 @@ def test_gradients_of_physical_values_are_slopes(case: tuple[str, dict[str, Any]
             if leaf == "limit":
                 config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, limit=value))
             state = program(W, config, key, path=path)
-            return jnp.sum(C * mvm(x, state, config, jax.random.fold_in(key, 1)))
+            return jnp.sum(C * matmul(x, with_read_key(state, jax.random.fold_in(key, 1))))
 
         with refusals(path):
             y, slope = jit(jax.value_and_grad(loss))(jnp.asarray(at), jnp.asarray(W), jnp.asarray(x))
@@ -854,7 +855,8 @@ def test_a_state_read_with_another_configuration_is_refused_or_right(
     with precision(c), contextlib.suppress(Refused):
         W, x, _ = problem(other, 0)
         with refusals(path):
-            y = jit(lambda W, x: mvm(x, program(W, config, path=path), changed))(jnp.asarray(W), jnp.asarray(x))
+            read = jit(lambda W, x: matmul(x, with_config(program(W, config, path=path), changed)))
+            y = read(jnp.asarray(W), jnp.asarray(x))
         assert_within(y, oracle.read(oracle.program(W, changed), x, changed), other, changed, f"{name} changed")
         tally(path, "within tolerance")
 
@@ -876,7 +878,7 @@ def test_narrow_floats_are_refused_or_right(c: dict[str, Any], to: str, which: s
         x = x.astype(to)
     with contextlib.suppress(Refused):
         with refusals(None):
-            y = jit(lambda W, x: mvm(x, program(W, config), config))(W, x)
+            y = jit(lambda W, x: matmul(x, program(W, config)))(W, x)
         W, x = (np.asarray(a.astype(jnp.float32)) for a in (W, x))
         wanted = oracle.read(oracle.program(W, config), x, config)
         eps = float(jnp.finfo(to).eps)
@@ -900,7 +902,7 @@ def test_negative_inputs_of_an_unsigned_dac_are_refused_or_clipped_throughout(ca
         key = jax.random.key(c["seed"])
 
         def loss(W: Any, x: Any) -> Any:
-            y = mvm(x, program(W, config, key, path=path), config)
+            y = matmul(x, program(W, config, key, path=path))
             return jnp.sum(C * y), y
 
         with refusals(path):
@@ -933,7 +935,7 @@ def test_any_leading_axes_are_a_batch(case: tuple[str | None, dict[str, Any]]):
         with refusals(path):
             state = jit(lambda W: program(W, config, key, path=path))(jnp.asarray(W))
         leaves, tree = jax.tree.flatten(state)
-        read = jit(lambda x, leaves: mvm(x, jax.tree.unflatten(tree, leaves), config))
+        read = jit(lambda x, leaves: matmul(x, jax.tree.unflatten(tree, leaves)))
         y = np.asarray(read(jnp.asarray(x), leaves))
         for shape in ((), (2, 2), (0,), (3, 0)):
             found = read(jnp.asarray(x.reshape(-1)[: int(np.prod(shape)) * len(W)].reshape(*shape, len(W))), leaves)

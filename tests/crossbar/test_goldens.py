@@ -21,7 +21,7 @@ from lorafusion_jax.crossbar import (
     Mapping,
     Proportional,
     Tile,
-    mvm,
+    matmul,
     program,
 )
 from lorafusion_jax.crossbar.mapping import encoding
@@ -288,7 +288,7 @@ def test_programming_noise(shared, name, model):
 
     @jax.jit
     def read(keys):
-        return jax.vmap(lambda key: mvm(x, program(W, config, key), config).T)(keys)
+        return jax.vmap(lambda key: matmul(x, program(W, config, key)).T)(keys)
 
     error = np.asarray(read(jax.random.split(jax.random.key(3), draws)), float) - z["y_noiseless"]
     rms = np.sqrt(np.mean(error**2))
@@ -315,7 +315,7 @@ def test_aihwkit(shared, path):
             adc=ADC(bits=8, range="given", limits=((-10.0, 10.0),)),
         )
         state = program(jnp.asarray(z["W"].T, float), config, path=path)
-        y = np.asarray(mvm(jnp.asarray(z["x"], float), state, config))
+        y = np.asarray(matmul(jnp.asarray(z["x"], float), state))
         scale = np.asarray([z[f"tile{r}_scale"][0] for r in range(3)])
         np.testing.assert_allclose(state.scale, np.broadcast_to(scale[:, None], (3, 64)), rtol=1e-6)
     np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max())

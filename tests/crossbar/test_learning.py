@@ -28,10 +28,12 @@ from lorafusion_jax.crossbar import (
     Tile,
     Wire,
     WriteVerify,
-    mvm,
+    matmul,
     probe,
     program,
     programmed_weights,
+    with_config,
+    with_read_key,
 )
 
 CHIP, READ = jax.random.key(11), jax.random.key(12)
@@ -135,7 +137,7 @@ def test_values_have_the_derivatives_of_finite_differences(case):
 
         def loss(values):
             config = make(values)
-            return jnp.sum(C * mvm(x, program(W, config, CHIP, path=path), config, READ))
+            return jnp.sum(C * matmul(x, with_read_key(program(W, config, CHIP, path=path), READ)))
 
         both = jax.jit(jax.value_and_grad(loss))
         at = {name: jnp.asarray(value) for name, value in start.items()}
@@ -160,7 +162,7 @@ def test_full_scale_has_the_derivative_of_clipping_and_that_of_its_rounding():
 
         def loss(limit, bits):
             config = CrossbarConfig(dac=DAC(bits=bits, scaling="fixed", limit=limit), mapping=Mapping(weight_bits=4))
-            return jnp.sum(C * mvm(x, program(W, config), config))
+            return jnp.sum(C * matmul(x, program(W, config)))
 
         limit = jnp.asarray(0.8)
         v = np.asarray(x) / 0.8
@@ -178,7 +180,7 @@ def test_weights_keep_their_gradient_beside_that_of_the_cells():
     W = jnp.asarray(np.random.default_rng(1).normal(size=(6, 5)), jnp.float32)
     config = CrossbarConfig(device=Device(programming=Independent(0.05)))
     C = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)), jnp.float32)
-    gradient = jax.grad(lambda W: jnp.sum(C * programmed_weights(program(W, config, CHIP), config)))
+    gradient = jax.grad(lambda W: jnp.sum(C * programmed_weights(program(W, config, CHIP))))
     np.testing.assert_allclose(jax.jit(gradient)(W), C, rtol=1e-5)
 
 
@@ -208,7 +210,7 @@ def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, mes
 
     def loss(value):
         config = jax.tree.unflatten(tree, [value if i == at else leaf for i, (_, leaf) in enumerate(leaves)])
-        return jnp.sum(mvm(jnp.ones((2, 6), jnp.float32), program(W, config, CHIP), config))
+        return jnp.sum(matmul(jnp.ones((2, 6), jnp.float32), program(W, config, CHIP)))
 
     value = jnp.float32(leaves[at][1])
     assert jnp.isfinite(loss(value))
@@ -224,8 +226,8 @@ def test_a_value_that_acts_at_programming_is_learned_through_it():
 
     state = program(W, made(jnp.float32(0.5)))
     with pytest.raises(ValueError, match=r"dac.limit is not used by a read: .* Call program"):
-        jax.grad(lambda limit: jnp.sum(mvm(x, state, made(limit))))(jnp.float32(0.5))
-    through = jax.grad(lambda limit: jnp.sum(mvm(x, program(W, made(limit)), made(limit))))(jnp.float32(0.5))
+        jax.grad(lambda limit: jnp.sum(matmul(x, with_config(state, made(limit)))))(jnp.float32(0.5))
+    through = jax.grad(lambda limit: jnp.sum(matmul(x, program(W, made(limit)))))(jnp.float32(0.5))
     np.testing.assert_allclose(through, 60, rtol=1e-5)  # every input is clipped to the limit
 
 
@@ -236,10 +238,10 @@ def test_a_read_has_a_forward_derivative(path):
     rng = np.random.default_rng(3)
     W, x, dx, C = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (4, 6), (4, 6), (4, 5)))
     state = program(W, config, CHIP, path=path)
-    y, along = jax.jvp(lambda x: mvm(x, state, config), (x,), (dx,))
-    np.testing.assert_array_equal(y, mvm(x, state, config))
-    np.testing.assert_allclose(along, dx @ programmed_weights(state, config), rtol=1e-4, atol=1e-5)
-    back = jax.vjp(lambda x: mvm(x, state, config), x)[1](C)[0]
+    y, along = jax.jvp(lambda x: matmul(x, state), (x,), (dx,))
+    np.testing.assert_array_equal(y, matmul(x, state))
+    np.testing.assert_allclose(along, dx @ programmed_weights(state), rtol=1e-4, atol=1e-5)
+    back = jax.vjp(lambda x: matmul(x, state), x)[1](C)[0]
     np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(along * C), rtol=1e-4)
 
 
@@ -252,7 +254,7 @@ def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative(adc, path):
     def gradient(sigma):
         noise = ReadNoise(0.1, "proportional")
         config = CrossbarConfig(adc=adc, device=Device(programming=Independent(sigma), read_noise=noise))
-        return jnp.sum(mvm(x, program(W, config, CHIP, path=path), config, READ))
+        return jnp.sum(matmul(x, with_read_key(program(W, config, CHIP, path=path), READ)))
 
     assert gradient(jnp.float32(0.1)) == 0
 
@@ -261,10 +263,10 @@ def test_an_eager_read_is_compiled_once(caplog):
     config = CrossbarConfig(adc=ADC(bits=6, range="max"))
     state = program(jnp.ones((6, 5), jnp.float32), config)
     x, other = jnp.ones((2, 6), jnp.float32), jnp.zeros((2, 6), jnp.float32)
-    for read in (mvm, probe):
+    for read in (matmul, probe):
         with jax.log_compiles():
-            read(x, state, config)
+            read(x, state)
             assert "Compiling" in caplog.text
             caplog.clear()
-            read(other, state, config)
+            read(other, state)
             assert "Compiling" not in caplog.text

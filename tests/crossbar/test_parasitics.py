@@ -137,8 +137,8 @@ def test_a_compiled_product_is_right_every_time(inputs, size):
     wire = Wire(row_resistance=1e-4, column_resistance=1e-4)
     config = crossbar.CrossbarConfig(tile=crossbar.Tile(rows=size, cols=size, wire=wire))
     state = crossbar.program(jnp.asarray(W, jnp.float32), config)
-    product = jax.jit(lambda x: crossbar.mvm(x, state, config))
-    one_more_axis = jax.jit(jax.vmap(lambda x: crossbar.mvm(x, state, config)))
+    product = jax.jit(lambda x: crossbar.matmul(x, state))
+    one_more_axis = jax.jit(jax.vmap(lambda x: crossbar.matmul(x, state)))
     wanted, x = in_arrays(x, W, 1e-4), jnp.asarray(x, jnp.float32)
     for _ in range(5):
         for y in (product(x), one_more_axis(x[None])[0]):
@@ -230,7 +230,7 @@ def test_a_compiled_product_of_nonlinear_cells_is_right_every_time(size):
     tile, device = crossbar.Tile(rows=size, cols=size), crossbar.Device(iv=Sinh(read_voltage=0.5))
     config = crossbar.CrossbarConfig(tile=tile, device=device)
     state = crossbar.program(jnp.asarray(W, jnp.float32), config)
-    product = jax.jit(lambda x: crossbar.mvm(x, state, config))
+    product = jax.jit(lambda x: crossbar.matmul(x, state))
     # One-bit inputs read at full voltage, where a cell's current is G.
     for _ in range(5):
         np.testing.assert_allclose(product(jnp.asarray(x, jnp.float32)), x @ W, rtol=1e-5, atol=1e-5 * size * 127**2)

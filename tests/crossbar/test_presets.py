@@ -34,7 +34,7 @@ from lorafusion_jax.crossbar import (
     calibrated,
     config_hash,
     load_config,
-    mvm,
+    matmul,
     probe,
     program,
     save_config,
@@ -65,9 +65,9 @@ def relative_error(name: str) -> float:
     weights = jax.random.normal(jax.random.key(0), (300, 40))
     x = jax.random.normal(jax.random.key(1), (32, 300))
     state = program(weights, config, jax.random.key(2))
-    state = calibrated(state, probe(x, state, config)[1], config)
+    state = calibrated(state, probe(x, state)[1])
     exact = np.asarray(x, float) @ np.asarray(weights, float)
-    return float(np.linalg.norm(mvm(x, state, config) - exact) / np.linalg.norm(exact))
+    return float(np.linalg.norm(matmul(x, state) - exact) / np.linalg.norm(exact))
 
 
 def test_isaac_loses_nothing_but_what_sixteen_bits_round():
@@ -241,11 +241,11 @@ def test_weights_and_inputs_of_sixteen_bits(name, dtype):
     x = jax.random.normal(jax.random.key(1), (5, 40)).astype(dtype)
     wide, narrow = (program(w, config, jax.random.key(2)) for w in (weights.astype(jnp.float32), weights))
     if config.adc.range == "calibrated":
-        seen, of_narrow = probe(x.astype(jnp.float32), wide, config)[1], probe(x, narrow, config)[1]
-        wide, narrow = calibrated(wide, seen, config), calibrated(narrow, of_narrow, config)
+        seen, of_narrow = probe(x.astype(jnp.float32), wide)[1], probe(x, narrow)[1]
+        wide, narrow = calibrated(wide, seen), calibrated(narrow, of_narrow)
     for got, wanted in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         assert got.dtype == wanted.dtype
         np.testing.assert_array_equal(got, wanted)
-    y = mvm(x, narrow, config)
+    y = matmul(x, narrow)
     assert y.dtype == dtype
-    np.testing.assert_array_equal(y, mvm(x.astype(jnp.float32), wide, config).astype(dtype))
+    np.testing.assert_array_equal(y, matmul(x.astype(jnp.float32), wide).astype(dtype))

@@ -10,7 +10,7 @@ from crossbar_strategies import ENCODINGS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile, calibrated, mvm, probe, program
+from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile, calibrated, matmul, probe, program
 from lorafusion_jax.crossbar.mapping.encoding import pulse
 
 few = settings(max_examples=4, phases=[Phase.generate])
@@ -75,7 +75,7 @@ def converting(config, bits=6, clip=0.4, **others):
 
 
 def product(W, x, config, path="definition"):
-    return np.asarray(jax.jit(lambda W, x: mvm(x, program(W, config, path=path), config))(W, x))
+    return np.asarray(jax.jit(lambda W, x: matmul(x, program(W, config, path=path)))(W, x))
 
 
 def assert_same_codes(y, wanted):
@@ -152,7 +152,7 @@ def test_twice_the_adc_bits_are_no_worse(choice, bits, quantile, seed):
     ideal = product(W, x, config)
     coarse = dataclasses.replace(config, adc=ADC(bits=bits, quantile=quantile))
     state = program(W, coarse, path="definition")
-    limits = calibrated(state, probe(x, state, coarse)[1], coarse).limits
+    limits = calibrated(state, probe(x, state)[1]).limits
     errors = []
     for each in (bits, 2 * bits):
         y = product(W, x, dataclasses.replace(config, adc=ADC(bits=each, range="given", limits=limits)))

@@ -18,7 +18,7 @@ from lorafusion_jax.crossbar import (
     calibrated,
     config_hash,
     load_config,
-    mvm,
+    matmul,
     observe,
     probe,
     program,
@@ -26,6 +26,8 @@ from lorafusion_jax.crossbar import (
     programmed_weights,
     save_config,
     site_errors,
+    with_config,
+    with_read_key,
 )
 
 KEY = jax.random.key(5)
@@ -40,8 +42,8 @@ def problem(d_in=40, d_out=6, batch=8):
     )
 
 
-def reads(x, state, config, count):
-    return jax.lax.map(lambda key: mvm(x, state, config, key), jax.random.split(KEY, count))
+def reads(x, chip, count):
+    return jax.lax.map(lambda key: matmul(x, with_read_key(chip, key)), jax.random.split(KEY, count))
 
 
 @pytest.mark.parametrize(
@@ -54,13 +56,13 @@ def test_noise_of_conversions_adds_up(path, separate):
     config = CrossbarConfig(tile=Tile(rows=10), dac=DAC(bits=4, scaling="fixed"), adc=adc)
     weights, x = problem()
     state = program(weights, config, path=path)
-    found = reads(x, state, config, 400)
+    found = reads(x, state, 400)
     # In level units, times what the slices are worth: levels of 3, one-bit pulses.
     conversions = [(4**k * 2**j * 3 * sigma) ** 2 for k in range(4) for j in range(3) for _ in range(4)]
     wanted = float(state.scale[0, 0]) / 7 * np.sqrt(sum(conversions) * (2 if separate else 1))
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.var(found, axis=0))), wanted, rtol=0.03)
     ideal = dataclasses.replace(config, adc=None)
-    mean_error = jnp.mean(found, axis=0) - mvm(x, program(weights, ideal), ideal)
+    mean_error = jnp.mean(found, axis=0) - matmul(x, program(weights, ideal))
     assert float(jnp.abs(mean_error).max()) < 5 * wanted / np.sqrt(400) + 0.01
 
 
@@ -69,8 +71,8 @@ def test_noise_makes_an_adc_lossy_and_reads_random():
     weights, x = problem()
     state = program(weights, config)
     assert state.plan.path != "product"
-    with pytest.raises(ValueError, match="anew for every read: give its key"):
-        mvm(x, state, config)
+    with pytest.raises(ValueError, match="anew for every read: give it a key"):
+        matmul(x, state)
     assert program_tree({"w": weights}, {"w": config}, KEY)["w"].key is not None
 
 
@@ -80,15 +82,16 @@ def test_stochastic_rounding_is_right_on_average(adc):
     config = CrossbarConfig(dac=DAC(bits=4, scaling="fixed", rounding="stochastic"), adc=adc)
     weights, x = problem()
     state = program(weights, config)
-    found = reads(x, state, config, 2000)
-    exact = x @ programmed_weights(state, config)
+    found = reads(x, state, 2000)
+    exact = x @ programmed_weights(state)
     fraction = np.asarray(x) * 7 - np.floor(np.asarray(x) * 7)
-    variance = (fraction * (1 - fraction)) @ np.square(np.asarray(programmed_weights(state, config))) / 49
+    variance = (fraction * (1 - fraction)) @ np.square(np.asarray(programmed_weights(state))) / 49
     np.testing.assert_allclose(jnp.var(found, axis=0), variance, rtol=0.25)
     z = (jnp.mean(found, axis=0) - exact) / np.sqrt(variance / 2000)
     assert float(jnp.sqrt(jnp.mean(jnp.square(z)))) < (1.3 if adc is None else 2)
     nearest = dataclasses.replace(config, dac=DAC(bits=4, scaling="fixed"))
-    assert float(jnp.abs(mvm(x, state, nearest) - exact).max()) > 10 * float(np.sqrt(variance / 2000).max())
+    rounded = matmul(x, with_config(state, nearest))
+    assert float(jnp.abs(rounded - exact).max()) > 10 * float(np.sqrt(variance / 2000).max())
 
 
 def test_the_range_of_inputs_comes_from_data_then_that_of_sums():
@@ -97,15 +100,15 @@ def test_the_range_of_inputs_comes_from_data_then_that_of_sums():
     x = x * jnp.linspace(0.1, 3, 200)[:, None]
     state = program(weights, config)
     with pytest.raises(ValueError, match="this DAC's range comes from data"):
-        mvm(x, state, config)
-    state = calibrated(state, probe(x, state, config)[1], config)
+        matmul(x, state)
+    state = calibrated(state, probe(x, state)[1])
     assert state.limits is None
     assert 1 <= float(state.input_limit) / np.quantile(np.abs(x), 0.9) < 1.02
-    state = calibrated(state, probe(x, state, config)[1], config)
-    y, seen = probe(x, state, config)
+    state = calibrated(state, probe(x, state)[1])
+    y, seen = probe(x, state)
     fixed = dataclasses.replace(config, dac=DAC(scaling="fixed", limit=float(state.input_limit)))
     same = dataclasses.replace(program(weights, fixed), limits=state.limits)
-    np.testing.assert_array_equal(y, mvm(x, same, fixed))
+    np.testing.assert_array_equal(y, matmul(x, same))
     assert float(seen.clip_share_of_inputs) == pytest.approx(np.mean(np.abs(x) > float(state.input_limit)), abs=1e-3)
 
 
@@ -117,7 +120,7 @@ def test_the_range_of_inputs_is_of_those_that_the_dac_can_pass(signed, low, want
     encoding = Encoding() if signed else Encoding(kind="offset")
     config = CrossbarConfig(encoding=encoding, dac=DAC(signed=signed, scaling="calibrated", quantile=1.0))
     state = program(weights, config)
-    state = calibrated(state, probe(x, state, config)[1], config)
+    state = calibrated(state, probe(x, state)[1])
     np.testing.assert_allclose(state.input_limit, wanted, rtol=0.02)
 
 
@@ -128,10 +131,10 @@ def test_ranges_of_a_model_come_from_data():
     tree = program_tree({"a": weights, "b": weights[:6, :6]}, {"*": config}, KEY)
 
     def run(tree, batch):
-        return tree["b"].read(tree["a"].read(batch))
+        return matmul(matmul(batch, tree["a"]), tree["b"])
 
     settled = calibrate_tree(run, tree, [x])
-    assert all(leaf.state.limits is not None and leaf.state.input_limit > 0 for leaf in settled.values())
+    assert all(leaf.limits is not None and leaf.input_limit > 0 for leaf in settled.values())
     with pytest.warns(UserWarning, match=r"DACs clip more inputs than dac.clip_share: .*a: (4|5)\d\.\d%"):
         rows = site_errors(settled, observe(run, settled, [x]))
     assert [row["site"] for row in rows] == ["a", "b"]
@@ -140,7 +143,7 @@ def test_ranges_of_a_model_come_from_data():
 def test_negative_inputs_of_an_unsigned_dac_are_counted():
     config = CrossbarConfig(dac=DAC(signed=False))
     weights, x = problem()
-    seen = probe(x, program(weights, config), config)[1]
+    seen = probe(x, program(weights, config))[1]
     assert float(seen.clip_share_of_inputs) == pytest.approx(float(np.mean(np.asarray(x) < 0)))
 
 
@@ -168,16 +171,14 @@ def test_clipped_reads_are_repeated_at_half_the_voltage(path, encoding, scaling)
         tried = []
         for halving in range(3):
             at = dataclasses.replace(plain, input_limit=limit * 2**halving)
-            y, seen = probe(x[None], at, once)
+            y, seen = probe(x[None], at)
             tried.append((y[0], float(jnp.sum(seen.clipped))))
         halvings = next((t for t, (_, clipped) in enumerate(tried) if clipped == 0), 2)
         return tried[halvings][0], halvings
 
     wanted, halvings = zip(*(row(*one) for one in zip(x, full, strict=True)), strict=True)
     assert len(set(halvings)) > 1
-    np.testing.assert_allclose(
-        mvm(x, state, config), jnp.stack(wanted), rtol=0, atol=1e-6 * float(jnp.abs(wanted[0]).max())
-    )
+    np.testing.assert_allclose(matmul(x, state), jnp.stack(wanted), rtol=0, atol=1e-6 * float(jnp.abs(wanted[0]).max()))
 
 
 @pytest.mark.parametrize("path", ["definition", "loop"])
@@ -191,8 +192,8 @@ def test_noise_below_zero_does_not_repeat_a_read(path):
         adc=ADC(bits=8, range="max", noise=0.5, retries=3),
     )
     once = dataclasses.replace(config, adc=dataclasses.replace(config.adc, retries=0))
-    state = program(weights, config, path=path)
-    np.testing.assert_array_equal(mvm(x, state, config, KEY), mvm(x, state, once, KEY))
+    state = with_read_key(program(weights, config, path=path), KEY)
+    np.testing.assert_array_equal(matmul(x, state), matmul(x, with_config(state, once)))
 
 
 def test_repeated_reads_have_the_gradient_of_their_scale():
@@ -201,14 +202,14 @@ def test_repeated_reads_have_the_gradient_of_their_scale():
     config = CrossbarConfig(dac=DAC(scaling="fixed", limit=0.25), adc=adc)
     weights, x = map(jnp.abs, problem())
     state = program(weights, config)
-    slope = jax.grad(lambda x: jnp.sum(mvm(x, state, config)))(x)
-    sums = jnp.sum(programmed_weights(state, config), axis=1)
+    slope = jax.grad(lambda x: jnp.sum(matmul(x, state)))(x)
+    sums = jnp.sum(programmed_weights(state), axis=1)
     seen = np.isclose(slope, np.broadcast_to(sums, slope.shape), atol=1e-5)
     assert (seen | np.isclose(slope, 0)).all()
     once = dataclasses.replace(config, adc=dataclasses.replace(adc, retries=0))
-    more = seen.mean() - np.isclose(jax.grad(lambda x: jnp.sum(mvm(x, state, once)))(x), sums[None], atol=1e-5).mean()
-    assert more > 0.05
-    jax.grad(lambda limits: jnp.sum(mvm(x, dataclasses.replace(state, limits=limits), config)))(state.limits)
+    without = jax.grad(lambda x: jnp.sum(matmul(x, with_config(state, once))))(x)
+    assert seen.mean() - np.isclose(without, sums[None], atol=1e-5).mean() > 0.05
+    jax.grad(lambda limits: jnp.sum(matmul(x, dataclasses.replace(state, limits=limits))))(state.limits)
 
 
 def test_new_settings_are_written_down_and_change_a_hash_only_where_they_are_set(tmp_path):

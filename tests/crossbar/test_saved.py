@@ -18,11 +18,13 @@ from lorafusion_jax.crossbar import (
     Independent,
     ReadNoise,
     calibrated,
-    load_state,
-    mvm,
+    load_chip,
+    matmul,
     probe,
     program,
-    save_state,
+    save_chip,
+    with_config,
+    with_read_key,
 )
 
 _KEY = jax.random.key(0)
@@ -40,15 +42,15 @@ def test_a_saved_chip_reads_the_same(name, tmp_path):
     config = _CONFIGS[name]
     weights, x = jax.random.normal(_KEY, (150, 20)), jax.random.normal(jax.random.key(1), (3, 150))
     state = program(weights, config, _KEY)
-    save_state(state, config, tmp_path / "chip.npz")
-    loaded = load_state(tmp_path / "chip.npz", config)
+    save_chip(state, tmp_path / "chip.npz")
+    loaded = load_chip(tmp_path / "chip.npz", config)
     assert loaded.plan == state.plan and jax.tree.structure(loaded) == jax.tree.structure(state)
-    np.testing.assert_array_equal(mvm(x, loaded, config, _KEY), mvm(x, state, config, _KEY))
+    np.testing.assert_array_equal(matmul(x, with_read_key(loaded, _KEY)), matmul(x, with_read_key(state, _KEY)))
     assert [file.name for file in tmp_path.iterdir()] == ["chip.npz"]
 
 
-def _saved_without_ties(state, config, folder):
-    save_state(state, config, folder / "chip.npz")
+def _saved_without_ties(state, folder):
+    save_chip(state, folder / "chip.npz")
     with np.load(folder / "chip.npz") as file:
         stored = dict(file)
     meta = json.loads(str(stored["meta_json"]))
@@ -77,12 +79,12 @@ _FLIP = Encoding(kind="offset", unit_column=True, flip=True)
     ],
 )
 def test_what_an_earlier_version_wrote_wrongly_is_refused(config, message, tmp_path):
-    path = _saved_without_ties(program(jnp.ones((4, 3)), config, _KEY), config, tmp_path)
+    path = _saved_without_ties(program(jnp.ones((4, 3)), config, _KEY), tmp_path)
     if message is None:
-        assert load_state(path, config).shape == (4, 3)
+        assert load_chip(path, config).shape == (4, 3)
         return
     with pytest.raises(ValueError, match=f"written by an earlier version, .*{message}: program the weights again"):
-        load_state(path, config)
+        load_chip(path, config)
 
 
 def test_noise_that_an_earlier_version_packed_is_refused(tmp_path):
@@ -92,7 +94,7 @@ def test_noise_that_an_earlier_version_packed_is_refused(tmp_path):
     packing = dataclasses.replace(state.plan.packing, variances=state.plan.packing.fields)
     state = dataclasses.replace(state, plan=dataclasses.replace(state.plan, packing=packing))
     with pytest.raises(ValueError, match="read noise of packed cells was too small"):
-        load_state(_saved_without_ties(state, config, tmp_path), config)
+        load_chip(_saved_without_ties(state, tmp_path), config)
 
 
 def test_a_chip_saved_before_plans_had_ties_keeps_them_exact(tmp_path):
@@ -100,24 +102,24 @@ def test_a_chip_saved_before_plans_had_ties_keeps_them_exact(tmp_path):
     config = CrossbarConfig(cell=Cell(bits=(4, 4)), dac=DAC(signed=False), adc=ADC(bits=7))
     weights, x = jax.random.normal(_KEY, (64, 8)), jax.random.uniform(jax.random.key(1), (16, 64))
     state = program(weights, config)
-    state = calibrated(state, probe(x, state, config)[1], config)
-    loaded = load_state(_saved_without_ties(state, config, tmp_path), config)
+    state = calibrated(state, probe(x, state)[1])
+    loaded = load_chip(_saved_without_ties(state, tmp_path), config)
     assert loaded.plan == state.plan
-    np.testing.assert_array_equal(mvm(x, loaded, config), mvm(x, state, config))
+    np.testing.assert_array_equal(matmul(x, loaded), matmul(x, state))
 
 
 def test_another_configuration_is_refused(tmp_path):
     config = _CONFIGS["packed"]
-    save_state(program(jnp.ones((4, 3)), config), config, tmp_path / "chip.npz")
+    save_chip(program(jnp.ones((4, 3)), config), tmp_path / "chip.npz")
     other = dataclasses.replace(config, adc=ADC(bits=7, range="max"))
     with pytest.raises(ValueError, match="programmed under another configuration .* load it with its own"):
-        load_state(tmp_path / "chip.npz", other)
+        load_chip(tmp_path / "chip.npz", other)
     with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
-        save_state(program(jnp.ones((4, 3)), config), other, tmp_path / "other.npz")
+        save_chip(with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.npz")
     assert not (tmp_path / "other.npz").exists()
 
 
 def test_a_file_without_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "else.npz", a=np.zeros(2))
-    with pytest.raises(ValueError, match="holds no programmed arrays: give a file that save_state wrote"):
-        load_state(tmp_path / "else.npz", CrossbarConfig())
+    with pytest.raises(ValueError, match="holds no programmed arrays: give a file that save_chip wrote"):
+        load_chip(tmp_path / "else.npz", CrossbarConfig())

@@ -13,18 +13,17 @@ from lorafusion_jax.crossbar import (
     ADC,
     DAC,
     Cell,
+    Chip,
     CrossbarConfig,
     Device,
     Independent,
     Mapping,
-    Programmed,
     ReadNoise,
     Segments,
     Tile,
     calibrate_tree,
     calibrated,
     map_layers,
-    mvm,
     observe,
     probe,
     program,
@@ -86,7 +85,7 @@ def test_a_rule_may_name_layers_as_python_does(layers, wanted):
     parts = placed.parts if isinstance(placed, Segments) else (placed,)
     kinds = [kind for part in parts for kind in ["arrays" if is_in_arrays(part) else "digital"] * part.shape[0]]
     assert kinds == wanted
-    firsts = [part.first for part in parts if isinstance(part, Programmed)]
+    firsts = [part.first for part in parts if isinstance(part, Chip)]
     assert firsts == [wanted.index("arrays")]
     # A layer is the same chip, however its stack is cut.
     whole = dense(program_tree({"q": weight}, {"*": _NOISY}, _KEY)["q"], jnp.float32)
@@ -111,7 +110,7 @@ def test_a_rule_that_matches_nothing_is_refused_with_the_paths_there_are(pattern
 def test_biases_stay_digital_unless_a_rule_names_them_alone():
     weights = {"kernel": _weights()["head"], "bias": jnp.ones(5), "scale": jnp.ones(())}
     placed = program_tree(weights, {"*": _NOISY}, _KEY)
-    assert isinstance(placed["kernel"], Programmed)
+    assert isinstance(placed["kernel"], Chip)
     assert placed["bias"] is weights["bias"] and placed["scale"] is weights["scale"]
     with pytest.raises(ValueError, match=r"the rule 'b\*' matches bias of shape \(5,\), but arrays hold matrices"):
         program_tree(weights, {"b*": _NOISY}, _KEY)
@@ -175,11 +174,11 @@ def test_the_reads_of_a_model_avoid_tables_which_compile_slowly(device, paths):
     config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=device)
     weight, x = _weights()["head"], _inputs(1)[0]
     placed = program_tree({"head": weight}, {"*": config}, _KEY)["head"]
-    assert placed.state.plan.path in paths
+    assert placed.plan.path in paths
     chip = jax.random.fold_in(jax.random.fold_in(_KEY, zlib.crc32(b"head")), 0)
     tables = program(weight, config, chip, path="lookup")
-    np.testing.assert_allclose(placed.weights(), programmed_weights(tables, config), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(matmul(x, placed), mvm(x, tables, config), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(programmed_weights(placed), programmed_weights(tables), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(matmul(x, placed), matmul(x, tables), rtol=1e-5, atol=1e-5)
 
 
 # Reads.
@@ -195,7 +194,7 @@ def test_a_stack_is_read_like_its_matrices():
     part = placed.parts[1]
     for layer in (1, 2):
         matrix = jax.tree.map(lambda leaf, layer=layer: leaf[layer - 1], part)
-        np.testing.assert_allclose(scanned[layer], mvm(x, matrix.state, _NOISY), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scanned[layer], matmul(x, matrix), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(scanned[0], x @ weights[0], rtol=1e-5, atol=1e-6)
 
 
@@ -267,7 +266,7 @@ def test_taps_return_the_statistics_of_every_read():
     # The first layer's inputs are known: the same reads, one by one.
     wanted, matrix = None, jax.tree.map(lambda leaf: leaf[0], placed["encoder.self.q"])
     for x in _inputs(2):
-        statistics = probe(x, matrix.state, _CONVERTED)[1]
+        statistics = probe(x, matrix)[1]
         wanted = statistics if wanted is None else jax.tree.map(jnp.add, wanted, statistics)
     for got, want in zip(jax.tree.leaves(seen["q"]), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-6)
@@ -283,9 +282,9 @@ def test_calibration_sets_every_matrix_to_its_own_data():
     statistics = observe(_run, placed, _inputs(3))
     A = settled["A"]["q"]
     for layer, module in ((0, 0), (3, 2)):
-        one = jax.tree.map(lambda leaf, at=(layer, module): leaf[at], (placed["A"]["q"].state, statistics[0]))
-        np.testing.assert_allclose(A.state.limits[layer, module], calibrated(*one, config).limits, rtol=1e-6)
-    assert len(np.unique(np.asarray(A.state.limits[..., -1]))) > 2
+        one = jax.tree.map(lambda leaf, at=(layer, module): leaf[at], (placed["A"]["q"], statistics[0]))
+        np.testing.assert_allclose(A.limits[layer, module], calibrated(*one).limits, rtol=1e-6)
+    assert len(np.unique(np.asarray(A.limits[..., -1]))) > 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = site_errors(settled, observe(_run, settled, _inputs(3)))
@@ -312,7 +311,7 @@ def test_swept_values_are_calibrated_too():
         for c in (config, fixed)
     )
     assert len(swept.values) == 1 and swept.values[0].shape == (4,) and not plain.values
-    np.testing.assert_allclose(swept.state.limits, plain.state.limits, rtol=1e-5)
+    np.testing.assert_allclose(swept.limits, plain.limits, rtol=1e-5)
 
 
 def test_ranges_that_clip_warn_by_name():

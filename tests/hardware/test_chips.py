@@ -23,7 +23,7 @@ from lorafusion_jax.crossbar import (
     Mapping,
     PowerLaw,
     Proportional,
-    load_state,
+    load_chip,
     programmed_weights,
     save_config,
 )
@@ -162,8 +162,8 @@ def _fusing(folder, name, **changes):
 
 
 def _weights_of(chips, number):
-    state = load_state(chips / f"chip_{number}" / "encoder.self.q.npz", _NOISY)
-    return np.asarray(jax.vmap(lambda layer: programmed_weights(layer, _NOISY))(state))
+    state = load_chip(chips / f"chip_{number}" / "encoder.self.q.npz", _NOISY)
+    return np.asarray(programmed_weights(state))
 
 
 def _on_chips(options, **changes):

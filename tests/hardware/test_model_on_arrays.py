@@ -16,11 +16,11 @@ from lorafusion_jax.crossbar import (
     DAC,
     PRESETS,
     Cell,
+    Chip,
     CrossbarConfig,
     Device,
     Independent,
     Mapping,
-    Programmed,
     ReadNoise,
     Segments,
     observe,
@@ -120,7 +120,7 @@ def test_layer_ranges_split_the_scan():
     assert isinstance(weights["encoder.self.q"], Segments) and weights["encoder.self.q"].ends == (1, 2, 3)
     assert isinstance(weights["decoder.self.q"], jax.Array)  # of two layers none is inner
     assert isinstance(weights["head"], jax.Array)
-    assert isinstance(matrices(nnx.merge(_GRAPH, _in_arrays().base))["head"], Programmed)
+    assert isinstance(matrices(nnx.merge(_GRAPH, _in_arrays().base))["head"], Chip)
 
 
 def test_a_tied_head_stays_digital():

@@ -2,9 +2,9 @@
 
 A probing read returns its result and `Statistics`, which add up over reads, batches and chips.
 
-    state = calibrated(state, probe(x, state, config)[1], config)
+    chip = calibrated(chip, probe(x, chip)[1])
 
-Axis letters: K weight slices, J input slices, R row tiles, C column tiles, k conversions (see `mvm`).
+Axis letters: K weight slices, J input slices, R row tiles, C column tiles, k conversions (see `Chip`).
 """
 
 import dataclasses
@@ -17,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
 from ..chip.plan import choose, worst_case
-from ..chip.program import ArrayState, columns_of, programmed_weights
-from ..config.schema import CrossbarConfig
-from ..config.structure import Structure, check_same, split_config, structure_of_arrays
 from ..devices.physical import is_traced
 from ..mapping import encoding
 from ..mapping.adc import codes, converter, stacked_units
 from ..read.definition import all_sums, with_mismatch, with_noise
-from ..read.matmul import mvm, reading
+from ..read.matmul import matmul, reading
 
 # Resolution of the distribution of |current|: 1 / BINS of what an array could produce at most.
 BINS = 4096
@@ -71,50 +69,45 @@ class Statistics:
         """Signal to quantisation noise ratio, in dB."""
         return 10 * jnp.log10(self.signal / jnp.maximum(self.error, jnp.finfo(self.error.dtype).tiny))
 
+    def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
+        """Read `chip`, and hand what its converters met out as the gradient of these numbers, which are zeros."""
+        leaves, tree = jax.tree.flatten(chip)
+        return _tapped(tree, x, tuple(jax.tree.leaves(self)), leaves)
+
 
 def probe(
-    x: Float[Array, "*B d_in"],
-    state: ArrayState,
-    config: CrossbarConfig,
-    key: Array | None = None,
-    *,
-    weights: Float[Array, "d_in d_out"] | None = None,
+    x: Float[Array, "*B d_in"], chip: Chip, *, weights: Float[Array, "d_in d_out"] | None = None
 ) -> tuple[Float[Array, "*B d_out"], Statistics]:
-    """Read, and return what the converters met beside the result.
+    """Read, and return what the converters met next to the result.
 
     Before calibration the result is that of an ideal ADC, with each input vector's largest |x| as the DAC's range.
 
     Args:
       x: inputs.
-      state: of the chip.
-      config: of the crossbar.
-      key: of the noise.
+      chip: to read.
       weights: what the error is measured against; None: the weights as programmed.
     """
-    dtype, x = x.dtype, x.astype(state.codes.dtype)
-    check_same(state.structure, config)
-    if config.dac is not None and config.dac.scaling == "calibrated" and state.input_limit is None:
+    dtype, x, config = x.dtype, x.astype(chip.codes.dtype), chip.config
+    if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
         config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, scaling="row"))
-        state = dataclasses.replace(state, structure=structure_of_arrays(config))
-    if config.adc is not None and state.limits is None and state.plan.path != "product":
+        chip = reconfigured(chip, config)
+    if config.adc is not None and chip.limits is None and chip.plan.path != "product":
         ideal = dataclasses.replace(config, adc=None, device=dataclasses.replace(config.device, read_noise=None))
-        path = "definition" if state.plan.path == "definition" else "product"
-        plan, structure = dataclasses.replace(state.plan, path=path), structure_of_arrays(ideal)
-        plain = dataclasses.replace(state, plan=plan, structure=structure)
-        y = mvm(x, plain, ideal, key)
+        path = "definition" if chip.plan.path == "definition" else "product"
+        y = matmul(x, reconfigured(chip, ideal, plan=dataclasses.replace(chip.plan, path=path)))
     else:
-        y = mvm(x, state, config, key)
+        y = matmul(x, chip)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    held = programmed_weights(state, config) if weights is None else weights.astype(batch.dtype)
+    held = programmed_weights(chip) if weights is None else weights.astype(batch.dtype)
     reference = batch @ held
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
-    structure, values = split_config(config)
-    histogram, clipped, inputs, clipped_inputs = _met_by_converters(batch, state, values, key, structure=structure)
+    unnamed = dataclasses.replace(chip, name="", first=0)
+    histogram, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
     return y.astype(dtype), Statistics(histogram, clipped, inputs, clipped_inputs, signal, error)
 
 
-def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig) -> ArrayState:
-    """Return the state with converters whose ranges cover `quantile` of the inputs, or of the conversions, seen.
+def calibrated(chip: Chip, statistics: Statistics) -> Chip:
+    """Return the chip with converters whose ranges cover `quantile` of the inputs, or of the conversions, seen.
 
     The range of a `calibrated` DAC comes first: what the ADCs meet depends on it, so that they need another probe.
 
@@ -124,25 +117,27 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     conversions are not seen any more: it stays as it is.
 
     Args:
-      state: one chip's, or with leading axes like those of the statistics.
+      chip: one matrix, or a stack with leading axes like those of the statistics; unchanged unless a range of its
+        configuration is `calibrated`.
       statistics: of probing reads.
-      config: of the crossbar; unchanged unless a range of it is `calibrated`.
 
     Raises:
-      ValueError: where no conversion was seen, or for another configuration than that of the arrays.
+      ValueError: where no conversion was seen.
     """
-    check_same(state.structure, config)
+    if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
+        return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
+    config = chip.config
     adc, dac = config.adc, config.dac
-    if dac is not None and dac.scaling == "calibrated" and state.input_limit is None:
-        return dataclasses.replace(state, input_limit=_input_limit(statistics.inputs, dac.quantile))
-    if adc is None or adc.range != "calibrated" or state.plan.path == "product":
-        return state
+    if dac is not None and dac.scaling == "calibrated" and chip.input_limit is None:
+        return dataclasses.replace(chip, input_limit=_input_limit(statistics.inputs, dac.quantile))
+    if adc is None or adc.range != "calibrated" or chip.plan.path == "product":
+        return chip
     seen = jnp.cumsum(statistics.histogram, axis=-1)
     if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
         raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
     dtype = statistics.histogram.dtype
-    bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(state, config)])
-    if state.plan.ties is not None:
+    bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
+    if chip.plan.ties is not None:
         lsb = _whole_steps(statistics.histogram, bound, codes(config)[1])
     else:
         reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
@@ -153,16 +148,16 @@ def calibrated(state: ArrayState, statistics: Statistics, config: CrossbarConfig
     units = stacked_units(config, dtype)
     top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
-    state = dataclasses.replace(state, limits=limits.astype(state.codes.dtype))
-    if is_traced(limits) or not state.plan.integers:
-        return state
-    rows, _ = encoding.grid(state.shape, config)
+    chip = dataclasses.replace(chip, limits=limits.astype(chip.codes.dtype))
+    if is_traced(limits) or not chip.plan.integers:
+        return chip
+    rows, _ = encoding.grid(chip.matrix_shape, config)
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
-    bounds, columns = worst_case(config, max(rows)), state.shape[1]
+    bounds, columns = worst_case(config, max(rows)), chip.shape[-1]
     plans = [choose(config, bounds, one[None], columns=columns, perfect=True) for one in known]
-    if all(plan.path == "product" for plan in plans) and state.plan.path != "definition":
-        return dataclasses.replace(state, plan=plans[0], columns=None, cells=None)
-    return state
+    if all(plan.path == "product" for plan in plans) and chip.plan.path != "definition":
+        return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
+    return chip
 
 
 def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
@@ -184,29 +179,30 @@ def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"]
     return steps[:, 0, 0][jnp.argmin(errors, axis=-1)]
 
 
-def _extent(state: ArrayState, config: CrossbarConfig) -> tuple[Array | float, ...]:
+def _extent(chip: Chip) -> tuple[Array | float, ...]:
     """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
-    rows = max(encoding.grid(state.shape, config)[0])
+    config = chip.config
+    rows = max(encoding.grid(chip.matrix_shape, config)[0])
     full, levels = rows * encoding.converted_top(config), encoding.levels(config)
     # Flipped columns stay below half of it, unless their cells are not at their targets.
-    bounds = worst_case(config, rows) if state.plan.integers else [top * full for top in levels]
+    bounds = worst_case(config, rows) if chip.plan.integers else [top * full for top in levels]
     return tuple(
         bound + top * full * config.g_min / (1 - config.g_min) for bound, top in zip(bounds, levels, strict=True)
     )
 
 
 # Compiled, since its loop would be compiled anew at every call outside `jax.jit`.
-@functools.partial(jax.jit, static_argnames=("structure",), inline=True)
+@functools.partial(jax.jit, inline=True)
 def _met_by_converters(
-    x: Float[Array, "B d_in"], state: ArrayState, values: list[Any], key: Array | None, *, structure: Structure
+    x: Float[Array, "B d_in"], chip: Chip
 ) -> tuple[Float[Array, "K bins"], Float[Array, " K"], Float[Array, " bins"], Float[Array, ""]]:
     """Return the distribution of |column sum| of every weight slice, how many were clipped, and likewise of inputs."""
-    config = structure.config(values)
+    config, key = chip.config, chip.key
     slices = len(config.weight_slices)
     zeros = jnp.zeros((slices, BINS), x.dtype), jnp.zeros((slices,), x.dtype)
     step = max(1, x.shape[0] // SAMPLES)
     x = x[: step * SAMPLES : step]
-    n, limit = reading(x, state, config, key)
+    n, limit = reading(x, chip)
     inputs, outside = jnp.zeros((BINS,), x.dtype), jnp.zeros((), x.dtype)
     if config.dac is not None:
         passed = jnp.abs(x) if config.dac.signed else jnp.maximum(x, 0)
@@ -215,14 +211,14 @@ def _met_by_converters(
         inputs = inputs.at[at.reshape(-1)].add(jnp.ones((), x.dtype))
         beyond = (jnp.abs(x) > limit) | ((x < 0) if not config.dac.signed else False)
         outside = jnp.sum(beyond, dtype=x.dtype)
-    if config.adc is None or state.plan.path == "product":
+    if config.adc is None or chip.plan.path == "product":
         return *zeros, inputs, outside
     keys = None if key is None else jax.random.split(key, x.shape[0])
-    bound = jnp.stack([jnp.asarray(b, x.dtype) for b in _extent(state, config)])
-    quantise = None if state.limits is None else converter(state.limits, config, state.plan.ties)
+    bound = jnp.stack([jnp.asarray(b, x.dtype) for b in _extent(chip)])
+    quantise = None if chip.limits is None else converter(chip.limits, config, chip.plan.ties)
 
     def of_one(total: tuple[Array, Array], one: tuple[Array, Array | None]) -> tuple[tuple[Array, Array], None]:
-        sums, used = _sums(*one, state, config)
+        sums, used = _sums(*one, chip)
         at = jnp.clip(jnp.abs(sums) / bound[:, None, None, None] * BINS, 0, BINS - 1).astype(jnp.int32)
         counted = jnp.broadcast_to(used, sums.shape[1:]).reshape(-1)
         histogram = jax.vmap(lambda row, bins: row.at[bins].add(counted))(total[0], at.reshape(slices, -1))
@@ -237,27 +233,59 @@ def _met_by_converters(
 
 
 def _sums(
-    n: Float[Array, " d_in"], key: Array | None, state: ArrayState, config: CrossbarConfig
+    n: Float[Array, " d_in"], key: Array | None, chip: Chip
 ) -> tuple[Float[Array, "K _J R S"], Float[Array, "R S"]]:
     """Return every sum that one input vector brings to the ADC, and 1 for those of columns in use."""
-    rows, _ = encoding.grid(state.shape, config)
+    config = chip.config
+    rows, _ = encoding.grid(chip.matrix_shape, config)
     tiles = encoding.split(n, rows, axis=0, front=True)
     worth = jnp.asarray(encoding.pulse_significance(config), n.dtype)
-    if state.cells is not None:
-        sums = all_sums(tiles, state.cells, key, config)  # [J, K, R, C, P, cols]
+    if chip.cells is not None:
+        sums = all_sums(tiles, chip.cells, key, config)  # [J, K, R, C, P, cols]
         if config.converts_sums:
             sums = jnp.tensordot(worth, sums, ((0,), (0,)))[None]
-        sums = with_noise(with_mismatch(sums, state), config, key)
-        cols = jnp.asarray(np.any(encoding.cells_in_use(state.shape, config), axis=2), n.dtype)  # [R, C, cols]
+        sums = with_noise(with_mismatch(sums, chip), config, key)
+        cols = jnp.asarray(np.any(encoding.cells_in_use(chip.matrix_shape, config), axis=2), n.dtype)  # [R, C, cols]
         if config.encoding.unit_column:
             cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), n.dtype)], axis=2)
         used = jnp.broadcast_to(cols[:, :, None], sums.shape[2:]).reshape(len(rows), -1)
         sums = sums.swapaxes(0, 1).reshape(*sums.shape[1::-1], len(rows), -1)
     else:
-        sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), columns_of(state, config))
+        sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), columns_of(chip))
         polarities = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:])
         sums = jnp.concatenate(list(polarities), axis=3)
         if config.converts_sums:
             sums = jnp.tensordot(worth, sums, ((0,), (1,)))[:, None]
         used = jnp.ones(sums.shape[2:], n.dtype)
     return sums, used
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(
+    tree: Any, x: Float[Array, "*B d_in"], tap: tuple[Array, ...], leaves: list[Any]
+) -> Float[Array, "*B d_out"]:
+    """Read, and hand the statistics out as the gradient of `tap`.
+
+    Gradients add up over calls and leave scans stacked by layer, as statistics are to. No other gradient is passed on,
+    so that collecting costs no products.
+
+    Args:
+      tree: structure of the chip.
+      x: inputs.
+      tap: the fields of the statistics.
+      leaves: of the chip. (JAX would rebuild a dataclass with placeholders.)
+    """
+    return probe(x, jax.tree.unflatten(tree, leaves))[0]
+
+
+def _tapped_forward(tree, x, tap, leaves):
+    y, statistics = probe(x, jax.tree.unflatten(tree, leaves))
+    return y, (tuple(jax.tree.leaves(statistics)), x)
+
+
+def _tapped_backward(tree, residuals, cotangent):
+    statistics, x = residuals
+    return jnp.zeros_like(x), statistics, None
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)

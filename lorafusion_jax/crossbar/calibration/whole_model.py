@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..chip.program import ArrayState
-from ..chip.weight import Programmed, is_programmed, over_stack, reads
+from ..chip.chip import Chip, chips_in, reads, with_chips
 from .one_chip import BINS, Statistics, calibrated
 
 # (weights, batch) -> an array that depends on every product, such as logits.
@@ -30,16 +29,16 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
 
     Args:
       run: the model; keep one function for all calls, it is compiled once for each.
-      weights: a tree with `Programmed` leaves.
+      weights: a tree with `Chip` leaves.
       batches: arrays, one `run` each.
 
     Raises:
       ValueError: there are no batches, or a weight is not read by them.
     """
-    for _ in range(2 if any(map(_awaits_inputs, programmed_leaves(weights))) else 1):
+    for _ in range(2 if any(map(_awaits_inputs, chips_in(weights))) else 1):
         found = observe(run, weights, batches)
-        leaves = programmed_leaves(weights)
-        weights = replaced(weights, [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)])
+        leaves = chips_in(weights)
+        weights = with_chips(weights, [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)])
     return weights
 
 
@@ -69,7 +68,7 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
       (share)}.
     """
     rows, of_adcs, of_dacs = [], [], []
-    for leaf, seen in zip(programmed_leaves(weights), statistics, strict=True):
+    for leaf, seen in zip(chips_in(weights), statistics, strict=True):
         of_leaf = list(_rows(leaf, seen))
         rows += of_leaf
         if (adc := leaf.config.adc) is not None:
@@ -88,55 +87,44 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     return rows
 
 
-def programmed_leaves(weights: Any) -> list[Programmed]:
-    """Return the programmed weights of a tree, in its order."""
-    return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_programmed) if is_programmed(leaf)]
-
-
 @functools.partial(jax.jit, static_argnames=("run",))
 def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Statistics]:
-    leaves = programmed_leaves(reads(weights, number))
+    leaves = chips_in(reads(weights, number))
 
     def total(taps: list[Statistics]) -> Array:
         tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
-        return jnp.sum(run(replaced(weights, tapped), batch))
+        return jnp.sum(run(with_chips(weights, tapped), batch))
 
     return jax.grad(total)([_zeros(leaf) for leaf in leaves])
 
 
-def _zeros(leaf: Programmed) -> Statistics:
-    lead, dtype, slices = leaf.shape[:-2], leaf.state.codes.dtype, len(leaf.config.weight_slices)
+def _zeros(leaf: Chip) -> Statistics:
+    lead, dtype, slices = leaf.shape[:-2], leaf.codes.dtype, len(leaf.config.weight_slices)
     of_conversions = {"histogram": (slices, BINS), "clipped": (slices,)}
     shapes = of_conversions | {"inputs": (BINS,), "clipped_inputs": (), "signal": (), "error": ()}
     return Statistics(**{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()})
 
 
-def _awaits_inputs(leaf: Programmed) -> bool:
+def _awaits_inputs(leaf: Chip) -> bool:
     dac = leaf.config.dac
-    return dac is not None and dac.scaling == "calibrated" and leaf.state.input_limit is None
+    return dac is not None and dac.scaling == "calibrated" and leaf.input_limit is None
 
 
-def _calibrated(leaf: Programmed, seen: Statistics) -> Programmed:
+def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
     adc = leaf.config.adc
     if _awaits_inputs(leaf):
         met = np.asarray(jnp.sum(seen.inputs, axis=-1))
-    elif adc is None or adc.range != "calibrated" or leaf.state.plan.path == "product":
+    elif adc is None or adc.range != "calibrated" or leaf.plan.path == "product":
         return leaf
     else:
         met = np.asarray(jnp.sum(seen.histogram, axis=(-2, -1)))
     if idle := [place for place in np.ndindex(met.shape) if met[place] == 0]:
         where = _said(_names(leaf, idle[0]))
         raise ValueError(f"{where} was read by none of the batches: give batches, and modules, that use all arrays")
-    if not leaf.values:
-        return dataclasses.replace(leaf, state=calibrated(leaf.state, seen, leaf.config))
-
-    def of_one(state: ArrayState, seen: Statistics, values: list[Any]) -> ArrayState:
-        return calibrated(state, seen, leaf.structure.config(values))
-
-    return dataclasses.replace(leaf, state=over_stack(of_one, leaf.shape[:-2])(leaf.state, seen, leaf.values))
+    return calibrated(leaf, seen)
 
 
-def _rows(leaf: Programmed, seen: Statistics) -> Iterator[dict[str, Any]]:
+def _rows(leaf: Chip, seen: Statistics) -> Iterator[dict[str, Any]]:
     """Yield a row for every matrix that was read."""
     sqnr, signal = np.asarray(seen.sqnr), np.asarray(seen.signal)
     clipped, inputs = np.max(np.asarray(seen.clip_share), axis=-1), np.asarray(seen.clip_share_of_inputs)
@@ -146,7 +134,7 @@ def _rows(leaf: Programmed, seen: Statistics) -> Iterator[dict[str, Any]]:
             yield _names(leaf, place) | {"sqnr": sqnr[place].item()} | shares
 
 
-def _names(leaf: Programmed, place: tuple[int, ...]) -> dict[str, Any]:
+def _names(leaf: Chip, place: tuple[int, ...]) -> dict[str, Any]:
     layer, module = (*place, None, None)[:2]
     return {"site": leaf.name, "layer": None if layer is None else leaf.first + layer, "module": module}
 
@@ -154,9 +142,3 @@ def _names(leaf: Programmed, place: tuple[int, ...]) -> dict[str, Any]:
 def _said(names: dict[str, Any]) -> str:
     numbers = [f"{axis} {names[axis]}" for axis in ("layer", "module") if names[axis] is not None]
     return ", ".join([names["site"], *numbers])
-
-
-def replaced(weights: Any, programmed: Sequence[Programmed]) -> Any:
-    """Return the weights with other programmed ones, in the order of `programmed_leaves`."""
-    following = iter(programmed)
-    return jax.tree.map(lambda leaf: next(following) if is_programmed(leaf) else leaf, weights, is_leaf=is_programmed)

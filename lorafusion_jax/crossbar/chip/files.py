@@ -1,4 +1,4 @@
-"""Chips on disk: an `ArrayState` in one .npz file, with the hash of the configuration that it was programmed under."""
+"""Chips on disk: one .npz file with the arrays, the configuration and its hash."""
 
 import dataclasses
 import json
@@ -9,68 +9,72 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..config.files import config_hash
+from ..config.files import config_hash, from_json, has_hash, to_json
 from ..config.schema import CrossbarConfig
-from ..config.structure import check_same, structure_of_arrays
+from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
+from .chip import Chip, reconfigured
 from .plan import Plan, exact_ties
-from .program import ArrayState
 
 _META = "meta_json"
-_STATIC = ("shape", "plan", "structure")
+_ARRAYS = (
+    *("codes", "scale", "cells", "columns", "units", "variance", "occupied", "flipped"),
+    *("gain", "offset", "limits", "input_limit", "pulses"),
+)
 
 
-def save_state(state: ArrayState, config: CrossbarConfig, path: str | Path) -> None:
-    """Write a programmed chip, or a stack of them.
+def save_chip(chip: Chip, path: str | Path) -> None:
+    """Write a programmed chip, or a stack of them; its read key is not part of it.
 
     Args:
-      state: the arrays.
-      config: of the crossbar.
+      chip: to write.
       path: an .npz file; replaced as a whole, or not at all.
-
-    Raises:
-      ValueError: the arrays were programmed with another configuration.
     """
-    check_same(state.structure, config)
     path = Path(path)
     arrays: dict[str, Any] = {}
-    for field in dataclasses.fields(state):
-        value = getattr(state, field.name)
-        if field.name in _STATIC or value is None:
+    for name in _ARRAYS:
+        value = getattr(chip, name)
+        if value is None:
             continue
         parts = value._asdict() if isinstance(value, Packed) else {"": value}
-        arrays |= {f"{field.name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
-    meta = {"config": config_hash(config), "shape": state.shape, "plan": dataclasses.asdict(state.plan)}
-    arrays[_META] = np.array(json.dumps(meta))
+        arrays |= {f"{name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
+    arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}
+    config = _shared_config(chip)
+    meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
+    arrays[_META] = np.array(json.dumps(meta | {"plan": dataclasses.asdict(chip.plan)}))
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
     temporary.replace(path)
 
 
-def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
+def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
     """Read a programmed chip.
 
     Args:
-      path: from `save_state`.
-      config: that it was programmed under.
+      path: from `save_chip`.
+      config: that it was programmed under. None: the one in the file, which has none where it was written by an earlier
+        version or where the configuration holds arrays or functions.
 
     Raises:
       ValueError: the file holds no chip, one of another configuration, or one that an earlier version wrote wrongly.
     """
     with np.load(path) as file:
         if _META not in file:
-            raise ValueError(f"{path} holds no programmed arrays: give a file that save_state wrote")
+            raise ValueError(f"{path} holds no programmed arrays: give a file that save_chip wrote")
         meta = json.loads(str(file[_META]))
         stored = {name: jnp.asarray(file[name]) for name in file.files if name != _META}
-    if meta["config"] != config_hash(config):
+    if config is None:
+        if meta.get("fields") is None:
+            raise ValueError(f"{path} does not hold its configuration: give the one that it was programmed under")
+        config = from_json(meta["fields"])
+    elif not has_hash(config, meta["config"]):
         raise ValueError(
             f"{path} was programmed under another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
     packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
-    names = [field.name for field in dataclasses.fields(ArrayState) if field.name not in _STATIC]
-    fields: dict[str, Any] = {name: stored.get(name) for name in names}
+    fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
     if packed:
         fields["columns"] = Packed(**packed)
     plan = dict(meta["plan"])
@@ -83,8 +87,19 @@ def load_state(path: str | Path, config: CrossbarConfig) -> ArrayState:
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
-    structure = structure_of_arrays(config)
-    return ArrayState(**fields, shape=tuple(meta["shape"]), plan=Plan(**plan), structure=structure)
+    structure, values = split_config(config)
+    chip = Chip(**fields, values=[], structure=structure, plan=Plan(**plan))
+    if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
+        return dataclasses.replace(chip, values=own)
+    return reconfigured(chip, config)
+
+
+def _shared_config(chip: Chip) -> CrossbarConfig:
+    """Return the configuration without the axes of a stack, unless its matrices differ in values."""
+    lead = len(chip.shape) - 2
+    first = [value[(0,) * lead] for value in chip.values]
+    same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
+    return chip.structure.config(first if same else chip.values)
 
 
 def _earlier_fault(config: CrossbarConfig, plan: Mapping[str, Any]) -> str | None:

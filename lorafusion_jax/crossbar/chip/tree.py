@@ -6,7 +6,7 @@ Python does, the last axis of the path:
 
     {"head": None, "encoder.*[1:-1]": isaac, "decoder.*": isaac}
 
-Axis letters: L layer, N module.
+Axis letters: L, N leading axes of a stack.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import functools
 import itertools
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,22 +26,23 @@ from jaxtyping import Array, Float, Int
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..devices.physical import is_traced
+from .chip import Chip, stacked_keys
 from .plan import without_tables
-from .program import ArrayState, program
+from .program import program
 from .segments import Segments
-from .weight import Programmed, stacked_keys
 
 Rules = Mapping[str, CrossbarConfig | None]
+Numbers = Mapping[str, Sequence[Int[Array, " _size"]]]
 
 _RANGE = re.compile(r"(.*)\[(-?\d*):(-?\d*)\]")
 # Purposes of a weight's key.
 _CHIP, _READ = 0, 1
 
 
-def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, " N"] | None = None) -> Any:
+def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | None = None) -> Any:
     """Write a model's weights into arrays.
 
-    A weight's arrays depend on the key, its path, its layer and its module alone: the same key is the same chip,
+    A weight's arrays depend on the key, its path and its numbers in a stack alone: the same key is the same chip,
     whatever else is programmed and on any device count. May be vmapped over keys, chips then being an axis.
 
     Args:
@@ -50,10 +51,11 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, 
         Vectors, such as biases, stay digital. (A stack of vectors is a matrix by its shape: give it a rule of None.)
       rules: path pattern -> configuration, or None for digital.
       key: of the chip.
-      modules: the numbers that modules have on the chip, where the stacks hold only some of them; None for 0, 1, ...
+      numbers: path -> for each leading axis of that stack, the numbers that its entries have on the chip, where the
+        stack holds only some of a larger one. They are 0, 1, ... for every other stack.
 
     Returns:
-      The tree with `Programmed` leaves; `Segments` for stacks whose layers differ in kind.
+      The tree with `Chip` leaves; `Segments` for stacks whose layers differ in kind.
 
     Raises:
       ValueError: a pattern matches nothing, or vectors alone, or a weight cannot be programmed.
@@ -61,19 +63,21 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, modules: Int[Array, 
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
     _check_patterns(rules, named)
-    return tree.unflatten([_place(path, leaf, rules, key, modules) for path, leaf in named.items()])
+    numbers = numbers or {}
+    return tree.unflatten([_place(path, leaf, rules, key, numbers.get(path)) for path, leaf in named.items()])
 
 
-def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array, modules: Int[Array, " N"] | None) -> Any:
+def _place(
+    path: str, weight: Float[Array, "..."], rules: Rules, key: Array, numbers: Sequence[Int[Array, " _size"]] | None
+) -> Any:
     """Return a weight where its rules put it: neighbouring layers under one configuration stay together."""
     if weight.ndim < 2:
         return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(f"{path} holds weights that are NaN or infinite: no conductance stands for them")
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    numbers = [jnp.arange(size) for size in weight.shape[:-2]]
-    if modules is not None and len(numbers) == 2:
-        numbers[1] = modules
+    if numbers is None:
+        numbers = [jnp.arange(size) for size in weight.shape[:-2]]
     chips, noise = (stacked_keys(jax.random.fold_in(key, purpose), numbers) for purpose in (_CHIP, _READ))
     if weight.ndim == 2:
         config = _first_match(path, None, rules)
@@ -95,36 +99,31 @@ def _place(path: str, weight: Float[Array, "..."], rules: Rules, key: Array, mod
     return parts[0] if len(parts) == 1 else Segments(tuple(parts))
 
 
-def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noise: Array) -> Programmed:
+def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noise: Array) -> Chip:
     structure, values = split_config(config)
-    return Programmed(
-        state=_program_stack(weight, chips, values, structure=structure),
-        values=[jnp.broadcast_to(value, (*weight.shape[:-2], *jnp.shape(value))) for value in values],
-        structure=structure,
-        key=noise if config.reads_at_random else None,
-        name=name,
-    )
+    chip = _program_stack(weight, chips, values, structure=structure)
+    return dataclasses.replace(chip, key=noise if config.reads_at_random else None, name=name)
 
 
 @functools.partial(jax.jit, static_argnames=("structure",))
-def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure: Structure) -> ArrayState:
+def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure: Structure) -> Chip:
     """Program the matrices of a stack in turn: the temporaries of one at a time."""
     lead, shape = weight.shape[:-2], weight.shape[-2:]
 
-    def of_one(matrix_and_key: tuple[Array, Array]) -> ArrayState:
+    def of_one(matrix_and_key: tuple[Array, Array]) -> Chip:
         matrix, key = matrix_and_key
-        state = program(matrix, structure.config(values), key)
-        if state.plan.path == "lookup":
+        config = structure.config(values)
+        chip = program(matrix, config, key)
+        if chip.plan.path == "lookup":
             # Tables compile in 2 to 4 s where products take less than one, are hardly faster or slower to read, and a
             # model compiles dozens of reads at once.
-            config = structure.config(values)
-            state = program(matrix, config, key, path=without_tables(state.plan, config))
-        return state
+            chip = program(matrix, config, key, path=without_tables(chip.plan, config))
+        return chip
 
     if not lead:
         return of_one((weight, keys))
-    states = jax.lax.map(of_one, (weight.reshape(-1, *shape), keys.reshape(-1)))
-    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), states)
+    chips = jax.lax.map(of_one, (weight.reshape(-1, *shape), keys.reshape(-1)))
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), chips)
 
 
 def _first_match(path: str, layer: tuple[int, int] | None, rules: Rules) -> CrossbarConfig | None:

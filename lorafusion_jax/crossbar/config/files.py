@@ -104,9 +104,20 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
 def config_hash(config: CrossbarConfig) -> str:
     """Return the SHA-256 of a configuration: equal for equal ones, in any process.
 
-    A device model that is a function counts by its module and name. Fields that came later count where they are set,
-    so that chips saved before still know their configuration.
+    A device model that is a function counts by its module and name. Settings that only warn (`clip_share`) do not
+    count. Fields that came later count where they are set, so that chips saved before still fit their configuration.
     """
+    adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
+    dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)
+    return _hash(dataclasses.replace(config, adc=adc, dac=dac))
+
+
+def has_hash(config: CrossbarConfig, digest: str) -> bool:
+    """Return whether a digest is that of a configuration, from `config_hash` now or before it left warnings out."""
+    return digest in (config_hash(config), _hash(config))
+
+
+def _hash(config: CrossbarConfig) -> str:
     fields = _plain(config, "", lambda function, _: f"{function.__module__}.{function.__qualname__}")
     for part, cls in (("adc", ADC), ("dac", DAC)):
         for name in _LATER[part]:
@@ -121,6 +132,29 @@ def _kind(path: Path) -> str:
     if path.suffix not in kinds:
         raise ValueError(f"{path}: a configuration is a file ending in {', '.join(kinds)}")
     return kinds[path.suffix]
+
+
+def to_json(config: CrossbarConfig) -> str | None:
+    """Return a configuration as JSON text; None for one with functions or arrays, which text does not give back."""
+
+    def refuse(function: Callable, where: str) -> str:
+        raise _NotPlain
+
+    if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(config)):
+        return None
+    try:
+        return json.dumps(_plain(config, "", refuse))
+    except _NotPlain:
+        return None
+
+
+def from_json(text: str) -> CrossbarConfig:
+    """Return the configuration that `to_json` wrote."""
+    return _build(CrossbarConfig, json.loads(text), "")
+
+
+class _NotPlain(Exception):
+    """A configuration holds a function."""
 
 
 def _refuse(function: Callable, where: str) -> str:

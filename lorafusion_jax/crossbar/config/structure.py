@@ -51,7 +51,7 @@ def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
     ]
 
 
-def structure_of_arrays(config: CrossbarConfig) -> Structure:
+def _structure_of_arrays(config: CrossbarConfig) -> Structure:
     """Return what has to be the same where arrays are programmed and where they are read.
 
     That is all but what acts at a read (the size of noise, repeated reads, rounding of inputs), at calibration, and
@@ -71,20 +71,20 @@ def structure_of_arrays(config: CrossbarConfig) -> Structure:
     return split_config(dataclasses.replace(config, adc=adc, dac=dac, device=device))[0]
 
 
-def check_same(programmed: Structure, config: CrossbarConfig) -> None:
+def check_same(programmed: CrossbarConfig, config: CrossbarConfig) -> None:
     """Refuse a configuration that is not that of the arrays; swept values and functions are not compared.
 
     Args:
       programmed: of the arrays.
-      config: that they are read with.
+      config: that they are to be read with.
 
     Raises:
       ValueError: which names what differs.
     """
-    asked = structure_of_arrays(config)
-    if asked == programmed:
+    of_arrays = [_structure_of_arrays(each) for each in (programmed, config)]
+    if of_arrays[0] == of_arrays[1]:
         return
-    here, there = (each.config([_Swept()] * each.numbers.count(None)) for each in (programmed, asked))
+    here, there = (each.config([_Swept()] * each.numbers.count(None)) for each in of_arrays)
     if different := list(_differences(here, there, "")):
         raise ValueError(
             f"these arrays were programmed with another configuration: {'; '.join(different)}. Read them with their "

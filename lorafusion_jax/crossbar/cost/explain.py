@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..chip.chip import Chip
 from ..chip.plan import Plan, worst_case
-from ..chip.program import ArrayState, program
+from ..chip.program import program
 from ..config.schema import CrossbarConfig
-from ..config.structure import check_same
 from ..mapping import encoding
 from ..mapping.adc import codes
 from .counts import counts
@@ -29,10 +29,10 @@ class Explanation:
       weight_slices: bits of each weight slice, least significant first; () for an analogue cell.
       input_slices: bits of each input slice, least significant first; () for an ideal DAC.
       polarities: 2 for differential encoding, else 1.
-      arrays: of one module: tiles x weight slices x polarities.
+      arrays: of one matrix: tiles x weight slices x polarities.
       utilisation: share of their cells that hold a weight.
-      modules: matrices of this shape.
-      shared_arrays: of all modules, placed side by side along their shorter axis.
+      matrices: how many of this shape there are.
+      shared_arrays: of all matrices, placed side by side along their shorter axis.
       shared_utilisation: share of those cells.
       conversions: of the ADCs for one product with one input vector; 0 without ADC.
       lost_bits: for each weight slice, the bits that its ADC lacks to tell every possible column sum of perfect cells
@@ -49,7 +49,7 @@ class Explanation:
     polarities: int
     arrays: int
     utilisation: float
-    modules: int
+    matrices: int
     shared_arrays: int
     shared_utilisation: float
     conversions: int
@@ -68,47 +68,44 @@ class Explanation:
             ("conversions", f"{self.conversions:,} for one input vector" if self.conversions else "none, no ADC"),
             ("lost bits", _lost(self.lost_bits)),
         ]
-        if self.modules > 1:
-            alone = f"{self.modules * self.arrays:,} arrays each on its own"
+        if self.matrices > 1:
+            alone = f"{self.matrices * self.arrays:,} arrays each on its own"
             shared = f"{self.shared_arrays:,} side by side, {100 * self.shared_utilisation:.1f} % of their cells"
-            lines.append((f"{self.modules} modules", f"{alone}; {shared}"))
+            lines.append((f"{self.matrices} matrices", f"{alone}; {shared}"))
         title = f"{self.shape[0]} x {self.shape[1]} on arrays of {self.array[0]} x {self.array[1]}"
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
 
 
-def explain(
-    config: CrossbarConfig, shape: tuple[int, int], *, modules: int = 1, state: ArrayState | None = None
-) -> Explanation:
+def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *, matrices: int = 1) -> Explanation:
     """Return what a [d_in, d_out] matrix takes on a crossbar; nothing is programmed.
 
-    The path is that of any weights of this shape. A programmed state's own may be faster: its column sums are known,
-    and an ADC that has been calibrated may turn out to lose nothing.
+    The path is that of any weights of this shape. That of a chip may be faster: its column sums are known, and an ADC
+    that has been calibrated may turn out to lose nothing.
 
     Args:
-      config: of the crossbar.
+      what: a configuration, with a shape; or a chip, which has both.
       shape: (d_in, d_out).
-      modules: how many such matrices there are. Side by side they share arrays: along columns where d_out is the
+      matrices: how many such matrices there are. Side by side they share arrays: along columns where d_out is the
         shorter axis (the A of low-rank modules, which read one input), else along rows (their B). Those rows drive
-        common columns, so that their outputs add up in the array, or are driven module by module.
-      state: programmed with this config; its plan is shown.
+        common columns, so that their outputs add up in the array, or are driven matrix by matrix.
 
     Raises:
-      ValueError: on a shape that is none, or another shape or configuration than the state's.
+      ValueError: on a shape that is not one, or is not that of the chip.
     """
-    sizes = [*shape, modules] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
-    if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
-        raise ValueError(f"shape {shape!r} with modules = {modules!r}: give (d_in, d_out) and a count, all 1 or more")
-    if state is not None and tuple(shape) != state.shape:
-        raise ValueError(f"shape {tuple(shape)}: the state's arrays hold a matrix of {state.shape}")
-    if state is not None:
-        check_same(state.structure, config)
+    if isinstance(what, Chip):
+        if shape is not None and tuple(shape) != what.matrix_shape:
+            raise ValueError(f"shape {tuple(shape)}: the arrays of this chip hold a matrix of {what.matrix_shape}")
+        shape = what.matrix_shape
+    sizes = [*shape, matrices] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
+    if shape is None or not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
+        raise ValueError(f"shape {shape!r} with matrices = {matrices!r}: give (d_in, d_out) and a count, all 1 or more")
     d_in, d_out = shape
-    plan = _plan(config, (d_in, d_out)) if state is None else state.plan
+    config, plan = (what.config, what.plan) if isinstance(what, Chip) else (what, _plan(what, (d_in, d_out)))
     rows, cols = encoding.grid((d_in, d_out), config)
     tiles, array = (len(rows), len(cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
     each = len(config.weight_slices) * (2 if config.encoding.kind == "differential" else 1)
 
-    together = (d_in, modules * d_out) if d_out <= d_in else (modules * d_in, d_out)
+    together = (d_in, matrices * d_out) if d_out <= d_in else (matrices * d_in, d_out)
     shared = math.prod(map(len, encoding.grid(together, config)))
     shared_array = config.tile.rows or together[0], config.tile.cols or together[1]
 
@@ -124,7 +121,7 @@ def explain(
         polarities=2 if config.encoding.kind == "differential" else 1,
         arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
-        modules=modules,
+        matrices=matrices,
         shared_arrays=shared * each,
         shared_utilisation=math.prod(together) / (shared * math.prod(shared_array)),
         conversions=taken.conversions,

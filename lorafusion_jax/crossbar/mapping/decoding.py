@@ -1,10 +1,10 @@
-"""From the cells of the arrays to what their columns stand for, and back to the matrix.
+"""The way back: from cells to what their columns stand for, and from conversions to the product.
 
 A column brings sum_rows u (g + kappa) to the ADC, kappa = Gmin in level units. What it stands for follows by
 taking off the Gmin and the offset, known from the inputs (digital) or measured by the array's unit column.
 This is linear: the same rule recovers sums from conversions and weight codes from cells.
 
-Axis letters: K weight slices, P polarities, R row tiles, C column tiles.
+Axis letters: K weight slices, P polarities, R row tiles, C column tiles, A inputs or row tiles.
 """
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
 from . import encoding
+from .adc import Converter
 
 
 def kappa(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
@@ -179,3 +180,45 @@ def _side_by_side(
     values, units = converted[..., :-1], converted[..., -1]
     values = encoding.join(jnp.moveaxis(values, 2, 3), cols, 3)
     return jnp.concatenate([values, units.swapaxes(2, 3)], axis=3)
+
+
+def finish(
+    total: Float[Array, "K A C cols"],
+    ones: Float[Array, "#A 1 1"],
+    quantise: Converter | None,
+    flipped: Bool[Array, "K R C _cols"] | None,
+    shape: tuple[int, int],
+    config: CrossbarConfig,
+) -> Float[Array, "A d_out"]:
+    """Return the weighted sum over weight slices, in weight codes times input codes.
+
+    Args:
+      total: codes, or sums without an ADC, shifted and added over input slices; unit columns last.
+      ones: sums of the inputs, for what is removed digitally.
+      quantise: the ADC.
+      flipped: which columns are stored inverted.
+      shape: of the matrix.
+      config: of the crossbar.
+    """
+    lsb = None if quantise is None else quantise.lsb
+    if config.encoding.kind == "offset" and (flipped is not None or not config.encoding.unit_column):
+        if lsb is not None:
+            total = total * lsb.T[:, :, None, None]
+        return weigh(recover(total, ones, flipped, config), None, shape, config)
+    if config.encoding.unit_column:
+        total = total[..., :-1] - total[..., -1:]
+    return weigh(total, lsb, shape, config)
+
+
+def weigh(
+    slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, shape: tuple[int, int], config: CrossbarConfig
+) -> Float[Array, "A d_out"]:
+    """Return the sum over weight slices, each times what its level (or its code, given `lsb`) is worth."""
+    worth = jnp.asarray(encoding.significance(config), slices.dtype)[None]
+    if lsb is not None:
+        worth = worth * lsb
+    # Powers of two times integers add up exactly in any order; what is left is one factor.
+    shares = (worth / worth[:, :1]).T[:, :, None, None]
+    whole = sum(share * of_slice for share, of_slice in zip(shares, slices, strict=True))
+    _, cols = encoding.grid(shape, config)
+    return encoding.join(whole * worth[:, 0, None, None], cols, axis=1)

@@ -7,150 +7,151 @@ Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or
 converted), R row tiles, C column tiles.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from ..chip.program import ArrayState
+from ..chip.chip import Chip
 from ..config.schema import CrossbarConfig
-from ..mapping import decoding as arrays
 from ..mapping import encoding
 from ..mapping.adc import Converter
 from ..mapping.bit_fields import Packed
+from ..mapping.decoding import finish, recover_flipped, weigh
 from .conversion_noise import Noise, deviations, of_conversions, stream
-from .kernels.bit_planes import planes
-from .kernels.lookup import lookup
 from .kernels.loop import loop
-from .kernels.packed_product import packed
-from .recombine import finish, weigh
 
-# Columns, unit columns, variances, occupied planes, flipped columns: all with row tiles as their second axis.
-_Operand = tuple[Any, Array | None, Array | None, Array | None, Array | None]
+# (input codes, columns, converter, occupied planes, noise) -> codes.
+Kernel = Callable[[Array, Any, Converter, Array | None, Noise | None], Float[Array, "k B _cols"]]
+
+
+class _Operand(NamedTuple):
+    """The parts of a chip that are read, all with row tiles as their second axis (columns of `planes`: fourth)."""
+
+    columns: Any
+    units: Float[Array, "K R rows C"] | None
+    variance: Float[Array, "k R rows _cols"] | None
+    occupied: Bool[Array, "k R"] | None
+    flipped: Bool[Array, "K R C _cols"] | None
 
 
 def convert_tiles(
-    n: Float[Array, "B d_in"], quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
+    n: Float[Array, "B d_in"], quantise: Converter, chip: Chip, kernel: Kernel
 ) -> Float[Array, "B _d_out"]:
     """Return weights times input codes; of a converter that counts, [B, 1], above zero where a conversion is clipped.
 
     Args:
       n: input codes.
       quantise: the ADC.
-      state: of the chip.
-      config: of the crossbar.
-      key: of the noise.
+      chip: to read.
+      kernel: that makes the conversions.
     """
-    rows, cols = encoding.grid(state.shape, config)
+    rows, _ = encoding.grid(chip.matrix_shape, chip.config)
     tiles = encoding.split(n, rows, axis=1, front=True)
-    slices = _slices(config)
-    each = 2 if config.converts_each else 1
-    if state.flipped is not None:  # negated columns
+    if chip.flipped is not None:  # negated columns
         quantise = quantise._replace(qmin=-quantise.qmax)
-
-    def noise(variance: Array | None, number: Array | int, columns: Any) -> Noise | None:
-        if not config.draws_at_conversion or key is None:
-            return None
-        words = stream(jax.random.fold_in(key, number))
-        scale, of_adc = deviations(config, n.dtype), of_conversions(config, n.dtype)
-        if variance is None and not isinstance(columns, Packed):  # quiet cells
-            variance = jnp.zeros((*columns.shape[:3], 1), n.dtype)
-        elif variance is None and columns.variances is None:
-            row_tiles, read = columns.low.shape[1], columns.words.shape[2] - 1
-            variance = jnp.zeros((len(columns.low), row_tiles, read, 1), n.dtype)
-        return Noise(variance, jnp.tile(scale, each), words, None if of_adc is None else jnp.tile(of_adc, each))
-
-    def unit_sums(
-        tiles: Array, units: Array, variance: Array | None, number: Array | int, adc: Converter
-    ) -> Float[Array, "K R B C"]:
-        """Return what the unit column of every array measures, in codes."""
-
-        def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
-            x, units, variance, r = tile
-            variance = None if variance is None else variance[:, None]
-            units = units[:, None]
-            return loop(x[:, None], units, adc, slices, None, noise(variance, 2 * (number + r) + 1, units))
-
-        by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
-        return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
-
-    def of_tiles(
-        tiles: Array, operand: _Operand, number: Array | int, scale: Float[Array, "1 K"]
-    ) -> Float[Array, "B d_out"]:
-        columns, units, variance, occupied, flipped = operand
-        own = quantise._replace(scale=scale)
-        adc = own._replace(scale=jnp.tile(scale[0], each))
-        of_units = variance
-        if units is not None and variance is not None and variance.shape[3] > 1:
-            variance, of_units = variance[..., : state.shape[1]], variance[..., state.shape[1] :]
-        drawn = noise(variance, 2 * number, columns)
-        total = _by_kernel(tiles, columns, occupied, adc, slices, drawn, state, config)
-        if adc.counts:
-            clipped = jnp.sum(total, axis=(0, 2))
-            if units is not None:
-                clipped += jnp.sum(unit_sums(tiles, units, of_units, number, adc), axis=(0, 1, 3))
-            return clipped[:, None]
-        if each == 2:
-            total = total[: len(total) // 2] - total[len(total) // 2 :]
-        whole = encoding.split(total[..., : state.shape[1]], cols, axis=2)
-        if units is not None and flipped is not None:
-            lsb = own.lsb[0, :, None, None, None]
-            measured = unit_sums(tiles, units, of_units, number, adc) * lsb
-            return weigh(arrays.recover_flipped(whole * lsb, measured, flipped, config), None, state, config)
-        if config.encoding.unit_column:
-            whole = jnp.concatenate([whole, total[..., state.shape[1] :, None]], axis=3)
-        ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
-        return finish(whole, ones, own, state, config)
-
-    operand = state.columns, state.units, state.variance, state.occupied, state.flipped
-    worth = jnp.ones((1, 1), n.dtype) if quantise.counts else state.scale
-    if state.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
-        return of_tiles(tiles, operand, 0, quantise.scale) * worth
+    operand = _Operand(chip.columns, chip.units, chip.variance, chip.occupied, chip.flipped)
+    worth = jnp.ones((1, 1), n.dtype) if quantise.counts else chip.scale
+    if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
+        return _of_tiles(tiles, operand, 0, quantise, chip, kernel) * worth
 
     # Row tiles whose weights, or ADCs, have ranges of their own are added up as outputs.
-    axes = (3 if state.plan.path == "planes" else 1, 1, 1, 1, 1)
+    axes = (3 if chip.plan.path == "planes" else 1, 1, 1, 1, 1)
 
-    def add(y: Array, tile: tuple[Array, Any, Array, Array, Array]) -> tuple[Array, None]:
+    def along(move: Callable[[Array, int], Array], operand: _Operand) -> _Operand:
+        moved = (jax.tree.map(lambda a, i=i: move(a, i), part) for part, i in zip(operand, axes, strict=True))
+        return _Operand(*moved)
+
+    def add(y: Array, tile: tuple[Array, _Operand, Array, Array, Array]) -> tuple[Array, None]:
         x, operand, adc_scale, scale, number = tile
-        one = tuple(
-            jax.tree.map(lambda a, axis=axis: jnp.expand_dims(a, axis), part)
-            for part, axis in zip(operand, axes, strict=True)
-        )
-        return y + of_tiles(x[:, None], one, number, adc_scale[None]) * scale[None], None
+        own = quantise._replace(scale=adc_scale[None])
+        of_tile = _of_tiles(x[:, None], along(jnp.expand_dims, operand), number, own, chip, kernel)
+        return y + of_tile * scale[None], None
 
-    zero = jnp.zeros((n.shape[0], 1 if quantise.counts else state.shape[1]), n.dtype)
-    by_tile = tuple(
-        jax.tree.map(lambda a, axis=axis: jnp.moveaxis(a, axis, 0), part)
-        for part, axis in zip(operand, axes, strict=True)
-    )
+    zero = jnp.zeros((n.shape[0], 1 if quantise.counts else chip.shape[1]), n.dtype)
+    by_tile = along(lambda a, i: jnp.moveaxis(a, i, 0), operand)
     adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, worth))
     return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 
 
-def _by_kernel(
-    tiles: Float[Array, "B R rows"],
-    columns: Any,
-    occupied: Array | None,
-    adc: Converter,
-    slices: tuple[int, ...] | None,
-    noise: Noise | None,
-    state: ArrayState,
-    config: CrossbarConfig,
-) -> Float[Array, "k B _cols"]:
-    path, packing, signed = state.plan.path, state.plan.packing, config.signed_inputs
-    if slices is None or path == "loop":
-        return loop(tiles, columns, adc, slices, occupied, noise)
-    if path == "lookup":
-        return lookup(tiles, columns, packing, adc, slices, signed=signed, noise=noise)
-    if path == "planes":
-        return planes(tiles, columns, adc, slices, signed=signed)
-    assert packing is not None
-    return packed(tiles, columns, packing, adc, slices, noise)
-
-
-def _slices(config: CrossbarConfig) -> tuple[int, ...] | None:
+def input_slices(config: CrossbarConfig) -> tuple[int, ...] | None:
     """Return the bits of every input slice that is converted; None for an ideal DAC."""
     if config.dac is None:
         return None
     return (config.dac.magnitude_bits,) if config.converts_sums else config.dac.slices
+
+
+def _of_tiles(
+    tiles: Float[Array, "B R rows"],
+    operand: _Operand,
+    number: Array | int,
+    quantise: Converter,
+    chip: Chip,
+    kernel: Kernel,
+) -> Float[Array, "B _d_out"]:
+    """Return the product of row tiles of one scale, which begin with this number."""
+    config, shape = chip.config, chip.matrix_shape
+    each, columns, units, variance = 2 if config.converts_each else 1, operand.columns, operand.units, operand.variance
+    adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
+    of_units = variance
+    if units is not None and variance is not None and variance.shape[3] > 1:
+        variance, of_units = variance[..., : shape[1]], variance[..., shape[1] :]
+    noise = _noise(variance, 2 * number, columns, chip, tiles.dtype)
+    total = kernel(tiles, columns, adc, operand.occupied, noise)
+    if adc.counts:
+        clipped = jnp.sum(total, axis=(0, 2))
+        if units is not None:
+            clipped += jnp.sum(_unit_sums(tiles, units, of_units, number, adc, chip), axis=(0, 1, 3))
+        return clipped[:, None]
+    if each == 2:
+        total = total[: len(total) // 2] - total[len(total) // 2 :]
+    _, cols = encoding.grid(shape, config)
+    whole = encoding.split(total[..., : shape[1]], cols, axis=2)
+    if units is not None and operand.flipped is not None:
+        lsb = quantise.lsb[0, :, None, None, None]
+        measured = _unit_sums(tiles, units, of_units, number, adc, chip) * lsb
+        return weigh(recover_flipped(whole * lsb, measured, operand.flipped, config), None, shape, config)
+    if config.encoding.unit_column:
+        whole = jnp.concatenate([whole, total[..., shape[1] :, None]], axis=3)
+    ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
+    return finish(whole, ones, quantise, chip.flipped, shape, config)
+
+
+def _unit_sums(
+    tiles: Float[Array, "B R rows"],
+    units: Float[Array, "K R rows C"],
+    variance: Float[Array, "K R rows _cols"] | None,
+    number: Array | int,
+    adc: Converter,
+    chip: Chip,
+) -> Float[Array, "K R B C"]:
+    """Return what the unit column of every array measures, in codes."""
+    slices = input_slices(chip.config)
+
+    def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
+        x, units, variance, r = tile
+        variance = None if variance is None else variance[:, None]
+        units = units[:, None]
+        noise = _noise(variance, 2 * (number + r) + 1, units, chip, x.dtype)
+        return loop(x[:, None], units, adc, slices, None, noise)
+
+    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
+    return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
+
+
+def _noise(variance: Array | None, number: Array | int, columns: Any, chip: Chip, dtype: jnp.dtype) -> Noise | None:
+    """Return the noise of columns, whose stream has this number."""
+    config = chip.config
+    if not config.draws_at_conversion or chip.key is None:
+        return None
+    each = 2 if config.converts_each else 1
+    words = stream(jax.random.fold_in(chip.key, number))
+    scale, of_adc = deviations(config, dtype), of_conversions(config, dtype)
+    if variance is None and not isinstance(columns, Packed):  # quiet cells
+        variance = jnp.zeros((*columns.shape[:3], 1), dtype)
+    elif variance is None and columns.variances is None:
+        row_tiles, read = columns.low.shape[1], columns.words.shape[2] - 1
+        variance = jnp.zeros((len(columns.low), row_tiles, read, 1), dtype)
+    return Noise(variance, jnp.tile(scale, each), words, None if of_adc is None else jnp.tile(of_adc, each))

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..chip.program import ArrayState
+from ..chip.chip import Chip
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
 from ..devices.physical import like
 from ..devices.wires import currents
 from ..mapping import encoding
 from ..mapping.adc import Converter
+from ..mapping.decoding import finish
 from .conversion_noise import of_conversions
-from .recombine import finish
 
 # Bytes that the temporaries of one read may take.
 BUDGET = 256 * 2**20
@@ -171,36 +171,34 @@ def shift_and_add(
     return total if convert is None else convert(total)
 
 
-def definition(
-    n: Float[Array, "B d_in"], quantise: Converter | None, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Float[Array, "B _d_out"]:
+def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B _d_out"]:
     """Return weights times input codes; see `convert_tiles` for a converter that counts."""
-    rows, _ = encoding.grid(state.shape, config)
-    cells = state.cells
+    config, cells, key = chip.config, chip.cells, chip.key
+    rows, _ = encoding.grid(chip.matrix_shape, config)
     assert cells is not None
     tiles = encoding.split(n, rows, axis=1, front=True)
     keys = None if key is None else jax.random.split(key, n.shape[0])
 
     def of_one(codes: Array, key: Array | None) -> Array:
         sums = all_sums(codes, cells, key, config)
-        convert = None if quantise is None else _of_conversions(quantise, state, config, key)
+        convert = None if quantise is None else _of_conversions(quantise, chip, key)
         total = shift_and_add(sums, convert, config)
         if quantise is not None and quantise.counts:
             return jnp.sum(total).reshape(1)
         total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
         ones = jnp.sum(codes, axis=1)[:, None, None]
         one_range = quantise is None or quantise.scale.shape[0] == 1
-        if state.flipped is None and state.scale.shape[0] == 1 and one_range:
+        if chip.flipped is None and chip.scale.shape[0] == 1 and one_range:
             total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
-        return jnp.sum(finish(total, ones, quantise, state, config) * state.scale, axis=0)
+        return jnp.sum(finish(total, ones, quantise, chip.flipped, chip.matrix_shape, config) * chip.scale, axis=0)
 
     over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
     return over_inputs(tiles, keys)
 
 
-def with_mismatch(sums: Float[Array, "*J K R C P cols"], state: ArrayState) -> Float[Array, "*J K R C P cols"]:
+def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Array, "*J K R C P cols"]:
     """Return what is converted, with the gain and the offset that the ADC of its column has."""
-    for error, apply in ((state.gain, jnp.multiply), (state.offset, jnp.add)):
+    for error, apply in ((chip.gain, jnp.multiply), (chip.offset, jnp.add)):
         if error is not None:
             sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
     return sums
@@ -217,13 +215,11 @@ def with_noise(
     return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
 
 
-def _of_conversions(
-    quantise: Converter, state: ArrayState, config: CrossbarConfig, key: Array | None
-) -> Callable[[Array], Array]:
+def _of_conversions(quantise: Converter, chip: Chip, key: Array | None) -> Callable[[Array], Array]:
     """Return the conversion of sums [..., K, R, C, P, cols]."""
 
     def convert(sums: Array) -> Array:
         scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
-        return quantise(with_noise(with_mismatch(sums, state), config, key), scale)
+        return quantise(with_noise(with_mismatch(sums, chip), chip.config, key), scale)
 
     return convert

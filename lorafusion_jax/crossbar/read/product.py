@@ -7,32 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..chip.program import ArrayState
-from ..config.schema import CrossbarConfig
+from ..chip.chip import Chip
 from ..devices.normal_draws import normal
 from ..devices.physical import like
 from ..mapping import encoding
 from .conversion_noise import root
 
 
-def product(
-    n: Float[Array, "B d_in"],
-    codes: Float[Array, "d_in d_out"],
-    state: ArrayState,
-    config: CrossbarConfig,
-    key: Array | None,
-) -> Float[Array, "B d_out"]:
+def product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
     """Return weights times input codes; read noise, a sum of draws over slices and rows, is one for each output."""
-    tiled = state.scale.shape[0] > 1
-    per_weight = encoding.per_weight(state.scale, state.shape, config)
-    y = jnp.dot(n, codes * per_weight if tiled else codes, precision="highest")
+    config, shape, key = chip.config, chip.matrix_shape, chip.key
+    tiled = chip.scale.shape[0] > 1
+    per_weight = encoding.per_weight(chip.scale, shape, config)
+    y = jnp.dot(n, chip.codes * per_weight if tiled else chip.codes, precision="highest")
     noise = config.device.read_noise
-    if noise is not None and state.variance is not None and key is not None:
-        _, cols = encoding.grid(state.shape, config)
-        variance, unit = state.variance, jnp.ones((1, 1), n.dtype)
+    if noise is not None and chip.variance is not None and key is not None:
+        _, cols = encoding.grid(shape, config)
+        variance, unit = chip.variance, jnp.ones((1, 1), n.dtype)
         if tiled:
             # Over the largest scale, since the square of a small one is zero in float32.
-            unit = jnp.max(state.scale, axis=(0, 1), keepdims=True)
+            unit = jnp.max(chip.scale, axis=(0, 1), keepdims=True)
             per_weight = per_weight / unit
             if config.encoding.unit_column:
                 starts = np.cumsum((0, *cols[:-1]))
@@ -41,10 +35,10 @@ def product(
         worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
         power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
         spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
-        outputs = state.shape[1] + (len(cols) if config.encoding.unit_column else 0)
+        outputs = shape[1] + (len(cols) if config.encoding.unit_column else 0)
         drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
         if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
-            drawn, units = drawn[:, : state.shape[1]], drawn[:, state.shape[1] :]
-            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=state.shape[1])
+            drawn, units = drawn[:, : shape[1]], drawn[:, shape[1] :]
+            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=shape[1])
         y = y + drawn * unit
-    return y if tiled else y * state.scale
+    return y if tiled else y * chip.scale

@@ -1,0 +1,212 @@
+"""A chip: a matrix in arrays, or a stack of them, with all that a read needs.
+
+Axis letters: N leading axes of a stack (L layers, or L layers and N modules), which a scan or `jax.vmap` takes off;
+K weight slices, P polarities, R row tiles, C column tiles; k conversions of a pair of input slice and column (K, or
+2 K where both polarities are converted).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from ..config.schema import CrossbarConfig
+from ..config.structure import Structure, check_same, split_config
+from ..mapping import decoding, encoding
+from ..mapping.bit_fields import Packed
+from .plan import Plan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Chip:
+    """The arrays that hold one matrix, or one for each entry of leading axes, and their configuration.
+
+    Attributes:
+      codes: [d_in, d_out] the weights as programmed, in weight codes: what all slices of a perfect read add up to.
+      scale: [1 or R, 1 or d_out] the weight that one code stands for.
+      cells: every cell in level units, a unit column last; None where no path reads single cells.
+      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it; integers
+        packed, or as bit planes.
+      units: [K, R, rows, C] the unit columns, where they recover flipped ones; else they are among `columns`.
+      variance: of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope;
+        one column stands for all where they do not differ.
+      occupied: [k, R] which planes of integer cells are not all zero, for the path `loop`.
+      flipped: [K, R, C, cols] columns that are stored inverted.
+      gain: [K, P, R, C, cols] the gain of each column's conversion, or None; P is 1 where polarities are subtracted
+        before it.
+      offset: [K, P, R, C, cols] its offset in level units, or None.
+      limits: [1 or R, K, 2] ADC range of each weight slice, in units of current; R where row tiles of unequal height
+        have ranges of their own; None without an ADC or before calibration.
+      input_limit: full scale of the DAC; None where each input vector has its own, or before calibration.
+      pulses: mean write-verify pulses per cell, or None.
+      values: the arrays among the configuration's values, each with the leading axes of the stack.
+      structure: the rest of the configuration: plain numbers, bits, sizes.
+      plan: how a read is computed, and why.
+      key: of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
+      tap: zeros whose gradient is what the converters met (see `calibration.whole_model`), or None.
+      name: of the weight, as rules and reports call it.
+      first: the number of its first layer, where the stack was split.
+    """
+
+    codes: Float[Array, "*N d_in d_out"]
+    scale: Float[Array, "*N _R _cols"]
+    cells: Float[Array, "*N K P R C rows cols"] | None
+    columns: Float[Array, "*N k R rows _cols"] | Packed | UInt32[Array, "*N k I 2 R Q _cols"] | None
+    units: Float[Array, "*N K R rows C"] | None
+    variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
+    occupied: Bool[Array, "*N k R"] | None
+    flipped: Bool[Array, "*N K R C _cols"] | None
+    gain: Float[Array, "*N K _P R C cols"] | None
+    offset: Float[Array, "*N K _P R C cols"] | None
+    limits: Float[Array, "*N _R K 2"] | None
+    input_limit: Float[Array, "*N"] | None
+    pulses: Float[Array, "*N"] | None
+    values: list[Any]
+    structure: Structure = dataclasses.field(metadata={"static": True})
+    plan: Plan = dataclasses.field(metadata={"static": True})
+    key: Any = None
+    tap: Any = None
+    name: str = dataclasses.field(default="", metadata={"static": True})
+    first: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def config(self) -> CrossbarConfig:
+        """Configuration of the crossbar; of a stack, its arrays have the leading axes of the stack."""
+        return self.structure.config(self.values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weights: [..., d_in, d_out]."""
+        return self.codes.shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of one matrix: (d_in, d_out)."""
+        return self.codes.shape[-2], self.codes.shape[-1]
+
+
+def with_config(chip: Chip, config: CrossbarConfig) -> Chip:
+    """Return the chip as it is read with another configuration, whose values may be swept or learned.
+
+    Only what acts at a read may differ: the size of noise, repeated reads, rounding of inputs, calibration, warnings,
+    and values that are arrays. Everything else takes new arrays: call `program`.
+
+    Args:
+      chip: one matrix, or a stack.
+      config: arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
+
+    Raises:
+      ValueError: the arrays were programmed with another configuration, naming what differs.
+    """
+    check_same(chip.config, config)
+    return reconfigured(chip, config)
+
+
+def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
+    """Return the chip with a configuration, not compared with its own, and other fields."""
+    structure, values = split_config(config)
+    lead = chip.shape[:-2]
+    values = [v if v.shape[: len(lead)] == lead else jnp.broadcast_to(v, (*lead, *v.shape)) for v in values]
+    return dataclasses.replace(chip, structure=structure, values=values, **fields)
+
+
+def with_read_key(chip: Chip, key: Array | None) -> Chip:
+    """Return the chip whose next read draws its noise from `key`: another key for every read.
+
+    Args:
+      chip: one matrix, or a stack.
+      key: one key, of which every matrix of a stack gets its own, or keys with the leading axes of the stack; None
+        for none.
+    """
+    lead = chip.shape[:-2]
+    if lead and key is not None and key.ndim == 0:
+        key = stacked_keys(key, [jnp.arange(size) for size in lead])
+    return dataclasses.replace(chip, key=key)
+
+
+def reads(tree: Any, *numbers: Array | int) -> Any:
+    """Return a tree of weights whose next reads draw noise of their own.
+
+    A key that sits still gives the same noise at every step: call this before every training step, every decoded
+    token and every batch, with numbers that have not been used for another.
+
+    Args:
+      tree: weights, some of them chips. Without read keys it is returned as it is.
+      numbers: of the read, for example (seed, step).
+    """
+
+    def of_leaf(leaf: Any) -> Any:
+        if not is_chip(leaf) or leaf.key is None:
+            return leaf
+        key = leaf.key
+        for number in numbers:
+            key = fold(key, number)
+        return dataclasses.replace(leaf, key=key)
+
+    return jax.tree.map(of_leaf, tree, is_leaf=is_chip)
+
+
+def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
+    """Return the weights as programmed: what a read multiplies by if its converters are ideal."""
+
+    def of_one(chip: Chip) -> Array:
+        return chip.codes * encoding.per_weight(chip.scale, chip.matrix_shape, chip.config)
+
+    return over_stack(of_one, chip.shape[:-2])(chip)
+
+
+def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
+    """Return what multiplies the inputs in the arrays: flipped columns as they are stored, unit columns last."""
+    config = chip.config
+    if chip.plan.packing is not None or chip.plan.path == "planes":  # perfect cells, which follow from the codes
+        cells, _ = encoding.to_arrays(encoding.digits(chip.codes, config), config)
+        return decoding.columns(cells, chip.matrix_shape, config)
+    assert isinstance(chip.columns, jax.Array)
+    if chip.flipped is None or chip.units is None:
+        return chip.columns
+    return decoding.as_stored(chip.columns, chip.units, chip.flipped, chip.matrix_shape, config)
+
+
+def is_chip(leaf: Any) -> bool:
+    """Whether a leaf of a tree of weights is a chip."""
+    return isinstance(leaf, Chip)
+
+
+def chips_in(weights: Any) -> list[Chip]:
+    """Return the chips of a tree of weights, in its order."""
+    return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_chip) if is_chip(leaf)]
+
+
+def with_chips(weights: Any, chips: Sequence[Chip]) -> Any:
+    """Return the tree with other chips, in the order of `chips_in`."""
+    following = iter(chips)
+    return jax.tree.map(lambda leaf: next(following) if is_chip(leaf) else leaf, weights, is_leaf=is_chip)
+
+
+def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:
+    """Return `fn` mapped over the leading axes of a stack."""
+    for _ in lead:
+        fn = jax.vmap(fn)
+    return fn
+
+
+def fold(keys: Array, number: Array | int) -> Array:
+    """Return `jax.random.fold_in(key, number)` of keys of any shape."""
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.reshape(-1))
+    return folded.reshape(keys.shape)
+
+
+def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:
+    """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n).
+
+    Args:
+      key: of the weight.
+      numbers: l, n, ... of the entries of every axis.
+    """
+    for of_axis in numbers:
+        key = jax.vmap(fold, in_axes=(None, 0), out_axes=-1)(key, of_axis)
+    return key
