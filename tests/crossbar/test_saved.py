@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from lorafusion_jax.crossbar import (
     Encoding,
     Independent,
     ReadNoise,
+    Tile,
     calibrated,
+    config_hash,
     load_chip,
     matmul,
     probe,
@@ -123,3 +126,69 @@ def test_a_file_without_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "else.npz", a=np.zeros(2))
     with pytest.raises(ValueError, match="holds no programmed arrays: give a file that save_chip wrote"):
         load_chip(tmp_path / "else.npz", CrossbarConfig())
+
+
+# What version 0.1.0.dev0 wrote before a file held its configuration, and what it read from the chips: `noisy` under a
+# configuration whose hash counted `clip_share`, `packed` in planes, `stack` with an array among its values.
+_EARLIER = Path(__file__).parent / "earlier"
+_MAX = ADC(bits=5, range="max")
+_OF_EARLIER = {
+    "noisy": CrossbarConfig(
+        tile=Tile(rows=8),
+        adc=dataclasses.replace(_MAX, clip_share=0.5),
+        device=Device(programming=Independent(0.05), read_noise=ReadNoise(0.02)),
+    ),
+    "packed": CrossbarConfig(tile=Tile(rows=8), adc=_MAX),
+    "stack": CrossbarConfig(cell=Cell(on_off_ratio=jnp.float32(20)), adc=_MAX),
+}
+
+
+@pytest.mark.parametrize("name", _OF_EARLIER)
+def test_chips_of_an_earlier_version_read_the_same(name):
+    with np.load(_EARLIER / "read.npz") as file:
+        x, wanted = jnp.asarray(file["x"]), file[name]
+    chip = load_chip(_EARLIER / f"{name}.npz", _OF_EARLIER[name])
+    if name == "stack":
+        found = jax.vmap(lambda one: matmul(x, one))(chip)
+    else:
+        found = matmul(x, with_read_key(chip, jax.random.key(1)))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    with pytest.raises(ValueError, match="does not hold its configuration: give the one"):
+        load_chip(_EARLIER / f"{name}.npz")
+
+
+def test_a_file_holds_its_configuration_unless_that_has_arrays_or_functions(tmp_path):
+    x = jax.random.normal(jax.random.key(1), (3, 6))
+    chip = program(jnp.ones((6, 5)), _CONFIGS["noisy"], _KEY)
+    save_chip(chip, tmp_path / "chip.npz")
+    loaded = load_chip(tmp_path / "chip.npz")
+    assert loaded.config == chip.config
+    np.testing.assert_array_equal(matmul(x, with_read_key(loaded, _KEY)), matmul(x, with_read_key(chip, _KEY)))
+
+    def cells(G, key, time):
+        return 0.9 * G
+
+    for config in (_OF_EARLIER["stack"], CrossbarConfig(device=Device(programming=cells))):
+        chip = program(jnp.ones((6, 5)), config, _KEY)
+        save_chip(chip, tmp_path / "chip.npz")
+        with pytest.raises(ValueError, match="does not hold its configuration: give the one"):
+            load_chip(tmp_path / "chip.npz")
+        np.testing.assert_array_equal(matmul(x, load_chip(tmp_path / "chip.npz", config)), matmul(x, chip))
+
+
+def test_values_that_differ_within_a_stack_are_saved_with_it(tmp_path):
+    def programmed(ratio):
+        config = dataclasses.replace(_OF_EARLIER["packed"], cell=Cell(on_off_ratio=ratio))
+        return program(jnp.ones((6, 5)), config)
+
+    chips = jax.vmap(programmed)(jnp.array([10.0, 20.0]))
+    save_chip(chips, tmp_path / "chip.npz")
+    np.testing.assert_array_equal(load_chip(tmp_path / "chip.npz", chips.config).values, chips.values)
+
+
+def test_settings_that_only_warn_do_not_refuse_a_saved_chip(tmp_path):
+    config = _OF_EARLIER["noisy"]
+    quieter = dataclasses.replace(config, adc=_MAX, dac=DAC(clip_share=0.3))
+    assert config_hash(quieter) == config_hash(config)
+    save_chip(program(jnp.ones((6, 5)), config, _KEY), tmp_path / "chip.npz")
+    assert load_chip(tmp_path / "chip.npz", quieter).config == quieter
