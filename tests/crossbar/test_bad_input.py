@@ -359,4 +359,4 @@ def test_conductances_do_not_drift_silently():
 def test_inputs_that_are_not_floating_point():
     config = CrossbarConfig()
     with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
-        inspect.unwrap(mvm)(jnp.ones((2, 6), jnp.int32), program(W, config), config)
+        inspect.unwrap(matmul)(jnp.ones((2, 6), jnp.int32), program(W, config))

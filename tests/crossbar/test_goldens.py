@@ -51,7 +51,7 @@ def golden(shared: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarra
 def product(params: dict[str, Any], W: np.ndarray, x: np.ndarray, dtype: Any, path: Any) -> np.ndarray:
     config, weights = convert(params, W)
     state = program(jnp.asarray(weights, dtype), config, path=path)
-    return np.asarray(jax.jit(mvm)(jnp.asarray(x.T, dtype), state, config)).T
+    return np.asarray(jax.jit(matmul)(jnp.asarray(x.T, dtype), state)).T
 
 
 @pytest.mark.parametrize("path", [None, "definition"])
