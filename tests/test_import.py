@@ -37,9 +37,9 @@ _MAY_IMPORT = {
 
 _PROBE = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 {imports}
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 from jax._src import xla_bridge
 print(json.dumps({{
     "seconds": seconds,
