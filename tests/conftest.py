@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=4",
         # Most of the tests' time is LLVM's: without its optimisations three files measured 18 to 34 % less CPU time.
         "--xla_backend_optimization_level=0",
+        # The emitters of fusions by way of MLIR took 30 to 45 % of the CPU time of what compiles most; where bits of
+        # several programs are compared, the fixture `fusion_emitters` has them again.
+        "--xla_cpu_use_fusion_emitters=false",
     )
 )
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -29,6 +33,7 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_ROOT / ".cache" / "hy
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 jaxtyping.install_import_hook("lorafusion_jax", "beartype.beartype")
 
@@ -56,6 +61,20 @@ def _programs_of_one_file() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def fusion_emitters() -> Iterator[None]:
+    """Compile a file's programs as without XLA_FLAGS of tests: products of one seed and of several round alike."""
+    options = compiler.get_compile_options
+
+    def with_emitters(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        overrides = {"xla_cpu_use_fusion_emitters": True} | (env_options_overrides or {})
+        return options(*args, env_options_overrides=overrides, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", with_emitters)
+        yield
 
 
 @pytest.fixture(scope="session")

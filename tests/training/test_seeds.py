@@ -14,6 +14,8 @@ from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.tasks import Split
 from lorafusion_jax.training.fit import fit, recipe_rates, start
 
+pytestmark = pytest.mark.usefixtures("fusion_emitters")
+
 _SEEDS = (1, 2)
 _RATES = ((0.05, 0.02), (0.3, 0.003), (0.0, 0.02))  # of coefficients and magnitudes
 _RECIPE = dataclasses.replace(PRESETS["default"], modules=2, epochs=2, batch_size=48, l2=1e-3, l1=1e-3)
