@@ -6,7 +6,7 @@ drawn is compared with:
 
     CHIPS/manifest.json   key, digital weights, digests of base and modules, arrays and what writing them took
     CHIPS/config.yaml     of the crossbar
-    CHIPS/chip_0/         encoder.self.q.npz, ...: one file for each stack of matrices (`crossbar.load_chip`)
+    CHIPS/chip_0/         SITE.npz, ...: one file for each stack of matrices (`crossbar.load_chip`)
 """
 
 import dataclasses

@@ -32,8 +32,7 @@ def program(
 ) -> Frozen:
     """Write what rules name into arrays.
 
-    Paths: a site, as in `encoder.self.q`; `head` where it is not tied; `pool.A.encoder.self.q` and
-    `pool.B.encoder.self.q` for the modules.
+    Paths: the name of a site; `head` where it is not tied; `pool.A.SITE` and `pool.B.SITE` for the modules.
 
     Args:
       graph: the model's structure.

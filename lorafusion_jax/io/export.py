@@ -143,7 +143,7 @@ def _adapter(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        # Whole paths: a bare `q` would also name matrices that the adapter has no tensors for.
+        # Whole paths: a last name would also name matrices that the adapter has no tensors for.
         "target_modules": sorted(paths.values()),
         "task_type": family_of(config).task_type,
         "use_dora": magnitudes is not None,

@@ -144,7 +144,7 @@ class OnArrays:
         makes robust on any; `both` in turn; or `none`, which knows the bits of cells and converters alone.
       chip: the number of the chip that is trained on, unless noise is fresh or none, and evaluated on.
       chip_key: from which the chips of a preset or file are drawn; a folder has its own.
-      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`; a folder has its own.
+      digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
       age: of the chip: seconds, or as in 1h, 1day, 1month, 1year.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
     """

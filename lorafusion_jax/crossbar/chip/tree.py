@@ -4,7 +4,7 @@ A rule is a path pattern and a configuration, or None for a weight that stays di
 weight decides, and a weight that none matches stays digital. `*` stands for anything; layers of a stack are chosen as
 Python does, the last axis of the path:
 
-    {"head": None, "encoder.*[1:-1]": isaac, "decoder.*": isaac}
+    {"head": None, "first.*[1:-1]": isaac, "second.*": isaac}
 
 Axis letters: L, N leading axes of a stack.
 """
