@@ -14,7 +14,7 @@ from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.run import options_from_json, options_to_json
+from lorafusion_jax.runs.run import options_from_json, options_to_json, with_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"
@@ -92,7 +92,7 @@ def settings_of(options: FuseOptions) -> dict[str, Any]:
 
     Paths inside the repository count from its root: those of two checkouts are alike.
     """
-    values = json.loads(json.dumps(options_to_json(options)).replace(f"{ROOT}/", ""))
+    values = json.loads(json.dumps(options_to_json(with_targets(options))).replace(f"{ROOT}/", ""))
     return {name: value for name, value in values.items() if name not in _BOOKKEEPING}
 
 

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parse(CostCommand, arguments, "cost", groups=GROUPS)
     config, crossbar = shape_config(options.shape), load_config(options.crossbar)
+    options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = {activity.method: activity for activity in activities(config, crossbar, options)}
     bills = {name: price(activity, crossbar, options, constants) for name, activity in found.items()}

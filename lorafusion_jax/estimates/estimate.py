@@ -193,7 +193,7 @@ def _training_flops(config: Architecture, method: str, work: Workload, settings:
 
 
 def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, update: Update) -> float:
-    """Return the FLOPs of generation, of the loss and of the options: programs of their own that all read the source."""
+    """Return the FLOPs of generation, of the loss and of the options: programs that each read the source."""
     generated = sum(generation_flops(config, s._replace(target=new_tokens), update) for s in asked.rows)
     return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
 

@@ -50,7 +50,7 @@ class EvaluateOnChipsOptions(EvaluateOptions):
         configuration says.
       read_noise: standard deviation of the read noise as a share of Gmax, in place of the configuration's.
       adc_bits: bits of the ADC, in place of the configuration's.
-      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers; a
+      digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers; a
         folder has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
       lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into `cells` of its own.

@@ -46,7 +46,7 @@ class ProgramOptions:
       crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
       chips: number of chips.
       chip_key: key from which they are drawn.
-      digital: patterns of weights that stay digital: `head`, `pool.*`, `*.ff.*`, `encoder.*[1:-1]` for inner layers.
+      digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers.
     """
 
     base: str

@@ -46,9 +46,7 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
-    if options.recipe.lora_targets is None:  # what the run's record says
-        targets = read_config(options.base).targets
-        options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, lora_targets=targets))
+    options = with_targets(options)
     make_room()
     with contextlib.ExitStack() as stack:
         if options.distributed:
@@ -56,6 +54,14 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
         if options.mesh is not None:
             stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
         return _fuse(options)
+
+
+def with_targets(options: FuseOptions) -> FuseOptions:
+    """Return the options as a run records them: with the family's own targets where none are given."""
+    if options.recipe.lora_targets is not None:
+        return options
+    targets = read_config(options.base).targets
+    return dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, lora_targets=targets))
 
 
 def _fuse(options: FuseOptions) -> dict[str, Any]:
