@@ -206,7 +206,7 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
 
 
 def test_chips_hold_every_matrix(base, pool, run, tmp_path):
-    manifest = program_chips(ProgramOptions(base=str(base), pool=str(pool), out=tmp_path / "chips", config="isaac"))
+    manifest = program_chips(ProgramOptions(base=str(base), pool=str(pool), out=tmp_path / "chips", crossbar="isaac"))
     assert list(manifest["modules"]) == ["adapter_0", "adapter_1", "adapter_2"]
     files = {path.stem for path in (tmp_path / "chips" / "chip_0").iterdir()}
     assert files == {*_CONFIG.sites, "head", *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED)}
