@@ -1,0 +1,46 @@
+"""The crossbar is a library of its own: its imports, and a copy of it in another project."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+_FOLDER = Path(__file__).resolve().parents[2] / "lorafusion_jax" / "crossbar"
+_THIRD_PARTY = {"jax", "numpy", "yaml", "jaxtyping"}
+
+
+def _files() -> list[Path]:
+    return [path for path in sorted(_FOLDER.rglob("*.py")) if "tests" not in path.relative_to(_FOLDER).parts]
+
+
+def test_it_imports_jax_numpy_and_yaml_and_nothing_that_lies_outside():
+    """`flax.py` alone imports Flax, and nothing imports it."""
+    wrong = []
+    for path in _files():
+        depth = len(path.relative_to(_FOLDER).parts)
+        allowed = _THIRD_PARTY | sys.stdlib_module_names | ({"flax"} if path == _FOLDER / "flax.py" else set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wrong += [(path, a.name) for a in node.names if a.name.partition(".")[0] not in allowed]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(alias.name for alias in node.names)]
+                outside = node.level > depth or not node.level and names[0].partition(".")[0] not in allowed
+                of_flax = node.level == depth and "flax" in names
+                wrong += [(path, names)] if outside or of_flax else []
+    assert len(_files()) > 30 and not wrong
+
+
+def test_a_copy_under_another_name_passes_its_own_tests(tmp_path):
+    shutil.copytree(_FOLDER, tmp_path / "analogue", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = (
+        "import sys, pytest; status = pytest.main(['-q', '-p', 'no:cacheprovider', 'analogue']); "
+        "sys.exit(status or any(name.startswith('lorafusion_jax') for name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
