@@ -80,10 +80,10 @@ def _place(
         numbers = [jnp.arange(size) for size in weight.shape[:-2]]
     chips, noise = (stacked_keys(jax.random.fold_in(key, purpose), numbers) for purpose in (_CHIP, _READ))
     if weight.ndim == 2:
-        config = _first_match(path, None, rules)
+        config = first_match(path, None, rules)
         return weight if config is None else _program(path, weight, config, chips, noise)
     depth = weight.shape[0]
-    configs = [_first_match(path, (layer, depth), rules) for layer in range(depth)]
+    configs = [first_match(path, (layer, depth), rules) for layer in range(depth)]
     parts: list[Any] = []
     start = 0
     for _, group in itertools.groupby(configs, key=id):
@@ -126,7 +126,8 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
     return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), chips)
 
 
-def _first_match(path: str, layer: tuple[int, int] | None, rules: Rules) -> CrossbarConfig | None:
+def first_match(path: str, layer: tuple[int, int] | None, rules: Rules) -> CrossbarConfig | None:
+    """Return the configuration of a weight, or of layer (number, of how many) of a stack; None for digital."""
     return next((config for pattern, config in rules.items() if _matches(pattern, path, layer)), None)
 
 

@@ -1,0 +1,136 @@
+"""Any Flax model on arrays, NNX or Linen: its products become reads of programmed chips.
+
+    model = crossbar.flax.convert(model, {"head": None, "*": config}, key)
+    model = crossbar.flax.calibrate(model, batches)  # ranges of the converters, from data
+    y = crossbar.flax.with_read_key(model, key)(x)  # with read noise: another key for every step
+
+A layer's own code still runs, with its promotion of dtypes, its padding and its bias, all of them digital. Only its
+kernel is replaced, and the product that multiplies by it. This folder alone imports Flax.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ..calibration import whole_model
+from ..chip import chip as chips
+from ..chip.tree import Rules
+from . import linen_models, nnx_models
+from .kernel import Kernel
+from .linen_models import OnArrays
+from .nnx_models import InArrays
+
+__all__ = ["InArrays", "Kernel", "OnArrays", "calibrate", "convert", "site_errors", "with_read_key"]
+
+
+def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Any:
+    """Return a copy of a model that multiplies on arrays.
+
+    These layers can be put there: `Linear` and `Dense`, `LinearGeneral` and `DenseGeneral`, `Einsum`, `Conv` (as a
+    matrix that reads patches), and the head of an `Embed` (`attend`; tokens are still looked up digitally). So can what
+    is made of them, such as attention. Everything else stays digital.
+
+    A kernel on arrays is not trained; biases and all other parameters are. In NNX it is a variable of the type
+    `InArrays`, which needs an axis wherever `nnx.StateAxes` gives one to `nnx.Param`. In Linen it is in the collection
+    `crossbar`.
+
+    Args:
+      model: an NNX module, or a Linen module with its variables, `module.bind(variables)`.
+      rules: path pattern -> configuration, or None for digital, as for `program_tree`. The paths are those of layers:
+        `encoder.layers.0.query`. Layers that are stacked, by `nnx.vmap` or `nn.scan`, are one path and have one rule;
+        their axis is the first of their parameters.
+      key: key of the chip. The arrays of a layer depend on it and on the layer's path.
+      inputs: an example of the model's inputs, of which shapes and dtypes count. A Linen model needs one. With one, an
+        NNX model's embeddings that are only looked up are left digital.
+      options: keyword arguments of the model in this example.
+
+    Returns:
+      The model on arrays, which is called as before: an NNX module, or `OnArrays` for a Linen one.
+
+    Raises:
+      ValueError: a rule matches nothing, or something that cannot be put on arrays.
+    """
+    if isinstance(model, nnx.Module):
+        return nnx_models.convert(model, rules, key, inputs, options)
+    if isinstance(model, nn.Module):
+        return linen_models.convert(model, rules, key, inputs, options)
+    raise ValueError(
+        f"a model of type {type(model).__name__}: give an NNX module, or a Linen module with its variables, "
+        "module.bind(variables)"
+    )
+
+
+def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
+    """Return the model with the ranges of its converters set from data.
+
+    Args:
+      model: a model from `convert`.
+      batches: inputs of the model, one call each: an array, or a tuple of arguments.
+      options: keyword arguments of the model.
+
+    Raises:
+      ValueError: there are no batches, or none of them reads some of the arrays.
+    """
+    tree, rebuilt = _taken_apart(model)
+    return rebuilt(whole_model.calibrate_tree(_run(rebuilt, options), tree, batches))
+
+
+def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict[str, Any]]:
+    """Return a row for every layer on arrays, or for every one of a stack: how well it is read, what is clipped.
+
+    Args:
+      model: a model from `convert`, calibrated.
+      batches: inputs of the model, as for `calibrate`.
+      options: keyword arguments of the model.
+
+    Returns:
+      Rows of {site, layer, sqnr, clipped, clipped_inputs}, and warnings, as of `crossbar.site_errors`.
+    """
+    tree, rebuilt = _taken_apart(model)
+    return whole_model.site_errors(tree, whole_model.observe(_run(rebuilt, options), tree, batches))
+
+
+def with_read_key(model: Any, key: Array) -> Any:
+    """Return the model with noise of its own for its next reads.
+
+    The same key gives the same noise, so every step needs another one. Layers differ by path; a layer that is called
+    several times in a step has the same noise each time.
+
+    Args:
+      model: a model from `convert`. Without read noise and stochastic rounding nothing changes.
+      key: key of the step.
+    """
+    tree, rebuilt = _taken_apart(model)
+
+    def keyed(chip: chips.Chip) -> chips.Chip:
+        if chip.key is None:
+            return chip
+        return chips.with_read_key(chip, jax.random.fold_in(key, zlib.crc32(chip.name.encode())))
+
+    return rebuilt(chips.with_chips(tree, [keyed(chip) for chip in chips.chips_in(tree)]))
+
+
+def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return a model as a tree, and the function that puts such a tree together again."""
+    if not isinstance(model, nnx.Module):
+        return model, lambda tree: tree
+    graph, state = nnx.split(model)
+    return state, functools.partial(nnx.merge, graph)
+
+
+def _run(rebuilt: Callable[[Any], Any], options: Mapping[str, Any]) -> Callable[[Any, Any], Array]:
+    """Return a function of a model as a tree and of a batch: one number that depends on every read."""
+
+    def run(tree: Any, batch: Any) -> Float[Array, ""]:
+        y = rebuilt(tree)(*(batch if isinstance(batch, tuple) else (batch,)), **options)
+        real = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+        return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in real), jnp.float32(0))
+
+    return run

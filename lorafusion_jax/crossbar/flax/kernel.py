@@ -1,0 +1,187 @@
+"""A layer's kernel on arrays, and the products that read it where JAX's own would multiply.
+
+Axis letters: B batch, S spatial, P positions of a filter, C channels, F filters, G groups, K taps of a filter.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..chip.chip import Chip
+from ..read.matmul import matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel whose matrix is in arrays.
+
+    Attributes:
+      chip: the matrix; one for each group and each stacked layer.
+      shape: shape of the kernel in one layer.
+      dtype: dtype of the kernel, on which that of the computation may depend.
+      equation: the equation of an `Einsum`.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    equation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def read(
+        self,
+        x: Float[Array, "..."],
+        *,
+        groups: int = 0,
+        inputs: int = 1,
+        features: Sequence[int] = (-1,),
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> Float[Array, "..."]:
+        """Return a product [*groups, *B, *inputs] -> [*groups, *B, *features] of x.
+
+        Args:
+          x: inputs.
+          groups: number of axes of groups, each of which has a matrix of its own.
+          inputs: number of axes that are summed over.
+          features: sizes of the axes of the result.
+          preferred_element_type: dtype of the result; None for that of x.
+          out_sharding: refused.
+
+        Raises:
+          ValueError: the kernel is still a stack of layers, or `out_sharding` is given.
+        """
+        name = self.chip.name or "the model"
+        if stack := self.chip.shape[: -3 if groups else -2]:
+            raise ValueError(
+                f"{name} is a stack of {stack} layers, which no scan or vmap has taken apart: where nnx.StateAxes "
+                "gives an axis to nnx.Param, give it to crossbar.flax.InArrays as well"
+            )
+        if out_sharding is not None:
+            raise ValueError(f"{name} is on arrays, which take no out_sharding: leave that out, or the layer digital")
+        lead = x.shape[: x.ndim - inputs]
+        grouped = (math.prod(lead[:groups]),) if groups else ()
+        x = x.reshape(*grouped, *lead[groups:], math.prod(x.shape[x.ndim - inputs :]))
+        try:
+            y = jax.vmap(matmul)(x, self.chip) if groups else matmul(x, self.chip)
+        except ValueError as error:
+            error.add_note(f"This is a read of {name}; crossbar.flax.calibrate sets the ranges of a whole model.")
+            raise
+        y = y.reshape(*lead, *features)
+        return y if preferred_element_type is None else y.astype(preferred_element_type)
+
+
+def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None, **result: Any) -> Array:
+    """Return `jax.lax.dot_general(x, kernel, ...)`; arrays have a precision of their own."""
+    (of_x, of_kernel), (groups_of_x, groups_of_kernel) = dimension_numbers
+    free = [axis for axis in range(x.ndim) if axis not in (*of_x, *groups_of_x)]
+    features = [size for axis, size in enumerate(kernel.shape) if axis not in (*of_kernel, *groups_of_kernel)]
+    x = x.transpose(*groups_of_x, *free, *of_x)
+    return kernel.read(x, groups=len(groups_of_x), inputs=len(of_x), features=features, **result)
+
+
+def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **result: Any) -> Array:
+    """Return `jnp.einsum(equation, x, kernel, ...)`.
+
+    Raises:
+      ValueError: the kernel was programmed for another equation.
+    """
+    if equation != kernel.equation:
+        raise ValueError(
+            f"{kernel.chip.name} was put on arrays for {kernel.equation!r}, and is called with {equation!r}: leave it "
+            "digital with a rule of None"
+        )
+    of_x, of_kernel, of_y = operands(equation)
+    groups, inputs = ("".join(of_kernel[axis] for axis in axes) for axes in einsum_axes(equation))
+    outputs = "".join(letter for letter in of_kernel if letter not in groups + inputs)
+    free = "".join(letter for letter in of_y if letter not in of_kernel)  # with its ellipsis
+    features = [size for letter, size in zip(of_kernel, kernel.shape, strict=True) if letter in outputs]
+    x = jnp.einsum(f"{of_x}->{groups}{free}{inputs}", x)
+    y = kernel.read(x, groups=len(groups), inputs=len(inputs), features=features, **result)
+    return jnp.einsum(f"{groups}{free}{outputs}->{of_y}", y)
+
+
+def operands(equation: str) -> tuple[str, str, str]:
+    """Return the axes of both operands of an equation, and of its result."""
+    of_x, rest = equation.split(",")
+    of_kernel, of_y = rest.split("->")
+    return of_x, of_kernel, of_y
+
+
+def einsum_axes(equation: str) -> tuple[list[int], list[int]]:
+    """Return the axes of groups of an equation's second operand, and those that are summed over."""
+    of_x, of_kernel, of_y = operands(equation)
+    shared = [axis for axis, letter in enumerate(of_kernel) if letter in of_x]
+    groups = [axis for axis in shared if of_kernel[axis] in of_y]
+    return groups, [axis for axis in shared if axis not in groups]
+
+
+def conv_general_dilated(
+    x: Float[Array, "B *S C"],
+    kernel: Kernel,
+    window_strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    **result: Any,
+) -> Float[Array, "B *P F"]:
+    """Return `jax.lax.conv_general_dilated(x, kernel, ...)` of channels last, with a read for every position."""
+    taps = _patches(x, kernel.shape[:-2], window_strides, padding, lhs_dilation, rhs_dilation)
+    if feature_group_count == 1:
+        return kernel.read(taps, inputs=2, features=kernel.shape[-1:], **result)
+    taps = taps.reshape(*taps.shape[:-1], feature_group_count, -1)  # [B, *P, K, G, C]
+    y = kernel.read(jnp.moveaxis(taps, -2, 0), groups=1, inputs=2, **result)
+    y = jnp.moveaxis(y, 0, -2)
+    return y.reshape(*y.shape[:-2], kernel.shape[-1])
+
+
+def _patches(
+    x: Float[Array, "B *S C"],
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Any,
+    x_dilation: Sequence[int],
+    window_dilation: Sequence[int],
+) -> Float[Array, "B *P K C"]:
+    """Return the inputs under the filters at every position: as slices, since a convolution may round them."""
+    extent = [(size - 1) * step + 1 for size, step in zip(window, window_dilation, strict=True)]
+    if isinstance(padding, str):
+        dilated = [max((size - 1) * step + 1, 0) for size, step in zip(x.shape[1:-1], x_dilation, strict=True)]
+        padding = jax.lax.padtype_to_pads(dilated, extent, strides, padding)
+    around = [(low, high, step - 1) for (low, high), step in zip(padding, x_dilation, strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    room = [size - reach for size, reach in zip(x.shape[1:-1], extent, strict=True)]
+    taps = []
+    for place in itertools.product(*map(range, window)):
+        start = [number * step for number, step in zip(place, window_dilation, strict=True)]
+        stop = [first + more + 1 for first, more in zip(start, room, strict=True)]
+        taps.append(jax.lax.slice(x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *strides, 1)))
+    return jnp.stack(taps, axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Promote:
+    """A layer's promotion of dtypes, to which a kernel on arrays is a scalar of its dtype.
+
+    Attributes:
+      promote: the layer's own, which takes a tuple of arrays in NNX and arrays in Linen.
+    """
+
+    promote: Callable[..., Any]
+
+    def __call__(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
+        """Return the arrays in the dtype of the computation, and kernels as they are."""
+        together = isinstance(arrays[0], tuple)
+        given = arrays[0] if together else arrays
+        seen = tuple(jnp.zeros((), each.dtype) if isinstance(each, Kernel) else each for each in given)
+        promoted = self.promote(seen, **options) if together else self.promote(*seen, **options)
+        return tuple(old if isinstance(old, Kernel) else new for old, new in zip(given, promoted, strict=True))

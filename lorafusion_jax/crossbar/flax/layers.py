@@ -1,0 +1,161 @@
+"""Layers of either Flax as matrices: which can be put on arrays, and how."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jaxtyping import Array
+
+from ..chip.chip import is_chip
+from ..chip.segments import Segments
+from ..chip.tree import Rules, first_match, program_tree
+from .kernel import Kernel, einsum_axes, operands
+
+_GENERAL = (nnx.LinearGeneral, nn.DenseGeneral)
+_EINSUM = (nnx.Einsum, nn.Einsum)
+_CONV = (nnx.Conv, nn.Conv)
+EMBED = (nnx.Embed, nn.Embed)
+LAYERS = (nnx.Linear, nn.Dense, *_GENERAL, *_EINSUM, *_CONV, *EMBED)
+UNABLE = (nnx.ConvTranspose, nn.ConvTranspose, nn.ConvLocal)
+# Their parameters are vectors, although a stack of vectors has the shape of a matrix.
+NORMS = tuple(
+    getattr(kind, f"{name}Norm") for kind in (nnx, nn) for name in ("Batch", "Layer", "RMS", "Group", "Instance")
+)
+# The name of an embedding's chip, next to the table that tokens are looked up in.
+HEAD = "head"
+# The products that a layer may be given, with the values that stand for JAX's own.
+_PRODUCTS = {
+    "dot_general": (None, jax.lax.dot_general),
+    "dot_general_cls": (None,),
+    "einsum_op": (jnp.einsum,),
+    "conv_general_dilated": (None, jax.lax.conv_general_dilated),
+    "conv_general_dilated_cls": (None,),
+}
+
+
+class Found(NamedTuple):
+    """What a path leads to: a layer, or a parameter.
+
+    Attributes:
+      weight: a matrix, or a stack of them; a vector stays digital whatever the rules say.
+      obstacle: why it cannot be put on arrays, or None.
+      layer: the layer that can.
+      shape: shape of the kernel in one layer.
+      dtype: dtype of the kernel.
+      equation: the equation of an `Einsum`.
+    """
+
+    weight: Array
+    obstacle: str | None = None
+    layer: Any = None
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+    equation: str | None = None
+
+
+def found_layer(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str | None = None) -> Found:
+    """Return a layer as its matrix.
+
+    Args:
+      layer: one of `LAYERS` or `UNABLE`.
+      kernel: its parameter, with the axes of stacked layers in front.
+      shape: shape of the kernel in one layer.
+      equation: the equation of an `Einsum`; None where it has several.
+    """
+    if (obstacle := _obstacle(layer, kernel, shape, equation)) is not None:
+        return Found(kernel, obstacle)
+    mask = getattr(layer, "mask", None)
+    weight = kernel if mask is None else kernel * mask
+    stack = kernel.ndim - len(shape)
+    if isinstance(layer, _CONV) and layer.feature_group_count > 1:
+        weight = weight.reshape(*weight.shape[:-1], layer.feature_group_count, -1)
+    groups, inputs = _axes(layer, weight.ndim - stack, equation)
+    outputs = [axis for axis in range(weight.ndim - stack) if axis not in (*groups, *inputs)]
+    weight = weight.transpose(*range(stack), *(stack + axis for axis in (*groups, *inputs, *outputs)))
+    sizes, count = weight.shape[stack:], len(groups)
+    summed = (math.prod(sizes[:count]),) if groups else ()
+    summed += (math.prod(sizes[count : count + len(inputs)]), math.prod(sizes[count + len(inputs) :]))
+    return Found(weight.reshape(*weight.shape[:stack], *summed), None, layer, shape, kernel.dtype, equation)
+
+
+def found_digital(parameter: Array) -> Found:
+    """Return what stays digital, as the vector of a parameter's last axis."""
+    return Found(parameter[(0,) * (parameter.ndim - 1)])
+
+
+def found_parameter(parameter: Array) -> Found:
+    """Return a parameter that belongs to no layer of Flax."""
+    if parameter.ndim < 2:
+        return Found(parameter)
+    return Found(parameter, f"it is a parameter of shape {parameter.shape}, and no layer's kernel")
+
+
+def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, Kernel]:
+    """Return the kernels that rules put on arrays, by path.
+
+    Raises:
+      ValueError: a rule matches nothing, or something that cannot be on arrays.
+    """
+    for path, each in found.items():
+        if each.obstacle is not None and first_match(path, None, rules) is not None:
+            raise ValueError(
+                f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
+                f"the one that matches it: {{{path!r}: None, ...}}"
+            )
+    placed = program_tree({path: each.weight for path, each in found.items()}, rules, key)
+    for path, leaf in placed.items():
+        if isinstance(leaf, Segments):
+            raise ValueError(f"{path} is a stack of layers that are scanned as one: give all of them the same rule")
+    return {
+        path: Kernel(leaf, found[path].shape, found[path].dtype, found[path].equation)
+        for path, leaf in placed.items()
+        if is_chip(leaf)
+    }
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """Return a path as rules name it."""
+    return ".".join(map(str, path))
+
+
+def _axes(layer: Any, ndim: int, equation: str | None) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the axes of groups of a kernel, and those that are summed over."""
+    if isinstance(layer, EMBED):
+        return (), (1,)
+    if isinstance(layer, _GENERAL):
+        groups = len(_tuple(layer.batch_axis if isinstance(layer, nnx.Module) else layer.batch_dims))
+        return range(groups), range(groups, groups + len(_tuple(layer.axis)))
+    if isinstance(layer, _EINSUM):
+        assert equation is not None
+        return einsum_axes(equation)
+    if isinstance(layer, _CONV) and layer.feature_group_count > 1:
+        return (ndim - 2,), range(ndim - 2)
+    return (), range(ndim - 1)
+
+
+def _obstacle(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str | None) -> str | None:
+    """Return what keeps a layer from arrays, or None."""
+    if isinstance(layer, UNABLE):
+        return f"{type(layer).__name__} has no form on arrays"
+    for name, usual in _PRODUCTS.items():
+        if not any(getattr(layer, name, usual[0]) is each for each in usual):
+            return f"it has a {name} of its own"
+    if kernel.shape[kernel.ndim - len(shape) :] != shape:
+        return f"layers of shape {shape} are stacked to {kernel.shape}, and their axis has to be the first"
+    if isinstance(layer, nnx.Embed) and type(layer) is not nnx.Embed:
+        return f"{type(layer).__name__} is derived from nnx.Embed"
+    if isinstance(layer, _EINSUM):
+        if equation is None:
+            return "it is called with several equations"
+        of_x, of_kernel, of_y = operands(equation)
+        if "." in of_kernel or len(set(of_kernel)) < len(of_kernel) or set(of_kernel) - set(of_x + of_y):
+            return f"the kernel of {equation!r} has an axis that is neither of inputs, of outputs nor of groups"
+    return None
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Iterable) else (value,)

@@ -1,0 +1,191 @@
+"""Linen models on arrays: a module with its variables, whose layers are intercepted."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Array
+
+from ..chip.tree import Rules
+from .kernel import Kernel, Promote, conv_general_dilated, dot_general, einsum, operands
+from .layers import HEAD, LAYERS, NORMS, UNABLE, dotted, found_digital, found_layer, found_parameter, kernels
+
+_COLLECTION = "crossbar"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A module that can be hashed even if its fields cannot, such as lists of widths.
+
+    Attributes:
+      module: the module.
+    """
+
+    module: nn.Module
+
+    def __hash__(self) -> int:
+        return hash(type(self.module))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class OnArrays:
+    """A Linen model on arrays; a pytree, so that functions under `jax.jit` may take it as an argument.
+
+    Attributes:
+      variables: variables of the model: in the collection `crossbar` what is on arrays, in `params` what is not.
+      held: the model.
+    """
+
+    variables: Any
+    held: _Module = dataclasses.field(metadata={"static": True})
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.held.module
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Return `module.apply(variables, ...)`."""
+        return self.apply(self.variables, *args, **options)
+
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """Return `module.apply(variables, ...)` of variables that may differ from the model's: in `params`, say."""
+        # The module finds its chips among its parameters: `nn.scan` and `nn.vmap` name the axes of no other collection.
+        params = _flat(variables.get("params", {})) | _flat(variables[_COLLECTION])
+        digital = {name: collection for name, collection in variables.items() if name != _COLLECTION}
+        with nn.intercept_methods(_intercepted):
+            return self.module.apply(digital | {"params": traverse_util.unflatten_dict(params)}, *args, **options)
+
+
+class _Leaf(Kernel):
+    """A kernel that JAX takes for a leaf: Linen compares the shapes of a parameter's leaves with the layer's."""
+
+
+@dataclasses.dataclass
+class _Calls:
+    """What is seen of a layer while a model is traced.
+
+    Attributes:
+      layer: the layer.
+      shape: shape of its kernel in one layer.
+      equations: the equations of an `Einsum`.
+      attended: whether it is an embedding that is multiplied by.
+    """
+
+    layer: nn.Module
+    shape: tuple[int, ...] = ()
+    equations: set[str] = dataclasses.field(default_factory=set)
+    attended: bool = False
+
+
+def convert(model: nn.Module, rules: Rules, key: Array, inputs: Sequence[Any], options: Mapping[str, Any]) -> OnArrays:
+    """Return a bound model on arrays; arguments as for `crossbar.flax.convert`."""
+    if model.scope is None or not (inputs or options):
+        raise ValueError(
+            "a Linen module has neither its variables nor, before it is called, its layers: give it as "
+            "convert(module.bind(variables), rules, key, x), with an example of its inputs"
+        )
+    module, variables = model.unbind()
+    calls = _calls(module, variables, inputs, options)
+    params = _flat(variables.get("params", {}))
+    found, places = {}, {}
+    for place, parameter in params.items():
+        path, parameter = dotted(place[:-1]), nn.unbox(parameter)
+        seen = calls.get(path)
+        if seen is None:
+            found[dotted(place)] = found_parameter(parameter)
+        elif isinstance(seen.layer, NORMS) or (isinstance(seen.layer, nn.Embed) and not seen.attended):
+            found[path] = found_digital(parameter)
+        elif place[-1] in ("kernel", "embedding"):
+            equation = seen.equations.pop() if len(seen.equations) == 1 else None
+            found[path], places[path] = found_layer(seen.layer, parameter, seen.shape, equation), place
+    chips = {}
+    for path, kernel in kernels(found, rules, key).items():
+        place = places[path]
+        if isinstance(found[path].layer, nn.Embed):
+            place = (*place[:-1], HEAD)
+        else:
+            del params[place]
+        chips[place] = kernel
+    on_arrays = {"params": traverse_util.unflatten_dict(params), _COLLECTION: traverse_util.unflatten_dict(chips)}
+    return OnArrays({**variables, **on_arrays}, _Module(module))
+
+
+def _calls(module: nn.Module, variables: Any, inputs: Sequence[Any], options: Mapping[str, Any]) -> dict[str, _Calls]:
+    """Return the layers that a model calls, by path."""
+    calls: dict[str, _Calls] = {}
+
+    def noted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        layer, method = context.module, context.method_name
+        if isinstance(layer, LAYERS + NORMS + UNABLE) and method in ("__call__", "attend"):
+            seen = calls.setdefault(dotted(layer.path), _Calls(layer))
+            kernel = layer.get_variable("params", "embedding" if isinstance(layer, nn.Embed) else "kernel")
+            seen.shape = jnp.shape(nn.unbox(kernel)) if kernel is not None else ()
+            seen.attended |= method == "attend"
+            if isinstance(layer, nn.Einsum):
+                seen.equations.add(_equation(layer, *args, **kwargs))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(noted):
+        jax.eval_shape(lambda variables, *inputs: module.apply(variables, *inputs, **options), variables, *inputs)
+    return calls
+
+
+def _intercepted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Return the result of a layer, which is read from arrays if its kernel is there."""
+    layer: Any = context.module
+    method, name = ("attend", HEAD) if isinstance(layer, nn.Embed) else ("__call__", "kernel")
+    if context.method_name != method or not isinstance(context.module, LAYERS):
+        return call(*args, **kwargs)
+    kernel = layer.get_variable("params", name)
+    if type(kernel) is not Kernel:
+        return call(*args, **kwargs)
+    kernel, promote = _Leaf(**vars(kernel)), Promote(layer.promote_dtype)
+    bias = layer.get_variable("params", "bias")
+    if isinstance(layer, nn.Embed):
+        return _attend(layer, promote, kernel, *args, **kwargs)
+    if isinstance(layer, nn.Einsum):
+        return _einsum(layer, promote, kernel, nn.unbox(bias), *args, **kwargs)
+    # A layer of the same kind with the same parameters, but other products.
+    if isinstance(layer, nn.Conv):
+        layer = layer.clone(parent=None, promote_dtype=promote, conv_general_dilated=conv_general_dilated, mask=None)
+    else:
+        layer = layer.clone(parent=None, promote_dtype=promote, dot_general=dot_general)
+    params = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+    return layer.apply({"params": params}, *args, **kwargs)
+
+
+def _attend(layer: nn.Embed, promote: Promote, head: Kernel, query: Array) -> Array:
+    """Return what `nn.Embed.attend` does, which cannot be given a product."""
+    query, head = promote(query, head, dtype=layer.dtype)
+    return head.read(query)
+
+
+def _einsum(
+    layer: nn.Einsum, promote: Promote, kernel: Kernel, bias: Any, inputs: Array, einsum_str: str | None = None
+) -> Array:
+    """Return what `nn.Einsum` does, which cannot be given a product."""
+    equation = _equation(layer, inputs, einsum_str)
+    inputs, kernel, bias = promote(inputs, kernel, bias, dtype=layer.dtype)
+    y = einsum(equation, inputs, kernel, preferred_element_type=layer.preferred_element_type)
+    if bias is None:
+        return y
+    _, of_kernel, of_y = operands(equation)
+    before, ellipsis, after = of_y.partition("...")
+    free = "." * (y.ndim - len(before + after)) if ellipsis else ""
+    sizes = dict(zip(of_kernel, kernel.shape, strict=True))
+    return y + bias.reshape([sizes.get(letter, 1) for letter in before + free + after])
+
+
+def _equation(layer: nn.Einsum, inputs: Array, einsum_str: str | None = None) -> str:
+    """Return the equation of a call."""
+    return (layer.einsum_str or einsum_str or "").replace(" ", "")
+
+
+def _flat(tree: Any) -> dict[Any, Any]:
+    return traverse_util.flatten_dict(tree)

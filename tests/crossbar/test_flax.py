@@ -1,0 +1,563 @@
+"""Flax models on arrays. The oracle: a read of each layer's kernel, laid out as a matrix by hand."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar.flax import InArrays, calibrate, convert, site_errors, with_read_key
+
+_KEY = jax.random.key(0)
+_IDEAL = crossbar.load_config("ideal")
+# One slice of weights and of inputs, which compiles fast.
+_COARSE = crossbar.CrossbarConfig(
+    cell=crossbar.Cell(bits=(7,)),
+    dac=crossbar.DAC(bits=4, slice_bits=3),
+    adc=crossbar.ADC(bits=6, range="max"),
+    tile=crossbar.Tile(rows=8, cols=4),
+)
+_CALIBRATED = dataclasses.replace(
+    _COARSE, dac=dataclasses.replace(_COARSE.dac, bits=6, slice_bits=5, scaling="calibrated"), adc=crossbar.ADC(bits=7)
+)
+_NOISY = crossbar.CrossbarConfig(
+    device=crossbar.Device(programming=crossbar.Independent(0.02), read_noise=crossbar.ReadNoise(0.02))
+)
+
+
+def _normal(*shape):
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+
+
+_X = _normal(3, 4, 5, 6)
+
+
+_program = jax.jit(functools.partial(crossbar.program, config=_COARSE))
+
+
+def _read(x, matrix):
+    return crossbar.matmul(x, _program(matrix))
+
+
+# Every kind of layer.
+
+
+def _patches(x, kernel, strides=(1, 1), padding="SAME", x_dilation=(1, 1), dilation=(1, 1)):
+    """Inputs under a filter, [..., K, C], by a convolution that JAX defines."""
+    axes = ("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NWC", "WIO", "NWC")
+    taps = jax.lax.conv_general_dilated_patches(
+        x, kernel.shape[:-2], strides, padding, x_dilation, dilation, dimension_numbers=axes
+    )
+    return taps.reshape(*taps.shape[:-1], x.shape[-1], -1).swapaxes(-1, -2)
+
+
+def _by_patches(x, kernel, **options):
+    taps = _patches(x, kernel, **options)
+    return _read(taps.reshape(*taps.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _by_groups(x, kernel):
+    """Two groups of channels, each with its half of the filters."""
+    options = {"padding": ((1, 2), (0, 1)), "x_dilation": (1, 2), "dilation": (2, 1)}
+    halves = zip(jnp.split(x, 2, axis=-1), jnp.split(kernel, 2, axis=-1), strict=True)
+    return jnp.concatenate([_by_patches(*half, **options) for half in halves], axis=-1)
+
+
+def _wrapped(x, kernel):
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)), mode="wrap")
+    return _by_patches(padded, kernel, padding="VALID", strides=(2, 2))
+
+
+def _causal(x, kernel):
+    rows = jnp.pad(x.reshape(12, 5, 6), ((0, 0), (4, 0), (0, 0)))
+    y = _by_patches(rows, kernel * _MASK, strides=(1,), padding="VALID", x_dilation=(1,), dilation=(2,))
+    return y.reshape(3, 4, 5, 8)
+
+
+_MASK = jnp.tril(jnp.ones((3, 6, 8), jnp.float32))
+# Name: (shape of the kernel, its read by hand, arguments of NNX, class of Linen and its arguments).
+_CASES = {
+    "linear": (
+        lambda x, k: _read(x, k),
+        lambda rngs: nnx.Linear(6, 7, rngs=rngs),
+        nn.Dense(7),
+    ),
+    "general": (
+        lambda x, k: _read(x.reshape(3, 4, 30), k.reshape(30, 6)).reshape(3, 4, 2, 3),
+        lambda rngs: nnx.LinearGeneral((5, 6), (2, 3), axis=(-2, -1), rngs=rngs),
+        nn.DenseGeneral((2, 3), axis=(-2, -1)),
+    ),
+    "general of groups": (
+        lambda x, k: jnp.stack([_read(x[i], k[i]) for i in range(3)]),
+        lambda rngs: nnx.LinearGeneral(6, 7, batch_axis={0: 3}, rngs=rngs),
+        nn.DenseGeneral(7, batch_dims=(0,)),
+    ),
+    "einsum": (
+        lambda x, k: _read(x, k.reshape(6, 14)).reshape(3, 4, 5, 2, 7),
+        lambda rngs: nnx.Einsum("...d,dhf->...hf", (6, 2, 7), (2, 7), rngs=rngs),
+        nn.Einsum((6, 2, 7), "...d,dhf->...hf"),
+    ),
+    "einsum of groups": (
+        lambda x, k: jnp.stack([_read(x[:, :, h], k[h].T) for h in range(5)]),
+        lambda rngs: nnx.Einsum("nthd,hfd->hntf", (5, 7, 6), rngs=rngs),
+        nn.Einsum((5, 7, 6), "nthd,hfd->hntf", use_bias=False),
+    ),
+    "convolution": (
+        lambda x, k: _by_patches(x, k, strides=(2, 1)),
+        lambda rngs: nnx.Conv(6, 8, (3, 2), strides=(2, 1), rngs=rngs),
+        nn.Conv(8, (3, 2), strides=(2, 1)),
+    ),
+    "convolution of groups": (
+        _by_groups,
+        lambda rngs: nnx.Conv(
+            6,
+            8,
+            (3, 2),
+            padding=((1, 2), (0, 1)),
+            input_dilation=(1, 2),
+            kernel_dilation=(2, 1),
+            feature_group_count=2,
+            rngs=rngs,
+        ),
+        nn.Conv(
+            8,
+            (3, 2),
+            padding=((1, 2), (0, 1)),
+            input_dilation=(1, 2),
+            kernel_dilation=(2, 1),
+            feature_group_count=2,
+        ),
+    ),
+    "circular convolution": (
+        _wrapped,
+        lambda rngs: nnx.Conv(6, 8, (3, 2), strides=2, padding="CIRCULAR", rngs=rngs),
+        nn.Conv(8, (3, 2), strides=2, padding="CIRCULAR"),
+    ),
+    "masked causal convolution": (
+        _causal,
+        lambda rngs: nnx.Conv(6, 8, 3, kernel_dilation=2, padding="CAUSAL", mask=_MASK, rngs=rngs),
+        nn.Conv(8, 3, kernel_dilation=2, padding="CAUSAL", mask=_MASK),
+    ),
+}
+
+
+def _layer(kind, name, config):
+    """A layer on arrays, the digital one, and its kernel. Biases are zero."""
+    _, of_nnx, of_linen = _CASES[name]
+    model = of_nnx(nnx.Rngs(0)) if kind == "nnx" else of_linen.bind(of_linen.init(_KEY, _X))
+    kernel = model.kernel[...] if kind == "nnx" else model.variables["params"]["kernel"]
+    return convert(model, {"*": config}, _KEY, _X), convert(model, {}, _KEY, _X), kernel
+
+
+@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_layer_reads_its_kernel_as_a_matrix(kind, name):
+    on_arrays, _, kernel = _layer(kind, name, _COARSE)
+    np.testing.assert_array_equal(on_arrays(_X), _CASES[name][0](_X, kernel))
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_layers_on_ideal_arrays_are_the_digital_ones(kind):
+    on_arrays, digital, _ = zip(*(_layer(kind, name, _IDEAL) for name in _CASES), strict=True)
+    biased = functools.partial(jax.tree_util.tree_map_with_path, _with_bias)
+    compiled = jax.jit(lambda layers: [layer(_X) for layer in biased(layers)])
+    for name, got, wanted in zip(_CASES, compiled(on_arrays), compiled(digital), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def _with_bias(path, leaf):
+    return leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) if "bias" in str(path) else leaf
+
+
+def test_an_embedding_looks_up_digitally_and_attends_on_arrays():
+    digital = nnx.Embed(9, 6, rngs=nnx.Rngs(0))
+    on_arrays = convert(digital, {"*": _COARSE}, _KEY)
+    table, tokens = digital.embedding[...], jnp.arange(9)
+    np.testing.assert_array_equal(on_arrays(tokens), digital(tokens))
+    np.testing.assert_array_equal(on_arrays.attend(_X), _read(_X, table.T))
+
+    class Attend(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(9, 6, name="embed")
+            return embed(tokens), embed.attend(embed(tokens))
+
+    variables = Attend().init(_KEY, tokens)
+    looked_up, logits = convert(Attend().bind(variables), {"embed": _COARSE}, _KEY, tokens)(tokens)
+    table = variables["params"]["embed"]["embedding"]
+    np.testing.assert_array_equal(looked_up, table)
+    np.testing.assert_array_equal(logits, _read(table, table.T))
+
+
+# Models.
+
+
+class _Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.down = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.up(self.norm(x))))
+
+
+class _Language(nnx.Module):
+    """Tied embeddings, two blocks in a scan, attention, positions."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(9, 8, rngs=rngs)
+        self.kinds = nnx.Embed(2, 8, rngs=rngs)
+        self.positions = nnx.Param(0.1 * jnp.ones((1, 4, 8)))
+        self.blocks = nnx.split_rngs(splits=2)(nnx.vmap(_Block))(rngs)
+        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens) + self.kinds(tokens % 2) + self.positions[...]
+        x = nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+        return self.embed.attend(self.attention(x))
+
+
+class _LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        partitioned = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
+        up = nn.Dense(16, kernel_init=partitioned, name="up")
+        return x + nn.Dense(8, name="down")(nn.relu(up(nn.LayerNorm(name="norm")(x)))), None
+
+
+class _LinenLanguage(nn.Module):
+    widths: list[int]
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(9, *self.widths, name="embed")
+        x = embed(tokens) + nn.Embed(2, 8, name="kinds")(tokens % 2)
+        x += self.param("positions", nn.initializers.normal(0.1), (1, 4, 8))
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        x, _ = nn.scan(_LinenBlock, metadata_params={"partition_name": None}, **axes)(name="blocks")(x, None)
+        return embed.attend(nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x, x))
+
+
+class _Pictures(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs)])
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.head = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return self.head(self.norm(x).reshape(len(x), -1))
+
+
+_TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 4)))
+_DIGITAL = {"positions": None}
+
+
+def _language(kind):
+    if kind == "nnx":
+        return _Language(nnx.Rngs(1))
+    module = _LinenLanguage([8])
+    return module.bind(module.init(_KEY, _TOKENS))
+
+
+@jax.jit
+def _compiled(model, x):
+    return model(x)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_language_model_goes_onto_arrays_in_one_call(kind):
+    digital, on_arrays = (convert(_language(kind), rules, _KEY, _TOKENS) for rules in ({}, _DIGITAL | {"*": _IDEAL}))
+    np.testing.assert_allclose(_compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS), rtol=1e-4, atol=1e-5)
+    chips = [leaf.name for leaf in jax.tree.leaves(on_arrays, is_leaf=_is_chip) if _is_chip(leaf)]
+    layers = [f"attention.{name}" for name in ("key", "out", "query", "value")]
+    assert sorted(chips) == [*layers, "blocks.down", "blocks.up", "embed"]  # and not kinds, which nobody attends to
+
+
+def _is_chip(leaf):
+    return isinstance(leaf, crossbar.Chip)
+
+
+def test_a_convolutional_model_goes_onto_arrays():
+    model, x = _Pictures(nnx.Rngs(0)), _normal(2, 4, 4, 1)
+    on_arrays = convert(model, {"*": _IDEAL}, _KEY)
+    np.testing.assert_allclose(_compiled(on_arrays, x), _compiled(model, x), rtol=1e-5, atol=1e-6)
+    assert isinstance(model.head.kernel, nnx.Param)  # the model that was given stays digital
+    assert isinstance(on_arrays.layers[1].kernel, InArrays)
+
+
+def test_a_layer_of_a_layer_goes_onto_arrays_without_its_adapter():
+    adapted = nnx.LoRALinear(6, 7, lora_rank=2, rngs=nnx.Rngs(0))
+    on_arrays = convert(adapted, {"lora*": None, "*": _IDEAL}, _KEY)
+    assert isinstance(on_arrays.kernel, InArrays) and isinstance(on_arrays.lora.lora_a, nnx.LoRAParam)
+    np.testing.assert_allclose(on_arrays(_X), adapted(_X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_the_dtype_of_a_layer_is_that_of_its_result(kind):
+    if kind == "nnx":
+        layer = nnx.Linear(6, 7, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        on_arrays = convert(layer, {"*": _IDEAL}, _KEY)
+    else:
+        dense = nn.Dense(7, dtype=jnp.bfloat16)
+        layer = dense.bind(dense.init(_KEY, _X))
+        on_arrays = convert(layer, {"*": _IDEAL}, _KEY, _X)
+    y = on_arrays(_X)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), layer(_X).astype(jnp.float32), atol=0.05)
+
+
+# Rules.
+
+
+def _mlp():
+    return nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 6, rngs=nnx.Rngs(1)))
+
+
+def test_the_first_rule_that_matches_decides_and_the_rest_stays_digital():
+    model = convert(_mlp(), {"layers.0": None, "layers.*": _COARSE}, _KEY)
+    assert isinstance(model.layers[0].kernel, nnx.Param)
+    assert model.layers[2].kernel[...].chip.config == _COARSE
+    assert isinstance(convert(_mlp(), {"layers.0": _COARSE}, _KEY).layers[2].kernel, nnx.Param)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_rule_that_matches_nothing_is_refused_with_the_layers_there_are(kind):
+    with pytest.raises(
+        ValueError, match=r"'decoder' matches no weight: .*, blocks.down, blocks.norm, blocks.up, embed"
+    ):
+        convert(_language(kind), {"decoder": _IDEAL}, _KEY, _TOKENS)
+
+
+class _Unable(nnx.Module):
+    def __init__(self, rngs):
+        self.transposed = nnx.ConvTranspose(6, 7, 3, rngs=rngs)
+        self.quantised = nnx.Linear(6, 7, dot_general=lambda *args, **options: jax.lax.dot(*args), rngs=rngs)
+        self.by_hand = nnx.Param(jnp.ones((6, 7)))
+        self.outer = nnx.Einsum("td,tdf->tf", (3, 6, 7), rngs=rngs)
+        self.odd = nnx.Einsum("td,dfg->tf", (6, 7, 2), rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("transposed", "ConvTranspose has no form on arrays"),
+        ("quantised", "it has a dot_general of its own"),
+        ("by_hand", r"it is a parameter of shape \(6, 7\), and no layer's kernel"),
+        ("odd", "the kernel of 'td,dfg->tf' has an axis"),
+    ],
+)
+def test_what_cannot_be_on_arrays_is_refused_with_the_rule_that_leaves_it_digital(path, why):
+    others = {name: None for name in ("transposed", "quantised", "by_hand", "odd") if name != path}
+    with pytest.raises(ValueError, match=f"{path} cannot be put on arrays: {why}.*Leave it digital.*'{path}': None"):
+        convert(_Unable(nnx.Rngs(0)), others | {"*": _IDEAL}, _KEY)
+    assert isinstance(convert(_Unable(nnx.Rngs(0)), others | {path: None, "*": _IDEAL}, _KEY), _Unable)
+
+
+def test_linen_layers_that_cannot_be_on_arrays_are_refused():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            twice = nn.Einsum((6, 6), use_bias=False, name="twice")
+            x = twice(twice(x, einsum_str="...a,ab->...b"), einsum_str="...a,ba->...b")
+            return nn.ConvTranspose(6, (3,), name="transposed")(x)
+
+    bound = Model().bind(Model().init(_KEY, _X))
+    with pytest.raises(ValueError, match="transposed cannot be put on arrays: ConvTranspose has no form"):
+        convert(bound, {"trans*": _IDEAL}, _KEY, _X)
+    with pytest.raises(ValueError, match="twice cannot be put on arrays: it is called with several equations"):
+        convert(bound, {"twice": _IDEAL}, _KEY, _X)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_layers_of_one_scan_have_one_rule(kind):
+    with pytest.raises(ValueError, match=r"blocks.up is a stack of layers that are scanned as one"):
+        convert(_language(kind), {"blocks.up[1:]": _IDEAL}, _KEY, _TOKENS)
+
+
+def test_layers_are_stacked_along_the_first_axis():
+    stacked = nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(nnx.Rngs(0).split(3))
+    with pytest.raises(
+        ValueError, match=r"layers of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"
+    ):
+        convert(stacked, {"*": _IDEAL}, _KEY)
+
+
+def test_variables_on_arrays_need_the_axes_of_parameters():
+    model = convert(_Language(nnx.Rngs(1)).blocks, {"*": _IDEAL}, _KEY)
+    x = _normal(2, 8)
+
+    def scanned(*kinds):
+        axes = nnx.StateAxes({kinds: 0, ...: None})
+        return nnx.scan(lambda block, x: block(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(model, x)
+
+    with pytest.raises(
+        ValueError, match=r"up is a stack of \(2,\) layers, .*give it to crossbar.flax.InArrays as well"
+    ):
+        scanned(nnx.Param)
+    assert scanned(nnx.Param, InArrays).shape == x.shape
+
+
+def test_what_is_not_a_model_with_its_variables_is_refused():
+    with pytest.raises(ValueError, match=r"convert\(module.bind\(variables\), rules, key, x\)"):
+        convert(nn.Dense(3), {"*": _IDEAL}, _KEY, _X)
+    with pytest.raises(ValueError, match="a model of type dict: give an NNX module, or a Linen module"):
+        convert({"kernel": _X}, {"*": _IDEAL}, _KEY)
+
+
+def test_reads_take_no_sharding():
+    on_arrays = convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": _IDEAL}, _KEY)
+    with pytest.raises(ValueError, match="the model is on arrays, which take no out_sharding"):
+        on_arrays(_X, out_sharding=jax.sharding.PartitionSpec())
+
+
+# Calibration.
+
+
+def test_a_layer_is_calibrated_as_its_chip_is():
+    layer = nnx.Linear(6, 7, use_bias=False, rngs=nnx.Rngs(0))
+    on_arrays = convert(layer, {"*": _CALIBRATED}, _KEY)
+    with pytest.raises(ValueError, match="range comes from data") as refused:
+        on_arrays(_X)
+    assert "crossbar.flax.calibrate" in refused.value.__notes__[0]
+    chip = jax.jit(functools.partial(crossbar.program, config=_CALIBRATED))(layer.kernel[...])
+    for _ in "inputs", "sums":
+        chip = crossbar.calibrated(chip, crossbar.probe(_X, chip)[1])
+    on_arrays = calibrate(on_arrays, [_X])
+    np.testing.assert_array_equal(on_arrays(_X), crossbar.matmul(_X, chip))
+    (row,) = site_errors(on_arrays, [_X])
+    np.testing.assert_allclose(row["sqnr"], crossbar.probe(_X, chip)[1].sqnr, rtol=1e-5)
+    assert row["site"] == "" and row["layer"] is None
+
+
+def test_all_layers_of_a_model_are_calibrated_in_their_scan():
+    digital, on_arrays = (
+        convert(_language("linen"), rules, _KEY, _TOKENS) for rules in ({}, {"blocks.*": _CALIBRATED})
+    )
+    on_arrays = calibrate(on_arrays, [(_TOKENS,), (_TOKENS[::-1],)])
+    got, wanted = _compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS)
+    assert 0 < jnp.linalg.norm(got - wanted) < 0.2 * jnp.linalg.norm(wanted)
+    chip = on_arrays.variables["crossbar"]["blocks"]["up"]["kernel"].chip
+    assert chip.limits.shape == (2, 1, 1, 2) and chip.input_limit[0] != chip.input_limit[1]
+
+
+def test_arrays_that_no_batch_reads_are_refused():
+    class Looked(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(9, 8, rngs=rngs)
+            self.head = nnx.Linear(8, 9, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.head(self.embed(tokens))
+
+    model = Looked(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="embed was read by none of the batches"):
+        calibrate(convert(model, {"*": _CALIBRATED}, _KEY), [_TOKENS])
+    assert calibrate(convert(model, {"*": _CALIBRATED}, _KEY, _TOKENS), [_TOKENS])(_TOKENS).shape == (2, 4, 9)
+
+
+# Noise, and transformations.
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_read_key_decides_the_noise_of_all_layers(kind):
+    model = convert(_language(kind), _DIGITAL | {"*": _NOISY}, _KEY, _TOKENS)
+
+    @jax.jit
+    def step(model, number):
+        return with_read_key(model, jax.random.key(number))(_TOKENS)
+
+    np.testing.assert_array_equal(step(model, 1), step(model, 1))
+    assert not np.array_equal(step(model, 1), step(model, 2))
+    keyed = with_read_key(model, jax.random.key(1))
+    keys = [jax.random.key_data(leaf.key) for leaf in jax.tree.leaves(keyed, is_leaf=_is_chip) if _is_chip(leaf)]
+    keys = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 9  # by path, and by layer within a scan
+
+
+def test_chips_are_an_axis_of_their_own():
+    model, keys = _mlp(), jax.random.split(_KEY, 3)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    @jax.vmap
+    def on_chip(key):
+        return convert(nnx.merge(graph, state), {"*": _NOISY}, key)(_X[0, 0])
+
+    ys = on_chip(keys)
+    assert len(np.unique(np.asarray(ys), axis=0)) == 3
+    one = convert(model, {"*": _NOISY}, keys[1])(_X[0, 0])
+    np.testing.assert_allclose(ys[1], one, rtol=1e-4, atol=1e-5)
+
+
+def test_training_leaves_arrays_alone_and_passes_gradients_through_them():
+    model = convert(_mlp(), {"layers.0": _NOISY, "*": _COARSE}, _KEY)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    before = jax.tree.leaves(nnx.state(model, InArrays)), model.layers[0].bias[...]
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        def loss(model):
+            return jnp.mean(with_read_key(model, key)(_X) ** 2)
+
+        value, slopes = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, slopes)
+        return value
+
+    values = [float(step(model, optimizer, jax.random.key(number))) for number in range(5)]
+    assert values[-1] < values[0]
+    for old, new in zip(before[0], jax.tree.leaves(nnx.state(model, InArrays)), strict=True):
+        assert (old == new).all()
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    assert paths == [("layers", 0, "bias"), ("layers", 2, "bias")]
+    assert not np.array_equal(before[1], model.layers[0].bias[...])
+
+    layer = convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": _COARSE}, _KEY)
+    slope = jax.grad(lambda x: jnp.sum(layer(x)))(_X[0, 0])
+    wanted = jnp.broadcast_to(jnp.sum(crossbar.programmed_weights(layer.kernel[...].chip), axis=1), slope.shape)
+    np.testing.assert_allclose(slope, wanted, rtol=1e-5)
+
+
+def test_a_linen_model_has_gradients_to_what_stays_digital():
+    on_arrays = convert(_language("linen"), _DIGITAL | {"*": _IDEAL}, _KEY, _TOKENS)
+
+    @jax.jit
+    @jax.grad
+    def slopes(params):
+        return jnp.mean(on_arrays.apply({**on_arrays.variables, "params": params}, _TOKENS) ** 2)
+
+    found = slopes(on_arrays.variables["params"])
+    assert set(found["blocks"]["up"]) == {"bias"} and found["blocks"]["up"]["bias"].shape == (2, 16)
+    assert jnp.abs(found["embed"]["embedding"]).max() > 0
+
+
+def test_a_model_on_arrays_maps_over_batches():
+    on_arrays = convert(_mlp(), {"*": _COARSE}, _KEY)
+    np.testing.assert_allclose(jax.vmap(on_arrays)(_X), on_arrays(_X), rtol=1e-6)
+
+
+def test_a_model_on_arrays_is_saved_and_read(tmp_path):
+    model = convert(_mlp(), {"*": _NOISY}, _KEY)
+    # Leaves alone, since orbax fills a tree with placeholders that the tests' type checks refuse.
+    leaves, tree = jax.tree.flatten(nnx.split(model))
+    ocp.save(tmp_path / "model", leaves)
+    back = nnx.merge(*tree.unflatten(ocp.load(tmp_path / "model", leaves)))
+    np.testing.assert_array_equal(back(_X), model(_X))
+
+
+def test_nothing_else_of_the_crossbar_imports_flax():
+    folder = Path(crossbar.__file__).parent
+    others = [path for path in folder.rglob("*.py") if folder / "flax" not in path.parents]
+    imports = re.compile(r"^\s*(import flax|from flax|from \.+flax|from \.+ import .*\bflax\b)", re.MULTILINE)
+    assert others and not [path for path in others if imports.search(path.read_text())]
