@@ -223,7 +223,7 @@ def test_a_tied_head_is_digital():
 
 
 def test_the_docs_hold_the_table_of_constants():
-    assert markdown(constants_table(CONSTANTS)) in (_ROOT / "docs" / "guides" / "cost.md").read_text()
+    assert markdown(constants_table(CONSTANTS)) in (_ROOT / "docs" / "reference" / "constants.md").read_text()
 
 
 def test_numbers_as_they_are_read():

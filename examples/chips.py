@@ -1,0 +1,56 @@
+"""Write a base and a pool onto chips, and compare fusions on them: python examples/chips.py
+
+Nobody rewrites a cell after the first step. A fusion that was trained digitally loses accuracy on a chip; training its
+digital numbers on that very chip wins a part of it back.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import lorafusion_jax as lf
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
+from lorafusion_jax.hardware.write import ProgramOptions, program_chips
+from lorafusion_jax.runs.options import OnArrays
+
+EXAMPLES = Path(__file__).parent
+SMALL = EXAMPLES / "small"
+BASE, POOL = str(SMALL / "base"), str(SMALL / "adapters")
+
+
+# Small, so that it takes a few minutes on a CPU. The defaults of `lf.Recipe()` give better scores.
+RECIPE = lf.Recipe(modules=5, epochs=5)
+
+
+def main(out: Path, recipe: lf.Recipe = RECIPE, test_rows: int = 50, digital: tuple[str, ...] = ()) -> dict[str, float]:
+    # Two independent draws of imperfect arrays, written once for every task. Matrices that a pattern of `digital` names
+    # (as in "*.ff.*") stay digital.
+    chips, config = out / "chips", EXAMPLES / "chip.yaml"
+    manifest = program_chips(
+        ProgramOptions(base=BASE, pool=POOL, crossbar=str(config), chips=2, digital=digital, out=chips)
+    )
+    print(f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip")
+
+    task = str(SMALL / "tasks" / "pairswap_numvow")
+    options = lf.FuseOptions(
+        base=BASE, pool=POOL, task=task, recipe=recipe, test_rows=test_rows, out=out, name="digital"
+    )
+    scores = {"digital": lf.fuse(options)["exact_match"]}
+
+    # The same numbers on both chips, and a month later, with the mean drift undone digitally.
+    on_chips = EvaluateOnChipsOptions(run=out / "digital", crossbar=str(chips), ages=("1s", "1month"), compensate="on")
+    for row in evaluate_on_chips(on_chips)["rows"]:
+        scores[f"digital numbers on chip {row['chip']} after {row['age']}"] = row["exact_match"]
+
+    # Coefficients and magnitudes trained with chip 0 in the forward pass, and evaluated on it.
+    arrays = OnArrays(crossbar=str(chips), noise="chip", chip=0)
+    trained = lf.fuse(dataclasses.replace(options, arrays=arrays, name="chip"))
+    scores["trained on chip 0"] = trained["exact_match"]
+    for name, score in scores.items():
+        print(f"{score:5.1f} %  {name}")
+    return scores
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(folder))

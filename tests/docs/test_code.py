@@ -1,0 +1,157 @@
+"""Every code block of the README and of the pages runs, in order, in one folder and one namespace a page.
+
+Comments that readers do not see, on the lines before a block, say how a test runs it:
+
+    <!-- test: skip, REASON -->       not at all
+    <!-- test: OLD => NEW -->         with NEW in place of OLD, which makes it small
+
+A page with `<!-- test: after the README -->` somewhere starts with the pool and the run that the README's commands
+write.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorafusion_jax import cli
+
+_ROOT = Path(__file__).resolve().parents[2]
+_README = _ROOT / "README.md"
+_PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
+_WITH_CODE = [page for page in _PAGES if re.search("^```(bash|python)$", page.read_text(), re.MULTILINE)]
+_AFTER_README = "after the README"
+
+_RUN = ("bash", "python")
+_SHOWN = ("text", "yaml", "json", "bibtex", "math")
+_BLOCK = re.compile(r"((?:^<!-- test: [^\n]* -->\n)*)^(```+)([^\n]*)\n(.*?)^\2 *$", re.MULTILINE | re.DOTALL)
+_SETTING = re.compile(r"<!-- test: (.*) -->")
+_INDENTED = re.compile(r"(?:\A|\n)\n    [^ *\-\n|].*")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A fenced block: its language, its text as a test runs it, its first line, and why it is skipped, if it is."""
+
+    language: str
+    text: str
+    line: int
+    skipped: str | None = None
+
+
+def _blocks(page: str) -> Iterator[_Block]:
+    """Yield the blocks of a page's text; a directive of Sphinx, as {toctree}, is not code."""
+    for found in _BLOCK.finditer(page):
+        settings, _, language, text = found.groups()
+        skipped = None
+        for setting in _SETTING.findall(settings):
+            if setting == _AFTER_README:
+                continue
+            if setting.startswith("skip, "):
+                skipped = setting.removeprefix("skip, ")
+            else:
+                old, arrow, new = setting.partition(" => ")
+                assert arrow, f"a comment for tests is neither 'skip, REASON' nor 'OLD => NEW': {setting}"
+                assert old in text, f"a comment for tests replaces what is not in its block: {old}"
+                text = text.replace(old, new)
+        if not language.startswith("{"):
+            yield _Block(language, text, page[: found.start(4)].count("\n"), skipped)
+
+
+def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each line: `lorafusion ...`, `echo TEXT | lorafusion ...`, or `python SCRIPT ...`, all in this process."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["echo"]:
+            pipe = words.index("|")
+            monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(words[1:pipe]) + "\n"))
+            words = words[pipe + 1 :]
+        arguments = [name for word in words[1:] for name in (sorted(map(str, Path().glob(word))) or [word])]
+        if words[:1] == ["lorafusion"]:
+            cli.main(arguments)
+        elif words[:1] == ["python"]:
+            monkeypatch.setattr(sys, "argv", arguments)
+            runpy.run_path(arguments[0], run_name="__main__")
+        else:
+            assert not words, f"a test cannot run this line; skip its block and say why: {line}"
+
+
+def _run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in _blocks(page.read_text()):
+        if block.skipped:
+            continue
+        if block.language == "bash":
+            _run_shell(block.text, monkeypatch)
+        elif block.language == "python":
+            # The lines of an error are those of the page.
+            exec(compile("\n" * block.line + block.text, page, "exec"), namespace)
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory) -> Path:
+    """Return the folder that the README's blocks have run in."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "examples").symlink_to(_ROOT / "examples")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.chdir(folder):
+        _run_page(_README, monkeypatch)
+    return folder
+
+
+def test_the_readme_converts_fuses_evaluates_and_exports(after_readme):
+    for written in ("pool/manifest.json", "runs/double_digit-fusion/results.json", "adapter/adapter_config.json"):
+        assert (after_readme / written).is_file()
+
+
+@pytest.mark.parametrize("page", _WITH_CODE, ids=lambda page: page.relative_to(_ROOT).as_posix())
+def test_the_code_of_a_page_runs(page, request, tmp_path, monkeypatch):
+    if f"<!-- test: {_AFTER_README} -->" in page.read_text():
+        for name in ("pool", "runs"):
+            shutil.copytree(request.getfixturevalue("after_readme") / name, tmp_path / name)
+    for name in ("examples", "experiments"):
+        (tmp_path / name).symlink_to(_ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    _run_page(page, monkeypatch)
+
+
+@pytest.mark.parametrize("page", [_README, *_PAGES], ids=lambda page: page.relative_to(_ROOT).as_posix())
+def test_every_block_names_its_language_so_that_none_is_left_out(page):
+    text = page.read_text()
+    assert {block.language for block in _blocks(text)} <= {*_RUN, *_SHOWN}
+    assert _INDENTED.findall(_BLOCK.sub("", text)) == []
+
+
+def test_a_block_is_made_small_or_skipped_by_the_comments_before_it():
+    page = (
+        "# Title\n\n<!-- test: --epochs 20 => --epochs 1 -->\n<!-- test: fuse => params -->\n"
+        "```bash\nlorafusion fuse --epochs 20\n```\n\n<!-- test: skip, needs the hub -->\n```python\n1 / 0\n```\n"
+    )
+    small, skipped = _blocks(page)
+    assert small == _Block("bash", "lorafusion params --epochs 1\n", 5)
+    assert skipped.skipped == "needs the hub"
+    with pytest.raises(AssertionError, match="replaces what is not in its block: --seeds"):
+        list(_blocks("<!-- test: --seeds => --seed -->\n```bash\nlorafusion fuse\n```\n"))
+    with pytest.raises(AssertionError, match="neither"):
+        list(_blocks("<!-- test: quickly -->\n```bash\nlorafusion fuse\n```\n"))
+
+
+def test_a_line_that_a_test_cannot_run_is_refused(monkeypatch):
+    with pytest.raises(AssertionError, match="cannot run this line.*rm"):
+        _run_shell("rm -r pool\n", monkeypatch)
+
+
+def test_the_blocks_of_a_page_share_a_namespace_and_name_their_lines(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 2\n```\n\n```python\n\ny = x / 0\n```\n")
+    with pytest.raises(ZeroDivisionError) as raised:
+        _run_page(page, monkeypatch)
+    assert raised.traceback[-1].lineno + 1 == 9 and os.fspath(raised.traceback[-1].path) == os.fspath(page)
