@@ -24,6 +24,8 @@ from lorafusion_jax.runs.run import fuse, load_run, run_path
 from lorafusion_jax.tasks.batches import MOST_SHAPES
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
 
+pytestmark = pytest.mark.usefixtures("fusion_emitters")
+
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 _TASK = sorted((_SMALL / "tasks").iterdir())[0]
 
