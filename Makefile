@@ -7,7 +7,7 @@ else
 VENV ?= .venv-$(notdir $(PYTHON))
 endif
 BIN := $(VENV)/bin
-# Processes that share the tests, file by file.
+# Processes that share the tests, file by file, the longest ones first (tests/conftest.py).
 WORKERS ?= 2
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -26,13 +26,13 @@ results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-
 	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
-	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-smoke: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m smoke -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m smoke -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The properties of tests/crossbar/test_fuzz.py with new draws, for as long as SECONDS says.
 fuzz-crossbar: $(VENV)/.installed-test

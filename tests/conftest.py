@@ -51,7 +51,31 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# Files of half a minute or more: they start first, so that no worker waits for another one's at the end.
+_LONG = (
+    "hardware/test_chips.py",
+    "methods/test_methods.py",
+    "crossbar/test_fuzz.py",
+    "crossbar/test_mvm.py",
+    "hardware/test_model_on_arrays.py",
+    "crossbar/test_converters.py",
+    "crossbar/test_learning.py",
+    "crossbar/test_paths.py",
+    "models/test_goldens.py",
+    "runs/test_run.py",
+    "crossbar/test_reads.py",
+    "training/test_step.py",
+    "training/test_seeds.py",
+)
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    name = item.path.relative_to(_ROOT / "tests").as_posix() if item.path.is_relative_to(_ROOT / "tests") else ""
+    return _LONG.index(name) if name in _LONG else len(_LONG)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place_in_order)
     if all(importlib.util.find_spec(name) for name in ("torch", "peft")):
         return
     skip = pytest.mark.skip(reason="needs PyTorch and PEFT: pip install -e '.[peft]'")
