@@ -18,18 +18,19 @@ from flax import nnx
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.methods.method import Frozen, Fusion, Method
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.fit import recipe_rates, train_seeds
+from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax.training.problem import Frozen, Method, Problem
+from lorafusion_jax.training.recipe import PRESETS
 from lorafusion_jax.training.seeds import default_path
-from lorafusion_jax.training.step import TrainState, init_state
+from lorafusion_jax.training.step import TrainState
 
 BATCH, SOURCE, TARGET = 5, 128, 8
 MODULES, RANK, TARGETS = 20, 16, ("q", "v")
@@ -69,7 +70,7 @@ def unrolled(config: T5Config) -> T5Config:
 
 @cache
 def graph_of(config: T5Config) -> nnx.GraphDef:
-    """Return the structure that jitted functions take as a static argument."""
+    """Return the structure of a model."""
     return nnx.split(nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0))))[0]
 
 
@@ -116,19 +117,22 @@ def lowered(config: T5Config, weights: Frozen, method: Method, count: int = BATC
     recipe = PRESETS["default"]
 
     def arguments(weights: Frozen) -> tuple[Any, ...]:
-        index = jnp.zeros((seeds, MODULES), jnp.int32)
-        keys = jax.random.split(jax.random.key(0), seeds)
-        state = jax.vmap(partial(init_state, method), in_axes=(None, 0, 0))(weights, index, keys)
+        problem = Problem(
+            graph=graph_of(config),
+            method=method,
+            frozen=weights,
+            index=jnp.zeros((seeds, MODULES), jnp.int32),
+            path="map",
+        )
         batch = Batch(
             input_ids=jnp.zeros((seeds, count, SOURCE), jnp.int32),
             input_mask=jnp.zeros((seeds, count, SOURCE), bool),
             labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
             row_mask=jnp.zeros((seeds, count), bool),
         )
-        return state, batch, index, weights, recipe_rates(recipe, seeds)
+        return start(problem, tuple(range(seeds))), batch, problem, recipe_rates(method, recipe, seeds)
 
-    static = {"graph": graph_of(config), "method": method, "optimisation": recipe.optimisation(steps=10)}
-    return train_seeds.lower(*jax.eval_shape(arguments, weights), **static, path="map")
+    return train_seeds.lower(*jax.eval_shape(arguments, weights), optimisation=recipe.optimisation(steps=10))
 
 
 def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:
@@ -149,25 +153,23 @@ class Step:
     def __init__(self, config: T5Config, weights: Frozen, composition: Composition, *, seeds: int = 1):
         assert weights.pool is not None
         recipe = dataclasses.replace(PRESETS["reference"], composition=composition)
-        self.method = Fusion(composition=composition, start="uniform")
-        self.weights, self.batch = weights, batch_of(config, seeds=seeds)
-        self.index = jnp.tile(jnp.arange(MODULES), (seeds, 1))
-        self.rates = recipe_rates(recipe, seeds)
-        self.static = {
-            "graph": graph_of(config),
-            "method": self.method,
-            "optimisation": recipe.optimisation(steps=1000),
-            "path": default_path(),
-        }
-        keys = jax.random.split(jax.random.key(0), seeds)
-        # Compiled: outside a program the quantised pool would be dequantised array by array.
-        start = jax.jit(jax.vmap(partial(init_state, self.method), in_axes=(None, 0, 0)))
-        self.state: TrainState = start(weights, self.index, keys)
+        self.problem = Problem(
+            graph=graph_of(config),
+            method=Fusion(composition=composition, start="uniform"),
+            frozen=weights,
+            index=jnp.tile(jnp.arange(MODULES), (seeds, 1)),
+            path=default_path(),
+        )
+        self.batch, self.optimisation = batch_of(config, seeds=seeds), recipe.optimisation(steps=1000)
+        self.rates = recipe_rates(self.problem.method, recipe, seeds)
+        self.state: TrainState = start(self.problem, tuple(range(seeds)))
         self.losses: list[float] = []  # of the first seed
 
     def __call__(self) -> None:
         """Take one step, and wait for it."""
-        self.state, metrics = train_seeds(self.state, self.batch, self.index, self.weights, self.rates, **self.static)
+        self.state, metrics = train_seeds(
+            self.state, self.batch, self.problem, self.rates, optimisation=self.optimisation
+        )
         jax.block_until_ready(self.state)
         self.losses.append(float(metrics["loss"][0]))
 

@@ -13,12 +13,12 @@ import numpy as np
 from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
-from lorafusion_jax.methods.method import Frozen
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.recipe import PRESETS
 
 
 def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:

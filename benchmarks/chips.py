@@ -67,7 +67,7 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     """Return one training step of a seed on every chip, which goes on from its own last state."""
     chips = load_chips(str(Path(ROOT / "examples" / "chip.yaml")))
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
-    first = start(setup, (1,)).params
+    first = start(setup.problem, (1,)).params
     on_all = on_every_chip(setup, first, chips.rules(), keys, modules=None, norm="ideal")
     assert on_all.split is not None
     recipe = FuseOptions(base="", task="").recipe
@@ -75,16 +75,16 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     batch = next(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id))
     context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
     with context():
-        of_seeds = (start(on_all, (1,) * count), batch, on_all.index, recipe_rates(recipe, count))
+        problem = on_all.problem.replace(path="map")
+        of_seeds = (start(problem, (1,) * count), batch, problem.index, recipe_rates(problem.method, recipe, count))
         state, batch, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
-        frozen = on_mesh(on_all.frozen)
-    static = {"graph": on_all.graph, "method": on_all.method, "path": "map"}
-    static["optimisation"] = recipe.optimisation(orders.shape[1])
+        problem = problem.replace(index=index, frozen=on_mesh(problem.frozen))
+    optimisation = recipe.optimisation(orders.shape[1])
 
     def step() -> None:
         nonlocal state
         with context():
-            state, _ = train_seeds(state, batch, index, frozen, rates, **static)
+            state, _ = train_seeds(state, batch, problem, rates, optimisation=optimisation)
             jax.block_until_ready(state)
 
     return step

@@ -132,8 +132,8 @@ def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
     return case(
         f"{_where(options)} {dtype} {count} seeds in one program / {count} single steps: mix, scanned",
         of_turns(seconds["all"], count * seconds["one"]),
-        1.0 if runs["all"].static["path"] == "map" else 0.6 if count == 8 else None,
-        path=runs["all"].static["path"],
+        1.0 if runs["all"].problem.path == "map" else 0.6 if count == 8 else None,
+        path=runs["all"].problem.path,
         seconds=_median(seconds["all"]),
         single_seconds=_median(seconds["one"]),
         rounds=options.rounds,

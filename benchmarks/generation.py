@@ -22,9 +22,11 @@ from _peer import Peer
 from flax import nnx
 
 from lorafusion_jax.io.export import merged_base
-from lorafusion_jax.methods.method import Frozen, Fusion, Method, ZeroShot
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training.problem import Frozen, Method, Problem
 
 _BATCH, _NEW = 10, 32
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -89,8 +91,8 @@ def _ours(config: Any, weights: Frozen, batch: Batch) -> dict[str, Callable[[], 
 
     def run(method: Method, params: Any, weights: Frozen) -> Callable[[], np.ndarray]:
         seeds = jax.tree.map(lambda a: a[None], params)
-        static = {"max_new_tokens": _NEW, "graph": graph_of(config), "method": method, "path": "map"}
-        return lambda: np.asarray(generate_seeds(seeds, index[None], weights, one, **static)[0])
+        problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=index[None], path="map")
+        return lambda: np.asarray(generate_seeds(seeds, one, problem, max_new_tokens=_NEW)[0])
 
     return {"beside": run(method, params, weights), "merged": run(ZeroShot(), {}, Frozen(merged))}
 

@@ -14,14 +14,15 @@ import _measure
 from _measure import case
 from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Dtype, config_of, lowered, shapes_of
 
-from lorafusion_jax.estimates.estimate import Settings, trainable_count, update_of
+from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape
 from lorafusion_jax.estimates.memory import pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.methods.method import Frozen, Fusion, Method
 from lorafusion_jax.models.architecture import targeted
 from lorafusion_jax.models.t5 import T5Config
+from lorafusion_jax.training.problem import Frozen, Method
 
 _SETTINGS = Settings()
 assert (_SETTINGS.recipe.modules, _SETTINGS.rank, _SETTINGS.targets) == (MODULES, RANK, TARGETS)
@@ -80,7 +81,7 @@ def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
 
 
 def _planned(name: str, config: T5Config, rows: int) -> int:
-    update, trainable = update_of(name, _SETTINGS), trainable_count(config, name, _SETTINGS)
+    update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     batch = Shape(rows, SOURCE, TARGET)
     needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu")
     # Nothing reads the base where all of it is trained, and XLA does not count it.

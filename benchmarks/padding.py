@@ -18,7 +18,6 @@ import numpy as np
 from _measure import ROOT, case
 
 from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
-from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -33,6 +32,7 @@ from lorafusion_jax.tasks import (
     train_batches,
 )
 from lorafusion_jax.tasks.batches import MOST_SHAPES
+from lorafusion_jax.training.recipe import PRESETS
 
 _REQUIRED = 0.70
 _EVAL_BATCH = 64

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,13 @@ from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool
-from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.runs.options import PRESETS
-from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.step import init_state
+from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import PRESETS
 
 _BAR = 8 * 2**30
 _STEPS = 3
@@ -103,14 +102,12 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     batch = batch_of(model.config, (BATCH, SOURCE, TARGET))
     del model, pool, used
     method = Fusion(composition="mix")
-    index = jnp.arange(count)[None]
-    start = jax.jit(jax.vmap(partial(init_state, method), in_axes=(None, 0, 0)))
-    state = start(frozen, index, jax.random.split(jax.random.key(0), 1))
+    problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(count)[None], path="map")
     recipe = dataclasses.replace(PRESETS["default"], schedule="constant")
-    static = {"graph": graph, "method": method, "optimisation": recipe.optimisation(_STEPS), "path": "map"}
+    state, rates = start(problem, (0,)), recipe_rates(method, recipe, 1)
     losses = []
     for _ in range(_STEPS):
-        state, metrics = train_seeds(state, batch, index, frozen, recipe_rates(recipe, 1), **static)
+        state, metrics = train_seeds(state, batch, problem, rates, optimisation=recipe.optimisation(_STEPS))
         losses.append(float(metrics["loss"][0]))
     assert np.isfinite(losses).all()
     return {"peak": _memory("VmHWM") - before, "modules": count}

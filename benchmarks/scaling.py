@@ -26,10 +26,10 @@ from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Step,
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax.estimates.flops import Shape, Update, step_flops
-from lorafusion_jax.estimates.parameters import trainable
+from lorafusion_jax import Recipe, Update
+from lorafusion_jax.estimates.estimate import Settings, trained_numbers
+from lorafusion_jax.estimates.flops import Shape, step_flops
 from lorafusion_jax.estimates.scaling import Rates, step_seconds
-from lorafusion_jax.models.architecture import targeted
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / foretold, either way
@@ -78,8 +78,8 @@ def main() -> None:
 
 
 def _trainable(shape: str) -> int:
-    found = trainable(targeted(config_of(shape), TARGETS), rank=RANK, vera_rank=1)
-    return MODULES * found.blocks + found.magnitudes
+    settings = Settings(recipe=Recipe(modules=MODULES), rank=RANK, targets=TARGETS)
+    return trained_numbers(config_of(shape), "fusion", settings)
 
 
 def _measured(options: Any, cores: list[int], devices: int, mesh: str) -> dict[str, float]:
@@ -102,8 +102,9 @@ def _point(shape: str, seeds: int, rounds: int, mesh: str) -> dict[str, float]:
     config = config_of(shape)
     with contextlib.nullcontext() if mesh == "seed=1" else jax.set_mesh(make_mesh(mesh, seeds)):
         step = Step(config, on_mesh(frozen(config, "float32", MODULES), config), "mix", seeds=seeds)
-        for name in ("state", "batch", "index", "rates"):
+        for name in ("state", "batch", "rates"):
             setattr(step, name, on_mesh(getattr(step, name), config, of_seeds=True))
+        step.problem = step.problem.replace(index=on_mesh(step.problem.index, of_seeds=True))
         found = {"seconds": float(np.median(in_turns({"step": step}, rounds)["step"]))}
         if "model" not in mesh:
             return found

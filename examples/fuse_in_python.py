@@ -32,16 +32,17 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     frozen = lf.Frozen(base, pool, lf.gram(pool, kernels))
     fusion = lf.Fusion(composition="sum", granularity="block")
     index = jnp.arange(len(pool))
-    state = lf.init_state(fusion, frozen, index, jax.random.key(1))
+    problem = lf.Problem(graph=graph, method=fusion, frozen=frozen, index=index)
+    state = lf.init_state(problem, jax.random.key(1))
 
-    # A step is a pure function: (state, batch) -> (state, metrics). Weights are arguments, structure is static.
-    step = jax.jit(lf.fusion_step, static_argnames=("graph", "method", "optimisation"))
+    # A step is a pure function: (state, batch) -> (state, metrics). The problem's weights are arguments.
+    step = jax.jit(lf.fusion_step, static_argnames="optimisation")
     orders = tasks.batch_orders(np.arange(len(train), dtype=np.int32)[None], batch_size=10, epochs=epochs, seeds=(1,))
     optimisation = lf.Optimisation(steps=orders.shape[1], schedule="cosine", clip=1.0)
     rates = lf.Rates({"coefficients": jnp.array(0.1), "magnitudes": jnp.array(0.01)}, jnp.array(0.0), jnp.array(0.0))
     for batch in tasks.train_batches(train, orders, pad_id=tokenizer.pad_token_id):
         batch = jax.tree.map(lambda rows: jnp.asarray(rows[0]), batch)  # the only seed
-        state, metrics = step(state, batch, index, frozen, rates, graph=graph, method=fusion, optimisation=optimisation)
+        state, metrics = step(state, batch, problem, rates, optimisation=optimisation)
     print(f"loss of the last batch: {metrics['loss']:.3f}")
 
     # The trained numbers give one adapter per matrix, which the model reads next to its kernels.

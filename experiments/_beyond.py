@@ -17,12 +17,13 @@ from _gauss_newton import Fit, rows_of_step, step_seeds
 from jaxtyping import Array, Float, Int
 
 from lorafusion_jax import FuseOptions, Fusion
-from lorafusion_jax.methods.method import Frozen, Params
 from lorafusion_jax.runs.prepare import Setup, prepare
 from lorafusion_jax.runs.ranking import gradients_at_zero, most_descent
 from lorafusion_jax.runs.run import rows_passed
 from lorafusion_jax.tasks import Batch, batch_orders, train_batches
 from lorafusion_jax.training.fit import fit, start
+from lorafusion_jax.training.problem import Frozen, Method, Params
+from lorafusion_jax.training.recipe import Recipe
 from lorafusion_jax.training.step import TrainState
 
 By = Literal["module", "block"]
@@ -52,7 +53,7 @@ class Trained(NamedTuple):
 def plain(options: FuseOptions) -> Trained:
     """Train as `lorafusion fuse` does."""
     setup = prepare(options)
-    return _train(setup, options, start(setup, options.seeds), began=time.perf_counter())
+    return _train(setup, options, start(setup.problem, options.seeds), began=time.perf_counter())
 
 
 def ranked(options: FuseOptions, *, keep: int, by: By) -> Trained:
@@ -61,30 +62,27 @@ def ranked(options: FuseOptions, *, keep: int, by: By) -> Trained:
     began = time.perf_counter()
     chosen = best(_gradients(setup, options), keep, by)
     names = [[modules[i] for i in row] for modules, row in zip(setup.modules, chosen.tolist(), strict=True)]
-    setup = dataclasses.replace(
-        setup,
-        index=jnp.take_along_axis(setup.index, jnp.asarray(chosen), axis=1),
-        modules=tuple(map(tuple, names)),
-    )
-    return _train(setup, options, start(setup, options.seeds), began=began, epochs_spent=1)
+    index = jnp.take_along_axis(setup.problem.index, jnp.asarray(chosen), axis=1)
+    setup = dataclasses.replace(setup.posing(index=index), modules=tuple(map(tuple, names)))
+    return _train(setup, options, start(setup.problem, options.seeds), began=began, epochs_spent=1)
 
 
 def gradient_start(options: FuseOptions) -> Trained:
     """Start from the descent at zero, as long as the uniform start, for one epoch less."""
     setup = prepare(options)
     began = time.perf_counter()
-    uniform = start(setup, options.seeds).params["coefficients"]
+    uniform = start(setup.problem, options.seeds).params["coefficients"]
     coefficients = descent_like(_gradients(setup, options), uniform)
-    state = start(setup, options.seeds, {"coefficients": coefficients})
+    state = start(setup.problem, options.seeds, {"coefficients": coefficients})
     return _train(setup, options, state, began=began, epochs_spent=1)
 
 
 def softmax(options: FuseOptions) -> Trained:
     """Train logits, whose softmax over the modules are the coefficients."""
     setup = prepare(options)
-    assert isinstance(setup.method, Fusion)
-    setup = dataclasses.replace(setup, method=SoftmaxFusion(setup.method))
-    return _train(setup, options, start(setup, options.seeds), began=time.perf_counter())
+    assert isinstance(setup.problem.method, Fusion)
+    setup = setup.posing(method=SoftmaxFusion(setup.problem.method))
+    return _train(setup, options, start(setup.problem, options.seeds), began=time.perf_counter())
 
 
 def pruned(options: FuseOptions, *, keep: int) -> Trained:
@@ -108,10 +106,10 @@ def gauss_newton(options: FuseOptions, *, iterations: int, damping: float) -> Tr
             f"epochs {options.recipe.epochs} passes {budget} rows, one step of {iterations} iterations "
             f"{forward + backward}: give more --epochs"
         )
-    state = Fit(start(setup, options.seeds).params["coefficients"], jnp.full(len(options.seeds), damping, jnp.float32))
-    static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
+    begin = start(setup.problem, options.seeds).params["coefficients"]
+    state = Fit(begin, jnp.full(len(options.seeds), damping, jnp.float32))
     for _ in range(steps):
-        state, _ = step_seeds(state, batch, setup.index, setup.frozen, iterations=iterations, **static)
+        state, _ = step_seeds(state, batch, setup.problem, iterations=iterations)
     params = jax.block_until_ready({"coefficients": state.coefficients})
     return Trained(setup, params, steps, steps * forward, steps * backward, time.perf_counter() - began)
 
@@ -148,13 +146,16 @@ def without_smallest(coefficients: Float[Array, "seeds N blocks"], keep: int) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxFusion:
+class SoftmaxFusion(Method):
     """A fusion whose coefficients are the softmax, over the modules that are there, of trained logits.
 
     The logits are the group `coefficients`, which L1, L2 and the learning rate are applied to; they start at 0.
     """
 
     fusion: Fusion
+
+    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+        return self.fusion.learning_rates(recipe)
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         params = self.fusion.init(frozen, index, key)
@@ -181,7 +182,7 @@ def _train(setup: Setup, options: FuseOptions, state: TrainState, *, began: floa
     recipe = dataclasses.replace(options.recipe, epochs=options.recipe.epochs - epochs_spent)
     if recipe.epochs < 1:
         raise ValueError(f"epochs {options.recipe.epochs}, of which {epochs_spent} is spent beforehand: give more")
-    state = jax.block_until_ready(fit(setup, state, recipe, options.seeds))
+    state = jax.block_until_ready(fit(setup.problem, setup.rows, state, recipe, options.seeds))
     steps = int(state.step[0])
     forward, backward = rows_passed(setup, options, steps)
     spent = epochs_spent * setup.split.train.shape[1]

@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +13,11 @@ from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.run import options_from_json, options_to_json, with_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"
 # The embedded tasks that nothing was trained or tuned on.
 TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_next2", "last3_starvow")
-
-
-# What of a run's options decides no result.
-_BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds")
 
 
 @contextlib.contextmanager
@@ -85,30 +79,3 @@ def fuse_small(
         train_rows=TRAIN_ROWS[league],
     )
     return fuse(options)
-
-
-def settings_of(options: FuseOptions) -> dict[str, Any]:
-    """Return, as JSON, all that decides a result besides its seed.
-
-    Paths inside the repository count from its root: those of two checkouts are alike.
-    """
-    values = json.loads(json.dumps(options_to_json(with_targets(options))).replace(f"{ROOT}/", ""))
-    return {name: value for name, value in values.items() if name not in _BOOKKEEPING}
-
-
-def check_same(was: Mapping[str, Any], now: FuseOptions, where: str, **more: Any) -> None:
-    """Raise ValueError where a row was made with other settings than those asked for.
-
-    Args:
-      was: the row's configuration.
-      now: the options of the run.
-      where: the row, for the message.
-      more: what decides a row besides its options.
-    """
-    fields = {field.name for field in dataclasses.fields(FuseOptions)}
-    before = options_from_json({name: value for name, value in was.items() if name in fields})
-    old, new = (values | values.pop("recipe") for values in map(settings_of, (before, now)))
-    old, new = old | {name: was.get(name) for name in more}, new | more
-    if different := [name for name in new if old[name] != new[name]]:
-        changes = "; ".join(f"{name} was {old[name]}, is {new[name]}" for name in different)
-        raise ValueError(f"{where} was run with other settings ({changes}): give another --out")

@@ -12,15 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lorafusion_jax.methods.method import Frozen, Method
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.tasks.batches import IGNORED
-from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.seeds import Path, over_seeds
-from lorafusion_jax.training.step import batch_logits
+from lorafusion_jax.training.loss import batch_logits, cross_entropy
+from lorafusion_jax.training.problem import Problem
 
 Product = Callable[[Array], Array]
 
@@ -39,36 +36,23 @@ class Fit(NamedTuple):
     damping: Float[Array, "*seeds"]
 
 
-@partial(jax.jit, static_argnames=("graph", "method", "path", "iterations"))
+@partial(jax.jit, static_argnames=("iterations",))
 def step_seeds(
     fit: Fit,
     batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
+    problem: Problem,
     *,
-    graph: nnx.GraphDef,
-    method: Method,
-    path: Path,
     iterations: int,
 ) -> tuple[Fit, dict[str, Float[Array, " seeds"]]]:
     """Take one step with every seed, each on its own batch."""
 
-    def of_seed(seed: tuple[Fit, Batch, Array], frozen: Frozen) -> tuple[Fit, dict[str, Array]]:
-        return step(*seed, frozen, graph=graph, method=method, iterations=iterations)
+    def of_seed(one: Problem, fit: Fit, batch: Batch) -> tuple[Fit, dict[str, Array]]:
+        return step(fit, batch, one, iterations=iterations)
 
-    return over_seeds(of_seed, path)((fit, batch, index), frozen)
+    return problem.over_seeds(of_seed, (fit, batch))
 
 
-def step(
-    fit: Fit,
-    batch: Batch,
-    index: Int[Array, " N"],
-    frozen: Frozen,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    iterations: int,
-) -> tuple[Fit, dict[str, Float[Array, ""]]]:
+def step(fit: Fit, batch: Batch, problem: Problem, *, iterations: int) -> tuple[Fit, dict[str, Float[Array, ""]]]:
     """Take one step of one seed; one that does not lower the loss is taken back, and the damping raised.
 
     Returns:
@@ -76,7 +60,7 @@ def step(
     """
 
     def logits(c: Array) -> Array:
-        found, _ = batch_logits({"coefficients": c}, batch, index, frozen, graph=graph, method=method)
+        found, _ = batch_logits({"coefficients": c}, batch, problem)
         return found.astype(jnp.float32)
 
     labels = jnp.asarray(batch.labels)

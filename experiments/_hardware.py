@@ -27,13 +27,13 @@ from lorafusion_jax.hardware.folder import Chips
 from lorafusion_jax.hardware.lanes import for_every_chip, on_every_chip
 from lorafusion_jax.hardware.setup import module_numbers
 from lorafusion_jax.io import checkpoint
-from lorafusion_jax.methods.method import Params
+from lorafusion_jax.methods import find
 from lorafusion_jax.runs.apply import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.evaluate import evaluate
-from lorafusion_jax.runs.options import POOLLESS
 from lorafusion_jax.runs.prepare import Setup
 from lorafusion_jax.tasks import split
 from lorafusion_jax.training.fit import fit, start
+from lorafusion_jax.training.problem import Params
 
 Row = dict[str, Any]
 
@@ -121,11 +121,11 @@ class Subject:
           rows: how many of the training rows; None for the run's own.
         """
         seeds = self.options.seeds * self.count
-        first = begin or start(self.setup, self.options.seeds).params
+        first = begin or start(self.setup.problem, self.options.seeds).params
         on_all = self.on_chips(config, first)
         if rows is not None:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
-        return fit(on_all, start(on_all, seeds, begin), recipe, seeds).params
+        return fit(on_all.problem, on_all.rows, start(on_all.problem, seeds, begin), recipe, seeds).params
 
     def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
         """Return a row for every seed on every chip.
@@ -140,14 +140,14 @@ class Subject:
             on_all = self._placed(setup, config, params, None)
         else:
             on_all = self.on_chips(config, params)
-        if len(jax.tree.leaves(params)[0]) < len(on_all.index):
+        if len(jax.tree.leaves(params)[0]) < len(on_all.problem.index):
             params = for_every_chip(params, self.count)
-        found = evaluate(on_all, params, on_all.index, batch_size=self.options.eval_batch)
+        found = evaluate(on_all, params, batch_size=self.options.eval_batch)
         return self._rows(found.exact_match, found.loss, self.count)
 
     def score_digitally(self, params: Params) -> list[Row]:
         """Return a row for every seed."""
-        found = evaluate(self.setup, params, self.setup.index, batch_size=self.options.eval_batch)
+        found = evaluate(self.setup, params, batch_size=self.options.eval_batch)
         return self._rows(found.exact_match, found.loss, 1)
 
     def trained(self, name: str, **changes: Any) -> Params:
@@ -196,7 +196,7 @@ def subject(
     entry = METHODS[method]
     options = FuseOptions(
         base=str(SMALL / "base"),
-        pool=None if entry.method in POOLLESS else str(store.pool()),
+        pool=str(store.pool()) if find(entry.method).pool else None,
         task=str(SMALL / "tasks" / task),
         seeds=seeds,
         out=store.folder / "runs",

@@ -4,22 +4,17 @@ All seeds of a task and method are one program (see `lorafusion fuse`); tasks, m
 """
 
 import dataclasses
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import tyro
-from _common import TRAIN_ROWS, League, check_same, recipe_of, settings_of
+from _common import ROOT, TRAIN_ROWS, League, recipe_of
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
-from lorafusion_jax.methods.search.cma import load_evosax
-from lorafusion_jax.methods.search.lorahub import load_nevergrad
-from lorafusion_jax.report import append_rows, done, read_rows
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import POOLLESS
+from lorafusion_jax.methods import find
+from lorafusion_jax.runs.matrix import Job, run_jobs
 from lorafusion_jax.runs.prepare import available
 
 
@@ -60,19 +55,6 @@ class MatrixOptions:
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
-# What needs a library that is no dependency of the package.
-_EXTRAS: dict[str, Callable[[], Any]] = {"lorahub": load_nevergrad, "cma": load_evosax}
-
-
-class Job(NamedTuple):
-    """One program: a task, a method and a league, with all seeds."""
-
-    task: str
-    method: str
-    league: League
-    options: FuseOptions
-
-
 def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
     """Run what is missing of a matrix, and return its file of rows.
 
@@ -80,26 +62,8 @@ def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
       ValueError: an unknown method, no task, a pool of fewer modules than are asked for, or rows of other settings; and
         as `fuse` does.
     """
-    todo = list(jobs(options, entries))
-    for method in {job.options.method for job in todo} & _EXTRAS.keys():
-        _EXTRAS[method]()  # now, and not when its turn comes
     file = options.out / "results.jsonl"
-    rows = read_rows(file) if file.exists() else []
-    have = done(rows)
-    wanted: dict[tuple[str, str, str], FuseOptions] = {job[:3]: job.options for job in todo}
-    for row in rows:
-        if (of := (row["task"], row["method"], row["league"])) in wanted:
-            check_same(row["config"], wanted[of], f"{file}: {', '.join(of)}, seed {row['seed']}")
-    began = time.perf_counter()
-    for number, job in enumerate(todo, start=1):
-        seeds = job.options.seeds[:1] if job.options.method == "zero-shot" else job.options.seeds
-        if {(job.task, job.method, job.league, seed) for seed in seeds} <= have:
-            continue
-        results = fuse(job.options)
-        append_rows(file, [row for row in _rows(job, results) if (*job[:3], row["seed"]) not in have])
-        minutes = (time.perf_counter() - began) / 60
-        said = f"{job.task}, {job.method}, {job.league}: {results['exact_match']:.1f} %"
-        print(f"[{number}/{len(todo)}] {said}, {minutes:.1f} min", file=sys.stderr, flush=True)
+    run_jobs(jobs(options, entries), file, fuse, root=ROOT)
     return file
 
 
@@ -125,7 +89,7 @@ def _fuse_options(
     recipe = recipe_of(entry, dataclasses.replace(PRESETS["default"], modules=options.modules), league=league)
     return FuseOptions(
         base=options.base,
-        pool=None if entry.method in POOLLESS else options.pool,
+        pool=options.pool if find(entry.method).pool else None,
         task=task,
         seeds=options.seeds,
         out=options.out / "runs",
@@ -145,33 +109,10 @@ def _fuse_options(
 
 def _check_pool(options: MatrixOptions, entries: Sequence[Entry]) -> None:
     wanted = max((entry.recipe.get("modules", options.modules) for entry in entries), default=0)
-    if all(entry.method in POOLLESS for entry in entries):
+    if not any(find(entry.method).pool for entry in entries):
         return
     there = len(available(Path(options.pool)))
     if there < wanted:
         raise ValueError(
             f"{options.pool} holds {there} modules, and {wanted} are to be drawn: give fewer with --modules"
         )
-
-
-def _rows(job: Job, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    run = RunFolder(job.options.out / (job.options.name or ""))
-    config, predictions = run.config(), run.predictions()
-    shared = {
-        "task": job.task,
-        "method": job.method,
-        "league": job.league,
-        "trainable": results["trainable"],
-        "seconds": results["seconds"]["train"] / len(results["seeds"]),
-        "config": settings_of(job.options),
-        "data_sha256": config["task_sha256"],
-        **{name: config["environment"][name] for name in ("versions", "device", "cores")},
-    }
-    for seed in results["seeds"]:
-        said = [row for row in predictions if row["seed"] == seed["seed"]]
-        scored = all(row["option_correct"] is not None for row in said)
-        yield shared | {
-            "correct": "".join(str(int(row["correct"])) for row in said),
-            "option_correct": "".join(str(int(row["option_correct"])) for row in said) if scored else None,
-            **{name: value for name, value in seed.items() if name != "modules"},
-        }

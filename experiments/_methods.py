@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any, Literal
 
-from lorafusion_jax.runs.options import MethodName
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -20,7 +18,7 @@ class Entry:
       load_in: base and pool in 4 or 8 bits.
     """
 
-    method: MethodName
+    method: str
     control: Literal["none", "random", "shuffled"] = "none"
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -23,13 +23,14 @@ from typing import Any, Literal
 
 import _beyond
 import tyro
-from _common import ROOT, SMALL, TASKS, check_same, recipe_of, settings_of
+from _common import ROOT, SMALL, TASKS, recipe_of
 from _methods import METHODS, Entry
 from report import main as report
 
 from lorafusion_jax import PRESETS, FuseOptions, cli
 from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.evaluate import seed_rows
+from lorafusion_jax.runs.matrix import check_same, settings_of
 from lorafusion_jax.runs.prepare import available, trainable_count
 from lorafusion_jax.runs.run import environment
 from lorafusion_jax.runs.scoring import evaluate_seeds
@@ -134,7 +135,8 @@ def run(options: BeyondOptions) -> Path:
         wanted = _fuse_options(options, task, variant, options.seeds)
         for seed in set(options.seeds) - set(missing):
             was = have[task.stem, name, seed]["config"]
-            check_same(was, wanted, f"{file}: {task.stem}, {name}, seed {seed}", beyond=_idea(variant))
+            where = f"{file}: {task.stem}, {name}, seed {seed}"
+            check_same(was, wanted, where, root=ROOT, beyond=_idea(variant))
         if not missing:
             continue
         rows = list(_rows(_fuse_options(options, task, variant, missing), variant, task.stem, name))
@@ -172,7 +174,7 @@ def _rows(options: FuseOptions, variant: Variant, task: str, method: str) -> Ite
         "forward_rows": trained.forward_rows,
         "backward_rows": trained.backward_rows,
         "seconds": trained.seconds / len(seeds),
-        "config": settings_of(options) | {"beyond": _idea(variant)},
+        "config": settings_of(options, ROOT) | {"beyond": _idea(variant)},
         "data_sha256": trained.setup.task.sha256,
         **environment(),
     }

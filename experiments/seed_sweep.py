@@ -67,29 +67,28 @@ def main(arguments: Sequence[str] = ()) -> None:
     entries = options.seeds * len(pairs)
     setup = _repeated(prepare(FuseOptions(seeds=options.seeds, **shared)), len(pairs))
     c, m = (jnp.repeat(jnp.asarray(rates, jnp.float32), len(options.seeds)) for rates in zip(*pairs, strict=True))
-    rates = recipe_rates(recipe, len(entries))
+    rates = recipe_rates(setup.problem.method, recipe, len(entries))
     rates = rates._replace(learning_rate=rates.learning_rate | {"coefficients": c, "magnitudes": m})
-    state = fit(setup, start(setup, entries), recipe, entries, rates=rates)
-    found = evaluate(setup, state.params, setup.index, batch_size=64)
+    state = fit(setup.problem, setup.rows, start(setup.problem, entries), recipe, entries, rates=rates)
+    found = evaluate(setup, state.params, batch_size=64)
     assert found.loss is not None
     shape = len(options.lr_coefficients), len(options.lr_magnitudes), len(options.seeds)
     scores, losses = (np.reshape(values, shape) for values in (found.exact_match, found.loss))
     seconds = time.perf_counter() - began
     options.out.mkdir(parents=True, exist_ok=True)
     summary = dataclasses.asdict(options) | {"exact_match": scores.tolist(), "loss": losses.tolist()}
-    summary |= {"seconds": seconds, "path": setup.path}
+    summary |= {"seconds": seconds, "path": setup.problem.path}
     write_text(options.out / "sweep.json", json.dumps(summary, default=str, indent=1) + "\n")
     _plot(scores, options)
     print(_table(scores, options))
-    print(f"{len(entries)} runs as one program ({setup.path}) in {seconds:.0f} s; written to {options.out}")
+    print(f"{len(entries)} runs as one program ({setup.problem.path}) in {seconds:.0f} s; written to {options.out}")
 
 
 def _repeated(setup: Setup, times: int) -> Setup:
     """Return the setup with all its seeds `times` over, one set behind the other."""
     assert setup.split is not None
     return dataclasses.replace(
-        setup,
-        index=jnp.tile(setup.index, (times, 1)),
+        setup.posing(index=jnp.tile(setup.problem.index, (times, 1))),
         modules=setup.modules * times,
         split=Split(*(np.tile(rows, (times, 1)) for rows in setup.split)),
     )

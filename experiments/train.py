@@ -11,10 +11,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from lorafusion_jax import cli
+from lorafusion_jax import PRESETS, FuseOptions, cli, fuse
 from lorafusion_jax.cli.fuse import report
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
-from lorafusion_jax.runs.run import fuse, run_path
+from lorafusion_jax.runs.run import run_path
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 _REFERENCE = PRESETS["reference"]

@@ -8,22 +8,30 @@ from .adapters.norms import Gram, column_norms, gram
 from .adapters.pool import LoraPool, random_pool, shuffled_pool
 from .adapters.updates import LowRank, Modules
 from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
+from .hardware.fuse import fuse
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, read_config, save_base
 from .io.pool import load_pool, read_pool
+from .methods import METHODS, register
+from .methods.fusion import Fusion
 from .methods.lora import LoRA
 from .methods.merge import Merge
-from .methods.method import Frozen, Fusion, Method, ZeroShot
+from .methods.method import MethodEntry, Update
+from .methods.untrained import ZeroShot
 from .models.architecture import Architecture, Site, kernels, places
 from .models.generate import generate
 from .models.weights import matmul, quantise
-from .runs.options import PRESETS, FuseOptions, Recipe
-from .runs.run import fuse, load_run
+from .runs.options import FuseOptions
+from .runs.run import load_run
 from .tasks import Batch
+from .training.loss import objective
+from .training.problem import Frozen, Method, Problem
+from .training.recipe import PRESETS, Optimisation, Rates, Recipe
 from .training.seeds import over_seeds
-from .training.step import Optimisation, Rates, TrainState, fusion_step, init_state, objective
+from .training.step import TrainState, fusion_step, init_state
 
 __all__ = [
+    "METHODS",
     "PRESETS",
     "Architecture",
     "Batch",
@@ -38,12 +46,15 @@ __all__ = [
     "LowRank",
     "Merge",
     "Method",
+    "MethodEntry",
     "Modules",
     "Optimisation",
+    "Problem",
     "Rates",
     "Recipe",
     "Site",
     "TrainState",
+    "Update",
     "ZeroShot",
     "base_tensor",
     "column_norms",
@@ -69,6 +80,7 @@ __all__ = [
     "random_pool",
     "read_config",
     "read_pool",
+    "register",
     "save_base",
     "shuffled_pool",
     "with_read_key",

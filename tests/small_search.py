@@ -7,10 +7,11 @@ from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.methods.method import Frozen
+from lorafusion_jax.methods.lorahub import LORAHUB
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training.problem import Frozen, Problem
 
 SITE = "decoder.self.v"
 _CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)
@@ -20,14 +21,9 @@ def arguments(model, pool, batches, *, seeds, path="map"):
     graph, base = nnx.split(model)
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
     index = jnp.tile(jnp.arange(len(pool)), (len(seeds), 1))
-    return {
-        "batches": batches,
-        "index": index,
-        "frozen": Frozen(base, pool, gram(pool, used)),
-        "seeds": seeds,
-        "graph": graph,
-        "path": path,
-    }
+    frozen = Frozen(base, pool, gram(pool, used))
+    problem = Problem(graph=graph, method=LORAHUB, frozen=frozen, index=index, path=path)
+    return {"batches": batches, "problem": problem, "seeds": seeds}
 
 
 def small(seeds=(1,), modules=3):

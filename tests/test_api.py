@@ -1,7 +1,5 @@
 """The public names, and what they are enough for."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,20 +32,20 @@ def test_a_fusion_is_read_trained_and_merged_with_public_names_alone(tmp_path):
         row_mask=jnp.ones(2, bool),
     )
     method = lf.Fusion(magnitudes=False)
-    state = lf.init_state(method, frozen, index, jax.random.key(0), {"coefficients": jnp.full((2, 2), 0.3)})
+    problem = lf.Problem(graph=graph, method=method, frozen=frozen, index=index)
+    state = lf.init_state(problem, jax.random.key(0), {"coefficients": jnp.full((2, 2), 0.3)})
     rates = lf.Rates({"coefficients": jnp.float32(0.1)}, l2=jnp.float32(0), l1=jnp.float32(0))
-    step = jax.jit(lf.fusion_step, static_argnames=("graph", "method", "optimisation"))
-    static = {"graph": graph, "method": method}
-    new, metrics = step(state, batch, index, frozen, rates, **static, optimisation=lf.Optimisation(steps=1))
+    step = jax.jit(lf.fusion_step, static_argnames=("optimisation",))
+    new, metrics = step(state, batch, problem, rates, optimisation=lf.Optimisation(steps=1))
 
-    @functools.partial(jax.jit, static_argnames=("graph", "method"))
-    def value_and_gradient(params, frozen, **static):
+    @jax.jit
+    def value_and_gradient(params, problem):
         def loss(params):
-            return lf.objective(params, batch, index, frozen, jnp.float32(0), **static)[0]
+            return lf.objective(params, batch, problem, jnp.float32(0))[0]
 
         return jax.value_and_grad(loss)(params)
 
-    value, gradient = value_and_gradient(state.params, frozen, **static)
+    value, gradient = value_and_gradient(state.params, problem)
     np.testing.assert_allclose(value, metrics["loss"], rtol=1e-6)
     # Adam's first step is the learning rate against the gradient's sign.
     wanted = state.params["coefficients"] - 0.1 * jnp.sign(gradient["coefficients"])
@@ -55,5 +53,6 @@ def test_a_fusion_is_read_trained_and_merged_with_public_names_alone(tmp_path):
 
     fused, _ = jax.jit(method.adapters)(state.params, frozen, index)
     merged, weights = nnx.split(lf.merged_base(model, fused))
-    again, _ = value_and_gradient({}, lf.Frozen(weights), graph=merged, method=lf.ZeroShot())
+    plain = problem.replace(graph=merged, method=lf.ZeroShot(), frozen=lf.Frozen(weights))
+    again, _ = value_and_gradient({}, plain)
     np.testing.assert_allclose(again, value, rtol=1e-5)

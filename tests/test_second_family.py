@@ -28,6 +28,7 @@ from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
+from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.hardware.write import ProgramOptions, program_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
@@ -37,10 +38,11 @@ from lorafusion_jax.models.architecture import kernels, linear_shapes, places
 from lorafusion_jax.models.families import FAMILIES
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import fuse, load_run
+from lorafusion_jax.runs.run import load_run
 from lorafusion_jax.training.mesh import partition, rules
+from lorafusion_jax.training.recipe import PRESETS
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 _CONFIG = PairConfig(vocab_size=66, d_model=8, d_ff=12, reader_layers=2, writer_layers=3)
@@ -225,11 +227,11 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(run, tmp_path):
 
     export(ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
     options, params, _ = load_run(run)
-    setup = prepare(options)
+    problem = prepare(options).problem
     of_seed = jax.tree.map(lambda p: p[1], params)
-    adapters, _ = setup.method.adapters(of_seed, setup.frozen, setup.index[1])
+    adapters, _ = problem.method.adapters(of_seed, problem.frozen, problem.index[1])
     ids, labels = jnp.array([[5, 6, 7]]), jnp.array([[4, 9, 1]])
-    fused_model = nnx.merge(setup.graph, setup.frozen.base)
+    fused_model = nnx.merge(problem.graph, problem.frozen.base)
     wanted = fused_model.label_logits(ids, ids > 0, labels, adapters)
     merged = load_base(tmp_path / "merged").label_logits(ids, ids > 0, labels, {})
     np.testing.assert_allclose(merged, wanted, atol=1e-4)

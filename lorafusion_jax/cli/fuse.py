@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from ..columns import plain
 from ..estimates.plan import describe_run
+from ..hardware.fuse import fuse
 from ..io import processes
-from ..runs.options import PRESETS, FuseOptions
-from ..runs.run import fuse, run_path
+from ..runs.options import FuseOptions
+from ..runs.run import run_path
+from ..training.recipe import PRESETS
 from .parsing import parse, peek
 from .scores import cells
 

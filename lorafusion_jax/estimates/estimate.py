@@ -2,27 +2,18 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
-from ..adapters.updates import Composition
 from ..checks import at_least
-from ..models.architecture import Architecture, targeted
-from ..runs.options import GIVEN, UNTRAINED, MethodName, Recipe
+from ..methods import METHODS, find
+from ..methods.method import Fused, MethodEntry, Update
+from ..models.architecture import Architecture
+from ..training.recipe import Recipe
 from ..training.seeds import Path
-from .flops import Update, forward_flops, generation_flops, step_flops
+from .flops import forward_flops, generation_flops, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from .parameters import size, trainable
+from .parameters import trainable_count
 from .workload import Asked, Shapes, Workload
-
-_COMPOSED: dict[str, tuple[str, Composition]] = {
-    "fusion-mix": ("fusion", "mix"),
-    "fusion-sum": ("fusion", "sum"),
-    "coefficients-mix": ("coefficients", "mix"),
-    "coefficients-sum": ("coefficients", "sum"),
-}
-METHODS: tuple[str, ...] = (*get_args(MethodName), *_COMPOSED)
-_SEARCHES = ("single", "lorahub", "cma")
-_WITHOUT_STEPS = (*UNTRAINED, *GIVEN, *_SEARCHES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +37,11 @@ class Settings:
     seeds: int = 5
     path: Path = "map"
     device: Device = "cpu"
+
+    @property
+    def fused(self) -> Fused:
+        """The modules that a method fuses."""
+        return Fused(self.rank, self.pool or self.recipe.modules, self.targets)
 
 
 class Cost(NamedTuple):
@@ -81,7 +77,7 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
 
     Args:
       config: the base model.
-      method: one of `METHODS`; `-mix` and `-sum` are another composition than the recipe's.
+      method: one of `method_names()`; `-mix` and `-sum` are another composition than the recipe's.
       work: the task's batches.
       settings: of the run.
 
@@ -89,23 +85,24 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
     """
     check(method, settings)
-    if method == "constant":
+    update, trainable = update_of(method, settings), trained_numbers(config, method, settings)
+    entry, settings = _of(method, settings)
+    if entry.answers == "nothing":
         return Cost(0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0)
-    update, trainable = update_of(method, settings), trainable_count(config, method, settings)
-    steps = method not in _WITHOUT_STEPS
-    asked = work.few_shot if method == "few-shot" else work.test
+    steps = entry.learns == "trained"
+    asked = work.few_shot if entry.answers == "examples" else work.test
     if asked is None:
         raise ValueError(
             f"the task has too few training rows for {settings.recipe.shots} examples in a prompt: lower shots"
         )
-    batches = work.search if steps or method in _SEARCHES else asked.rows
+    batches = work.search if entry.learns in ("trained", "searched") else asked.rows
     weights, pool = weights_bytes(config), pool_bytes(config, update)
-    state = seeds_of(method, settings) * state_bytes(trainable) if steps else 0
-    activations = _activation_bytes(config, method, work, asked, settings)
+    state = _seeds(entry, settings) * state_bytes(trainable) if steps else 0
+    activations = _activation_bytes(config, entry, work, asked, settings, trainable)
     return Cost(
         trainable=trainable,
         forward_flops=max(forward_flops(config, shape, update) for shape in set(batches)),
-        training_flops=_training_flops(config, method, work, settings),
+        training_flops=_training_flops(config, entry, work, settings, trainable),
         evaluation_flops=_evaluation_flops(config, asked, work.new_tokens, update),
         weights_bytes=weights,
         pool_bytes=pool,
@@ -117,8 +114,8 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
 
 def check(method: str, settings: Settings) -> None:
     """Raise ValueError for a method that there is not, or settings that no run can have."""
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}: choose of {', '.join(METHODS)}")
+    if method not in method_names():
+        raise ValueError(f"no method {method!r}: choose one of {', '.join(method_names())}")
     recipe = settings.recipe
     counts = {name: getattr(recipe, name) for name in ("modules", "lora_rank", "vera_rank", "epochs", "batch_size")}
     counts |= {name: getattr(recipe, name) for name in ("evaluations", "generations", "population", "shots")}
@@ -131,65 +128,54 @@ def check(method: str, settings: Settings) -> None:
 
 def seeds_of(method: str, settings: Settings) -> int:
     """Return how many seeds a method has: one where none changes anything."""
-    return 1 if method == "zero-shot" else settings.seeds
+    return _seeds(*_of(method, settings))
 
 
 def update_of(method: str, settings: Settings) -> Update:
-    """Return what a method does to the adapted matrices."""
-    recipe = settings.recipe
-    name, composition = _COMPOSED.get(method, (method, recipe.composition))
-    if name in UNTRAINED:
-        return Update(kind="none")
-    if name in ("lora", "dora", "vera", "magnitudes", "full"):
-        rank = recipe.vera_rank if name == "vera" else recipe.lora_rank
-        return Update(kind=name, rank=rank, targets=recipe.lora_targets)
-    # The compositions of LoraHub, of the mean and of the best single module are no matter of the recipe. A merge, made
-    # once, counts as the mix whose rank it has.
-    fixed: dict[str, Composition] = {"lorahub": "mix", "cma": "mix", "merge": "mix", "mean": "sum", "single": "sum"}
-    kind = fixed.get(name, composition)
-    return Update(
-        kind=kind,
-        rank=settings.rank,
-        modules=recipe.modules,
-        pool=settings.pool or recipe.modules,
-        magnitudes=name == "fusion",
-        targets=settings.targets,
-    )
+    """Return the arithmetic of a method at the adapted matrices."""
+    entry, settings = _of(method, settings)
+    return entry.update(settings.recipe, settings.fused)
 
 
-def trainable_count(config: Architecture, method: str, settings: Settings) -> int:
+def trained_numbers(config: Architecture, method: str, settings: Settings) -> int:
     """Return how many numbers a method trains, or searches, for one seed."""
-    recipe, (name, _) = settings.recipe, _COMPOSED.get(method, (method, ""))
-    adapted = targeted(config, update_of(method, settings).targets)
-    found = trainable(adapted, rank=recipe.lora_rank, vera_rank=recipe.vera_rank)
-    columns = {"global": 1, "block": found.blocks, "site": found.matrices, "rank": found.matrices * settings.rank}
-    coefficients = recipe.modules * columns[recipe.granularity]
-    counts = {
-        "lorahub": recipe.modules,
-        "cma": recipe.modules,
-        "fusion": coefficients + found.magnitudes,
-        "coefficients": coefficients,
-        "magnitudes": found.magnitudes,
-        "lora": found.lora,
-        "dora": found.lora + found.magnitudes,
-        "vera": found.vera,
-    }
-    return size(config) if name == "full" else counts.get(name, 0)
+    entry, settings = _of(method, settings)
+    return sum(trainable_count(entry, config, settings.recipe, settings.fused).values())
 
 
-def _training_flops(config: Architecture, method: str, work: Workload, settings: Settings) -> float:
+def method_names() -> tuple[str, ...]:
+    """Return the names that can be planned: of all methods, and of fusions with a composition of their own."""
+    composed = [name for name, entry in METHODS.items() if _is_composed(entry)]
+    return (*METHODS, *(f"{name}-{composition}" for name in composed for composition in ("mix", "sum")))
+
+
+def _is_composed(entry: MethodEntry) -> bool:
+    return entry.learns == "trained" and "coefficients" in entry.groups
+
+
+def _of(method: str, settings: Settings) -> tuple[MethodEntry, Settings]:
+    """Return a method by a name of `method_names()`, and the settings with its composition."""
+    if method in METHODS:
+        return METHODS[method], settings
+    name, _, composition = method.rpartition("-")
+    recipe = dataclasses.replace(settings.recipe, composition=composition)
+    return find(name), dataclasses.replace(settings, recipe=recipe)
+
+
+def _seeds(entry: MethodEntry, settings: Settings) -> int:
+    return settings.seeds if entry.seeded else 1
+
+
+def _training_flops(
+    config: Architecture, entry: MethodEntry, work: Workload, settings: Settings, trainable: int
+) -> float:
     """Return the FLOPs of what comes before evaluation, for one seed."""
-    recipe, update = settings.recipe, update_of(method, settings)
-    if method not in _WITHOUT_STEPS:
-        trainable = trainable_count(config, method, settings)
+    recipe, update = settings.recipe, entry.update(settings.recipe, settings.fused)
+    if entry.learns == "trained":
         steps = sum(step_flops(config, shape, update, trainable=trainable) for shape in work.steps)
         return steps + work.epochs * forward_flops(config, work.validation, update)
-    evaluations = {
-        "single": recipe.modules,
-        "lorahub": recipe.evaluations,
-        "cma": recipe.generations * recipe.population,
-    }
-    return evaluations.get(method, 0) * sum(forward_flops(config, shape, update) for shape in work.search)
+    once = sum(forward_flops(config, shape, update) for shape in work.search)
+    return entry.evaluations(recipe, recipe.modules) * once
 
 
 def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, update: Update) -> float:
@@ -198,9 +184,11 @@ def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, updat
     return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
 
 
-def _activation_bytes(config: Architecture, method: str, work: Workload, asked: Asked, settings: Settings) -> int:
-    """Return the most that training, search or evaluation needs beside its arguments, all seeds together."""
-    update, seeds = update_of(method, settings), seeds_of(method, settings)
+def _activation_bytes(
+    config: Architecture, entry: MethodEntry, work: Workload, asked: Asked, settings: Settings, trainable: int
+) -> int:
+    """Return the most that training, search or evaluation needs besides its arguments, all seeds together."""
+    update, seeds = entry.update(settings.recipe, settings.fused), _seeds(entry, settings)
     evaluation = partial(evaluation_bytes, config, update=update, path=settings.path, device=settings.device)
     step = partial(step_bytes, config, update=update, path=settings.path, device=settings.device, seeds=seeds)
 
@@ -208,9 +196,8 @@ def _activation_bytes(config: Architecture, method: str, work: Workload, asked: 
         return [evaluation(shape, new_tokens=new_tokens, seeds=seeds * members) for shape in set(shapes)]
 
     needed = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
-    if method not in _WITHOUT_STEPS:
-        trainable = trainable_count(config, method, settings)
+    if entry.learns == "trained":
         needed += [step(shape, trainable=trainable) for shape in set(work.steps)]
-    if method in _SEARCHES:
-        needed += asking(work.search, 0, settings.recipe.population if method == "cma" else 1)
+    if entry.learns == "searched":
+        needed += asking(work.search, 0, entry.at_once(settings.recipe))
     return max(needed)

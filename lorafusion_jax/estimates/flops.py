@@ -6,12 +6,10 @@ rest, a few percent; the optimiser, which is nothing but elementwise, is counted
 Axis letters: B batch, S source, T target, N modules of a fusion, P modules in memory, r rank.
 """
 
-import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from ..methods.method import Update
 from ..models.architecture import Architecture, Attention, Parts, Site, Stack, stack_of, targeted
-
-UpdateKind = Literal["none", "magnitudes", "mix", "sum", "lora", "dora", "vera", "full"]
 
 # Adam with bias correction, the check for non-finite gradients, their norm and clipping: a trained number and step.
 _OPTIMISER = 18
@@ -23,37 +21,6 @@ class Shape(NamedTuple):
     rows: int
     source: int
     target: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Update:
-    """What a method does to every adapted matrix.
-
-    Attributes:
-      kind: `mix` and `sum` fuse modules, `lora`, `dora` and `vera` are one new module each.
-      rank: of one module.
-      modules: N.
-      pool: P, those that any seed fuses; `mix` reads all of them.
-      magnitudes: a fusion has them.
-      targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
-    """
-
-    kind: UpdateKind
-    rank: int = 16
-    modules: int = 1
-    pool: int = 1
-    magnitudes: bool = False
-    targets: tuple[str, ...] | None = None
-
-    def width(self, site: Site) -> int:
-        """Return how many numbers a token has between the two products of the update; 0 where there are none."""
-        if self.kind in ("none", "magnitudes", "full") or self.is_dense(site):
-            return 0
-        return self.rank * (self.modules if self.kind == "sum" else 1)
-
-    def is_dense(self, site: Site) -> bool:
-        """Whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
-        return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 
 def tokens(reads: Parts, shape: Shape) -> int:

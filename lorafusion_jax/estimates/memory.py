@@ -9,9 +9,10 @@ Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, 
 
 from typing import Literal
 
+from ..methods.method import Update
 from ..models.architecture import Architecture, Site, targeted
 from ..training.seeds import Path
-from .flops import Shape, Update, keys, last_sites, queries, tokens
+from .flops import Shape, keys, last_sites, queries, tokens
 from .parameters import size
 
 Device = Literal["cpu", "accelerator"]

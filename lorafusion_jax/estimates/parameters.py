@@ -1,49 +1,65 @@
-"""How many numbers a model has, and how many a method trains on some of its linear maps, without any weights."""
+"""How many numbers a model has, and how many a method trains, from shapes alone."""
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from ..models.architecture import Architecture, Site, stack_of
+from ..adapters.pool import LoraPool
+from ..methods.method import Built, Fused, MethodEntry
+from ..models.architecture import Architecture, targeted
 from ..models.families import abstract_model
+from ..training.problem import Frozen
+from ..training.recipe import Recipe
 
 
-class Trainable(NamedTuple):
-    """Numbers that are trained on adapted sites.
+@functools.lru_cache
+def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, modules: Fused) -> dict[str, int]:
+    """Return how many numbers of one seed a method trains or searches, by group.
 
-    Attributes:
-      matrices: adapted, layer by layer.
-      blocks: that hold one of them.
-      magnitudes: one for each column (LoRAFusion's, DoRA's).
-      lora: of one LoRA.
-      vera: two vectors a matrix, of VeRA's rank and of d_out (PEFT counts the same).
+    The method itself is asked: its numbers are made for a model and a pool that are shapes.
+
+    Args:
+      entry: of the method.
+      config: of the base model.
+      recipe: of the run.
+      modules: rank and targets of the modules that are fused.
+
+    Raises:
+      ValueError: a target that the model does not have.
     """
+    if not entry.counted:
+        return {}
 
-    matrices: int
-    blocks: int
-    magnitudes: int
-    lora: int
-    vera: int
+    def start(base: nnx.State) -> dict:
+        pool = _pool(config, modules, recipe.modules) if entry.pool else None
+        method = entry.build(Built(config=config, recipe=recipe, pool=pool, modules=recipe.modules))
+        kernels = {name: jnp.zeros((site.layers, site.d_in, site.d_out)) for name, site in config.sites.items()}
+        frozen = method.prepare(Frozen(base, pool), kernels)
+        return method.init(frozen, jnp.arange(recipe.modules if entry.pool else 0), jax.random.key(0))
+
+    params = jax.eval_shape(start, _base(config))
+    return {group: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for group, tree in params.items()}
 
 
-def trainable(adapted: Mapping[str, Site], *, rank: int, vera_rank: int) -> Trainable:
-    """Return what is trained on the adapted sites, by LoRAs of a rank and VeRAs of another."""
-    matrices = [site for site in adapted.values() for _ in range(site.layers)]
-    return Trainable(
-        matrices=len(matrices),
-        blocks=sum({stack_of(name): site.layers for name, site in adapted.items()}.values()),
-        magnitudes=sum(site.d_out for site in matrices),
-        lora=sum(rank * (site.d_in + site.d_out) for site in matrices),
-        vera=sum(vera_rank + site.d_out for site in matrices),
-    )
+def size(config: Architecture) -> int:
+    """Return how many numbers the model has."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_base(config)))
 
 
 @functools.cache
-def size(config: Architecture) -> int:
-    """Return how many numbers the model has."""
-    model = abstract_model(config)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+def _base(config: Architecture) -> nnx.State:
+    """Return the shapes of the model's weights."""
+    return nnx.state(abstract_model(config))
+
+
+def _pool(config: Architecture, modules: Fused, count: int) -> LoraPool:
+    adapted, rank = targeted(config, modules.targets), modules.rank
+    return LoraPool(
+        A={name: jnp.zeros((site.layers, count, site.d_in, rank)) for name, site in adapted.items()},
+        B={name: jnp.zeros((site.layers, count, rank, site.d_out)) for name, site in adapted.items()},
+        rank={name: jnp.full((site.layers, count), rank, jnp.int32) for name, site in adapted.items()},
+        names=tuple(map(str, range(count))),
+    )

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from ..checks import at_least
 from ..io.hf import read_config
-from ..models.architecture import Architecture, targeted
+from ..methods import METHODS
+from ..methods.method import Fused
+from ..models.architecture import Architecture
 from ..models.families import known_shapes
-from .parameters import size, trainable
+from ..training.recipe import Recipe
+from .parameters import trainable_count
 
 
 def counts(
@@ -34,17 +37,13 @@ def counts(
       ValueError: a count below one, or a target that the model does not have.
     """
     at_least(1, modules=modules, rank=rank, vera_rank=vera_rank)
-    found = trainable(targeted(config, targets), rank=rank, vera_rank=vera_rank)
-    coefficients = modules * found.blocks
+    maps = None if targets is None else tuple(targets)
+    recipe = Recipe(modules=modules, lora_rank=rank, vera_rank=vera_rank, lora_targets=maps)
+    fused = Fused(rank=rank, pool=modules, targets=maps)
     return {
-        "LoRAFusion": coefficients + found.magnitudes,
-        "LoRAFusion, coefficients only": coefficients,
-        "LoRAFusion, magnitudes only": found.magnitudes,
-        f"LoRA, rank {rank}": found.lora,
-        f"DoRA, rank {rank}": found.lora + found.magnitudes,
-        f"VeRA, rank {vera_rank}": found.vera,
-        "LoraHub": modules,
-        "full fine-tuning": size(config),
+        entry.title.format(rank=rank, vera_rank=vera_rank): sum(trainable_count(entry, config, recipe, fused).values())
+        for entry in METHODS.values()
+        if entry.title is not None
     }
 
 

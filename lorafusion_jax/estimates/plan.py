@@ -42,7 +42,7 @@ def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workl
 
     Args:
       config: the base model.
-      methods: of `estimate.METHODS`.
+      methods: of `estimate.method_names`.
       tasks: name -> workload.
       settings: of all runs.
 

@@ -10,8 +10,9 @@ again backward. What is not split, norms and the fusion's own work, is not told 
 
 import dataclasses
 
+from ..methods.method import Update
 from ..models.architecture import Architecture
-from .flops import Shape, Update, step_flops, tokens
+from .flops import Shape, step_flops, tokens
 
 _ITEM = {"float32": 4, "bfloat16": 2}
 

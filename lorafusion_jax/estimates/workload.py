@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..checks import at_least
-from ..runs.options import Recipe
 from ..tasks import (
     LONGEST,
     Batch,
@@ -24,6 +23,7 @@ from ..tasks import (
     split,
     train_batches,
 )
+from ..training.recipe import Recipe
 from .flops import Shape
 
 # About what a vocabulary of 32,000 makes of English; where there is a tokenizer, it is what counts.

@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from ..crossbar import calibrate_tree
-from ..methods.method import Frozen, Method, Params
 from ..runs.prepare import Setup
 from ..tasks import Batch, Encoded, eval_batches
-from ..training.step import batch_logits
+from ..training.loss import batch_logits
+from ..training.problem import Frozen, Method, Params, Problem
 
 
 def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Frozen:
@@ -25,7 +25,8 @@ def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Fro
       frozen: the chip.
       rows: how many of the training rows.
     """
-    return calibrate_tree(logits_of(setup.graph, setup.method), frozen, list(calibration_batches(setup, params, rows)))
+    run = logits_of(setup.problem.graph, setup.problem.method)
+    return calibrate_tree(run, frozen, list(calibration_batches(setup, params, rows)))
 
 
 def calibration_batches(
@@ -34,8 +35,8 @@ def calibration_batches(
     """Yield the training rows to calibrate on, with every seed's numbers."""
     some = Encoded(*(part[:rows] for part in (setup.train.inputs, setup.train.labels)))
     for _, batch in eval_batches(some, min(batch_size, len(some)), pad_id=setup.tokenizer.pad_token_id):
-        for seed in range(setup.index.shape[0]):
-            yield jax.tree.map(lambda p, seed=seed: p[seed], dict(params)), setup.index[seed], batch
+        for seed in range(setup.problem.index.shape[0]):
+            yield jax.tree.map(lambda p, seed=seed: p[seed], dict(params)), setup.problem.index[seed], batch
 
 
 @functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each
@@ -44,13 +45,13 @@ def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Pa
 
     def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:
         params, index, batch = inputs
-        return batch_logits(params, batch, index, frozen, graph=graph, method=method)[0]
+        return batch_logits(params, batch, Problem(graph=graph, method=method, frozen=frozen, index=index))[0]
 
     return run
 
 
 def looped(setup: Setup) -> Setup:
     """Return the setup with a loop over layers: reads compile slowly, and unrolled ones as often as layers."""
-    model = nnx.merge(setup.graph, setup.frozen.base)
+    model = nnx.merge(setup.problem.graph, setup.problem.frozen.base)
     model.config = dataclasses.replace(model.config, unroll=False)
-    return dataclasses.replace(setup, graph=nnx.split(model)[0])
+    return setup.posing(graph=nnx.split(model)[0])

@@ -1,7 +1,7 @@
 """Several chips in one program, and chips that are drawn anew at every step.
 
 A fusion runs on one chip (`program`), each seed of a program on one of several (`program_chips`), or, to
-become robust on any chip, every training step on another one (`Redraw`).
+become robust on any chip, every training step on another one (`redrawn`).
 
 Axis letters: C chips, S seeds.
 """
@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
-from ..methods.method import Frozen
 from ..models.weights import reads
+from ..training.problem import Frozen
 from .program import Norms, program
 
 # A new chip at every step, or at every other one.
@@ -46,8 +46,8 @@ def _split(rules: Rules) -> tuple[_Structures, list[list[Any]]]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Redraw:
-    """What a training step draws its chip from.
+class Redrawn(Frozen):
+    """Weights on a chip, which training steps leave for chips that they draw.
 
     Attributes:
       digital: the weights that are written.
@@ -65,11 +65,44 @@ class Redraw:
     steps: Steps = dataclasses.field(metadata={"static": True})
     norm: Norms = dataclasses.field(metadata={"static": True})
 
+    def of_seed(self, number: Int[Array, ""]) -> Frozen:
+        """Return the weights of one seed, which draws chips of its own."""
+        return dataclasses.replace(reads(self, number), key=jax.random.fold_in(self.key, number))
 
-def redraw(digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redraw:
-    """Return what steps draw their chips from; arguments as for `program`."""
+    def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> Frozen:
+        """Return the chip of one training step: the one that is there, or a new one with its converters."""
+        here = reads(_plain(self), step)
+        rules, key = self.structures.rules(self.values), jax.random.fold_in(self.key, step)
+        new = _with_limits(program(graph, self.digital, rules, key, norm=self.norm), limits_of(here))
+        new = reads(new, step)
+        if self.steps == "every":
+            return new
+        return jax.tree.map(lambda a, b: jnp.where(step % 2 == 0, a, b), new, here)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChipPerSeed(Frozen):
+    """Weights on several chips: every leaf has a leading axis of chips.
+
+    Attributes:
+      chip_of_seed: which chip each seed of a program computes on.
+    """
+
+    chip_of_seed: Int[Array, " S"]
+
+    def of_seed(self, number: Int[Array, ""]) -> Frozen:
+        """Return the weights on one seed's chip."""
+        chip = self.chip_of_seed[number]
+        return reads(jax.tree.map(lambda leaf: leaf[chip], _plain(self)), number)
+
+
+def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redrawn:
+    """Return a chip that training steps leave for others; further arguments as for `program`."""
     structures, values = _split(rules)
-    return Redraw(digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm)
+    return Redrawn(
+        **_fields(chip), digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm
+    )
 
 
 def program_chips(
@@ -82,7 +115,7 @@ def program_chips(
     limits: Limits,
     modules: Int[Array, " P"] | None = None,
     norm: Norms = "ideal",
-) -> Frozen:
+) -> ChipPerSeed:
     """Return frozen weights on several chips, in one program.
 
     Args:
@@ -103,7 +136,7 @@ def program_chips(
         raise ValueError("chips of one program differ in plain numbers of their configurations: give these as arrays")
     values = jax.tree.map(lambda *of_chips: jnp.stack(of_chips), *(values for _, values in split))
     weights = _program_all(digital, values, keys, limits, modules, structures=split[0][0], graph=graph, norm=norm)
-    return dataclasses.replace(weights, chip_of_seed=of_seed)
+    return ChipPerSeed(**_fields(weights), chip_of_seed=of_seed)
 
 
 def limits_of(frozen: Frozen) -> Limits:
@@ -111,30 +144,13 @@ def limits_of(frozen: Frozen) -> Limits:
     return [(leaf.limits, leaf.input_limit) for leaf in chips_in(frozen)]
 
 
-def of_seed(frozen: Frozen, number: Array) -> Frozen:
-    """Return what a seed of a program computes on, to be read with noise of its own."""
-    if frozen.chip_of_seed is not None:
-        chip = frozen.chip_of_seed[number]
-        frozen = jax.tree.map(lambda leaf: leaf[chip], dataclasses.replace(frozen, chip_of_seed=None))
-    frozen = reads(frozen, number)
-    if frozen.redraw is None:
-        return frozen
-    drawn = dataclasses.replace(frozen.redraw, key=jax.random.fold_in(frozen.redraw.key, number))
-    return dataclasses.replace(frozen, redraw=drawn)
+def _fields(frozen: Frozen) -> dict[str, Any]:
+    return {field.name: getattr(frozen, field.name) for field in dataclasses.fields(Frozen)}
 
 
-def of_step(frozen: Frozen, step: Array, graph: nnx.GraphDef) -> Frozen:
-    """Return what a training step computes on: the chip that is there, or a new one with its converters."""
-    here = reads(dataclasses.replace(frozen, redraw=None), step)
-    source = frozen.redraw
-    if source is None:
-        return here
-    rules, key = source.structures.rules(source.values), jax.random.fold_in(source.key, step)
-    new = _with_limits(program(graph, source.digital, rules, key, norm=source.norm), limits_of(here))
-    new = reads(new, step)
-    if source.steps == "every":
-        return new
-    return jax.tree.map(lambda a, b: jnp.where(step % 2 == 0, a, b), new, here)
+def _plain(frozen: Frozen) -> Frozen:
+    """Return the weights alone."""
+    return Frozen(**_fields(frozen))
 
 
 @partial(jax.jit, static_argnames=("structures", "graph", "norm"))

@@ -15,14 +15,15 @@ from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
 from ..io.checkpoint import write_json
+from ..methods.fusion import Fusion
 from ..methods.lora import LoRA
-from ..methods.method import Fusion, Params
 from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..runs.apply import EvaluateOptions, load_to_evaluate
 from ..runs.evaluate import evaluate
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.prepare import Setup
+from ..training.problem import Params
 from ..training.progress import progress
 from .calibration import looped
 from .folder import Chips, aged, load_chips
@@ -152,7 +153,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 calibration_rows=options.calibration_rows,
             )
             everyone = for_every_chip(params, count)
-            found = evaluate(on_all, everyone, on_all.index, batch_size=options.eval_batch)
+            found = evaluate(on_all, everyone, batch_size=options.eval_batch)
             matches = found.exact_match.reshape(count, -1)
             losses = np.asarray(found.loss, float).reshape(count, -1)
             rows += [
@@ -194,13 +195,13 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     Raises:
       ValueError: the run trained no LoRA.
     """
-    method = setup.method
+    problem, method = setup.problem, setup.problem.method
     if not isinstance(method, LoRA) or method.dora:
         raise ValueError("the run trained no LoRA that could be written into cells: leave out --lora-in cells")
     A: dict[str, Weight] = {site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()}
     scale = method.alpha / method.rank
     B: dict[str, Weight] = {site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()}
-    seeds = setup.index.shape[0]
+    seeds = problem.index.shape[0]
     pool = LoraPool(
         A=A,
         B=B,
@@ -209,11 +210,10 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     )
     as_it_is = Fusion(composition="sum", granularity="global", magnitudes=False)
     index = jnp.arange(seeds)[:, None]
-    used = {site: kernel for site, kernel in kernels(nnx.merge(setup.graph, setup.frozen.base)).items() if site in A}
-    frozen = dataclasses.replace(setup.frozen, pool=pool, gram=jax.jit(gram)(pool, used))
-    return dataclasses.replace(setup, frozen=frozen, method=as_it_is, index=index), {
-        "coefficients": jnp.ones((seeds, 1))
-    }
+    model = nnx.merge(problem.graph, problem.frozen.base)
+    used = {site: kernel for site, kernel in kernels(model).items() if site in A}
+    frozen = dataclasses.replace(problem.frozen, pool=pool, gram=jax.jit(gram)(pool, used))
+    return setup.posing(frozen=frozen, method=as_it_is, index=index), {"coefficients": jnp.ones((seeds, 1))}
 
 
 def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:

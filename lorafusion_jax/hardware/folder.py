@@ -112,7 +112,7 @@ class Chips:
     def _check_drawn(self, fused: Fused) -> None:
         """Draw one weight of chip 0 again, and compare it with the arrays as they were written."""
         folder = Path(self.name) / "chip_0"
-        base = matrices(nnx.merge(fused.graph, fused.frozen.base))
+        base = matrices(nnx.merge(fused.problem.graph, fused.problem.frozen.base))
         site = next((site for site in base if (folder / f"{site}.npz").is_file()), None)
         if site is None:
             return
@@ -154,12 +154,12 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
 
 def digests(fused: Fused) -> dict[str, Any]:
     """Return the SHA-256 of the base model's matrices, and of every module that is loaded, as float32."""
-    model = nnx.merge(fused.graph, fused.frozen.base)
+    model = nnx.merge(fused.problem.graph, fused.problem.frozen.base)
     base = hashlib.sha256()
     for weight in matrices(model).values():
         base.update(np.asarray(dense(weight, jnp.float32)).tobytes())
     modules = {}
-    if (pool := fused.frozen.pool) is not None:
+    if (pool := fused.problem.frozen.pool) is not None:
         for n, name in enumerate(pool.names):
             of_module = hashlib.sha256()
             for factor in (pool.A, pool.B):

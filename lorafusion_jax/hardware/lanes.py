@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ..crossbar import Rules
-from ..methods.method import Params
 from ..runs.prepare import Setup
 from ..tasks import Split
+from ..training.problem import Params
 from .calibration import calibrate
 from .chips import limits_of, program_chips
 from .program import Norms, program
@@ -43,15 +43,17 @@ def on_every_chip(
       norm: of which weights the magnitudes' norms are.
       calibration_rows: training rows that the ranges are calibrated on.
     """
-    first = program(setup.graph, setup.frozen, rules, keys[0], modules=modules, norm=norm)
+    problem = setup.problem
+    first = program(problem.graph, problem.frozen, rules, keys[0], modules=modules, norm=norm)
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
-    count, seeds = len(keys), len(setup.index)
+    count, seeds = len(keys), len(problem.index)
     chip_of_seed = jnp.repeat(jnp.arange(count), seeds)
     frozen = program_chips(
-        setup.graph, setup.frozen, [rules] * count, keys, chip_of_seed, limits=limits, modules=modules, norm=norm
+        problem.graph, problem.frozen, [rules] * count, keys, chip_of_seed, limits=limits, modules=modules, norm=norm
     )
     split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
-    return dataclasses.replace(setup, frozen=frozen, index=jnp.tile(setup.index, (count, 1)), split=split)
+    on_all = setup.posing(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
+    return dataclasses.replace(on_all, split=split)
 
 
 def for_every_chip(tree: _Tree, count: int) -> _Tree:

@@ -13,9 +13,9 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import gram, norms
 from ..crossbar import Rules, program_tree
-from ..methods.method import Frozen
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
+from ..training.problem import Frozen
 
 # Of which weights the magnitudes' norms are: those on the chip, which take reading back, or those meant to be there.
 Norms = Literal["programmed", "ideal"]

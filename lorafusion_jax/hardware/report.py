@@ -1,6 +1,5 @@
 """The report of a run on chips: accuracy of each chip, errors by site, arrays and conversions."""
 
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
 from ..io.checkpoint import write_json
-from ..methods.method import Frozen
 from ..runs.evaluate import seed_rows
 from ..runs.scoring import evaluate_seeds
+from ..training.problem import Frozen
 from ..training.progress import progress
 from .calibration import calibration_batches, logits_of, looped
 from .evaluate import EvaluateOnChipsOptions, asked, cases
@@ -35,19 +34,19 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     params, chips = on.params, on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
     setup = looped(on.setup)
-    run = logits_of(setup.graph, setup.method)
+    problem = setup.problem
+    run = logits_of(problem.graph, problem.method)
     batches = list(calibration_batches(setup, params, options.calibration_rows, batch_size=options.eval_batch))
     found, sites = [], []
     with progress("chips", on.count) as bar:
         for chip in range(on.count):
             began = time.perf_counter()
             rules, key = chips.rules(config), chips.chip_key(chip)
-            frozen = program(setup.graph, setup.frozen, rules, key, modules=on.modules, norm=options.norm)
+            frozen = program(problem.graph, problem.frozen, rules, key, modules=on.modules, norm=options.norm)
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()
-            on_chip = dataclasses.replace(setup, frozen=frozen)
-            seeds, scores = evaluate_seeds(on_chip, on.fused, params)
+            seeds, scores = evaluate_seeds(setup.posing(frozen=frozen), on.fused, params)
             seconds = {"program": calibrated - began, "evaluate": time.perf_counter() - calibrated}
             found.append({"chip": chip, "seeds": seed_rows(seeds, scores), "seconds": seconds, "matrices": rows})
             sites = _sites(frozen)

@@ -7,12 +7,14 @@ import jax
 from jaxtyping import Array, Int
 
 from ..crossbar import CrossbarConfig, deterministic, is_random
+from ..methods import find
 from ..methods.merge import Merge
-from ..methods.method import Frozen, Params
 from ..runs.options import FuseOptions
 from ..runs.prepare import Setup, available
+from ..runs.run import Placed
+from ..training.problem import Frozen, Params
 from .calibration import calibrate, looped
-from .chips import redraw
+from .chips import redrawn
 from .folder import Chips, aged, load_chips
 from .program import program
 
@@ -24,14 +26,15 @@ _STEPS = 2**32 - 1
 
 def check(setup: Setup, options: FuseOptions) -> None:
     """Raise ValueError for a run that leaves no frozen model to program, or has no rows to calibrate ADCs on."""
-    if options.method in ("full", "constant"):
+    method = find(options.method)
+    if "base" in method.groups or method.answers == "nothing":
         raise ValueError(f"the method {options.method} leaves no frozen model to program: it has no place on arrays")
     if not len(setup.train):
         raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
 
 
-def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> tuple[Setup, Setup]:
-    """Return what a run trains on and what it is evaluated on: its chip, calibrated.
+def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
+    """Return what a run trains on, and what it is evaluated on: its chip, calibrated.
 
     Args:
       setup: digital.
@@ -51,11 +54,12 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> tuple[Setup
     if asked.noise in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --noise chip or --noise none")
     setup = looped(without_merged_pool(setup))
+    graph, digital = setup.problem.graph, setup.problem.frozen
 
     def calibrated(config: CrossbarConfig) -> Frozen:
         numbers = module_numbers(setup, options, chips)
         key = chips.chip_key(asked.chip)
-        chip = program(setup.graph, setup.frozen, chips.rules(config), key, modules=numbers, norm=asked.norm)
+        chip = program(graph, digital, chips.rules(config), key, modules=numbers, norm=asked.norm)
         return calibrate(setup, params, chip, rows=CALIBRATION_ROWS)
 
     chip = calibrated(config)
@@ -65,20 +69,26 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> tuple[Setup
     elif asked.noise != "chip":
         key = jax.random.fold_in(chips.key, _STEPS)
         steps = "every" if asked.noise == "fresh" else "other"
-        source = redraw(setup.frozen, chips.rules(config), key, steps=steps, norm=asked.norm)
-        training = dataclasses.replace(chip, redraw=source)
-    return dataclasses.replace(setup, frozen=training), dataclasses.replace(setup, frozen=chip)
+        training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
+
+    def tested(trained: Params) -> Setup:
+        # Again, on what the trained numbers bring to the converters.
+        return setup.posing(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
+
+    return Placed(setup.posing(frozen=training), tested)
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:
     """Return the numbers that the setup's modules have on the chips; None without a pool."""
-    if setup.frozen.pool is None or options.pool is None:
+    pool = setup.problem.frozen.pool
+    if pool is None or options.pool is None:
         return None
-    return chips.numbers(setup.frozen.pool.names, available(Path(options.pool)))
+    return chips.numbers(pool.names, available(Path(options.pool)))
 
 
 def without_merged_pool(setup: Setup) -> Setup:
     """Return the setup without modules that are in no array: what is read is the module that a merge made of them."""
-    if isinstance(setup.method, Merge) and setup.method.kind != "cat":
-        return dataclasses.replace(setup, frozen=dataclasses.replace(setup.frozen, pool=None, gram=None))
+    problem = setup.problem
+    if isinstance(problem.method, Merge) and problem.method.kind != "cat":
+        return setup.posing(frozen=dataclasses.replace(problem.frozen, pool=None, gram=None))
     return setup

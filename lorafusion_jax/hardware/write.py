@@ -22,9 +22,10 @@ from ..crossbar import (
     write_cost,
 )
 from ..io.checkpoint import new_folder, write_json
-from ..runs.options import FuseOptions, Recipe
+from ..runs.options import FuseOptions
 from ..runs.prepare import available, load_fused
 from ..training.progress import progress
+from ..training.recipe import Recipe
 from .folder import CONFIG, MANIFEST, Chips, digests
 from .program import program
 
@@ -78,10 +79,10 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
     recipe = Recipe(modules=len(names))
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
     with new_folder(options.out) as folder:
-        leaves: list[Chip] = []
+        problem, leaves = fused.problem, list[Chip]()
         with progress("chips", options.chips) as bar:
             for number in range(options.chips):
-                chip = program(fused.graph, fused.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
+                chip = program(problem.graph, problem.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
                 leaves = chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:

@@ -1,0 +1,43 @@
+"""The methods that can be trained or compared, by name. A new one is a file, and a line here."""
+
+from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
+from .method import MethodEntry
+
+METHODS: dict[str, MethodEntry] = {}
+
+
+def register(*entries: MethodEntry) -> None:
+    """Add methods to the registry: runs, counts, plans and bills then have them.
+
+    Raises:
+      ValueError: a name is taken.
+    """
+    for entry in entries:
+        if entry.name in METHODS:
+            raise ValueError(f"there is a method {entry.name!r} already: give this one another name")
+        METHODS[entry.name] = entry
+
+
+def find(name: str) -> MethodEntry:
+    """Return a method of the registry.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+register(
+    *fusion.ENTRIES,
+    *magnitudes.ENTRIES,
+    *lora.ENTRIES,
+    *vera.ENTRIES,
+    *lorahub.ENTRIES,
+    *cma.ENTRIES,
+    *full.ENTRIES,
+    *mean.ENTRIES,
+    *merge.ENTRIES,
+    *untrained.ENTRIES,
+)

@@ -7,15 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .method import Frozen, Params
+from ..training.problem import Frozen, Method, Params
+from ..training.recipe import Recipe
+from .method import MethodEntry, Placement, Update
 
 
 @dataclasses.dataclass(frozen=True)
-class FullFineTuning:
+class FullFineTuning(Method):
     """All weights, in float32.
 
-    Group `base`: path in the model's state -> weight (see `methods.adapted_model`).
+    Group `base`: path in the model's state -> weight (see `Problem.adapted_model`).
     """
+
+    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+        """Return the rate of all weights."""
+        return {"base": recipe.lr_full}
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         """Return the pretrained weights."""
@@ -28,6 +34,17 @@ class FullFineTuning:
         """Return no adapters."""
         return {}, {}
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return that every number counts."""
-        return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+ENTRIES = (
+    MethodEntry(
+        name="full",
+        help="train every weight of the base model",
+        title="full fine-tuning",
+        build=lambda built: FullFineTuning(),
+        update=lambda recipe, modules: Update(kind="full", targets=recipe.lora_targets),
+        groups=("base",),
+        placements=lambda billed: {
+            "full fine-tuning": Placement(installed_words=billed.counts["base"] - billed.base, passes=1)
+        },
+    ),
+)

@@ -1,6 +1,8 @@
 """LoRA, the baseline: one new low-rank module, trained from scratch; with magnitudes it is DoRA."""
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +11,15 @@ from jaxtyping import Array, Int
 
 from ..adapters.updates import LowRank, WeightDecomposed
 from ..models.architecture import Site
-from .method import Frozen, Params
+from ..models.weights import Weight
+from ..training.problem import Frozen, Method, Params
+from ..training.recipe import Recipe
+from .magnitudes import with_norms
+from .method import Billed, Built, MethodEntry, Placement, Update, module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(Method):
     """One new module, as PEFT starts it.
 
     Groups: `lora`, A uniform within d_in ** -0.5, and B zeros; for DoRA also `magnitudes`, site -> [L, d_out].
@@ -29,6 +35,14 @@ class LoRA:
     rank: int = 16
     alpha: float = 32.0
     dora: bool = False
+
+    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+        """Return the rates of A and B, and of DoRA's magnitudes."""
+        return {"lora": recipe.lr_lora, "magnitudes": recipe.lr_magnitudes}
+
+    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+        """Return the frozen weights, for DoRA with ||W|| of every column."""
+        return with_norms(frozen, kernels, [name for name, _ in self.sites]) if self.dora else frozen
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         """Return random A and zero B for every site, and the columns' norms as magnitudes."""
@@ -55,6 +69,59 @@ class LoRA:
             return {site: WeightDecomposed(A[site], B[site], params["magnitudes"][site]) for site in A}, {}
         return {site: LowRank(A[site], B[site]) for site in A}, {}
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return that every number counts."""
-        return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+def _build(built: Built, *, dora: bool) -> LoRA:
+    rank = built.recipe.lora_rank
+    return LoRA(sites=built.sites, rank=rank, alpha=2.0 * rank, dora=dora)
+
+
+def _in_cells(billed: Billed) -> Placement:
+    return Placement(
+        installed_words=0, matrices=module(billed.rank), macs=lambda site: site.d_out, stays_in="arrays", passes=1
+    )
+
+
+def _lora_placements(billed: Billed) -> dict[str, Placement]:
+    r, cells = billed.rank, _in_cells(billed)
+    sram = dataclasses.replace(
+        cells,
+        installed_words=sum(billed.counts.values()),
+        macs=lambda site: r * (site.d_in + site.d_out) + site.d_out,
+        words=lambda site: r * (site.d_in + site.d_out),
+        stays_in="memory",
+        passes=0,
+    )
+    every_step = dataclasses.replace(cells, trains_in="arrays", passes=billed.steps)
+    return {"LoRA in cells": cells, "LoRA in cells, every step": every_step, "LoRA in SRAM": sram}
+
+
+def _dora_placements(billed: Billed) -> dict[str, Placement]:
+    cells = dataclasses.replace(
+        _in_cells(billed),
+        installed_words=billed.counts["magnitudes"],
+        macs=lambda site: 2 * site.d_out,
+        words=lambda site: site.d_out,
+    )
+    return {"DoRA in cells": cells}
+
+
+ENTRIES = (
+    MethodEntry(
+        name="lora",
+        help="train one new low-rank module",
+        title="LoRA, rank {rank}",
+        build=partial(_build, dora=False),
+        update=lambda recipe, modules: Update(kind="lora", rank=recipe.lora_rank, targets=recipe.lora_targets),
+        groups=("lora",),
+        placements=_lora_placements,
+    ),
+    MethodEntry(
+        name="dora",
+        help="train one new low-rank module, and magnitudes",
+        title="DoRA, rank {rank}",
+        build=partial(_build, dora=True),
+        update=lambda recipe, modules: Update(kind="dora", rank=recipe.lora_rank, targets=recipe.lora_targets),
+        groups=("lora", "magnitudes"),
+        placements=_dora_placements,
+    ),
+)

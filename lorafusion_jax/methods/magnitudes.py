@@ -1,22 +1,39 @@
 """Magnitudes alone: the columns of the base's own matrices are rescaled, and no pool is needed."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from ..adapters.norms import norms
 from ..adapters.updates import Rescaled
-from .method import Frozen, Params
+from ..models.weights import Weight
+from ..training.problem import Frozen, Method, Params
+from ..training.recipe import Recipe
+from .method import Built, MethodEntry, Update
 
 
 @dataclasses.dataclass(frozen=True)
-class Magnitudes:
+class Magnitudes(Method):
     """LoRAFusion's magnitudes without its coefficients: y = m / ||W|| * x W.
 
     Group `magnitudes`: site -> [L, d_out], from ||W||.
+
+    Attributes:
+      sites: which linear maps; None for all.
     """
+
+    sites: tuple[str, ...] | None = None
+
+    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+        """Return the rate of the magnitudes."""
+        return {"magnitudes": recipe.lr_magnitudes}
+
+    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+        """Return the frozen weights with ||W|| of every column."""
+        return with_norms(frozen, kernels, self.sites)
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         """Return the columns' norms."""
@@ -30,6 +47,24 @@ class Magnitudes:
         assert frozen.norms is not None
         return {site: Rescaled(m / frozen.norms[site]) for site, m in params["magnitudes"].items()}, {}
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return that every number counts."""
-        return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+def with_norms(frozen: Frozen, kernels: Mapping[str, Weight], sites: Iterable[str] | None) -> Frozen:
+    """Return the frozen weights with ||W|| of every column of some sites; None for all."""
+    adapted = {name: kernels[name] for name in (kernels if sites is None else sites)}
+    return dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))
+
+
+def _build(built: Built) -> Magnitudes:
+    return Magnitudes(tuple(name for name, _ in built.sites))
+
+
+ENTRIES = (
+    MethodEntry(
+        name="magnitudes",
+        help="train the magnitudes of the base's own matrices, alone",
+        title="LoRAFusion, magnitudes only",
+        build=_build,
+        update=lambda recipe, modules: Update(kind="magnitudes", targets=recipe.lora_targets),
+        groups=("magnitudes",),
+    ),
+)

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Int
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank
-from .method import Frozen, Params
+from ..training.problem import Frozen, Method, Params
+from .method import Built, MethodEntry, fused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Merge:
+class Merge(Method):
     """A merge of the modules, made once: every weight is the same, and nothing is trained.
 
     Group `merged`: A and B of the result; `cat` reads the pool where it lies, and its group is `weights` [N]. None
@@ -70,3 +71,23 @@ class Merge:
         if frozen.pool is None:
             raise ValueError("a merge needs a pool: Frozen(base, pool)")
         return merge(frozen.pool, index, weights, self.kind, density=self.density, rank=self.rank, key=key)
+
+
+def _build(built: Built) -> Merge:
+    found = Merge(kind=built.recipe.merge, density=built.recipe.density)
+    assert built.pool is not None
+    found.check(built.pool)
+    return found
+
+
+ENTRIES = (
+    MethodEntry(
+        name="merge",
+        help="combine the modules by one of PEFT's rules",
+        build=_build,
+        # Made once, it counts as the mix whose rank it has.
+        update=lambda recipe, modules: fused(recipe, modules, "mix"),
+        pool=True,
+        learns="given",
+    ),
+)

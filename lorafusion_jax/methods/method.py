@@ -1,223 +1,211 @@
-"""What is trained: fusion of a pool; the other methods are in `baselines`. All put adapters on the same frozen model.
+"""A method as users choose it: its entry in the registry, with all that runs, counts, plans and bills ask about it.
 
-A method is a frozen dataclass (hashable, a static argument of the jitted step). Its trainable numbers are a
-dictionary of groups, each with a learning rate of its own.
+Letters: N modules of a fusion, P modules in memory, r rank.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int
-
-from ..adapters import coefficients as coefficients_lib
-from ..adapters.coefficients import Granularity, Start
-from ..adapters.composition import check_mix, compose
-from ..adapters.norms import Gram, column_norms
 from ..adapters.pool import LoraPool
-from ..adapters.updates import Composition
-from ..models.architecture import Model
+from ..models.architecture import Architecture, Site, targeted
+from ..training.problem import Method, Params, Problem
+from ..training.recipe import Recipe
+from ..training.rows import TrainingRows
 
-Params = dict[str, Any]
-
-
-class Projections(NamedTuple):
-    """Random matrices, of which a site takes the first rows of A and the first columns of B."""
-
-    A: Float[Array, "*C widest_in r"]
-    B: Float[Array, "*C r widest_out"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """What no step changes.
-
-    Attributes:
-      base: the base model's weights.
-      pool: of modules, for methods that fuse.
-      gram: the pool's Gram terms on the base.
-      norms: site -> [L, d_out], ||W|| of every column of the sites that a baseline with magnitudes adapts.
-      projections: VeRA's random matrices, which all sites share.
-      redraw: what training steps draw chips from (`chips.Redraw`); None: the weights stay as they are.
-      chip_of_seed: which chip each seed of a program computes on, where all leaves have a leading axis of chips.
-    """
-
-    base: nnx.State
-    pool: LoraPool | None = None
-    gram: Gram | None = None
-    norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
-    projections: Projections | None = None
-    redraw: Any = None
-    chip_of_seed: Int[Array, " S"] | None = None
-
-
-@runtime_checkable
-class Method(Protocol):
-    """How trainable numbers become adapters.
-
-    `index` [N] says which modules of the pool a seed fuses; a method without a pool ignores it.
-    """
-
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return the numbers that training starts from, by group."""
-        ...
-
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the adapters for the model, and metrics about them."""
-        ...
-
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return, in the shape of `params`, which numbers act on anything: the others are not counted."""
-        ...
+UpdateKind = Literal["none", "magnitudes", "mix", "sum", "lora", "dora", "vera", "full"]
+Matrix = tuple[int, int]
+Place = Literal["arrays", "memory"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """LoRAFusion: coefficients mix the frozen pool, magnitudes rescale the adapted columns.
-
-    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]. A DoRA pool has
-    magnitudes of its own: they are where trained ones start, and stay as they are where only coefficients are trained.
+class Update:
+    """The arithmetic of a method at every adapted matrix.
 
     Attributes:
-      composition: `mix` or `sum` (see `adapters.composition`).
-      granularity: of the coefficients: one per module, and block, site or rank.
-      start: of the coefficients.
-      magnitudes: train them; else coefficients only.
-      differentiate_norm: let gradients flow through ||W + dW|| (PEFT's DoRA does not).
+      kind: `mix` and `sum` fuse modules, `lora`, `dora` and `vera` are one new module each.
+      rank: of one module.
+      modules: N.
+      pool: P, those that any seed fuses; `mix` reads all of them.
+      magnitudes: a fusion has them.
+      targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
     """
 
-    composition: Composition = "sum"
-    granularity: Granularity = "block"
-    start: Start = "uniform"
-    magnitudes: bool = True
-    differentiate_norm: bool = False
+    kind: UpdateKind
+    rank: int = 16
+    modules: int = 1
+    pool: int = 1
+    magnitudes: bool = False
+    targets: tuple[str, ...] | None = None
 
-    def __post_init__(self) -> None:
-        if self.composition == "mix" and self.start == "zeros":
-            raise ValueError(
-                "a mix that starts at zero never moves: its gradient is exactly zero there. "
-                "Start from xavier or uniform, or use the composition sum"
-            )
+    def width(self, site: Site) -> int:
+        """Return how many numbers a token has between the two products of the update; 0 where there are none."""
+        if self.kind in ("none", "magnitudes", "full") or self.is_dense(site):
+            return 0
+        return self.rank * (self.modules if self.kind == "sum" else 1)
 
-    def check(self, pool: LoraPool) -> None:
-        """Raise ValueError where this fusion cannot use the pool."""
-        if self.composition == "mix":
-            check_mix(pool)
-
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return coefficients and, where trained, magnitudes: those of the base, or of a DoRA pool.
-
-        Raises:
-          ValueError: there is no pool, or a mix cannot use it (see `composition.check_mix`).
-        """
-        pool, gram = _pool_of(frozen)
-        if self.composition == "mix":
-            check_mix(pool, index)
-        shape = coefficients_lib.shape(pool, index.shape[0], self.granularity)
-        params: Params = {"coefficients": coefficients_lib.initial(shape, self.start, key)}
-        if pool.magnitude is not None:  # one adapter, which training starts from as it is
-            params["coefficients"] = jnp.ones(shape, jnp.float32)
-        if self.magnitudes:
-            params["magnitudes"] = _magnitudes(pool.magnitude or column_norms(gram), frozen, index)
-        return params
-
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the fused adapters; metrics: `floored_norms`, columns whose norm was floored."""
-        pool, gram = _pool_of(frozen)
-        spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
-        magnitudes = params.get("magnitudes", pool.magnitude)
-        if magnitudes is not None:
-            magnitudes = _magnitudes(magnitudes, frozen, index)
-        adapters, floored = compose(
-            pool,
-            index,
-            spread,
-            self.composition,
-            gram=gram,
-            magnitudes=magnitudes,
-            differentiate_norm=self.differentiate_norm,
-        )
-        return adapters, {"floored_norms": floored}
-
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return which coefficients meet a module that is there, and which columns any module adapts."""
-        pool, _ = _pool_of(frozen)
-        acting: Params = {"coefficients": coefficients_lib.present(pool, index, self.granularity)}
-        if self.magnitudes:
-            adapted = _adapted(pool, index)
-            acting["magnitudes"] = {
-                s: jnp.broadcast_to(adapted[s][:, None], m.shape) for s, m in params["magnitudes"].items()
-            }
-        return acting
+    def is_dense(self, site: Site) -> bool:
+        """Whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
+        return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 
-def adapted_model(
-    params: Params, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
-) -> tuple[Model, dict[str, Any], dict[str, Array]]:
-    """Return the model, the adapters to call it with, and metrics about them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a method's adapters stand in hardware, and what a token does next to them.
 
-    Weights in the group `base`, by path, take the place of the frozen ones.
+    Attributes:
+      installed_words: trained numbers that end in memory.
+      matrices: that a site's adapter consists of, A before B.
+      macs: digital multiply-adds of a token at a site, at inference.
+      words: read from memory for them.
+      trains_in: where the adapters are while they are trained.
+      stays_in: where they are afterwards.
+      passes: times that their cells are written for the task.
+      shared: all sites read the same matrices.
     """
-    adapters, metrics = method.adapters(params, frozen, index)
-    weights = frozen.base
-    if "base" in params:
-        by_path, tree = jax.tree.flatten_with_path(frozen.base)
-        weights = tree.unflatten([params["base"][jax.tree_util.keystr(path)] for path, _ in by_path])
-    return nnx.merge(graph, weights), adapters, metrics
+
+    installed_words: int
+    matrices: Callable[[Site], list[Matrix]] = lambda site: []
+    macs: Callable[[Site], int] = lambda site: 0
+    words: Callable[[Site], int] = lambda site: 0
+    trains_in: Place = "memory"
+    stays_in: Place = "memory"
+    passes: int = 0
+    shared: bool = False
 
 
-# What LoraHub composes: A' = sum_n w_n A_n, B' = sum_n w_n B_n, one weight for every module.
-LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
+class Built(NamedTuple):
+    """What a method is built for.
+
+    Attributes:
+      config: of the base model.
+      recipe: of the run.
+      pool: of the modules that any seed draws; None for a method without one.
+      modules: how many of them a seed has.
+    """
+
+    config: Architecture
+    recipe: Recipe
+    pool: LoraPool | None
+    modules: int
+
+    @property
+    def sites(self) -> tuple[tuple[str, Site], ...]:
+        """The linear maps that a method without a pool adapts."""
+        return tuple(targeted(self.config, self.recipe.lora_targets, "lora_targets").items())
 
 
-def check_lorahub(pool: LoraPool) -> None:
-    """Raise ValueError where LoraHub's objective is not defined on the pool."""
-    if pool.magnitude is not None:
-        raise ValueError(
-            "LoraHub's weights scale plain LoRAs, and weights of zero stand for the base, but a DoRA adapter has "
-            "magnitudes besides: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
-        )
+class Fused(NamedTuple):
+    """The modules that a plan counts with.
+
+    Attributes:
+      rank: of one module.
+      pool: P.
+      targets: the linear maps that they adapt.
+    """
+
+    rank: int
+    pool: int
+    targets: tuple[str, ...] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class ZeroShot:
-    """The base model as it is: nothing is trained."""
+class Billed(NamedTuple):
+    """What a bill counts with.
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return no numbers."""
-        return {}
+    Attributes:
+      recipe: of the task.
+      rank: of one module.
+      counts: how many numbers the method trains, by group.
+      steps: of training.
+      base: numbers of the base model that sit in arrays.
+    """
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return no adapters."""
-        return {}, {}
-
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return no numbers."""
-        return {}
-
-
-def _pool_of(frozen: Frozen) -> tuple[LoraPool, Gram]:
-    if frozen.pool is None or frozen.gram is None:
-        raise ValueError("a fusion needs a pool and its Gram terms: Frozen(base, pool, gram(pool, kernels))")
-    return frozen.pool, frozen.gram
+    recipe: Recipe
+    rank: int
+    counts: Mapping[str, int]
+    steps: int
+    base: int
 
 
-def _adapted(pool: LoraPool, index: Int[Array, " N"]) -> dict[str, Array]:
-    """Return, by site, in which layers [L] any of the chosen modules is there."""
-    return {site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()}
+class SearchJob(NamedTuple):
+    """What a search works on.
+
+    Attributes:
+      problem: of all seeds.
+      rows: that they search on.
+      recipe: of the run.
+      seeds: of the run.
+      modules: names of the modules, by seed.
+      record: takes rows for the run's metrics.
+    """
+
+    problem: Problem
+    rows: TrainingRows
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    modules: tuple[tuple[str, ...], ...]
+    record: Callable[[Iterable[Mapping[str, Any]]], None]
 
 
-def _magnitudes(magnitudes: dict[str, Array], frozen: Frozen, index: Int[Array, " N"]) -> dict[str, Array]:
-    """Return the magnitudes, but ||W|| in layers that none of the chosen modules adapts: no value tells those apart."""
-    pool, gram = _pool_of(frozen)
-    adapted, norms = _adapted(pool, index), column_norms(gram)
-    return {s: jnp.where(adapted[s][:, None], m.astype(norms[s].dtype), norms[s]) for s, m in magnitudes.items()}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodEntry:
+    """A method of the registry.
+
+    Attributes:
+      name: as in `lorafusion fuse --method NAME`.
+      help: one line about it.
+      build: returns what is trained.
+      update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
+      title: in a table of counts, with {rank} and {vera_rank}; None where it has no row of its own.
+      pool: it fuses a pool.
+      learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
+      groups: of the numbers that it trains.
+      counts: the numbers that it finds count as trained.
+      answers: by the `model`, by the model with `examples` in the prompt, or with `nothing` but the training rows.
+      seeded: seeds differ.
+      check: raises ValueError, before anything is loaded, for a recipe that the method cannot use or a library that is
+        not installed.
+      search: of a method that is searched: returns its numbers, and how many steps each seed took.
+      evaluations: how often a search passes the training rows, from the recipe and a seed's number of modules.
+      at_once: how many evaluations of each seed run at once.
+      placements: how it can stand in hardware, by a title for the bill; none where it is not billed.
+    """
+
+    name: str
+    help: str
+    build: Callable[[Built], Method]
+    update: Callable[[Recipe, Fused], Update]
+    title: str | None = None
+    pool: bool = False
+    learns: Literal["trained", "searched", "given", "untrained"] = "trained"
+    groups: tuple[str, ...] = ()
+    counts: bool = True
+    answers: Literal["model", "examples", "nothing"] = "model"
+    seeded: bool = True
+    check: Callable[[Recipe], None] = lambda recipe: None
+    search: Callable[[SearchJob], tuple[Params, int]] | None = None
+    evaluations: Callable[[Recipe, int], int] = lambda recipe, modules: 0
+    at_once: Callable[[Recipe], int] = lambda recipe: 1
+    placements: Callable[[Billed], dict[str, Placement]] = lambda billed: {}
+
+    @property
+    def counted(self) -> bool:
+        """Whether there are trained numbers to count."""
+        return self.learns in ("trained", "searched") and self.counts
+
+
+def module(rank: int) -> Callable[[Site], list[Matrix]]:
+    """Return the A and B of one module at a site."""
+    return lambda site: [(site.d_in, rank), (rank, site.d_out)]
+
+
+def fused(recipe: Recipe, modules: Fused, kind: UpdateKind, *, magnitudes: bool = False) -> Update:
+    """Return the update of a method that fuses the recipe's number of modules."""
+    return Update(
+        kind=kind,
+        rank=modules.rank,
+        modules=recipe.modules,
+        pool=modules.pool,
+        magnitudes=magnitudes,
+        targets=modules.targets,
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,13 +11,17 @@ from jaxtyping import Array, Int
 
 from ..adapters.updates import LowRank
 from ..models.architecture import Site
-from .method import Frozen, Params, Projections
+from ..models.weights import Weight
+from ..training.problem import Frozen, Method, Params, Projections
+from ..training.recipe import Recipe
+from .method import Billed, MethodEntry, Placement, Update, module
 
 _START = 0.1  # of d, PEFT's
+_PROJECTION_KEY = 0  # the matrices are those of every run, as PEFT's are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRA:
+class VeRA(Method):
     """Two vectors for each matrix: dW = (A * d) (B * b), `b` starting at zero.
 
     Group `vera`: `d`, site -> [L, r], and `b`, site -> [L, d_out].
@@ -30,6 +35,14 @@ class VeRA:
 
     sites: tuple[tuple[str, Site], ...]
     rank: int = 128
+
+    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+        """Return the rate of both vectors."""
+        return {"vera": recipe.lr_vera}
+
+    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+        """Return the frozen weights with the random matrices."""
+        return dataclasses.replace(frozen, projections=self.projections(jax.random.key(_PROJECTION_KEY)))
 
     def projections(self, key: Array) -> Projections:
         """Return the random matrices, Kaiming uniform as PEFT draws them."""
@@ -59,6 +72,29 @@ class VeRA:
             for name, site in self.sites
         }, {}
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return that every number counts."""
-        return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+def _placements(billed: Billed) -> dict[str, Placement]:
+    rank = billed.recipe.vera_rank
+    placement = Placement(
+        installed_words=sum(billed.counts.values()),
+        matrices=module(rank),
+        macs=lambda site: rank + 2 * site.d_out,
+        words=lambda site: rank + site.d_out,
+        trains_in="arrays",
+        stays_in="arrays",
+        shared=True,
+    )
+    return {"VeRA": placement}
+
+
+ENTRIES = (
+    MethodEntry(
+        name="vera",
+        help="train two vectors for each matrix, between random matrices",
+        title="VeRA, rank {vera_rank}",
+        build=lambda built: VeRA(sites=built.sites, rank=built.recipe.vera_rank),
+        update=lambda recipe, modules: Update(kind="vera", rank=recipe.vera_rank, targets=recipe.lora_targets),
+        groups=("vera",),
+        placements=_placements,
+    ),
+)

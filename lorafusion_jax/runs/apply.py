@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..methods import find
 from ..tasks import Example, encode, eval_batches
+from ..training.problem import Params
 from .evaluate import generate_seeds, seed_rows
-from ..methods.method import Params
 from .options import FuseOptions
+from .prepare import Setup, load_fused, prepare, with_modules
 from .run import load_run
 from .scoring import evaluate_seeds
-from .prepare import Setup, load_fused, prepare, with_modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     if not lines:
         raise ValueError(f"{options.file or 'standard input'} holds no text: give a line for each answer")
     fused, params, config = load_run(options.run)
-    if fused.method in ("few-shot", "constant"):
+    if find(fused.method).answers != "model":
         raise ValueError(
             f"{options.run} is of the method {fused.method}, which answers rows of its task: use `lorafusion evaluate`"
         )
@@ -101,13 +102,9 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     for numbers, batch in eval_batches(encoded, options.eval_batch, pad_id=model.tokenizer.pad_token_id):
         tokens = generate_seeds(
             jax.tree.map(lambda p: p[position], params),
-            model.index[position],
-            model.frozen,
             batch,
+            model.problem.replace(index=model.problem.index[position]),
             max_new_tokens=options.max_new_tokens or config["max_new_tokens"],
-            graph=model.graph,
-            method=model.method,
-            path=model.path,
         )
         said = model.tokenizer.batch_decode(np.asarray(tokens)[0], skip_special_tokens=True)
         for number, answer in zip(numbers, said, strict=True):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from ..adapters.coefficients import expand
 from ..adapters.updates import LowRank
@@ -15,13 +15,14 @@ from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft.adapter import resave, write_adapter
 from ..io.pool import read_adapter_from_pool
-from ..models.architecture import Architecture
+from ..methods import find
+from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes
 from ..methods.merge import Merge
-from ..methods.method import Fusion, Params, adapted_model
-from .options import UNTRAINED
+from ..models.architecture import Architecture
+from ..training.problem import Params, Problem
+from .prepare import load_fused, with_modules
 from .run import load_run
-from .prepare import Fused, load_fused, with_modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,10 @@ def export(options: ExportOptions) -> None:
 
 def _export_run(options: ExportOptions, folder: Path) -> None:
     fused, params, config = load_run(folder)
-    if fused.method in UNTRAINED:
+    method = find(fused.method)
+    if method.learns == "untrained":
         raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: there is nothing to export")
-    if fused.method == "full" and options.format == "adapter":
+    if "base" in method.groups and options.format == "adapter":
         raise ValueError(f"{folder} fine-tuned all weights, which no adapter holds: export it with --format merged")
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
@@ -78,20 +80,18 @@ def _export_run(options: ExportOptions, folder: Path) -> None:
     loaded = with_modules(load_fused(fused), fused, config)
     position = fused.seeds.index(seed)
     of_seed: Params = jax.tree.map(lambda p: p[position], params)
-    index = loaded.index[position]
+    problem = loaded.problem.replace(index=loaded.problem.index[position])
     if options.format == "merged":
-        model, adapters, _ = adapted_model(of_seed, index, loaded.frozen, graph=loaded.graph, method=loaded.method)
+        model, adapters, _ = problem.adapted_model(of_seed)
         save_base(merged_base(model, adapters), options.out, fused.base)
     else:
-        write_adapter(options.out, *_adapter(loaded, of_seed, index, fused.base))
+        write_adapter(options.out, *_adapter(problem, of_seed, fused.base))
 
 
-def _adapter(
-    loaded: Fused, of_seed: Params, index: Int[Array, " N"], base: str
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that one seed's numbers amount to."""
-    magnitudes, pool, method = of_seed.get("magnitudes"), loaded.frozen.pool, loaded.method
-    config = loaded.config
+    magnitudes, pool, method = of_seed.get("magnitudes"), problem.frozen.pool, problem.method
+    config, index = problem.config, problem.index
     if isinstance(method, Fusion) and pool is not None:
         coefficients = expand(of_seed["coefficients"], pool, method.granularity)
         return fused_adapter(config, pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
@@ -100,12 +100,12 @@ def _adapter(
         return fused_adapter(config, pool, index, coefficients, "sum", base=base)
     if isinstance(method, Magnitudes) and magnitudes is not None:
         return lora_adapter(config, _no_update(config, magnitudes), base=base, magnitudes=magnitudes)
-    adapters, _ = jax.jit(method.adapters)(of_seed, loaded.frozen, index)
+    adapters, _ = jax.jit(method.adapters)(of_seed, problem.frozen, index)
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
 
 
 def _no_update(config: Architecture, magnitudes: dict[str, Array]) -> dict[str, LowRank]:
-    """Return updates of rank 1 that are zero: PEFT has magnitudes only beside an update."""
+    """Return updates of rank 1 that are zero: PEFT has magnitudes only next to an update."""
     adapted = {name: site for name, site in config.sites.items() if name in magnitudes}
     return {
         name: LowRank(jnp.zeros((site.layers, site.d_in, 1)), jnp.zeros((site.layers, 1, site.d_out)))

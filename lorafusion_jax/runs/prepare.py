@@ -10,27 +10,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..adapters.norms import gram, norms
 from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
 from ..checks import at_least
 from ..io.hf import base_tensor, load_base, read_config
 from ..io.pool import check_base, load_pool, read_manifest, read_pool
-from ..models.architecture import Architecture, Model, Site, kernels, targeted
+from ..methods import find
+from ..methods.method import Built
+from ..models.architecture import Architecture, Model, kernels
 from ..tasks import Encoded, Split, Task, draw_modules, encode, load_task, load_tokenizer, most_new_tokens, split
 from ..training import mesh as sharding
-from ..methods.full import FullFineTuning
-from ..methods.lora import LoRA
-from ..methods.magnitudes import Magnitudes
-from ..methods.merge import Merge
-from ..methods.vera import VeRA
-from ..methods.method import LORAHUB, Frozen, Fusion, Method, ZeroShot, check_lorahub
-from .options import POOLLESS, UNTRAINED, FuseOptions, OnArrays
 from ..training.mesh import on_mesh
+from ..training.problem import Frozen, Problem
+from ..training.rows import TrainingRows
 from ..training.seeds import Path as SeedPath
 from ..training.seeds import default_path
+from .options import FuseOptions, OnArrays
+
+AnyFused = TypeVar("AnyFused", bound="Fused")
 
 _CONTROL_KEY = 0
-_PROJECTION_KEY = 0  # VeRA's matrices are those of every run, as PEFT's are
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
 _SHALLOW = 8
 
@@ -40,27 +38,23 @@ class Fused:
     """A model and what is fused onto it, without a task.
 
     Attributes:
-      graph: the model's structure, a static argument of the jitted functions.
-      frozen: the model's weights, the pool of all modules that any seed draws, its Gram terms.
-      method: what is trained.
-      index: [seeds, N], the modules of each seed as positions in that pool.
-      modules: their names, by seed.
+      problem: of all seeds; its pool holds all modules that any seed draws.
+      modules: names of the modules of each seed.
       tokenizer: between texts and tokens.
-      path: how seeds run.
     """
 
-    graph: nnx.GraphDef
-    frozen: Frozen
-    method: Method
-    index: Int[Array, "seeds N"]
+    problem: Problem
     modules: tuple[tuple[str, ...], ...]
     tokenizer: Any
-    path: SeedPath
+
+    def posing(self: AnyFused, **changes: Any) -> AnyFused:
+        """Return the same with a problem that has other fields."""
+        return dataclasses.replace(self, problem=self.problem.replace(**changes))
 
     @property
     def config(self) -> Architecture:
         """The structure of the model."""
-        return nnx.merge(self.graph, self.frozen.base).config
+        return self.problem.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +75,11 @@ class Setup(Fused):
     split: Split | None
     max_new_tokens: int
 
-
-AnyFused = TypeVar("AnyFused", bound=Fused)
+    @property
+    def rows(self) -> TrainingRows:
+        """The rows that seeds train and validate on."""
+        assert self.split is not None
+        return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id)
 
 
 def check(options: FuseOptions) -> None:
@@ -91,26 +88,28 @@ def check(options: FuseOptions) -> None:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
-    if options.pool is None and options.method not in POOLLESS:
+    method, recipe = find(options.method), options.recipe
+    if options.pool is None and method.pool:
         raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
     if options.control != "none" and options.load_in != "full":
         raise ValueError(f"the {options.control} control is drawn in full precision: leave out --load-in")
-    if options.control != "none" and options.method in POOLLESS:
+    if options.control != "none" and not method.pool:
         raise ValueError(f"the method {options.method} has no pool to replace: leave out --control")
-    if options.method == "full" and options.load_in != "full":
-        raise ValueError("full fine-tuning trains the weights themselves, not 4 or 8 bits of them: leave out --load-in")
-    recipe = options.recipe
+    if "base" in method.groups and options.load_in != "full":
+        raise ValueError(
+            f"the method {options.method} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in"
+        )
     counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
     at_least(1, **counts, eval_batch=options.eval_batch)
     if recipe.choose == "gradient":
-        if options.method not in ("fusion", "coefficients") or recipe.composition != "sum":
+        if method.learns != "trained" or "coefficients" not in method.groups or recipe.composition != "sum":
             raise ValueError(
                 "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
                 "leave out --choose, or use the method fusion or coefficients and the composition sum"
             )
         if options.adapters:
             raise ValueError("--adapters names the modules already: leave it out, or --choose")
-    if options.mesh is not None and options.method in UNTRAINED:
+    if options.mesh is not None and method.learns == "untrained":
         raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
     if options.mesh is not None and options.arrays.crossbar is not None:
         raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
@@ -123,7 +122,7 @@ def check(options: FuseOptions) -> None:
         raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
     if not 0 <= recipe.prune < 1:
         raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
-    if recipe.prune and options.method != "fusion":
+    if recipe.prune and "magnitudes" not in method.groups:
         raise ValueError(f"the method {options.method} has no magnitudes to prune: leave out --prune")
 
 
@@ -138,8 +137,8 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
       ValueError: with the file, what was wanted, and how to mend it.
     """
     check(options)
-    recipe = options.recipe
-    needs_training_rows = options.method != "zero-shot"
+    recipe, method = options.recipe, find(options.method)
+    needs_training_rows = method.learns != "untrained" or method.answers != "model"
     task = load_task(
         options.task,
         prompt=options.prompt,
@@ -147,7 +146,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
         need=("train", "test") if needs_training_rows else ("test",),
     )
     there = min(len(task.train), options.train_rows)
-    if options.method == "few-shot" and recipe.shots > there:
+    if method.answers == "examples" and recipe.shots > there:
         raise ValueError(
             f"{recipe.shots} examples for the prompts of {task.name}, of which {there} training rows are used: "
             "ask for fewer --shots"
@@ -156,7 +155,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
     train = encode(fused.tokenizer, task.train)
     longest = max((len(row) for row in train.labels), default=128)
     rows = None
-    if options.method not in UNTRAINED:
+    if method.learns != "untrained":
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
     return Setup(
         **vars(fused),
@@ -194,26 +193,16 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
         with sharding.loading():
             pool = _load_modules(options, names, model)
         pool = on_mesh(pool, model.config)
-    method = _method(options, model, pool)
-    frozen = Frozen(base, pool)
-    if pool is not None:
-        used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
-        frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, used))
-    if options.method in ("magnitudes", "dora"):
-        adapted = {name: kernels(model)[name] for name, _ in _targets(options, model)}
-        frozen = dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))
-    if isinstance(method, VeRA):
-        frozen = dataclasses.replace(frozen, projections=method.projections(jax.random.key(_PROJECTION_KEY)))
-    position = {name: i for i, name in enumerate(names)}
-    return Fused(
+    built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
+    method = find(options.method).build(built)
+    problem = Problem(
         graph=graph,
-        frozen=on_mesh(frozen, model.config),
         method=method,
-        index=_index(modules, position),
-        modules=modules,
-        tokenizer=tokenizer,
+        frozen=on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config),
+        index=_index(modules, {name: i for i, name in enumerate(names)}),
         path=path or (default_path() if options.path == "auto" else options.path),
     )
+    return Fused(problem=problem, modules=modules, tokenizer=tokenizer)
 
 
 def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:
@@ -230,7 +219,7 @@ def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any])
     position = {name: i for i, name in enumerate(loaded.modules[0])}
     if missing := sorted({name for names in wanted for name in names} - position.keys()):
         raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
-    return dataclasses.replace(loaded, index=_index(wanted, position), modules=wanted)
+    return dataclasses.replace(loaded.posing(index=_index(wanted, position)), modules=wanted)
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
@@ -239,15 +228,14 @@ def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> In
 
 def trainable_count(setup: Setup) -> dict[str, int]:
     """Return how many numbers the first seed trains, by group."""
-    index = setup.index[0]
-    params = setup.method.init(setup.frozen, index, jax.random.key(0))
-    acting = setup.method.trainable(params, setup.frozen, index)
+    of_first = setup.problem.replace(index=setup.problem.index[0])
+    acting = of_first.trainable(of_first.init(jax.random.key(0)))
     return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}
 
 
 def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
     """Return the names of all modules needed, in the pool's order, and those of each seed."""
-    if options.pool is None or options.method in POOLLESS:
+    if options.pool is None or not find(options.method).pool:
         return [], tuple(() for _ in options.seeds)
     there = available(Path(options.pool))
     if options.adapters:
@@ -296,37 +284,3 @@ def _load_modules(options: FuseOptions, names: Sequence[str], model: Model) -> L
         control = random_pool if options.control == "random" else shuffled_pool
         pool = control(pool, jax.random.key(_CONTROL_KEY))
     return pool if options.load_in == "full" else pool.quantised(options.load_in)
-
-
-def _method(options: FuseOptions, model: Model, pool: LoraPool | None) -> Method:
-    recipe = options.recipe
-    if options.method in UNTRAINED:
-        return ZeroShot()
-    if options.method == "full":
-        return FullFineTuning()
-    if options.method == "magnitudes":
-        return Magnitudes()
-    if options.method in ("lora", "dora"):
-        rank, dora = recipe.lora_rank, options.method == "dora"
-        return LoRA(sites=_targets(options, model), rank=rank, alpha=2.0 * rank, dora=dora)
-    if options.method == "vera":
-        return VeRA(sites=_targets(options, model), rank=recipe.vera_rank)
-    assert pool is not None
-    if options.method == "merge":
-        merge = Merge(kind=recipe.merge, density=recipe.density)
-        merge.check(pool)
-        return merge
-    if options.method in ("lorahub", "cma"):
-        check_lorahub(pool)
-        fusion = LORAHUB
-    elif options.method in ("mean", "single"):
-        fusion = Fusion(granularity="global", magnitudes=False)
-    else:
-        fusion = recipe.fusion(magnitudes=options.method == "fusion")
-    fusion.check(pool)
-    return fusion
-
-
-def _targets(options: FuseOptions, model: Model) -> tuple[tuple[str, Site], ...]:
-    """Return the linear maps that methods without a pool adapt."""
-    return tuple(targeted(model.config, options.recipe.lora_targets, "lora_targets").items())

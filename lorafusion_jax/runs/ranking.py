@@ -11,18 +11,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..models.weights import reads
-from ..tasks import Batch, batch_orders, train_batches
-from .evaluate import SEARCH
+from ..tasks import Batch
 from ..training.fit import start
-from ..methods.method import Frozen, Method, Params
-from .prepare import Setup
+from ..training.loss import objective
 from ..training.mesh import on_mesh, to_host
-from ..training.step import objective
-from ..training.seeds import per_seed
+from ..training.problem import SEARCH, Params, Problem, per_seed
+from .prepare import Setup
 
 
 def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch_size: int) -> Setup:
@@ -37,10 +33,9 @@ def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch
     gradient = gradients_at_zero(setup, seeds, batch_size=batch_size)
     chosen = most_descent(gradient, keep)
     names = [[modules[i] for i in row] for modules, row in zip(setup.modules, chosen.tolist(), strict=True)]
-    index = np.take_along_axis(to_host(setup.index), chosen, axis=1)
-    return dataclasses.replace(
-        setup, index=on_mesh(jnp.asarray(index), of_seeds=True), modules=tuple(map(tuple, names))
-    )
+    index = np.take_along_axis(to_host(setup.problem.index), chosen, axis=1)
+    asked = setup.posing(index=on_mesh(jnp.asarray(index), of_seeds=True))
+    return dataclasses.replace(asked, modules=tuple(map(tuple, names)))
 
 
 def most_descent(gradient: Float[np.ndarray, "seeds N *columns"], keep: int) -> Int[np.ndarray, "seeds keep"]:
@@ -64,27 +59,21 @@ def gradients_at_zero(
       seeds: of the run.
       batch_size: rows of a backward pass.
     """
-    assert setup.split is not None
-    params = start(setup, seeds).params
+    params = start(setup.problem, seeds).params
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
-    orders = batch_orders(setup.split.train, batch_size=batch_size)
-    static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
     total = jnp.zeros_like(params["coefficients"])
-    for number, batch in enumerate(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)):
-        frozen = reads(setup.frozen, SEARCH, number)
-        batch = on_mesh(batch, of_seeds=True)
-        total = total + coefficient_gradients(params, batch, setup.index, frozen, **static)
+    for number, batch in enumerate(setup.rows.once(batch_size)):
+        read = setup.problem.read(SEARCH, number)
+        total = total + coefficient_gradients(params, on_mesh(batch, of_seeds=True), read)
     return to_host(total)
 
 
 @per_seed
-def coefficient_gradients(
-    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
-) -> Float[Array, "N *columns"]:
+def coefficient_gradients(params: Params, batch: Batch, problem: Problem) -> Float[Array, "N *columns"]:
     """Return the gradient of the loss in the coefficients, on a batch."""
 
     def loss(coefficients: Array) -> Array:
         moved = params | {"coefficients": coefficients}
-        return objective(moved, batch, index, frozen, jnp.float32(0), graph=graph, method=method)[0]
+        return objective(moved, batch, problem, jnp.float32(0))[0]
 
     return jax.grad(loss)(params["coefficients"])

@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +19,55 @@ import numpy as np
 from .. import __version__
 from ..io import checkpoint, processes
 from ..io.hf import read_config
-from ..hardware.calibration import calibrate
-from ..hardware.setup import CALIBRATION_ROWS, on_arrays
-from .evaluate import Evaluation, seed_rows
+from ..methods import find
+from ..methods.method import SearchJob
 from ..training.fit import Epoch, fit, start
-from .options import GIVEN, UNTRAINED, FuseOptions, OnArrays, Recipe
-from ..training.programs import make_room
-from .ranking import choose_by_gradient
-from .folder import RunFolder
-from .scoring import evaluate_seeds
-from ..methods.search.cma import check_population, load_evosax
-from ..methods.search.lorahub import check_evaluations, load_nevergrad
-from ..methods.search.run import SEARCHES, evaluations
-from .prepare import Setup, check, prepare, trainable_count, with_modules
 from ..training.mesh import make_mesh, on_mesh, to_host
+from ..training.problem import Params
+from ..training.programs import make_room
+from ..training.recipe import Recipe
 from ..training.step import TrainState
+from .evaluate import Evaluation, seed_rows
+from .folder import RunFolder
+from .options import FuseOptions, OnArrays
+from .prepare import Setup, check, prepare, trainable_count, with_modules
+from .ranking import choose_by_gradient
+from .scoring import evaluate_seeds
 
 # What may differ between a run and its resumption.
 _FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name", "mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
-def fuse(options: FuseOptions) -> dict[str, Any]:
+class Placed(NamedTuple):
+    """A run on hardware.
+
+    Attributes:
+      training: what it trains on.
+      tested: returns what it is evaluated on, made ready for the trained numbers.
+    """
+
+    training: Setup
+    tested: Callable[[Params], Setup]
+
+
+# Puts a run on hardware: (digital setup, options, numbers to start from).
+Place = Callable[[Setup, FuseOptions, Params], Placed]
+
+
+def run(options: FuseOptions, place: Place | None = None) -> dict[str, Any]:
     """Run what the options ask for, and return the results as they are in results.json.
+
+    Args:
+      options: of the run.
+      place: puts it on the hardware that the options name; None for a digital run.
 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
+    if (options.arrays.crossbar is None) != (place is None):
+        raise ValueError("options with a crossbar and what puts a run on it go together: use `lorafusion_jax.fuse`")
     options = with_targets(options)
     make_room()
     with contextlib.ExitStack() as stack:
@@ -53,7 +75,7 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
             stack.enter_context(processes.joined())
         if options.mesh is not None:
             stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
-        return _fuse(options)
+        return _run(options, place)
 
 
 def with_targets(options: FuseOptions) -> FuseOptions:
@@ -64,12 +86,8 @@ def with_targets(options: FuseOptions) -> FuseOptions:
     return dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, lora_targets=targets))
 
 
-def _fuse(options: FuseOptions) -> dict[str, Any]:
-    if options.method == "lorahub":
-        load_nevergrad()
-    if options.method == "cma":
-        check_population(options.recipe.generations, options.recipe.population)
-        load_evosax()
+def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
+    find(options.method).check(options.recipe)
     if options.log:
         _load_wandb()
     run = RunFolder(run_path(options))
@@ -80,15 +98,13 @@ def _fuse(options: FuseOptions) -> dict[str, Any]:
         _note(f"{run.folder} is complete: nothing to resume")
         return done
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
-    if options.method == "lorahub":
-        check_evaluations(options.recipe.evaluations, setup.index.shape[1])
     if options.recipe.choose == "gradient":
         setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
     config = _config(options, setup)
-    training = tested = setup
-    if options.arrays.crossbar is not None:
-        training, tested = on_arrays(setup, options, begin or start(setup, options.seeds).params)
+    placed = Placed(setup, lambda params: setup)
+    if place is not None:
+        placed = place(setup, options, begin or start(setup.problem, options.seeds).params)
     processes.barrier("every process has read what is there")
     with run.locked():
         if recorded is None:
@@ -97,7 +113,7 @@ def _fuse(options: FuseOptions) -> dict[str, Any]:
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
-        return _complete(run, training, tested, options, config, begin)
+        return _complete(run, placed, options, config, begin)
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: dict[str, Any] | None) -> Setup:
@@ -130,7 +146,7 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
     run = RunFolder(folder)
     config = run.config()
     options = options_from_json(config["options"])
-    if options.method in UNTRAINED:
+    if find(options.method).learns == "untrained":
         return options, {}, config
     final = run.checkpoints / "final"
     if not final.is_dir():
@@ -141,22 +157,19 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
 
 def _complete(
     run: RunFolder,
-    setup: Setup,
-    tested: Setup,
+    placed: Placed,
     options: FuseOptions,
     config: dict[str, Any],
     begin: dict[str, Any] | None,
 ) -> dict[str, Any]:
     began = time.perf_counter()
+    setup = placed.training
     params, steps = _train(run, setup, options, begin)
     trained = time.perf_counter()
-    if options.arrays.crossbar is not None:  # on what the trained numbers bring to the converters
-        frozen = calibrate(tested, params, tested.frozen, rows=CALIBRATION_ROWS)
-        tested = dataclasses.replace(tested, frozen=frozen)
-    seeds, evaluation = evaluate_seeds(tested, options, params)
+    seeds, evaluation = evaluate_seeds(placed.tested(params), options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = {} if options.method in UNTRAINED | GIVEN | {"single"} else trainable_count(setup)
+    counts = trainable_count(setup) if find(options.method).counted else {}
     results = {
         "task": setup.task.name,
         "method": options.method,
@@ -184,16 +197,18 @@ def _train(
 ) -> tuple[dict[str, Any], list[int]]:
     """Return the trained numbers and the steps that each seed took."""
     final = run.checkpoints / "final"
-    if options.method in UNTRAINED:
+    method = find(options.method)
+    if method.learns == "untrained":
         return {}, [0] * len(options.seeds)
     if final.is_dir():
         params, metadata = checkpoint.load(final)
         return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
-    if options.method in GIVEN:
-        params, steps = start(setup, options.seeds).params, [0] * len(options.seeds)
-    elif options.method in SEARCHES:
+    if method.learns == "given":
+        params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
+    elif method.search is not None:
         run.cut_metrics(0)  # a search is not resumed, but repeated
-        params, taken = SEARCHES[options.method](run, setup, options)
+        of_all = (setup.problem, setup.rows, options.recipe, options.seeds, setup.modules)
+        params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
         steps = [taken] * len(options.seeds)
     else:
         state = _fit(run, setup, options, begin)
@@ -204,7 +219,7 @@ def _train(
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
-    state, done, step = start(setup, options.seeds, begin), 0, 0
+    state, done, step = start(setup.problem, options.seeds, begin), 0, 0
     saved = checkpoint.latest(run.checkpoints)
     if saved is not None:
         state, metadata = checkpoint.load(saved, state)
@@ -227,7 +242,8 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             last_save = time.monotonic()
 
     if not np.all(to_host(state.stopped)):
-        state = fit(setup, state, options.recipe, options.seeds, epochs_done=done, after_epoch=after_epoch)
+        how = {"epochs_done": done, "after_epoch": after_epoch}
+        state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
     if log is not None:
         log.finish()
     return state
@@ -245,7 +261,7 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
             f"{options.start_from} fused other modules or seeds ({got['seeds']}, wanted {wanted['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    fresh = start(setup, options.seeds).params
+    fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(
             f"{options.start_from} was trained with the method {other.method} and other shapes "
@@ -272,12 +288,12 @@ def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, int]:
     """Return how many rows one seed passed forward and backward through the model to adapt, validation included."""
-    if setup.split is None or options.method in GIVEN:
+    method, recipe = find(options.method), options.recipe
+    if setup.split is None or method.learns == "given":
         return 0, 0
-    recipe = options.recipe
     train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]
-    if options.method in SEARCHES:
-        return evaluations(options, setup) * train, 0
+    if method.search is not None:
+        return method.evaluations(recipe, setup.problem.index.shape[1]) * train, 0
     epochs = steps // -(-train // min(recipe.batch_size, train))
     ranking = train if recipe.choose == "gradient" else 0
     return epochs * (train + validation) + ranking, epochs * train + ranking
@@ -305,7 +321,7 @@ def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
         "max_new_tokens": setup.max_new_tokens,
-        "environment": {"path": setup.path, "dtype": options.dtype, **environment()},
+        "environment": {"path": setup.problem.path, "dtype": options.dtype, **environment()},
     }
 
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
+from ..methods import find
 from ..tasks import LONGEST, Encoded, Task, answer_options, constant_answer, encode, exact_match, few_shot, split
+from ..training.problem import Params
 from .evaluate import Evaluation, evaluate
-from ..methods.method import Params
 from .options import FuseOptions
 from .prepare import Setup
 
@@ -21,13 +22,14 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
       options: of the run.
       params: leaves with a leading axis of seeds.
     """
-    if options.method == "constant":
+    method = find(options.method)
+    if method.answers == "nothing":
         return options.seeds, _constant(setup, options)
-    if options.method == "few-shot":
+    if method.answers == "examples":
         return options.seeds, _few_shot(setup, options)
-    seeds = options.seeds[:1] if options.method == "zero-shot" else options.seeds
-    closed = answer_options(setup.task)
-    return seeds, evaluate(setup, params, setup.index[: len(seeds)], batch_size=options.eval_batch, options=closed)
+    seeds = options.seeds if method.seeded else options.seeds[:1]
+    asked = setup if method.seeded else setup.posing(index=setup.problem.index[:1])
+    return seeds, evaluate(asked, params, batch_size=options.eval_batch, options=answer_options(setup.task))
 
 
 def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
@@ -47,8 +49,8 @@ def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
         test = encode(setup.tokenizer, shown.test[: len(setup.test)], max_length=_UNCUT)
         # A prompt that is too long loses its first examples, not the question at its end.
         test = Encoded(tuple(ids[-LONGEST:] for ids in test.inputs), test.labels)
-        asked = dataclasses.replace(setup, task=shown, test=test)
-        found.append(evaluate(asked, {}, setup.index[:1], batch_size=options.eval_batch, options=closed))
+        asked = dataclasses.replace(setup.posing(index=setup.problem.index[:1]), task=shown, test=test)
+        found.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed))
     scored = [one.option_correct for one in found if one.option_correct is not None]
     losses = [one.loss for one in found if one.loss is not None]
     return Evaluation(

@@ -7,20 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
-from ..hardware.chips import of_seed
-from ..methods.method import Frozen, Method, Params
-from ..models.weights import reads
-from ..runs.evaluate import VALIDATION, seed_entropies
-from ..runs.options import Recipe
-from ..runs.prepare import Setup
 from ..tasks import Batch, batch_orders, train_batches
+from .loss import seed_entropies
 from .mesh import on_mesh, to_host
+from .problem import VALIDATION, Method, Params, Problem
 from .progress import progress
-from .seeds import Path, over_seeds
-from .step import Optimisation, Rates, TrainState, end_epoch, fusion_step, init_state, prune
+from .recipe import Optimisation, Rates, Recipe
+from .rows import TrainingRows
+from .seeds import over_seeds
+from .step import TrainState, end_epoch, fusion_step, init_state, prune
 
 _INIT = 0  # purpose of a seed's key: where its numbers start
 
@@ -47,22 +44,23 @@ class Epoch(NamedTuple):
     last: bool
 
 
-def start(setup: Setup, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
+def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
     """Return the state that all seeds start from, each with its own key.
 
     Args:
-      setup: of the run.
+      problem: of all seeds.
       seeds: of the run.
       params: as in `init_state`, leaves [seeds].
     """
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
-    params = on_mesh(params, setup.config, of_seeds=True)
-    state = _start(on_mesh(keys, of_seeds=True), setup.index, params, setup.frozen, method=setup.method)
-    return on_mesh(state, setup.config, of_seeds=True)
+    params = on_mesh(params, problem.config, of_seeds=True)
+    state = _start(on_mesh(keys, of_seeds=True), params, problem.replace(path="vmap"))
+    return on_mesh(state, problem.config, of_seeds=True)
 
 
 def fit(
-    setup: Setup,
+    problem: Problem,
+    rows: TrainingRows,
     state: TrainState,
     recipe: Recipe,
     seeds: tuple[int, ...],
@@ -74,7 +72,8 @@ def fit(
     """Train all seeds, and return their last state; `state.best` is what counts.
 
     Args:
-      setup: of the run.
+      problem: of all seeds.
+      rows: that they train and validate on.
       state: to go on from.
       recipe: of the training.
       seeds: by which rows are ordered.
@@ -82,32 +81,26 @@ def fit(
       epochs_done: how many epochs lie behind `state`.
       after_epoch: called with what an epoch did, to log and to save.
     """
-    assert setup.split is not None
-    pad_id = setup.tokenizer.pad_token_id
     shuffle = None if recipe.protocol == "reference" else seeds
-    orders = batch_orders(setup.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
+    orders = batch_orders(rows.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
     per_epoch = orders.shape[1] // recipe.epochs
     optimisation = recipe.optimisation(orders.shape[1])
     # All validation rows in one batch: its loss is then their mean per token.
-    validating = setup.split.validation
-    held_out = next(train_batches(setup.train, batch_orders(validating, batch_size=validating.shape[1]), pad_id=pad_id))
-    held_out = on_mesh(held_out, of_seeds=True)
-    rates = on_mesh(rates or recipe_rates(recipe, len(seeds)), of_seeds=True)
-    static = {"graph": setup.graph, "method": setup.method, "path": setup.path}
+    validating = rows.split.validation
+    order = batch_orders(validating, batch_size=validating.shape[1])
+    held_out = on_mesh(next(train_batches(rows.tokens, order, pad_id=rows.pad_id)), of_seeds=True)
+    rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
     first_step = epochs_done * per_epoch
-    batches = train_batches(setup.train, orders, pad_id=pad_id, first_step=first_step)
+    batches = train_batches(rows.tokens, orders, pad_id=rows.pad_id, first_step=first_step)
     with progress("train", orders.shape[1], first_step) as bar:
         for number in range(epochs_done + 1, recipe.epochs + 1):
             steps = []
             for _ in range(per_epoch):
                 batch = on_mesh(next(batches), of_seeds=True)
-                state, metrics = train_seeds(
-                    state, batch, setup.index, setup.frozen, rates, optimisation=optimisation, **static
-                )
+                state, metrics = train_seeds(state, batch, problem, rates, optimisation=optimisation)
                 steps.append(metrics)
                 bar.update()
-            frozen = reads(setup.frozen, VALIDATION, number)
-            validation_loss = seed_entropies(state.params, held_out, setup.index, frozen, **static)
+            validation_loss = seed_entropies(state.params, held_out, problem.read(VALIDATION, number))
             state = _after_epoch(
                 state,
                 validation_loss,
@@ -132,38 +125,21 @@ def fit(
     return state
 
 
-@partial(jax.jit, static_argnames=("graph", "method", "optimisation", "path"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("optimisation",), donate_argnames=("state",))
 def train_seeds(
-    state: TrainState,
-    batch: Batch,
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
-    rates: Rates,
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-    optimisation: Optimisation,
-    path: Path,
+    state: TrainState, batch: Batch, problem: Problem, rates: Rates, *, optimisation: Optimisation
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take one fusion step with every seed, each on its own batch and at its own rates."""
 
-    def train_seed(
-        seed: tuple[Array, TrainState, Batch, Array, Rates], frozen: Frozen
-    ) -> tuple[TrainState, dict[str, Array]]:
-        number, state, batch, index, rates = seed
-        frozen = of_seed(frozen, number)
-        return fusion_step(state, batch, index, frozen, rates, graph=graph, method=method, optimisation=optimisation)
+    def train_seed(one: Problem, state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, Array]]:
+        return fusion_step(state, batch, one, rates, optimisation=optimisation)
 
-    return over_seeds(train_seed, path)((jnp.arange(index.shape[0]), state, batch, index, rates), frozen)
+    return problem.over_seeds(train_seed, (state, batch, rates))
 
 
-@partial(jax.jit, static_argnames=("method",))
-def _start(keys: Array, index: Array, params: Params | None, frozen: Frozen, *, method: Method) -> TrainState:
-    def start_seed(seed: tuple[Array, Array, Array, Params | None], frozen: Frozen) -> TrainState:
-        number, key, index, params = seed
-        return init_state(method, of_seed(frozen, number), index, key, params)
-
-    return over_seeds(start_seed, "vmap")((jnp.arange(len(index)), keys, index, params), frozen)
+@jax.jit
+def _start(keys: Array, params: Params | None, problem: Problem) -> TrainState:
+    return problem.over_seeds(init_state, (keys, params))
 
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))
@@ -178,21 +154,14 @@ def _after_epoch(
     return over_seeds(end_of_seed, "vmap")((state, loss), number)
 
 
-def recipe_rates(recipe: Recipe, seeds: int) -> Rates:
-    """Return the recipe's rates, the same for every seed."""
-    rates = {
-        "coefficients": recipe.lr_coefficients,
-        "magnitudes": recipe.lr_magnitudes,
-        "lora": recipe.lr_lora,
-        "vera": recipe.lr_vera,
-        "base": recipe.lr_full,
-    }
+def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
+    """Return the rates that a recipe has for a method, the same for every seed."""
 
     def of_seeds(value: float) -> Array:
         return jnp.full(seeds, value, jnp.float32)
 
     return Rates(
-        learning_rate={group: of_seeds(rate) for group, rate in rates.items()},
+        learning_rate={group: of_seeds(rate) for group, rate in method.learning_rates(recipe).items()},
         l2=of_seeds(recipe.l2),
         l1=of_seeds(recipe.l1),
     )

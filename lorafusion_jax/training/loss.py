@@ -1,10 +1,14 @@
-"""The training loss: token cross-entropy."""
+"""The training loss: token cross-entropy, and what an objective adds to it.
+
+Axis letters: B batch, T target, V vocabulary.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..tasks.batches import IGNORED
+from ..tasks.batches import IGNORED, Batch
+from .problem import Params, Problem, per_seed
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
@@ -24,3 +28,40 @@ def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> 
 def rows(row_mask: Bool[Array, " B"]) -> Float[Array, ""]:
     """Return how many rows of a batch are really there."""
     return jnp.maximum(jnp.sum(row_mask), 1).astype(jnp.float32)
+
+
+def objective(
+    params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return the training objective of one seed and its parts.
+
+    Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
+    """
+    logits, metrics = batch_logits(params, batch, problem)
+    entropy = cross_entropy(logits, batch.labels)
+    loss = entropy / rows(batch.row_mask)
+    penalty = jnp.float32(0)
+    if "coefficients" in params:
+        acting = problem.trainable(params)["coefficients"]
+        size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
+        penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
+    return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
+
+
+def batch_logits(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+    """Return the logits of teacher forcing, and the method's metrics."""
+    model, adapters, metrics = problem.adapted_model(params)
+    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters), metrics
+
+
+@per_seed
+def seed_entropies(params: Params, batch: Batch, problem: Problem) -> Float[Array, ""]:
+    """Return the mean cross-entropy on a batch, in nats per token."""
+    return objective(params, batch, problem, jnp.float32(0))[1]["cross_entropy"]
+
+
+@per_seed
+def seed_likelihoods(params: Params, batch: Batch, problem: Problem) -> Float[Array, " B"]:
+    """Return the log-likelihood of every row of a batch, in nats."""
+    logits, _ = batch_logits(params, batch, problem)
+    return log_likelihood(logits, jnp.asarray(batch.labels))

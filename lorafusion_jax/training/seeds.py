@@ -4,10 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-
-from ..hardware.chips import of_seed
 
 Path = Literal["vmap", "map"]
 
@@ -44,21 +41,3 @@ def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
     by_hand = {axis for axis, size in mesh.shape.items() if axis == "seed" or size == 1}
     of_seeds, whole = PartitionSpec("seed"), PartitionSpec()
     return jax.shard_map(mapped, in_specs=(of_seeds, whole), out_specs=of_seeds, axis_names=by_hand, check_vma=False)
-
-
-def per_seed(of_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `of_batch(params, batch, index, frozen, *, graph, method)` as one jitted program for all seeds.
-
-    It takes `path` as well, and a leading axis of seeds in params, batch and index: each seed has a batch of its own.
-    Arrays are read with noise of their own for each.
-    """
-
-    def of_seeds(params: Any, batch: Any, index: Any, frozen: Any, *, graph: Any, method: Any, path: Path) -> Any:
-        def one_seed(seed: tuple[Any, ...], frozen: Any) -> Any:
-            number, *own = seed
-            return of_batch(*own, of_seed(frozen, number), graph=graph, method=method)
-
-        return over_seeds(one_seed, path)((jnp.arange(len(index)), params, batch, index), frozen)
-
-    of_seeds.__name__, of_seeds.__doc__ = of_batch.__name__, of_batch.__doc__
-    return jax.jit(of_seeds, static_argnames=("graph", "method", "path"))

@@ -5,57 +5,18 @@ Early stopping and pruning are masks in the state, so that seeds that share a pr
 Axis letters: N adapters, B batch, S source, T target.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..hardware.chips import of_step
-from ..methods.method import Frozen, Method, Params, adapted_model
 from ..tasks.batches import Batch
-from .loss import cross_entropy, rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimisation:
-    """How the numbers are trained: the static part.
-
-    Attributes:
-      steps: in all; the schedule's length.
-      schedule: of the learning rates: `constant`, or `cosine` to zero.
-      warmup: steps of linear warm-up.
-      clip: global norm above which gradients are scaled down; None for never.
-      patience: epochs without a better validation loss after which a seed stops; None for never.
-      patience_from: epochs before which none is counted.
-      prune: share of the smallest magnitudes that are set to zero at half time and kept there.
-    """
-
-    steps: int
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0
-    clip: float | None = None
-    patience: int | None = None
-    patience_from: int = 0
-    prune: float = 0.0
-
-
-class Rates(NamedTuple):
-    """The part of the optimisation that may be swept as arrays.
-
-    Attributes:
-      learning_rate: by group of trainable numbers.
-      l2: added to the coefficients' gradient as l2 * c (coupled, as torch's Adam does).
-      l1: weight of mean |c| in the objective.
-    """
-
-    learning_rate: dict[str, Float[Array, ""]]
-    l2: Float[Array, ""]
-    l1: Float[Array, ""]
+from .loss import objective
+from .problem import Params, Problem
+from .recipe import Optimisation, Rates
 
 
 class TrainState(NamedTuple):
@@ -87,24 +48,20 @@ def standard_promotion() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def init_state(
-    method: Method, frozen: Frozen, index: Int[Array, " N"], key: Array, params: Params | None = None
-) -> TrainState:
-    """Return the state that training starts from.
+def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
+    """Return the state that training of one seed starts from.
 
     No array occurs in it twice, nor is one of `params`, so that a step may be given its memory.
 
     Args:
-      method: what is trained.
-      frozen: what is not.
-      index: the modules of the pool that are fused.
+      problem: of the seed.
       key: of what the method draws.
       params: numbers to start from in place of the method's own: all of its groups, or some.
 
     Raises:
       ValueError: `params` has a group that the method does not have, or other shapes.
     """
-    own = method.init(frozen, index, key)
+    own = problem.init(key)
     params = own if params is None else own | _like(params, own)
     kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
     return TrainState(
@@ -119,66 +76,26 @@ def init_state(
     )
 
 
-def objective(
-    params: Params,
-    batch: Batch,
-    index: Int[Array, " N"],
-    frozen: Frozen,
-    l1: Float[Array, ""],
-    *,
-    graph: nnx.GraphDef,
-    method: Method,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the training objective and its parts.
-
-    Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
-    """
-    logits, metrics = batch_logits(params, batch, index, frozen, graph=graph, method=method)
-    entropy = cross_entropy(logits, batch.labels)
-    loss = entropy / rows(batch.row_mask)
-    penalty = jnp.float32(0)
-    if "coefficients" in params:
-        acting = method.trainable(params, frozen, index)["coefficients"]
-        size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
-        penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
-    return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
-
-
-def batch_logits(
-    params: Params, batch: Batch, index: Int[Array, " N"], frozen: Frozen, *, graph: nnx.GraphDef, method: Method
-) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
-    """Return the logits of teacher forcing, and the method's metrics."""
-    model, adapters, metrics = adapted_model(params, index, frozen, graph=graph, method=method)
-    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters), metrics
-
-
 def fusion_step(
     state: TrainState,
     batch: Batch,
-    index: Int[Array, " N"],
-    frozen: Frozen,
+    problem: Problem,
     rates: Rates,
     *,
-    graph: nnx.GraphDef,
-    method: Method,
     optimisation: Optimisation,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take one step of one seed, which reads arrays with noise of its own, or on a chip of its own (see `chips`).
+    """Take one step of one seed, with the weights that its problem has for this step.
 
     Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
     Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
 
-    The last three arguments are structure and static under `jax.jit`:
-    `jax.jit(fusion_step, static_argnames=("graph", "method", "optimisation"))`.
+    `optimisation` is structure: `jax.jit(fusion_step, static_argnames="optimisation")`.
 
     Args:
       state: before the step.
       batch: of the seed.
-      index: the modules of the pool that are fused.
-      frozen: the base model, the pool, its Gram terms.
+      problem: of the seed.
       rates: a learning rate for each group of numbers, L2 and L1.
-      graph: the model's structure, of `nnx.split(model)`. Hashable.
-      method: what is trained. Hashable.
       optimisation: how. Hashable; another one is another program.
 
     Returns:
@@ -193,10 +110,8 @@ def fusion_step(
             f"no learning rate for {', '.join(sorted(missing))}: there is one for "
             f"{', '.join(sorted(rates.learning_rate)) or 'no group'}; put it into Rates.learning_rate"
         )
-    frozen = of_step(frozen, state.step, graph)
-    (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
-        state.params, batch, index, frozen, rates.l1, graph=graph, method=method
-    )
+    problem = problem.replace(frozen=problem.frozen.of_step(state.step, problem.graph))
+    (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, batch, problem, rates.l1)
     broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
     metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.tree.norm(gradients)}

@@ -18,10 +18,11 @@ from lorafusion_jax.adapters.norms import Gram, column_norms, gram
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
 from lorafusion_jax.io.export import fused_adapter
-from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import draw_modules
+from lorafusion_jax.training.problem import Frozen
 from lorafusion_jax.training.seeds import over_seeds
 
 _GRANULARITIES = ("global", "block", "site", "rank")

@@ -16,8 +16,7 @@ from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import MergeKind, check_merge, dare_masks, merge
 from lorafusion_jax.adapters.pool import shuffled_pool
 from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.methods.method import Frozen
-from lorafusion_jax.training.step import init_state
+from lorafusion_jax.training.problem import Frozen
 
 _KINDS = get_args(MergeKind)
 _INDEX = (3, 0, 2)
@@ -198,7 +197,7 @@ def test_merges_map_over_seeds(kind):
 def test_the_method_trains_nothing(kind):
     method, frozen, index = Merge(kind=kind, weight=0.5), Frozen(nnx.State({}), _POOL), jnp.arange(4)
     method.check(_POOL)
-    params = init_state(method, frozen, index, _KEY).params
+    params = method.init(frozen, index, _KEY)
     acting = method.trainable(params, frozen, index)
     assert jax.tree.structure(acting) == jax.tree.structure(params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(acting))

@@ -12,12 +12,13 @@ from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.params import counts, shape_config
 from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.training.problem import Frozen
 
 _LARGE = {
     "LoRAFusion": 148_416,

@@ -1,7 +1,7 @@
 """The plan of a matrix of runs, held to what XLA says of the programs that run; nothing is computed."""
 
 import dataclasses
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.estimates.estimate import METHODS, Settings, estimate, trainable_count, update_of
+from lorafusion_jax.estimates.estimate import Settings, estimate, method_names, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.estimates.parameters import size
@@ -20,19 +20,22 @@ from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import describe, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.lorahub import LORAHUB
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.method import LORAHUB, Frozen, Fusion, Method, Projections, ZeroShot
+from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.architecture import targeted
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.evaluate import generate_seeds
-from lorafusion_jax.runs.options import Recipe
 from lorafusion_jax.tasks import Batch, Example, Task
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.step import Optimisation, fusion_step, init_state
+from lorafusion_jax.training.problem import Frozen, Method, Problem, Projections
+from lorafusion_jax.training.recipe import Optimisation, Recipe
+from lorafusion_jax.training.step import fusion_step, init_state
 
 _S = jax.ShapeDtypeStruct
 # XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
@@ -91,15 +94,25 @@ def _batch(shape: Shape, *lead: int) -> Batch:
 
 
 def _state(name: str, config: T5Config, settings: Settings, seeds: int):
-    _, frozen = _frozen(name, config, settings)
+    graph, frozen = _frozen(name, config, settings)
     index = _S((seeds, settings.recipe.modules), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
-    start = jax.vmap(partial(init_state, _method(name, config)), in_axes=(None, 0, 0))
-    return jax.eval_shape(start, frozen, index, keys), index
+
+    def start(index, key):
+        return init_state(Problem(graph=graph, method=_method(name, config), frozen=frozen, index=index), key)
+
+    return jax.eval_shape(jax.vmap(start), index, keys), index
 
 
-def _rates(seeds: int):
-    return jax.eval_shape(lambda: recipe_rates(_RECIPE, seeds))
+def _problem(name: str, config: T5Config, settings: Settings, path: str = "vmap"):
+    """Returns the problem of some weights and modules."""
+    graph, _ = _frozen(name, config, settings)
+    method = _method(name, config)
+    return lambda frozen, index: Problem(graph=graph, method=method, frozen=frozen, index=index, path=path)
+
+
+def _rates(name: str, config: T5Config, seeds: int):
+    return jax.eval_shape(lambda: recipe_rates(_method(name, config), _RECIPE, seeds))
 
 
 def _of_one(tree):
@@ -129,15 +142,19 @@ def _bytes(compiled) -> int:
 
 def _step(name: str, config: T5Config, settings: Settings):
     """Returns the real step of one seed, compiled."""
-    graph, frozen = _frozen(name, config, settings)
+    _, frozen = _frozen(name, config, settings)
     state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
-    static = {"graph": graph, "method": _method(name, config), "optimisation": Optimisation(steps=9, clip=1.0)}
-    return _compiled(partial(fusion_step, **static), state, _batch(_SHAPE), index, frozen, _of_one(_rates(1)))
+    problem, optimisation = _problem(name, config, settings), Optimisation(steps=9, clip=1.0)
+
+    def step(state, batch, index, frozen, rates):
+        return fusion_step(state, batch, problem(frozen, index), rates, optimisation=optimisation)
+
+    return _compiled(step, state, _batch(_SHAPE), index, frozen, _of_one(_rates(name, config, 1)))
 
 
 @pytest.mark.parametrize("name", ["fusion-sum", "fusion-mix", "lora", "full"])
 def test_flops_of_a_step(name):
-    trainable = trainable_count(_SMALL, name, _SETTINGS)
+    trainable = trained_numbers(_SMALL, name, _SETTINGS)
     found = step_flops(_SMALL, _SHAPE, update_of(name, _SETTINGS), trainable=trainable)
     np.testing.assert_allclose(found, _flops(_step(name, _SMALL, _SETTINGS)), rtol=0.1)
 
@@ -145,7 +162,7 @@ def test_flops_of_a_step(name):
 def test_flops_of_a_sum_that_is_formed_as_a_matrix():
     settings = dataclasses.replace(_SETTINGS, rank=32)
     update = update_of("fusion-sum", settings)
-    found = step_flops(_SMALL, _SHAPE, update, trainable=trainable_count(_SMALL, "fusion-sum", settings))
+    found = step_flops(_SMALL, _SHAPE, update, trainable=trained_numbers(_SMALL, "fusion-sum", settings))
     assert all(update.is_dense(site) for site in targeted(_SMALL, ("q", "v")).values())
     np.testing.assert_allclose(found, _flops(_step("fusion-sum", _SMALL, settings)), rtol=0.1)
 
@@ -196,12 +213,16 @@ def test_flops_of_generation(name):
 )
 def test_memory_of_a_step(name, path, structure):
     config, shape, seeds = dataclasses.replace(_SCANNED, **structure), Shape(8, 64, 8), 2
-    graph, frozen = _frozen(name, config, _SETTINGS)
+    _, frozen = _frozen(name, config, _SETTINGS)
     state, index = _state(name, config, _SETTINGS, seeds)
-    static = {"graph": graph, "method": _method(name, config), "optimisation": Optimisation(steps=9, clip=1.0)}
-    step = partial(train_seeds, path=path, **static)
-    compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, _rates(seeds), donate=True)
-    update, trainable = update_of(name, _SETTINGS), trainable_count(config, name, _SETTINGS)
+    problem, optimisation = _problem(name, config, _SETTINGS, path), Optimisation(steps=9, clip=1.0)
+
+    def step(state, batch, index, frozen, rates):
+        return train_seeds(state, batch, problem(frozen, index), rates, optimisation=optimisation)
+
+    rates = _rates(name, config, seeds)
+    compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)
+    update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     held = pool_bytes(config, update) + seeds * state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     held += 0 if name == "full" else weights_bytes(config)
@@ -212,11 +233,15 @@ def test_memory_of_a_step(name, path, structure):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_generation(dtype):
     config, shape, seeds, tokens, path = dataclasses.replace(_SCANNED, dtype=dtype), Shape(32, 96, 8), 2, 8, "vmap"
-    graph, frozen = _frozen("lora", config, _SETTINGS)
+    _, frozen = _frozen("lora", config, _SETTINGS)
     state, index = _state("lora", config, _SETTINGS, seeds)
-    static = {"graph": graph, "method": _method("lora", config), "path": path, "max_new_tokens": tokens}
-    compiled = _compiled(partial(generate_seeds, **static), state.params, index, frozen, _batch(shape))
-    update, trainable = update_of("lora", _SETTINGS), trainable_count(config, "lora", _SETTINGS)
+    problem = _problem("lora", config, _SETTINGS, path)
+
+    def say(params, index, frozen, batch):
+        return generate_seeds(params, batch, problem(frozen, index), max_new_tokens=tokens)
+
+    compiled = _compiled(say, state.params, index, frozen, _batch(shape))
+    update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
     needed = evaluation_bytes(config, shape, tokens, update, seeds=seeds, path=path, device="cpu")
     held = weights_bytes(config) + seeds * trainable * 4
     np.testing.assert_allclose(held + needed, _bytes(compiled), rtol=0.25)
@@ -229,15 +254,15 @@ def test_trainable_numbers_are_those_of_params(config, targets):
     settings = Settings(recipe=recipe, targets=targets)
     wanted = counts(config, modules=11, rank=6, vera_rank=30, targets=targets)
     names = "fusion coefficients magnitudes lora dora vera lorahub full".split()
-    assert [trainable_count(config, name, settings) for name in names] == list(wanted.values())
-    assert trainable_count(config, "mean", settings) == trainable_count(config, "zero-shot", settings) == 0
+    assert [trained_numbers(config, name, settings) for name in names] == list(wanted.values())
+    assert trained_numbers(config, "mean", settings) == trained_numbers(config, "zero-shot", settings) == 0
 
 
 @pytest.mark.parametrize("granularity", ["global", "block", "site", "rank"])
 def test_trainable_coefficients_are_those_of_the_pool(granularity):
     _, frozen = _frozen("coefficients", _SMALL, _SETTINGS)
     settings = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, granularity=granularity))
-    assert trainable_count(_SMALL, "coefficients", settings) == np.prod(shape(frozen.pool, 5, granularity))
+    assert trained_numbers(_SMALL, "coefficients", settings) == np.prod(shape(frozen.pool, 5, granularity))
 
 
 def test_a_workload_has_the_batches_of_training_and_evaluation():
@@ -272,7 +297,7 @@ def _work(**changes):
 
 def test_a_plan_adds_up():
     work = _work()
-    rows = {row.method: row for row in plan(_SMALL, METHODS, {"a": work, "b": work}, _SETTINGS)}
+    rows = {row.method: row for row in plan(_SMALL, method_names(), {"a": work, "b": work}, _SETTINGS)}
     alone = estimate(_SMALL, "fusion", work, _SETTINGS)
     fusion = rows["fusion"]
     assert fusion.runs == 10 and rows["zero-shot"].runs == 2 and rows["constant"].cost.peak_bytes == 0

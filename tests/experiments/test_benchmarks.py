@@ -12,9 +12,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.methods.method import Frozen
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax.training.problem import Frozen
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}

@@ -12,10 +12,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.methods.method import Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs import ranking
 from lorafusion_jax.training import fit as fit_lib
-from lorafusion_jax.training.step import batch_logits, objective
+from lorafusion_jax.training.loss import batch_logits, objective
+from lorafusion_jax.training.problem import Problem
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TASK = _ROOT / "examples" / "small" / "tasks" / "double_digit"
@@ -23,6 +24,10 @@ _MODEL = tiny.t5()
 _GRAPH, _BASE = nnx.split(_MODEL)
 _INDEX = jnp.array([2, 0])
 _FUSION, _PLAIN = Fusion(), Fusion(magnitudes=False)
+
+
+def _problem(method, frozen, index=_INDEX):
+    return Problem(graph=_GRAPH, method=method, frozen=frozen, index=index)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +61,7 @@ def frozen():
 def _losses(frozen, method):
     @jax.jit
     def loss(params):
-        return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+        return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
     return loss
 
@@ -98,14 +103,14 @@ def test_pruned_modules_are_as_if_they_were_not_there(ideas, frozen):
 
     def logits(c, index):
         params = _FUSION.init(frozen, index, jax.random.key(0)) | {"coefficients": c}
-        return batch_logits(params, tiny.batch(), index, frozen, graph=_GRAPH, method=_FUSION)[0]
+        return batch_logits(params, tiny.batch(), _problem(_FUSION, frozen, index))[0]
 
     whole = logits(kept[0], jnp.array([0, 1, 2]))
     np.testing.assert_allclose(whole, logits(c[0, 1:], jnp.array([1, 2])), atol=1e-5)
 
 
 def _logits(frozen, c):
-    return batch_logits({"coefficients": c}, tiny.batch(), _INDEX, frozen, graph=_GRAPH, method=_PLAIN)[0]
+    return batch_logits({"coefficients": c}, tiny.batch(), _problem(_PLAIN, frozen))[0]
 
 
 def _dense(frozen, c):
@@ -127,15 +132,15 @@ def _dense(frozen, c):
 def test_a_converged_step_equals_the_dense_solution(newton, frozen):
     c, damping = 0.1 * tiny.coefficients((2, 5)), 0.05
     fit = newton.Fit(c, jnp.float32(damping))
-    static = {"graph": _GRAPH, "method": _PLAIN, "iterations": 30}
-    seeds = jax.tree.map(lambda a: jnp.asarray(a)[None], (fit, tiny.batch(), _INDEX))
-    new, metrics = newton.step_seeds(*seeds, frozen, path="map", **static)
+    problem = _problem(_PLAIN, frozen, _INDEX[None])
+    seeds = jax.tree.map(lambda a: jnp.asarray(a)[None], (fit, tiny.batch()))
+    new, metrics = newton.step_seeds(*seeds, problem.replace(path="map"), iterations=30)
     gradient, product = _dense(frozen, c)
     wanted = -np.linalg.solve(product + damping * np.eye(len(gradient)), gradient)
     assert metrics["candidate"] < metrics["loss"]
     got = np.asarray(new.coefficients[0] - c).reshape(-1)
     np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
-    vmapped, _ = newton.step_seeds(*seeds, frozen, path="vmap", **static)
+    vmapped, _ = newton.step_seeds(*seeds, problem, iterations=30)
     np.testing.assert_allclose(vmapped.coefficients, new.coefficients, atol=1e-5)
     # The damping follows the ratio of the descent to what the quadratic model foretold.
     foretold = -(gradient @ wanted + 0.5 * wanted @ product @ wanted)
@@ -148,7 +153,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(newton, frozen, monkeypatch):
     c = 0.1 * tiny.coefficients((2, 5))
     monkeypatch.setattr(newton, "conjugate_gradients", lambda product, right, n: (-0.1 * right, right))
     fit = newton.Fit(c, jnp.float32(0.05))
-    new, metrics = newton.step(fit, tiny.batch(), _INDEX, frozen, graph=_GRAPH, method=_PLAIN, iterations=1)
+    new, metrics = newton.step(fit, tiny.batch(), _problem(_PLAIN, frozen), iterations=1)
     assert metrics["candidate"] > metrics["loss"]
     np.testing.assert_array_equal(new.coefficients, c)
     assert new.damping == pytest.approx(0.2)
@@ -186,8 +191,8 @@ def test_a_step_passes_the_rows_that_it_counts(newton, frozen, monkeypatch):
     monkeypatch.setattr(newton, "batch_logits", logits)
     batch, iterations = tiny.batch(rows=3), 4
     fit = newton.Fit(0.1 * tiny.coefficients((2, 5)), jnp.float32(0.05))
-    static = {"graph": _GRAPH, "method": _PLAIN, "iterations": iterations}
-    jax.block_until_ready(jax.jit(lambda fit: newton.step(fit, batch, _INDEX, frozen, **static))(fit))
+    problem = _problem(_PLAIN, frozen)
+    jax.block_until_ready(jax.jit(lambda fit: newton.step(fit, batch, problem, iterations=iterations))(fit))
     forward, backward = newton.rows_of_step(3, iterations)
     assert (passed["forward"], passed["tangent"]) == (3 * 2, 3 * iterations)
     assert (passed["forward"] + passed["tangent"], passed["backward"]) == (forward, backward)

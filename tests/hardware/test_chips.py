@@ -30,21 +30,24 @@ from lorafusion_jax.crossbar import (
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar.config.structure import split_config
 from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.chips import limits_of, of_seed, of_step, program_chips, redraw
+from lorafusion_jax.hardware.chips import Redrawn, limits_of, program_chips, redrawn
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from lorafusion_jax.hardware.folder import aged, load_chips, seconds
+from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.setup import on_arrays
 from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.hardware.write import program_chips as write_chips
-from lorafusion_jax.methods.method import Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import matrices
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
-from lorafusion_jax.runs.options import PRESETS, FuseOptions, OnArrays
+from lorafusion_jax.runs.options import FuseOptions, OnArrays
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import fuse, load_run, run_path
-from lorafusion_jax.training.step import objective
+from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import PRESETS
 
 _ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
 _DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)
@@ -57,12 +60,16 @@ _KEYS = jax.random.split(jax.random.key(5), 2)
 _WRITTEN = "*.self.v"
 
 
+def _problem(method, frozen, index=_INDEX):
+    return Problem(graph=_GRAPH, method=method, frozen=frozen, index=index)
+
+
 @jax.jit
 def _loss(frozen, step=0):
     params = {"coefficients": jnp.full((2, 5), 0.4)}
-    frozen = of_step(frozen, jnp.int32(step), _GRAPH)
+    frozen = frozen.of_step(jnp.int32(step), _GRAPH)
     method = Fusion(magnitudes=False)
-    return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+    return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
 
 def test_chips_in_one_program_are_the_single_ones():
@@ -71,8 +78,8 @@ def test_chips_in_one_program_are_the_single_ones():
     singles = [program(_GRAPH, _DIGITAL, of_chip, key, norm="ideal") for of_chip, key in zip(rules, _KEYS, strict=True)]
     limits = limits_of(singles[0])
     both = program_chips(_GRAPH, _DIGITAL, rules, _KEYS, jnp.array([1, 0, 1]), limits=limits)
-    found = [_loss(of_seed(both, jnp.int32(number))) for number in range(3)]
-    wanted = [_loss(of_seed(chip, jnp.int32(0))) for chip in singles]
+    found = [_loss(both.of_seed(jnp.int32(number))) for number in range(3)]
+    wanted = [_loss(chip.of_seed(jnp.int32(0))) for chip in singles]
     assert wanted[0] != wanted[1]
     np.testing.assert_allclose(found, [wanted[1], wanted[0], wanted[1]], rtol=1e-5)
     with pytest.raises(ValueError, match="differ in plain numbers"):
@@ -102,8 +109,7 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_st
 @pytest.mark.parametrize("steps", ["every", "other"])
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
     here = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
-    source = redraw(_DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
-    drawing = dataclasses.replace(here, redraw=source)
+    drawing = redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
     losses = [float(_loss(drawing, step)) for step in range(4)]
     assert losses == [float(_loss(drawing, step)) for step in range(4)]
     stays = float(_loss(here))
@@ -291,19 +297,20 @@ def test_what_a_run_trains_on(small, fused):
 
     def asked(noise):
         options = dataclasses.replace(fused, arrays=OnArrays(crossbar=str(small / "two"), noise=noise, chip=1))
-        return (of.frozen for of in on_arrays(setup, options, params))
+        placed = on_arrays(setup, options, params)
+        return placed.training.problem.frozen, placed.tested(params).problem.frozen
 
     def value(frozen):
-        return np.asarray(dense(matrices(nnx.merge(setup.graph, frozen.base))[_V], jnp.float32))
+        return np.asarray(dense(matrices(nnx.merge(setup.problem.graph, frozen.base))[_V], jnp.float32))
 
-    digital, chip = value(setup.frozen), next(asked("chip"))
+    digital, chip = value(setup.problem.frozen), asked("chip")[0]
     np.testing.assert_allclose(value(chip)[0], _weights_of(small / "two", 1)[0], rtol=1e-5, atol=1e-6)
     training, tested = asked("none")
     np.testing.assert_allclose(value(training), digital, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(value(tested), value(chip))
     for noise, steps in (("fresh", "every"), ("both", "other")):
         training, tested = asked(noise)
-        assert training.redraw.steps == steps and tested.redraw is None
+        assert isinstance(training, Redrawn) and training.steps == steps and type(tested) is Frozen
         np.testing.assert_array_equal(value(training), value(tested))
 
 

@@ -28,11 +28,15 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.methods.method import Frozen, Fusion, ZeroShot
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, is_in_arrays
-from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state, objective
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import Optimisation, Rates
+from lorafusion_jax.training.step import fusion_step, init_state
 
 _KEY = jax.random.key(5)
 _IDEAL = {"*": PRESETS["ideal"]}
@@ -45,6 +49,10 @@ _READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=ReadNoise(0.0
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 _INDEX = jnp.array([2, 0])
+
+
+def _problem(method, frozen, index=_INDEX):
+    return Problem(graph=_GRAPH, method=method, frozen=frozen, index=index)
 
 
 def _somewhere(n, site, layer):
@@ -69,7 +77,7 @@ def _in_arrays(pattern="*", config="ideal"):
 @functools.partial(jax.jit, static_argnames="method")
 def _loss_and_gradients(params, frozen, method):
     def loss(params):
-        return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+        return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
     return jax.value_and_grad(loss)(params)
 
@@ -204,7 +212,7 @@ def test_chips_are_an_axis_of_the_model():
 
     def loss(key):
         frozen = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, key)
-        return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+        return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
     losses = jax.jit(jax.vmap(loss))(keys)
     assert losses[0] != losses[1]
@@ -217,14 +225,14 @@ def test_chips_are_an_axis_of_the_model():
 
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     frozen = _in_arrays(_WRITTEN, "read noise")
-    method = Fusion()
+    problem = _problem(Fusion(), frozen)
     rates = Rates({"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}, jnp.float32(0), jnp.float32(0))
-    step = jax.jit(functools.partial(fusion_step, graph=_GRAPH, method=method, optimisation=Optimisation(steps=9)))
+    step = jax.jit(functools.partial(fusion_step, optimisation=Optimisation(steps=9)))
 
     def losses(steps):
-        state, found = init_state(method, frozen, _INDEX, jax.random.key(0)), []
+        state, found = init_state(problem, jax.random.key(0)), []
         for _ in range(steps):
-            state, metrics = step(state, tiny.batch(), _INDEX, frozen, rates)
+            state, metrics = step(state, tiny.batch(), problem, rates)
             found.append(float(metrics["loss"]))
         return found
 

@@ -16,11 +16,12 @@ from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.layers import Linear
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.training.problem import Frozen
 
 _MODEL = tiny.t5()
 _INDEX = [3, 0, 2]

@@ -14,16 +14,20 @@ from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.method import Frozen
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.training.step import objective
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.problem import Frozen, Problem
 
 _MODEL = T5(tiny.CONFIG, rngs=nnx.Rngs(0))
 _GRAPH, _BASE = nnx.split(_MODEL)
 _SITES = tuple((name, site) for name, site in tiny.CONFIG.sites.items() if name.rpartition(".")[2] in ("q", "wo"))
 _INDEX = jnp.arange(0)
+
+
+def _problem(method, frozen, index=_INDEX):
+    return Problem(graph=_GRAPH, method=method, frozen=frozen, index=index)
 
 
 def _frozen(method) -> Frozen:
@@ -89,7 +93,7 @@ def test_gradients_are_finite_differences(method):
     params = params if isinstance(method, FullFineTuning) else _moved(params)
 
     def loss(params):
-        return objective(params, batch, _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+        return objective(params, batch, _problem(method, frozen), jnp.float32(0))[0]
 
     gradient = jax.jit(jax.grad(loss))(params)
     along = (
@@ -114,9 +118,9 @@ def test_full_fine_tuning_runs_on_its_own_weights():
     loss = {}
     for name, at in (("other's", elsewhere), ("swapped in", frozen)):
         weights = method.init(elsewhere, _INDEX, jax.random.key(0))
-        loss[name] = objective(weights, batch, _INDEX, at, jnp.float32(0), graph=_GRAPH, method=method)[0]
+        loss[name] = objective(weights, batch, _problem(method, at), jnp.float32(0))[0]
     assert loss["other's"] == loss["swapped in"]
-    own = objective(params, batch, _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+    own = objective(params, batch, _problem(method, frozen), jnp.float32(0))[0]
     assert abs(float(own - loss["other's"])) > 0.01
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.search import lorahub, objective
+from lorafusion_jax.methods import lorahub
 from lorafusion_jax.tasks import Batch
 
 needs_nevergrad = pytest.mark.skipif(
@@ -49,7 +49,7 @@ def test_objective_replays_the_golden_search(shared, path):
     arguments = _without_seeds(_golden(folder, path))
     golden = np.load(folder / "lorahub_nevergrad_seed42.npz")
     for weights, score in zip(golden["eval_weights"], golden["eval_scores"], strict=True):
-        assert objective.score(weights[None], **arguments) == pytest.approx([score], abs=1e-4)
+        assert lorahub.score(weights[None], **arguments) == pytest.approx([score], abs=1e-4)
 
 
 @needs_nevergrad
@@ -66,10 +66,10 @@ def test_search_walks_as_the_golden_one(shared):
 def test_objective_is_lorahubs():
     arguments = small_search.small(seeds=(1, 2))
     weights = np.array([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0]])
-    got = objective.score(weights, **_without_seeds(arguments))
-    model = nnx.merge(arguments["graph"], arguments["frozen"].base)
+    got = lorahub.score(weights, **_without_seeds(arguments))
+    model = nnx.merge(arguments["problem"].graph, arguments["problem"].frozen.base)
     for seed, w in enumerate(weights):
-        mixed = small_search.mixed(model, arguments["frozen"].pool, w)
+        mixed = small_search.mixed(model, arguments["problem"].frozen.pool, w)
         total = 0.0
         for batch in arguments["batches"]:
             labels = batch.labels[seed]
@@ -86,10 +86,10 @@ def test_search_improves_on_its_start_and_says_what_it_tried():
     found = lorahub.search(
         **arguments, evaluations=40, after_evaluation=lambda number, scores: seen.append((number, *scores))
     )
-    assert found.tried.shape == (40, 2, 3) and (np.abs(found.tried) <= objective.BOUND).all()
+    assert found.tried.shape == (40, 2, 3) and (np.abs(found.tried) <= lorahub.BOUND).all()
     assert not found.tried[0].any()
     assert seen == [(number, *scores) for number, scores in enumerate(found.scores, start=1)]
-    recommended = objective.score(found.weights, **_without_seeds(arguments))
+    recommended = lorahub.score(found.weights, **_without_seeds(arguments))
     np.testing.assert_allclose(recommended, found.scores.min(axis=0), atol=1e-6)
     assert (recommended < found.scores[0] - 0.01).all()
 

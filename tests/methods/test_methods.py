@@ -12,17 +12,19 @@ from safetensors.numpy import load_file
 
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
+from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.methods.search import objective, single
+from lorafusion_jax.methods import lorahub, mean
 from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
-from lorafusion_jax.runs.run import fuse, load_run, run_path
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks import load_task, split
 from lorafusion_jax.training import fit
+from lorafusion_jax.training.recipe import PRESETS
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SEEDS = (1, 2)
@@ -75,7 +77,7 @@ def _count_rows(patch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     patch.setattr(fit, "train_seeds", counting(fit.train_seeds, "forward", "backward"))
-    for module in (fit, objective, single):
+    for module in (fit, lorahub, mean):
         patch.setattr(module, "seed_entropies", counting(module.seed_entropies, "forward"))
     return counted
 

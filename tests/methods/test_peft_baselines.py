@@ -9,10 +9,10 @@ from flax import nnx
 
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.methods.method import Frozen, Projections
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.step import objective
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.problem import Frozen, Problem, Projections
 
 pytestmark = pytest.mark.peft
 
@@ -138,9 +138,12 @@ def test_first_step(folder, kind, moved):
     @jax.jit
     def step(params, frozen):
         def ours(params):
-            return objective(params, batch, jnp.arange(0), frozen, jnp.float32(0), graph=graph, method=_METHODS[kind])[
-                0
-            ]
+            return objective(
+                params,
+                batch,
+                Problem(graph=graph, method=_METHODS[kind], frozen=frozen, index=jnp.arange(0)),
+                jnp.float32(0),
+            )[0]
 
         return jax.value_and_grad(ours)(params)
 

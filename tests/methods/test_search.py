@@ -10,9 +10,10 @@ import pytest
 import small_search
 from flax import nnx
 
-from lorafusion_jax.methods.method import LORAHUB, Fusion
-from lorafusion_jax.methods.search import cma, objective
-from lorafusion_jax.methods.search.single import single_losses
+from lorafusion_jax.methods import cma, lorahub
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.lorahub import LORAHUB
+from lorafusion_jax.methods.mean import single_losses
 from lorafusion_jax.tasks import IGNORED, Batch
 
 _MODULES, _GENERATIONS, _POPULATION = 3, 8, 6
@@ -29,7 +30,7 @@ def _given(seeds):
 def _search(seeds, given, **changes):
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     size = {"generations": _GENERATIONS, "population": _POPULATION} | changes
-    return cma.search(given.pop("batches"), given.pop("index"), given.pop("frozen"), keys, **given, **size)
+    return cma.search(given["batches"], given["problem"], keys, **size)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,11 @@ def searched():
 def test_a_search_beats_zeros_and_as_many_random_draws(searched):
     weights, seen = searched
     rng = np.random.default_rng(0)
-    draws = rng.uniform(-objective.BOUND, objective.BOUND, (_GENERATIONS, 2 * _POPULATION, _MODULES))
+    draws = rng.uniform(-lorahub.BOUND, lorahub.BOUND, (_GENERATIONS, 2 * _POPULATION, _MODULES))
     draws[0, 0] = 0
     draws[0, 1:3] = weights
     given = _given((0,) * 2 * _POPULATION)
-    scores = np.stack([objective.score(of_generation, **given) for of_generation in draws])
+    scores = np.stack([lorahub.score(of_generation, **given) for of_generation in draws])
     zero, found = scores[0, 0], scores[0, 1:3].copy()
     scores[0, :3] = np.inf
     assert (found < zero - 0.01).all()
@@ -78,8 +79,8 @@ def test_weights_stay_within_lorahubs_bounds(monkeypatch):
 
     monkeypatch.setattr(cma, "score", score)
     found = _search((1, 2), _given((1, 2)), generations=30)
-    assert np.abs(tried).max() == objective.BOUND
-    np.testing.assert_array_equal(np.abs(found), objective.BOUND)
+    assert np.abs(tried).max() == lorahub.BOUND
+    np.testing.assert_array_equal(np.abs(found), lorahub.BOUND)
 
 
 @needs_evosax
@@ -88,7 +89,9 @@ def test_the_walk_of_many_weights_does_not_depend_on_the_seeds_beside_it(monkeyp
     found = {}
     for seeds in ((1, 2, 3), (3,)):
         index = jnp.tile(jnp.arange(20), (len(seeds), 1))
-        found[seeds] = _search(seeds, _given(seeds) | {"index": index}, generations=40, population=16)
+        given = _given(seeds)
+        given["problem"] = given["problem"].replace(index=index)
+        found[seeds] = _search(seeds, given, generations=40, population=16)
     np.testing.assert_array_equal(found[3,][0], found[1, 2, 3][2])
     assert (np.sum((found[3,] - 0.5) ** 2) < 0.2 * 20 * 0.5**2).all()
 
@@ -132,17 +135,16 @@ def _ragged(seeds):
 
 @pytest.mark.parametrize("path", ["map", "vmap"])
 def test_losses_of_single_modules_are_those_of_merged_kernels(path):
-    given = _given((1, 2)) | {"batches": _ragged(2), "path": path}
-    given["index"] = jnp.array([[2, 0], [1, 2]])  # a seed draws some of the pool's modules, in its own order
-    method = Fusion(granularity="global", magnitudes=False)
-    got = single_losses(**given, method=method)
+    batches, problem = _ragged(2), _given((1, 2))["problem"].replace(path=path)
+    problem = problem.replace(index=jnp.array([[2, 0], [1, 2]]))  # some of the pool's modules, in an order of its own
+    got = single_losses(batches, problem.replace(method=Fusion(granularity="global", magnitudes=False)))
     assert np.ptp(got) > 0.1
-    model, pool = nnx.merge(given["graph"], given["frozen"].base), given["frozen"].pool
-    for seed, modules in enumerate(np.asarray(given["index"])):
+    model, pool = nnx.merge(problem.graph, problem.frozen.base), problem.frozen.pool
+    for seed, modules in enumerate(np.asarray(problem.index)):
         for n, module in enumerate(modules):
             mixed = small_search.mixed(model, pool, np.eye(_MODULES)[module])
             picked = []
-            for batch in given["batches"]:
+            for batch in batches:
                 labels = batch.labels[seed]
                 start = np.concatenate([np.zeros((4, 1), int), np.maximum(labels[:, :-1], 0)], axis=1)
                 logits = mixed(batch.input_ids[seed], batch.input_mask[seed], start.astype(np.int32))
@@ -152,4 +154,4 @@ def test_losses_of_single_modules_are_those_of_merged_kernels(path):
             assert len(picked) == 9 + 4
             assert got[seed, n] == pytest.approx(-np.mean(picked), abs=1e-5)
     # Alone, a module is the same in either composition.
-    np.testing.assert_allclose(single_losses(**given, method=LORAHUB), got, atol=1e-5)
+    np.testing.assert_allclose(single_losses(batches, problem.replace(method=LORAHUB)), got, atol=1e-5)

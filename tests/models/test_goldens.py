@@ -18,14 +18,16 @@ from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.method import Frozen, Fusion, Method, ZeroShot
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, places
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.runs.options import PRESETS
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.step import Rates, fusion_step, init_state
+from lorafusion_jax.training.problem import Frozen, Method, Problem
+from lorafusion_jax.training.recipe import PRESETS, Rates
+from lorafusion_jax.training.step import fusion_step, init_state
 
 _KINDS = ("t5a", "t5b")
 _LORAS = ("lora_0", "lora_1", "lora_2", "lora_3")
@@ -72,11 +74,13 @@ class _Case(NamedTuple):
             l2=jnp.float32(l2),
             l1=jnp.float32(l1),
         )
-        static = {"graph": self.graph, "method": self.method, "optimisation": recipe.optimisation(20)}
-        return _step(state, self.batches[batch], self.index, self.frozen, rates, **static)
+        return _step(state, self.batches[batch], self.problem(), rates, optimisation=recipe.optimisation(20))
 
     def start(self):
-        return init_state(self.method, self.frozen, self.index, jax.random.key(0), self.params)
+        return init_state(self.problem(), jax.random.key(0), self.params)
+
+    def problem(self):
+        return Problem(graph=self.graph, method=self.method, frozen=self.frozen, index=self.index)
 
     def by_row(self, magnitudes):
         return np.stack([magnitudes[site][layer] for site, layer in self.rows])
@@ -145,7 +149,7 @@ def _say(graph, base, adapters, batch):
     return logits, generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
 
 
-_step = jax.jit(fusion_step, static_argnames=("graph", "method", "optimisation"))
+_step = jax.jit(fusion_step, static_argnames=("optimisation",))
 
 
 def _close(got, wanted, tolerance, relative=0.0):

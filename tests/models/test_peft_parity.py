@@ -17,10 +17,11 @@ from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool import read_adapter_from_pool, read_pool
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.methods.method import Frozen, Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.model import decoder_inputs
+from lorafusion_jax.training.problem import Frozen
 
 pytestmark = pytest.mark.peft
 

@@ -18,9 +18,11 @@ from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.updates import WeightDecomposed
-from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.step import Optimisation, Rates, fusion_step, init_state
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import Optimisation, Rates
+from lorafusion_jax.training.step import fusion_step, init_state
 
 _DOT = re.compile(
     r"stablehlo\.dot_general .*?precision = \[(\w+), (\w+)\].*?: \(tensor<([\dx]+)xf32>, tensor<([\dx]+)xf32>\)"
@@ -65,11 +67,12 @@ def test_gram_terms():
 def test_a_step(composition, rank, differentiate_norm):
     """Ranks of 2, 4 and 6 make the norm by the Gram matrix, by dW a layer at a time, and from dW as a matrix."""
     method = Fusion(composition=composition, differentiate_norm=differentiate_norm)
-    frozen, index = _frozen(rank), jnp.arange(3)
-    state = init_state(method, frozen, index, jax.random.key(0))
+    graph = nnx.split(_MODEL)[0]
+    problem = Problem(graph=graph, method=method, frozen=_frozen(rank), index=jnp.arange(3))
+    state = init_state(problem, jax.random.key(0))
     rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
-    static = {"graph": nnx.split(_MODEL)[0], "method": method, "optimisation": Optimisation(steps=1)}
-    _check(_products(partial(fusion_step, **static), state, tiny.batch(rows=_ROWS), index, frozen, rates))
+    step = partial(fusion_step, optimisation=Optimisation(steps=1))
+    _check(_products(step, state, tiny.batch(rows=_ROWS), problem, rates))
 
 
 def test_a_mix_by_rank_is_no_product():

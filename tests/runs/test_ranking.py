@@ -10,19 +10,26 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.methods.method import Fusion
+from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs import ranking
 from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import fuse, load_run, run_path
-from lorafusion_jax.training.step import objective
+from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.recipe import PRESETS
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 _MODEL = tiny.t5()
 _GRAPH, _BASE = nnx.split(_MODEL)
 _INDEX = jnp.array([2, 0])
 _FUSION, _PLAIN = Fusion(), Fusion(magnitudes=False)
+
+
+def _problem(method, frozen, index=_INDEX):
+    return Problem(graph=_GRAPH, method=method, frozen=frozen, index=index)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def frozen():
 def _losses(frozen, method):
     @jax.jit
     def loss(params):
-        return objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(0), graph=_GRAPH, method=method)[0]
+        return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
     return loss
 
@@ -44,8 +51,8 @@ def test_the_gradient_that_ranks_equals_finite_differences(frozen):
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
     batch = jax.tree.map(lambda a: jnp.asarray(a)[None], tiny.batch())
     seeds = jax.tree.map(lambda a: a[None], params)
-    static = {"graph": _GRAPH, "method": method}
-    got = ranking.coefficient_gradients(seeds, batch, _INDEX[None], frozen, path="map", **static)[0]
+    problem = _problem(method, frozen, _INDEX[None]).replace(path="map")
+    got = ranking.coefficient_gradients(seeds, batch, problem)[0]
     # At c = 0 magnitudes rescale nothing, and their norm counts as constant: the oracle goes without them.
     loss = _losses(frozen, _PLAIN)
     wanted, eps = np.zeros(got.shape), 3e-3
@@ -66,9 +73,7 @@ def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
         method = Fusion(granularity=granularity, magnitudes=False)
         c = method.init(frozen, _INDEX, jax.random.key(0))["coefficients"]
         params = {"coefficients": jnp.zeros_like(c)[None]}
-        return ranking.coefficient_gradients(
-            params, batch, _INDEX[None], frozen, graph=_GRAPH, method=method, path="map"
-        )
+        return ranking.coefficient_gradients(params, batch, _problem(method, frozen, _INDEX[None]))
 
     by_block, by_module = gradient("block"), gradient("global")
     np.testing.assert_allclose(jnp.sum(by_block, axis=2), by_module, atol=1e-6)

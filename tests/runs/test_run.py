@@ -15,14 +15,16 @@ import jax
 import numpy as np
 import pytest
 
+from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
-from lorafusion_jax.runs.evaluate import seed_entropies
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import fuse, load_run, run_path
+from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks.batches import MOST_SHAPES
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
+from lorafusion_jax.training.loss import seed_entropies
+from lorafusion_jax.training.recipe import PRESETS
 
 pytestmark = pytest.mark.usefixtures("fusion_emitters")
 
@@ -91,7 +93,8 @@ def test_later_epochs_compile_nothing_and_read_no_text(tmp_path):
         compiled.append([program._cache_size() for program in programs])
 
     jax.clear_caches()
-    fit(setup, start(setup, options.seeds), options.recipe, options.seeds, after_epoch=count)
+    begin = start(setup.problem, options.seeds)
+    fit(setup.problem, setup.rows, begin, options.recipe, options.seeds, after_epoch=count)
     assert len(compiled) == 3
     assert compiled[0] == compiled[-1] and all(0 < n <= MOST_SHAPES for n in compiled[0])
 

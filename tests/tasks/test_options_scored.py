@@ -13,11 +13,12 @@ from flax import nnx
 
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.scoring import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training.fit import start
+from lorafusion_jax.training.recipe import PRESETS
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)
@@ -51,7 +52,7 @@ def given(tmp_path_factory):
         recipe=dataclasses.replace(PRESETS["default"], modules=2, max_new_tokens=4),
     )
     setup = prepare(options)
-    params = start(setup, _SEEDS).params
+    params = start(setup.problem, _SEEDS).params
     # Away from the start, and apart from each other.
     params["coefficients"] = params["coefficients"] * jnp.array([0.5, 2.0])[:, None, None]
     apart = {site: rng.uniform(0.1, 3.0, m.shape) for site, m in params["magnitudes"].items()}
@@ -79,11 +80,11 @@ def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
 def chosen(given):
     """[seeds][rows]: the likeliest option, and by how much, of the model with each seed's fusion merged in."""
     setup, _, params = given
-    found = []
+    problem, found = setup.problem, []
     for seed in range(len(_SEEDS)):
         of_seed = jax.tree.map(lambda p, seed=seed: p[seed], params)
-        adapters, _ = jax.jit(setup.method.adapters)(of_seed, setup.frozen, setup.index[seed])
-        model = merged_base(nnx.merge(setup.graph, setup.frozen.base), adapters)
+        adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[seed])
+        model = merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
         rows = []
         for example in setup.task.test:
             options = [line[2:] for line in example.input.splitlines() if line.startswith("- ")]
@@ -99,7 +100,7 @@ def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
     setup, options, params = given
     closed = answer_options(setup.task)
     assert closed is not None and {len(of_row) for of_row in closed} == {2, 3, 4}
-    found = evaluate(dataclasses.replace(setup, path=path), params, setup.index, batch_size=7, options=closed)
+    found = evaluate(setup.posing(path=path), params, batch_size=7, options=closed)
     assert found.option_correct is not None
     wanted = [[said == row.target for (said, _), row in zip(rows, setup.task.test, strict=True)] for rows in chosen]
     assert min(margin for rows in chosen for _, margin in rows) > 1e-3  # no tie that rounding decides

@@ -16,12 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.methods.method import Frozen, Fusion
+from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
-from lorafusion_jax.runs.run import fuse
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
 from lorafusion_jax.training.mesh import make_mesh, on_mesh, partition, rules, to_host
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import PRESETS
 from lorafusion_jax.training.step import init_state
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
@@ -49,21 +51,23 @@ def _trained(asked: str | None) -> tuple[list, str, dict]:
     method = Fusion()
     index = jnp.stack([jnp.roll(jnp.arange(8), seed) for seed in range(_SEEDS)])
     keys = jax.random.split(jax.random.key(0), _SEEDS)
-    state = jax.vmap(partial(init_state, method, frozen))(index, keys)
+    problem = Problem(graph=nnx.graphdef(model), method=method, frozen=frozen, index=index, path="map")
+    state = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))(index, keys)
     batch = jax.tree.map(lambda *rows: jnp.stack(rows), *(tiny.batch(_CONFIG, seed) for seed in range(_SEEDS)))
     recipe = PRESETS["default"]
-    static = {"graph": nnx.graphdef(model), "method": method, "optimisation": recipe.optimisation(2), "path": "map"}
     with contextlib.nullcontext() if asked is None else jax.set_mesh(make_mesh(asked, _SEEDS)):
-        of_seeds = (state, batch, index, recipe_rates(recipe, _SEEDS))
+        of_seeds = (state, batch, index, recipe_rates(method, recipe, _SEEDS))
         state, batch, index, rates = (on_mesh(part, _CONFIG, of_seeds=True) for part in of_seeds)
         frozen = on_mesh(frozen, _CONFIG)
+        problem = problem.replace(frozen=frozen, index=index)
         where = {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding
             for path, leaf in jax.tree_util.tree_leaves_with_path({"frozen": frozen, "state": state})
         }
         # As lists of arrays: types are checked of what holds them, and a compiled program's description is no array.
-        leaves, tree = jax.tree.flatten((state, batch, index, frozen, rates))
-        step = jax.jit(lambda leaves: jax.tree.leaves(train_seeds(*tree.unflatten(leaves), **static)))
+        leaves, tree = jax.tree.flatten((state, batch, problem, rates))
+        train = partial(train_seeds, optimisation=recipe.optimisation(2))
+        step = jax.jit(lambda leaves: jax.tree.leaves(train(*tree.unflatten(leaves))))
         compiled = step.lower(leaves).compile(compiler_options=_QUICK)
         once = compiled(leaves)
         count = len(jax.tree.leaves(state))

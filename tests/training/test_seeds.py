@@ -9,10 +9,11 @@ import numpy as np
 import one_block
 import pytest
 
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.tasks import Split
 from lorafusion_jax.training.fit import fit, recipe_rates, start
+from lorafusion_jax.training.recipe import PRESETS
 
 pytestmark = pytest.mark.usefixtures("fusion_emitters")
 
@@ -42,12 +43,13 @@ def _trained(small, pairs, path):
     place = np.array([options.seeds.index(seed) for seed in seeds])
     assert setup.split is not None
     rows = Split(setup.split.train[place], setup.split.validation[place])
-    setup = dataclasses.replace(setup, index=setup.index[place], split=rows)
-    rates = recipe_rates(_RECIPE, len(pairs))
+    setup = dataclasses.replace(setup.posing(index=setup.problem.index[place]), split=rows)
+    rates = recipe_rates(setup.problem.method, _RECIPE, len(pairs))
     of_group = dict(zip(("coefficients", "magnitudes"), zip(*(rate for _, rate in pairs), strict=True), strict=True))
     learning_rate = rates.learning_rate | {group: jnp.asarray(of_group[group], jnp.float32) for group in of_group}
-    state = start(setup, seeds)
-    return fit(setup, state, _RECIPE, seeds, rates=rates._replace(learning_rate=learning_rate))
+    state = start(setup.problem, seeds)
+    rates = rates._replace(learning_rate=learning_rate)
+    return fit(setup.problem, setup.rows, state, _RECIPE, seeds, rates=rates)
 
 
 def _entry(state, number):
@@ -82,7 +84,7 @@ def test_rates_are_the_recipes_own_where_none_are_given(small, swept):
         path="map",
     )
     setup = prepare(options)
-    own = fit(setup, start(setup, (2,)), recipe, (2,))
+    own = fit(setup.problem, setup.rows, start(setup.problem, (2,)), recipe, (2,))
     for a, b in zip(
         jax.tree.leaves(_entry(own, 0)), jax.tree.leaves(_entry(together, pairs.index((2, _RATES[1])))), strict=True
     ):

@@ -10,11 +10,13 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import present
-from lorafusion_jax.methods.method import Fusion
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import step as step_lib
-from lorafusion_jax.training.seeds import over_seeds
-from lorafusion_jax.training.step import Optimisation, Rates, end_epoch, fusion_step, init_state, objective, prune
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.recipe import Optimisation, Rates
+from lorafusion_jax.training.step import end_epoch, fusion_step, init_state, prune
 
 _MODEL = tiny.t5()
 _GRAPH, _BASE = nnx.split(_MODEL)
@@ -28,8 +30,13 @@ def frozen():
 
 
 @pytest.fixture(scope="module")
-def start(frozen):
-    return init_state(_METHOD, frozen, _INDEX, jax.random.key(0))
+def problem(frozen):
+    return Problem(graph=_GRAPH, method=_METHOD, frozen=frozen, index=_INDEX)
+
+
+@pytest.fixture(scope="module")
+def start(problem):
+    return init_state(problem, jax.random.key(0))
 
 
 def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
@@ -38,7 +45,7 @@ def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
 
 
 @pytest.fixture
-def take(monkeypatch, frozen):
+def take(monkeypatch, problem):
     """Take one step whose gradients are given, instead of those of the model."""
 
     def take(state, gradients, rates, optimisation=None):
@@ -51,37 +58,34 @@ def take(monkeypatch, frozen):
         return fusion_step(
             state,
             tiny.batch(),
-            _INDEX,
-            frozen,
+            problem,
             rates,
-            graph=_GRAPH,
-            method=_METHOD,
             optimisation=optimisation or Optimisation(steps=100),
         )
 
     return take
 
 
-def test_a_state_starts_from_given_numbers(frozen, start):
+def test_a_state_starts_from_given_numbers(problem, start):
     """All of them or a group; `best` too, and no array is one that was given or occurs twice."""
     given = jax.tree.map(lambda p: np.asarray(p) + 1, start.params)
     for some in (given, {"coefficients": given["coefficients"]}, {}):
-        state = init_state(_METHOD, frozen, _INDEX, jax.random.key(0), some)
+        state = init_state(problem, jax.random.key(0), some)
         _equal(state.params, start.params | some)
         _equal(state.best, state.params)
         _equal(state._replace(params=None, best=None), start._replace(params=None, best=None))
     keep = jax.tree.map(jnp.asarray, given)
     donated = jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)
     for state in (
-        init_state(_METHOD, frozen, _INDEX, jax.random.key(0), keep),
-        jax.jit(lambda p: init_state(_METHOD, frozen, _INDEX, jax.random.key(0), p))(keep),
-        init_state(_METHOD, frozen, _INDEX, jax.random.key(0)),
+        init_state(problem, jax.random.key(0), keep),
+        jax.jit(lambda p: init_state(problem, jax.random.key(0), p))(keep),
+        init_state(problem, jax.random.key(0)),
     ):
         donated(state)
     _equal(keep, given)
 
 
-def test_numbers_to_start_from_that_do_not_fit_are_refused(frozen, start):
+def test_numbers_to_start_from_that_do_not_fit_are_refused(problem, start):
     c = start.params["coefficients"]
     for given, message in (
         ({"lora": c}, "have the group 'lora': the method has coefficients, magnitudes"),
@@ -89,18 +93,19 @@ def test_numbers_to_start_from_that_do_not_fit_are_refused(frozen, start):
         ({"magnitudes": {}}, "have magnitudes of the shapes {}: wanted {'"),
     ):
         with pytest.raises(ValueError, match=message):
-            init_state(_METHOD, frozen, _INDEX, jax.random.key(0), given)
+            init_state(problem, jax.random.key(0), given)
 
 
-def test_a_group_without_a_learning_rate_is_refused(frozen, start):
+def test_a_group_without_a_learning_rate_is_refused(problem, start):
     rates = _rates()
-    static = {"graph": _GRAPH, "method": _METHOD, "optimisation": Optimisation(steps=2)}
     for there, message in (
         ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: there is one for coefficients; put it"),
         ({}, "no learning rate for coefficients, magnitudes: there is one for no group"),
     ):
         with pytest.raises(ValueError, match=message):
-            fusion_step(start, tiny.batch(), _INDEX, frozen, rates._replace(learning_rate=there), **static)
+            fusion_step(
+                start, tiny.batch(), problem, rates._replace(learning_rate=there), optimisation=Optimisation(steps=2)
+            )
 
 
 def _random_like(params, seed):
@@ -303,26 +308,30 @@ def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start,
 # The objective and the whole step, on the model.
 
 
+def _steps(state, batch, problem, rates):
+    def of_seed(one, state, batch, rates):
+        return fusion_step(state, batch, one, rates, optimisation=Optimisation(steps=9, clip=1.0))
+
+    return problem.over_seeds(of_seed, (state, batch), (rates,))
+
+
 @functools.cache
 def _compiled(path):
-    def of_seed(seed, shared):
-        return fusion_step(*seed, *shared, graph=_GRAPH, method=_METHOD, optimisation=Optimisation(steps=9, clip=1.0))
-
     # As products of other sizes are fused, so they round: only these emitters give one seed the bits of several.
-    return jax.jit(over_seeds(of_seed, path), compiler_options={"xla_cpu_use_fusion_emitters": path == "map"})
+    return jax.jit(_steps, compiler_options={"xla_cpu_use_fusion_emitters": path == "map"})
 
 
-def test_seeds_together_equal_seeds_alone(frozen):
+def test_seeds_together_equal_seeds_alone(problem):
     index = jnp.array([[2, 0], [1, 2]])
-    states = [init_state(_METHOD, frozen, i, jax.random.key(0)) for i in index]
+    states = [init_state(problem.replace(index=i), jax.random.key(0)) for i in index]
     batches = [tiny.batch(seed=s) for s in (0, 1)]
     stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
 
     def run(path, seeds):
         state, metrics = stack(*(states[s] for s in seeds)), []
-        shared = (frozen, _rates(l2=1e-5, l1=5e-4))
+        of_all = problem.replace(index=index[jnp.array(seeds)], path=path)
         for _ in range(3):
-            state, m = _compiled(path)((state, stack(*(batches[s] for s in seeds)), index[jnp.array(seeds)]), shared)
+            state, m = _compiled(path)(state, stack(*(batches[s] for s in seeds)), of_all, _rates(l2=1e-5, l1=5e-4))
             metrics.append(m)
         return state, metrics
 
@@ -336,7 +345,7 @@ def test_seeds_together_equal_seeds_alone(frozen):
     _close([m["loss"] for m in batched[1]], [m["loss"] for m in together[1]], 1e-5)
 
 
-def test_the_objective(frozen, start):
+def test_the_objective(frozen, problem, start):
     acting = np.asarray(present(frozen.pool, _INDEX, "block"))
     assert 0 < np.sum(~acting) < acting.size
     c = tiny.coefficients(acting.shape)
@@ -347,7 +356,7 @@ def test_the_objective(frozen, start):
     @jax.jit
     def value(c, batch):
         params = start.params | {"coefficients": c}
-        return objective(params, batch, _INDEX, frozen, jnp.float32(0.5), graph=_GRAPH, method=_METHOD)
+        return objective(params, batch, problem, jnp.float32(0.5))
 
     total, metrics = value(c, filled)
     # L1 is a mean over the coefficients that meet a module; the others are not penalised.
@@ -364,13 +373,13 @@ def test_the_objective(frozen, start):
     assert "random" not in str(jax.make_jaxpr(value)(c, filled))
 
 
-def test_l1_pulls_only_on_coefficients_that_act(frozen, start):
+def test_l1_pulls_only_on_coefficients_that_act(frozen, problem, start):
     acting = np.asarray(present(frozen.pool, _INDEX, "block"))
     c = tiny.coefficients(acting.shape)
 
     def penalty(c):
         params = start.params | {"coefficients": c}
-        out = objective(params, tiny.batch(), _INDEX, frozen, jnp.float32(1.0), graph=_GRAPH, method=_METHOD)
+        out = objective(params, tiny.batch(), problem, jnp.float32(1.0))
         return out[1]["l1"]
 
     np.testing.assert_allclose(jax.jit(jax.grad(penalty))(c), np.sign(c) * acting / np.sum(acting), rtol=1e-6)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ...crossbar import Counts, CrossbarConfig, counts
+from ...methods.method import Matrix, Update, module
 from ...models.architecture import Architecture, Site, stack_of, targeted
-from ..flops import Shape, Update, forward_flops, keys, step_flops, tokens
+from ..flops import Shape, forward_flops, keys, step_flops, tokens
 from ..workload import Workload, uniform
-from .methods import Matrix, Method, base_matrices, methods, module, side_by_side
+from .methods import Method, base_matrices, methods, side_by_side
 from .options import CostOptions
 
 _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three

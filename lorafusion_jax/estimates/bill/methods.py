@@ -1,54 +1,32 @@
-"""The methods that are billed: which matrices a site gets, where they stand, and what a token does beside them.
-
-Letters: N modules, r rank, R VeRA's rank.
-"""
+"""The methods that are billed, from the registry; and what of a base model sits in arrays."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
-from ...models.architecture import Architecture, Site, targeted
-from ..flops import Update
-from ..parameters import size, trainable
+from ...methods import METHODS
+from ...methods.method import Billed, Fused, Matrix, Placement, Update, module
+from ...models.architecture import Architecture, Site
+from ..parameters import trainable_count
 from .options import CostOptions
-
-Matrix = tuple[int, int]
-Place = Literal["arrays", "memory"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-    """How a method adapts a site.
+class Method(Placement):
+    """A method in one of its placements.
 
     Attributes:
-      update: as `train.cost` counts it.
+      update: its arithmetic.
       trainable: numbers.
-      installed_words: those that end in memory.
-      matrices: that a site's adapter consists of, A before B.
-      macs: digital multiply-adds of a token at a site, at inference.
-      words: read from memory for them.
-      trains_in: where the adapters are while they are trained.
-      stays_in: where they are afterwards.
-      passes: times that their cells are written for the task.
       searched: without gradients.
-      shared: all sites read the same matrices.
     """
 
     update: Update
     trainable: int
-    installed_words: int
-    matrices: Callable[[Site], list[Matrix]] = lambda site: []
-    macs: Callable[[Site], int] = lambda site: 0
-    words: Callable[[Site], int] = lambda site: 0
-    trains_in: Place = "memory"
-    stays_in: Place = "memory"
-    passes: int = 0
-    searched: bool = False
-    shared: bool = False
+    searched: bool
 
 
 def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, Method]:
-    """Return every method by its name.
+    """Return every placement of every method by its title; LoRAFusion, which the others are compared with, comes last.
 
     Args:
       config: the base model.
@@ -58,80 +36,19 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     Raises:
       ValueError: a target that the model does not have.
     """
-    N, r, R, targets = options.modules, options.rank, options.vera_rank, options.targets
-    found = trainable(targeted(config, targets), rank=r, vera_rank=R)
-    lora = Method(
-        update=Update(kind="lora", rank=r, targets=targets),
-        trainable=found.lora,
-        installed_words=0,
-        matrices=module(r),
-        macs=lambda site: site.d_out,
-        stays_in="arrays",
-        passes=1,
-    )
-    pool = Method(
-        update=Update(kind="sum", rank=r, modules=N, pool=N, magnitudes=True, targets=targets),
-        trainable=N * found.blocks + found.magnitudes,
-        installed_words=N * found.blocks + found.magnitudes,
-        matrices=lambda site: module(r)(site) * N,
-        macs=lambda site: N * (r + site.d_out) + site.d_out,
-        words=lambda site: N + site.d_out,
-        trains_in="arrays",
-        stays_in="arrays",
-    )
-    digital = size(config) - sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
-    return {
-        "LoRA in cells": lora,
-        "LoRA in cells, every step": dataclasses.replace(lora, trains_in="arrays", passes=steps),
-        "LoRA in SRAM": dataclasses.replace(
-            lora,
-            installed_words=found.lora,
-            macs=lambda site: r * (site.d_in + site.d_out) + site.d_out,
-            words=lambda site: r * (site.d_in + site.d_out),
-            stays_in="memory",
-            passes=0,
-        ),
-        "DoRA in cells": dataclasses.replace(
-            lora,
-            update=dataclasses.replace(lora.update, kind="dora"),
-            trainable=found.lora + found.magnitudes,
-            installed_words=found.magnitudes,
-            macs=lambda site: 2 * site.d_out,
-            words=lambda site: site.d_out,
-        ),
-        "VeRA": Method(
-            update=Update(kind="vera", rank=R, targets=targets),
-            trainable=found.vera,
-            installed_words=found.vera,
-            matrices=module(R),
-            macs=lambda site: R + 2 * site.d_out,
-            words=lambda site: R + site.d_out,
-            trains_in="arrays",
-            stays_in="arrays",
-            shared=True,
-        ),
-        "LoraHub": dataclasses.replace(
-            pool,
-            update=Update(kind="mix", rank=r, modules=N, pool=N, targets=targets),
-            trainable=N,
-            installed_words=N,
-            macs=lambda site: N * (2 * r + site.d_out),
-            words=lambda site: N,
-            searched=True,
-        ),
-        "full fine-tuning": Method(
-            update=Update(kind="full"), trainable=size(config), installed_words=digital, passes=1
-        ),
-        "LoRAFusion": pool,
-        "LoRAFusion, side by side": dataclasses.replace(
-            pool, matrices=side_by_side(N, r), macs=lambda site: N * r + 2 * site.d_out
-        ),
-    }
-
-
-def module(rank: int) -> Callable[[Site], list[Matrix]]:
-    """Return the A and B of one module at a site."""
-    return lambda site: [(site.d_in, rank), (rank, site.d_out)]
+    recipe, modules = options.recipe, Fused(options.rank, options.modules, options.targets)
+    base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
+    found = {}
+    for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
+        counts = trainable_count(entry, config, recipe, modules)
+        of_method = {
+            "update": entry.update(recipe, modules),
+            "trainable": sum(counts.values()),
+            "searched": entry.learns == "searched",
+        }
+        for title, placement in entry.placements(Billed(recipe, options.rank, counts, steps, base)).items():
+            found[title] = Method(**vars(placement), **of_method)
+    return found
 
 
 def side_by_side(modules: int, rank: int) -> Callable[[Site], list[Matrix]]:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ...checks import at_least
-from ...runs.options import Recipe
+from ...training.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

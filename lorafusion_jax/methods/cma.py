@@ -13,29 +13,26 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ...models.weights import reads
-from ...runs.evaluate import SEARCH
-from ...tasks import Batch
-from ...training.mesh import on_mesh, to_host
-from ...training.seeds import Path
-from ...training.step import standard_promotion
-from ..method import Frozen
-from .objective import BOUND, score
+from ..tasks import Batch
+from ..training.mesh import on_mesh, to_host
+from ..training.problem import SEARCH, Params, Problem
+from ..training.progress import progress
+from ..training.recipe import Recipe
+from ..training.step import standard_promotion
+from .lorahub import BOUND, build, recorder, score
+from .method import MethodEntry, SearchJob, fused
 
+_SEARCH = 1  # purpose of a seed's key; 0 is where training starts
 _DEVIATION = 0.3  # of the first generation about zero, a fifth of the bound
 
 
 def search(
     batches: Sequence[Batch],
-    index: Int[Array, "seeds N"],
-    frozen: Frozen,
+    problem: Problem,
     keys: Array,
     *,
-    graph: nnx.GraphDef,
-    path: Path,
     generations: int,
     population: int,
     after_generation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
@@ -46,11 +43,8 @@ def search(
 
     Args:
       batches: of every seed's rows, leaves with a leading axis of seeds.
-      index: the modules of each seed.
-      frozen: the base model and the pool.
+      problem: of all seeds; its method is `lorahub.LORAHUB`.
       keys: of the seeds.
-      graph: the model's structure.
-      path: how seeds and members run.
       generations: how often a population is drawn.
       population: members of a generation, at least 4.
       after_generation: called with its number, from 1, and the best score of every seed so far.
@@ -59,14 +53,15 @@ def search(
       ValueError: evosax is not installed, or such a population cannot be had.
     """
     check_population(generations, population)
-    seeds, modules = index.shape
+    seeds, modules = problem.index.shape
     with _promotions():
         strategy = load_evosax().CMA_ES(population_size=population, solution=jnp.zeros(modules))
         settings = strategy.default_params.replace(std_init=jnp.asarray(_DEVIATION))
         states = [strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings) for key in keys]
     spread = functools.partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), population, axis=0))
     members = [spread(batch) for batch in batches]
-    member_index = on_mesh(jnp.asarray(np.repeat(to_host(index), population, axis=0)), of_seeds=True)
+    index = jnp.asarray(np.repeat(to_host(problem.index), population, axis=0))
+    of_members = problem.replace(index=on_mesh(index, of_seeds=True))
     best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
     for number in range(1, generations + 1):
         # Seed by seed: batched, the last bits of a walk, and soon all of it, depend on the seeds beside it.
@@ -74,8 +69,7 @@ def search(
         with _promotions():
             drawn = [strategy.ask(key[0], state, settings) for key, state in zip(now, states, strict=True)]
         tried = np.clip(np.stack([np.asarray(generation, float) for generation, _ in drawn]), -BOUND, BOUND)
-        read = reads(frozen, SEARCH, number)
-        flat = score(tried.reshape(-1, modules), members, member_index, read, graph=graph, path=path)
+        flat = score(tried.reshape(-1, modules), members, of_members.read(SEARCH, number))
         scores = np.where(np.isfinite(flat), flat, np.inf).reshape(seeds, population)
         with _promotions():
             states = [
@@ -117,3 +111,40 @@ def load_evosax() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(f"CMA-ES needs {error.name}, which is not installed: pip install -e '.[cma]'") from error
     return algorithms
+
+
+def _check(recipe: Recipe) -> None:
+    check_population(recipe.generations, recipe.population)
+    load_evosax()
+
+
+def _search(job: SearchJob) -> tuple[Params, int]:
+    recipe, batches = job.recipe, list(job.rows.once(job.recipe.batch_size))
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _SEARCH) for seed in job.seeds])
+    with progress("search", recipe.generations) as bar:
+        found = search(
+            batches,
+            job.problem,
+            keys,
+            generations=recipe.generations,
+            population=recipe.population,
+            after_generation=recorder(job, bar),
+        )
+    return {"coefficients": jnp.asarray(found, jnp.float32)}, recipe.generations
+
+
+ENTRIES = (
+    MethodEntry(
+        name="cma",
+        help="search LoraHub's weights by CMA-ES",
+        build=build,
+        update=lambda recipe, modules: fused(recipe, modules, "mix"),
+        pool=True,
+        learns="searched",
+        groups=("coefficients",),
+        check=_check,
+        search=_search,
+        evaluations=lambda recipe, modules: recipe.generations * recipe.population,
+        at_once=lambda recipe: recipe.population,
+    ),
+)

@@ -1,0 +1,47 @@
+"""The baselines that train nothing: the base model as it is, with examples in its prompt, or a constant answer."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Int
+
+from ..training.problem import Frozen, Method, Params
+from .method import MethodEntry, Update
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot(Method):
+    """The base model as it is: nothing is trained."""
+
+    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
+        """Return no numbers."""
+        return {}
+
+    def adapters(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return no adapters."""
+        return {}, {}
+
+
+_ZERO_SHOT = MethodEntry(
+    name="zero-shot",
+    help="ask the base model as it is",
+    build=lambda built: ZeroShot(),
+    update=lambda recipe, modules: Update(kind="none"),
+    learns="untrained",
+    seeded=False,
+)
+ENTRIES = (
+    _ZERO_SHOT,
+    dataclasses.replace(
+        _ZERO_SHOT,
+        name="few-shot",
+        help="ask the base model with examples in the prompt",
+        answers="examples",
+        seeded=True,
+    ),
+    dataclasses.replace(
+        _ZERO_SHOT, name="constant", help="give the most common answer", answers="nothing", seeded=True
+    ),
+)

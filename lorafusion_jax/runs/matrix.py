@@ -1,0 +1,120 @@
+"""A matrix of runs, such as tasks by methods: every result is a row of one JSONL file, and none is run twice."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..methods import find
+from ..report import append_rows, done, read_rows
+from .folder import RunFolder
+from .options import FuseOptions
+from .run import options_from_json, options_to_json, run_path, with_targets
+
+# Options of a run that decide no result.
+_BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds")
+
+
+class Job(NamedTuple):
+    """One program of a matrix, with all its seeds.
+
+    Attributes:
+      task: as its rows call it.
+      method: likewise.
+      league: how many rows there are to learn from, as its rows call that.
+      options: of the run.
+    """
+
+    task: str
+    method: str
+    league: str
+    options: FuseOptions
+
+
+def run_jobs(
+    jobs: Iterable[Job], file: Path, run: Callable[[FuseOptions], Mapping[str, Any]], *, root: Path | None = None
+) -> None:
+    """Run the jobs whose rows are not in a file yet, and add their rows.
+
+    Args:
+      jobs: in the order to run them.
+      file: of rows (see `report`).
+      run: runs the options of a job, such as `lorafusion_jax.fuse`.
+      root: paths inside this folder are written relative to it, so that rows of two checkouts are alike.
+
+    Raises:
+      ValueError: before anything is run: a method cannot be used here, or the file has rows of other settings.
+    """
+    todo = list(jobs)
+    for job in todo:
+        find(job.options.method).check(job.options.recipe)
+    rows = read_rows(file) if file.exists() else []
+    have = done(rows)
+    wanted: dict[tuple[str, str, str], FuseOptions] = {job[:3]: job.options for job in todo}
+    for row in rows:
+        if (of := (row["task"], row["method"], row["league"])) in wanted:
+            where = f"{file}: {', '.join(of)}, seed {row['seed']}"
+            check_same(row["config"], wanted[of], where, root=root)
+    began = time.perf_counter()
+    for number, job in enumerate(todo, start=1):
+        seeds = job.options.seeds if find(job.options.method).seeded else job.options.seeds[:1]
+        if {(*job[:3], seed) for seed in seeds} <= have:
+            continue
+        results = run(job.options)
+        append_rows(file, [row for row in _rows(job, results, root) if (*job[:3], row["seed"]) not in have])
+        minutes = (time.perf_counter() - began) / 60
+        said = f"{job.task}, {job.method}, {job.league}: {results['exact_match']:.1f} %"
+        print(f"[{number}/{len(todo)}] {said}, {minutes:.1f} min", file=sys.stderr, flush=True)
+
+
+def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:
+    """Return, as JSON, all that decides a result besides its seed; paths inside the root are relative to it."""
+    values = options_to_json(with_targets(options))
+    if root is not None:
+        values = json.loads(json.dumps(values).replace(f"{root}/", ""))
+    return {name: value for name, value in values.items() if name not in _BOOKKEEPING}
+
+
+def check_same(was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Path | None = None, **more: Any) -> None:
+    """Raise ValueError where a row was made with other settings than those asked for.
+
+    Args:
+      was: the row's configuration.
+      now: the options of the run.
+      where: the row, for the message.
+      root: as in `settings_of`.
+      more: settings of a row besides its options.
+    """
+    fields = {field.name for field in dataclasses.fields(FuseOptions)}
+    before = options_from_json({name: value for name, value in was.items() if name in fields})
+    old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
+    old, new = old | {name: was.get(name) for name in more}, new | more
+    if different := [name for name in new if old[name] != new[name]]:
+        changes = "; ".join(f"{name} was {old[name]}, is {new[name]}" for name in different)
+        raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
+
+
+def _rows(job: Job, results: Mapping[str, Any], root: Path | None) -> Iterator[dict[str, Any]]:
+    run = RunFolder(run_path(job.options))
+    config, predictions = run.config(), run.predictions()
+    shared = {
+        "task": job.task,
+        "method": job.method,
+        "league": job.league,
+        "trainable": results["trainable"],
+        "seconds": results["seconds"]["train"] / len(results["seeds"]),
+        "config": settings_of(job.options, root),
+        "data_sha256": config["task_sha256"],
+        **{name: config["environment"][name] for name in ("versions", "device", "cores")},
+    }
+    for seed in results["seeds"]:
+        said = [row for row in predictions if row["seed"] == seed["seed"]]
+        scored = all(row["option_correct"] is not None for row in said)
+        yield shared | {
+            "correct": "".join(str(int(row["correct"])) for row in said),
+            "option_correct": "".join(str(int(row["option_correct"])) for row in said) if scored else None,
+            **{name: value for name, value in seed.items() if name != "modules"},
+        }
