@@ -1,9 +1,9 @@
-"""Trees of arrays on disk, by orbax: a SHA-256 guards every file, and a folder is whole or not there.
+"""Trees of arrays on disk, by orbax, with a SHA-256 of every file. A folder is complete or absent.
 
-Several processes (see `processes`) save together, each its own part of the arrays, to a file system that all see.
+Several processes (see `processes`) save together. Each writes its own part of the arrays to a shared file system.
 
-orbax loads a data file with a flipped byte without a word, hence the digests. Leaves come back as NumPy
-arrays: where they go is the caller's business, so a checkpoint does not depend on the devices that wrote it.
+The digests are needed because orbax loads a data file with a flipped byte without an error. Leaves come back as
+NumPy arrays, so a checkpoint does not depend on the devices that wrote it; the caller places them.
 """
 
 import contextlib
@@ -29,11 +29,10 @@ _STEP = re.compile(r"step_(\d+)")
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which takes the name `folder` once the block has ended without an error.
+    """Yield a folder to write into, which is renamed to `folder` once the block has ended without an error.
 
-    Of several processes the first makes and names it.
-
-    What a killed process left of an earlier attempt is removed.
+    With several processes, the first one makes and renames it. The remains of an earlier attempt that was killed
+    are removed.
 
     Raises:
       ValueError: the folder exists.
@@ -60,8 +59,8 @@ def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
 
     Args:
       folder: an existing folder.
-      tree: arrays of any device or NumPy, with several processes the same in each or spread over all; no PRNG keys
-        (save their `jax.random.key_data`), no 4-bit types.
+      tree: arrays of any device or NumPy; with several processes, the same in each or spread over all. PRNG keys
+        (save their `jax.random.key_data`) and 4-bit types are not supported.
 
     Returns:
       `arrays`: "float32[2, 3]" by the path in the tree; `files`: SHA-256 by the path below `folder`.
@@ -79,13 +78,13 @@ def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
 
 
 def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -> Any:
-    """Read what `write_arrays` wrote, as NumPy arrays.
+    """Read the tree that `write_arrays` wrote, as NumPy arrays.
 
     Args:
-      folder: where it was written.
-      record: what `write_arrays` returned.
-      abstract: a tree with the shapes and dtypes that the result must have; it gets the same structure.
-        Without it come nested dicts and lists.
+      folder: the folder that it was written to.
+      record: the record that `write_arrays` returned.
+      abstract: a tree with the structure, shapes and dtypes that the result must have. Without it the result
+        consists of nested dicts and lists.
 
     Raises:
       ValueError: a file is missing or damaged, or the arrays are not those of `abstract`.
@@ -99,7 +98,7 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
     for path in wanted | got:
         if wanted.get(path) != got.get(path):
             raise ValueError(
-                f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'none such')}; "
+                f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'no such array')}; "
                 "it was saved by a run of another configuration"
             )
     return ocp.load(
@@ -109,7 +108,7 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with one entry a line, but lists of numbers on one line."""
-    # No JSON string holds a line break, so the pattern touches none.
+    # A JSON string never holds a line break, so the pattern cannot match inside one.
     numbers = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\s*\]")
     text = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1))
     write_text(path, f"{text}\n")
@@ -119,7 +118,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-      ValueError: the file is missing or is no JSON object; `what` says what its folder ought to be.
+      ValueError: the file is missing or is not a JSON object; `what` names the kind of folder in the message.
     """
     if not path.is_file():
         raise ValueError(f"{path.parent} is not {what}: it has no {path.name}")
@@ -133,7 +132,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
-    """Save a tree of arrays with its metadata; the folder appears under its name only when it is on the disk.
+    """Save a tree of arrays with its metadata; the folder gets its name only when everything is on the disk.
 
     Args:
       folder: the folder to make.
@@ -156,7 +155,7 @@ def load(folder: Path, abstract: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return the tree, as `read_arrays` does, and the metadata of a saved folder.
 
     Raises:
-      ValueError: the folder is no checkpoint, a file is missing or damaged, or the arrays are not those of
+      ValueError: the folder is not a checkpoint, a file is missing or damaged, or the arrays are not those of
         `abstract`.
     """
     manifest = read_json(folder / _MANIFEST, "a complete checkpoint")
@@ -164,7 +163,7 @@ def load(folder: Path, abstract: Any = None) -> tuple[Any, dict[str, Any]]:
 
 
 def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:
-    """Save `checkpoints / step_000123`, and only then remove all but the `keep` (>= 1) latest."""
+    """Save `checkpoints / step_000123`, then remove all but the latest `keep` (>= 1)."""
     save(checkpoints / f"step_{step:06d}", tree, metadata)
     if processes.first():
         for old in _steps(checkpoints)[:-keep]:
@@ -172,7 +171,7 @@ def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, An
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """Return the folder of the latest step, or None if there is none."""
+    """Return the folder of the latest step, or None without any."""
     return next(reversed(_steps(checkpoints)), None)
 
 
@@ -182,7 +181,7 @@ def _steps(checkpoints: Path) -> list[Path]:
 
 
 def _check_files(root: Path, files: Mapping[str, str]) -> None:
-    """Raise a ValueError that names the first file which is missing, not listed, or has another SHA-256."""
+    """Raise a ValueError that names the first file that is missing, is not listed, or has another SHA-256."""
     for path in (root / _ARRAYS).rglob("*"):
         if path.is_file() and path.relative_to(root).as_posix() not in files:
             raise ValueError(f"{path}: the manifest does not list this file: copy the whole folder again")

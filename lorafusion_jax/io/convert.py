@@ -1,7 +1,7 @@
-"""The command that turns adapters of PEFT into a pool on disk: all of them, or nothing.
+"""The command that turns adapters of PEFT into a pool on disk. If one cannot be used, nothing is written.
 
-Adapters are read, checked and written one after the other, so that memory holds one at a time; the pool
-appears under its name only when every file of it is complete.
+Adapters are read, checked and written one after the other, so that memory holds one at a time. The pool's folder
+gets its name only when every file in it is complete.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ class ConvertOptions:
       base: folder or hub id of the base model that the adapters were trained on.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
       adapters_file: a text file with one more folder or hub id a line; # begins a comment.
-      out: folder to write, which must not exist; a dry run needs none.
+      out: folder to write, which must not exist; not needed for a dry run.
       dtype: store factors in this dtype instead of their own.
-      dry_run: read and check everything and report the same, but write nothing. Of the base only config.json
-        is needed, unless an adapter carries copies of base weights.
+      dry_run: read and check everything and print the same report, but write nothing. The base's config.json
+        is enough for this, unless an adapter carries copies of base weights.
       skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.
     """
 
@@ -55,10 +55,10 @@ class ConvertOptions:
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:
-    """Convert, and return the pool's manifest.
+    """Convert the adapters and return the pool's manifest.
 
     Raises:
-      ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing was written then.
+      ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing is written in these cases.
     """
     sources = _sources(options)
     if options.out is None and not options.dry_run:
@@ -81,7 +81,7 @@ def _sources(options: ConvertOptions) -> list[str]:
 
 
 def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -> dict[str, Any]:
-    """Read, check and, with a folder, write all adapters and the manifest, which is returned."""
+    """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
     from tqdm import tqdm
 
     config = read_config(options.base)

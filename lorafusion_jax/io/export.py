@@ -1,7 +1,7 @@
-"""The way back: a fusion as one adapter that PEFT loads, or merged into a base model.
+"""Export of a fusion: as one adapter that PEFT loads, or merged into a base model.
 
 Coefficients are folded into the factors and lora_alpha is r, so that PEFT's scaling is 1. A `sum` stacks the
-factors of its modules (what PEFT calls `cat`), a `mix` keeps their rank; magnitudes make the adapter a DoRA.
+factors of its modules (PEFT calls this `cat`); a `mix` keeps their rank. With magnitudes the adapter is a DoRA.
 
 Axis letters: L layer, N adapters of a fusion, r rank.
 """
@@ -37,20 +37,20 @@ def fused_adapter(
     base: str,
     magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of the PEFT adapter that a fusion amounts to.
+    """Return the configuration and the tensors of a PEFT adapter that equals a fusion.
 
-    A matrix that none of the chosen modules adapts is left out, and of a `sum` the modules whose coefficient is
-    zero; smaller ranks are filled up with zeros, which
-    every version of PEFT reads alike, as it does not rank_pattern and alpha_pattern.
+    Left out are matrices that none of the chosen modules adapts and, in a `sum`, modules whose coefficient is zero.
+    Smaller ranks are padded with zeros, because all versions of PEFT read that alike; they differ in how they read
+    rank_pattern and alpha_pattern.
 
     Args:
-      config: of the base model.
+      config: structure of the base model.
       pool: plain or quantised.
       index: the modules that are fused.
-      coefficients: per site, layer and module, as `fusion.coefficients.expand` returns them.
+      coefficients: per site, layer and module, as `adapters.coefficients.expand` returns them.
       composition: `mix` or `sum`.
       base: name or folder of the base model, for the configuration.
-      magnitudes: m per site, for a DoRA adapter; by default the pool's own, where it is one.
+      magnitudes: m per site, for a DoRA adapter; by default the pool's own, if it holds a DoRA adapter.
 
     Raises:
       ValueError: a mix of adapters of different ranks.
@@ -83,10 +83,10 @@ def lora_adapter(
     """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
 
     Args:
-      config: of the base model.
+      config: structure of the base model.
       adapters: by site, A [L, d_in, r] and B [L, r, d_out] with the scaling folded in, without a scale.
       base: name or folder of the base model, for the configuration.
-      magnitudes: m per site, which make it a DoRA.
+      magnitudes: m per site, for a DoRA.
     """
     factors = {
         (site, layer): (A.T, B)
@@ -97,7 +97,7 @@ def lora_adapter(
 
 
 def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
-    """Return a copy of the model whose adapted kernels are the dense products, W' = (W + dW) * scale.
+    """Return a copy of the model with the adapters merged into its kernels, W' = (W + dW) * scale.
 
     Args:
       model: plain or quantised; adapted kernels come out in float32, the others stay as they are.
@@ -111,7 +111,7 @@ def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
 
 @jax.jit
 def _merge(adapter: Adapter, kernel: Weight) -> Float[Array, "L d_in d_out"]:
-    # What an adapter makes of the unit vectors is the matrix that it is.
+    # An adapter maps the unit vectors to the rows of its matrix.
     unit = jnp.eye(kernel.shape[1])
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda layer: layer[0](unit, layer[1]), (adapter, kernel))
@@ -143,7 +143,7 @@ def _adapter(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        # Whole paths: a last name would also name matrices that the adapter has no tensors for.
+        # Full paths: a last name alone would also match matrices that the adapter has no tensors for.
         "target_modules": sorted(paths.values()),
         "task_type": family_of(config).task_type,
         "use_dora": magnitudes is not None,

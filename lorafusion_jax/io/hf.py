@@ -1,6 +1,6 @@
 """Base models in Hugging Face's format: folders or hub ids in, folders out.
 
-Weights are stored as [d_out, d_in] there, one tensor per layer; here they are kernels [L, d_in, d_out].
+Hugging Face stores weights as [d_out, d_in], one tensor per layer; here they are kernels [L, d_in, d_out].
 """
 
 import dataclasses
@@ -40,11 +40,11 @@ _COPIED_FILES = (
 def read_config(source: str | Path) -> Architecture:
     """Read the `config.json` of a base model.
 
-    Whether the head is tied to the embedding shows in the weights alone; here it is what the file says, and
-    `load_base` settles it.
+    Only the weights show whether the head is tied to the embedding. Until `load_base` reads them, the value of the
+    file is used.
 
     Raises:
-      ValueError: no family has such models, or a size is missing; the message names it.
+      ValueError: the model belongs to no known family, or a size is missing; the message names it.
     """
     path = resolve(str(source), patterns=(_CONFIG,)) / _CONFIG
     raw = _read_config(path)
@@ -54,9 +54,9 @@ def read_config(source: str | Path) -> Architecture:
 def load_base(
     source: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", quantise: str | None = None
 ) -> Model:
-    """Load a base model; of the weights, little more than the model itself is in memory at any time.
+    """Load a base model. Peak memory is little more than the model itself.
 
-    The head is tied if the weights have none and the configuration says so, or if it equals the embedding.
+    The head is tied if the weights hold no head and the configuration has a tied one, or if it equals the embedding.
 
     Args:
       source: a folder, or a hub id `owner/name` or `owner/name@revision`.
@@ -65,7 +65,7 @@ def load_base(
 
     Raises:
       ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
-        not floats, not finite or of another shape than the configuration says.
+        not floats, not finite or of another shape than the configuration gives.
     """
     folder = _fetch(source)
     tensors = _open(folder)
@@ -87,9 +87,9 @@ def load_base(
 
 
 def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
-    """Return a function from a Hugging Face tensor name to the base's tensor, in its own dtype.
+    """Return a function from a Hugging Face tensor name to the base's tensor, in the dtype of the file.
 
-    Nothing is opened before the first call. The function raises KeyError on a name that the base lacks.
+    Files are opened at the first call. The function raises KeyError on a name that the base lacks.
     """
 
     @functools.cache
@@ -106,12 +106,12 @@ def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
 
 
 def save_base(model: Model, folder: Path, source: str | Path) -> None:
-    """Write a model as a Hugging Face folder, which appears under its name only when it is complete.
+    """Write a model as a Hugging Face folder, which gets its name only when it is complete.
 
     Args:
       model: plain or quantised weights (written dequantised, in the model's dtype).
       folder: the folder to make.
-      source: the base that it came from: its configuration and tokenizer are copied.
+      source: the base model that it was loaded from; its configuration and tokenizer are copied.
 
     Raises:
       ValueError: the folder exists, or the source has no configuration.
@@ -128,19 +128,19 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
             name: np.ascontiguousarray(layer.T if slot.transposed else layer)
             for name, layer in zip(slot.names, layers, strict=True)
         }
-    # A head that happens to equal the embedding is tied here, but a file without it would not load there.
+    # A head that equals the embedding is tied here, but transformers needs it if the configuration is untied.
     if model.config.tied and not said.tied:
         tensors[names.head] = tensors[names.embedding].copy()
     with new_folder(folder) as partial:
         for name in _COPIED_FILES:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, partial / name)
-        # transformers refuses a file that does not state its format.
+        # transformers rejects a file without its format in the metadata.
         save_file(tensors, partial / _SAFETENSORS, metadata={"format": "pt"})
 
 
 def _fetch(source: str | Path) -> Path:
-    """Return the folder with the weights; from the hub comes the .bin only where there is no safetensors."""
+    """Return the folder with the weights; the .bin is fetched from the hub only if it has no safetensors."""
     folder = resolve(str(source), patterns=(_CONFIG, "model*.safetensors*"))
     if any(folder.glob("model*.safetensors*")):
         return folder
@@ -157,15 +157,15 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
             check_lfs(index)
             files = read_json(index, "a sharded model").get("weight_map")
             if not isinstance(files, dict):
-                raise ValueError(f"{index} holds no weight_map, which names the file of every tensor: fetch it again")
+                raise ValueError(f"{index} has no weight_map, which names the file of every tensor: fetch it again")
             # Every name is checked before the first file is opened.
             paths = [inside(folder, file) for file in files.values()]
             shards = {path: load(path) for path in set(paths)}
             for tensor, path in zip(files, paths, strict=True):
                 if tensor not in shards[path]:
-                    raise ValueError(f"{path} holds no {tensor}, though {index.name} says so: fetch it again")
+                    raise ValueError(f"{path} does not hold {tensor}, though {index.name} lists it: fetch it again")
             return {tensor: shards[path][tensor] for tensor, path in zip(files, paths, strict=True)}
-    raise ValueError(f"{folder} holds no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
+    raise ValueError(f"{folder} has no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
 
 
 def _check_tensors(
@@ -201,7 +201,8 @@ def _gather(folder: Path, slot: Slot, tensors: Mapping[str, np.ndarray], dtype: 
                 copy_transposed(tensors[name], layer)
             else:
                 layer[...] = tensors[name]
-        # As it is used: float64 may hold what float32 does not. 0.2 ns a number in float32, 0.9 in bfloat16.
+        # Checked after the cast: a finite float64 may overflow float32. Takes 0.2 ns a number in float32, 0.9 in
+        # bfloat16.
         if not np.isfinite(layer).all():
             raise ValueError(f"{folder}: {name} holds NaN or infinity in {dtype}: fetch the weights again")
         _release(tensors[name])
@@ -209,7 +210,7 @@ def _gather(folder: Path, slot: Slot, tensors: Mapping[str, np.ndarray], dtype: 
 
 
 def _release(tensor: np.ndarray) -> None:
-    """Unmap the pages of a file that has been copied: they would count as memory of this process."""
+    """Unmap the pages of a file that has been copied, which would count as memory of this process."""
     owner = tensor.base.obj if isinstance(tensor.base, memoryview) else tensor.base
     if isinstance(owner, mmap.mmap):
         owner.madvise(mmap.MADV_DONTNEED)

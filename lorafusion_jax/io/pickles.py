@@ -1,9 +1,9 @@
-"""Pickles as plain data: nothing that a pickle names is imported, called or changed.
+"""Read pickles as plain data: nothing that a pickle names is imported, called or changed.
 
-Python's own unpickler cannot be bounded: a few bytes make it allocate gigabytes or hash without end. This one
-knows the opcodes that protocols 2 to 5 use for tensors. Every opcode takes bounded time and memory, nothing is
-hashed, compared or printed that a file has nested, and what comes out are strings, numbers, tuples, lists,
-`Dict`, `Global`, and whatever the two callbacks return.
+Python's own unpickler cannot be bounded: a few bytes can make it allocate gigabytes or hash without end. This one
+supports the opcodes that protocols 2 to 5 use for tensors. Every opcode takes bounded time and memory. Nested values of
+a file are never hashed, compared or printed. The results are strings, numbers, tuples, lists, `Dict`, `Global`, and the
+return values of the two callbacks.
 """
 
 import pickle
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from mmap import mmap
 from typing import Any, NoReturn
 
-# A tensor takes about 30 opcodes: 35,000 tensors.
+# A tensor takes about 30 opcodes, so this allows 35,000 tensors.
 _MAX_OPCODES = 1 << 20
 _MAX_STRING = 1 << 16
 _MAX_NAME = 200
@@ -20,7 +20,7 @@ _ORDERED_DICT = "collections.OrderedDict"
 
 
 class Refused(Exception):
-    """A file that is whole, but that must not or cannot be read."""
+    """A file is intact but cannot be read, or must not be."""
 
 
 class Global:
@@ -49,18 +49,18 @@ def read(
     call: Callable[[str, tuple], Any],
     persistent: Callable[[Any], Any],
 ) -> tuple[Any, int]:
-    """Return the content of the pickle that starts at a byte, and where it ends.
+    """Return the content of the pickle that starts at a given byte, and the position of its end.
 
     Args:
         data: The bytes.
-        start: Where the pickle begins.
-        names: The globals that it may name, as `module.name`; collections.OrderedDict it may in any case.
+        start: The first byte of the pickle.
+        names: The globals that it may name, as `module.name`; collections.OrderedDict is always allowed.
         call: Called in place of a global that the pickle calls, with the global's name and the arguments.
-        persistent: Called in place of the loading of a persistent id.
+        persistent: Called in place of loading a persistent id.
 
     Raises:
-        Refused: It names another global, calls or changes what it may not, or is too large.
-        EOFError, LookupError, TypeError, ValueError, struct.error: The bytes are no pickle of tensors.
+        Refused: It names another global, makes a call or a change that is not allowed, or is too large.
+        EOFError, LookupError, TypeError, ValueError, struct.error: The bytes are not a pickle of tensors.
     """
     reader = _Reader(data, start, names, call, persistent)
     for _ in range(_MAX_OPCODES):
@@ -126,7 +126,7 @@ class _Reader:
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
-            raise LookupError("a tuple of what is not there")
+            raise LookupError("a tuple of values that are missing")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def append(self, items: list[Any]) -> None:
@@ -143,7 +143,7 @@ class _Reader:
 
     def refer(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str or len(module) + len(name) > 2 * _MAX_NAME:
-            raise TypeError("a global is named by no string")
+            raise TypeError("a global's name is not a string")
         full = f"{module}.{name}"
         if full not in self.names and full != _ORDERED_DICT:
             raise Refused(
@@ -165,13 +165,13 @@ class _Reader:
             return
         pairs = arguments[0] if arguments else []
         if len(arguments) > 1 or type(pairs) is not list or not all(type(p) in (list, tuple) for p in pairs):
-            raise TypeError("an OrderedDict of no pairs")
-        # Python 2 hands all pairs over at once. They are moved, so that a file cannot have them copied again.
+            raise TypeError("an OrderedDict from something other than pairs")
+        # Python 2 passes all pairs at once. They are moved, so that a file cannot make us copy them again and again.
         self.stack.append(Dict([(key, value) for key, value in pairs]))
         pairs.clear()
 
     def build(self) -> None:
-        """Drop an OrderedDict's attributes (torch's `_metadata`), which are nothing that a tensor needs."""
+        """Drop an OrderedDict's attributes (torch's `_metadata`), which tensors do not need."""
         self.stack.pop()
         if type(self.stack[-1]) is not Dict:
             _no(self.stack[-1], "changed")

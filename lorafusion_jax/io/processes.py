@@ -1,7 +1,7 @@
-"""Several processes that run one program: which of them writes, and how a run ends when one of them is lost.
+"""Several processes that run one program: which one writes, and how a run ends when one of them is lost.
 
-Each tells the others every few seconds that it is there. JAX by itself would wait for a lost one, first in the next
-collective, then in its own shutdown, and abort. A restart goes on from the last checkpoint.
+Each process sends a heartbeat every few seconds. JAX by itself would wait for a lost process, first in the next
+collective and then in its own shutdown, and abort. A restart continues from the last checkpoint.
 """
 
 import contextlib
@@ -16,37 +16,37 @@ from typing import NoReturn
 
 import jax
 
-# Seconds: between two signs of life, and for how long one may be missing.
+# Seconds between two heartbeats, and the longest time without one.
 _BEAT, _LOST = 5, 15
 _DAY = 24 * 3600
 _numbers = itertools.count()
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
-    """Whether it falls to this process to print and to write."""
+    """Return whether this process is the one that prints and writes."""
     return not several() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Wait until every process is here; all call the same barriers in the same order."""
+    """Wait until every process has reached this call; all must call the same barriers in the same order."""
     if several():
         _wait(f"{name} {next(_numbers)}", _DAY)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them; JAX's backend must not be up.
+    """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them.
 
-    If one of them is lost, this one ends within 20 s, with a message and the exit code EX_TEMPFAIL (75); likewise when
-    it fails alone.
+    Call it before JAX initialises its backend. If another process is lost, or if only this one fails, it ends within
+    20 s with a message and the exit code EX_TEMPFAIL (75).
 
     Raises:
-      ValueError: there is no cluster that JAX knows, or it cannot be reached.
+      ValueError: JAX finds no cluster here, or it cannot be reached.
     """
     if not jax.distributed.is_initialized():
         try:
@@ -57,7 +57,7 @@ def joined() -> Iterator[None]:
                 "GKE, or on a TPU slice"
             ) from None
     over = threading.Event()
-    # JAX's client aborts at once where process 0, its coordinator, is lost.
+    # JAX's client aborts at once when process 0, its coordinator, is lost.
     aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _end("process 0 of this run is lost"))
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
     heart = threading.Thread(target=_beat, args=(over,), daemon=True)
@@ -66,8 +66,8 @@ def joined() -> Iterator[None]:
         yield
         _wait("the end", _DAY)
     except BaseException as error:
-        # A collective that broke: it is for the heart to say whether a process is lost. Otherwise the others may fail
-        # for the same reason, as on bad options: then all end as any program does.
+        # After a failed collective, the heartbeats show whether a process is lost. If not, the others may fail for the
+        # same reason, for example bad options; then all end as any program does.
         heart.join(_BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0)
         try:
             _wait("the end", _LOST)
@@ -97,6 +97,6 @@ def _wait(name: str, seconds: int) -> None:
 
 
 def _end(why: str) -> NoReturn:
-    """End without JAX's shutdown, which would wait for the lost process."""
+    """End this process without JAX's shutdown, which would wait for the lost process."""
     print(f"error: {why}: start all processes again with --resume", file=sys.stderr, flush=True)
     os._exit(os.EX_TEMPFAIL)

@@ -29,8 +29,8 @@ _DTYPES = {
 def load(path: Path) -> dict[str, np.ndarray]:
     """Return the tensors of a safetensors file as read-only views of the mapped file.
 
-    The safetensors library checks the header, and that the tensors cover the file with neither gap nor
-    overlap; in the order of their offsets they therefore follow one another.
+    The safetensors library checks the header, and that the tensors cover the file without gaps or overlaps. Sorted by
+    offset, each tensor therefore starts where the one before it ends.
 
     Raises:
         ValueError: The file is missing, empty, truncated, corrupt, a Git LFS pointer, or of an unknown dtype.

@@ -1,4 +1,4 @@
-"""Where weights come from: a local folder or a hub id, and the checks that every file gets."""
+"""Sources of weights: a local folder or a hub id, and the checks of every file."""
 
 import hashlib
 import mmap
@@ -13,15 +13,15 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
-    """Return the local folder of a source, fetching it from the Hugging Face hub where it is a hub id.
+    """Return the local folder of a source; a hub id is fetched from the Hugging Face hub first.
 
     Args:
-        source: A local folder, taken as it is, or `owner/name` or `owner/name@revision` on the hub.
+        source: A local folder, which is used directly, or `owner/name` or `owner/name@revision` on the hub.
         patterns: Glob patterns of the files to fetch from the hub; None fetches all of them.
 
     Raises:
         ValueError: The source is neither a folder nor a hub id that can be fetched. With HF_HUB_OFFLINE
-            set, only what the hub's cache on this machine holds can be.
+            set, only files in this machine's cache of the hub can be.
     """
     folder = Path(source).expanduser()
     if source and folder.is_dir():
@@ -45,25 +45,25 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{source!r} is no folder here, and fetching it from the hub failed: {reason} "
+            f"{source!r} is not a folder here, and fetching it from the hub failed: {reason} "
             "(check the spelling, the network and HF_HUB_OFFLINE)"
         ) from error
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """Return `folder / name`, for a name that a file gives.
+    """Return `folder / name`, where the name was read from a file.
 
     Raises:
-        ValueError: The name leads out of the folder, or is not a name.
+        ValueError: The path would be outside the folder, or the name is not a string.
     """
-    # Not by resolving links: the hub's cache keeps every file as a link to a folder elsewhere.
+    # Links are not resolved: the hub's cache keeps every file as a link to another folder.
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
         raise ValueError(f"{folder}: {reprlib.repr(name)} is not a file inside this folder: refused")
     return folder / name
 
 
 def check_lfs(path: Path) -> None:
-    """Raise a ValueError if a Git LFS pointer stands in the place of the file's content."""
+    """Raise a ValueError if the file is a Git LFS pointer instead of the content."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(
@@ -73,7 +73,7 @@ def check_lfs(path: Path) -> None:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Return a file's bytes, mapped read-only: pages are read when touched and never copied.
+    """Return a file's bytes, mapped read-only: pages are read at first access and never copied.
 
     Raises:
         ValueError: The file is missing, empty, or a Git LFS pointer.

@@ -1,9 +1,8 @@
-"""PyTorch's `.bin` files without PyTorch: tensors only, nothing in the file is executed.
+"""Read PyTorch's `.bin` files without PyTorch: tensors only, nothing in the file is executed.
 
-`torch.save` has written three containers: a zip archive (since 1.6), a sequence of pickles followed by the
-raw storages (before), and in the beginning a tar archive. In each, a pickle rebuilds tensors as strided views
-of storages. Here a pickle is first read to its end as plain descriptions (see `pickles`); views of the file are
-made afterwards.
+`torch.save` has written three containers: a zip archive since 1.6, before that a sequence of pickles followed by the
+raw storages, and at first a tar archive. In each, a pickle rebuilds tensors as strided views of storages. Here the
+whole pickle is first read as plain descriptions (see `pickles`); views of the file are made afterwards.
 """
 
 import math
@@ -55,8 +54,8 @@ _DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# What a pickle may name, and the number type that each name stands for. The tar container names the class of each
-# tensor, torch.FloatTensor.
+# Names that a pickle may contain, and the number type of each. The tar container names the class of each tensor,
+# such as torch.FloatTensor.
 _TYPES = {
     f"{module}.{name}": dtype
     for module in ("torch", "torch.cuda")
@@ -72,10 +71,10 @@ _NAMES = {*_TYPES, *_TENSOR, _TYPED_TENSOR, _PARAMETER}
 _MAX_PICKLE = 1 << 26
 _MAX_DIMENSIONS = 8
 _MAX_TENSORS = 1 << 16
-# Tied weights share a storage under up to four names, and a stride of 0 repeats elements; a small file may repeat
-# them more often.
+# Limits on repeated elements. Tied weights share a storage under up to four names, and a stride of 0 repeats elements.
+# Small files may repeat them more often.
 _MAX_REPEATS, _SMALL = 8, 1 << 20
-# What damaged pickles, archives and storages raise.
+# Errors that damaged pickles, archives and storages raise.
 _DAMAGE = (
     zipfile.BadZipFile,
     struct.error,
@@ -93,13 +92,13 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """Return the tensors of a file that `torch.save` wrote from a flat dict, as read-only views of the file.
 
     Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and ml_dtypes'.
-    Members of the archive that the tensors do not ask for are ignored, as are CRC sums (as in `torch.load`).
-    The size of the file bounds the time and the memory that reading takes, and the size of all tensors together.
+    Members of the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`).
+    The size of the file bounds the time and memory of reading, and the total size of the tensors.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, corrupt, compressed or a Git LFS pointer; it holds
-            something else than a dict of tensors, or tensors that repeat its bytes without end; or its pickle asks
-            for a global that no tensor needs.
+        ValueError: The file is missing, empty, truncated, corrupt, compressed or a Git LFS pointer. Or it holds
+            something other than a dict of tensors, or tensors that repeat its bytes too often. Or its pickle names a
+            global that tensors do not need.
     """
     data = map_file(path)
     try:
@@ -157,7 +156,7 @@ class _Cursor:
     Attributes:
         data: The file, or the pickle of a zip archive.
         at: The next byte.
-        tensors: In the tar container, what a persistent id stands for; in the others it is a storage.
+        tensors: In the tar container, the tensor of each persistent id; in the others an id stands for a storage.
         dtypes: The number type of every storage that a pickle has referred to.
     """
 
@@ -176,7 +175,7 @@ class _Cursor:
         return values
 
     def storage(self, dtype: np.dtype) -> memoryview:
-        """Return the storage that starts here: its number of elements, then the elements."""
+        """Read the storage that starts here: its number of elements, then the elements."""
         (numel,) = self.struct("<q")
         end = self.at + _size(numel) * dtype.itemsize
         if end > len(self.data):
@@ -200,13 +199,13 @@ class _Cursor:
 
 
 def _call(name: str, arguments: tuple) -> _View:
-    """Describe the tensor that a call would rebuild."""
+    """Return a description of the tensor that a call would rebuild."""
     if name == _PARAMETER and arguments and type(arguments[0]) is _View:
         return arguments[0]
     if name == _TYPED_TENSOR and len(arguments) > 6:
         return replace(_call(_TENSOR[0], (*arguments[:6], *arguments[7:8])), dtype=_dtype(arguments[6]))
     if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
-        raise TypeError(f"a call of {name} that rebuilds no tensor")
+        raise TypeError(f"a call of {name} that does not rebuild a tensor")
     storage, offset, size, stride = arguments[:4]
     metadata = arguments[6] if len(arguments) > 6 else None
     if metadata.items if type(metadata) is Dict else metadata:
@@ -245,7 +244,7 @@ def _key(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Spell a value for a message: of a tuple its type alone, which may hold another 2 ** 90 times."""
+    """Return a value as text for a message. Tuples show only their type: they may nest to 2 ** 90 elements."""
     return reprlib.repr(value) if type(value) in (int, str) else f"<{_kind(value)}>"
 
 
@@ -263,7 +262,7 @@ def _flat(content: Any) -> Iterator[tuple[str, _View]]:
 
 
 def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
-    # NumPy itself refuses a view that would reach outside its buffer.
+    # NumPy itself raises an error for a view that would reach outside its buffer.
     item = view.dtype.itemsize
     storage = view.storage
     width = storage.dtype.itemsize
@@ -344,7 +343,7 @@ def _read_tar(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
 
 
 def _tar_members(data: mmap.mmap) -> dict[str, int]:
-    """Return where the content of each member begins; Python's tarfile can be made to read without end."""
+    """Return the position of each member's content. Python's tarfile is not used: a file can make it read forever."""
     members, at = {}, 0
     while at + 512 <= len(data) and data[at]:
         name, size = (data[at + start : at + end].partition(b"\0")[0] for start, end in ((0, 100), (124, 136)))

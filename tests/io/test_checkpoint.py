@@ -97,7 +97,7 @@ def test_every_file_is_guarded(saved):
         ({"coefficients": jnp.ones((2, 4))}, r"params/coefficients is float32\[2, 3\]: wanted float32\[2, 4\]"),
         ({"m": jnp.ones(4)}, r"params/m is bfloat16\[4\]: wanted float32\[4\]"),
         ({"new": jnp.ones(1)}, r"params/new is absent: wanted float32\[1\]"),
-        ({"m": {}}, r"params/m is bfloat16\[4\]: wanted none such"),
+        ({"m": {}}, r"params/m is bfloat16\[4\]: wanted no such array"),
     ],
 )
 def test_another_tree_is_refused(saved, change, message):

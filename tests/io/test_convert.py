@@ -470,7 +470,7 @@ def test_dtypes_that_change_between_layers(base, adapter, tmp_path):
 def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     shared = np.random.default_rng(0).standard_normal((20, 8), np.float32)
     same = adapter("same", extra={"base_model.model.shared.weight": shared})
-    _refused("holds no weights", base, [same], dry_run=True)
+    _refused("has no weights", base, [same], dry_run=True)
     save_file({"shared.weight": shared}, base / "model.safetensors")
     manifest = _convert(base, [same], out=tmp_path / "pool")
     assert any("shared.weight, equal to the base's" in note for note in manifest["adapters"][0]["notes"])

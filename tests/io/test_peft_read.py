@@ -224,15 +224,15 @@ def test_safetensors_come_before_bin(write):
     with open(os.path.join(folder, "adapter_model.bin"), "wb") as file:
         file.write(b"never read")
     adapter = read_adapter(folder, shapes=_SHAPES)
-    assert "ignored: adapter_model.bin, because adapter_model.safetensors lies beside it" in adapter.notes
+    assert "ignored: adapter_model.bin, because adapter_model.safetensors is next to it" in adapter.notes
 
 
 @pytest.mark.parametrize(
     ("fields", "warning"),
     [
         ({"target_modules": ["q", "v", "k"]}, "target_modules names k, for which there are no tensors"),
-        ({"target_modules": ["q"]}, f"target_modules does not name {_V}; the tensors count"),
-        ({"target_modules": "nothing"}, f"target_modules does not name {_V} and 1 more; the tensors count"),
+        ({"target_modules": ["q"]}, f"target_modules does not name {_V}; the tensors are used"),
+        ({"target_modules": "nothing"}, f"target_modules does not name {_V} and 1 more; the tensors are used"),
         ({"target_modules": "(q"}, "target_modules '(q' is not a pattern"),
         ({"target_modules": r"(\w+\.?)+x"}, f"target_modules does not name {_V} and 1 more"),
         ({"target_modules": r"(\w+\.?)+[qv]"}, None),
@@ -307,7 +307,7 @@ def test_state_of_the_training_is_ignored(write):
         ({"arrow_config": {}}, "arrow_config is set: Arrow"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is set: aLoRA"),
         ({"kasa_config": {}}, "kasa_config is set: KaSA"),
-        ({"lora_bias": True}, "lora_bias is set: a bias on lora_B, is refused; retrain as plain LoRA"),
+        ({"lora_bias": True}, "lora_bias is set: a bias on lora_B, is not supported; retrain as plain LoRA"),
         ({"bias": "all"}, "bias is 'all': trained biases are absolute values.*retrain with bias='none'"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]:.*give the base's weights"),
@@ -341,7 +341,7 @@ def test_state_of_the_training_is_ignored(write):
         ({"lora_alpha": 1e308}, "lora_alpha or alpha_pattern holds 1e.308: wanted a number that float32 holds"),
         ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern holds nan: wanted a number"),
         ({"rank_pattern": {"q{99999999999}": 4}}, "rank_pattern has the key .*repetition number is too large"),
-        ({"rank_pattern": {r"\1q": 4}}, "rank_pattern has the key .*a groupref, which is not followed here"),
+        ({"rank_pattern": {r"\1q": 4}}, "rank_pattern has the key .*a groupref, which is not supported here"),
         ({"rank_pattern": {"(" * 4000 + ")" * 4000: 4}}, "rank_pattern has the key .*not a pattern: .*recursion"),
         ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: wanted at most"),
         ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\], which is unknown"),
@@ -603,7 +603,7 @@ def test_full_weights_that_differ_are_refused(write, fields, key, array, message
 
 def test_a_file_without_lora(write):
     tensors = {"shared.weight": _EMBEDDING}
-    _refused(write(tensors), "holds no lora_A and lora_B: wanted the weights", base_tensor=_base_tensor)
+    _refused(write(tensors), "has no lora_A and lora_B: wanted the weights", base_tensor=_base_tensor)
 
 
 # The way back.

@@ -59,7 +59,7 @@ def test_what_the_cache_lacks_is_a_clear_error_when_offline(monkeypatch, hub_cac
     run = _offline(monkeypatch, hub_cache[0], hub_id)
     assert run.returncode != 0
     last = [line for line in run.stderr.splitlines() if line.startswith("ValueError")][-1]
-    assert f"'{hub_id}' is no folder here, and fetching it from the hub failed" in last
+    assert f"'{hub_id}' is not a folder here, and fetching it from the hub failed" in last
     assert "HF_HUB_OFFLINE" in last
 
 

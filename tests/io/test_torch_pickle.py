@@ -311,7 +311,9 @@ print(json.dumps([messages, kilobytes]))
         pytest.param(
             _entry(_X, b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "wants torch._utils._rebuild.* changed", id="a method"
         ),
-        pytest.param(_entry(_X, _BFLOAT16 + b")R"), "a call of torch.bfloat16 that rebuilds no tensor", id="a call"),
+        pytest.param(
+            _entry(_X, _BFLOAT16 + b")R"), "a call of torch.bfloat16 that does not rebuild a tensor", id="a call"
+        ),
         pytest.param(_entry(_X, b"U\1y)R"), "wants a str called", id="a call of no function"),
         pytest.param(_entry(_X, _BFLOAT16 + b")\x81"), "the opcode b'.x81'", id="a new object"),
         pytest.param(_entry(b")" + (_TWICE + b"\x86") * 90), "entry <tuple> holds a NoneType", id="a key of 2 ** 90"),

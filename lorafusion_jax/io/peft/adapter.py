@@ -1,7 +1,7 @@
 """PEFT adapters, read from a folder or the hub and written back.
 
-The tensors' keys and shapes are the truth about where an adapter sits and of what rank it is. PEFT itself
-loads non-strictly and only warns; here whatever would change the result is refused by name.
+The tensors' keys and shapes decide which matrices an adapter is for and its rank. PEFT itself loads non-strictly and
+only warns; here anything that would change the result is an error that names it.
 """
 
 import json
@@ -29,7 +29,7 @@ _FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """One adapter as it lies on disk; arrays are read-only views of its file, in the file's dtype.
+    """One adapter as stored on disk; arrays are read-only views of its file, in the file's dtype.
 
     Attributes:
         name: The last part of its source, without a revision.
@@ -42,7 +42,7 @@ class PeftAdapter:
         magnitude: DoRA's magnitude [d_out] by path; None without DoRA.
         keys: The file's own spelling of the keys of A, B and, with DoRA, the magnitude, by path.
         kept: Tensors that are not applied, by key: copies of base weights and state of training.
-        notes: What was ignored and why, and warnings.
+        notes: Warnings, and everything that was ignored, with the reason.
     """
 
     name: str
@@ -64,23 +64,24 @@ def read_adapter(
     shapes: Mapping[str, tuple[int, int]] | None = None,
     base_tensor: Callable[[str], np.ndarray] | None = None,
 ) -> PeftAdapter:
-    """Read and check an adapter: everything that would make it mean something else is an error.
+    """Read and check an adapter. Anything unsupported that would change its output is an error.
 
     Args:
         source: A folder, or a hub id `owner/name` or `owner/name@revision`.
         shapes: (d_in, d_out) of every linear module of the base model that may be adapted, by path.
-        base_tensor: The base's tensor by its Hugging Face name, a tied name included; raises KeyError where
-            there is none. Full weights in the adapter are compared with it: ignored if equal, else refused.
+        base_tensor: Function from a Hugging Face name (also a tied one) to the base's tensor; raises KeyError on a
+            name that the base lacks. Full weights in the adapter are compared with it: if equal they are ignored,
+            otherwise they are an error.
 
     Raises:
-        AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer; the
-            message names the adapter, and says why and what to do.
+        AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer. The
+            message contains the adapter's name, the reason and what to do.
     """
     try:
         return _read(source, shapes, base_tensor)
     except Exception as error:
-        # What the checks foresee is an AdapterError or a ValueError already. Whatever else a file brings about ends
-        # this adapter only; the traceback keeps the cause.
+        # The checks raise AdapterError or ValueError. Any other error that a file causes also ends this adapter only;
+        # the traceback keeps the cause.
         if isinstance(error, AdapterError) and source in str(error):
             raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -140,7 +141,7 @@ def resave(adapter: PeftAdapter, folder: Path) -> None:
 def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
-    The folder appears under its name only when it is complete.
+    The folder gets its name only when it is complete.
 
     Args:
         folder: The folder to make.
@@ -156,7 +157,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
         if not isinstance(config, bytes):
             config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
         (partial / _CONFIG).write_bytes(config)
-        # PEFT and transformers refuse a file that does not state its format. The library wants C order.
+        # PEFT and transformers reject a file without its format in the metadata. The library needs C order.
         arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
         save_file(arrays, partial / _SAFETENSORS, metadata={"format": "pt"})
 
@@ -181,7 +182,7 @@ def _read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
 def _weights_file(folder: Path, notes: list[str]) -> Path:
     if (folder / _SAFETENSORS).is_file():
         if (folder / _BIN).is_file():
-            notes.append(f"ignored: {_BIN}, because {_SAFETENSORS} lies beside it")
+            notes.append(f"ignored: {_BIN}, because {_SAFETENSORS} is next to it")
         return folder / _SAFETENSORS
     if (folder / _BIN).is_file():
         return folder / _BIN

@@ -1,8 +1,8 @@
-"""What an `adapter_config.json` says: which adapters can be used, which are refused and why, and the scaling.
+"""Checks of an `adapter_config.json`, and the scaling that it gives every module.
 
-Read from the source of PEFT 0.2 to 0.21. The tensors decide where an adapter sits and of what rank it is; the
-configuration supplies alpha, rslora, the patterns and the DoRA flag, and tells the kinds that change more
-than a low-rank update would.
+The rules come from the source of PEFT 0.2 to 0.21. The tensors decide which matrices an adapter is for and its rank.
+The configuration supplies alpha, rslora, the patterns and the DoRA flag, and shows which adapters change more than a
+low-rank update can and are therefore refused.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy as np
 
 from .patterns import Pattern, PatternError, Steps, Text
 
-# How PEFT looks a module up among the keys of a pattern: since 0.15, and up to 0.13.
+# The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
 _PATTERN = r"(.*\.)?({})$"
 _OLD_PATTERN = r".*\.{}$"
 _MAX_KEYS = 2_000
 
-# Fields of no effect on a trained adapter's output, or that the tensors answer better.
+# Fields that do not affect a trained adapter's output, or whose content the tensors show more reliably.
 _IDLE = (
     "auto_mapping corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
@@ -52,31 +52,31 @@ _SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxother = 3, 120, 120
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used: which file and key, what came, what was wanted, how to fix it."""
+    """An adapter cannot be used. The message names the file and key, what came, what was wanted and how to fix it."""
 
 
 def shown(value: Any) -> str:
-    """Spell a value of a file for a message, shortened: files may nest lists without end."""
+    """Return the text of a value of a file for a message, shortened because files may nest lists very deeply."""
     return _SPELL.repr(value)
 
 
 def some(names: Sequence[str]) -> str:
-    """Spell the first of many names of a file for a message."""
+    """Return the first of many names of a file as text for a message."""
     first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
     return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool = False) -> tuple[str, ...]:
-    """Refuse by name what cannot become a low-rank update, from the configuration alone.
+    """Raise an error if the configuration shows that the adapter is more than a low-rank update.
 
     Args:
         config: The content of `adapter_config.json`; missing fields take PEFT's defaults.
         where: The file, for messages.
-        compare_saved: Whether the caller will compare modules that were trained in full with the base's
-            weights. Otherwise a configuration that lists any is refused.
+        compare_saved: The caller will compare modules that were trained in full with the base's weights. Otherwise a
+            configuration that lists such modules is an error.
 
     Returns:
-        Notes on fields without effect here and on unknown ones; they are kept in a re-saved adapter.
+        Notes on fields that have no effect here and on unknown ones; a re-saved adapter keeps these fields.
 
     Raises:
         AdapterError: The configuration is of another format or kind, or a field has an impossible value.
@@ -89,7 +89,9 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
-            raise AdapterError(f"{where}: {field} is set: {name}, is refused; retrain as plain LoRA (PEFT's default)")
+            raise AdapterError(
+                f"{where}: {field} is set: {name}, is not supported; retrain as plain LoRA (PEFT's default)"
+            )
     bias = config.get("bias") or "none"
     if bias != "none":
         raise AdapterError(
@@ -110,8 +112,8 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], *, where: str) -> tuple[dict[str, float], list[str]]:
     """Return the factor on B A of every module, alpha / r or (rslora) alpha / sqrt(r), and warnings.
 
-    Patterns are looked up by the rule of PEFT since 0.15, for rank and alpha apart. Up to 0.13 one key served
-    both; a warning says where that would have given another scaling.
+    Patterns are looked up by the rule of PEFT since 0.15, separately for rank and alpha. Up to 0.13 one key was used
+    for both; a warning names the modules where that would have given another scaling.
 
     Args:
         config: The content of `adapter_config.json`, checked by `check_config`.
@@ -119,8 +121,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], *, where: str)
         where: The file, for messages.
 
     Raises:
-        AdapterError: A rank in the tensors is not the one that the configuration gives the module, or the
-            patterns take too long to match.
+        AdapterError: A rank in the tensors differs from the configuration's, or the patterns take too long to match.
     """
     try:
         return _scalings(config, ranks, where)
@@ -132,7 +133,7 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
     rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     default_rank, default_alpha = config.get("r", 8), config.get("lora_alpha", 8)
     rank_patterns, alpha_patterns = _compile(_PATTERN, rank_of), _compile(_PATTERN, alpha_of)
-    # A file that states its version (0.18 and later) was trained by the current rule.
+    # A file with a version in it (0.18 and later) was trained by the current rule.
     old_patterns = None if config.get("peft_version") else _old_patterns([*rank_of, *alpha_of])
     found, warnings, steps = {}, [], Steps()
     for path, rank in ranks.items():
@@ -161,7 +162,7 @@ def _compile(rule: str, keys: Iterable[str]) -> dict[str, Pattern]:
 
 
 def _old_patterns(keys: Sequence[str]) -> dict[str, Pattern] | None:
-    """Return the patterns of the rule up to PEFT 0.13, or None where that rule could not read a key."""
+    """Return the patterns of the rule up to PEFT 0.13, or None if a key is not valid under that rule."""
     try:
         return _compile(_OLD_PATTERN, keys)
     except PatternError:

@@ -1,9 +1,9 @@
-"""Regular expressions that files bring along, matched in bounded time.
+"""Regular expressions from files, matched in bounded time.
 
-Python's `re` tries one way after another, and a short pattern has it try 2 ** 60. Here all ways are followed at
-once: a set of positions in the text, the bits of an integer, goes through the pattern that `re` itself has parsed.
-What matches is the same. Back-references, possessive repeats and flags are refused: sets of positions cannot follow
-the first two.
+Python's `re` backtracks: it tries one way after another, and a short pattern can make it try 2 ** 60. Here all ways
+are followed at once. A set of positions in the text, held as the bits of an integer, goes through the pattern that
+`re` itself has parsed. The matches are the same. Back-references and possessive repeats are refused because sets of
+positions cannot follow them; flags are refused too.
 """
 
 import importlib
@@ -11,13 +11,13 @@ import re
 import warnings
 from typing import Any
 
-# The parser of `re`, private but the same in Python 3.11 to 3.14: a second one would not agree with the first.
+# The private parser of `re`, the same in Python 3.11 to 3.14. A parser of our own could disagree with it.
 _parser: Any = importlib.import_module("re._parser")
 
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 30
-# For all patterns and texts of one file, about 4 seconds. A key of its own for each of 432 matrices, in both patterns
-# of an adapter, takes 4.3 million.
+# The limit for all patterns and texts of one file, about 4 seconds. An adapter that has a separate key for each of 432
+# matrices in both patterns takes 4.3 million steps.
 _MAX_STEPS = 10_000_000
 _CATEGORIES = {
     "DIGIT": str.isdecimal,
@@ -27,7 +27,7 @@ _CATEGORIES = {
 
 _ONE_CHARACTER = ("ANY", "NOT_LITERAL", "IN")
 
-# What is followed, in order: (kind, its arguments ...).
+# The parts of a pattern, in order: (kind, its arguments ...).
 _Nodes = list[tuple[Any, ...]]
 
 
@@ -36,7 +36,7 @@ class PatternError(ValueError):
 
 
 class Steps:
-    """How much matching one file may still cost."""
+    """Number of steps that matching the patterns of one file may still take."""
 
     def __init__(self) -> None:
         self.left = _MAX_STEPS
@@ -51,7 +51,7 @@ class Pattern:
     """A regular expression that has been parsed and checked.
 
     Raises:
-        PatternError: The text is not a pattern, is too long, or has parts that are not followed here.
+        PatternError: The text is not a pattern, is too long, or has parts that are not supported here.
     """
 
     def __init__(self, text: str):
@@ -59,12 +59,12 @@ class Pattern:
             raise PatternError(f"it has {len(text):,} characters: wanted at most {_MAX_LENGTH:,}")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about what a future `re` may read in another way
+                warnings.simplefilter("ignore")  # about syntax that a future `re` may read in another way
                 tree = _parser.parse(text)
         except (re.error, OverflowError, RecursionError) as error:
             raise PatternError(str(error)) from None
         if tree.state.flags != re.UNICODE.value:
-            raise PatternError("it sets flags: write out what it matches")
+            raise PatternError("it sets flags: write the pattern without them")
         self._nodes = _translate(tree, 0)
 
     def match(self, text: "Text") -> bool:
@@ -77,7 +77,7 @@ class Pattern:
 
 
 class _Class:
-    """The items of a character class, hashed by identity: there may be thousands."""
+    """Items of a character class, hashed by identity because there may be thousands."""
 
     def __init__(self, items: list[tuple[str, Any]]):
         self.items = items
@@ -112,12 +112,12 @@ def _translate(tree: Any, depth: int) -> _Nodes:
         elif kind == "FAILURE":
             nodes.append(("BRANCH", []))
         else:
-            raise PatternError(f"it has a {kind.lower().replace('_', ' ')}, which is not followed here")
+            raise PatternError(f"it has a {kind.lower().replace('_', ' ')}, which is not supported here")
     return nodes
 
 
 class Text:
-    """A text to match patterns with. Bit p of a set of positions stands for the place before character p."""
+    """A text to match patterns with. Bit p of a set of positions stands for the position before character p."""
 
     def __init__(self, text: str, steps: Steps):
         steps.take(len(text))
@@ -129,7 +129,7 @@ class Text:
         self._found: dict[tuple[Any, ...], int] = {}
 
     def ends(self, nodes: _Nodes, starts: int) -> int:
-        """Return where a pattern may end that begins at one of the positions."""
+        """Return the positions where a match that begins at one of `starts` may end."""
         self._steps.take()
         for node in nodes:
             if not starts:
@@ -158,7 +158,7 @@ class Text:
         return self._look(back, part, starts, wanted=kind == "ASSERT")
 
     def _repeat(self, least: int, most: int, part: _Nodes, starts: int) -> int:
-        # After as many turns as there are positions, another turn changes nothing.
+        # After as many repeats as there are positions, another repeat changes nothing.
         turns = self.length + 1
         for _ in range(min(least, turns)):
             starts = self.ends(part, starts)
@@ -180,14 +180,14 @@ class Text:
         while starts:
             here = starts & -starts
             starts ^= here
-            # Too near to the beginning, nothing is left of `here` after the shift.
+            # Near the beginning of the text the shift leaves no bit of `here`.
             found = self.ends(part, here) if back is None else self.ends(part, here >> back) & here
             if bool(found) == wanted:
                 kept |= here
         return kept
 
     def _places(self, node: tuple[Any, ...]) -> int:
-        """Return where a literal, an item that takes one character, or an anchor fits."""
+        """Return the positions where a literal, an item that takes one character, or an anchor matches."""
         if node not in self._found:
             self._found[node] = self._find(*node)
         return self._found[node]
@@ -199,7 +199,7 @@ class Text:
             return self._anchor(argument)
         if kind == "IN":
             self._steps.take(len(argument.items) * len(self._characters))
-        # No two characters are in one place.
+        # Each position has only one character.
         return sum(places for character, places in self._characters.items() if _takes(kind, argument, character))
 
     def _occurrences(self, literal: str) -> int:
@@ -218,7 +218,7 @@ class Text:
         if name == "AT_END":
             return last | (last >> 1 if self._text.endswith("\n") else 0)
         words = sum(at for character, at in self._characters.items() if _CATEGORIES["WORD"](character))
-        # A boundary has a word's character on one side alone. In an empty text `re` finds neither of the two.
+        # A boundary has a word character on exactly one side. In an empty text `re` matches neither \b nor \B.
         boundary = words ^ (words << 1)
         if name == "AT_BOUNDARY":
             return boundary

@@ -1,4 +1,4 @@
-"""From a file's tensors to LoRA factors by module: spelling, completeness, shapes, and what else is there."""
+"""Sort a file's tensors into LoRA factors by module; check spelling, completeness, shapes and the other tensors."""
 
 import difflib
 import re
@@ -43,14 +43,14 @@ def collect(
     shapes: Mapping[str, tuple[int, int]] | None,
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> tuple[dict[str, Part], dict[str, str]]:
-    """Return the checked factors by module path, and why each other tensor (by key) may be ignored.
+    """Return the checked factors by module path, and the reason why each other tensor (by key) may be ignored.
 
     Args:
         tensors: A file's tensors by key, in any spelling that PEFT or its users have written.
         config: The content of adapter_config.json.
         where: The file, for messages.
-        shapes: (d_in, d_out) of the base's linear modules by path; None leaves the fit unchecked.
-        base_tensor: The base's tensor by name, KeyError where there is none; None if the base is not at hand.
+        shapes: (d_in, d_out) of the base's linear modules by path; with None they are not compared.
+        base_tensor: Function from a name to the base's tensor, or KeyError; None if the base is not available.
 
     Raises:
         AdapterError: A tensor is missing, unexpected, not finite or of the wrong shape, or the base is wrong.
@@ -67,7 +67,7 @@ def collect(
 
 
 def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
-    """Say where target_modules and the tensors' paths disagree; the tensors count."""
+    """Return warnings where target_modules and the tensors' paths disagree; the tensors are used."""
     targets = config.get("target_modules")
     if not targets or targets == "all-linear":
         return []
@@ -76,7 +76,7 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
             pattern, steps = Pattern(targets), Steps()
             strays = [path for path in paths if not pattern.fullmatch(Text(path, steps))]
         except PatternError as error:
-            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors count"]
+            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors are used"]
         idle = []
     else:
         ends = {path: _ends(path) for path in paths}
@@ -86,14 +86,14 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
     warnings = []
     if strays:
         more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
-        warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors count")
+        warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors are used")
     if idle:
         warnings.append(f"warning: target_modules names {some(idle)}, for which there are no tensors")
     return warnings
 
 
 def _ends(path: str) -> set[str]:
-    """Return the names by which target_modules may mean a path: its last parts."""
+    """Return the names by which target_modules may refer to a path: its last parts."""
     parts = path.split(".")
     return {".".join(parts[start:]) for start in range(len(parts))}
 
@@ -128,7 +128,7 @@ def _sort(
         _check_array(where, key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
         part[match["kind"]] = key, array
     if not parts:
-        raise AdapterError(f"{where} holds no lora_A and lora_B: wanted the weights of a LoRA adapter")
+        raise AdapterError(f"{where} has no lora_A and lora_B: wanted the weights of a LoRA adapter")
     return parts, ignored
 
 
@@ -139,7 +139,7 @@ def _reason_to_ignore(
     config: Mapping[str, Any],
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> str:
-    """Return why a tensor that is no factor does not matter, or refuse it by name."""
+    """Return the reason why a tensor that is not a factor may be ignored, or raise an error that names it."""
     if any(state in key for state in _TRAINING_STATE):
         return "state of the training only"
     for fragment, meaning in _OTHER_TENSORS.items():
