@@ -1,13 +1,13 @@
-"""Tables in text: cells filled up to the width of their columns."""
+"""Tables as text: cells padded to the width of their columns."""
 
 from collections.abc import Collection, Sequence
 
 
 def padded(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[list[str]]:
-    """Return the cells of every line, filled up to the width of their column.
+    """Return the cells of every line, padded to the width of their column.
 
     Args:
-      lines: of as many cells each.
+      lines: rows with the same number of cells.
       left: numbers of the columns that are aligned left; the others are aligned right.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,7 +1,7 @@
-"""Fusion coefficients: their granularity, their start, and which of them a pool gives something to do.
+"""Fusion coefficients: their granularity, their initial values, and which of them affect the model.
 
-Columns of `block` are the blocks of one stack after the other. Columns of `site` go block by block, and within a
-block in the order of its computation.
+Columns of `block` are the blocks of one stack after the other. Columns of `site` go block by block and, within a
+block, in the order of computation.
 
 Axis letters: L layer, N adapters, r rank.
 """
@@ -37,13 +37,13 @@ def shape(pool: LoraPool, modules: int, granularity: Granularity) -> tuple[int, 
 
 
 def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, "..."]:
-    """Return coefficients to start from.
+    """Return the initial coefficients.
 
     Args:
       shape: as `shape` returns it.
       start: `xavier`, uniform within sqrt(6 / (N + columns)) as the paper's code draws them;
         `uniform`, 1 / N each; `zeros`, for `sum` only (`mix` has no gradient there).
-      key: of the draw.
+      key: PRNG key of the draw.
     """
     if start == "xavier":
         bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
@@ -54,7 +54,7 @@ def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, ".
 def expand(
     coefficients: Float[Array, "..."], pool: LoraPool, granularity: Granularity
 ) -> dict[str, Float[Array, "_L N _k"]]:
-    """Return every site's coefficients per layer and module (k = 1), and per rank for `rank` (k = r)."""
+    """Return every site's coefficients, per layer and module (k = 1) or, for `rank`, also per rank (k = r)."""
     columns = _columns(pool, granularity)
     expanded = {}
     for site, rank in pool.rank.items():
@@ -67,7 +67,7 @@ def expand(
 
 
 def present(pool: LoraPool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:
-    """Return which coefficients act on anything: the others are neither counted nor penalised."""
+    """Return which coefficients affect the model; the others are neither counted nor penalised."""
     shape_ = shape(pool, index.shape[0], granularity)
     columns = _columns(pool, granularity)
     found = jnp.zeros(shape_, bool)
@@ -93,7 +93,7 @@ def column_names(pool: LoraPool, granularity: Granularity) -> list[str]:
 
 
 def _columns(pool: LoraPool, granularity: Granularity) -> dict[str, np.ndarray]:
-    """Return, by site, the column of each of its layers."""
+    """Return the column of each layer, by site."""
     if granularity in ("global", "block"):
         position = {block: i for i, block in enumerate(_blocks(pool))}
         columns = {s: [position[stack_of(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()}

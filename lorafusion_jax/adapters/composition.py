@@ -6,10 +6,10 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
     sum:  dW = sum_n c_n A_n B_n                      linear in c
     y = x (W + dW), with magnitudes  y = m / ||W + dW|| * x (W + dW)   (norm over d_in, DoRA's rule)
 
-and several orders of evaluation, equal in exact arithmetic: `mix` in the weights (`LowRank`), `sum` as one
-product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`), and both in the outputs,
-module by module (`Outputs`), which is what hardware does whose A_n and B_n each sit in arrays of their own. Norms
-are digital, and those of the weights as they are: quantised, or as programmed unless `Gram.modules` says otherwise.
+There are several orders of evaluation, equal in exact arithmetic. `mix` is evaluated in the weights (`LowRank`), and
+`sum` as one product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`). Both can be evaluated in
+the outputs, module by module (`Outputs`), as hardware does that keeps each A_n and B_n in separate arrays. Norms are
+digital. They are the norms of the quantised or programmed weights, unless `Gram.modules` holds the modules to use.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
@@ -28,17 +28,17 @@ from .norms import Gram, column_norm, product, squared_columns
 from .pool import LoraPool
 from .updates import Composition, Dense, LowRank, Modules, Outputs, gather
 
-_NORM = "norm"  # as the checkpoint policy calls it
+_NORM = "norm"  # its name in the checkpoint policy
 
 
 def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
-    """Raise ValueError where `mix` would add matrices of different ranks: neither PEFT nor LoraHub defines that.
+    """Raise ValueError if `mix` would add matrices of different ranks, which neither PEFT nor LoraHub defines.
 
-    Inside a compiled program ranks have no values; nothing is refused there.
+    Inside a compiled program ranks have no values, so nothing is checked there.
 
     Args:
       pool: P adapters.
-      index: which of them are mixed; all if it is None, or has no values yet.
+      index: positions of those that are mixed; all if it is None, or has no values yet.
     """
     if is_traced(pool.rank):
         return
@@ -62,13 +62,13 @@ def compose(
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
 ) -> tuple[dict[str, LowRank | Dense | Modules | Outputs], Int[Array, ""]]:
-    """Return the adapters that a fusion puts on the model, and how many column norms were floored.
+    """Return a fusion's adapters by site, and how many column norms were floored.
 
-    Modules that sit in arrays are mixed in their outputs, all others in the weights.
+    Modules in arrays are mixed in their outputs, all others in the weights.
 
     Args:
       pool: P adapters.
-      index: the N of them that this fusion mixes.
+      index: positions of the N adapters that this fusion mixes.
       coefficients: site -> per layer and module, k = 1, or per rank too, k = r (see `coefficients.expand`).
       composition: `mix` or `sum`.
       gram: needed with magnitudes.
@@ -95,7 +95,7 @@ def compose(
             left = dense(gather(A, index), jnp.float32)
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
             right = _merged(dense(gather(B, index), jnp.float32) * c[:, :, None])
-            # N r columns of A reach the width of x: the sum has no low rank to make use of.
+            # The N r columns of A reach the width of x, so that the sum is not of low rank.
             update = Dense(product(left, right)) if left.shape[1] >= left.shape[0] else None
             if m is not None:
                 cross = _merged(jnp.take(cross, index, axis=0))
@@ -117,12 +117,12 @@ def compose(
             terms = (gram.squared[site], gram.cross[site], magnitudes[site])
         A, B = pool.A[site], pool.B[site]
         if in_arrays:
-            # What a module lacks has no cells: padding must not bring in their noise.
+            # Ranks that a module lacks have no cells: padding must not add cell noise.
             real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
             c = jnp.where(real, c, jnp.zeros_like(c))
         of = pool if gram is None or gram.modules is None else gram.modules
         layers = (of.A[site], of.B[site], c, *terms)
-        # checkpoint: dequantised modules are made again in the backward pass, not kept for all layers; norms are kept.
+        # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
         of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
         update, scale, floored = map_layers(of_layers, layers, batch_size=4)
         total = total + jnp.sum(floored, dtype=jnp.int32)
@@ -140,7 +140,7 @@ def compose(
 def _mixed(A: Weight, B: Weight, index: Int[Array, " N"], c: Float[Array, "N k"]) -> LowRank:
     """Return the module whose A and B are the weighted sums of the chosen modules' A and B."""
     A, B = dense(A, jnp.float32), dense(B, jnp.float32)
-    # Weights scattered over the whole pool read it where it lies; gathering would copy the chosen modules.
+    # Weights scattered over the whole pool read it in place; gathering would copy the chosen modules.
     c = _scatter(c, index, A.shape[0])
     return LowRank(_weighted(A, c[:, None, :]), _weighted(B, c[:, :, None]))
 
@@ -150,7 +150,7 @@ def _scatter(c: Float[Array, "N k"], index: Int[Array, " N"], size: int) -> Floa
 
 
 def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) -> Float[Array, "a b"]:
-    """Return the weighted sum of modules; one vector-matrix product where one weight serves a module."""
+    """Return the weighted sum of modules; a single vector-matrix product if there is one weight a module."""
     if weights.size == modules.shape[0]:
         return _weighted_whole(modules, weights.reshape(-1))
     return jnp.sum(modules * weights, axis=0)
@@ -160,8 +160,8 @@ def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) 
 def _weighted_whole(modules: Float[Array, "P a b"], weights: Float[Array, " P"]) -> Float[Array, "a b"]:
     """Return sum_n weights_n modules_n.
 
-    On a CPU its last bits, and its gradient's, do not depend on modules of weight zero: which ones lie in memory
-    depends on the other seeds of a run.
+    On a CPU its last bits, and its gradient's, do not depend on modules of weight zero. This matters because the other
+    seeds of a run decide which modules are in memory.
     """
     return product(weights, modules.reshape(modules.shape[0], -1)).reshape(modules.shape[1:])
 
@@ -172,7 +172,7 @@ def _weighted_forward(modules: Array, weights: Array) -> tuple[Array, tuple[Arra
 
 def _weighted_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     modules, weights = factors
-    # A sum for each module: a matrix-vector product adds up in another order when there are more rows.
+    # One sum for each module: the order of summation in a matrix-vector product depends on the number of rows.
     return weights[:, None, None] * g[None], jnp.sum(modules * g[None], axis=(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""Merging modules without data, as PEFT's `add_weighted_adapter` does: one weight a module, nothing is trained.
+"""Merges of modules without data, as by PEFT's `add_weighted_adapter`: one weight a module, and no training.
 
 With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weights:
 
@@ -10,9 +10,10 @@ With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weight
     svd               that dW at a lower rank
     *_svd             the rules above on the dW_n in place of factors, then the same
 
-Modules that a site lacks add nothing and have no say in signs. Equal to PEFT 0.21; as there, the signs are voted on
-before the weights, so that a subtracted module votes as an added one. PEFT itself is wrong where the first adapter
-has use_rslora (dW times sqrt(r)), from 0.9 to 0.20 in all *svd (scaled twice), and up to 0.18 for negative weights.
+A module without factors at a site adds nothing there and does not vote on signs. The results equal PEFT 0.21's. As in
+PEFT, signs are voted on before the weights are applied, so a subtracted module votes like an added one. PEFT itself is
+wrong if the first adapter has use_rslora (dW times sqrt(r)), from 0.9 to 0.20 in all *svd (scaled twice), and up to
+0.18 for negative weights.
 
 Sources: Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE), PEFT's utils/merge_utils.py.
 
@@ -41,10 +42,10 @@ MergeKind = Literal[_OnFactors, _OnUpdates, Literal["cat"]]
 
 
 def check_merge(pool: LoraPool, kind: MergeKind) -> None:
-    """Raise ValueError where PEFT cannot merge these modules in this way, and so we do not."""
+    """Raise ValueError for merges that PEFT cannot do, which are not supported here either."""
     if pool.magnitude is not None:
         raise ValueError("a DoRA adapter has magnitudes of its own, which a merge would lose: merge plain LoRAs")
-    # A single module is only weighted, whatever its ranks; inside a compiled program ranks have no values.
+    # Any ranks will do for a single module, which is only weighted. Inside a compiled program ranks have no values.
     if kind in get_args(_OnFactors) and len(pool) > 1 and not is_traced(pool.rank) and pool.uniform_rank is None:
         raise ValueError(
             f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
@@ -65,13 +66,14 @@ def merge(
     """Return one adapter by site, merged from modules of a pool.
 
     Args:
-      pool: P adapters; without their scalings, these count as equal.
-      index: which of them; a single one is only weighted, as in PEFT.
-      weights: one for each, of either sign.
+      pool: P adapters; if their scalings are unknown, they count as equal.
+      index: positions of the modules; a single one is only weighted, as in PEFT.
+      weights: one for each module, of either sign.
       kind: the rule; `cat` gives what `compose` does, the others a `LowRank`.
       density: share of the entries that pruning keeps.
-      rank: of the result of an svd; None for the largest of the pool.
-      key: of the masks of dare; an entry's fate depends on it, the module's name, site and layer alone.
+      rank: rank of the result of an svd; None for the largest of the pool.
+      key: PRNG key of the masks of dare; whether an entry is kept depends only on it and the module's name, site and
+        layer.
 
     Raises:
       ValueError: as `check_merge` does; a dare without a key.
@@ -99,7 +101,7 @@ def merge(
 
         if kind in get_args(_OnUpdates):
             return _truncated(combined("dW", product(A, B), weights), width)
-        # A scaling of 0 leaves nothing of B to get back.
+        # B cannot be recovered from a scaling of 0.
         unfolded = B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
         signed = weights * scaling
         root = jnp.sqrt(jnp.abs(signed))
@@ -122,16 +124,16 @@ def dare_masks(
     shape: tuple[int, ...],
     density: float,
 ) -> Bool[Array, "N d_in d_out"]:
-    """Return which entries of a matrix of each module a dare keeps.
+    """Return the masks of the entries that dare keeps in one matrix of each module.
 
     Args:
-      key: of the whole draw.
-      names: of all modules of the pool.
-      index: which of them.
+      key: PRNG key of the whole draw.
+      names: names of all modules of the pool.
+      index: positions of the modules.
       matrix: `A of `, `B of ` or `dW of ` and the site.
-      layer: its number.
-      shape: of the matrix, [d_in, d_out] in our layout.
-      density: the chance that an entry is kept.
+      layer: number of the layer.
+      shape: shape of the matrix, [d_in, d_out] in our layout.
+      density: probability that an entry is kept.
     """
     of_names = np.array([zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32)
 
@@ -143,7 +145,7 @@ def dare_masks(
 
 
 def _largest(matrix: Float[Array, "a b"], count: int) -> Float[Array, "a b"]:
-    """Keep the `count` entries of largest size; of equals the first, where torch.topk leaves it open."""
+    """Keep the `count` entries of largest size; of equals the first (torch.topk does not define which)."""
     _, kept = jax.lax.top_k(jnp.abs(matrix).ravel(), count)
     mask = jnp.zeros(matrix.size, bool).at[kept].set(True).reshape(matrix.shape)
     return jnp.where(mask, matrix, jnp.zeros_like(matrix))

@@ -1,7 +1,7 @@
-"""Column norms of W and of W + dW, by the terms that form neither.
+"""Column norms of W and of W + dW, computed without forming W + dW.
 
-Products of weights with weights have precision "highest": by default a TPU multiplies float32 numbers in bfloat16 and
-a recent NVIDIA card in TF32. A CPU computes the same either way.
+Products of weights with weights use precision "highest". By default a TPU would multiply float32 numbers in bfloat16,
+and a recent NVIDIA card in TF32. On a CPU the setting changes nothing.
 
 Axis letters: L layer, P adapters of the pool, r rank.
 """
@@ -15,20 +15,20 @@ from jaxtyping import Array, Float, Int
 from ..models.weights import Weight, dense, map_layers
 from .pool import LoraPool
 
-# Where dW nearly cancels W the Gram form loses digits and can turn negative: floored at a few eps.
+# Where dW nearly cancels W, the Gram form loses digits and can become negative, so it is floored at a few eps.
 _NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gram:
-    """What the norm ||W + dW|| needs besides the pool, computed once per base and pool.
+    """Terms of the norm ||W + dW|| other than the pool itself, computed once per base and pool.
 
     Attributes:
       squared: site -> [L, d_out], ||W||^2 of every column.
       cross: site -> [L, P, r, d_out], A_n^T W.
-      modules: whose A and B the norms are of, where the pool's own are not: it sits in arrays, and the norms are of
-        what was meant to be there.
+      modules: the modules whose A and B enter the norms, or None for the pool's own. For a pool in arrays they hold
+        the target values instead of the programmed ones.
     """
 
     squared: dict[str, Float[Array, "*C _L _d_out"]]
@@ -39,7 +39,7 @@ class Gram:
 def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
     """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time.
 
-    Each module has a product of its own: in one for all, its last bits depend on how many there are.
+    Each module has a separate product: in a single product, a module's last bits depend on the number of modules.
     """
 
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
@@ -51,7 +51,7 @@ def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
 
 
 def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
-    """Return ||W|| of every column of kernels, in float32."""
+    """Return ||W|| of every column of the kernels, in float32."""
 
     def of_layer(kernel: Weight) -> Array:
         return jnp.linalg.norm(dense(kernel, jnp.float32), axis=0)
@@ -60,7 +60,7 @@ def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
 
 
 def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
-    """Return ||W|| of every column, where magnitudes start."""
+    """Return ||W|| of every column, the initial magnitudes."""
     return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
 
 
@@ -74,7 +74,7 @@ def column_norm(
 ) -> tuple[Float[Array, " d_out"], Int[Array, ""]]:
     """Return ||W + dW|| per column from its Gram terms, and how many were floored.
 
-    ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second is 2 (A^T W)_j . B_j and the third
+    ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second term is 2 (A^T W)_j . B_j and the third is
     B_j . (A^T A) B_j, so that neither W nor dW is formed.
     """
     floor = _NORM_FLOOR * (squared + of_update)

@@ -1,4 +1,4 @@
-"""A pool of pretrained LoRA modules, stacked: what sits frozen in the crossbars.
+"""A pool of pretrained LoRA modules, stacked. On hardware it is written once and stays frozen in the crossbars.
 
 Axis letters: L layer, N adapters, r rank.
 """
@@ -26,7 +26,7 @@ class LoraPool:
       A: site -> [L, N, d_in, r].
       B: site -> [L, N, r, d_out], with the adapter's scaling (alpha / r) folded in.
       rank: site -> [L, N], the true rank; smaller ones are padded with zeros, 0 where an adapter lacks it.
-      scaling: site -> [L, N], the factor in B, 0 where an adapter lacks the site; None where nobody knows it.
+      scaling: site -> [L, N], the factor in B, 0 where an adapter lacks the site; None if it is unknown.
       magnitude: site -> [L, d_out] of a pool of one DoRA adapter (0 where a layer lacks it), else None.
       names: names of the adapters, in the order of the axis N.
       sites: the sites in the order of the computation, which dictionaries lose inside `jax.jit`; by default the order
@@ -50,12 +50,12 @@ class LoraPool:
 
     @property
     def uniform_rank(self) -> int | None:
-        """The rank that all adapters share at all their sites, or None."""
+        """Rank that all adapters share at all their sites, or None."""
         ranks = {int(r) for rank in self.rank.values() for r in np.unique(np.asarray(rank)) if r > 0}
         return ranks.pop() if len(ranks) == 1 else None
 
     def indices(self, chosen: Sequence[str | int]) -> list[int]:
-        """Return the positions of adapters given by name or index; the errors are those of `positions`."""
+        """Return the positions of adapters given by name or index; raises the errors of `positions`."""
         return positions(self.names, chosen)
 
     def select(self, chosen: Sequence[str | int]) -> "LoraPool":
@@ -87,7 +87,7 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     """Return the positions of adapters given by name or index in a pool that holds `names`.
 
     Raises:
-      ValueError: on a name or an index that the pool does not have, on duplicates, and on one name in place of a list.
+      ValueError: a name or index is not in the pool or occurs twice, or there is one name in place of a list.
     """
     if isinstance(chosen, str):
         raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
@@ -104,14 +104,14 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
 
 
 def random_pool(pool: LoraPool, key: Array) -> LoraPool:
-    """Return the control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
+    """Return a control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
 
-    A module's draw depends on the key and its name alone, not on what else is in the pool. Sites that an
-    adapter lacks and ranks beyond its own stay zero.
+    A module's draw depends only on the key and its name, not on the other modules. Sites that an adapter lacks and
+    ranks beyond its own stay zero.
 
     Args:
-      pool: of the real modules.
-      key: of the whole draw.
+      pool: pool of the real modules.
+      key: PRNG key of the whole draw.
     """
 
     def like(a: Array, site: str, purpose: str, axis: int) -> Array:
@@ -133,15 +133,15 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
 
 
 def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
-    """Return the control: a pool whose modules keep their matrices, each in another layer of its stack.
+    """Return a control: a pool whose modules keep their matrices, but each in another layer of its stack.
 
-    The layers of a module go round in one random cycle, the same at all sites of a stack, so that none stays in
-    its place and A and B of a layer stay together. The draw depends on the key and the module's name alone. A
-    stack of one layer stays as it is.
+    The layers of a module are permuted by one random cycle, the same at all sites of a stack. So no layer stays in its
+    place, and A and B of a layer stay together. The draw depends only on the key and the module's name. A stack of one
+    layer is not changed.
 
     Args:
-      pool: of the real modules, plain or quantised.
-      key: of the whole draw.
+      pool: pool of the real modules, plain or quantised.
+      key: PRNG key of the whole draw.
     """
 
     def source(site: str) -> Int[Array, "L N"]:

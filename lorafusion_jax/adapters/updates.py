@@ -1,6 +1,6 @@
-"""Updates of a linear map: the forms that `models.weights.matmul(x, W)` becomes where an adapter sits.
+"""Updates of a linear map: the forms that replace `models.weights.matmul(x, W)` at an adapted site.
 
-Each takes (x, kernel) and is stacked over the layers of its site: a scan passes one layer at a time.
+Each is called with (x, kernel) and is stacked over the layers of its site; a scan passes one layer at a time.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
@@ -41,7 +41,7 @@ class LowRank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rescaled:
-    """`x W * scale`.
+    """Rescaled columns without an update: `x W * scale`.
 
     Attributes:
       scale: [d_out], under a scan over layers [L, d_out].
@@ -58,7 +58,7 @@ class Rescaled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightDecomposed:
-    """One update under magnitudes: `m / ||W + A B|| * x (W + A B)`, the norm taken as constant.
+    """One update with magnitudes: `m / ||W + A B|| * x (W + A B)`, where the norm is treated as constant.
 
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024), and PEFT.
 
@@ -89,7 +89,7 @@ class WeightDecomposed:
 class Dense:
     """One update as a whole matrix: `x (W + dW) * scale`.
 
-    Used only where N r >= d_in: the modules' factors are then no smaller than dW, which is formed for all layers.
+    Used only where N r >= d_in: dW, which is formed for all layers, is then not larger than the modules' factors.
 
     Attributes:
       delta: [d_in, d_out].
@@ -111,14 +111,14 @@ class Dense:
 class Modules:
     """A sum of products, as one update of rank N r: `(x W + sum_n c_n x A_n B_n) * scale`.
 
-    The modules are gathered from the pool where they are used, layer by layer inside the scan, so that
-    seeds with different draws share one pool in memory.
+    The modules are gathered from the pool layer by layer inside the scan, so that seeds with different draws share
+    one pool in memory.
 
     Attributes:
       A: [P, d_in, r].
       B: [P, r, d_out].
-      index: [N], which modules.
-      coefficients: [N, 1], or [N, r] to weigh every rank on its own.
+      index: [N], positions of the modules.
+      coefficients: [N, 1], or [N, r] to weigh every rank separately.
       scale: [d_out], or None for 1.
     """
 
@@ -139,12 +139,12 @@ class Modules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Modules in arrays of their own, mixed in their outputs: every A_n and B_n is read as it stands.
+    """Modules in separate arrays, mixed in their outputs: every A_n and B_n is read on its own.
 
     Attributes:
       A: [P, d_in, r].
       B: [P, r, d_out].
-      index: [N], which modules.
+      index: [N], positions of the modules.
       coefficients: [N, r], zero where a module has no such rank.
       composition: `mix` or `sum`.
       scale: [d_out], or None for 1.
@@ -171,16 +171,16 @@ def mix_outputs(
     coefficients: Float[Array, "N k"],
     composition: Composition,
 ) -> Float[Array, "*B d_out"]:
-    """Return `x (W + dW)` mixed in the outputs: every A_n and B_n multiplied as it stands, then summed.
+    """Return `x (W + dW)` mixed in the outputs: every A_n and B_n is multiplied on its own, then they are summed.
 
-    The order of evaluation of hardware, whose modules sit frozen in arrays of their own.
+    This is the order of evaluation on hardware, where each module is frozen in separate arrays.
 
     Args:
       x: activations.
       kernel: [d_in, d_out].
       A: [N, d_in, r].
       B: [N, r, d_out].
-      coefficients: of each module (k = 1), or of each module and rank (k = r).
+      coefficients: one for each module (k = 1), or for each module and rank (k = r).
       composition: `mix` or `sum`.
     """
     c = jnp.expand_dims(coefficients.astype(x.dtype), range(1, x.ndim))
@@ -195,5 +195,5 @@ def _scaled(y: Array, scale: Array | None) -> Array:
 
 
 def gather(weight: Weight, index: Array) -> Weight:
-    """Return the chosen modules of a weight [P, ...], in whatever form it is held."""
+    """Return the chosen modules of a weight [P, ...], which may be plain, quantised or programmed."""
     return jax.tree.map(lambda a: jnp.take(a, index, axis=0), weight)

@@ -1,11 +1,11 @@
-"""What a family of models says about itself. The rest of the package follows from it.
+"""The protocol of a family of models. The rest of the package is derived from it.
 
 A *site* is one linear map of a block, stacked over the layers of its stack. Its name begins with the stack's and
 ends with the map's own: `reader.attention.query`. Site and layer together name one matrix of the model, which has a
 module path in Hugging Face's files.
 
-To add a family: a dataclass that extends `Architecture`, a module that fulfils `Model`, a `Family` that brings them
-together, and its line in `families.FAMILIES`.
+To add a family, write a dataclass that extends `Architecture`, a module that fulfils `Model` and a `Family` that
+combines them, and add a line to `families.FAMILIES`.
 
 Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .layers import Adapters, Base
 from .weights import Weight
 
-# The tokens of a row: those that are given, and those that the model answers with.
+# The tokens of a row: the input (source) and the model's answer (target).
 Part = Literal["source", "target"]
 Parts = tuple[Part, ...]
 # The axis of a matrix that a mesh of devices splits.
@@ -32,7 +32,7 @@ class Attention(NamedTuple):
     """One attention of a block.
 
     Attributes:
-      reads: the tokens whose keys and values it meets.
+      reads: the tokens whose keys and values it attends to.
       heads: number of heads of the queries.
       kv_heads: number of heads of keys and values.
       d_head: width of a head.
@@ -52,7 +52,7 @@ class Stack(NamedTuple):
       reads: the tokens that run through it; the last stack reads `target`.
       attentions: attentions of a block.
       d_ff: widest activation within a block.
-      elementwise: numbers a token that a block's norms and activation functions keep for the backward pass, where
+      elementwise: numbers per token that a block's norms and activation functions keep for the backward pass when
         nothing is recomputed.
     """
 
@@ -73,8 +73,8 @@ class Site:
       d_out: output width.
       path: Hugging Face's module path, with `{layer}` in place of the layer's number.
       reads: the tokens that it multiplies.
-      split: the axis that a mesh of devices splits. After one that is split by rows, devices sum.
-      stage: a name that sites of one stack share if none of them waits for another.
+      split: the axis that a mesh of devices splits. After a matrix that is split by rows, devices sum.
+      stage: a name that sites of one stack share if they can be computed at the same time.
     """
 
     layers: int
@@ -98,12 +98,12 @@ class Architecture:
 
     Attributes:
       family: name in `families.FAMILIES`.
-      targets: last names of the sites that methods without a pool adapt unless told otherwise.
+      targets: last names of the sites that methods without a pool adapt by default.
       splits: how a mesh splits matrices that are not kernels of sites, by a name in their path in the model's state.
       tied: the head is the embedding, transposed.
-      dtype: of activations; weights are cast to it where they are used.
-      remat: what the backward pass keeps of a block: `dots`, everything (`none`) or nothing (`full`).
-      unroll: compile the layers one after the other instead of a loop; slower to compile, faster for few layers.
+      dtype: dtype of activations; weights are cast to it where they are used.
+      remat: values of a block that the backward pass keeps: `dots`, everything (`none`) or nothing (`full`).
+      unroll: compile the layers one after the other instead of as a loop; slower to compile, faster for few layers.
     """
 
     family: ClassVar[str]
@@ -121,7 +121,7 @@ class Architecture:
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
-        """The stacks by name, in the order of the computation."""
+        """Stacks by name, in the order of the computation."""
         raise NotImplementedError
 
     @functools.cached_property
@@ -131,7 +131,7 @@ class Architecture:
 
     @property
     def presumed_tied(self) -> bool:
-        """Whether the head is tied, as far as the configuration shows it without the weights."""
+        """Return whether the head is tied, as far as the configuration shows it without the weights."""
         return self.tied
 
     @property
@@ -167,7 +167,7 @@ class Model(Protocol):
     ) -> Float[Array, "B T V"]:
         """Return the logits that predict each label, from the source and the labels before it.
 
-        A negative label is not a target: what is predicted there does not count.
+        A negative label is not a target: predictions at its position are ignored.
         """
         ...
 
@@ -185,18 +185,18 @@ class Model(Protocol):
         input_mask: Bool[Array, "B S"],
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Any]:
-        """Return the logits that follow `token`, the `position`-th that `decode_token` is given, and the new cache."""
+        """Return the logits that follow `token` at `position` (0 for the first call), and the new cache."""
         ...
 
 
 class Slot(NamedTuple):
-    """A variable of the model and the tensors that fill it: one for each layer if it is stacked, else a single one.
+    """One variable of the model and the tensors that fill it: one for each layer if it is stacked, else a single one.
 
     Attributes:
       variable: the variable.
       names: names of the tensors in Hugging Face's files.
-      stacked: whether its first axis is the layers'.
-      transposed: whether files hold [d_out, d_in].
+      stacked: its first axis is the layers'.
+      transposed: files hold [d_out, d_in].
     """
 
     variable: Base
@@ -213,14 +213,14 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """How Hugging Face's files hold a family's weights, besides the kernels, whose names the sites give.
+    """Layout of a family's weights in Hugging Face's files, other than the kernels, whose names the sites give.
 
     Attributes:
       embedding: name of the embedding's tensor.
       head: name of the head's tensor; a file of a tied model may lack it.
       copies: other names under which files repeat the embedding.
       unused: tensors that no layer reads.
-      others: from a model to the slots of its embedding, norms and so on.
+      others: function from a model to the slots of its embedding, norms and so on.
     """
 
     embedding: str
@@ -242,17 +242,18 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of models.
+    """One family of models.
 
     Attributes:
-      name: of the family.
+      name: name of the family.
       members: names of its models, for messages.
-      model_types: values of `model_type` in a config.json that `read_config` understands or refuses with a reason.
+      model_types: values of `model_type` in a config.json that `read_config` accepts, or rejects with a reason.
       config: the family's dataclass.
-      read_config: from the content of a config.json to the structure; raises ValueError without naming the file.
-      model: from (config, rngs=) to a randomly initialised model.
+      read_config: function from the content of a config.json to the structure; raises ValueError without naming the
+        file.
+      model: function from (config, rngs=) to a randomly initialised model.
       checkpoint: layout of its files.
-      task_type: PEFT's name of what the models do.
+      task_type: PEFT's name of the models' task.
       shapes: known sizes by name.
     """
 
@@ -278,12 +279,12 @@ def kernels(model: Model) -> dict[str, Weight]:
 
 
 def matrices(model: Model) -> dict[str, Weight]:
-    """Return every weight that multiplies activations: the kernels, and `head` [D, V] where it is not tied."""
+    """Return every weight that multiplies activations: the kernels, and `head` [D, V] unless it is tied."""
     return {name: variable.get_value() for name, variable in model.variables().items()}
 
 
 def set_matrices(model: Model, weights: Mapping[str, Weight]) -> None:
-    """Put other weights in place of some of those that `matrices` returns."""
+    """Replace some of the weights that `matrices` returns."""
     variables = model.variables()
     for name, weight in weights.items():
         variables[name].set_value(weight)
@@ -293,12 +294,12 @@ def targeted(config: Architecture, targets: Collection[str] | None, option: str 
     """Return the sites whose linear map, wherever it occurs, is one of `targets`.
 
     Args:
-      config: of the model.
+      config: structure of the model.
       targets: last names of sites; None for the family's own choice.
-      option: what a message calls them.
+      option: name of the option in messages.
 
     Raises:
-      ValueError: there are no targets, or the model does not have one.
+      ValueError: there are no targets, or the model lacks one of them.
     """
     targets = config.targets if targets is None else targets
     there = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)

@@ -6,7 +6,7 @@ from typing import Any
 from . import t5
 from .architecture import Architecture, Family, Model
 
-# The first is the family of pools that were converted before manifests named one.
+# The first one is also the family of pools whose manifest does not name a family.
 FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY,)}
 
 
@@ -29,7 +29,7 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
     """Return the family that the content of a Hugging Face config.json belongs to.
 
     Raises:
-      ValueError: no family has such a `model_type`.
+      ValueError: the `model_type` belongs to no known family.
     """
     kind = raw.get("model_type")
     for family in FAMILIES.values():
@@ -40,5 +40,5 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
-    """Return the structure that the manifest of a converted pool records of its base."""
+    """Return the structure of the base model that the manifest of a converted pool records."""
     return FAMILIES[base.get("family", next(iter(FAMILIES)))].config(**base["config"])

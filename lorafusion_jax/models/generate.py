@@ -24,17 +24,17 @@ def generate(
     max_new_tokens: int,
     row_mask: Bool[Array, " B"] | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
-    """Return the most likely continuation of each row; after its end token a row holds padding.
+    """Return the most likely next tokens of each row, chosen greedily; after its end token a row holds padding.
 
-    Pure, to be jitted with the model's state as an argument, and vmapped over adapters.
+    The function is pure: `jax.jit` it with the model's state as an argument, and `jax.vmap` it over adapters.
 
     Args:
       model: the base model.
       input_ids: source tokens.
       input_mask: True where a source token is real.
       adapters: site -> adapter, leaves with a leading layer axis.
-      max_new_tokens: the loop's bound; it stops earlier once every row has ended.
-      row_mask: False for rows that only fill up the batch; nothing is waited for there.
+      max_new_tokens: limit of the loop, which stops earlier once every row has ended.
+      row_mask: False for rows that only pad the batch; generation does not wait for their end.
     """
     adapters = adapters or {}
     config = model.config
@@ -42,7 +42,7 @@ def generate(
     graph, weights = nnx.split(model)
 
     def at(number: Array | int) -> tuple[Model, Adapters]:
-        """Return model and adapters as they are read for a token, 0 being the source."""
+        """Return model and adapters with the read noise of one token; number 0 is the source."""
         read, adapted = reads((weights, adapters), number)
         return nnx.merge(graph, read), adapted
 

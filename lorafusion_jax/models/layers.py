@@ -1,4 +1,4 @@
-"""What families share: frozen weights, the linear map that may carry an adapter, RMS norm, and the scan over layers."""
+"""Parts that families share: frozen weights, linear maps that may have an adapter, RMS norm, the scan over layers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -16,8 +16,8 @@ Adapter = Callable[[Array, Array], Array]
 Adapters = Mapping[str, Adapter]
 
 _REMAT_POLICIES = {
-    # Keeps the products with weights and recomputes the cheap rest: half the memory of saving everything
-    # at the same speed; the attention products have batch dimensions and are recomputed.
+    # Keeps the products with weights and recomputes the rest, which is cheap: half the memory of saving everything, at
+    # the same speed. The attention products have batch dimensions and are recomputed.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(PRODUCT),
@@ -34,7 +34,7 @@ class Linear(nnx.Module):
     """A linear map without bias, kernels stacked [L, d_in, d_out]; one layer of it inside a scan.
 
     Attributes:
-      site: name of its site without the stack's, by which it finds its adapter.
+      site: name of its site without the stack's, the key of its adapter.
     """
 
     def __init__(self, site: str, layers: int, d_in: int, d_out: int, *, scale: float, rngs: nnx.Rngs):
@@ -42,7 +42,7 @@ class Linear(nnx.Module):
         self.kernel = Base(scale * rngs.params.normal((layers, d_in, d_out)))
 
     def __call__(self, x: Float[Array, "*B d_in"], adapters: Adapters) -> Float[Array, "*B d_out"]:
-        """Multiply, through the adapter of this site if there is one."""
+        """Return the product with the kernel, through this site's adapter if it has one."""
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
         return matmul(x, kernel) if adapter is None else adapter(x, kernel)
@@ -56,7 +56,7 @@ class RMSNorm(nnx.Module):
         self.scale = Base(jnp.ones(shape))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Normalise the last axis."""
+        """Return `x` normalised along the last axis."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
@@ -72,12 +72,12 @@ def scan_blocks(
     remat: Literal["dots", "none", "full"],
     unroll: bool,
 ) -> tuple[Array, Any]:
-    """Run `block(layer, x, xs of the layer)` through the layers; return the last x and all outputs.
+    """Call `block(layer, x, xs of the layer)` for one layer after the other; return the last x and all outputs.
 
     Args:
-      block: one layer of `stacked`.
+      block: function that runs one layer of `stacked`.
       stacked: blocks, every variable [L, ...].
-      x: what goes through the layers.
+      x: input of the first layer; each layer's output is the next one's input.
       xs: a tree of further arrays [L, ...].
       remat: as in `Architecture`.
       unroll: as in `Architecture`.

@@ -1,9 +1,9 @@
-"""Stacks of narrow numbers, as a loop over layers on a CPU slices them well.
+"""Stacks of bfloat16 and 4-bit numbers, held as integers so that loops over layers on a CPU slice them without copies.
 
-XLA's CPU compiler slices no bfloat16 and no 4-bit numbers: ahead of a loop it makes float32 or 8-bit copies of whole
-stacks and slices those, and what a loop stacks up, results or what its backward pass keeps, it stacks in float32.
-Integers of 16 and 8 bits it takes as they are. So loops are given the bits. Gradients of a stack itself, and what a
-loop keeps that is neither carried nor `kept`, stay as they were.
+XLA's CPU compiler cannot slice bfloat16 and 4-bit numbers. Before a loop it makes float32 or 8-bit copies of whole
+stacks and slices those. It also stacks a loop's results, and the values kept for the backward pass, in float32.
+Integers of 16 and 8 bits are sliced without copies, so loops are given the bits. Gradients of a stack itself are not
+converted, nor are kept values that are neither carried nor marked by `kept`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Bits:
     """An array of narrow numbers as integers.
 
     Attributes:
-      bits: of the numbers; a byte holds two of four bits.
+      bits: bits of the numbers; a byte holds two 4-bit numbers.
       numbers: the array itself, for its type, shape and gradient; its values are not read.
     """
 
@@ -37,7 +37,7 @@ def to_bits(tree: Any) -> Any:
 
 
 def from_bits(tree: Any) -> Any:
-    """Return the tree that `to_bits` was given, or one layer of it."""
+    """Return the original of a tree from `to_bits`, or of one layer of it."""
     return jax.tree.map(lambda a: _read(a.bits, a.numbers) if _is_bits(a) else a, tree, is_leaf=_is_bits)
 
 
@@ -54,14 +54,14 @@ def _numbers(bits: Array, like: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits, like.dtype).reshape(like.shape)
 
 
-# Derivatives go by the numbers, not by the bits. The rules call plain functions: a call of a `custom_jvp` would hide
-# what is in it from a policy of `jax.checkpoint`.
+# Derivatives use the numbers, not the bits. The rules call plain functions, because a call of a `custom_jvp` would hide
+# its content from a policy of `jax.checkpoint`.
 _read = jax.custom_jvp(_numbers)
 _read.defjvp(lambda primals, tangents: (_numbers(*primals), tangents[1]))
 
 
 def _kept(x: Array, name: str) -> Array:
-    """Return bfloat16 `x`, which a policy of `jax.checkpoint` that saves `name` keeps as bits."""
+    """Return bfloat16 `x`, marked so that a policy of `jax.checkpoint` that saves `name` keeps its bits."""
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 

@@ -1,8 +1,8 @@
-"""The one seam: how a weight is multiplied, whatever it is.
+"""The product of activations with a weight of any kind: plain, quantised or programmed into arrays.
 
-Every dense product of every model is `matmul(x, weight)`. A plain array is a dot product, a `qwix.QArray`
-is dequantised first, a `Chip` is read. Putting a model into 4 bits or
-on hardware is a map over its tree of weights; no model code knows.
+Every dense product of every model is `matmul(x, weight)`. A plain array is multiplied, a `qwix.QArray` is dequantised
+first, and a `Chip` is read. A model is put into 4 bits or on hardware by a map over its tree of weights, without any
+change to model code.
 """
 
 import functools
@@ -32,11 +32,11 @@ __all__ = [
     "tile_size",
 ]
 
-# `Segments`: a stack of layers of several kinds; a scan over layers (`scan_layers`) meets one kind at a time.
+# `Segments` is a stack of layers of several kinds; a scan over layers (`scan_layers`) runs one kind at a time.
 Weight = Array | qwix.QArray | Chip | Segments
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
-# What a policy of `jax.checkpoint` may call products that it does not see, since their gradients are our own.
+# Name by which a policy of `jax.checkpoint` can save products that it cannot see because of their custom gradients.
 PRODUCT = "product"
 _MAX_TILE = 64
 
@@ -60,8 +60,9 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
 def _bfloat16_dot(x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
     """Return `x @ w` by XLA's kernels for bfloat16 on a CPU.
 
-    They make float32 results of factors that are not transposed, forward and backward. Any other product of bfloat16
-    is made of float32 copies of its factors: measured half as fast, and an eighth for a head of ten tokens.
+    These kernels give float32 results and need factors that are not transposed, forward and backward. XLA computes any
+    other bfloat16 product from float32 copies of its factors: measured half as fast, and an eighth for a head of ten
+    tokens.
     """
     return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -82,7 +83,7 @@ _bfloat16_dot.defvjp(_forward, _backward)
 
 
 def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
-    """Return the weight as a plain array of `dtype`: dequantised, or as it was programmed."""
+    """Return the weight as a plain array of `dtype`: dequantised, or the values that were programmed."""
     if isinstance(weight, Segments):
         return jnp.concatenate([dense(part, dtype) for part in weight.parts])
     if isinstance(weight, qwix.QArray):
@@ -93,14 +94,14 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
 
 
 def is_in_arrays(weights: Any) -> bool:
-    """Whether any weight of a tree is a programmed one."""
+    """Return whether any weight of a tree is programmed into arrays."""
     return any(map(is_chip, jax.tree.leaves(weights, is_leaf=is_chip)))
 
 
 def quantise(weight: Array, qtype: str, *, tiled_axis: int) -> qwix.QArray:
     """Quantise `weight` in tiles along one axis, with one scale per tile.
 
-    A tile is the largest divisor of the axis that is at most 64 (qwix refuses a remainder).
+    A tile is the largest divisor of the axis that is at most 64 (qwix does not accept a remainder).
 
     Args:
       weight: any shape; all axes but `tiled_axis` are channelwise.
@@ -108,14 +109,14 @@ def quantise(weight: Array, qtype: str, *, tiled_axis: int) -> qwix.QArray:
       tiled_axis: the axis that shares scales.
 
     Raises:
-      ValueError: on an unknown `qtype`.
+      ValueError: `qtype` is unknown.
     """
     if qtype not in QUANTISED_TYPES:
         raise ValueError(f"cannot quantise to {qtype!r}: choose one of {', '.join(QUANTISED_TYPES)}")
     return _quantise(weight, qtype, tiled_axis % weight.ndim)
 
 
-# Compiled: op by op, FLAN-T5-large in NF4 took 207 s and 9.8 GB on two cores; like this 17 s and 2.2 GB.
+# Compiled as one program: FLAN-T5-large in NF4 takes 17 s and 2.2 GB on two cores; op by op it took 207 s and 9.8 GB.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantise(weight: Array, qtype: str, axis: int) -> qwix.QArray:
     channels: Collection[int] = [a for a in range(weight.ndim) if a != axis]

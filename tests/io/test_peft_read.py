@@ -447,7 +447,10 @@ def test_a_bin_that_asks_for_os_system_is_refused_and_not_executed(write, tmp_pa
             {f"{_Q}.lora_magnitude_vector": np.ones(10, np.float32)},
             "is DoRA's, but use_dora is not set: set it",
         ),
-        ({"shared.lora_embedding_A": np.ones((4, 9), np.float32)}, "LoRA on an embedding, which T5 shares"),
+        (
+            {"shared.lora_embedding_A": np.ones((4, 9), np.float32)},
+            "LoRA on an embedding, which stacks of the base",
+        ),
         ({f"{_Q}.lora_diag": np.ones(4, np.float32)}, "lora_diag is KaSA"),
         (
             {f"{_Q}.lora_new.weight": np.ones(4, np.float32)},

@@ -14,14 +14,14 @@ from ..layers import Adapters, Base, Linear
 class Attention(nnx.Module):
     """One attention layer.
 
-    Queries come from `x`, keys and values from `keys_values`, so that self-attention, cross-attention and
+    Queries are computed from `x`; keys and values come from `keys_values`. So self-attention, cross-attention and
     both with a cache are the same call.
     """
 
     def __init__(self, name: str, d_model: int, heads: int, d_kv: int, *, layers: int, rngs: nnx.Rngs):
         self.heads = heads
         inner = heads * d_kv
-        # T5's own initialisation: attention is not scaled by sqrt(d_kv), the query's init carries it.
+        # T5's own initialisation: the query's initial values include the factor 1 / sqrt(d_kv) that attention omits.
         self.q = Linear(f"{name}.q", layers, d_model, inner, scale=(d_model * d_kv) ** -0.5, rngs=rngs)
         self.k = Linear(f"{name}.k", layers, d_model, inner, scale=d_model**-0.5, rngs=rngs)
         self.v = Linear(f"{name}.v", layers, d_model, inner, scale=d_model**-0.5, rngs=rngs)
@@ -30,7 +30,7 @@ class Attention(nnx.Module):
     def keys_values(
         self, x: Float[Array, "B S D"], adapters: Adapters
     ) -> tuple[Float[Array, "B H K S"], Float[Array, "B H S K"]]:
-        """Return keys and values of `x`, in the layouts that the two products read."""
+        """Return keys and values of `x`, in the layouts that the two products need."""
         keys = self._split(self.k(x, adapters)).transpose(0, 2, 3, 1)
         values = self._split(self.v(x, adapters)).transpose(0, 2, 1, 3)
         return keys, values
@@ -93,7 +93,7 @@ def _bucket(distance: Int[Array, "T S"], buckets: int, max_distance: int, *, bid
     else:
         distance = -jnp.minimum(distance, 0)
     exact = buckets // 2
-    # float32 and this order of operations are Hugging Face's: the bucket edges depend on the rounding.
+    # float32 and this order of operations match Hugging Face's, because the bucket edges depend on the rounding.
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(jnp.float32(max_distance / exact))
     far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(distance.dtype), buckets - 1)
     return offset + jnp.where(distance < exact, distance, far)

@@ -1,4 +1,4 @@
-"""How Hugging Face's files hold a T5."""
+"""Layout of a T5 in Hugging Face's files."""
 
 from ..architecture import Checkpoint, Slot
 from .model import T5

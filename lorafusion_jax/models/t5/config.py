@@ -88,9 +88,9 @@ class T5Config(Architecture):
 
     @property
     def presumed_tied(self) -> bool:
-        """Whether the head is tied, as far as the configuration shows it without the weights.
+        """Return whether the head is tied, as far as the configuration shows it without the weights.
 
-        transformers 5 writes that FLAN's head is tied, which it is not. In every T5 a tied head has scaled logits.
+        transformers 5 writes for FLAN that its head is tied, which is wrong. In every T5 a tied head has scaled logits.
         """
         return self.tied and self.scale_logits
 
@@ -119,7 +119,7 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
         num_decoder_layers=raw.get("num_decoder_layers") or raw["num_layers"],
         gated=activation == "gated-gelu",
         tied=says_tied,
-        # transformers 5 says it outright; before, it went with the tied head, and mT5 never did.
+        # transformers 5 has a field for this. Before, logits were scaled if the head was tied, except in mT5.
         scale_logits=raw.get("scale_decoder_outputs", says_tied and kind == "t5"),
         buckets=raw.get("relative_attention_num_buckets", 32),
         max_distance=raw.get("relative_attention_max_distance", 128),

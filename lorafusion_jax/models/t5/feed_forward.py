@@ -21,7 +21,7 @@ class FeedForward(nnx.Module):
         self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
-        """Apply to every position."""
+        """Apply the layer to every position."""
         if self.gated:
             hidden = jax.nn.gelu(self.wi_0(x, adapters), approximate=True) * self.wi_1(x, adapters)
         else:

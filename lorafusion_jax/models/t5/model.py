@@ -1,8 +1,8 @@
 """T5 1.0, T5 1.1 and FLAN-T5 as a Flax NNX module whose blocks are stacked and scanned.
 
-The module holds the frozen base weights. Adapters are an argument: a mapping from site to a callable pytree
-whose leaves have a leading layer axis, sliced by the same scan as the blocks. `nnx.split` the model and
-pass the state as an argument to `jax.jit`, `jax.grad`, `jax.vmap`; nothing here uses nnx transforms.
+The module holds the frozen base weights. Adapters are an argument: a mapping from site to a callable pytree whose
+leaves have a leading layer axis, which the scan over blocks slices as well. `nnx.split` the model and pass the state as
+an argument to `jax.jit`, `jax.grad` and `jax.vmap`; nothing here uses nnx transforms.
 
 Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 """
@@ -24,7 +24,7 @@ from .feed_forward import FeedForward
 
 
 class Cache(NamedTuple):
-    """What the decoder's layers keep between tokens: own keys and values so far, and those of the source."""
+    """Keys and values that the decoder's layers keep between tokens: their own so far, and those of the source."""
 
     keys: Float[Array, "L B H K T"]
     values: Float[Array, "L B H T K"]
@@ -94,7 +94,7 @@ class DecoderBlock(nnx.Module):
         bias: Float[Array, "1 H 1 T"],
         adapters: Adapters,
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """Run one position, whose keys and values join this layer's cache (no layer axis here)."""
+        """Run one position and add its keys and values to this layer's cache (no layer axis here)."""
         normed = self.self_norm(x)
         key, value = self.self_attention.keys_values(normed, adapters)
         keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, key, position, axis=3)
@@ -111,7 +111,7 @@ class DecoderBlock(nnx.Module):
 
 
 class T5(nnx.Module):
-    """A T5 with T5's own random initialisation; `io.hf` fills it with pretrained weights."""
+    """A T5 model with T5's random initialisation; `io.hf` fills it with pretrained weights."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         c = config
@@ -177,7 +177,7 @@ class T5(nnx.Module):
     def encode(
         self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], adapters: Adapters
     ) -> Float[Array, "B S D"]:
-        """Return the encoder's output; padding is neither attended to nor meaningful."""
+        """Return the encoder's output. Padding is not attended to, and its outputs have no meaning."""
         positions = jnp.arange(input_ids.shape[1])
         bias = self.encoder_bias(positions, positions)
         mask = input_mask[:, None, None, :]
@@ -235,7 +235,7 @@ class T5(nnx.Module):
         def block(layer: DecoderBlock, x: Array, xs: tuple[Adapters, Cache]) -> tuple[Array, tuple[Array, Array]]:
             adapters, layer_cache = xs
             x, layer_cache = layer.decode_token(x, layer_cache, position, mask, cross_mask, bias, adapters)
-            return x, (layer_cache.keys, layer_cache.values)  # the source's do not change: no copy of them
+            return x, (layer_cache.keys, layer_cache.values)  # the source's do not change and are not copied
 
         xs = (of_stack(adapters, "decoder"), cache)
         x, (keys, values) = self._scan(block, self.decoder, self._embed(token[:, None]), xs)
