@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-# Each is a module of this folder.
+# Each subcommand is a module of this folder.
 COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",

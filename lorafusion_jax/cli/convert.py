@@ -1,4 +1,4 @@
-"""`lorafusion convert`: adapters of PEFT into a pool."""
+"""`lorafusion convert`: convert adapters of PEFT into a pool."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from .parsing import parse
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Convert, and print a line for each adapter."""
+    """Convert the adapters and print a line for each."""
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)
     print(report(manifest))
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report(manifest: Mapping[str, Any]) -> str:
-    """Return a table of a pool's adapters, then what was noted about them, and those that were left out."""
+    """Return a table of a pool's adapters, then the notes on them and the adapters that were left out."""
     rows = [("adapter", "modules", "rank", "scaling", "dtype", "parameters")]
     for entry in manifest["adapters"]:
         modules = [pair for row in entry["sites"].values() for pair in zip(*row.values(), strict=True) if pair[0]]

@@ -64,10 +64,10 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the bill, and write what was asked for.
+    """Print the bill, and write the requested files.
 
     Raises:
-      ValueError: a shape, target, preset or table of constants that cannot be used, before anything is written.
+      ValueError: a shape, target, preset or table of constants cannot be used. It is raised before files are written.
     """
     options = parse(CostCommand, arguments, "cost", groups=GROUPS)
     config, crossbar = shape_config(options.shape), load_config(options.crossbar)
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _content(options: CostOptions, constants: Constants, bills: dict[str, Bill]) -> dict[str, Any]:
-    """Return options, constants and bills as JSON has them; ranges are [low, typical, high] in joules and seconds."""
+    """Return options, constants and bills for JSON; ranges are [low, typical, high], in joules and seconds."""
     files = ("constants", "save_constants", "json")
     return {
         "options": {name: value for name, value in vars(options).items() if name not in files},

@@ -1,4 +1,4 @@
-"""`lorafusion crossbar program`: base and pool onto chips."""
+"""`lorafusion crossbar program`: write base and pool onto simulated chips."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Program chips, and print what each takes.
+    """Program chips, and print the cost of each.
 
     Raises:
-      ValueError: another action than `program`.
+      ValueError: the action is not `program`.
     """
     action, *rest = arguments or ("--help",)
     if action in ("-h", "--help"):
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def programmed_report(manifest: Mapping[str, Any]) -> str:
-    """Return how many arrays, cells, pulses, joules and seconds one chip takes."""
+    """Return a table of the arrays, cells, pulses, joules and seconds of one chip."""
     one = manifest["one_chip"]
     ranges = {name: " / ".join(f"{value:.3g}" for value in one[name]) for name in ("pulses", "joules", "seconds")}
     lines = [

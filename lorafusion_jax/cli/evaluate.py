@@ -1,4 +1,4 @@
-"""`lorafusion evaluate`: a fused run on a task, digitally or on simulated chips."""
+"""`lorafusion evaluate`: evaluate a fused run on a task, digitally or on simulated chips."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate, and print a line for each seed, for each age of the chips, or for each chip."""
+    """Evaluate the run, and print a line for each seed, for each age of the chips, or for each chip."""
     options = parse(EvaluateOnChipsOptions, arguments, "evaluate", groups=GROUPS)
     if options.crossbar is None:
         options.check_digital()
@@ -77,5 +77,5 @@ def site_table(results: Mapping[str, Any]) -> str:
 
 
 def _is_of(row: Mapping[str, Any], site: Mapping[str, Any]) -> bool:
-    """Return whether a matrix is one of a site's."""
+    """Return whether a matrix belongs to a site."""
     return row["site"] == site["site"] and (site["layers"] is None or row["layer"] in range(*site["layers"]))

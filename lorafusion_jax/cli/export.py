@@ -1,4 +1,4 @@
-"""`lorafusion export`: a fused run, or one adapter of a pool, in the hub's formats."""
+"""`lorafusion export`: write a fused run, or one adapter of a pool, in the hub's formats."""
 
 from collections.abc import Sequence
 
@@ -7,5 +7,5 @@ from .parsing import parse
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write what the options ask for."""
+    """Write the export that the options describe."""
     export(parse(ExportOptions, arguments, "export"))

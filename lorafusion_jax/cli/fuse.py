@@ -70,7 +70,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Fuse, and print what came of it, or what it would need."""
+    """Fuse, and print the results; with `--plan`, print only the estimated cost."""
     recipe = PRESETS[peek(Preset, arguments).preset]
     command = parse(FuseCommand, arguments, "fuse", groups=GROUPS, defaults=vars(recipe))
     options = FuseOptions(**{field.name: getattr(command, field.name) for field in dataclasses.fields(FuseOptions)})

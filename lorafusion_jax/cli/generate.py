@@ -1,4 +1,4 @@
-"""`lorafusion generate`: answers of a fused run to new text."""
+"""`lorafusion generate`: print a fused run's answers to new text."""
 
 from collections.abc import Sequence
 

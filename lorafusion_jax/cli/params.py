@@ -1,4 +1,4 @@
-"""`lorafusion params`: how many numbers each method trains."""
+"""`lorafusion params`: print the number of trainable numbers of each method."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""From arguments to the dataclass of a subcommand's options."""
+"""Parse arguments into the dataclass of a subcommand's options."""
 
 import dataclasses
 import inspect
@@ -23,11 +23,11 @@ def parse(
     """Return the options that the arguments give; the docstring of their class is the help text.
 
     Args:
-      options: a dataclass, whose fields may be dataclasses themselves: all their options are spelled without a prefix.
-      arguments: those after the subcommand.
-      name: of the subcommand.
-      groups: which options the help text shows together; options without a group come first.
-      defaults: of options, by name, in place of the dataclass's own.
+      options: a dataclass. Its fields may be dataclasses too; all their options are spelled without a prefix.
+      arguments: the arguments after the subcommand.
+      name: name of the subcommand.
+      groups: options that the help text shows together; options without a group come first.
+      defaults: values by option name that replace the dataclass's defaults.
     """
     import tyro
 
@@ -43,7 +43,7 @@ def parse(
 
 
 def peek(options: type[Options], arguments: Sequence[str]) -> Options:
-    """Return the options of a dataclass that the arguments give among others, which are passed over."""
+    """Return the options of a dataclass from the arguments, ignoring all other options."""
     import tyro
 
     found, _ = tyro.cli(options, args=list(arguments), return_unknown_args=True, add_help=False)
@@ -51,7 +51,7 @@ def peek(options: type[Options], arguments: Sequence[str]) -> Options:
 
 
 def flat_fields(options: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yield name, type and field of every option of a dataclass, those of its dataclasses among them."""
+    """Yield name, type and field of every option of a dataclass, including those of nested dataclasses."""
     hints = typing.get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         if (inner := _dataclass(hints[field.name])) is not None:
@@ -77,7 +77,7 @@ def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
 
 
 def _documented(options: type) -> str:
-    """Return the lines that describe the options, of parent classes and of fields that are dataclasses too."""
+    """Return the lines that describe the options, including those of parent classes and nested dataclasses."""
     hints = typing.get_type_hints(options, include_extras=True)
     classes = [*reversed(options.__mro__), *filter(None, map(_dataclass, hints.values()))]
     docs = (inspect.cleandoc(vars(each).get("__doc__") or "") for each in classes if dataclasses.is_dataclass(each))
@@ -85,7 +85,7 @@ def _documented(options: type) -> str:
 
 
 def _built(options: type[Options], values: Mapping[str, Any]) -> Options:
-    """Return the dataclass, with its dataclasses, of values by the names of their options."""
+    """Return the dataclass, with its nested dataclasses, from values by option name."""
     hints = typing.get_type_hints(options, include_extras=True)
     inner = {name: _dataclass(hint) for name, hint in hints.items()}
     return options(

@@ -11,5 +11,5 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def loss(value: float | None) -> str:
-    """Return a loss in nats per token, or a dash where no model was asked."""
+    """Return a loss in nats per token as text, or a dash if no model was evaluated."""
     return "-" if value is None else f"{value:.4f}"

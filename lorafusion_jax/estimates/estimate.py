@@ -1,4 +1,4 @@
-"""What one method needs on one task: trainable numbers, FLOPs and memory, before anything is loaded."""
+"""Estimates of trainable numbers, FLOPs and memory for one method on one task, before anything is loaded."""
 
 import dataclasses
 from functools import partial
@@ -18,16 +18,16 @@ from .workload import Asked, Shapes, Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all runs of a matrix share.
+    """Settings that all runs of a matrix share.
 
     Attributes:
-      recipe: of fusion, search and training.
-      rank: of the pool's modules.
+      recipe: numbers of fusion, search and training.
+      rank: rank of the pool's modules.
       targets: the linear maps that they adapt; None for the family's own choice.
-      pool: modules in memory, those that any seed draws; None for no more than one seed's.
-      seeds: of every method that draws anything.
-      path: how they run: `vmap`, best on accelerators, or `map`, best on a CPU (see `sweep`).
-      device: where.
+      pool: number of modules in memory (those that any seed draws); None for those of one seed.
+      seeds: number of seeds of every method that draws anything.
+      path: how seeds run: `vmap`, best on accelerators, or `map`, best on a CPU (see `training.seeds`).
+      device: kind of device.
     """
 
     recipe: Recipe = Recipe()
@@ -45,20 +45,20 @@ class Settings:
 
 
 class Cost(NamedTuple):
-    """What one method needs on one task.
+    """Trainable numbers, FLOPs and memory of one method on one task.
 
-    FLOPs are those of one seed; bytes those of the one program that runs all seeds, which share weights and pool.
+    FLOPs are those of one seed. Bytes are those of the one program that runs all seeds, which share weights and pool.
 
     Attributes:
-      trainable: numbers, of one seed.
-      forward_flops: of the largest batch that is trained or searched on, else of the largest test batch.
-      training_flops: of all steps and validations, or of the search.
-      evaluation_flops: of generating for the test rows to the last token allowed, of their loss and their options.
-      weights_bytes: of the base.
-      pool_bytes: of the modules and their Gram terms.
-      state_bytes: what is trained, Adam's moments and the best so far, of all seeds.
-      activation_bytes: of training or evaluation, whichever takes more, at the batch that takes most.
-      peak_bytes: all that together.
+      trainable: number of trainable numbers of one seed.
+      forward_flops: forward pass of the largest batch that is trained or searched on, else of the largest test batch.
+      training_flops: all steps and validations, or the search.
+      evaluation_flops: generating up to the token limit for the test rows, their loss and their options.
+      weights_bytes: the base's weights.
+      pool_bytes: the modules and their Gram terms.
+      state_bytes: trained numbers, Adam's moments and the best numbers so far, of all seeds.
+      activation_bytes: training or evaluation, whichever takes more, at the batch that takes most.
+      peak_bytes: the sum of these bytes.
     """
 
     trainable: int
@@ -113,7 +113,7 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
 
 
 def check(method: str, settings: Settings) -> None:
-    """Raise ValueError for a method that there is not, or settings that no run can have."""
+    """Raise ValueError for an unknown method, or settings that are not valid."""
     if method not in method_names():
         raise ValueError(f"no method {method!r}: choose one of {', '.join(method_names())}")
     recipe = settings.recipe
@@ -122,12 +122,12 @@ def check(method: str, settings: Settings) -> None:
     at_least(1, **counts, rank=settings.rank, seeds=settings.seeds)
     if settings.pool is not None and settings.pool < recipe.modules:
         raise ValueError(
-            f"a pool of {settings.pool} for seeds that draw {recipe.modules} modules each: it must hold at least those"
+            f"a pool of {settings.pool} for seeds that draw {recipe.modules} modules each: it needs at least as many"
         )
 
 
 def seeds_of(method: str, settings: Settings) -> int:
-    """Return how many seeds a method has: one where none changes anything."""
+    """Return the number of seeds of a method: one if it draws nothing."""
     return _seeds(*_of(method, settings))
 
 
@@ -138,7 +138,7 @@ def update_of(method: str, settings: Settings) -> Update:
 
 
 def trained_numbers(config: Architecture, method: str, settings: Settings) -> int:
-    """Return how many numbers a method trains, or searches, for one seed."""
+    """Return the number of numbers that a method trains or searches for one seed."""
     entry, settings = _of(method, settings)
     return sum(trainable_count(entry, config, settings.recipe, settings.fused).values())
 
@@ -169,7 +169,7 @@ def _seeds(entry: MethodEntry, settings: Settings) -> int:
 def _training_flops(
     config: Architecture, entry: MethodEntry, work: Workload, settings: Settings, trainable: int
 ) -> float:
-    """Return the FLOPs of what comes before evaluation, for one seed."""
+    """Return the FLOPs before evaluation (training or search), for one seed."""
     recipe, update = settings.recipe, entry.update(settings.recipe, settings.fused)
     if entry.learns == "trained":
         steps = sum(step_flops(config, shape, update, trainable=trainable) for shape in work.steps)
@@ -179,7 +179,7 @@ def _training_flops(
 
 
 def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, update: Update) -> float:
-    """Return the FLOPs of generation, of the loss and of the options: programs that each read the source."""
+    """Return the FLOPs of generation, of the loss and of the options; each of these programs reads the source."""
     generated = sum(generation_flops(config, s._replace(target=new_tokens), update) for s in asked.rows)
     return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
 

@@ -1,7 +1,7 @@
 """Floating-point operations of a forward pass, a training step and a generation, from shapes alone.
 
-A multiplication and an addition are two. Counted are the products, which XLA's own count exceeds by the elementwise
-rest, a few percent; the optimiser, which is nothing but elementwise, is counted too.
+A multiplication and an addition count as two operations. Matrix products are counted, and so is the optimiser, which is
+elementwise. Other elementwise operations are not; for this reason XLA's own count is a few percent higher.
 
 Axis letters: B batch, S source, T target, N modules of a fusion, P modules in memory, r rank.
 """
@@ -11,12 +11,13 @@ from typing import NamedTuple
 from ..methods.method import Update
 from ..models.architecture import Architecture, Attention, Parts, Site, Stack, stack_of, targeted
 
-# Adam with bias correction, the check for non-finite gradients, their norm and clipping: a trained number and step.
+# Operations per trained number and step: Adam with bias correction, the check for non-finite gradients, their norm and
+# clipping.
 _OPTIMISER = 18
 
 
 class Shape(NamedTuple):
-    """A padded batch: B rows, S source and T target tokens."""
+    """Shape of a padded batch: B rows, S source and T target tokens."""
 
     rows: int
     source: int
@@ -24,17 +25,17 @@ class Shape(NamedTuple):
 
 
 def tokens(reads: Parts, shape: Shape) -> int:
-    """Return how many tokens of a batch are read by what reads these parts of every row."""
+    """Return the number of tokens in these parts of all rows of a batch."""
     return shape.rows * sum(getattr(shape, part) for part in reads)
 
 
 def queries(stack: Stack, shape: Shape) -> int:
-    """Return how many tokens of a row run through a stack."""
+    """Return the number of tokens of a row that run through a stack."""
     return tokens(stack.reads, shape._replace(rows=1))
 
 
 def keys(attention: Attention, shape: Shape) -> int:
-    """Return how many tokens of a row an attention meets."""
+    """Return the number of tokens of a row that an attention attends to."""
     return tokens(attention.reads, shape._replace(rows=1))
 
 
@@ -51,8 +52,8 @@ def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of generating T tokens for B rows.
 
-    As many as of a forward pass, since every token meets every position of the cache; only DoRA's norms, which the
-    layers make for themselves, are made for every token.
+    It takes as many as a forward pass, because every token attends to every position of the cache. DoRA's norms are
+    the exception: the layers compute them again for every token.
     """
     again = 0
     if update.kind == "dora":
@@ -64,8 +65,8 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
 def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable: int) -> float:
     """Return the FLOPs of one training step.
 
-    Backward, every product with a frozen weight is met once more, by the gradient of the activations alone; full
-    fine-tuning adds the gradients of the weights. An attention's two products are met twice.
+    The backward pass has one product for every product with a frozen weight, for the gradient of the activations. Full
+    fine-tuning adds the gradients of the weights. Each of an attention's two products has two in the backward pass.
     """
     products, attention = _products(config, shape), _attention(config, shape)
     updates = _updates(config, shape, update, prepare=False)
@@ -73,7 +74,7 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
     if config.remat == "full":
         backward += products - _last_products(config, shape) + attention + updates
     elif config.remat == "dots" and not config.unroll:
-        backward += attention / 2  # the scores; XLA sees through the recomputation where layers are unrolled
+        backward += attention / 2  # the scores; XLA removes the recomputation if layers are unrolled
     if config.unroll and update.kind != "full":
         backward -= _first_layers(config, shape)
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
@@ -96,13 +97,13 @@ def _attention(config: Architecture, shape: Shape) -> float:
 
 
 def _last_products(config: Architecture, shape: Shape) -> float:
-    """Return the products at the end of the blocks: no gradient needs what they say."""
+    """Return the FLOPs of the last products of the blocks, whose results no gradient needs."""
     last = last_sites(config).values()
     return float(sum(2 * tokens(s.reads, shape) * s.layers * s.d_in * s.d_out for s in last))
 
 
 def _first_layers(config: Architecture, shape: Shape) -> float:
-    """Return what a gradient into the embeddings would take, which nobody asks for and only a loop computes."""
+    """Return the FLOPs of the gradient into the embeddings, which is not needed and only computed in a loop."""
     first: dict[str, str] = {}
     total = 0
     for name, site in config.sites.items():
@@ -123,7 +124,7 @@ def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: boo
 
 
 def _prepare(site: Site, update: Update) -> int:
-    """Return what one matrix takes before any token: fused factors, and the norm of its columns."""
+    """Return the FLOPs of one matrix before any token: fused factors, and the norm of its columns."""
     d_in, d_out, r = site.d_in, site.d_out, update.rank
     k = update.modules * r
     if update.kind == "dora":
@@ -133,12 +134,12 @@ def _prepare(site: Site, update: Update) -> int:
         return factors + (2 * update.pool * r * d_out + 2 * r * r * (d_in + d_out) if update.magnitudes else 0)
     if update.is_dense(site):
         return 2 * k * d_in * d_out
-    # The norm, by the order of products that `compose` takes.
+    # The norm, in the order of products that `compose` uses.
     return 2 * k * min(k * (d_in + d_out), d_in * d_out) if update.kind == "sum" and update.magnitudes else 0
 
 
 def _gradients(config: Architecture, shape: Shape, update: Update) -> float:
-    """Return the FLOPs of the gradients of what is trained, from those of the outputs."""
+    """Return the FLOPs of the gradients of the trained numbers, given the gradients of the outputs."""
     if update.kind == "full":
         return _products(config, shape) + _head(config, shape)
     if update.kind in ("none", "magnitudes", "vera"):

@@ -1,8 +1,8 @@
-"""Bytes that a run holds: weights, pool, training state, and what a step or a generation needs for itself.
+"""Bytes that a run holds: weights, pool, training state, and the working memory of a step or a generation.
 
-The forms follow what XLA allocates for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU, and
-the tests hold them to its own account. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights beside
-them (`narrow.py`). On an accelerator that is left out; no such device was measured.
+The formulas follow XLA's allocations for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU; the
+tests compare them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
+(`narrow.py`). On an accelerator this copy is left out; no such device was measured.
 
 Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
 """
@@ -18,8 +18,8 @@ from .parameters import size
 Device = Literal["cpu", "accelerator"]
 
 _FLOAT32 = 4
-# Gradients, those of them that are finite, and the largest updates, after the backward pass: 2.4 times the 783 million
-# numbers of FLAN-T5-large.
+# Copies of the trained numbers after the backward pass (gradients, finite gradients and updates, at their peak):
+# measured as 2.4 times the 783 million numbers of FLAN-T5-large.
 _UPDATING = 2.4
 _GROUP = 4  # layers whose norms and fused factors `compose` computes together
 
@@ -41,26 +41,27 @@ def pool_bytes(config: Architecture, update: Update) -> int:
 
 
 def state_bytes(trainable: int) -> int:
-    """Return the bytes of one seed's training state: what is trained, Adam's two moments, and the best so far."""
+    """Return the bytes of one seed's state: trained numbers, Adam's two moments, and the best numbers so far."""
     return 4 * trainable * _FLOAT32
 
 
 def step_bytes(
     config: Architecture, shape: Shape, update: Update, *, trainable: int, seeds: int, path: Path, device: Device
 ) -> int:
-    """Return the bytes that a training step of all seeds needs beside its arguments.
+    """Return the bytes that a training step of all seeds needs in addition to its arguments.
 
-    What the backward pass keeps of every layer, the gradients, one layer's own work, and the fused factors: of all
-    seeds if they are batched, else of one, but then the new state of all seeds is not written over the old one.
+    These are the values that the backward pass keeps of every layer, the gradients, the working memory of one layer,
+    and the fused factors. They are needed for all seeds if these are batched, else for one. In the second case the new
+    state of all seeds cannot overwrite the old one, and is added.
 
     Args:
       config: the base model.
-      shape: of one seed's batch.
-      update: of the method.
-      trainable: numbers, of one seed.
-      seeds: how many.
-      path: how they run.
-      device: where.
+      shape: shape of one seed's batch.
+      update: the method's update of the adapted matrices.
+      trainable: number of trained numbers of one seed.
+      seeds: number of seeds.
+      path: how seeds run.
+      device: kind of device.
     """
     gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
     kept = _kept(config, shape, update) * _itemsize(config)
@@ -74,19 +75,19 @@ def step_bytes(
 def evaluation_bytes(
     config: Architecture, shape: Shape, new_tokens: int, update: Update, *, seeds: int, path: Path, device: Device
 ) -> int:
-    """Return the bytes that generating for one batch, or its loss, needs beside its arguments.
+    """Return the bytes that generating for one batch, or its loss, needs in addition to its arguments.
 
-    The cache holds the source's keys and values once and the target's twice, since a token's scan over layers
-    writes these anew.
+    The cache holds the source's keys and values once and the target's twice, because the scan over layers writes a new
+    copy of the target's for every token.
 
     Args:
       config: the base model.
-      shape: of the batch.
-      new_tokens: the length of the cache; 0 where only the loss is computed.
-      update: of the method.
-      seeds: how many.
-      path: how they run.
-      device: where.
+      shape: shape of the batch.
+      new_tokens: length of the cache; 0 if only the loss is computed.
+      update: the method's update of the adapted matrices.
+      seeds: number of seeds.
+      path: how seeds run.
+      device: kind of device.
     """
     batched = seeds if path == "vmap" else 1
     cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config) if new_tokens else 0
@@ -95,7 +96,7 @@ def evaluation_bytes(
 
 
 def _cache(config: Architecture, shape: Shape) -> int:
-    """Return how many numbers the keys and values of all layers that answer are, the answer's twice."""
+    """Return the number of values in the cache of all layers of the last stack; the target's count twice."""
     return sum(
         2
         * stack.layers
@@ -110,11 +111,11 @@ def _cache(config: Architecture, shape: Shape) -> int:
 
 
 def _kept(config: Architecture, shape: Shape, update: Update) -> int:
-    """Return how many numbers the backward pass keeps: of every layer its input and what `config.remat` says."""
+    """Return the number of values that the backward pass keeps: every layer's input, and those that `remat` saves."""
     total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in config.stacks.values())
     if config.remat == "full":
         return total
-    # The last product of a block goes into the next one's input: nothing asks for it.
+    # The last product of a block is part of the next one's input, so it is not kept itself.
     last = last_sites(config).values()
     total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
     if update.kind not in ("none", "magnitudes", "full"):
@@ -125,7 +126,7 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
 
 
 def _rest(config: Architecture, shape: Shape) -> int:
-    """Return how many numbers are kept besides where nothing is recomputed: norms, attention weights, gates."""
+    """Return the number of further values kept if nothing is recomputed: norms, attention weights, gates."""
     total = 0
     for stack in config.stacks.values():
         met = tokens(stack.reads, shape)
@@ -145,7 +146,7 @@ def _work(config: Architecture, shape: Shape) -> int:
 
 
 def _fused(config: Architecture, update: Update) -> int:
-    """Return the bytes of a group of layers' modules as `compose` reads them, and of factors and their gradients."""
+    """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients."""
     if update.kind not in ("mix", "sum"):
         return 0
     modules = update.pool if update.kind == "mix" else update.modules

@@ -1,4 +1,4 @@
-"""`--plan`: what a matrix of methods, tasks and seeds needs, as a table, without running or loading weights."""
+"""`--plan`: a table of the cost of a matrix of methods, tasks and seeds, without running or loading weights."""
 
 import dataclasses
 import json
@@ -20,16 +20,16 @@ from .estimate import Cost, Settings, estimate, seeds_of
 from .params import shape_config
 from .workload import Shapes, Workload, workload
 
-RANK, MODULES = 16, 196  # of LoraHub's adapters, for a pool that is not there yet
+RANK, MODULES = 16, 196  # those of LoraHub's adapters, for a pool that does not exist yet
 
 
 class Row(NamedTuple):
     """One method of a matrix.
 
     Attributes:
-      method: its name.
+      method: name of the method.
       runs: tasks times seeds.
-      cost: FLOPs of training and evaluation are those of all its runs, the rest is that of its largest task.
+      cost: FLOPs of training and evaluation are those of all its runs; the other figures are its largest task's.
     """
 
     method: str
@@ -66,7 +66,7 @@ def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workl
 
 
 def plan_table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of the rows, and of their sum."""
+    """Return a Markdown table of the rows and their sum."""
     head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak"
     lines: list[list[str]] = [[*head.split(",")]]
     for method, runs, cost in rows:
@@ -80,7 +80,7 @@ def plan_table(rows: Sequence[Row]) -> str:
 
 
 def describe(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> str:
-    """Return how a matrix runs and what it needs; the arguments and errors are those of `plan`."""
+    """Return a description of how a matrix runs, and its costs; the arguments and errors are those of `plan`."""
     table = plan_table(plan(config, methods, tasks, settings))
     how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
     where = "a CPU" if settings.device == "cpu" else "an accelerator"
@@ -92,19 +92,19 @@ def describe(config: Architecture, methods: Sequence[str], tasks: Mapping[str, W
     ]
     return (
         "\n".join(lines) + f"\n\n{table}\n"
-        f"{config.dtype} on {where}. FLOPs: forward of one batch, the rest of all runs of a method. Bytes: of one\n"
-        "program with all its seeds, at its largest batch."
+        f"{config.dtype} on {where}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a method.\n"
+        "Bytes are those of one program with all its seeds, at its largest batch."
     )
 
 
 def describe_run(options: FuseOptions) -> str:
-    """Return what a run needs.
+    """Return a description of the cost of a run.
 
-    The base may be the name of a shape, such as flan-t5-large: lengths are then estimated from characters. A pool that
-    does not exist counts as one of LoraHub's adapters: 196 of rank 16.
+    The base may be the name of a shape, such as flan-t5-large; lengths are then estimated from characters. A pool that
+    does not exist counts as LoraHub's adapters: 196 of rank 16.
 
     Raises:
-      ValueError: options that do not go together, or files that cannot be read.
+      ValueError: options contradict each other, or files cannot be read.
     """
     check(options)
     recipe = options.recipe
@@ -144,7 +144,7 @@ def pool_shape(folder: Path) -> tuple[int, int]:
 
 
 def _batches(shapes: Shapes) -> str:
-    """Return how many batches there are, and from which to which size."""
+    """Return the number of batches and their range of sizes."""
     sizes = (sorted(set(column)) for column in zip(*shapes, strict=True))
     rows, source, target = (str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes)
     return f"{len(shapes):,} batches of {rows} rows, {source} source and {target} target tokens"

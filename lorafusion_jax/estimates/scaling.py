@@ -1,11 +1,11 @@
-"""How long a training step takes on a mesh of devices: a small model, to be held against measured points.
+"""Time of a training step on a mesh of devices: a small model that can be compared with measured points.
 
-Every device maps or batches its own seeds, which exchange nothing:
+Every device maps or batches its own seeds, without communication between seeds:
 
     t = seeds / seed * (flops / (rate * model) + sums * (latency + bytes / bandwidth))
 
-Matrices over the axis `model` cost sums over its devices: one after every matrix that is split by rows, and the same
-again backward. What is not split, norms and the fusion's own work, is not told apart.
+Matrices that are split over the axis `model` need sums over its devices: one after every matrix that is split by rows,
+and another one in the backward pass. Work that is not split (norms and the fusion itself) is not treated separately.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ _ITEM = {"float32": 4, "bfloat16": 2}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one device does, measured.
+    """Measured rates of one device.
 
     Attributes:
-      flops: a second, of a training step on it alone.
-      bandwidth: bytes a second that a sum over devices moves on each.
-      latency: seconds that any sum takes.
+      flops: FLOPs per second of a training step on one device.
+      bandwidth: bytes per second that a sum over devices moves on each.
+      latency: fixed time of a sum, in seconds.
     """
 
     flops: float
@@ -33,7 +33,7 @@ class Rates:
 
 
 def sums(config: Architecture) -> int:
-    """Return how many sums over the axis `model` a step takes, forward and backward."""
+    """Return the number of sums over the axis `model` in a step, forward and backward."""
     return 2 * sum(site.layers for site in config.sites.values() if site.split == "rows")
 
 
@@ -42,7 +42,7 @@ def sum_bytes(config: Architecture, shape: Shape, model: int) -> float:
 
     Args:
       config: the base model.
-      shape: of one seed's batch.
+      shape: shape of one seed's batch.
       model: size of the axis.
     """
     by_rows = [site for site in config.sites.values() if site.split == "rows"]
@@ -65,13 +65,13 @@ def step_seconds(
 
     Args:
       config: the base model.
-      shape: of one seed's batch.
-      update: of the method.
-      rates: of a device.
-      trainable: numbers, of one seed.
-      seeds: of the run.
-      seed: size of that axis of the mesh, a divisor of `seeds`.
-      model: size of that axis.
+      shape: shape of one seed's batch.
+      update: the method's update of the adapted matrices.
+      rates: rates of a device.
+      trainable: number of trained numbers of one seed.
+      seeds: number of seeds of the run.
+      seed: size of the mesh's axis `seed`, a divisor of `seeds`.
+      model: size of the mesh's axis `model`.
 
     Raises:
       ValueError: the seeds cannot be shared out evenly.

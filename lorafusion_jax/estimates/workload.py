@@ -1,4 +1,4 @@
-"""The padded batches that a task gives to every run of it, by the rules that training and evaluation follow."""
+"""The padded batches of every run of a task, by the same rules as in training and evaluation."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ from ..tasks import (
 from ..training.recipe import Recipe
 from .flops import Shape
 
-# About what a vocabulary of 32,000 makes of English; where there is a tokenizer, it is what counts.
+# Approximate characters per token of English with a vocabulary of 32,000; only used without a tokenizer.
 CHARACTERS_PER_TOKEN = 4
 _SEED = 1
 
@@ -35,7 +35,7 @@ Shapes = tuple[Shape, ...]
 
 
 class Asked(NamedTuple):
-    """What evaluation asks: batches of the test rows, and of each row with each of its options, if it has any."""
+    """Batches of an evaluation: the test rows, and each row with each of its options, if it has any."""
 
     rows: Shapes
     options: Shapes = ()
@@ -43,17 +43,17 @@ class Asked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one seed computes on one task.
+    """Batches that one seed computes on one task.
 
     Attributes:
       steps: the batch of every training step.
-      search: the batches that hold every training row once: one evaluation of a search.
-      validation: the batch that ends every epoch.
-      epochs: how many.
-      test: of evaluation.
-      few_shot: the same with examples in every prompt; None where there are too few rows for that.
-      new_tokens: the most that is generated for a row.
-      lengths: where token lengths come from.
+      search: the batches of one evaluation of a search, which hold every training row once.
+      validation: the batch at the end of every epoch.
+      epochs: number of epochs.
+      test: batches of evaluation.
+      few_shot: batches of evaluation with examples in every prompt; None if there are too few rows for that.
+      new_tokens: limit of generated tokens for a row.
+      lengths: source of the token lengths.
     """
 
     steps: Shapes
@@ -75,11 +75,11 @@ def workload(
     test_rows: int | None = None,
     eval_batch: int = 64,
 ) -> Workload:
-    """Return the workload of a seed on a task; other seeds meet the same rows in other orders.
+    """Return the workload of a seed on a task; other seeds have the same rows in other orders.
 
     Args:
       task: the texts.
-      recipe: of the training.
+      recipe: numbers of the training.
       tokenizer: the base model's; without one, lengths are estimated from characters.
       train_rows: train and validate on no more rows than this.
       test_rows: evaluate on the first rows of the test set only.
@@ -126,19 +126,19 @@ def uniform(
     options: int = 0,
     eval_batch: int = 64,
 ) -> Workload:
-    """Return the workload of a task whose rows are all of one length.
+    """Return the workload of a task whose rows all have the same length.
 
     Args:
-      recipe: of the training.
+      recipe: numbers of the training.
       source: tokens of an input.
       target: tokens of an answer.
-      train_rows: that train and validate.
-      test_rows: to evaluate on.
-      options: of every test row, 0 for none.
+      train_rows: number of rows to train and validate on.
+      test_rows: number of rows to evaluate on.
+      options: number of options of every test row, 0 for none.
       eval_batch: rows in a batch of evaluation.
 
     Raises:
-      ValueError: a number below its least.
+      ValueError: a number is too small.
     """
     at_least(1, source=source, target=target, train_rows=train_rows, test_rows=test_rows, eval_batch=eval_batch)
     widths, prompted = (bucket(source), bucket(target)), source + recipe.shots * (source + target)
@@ -162,7 +162,7 @@ def uniform(
 
 
 def _even(rows: int, most: int, source: int, target: int) -> Shapes:
-    """Return as few batches as hold all rows, all of one size, as `eval_batches` makes them."""
+    """Return the smallest number of batches that hold all rows, all of one size, as `eval_batches` makes them."""
     steps = -(-rows // most)
     return tuple(Shape(-(-rows // steps), source, target) for _ in range(steps))
 
@@ -184,7 +184,7 @@ def _shapes(batches: Iterable[Batch]) -> Shapes:
 
 
 def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
-    """Return tokens; without a tokenizer, as many as characters suggest and one that ends the row."""
+    """Return tokens; without a tokenizer, a number of them estimated from characters, and an end token."""
     if tokenizer is not None:
         return encode(tokenizer, examples)
 

@@ -1,4 +1,4 @@
-"""The bill of one new task for every method, on arrays and beside them, from shapes alone."""
+"""The bill of one new task for every method, on arrays and in digital logic, from shapes alone."""
 
 from .activity import Activity, activities, installed_once
 from .bill import Bill, bills, price

@@ -1,4 +1,4 @@
-"""What every method does for one task and for one token, in counts: cells, reads of arrays, digital operations.
+"""Counts of every method's work for one task and for one token: cells, reads of arrays, digital operations.
 
 Base kernels and an untied head sit in arrays, as `train.arrays` puts them there; forward, frozen matrices are read
 from arrays. Arrays are not read transposed: backward, and for weights that change (a LoRA in training, full
@@ -23,12 +23,12 @@ _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and
 
 
 class Work(NamedTuple):
-    """What is done.
+    """Counts of operations.
 
     Attributes:
-      reads: of arrays.
+      reads: reads of arrays.
       macs: digital multiply-adds.
-      words: of 32 bits, read from memory or written to it, besides what feeds a matrix product in training.
+      words: 32-bit words read from memory or written to it, without the operands of matrix products in training.
     """
 
     reads: Counts
@@ -38,20 +38,20 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activity:
-    """What one method does.
+    """Counts of one method's work.
 
     Attributes:
-      method: its name.
-      trainable: numbers.
-      written: cells of the task's own matrices, all of which a pass writes.
-      passes: programming passes for the task; 0 where the task writes no cell.
+      method: name of the method.
+      trainable: number of trained numbers.
+      written: cells of the task's own matrices, all of which a programming pass writes.
+      passes: programming passes for the task; 0 if the task writes no cells.
       installed_words: trained numbers that go into memory instead.
-      adapters: counts of the arrays that the adapters stand in, whoever wrote them.
-      base_training: of running the base forward in training, and backward where there are gradients.
-      update_training: of all that the method adds to that.
-      source: of one source token at inference.
-      generated: of one generated token at inference.
-      stages: the dependent products of a generated token: chains of matrices side by side -> how many such stages.
+      adapters: counts of the arrays that hold the adapters, written for this task or earlier.
+      base_training: work of the base's forward passes in training, and of its backward passes if there are gradients.
+      update_training: work that the method adds to that.
+      source: work of one source token at inference.
+      generated: work of one generated token at inference.
+      stages: dependent products of a generated token: chains of matrices that run in parallel -> number of such stages.
     """
 
     method: str
@@ -68,15 +68,15 @@ class Activity:
 
 
 def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
-    """Return what every method does for one task.
+    """Return the counts of every method for one task.
 
     Args:
       config: the base model.
       crossbar: the arrays.
-      options: all but its shape and arrays.
+      options: the other assumptions; the shape and arrays in it are not used.
 
     Raises:
-      ValueError: a target that the model does not have.
+      ValueError: the model lacks one of the targets.
     """
     work = uniform(
         options.recipe, source=options.source, target=options.target, train_rows=options.train_rows, test_rows=1
@@ -86,7 +86,7 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
 
 
 def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
-    """Return the counts of what is written once, before any task."""
+    """Return the counts of the matrices that are written once, before any task."""
     adapted = targeted(config, options.targets)
     own, together = module(options.rank), side_by_side(options.modules, options.rank)
     return {
@@ -131,7 +131,7 @@ def _training(
     work: Workload,
     evaluations: int,
 ) -> tuple[Work, Work]:
-    """Return the work of the base's passes, and of what the method adds to them, until the task is learned."""
+    """Return the work of the base's passes and the work that the method adds, until the task is learned."""
     none, update = Update(kind="none"), method.update
     steps = Counter[Shape]() if method.searched else Counter(work.steps)
     forward = Counter(work.search * evaluations) if method.searched else Counter({work.validation: work.epochs})
@@ -180,7 +180,7 @@ def _token(
     """Return the work of one token of a row, read or generated."""
     one = Shape(1, 0, 1) if generated else Shape(1, 1, 0)
     reads = _read(config.sites, lambda site: [(site.d_in, site.d_out)], crossbar, one)
-    # Scores and the sum of values: every position that an attention meets.
+    # Scores and the weighted sum of values, for every position that an attention attends to.
     macs = words = sum(
         2 * stack.layers * keys(attention, row) * attention.heads * attention.d_head
         for stack in config.stacks.values()
@@ -201,7 +201,7 @@ def _token(
 def _stages(
     method: Method, config: Architecture, adapted: Mapping[str, Site]
 ) -> dict[frozenset[tuple[Matrix, ...]], int]:
-    """Return what a generated token goes through: in every layer one stage after the other, then the head."""
+    """Return the stages of a generated token: in every layer one stage after the other, then the head."""
     chains: dict[tuple[str, str], set[tuple[Matrix, ...]]] = {}
     for name, site in config.sites.items():
         if "target" in site.reads:
@@ -220,7 +220,7 @@ def _stages(
 def _read(
     of: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig, shape: Shape
 ) -> Counts:
-    """Return the counts of reading the sites' matrices with every token of a batch that meets them."""
+    """Return the counts of reading the sites' matrices with every token of a batch that they multiply."""
     return _sum(
         counts(matrix, crossbar) * (n * site.layers * tokens(site.reads, shape))
         for site in of.values()
@@ -231,7 +231,7 @@ def _read(
 def _standing(
     adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig
 ) -> Counts:
-    """Return the counts of the sites' matrices, each with arrays of its own."""
+    """Return the counts of the sites' matrices, each in separate arrays."""
     return _sum(
         counts(matrix, crossbar) * (n * site.layers)
         for site in adapted.values()
@@ -240,7 +240,7 @@ def _standing(
 
 
 def _shared(adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
-    """Return the counts of matrices that are large enough for every site."""
+    """Return the counts of shared matrices that are large enough for every site."""
     widest = Site(1, max(site.d_in for site in adapted.values()), max(site.d_out for site in adapted.values()))
     return _sum(counts(matrix, crossbar) for matrix in matrices(widest))
 

@@ -1,4 +1,4 @@
-"""Counts to joules and seconds: the bill of every method."""
+"""The bill of every method: its counts converted to joules and seconds."""
 
 from typing import NamedTuple
 
@@ -20,21 +20,21 @@ from .options import CostOptions
 
 
 class Bill(NamedTuple):
-    """What one new task costs with a method. Joules and seconds.
+    """Cost of one new task with a method, in joules and seconds.
 
     Attributes:
-      method: its name.
-      trainable: numbers.
-      written: cells, and what writing them takes, for the task.
+      method: name of the method.
+      trainable: number of trained numbers.
+      written: cells that the task writes, and the cost of writing them.
       install: energy of writing the cells, and the other trained numbers into memory.
-      update: energy of what the method adds to the base's passes in training: adapters, gradients, optimiser.
+      update: energy that the method adds to the base's passes in training: adapters, gradients, optimiser.
       base: energy of the base's own passes in training.
-      source: energy of one source token at inference; `digital` has the attention, and adapters beside the arrays.
-      generated: energy of one generated token likewise, without its share of the source.
-      latency_arrays: of a generated token, waiting for arrays and converters.
-      latency_digital: of a generated token, the digital unit.
-      adapter_arrays: that the method's adapters stand in.
-      inference: energy of `tokens_per_task` generated tokens and the sources that they answer.
+      source: energy of one source token at inference; `digital` includes the attention and digital adapters.
+      generated: energy of one generated token in the same form, without its share of the source.
+      latency_arrays: time in arrays and converters for a generated token.
+      latency_digital: time in the digital unit for a generated token.
+      adapter_arrays: number of arrays that hold the method's adapters.
+      inference: energy of `tokens_per_task` generated tokens and their sources.
     """
 
     method: str
@@ -52,7 +52,7 @@ class Bill(NamedTuple):
 
     @property
     def learning(self) -> Range:
-        """Energy until the task is learned and in its place."""
+        """Energy until the task is learned and installed."""
         return self.install + self.update + self.base
 
     @property
@@ -69,18 +69,18 @@ def bills(
     Args:
       config: the base model.
       crossbar: the arrays.
-      options: all but its shape and arrays.
-      constants: of devices, converters and digital logic.
+      options: the other assumptions; the shape and arrays in it are not used.
+      constants: constants of devices, converters and digital logic.
 
     Raises:
-      ValueError: as `activities` and `read_energy` do.
+      ValueError: `activities` or `read_energy` raises it.
     """
     found = activities(config, crossbar, options)
     return {activity.method: price(activity, crossbar, options, constants) for activity in found}
 
 
 def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS) -> Bill:
-    """Return the bill of one method from what it does; the arguments are those of `bills`."""
+    """Return the bill of one method from its counts; the arguments are those of `bills`."""
     written = write_cost(activity.written, constants, passes=activity.passes)
     source, generated = (token_energy(work, crossbar, constants) for work in (activity.source, activity.generated))
     per_token = generated.total + source.total * (options.source / options.target)
@@ -101,20 +101,20 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
 
 
 def token_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> ReadEnergy:
-    """Return the energy of a token by component; its multiply-adds share no operands, their words are counted."""
+    """Return the energy of a token by component; words are counted for all multiply-adds, as no operands are shared."""
     found = read_energy(work.reads, crossbar, constants)
     beside = constants["mac_energy"] * work.macs + constants["word_energy"] * work.words
     return found._replace(digital=found.digital + beside)
 
 
 def training_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> Range:
-    """Return the energy of training, where operands of batches are shared."""
+    """Return the energy of training, where the rows of a batch share operands."""
     mac = constants["mac_energy"] + constants["words_per_mac"] * constants["word_energy"]
     return read_energy(work.reads, crossbar, constants).total + mac * work.macs + constants["word_energy"] * work.words
 
 
 def _latency(activity: Activity, crossbar: CrossbarConfig, constants: Constants) -> Range:
-    """Return the seconds of a generated token's products, stage after stage, the chains of a stage side by side."""
+    """Return the seconds of a generated token's products: stages run in sequence, the chains of a stage in parallel."""
     return total(
         longest(total(read_latency(m, crossbar, constants) for m in chain) for chain in stage) * times
         for stage, times in activity.stages.items()

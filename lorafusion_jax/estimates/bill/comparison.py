@@ -1,4 +1,4 @@
-"""LoRA written into cells against LoRAFusion: what is saved per task, and after how many tokens it is spent."""
+"""Comparison of LoRA written into cells with LoRAFusion: savings per task, and tokens until break-even."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,18 +12,18 @@ _WRITING = ("cell_write_energy",)
 
 
 class Comparison(NamedTuple):
-    """LoRA in cells, and LoRAFusion in one layout of its pool.
+    """Comparison of LoRA in cells with LoRAFusion in one layout of its pool.
 
-    A ratio is LoRA's energy over LoRAFusion's. Its range is over the published energies of writing a cell, all else
-    typical; `_all` lets all else vary as well, alike on both sides.
+    A ratio is LoRA's energy over LoRAFusion's. Its range is over the published energies of writing a cell, with typical
+    values for the other constants. In `learning_all` the other constants vary as well, equally for both methods.
 
     Attributes:
-      install: of putting the finished task in place alone.
-      with_update: that, and what each adds to the base's passes in training.
-      learning: that, and the base's passes.
-      learning_all: the same over all constants.
-      writing_share: of LoRA's energy until the task is learned, over all constants.
-      extra_per_token: joules that LoRAFusion takes more for a generated token and its share of the source.
+      install: ratio for installing the finished task.
+      with_update: ratio for that and the work that each method adds to the base's passes in training.
+      learning: ratio for all that and the base's passes.
+      learning_all: the same ratio over all constants.
+      writing_share: share of writing in LoRA's energy until the task is learned, over all constants.
+      extra_per_token: extra joules of LoRAFusion for a generated token and its share of the source.
       break_even: generated tokens per task at which that outweighs the saved writes.
     """
 
@@ -43,14 +43,14 @@ def compare(
     options: CostOptions,
     constants: Constants = CONSTANTS,
 ) -> Comparison:
-    """Return the comparison of two methods, of which the first writes cells and the second reads more.
+    """Return the comparison of a method that writes cells with one that reads more.
 
     Args:
-      lora: writes cells for the task.
-      fusion: writes none.
+      lora: the method that writes cells for the task.
+      fusion: the method that writes no cells.
       crossbar: the arrays.
       options: lengths of a row.
-      constants: of devices, converters and digital logic.
+      constants: constants of devices, converters and digital logic.
     """
     rest = [name for name in constants.table if name not in _WRITING]
     ends: dict[tuple[str, str], tuple[float, float, float, float]] = {}
@@ -84,7 +84,7 @@ def compare(
 def _extra(
     lora: Activity, fusion: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants
 ) -> Range:
-    """Return the energy of what one method does more than the other, from the difference of their counts."""
+    """Return the energy that one method takes more than the other, from the difference of their counts."""
 
     def more(a: Work, b: Work) -> Range:
         work = Work(b.reads + a.reads * -1, b.macs - a.macs, b.words - a.words)
@@ -97,7 +97,7 @@ def _extra(
 def comparisons(
     found: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
 ) -> dict[str, Comparison]:
-    """Return LoRA in cells against LoRAFusion, by the layout of its pool."""
+    """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool."""
     lora = found["LoRA in cells"]
     layouts = ("LoRAFusion", "LoRAFusion, side by side")
     return {name: compare(lora, found[name], crossbar, options, constants) for name in layouts}

@@ -31,10 +31,10 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     Args:
       config: the base model.
       options: ranks, modules and targets.
-      steps: of training.
+      steps: number of training steps.
 
     Raises:
-      ValueError: a target that the model does not have.
+      ValueError: the model lacks one of the targets.
     """
     recipe, modules = options.recipe, Fused(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
@@ -52,11 +52,11 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
 
 
 def side_by_side(modules: int, rank: int) -> Callable[[Site], list[Matrix]]:
-    """Return the modules' A beside each other along columns, their B along rows, whose outputs add up in the array."""
+    """Return the modules' A next to each other along columns, and their B along rows, so that their outputs add up."""
     return module(modules * rank)
 
 
 def base_matrices(config: Architecture) -> list[tuple[Matrix, int]]:
-    """Return the matrices that sit in arrays, and how often each shape occurs."""
+    """Return the matrices in arrays, and how often each shape occurs."""
     found = [((site.d_in, site.d_out), site.layers) for site in config.sites.values()]
     return found if config.tied else [*found, (config.head, 1)]

@@ -14,7 +14,7 @@ _PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "
 
 
 def quantity(value: Range, unit: str) -> str:
-    """Return a range with the unit's prefix that suits its typical value: `1.2 / 3.4 / 12 mJ`; one number if exact."""
+    """Return a range with the unit prefix of its typical value: `1.2 / 3.4 / 12 mJ`; a single number if exact."""
     exponent = 3 * math.floor(math.log10(value.typical) / 3) if value.typical else 0
     exponent = min(max(exponent, min(_PREFIXES)), max(_PREFIXES))
     ends = [_digits(end / 10.0**exponent) for end in (value.low, value.typical, value.high)]
@@ -33,9 +33,9 @@ def tables(
     """Return the tables of a bill by caption: headings, then lines.
 
     Args:
-      bills: of every method.
-      once: what is written before any task: its arrays, and what writing takes.
-      options: of the bill.
+      bills: bills of every method.
+      once: matrices that are written before any task: their arrays, and the cost of writing.
+      options: assumptions of the bill.
     """
     found = bills.values()
     tokens = f"{options.tokens_per_task:,} tokens"
@@ -78,13 +78,13 @@ def tables(
 def sentences(
     found: Mapping[str, Comparison], bills: Mapping[str, Bill], pool: WriteCost, options: CostOptions
 ) -> list[str]:
-    """Return what the numbers come to: LoRA in cells against LoRAFusion.
+    """Return sentences that compare LoRA in cells with LoRAFusion.
 
     Args:
-      found: by the layout of the pool.
-      bills: of every method.
-      pool: writing the pool once, each module in arrays of its own.
-      options: of the bill.
+      found: comparisons by the layout of the pool.
+      bills: bills of every method.
+      pool: cost of writing the pool once, each module in separate arrays.
+      options: assumptions of the bill.
     """
     lora = bills["LoRA in cells"]
     worn = lora.written.until_worn
@@ -141,7 +141,7 @@ def _written(p: WriteCost) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Return three digits, without an exponent where a reader needs none."""
+    """Return a number with three digits, without an exponent if it is easy to read without."""
     if value == 0 or 1e-3 <= value < 1e6:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return f"{value:.2g}"
