@@ -2,7 +2,7 @@
 
 config = crossbar.load_config("isaac")
 chip = crossbar.program(weights, config, key)     # write a matrix into arrays, once
-y = crossbar.matmul(x, chip)                      # what the arrays make of x @ weights
+y = crossbar.matmul(x, chip)                      # x @ weights, as the arrays compute it
 """
 
 from .calibration.one_chip import Statistics, calibrated, probe

@@ -73,13 +73,13 @@ class Cost(NamedTuple):
 
 
 def estimate(config: Architecture, method: str, work: Workload, settings: Settings) -> Cost:
-    """Return what one method needs on one task.
+    """Return the cost of one method on one task.
 
     Args:
       config: the base model.
-      method: one of `method_names()`; `-mix` and `-sum` are another composition than the recipe's.
+      method: one of `method_names()`; `-mix` and `-sum` set another composition than the recipe's.
       work: the task's batches.
-      settings: of the run.
+      settings: settings of the run.
 
     Raises:
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
@@ -144,7 +144,7 @@ def trained_numbers(config: Architecture, method: str, settings: Settings) -> in
 
 
 def method_names() -> tuple[str, ...]:
-    """Return the names that can be planned: of all methods, and of fusions with a composition of their own."""
+    """Return the names that can be planned: all methods, and fusions with a composition in the name."""
     composed = [name for name, entry in METHODS.items() if _is_composed(entry)]
     return (*METHODS, *(f"{name}-{composition}" for name in composed for composition in ("mix", "sum")))
 
@@ -187,7 +187,7 @@ def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, updat
 def _activation_bytes(
     config: Architecture, entry: MethodEntry, work: Workload, asked: Asked, settings: Settings, trainable: int
 ) -> int:
-    """Return the most that training, search or evaluation needs besides its arguments, all seeds together."""
+    """Return the largest memory of training, search or evaluation in addition to the arguments, for all seeds."""
     update, seeds = entry.update(settings.recipe, settings.fused), _seeds(entry, settings)
     evaluation = partial(evaluation_bytes, config, update=update, path=settings.path, device=settings.device)
     step = partial(step_bytes, config, update=update, path=settings.path, device=settings.device, seeds=seeds)

@@ -38,16 +38,16 @@ class Row(NamedTuple):
 
 
 def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> list[Row]:
-    """Return what every method needs for all tasks and seeds.
+    """Return the cost of every method for all tasks and seeds.
 
     Args:
       config: the base model.
-      methods: of `estimate.method_names`.
+      methods: names of `estimate.method_names`.
       tasks: name -> workload.
-      settings: of all runs.
+      settings: settings of all runs.
 
     Raises:
-      ValueError: there is nothing to plan; and as `estimate` does.
+      ValueError: there are no methods or no tasks, or `estimate` raises it.
     """
     if not tasks or not methods:
         raise ValueError(f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each")

@@ -352,7 +352,7 @@ def test_conductances_that_are_not_fractions(value, message):
 def test_conductances_do_not_drift_silently():
     config = CrossbarConfig(device=Device(drift=PCM_DRIFT, time=1e6))
     measured = jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32)
-    with pytest.raises(ValueError, match=r"device.time = 1000000.0 asks for drift on top: set device.time=None"):
+    with pytest.raises(ValueError, match=r"device.time = 1000000.0 would add drift: set device.time=None"):
         program(W, config, jax.random.key(0), conductances=measured)
 
 

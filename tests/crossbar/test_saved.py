@@ -115,7 +115,7 @@ def test_another_configuration_is_refused(tmp_path):
     config = _CONFIGS["packed"]
     save_chip(program(jnp.ones((4, 3)), config), tmp_path / "chip.npz")
     other = dataclasses.replace(config, adc=ADC(bits=7, range="max"))
-    with pytest.raises(ValueError, match="programmed under another configuration .* load it with its own"):
+    with pytest.raises(ValueError, match="programmed with another configuration .* load it with its own"):
         load_chip(tmp_path / "chip.npz", other)
     with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
         save_chip(with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.npz")
@@ -124,7 +124,7 @@ def test_another_configuration_is_refused(tmp_path):
 
 def test_a_file_without_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "else.npz", a=np.zeros(2))
-    with pytest.raises(ValueError, match="holds no programmed arrays: give a file that save_chip wrote"):
+    with pytest.raises(ValueError, match="does not hold programmed arrays: give a file that save_chip wrote"):
         load_chip(tmp_path / "else.npz", CrossbarConfig())
 
 

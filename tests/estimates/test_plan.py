@@ -330,7 +330,7 @@ def test_a_plan_is_described():
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("lorra", {}, "no method 'lorra': choose of fusion, coefficients"),
+        ("lorra", {}, "no method 'lorra': choose one of fusion, coefficients"),
         ("fusion", {"rank": 0}, "rank is 0: wanted at least 1"),
         ("lora", {"recipe": Recipe(epochs=0)}, "epochs is 0: wanted at least 1"),
         ("fusion", {"pool": 2}, "a pool of 2 for seeds that draw 5 modules each"),

@@ -1,4 +1,4 @@
-"""ADC ranges from data, clipped conversions and errors: what a probing read sees.
+"""Calibration of one chip: ADC ranges from data, clipped conversions and errors, all from probing reads.
 
 A probing read returns its result and `Statistics`, which add up over reads, batches and chips.
 
@@ -25,11 +25,11 @@ from ..mapping.adc import codes, converter, stacked_units
 from ..read.definition import all_sums, with_mismatch, with_noise
 from ..read.matmul import matmul, reading
 
-# Resolution of the distribution of |current|: 1 / BINS of what an array could produce at most.
+# Resolution of the distribution of |current|: 1 / BINS of an array's largest possible current.
 BINS = 4096
-# Inputs of one read that enter the distribution, evenly spread; results and errors take all.
+# Number of inputs of one read that enter the distribution, evenly spread. Results and errors use all inputs.
 SAMPLES = 256
-# The distribution of |x| has so many bins for each power of two, from 2^-_LEAST on: their edges are 1 % apart.
+# Bins of the distribution of |x| for each power of two, from 2^-_LEAST on: their edges are 1 % apart.
 _OCTAVE, _LEAST = 64, 32
 
 
@@ -70,7 +70,7 @@ class Statistics:
         return 10 * jnp.log10(self.signal / jnp.maximum(self.error, jnp.finfo(self.error.dtype).tiny))
 
     def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
-        """Read `chip`, and hand what its converters met out as the gradient of these numbers, which are zeros."""
+        """Read `chip`, and return its converters' statistics as the gradient of these numbers, which are zeros."""
         leaves, tree = jax.tree.flatten(chip)
         return _tapped(tree, x, tuple(jax.tree.leaves(self)), leaves)
 
@@ -78,14 +78,14 @@ class Statistics:
 def probe(
     x: Float[Array, "*B d_in"], chip: Chip, *, weights: Float[Array, "d_in d_out"] | None = None
 ) -> tuple[Float[Array, "*B d_out"], Statistics]:
-    """Read, and return what the converters met next to the result.
+    """Read a chip, and return the result and its converters' statistics.
 
     Before calibration the result is that of an ideal ADC, with each input vector's largest |x| as the DAC's range.
 
     Args:
       x: inputs.
-      chip: to read.
-      weights: what the error is measured against; None: the weights as programmed.
+      chip: the chip to read.
+      weights: reference of the error; None for the weights as programmed.
     """
     dtype, x, config = x.dtype, x.astype(chip.codes.dtype), chip.config
     if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
@@ -107,22 +107,22 @@ def probe(
 
 
 def calibrated(chip: Chip, statistics: Statistics) -> Chip:
-    """Return the chip with converters whose ranges cover `quantile` of the inputs, or of the conversions, seen.
+    """Return the chip with converter ranges that cover `quantile` of the observed inputs or conversions.
 
-    The range of a `calibrated` DAC comes first: what the ADCs meet depends on it, so that they need another probe.
+    The range of a `calibrated` DAC is set first. The sums at the ADCs depend on it, so that they need another probe.
 
-    Ranges of the weight slices are powers of two apart, so that shift-and-add stays shifts. Where column sums are
-    integers, steps are whole: of 1, 2, 4, ... levels the one with the least squared error on the sums seen, clipped
-    ones among them. A range wide enough to lose nothing, whatever the inputs, turns the read into one product, whose
-    conversions are not seen any more: it stays as it is.
+    Ranges of the weight slices are powers of two apart, so that shift-and-add needs only shifts. Where column sums are
+    integers, the step is 1, 2, 4, ... levels: the one with the least squared error on the observed sums, clipped ones
+    included. A range that is wide enough for all inputs turns the read into one product. Its conversions can no longer
+    be observed, so that later calibrations do not change it.
 
     Args:
       chip: one matrix, or a stack with leading axes like those of the statistics; unchanged unless a range of its
         configuration is `calibrated`.
-      statistics: of probing reads.
+      statistics: statistics of probing reads.
 
     Raises:
-      ValueError: where no conversion was seen.
+      ValueError: the statistics contain no conversion.
     """
     if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
         return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
@@ -143,7 +143,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
         reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
         lsb = reached.astype(dtype) / BINS * jnp.broadcast_to(bound, reached.shape) / codes(config)[1]
         base = jnp.max(lsb, axis=-1, keepdims=True)
-        # 1e-3: a ratio that is a power of two but for rounding stays one.
+        # 1e-3: a ratio that is a power of two up to rounding stays one.
         lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
     units = stacked_units(config, dtype)
     top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
@@ -161,7 +161,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
 
 
 def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
-    """Return the edge of the bin up to which the inputs make `quantile` of all; 1 where that is the bin of zero."""
+    """Return the upper edge of the bin that holds the `quantile` of the inputs; 1 if it is the bin of zero."""
     seen = jnp.cumsum(inputs, axis=-1)
     if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
         raise ValueError("calibration saw no input: probe the arrays with some inputs first")
@@ -184,19 +184,19 @@ def _extent(chip: Chip) -> tuple[Array | float, ...]:
     config = chip.config
     rows = max(encoding.grid(chip.matrix_shape, config)[0])
     full, levels = rows * encoding.converted_top(config), encoding.levels(config)
-    # Flipped columns stay below half of it, unless their cells are not at their targets.
+    # Sums of flipped columns stay below half of it, unless cells are off their targets.
     bounds = worst_case(config, rows) if chip.plan.integers else [top * full for top in levels]
     return tuple(
         bound + top * full * config.g_min / (1 - config.g_min) for bound, top in zip(bounds, levels, strict=True)
     )
 
 
-# Compiled, since its loop would be compiled anew at every call outside `jax.jit`.
+# Compiled, because its loop would otherwise be compiled again at every call outside `jax.jit`.
 @functools.partial(jax.jit, inline=True)
 def _met_by_converters(
     x: Float[Array, "B d_in"], chip: Chip
 ) -> tuple[Float[Array, "K bins"], Float[Array, " K"], Float[Array, " bins"], Float[Array, ""]]:
-    """Return the distribution of |column sum| of every weight slice, how many were clipped, and likewise of inputs."""
+    """Return the distribution of |column sum| of every weight slice, the number clipped, and both for inputs."""
     config, key = chip.config, chip.key
     slices = len(config.weight_slices)
     zeros = jnp.zeros((slices, BINS), x.dtype), jnp.zeros((slices,), x.dtype)
@@ -235,7 +235,7 @@ def _met_by_converters(
 def _sums(
     n: Float[Array, " d_in"], key: Array | None, chip: Chip
 ) -> tuple[Float[Array, "K _J R S"], Float[Array, "R S"]]:
-    """Return every sum that one input vector brings to the ADC, and 1 for those of columns in use."""
+    """Return every sum at the ADCs for one input vector, and 1 for those of columns in use."""
     config = chip.config
     rows, _ = encoding.grid(chip.matrix_shape, config)
     tiles = encoding.split(n, rows, axis=0, front=True)
@@ -264,16 +264,16 @@ def _sums(
 def _tapped(
     tree: Any, x: Float[Array, "*B d_in"], tap: tuple[Array, ...], leaves: list[Any]
 ) -> Float[Array, "*B d_out"]:
-    """Read, and hand the statistics out as the gradient of `tap`.
+    """Read a chip, and return the statistics as the gradient of `tap`.
 
-    Gradients add up over calls and leave scans stacked by layer, as statistics are to. No other gradient is passed on,
-    so that collecting costs no products.
+    Gradients add up over calls and are stacked by layer in scans, as statistics have to be. No other gradient is passed
+    on, so that collecting needs no further products.
 
     Args:
       tree: structure of the chip.
       x: inputs.
       tap: the fields of the statistics.
-      leaves: of the chip. (JAX would rebuild a dataclass with placeholders.)
+      leaves: leaves of the chip. (JAX would rebuild a dataclass with placeholders.)
     """
     return probe(x, jax.tree.unflatten(tree, leaves))[0]
 

@@ -1,7 +1,7 @@
-"""A whole model's calibration and its error report: what its converters meet on a few batches.
+"""Calibration and error report of a whole model, from its converters' inputs on a few batches.
 
-Every programmed weight gets a tap, zeros of the shape of its statistics. Differentiating the model with respect to
-the taps returns the statistics of all reads, out of scans and over repeated calls: the model knows nothing of it.
+Every programmed weight gets a tap: zeros of the shape of its statistics. Differentiating the model with respect to the
+taps returns the statistics of all reads, also from scans and repeated calls, without any change to the model.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ _NAMED = 5  # sites that a warning names
 
 
 def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
-    """Return the weights with converters' ranges set from the inputs and sums that the batches bring to them.
+    """Return the weights with converter ranges set from the inputs and sums of the batches.
 
     Args:
-      run: the model; keep one function for all calls, it is compiled once for each.
+      run: the model; use one function for all calls, because each function is compiled once.
       weights: a tree with `Chip` leaves.
       batches: arrays, one `run` each.
 
@@ -49,18 +49,18 @@ def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
         of_batch = _observe(weights, batch, jnp.int32(number), run=run)
         total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
     if total is None:
-        raise ValueError("there are no batches to observe: give a few, like those that the model will meet")
+        raise ValueError("there are no batches to observe: give a few, like those that the model will be used on")
     return total
 
 
 def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, Any]]:
-    """Return a row for every matrix in arrays: where it is, how well it is read, what its converters clip.
+    """Return a row for every matrix in arrays: its place, its signal to noise ratio, and the share that is clipped.
 
-    Warns where more conversions are clipped than `adc.clip_share`, or more inputs than `dac.clip_share`.
+    Warns if more conversions are clipped than `adc.clip_share`, or more inputs than `dac.clip_share`.
 
     Args:
-      weights: as calibrated.
-      statistics: from `observe`.
+      weights: calibrated weights.
+      statistics: statistics from `observe`.
 
     Returns:
       Rows of {site, layer, module (None where the weight has no such axis), sqnr (dB, x @ W with the weights as

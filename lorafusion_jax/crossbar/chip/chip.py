@@ -1,6 +1,6 @@
-"""A chip: a matrix in arrays, or a stack of them, with all that a read needs.
+"""A chip: a matrix in arrays, or a stack of them, with everything that a read needs.
 
-Axis letters: N leading axes of a stack (L layers, or L layers and N modules), which a scan or `jax.vmap` takes off;
+Axis letters: N leading axes of a stack (L layers, or L layers and N modules), which a scan or `jax.vmap` removes;
 K weight slices, P polarities, R row tiles, C column tiles; k conversions of a pair of input slice and column (K, or
 2 K where both polarities are converted).
 """
@@ -26,15 +26,15 @@ class Chip:
     """The arrays that hold one matrix, or one for each entry of leading axes, and their configuration.
 
     Attributes:
-      codes: [d_in, d_out] the weights as programmed, in weight codes: what all slices of a perfect read add up to.
-      scale: [1 or R, 1 or d_out] the weight that one code stands for.
-      cells: every cell in level units, a unit column last; None where no path reads single cells.
-      columns: [k, R, rows, d_out + units] what multiplies the inputs, for the paths that read it; integers
-        packed, or as bit planes.
-      units: [K, R, rows, C] the unit columns, where they recover flipped ones; else they are among `columns`.
-      variance: of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices telescope;
-        one column stands for all where they do not differ.
-      occupied: [k, R] which planes of integer cells are not all zero, for the path `loop`.
+      codes: [d_in, d_out] the weights as programmed, in weight codes: the sum of all slices in a perfect read.
+      scale: [1 or R, 1 or d_out] the weight of one code.
+      cells: every cell in level units, a unit column last; None if the path does not read single cells.
+      columns: [k, R, rows, d_out + units] the factors of the inputs, for the paths that read them; integers are
+        packed, or held as bit planes.
+      units: [K, R, rows, C] the unit columns, if they recover flipped ones; else they are among `columns`.
+      variance: variance of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices
+        telescope. A single column stands for all if they do not differ.
+      occupied: [k, R] the planes of integer cells that are not all zero, for the path `loop`.
       flipped: [K, R, C, cols] columns that are stored inverted.
       gain: [K, P, R, C, cols] the gain of each column's conversion, or None; P is 1 where polarities are subtracted
         before it.
@@ -46,10 +46,10 @@ class Chip:
       values: the arrays among the configuration's values, each with the leading axes of the stack.
       structure: the rest of the configuration: plain numbers, bits, sizes.
       plan: how a read is computed, and why.
-      key: of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
-      tap: zeros whose gradient is what the converters met (see `calibration.whole_model`), or None.
-      name: of the weight, as rules and reports call it.
-      first: the number of its first layer, where the stack was split.
+      key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
+      tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
+      name: name of the weight in rules and reports.
+      first: number of its first layer, if the stack was split.
     """
 
     codes: Float[Array, "*N d_in d_out"]
@@ -90,24 +90,24 @@ class Chip:
 
 
 def with_config(chip: Chip, config: CrossbarConfig) -> Chip:
-    """Return the chip as it is read with another configuration, whose values may be swept or learned.
+    """Return the chip with another configuration for its reads, whose values may be swept or learned.
 
-    Only what acts at a read may differ: the size of noise, repeated reads, rounding of inputs, calibration, warnings,
-    and values that are arrays. Everything else takes new arrays: call `program`.
+    Only settings of a read may differ: the size of noise, repeated reads, rounding of inputs, calibration, warnings,
+    and values that are arrays. Other changes need new arrays: call `program`.
 
     Args:
       chip: one matrix, or a stack.
       config: arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
 
     Raises:
-      ValueError: the arrays were programmed with another configuration, naming what differs.
+      ValueError: the arrays were programmed with another configuration; the message names the differences.
     """
     check_same(chip.config, config)
     return reconfigured(chip, config)
 
 
 def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
-    """Return the chip with a configuration, not compared with its own, and other fields."""
+    """Return the chip with another configuration, without comparing it with the chip's own, and other fields."""
     structure, values = split_config(config)
     lead = chip.shape[:-2]
     values = [v if v.shape[: len(lead)] == lead else jnp.broadcast_to(v, (*lead, *v.shape)) for v in values]
@@ -115,12 +115,12 @@ def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
 
 
 def with_read_key(chip: Chip, key: Array | None) -> Chip:
-    """Return the chip whose next read draws its noise from `key`: another key for every read.
+    """Return the chip with the key that its next read draws noise from. Use another key for every read.
 
     Args:
       chip: one matrix, or a stack.
-      key: one key, of which every matrix of a stack gets its own, or keys with the leading axes of the stack; None
-        for none.
+      key: one key, from which every matrix of a stack gets a separate one, or keys with the leading axes of the stack;
+        None to remove the key.
     """
     lead = chip.shape[:-2]
     if lead and key is not None and key.ndim == 0:
@@ -129,14 +129,14 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
 
 
 def reads(tree: Any, *numbers: Array | int) -> Any:
-    """Return a tree of weights whose next reads draw noise of their own.
+    """Return a tree of weights whose next reads draw new noise.
 
-    A key that sits still gives the same noise at every step: call this before every training step, every decoded
-    token and every batch, with numbers that have not been used for another.
+    An unchanged key gives the same noise at every step. So call this before every training step, every decoded token
+    and every batch, with numbers that were not used before.
 
     Args:
-      tree: weights, some of them chips. Without read keys it is returned as it is.
-      numbers: of the read, for example (seed, step).
+      tree: weights, some of them chips. Without read keys it is returned unchanged.
+      numbers: numbers that identify the read, for example (seed, step).
     """
 
     def of_leaf(leaf: Any) -> Any:
@@ -151,7 +151,7 @@ def reads(tree: Any, *numbers: Array | int) -> Any:
 
 
 def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
-    """Return the weights as programmed: what a read multiplies by if its converters are ideal."""
+    """Return the weights as programmed: the matrix of a read with ideal converters."""
 
     def of_one(chip: Chip) -> Array:
         return chip.codes * encoding.per_weight(chip.scale, chip.matrix_shape, chip.config)
@@ -160,7 +160,7 @@ def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
 
 
 def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
-    """Return what multiplies the inputs in the arrays: flipped columns as they are stored, unit columns last."""
+    """Return the columns that multiply the inputs in the arrays: flipped ones as stored, unit columns last."""
     config = chip.config
     if chip.plan.packing is not None or chip.plan.path == "planes":  # perfect cells, which follow from the codes
         cells, _ = encoding.to_arrays(encoding.digits(chip.codes, config), config)
@@ -172,7 +172,7 @@ def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
 
 
 def is_chip(leaf: Any) -> bool:
-    """Whether a leaf of a tree of weights is a chip."""
+    """Return whether a leaf of a tree of weights is a chip."""
     return isinstance(leaf, Chip)
 
 
@@ -204,7 +204,7 @@ def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:
     """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n).
 
     Args:
-      key: of the weight.
+      key: PRNG key of the weight.
       numbers: l, n, ... of the entries of every axis.
     """
     for of_axis in numbers:

@@ -24,11 +24,11 @@ _ARRAYS = (
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
-    """Write a programmed chip, or a stack of them; its read key is not part of it.
+    """Write a programmed chip, or a stack of them, to a file without its read key.
 
     Args:
-      chip: to write.
-      path: an .npz file; replaced as a whole, or not at all.
+      chip: the chip to write.
+      path: an .npz file, which is replaced completely or not at all.
     """
     path = Path(path)
     arrays: dict[str, Any] = {}
@@ -52,25 +52,26 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
     """Read a programmed chip.
 
     Args:
-      path: from `save_chip`.
-      config: that it was programmed under. None: the one in the file, which has none where it was written by an earlier
-        version or where the configuration holds arrays or functions.
+      path: a file that `save_chip` wrote.
+      config: the configuration that it was programmed with. None for the one in the file, which is missing if an
+        earlier version wrote the file or if the configuration holds arrays or functions.
 
     Raises:
-      ValueError: the file holds no chip, one of another configuration, or one that an earlier version wrote wrongly.
+      ValueError: the file does not hold a chip, the chip has another configuration, or an earlier version made it with
+        an error.
     """
     with np.load(path) as file:
         if _META not in file:
-            raise ValueError(f"{path} holds no programmed arrays: give a file that save_chip wrote")
+            raise ValueError(f"{path} does not hold programmed arrays: give a file that save_chip wrote")
         meta = json.loads(str(file[_META]))
         stored = {name: jnp.asarray(file[name]) for name in file.files if name != _META}
     if config is None:
         if meta.get("fields") is None:
-            raise ValueError(f"{path} does not hold its configuration: give the one that it was programmed under")
+            raise ValueError(f"{path} does not hold its configuration: give the one that it was programmed with")
         config = from_json(meta["fields"])
     elif not has_hash(config, meta["config"]):
         raise ValueError(
-            f"{path} was programmed under another configuration ({meta['config'][:12]}, this one is "
+            f"{path} was programmed with another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
     packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
@@ -103,7 +104,7 @@ def _shared_config(chip: Chip) -> CrossbarConfig:
 
 
 def _earlier_fault(config: CrossbarConfig, plan: Mapping[str, Any]) -> str | None:
-    """Return what is wrong in arrays written before plans had ties; None where nothing is."""
+    """Return the error in arrays that were written before plans had ties, or None if they are correct."""
     if config.adc is None:
         return None
     if config.encoding.flip and config.adc.range in ("max", "calibrated"):

@@ -1,6 +1,6 @@
-"""Integer columns in words: which packing a matrix may have, and the words themselves.
+"""Packing of integer columns into words: the choice of a valid packing, and the words themselves.
 
-A packing is certified by the columns' own sums where they are known, else by what any weights could sum up to.
+A packing is certified by the columns' own sums if these are known, else by the largest sums of any weights.
 
 Axis letters: K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are converted), R row
 tiles.
@@ -28,16 +28,16 @@ def pack_columns(
     *,
     asked: bool,
 ) -> tuple[Packed | Array, Array | None, Plan]:
-    """Return columns in words, and their variances where these do not travel along.
+    """Return columns in words, and their variances unless these are packed as well.
 
-    Columns stay as they are where the path is `loop`, and was asked for or is as good.
+    Columns are not packed if the path is `loop` and it was requested or is equally fast.
 
     Args:
       columns: integers.
-      variance: of read noise; integers, or one column for all.
-      config: of the crossbar.
-      plan: to be completed by the packing.
-      asked: whether the plan's path was asked for.
+      variance: variance of read noise; integers, or one column for all.
+      config: configuration of the crossbar.
+      plan: the plan, to which the packing is added.
+      asked: the plan's path was requested by the caller.
     """
     squares = None if variance is None or variance.shape[3] == 1 else variance
     low, high = extent(columns, encoding.converted_top(config), signed=config.signed_inputs)
@@ -56,10 +56,10 @@ def pack_pairs(
 
     Args:
       codes: weight codes.
-      rows: of every row tile.
-      config: of the crossbar.
-      plan: to be completed by the packing.
-      asked: whether the plan's path was asked for.
+      rows: rows of every row tile.
+      config: configuration of the crossbar.
+      plan: the plan, to which the packing is added.
+      asked: the plan's path was requested by the caller.
     """
     top, signed = encoding.converted_top(config), config.signed_inputs
     tiles = encoding.split(codes, rows, 0, front=True)
@@ -85,15 +85,15 @@ def _certified(
     *,
     asked: bool,
 ) -> Plan:
-    """Return the plan with its packing, and as `packed` where a product holds more than one slice.
+    """Return the plan with its packing, with the path `packed` if a product holds more than one slice.
 
     Args:
-      plan: with the path.
-      spans: largest less least sum of every column.
+      plan: a plan with a path.
+      spans: difference of the largest and the least sum of every column.
       most: largest sum of its variances, or None.
-      rows: of the largest tile.
-      config: of the crossbar.
-      asked: whether the plan's path was asked for.
+      rows: rows of the largest tile.
+      config: configuration of the crossbar.
+      asked: the plan's path was requested by the caller.
     """
     count, top = len(spans), encoding.converted_top(config)
     if is_traced((spans, most)):

@@ -1,13 +1,13 @@
-"""How a read is computed: the choice among paths that give the same result, and what it rests on.
+"""The plan of a read: the choice among paths that give the same result.
 
-`definition`  every conversion on its own, for any configuration, read noise drawn for every cell
+`definition`  every conversion separately, for any configuration, read noise drawn for every cell
 `product`     slices telescope into one matrix product: no ADC, or one that loses nothing
 `loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
-`lookup`      the same sums from tables, for inputs in narrow slices; integer cells travel packed
+`lookup`      the same sums from tables, for inputs in narrow slices; integer cells are packed
 `planes`      integer cells and narrow inputs as planes of bits that are counted, where the processor counts vectors
 `packed`      integer cells of which several fit one product, for inputs in wider slices
 
-The modules of these names tell how.
+The modules of these names explain them.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
 
 # Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
 _NARROW = 2
-# Columns from which on a table of sums is worth making, where bits can be counted instead: 16 take 1.5 times as long
-# from tables as by counting, 1,024 two thirds.
+# Number of columns from which tables of sums are faster than counting bits: 16 columns take 1.5 times as long from
+# tables as by counting, 1,024 columns two thirds of the time.
 _WIDE = 64
 
 
@@ -40,11 +40,11 @@ class Plan:
     """The path of a read.
 
     Attributes:
-      path: which.
-      reason: why it was chosen.
-      integers: whether column sums, before read noise, are integers.
-      packing: where weight slices lie in the words of `lookup` and `packed`; None where they are not packed.
-      ties: how codes of sums that lie half-way between two are kept exact.
+      path: name of the path.
+      reason: reason of the choice.
+      integers: column sums, before read noise, are integers.
+      packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
+      ties: method that keeps the codes of sums half-way between two codes exact.
     """
 
     path: Path
@@ -66,15 +66,15 @@ def choose(
     """Return the fastest exact path.
 
     Args:
-      config: of the crossbar.
-      bounds: largest |column sum| that one conversion of each weight slice can see, in level units.
-      limits: [1 or R, K, 2] ADC ranges; those that a transformation traces are not known.
-      columns: of the matrix.
-      perfect: whether all cells are at their target levels.
-      path: use this one.
+      config: configuration of the crossbar.
+      bounds: largest possible |column sum| in one conversion of each weight slice, in level units.
+      limits: [1 or R, K, 2] ADC ranges; traced ones count as unknown.
+      columns: number of columns of the matrix.
+      perfect: all cells are at their target levels.
+      path: use this path.
 
     Raises:
-      ValueError: where the wanted path would not be exact.
+      ValueError: the requested path would not be exact.
     """
     known = None if limits is None or is_traced((limits, level_units(config))) else np.asarray(limits)
     nonlinear = _nonlinearity(config)
@@ -117,7 +117,7 @@ def choose(
 
 
 def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
-    """Return the fastest exact path that takes the place of `lookup`."""
+    """Return the fastest exact path other than `lookup`."""
     if not plan.integers:
         return "loop"
     return "planes" if _is_countable(config) and _counts_vectors() else "packed"
@@ -137,7 +137,7 @@ def exact_ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
 
 @functools.cache
 def _counts_vectors() -> bool:
-    """Whether the processor counts the bits of whole vectors; without, tables are always faster than planes."""
+    """Return whether the processor counts the bits of whole vectors; if not, tables are always faster than planes."""
     try:
         return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -145,7 +145,7 @@ def _counts_vectors() -> bool:
 
 
 def _nonlinearity(config: CrossbarConfig) -> str | None:
-    """Return what keeps an array's sums from being linear in its inputs and cells; None if nothing does."""
+    """Return the reason why an array's sums are not linear in its inputs and cells, or None if they are."""
     if config.tile.wire is not None:
         return "IR drop depends on all currents of an array"
     if config.device.iv is not None:
@@ -156,7 +156,7 @@ def _nonlinearity(config: CrossbarConfig) -> str | None:
 
 
 def _needs_cells(config: CrossbarConfig) -> str | None:
-    """Return what a product per slice would not know of; None if nothing."""
+    """Return the reason why single cells are needed instead of one product per slice, or None."""
     if config.adc is not None and config.adc.offset_error is not None:
         return "every column's ADC has its offset"
     if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
@@ -172,7 +172,7 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
 
 
 def _sums_integers(config: CrossbarConfig) -> bool:
-    """Whether column sums of perfect cells are integers in level units."""
+    """Return whether column sums of perfect cells are integers in level units."""
     if config.cell.bits is None or config.dac is None or config.mismatched:
         return False
     if config.converts_each and config.encoding.two_sided:
@@ -182,7 +182,7 @@ def _sums_integers(config: CrossbarConfig) -> bool:
 
 
 def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
-    """Whether every possible column sum, an integer, has a code of its own that stands for it."""
+    """Return whether every possible (integer) column sum has a separate code that represents it exactly."""
     adc = config.adc
     if adc is None or config.draws_at_conversion:
         return False
@@ -194,7 +194,7 @@ def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.n
 def loses_nothing(
     limits: np.ndarray | Float[Array, "_R K 2"], bounds: tuple[float, ...], config: CrossbarConfig
 ) -> np.bool_ | Bool[Array, ""]:
-    """Return whether ADCs of these limits have a code for every integer sum within the bounds."""
+    """Return whether ADCs with these limits have a code for every integer sum within the bounds."""
     xp = jnp if isinstance(limits, jax.Array) else np
     top = codes(config)[1]
     inv_lsb = top / (limits[..., 1] * xp.asarray(level_units(config), limits.dtype)[None])
@@ -204,7 +204,7 @@ def loses_nothing(
 
 
 def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
-    """Return the largest |column sum| of one conversion that any weights and inputs could cause."""
+    """Return the largest possible |column sum| of one conversion, for any weights and inputs."""
     largest = encoding.converted_top(config)
     half = 2 if config.encoding.flip else 1
     # The unit column of flipped arrays holds ones, and is not flipped.

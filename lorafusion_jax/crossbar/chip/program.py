@@ -1,6 +1,7 @@
-"""Programming: a matrix written into arrays, once, to be read many times.
+"""Programming: a matrix is written into arrays once and read many times.
 
-In stages: weight codes, the plan of a read, cells as the device leaves them, and columns as the path takes them.
+The stages are the weight codes, the plan of a read, the cells with the device's errors, and the columns in the form
+that the path needs.
 
 Axis letters: K weight slices, P polarities, R row tiles, C column tiles.
 """
@@ -30,9 +31,9 @@ from .chip import Chip
 from .pack_columns import pack_columns, pack_pairs
 from .plan import Path, Plan, choose, worst_case
 
-# Purposes of a chip's key besides those of `device.realise`.
+# Purposes of a chip's key in addition to those of `device.realise`.
 _GAIN, _OFFSET = 16, 17
-# Largest measured conductance that is taken for a fraction of Gmax: programming overshoots, but not by that much.
+# Largest measured conductance that is accepted as a fraction of Gmax. Programming can overshoot, but not beyond this.
 _MOST = 1.5
 
 
@@ -40,10 +41,10 @@ class _Written(NamedTuple):
     """The cells of a chip.
 
     Attributes:
-      codes: [d_in, d_out] the weight codes that they stand for.
-      scale: the weight of one code; its drift is compensated where the device says so.
-      cells: in level units; None where they are at their targets and nobody reads single cells.
-      flipped: which columns are stored inverted.
+      codes: [d_in, d_out] the weight codes of the cells.
+      scale: the weight of one code, with compensation of drift if the device has it.
+      cells: in level units; None if they are at their targets and the path does not read single cells.
+      flipped: columns that are stored inverted.
       pulses: mean write-verify pulses per cell.
     """
 
@@ -55,7 +56,7 @@ class _Written(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """What multiplies the inputs, as the path of the plan takes it (see `Chip`)."""
+    """Columns that multiply the inputs, in the form that the plan's path needs (see `Chip`)."""
 
     plan: Plan
     columns: Any = None
@@ -73,25 +74,25 @@ def program(
 ) -> Chip:
     """Write a matrix into arrays.
 
-    Pure: may be jitted, and vmapped over keys (chips), over stacked weights and over the config's values.
-    Differentiable: the gradient of the programmed codes is passed straight through to the weights.
+    The function is pure: it can be jitted, and vmapped over keys (chips), over stacked weights and over the config's
+    values. It is differentiable: the gradient of the programmed codes is passed straight through to the weights.
 
     Args:
       weights: [d_in, d_out] W of y = x W.
-      config: of the crossbar; the chip carries it.
-      key: of the chip: the same key gives the same chip. Needed where the device or the ADC is random.
-      path: how reads are computed (see `chip.plan`); None chooses the fastest exact one.
-      conductances: measured conductances (Gmax = 1) of all cells as they are when read, in place of modelled ones.
+      config: configuration of the crossbar; the chip carries it.
+      key: PRNG key of the chip: the same key gives the same chip. Needed if the device or the ADC is random.
+      path: path of the reads (see `chip.plan`); None chooses the fastest exact one.
+      conductances: measured conductances (Gmax = 1) of all cells at the time of the read, which replace modelled ones.
 
     Raises:
-      ValueError: on weights that are not a finite matrix, a missing key, conductances of another shape or that are
-        not fractions of Gmax, drift of measured conductances, or a path that would not be exact.
+      ValueError: the weights are not a finite matrix, a key is missing, conductances have another shape or are not
+        fractions of Gmax, measured conductances are to drift, or the path would not be exact.
     """
     _check(weights, config, key, conductances)
     if weights.dtype in (jnp.bfloat16, jnp.float16):
         weights = weights.astype(jnp.float32)
     dtype, shape = weights.dtype, (weights.shape[0], weights.shape[1])
-    # Rounding has no useful gradient: weights get theirs from `_straight_through` alone.
+    # Rounding has no useful gradient: weights get theirs only from `_straight_through`.
     fixed = jax.lax.stop_gradient(weights)
     scale = encoding.full_scale(fixed, config) / encoding.code_scale(config)
     codes = encoding.weight_codes(fixed, scale, config)
@@ -103,7 +104,7 @@ def program(
     bounds = worst_case(config, max(rows))
     plan = choose(config, bounds, limits, columns=shape[1], perfect=perfect, path=path)
 
-    # Perfect pairs of cells are read as signed digits: neither has to be written down on its own.
+    # Perfect pairs of cells are read as signed digits, so that the two cells are not stored separately.
     signed = config.encoding.kind == "differential" and not config.converts_each
     quiet = config.device.read_noise is None and not config.mismatched
     paired = perfect and signed and quiet and plan.path != "definition"
@@ -148,7 +149,7 @@ def program(
 def _write(
     target: _Written, config: CrossbarConfig, key: Array | None, conductances: Array | None, plan: Plan
 ) -> _Written:
-    """Return cells as they are when read, modelled or measured, given those at their targets."""
+    """Return cells at the time of the read, modelled or measured, given their targets."""
     cells, codes, scale, pulses = target.cells, target.codes, target.scale, None
     assert cells is not None
     dtype, shape = codes.dtype, (codes.shape[0], codes.shape[1])
@@ -176,7 +177,7 @@ def _write(
 def _mismatch(
     cells: Float[Array, "K P R C rows cols"] | None, config: CrossbarConfig, key: Array | None
 ) -> tuple[Float[Array, "K _P R C cols"] | None, Float[Array, "K _P R C cols"] | None]:
-    """Return the gain and the offset of each column's ADC, None where it has none."""
+    """Return the gain and the offset of each column's ADC, or None without such errors."""
     gain = offset = None
     if config.adc is None or cells is None or key is None:
         return gain, offset
@@ -235,7 +236,7 @@ def _lay_out(
     if cells is None:
         columns = encoding.split(slices, rows, 1, front=True)
     else:
-        # What cells hold reaches the gradient through the codes.
+        # The cells' values reach the gradient through the codes.
         columns = decoding.columns(jax.lax.stop_gradient(cells), shape, config, gain)
     if flipped is not None:
         columns, units = decoding.unflipped(columns, flipped, shape, config)
@@ -264,7 +265,7 @@ def _telescoped(
 
 @jax.custom_jvp
 def _straight_through(real: Array, quantised: Array) -> Array:
-    """Return `quantised`, with the derivative of `real` as well as its own."""
+    """Return `quantised`, with the derivative of `real` in addition to its own."""
     return quantised
 
 
@@ -272,7 +273,7 @@ _straight_through.defjvps(lambda dot, _, *of: dot, lambda dot, _, *of: dot)
 
 
 def _as_held(config: CrossbarConfig, plan: Plan) -> CrossbarConfig:
-    """Return the configuration whose Gmin codes follow from, which moves where no read takes it off again."""
+    """Return the configuration with the Gmin that codes depend on; it has a gradient only if reads do not remove it."""
     ratio = config.cell.on_off_ratio
     if plan.path == "product" or not is_traced(ratio):
         return config
@@ -280,12 +281,12 @@ def _as_held(config: CrossbarConfig, plan: Plan) -> CrossbarConfig:
 
 
 def is_random(config: CrossbarConfig) -> bool:
-    """Whether programming draws random numbers."""
+    """Return whether programming draws random numbers."""
     return _has_errors(config) or config.mismatched
 
 
 def _has_errors(config: CrossbarConfig) -> bool:
-    """Whether cells are not at their targets when they are read."""
+    """Return whether cells differ from their targets when they are read."""
     device = config.device
     drifts = device.drift is not None and device.time is not None
     return device.programming is not None or device.stuck is not None or drifts
@@ -297,9 +298,9 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"weights of dtype {weights.dtype}: give floating point numbers")
     if not is_traced(weights):
-        bad = int(np.sum(~np.isfinite(weights)))  # NumPy, since a constant inside jit is no value to jnp
+        bad = int(np.sum(~np.isfinite(weights)))  # NumPy, because jnp would trace a constant inside jit
         if bad:
-            raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: no conductance stands for them")
+            raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: give finite weights")
     drawn = config if conductances is None else dataclasses.replace(config, device=Device())
     if key is None and is_random(drawn):
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
@@ -313,8 +314,8 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
 def _check_conductances(conductances: Array, config: CrossbarConfig) -> None:
     if config.device.drift is not None and config.device.time is not None:
         raise ValueError(
-            f"conductances are those of cells as they are when read, but device.time = {config.device.time} asks for "
-            "drift on top: set device.time=None, or let the conductances drift before (device.drift is a function)"
+            f"conductances are those of cells at the time of a read, but device.time = {config.device.time} would add "
+            "drift: set device.time=None, or let the conductances drift before (device.drift is a function)"
         )
     if is_traced(conductances):
         return
@@ -327,7 +328,7 @@ def _check_conductances(conductances: Array, config: CrossbarConfig) -> None:
 
 
 def _warn_of_clipping(config: CrossbarConfig, rows: int) -> None:
-    """Warn where an ADC of range `granular` clips sums of evenly spread digits and inputs at one standard deviation."""
+    """Warn if an ADC of range `granular` clips sums of evenly spread digits and inputs at one standard deviation."""
     if config.adc is None or config.adc.range != "granular" or not config.converts_sums:
         return
     top = adc_codes(config)[1]

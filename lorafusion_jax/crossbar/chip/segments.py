@@ -1,7 +1,7 @@
 """Stacks of layers whose weights differ in kind: some in arrays, some digital, some in other arrays.
 
-One scan needs one kind of weight. A stack that has several is a `Segments`, and is scanned part by part; every other
-stack is scanned as if this file did not exist.
+One scan needs one kind of weight. A stack with several kinds is a `Segments`, and is scanned part by part; every other
+stack is scanned as usual.
 
 Axis letter: L layer.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments:
-    """Consecutive layers, each part stacked on its own.
+    """Consecutive layers in parts; each part is stacked separately.
 
     Attributes:
       parts: weights of any kind, every leaf with a leading axis of the part's layers.
@@ -27,12 +27,12 @@ class Segments:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all layers together."""
+        """Shape of all layers together."""
         return (self.ends[-1], *self.parts[0].shape[1:])
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The layer behind the last one of every part."""
+        """Number of the layer after the last one of every part."""
         depths = [_depth(part) for part in self.parts]
         return tuple(sum(depths[: i + 1]) for i in range(len(depths)))
 
@@ -40,11 +40,11 @@ class Segments:
 def scan_layers(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, unroll: bool = False
 ) -> tuple[Any, Any]:
-    """Return the last carry and all outputs of `jax.lax.scan`, in as many scans as there are kinds of layers.
+    """Return the last carry and all outputs of `jax.lax.scan`, with one scan for each kind of layers.
 
     Args:
-      body: of (carry, one layer).
-      carry: to start from.
+      body: function of (carry, one layer).
+      carry: initial carry.
       stacked: a tree whose leaves, or the parts of whose `Segments`, have a leading axis of layers.
       unroll: as for `jax.lax.scan`.
     """
@@ -61,7 +61,7 @@ def map_layers(fn: Callable[[Any], Any], stacked: Any, *, batch_size: int | None
 
 
 def _parts(stacked: Any) -> list[Any]:
-    """Cut a tree where any of its stacks changes its kind."""
+    """Return the parts of a tree, split where any of its stacks changes its kind."""
     mixed = [leaf for leaf in jax.tree.leaves(stacked, is_leaf=_is_segments) if _is_segments(leaf)]
     if not mixed:
         return [stacked]
@@ -73,7 +73,7 @@ def _parts(stacked: Any) -> list[Any]:
 
 
 def _between(leaf: Any, start: int, stop: int) -> Any:
-    """Return layers start to stop of a leaf; of `Segments`, they lie within one part."""
+    """Return layers start to stop of a leaf; in `Segments` they must be within one part."""
     if not _is_segments(leaf):
         return leaf[start:stop]
     part, end = next((part, end) for part, end in zip(leaf.parts, leaf.ends, strict=True) if stop <= end)

@@ -1,8 +1,8 @@
-"""Putting the weights of a model into arrays: rules say which, and what the arrays are.
+"""Programming of a model's weights: rules choose the weights and the configuration of their arrays.
 
-A rule is a path pattern and a configuration, or None for a weight that stays digital; the first rule that matches a
-weight decides, and a weight that none matches stays digital. `*` stands for anything; layers of a stack are chosen as
-Python does, the last axis of the path:
+A rule is a path pattern and a configuration, or None for a weight that stays digital. The first rule that matches a
+weight decides; a weight without a matching rule stays digital. `*` matches anything. Layers of a stack are chosen with
+Python's slices at the end of the pattern:
 
     {"head": None, "first.*[1:-1]": isaac, "second.*": isaac}
 
@@ -42,23 +42,24 @@ _CHIP, _READ = 0, 1
 def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | None = None) -> Any:
     """Write a model's weights into arrays.
 
-    A weight's arrays depend on the key, its path and its numbers in a stack alone: the same key is the same chip,
-    whatever else is programmed and on any device count. May be vmapped over keys, chips then being an axis.
+    A weight's arrays depend only on the key, its path and its numbers in a stack. The same key gives the same chip,
+    whatever else is programmed and on any number of devices. The function can be vmapped over keys; chips are then an
+    axis.
 
     Args:
-      weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Its paths, joined
-        by dots, are what rules match.
+      weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Rules match its
+        paths, joined by dots.
         Vectors, such as biases, stay digital. (A stack of vectors is a matrix by its shape: give it a rule of None.)
       rules: path pattern -> configuration, or None for digital.
-      key: of the chip.
-      numbers: path -> for each leading axis of that stack, the numbers that its entries have on the chip, where the
-        stack holds only some of a larger one. They are 0, 1, ... for every other stack.
+      key: PRNG key of the chip.
+      numbers: path -> for each leading axis of that stack, the numbers of its entries on the chip, if the stack is part
+        of a larger one. For other stacks they are 0, 1, ...
 
     Returns:
       The tree with `Chip` leaves; `Segments` for stacks whose layers differ in kind.
 
     Raises:
-      ValueError: a pattern matches nothing, or vectors alone, or a weight cannot be programmed.
+      ValueError: a pattern matches nothing, or only vectors, or a weight cannot be programmed.
     """
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
@@ -70,11 +71,11 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
 def _place(
     path: str, weight: Float[Array, "..."], rules: Rules, key: Array, numbers: Sequence[Int[Array, " _size"]] | None
 ) -> Any:
-    """Return a weight where its rules put it: neighbouring layers under one configuration stay together."""
+    """Return a weight programmed by its rules; neighbouring layers with one configuration stay together."""
     if weight.ndim < 2:
         return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
-        raise ValueError(f"{path} holds weights that are NaN or infinite: no conductance stands for them")
+        raise ValueError(f"{path} holds weights that are NaN or infinite: give finite weights")
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     if numbers is None:
         numbers = [jnp.arange(size) for size in weight.shape[:-2]]
@@ -107,7 +108,7 @@ def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noi
 
 @functools.partial(jax.jit, static_argnames=("structure",))
 def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure: Structure) -> Chip:
-    """Program the matrices of a stack in turn: the temporaries of one at a time."""
+    """Program the matrices of a stack one after the other, so that only one's temporaries are in memory."""
     lead, shape = weight.shape[:-2], weight.shape[-2:]
 
     def of_one(matrix_and_key: tuple[Array, Array]) -> Chip:
@@ -115,8 +116,8 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         config = structure.config(values)
         chip = program(matrix, config, key)
         if chip.plan.path == "lookup":
-            # Tables compile in 2 to 4 s where products take less than one, are hardly faster or slower to read, and a
-            # model compiles dozens of reads at once.
+            # Tables take 2 to 4 s to compile, products less than one; their reads are about equally fast, and a model
+            # compiles dozens of reads at once.
             chip = program(matrix, config, key, path=without_tables(chip.plan, config))
         return chip
 
@@ -132,7 +133,7 @@ def first_match(path: str, layer: tuple[int, int] | None, rules: Rules) -> Cross
 
 
 def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
-    """Whether a pattern names a weight: a matrix, or layer (number, of how many) of a stack."""
+    """Return whether a pattern matches a weight: a matrix, or layer (number, of how many) of a stack."""
     ranged = _RANGE.fullmatch(pattern)
     if ranged is None:
         return fnmatch.fnmatchcase(path, pattern)

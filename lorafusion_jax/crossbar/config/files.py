@@ -1,7 +1,7 @@
-"""Configurations as YAML or JSON, and a digest by which a saved chip knows its own.
+"""Configurations as YAML or JSON, and the digest that links a saved chip to its configuration.
 
-A file holds the fields of `CrossbarConfig` as nested tables; what it leaves out has its default. Device models say
-which they are:
+A file holds the fields of `CrossbarConfig` as nested tables; missing fields have their defaults. The key `model` names
+the class of a device model:
 
     cell: {bits: [2, 2, 2, 2], on_off_ratio: 100.0}
     device:
@@ -37,7 +37,7 @@ from ..devices.write_error import (
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig
 
-# Fields that may hold one of several classes, which the key `model` names; all others have one by their annotation.
+# Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
     "programming": (Independent, Proportional, Polynomial),
     "drift": (PowerLaw, Relaxation),
@@ -62,7 +62,7 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
     Arrays are written as lists; `load_config` returns an equal configuration.
 
     Raises:
-      ValueError: for another suffix, or a device model that is a function: it cannot be written down.
+      ValueError: the suffix is another one, or a device model is a function, which a file cannot hold.
     """
     path = Path(path)
     kind = _kind(path)
@@ -79,8 +79,8 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
     """Return a preset by its name, or the configuration in a `.yaml`, `.yml` or `.json` file.
 
     Raises:
-      ValueError: for an unknown preset, a file that is not there or cannot be read, and a key or a value that does
-        not belong, which it names with the choices.
+      ValueError: the preset is unknown, the file is missing or cannot be read, or a key or value is not valid; the
+        message names it and the choices.
     """
     if str(name_or_path) in PRESETS:
         return PRESETS[str(name_or_path)]
@@ -94,7 +94,7 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
     try:
         fields = json.loads(text) if kind == "json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no {kind.upper()} file: {error}") from error
+        raise ValueError(f"{path} is not a {kind.upper()} file: {error}") from error
     try:
         return _build(CrossbarConfig, {} if fields is None else fields, "")
     except ValueError as error:
@@ -102,10 +102,10 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
 
 
 def config_hash(config: CrossbarConfig) -> str:
-    """Return the SHA-256 of a configuration: equal for equal ones, in any process.
+    """Return the SHA-256 of a configuration, which is the same in every process.
 
-    A device model that is a function counts by its module and name. Settings that only warn (`clip_share`) do not
-    count. Fields that came later count where they are set, so that chips saved before still fit their configuration.
+    A device model that is a function enters by its module and name. Settings that only warn (`clip_share`) do not
+    enter. Fields that were added later enter only if they are set, so that chips saved earlier still match.
     """
     adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
     dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)
@@ -113,7 +113,7 @@ def config_hash(config: CrossbarConfig) -> str:
 
 
 def has_hash(config: CrossbarConfig, digest: str) -> bool:
-    """Return whether a digest is that of a configuration, from `config_hash` now or before it left warnings out."""
+    """Return whether a digest belongs to a configuration, by `config_hash` now or before it left warnings out."""
     return digest in (config_hash(config), _hash(config))
 
 
@@ -135,7 +135,7 @@ def _kind(path: Path) -> str:
 
 
 def to_json(config: CrossbarConfig) -> str | None:
-    """Return a configuration as JSON text; None for one with functions or arrays, which text does not give back."""
+    """Return a configuration as JSON text, or None if it holds functions or arrays, which text cannot restore."""
 
     def refuse(function: Callable, where: str) -> str:
         raise _NotPlain
@@ -207,7 +207,7 @@ def _build(cls: type, fields: Any, where: str) -> Any:
 
 
 def _value(name: str, hint: Any, value: Any, where: str) -> Any:
-    """Return what a field of this annotation holds."""
+    """Return the value of a field with this annotation."""
     if name in _MODELS:
         return None if value is None else _model(name, value, where)
     options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)

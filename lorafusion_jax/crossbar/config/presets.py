@@ -1,8 +1,8 @@
-"""Crossbars of the literature: where each number was read, what is recalled, what is not modelled.
+"""Crossbars of the literature, with the source of each number and a note on parts that are not modelled.
 
-[S] read in the named source, [R] recalled from the paper. Inputs are sign and magnitude everywhere, and full scale
-is each input vector's largest |x|. An array holds one weight slice; designs that put the slices of a weight into
-neighbouring columns of one array have as many cells.
+[S] was read in the named source, [R] is recalled from the paper. Inputs are sign and magnitude everywhere, and full
+scale is each input vector's largest |x|. An array holds one weight slice; designs that put the slices of a weight into
+neighbouring columns of one array have the same number of cells.
 """
 
 from types import MappingProxyType
@@ -22,7 +22,7 @@ _ideal = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None),
 # * ISAAC's inputs are in two's complement, so its sums are positive and fit 8 bits. Ours have a sign: 9 bits = sign
 #   + ISAAC's 8 (the sums of flipped columns are at most 128 * 3 / 2 = 192). Nothing is lost, as in ISAAC.
 # * The on/off ratio of 1000 is taken as infinite: over 128 rows Gmin adds up to 128 * 3 / 999 = 0.38 of a level,
-#   less than half a step, and rounds away. Removing it once more digitally would be an error of its own.
+#   less than half a step, and rounds away. Removing it digitally as well would add an error.
 _isaac = CrossbarConfig(
     cell=Cell(bits=(2,) * 8),
     encoding=Encoding(kind="offset", unit_column=True, flip=True),

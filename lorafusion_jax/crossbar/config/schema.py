@@ -1,7 +1,7 @@
-"""What a crossbar is: one frozen dataclass tree.
+"""The configuration of a crossbar: one tree of frozen dataclasses.
 
 Structure (bits, slices, tile sizes, encodings) is static: metadata of the pytree, hashable. Physical values
-(on/off ratio, noise levels, times, ADC limits) are leaves: numbers, or arrays to be vmapped over and learned.
+(on/off ratio, noise levels, times, ADC limits) are leaves: numbers, or arrays that can be vmapped over and learned.
 `None` means ideal or absent, never zero bits.
 
 Units: conductances are normalised to Gmax = 1 and inputs to a full-scale DAC step = 1, so that a column's
@@ -19,7 +19,7 @@ from ..devices.device import Device
 from ..devices.physical import Physical, is_traced
 from ..devices.wires import Wire
 
-# What a limit is unless it is a tracer or a pytree's placeholder.
+# Types of a limit other than tracers and a pytree's placeholders.
 _CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
 
@@ -42,7 +42,7 @@ class Cell:
     """A ReRAM cell.
 
     Attributes:
-      bits: of each weight slice, least significant first: (2, 2, 2, 2), or RAELLA's (2, 2, 4). None: one
+      bits: bits of each weight slice, least significant first: (2, 2, 2, 2), or RAELLA's (2, 2, 4). None for one
         analogue cell for the whole weight.
       on_off_ratio: Gmax / Gmin; None is infinite.
     """
@@ -64,14 +64,14 @@ class Cell:
 @_register("kind", "two_sided", "unit_column", "flip")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How signed weights become conductances, which have no sign.
+    """Encoding of signed weights as conductances, which have no sign.
 
     Attributes:
       kind: `differential` (a positive and a negative array, subtracted) or `offset` (one array of weights
         shifted to be positive; the shift is removed after the conversion).
-      two_sided: differential: both cells carry the weight, (1 + w) / 2 and (1 - w) / 2, rather than one of them.
-      unit_column: offset: the shift is measured by one more column of each array rather than computed digitally.
-      flip: offset with a unit column: a column whose digits would sum to more than half of the full scale is
+      two_sided: with `differential`, both cells hold the weight, (1 + w) / 2 and (1 - w) / 2, instead of one of them.
+      unit_column: with `offset`, one more column of each array measures the shift, instead of digital logic.
+      flip: with `offset` and a unit column, a column whose digits would sum to more than half of the full scale is
         stored inverted (ISAAC), which halves the range that the ADC has to cover.
     """
 
@@ -94,17 +94,17 @@ class Encoding:
 @_register("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DAC:
-    """How inputs become voltages: quantised, and sent in slices.
+    """Conversion of inputs to voltages: they are quantised and sent in slices.
 
     Attributes:
-      bits: of the input, its sign included.
-      slice_bits: bits that one pulse carries (the DAC's own resolution); None sends all in one.
+      bits: bits of the input, its sign included.
+      slice_bits: bits of one pulse (the DAC's own resolution); None sends all bits in one pulse.
       signed: sign and magnitude on +-limit, 2^bits - 1 levels; else 2^bits levels on 0..limit.
-      scaling: what full scale is: `fixed` (limit, for every input), `calibrated` (one value for every input, from
+      scaling: choice of full scale: `fixed` (limit, for every input), `calibrated` (one value for every input, from
         data) or `row` (the largest |x| of each input vector, divided out and multiplied back digitally). Inputs
-        beyond it are clipped, as negative ones of an unsigned DAC are.
+        beyond it are clipped, and so are negative inputs of an unsigned DAC.
       limit: full scale for `fixed`.
-      quantile: of |x| that a calibrated full scale covers; negative inputs of an unsigned DAC count as zero.
+      quantile: share of |x| that a calibrated full scale covers; negative inputs of an unsigned DAC count as zero.
       clip_share: share of clipped inputs above which statistics warn.
       rounding: to the `nearest` code, or `stochastic`: up or down at random, right on average.
     """
@@ -137,12 +137,12 @@ class DAC:
 
     @property
     def magnitude_bits(self) -> int:
-        """Bits besides the sign."""
+        """Bits without the sign."""
         return self.bits - 1 if self.signed else self.bits
 
     @property
     def slices(self) -> tuple[int, ...]:
-        """Bits of each input slice, least significant first; the top slice takes what is left."""
+        """Bits of each input slice, least significant first; the top slice has the remaining bits."""
         total, step = self.magnitude_bits, self.slice_bits or self.magnitude_bits
         return (*[step] * (total // step), *([total % step] if total % step else []))
 
@@ -150,24 +150,24 @@ class DAC:
 @_register("bits", "range", "convert", "separate", "quantile", "clip_share", "retries")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ADC:
-    """How column currents become numbers.
+    """Conversion of column currents to numbers.
 
     Attributes:
-      bits: of one conversion; signed sums use 2^bits - 1 levels about zero.
+      bits: bits of one conversion; signed sums use 2^bits - 1 levels about zero.
       range: `calibrated` from data, `max` (everything the array could produce: wasteful), `granular` (one step
         of the ADC is one level of one cell at the smallest input), or `given` in `limits`.
       convert: after every input slice (`slice`), or once after an analogue shift-and-add (`sum`).
-      separate: differential: convert the positive and the negative column each, and subtract digitally.
-      quantile: of |current| that a calibrated range covers.
+      separate: with `differential`, convert the positive and the negative column separately and subtract digitally.
+      quantile: share of |current| that a calibrated range covers.
       clip_share: share of clipped conversions above which statistics warn.
       limits: [K, 2] lowest and highest current of each weight slice, or [R, K, 2] with those of each row tile, for
         range `given`; may be learned.
       gain_error: standard deviation of each column's ADC gain, drawn once per chip.
       offset_error: standard deviation of each column's ADC offset, in units of Gmax at full input.
-      noise: standard deviation of the normal noise of a conversion, drawn anew for each, in units of Gmax at full
+      noise: standard deviation of the normal noise of a conversion, drawn again for each, in units of Gmax at full
         input (aihwkit's `out_noise`).
-      retries: how often an input vector is read again of which a conversion was beyond the highest code, at half the
-        voltage of the time before (aihwkit's iterative bound management).
+      retries: limit on repeated reads of an input vector. If a conversion exceeds the highest code, the vector is read
+        again at half the voltage (aihwkit's iterative bound management).
     """
 
     bits: int = 8
@@ -209,10 +209,10 @@ class Tile:
     """One physical array, and how a matrix is cut into such arrays.
 
     Attributes:
-      rows: inputs of an array; None: as many as the matrix has.
-      cols: outputs of an array, a unit column not counted; None: as many as the matrix has.
-      partition: `equal` (ceil(d / rows) parts of one rounded size, the last of what is left) or `full` (all but the
-        last array are full).
+      rows: inputs of an array; None for all inputs of the matrix.
+      cols: outputs of an array, without a unit column; None for all outputs of the matrix.
+      partition: `equal` (ceil(d / rows) parts of one rounded size; the last part has the rest) or `full` (all arrays
+        but the last are full).
       wire: resistance of the wires (IR drop); None for ideal wires.
       current_limit: the largest current of a column (Gmax at full input = 1), clipped before any subtraction.
     """
@@ -237,12 +237,12 @@ class Tile:
 @_register("weight_bits", "scale", "quantile")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mapping:
-    """How weights are scaled onto the cells.
+    """Scaling of weights onto the cells.
 
     Attributes:
-      weight_bits: sign included; None for real-valued weights in one analogue cell.
+      weight_bits: bits of a weight, its sign included; None for real-valued weights in one analogue cell.
       scale: the weights that share one full scale M = max |w|: the `matrix`, a `tile`, or an output `column`.
-      quantile: of |w| that M covers; weights beyond it are clipped.
+      quantile: share of |w| that M covers; weights beyond it are clipped.
     """
 
     weight_bits: int | None = 8
@@ -261,10 +261,10 @@ class Mapping:
 @_register()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossbarConfig:
-    """A crossbar. The default is 128 x 128 arrays of four 2-bit differential cells, without any ADC or noise.
+    """Configuration of a crossbar; by default 128 x 128 arrays of four 2-bit differential cells, without ADC or noise.
 
     Raises:
-      ValueError: for parts that do not fit together, with the way to fix it.
+      ValueError: parts do not fit together; the message explains how to fix it.
     """
 
     cell: Cell = Cell()
@@ -318,47 +318,47 @@ class CrossbarConfig:
 
     @property
     def signed_inputs(self) -> bool:
-        """Whether an input slice may be negative."""
+        """Return whether an input slice may be negative."""
         return self.dac is None or self.dac.signed
 
     @property
     def signed_sums(self) -> bool:
-        """Whether a current that is converted may be negative."""
+        """Return whether a current that is converted may be negative."""
         return self.signed_inputs or (self.encoding.kind == "differential" and not self.converts_each)
 
     @property
     def converts_sums(self) -> bool:
-        """Whether input slices are shifted and added before the ADC: one conversion for all of them."""
+        """Return whether input slices are shifted and added before the ADC, with one conversion for all of them."""
         return self.adc is not None and self.adc.convert == "sum"
 
     @property
     def converts_each(self) -> bool:
-        """Whether positive and negative columns have conversions of their own."""
+        """Return whether positive and negative columns are converted separately."""
         return self.adc is not None and self.adc.separate
 
     @property
     def mismatched(self) -> bool:
-        """Whether every column's ADC has a gain or an offset of its own."""
+        """Return whether every column's ADC has a different gain or offset."""
         return self.adc is not None and (self.adc.gain_error is not None or self.adc.offset_error is not None)
 
     @property
     def draws_at_conversion(self) -> bool:
-        """Whether a column sum has noise when it is converted."""
+        """Return whether a column sum has noise when it is converted."""
         return self.device.read_noise is not None or (self.adc is not None and self.adc.noise is not None)
 
     @property
     def reads_at_random(self) -> bool:
-        """Whether every read draws random numbers."""
+        """Return whether every read draws random numbers."""
         return self.draws_at_conversion or (self.dac is not None and self.dac.rounding == "stochastic")
 
     @property
     def g_min(self) -> Any:
-        """The smallest conductance, of Gmax."""
+        """Smallest conductance, as a fraction of Gmax."""
         return 0.0 if self.cell.on_off_ratio is None else 1.0 / self.cell.on_off_ratio
 
 
 def deterministic(config: CrossbarConfig) -> CrossbarConfig:
-    """Return the same arrays and converters with nothing random: no errors, no drift, no noise, inputs rounded."""
+    """Return the configuration without random effects: no errors, no drift, no noise, and inputs rounded to nearest."""
     device = dataclasses.replace(
         config.device, programming=None, write_verify=None, stuck=None, drift=None, compensate=False, read_noise=None
     )
@@ -373,15 +373,15 @@ def _tuples(values: Any) -> Any:
 
 
 def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
-    """Refuse ADC limits that no converter could have.
+    """Raise an error for ADC limits that a converter cannot have.
 
     Args:
       limits: None, [K, 2] or [R, K, 2]; tracers and a pytree's placeholders pass.
       slices: K.
-      signed: whether the converted currents may be negative.
+      signed: the converted currents may be negative.
 
     Raises:
-      ValueError: on a wrong shape, or a range that is empty, not finite, or one-sided for signed sums.
+      ValueError: the shape is wrong, or a range is empty, not finite, or one-sided for signed sums.
     """
     leaves = jax.tree.leaves(limits, is_leaf=lambda leaf: leaf is None)
     if is_traced(leaves) or not all(isinstance(leaf, _CONCRETE) for leaf in leaves):

@@ -1,4 +1,4 @@
-"""A configuration as static structure and arrays, and what makes two configurations different crossbars."""
+"""Split of a configuration into static structure and arrays, and the comparison of two configurations."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -16,9 +16,9 @@ class Structure(NamedTuple):
     Plain numbers are structure, compiled in as constants; a value that is swept or learned is an array.
 
     Attributes:
-      tree: of the configuration.
-      numbers: its leaves, None where there is an array.
-      classes: of its parts, device models among them: jaxlib 0.10 takes trees for equal that differ in these alone.
+      tree: pytree structure of the configuration.
+      numbers: its leaves, with None in place of arrays.
+      classes: classes of its parts, including device models; jaxlib 0.10 ignores them when it compares trees.
     """
 
     tree: Any
@@ -32,7 +32,7 @@ class Structure(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The paths of its arrays, as in `device.read_noise.sigma`."""
+        """Paths of its arrays, such as `device.read_noise.sigma`."""
         paths, _ = jax.tree.flatten_with_path(jax.tree.unflatten(self.tree, [object()] * len(self.numbers)))
         return tuple(
             jax.tree_util.keystr(path, simple=True, separator=".")
@@ -52,10 +52,10 @@ def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
 
 
 def _structure_of_arrays(config: CrossbarConfig) -> Structure:
-    """Return what has to be the same where arrays are programmed and where they are read.
+    """Return the part of a configuration that must be the same when arrays are programmed and when they are read.
 
-    That is all but what acts at a read (the size of noise, repeated reads, rounding of inputs), at calibration, and
-    in warnings.
+    Left out are settings of a read (the size of noise, repeated reads, rounding of inputs), of calibration and of
+    warnings.
     """
     adc, dac, noise = config.adc, config.dac, config.device.read_noise
     if adc is not None:
@@ -72,14 +72,14 @@ def _structure_of_arrays(config: CrossbarConfig) -> Structure:
 
 
 def check_same(programmed: CrossbarConfig, config: CrossbarConfig) -> None:
-    """Refuse a configuration that is not that of the arrays; swept values and functions are not compared.
+    """Raise an error if a configuration differs from that of the arrays; swept values and functions are not compared.
 
     Args:
-      programmed: of the arrays.
-      config: that they are to be read with.
+      programmed: configuration of the arrays.
+      config: configuration to read them with.
 
     Raises:
-      ValueError: which names what differs.
+      ValueError: the configurations differ; the message names the differences.
     """
     of_arrays = [_structure_of_arrays(each) for each in (programmed, config)]
     if of_arrays[0] == of_arrays[1]:
@@ -93,7 +93,7 @@ def check_same(programmed: CrossbarConfig, config: CrossbarConfig) -> None:
 
 
 class _Swept:
-    """Stands for an array, whose values are not compared."""
+    """Placeholder of an array, whose values are not compared."""
 
     def __repr__(self) -> str:
         return "an array"

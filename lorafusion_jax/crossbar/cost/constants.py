@@ -26,11 +26,11 @@ class Constant:
 
     Attributes:
       unit: of the three values: fJ, pJ, ns, us, or 1 for a pure number.
-      low: value.
-      typical: value.
-      high: value.
-      source: of all three.
-      meaning: in words.
+      low: low value.
+      typical: typical value.
+      high: high value.
+      source: source of all three values.
+      meaning: explanation in words.
     """
 
     unit: str
@@ -53,7 +53,7 @@ class Constants:
         return Range(constant.low, constant.typical, constant.high) * _SI[constant.unit]
 
     def pinned(self, level: Level, *names: str) -> "Constants":
-        """Return the constants with those named, all if none is, fixed at one of their three values."""
+        """Return the constants with the named ones (all without names) fixed at one of their three values."""
 
         def pin(constant: Constant) -> Constant:
             value = getattr(constant, level)
@@ -164,7 +164,7 @@ CONSTANTS = Constants(
 
 
 def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
-    """Write a table to a `.yaml`, `.yml` or `.json` file, to be edited and read by `load_constants`."""
+    """Write a table to a `.yaml`, `.yml` or `.json` file, which can be edited and read by `load_constants`."""
     write = json.dumps if _kind(path) == "json" else yaml.safe_dump
     layout: dict[str, Any] = {"indent": 2} if _kind(path) == "json" else {"sort_keys": False, "width": 120}
     table = {name: {field: getattr(c, field) for field in _FIELDS} for name, c in constants.table.items()}
@@ -175,11 +175,11 @@ def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
 
 
 def load_constants(path: Path) -> Constants:
-    """Return the table in a file as `save_constants` writes it: every constant with unit, three values and source.
+    """Return the table in a file that `save_constants` wrote: every constant with unit, three values and source.
 
     Raises:
-      ValueError: no such file, one that cannot be read, a constant that is missing or unknown, another unit, a value
-        that is no positive number, or values that do not rise; with the constant's name and what was wanted.
+      ValueError: the file is missing or cannot be read, a constant is missing or unknown or has another unit, a value
+        is not a positive number, or values do not rise. The message has the constant's name and what was wanted.
     """
     kind = _kind(path)
     if not path.is_file():
@@ -187,7 +187,7 @@ def load_constants(path: Path) -> Constants:
     try:
         found = (json.loads if kind == "json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no {kind.upper()} file: {error}") from error
+        raise ValueError(f"{path} is not a {kind.upper()} file: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {found!r}: wanted a table of constants by name")
     if missing := [name for name in CONSTANTS.table if name not in found]:

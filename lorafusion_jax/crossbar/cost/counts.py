@@ -1,4 +1,4 @@
-"""What a matrix takes on a crossbar and what one read of it does, in whole numbers, by the simulator's own mapping."""
+"""Counts of a matrix on a crossbar (arrays, cells) and of one read of it, by the simulator's own mapping."""
 
 import dataclasses
 
@@ -8,14 +8,15 @@ from ..mapping import encoding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Counts of one matrix, or of several: they add up, and multiply by how often they are met.
+    """Counts of one matrix, or of several; counts can be added and multiplied by a number of reads.
 
     Attributes:
       arrays: tiles x weight slices x polarities.
-      cells: that hold a weight or a unit column; the rest of an array is neither written nor counted as read.
-      rows: in use, of all arrays: each is driven at a read and written at once.
-      conversions: of the ADCs, for one input vector.
-      additions: for one input vector, after the conversions: shift-and-add, unit columns or offsets taken off.
+      cells: cells that hold a weight or a unit column; the rest of an array is neither written nor counted as read.
+      rows: rows in use of all arrays; each is driven at a read, and its cells are written at once.
+      conversions: conversions of the ADCs for one input vector.
+      additions: additions for one input vector after the conversions: shift-and-add, and removal of unit columns or
+        offsets.
       sums: additions over row tiles.
       inputs: numbers that come in.
       outputs: numbers that go out, each scaled by one multiplication.

@@ -9,7 +9,7 @@ All are linear in the counts of `counts`, so that matrices and layers add up. Jo
               shift-add  additions E_add
               digital    sums E_add + outputs E_MAC + (inputs + outputs) E_word
 
-docs/guides/cost.md explains them, and names what is not modelled.
+docs/guides/cost.md explains them, and lists effects that are not modelled.
 """
 
 from typing import NamedTuple
@@ -22,15 +22,15 @@ from .ranges import Range, longest, total
 
 
 class WriteCost(NamedTuple):
-    """What it takes to write cells once.
+    """Cost of writing cells.
 
     Attributes:
-      cells: written.
+      cells: cells written.
       pulses: write-verify pulses of all of them.
       energy: joules.
-      time: seconds; rows of an array one after the other, the cells of a row at once.
-      cycles: of endurance that each cell takes.
-      until_worn: how often the same cells can take that before the endurance is used up; None without cells.
+      time: seconds; rows of an array are written one after the other, the cells of a row at once.
+      cycles: cycles of endurance that each cell uses.
+      until_worn: number of such writes until the endurance is used up; None without cells.
     """
 
     cells: int
@@ -57,12 +57,12 @@ class ReadEnergy(NamedTuple):
 
 
 def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1) -> WriteCost:
-    """Return what writing takes.
+    """Return the cost of writing matrices.
 
     Args:
-      written: of the matrices.
-      constants: of the device.
-      passes: how often every one of their cells is written.
+      written: counts of the matrices.
+      constants: constants of the device.
+      passes: number of times that each of their cells is written.
     """
     cycles = constants["write_pulses"] * (passes if written.cells else 0)
     cells = written.cells * passes
@@ -80,12 +80,12 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
     """Return the energy of reads.
 
     Args:
-      reads: counts of the matrices, each as often as it is read with an input vector.
-      config: of the crossbar.
-      constants: of the devices and converters.
+      reads: counts of the matrices, each multiplied by its number of input vectors.
+      config: configuration of the crossbar.
+      constants: constants of the devices and converters.
 
     Raises:
-      ValueError: the DAC or the ADC is ideal: it has no energy.
+      ValueError: the DAC or the ADC is ideal, and so has no energy.
     """
     dac, adc = _converters(config)
     drive = sum(2**bits - 1 for bits in dac.slices)
@@ -102,18 +102,18 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
 
 
 def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
-    """Return the seconds of one matrix-vector product; all arrays work at once, each column group at one ADC.
+    """Return the seconds of one matrix-vector product; all arrays work at once, and each column group shares one ADC.
 
-    While the sums of an input slice are converted, the next slice is read; where slices are summed before the ADC
-    (`adc.convert="sum"`), conversion comes after all of them.
+    While the sums of an input slice are converted, the next slice is read. If slices are summed before the ADC
+    (`adc.convert="sum"`), conversion starts after the last slice.
 
     Args:
       shape: (d_in, d_out).
-      config: of the crossbar.
-      constants: of the devices and converters.
+      config: configuration of the crossbar.
+      constants: constants of the devices and converters.
 
     Raises:
-      ValueError: as `read_energy` does.
+      ValueError: the DAC or the ADC is ideal.
     """
     dac, adc = _converters(config)
     columns = max(encoding.grid(shape, config)[1]) + config.encoding.unit_column

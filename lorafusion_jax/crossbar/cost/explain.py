@@ -1,4 +1,4 @@
-"""What a matrix costs on a crossbar, and how its products are computed."""
+"""Explanation of a matrix on a crossbar: its arrays, and the path of its products."""
 
 import dataclasses
 import math
@@ -18,25 +18,25 @@ from .counts import counts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """The arrays of a matrix and the path of its products; `print` it.
+    """The arrays of a matrix and the path of its products, which `print` shows as text.
 
     Attributes:
       shape: (d_in, d_out).
-      path: how a product is computed (see `plan`).
-      reason: why, in words.
+      path: path of a product (see `plan`).
+      reason: reason of that choice, in words.
       tiles: row tiles and column tiles.
       array: rows and columns of one array, a unit column not counted.
       weight_slices: bits of each weight slice, least significant first; () for an analogue cell.
       input_slices: bits of each input slice, least significant first; () for an ideal DAC.
       polarities: 2 for differential encoding, else 1.
-      arrays: of one matrix: tiles x weight slices x polarities.
+      arrays: arrays of one matrix: tiles x weight slices x polarities.
       utilisation: share of their cells that hold a weight.
-      matrices: how many of this shape there are.
-      shared_arrays: of all matrices, placed side by side along their shorter axis.
-      shared_utilisation: share of those cells.
-      conversions: of the ADCs for one product with one input vector; 0 without ADC.
-      lost_bits: for each weight slice, the bits that its ADC lacks to tell every possible column sum of perfect cells
-        apart: log2 of the largest sum over the highest code, none below 0; None where sums are no integers.
+      matrices: number of matrices of this shape.
+      shared_arrays: arrays of all matrices, placed side by side along their shorter axis.
+      shared_utilisation: share of cells in use if arrays are shared.
+      conversions: conversions of the ADCs for one input vector; 0 without ADC.
+      lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all possible column sums of perfect
+        cells: log2 of the largest sum over the highest code, at least 0; None if sums are not integers.
     """
 
     shape: tuple[int, int]
@@ -77,20 +77,20 @@ class Explanation:
 
 
 def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *, matrices: int = 1) -> Explanation:
-    """Return what a [d_in, d_out] matrix takes on a crossbar; nothing is programmed.
+    """Return the arrays and the path of a [d_in, d_out] matrix on a crossbar, without programming it.
 
-    The path is that of any weights of this shape. That of a chip may be faster: its column sums are known, and an ADC
-    that has been calibrated may turn out to lose nothing.
+    The path is valid for any weights of this shape. A chip's path may be faster, because its column sums are known and
+    a calibrated ADC may lose nothing.
 
     Args:
       what: a configuration, with a shape; or a chip, which has both.
       shape: (d_in, d_out).
-      matrices: how many such matrices there are. Side by side they share arrays: along columns where d_out is the
-        shorter axis (the A of low-rank modules, which read one input), else along rows (their B). Those rows drive
-        common columns, so that their outputs add up in the array, or are driven matrix by matrix.
+      matrices: number of such matrices. Side by side they share arrays: along columns if d_out is the shorter axis (the
+        A of low-rank modules, which read one input), else along rows (their B). Those rows drive common columns, so
+        that their outputs add up in the array, or are driven matrix by matrix.
 
     Raises:
-      ValueError: on a shape that is not one, or is not that of the chip.
+      ValueError: the shape is not valid, or is not that of the chip.
     """
     if isinstance(what, Chip):
         if shape is not None and tuple(shape) != what.matrix_shape:
@@ -130,7 +130,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
 
 
 def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
-    """Return the plan that programming would make, without any arithmetic."""
+    """Return the plan that programming would make, without computing anything."""
     plans = []
     weights, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(jax.random.key, 0)
     jax.eval_shape(lambda weights, key: plans.append(program(weights, config, key).plan), weights, key)

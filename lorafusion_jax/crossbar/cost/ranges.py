@@ -1,4 +1,4 @@
-"""A quantity that is known to a range, and its arithmetic."""
+"""A quantity that is known as a range, and its arithmetic."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """A quantity as low, typical and high value, none negative: sums, products and quotients are ranges again.
+    """A quantity as low, typical and high value, none negative. Sums, products and quotients are ranges again.
 
-    Ends meet ends, as in interval arithmetic: what has one constant on both sides of a quotient comes out wider
-    than it is. Pin such constants first (`Constants.pinned`).
+    The arithmetic is interval arithmetic: a quotient with the same constant on both sides becomes too wide. Pin such
+    constants first (`Constants.pinned`).
 
     Raises:
-      ValueError: where not 0 <= low <= typical <= high.
+      ValueError: the values do not satisfy 0 <= low <= typical <= high.
     """
 
     low: float | int
@@ -36,7 +36,7 @@ class Range:
         return Range(self.low * other.low, self.typical * other.typical, self.high * other.high)
 
     def __truediv__(self, other: "Range | float | int") -> "Range":
-        """Return the quotient by what is above zero."""
+        """Return the quotient by a value above zero."""
         other = other if isinstance(other, Range) else Range.of(other)
         return Range(self.low / other.high, self.typical / other.typical, self.high / other.low)
 
@@ -46,11 +46,11 @@ class Range:
 
 
 def total(ranges: Iterable[Range]) -> Range:
-    """Return the sum of ranges, zero of none."""
+    """Return the sum of ranges; zero without any."""
     return sum(ranges, start=Range.of(0.0))
 
 
 def longest(ranges: Iterable[Range]) -> Range:
-    """Return the largest low, typical and high value of ranges: of what goes on side by side."""
+    """Return the largest low, typical and high value of ranges: the duration of parallel processes."""
     found = list(ranges)
     return Range(*(max(getattr(each, end) for each in found) for end in ("low", "typical", "high")))

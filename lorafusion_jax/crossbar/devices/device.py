@@ -1,8 +1,8 @@
-"""The cells of one chip: from target conductances to those that are really there.
+"""The cells of one chip: actual conductances from target conductances.
 
-Conductances are normalised to Gmax = 1. The order of effects: programming error (through write-verify where asked
-for), cells that are stuck, drift until `time`, each followed by the clip to what a cell can be. Read noise and
-nonlinear I-V belong to a read: they are described here and applied there.
+Conductances are normalised to Gmax = 1. The order of effects is programming error (with write-verify if it is set),
+stuck cells, and drift until `time`; after each of them, conductances are clipped to the possible values. Read noise
+and nonlinear I-V belong to a read: they are described here and applied there.
 """
 
 import dataclasses
@@ -51,13 +51,13 @@ class StuckAt:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReadNoise:
-    """Normal noise redrawn for every read.
+    """Normal noise that is drawn again for every read.
 
     Attributes:
-      sigma: standard deviation, of Gmax (`independent`) or of the cell's G (`proportional`).
-      kind: which of them.
-      clip: cut each cell's draw off at G >= 0 (CrossSim does). A column's noise is then no longer normal, and every
-        cell has to be drawn; without, one draw for every conversion has the same distribution.
+      sigma: standard deviation, as a fraction of Gmax (`independent`) or of the cell's G (`proportional`).
+      kind: `independent` or `proportional`.
+      clip: clip each cell's draw to G >= 0 (CrossSim does). A column's noise is then no longer normal, and every cell
+        has to be drawn. Without clipping, one draw for every conversion has the same distribution.
     """
 
     sigma: Physical
@@ -108,7 +108,7 @@ _MODELS = ("programming", "drift", "iv")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a cell does that an ideal conductance would not; everything None is ideal.
+    """Differences of a cell from an ideal conductance; None is ideal for each.
 
     Attributes:
       programming: (G, key, time) -> G, of target conductances: a model of `write_error`, or a function.
@@ -116,11 +116,11 @@ class Device:
       stuck: shares of cells that cannot be programmed.
       drift: (G, key, time) -> G, of programmed conductances: a model of `drift`, or a function.
       time: seconds since programming; None: read at once, without drift.
-      compensate: multiply a matrix's outputs by the one factor that undoes its mean drift (see
-        `drift.drift_compensation`): all its conductances just after programming, summed, over all of them now.
-      read_noise: redrawn for each read.
+      compensate: multiply a matrix's outputs by one factor that compensates its mean drift (see
+        `drift.drift_compensation`): the sum of its conductances just after programming over their sum now.
+      read_noise: noise that is drawn again for each read.
       iv: (v, G) -> current of a cell at v of the read voltage: `Sinh`, or a function.
-      clip: what a cell can be: `positive` G >= 0, or `range` [Gmin, Gmax].
+      clip: possible values of a cell: `positive` G >= 0, or `range` [Gmin, Gmax].
     """
 
     programming: Model | None = None
@@ -149,19 +149,19 @@ class Device:
 def realise(
     G: Float[Array, "..."], device: Device, key: Array | None, *, g_min: Physical = 0.0
 ) -> tuple[Float[Array, "..."], Int[Array, "..."] | None]:
-    """Return what one chip's cells really are, `device.time` after programming.
+    """Return the actual conductances of one chip's cells, `device.time` after programming.
 
     Args:
-      G: target conductances, of Gmax.
+      G: target conductances, as fractions of Gmax.
       device: the device.
-      key: of the chip; None only for a device without randomness.
-      g_min: Gmin, of Gmax.
+      key: PRNG key of the chip; None only for a device without randomness.
+      g_min: Gmin, as a fraction of Gmax.
 
     Returns:
-      The conductances, and how many pulses each cell took (None without write-verify).
+      The conductances, and the number of pulses of each cell (None without write-verify).
 
     Raises:
-      ValueError: where randomness is asked for without a key.
+      ValueError: the device is random and there is no key.
     """
     drift = None if device.time is None else device.drift
     if device.programming is None and device.stuck is None and drift is None:

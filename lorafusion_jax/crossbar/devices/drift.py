@@ -1,4 +1,4 @@
-"""Drift: how programmed conductances change with time, and what is usually done about it.
+"""Drift of programmed conductances with time, and its usual compensation.
 
 A model is any function (G, key, time) -> G of programmed conductances (Gmax = 1) and seconds since programming.
 """
@@ -75,11 +75,11 @@ class Flicker:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """G ((t + t0) / t0)^-nu, with an exponent nu of its own for every cell.
+    """Drift by G ((t + t0) / t0)^-nu, with a different exponent nu for every cell.
 
     Attributes:
       exponent: mean of nu, a number or a `LogLinear` function of the programmed conductance.
-      spread: standard deviation of nu likewise; |nu| counts, as in the published model.
+      spread: standard deviation of nu, a number or a `LogLinear` function; |nu| is used, as in the published model.
       start: t0, when the cell was first read, in seconds after programming.
       flicker: gathered 1/f noise on top; None for none.
     """

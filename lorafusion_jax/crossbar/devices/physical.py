@@ -22,7 +22,7 @@ else:
 def check_bounds(
     owner: Any, name: str, low: float | int, high: float | int = float("inf"), *, open_low: bool = False
 ) -> None:
-    """Refuse a plain number outside [low, high]; arrays, tracers, None and a pytree's placeholders pass.
+    """Raise an error for a plain number outside [low, high]; arrays, tracers, None and placeholders pass.
 
     Args:
       owner: the dataclass.
@@ -51,18 +51,18 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def is_traced(tree: Any) -> bool:
-    """Return whether any leaf is known to a transformation alone."""
+    """Return whether any leaf is a tracer of a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_moved(tangent: Any) -> bool:
-    """Return whether a tangent, in a rule with symbolic zeros, is of something that is differentiated."""
+    """Return whether a tangent, in a rule with symbolic zeros, belongs to a differentiated value."""
     return not isinstance(tangent, SymbolicZero)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def without_gradient(value: Array, why: str) -> Array:
-    """Return `value`, which has no gradient: a derivative with respect to it is refused, rather than zero.
+    """Return `value`, marked so that differentiating it raises an error instead of giving zero.
 
     Args:
       value: any array.

@@ -1,4 +1,4 @@
-"""IR drop: the voltage that the wires of an array take from its cells.
+"""IR drop: the voltage that is lost in the wires of an array.
 
 Word line r is driven from the left, bit line j is sensed at the bottom, and every cell is joined to the next by one
 segment of either wire. With rows and columns counted from 1 and the cell's current I = G V,

@@ -1,4 +1,4 @@
-"""Programming (write) error: what conductance a cell has that was asked for G, and write-verify.
+"""Programming (write) error: the conductance of a cell with target G, and write-verify.
 
 A model is any function (G, key, time) -> G of normalised target conductances (Gmax = 1) and seconds since
 programming (None: at once). Results may be negative: `realise` clips, which leaves half-normal noise on cells
@@ -63,7 +63,7 @@ class Polynomial:
     Attributes:
       deviation: coefficients of the standard deviation of Gmax, lowest power of G / Gmax first: one tuple for
         each of `seconds`. A fit that dips below zero counts as zero.
-      shift: coefficients of the mean error likewise; None for none.
+      shift: coefficients of the mean error in the same form; None for none.
       seconds: since programming, rising; between them coefficients are interpolated in log time, beyond them held.
       scale: multiplies shift and deviation.
     """
@@ -162,7 +162,7 @@ class WriteVerify:
     def __call__(
         self, write: Callable[[Array, Array], Array], target: Float[Array, "..."], key: Array
     ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-        """Return the conductances, and how many pulses each cell took.
+        """Return the conductances, and the number of pulses of each cell.
 
         Args:
           write: (target, key) -> G, one pulse on every cell.

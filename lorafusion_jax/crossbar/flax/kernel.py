@@ -52,7 +52,7 @@ class Kernel:
           inputs: number of axes that are summed over.
           features: sizes of the axes of the result.
           preferred_element_type: dtype of the result; None for that of x.
-          out_sharding: refused.
+          out_sharding: must be None.
 
         Raises:
           ValueError: the kernel is still a stack of layers, or `out_sharding` is given.

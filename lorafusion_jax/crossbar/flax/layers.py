@@ -1,4 +1,4 @@
-"""Layers of either Flax as matrices: which can be put on arrays, and how."""
+"""Layers of NNX and Linen as matrices: the layers that can be put on arrays, and how."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,12 +38,12 @@ _PRODUCTS = {
 
 
 class Found(NamedTuple):
-    """What a path leads to: a layer, or a parameter.
+    """Target of a path: a layer, or a parameter.
 
     Attributes:
       weight: a matrix, or a stack of them; a vector stays digital whatever the rules say.
-      obstacle: why it cannot be put on arrays, or None.
-      layer: the layer that can.
+      obstacle: reason why it cannot be put on arrays, or None.
+      layer: the layer that can be put on arrays.
       shape: shape of the kernel in one layer.
       dtype: dtype of the kernel.
       equation: the equation of an `Einsum`.
@@ -83,12 +83,12 @@ def found_layer(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str
 
 
 def found_digital(parameter: Array) -> Found:
-    """Return what stays digital, as the vector of a parameter's last axis."""
+    """Return the entry of a parameter that stays digital: a vector of its last axis."""
     return Found(parameter[(0,) * (parameter.ndim - 1)])
 
 
 def found_parameter(parameter: Array) -> Found:
-    """Return a parameter that belongs to no layer of Flax."""
+    """Return the entry of a parameter that does not belong to a layer of Flax."""
     if parameter.ndim < 2:
         return Found(parameter)
     return Found(parameter, f"it is a parameter of shape {parameter.shape}, and no layer's kernel")
@@ -138,7 +138,7 @@ def _axes(layer: Any, ndim: int, equation: str | None) -> tuple[Sequence[int], S
 
 
 def _obstacle(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str | None) -> str | None:
-    """Return what keeps a layer from arrays, or None."""
+    """Return the reason why a layer cannot be put on arrays, or None."""
     if isinstance(layer, UNABLE):
         return f"{type(layer).__name__} has no form on arrays"
     for name, usual in _PRODUCTS.items():

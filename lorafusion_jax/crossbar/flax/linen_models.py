@@ -68,13 +68,13 @@ class _Leaf(Kernel):
 
 @dataclasses.dataclass
 class _Calls:
-    """What is seen of a layer while a model is traced.
+    """Calls of a layer while a model is traced.
 
     Attributes:
       layer: the layer.
       shape: shape of its kernel in one layer.
       equations: the equations of an `Einsum`.
-      attended: whether it is an embedding that is multiplied by.
+      attended: the layer is an embedding whose `attend` is called.
     """
 
     layer: nn.Module
@@ -161,7 +161,7 @@ def _intercepted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any)
 
 
 def _attend(layer: nn.Embed, promote: Promote, head: Kernel, query: Array) -> Array:
-    """Return what `nn.Embed.attend` does, which cannot be given a product."""
+    """Return the result of `nn.Embed.attend`, which does not accept a product as an option."""
     query, head = promote(query, head, dtype=layer.dtype)
     return head.read(query)
 
@@ -169,7 +169,7 @@ def _attend(layer: nn.Embed, promote: Promote, head: Kernel, query: Array) -> Ar
 def _einsum(
     layer: nn.Einsum, promote: Promote, kernel: Kernel, bias: Any, inputs: Array, einsum_str: str | None = None
 ) -> Array:
-    """Return what `nn.Einsum` does, which cannot be given a product."""
+    """Return the result of `nn.Einsum`, which does not accept a product as an option."""
     equation = _equation(layer, inputs, einsum_str)
     inputs, kernel, bias = promote(inputs, kernel, bias, dtype=layer.dtype)
     y = einsum(equation, inputs, kernel, preferred_element_type=layer.preferred_element_type)

@@ -17,7 +17,7 @@ class InArrays(nnx.Variable):
     """The kernel of a layer on arrays. It is not an `nnx.Param`, so that training leaves it alone."""
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the kernel, whatever is asked for."""
+        """Return the kernel for any index."""
         return self.get_value()
 
 

@@ -1,4 +1,4 @@
-"""Several weight slices in one word, whose column sums come out of one sum of words.
+"""Packing of several weight slices into one word, so that one sum of words gives all their column sums.
 
 Slice k lies in a field of its word: word = sum_k g_k 2^(shift_k). Its sum over any subset of rows is
 
@@ -28,11 +28,11 @@ FLOAT_BITS, INT_BITS = 24, 32
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where every slice lies.
+    """Fields of the slices in words.
 
     Attributes:
       fields: (word, shift, bits) of every slice.
-      variances: those of the slices' variances, each in its slice's word; empty without read noise.
+      variances: fields of the slices' variances, each in its slice's word; empty without read noise.
     """
 
     fields: tuple[tuple[int, int, int], ...]

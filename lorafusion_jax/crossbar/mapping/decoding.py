@@ -1,7 +1,7 @@
-"""The way back: from cells to what their columns stand for, and from conversions to the product.
+"""Decoding: from cells to the weight codes of their columns, and from conversions to the product.
 
-A column brings sum_rows u (g + kappa) to the ADC, kappa = Gmin in level units. What it stands for follows by
-taking off the Gmin and the offset, known from the inputs (digital) or measured by the array's unit column.
+The sum of a column at the ADC is sum_rows u (g + kappa), with kappa = Gmin in level units. Its value follows by
+subtracting Gmin and the offset, which are computed from the inputs (digital) or measured by the array's unit column.
 This is linear: the same rule recovers sums from conversions and weight codes from cells.
 
 Axis letters: K weight slices, P polarities, R row tiles, C column tiles, A inputs or row tiles.
@@ -27,13 +27,13 @@ def recover(
     flipped: Bool[Array, "K *#S _cols"] | None,
     config: CrossbarConfig,
 ) -> Float[Array, "K *S _cols"]:
-    """Return what columns of offset encoding stand for, whose weighted sum over K is the signed result.
+    """Return the values of columns in offset encoding; their weighted sum over K is the signed result.
 
     Args:
-      columns: what was measured, Gmin included; the unit column, if any, last.
+      columns: measured sums, Gmin included; the unit column, if any, is last.
       ones: sum of the inputs.
-      flipped: which columns are stored inverted.
-      config: of the crossbar.
+      flipped: columns that are stored inverted.
+      config: configuration of the crossbar.
     """
     shape = (-1, *[1] * (columns.ndim - 1))
     gmin = kappa(config, columns.dtype).reshape(shape)
@@ -55,7 +55,7 @@ def programmed_codes(
     shape: tuple[int, int],
     config: CrossbarConfig,
 ) -> Float[Array, "d_in d_out"]:
-    """Return the weight codes that cells stand for: what a perfect read of them adds up to."""
+    """Return the weight codes of cells: the sums of a perfect read."""
     if config.encoding.kind == "differential":
         slices = cells[:, 0] - cells[:, 1]
     else:
@@ -79,7 +79,7 @@ def columns(
     config: CrossbarConfig,
     gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
-    """Return what multiplies the inputs, one entry for each conversion: k = K, or 2 K where both polarities convert.
+    """Return the factors of the inputs, one entry for each conversion: k = K, or 2 K if both polarities are converted.
 
     Unit columns, one of every array, come after all others.
 
@@ -104,7 +104,7 @@ def column_variances(
     config: CrossbarConfig,
     gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
-    """Return the variances of what `columns` returns, given those of the cells.
+    """Return the variances of the result of `columns`, given those of the cells.
 
     Cells of one column only stand for all columns. Arguments as for `columns`.
     """
@@ -121,7 +121,7 @@ def unflipped(
     shape: tuple[int, int],
     config: CrossbarConfig,
 ) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
-    """Return columns of which the flipped ones are negated, and the unit columns.
+    """Return the columns, with flipped ones negated, and the unit columns.
 
     The ADC is symmetric, so that a negated column has the negated codes: those of all row tiles can be added up
     before the unit columns complete them (see `recover_flipped`).
@@ -154,13 +154,13 @@ def recover_flipped(
     flipped: Bool[Array, "K R C cols"],
     config: CrossbarConfig,
 ) -> Float[Array, "K B C cols"]:
-    """Return what `recover` would, summed over row tiles, given the sums of `unflipped` columns over them.
+    """Return the result of `recover` summed over row tiles, given the sums of `unflipped` columns over them.
 
     Args:
       columns: sums over row tiles, flipped ones negated.
-      units: what each tile's unit column measured.
-      flipped: which columns are stored inverted.
-      config: of the crossbar.
+      units: sums of each tile's unit column.
+      flipped: columns that are stored inverted.
+      config: configuration of the crossbar.
     """
     gmin = kappa(config, columns.dtype)
     top, zero = (jnp.asarray(of(config), columns.dtype) for of in (encoding.levels, encoding.zero_digits))
@@ -194,11 +194,11 @@ def finish(
 
     Args:
       total: codes, or sums without an ADC, shifted and added over input slices; unit columns last.
-      ones: sums of the inputs, for what is removed digitally.
+      ones: sums of the inputs, for the terms that are removed digitally.
       quantise: the ADC.
-      flipped: which columns are stored inverted.
-      shape: of the matrix.
-      config: of the crossbar.
+      flipped: columns that are stored inverted.
+      shape: shape of the matrix.
+      config: configuration of the crossbar.
     """
     lsb = None if quantise is None else quantise.lsb
     if config.encoding.kind == "offset" and (flipped is not None or not config.encoding.unit_column):
@@ -213,7 +213,7 @@ def finish(
 def weigh(
     slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, shape: tuple[int, int], config: CrossbarConfig
 ) -> Float[Array, "A d_out"]:
-    """Return the sum over weight slices, each times what its level (or its code, given `lsb`) is worth."""
+    """Return the sum over weight slices, each times the value of its level (or of its code, given `lsb`)."""
     worth = jnp.asarray(encoding.significance(config), slices.dtype)[None]
     if lsb is not None:
         worth = worth * lsb

@@ -1,4 +1,4 @@
-"""Weights to cells and inputs to pulses, in integers.
+"""Encoding of weights as cells and of inputs as pulses, in integers.
 
 Level units: a cell holds g in 0 .. 2^p - 1 (p its bits), an input slice u with |u| <= 2^s - 1, so that a perfect
 array's column sums are integers. With B weight bits and M the full scale,
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
 
-# Purpose of a read's key, besides the numbers of its row tiles.
+# Purpose of a read's key, in addition to the numbers of its row tiles.
 _ROUNDING = 2**31
 
 
@@ -129,7 +129,7 @@ def levels(config: CrossbarConfig) -> tuple[int, ...]:
 
 
 def significance(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return what one level of every weight slice is worth, in weight codes."""
+    """Return the value of one level of every weight slice, in weight codes."""
     if config.cell.bits is None:
         return (1.0 if config.encoding.kind == "differential" else 2.0,)
     bits = config.cell.bits
@@ -152,7 +152,7 @@ def code_scale(config: CrossbarConfig) -> float:
 
 
 def offset(config: CrossbarConfig) -> float:
-    """Return what `offset` encoding adds to every weight code: 2^(B-1), or 1 for real-valued weights."""
+    """Return the offset that `offset` encoding adds to every weight code: 2^(B-1), or 1 for real-valued weights."""
     return 1.0 if config.mapping.weight_bits is None else 2.0 ** (config.mapping.weight_bits - 1)
 
 
@@ -199,7 +199,7 @@ def digits(codes: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[A
 def to_arrays(
     slices: Float[Array, "K d_in d_out"], config: CrossbarConfig
 ) -> tuple[Float[Array, "K P R C rows cols"], Bool[Array, "K R C _cols"] | None]:
-    """Lay digits out in arrays: the target level of every cell, a unit column last, and which columns are flipped."""
+    """Return the target level of every cell of the arrays, a unit column last, and which columns are flipped."""
     rows, cols = grid(slices.shape[1:], config)
     top = jnp.asarray(levels(config), slices.dtype)
     if config.encoding.kind == "differential":
@@ -225,7 +225,7 @@ def to_arrays(
 
 
 def zero_digits(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return the digits of a weight of zero: what `offset` encoding adds, slice by slice."""
+    """Return the digits of a weight of zero: the offset of `offset` encoding, slice by slice."""
     if config.encoding.kind == "differential":
         return tuple(0.0 for _ in config.weight_slices)
     if config.cell.bits is None:
@@ -277,6 +277,6 @@ def pulses(codes: Float[Array, "*B d"], config: CrossbarConfig) -> Float[Array, 
 
 
 def pulse_significance(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return what one level of every input slice is worth, in units of the smallest."""
+    """Return the value of one level of every input slice, in units of the smallest."""
     bits = config.input_slices
     return tuple(2.0 ** sum(bits[:j]) for j in range(len(bits)))

@@ -19,5 +19,5 @@ def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""
 
 
 def significance(slices: tuple[int, ...]) -> tuple[float, ...]:
-    """Return what one level of every input slice is worth, in levels of the first."""
+    """Return the value of one level of every input slice, in levels of the first."""
     return tuple(2.0 ** sum(slices[:j]) for j in range(len(slices)))

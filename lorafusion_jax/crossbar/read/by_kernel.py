@@ -127,7 +127,7 @@ def _unit_sums(
     adc: Converter,
     chip: Chip,
 ) -> Float[Array, "K R B C"]:
-    """Return what the unit column of every array measures, in codes."""
+    """Return the measurement of every array's unit column, in codes."""
     slices = input_slices(chip.config)
 
     def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:

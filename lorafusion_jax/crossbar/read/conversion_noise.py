@@ -1,4 +1,4 @@
-"""Noise where a column is converted: one normal draw for each conversion, for its cells' read noise and its own.
+"""Noise of conversions: one normal draw for each, for the cells' read noise and the ADC's own.
 
 Independent normal noise of the cells adds up to normal noise of the column, with variance
 

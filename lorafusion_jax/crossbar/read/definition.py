@@ -1,7 +1,7 @@
-"""What a crossbar computes: one tile, one weight slice, one input slice, mapped over all of them.
+"""The definition of a crossbar's result: one tile, weight slice and input slice, mapped over all of them.
 
-Short and readable, for every configuration; each faster path is tested against this one. It draws every cell's
-read noise at every read. As much as fits `BUDGET` is computed at a time.
+The code is short and handles every configuration; each faster path is tested against it. It draws every cell's read
+noise at every read, and computes as much at a time as fits `BUDGET`.
 
 Axis letters: B batch, K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles.
 """
@@ -27,7 +27,7 @@ from .conversion_noise import of_conversions
 BUDGET = 256 * 2**20
 # Copies of an array's cells that are there at once: of drawn or nonlinear ones, and while wires are solved for.
 _CELL_COPIES, _WIRE_COPIES = 4, 12
-# Purpose of an input vector's key, besides its cells' noise.
+# Purpose of an input vector's key, in addition to its cells' noise.
 _CONVERSION = 2**31
 
 
@@ -38,7 +38,7 @@ def column_sums(
     key: PRNGKeyArray | None,
     config: CrossbarConfig,
 ) -> Float[Array, "_P cols"]:
-    """Return what one tile's columns bring to the ADC for one weight slice and one input slice.
+    """Return the column sums of one tile at the ADC, for one weight slice and one input slice.
 
     Args:
       u: the input slice, in level units, as every sum here.
@@ -197,7 +197,7 @@ def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
 
 
 def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Array, "*J K R C P cols"]:
-    """Return what is converted, with the gain and the offset that the ADC of its column has."""
+    """Return the sums to convert, with the gain and the offset of their column's ADC."""
     for error, apply in ((chip.gain, jnp.multiply), (chip.offset, jnp.add)):
         if error is not None:
             sums = apply(sums, jnp.broadcast_to(jnp.moveaxis(error, 1, 3), sums.shape))
@@ -207,7 +207,7 @@ def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Ar
 def with_noise(
     sums: Float[Array, "*J K R C P cols"], config: CrossbarConfig, key: Array | None
 ) -> Float[Array, "*J K R C P cols"]:
-    """Return what is converted with the noise of its conversion, for one input vector's key."""
+    """Return the sums to convert, with the noise of their conversion, for one input vector's key."""
     deviation = of_conversions(config, sums.dtype)
     if deviation is None or key is None:
         return sums

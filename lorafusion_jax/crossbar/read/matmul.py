@@ -37,18 +37,18 @@ from .product import product
 
 
 def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
-    """Multiply by a programmed matrix: what the arrays and their converters make of `x @ W`, in the dtype of `x`.
+    """Return `x @ W` as the arrays and their converters compute it, in the dtype of `x`.
 
-    Computed in the dtype of the chip: float32 for weights of 16 bits.
+    It is computed in the dtype of the chip: float32 for weights of 16 bits.
 
     Args:
-      x: inputs, of any floating dtype; there may be none.
-      chip: from `program`; with read noise or stochastic rounding it needs a key of its own for every read (see
+      x: inputs, of any floating dtype; the batch may be empty.
+      chip: from `program`; with read noise or stochastic rounding it needs another key for every read (see
         `with_read_key`).
 
     Raises:
-      ValueError: on inputs of another width, a missing key, an ADC that has not been calibrated, or ranges that these
-        arrays cannot be read with.
+      ValueError: the inputs have another width, a key is missing, an ADC has not been calibrated, or these arrays
+        cannot be read with its ranges.
     """
     if chip.tap is not None:
         return chip.tap.collect(x, dataclasses.replace(chip, tap=None))
@@ -59,7 +59,7 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
         raise ValueError(f"x of shape {x.shape} meets arrays of {shape}: its last axis must be {shape[0]}")
     if config.reads_at_random and chip.key is None:
         raise ValueError(
-            "this crossbar draws noise, or rounds at random, anew for every read: give it a key, as in "
+            "this crossbar draws noise, or rounds at random, again for every read: give it a key, as in "
             "chip = with_read_key(chip, jax.random.fold_in(key, step))"
         )
     if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
@@ -83,11 +83,11 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
 
 
 class _Parts(NamedTuple):
-    """What a chip's leaves belong to; JAX would fill its class with placeholders.
+    """Structure that a chip's leaves belong to; JAX would fill the chip's class with placeholders.
 
     Attributes:
-      tree: of the chip.
-      names: of the leaves: fields of the chip, paths of the configuration.
+      tree: pytree structure of the chip.
+      names: names of the leaves: fields of the chip, paths of the configuration.
     """
 
     tree: Any
@@ -98,7 +98,7 @@ class _Parts(NamedTuple):
         return jax.tree.unflatten(self.tree, leaves)
 
 
-# Compiled, since the loops of a read would be compiled anew at every call outside `jax.jit`.
+# Compiled, because the loops of a read would otherwise be compiled again at every call outside `jax.jit`.
 @functools.partial(jax.jit, inline=True)
 def _compiled(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
     paths, tree = jax.tree.flatten_with_path(chip)
@@ -110,7 +110,7 @@ def _compiled(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _read(parts: _Parts, x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[Array, "B d_out"]:
-    """Read."""
+    """Return the product of one read."""
     chip = parts.chip(leaves)
     return _multiply(x, _full_scale(x, chip), chip, rounds=True)
 
@@ -118,7 +118,7 @@ def _read(parts: _Parts, x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[
 def _multiply(
     x: Float[Array, "B d_in"], limit: Float[Array, ""] | Float[Array, "B 1"], chip: Chip, *, rounds: bool
 ) -> Float[Array, "B d_out"]:
-    """Return what the arrays and their converters make of x; without `rounds`, ADCs only clip."""
+    """Return the product as the arrays and their converters compute it; without `rounds`, ADCs only clip."""
     config = chip.config
     n = encoding.input_codes(x, limit, config, chip.key)
     quantise = _converter(chip)
@@ -174,11 +174,11 @@ def _derivative(parts, primals, tangents):
 
 
 def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
-    """Refuse derivatives that a read does not have, rather than return zeros.
+    """Raise an error for derivatives that a read does not have, instead of returning zeros.
 
     Args:
       moved: names of the leaves that are differentiated.
-      config: of the crossbar.
+      config: configuration of the crossbar.
     """
     of_read = ("cell.on_off_ratio", "tile.", "adc.noise", "device.read_noise.", "device.iv.")
     for name in moved:
@@ -197,7 +197,7 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
 
 
 def _check_limits(chip: Chip, config: CrossbarConfig) -> None:
-    """Refuse ADC ranges, put into the chip after programming, that its arrays cannot be read with."""
+    """Raise an error for ADC ranges, set after programming, that the arrays cannot be read with."""
     limits, slices = chip.limits, len(config.weight_slices)
     if config.adc is None or limits is None:
         return

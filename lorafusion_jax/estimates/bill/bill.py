@@ -103,8 +103,8 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
 def token_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> ReadEnergy:
     """Return the energy of a token by component; words are counted for all multiply-adds, as no operands are shared."""
     found = read_energy(work.reads, crossbar, constants)
-    beside = constants["mac_energy"] * work.macs + constants["word_energy"] * work.words
-    return found._replace(digital=found.digital + beside)
+    digital = constants["mac_energy"] * work.macs + constants["word_energy"] * work.words
+    return found._replace(digital=found.digital + digital)
 
 
 def training_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> Range:

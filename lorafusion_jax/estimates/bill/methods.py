@@ -1,4 +1,4 @@
-"""The methods that are billed, from the registry; and what of a base model sits in arrays."""
+"""The methods that are billed, from the registry, and the matrices of a base model in arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,9 +15,9 @@ class Method(Placement):
     """A method in one of its placements.
 
     Attributes:
-      update: its arithmetic.
-      trainable: numbers.
-      searched: without gradients.
+      update: arithmetic of its update.
+      trainable: number of trained numbers.
+      searched: the method searches without gradients.
     """
 
     update: Update

@@ -134,7 +134,7 @@ def _pad(a: Array, axis: int, size: int) -> Array:
 
 
 def _group(base: int, inputs: int) -> int:
-    """Return how many rows share a table: one that pays for its making, and stays in the cache."""
+    """Return the number of rows that share a table, chosen so that it saves time and stays in the cache."""
     group = 1
     while base ** (group + 1) <= min(inputs / 4, 32):
         group += 1
@@ -162,7 +162,7 @@ def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> N
     """Return the sums of every group of rows of some planes, for each row at any of the plane's levels."""
     terms = []
     for plane, levels in parts:
-        # The row of zeros that is always there has XLA copy the plane, which it would else read scattered.
+        # A row of zeros is always added, so that XLA copies the plane instead of reading it scattered.
         groups, base = plane.shape[0] // group + 1, len(levels)
         rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
         # An odd number of entries, so that the tables of all groups do not compete for the same lines of the cache.
