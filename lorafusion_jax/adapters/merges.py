@@ -5,7 +5,7 @@ With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weight
     linear            A = sum_n sign(w_n s_n) sqrt|w_n s_n| A_n,  B = sum_n sqrt|w_n s_n| B_n: cross terms, as in mix
     magnitude_prune   linear, after all but the largest share `density` of every A_n and B_n is set to zero
     dare_linear       linear, after random entries are set to zero and the rest divided by the density
-    ties, dare_ties   pruned likewise; per entry, the weighted mean of the modules whose sign is that of their sum
+    ties, dare_ties   pruned as above; per entry, the weighted mean of the modules whose sign is that of their sum
     cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `composition.compose`
     svd               that dW at a lower rank
     *_svd             the rules above on the dW_n in place of factors, then the same

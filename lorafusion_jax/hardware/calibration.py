@@ -17,13 +17,13 @@ from ..training.problem import Frozen, Method, Params, Problem
 
 
 def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Frozen:
-    """Return a chip whose ADC ranges cover what the training rows bring to them, with every seed's numbers.
+    """Return a chip whose ADC ranges cover the sums of the training rows, with every seed's numbers.
 
     Args:
-      setup: of the run.
+      setup: setup of the run.
       params: leaves with a leading axis of seeds.
       frozen: the chip.
-      rows: how many of the training rows.
+      rows: number of training rows to use.
     """
     run = logits_of(setup.problem.graph, setup.problem.method)
     return calibrate_tree(run, frozen, list(calibration_batches(setup, params, rows)))

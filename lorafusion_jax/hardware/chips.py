@@ -1,4 +1,4 @@
-"""Several chips in one program, and chips that are drawn anew at every step.
+"""Several chips in one program, and chips that are drawn again at every step.
 
 A fusion runs on one chip (`program`), each seed of a program on one of several (`program_chips`), or, to
 become robust on any chip, every training step on another one (`redrawn`).
@@ -54,8 +54,8 @@ class Redrawn(Frozen):
       values: of the rules, the arrays among each configuration's.
       key: from which chips are drawn.
       structures: the rest of the rules.
-      steps: which steps draw; the others compute on the chip that is there.
-      norm: of which weights the magnitudes' norms are.
+      steps: steps that draw a chip; the others use the present chip.
+      norm: weights that the magnitudes' norms are computed from.
     """
 
     digital: Frozen
@@ -123,10 +123,10 @@ def program_chips(
       digital: the weights that are written.
       rules: of every chip (see `program`); they may differ in arrays, but not in plain numbers.
       keys: [C], of the chips.
-      of_seed: which chip each seed of a program computes on.
+      of_seed: chip of each seed of a program.
       limits: converters' ranges that all chips share, from `limits_of`.
       modules: as for `program`.
-      norm: likewise.
+      norm: as for `program`.
 
     Raises:
       ValueError: the chips' rules differ in more than arrays.

@@ -84,15 +84,15 @@ class EvaluateOnChipsOptions(EvaluateOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is evaluated, and on which chips.
+    """A run to evaluate, and the chips to evaluate it on.
 
     Attributes:
       setup: the run, digital.
       fused: its options.
       params: its trained numbers.
-      chips: what the chips are drawn from.
-      count: how many of them.
-      modules: the numbers that the pool's modules have on the chips.
+      chips: source of the chips.
+      count: number of chips.
+      modules: numbers of the pool's modules on the chips.
       configs: configuration of the arrays by age and compensation.
     """
 
@@ -228,7 +228,7 @@ def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None
 
 
 def _overridden(config: CrossbarConfig, options: EvaluateOnChipsOptions) -> CrossbarConfig:
-    """Return the configuration with what is read otherwise."""
+    """Return the configuration with the options' changes of reads."""
     if options.read_noise is not None:
         noise = ReadNoise(options.read_noise) if options.read_noise else None
         config = dataclasses.replace(config, device=dataclasses.replace(config.device, read_noise=noise))

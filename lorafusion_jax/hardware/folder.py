@@ -1,4 +1,4 @@
-"""Chips: a configuration, which weights it holds, and the key that each of several chips is drawn from.
+"""Chips: a configuration, the weights that are in arrays, and the key that the chips are drawn from.
 
 A chip is a function of its weights, its configuration and its key, at any age: it is drawn from them when it is used. A
 folder of chips records these, with digests of the weights, and the arrays as they were programmed, which a chip that is
@@ -43,14 +43,14 @@ _UNITS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "month": 30 * 86_400, "ye
 
 @dataclasses.dataclass(frozen=True)
 class Chips:
-    """What chips are drawn from.
+    """Source of chips.
 
     Attributes:
-      config: of the crossbar.
+      config: configuration of the crossbar.
       digital: patterns of weights that stay digital.
-      key: chip n has fold_in(key, n).
-      manifest: of the folder; None where there is none, and any number of chips can be drawn.
-      name: as it was given.
+      key: PRNG key; chip n has fold_in(key, n).
+      manifest: manifest of the folder; None without a folder, so that any number of chips can be drawn.
+      name: name that was given.
     """
 
     config: CrossbarConfig
@@ -61,7 +61,7 @@ class Chips:
 
     @property
     def count(self) -> int | None:
-        """How many chips there are; None for any number."""
+        """Number of chips; None for any number."""
         return None if self.manifest is None else self.manifest["chips"]
 
     def rules(self, config: CrossbarConfig | None = None) -> Rules:
@@ -77,7 +77,7 @@ class Chips:
         if self.count is not None and not 0 <= number < self.count:
             raise ValueError(f"{self.name} has no chip {number}: it has 0 to {self.count - 1}")
         if number < 0:
-            raise ValueError(f"there is no chip {number}: they count from 0")
+            raise ValueError(f"there is no chip {number}: chips are numbered from 0")
         return jax.random.fold_in(self.key, number)
 
     def numbers(self, modules: Sequence[str], pool: Sequence[str]) -> Int[Array, " P"]:
@@ -86,10 +86,10 @@ class Chips:
         return jnp.array([there.index(name) for name in modules], jnp.int32)
 
     def check(self, fused: Fused) -> None:
-        """Refuse a run whose base or modules are not those on the chips, and chips that would be drawn otherwise now.
+        """Raise an error if the run's base or modules differ from those on the chips, or the key now draws other chips.
 
         Raises:
-          ValueError: with the first weight that differs.
+          ValueError: a weight differs; the message names the first one.
         """
         if self.manifest is None:
             return

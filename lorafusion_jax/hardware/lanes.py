@@ -40,7 +40,7 @@ def on_every_chip(
       rules: of all chips (see `program`).
       keys: [C], of the chips.
       modules: the numbers that the pool's modules have on the chips.
-      norm: of which weights the magnitudes' norms are.
+      norm: weights that the magnitudes' norms are computed from.
       calibration_rows: training rows that the ranges are calibrated on.
     """
     problem = setup.problem

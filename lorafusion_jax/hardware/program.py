@@ -17,7 +17,7 @@ from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..training.problem import Frozen
 
-# Of which weights the magnitudes' norms are: those on the chip, which take reading back, or those meant to be there.
+# Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
 Norms = Literal["programmed", "ideal"]
 
 
@@ -30,7 +30,7 @@ def program(
     modules: Int[Array, " P"] | None = None,
     norm: Norms = "programmed",
 ) -> Frozen:
-    """Write what rules name into arrays.
+    """Write the weights that rules name into arrays.
 
     Paths: the name of a site; `head` where it is not tied; `pool.A.SITE` and `pool.B.SITE` for the modules.
 
@@ -40,7 +40,7 @@ def program(
       rules: path pattern -> configuration, or None for digital (see `crossbar.program_tree`).
       key: of the chip. The same key is the same chip; may be vmapped over.
       modules: the numbers that the pool's modules have on the chip, where it holds more of them.
-      norm: of which weights the magnitudes' norms are.
+      norm: weights that the magnitudes' norms are computed from.
 
     Raises:
       ValueError: a pattern matches nothing, or a weight cannot be programmed.

@@ -67,7 +67,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
 
 
 def _sites(frozen: Frozen) -> list[dict[str, Any]]:
-    """Return what every programmed weight takes: its matrices each on arrays of their own."""
+    """Return the counts of every programmed weight, with each matrix in separate arrays."""
     found = []
     for leaf in chips_in(frozen):
         matrices = math.prod(leaf.shape[:-2])

@@ -1,4 +1,4 @@
-"""A run on arrays: what it trains on, and what it is evaluated on."""
+"""A run on arrays: its chips for training and for evaluation."""
 
 import dataclasses
 from pathlib import Path
@@ -34,12 +34,12 @@ def check(setup: Setup, options: FuseOptions) -> None:
 
 
 def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
-    """Return what a run trains on, and what it is evaluated on: its chip, calibrated.
+    """Return the setups of a run for training and for evaluation on its calibrated chip.
 
     Args:
-      setup: digital.
-      options: of the run.
-      params: that it starts from.
+      setup: digital setup.
+      options: options of the run.
+      params: initial numbers of the run.
 
     Raises:
       ValueError: chips that hold other weights, a chip that is not there, an age without a drift model, or fresh noise
@@ -79,7 +79,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:
-    """Return the numbers that the setup's modules have on the chips; None without a pool."""
+    """Return the numbers of the setup's modules on the chips; None without a pool."""
     pool = setup.problem.frozen.pool
     if pool is None or options.pool is None:
         return None

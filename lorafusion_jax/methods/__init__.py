@@ -22,7 +22,7 @@ def find(name: str) -> MethodEntry:
     """Return a method of the registry.
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: the name is unknown.
     """
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: choose one of {', '.join(METHODS)}")

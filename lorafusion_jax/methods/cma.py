@@ -1,4 +1,4 @@
-"""CMA-ES over LoraHub's objective: what gradient-free search reaches with a modern optimiser and more evaluations.
+"""CMA-ES on LoraHub's objective: a gradient-free search with a modern optimiser and more evaluations.
 
 Source: Hansen, "The CMA Evolution Strategy: A Tutorial" (2016), as evosax implements it.
 
@@ -24,8 +24,8 @@ from ..training.step import standard_promotion
 from .lorahub import BOUND, build, recorder, score
 from .method import MethodEntry, SearchJob, fused
 
-_SEARCH = 1  # purpose of a seed's key; 0 is where training starts
-_DEVIATION = 0.3  # of the first generation about zero, a fifth of the bound
+_SEARCH = 1  # purpose of a seed's key; 0 is the start of training
+_DEVIATION = 0.3  # standard deviation of the first generation about zero, a fifth of the bound
 
 
 def search(
@@ -37,20 +37,20 @@ def search(
     population: int,
     after_generation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
 ) -> Float[np.ndarray, "seeds N"]:
-    """Return the best weights that any generation of each seed tried, within LoraHub's bounds.
+    """Return the best weights of all generations of each seed, within LoraHub's bounds.
 
-    All members of all seeds' generations are one program: members are further seeds to it.
+    One program evaluates all members of all seeds' generations, as if members were further seeds.
 
     Args:
-      batches: of every seed's rows, leaves with a leading axis of seeds.
-      problem: of all seeds; its method is `lorahub.LORAHUB`.
-      keys: of the seeds.
-      generations: how often a population is drawn.
+      batches: batches of every seed's rows, leaves with a leading axis of seeds.
+      problem: problem of all seeds; its method is `lorahub.LORAHUB`.
+      keys: PRNG keys of the seeds.
+      generations: number of generations.
       population: members of a generation, at least 4.
       after_generation: called with its number, from 1, and the best score of every seed so far.
 
     Raises:
-      ValueError: evosax is not installed, or such a population cannot be had.
+      ValueError: evosax is not installed, or the population is too small.
     """
     check_population(generations, population)
     seeds, modules = problem.index.shape
@@ -64,7 +64,7 @@ def search(
     of_members = problem.replace(index=on_mesh(index, of_seeds=True))
     best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
     for number in range(1, generations + 1):
-        # Seed by seed: batched, the last bits of a walk, and soon all of it, depend on the seeds beside it.
+        # One seed at a time: in a batch, the last bits of a search, and soon all of it, depend on the other seeds.
         now = [jax.random.split(jax.random.fold_in(key, number)) for key in keys]
         with _promotions():
             drawn = [strategy.ask(key[0], state, settings) for key, state in zip(now, states, strict=True)]
@@ -86,7 +86,7 @@ def search(
 
 
 def check_population(generations: int, population: int) -> None:
-    """Raise ValueError where CMA-ES cannot have such generations."""
+    """Raise ValueError for numbers of generations or members that CMA-ES cannot use."""
     if generations < 1 or population < 4:
         raise ValueError(
             f"{generations} generations of {population}: wanted at least 1 generation, and at least 4 members of it"
@@ -95,7 +95,7 @@ def check_population(generations: int, population: int) -> None:
 
 @contextlib.contextmanager
 def _promotions() -> Iterator[None]:
-    """Let evosax's own arithmetic promote dtypes and ranks, which the strict modes refuse."""
+    """Let evosax's own arithmetic promote dtypes and ranks, which JAX's strict modes do not allow."""
     with standard_promotion(), jax.numpy_rank_promotion("allow"):
         yield
 

@@ -29,14 +29,14 @@ from .method import Billed, Built, Fused, MethodEntry, Placement, Update, fused,
 class Fusion(Method):
     """LoRAFusion: coefficients mix the frozen pool, magnitudes rescale the adapted columns.
 
-    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]. A DoRA pool has
-    magnitudes of its own: they are where trained ones start, and stay as they are where only coefficients are trained.
+    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]. A DoRA pool's own
+    magnitudes are the start of the trained ones, and stay unchanged if only coefficients are trained.
 
     Attributes:
       composition: `mix` or `sum` (see `adapters.composition`).
-      granularity: of the coefficients: one per module, and block, site or rank.
-      start: of the coefficients.
-      magnitudes: train them; else coefficients only.
+      granularity: granularity of the coefficients: one per module, and block, site or rank.
+      start: initial values of the coefficients.
+      magnitudes: train magnitudes as well as coefficients.
       differentiate_norm: let gradients flow through ||W + dW|| (PEFT's DoRA does not).
     """
 
@@ -64,12 +64,12 @@ class Fusion(Method):
         return dataclasses.replace(frozen, gram=jax.jit(gram)(frozen.pool, used))
 
     def check(self, pool: LoraPool) -> None:
-        """Raise ValueError where this fusion cannot use the pool."""
+        """Raise ValueError if this fusion cannot use the pool."""
         if self.composition == "mix":
             check_mix(pool)
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return coefficients and, where trained, magnitudes: those of the base, or of a DoRA pool.
+        """Return coefficients and, if they are trained, magnitudes: those of the base, or of a DoRA pool.
 
         Raises:
           ValueError: there is no pool, or a mix cannot use it (see `composition.check_mix`).
@@ -106,7 +106,7 @@ class Fusion(Method):
         return adapters, {"floored_norms": floored}
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return which coefficients meet a module that is there, and which columns any module adapts."""
+        """Return the coefficients that affect a module, and the columns that any module adapts."""
         pool, _ = _pool_of(frozen)
         acting: Params = {"coefficients": coefficients_lib.present(pool, index, self.granularity)}
         if self.magnitudes:
@@ -124,7 +124,7 @@ def _pool_of(frozen: Frozen) -> tuple[LoraPool, Gram]:
 
 
 def _adapted(pool: LoraPool, index: Int[Array, " N"]) -> dict[str, Array]:
-    """Return, by site, in which layers [L] any of the chosen modules is there."""
+    """Return, by site, the layers [L] that any of the chosen modules adapts."""
     return {site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()}
 
 
@@ -154,12 +154,12 @@ def _update(recipe: Recipe, modules: Fused, *, magnitudes: bool) -> Update:
 
 
 def placement(modules: int, rank: int, words: int) -> Placement:
-    """Return a pool whose modules each have arrays of their own, and N + d_out numbers in memory for every site.
+    """Return the placement of a pool with separate arrays for each module, and N + d_out numbers in memory per site.
 
     Args:
       modules: N.
       rank: r.
-      words: trained numbers in all.
+      words: total of trained numbers.
     """
 
     def matrices(site: Site) -> list[tuple[int, int]]:

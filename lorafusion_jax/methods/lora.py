@@ -20,7 +20,7 @@ from .method import Billed, Built, MethodEntry, Placement, Update, module
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """One new module, as PEFT starts it.
+    """One new module, initialised as in PEFT.
 
     Groups: `lora`, A uniform within d_in ** -0.5, and B zeros; for DoRA also `magnitudes`, site -> [L, d_out].
 

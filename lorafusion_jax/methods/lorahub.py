@@ -1,4 +1,4 @@
-"""LoraHub: one weight for every module, found by evaluating a loss, without a gradient.
+"""LoraHub: one weight for every module, found by evaluations of a loss, without gradients.
 
 The modules are mixed as A' = sum_n w_n A_n, B' = sum_n w_n B_n, and w scores
 
@@ -42,7 +42,7 @@ _MOST_EVALUATIONS = 50  # a module; beyond, NGOpt turns from COBYLA to metamodel
 
 
 class Search(NamedTuple):
-    """What was tried, in order, and what is recommended.
+    """Weights that were tried, in order, and the recommended ones.
 
     Attributes:
       weights: the recommendation.
@@ -126,7 +126,7 @@ def check_lorahub(pool: LoraPool) -> None:
     if pool.magnitude is not None:
         raise ValueError(
             "LoraHub's weights scale plain LoRAs, and weights of zero stand for the base, but a DoRA adapter has "
-            "magnitudes besides: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
+            "magnitudes as well: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
         )
 
 

@@ -1,4 +1,4 @@
-"""A method as users choose it: its entry in the registry, with all that runs, counts, plans and bills ask about it.
+"""A method as users choose it: its entry in the registry, with the data for runs, counts, plans and bills.
 
 Letters: N modules of a fusion, P modules in memory, r rank.
 """
@@ -23,11 +23,11 @@ class Update:
     """The arithmetic of a method at every adapted matrix.
 
     Attributes:
-      kind: `mix` and `sum` fuse modules, `lora`, `dora` and `vera` are one new module each.
-      rank: of one module.
-      modules: N.
-      pool: P, those that any seed fuses; `mix` reads all of them.
-      magnitudes: a fusion has them.
+      kind: `mix` and `sum` fuse modules; `lora`, `dora` and `vera` are one new module each.
+      rank: rank of one module.
+      modules: N, the number of modules.
+      pool: P, the number of modules that any seed fuses; `mix` reads all of them.
+      magnitudes: the fusion has magnitudes.
       targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
     """
 
@@ -39,28 +39,28 @@ class Update:
     targets: tuple[str, ...] | None = None
 
     def width(self, site: Site) -> int:
-        """Return how many numbers a token has between the two products of the update; 0 where there are none."""
+        """Return the number of values per token between the two products of the update; 0 if it has no products."""
         if self.kind in ("none", "magnitudes", "full") or self.is_dense(site):
             return 0
         return self.rank * (self.modules if self.kind == "sum" else 1)
 
     def is_dense(self, site: Site) -> bool:
-        """Whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
+        """Return whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
         return self.kind == "sum" and self.modules * self.rank >= site.d_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a method's adapters stand in hardware, and what a token does next to them.
+    """Placement of a method's adapters in hardware, and the digital work of a token.
 
     Attributes:
-      installed_words: trained numbers that end in memory.
-      matrices: that a site's adapter consists of, A before B.
+      installed_words: trained numbers that are kept in memory.
+      matrices: function from a site to the matrices of its adapter, A before B.
       macs: digital multiply-adds of a token at a site, at inference.
-      words: read from memory for them.
+      words: words read from memory for them.
       trains_in: where the adapters are while they are trained.
       stays_in: where they are afterwards.
-      passes: times that their cells are written for the task.
+      passes: number of times that their cells are written for the task.
       shared: all sites read the same matrices.
     """
 
@@ -75,13 +75,13 @@ class Placement:
 
 
 class Built(NamedTuple):
-    """What a method is built for.
+    """Arguments that a method is built from.
 
     Attributes:
-      config: of the base model.
-      recipe: of the run.
-      pool: of the modules that any seed draws; None for a method without one.
-      modules: how many of them a seed has.
+      config: structure of the base model.
+      recipe: recipe of the run.
+      pool: pool of the modules that any seed draws; None for a method without one.
+      modules: number of modules of a seed.
     """
 
     config: Architecture
@@ -91,16 +91,16 @@ class Built(NamedTuple):
 
     @property
     def sites(self) -> tuple[tuple[str, Site], ...]:
-        """The linear maps that a method without a pool adapts."""
+        """Linear maps that a method without a pool adapts."""
         return tuple(targeted(self.config, self.recipe.lora_targets, "lora_targets").items())
 
 
 class Fused(NamedTuple):
-    """The modules that a plan counts with.
+    """The modules in a plan.
 
     Attributes:
-      rank: of one module.
-      pool: P.
+      rank: rank of one module.
+      pool: P, the number of modules in memory.
       targets: the linear maps that they adapt.
     """
 
@@ -110,14 +110,14 @@ class Fused(NamedTuple):
 
 
 class Billed(NamedTuple):
-    """What a bill counts with.
+    """Numbers that a bill is computed from.
 
     Attributes:
-      recipe: of the task.
-      rank: of one module.
-      counts: how many numbers the method trains, by group.
-      steps: of training.
-      base: numbers of the base model that sit in arrays.
+      recipe: recipe of the task.
+      rank: rank of one module.
+      counts: number of numbers that the method trains, by group.
+      steps: number of training steps.
+      base: number of the base model's numbers in arrays.
     """
 
     recipe: Recipe
@@ -128,15 +128,15 @@ class Billed(NamedTuple):
 
 
 class SearchJob(NamedTuple):
-    """What a search works on.
+    """Arguments of a search.
 
     Attributes:
-      problem: of all seeds.
-      rows: that they search on.
-      recipe: of the run.
-      seeds: of the run.
+      problem: problem of all seeds.
+      rows: rows to search on.
+      recipe: recipe of the run.
+      seeds: seeds of the run.
       modules: names of the modules, by seed.
-      record: takes rows for the run's metrics.
+      record: function that takes rows for the run's metrics.
     """
 
     problem: Problem
@@ -152,23 +152,25 @@ class MethodEntry:
     """A method of the registry.
 
     Attributes:
-      name: as in `lorafusion fuse --method NAME`.
+      name: name, as in `lorafusion fuse --method NAME`.
       help: one line about it.
-      build: returns what is trained.
+      build: function that returns the trained method.
       update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
-      title: in a table of counts, with {rank} and {vera_rank}; None where it has no row of its own.
+      title: title in a table of counts, with {rank} and {vera_rank}; None if it has no row.
       pool: it fuses a pool.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
-      groups: of the numbers that it trains.
+      groups: groups of the numbers that it trains.
       counts: the numbers that it finds count as trained.
-      answers: by the `model`, by the model with `examples` in the prompt, or with `nothing` but the training rows.
+      answers: source of answers: the `model`, the model with `examples` in the prompt, or `nothing` but the training
+        rows.
       seeded: seeds differ.
       check: raises ValueError, before anything is loaded, for a recipe that the method cannot use or a library that is
         not installed.
-      search: of a method that is searched: returns its numbers, and how many steps each seed took.
-      evaluations: how often a search passes the training rows, from the recipe and a seed's number of modules.
-      at_once: how many evaluations of each seed run at once.
-      placements: how it can stand in hardware, by a title for the bill; none where it is not billed.
+      search: for a method that is searched: function that returns its numbers and the number of steps of each seed.
+      evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
+        modules.
+      at_once: number of evaluations of each seed that run at once.
+      placements: its placements in hardware, by a title for the bill; empty if it is not billed.
     """
 
     name: str
@@ -190,7 +192,7 @@ class MethodEntry:
 
     @property
     def counted(self) -> bool:
-        """Whether there are trained numbers to count."""
+        """Return whether there are trained numbers to count."""
         return self.learns in ("trained", "searched") and self.counts
 
 

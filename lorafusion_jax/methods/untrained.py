@@ -1,4 +1,4 @@
-"""The baselines that train nothing: the base model as it is, with examples in its prompt, or a constant answer."""
+"""Baselines that train nothing: the unchanged base model, the same with examples in its prompt, a constant answer."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from .method import MethodEntry, Update
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Method):
-    """The base model as it is: nothing is trained."""
+    """The unchanged base model: nothing is trained."""
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         """Return no numbers."""

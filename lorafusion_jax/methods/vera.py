@@ -16,8 +16,8 @@ from ..training.problem import Frozen, Method, Params, Projections
 from ..training.recipe import Recipe
 from .method import Billed, MethodEntry, Placement, Update, module
 
-_START = 0.1  # of d, PEFT's
-_PROJECTION_KEY = 0  # the matrices are those of every run, as PEFT's are
+_START = 0.1  # initial value of d, as in PEFT
+_PROJECTION_KEY = 0  # the matrices are the same in every run, as in PEFT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A fused run on something new: `lorafusion evaluate` on another task, `lorafusion generate` on new text."""
+"""Use of a fused run: `lorafusion evaluate` on another task, `lorafusion generate` on new text."""
 
 import dataclasses
 import sys
@@ -66,7 +66,7 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
 
 
 def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Params]:
-    """Return what a run computes with, its options with those of the evaluation, and its trained numbers."""
+    """Return the setup of a run, its options with those of the evaluation, and its trained numbers."""
     fused, params, config = load_run(options.run)
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)
@@ -80,7 +80,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     """Return the answers of one seed of a run to the lines of a file or of standard input.
 
     Raises:
-      ValueError: there is no text, the run has no such seed, or its method no answer to new text.
+      ValueError: the text is empty, the run lacks the seed, or its method cannot answer new text.
     """
     text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]

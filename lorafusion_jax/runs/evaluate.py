@@ -19,13 +19,13 @@ from .prepare import Setup
 
 
 class Evaluation(NamedTuple):
-    """What a model says to every row of a test set, for every seed.
+    """A model's answers to every row of a test set, and their scores, for every seed.
 
     Attributes:
       predictions: texts, [seeds][rows].
       correct: exact match after strip, lower case and full stops removed.
-      loss: mean cross-entropy of the targets in nats per token; None where no model was asked.
-      option_correct: whether the likeliest of a row's options is its target; None for a task without options.
+      loss: mean cross-entropy of the targets in nats per token; None if no model was evaluated.
+      option_correct: the likeliest of a row's options is its target; None for a task without options.
     """
 
     predictions: list[list[str]]
@@ -90,7 +90,7 @@ def seed_rows(seeds: tuple[int, ...], found: Evaluation) -> list[dict[str, Any]]
     """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
     columns = (found.exact_match, found.option_accuracy, found.loss)
     numbers = [[None] * len(seeds) if column is None else column.tolist() for column in columns]
-    # A loss that is not finite is no number that JSON could hold.
+    # JSON cannot hold a loss that is not finite.
     numbers[2] = [loss if loss is None or math.isfinite(loss) else None for loss in numbers[2]]
     return [
         {"seed": seed, "exact_match": match, "option_accuracy": options, "loss": loss}

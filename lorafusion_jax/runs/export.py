@@ -55,7 +55,7 @@ def export(options: ExportOptions) -> None:
     """Write what the options ask for.
 
     Raises:
-      ValueError: `out` exists, or the options do not say what to write.
+      ValueError: `out` exists, or the options do not name something to export.
     """
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
@@ -89,7 +89,7 @@ def _export_run(options: ExportOptions, folder: Path) -> None:
 
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of the PEFT adapter that one seed's numbers amount to."""
+    """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
     magnitudes, pool, method = of_seed.get("magnitudes"), problem.frozen.pool, problem.method
     config, index = problem.config, problem.index
     if isinstance(method, Fusion) and pool is not None:

@@ -1,4 +1,4 @@
-"""A run on disk: what was asked for, what happened, what came of it.
+"""A run on disk: its options, its metrics and its results.
 
     runs/NAME/config.json         options, environment, modules by seed
     runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
@@ -6,7 +6,7 @@
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
 
-A folder is locked while a process writes to it. Of several processes of a run the first alone writes.
+A folder is locked while a process writes to it. If a run has several processes, only the first one writes.
 """
 
 import contextlib
@@ -64,10 +64,10 @@ class RunFolder:
         return (self.folder / _CONFIG).is_file()
 
     def config(self) -> dict[str, Any]:
-        """Return what was asked for.
+        """Return the recorded configuration of the run.
 
         Raises:
-          ValueError: there is no run here.
+          ValueError: the folder is not a run.
         """
         if not self.exists():
             raise ValueError(f"{self.folder} is not a run: it has no {_CONFIG}")
@@ -84,11 +84,11 @@ class RunFolder:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def predictions(self) -> list[dict[str, Any]]:
-        """Return what the model said to every row, as it was written."""
+        """Return the model's recorded answers to every row."""
         return [json.loads(line) for line in (self.folder / _PREDICTIONS).read_text().splitlines()]
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write what was asked for."""
+        """Write the configuration of the run."""
         _write(self.folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class RunFolder:
         _write(self.folder / _RESULTS, json.dumps(_finite(results), indent=1) + "\n")
 
     def write_predictions(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write what the model said to every row."""
+        """Write the model's answers to every row."""
         _write(self.folder / _PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -107,7 +107,7 @@ class RunFolder:
                 file.write("".join(lines))
 
     def cut_metrics(self, step: int) -> None:
-        """Drop what lies behind a step, and a line that a killed process left unfinished."""
+        """Remove lines after a step, and a line that a killed process left unfinished."""
         path = self.folder / _METRICS
         if not path.is_file():
             return

@@ -14,7 +14,7 @@ from .folder import RunFolder
 from .options import FuseOptions
 from .run import options_from_json, options_to_json, run_path, with_targets
 
-# Options of a run that decide no result.
+# Options of a run that do not affect its results.
 _BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds")
 
 
@@ -22,10 +22,10 @@ class Job(NamedTuple):
     """One program of a matrix, with all its seeds.
 
     Attributes:
-      task: as its rows call it.
-      method: likewise.
-      league: how many rows there are to learn from, as its rows call that.
-      options: of the run.
+      task: name of the task in its rows.
+      method: name of the method in its rows.
+      league: name in its rows for the number of training rows.
+      options: options of the run.
     """
 
     task: str
@@ -40,9 +40,9 @@ def run_jobs(
     """Run the jobs whose rows are not in a file yet, and add their rows.
 
     Args:
-      jobs: in the order to run them.
-      file: of rows (see `report`).
-      run: runs the options of a job, such as `lorafusion_jax.fuse`.
+      jobs: jobs, in the order to run them.
+      file: file of rows (see `report`).
+      run: function that runs the options of a job, such as `lorafusion_jax.fuse`.
       root: paths inside this folder are written relative to it, so that rows of two checkouts are alike.
 
     Raises:
@@ -71,7 +71,7 @@ def run_jobs(
 
 
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:
-    """Return, as JSON, all that decides a result besides its seed; paths inside the root are relative to it."""
+    """Return, as JSON, all settings of a result other than its seed; paths inside the root are relative to it."""
     values = options_to_json(with_targets(options))
     if root is not None:
         values = json.loads(json.dumps(values).replace(f"{root}/", ""))
@@ -79,14 +79,14 @@ def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any
 
 
 def check_same(was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Path | None = None, **more: Any) -> None:
-    """Raise ValueError where a row was made with other settings than those asked for.
+    """Raise ValueError if a row was made with other settings than those of a run.
 
     Args:
       was: the row's configuration.
       now: the options of the run.
       where: the row, for the message.
       root: as in `settings_of`.
-      more: settings of a row besides its options.
+      more: settings of a row other than its options.
     """
     fields = {field.name for field in dataclasses.fields(FuseOptions)}
     before = options_from_json({name: value for name, value in was.items() if name in fields})

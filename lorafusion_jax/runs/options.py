@@ -1,4 +1,4 @@
-"""What a run is asked for: the command line, the saved configuration, and the presets."""
+"""Options of a run: the command line, the saved configuration, and the presets."""
 
 import dataclasses
 from pathlib import Path
@@ -20,17 +20,17 @@ _HELP = "how the task is learned: " + "; ".join(f"{name}, {entry.help}" for name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnArrays:
-    """On which simulated ReRAM arrays a fusion is trained, and then evaluated.
+    """Simulated ReRAM arrays that a fusion is trained on and evaluated on.
 
     Attributes:
       crossbar: train with every frozen matrix in arrays: a folder that `lorafusion crossbar program` wrote, a preset
         or a .yaml or .json file; by default digitally.
-      noise: of training: of the `chip` itself, which is calibrated to it; `fresh`, another chip at every step, which
-        makes robust on any; `both` in turn; or `none`, which knows the bits of cells and converters alone.
-      chip: the number of the chip that is trained on, unless noise is fresh or none, and evaluated on.
-      chip_key: from which the chips of a preset or file are drawn; a folder has its own.
+      noise: noise in training: `chip` for the chip itself, calibrated; `fresh` for another chip at every step, which
+        gives a fusion that is robust on any chip; `both` in turn; `none` for only the bits of cells and converters.
+      chip: number of the chip for evaluation, and for training unless noise is fresh or none.
+      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
-      age: of the chip: seconds, or as in 1h, 1day, 1month, 1year.
+      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
     """
 
@@ -54,27 +54,27 @@ class FuseOptions:
 
     Attributes:
       base: the base model: a Hugging Face folder or a hub id (owner/name, owner/name@revision).
-      pool: a converted pool, or a folder of PEFT adapter folders; methods that fuse nothing need none.
+      pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       task: a JSONL file or a folder of them, a BIG-Bench Hard file, a `datasets` folder or hub id.
       seeds: each draws its modules, its start and its order of rows; all run as one program.
       name: the run is written to OUT/NAME.
-      out: where runs are.
+      out: folder of runs.
       method: how the task is learned, by a name of the registry (`lorafusion_jax.METHODS`).
       control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
-      arrays: on which simulated arrays; none by default.
+      arrays: simulated arrays; by default the run is digital.
       prompt: template of the model's input, with {input}.
       train_rows: at most this many rows are trained and validated on.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: rows in a batch of generation.
-      dtype: of weights and activations.
+      dtype: dtype of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
-      mesh: share the run out over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
-      distributed: this process is one of several, started by Slurm, Open MPI or GKE or on a TPU slice; --mesh is of all
-        their devices.
-      path: how seeds run: batched, or one after the other; by default what is faster on the platform.
-      resume: go on with a run that was interrupted.
+      mesh: divide the run over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
+      distributed: this process is one of several, started by Slurm, Open MPI or GKE or on a TPU slice; --mesh covers
+        all their devices.
+      path: how seeds run: batched, or one after the other; by default the faster way on the platform.
+      resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).
       log: also to Weights & Biases (WANDB_MODE=offline works).
       save_seconds: time between checkpoints, which are written at the end of an epoch.

@@ -1,4 +1,4 @@
-"""From options to arrays: the base model, the pool, the task's tokens, and what each seed draws."""
+"""Preparation of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ _SHALLOW = 8
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """A model and what is fused onto it, without a task.
+    """A model and the modules that are fused onto it, without a task.
 
     Attributes:
-      problem: of all seeds; its pool holds all modules that any seed draws.
+      problem: problem of all seeds; its pool holds all modules that any seed draws.
       modules: names of the modules of each seed.
-      tokenizer: between texts and tokens.
+      tokenizer: tokenizer of the base model.
     """
 
     problem: Problem
@@ -53,20 +53,20 @@ class Fused:
 
     @property
     def config(self) -> Architecture:
-        """The structure of the model."""
+        """Structure of the model."""
         return self.problem.config
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(Fused):
-    """Everything a run computes with.
+    """All inputs of a run's computation.
 
     Attributes:
       task: the texts.
       train: tokens of the task's training rows.
       test: tokens of the rows to evaluate on.
-      split: which training rows train and which validate, by seed; None where nothing is trained.
-      max_new_tokens: of generation.
+      split: rows to train on and rows to validate on, by seed; None if nothing is trained.
+      max_new_tokens: limit of generated tokens.
     """
 
     task: Task
@@ -77,13 +77,13 @@ class Setup(Fused):
 
     @property
     def rows(self) -> TrainingRows:
-        """The rows that seeds train and validate on."""
+        """Rows that seeds train and validate on."""
         assert self.split is not None
         return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id)
 
 
 def check(options: FuseOptions) -> None:
-    """Raise ValueError for options that do not go together, before anything is loaded."""
+    """Raise ValueError for options that contradict each other, before anything is loaded."""
     if not options.seeds:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
@@ -127,14 +127,14 @@ def check(options: FuseOptions) -> None:
 
 
 def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
-    """Load what the options name, and draw what the seeds decide.
+    """Load the base, pool and task of the options, and make each seed's draws.
 
     Args:
-      options: of the run.
-      path: of a run that is resumed; else the options' own, or what is faster here.
+      options: options of the run.
+      path: the path of a run that is resumed; by default the options' own, or the faster one here.
 
     Raises:
-      ValueError: with the file, what was wanted, and how to mend it.
+      ValueError: a file or option cannot be used; the message names it, what was wanted, and how to fix it.
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
@@ -148,7 +148,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
     there = min(len(task.train), options.train_rows)
     if method.answers == "examples" and recipe.shots > there:
         raise ValueError(
-            f"{recipe.shots} examples for the prompts of {task.name}, of which {there} training rows are used: "
+            f"{recipe.shots} examples for the prompts of {task.name}, but only {there} training rows are used: "
             "ask for fewer --shots"
         )
     fused = load_fused(options, path)
@@ -168,14 +168,14 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
 
 
 def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
-    """Load the model and the modules that the options name; the task is not looked at.
+    """Load the model and the modules of the options, without the task.
 
     Args:
-      options: of the run.
+      options: options of the run.
       path: as in `prepare`.
 
     Raises:
-      ValueError: as `prepare` does.
+      ValueError: as in `prepare`.
     """
     sharding.check_model(read_config(options.base))
     tokenizer = load_tokenizer(options.base)
@@ -206,10 +206,10 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
 
 
 def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:
-    """Return what was loaded with the modules that the run fused.
+    """Return the loaded model with the modules that the run fused.
 
     Raises:
-      ValueError: the pool has no such modules any more, or its seeds draw others by now.
+      ValueError: the pool no longer has these modules, or the seeds now draw others.
     """
     wanted = tuple(tuple(modules) for modules in config["modules"])
     if options.recipe.choose == "draw" and loaded.modules != wanted:
@@ -265,7 +265,7 @@ def available(pool: Path) -> list[str]:
     names = sorted(path.parent.name for path in pool.glob("*/adapter_config.json"))
     if not names:
         raise ValueError(
-            f"{pool} is no pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
+            f"{pool} is not a pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
             "PEFT adapter folders"
         )
     return names

@@ -1,4 +1,4 @@
-"""Which modules to fuse: those that one backward pass at c = 0 ranks highest, instead of a draw.
+"""Choice of the modules to fuse: those that one backward pass at c = 0 ranks highest, instead of a draw.
 
 At zero coefficients a fusion is the base model, and the gradient of the loss in a module's coefficient says how much
 mixing in a little of it would help. Measured in docs/results: ten of 28 modules by this rank are worth as much as all.

@@ -34,7 +34,7 @@ from .prepare import Setup, check, prepare, trainable_count, with_modules
 from .ranking import choose_by_gradient
 from .scoring import evaluate_seeds
 
-# What may differ between a run and its resumption.
+# Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name", "mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
@@ -141,7 +141,7 @@ def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]
     """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run.
 
     Raises:
-      ValueError: the folder is no run, or its training has not ended.
+      ValueError: the folder is not a run, or its training has not ended.
     """
     run = RunFolder(folder)
     config = run.config()
@@ -340,7 +340,7 @@ def options_to_json(options: FuseOptions) -> dict[str, Any]:
 
 
 def options_from_json(values: dict[str, Any]) -> FuseOptions:
-    """Return the options again; what was not known yet when they were written has its default."""
+    """Return the options from JSON values; options that were added later have their defaults."""
     restored: dict[str, Any] = _with_tuples(values) | {"recipe": Recipe(**_with_tuples(values["recipe"]))}
     restored["arrays"] = OnArrays(**_with_tuples(values.get("arrays", {})))
     restored |= {name: Path(restored[name]) for name in ("out", "start_from") if restored.get(name)}
@@ -352,7 +352,7 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
-    """Return the config of the run to resume, if it was asked for the same."""
+    """Return the config of the run to resume, if its options are the same."""
     config = run.config()
     was, now = (_flat(options_to_json(o)) for o in (options_from_json(config["options"]), options))
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]

@@ -1,4 +1,4 @@
-"""Evaluation of a run by what its method is: a model, a model that sees examples, or no model at all."""
+"""Evaluation of a run, depending on its method: a model, a model with examples in the prompt, or no model."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ _UNCUT = 2**30  # tokens
 
 
 def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
-    """Return the seeds, only the first where all say the same, and their evaluation.
+    """Return the seeds (only the first if all answer alike) and their evaluation.
 
     Args:
-      setup: of the run.
-      options: of the run.
+      setup: setup of the run.
+      options: options of the run.
       params: leaves with a leading axis of seeds.
     """
     method = find(options.method)

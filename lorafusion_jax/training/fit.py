@@ -1,4 +1,4 @@
-"""The training loop: epochs of fusion steps over all seeds, with checkpoints that it can go on from."""
+"""The training loop: epochs of fusion steps over all seeds, with checkpoints that it can resume from."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,20 +19,20 @@ from .rows import TrainingRows
 from .seeds import over_seeds
 from .step import TrainState, end_epoch, fusion_step, init_state, prune
 
-_INIT = 0  # purpose of a seed's key: where its numbers start
+_INIT = 0  # purpose of a seed's key: its initial numbers
 
 
 class Epoch(NamedTuple):
-    """What one epoch did, for all seeds.
+    """Result of one epoch, for all seeds.
 
     Attributes:
-      number: from 1.
-      state: after it.
-      stopped: which seeds go on no more.
-      metrics: name -> [steps, seeds], of its steps.
+      number: number of the epoch, from 1.
+      state: state after it.
+      stopped: seeds that have stopped.
+      metrics: name -> [steps, seeds], metrics of its steps.
       validation_loss: of each seed on its own validation rows, nats per token.
-      first_step: how many steps came before it.
-      last: nothing comes after it: it was the last one, or every seed has stopped.
+      first_step: number of steps before it.
+      last: it was the last epoch, or every seed has stopped.
     """
 
     number: int
@@ -45,11 +45,11 @@ class Epoch(NamedTuple):
 
 
 def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
-    """Return the state that all seeds start from, each with its own key.
+    """Return the initial state of all seeds, each with its own key.
 
     Args:
-      problem: of all seeds.
-      seeds: of the run.
+      problem: problem of all seeds.
+      seeds: seeds of the run.
       params: as in `init_state`, leaves [seeds].
     """
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
@@ -69,17 +69,17 @@ def fit(
     epochs_done: int = 0,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
-    """Train all seeds, and return their last state; `state.best` is what counts.
+    """Train all seeds, and return their last state; the result is in `state.best`.
 
     Args:
-      problem: of all seeds.
-      rows: that they train and validate on.
-      state: to go on from.
-      recipe: of the training.
-      seeds: by which rows are ordered.
-      rates: of every seed, leaves [seeds]; None for the recipe's own.
-      epochs_done: how many epochs lie behind `state`.
-      after_epoch: called with what an epoch did, to log and to save.
+      problem: problem of all seeds.
+      rows: rows to train and validate on.
+      state: state to continue from.
+      recipe: recipe of the training.
+      seeds: seeds that order the rows.
+      rates: learning rates of every seed, leaves [seeds]; None for the recipe's own.
+      epochs_done: number of epochs before `state`.
+      after_epoch: called with the result of each epoch, to log and to save.
     """
     shuffle = None if recipe.protocol == "reference" else seeds
     orders = batch_orders(rows.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
@@ -155,7 +155,7 @@ def _after_epoch(
 
 
 def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
-    """Return the rates that a recipe has for a method, the same for every seed."""
+    """Return a recipe's learning rates for a method, the same for every seed."""
 
     def of_seeds(value: float) -> Array:
         return jnp.full(seeds, value, jnp.float32)

@@ -1,4 +1,4 @@
-"""The training loss: token cross-entropy, and what an objective adds to it.
+"""The training loss: token cross-entropy, and the terms that an objective adds to it.
 
 Axis letters: B batch, T target, V vocabulary.
 """
@@ -26,7 +26,7 @@ def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> 
 
 
 def rows(row_mask: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Return how many rows of a batch are really there."""
+    """Return the number of real rows of a batch."""
     return jnp.maximum(jnp.sum(row_mask), 1).astype(jnp.float32)
 
 

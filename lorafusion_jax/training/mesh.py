@@ -29,21 +29,21 @@ Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 def make_mesh(asked: str, seeds: int) -> Mesh:
-    """Return the mesh that an option asks for.
+    """Return the mesh that an option describes.
 
     Args:
       asked: sizes of its axes, such as `seed=4,model=2`; an axis that is not named has size 1.
-      seeds: of the run.
+      seeds: number of seeds of the run.
 
     Raises:
-      ValueError: no such axis or size, more devices than there are, fewer than several processes have, or seeds that
-        cannot be shared out evenly.
+      ValueError: an axis or size is not valid, there are too few devices, several processes have more devices than the
+        mesh, or the seeds cannot be divided evenly.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in asked.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"--mesh {asked}: {part!r} is no axis and its size: wanted for example seed=4,model=2")
+            raise ValueError(f"--mesh {asked}: {part!r} is not an axis and its size: give for example seed=4,model=2")
         sizes[name] = int(size)
     if seeds % sizes["seed"]:
         raise ValueError(
@@ -67,10 +67,9 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
 
 @functools.lru_cache(maxsize=16)
 def rules(config: Architecture) -> Rules:
-    """Return how the arrays of a run are split; the first rule that fits counts, and none splits all others.
+    """Return the rules that split the arrays of a run. The first match counts; arrays without a match are not split.
 
-    A path names a base weight by its modules, what belongs to a site by the site: `base/first/map/kernel`,
-    `pool/A/first.map`.
+    A path contains the modules of a base weight (`base/first/map/kernel`), or the name of a site (`pool/A/first.map`).
     """
     model = abstract_model(config)
     variables = {id(variable): name for name, variable in model.variables().items()}
@@ -110,11 +109,11 @@ def check_model(config: Architecture) -> None:
 
 
 def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool = False) -> _Tree:
-    """Return arrays where the ambient mesh wants them, and as they are without one.
+    """Return arrays placed on the ambient mesh, or unchanged without one.
 
     Args:
-      tree: of arrays; with several processes, the same in each.
-      config: of the model; None where no matrix is split, as in batches.
+      tree: tree of arrays; with several processes, the same in each.
+      config: structure of the model; None if no matrix is split, as in batches.
       of_seeds: they have a leading axis of seeds.
 
     Raises:
@@ -137,11 +136,11 @@ def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool =
 
 
 def partition(name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False) -> PartitionSpec:
-    """Return how an array is split.
+    """Return the partition of an array.
 
     Args:
       name: its path in the tree, such as `pool/A/first.map`.
-      dimensions: how many it has.
+      dimensions: number of its dimensions.
       rules: as `rules` returns them.
       of_seeds: the first of them is the seeds'.
     """
@@ -161,7 +160,7 @@ def to_host(tree: Any) -> Any:
 
 
 def loading() -> contextlib.AbstractContextManager[Any]:
-    """Return the context to load weights in: of those that a mesh shares out, no accelerator has to hold all."""
+    """Return the context to load weights in, so that one accelerator need not hold all weights of a mesh."""
     if _axis_size("model") == 1 or jax.default_backend() == "cpu":
         return contextlib.nullcontext()
     return jax.default_device(jax.local_devices(backend="cpu")[0])

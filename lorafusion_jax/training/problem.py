@@ -1,4 +1,4 @@
-"""A problem: what is trained, on which frozen weights, with which modules: one argument of all that computes.
+"""A problem: the method to train, the frozen weights and the modules, in one argument of all computations.
 
 The protocol of a method is here, below `methods`, because training calls it and methods implement it.
 
@@ -23,12 +23,12 @@ from .seeds import Path, over_seeds
 
 Params = dict[str, Any]
 
-# Purposes of a read of arrays besides training: the first of the numbers that decide its noise.
+# Purposes of reads of arrays other than training: the first of the numbers that determine the noise.
 VALIDATION, SEARCH, GENERATION, LOSS, OPTIONS = range(5)
 
 
 class Projections(NamedTuple):
-    """Random matrices, of which a site takes the first rows of A and the first columns of B."""
+    """Random matrices; a site uses the first rows of A and the first columns of B."""
 
     A: Float[Array, "*C widest_in r"]
     B: Float[Array, "*C r widest_out"]
@@ -66,7 +66,7 @@ class Frozen:
 
 @runtime_checkable
 class Method(Protocol):
-    """How trainable numbers become adapters.
+    """The map from trainable numbers to adapters.
 
     A method is a frozen dataclass: hashable, a static part of a problem. Its numbers are a dictionary of groups, each
     with a learning rate of its own. `index` [N] selects the modules of the pool that a seed fuses; a method without a
@@ -91,7 +91,7 @@ class Method(Protocol):
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
     def learning_rates(self, recipe: Recipe) -> dict[str, float]:
-        """Return the learning rate of every group. By default there is none, and so nothing to train."""
+        """Return the learning rate of every group. By default the result is empty, and nothing is trained."""
         return {}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
@@ -107,7 +107,7 @@ class Method(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a loss depends on besides the numbers in training and a batch.
+    """Everything that a loss depends on, other than the trained numbers and a batch.
 
     A pytree: `frozen` and `index` are arrays, the rest is structure. Another structure is another program.
 

@@ -1,6 +1,6 @@
 """Compiled programs of a long process, such as a matrix of runs.
 
-On a CPU every program that JAX compiles takes several mappings of memory, of which Linux allows a process 65,530 by
+On a CPU every program that JAX compiles takes several mappings of memory; Linux allows a process 65,530 of them by
 default. Past that LLVM ends the process, or whatever asks for memory next fails.
 """
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def progress(what: str, total: int, done: int = 0) -> "tqdm":
-    """Return a tqdm bar of `total` units, of which `done` lie behind."""
+    """Return a tqdm bar of `total` units that starts at `done`."""
     from tqdm import tqdm
 
     hidden = True if jax.process_index() else None  # None: shown on a terminal only

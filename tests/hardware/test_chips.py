@@ -337,7 +337,7 @@ def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
         main(["evaluate", "--run", str(run_path(fused)), "--ages", "1h", "--lora-in", "cells"])
     assert "--ages, --lora-in: only for simulated chips: name them with --crossbar" in capsys.readouterr().err
     beyond = dataclasses.replace(fused, name="beyond", arrays=OnArrays(crossbar=str(small / "noisy.yaml"), chip=-1))
-    with pytest.raises(ValueError, match="there is no chip -1: they count from 0"):
+    with pytest.raises(ValueError, match="there is no chip -1: chips are numbered from 0"):
         fuse(beyond)
 
 

@@ -5,7 +5,7 @@
 `loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
 `lookup`      the same sums from tables, for inputs in narrow slices; integer cells are packed
 `planes`      integer cells and narrow inputs as planes of bits that are counted, where the processor counts vectors
-`packed`      integer cells of which several fit one product, for inputs in wider slices
+`packed`      integer cells, several to one product, for inputs in wider slices
 
 The modules of these names explain them.
 """

@@ -141,7 +141,7 @@ class Device:
             raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
         for name in _MODELS:
             model = getattr(self, name)
-            # A plain function is no pytree: wrapped, it is structure, compared by identity.
+            # A plain function is not a pytree: wrapped, it is structure, compared by identity.
             if callable(model) and jax.tree_util.all_leaves([model]):
                 object.__setattr__(self, name, jax.tree_util.Partial(model))
 

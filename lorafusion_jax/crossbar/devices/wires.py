@@ -63,7 +63,7 @@ def currents(
       v: voltages of the word lines, of the full read voltage.
       G: conductances, of Gmax (not in levels: the wires are measured in them).
       wire: resistances and solver.
-      iv: (V, G) -> current of a cell, of which I = G V is the linear one.
+      iv: (V, G) -> current of a cell; I = G V for a linear one.
 
     Returns:
       Currents, in Gmax times the full read voltage; all NaN where the iteration did not converge.

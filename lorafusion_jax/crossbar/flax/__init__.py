@@ -47,7 +47,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
         `encoder.layers.0.query`. Layers that are stacked, by `nnx.vmap` or `nn.scan`, are one path and have one rule;
         their axis is the first of their parameters.
       key: key of the chip. The arrays of a layer depend on it and on the layer's path.
-      inputs: an example of the model's inputs, of which shapes and dtypes count. A Linen model needs one. With one, an
+      inputs: an example of the model's inputs; only shapes and dtypes matter. A Linen model needs one. With one, an
         NNX model's embeddings that are only looked up are left digital.
       options: keyword arguments of the model in this example.
 

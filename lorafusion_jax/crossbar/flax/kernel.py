@@ -48,7 +48,7 @@ class Kernel:
 
         Args:
           x: inputs.
-          groups: number of axes of groups, each of which has a matrix of its own.
+          groups: number of axes of groups; each group has a separate matrix.
           inputs: number of axes that are summed over.
           features: sizes of the axes of the result.
           preferred_element_type: dtype of the result; None for that of x.
