@@ -274,7 +274,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match="constants are a file ending in .yaml, .yml, .json"):
         load_constants(tmp_path / "none.txt")
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         load_constants(tmp_path / "a.json")
     (tmp_path / "b.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="wanted a table of constants by name"):

@@ -141,7 +141,7 @@ def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
         ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),
         ({"tasks": ()}, "no task: give at least one with --tasks"),
         ({"modules": 5}, "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules"),
-        ({"pool": str(tmp_path)}, "is no pool"),
+        ({"pool": str(tmp_path)}, "is not a pool"),
     ]:
         with pytest.raises(ValueError, match=message):
             module.run_matrix(dataclasses.replace(options, out=tmp_path / "new", **changes), entries)

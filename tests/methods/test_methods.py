@@ -325,7 +325,7 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         (
             "few-shot",
             {"shots": 6, "train_rows": 5},
-            "6 examples for the prompts of double_digit, of which 5 .* --shots",
+            "6 examples for the prompts of double_digit, but only 5 .* --shots",
         ),
     ]
     wrong = {"lora_targets": ("q", "w")}

@@ -241,7 +241,7 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         ({"seeds": (1, 1)}, "given twice"),
         ({"seeds": ()}, "no seeds"),
         ({"pool": None}, "give one with --pool"),
-        ({"pool": str(tmp_path)}, "is no pool"),
+        ({"pool": str(tmp_path)}, "is not a pool"),
         ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
         ({"control": "random", "load_in": "nf4"}, "full precision"),
         (

@@ -142,8 +142,8 @@ def test_the_table(name, dimensions, of_seeds, spec):
     ("asked", "message"),
     [
         ("rows=2", "'rows=2' is not an axis and its size: give for example seed=4,model=2"),
-        ("seed=0", "'seed=0' is no axis"),
-        ("seed", "'seed' is no axis"),
+        ("seed=0", "'seed=0' is not an axis"),
+        ("seed", "'seed' is not an axis"),
         ("seed=3", "2 seeds cannot be shared out evenly over --mesh seed=3: give a multiple of 3"),
         (
             "seed=2,model=4",
