@@ -7,6 +7,7 @@ digital numbers on that very chip wins a part of it back.
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import lorafusion_jax as lf
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
@@ -22,7 +23,7 @@ BASE, POOL = str(SMALL / "base"), str(SMALL / "adapters")
 RECIPE = lf.Recipe(modules=5, epochs=5)
 
 
-def main(out: Path, recipe: lf.Recipe = RECIPE, test_rows: int = 50, digital: tuple[str, ...] = ()) -> dict[str, float]:
+def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, float]:
     # Two independent draws of imperfect arrays, written once for every task. Matrices that a pattern of `digital` names
     # (as in "*.ff.*") stay digital.
     chips, config = out / "chips", EXAMPLES / "chip.yaml"
@@ -32,9 +33,8 @@ def main(out: Path, recipe: lf.Recipe = RECIPE, test_rows: int = 50, digital: tu
     print(f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip")
 
     task = str(SMALL / "tasks" / "pairswap_numvow")
-    options = lf.FuseOptions(
-        base=BASE, pool=POOL, task=task, recipe=recipe, test_rows=test_rows, out=out, name="digital"
-    )
+    options = lf.FuseOptions(base=BASE, pool=POOL, task=task, recipe=RECIPE, test_rows=50, out=out, name="digital")
+    options = dataclasses.replace(options, **changes)
     scores = {"digital": lf.fuse(options)["exact_match"]}
 
     # The same numbers on both chips, and a month later, with the mean drift undone digitally.
