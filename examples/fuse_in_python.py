@@ -24,6 +24,7 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     pool = lf.read_pool(adapters, model.config)
     task = tasks.load_task(SMALL / "tasks" / "double_digit")
     tokenizer = tasks.load_tokenizer(SMALL / "base")
+    padding = model.config.pad_id
     train = tasks.encode(tokenizer, task.train[:95])
 
     # The numbers to train: one coefficient per module and block, and one magnitude per column of a matrix.
@@ -40,7 +41,8 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     orders = tasks.batch_orders(np.arange(len(train), dtype=np.int32)[None], batch_size=10, epochs=epochs, seeds=(1,))
     optimisation = lf.Optimisation(steps=orders.shape[1], schedule="cosine", clip=1.0)
     rates = lf.Rates({"coefficients": jnp.array(0.1), "magnitudes": jnp.array(0.01)}, jnp.array(0.0), jnp.array(0.0))
-    for batch in tasks.train_batches(train, orders, pad_id=tokenizer.pad_token_id):
+    metrics = {}
+    for batch in tasks.train_batches(train, orders, pad_id=padding):
         batch = jax.tree.map(lambda rows: jnp.asarray(rows[0]), batch)  # the only seed
         state, metrics = step(state, batch, problem, rates, optimisation=optimisation)
     print(f"loss of the last batch: {metrics['loss']:.3f}")
@@ -49,8 +51,8 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     fused, _ = fusion.adapters(state.params, frozen, index)
     test = task.test[:test_rows]
     encoded = tasks.encode(tokenizer, test)
-    ids = jnp.asarray(tasks.pad(encoded.inputs, tokenizer.pad_token_id, max(map(len, encoded.inputs))))
-    tokens = lf.generate(model, ids, ids != tokenizer.pad_token_id, fused, max_new_tokens=24)
+    ids = jnp.asarray(tasks.pad(encoded.inputs, padding, max(map(len, encoded.inputs))))
+    tokens = lf.generate(model, ids, ids != padding, fused, max_new_tokens=24)
     answers = tokenizer.batch_decode(np.asarray(tokens), skip_special_tokens=True)
     right = sum(answer == row.target for answer, row in zip(answers, test, strict=True))
     print(f"{right} of {len(test)} test rows are right")
