@@ -1,4 +1,4 @@
-"""What the benchmarks share: their cases, a process that is pinned to cores, timings taken in turns."""
+"""Shared code of the benchmarks: cases, a process that is pinned to cores, timings taken in turns."""
 
 import argparse
 import importlib.util
@@ -38,7 +38,7 @@ def case(
     higher_is_better: bool = False,
     **computed_from: Any,
 ) -> dict[str, Any]:
-    """Return one measured ratio and its bars; `required` is None where it is shown beside another one."""
+    """Return one measured ratio and its bars; `required` is None if it is only shown next to another one."""
     return {
         "name": name,
         "ratio": float(ratio),
@@ -144,7 +144,7 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
     A ratio between two libraries is also one of their products, which differ from processor to processor.
 
     Args:
-      dtypes: of the steps beside it; a product of NF4 weights is one of float32.
+      dtypes: dtypes of the steps next to it; a product of NF4 weights is one of float32.
       rounds: of turns.
     """
     import jax
@@ -170,7 +170,7 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
 
 
 def _cpuinfo(field: str) -> str | None:
-    """Return a field of /proc/cpuinfo, of the first processor; None where there is none."""
+    """Return a field of /proc/cpuinfo for the first processor, or None if it is missing."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next(

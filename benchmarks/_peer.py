@@ -79,7 +79,7 @@ class Peer:
         assert weights.pool is not None
         pool = weights.pool
         self.model = peft_model(config, weights.base, dtype)
-        # (LoRA layer, column of its block, A of all modules [N, r d_in], B likewise)
+        # (LoRA layer, column of its block, A of all modules [N, r d_in], B of all modules)
         self.sites: list[tuple[Any, int, Any, Any]] = []
         layers = {name.removeprefix("base_model.model."): module for name, module in self.model.named_modules()}
         for site in pool.A:

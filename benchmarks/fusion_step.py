@@ -35,7 +35,7 @@ def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
     parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["float32"], help="of weights and activations")
-    parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory, of which 20 are fused")
+    parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory; 20 of them are fused")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
     parser.add_argument(
         "--cores", type=int, default=1, help="that the process is pinned to; the peer runs on one alone"

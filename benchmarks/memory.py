@@ -1,4 +1,4 @@
-"""Memory of a training step: what XLA allocates, against bars and against what `--plan` foretells. Nothing is computed.
+"""Memory of a training step: XLA's allocations, compared with bars and with `--plan`. Nothing is computed.
 
     python benchmarks/memory.py [--shape flan-t5-large] [--json]
 

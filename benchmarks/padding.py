@@ -1,4 +1,4 @@
-"""How much of what is computed is real: tokens of texts over tokens of padded batches, and the shapes to compile.
+"""Share of real tokens in padded batches, and the number of shapes to compile.
 
     python benchmarks/padding.py [--tasks bbh/*.json] [--tokenizer google/flan-t5-large] [--json]
 

@@ -1,10 +1,10 @@
-"""A step's time against devices: what `train.scaling` foretells against what is measured on a CPU's cores.
+"""Time of a step on several devices: the prediction of `estimates.scaling` against measurements on a CPU's cores.
 
     python benchmarks/scaling.py [--shape flan-t5-small] [--seeds 4] [--json]
 
 Every point is a process of its own with as many cores as devices (XLA's forced host devices): one core alone gives the
 rate of a device, sums of arrays over two give bandwidth and latency. Then seeds are shared out over two devices, and
-matrices. Beside them stands what one device makes of two cores by itself. The step of `fusion_step.py`: `mix`, float32,
+matrices. They are compared with one device on two cores. The step of `fusion_step.py`: `mix`, float32,
 layers in a loop.
 """
 
@@ -32,7 +32,7 @@ from lorafusion_jax.estimates.flops import Shape, step_flops
 from lorafusion_jax.estimates.scaling import Rates, step_seconds
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
-_REQUIRED, _AMBITION = 1.25, 1.1  # measured / foretold, either way
+_REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
 _UPDATE = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True, targets=TARGETS)
 _SHAPE = Shape(BATCH, SOURCE, TARGET)
 
@@ -59,10 +59,12 @@ def main() -> None:
     rates = Rates(flops=flops / one["seconds"], bandwidth=matrices["bandwidth"], latency=matrices["latency"])
     cases = []
     for name, point, axis in (("seeds", seeds, "seed"), ("matrices", matrices, "model")):
-        foretold = step_seconds(config, _SHAPE, _UPDATE, rates, **told, **{axis: 2})
-        off = max(point["seconds"] / foretold, foretold / point["seconds"])
-        what = f"{options.shape}, {options.seeds} seeds, {name} over 2 devices: measured / foretold, either way"
-        cases.append(case(what, off, _REQUIRED, _AMBITION, foretold=foretold, measured=point["seconds"], **vars(rates)))
+        predicted = step_seconds(config, _SHAPE, _UPDATE, rates, **told, **{axis: 2})
+        off = max(point["seconds"] / predicted, predicted / point["seconds"])
+        what = f"{options.shape}, {options.seeds} seeds, {name} over 2 devices: measured / predicted, either way"
+        cases.append(
+            case(what, off, _REQUIRED, _AMBITION, predicted=predicted, measured=point["seconds"], **vars(rates))
+        )
     cases.append(
         case(
             f"{options.shape}, {options.seeds} seeds: over 2 devices / on one with 2 cores",

@@ -238,7 +238,7 @@ def accuracies(
 
 
 def train_rows(task: Task, count: int, seed: int) -> list[dict[str, str]]:
-    """Return rows of which none is a test row."""
+    """Return rows that are not test rows."""
     kept_back = {row["context"] for row in test_rows(task, seed)}
     return draw(task, count, (seed, TRAIN), exclude=kept_back)
 

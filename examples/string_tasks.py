@@ -15,7 +15,7 @@ VOWELS = "aeiou"
 MIN_LETTERS, MAX_LETTERS = 3, 7
 MAX_OUTPUT = 2 * MAX_LETTERS
 
-# Four that a small T5 learns at once come first, beside copy: `split` takes unseen tasks from the others.
+# Four that a small T5 learns at once come first, next to copy: `split` takes unseen tasks from the others.
 POSITION_OPS = {
     "copy": lambda s: s,
     "rotl": lambda s: s[1:] + s[:1],
@@ -77,7 +77,7 @@ def split() -> Split:
     """Return the split, by a fixed rule that gives every op its share.
 
     The table of 12 position ops by 8 character ops has 8 diagonals of 12 pairs. Walked diagonal by diagonal
-    it gives 12 pairs to the base (beside all 20 single ops), 28 to the pool, 2 to tuning and 6 to unseen
+    it gives 12 pairs to the base (in addition to all 20 single ops), 28 to the pool, 2 to tuning and 6 to unseen
     tasks. The op of the last task, `mirror`, occurs nowhere else.
     """
     positions = [op for op in POSITION_OPS if op != "copy"]

@@ -30,14 +30,14 @@ By = Literal["module", "block"]
 
 
 class Trained(NamedTuple):
-    """What a method came to, for all seeds.
+    """Results of a method for all seeds.
 
     Attributes:
       setup: with the modules that it fuses.
       params: leaves with a leading axis of seeds.
       steps: taken by each seed.
       forward_rows: passed by each seed, a product J v with the rows counted like a forward pass.
-      backward_rows: likewise.
+      backward_rows: passed backward by each seed, counted in the same way.
       seconds: of training, all seeds together, compilation included.
     """
 
@@ -181,7 +181,7 @@ def _train(setup: Setup, options: FuseOptions, state: TrainState, *, began: floa
     assert setup.split is not None
     recipe = dataclasses.replace(options.recipe, epochs=options.recipe.epochs - epochs_spent)
     if recipe.epochs < 1:
-        raise ValueError(f"epochs {options.recipe.epochs}, of which {epochs_spent} is spent beforehand: give more")
+        raise ValueError(f"epochs {options.recipe.epochs}, but {epochs_spent} is spent beforehand: give more")
     state = jax.block_until_ready(fit(setup.problem, setup.rows, state, recipe, options.seeds))
     steps = int(state.step[0])
     forward, backward = rows_passed(setup, options, steps)

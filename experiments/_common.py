@@ -1,4 +1,4 @@
-"""What the experiments share: the embedded small pool, runs on it, a folder to start afresh in."""
+"""Shared code of the experiments: the embedded small pool, runs on it, and a new folder for results."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_n
 
 @contextlib.contextmanager
 def fresh_folder(folder: Path) -> Iterator[None]:
-    """Make an empty folder and keep other processes out of it; what was there is kept beside it, with a number.
+    """Make an empty folder and keep other processes out of it; an existing one is kept next to it, with a number.
 
     Raises:
       ValueError: another process is writing to it.

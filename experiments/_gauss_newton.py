@@ -25,7 +25,7 @@ _CHANGE = 4.0  # of the damping, where the quadratic model was good or bad
 
 
 class Fit(NamedTuple):
-    """What steps change.
+    """State that steps change.
 
     Attributes:
       coefficients: the only trained numbers.

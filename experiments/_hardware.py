@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """What an experiment has computed.
+    """Results of an experiment.
 
     Attributes:
       folder: of it all.
@@ -102,7 +102,7 @@ class Subject:
 
     @property
     def count(self) -> int:
-        """Of chips."""
+        """Number of chips."""
         return len(self.keys)
 
     def on_chips(self, config: CrossbarConfig, params: Params) -> Setup:

@@ -20,7 +20,7 @@ from lorafusion_jax.runs.prepare import available
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixOptions:
-    """What a matrix runs on.
+    """Common options of matrices.
 
     Attributes:
       base: the base model, a folder or hub id.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What a row of a table runs.
+    """One row of a table and its run.
 
     Attributes:
       method: of `lorafusion fuse`.

@@ -1,4 +1,4 @@
-"""What a matrix would run and need, printed without running or loading weights."""
+"""Plan of a matrix: its runs and their cost, printed without running or loading weights."""
 
 from collections.abc import Mapping
 from pathlib import Path

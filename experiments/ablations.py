@@ -4,7 +4,7 @@
     python experiments/ablations.py --groups modules controls         # some of them
     python experiments/ablations.py --groups modules --counts 5 20 100 --base BASE --pool POOL --tasks TASK
 
-Every setting is a row of a table beside plain fusion, at fusion's learning rates. Results are rows of
+Every setting is a row of a table next to plain fusion, at fusion's learning rates. Results are rows of
 OUT/results.jsonl; interrupted, the same command goes on.
 """
 
@@ -34,7 +34,7 @@ _MERGES: tuple[MergeKind, ...] = ("linear", "cat", "svd", "ties", "dare_linear",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationOptions(SmallPoolOptions):
-    """What to vary.
+    """Options of the ablations.
 
     Attributes:
       groups: the settings to vary; all by default.

@@ -25,7 +25,7 @@ from lorafusion_jax.tasks import load_task, prompt_overlap, write_lorahub_split
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BBHOptions(MatrixOptions):
-    """What to run.
+    """Options of the matrix.
 
     Attributes:
       bbh: folder of BIG-Bench Hard's JSON files, to be split by `split`.

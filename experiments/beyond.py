@@ -44,11 +44,11 @@ _FUSION, _COEFFICIENTS = "LoRAFusion", "coefficients only"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeyondOptions:
-    """What is run.
+    """Options of the experiment.
 
     Attributes:
       tasks: task folders or files.
-      ideas: which ideas, beside what they are compared with; all by default.
+      ideas: ideas to run, in addition to the methods they are compared with; all by default.
       seeds: each draws modules, starts and orders of rows; all run as one program.
       epochs: of plain fusion, which sets the row passes of every idea.
       test_rows: evaluate on the first rows only.
@@ -65,7 +65,7 @@ class BeyondOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a row of the table runs.
+    """One row of the table and its run.
 
     Attributes:
       train: of `_beyond`.
@@ -188,7 +188,7 @@ def _marks(right: Any) -> str:
 
 
 def _idea(variant: Variant) -> dict[str, Any]:
-    """Return what decides a row besides the options of a run and its seed."""
+    """Return the settings of a row other than the options of a run and its seed."""
     return {"train": variant.train.__name__, **variant.settings}
 
 

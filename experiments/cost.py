@@ -1,4 +1,4 @@
-"""What a new task costs on arrays: every method's bill for several base models and kinds of array.
+"""Cost of a new task on arrays: every method's bill for several base models and kinds of array.
 
     python experiments/cost.py                          # FLAN-T5-small, base, large on isaac, puma, neurram
     python experiments/cost.py --shapes t5-base --crossbars raella --constants mine.yaml
@@ -29,7 +29,7 @@ _PARTS = {"putting it in place": "install", "its update": "update", "the base's 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is billed.
+    """Options of the bills.
 
     Attributes:
       shapes: of base models, by name.

@@ -34,7 +34,7 @@ from lorafusion_jax.runs.options import OnArrays
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured.
+    """Options of the measurements.
 
     Attributes:
       tasks: of the embedded ones.
@@ -130,7 +130,7 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         yield from scored(case, params)
         for compensate in (False, True):
             yield from scored(case, params, options.age, compensate=compensate)
-    # Trained again a month later, beside as many more steps without any noise.
+    # Trained again a month later, compared with as many more steps without any noise.
     month = aged(new, options.age, compensate=True)
     budgets = ((None, options.again_epochs), (options.few_rows, options.few_epochs))
     for name, (count, epochs) in zip(BUDGETS, budgets, strict=True):

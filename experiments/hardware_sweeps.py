@@ -52,7 +52,7 @@ _LABELS: dict[Sweep, str] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is swept.
+    """Options of the sweeps.
 
     Attributes:
       sweeps: one after the other.
@@ -228,7 +228,7 @@ def _numbers(store: Store, on: Subject, line: Line, config: CrossbarConfig, name
 
 
 def mean(rows: Sequence[Row], line: str, point: str, compensate: bool | None = None) -> float | None:
-    """Return exact match, the mean over tasks, chips and seeds; None where there is none."""
+    """Return exact match, the mean over tasks, chips and seeds, or None without any."""
     found = [
         row["exact_match"]
         for row in rows

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """What to sweep.
+    """Options of the sweep.
 
     Attributes:
       base: the base model, a folder or hub id.

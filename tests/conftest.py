@@ -1,4 +1,4 @@
-"""Strict JAX on four CPU devices, types checked at run time, and the goldens beside the checkout."""
+"""Strict JAX on four CPU devices, types checked at run time, and the goldens next to the checkout."""
 
 import gc
 import importlib.util
@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _programs_of_one_file() -> Iterator[None]:
     """Drop the compiled programs of each file behind it.
 
-    A program takes several mappings of memory, of which Linux allows a process 65,530: all files' programs together
+    A program takes several mappings of memory; Linux allows a process 65,530 of them: all files' programs together
     reach that, and what fails then is whatever asks for memory next.
     """
     yield

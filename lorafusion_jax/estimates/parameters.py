@@ -1,4 +1,4 @@
-"""How many numbers a model has, and how many a method trains, from shapes alone."""
+"""Counts of a model's numbers and of the numbers that a method trains, from shapes alone."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""How many numbers each method trains on a base model, without any weights; shapes of common models."""
+"""Number of trained numbers of each method on a base model, without any weights; shapes of common models."""
 
 import dataclasses
 from collections.abc import Sequence

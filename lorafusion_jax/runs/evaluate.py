@@ -35,12 +35,12 @@ class Evaluation(NamedTuple):
 
     @property
     def exact_match(self) -> Float[np.ndarray, " seeds"]:
-        """In percent."""
+        """Share of exact matches, in percent."""
         return 100 * self.correct.mean(axis=1)
 
     @property
     def option_accuracy(self) -> Float[np.ndarray, " seeds"] | None:
-        """In percent."""
+        """Share of rows whose likeliest option is the target, in percent; None without options."""
         return None if self.option_correct is None else 100 * self.option_correct.mean(axis=1)
 
 

@@ -13,7 +13,7 @@ from ..tasks.protocol import Protocol
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """How the numbers are trained: the static part.
+    """Static settings of the training.
 
     Attributes:
       steps: in all; the schedule's length.
@@ -50,7 +50,7 @@ class Rates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to fuse and train, in every number.
+    """Numbers of a fusion and its training.
 
     Attributes:
       modules: how many modules of the pool a seed fuses; all of a smaller pool.

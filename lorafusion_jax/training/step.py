@@ -20,7 +20,7 @@ from .recipe import Optimisation, Rates
 
 
 class TrainState(NamedTuple):
-    """What training changes.
+    """State that training changes.
 
     Attributes:
       params: by group.

@@ -163,7 +163,7 @@ def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, mo
     assert "| one  |     2 |      ≤ 1 |          | missed |" in said and "missed" in page
     kept = json.loads((tmp_path / "speed/cases.json").read_text())
     assert kept["cases"][0]["computed_from"] == {"seconds": 3.0}
-    # What the processor is and does is kept beside it.
+    # Data about the processor and its speed are kept next to it.
     assert all(feature in page for feature in (*kept["features"], kept["processor"]))
     (rates,) = kept["rates"]
     assert (rates["processor"], rates["gflops"]) == (ran["processor"], ran["rates"])

@@ -142,9 +142,9 @@ def test_a_converged_step_equals_the_dense_solution(newton, frozen):
     np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
     vmapped, _ = newton.step_seeds(*seeds, problem, iterations=30)
     np.testing.assert_allclose(vmapped.coefficients, new.coefficients, atol=1e-5)
-    # The damping follows the ratio of the descent to what the quadratic model foretold.
-    foretold = -(gradient @ wanted + 0.5 * wanted @ product @ wanted)
-    ratio = float(metrics["loss"][0] - metrics["candidate"][0]) / foretold
+    # The damping follows the ratio of the descent to what the quadratic model predicted.
+    predicted = -(gradient @ wanted + 0.5 * wanted @ product @ wanted)
+    ratio = float(metrics["loss"][0] - metrics["candidate"][0]) / predicted
     assert ratio > 0.8 or 0.3 < ratio < 0.7  # away from where the rule changes
     assert new.damping[0] == pytest.approx(damping / 4 if ratio > 0.75 else damping)
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_run(beyond, ideas, tmp_path):
         variant = beyond.variants(())[name]
         variant.train(beyond._fuse_options(options, _TASK, variant, (1,)), **variant.settings)
 
-    with pytest.raises(ValueError, match="epochs 1, of which 1 is spent beforehand: give more"):
+    with pytest.raises(ValueError, match="epochs 1, but 1 is spent beforehand: give more"):
         run("gradient start")
     with pytest.raises(ValueError, match="epochs 1 passes 195 rows, one step of 2 iterations 665: give more --epochs"):
         run("Gauss-Newton, 2 CG")

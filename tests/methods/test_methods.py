@@ -295,7 +295,7 @@ def test_what_cannot_be_exported_or_asked(runs, tmp_path):
 
 
 def test_arrays_hold_what_a_run_reads(runs):
-    """A merge is a module of its own, beside the base's arrays; a merge by `cat` reads the pool's."""
+    """A merge is a module of its own, next to the base's arrays; a merge by `cat` reads the pool's."""
     sites = {}
     for method in ("merge", "cat"):
         options, results, _ = runs(method)

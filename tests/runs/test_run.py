@@ -1,4 +1,4 @@
-"""Whole runs on the embedded pool: resumable, reproducible, the same for a seed whatever runs beside it."""
+"""Whole runs on the embedded pool: resumable, reproducible, the same for a seed whatever runs at the same time."""
 
 import dataclasses
 import json

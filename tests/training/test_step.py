@@ -162,17 +162,17 @@ def test_gradients_that_are_not_finite_are_zeroed_and_counted(start, take):
         "magnitudes": gradients["magnitudes"]
         | {site: gradients["magnitudes"][site].at[1, 2].set(jnp.inf).at[0, 0].set(-jnp.inf)},
     }
-    mended = {
+    corrected = {
         "coefficients": gradients["coefficients"].at[0, 1].set(0.0),
         "magnitudes": gradients["magnitudes"]
         | {site: gradients["magnitudes"][site].at[1, 2].set(0.0).at[0, 0].set(0.0)},
     }
     # The sum of products that stands in for the loss is not finite either, which must not matter.
     got, metrics = take(start, broken, _rates())
-    wanted, _ = take(start, mended, _rates())
+    wanted, _ = take(start, corrected, _rates())
     _equal(got, wanted)
     assert metrics["nonfinite_gradients"] == 3
-    norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(mended)))
+    norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(corrected)))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
 
 
