@@ -102,6 +102,9 @@ def given(*limits, **others):
         (lambda: Device(time=-1.0), r"Device.time = -1.0"),
         (lambda: Device(clip="none"), r"Device.clip = 'none': choose positive \(G >= 0\) or range"),
         (lambda: Device(write_verify=WriteVerify(0.1)), r"give programming too"),
+        (lambda: untyped(Device, read_noise=0.01), r"Device.read_noise = 0.01: give ReadNoise\(...\), or None"),
+        (lambda: untyped(Device, programming=0.01), r"Device.programming = 0.01: give a function .* Independent"),
+        (lambda: untyped(Device, drift="PCM_DRIFT"), r"Device.drift = 'PCM_DRIFT': give a function"),
         (lambda: Wire(row_resistance=-1.0), r"Wire.row_resistance = -1.0"),
         (lambda: Wire(iterations=0), r"Wire.iterations = 0"),
     ],
@@ -174,6 +177,23 @@ def test_weights(weights, message):
         program(weights, CrossbarConfig())
 
 
+@pytest.mark.parametrize("wrong", [lambda G: G[:1], lambda G: G.mean(), lambda G: G[0]])
+@pytest.mark.parametrize("field", ["programming", "drift", "iv"])
+def test_functions_of_a_device_return_a_value_for_each_cell(field, wrong):
+    of_cells = {field: (lambda v, G: wrong(G)) if field == "iv" else (lambda G, key, time: wrong(G))}
+    config = CrossbarConfig(device=Device(**of_cells, time=1.0 if field == "drift" else None))
+    with pytest.raises(ValueError, match=rf"Device.{field} returned values of shape .* for cells of shape .*, 6, 5\)"):
+        matmul(jnp.ones((1, 6), jnp.float32), program(W, config, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("device", [Device(time=10.0), Device(programming=Independent(0.1), time=10.0)])
+def test_a_time_that_changes_nothing_is_refused(device):
+    with pytest.raises(ValueError, match=r"device.time = 10.0 changes nothing, .*: give device.drift too"):
+        program(W, CrossbarConfig(device=device), jax.random.key(0))
+    by_user = dataclasses.replace(device, programming=lambda G, key, time: G / (1 + time))
+    program(W, CrossbarConfig(device=by_user), jax.random.key(0))
+
+
 def test_constant_weights_inside_jit_are_checked():
     bad = W.at[2, 3].set(jnp.nan)
     with pytest.raises(ValueError, match="1 of 30 weights are NaN"):
@@ -242,7 +262,7 @@ def test_inputs():
     with pytest.raises(ValueError, match=r"its last axis must be 6"):
         jax.jit(matmul)(x, program(W, config))
     noisy = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.1)))
-    with pytest.raises(ValueError, match="anew for every read: give it a key"):
+    with pytest.raises(ValueError, match="again for every read: give it a key"):
         matmul(x[:, :6], program(W, noisy))
 
 
@@ -251,7 +271,7 @@ def test_an_uncalibrated_adc(path):
     config = CrossbarConfig(adc=ADC(bits=4))
     state = program(W, config, path=path)
     x = jnp.ones((3, 6), jnp.float32)
-    with pytest.raises(ValueError, match=r"this ADC's range comes from data: chip = calibrated\(chip, "):
+    with pytest.raises(ValueError, match=r"has an ADC whose range comes from data: chip = calibrated\(chip, "):
         matmul(x, state)
     _, statistics = probe(x, state)
     matmul(x, calibrated(state, statistics))

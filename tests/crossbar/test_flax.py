@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -378,6 +379,62 @@ def test_linen_layers_that_cannot_be_on_arrays_are_refused():
         convert(bound, {"twice": _IDEAL}, _KEY, _X)
 
 
+def test_a_rule_that_never_decides_is_refused():
+    with pytest.raises(ValueError, match=r"'layers.2' never decides, because 'layers.\*' comes first"):
+        convert(_mlp(), {"layers.*": _COARSE, "layers.2": None}, _KEY)
+    convert(_mlp(), {"layers.0": None, "layers.2": None, "*": _COARSE}, _KEY)  # a rule for the rest may have none
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"*": "isaac"}, r"the rule '\*' gives 'isaac': .*load_config\('isaac'\)"),
+        (_COARSE, r"rules of type CrossbarConfig: give a table .*\{'\*': config\}"),
+    ],
+)
+def test_what_is_not_a_table_of_configurations_is_refused(rules, message):
+    for put in inspect.unwrap(convert), inspect.unwrap(crossbar.program_tree):
+        with pytest.raises(ValueError, match=message):
+            put(_mlp(), rules, _KEY)
+
+
+@pytest.mark.parametrize("key", [None, 3])
+def test_a_chip_needs_a_key(key):
+    for put in inspect.unwrap(convert), inspect.unwrap(crossbar.program_tree):
+        with pytest.raises(ValueError, match=rf"the key is {key}: give one PRNG key, such as jax.random.key\(0\)"):
+            put(_mlp(), {"*": _IDEAL}, key)
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution", "einsum"])
+def test_a_layer_on_arrays_is_not_put_there_again(name):
+    on_arrays = convert(_CASES[name][1](nnx.Rngs(0)), {"*": _IDEAL}, _KEY)
+    with pytest.raises(ValueError, match="it is on arrays already, so give `convert` the digital model"):
+        convert(on_arrays, {"*": _IDEAL}, _KEY)
+
+
+def test_embeddings_and_linen_models_on_arrays_are_not_put_there_again():
+    embed = convert(nnx.Embed(9, 6, rngs=nnx.Rngs(0)), {"*": _IDEAL}, _KEY)
+    with pytest.raises(ValueError, match="it is on arrays already"):
+        convert(embed, {"*": _IDEAL}, _KEY)
+    dense = nn.Dense(7)
+    on_arrays = convert(dense.bind(dense.init(_KEY, _X)), {"*": _IDEAL}, _KEY, _X)
+    with pytest.raises(ValueError, match="the model is on arrays already"):
+        convert(on_arrays, {"*": _IDEAL}, _KEY, _X)
+
+
+def test_the_rest_of_a_model_may_follow_onto_arrays():
+    model = convert(_mlp(), {"layers.0": _IDEAL}, _KEY)
+    both = convert(model, {"layers.2": _IDEAL}, _KEY)
+    np.testing.assert_allclose(both(_X), model(_X), rtol=1e-5, atol=1e-6)
+    assert [chip.name for chip in crossbar.chips_in(both)] == ["layers.0", "layers.2"]
+
+
+def test_a_drift_without_a_time_warns():
+    config = crossbar.CrossbarConfig(device=crossbar.Device(drift=crossbar.PowerLaw(0.05)))
+    with pytest.warns(UserWarning, match=r"the rule '\*' has a device.drift, but its device.time is None"):
+        convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": config}, _KEY)
+
+
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_layers_of_one_scan_have_one_rule(kind):
     with pytest.raises(ValueError, match=r"blocks.up is a stack of layers that are scanned as one"):
@@ -426,9 +483,8 @@ def test_reads_take_no_sharding():
 def test_a_layer_is_calibrated_as_its_chip_is():
     layer = nnx.Linear(6, 7, use_bias=False, rngs=nnx.Rngs(0))
     on_arrays = convert(layer, {"*": _CALIBRATED}, _KEY)
-    with pytest.raises(ValueError, match="range comes from data") as refused:
+    with pytest.raises(ValueError, match="the model has a DAC whose range comes from data: .*crossbar.flax.calibrate"):
         on_arrays(_X)
-    assert "crossbar.flax.calibrate" in refused.value.__notes__[0]
     chip = jax.jit(functools.partial(crossbar.program, config=_CALIBRATED))(layer.kernel[...])
     for _ in "inputs", "sums":
         chip = crossbar.calibrated(chip, crossbar.probe(_X, chip)[1])
@@ -465,7 +521,38 @@ def test_arrays_that_no_batch_reads_are_refused():
     assert calibrate(convert(model, {"*": _CALIBRATED}, _KEY, _TOKENS), [_TOKENS])(_TOKENS).shape == (2, 4, 9)
 
 
+def test_batches_are_a_list():
+    on_arrays = convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": _COARSE}, _KEY)
+    for look in calibrate, site_errors:
+        with pytest.raises(ValueError, match=r"batches is one array of shape \(3, 4, 5, 6\): give a list"):
+            inspect.unwrap(look)(on_arrays, _X)
+
+
+def test_calibration_runs_outside_of_transformations():
+    layer = nnx.Linear(6, 7, rngs=nnx.Rngs(0))
+    random = dataclasses.replace(_CALIBRATED, device=crossbar.Device(programming=crossbar.Independent(0.02)))
+
+    def calibrated(key):
+        return calibrate(convert(layer, {"*": random}, key), [_X])
+
+    for transformed, keys in (jax.jit(calibrated), _KEY), (jax.vmap(calibrated), _KEY[None]):
+        with pytest.raises(ValueError, match=r"calibrate outside of them, .*jnp.stack\(leaves\), \*models\)"):
+            transformed(keys)
+
+
 # Noise, and transformations.
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_read_noise_needs_a_key_and_calibration_has_one(kind):
+    noisy = dataclasses.replace(_CALIBRATED, device=_NOISY.device)
+    dense = nn.Dense(7)
+    model = nnx.Linear(6, 7, rngs=nnx.Rngs(0)) if kind == "nnx" else dense.bind(dense.init(_KEY, _X))
+    on_arrays = calibrate(convert(model, {"*": noisy}, _KEY, _X), [_X])
+    assert site_errors(on_arrays, [_X])[0]["sqnr"] > 0
+    with pytest.raises(ValueError, match="again for every read: give it a key, .*crossbar.flax.with_read_key"):
+        on_arrays(_X)
+    assert with_read_key(on_arrays, _KEY)(_X).shape == (3, 4, 5, 7)
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
@@ -491,11 +578,11 @@ def test_chips_are_an_axis_of_their_own():
     @jax.jit
     @jax.vmap
     def on_chip(key):
-        return convert(nnx.merge(graph, state), {"*": _NOISY}, key)(_X[0, 0])
+        return with_read_key(convert(nnx.merge(graph, state), {"*": _NOISY}, key), key)(_X[0, 0])
 
     ys = on_chip(keys)
     assert len(np.unique(np.asarray(ys), axis=0)) == 3
-    one = convert(model, {"*": _NOISY}, keys[1])(_X[0, 0])
+    one = with_read_key(convert(model, {"*": _NOISY}, keys[1]), keys[1])(_X[0, 0])
     np.testing.assert_allclose(ys[1], one, rtol=1e-4, atol=1e-5)
 
 
@@ -546,9 +633,16 @@ def test_a_model_on_arrays_maps_over_batches():
 
 
 def test_a_model_on_arrays_is_saved_and_read(tmp_path):
-    model = convert(_mlp(), {"*": _NOISY}, _KEY)
+    model = with_read_key(convert(_mlp(), {"*": _NOISY}, _KEY), _KEY)
     # Leaves alone, since orbax fills a tree with placeholders that the tests' type checks refuse.
     leaves, tree = jax.tree.flatten(nnx.split(model))
     ocp.save(tmp_path / "model", leaves)
     back = nnx.merge(*tree.unflatten(ocp.load(tmp_path / "model", leaves)))
     np.testing.assert_array_equal(back(_X), model(_X))
+
+
+def test_a_chip_is_shown_on_one_line():
+    stacked = convert(_Language(nnx.Rngs(1)).blocks, {"up": _COARSE}, _KEY)
+    (chip,) = crossbar.chips_in(stacked)
+    assert repr(chip) == f"Chip('up', shape=(2, 8, 16), arrays=16, path={chip.plan.path!r})"
+    assert 2 * crossbar.counts(chip.matrix_shape, _COARSE).arrays == 16

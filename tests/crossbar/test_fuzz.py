@@ -24,6 +24,7 @@ from scipy.special import ndtri
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import CrossbarConfig, calibrated, matmul, probe, program, with_config, with_read_key
+from lorafusion_jax.crossbar.devices.device import depends_on_time
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'"),
@@ -511,9 +512,10 @@ def test_programmed_cells_and_converters_have_their_models_moments(
         programming=model and _MODELS[model](size),
         drift=drift and _DRIFTS[drift](size),
         stuck=stuck and crossbar.StuckAt(*stuck),
-        time=time,
         clip=clip,
     )
+    if depends_on_time(device):
+        device = dataclasses.replace(device, time=time)
     config = dataclasses.replace(build(c), device=device)
     note(repr(config))
     W, low = weights(c), oracle.g_min(config)

@@ -71,7 +71,7 @@ def test_noise_makes_an_adc_lossy_and_reads_random():
     weights, x = problem()
     state = program(weights, config)
     assert state.plan.path != "product"
-    with pytest.raises(ValueError, match="anew for every read: give it a key"):
+    with pytest.raises(ValueError, match="again for every read: give it a key"):
         matmul(x, state)
     assert program_tree({"w": weights}, {"w": config}, KEY)["w"].key is not None
 
@@ -99,7 +99,7 @@ def test_the_range_of_inputs_comes_from_data_then_that_of_sums():
     weights, x = problem(batch=200)
     x = x * jnp.linspace(0.1, 3, 200)[:, None]
     state = program(weights, config)
-    with pytest.raises(ValueError, match="this DAC's range comes from data"):
+    with pytest.raises(ValueError, match="this crossbar has a DAC whose range comes from data"):
         matmul(x, state)
     state = calibrated(state, probe(x, state)[1])
     assert state.limits is None

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..chip.chip import Chip, chips_in, reads, with_chips
+from ..devices.physical import is_traced
 from .one_chip import BINS, Statistics, calibrated
 
 # (weights, batch) -> an array that depends on every product, such as logits.
@@ -113,12 +114,17 @@ def _awaits_inputs(leaf: Chip) -> bool:
 def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
     adc = leaf.config.adc
     if _awaits_inputs(leaf):
-        met = np.asarray(jnp.sum(seen.inputs, axis=-1))
+        met = jnp.sum(seen.inputs, axis=-1)
     elif adc is None or adc.range != "calibrated" or leaf.plan.path == "product":
         return leaf
     else:
-        met = np.asarray(jnp.sum(seen.histogram, axis=(-2, -1)))
-    if idle := [place for place in np.ndindex(met.shape) if met[place] == 0]:
+        met = jnp.sum(seen.histogram, axis=(-2, -1))
+    if is_traced(seen):
+        raise ValueError(
+            "calibration sets ranges from values, which jax.jit and jax.vmap hide: calibrate outside of them, one "
+            "model at a time, and stack the models: jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)"
+        )
+    if idle := [place for place in np.ndindex(met.shape) if np.asarray(met)[place] == 0]:
         where = _said(_names(leaf, idle[0]))
         raise ValueError(f"{where} was read by none of the batches: give batches, and modules, that use all arrays")
     return calibrated(leaf, seen)

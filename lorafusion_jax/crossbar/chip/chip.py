@@ -6,6 +6,7 @@ K weight slices, P polarities, R row tiles, C column tiles; k conversions of a p
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,17 @@ class Chip:
     tap: Any = None
     name: str = dataclasses.field(default="", metadata={"static": True})
     first: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        shape = getattr(self.codes, "shape", None)
+        if not isinstance(shape, tuple) or len(shape) < 2:
+            return "Chip(...)"  # a pytree being rebuilt with placeholders
+        config = self.config
+        tiles = math.prod(map(len, encoding.grid(shape[-2:], config)))
+        polarities = 2 if config.encoding.kind == "differential" else 1
+        arrays = math.prod(shape[:-2]) * tiles * len(config.weight_slices) * polarities
+        name = f"{self.name!r}, " if self.name else ""
+        return f"Chip({name}shape={shape}, arrays={arrays}, path={self.plan.path!r})"
 
     @property
     def config(self) -> CrossbarConfig:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig, check_limits
 from ..config.structure import split_config
-from ..devices.device import Device, realise
+from ..devices.device import Device, depends_on_time, realise
 from ..devices.drift import drift_compensation
 from ..devices.normal_draws import normal
 from ..devices.physical import is_traced, like
@@ -304,6 +304,12 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     drawn = config if conductances is None else dataclasses.replace(config, device=Device())
     if key is None and is_random(drawn):
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
+    time = drawn.device.time
+    if isinstance(time, int | float) and time > 0 and not depends_on_time(drawn.device):
+        raise ValueError(
+            f"device.time = {time} changes nothing, because the cells do not depend on time: give device.drift too, "
+            "such as PowerLaw(0.05), or leave device.time out"
+        )
     if conductances is not None:
         _check_conductances(conductances, config)
     check_limits(

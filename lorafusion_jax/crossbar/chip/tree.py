@@ -59,8 +59,11 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
       The tree with `Chip` leaves; `Segments` for stacks whose layers differ in kind.
 
     Raises:
-      ValueError: a pattern matches nothing, or only vectors, or a weight cannot be programmed.
+      ValueError: a pattern matches nothing, or only vectors, or never decides; a weight cannot be programmed; the rules
+        or the key are something else.
     """
+    check_rules(rules)
+    check_key(key)
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
     _check_patterns(rules, named)
@@ -145,14 +148,40 @@ def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
     return start <= number < stop
 
 
-def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
+def check_rules(rules: Any) -> None:
+    """Raise an error for rules that are not a table from patterns to configurations or None."""
+    if not isinstance(rules, Mapping):
+        raise ValueError(
+            f"rules of type {type(rules).__name__}: give a table from path patterns to configurations, such as "
+            "{'*': config}"
+        )
     for pattern, config in rules.items():
-        matched = [
-            path
+        if config is not None and not isinstance(config, CrossbarConfig):
+            example = f"load_config({config!r})" if isinstance(config, str) else "load_config('isaac')"
+            raise ValueError(
+                f"the rule {pattern!r} gives {config!r}: give a CrossbarConfig, such as {example}, or None for digital"
+            )
+
+
+def check_key(key: Any) -> None:
+    """Raise an error for anything but one PRNG key."""
+    if not isinstance(key, jax.Array) or not (
+        (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0) or key.dtype == jnp.uint32
+    ):
+        given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+        raise ValueError(f"the key is {given}: give one PRNG key, such as jax.random.key(0)")
+
+
+def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
+    earlier: dict[str, set[Any]] = {}
+    for pattern, config in rules.items():
+        places = [
+            (path, layer)
             for path, weight in weights.items()
             for layer in ([None] if weight.ndim <= 2 else [(i, weight.shape[0]) for i in range(weight.shape[0])])
             if _matches(pattern, path, layer)
         ]
+        matched = [path for path, _ in places]
         if not matched:
             raise ValueError(f"the rule {pattern!r} matches no weight: there are {', '.join(weights)}")
         if config is not None and all(weights[path].ndim < 2 for path in matched):
@@ -160,3 +189,11 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
                 f"the rule {pattern!r} matches {', '.join(matched)} of shape {weights[matched[0]].shape}, but arrays "
                 "hold matrices: leave the rule out, or name a matrix or a stack of them"
             )
+        for other, covered in earlier.items():
+            # The rule for the rest may be left with nothing.
+            if pattern != "*" and rules[other] is not config and covered.issuperset(places):
+                raise ValueError(
+                    f"the rule {pattern!r} never decides, because {other!r} comes first and matches all that it "
+                    "matches: put the special rule before the general one"
+                )
+        earlier[pattern] = set(places)

@@ -360,7 +360,14 @@ class CrossbarConfig:
 def deterministic(config: CrossbarConfig) -> CrossbarConfig:
     """Return the configuration without random effects: no errors, no drift, no noise, and inputs rounded to nearest."""
     device = dataclasses.replace(
-        config.device, programming=None, write_verify=None, stuck=None, drift=None, compensate=False, read_noise=None
+        config.device,
+        programming=None,
+        write_verify=None,
+        stuck=None,
+        drift=None,
+        time=None,
+        compensate=False,
+        read_noise=None,
     )
     adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None, noise=None)
     dac = config.dac and dataclasses.replace(config.dac, rounding="nearest")

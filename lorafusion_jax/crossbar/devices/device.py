@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .physical import Physical, check_bounds, like, noise, without_gradient
-from .write_error import WriteVerify
+from .physical import Physical, check_bounds, for_each_cell, like, noise, without_gradient
+from .write_error import Independent, Polynomial, Proportional, WriteVerify
 
 
 @jax.tree_util.register_dataclass
@@ -103,6 +104,15 @@ class Sinh:
 
 Model = Callable[[Array, Array, Any], Array]
 _MODELS = ("programming", "drift", "iv")
+# Fields that hold an object, and what to give for them.
+_PARTS = {
+    "programming": "a function (G, key, time) -> G, such as Independent(0.01)",
+    "write_verify": "WriteVerify(...)",
+    "stuck": "StuckAt(...)",
+    "drift": "a function (G, key, time) -> G, such as PowerLaw(0.05)",
+    "read_noise": "ReadNoise(...)",
+    "iv": "a function (v, G) -> current, such as Sinh()",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -134,6 +144,10 @@ class Device:
     clip: str = dataclasses.field(default="positive", metadata={"static": True})
 
     def __post_init__(self):
+        for name, wanted in _PARTS.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float | str | np.ndarray | jax.Array):
+                raise ValueError(f"Device.{name} = {value!r}: give {wanted}, or None where it is absent")
         check_bounds(self, "time", 0)
         if self.clip not in ("positive", "range"):
             raise ValueError(f"Device.clip = {self.clip!r}: choose positive (G >= 0) or range ([Gmin, Gmax])")
@@ -144,6 +158,14 @@ class Device:
             # A plain function is not a pytree: wrapped, it is structure, compared by identity.
             if callable(model) and jax.tree_util.all_leaves([model]):
                 object.__setattr__(self, name, jax.tree_util.Partial(model))
+
+
+def depends_on_time(device: Device) -> bool:
+    """Return whether the cells depend on the time since programming; functions of users are taken to."""
+    programming = device.programming
+    if isinstance(programming, Polynomial):
+        return device.drift is not None or len(programming.seconds) > 1
+    return device.drift is not None or not (programming is None or isinstance(programming, Independent | Proportional))
 
 
 def realise(
@@ -174,7 +196,8 @@ def realise(
         if device.programming is not None:
             # A verified cell is measured at once; it ages afterwards.
             time = None if device.write_verify is not None else device.time
-            target = _clip(device.programming(target, pulse_key, time), device, g_min)
+            written = for_each_cell("programming", device.programming(target, pulse_key, time), G.shape)
+            target = _clip(written, device, g_min)
         return target if device.stuck is None else device.stuck(target, stuck_key, g_min)
 
     pulses = None
@@ -183,7 +206,7 @@ def realise(
     else:
         G, pulses = device.write_verify(write, G, program_key)
     if drift is not None:
-        G = drift(G, drift_key, device.time)
+        G = for_each_cell("drift", drift(G, drift_key, device.time), G.shape)
     return _clip(G, device, g_min), pulses
 
 

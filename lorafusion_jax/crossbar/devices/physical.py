@@ -50,6 +50,25 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
     return normal(key, G.shape, G.dtype)
 
 
+def for_each_cell(name: str, values: Any, shape: tuple[int, ...]) -> Any:
+    """Return the result of a device model, which may be a user's function, if it has a value for each cell.
+
+    Args:
+      name: field of `Device`.
+      values: the result.
+      shape: shape of the cells.
+
+    Raises:
+      ValueError: the result has another shape.
+    """
+    if jnp.shape(values) != shape:
+        raise ValueError(
+            f"Device.{name} returned values of shape {jnp.shape(values)} for cells of shape {shape}: return one value "
+            "for each cell"
+        )
+    return values
+
+
 def is_traced(tree: Any) -> bool:
     """Return whether any leaf is a tracer of a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))

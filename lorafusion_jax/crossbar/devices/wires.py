@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .physical import Physical, check_bounds, like
+from .physical import Physical, check_bounds, for_each_cell, like
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +79,7 @@ def currents(
         return word + jnp.matmul(along_column, current, precision=exact)
 
     def cell(V: Array) -> Array:
-        return G * V if iv is None else iv(V, G)
+        return G * V if iv is None else for_each_cell("iv", iv(V, G), G.shape)
 
     applied = jnp.broadcast_to(v[:, None], G.shape)
 

@@ -8,20 +8,23 @@ A layer's own code still runs, with its promotion of dtypes, its padding and its
 kernel is replaced, and the product that multiplies by it. This folder alone imports Flax.
 """
 
+import dataclasses
 import functools
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..calibration import whole_model
 from ..chip import chip as chips
-from ..chip.tree import Rules
+from ..chip.tree import Rules, check_key, check_rules
 from . import linen_models, nnx_models
 from .kernel import Kernel
 from .linen_models import OnArrays
@@ -55,12 +58,23 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
       The model on arrays, which is called as before: an NNX module, or `OnArrays` for a Linen one.
 
     Raises:
-      ValueError: a rule matches nothing, or something that cannot be put on arrays.
+      ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides.
     """
+    check_rules(rules)
+    check_key(key)
+    for pattern, config in rules.items():
+        if config is not None and config.device.drift is not None and config.device.time is None:
+            warnings.warn(
+                f"the rule {pattern!r} has a device.drift, but its device.time is None, so that nothing drifts: give "
+                "the seconds since programming",
+                stacklevel=2,
+            )
     if isinstance(model, nnx.Module):
         return nnx_models.convert(model, rules, key, inputs, options)
     if isinstance(model, nn.Module):
         return linen_models.convert(model, rules, key, inputs, options)
+    if isinstance(model, OnArrays):
+        raise ValueError("the model is on arrays already: give `convert` the digital one, with all rules")
     raise ValueError(
         f"a model of type {type(model).__name__}: give an NNX module, or a Linen module with its variables, "
         "module.bind(variables)"
@@ -76,10 +90,13 @@ def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
       options: keyword arguments of the model.
 
     Raises:
-      ValueError: there are no batches, or none of them reads some of the arrays.
+      ValueError: there are no batches, none of them reads some of the arrays, or `jax.jit` or `jax.vmap` hides values.
     """
+    _check_batches(batches)
     tree, rebuilt = _taken_apart(model)
-    return rebuilt(whole_model.calibrate_tree(_run(rebuilt, options), tree, batches))
+    done = whole_model.calibrate_tree(_run(rebuilt, options), _keyed(tree, jax.random.key(0)), batches)
+    both = zip(chips.chips_in(done), chips.chips_in(tree), strict=True)
+    return rebuilt(chips.with_chips(done, [dataclasses.replace(new, key=old.key) for new, old in both]))
 
 
 def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict[str, Any]]:
@@ -93,7 +110,9 @@ def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict
     Returns:
       Rows of {site, layer, sqnr, clipped, clipped_inputs}, and warnings, as of `crossbar.site_errors`.
     """
+    _check_batches(batches)
     tree, rebuilt = _taken_apart(model)
+    tree = _keyed(tree, jax.random.key(0))
     return whole_model.site_errors(tree, whole_model.observe(_run(rebuilt, options), tree, batches))
 
 
@@ -107,14 +126,25 @@ def with_read_key(model: Any, key: Array) -> Any:
       model: a model from `convert`. Without read noise and stochastic rounding nothing changes.
       key: key of the step.
     """
+    check_key(key)
     tree, rebuilt = _taken_apart(model)
+    return rebuilt(_keyed(tree, key))
 
-    def keyed(chip: chips.Chip) -> chips.Chip:
-        if chip.key is None:
+
+def _check_batches(batches: Any) -> None:
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError(f"batches is one array of shape {batches.shape}: give a list of batches, such as [x]")
+
+
+def _keyed(tree: Any, key: Array) -> Any:
+    """Return a model as a tree whose chips that read at random have keys, by path."""
+
+    def of_chip(chip: chips.Chip) -> chips.Chip:
+        if not chip.config.reads_at_random:
             return chip
         return chips.with_read_key(chip, jax.random.fold_in(key, zlib.crc32(chip.name.encode())))
 
-    return rebuilt(chips.with_chips(tree, [keyed(chip) for chip in chips.chips_in(tree)]))
+    return chips.with_chips(tree, [of_chip(chip) for chip in chips.chips_in(tree)])
 
 
 def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:

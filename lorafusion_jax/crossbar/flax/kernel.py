@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..chip.chip import Chip
-from ..read.matmul import matmul
+from ..read.matmul import check_ready, matmul
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +55,8 @@ class Kernel:
           out_sharding: must be None.
 
         Raises:
-          ValueError: the kernel is still a stack of layers, or `out_sharding` is given.
+          ValueError: the kernel is still a stack of layers, a key or the range of a converter is missing, or
+            `out_sharding` is given.
         """
         name = self.chip.name or "the model"
         if stack := self.chip.shape[: -3 if groups else -2]:
@@ -65,13 +66,20 @@ class Kernel:
             )
         if out_sharding is not None:
             raise ValueError(f"{name} is on arrays, which take no out_sharding: leave that out, or the layer digital")
+        if self.chip.tap is None:
+            check_ready(
+                self.chip,
+                name,
+                key="model = crossbar.flax.with_read_key(model, jax.random.fold_in(key, step))",
+                ranges="model = crossbar.flax.calibrate(model, batches)",
+            )
         lead = x.shape[: x.ndim - inputs]
         grouped = (math.prod(lead[:groups]),) if groups else ()
         x = x.reshape(*grouped, *lead[groups:], math.prod(x.shape[x.ndim - inputs :]))
         try:
             y = jax.vmap(matmul)(x, self.chip) if groups else matmul(x, self.chip)
         except ValueError as error:
-            error.add_note(f"This is a read of {name}; crossbar.flax.calibrate sets the ranges of a whole model.")
+            error.add_note(f"This is a read of {name}.")
             raise
         y = y.reshape(*lead, *features)
         return y if preferred_element_type is None else y.astype(preferred_element_type)

@@ -1,5 +1,6 @@
 """Layers of NNX and Linen as matrices: the layers that can be put on arrays, and how."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -57,15 +58,17 @@ class Found(NamedTuple):
     equation: str | None = None
 
 
-def found_layer(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str | None = None) -> Found:
+def found_layer(layer: Any, kernel: Array | Kernel, shape: tuple[int, ...], equation: str | None = None) -> Found:
     """Return a layer as its matrix.
 
     Args:
       layer: one of `LAYERS` or `UNABLE`.
-      kernel: its parameter, with the axes of stacked layers in front.
+      kernel: its parameter, with the axes of stacked layers in front; a `Kernel` if it is on arrays already.
       shape: shape of the kernel in one layer.
       equation: the equation of an `Einsum`; None where it has several.
     """
+    if isinstance(kernel, Kernel):
+        return Found(kernel.chip.codes, "it is on arrays already, so give `convert` the digital model with all rules")
     if (obstacle := _obstacle(layer, kernel, shape, equation)) is not None:
         return Found(kernel, obstacle)
     mask = getattr(layer, "mask", None)
@@ -111,7 +114,8 @@ def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, K
         if isinstance(leaf, Segments):
             raise ValueError(f"{path} is a stack of layers that are scanned as one: give all of them the same rule")
     return {
-        path: Kernel(leaf, found[path].shape, found[path].dtype, found[path].equation)
+        # Without the key of `program_tree`: that would give every step the same noise.
+        path: Kernel(dataclasses.replace(leaf, key=None), found[path].shape, found[path].dtype, found[path].equation)
         for path, leaf in placed.items()
         if is_chip(leaf)
     }

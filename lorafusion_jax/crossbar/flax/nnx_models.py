@@ -48,7 +48,7 @@ def convert(
         if isinstance(layer, NORMS) or looked_up:
             found |= {path: found_digital(parameters[0][...])} if parameters else {}
         else:
-            kernel = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+            kernel = getattr(layer, HEAD, layer.embedding) if isinstance(layer, nnx.Embed) else layer.kernel
             equation = layer.einsum_str if isinstance(layer, nnx.Einsum) else None
             found[path] = found_layer(layer, kernel[...], _shape(layer), equation)
     for parts, parameter in nodes:

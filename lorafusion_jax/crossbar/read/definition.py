@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..chip.chip import Chip
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
-from ..devices.physical import like
+from ..devices.physical import for_each_cell, like
 from ..devices.wires import currents
 from ..mapping import encoding
 from ..mapping.adc import Converter
@@ -65,7 +65,7 @@ def column_sums(
         current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
     elif device.iv is not None:
         # Not jnp.sum: see `devices.wires.currents`.
-        of_cells = device.iv(v[None, :, None], conductance)
+        of_cells = for_each_cell("iv", device.iv(v[None, :, None], conductance), conductance.shape)
         current = jnp.einsum("r,prc->pc", jnp.ones_like(v), of_cells, precision="highest")
     else:
         current = jnp.einsum("r,prc->pc", v, conductance, precision="highest")

@@ -57,20 +57,12 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
         raise ValueError(f"a stack of chips of shape {chip.shape}: take one, or map over the stack with jax.vmap")
     if x.shape[-1] != shape[0]:
         raise ValueError(f"x of shape {x.shape} meets arrays of {shape}: its last axis must be {shape[0]}")
-    if config.reads_at_random and chip.key is None:
-        raise ValueError(
-            "this crossbar draws noise, or rounds at random, again for every read: give it a key, as in "
-            "chip = with_read_key(chip, jax.random.fold_in(key, step))"
-        )
-    if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
-        raise ValueError(
-            "this DAC's range comes from data: chip = calibrated(chip, probe(x, chip)[1]), or choose "
-            "dac.scaling = 'row'"
-        )
-    if config.adc is not None and chip.limits is None and chip.plan.path != "product":
-        raise ValueError(
-            "this ADC's range comes from data: chip = calibrated(chip, probe(x, chip)[1]), or choose adc.range = 'max'"
-        )
+    check_ready(
+        chip,
+        "this crossbar",
+        key="chip = with_read_key(chip, jax.random.fold_in(key, step))",
+        ranges="chip = calibrated(chip, probe(x, chip)[1])",
+    )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x of dtype {x.dtype}: give floating point numbers")
     _check_limits(chip, config)
@@ -80,6 +72,27 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     # Without its name, so that weights of one kind share a compiled read.
     y = _compiled(batch, dataclasses.replace(chip, name="", first=0))
     return y.reshape(*x.shape[:-1], shape[1]).astype(x.dtype)
+
+
+def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
+    """Raise an error for a chip that cannot be read yet.
+
+    Args:
+      chip: the chip.
+      name: name of the chip in the message.
+      key: code that gives it a key.
+      ranges: code that calibrates it.
+
+    Raises:
+      ValueError: a key or the range of a converter is missing.
+    """
+    config = chip.config
+    if config.reads_at_random and chip.key is None:
+        raise ValueError(f"{name} draws noise, or rounds at random, again for every read: give it a key, as in {key}")
+    if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
+        raise ValueError(f"{name} has a DAC whose range comes from data: {ranges}, or choose dac.scaling = 'row'")
+    if config.adc is not None and chip.limits is None and chip.plan.path != "product":
+        raise ValueError(f"{name} has an ADC whose range comes from data: {ranges}, or choose adc.range = 'max'")
 
 
 class _Parts(NamedTuple):
