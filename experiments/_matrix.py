@@ -13,9 +13,9 @@ from _common import ROOT, TRAIN_ROWS, League, recipe_of
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
+from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.matrix import Job, run_jobs
-from lorafusion_jax.runs.prepare import available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _check_pool(options: MatrixOptions, entries: Sequence[Entry]) -> None:
     wanted = max((entry.recipe.get("modules", options.modules) for entry in entries), default=0)
     if not any(find(entry.method).pool for entry in entries):
         return
-    there = len(available(Path(options.pool)))
+    there = len(open_pool(options.pool).names)
     if there < wanted:
         raise ValueError(
             f"{options.pool} holds {there} modules, and {wanted} are to be drawn: give fewer with --modules"

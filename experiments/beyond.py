@@ -28,10 +28,11 @@ from _methods import METHODS, Entry
 from report import main as report
 
 from lorafusion_jax import PRESETS, FuseOptions, cli
+from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.evaluate import seed_rows
 from lorafusion_jax.runs.matrix import check_same, settings_of
-from lorafusion_jax.runs.prepare import available, trainable_count
+from lorafusion_jax.runs.prepare import trainable_count
 from lorafusion_jax.runs.run import environment
 from lorafusion_jax.runs.scoring import evaluate_seeds
 
@@ -82,7 +83,7 @@ class Variant:
 
 def variants(ideas: Sequence[Idea]) -> dict[str, Variant]:
     """Return what is to be run, by name: plain runs to compare with, then the ideas, all where none is given."""
-    plain, every = Variant(), len(available(_POOL))
+    plain, every = Variant(), len(open_pool(_POOL).names)
     coefficients = METHODS[_COEFFICIENTS]
     softmax = Variant(train=_beyond.softmax)
     found: dict[Idea, dict[str, Variant]] = {

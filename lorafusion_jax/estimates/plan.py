@@ -1,7 +1,6 @@
 """`--plan`: a table of the cost of a matrix of methods, tasks and seeds, without running or loading weights."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +8,11 @@ from typing import NamedTuple
 import jax
 
 from ..columns import markdown
-from ..io.pool import read_manifest
+from ..io.pool import open_pool
 from ..models.architecture import Architecture
 from ..models.families import known_shapes
 from ..runs.options import FuseOptions
-from ..runs.prepare import available, check
+from ..runs.prepare import check
 from ..tasks import load_task, load_tokenizer
 from ..training.seeds import default_path
 from .estimate import Cost, Settings, estimate, seeds_of
@@ -137,10 +136,8 @@ def pool_shape(folder: Path) -> tuple[int, int]:
     """Return the largest rank and the number of a pool's modules; LoraHub's rank and 0 if there is no such folder."""
     if not folder.is_dir():
         return RANK, 0
-    if (folder / "manifest.json").is_file():
-        stacks = [row["rank"] for entry in read_manifest(folder)["adapters"] for row in entry["sites"].values()]
-        return max(map(max, stacks)), len(available(folder))
-    return max(json.loads(f.read_text())["r"] for f in folder.glob("*/adapter_config.json")), len(available(folder))
+    pool = open_pool(folder)
+    return pool.largest_rank, len(pool.names)
 
 
 def _batches(shapes: Shapes) -> str:

@@ -1,16 +1,16 @@
 """A run on arrays: its chips for training and for evaluation."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 from jaxtyping import Array, Int
 
 from ..crossbar import CrossbarConfig, deterministic, is_random
+from ..io.pool import open_pool
 from ..methods import find
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions
-from ..runs.prepare import Setup, available
+from ..runs.prepare import Setup
 from ..runs.run import Placed
 from ..training.problem import Frozen, Params
 from .calibration import calibrate, looped
@@ -83,7 +83,7 @@ def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Arra
     pool = setup.problem.frozen.pool
     if pool is None or options.pool is None:
         return None
-    return chips.numbers(pool.names, available(Path(options.pool)))
+    return chips.numbers(pool.names, open_pool(options.pool).names)
 
 
 def without_merged_pool(setup: Setup) -> Setup:

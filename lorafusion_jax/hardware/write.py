@@ -22,8 +22,9 @@ from ..crossbar import (
     write_cost,
 )
 from ..io.checkpoint import new_folder, write_json
+from ..io.pool import open_pool
 from ..runs.options import FuseOptions
-from ..runs.prepare import available, load_fused
+from ..runs.prepare import load_fused
 from ..training.progress import progress
 from ..training.recipe import Recipe
 from .folder import CONFIG, MANIFEST, Chips, digests
@@ -75,9 +76,9 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
             f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: one is enough"
         )
     chips = Chips(config, options.digital, jax.random.key(options.chip_key), None, options.crossbar)
-    names = available(Path(options.pool))
+    names = open_pool(options.pool).names
     recipe = Recipe(modules=len(names))
-    fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=tuple(names), recipe=recipe))
+    fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe))
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[Chip]()
         with progress("chips", options.chips) as bar:

@@ -19,7 +19,9 @@ from .checkpoint import new_folder
 from .hf import base_tensor, read_config
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
 from .peft.tensors import MAGNITUDE
-from .pool import check_finite, check_fits, describe, save_adapter, write_manifest
+from .pool.adapter_files import describe, save_adapter
+from .pool.folder import write_manifest
+from .pool.stack import check_finite, check_fits
 from .source import resolve, sha256
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")

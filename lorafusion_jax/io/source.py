@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import is_lfs_pointer
+
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
@@ -64,12 +65,11 @@ def inside(folder: Path, name: Any) -> Path:
 
 def check_lfs(path: Path) -> None:
     """Raise a ValueError if the file is a Git LFS pointer instead of the content."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(
-                f"{path}: this is a Git LFS pointer, not the file itself: "
-                "fetch the file (git lfs install, then git lfs pull)"
-            )
+    if is_lfs_pointer(path):
+        raise ValueError(
+            f"{path}: this is a Git LFS pointer, not the file itself: "
+            "fetch the file (git lfs install, then git lfs pull)"
+        )
 
 
 def map_file(path: Path) -> mmap.mmap:

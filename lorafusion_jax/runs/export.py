@@ -14,7 +14,7 @@ from ..adapters.updates import LowRank
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft.adapter import resave, write_adapter
-from ..io.pool import read_adapter_from_pool
+from ..io.pool import ConvertedPool
 from ..methods import find
 from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes
@@ -62,7 +62,7 @@ def export(options: ExportOptions) -> None:
     if options.run is not None and options.pool is None:
         _export_run(options, options.run)
     elif options.pool is not None and options.adapter is not None and options.run is None:
-        resave(read_adapter_from_pool(options.pool, options.adapter), options.out)
+        resave(ConvertedPool(options.pool).adapter(options.adapter), options.out)
     else:
         raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
 

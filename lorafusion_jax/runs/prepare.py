@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -12,11 +11,11 @@ from jaxtyping import Array, Int
 
 from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
 from ..checks import at_least
-from ..io.hf import base_tensor, load_base, read_config
-from ..io.pool import check_base, load_pool, read_manifest, read_pool
+from ..io.hf import load_base, read_config
+from ..io.pool import open_pool
 from ..methods import find
 from ..methods.method import Built
-from ..models.architecture import Architecture, Model, kernels
+from ..models.architecture import Architecture, kernels
 from ..tasks import Encoded, Split, Task, draw_modules, encode, load_task, load_tokenizer, most_new_tokens, split
 from ..training import mesh as sharding
 from ..training.mesh import on_mesh
@@ -179,7 +178,8 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     """
     sharding.check_model(read_config(options.base))
     tokenizer = load_tokenizer(options.base)
-    names, modules = _draw(options)
+    stored = open_pool(options.pool, options.base) if options.pool and find(options.method).pool else None
+    names, modules = _draw(options, () if stored is None else stored.names)
     quantise = None if options.load_in == "full" else options.load_in
     with sharding.loading():
         model = load_base(options.base, dtype=options.dtype, quantise=quantise)
@@ -189,9 +189,9 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
     base = on_mesh(base, model.config)
     nnx.update(model, base)
     pool = None
-    if names:
+    if stored is not None:
         with sharding.loading():
-            pool = _load_modules(options, names, model)
+            pool = _controlled(stored.load(names), options)
         pool = on_mesh(pool, model.config)
     built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
     method = find(options.method).build(built)
@@ -233,11 +233,10 @@ def trainable_count(setup: Setup) -> dict[str, int]:
     return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}
 
 
-def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
-    """Return the names of all modules needed, in the pool's order, and those of each seed."""
-    if options.pool is None or not find(options.method).pool:
+def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+    """Return the names of all modules needed of those that are there, in their order, and those of each seed."""
+    if not there:
         return [], tuple(() for _ in options.seeds)
-    there = available(Path(options.pool))
     if options.adapters:
         names = positions(there, [int(a) if a.isdecimal() and a not in there else a for a in options.adapters])
         drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
@@ -254,32 +253,8 @@ def _draw(options: FuseOptions) -> tuple[list[str], tuple[tuple[str, ...], ...]]
     return [name for name in there if name in used], drawn
 
 
-def available(pool: Path) -> list[str]:
-    """Return the names of the adapters of a converted pool, or of a folder of PEFT adapters.
-
-    Raises:
-      ValueError: the folder is neither.
-    """
-    if (pool / "manifest.json").is_file():
-        return [entry["name"] for entry in read_manifest(pool)["adapters"]]
-    names = sorted(path.parent.name for path in pool.glob("*/adapter_config.json"))
-    if not names:
-        raise ValueError(
-            f"{pool} is not a pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
-            "PEFT adapter folders"
-        )
-    return names
-
-
-def _load_modules(options: FuseOptions, names: Sequence[str], model: Model) -> LoraPool:
-    assert options.pool is not None
-    folder = Path(options.pool)
-    if (folder / "manifest.json").is_file():
-        check_base(read_manifest(folder), model.config)
-        pool = load_pool(folder, chosen=names)
-    else:
-        sources = [str(folder / name) for name in names]
-        pool = read_pool(sources, model.config, base_tensor=base_tensor(options.base))
+def _controlled(pool: LoraPool, options: FuseOptions) -> LoraPool:
+    """Return the pool, or the control that replaces it, in the precision that the options ask for."""
     if options.control != "none":
         control = random_pool if options.control == "random" else shuffled_pool
         pool = control(pool, jax.random.key(_CONTROL_KEY))

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..files import is_lfs_pointer
+
 Row = Any  # what JSON gives: checked where rows become examples
 Rows = list[tuple[str, Row]]  # each with the place it came from, for messages
 
@@ -53,7 +55,7 @@ def _file_rows(path: Path) -> Rows:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if text.startswith("version https://git-lfs.github.com/spec/"):
+    if is_lfs_pointer(path):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
     return _some(readers[path.suffix](text, path), path)
 

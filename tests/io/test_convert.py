@@ -18,14 +18,8 @@ from lorafusion_jax.cli import main
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import base_tensor, read_config
 from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave, write_adapter
-from lorafusion_jax.io.pool import (
-    check_base,
-    load_pool,
-    read_adapter_from_pool,
-    read_manifest,
-    read_pool,
-    write_manifest,
-)
+from lorafusion_jax.io.pool import ConvertedPool, load_pool, open_pool, read_pool
+from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.models.architecture import linear_shapes, places
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -177,14 +171,14 @@ def test_a_resaved_adapter_is_its_source(base, adapter, tmp_path):
     _convert(base, folders, out=tmp_path / "pool")
     for folder in map(Path, folders):
         again = tmp_path / "again" / folder.name
-        resave(read_adapter_from_pool(tmp_path / "pool", folder.name), again)
+        resave(ConvertedPool(tmp_path / "pool").adapter(folder.name), again)
         got, want = (load_file(f / "adapter_model.safetensors") for f in (again, folder))
         assert got.keys() == want.keys()
         for key in want:
             assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes()
         assert (again / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
     with pytest.raises(ValueError, match="has no adapter 'other': it holds plain, half"):
-        read_adapter_from_pool(tmp_path / "pool", "other")
+        ConvertedPool(tmp_path / "pool").adapter("other")
 
 
 def test_resaved_goldens(shared, tmp_path):
@@ -192,7 +186,7 @@ def test_resaved_goldens(shared, tmp_path):
     for name in ("rank_alpha_pattern", "dora"):
         source = golden / "adapters" / name
         _convert(golden / "base", [str(source)], out=tmp_path / name)
-        resave(read_adapter_from_pool(tmp_path / name, name), tmp_path / "again" / name)
+        resave(ConvertedPool(tmp_path / name).adapter(name), tmp_path / "again" / name)
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             got, want = tmp_path / "again" / name / file, source / file
             if file.endswith("json"):
@@ -228,7 +222,7 @@ def test_dora_is_refused_beside_others(base, adapter, tmp_path):
 def test_the_manifest(base, adapter, tmp_path, capsys):
     folders = [adapter("one", alpha=4), adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",))]
     returned = _convert(base, folders, out=tmp_path / "pool")
-    manifest = read_manifest(tmp_path / "pool")
+    manifest = ConvertedPool(tmp_path / "pool").manifest
     assert manifest == returned
     one, wide = manifest["adapters"]
     assert (one["name"], one["source"], one["folder"]) == ("one", folders[0], "adapters/0000")
@@ -283,7 +277,7 @@ def test_bad_adapters_can_be_left_out_and_are_listed(base, adapter, tmp_path, ca
     good, bad, last = adapter("good"), adapter("bad", peft_type="LOHA"), adapter("last")
     manifest = _convert(base, [good, bad, last], out=tmp_path / "pool", skip_bad=True)
     assert [entry["folder"] for entry in manifest["adapters"]] == ["adapters/0000", "adapters/0001"]
-    (skipped,) = read_manifest(tmp_path / "pool")["skipped"]
+    (skipped,) = ConvertedPool(tmp_path / "pool").manifest["skipped"]
     assert skipped["source"] == bad and "peft_type is 'LOHA'" in skipped["reason"]
     printed = _printed(capsys, base, [good, bad, last], "--skip-bad", "--dry-run")
     assert f"left out {skipped['reason']}" in printed
@@ -386,13 +380,13 @@ def test_a_manifest_that_was_edited(base, adapter, tmp_path, change, message):
     _convert(base, [adapter("one")], out=folder)
     original = (folder / "manifest.json").read_bytes()
     _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=False)
-    for read in (load_pool, read_manifest, lambda pool: read_adapter_from_pool(pool, "one")):
+    for read in (load_pool, open_pool, lambda pool: ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=r"manifest\.json: damaged or altered, its SHA-256 is not the one"):
             read(folder)
     # Even a manifest with a digest that fits is held to the files.
     (folder / "manifest.json").write_bytes(original)
     _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=True)
-    for read in (load_pool, lambda pool: read_adapter_from_pool(pool, "one")):
+    for read in (load_pool, lambda pool: ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=message):
             read(folder)
 
@@ -444,9 +438,9 @@ def test_the_list_of_adapters(base, adapter, tmp_path):
 def test_casting(base, adapter, tmp_path):
     folder = adapter("one")
     _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")
-    manifest = read_manifest(tmp_path / "pool")
+    manifest = ConvertedPool(tmp_path / "pool").manifest
     assert manifest["cast_to"] == "bfloat16" and manifest["adapters"][0]["dtype"] == "bfloat16"
-    got, want = read_adapter_from_pool(tmp_path / "pool", "one"), read_adapter(folder)
+    got, want = ConvertedPool(tmp_path / "pool").adapter("one"), read_adapter(folder)
     for path, pair in want.factors.items():
         for a, b in zip(got.factors[path], pair, strict=True):
             np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
@@ -474,7 +468,7 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     save_file({"shared.weight": shared}, base / "model.safetensors")
     manifest = _convert(base, [same], out=tmp_path / "pool")
     assert any("shared.weight, equal to the base's" in note for note in manifest["adapters"][0]["notes"])
-    again = read_adapter_from_pool(tmp_path / "pool", "same")
+    again = ConvertedPool(tmp_path / "pool").adapter("same")
     np.testing.assert_array_equal(again.kept["base_model.model.shared.weight"], shared)
     other = adapter("other", extra={"base_model.model.shared.weight": shared + 1})
     _refused("differs from the base's shared.weight", base, [other], dry_run=True)
@@ -485,7 +479,7 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
 def test_a_damaged_pool(base, adapter, tmp_path):
     folder = tmp_path / "pool"
     _convert(base, [adapter("one"), adapter("two")], out=folder)
-    for name in ("adapter_config.json", "keys.json", *read_manifest(folder)["adapters"][1]["files"]):
+    for name in ("adapter_config.json", "keys.json", *ConvertedPool(folder).manifest["adapters"][1]["files"]):
         path = folder / "adapters/0001" / name
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"more")
@@ -500,19 +494,44 @@ def test_a_damaged_pool(base, adapter, tmp_path):
         load_pool(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no adapters: it is not the manifest of a converted pool"):
-        read_manifest(tmp_path)
+        open_pool(tmp_path)
 
 
 def test_a_pool_of_another_base(base, adapter, tmp_path):
-    manifest = _convert(base, [adapter("one")], dry_run=True)
-    check_base(manifest, read_config(base))
+    _convert(base, [adapter("one")], out=tmp_path / "pool")
+    open_pool(tmp_path / "pool", str(base))
     (base / "config.json").write_text(json.dumps(_SIZES | {"d_kv": 4}))
     message = r"converted for .*base: encoder\.self\.q is Site\(layers=3, d_in=8, d_out=6\) there and .*d_out=8"
     with pytest.raises(ValueError, match=message):
-        check_base(manifest, read_config(base))
+        open_pool(tmp_path / "pool", str(base))
     (base / "config.json").write_text(json.dumps(_SIZES | {"feed_forward_proj": "relu"}))
     with pytest.raises(ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"):
-        check_base(manifest, read_config(base))
+        open_pool(tmp_path / "pool", str(base))
+
+
+def test_an_open_pool_reads_its_manifest_once(base, adapter, tmp_path):
+    _convert(base, [adapter("one"), adapter("wide", r=5)], out=tmp_path / "pool")
+    wanted = load_pool(tmp_path / "pool")
+    pool = open_pool(tmp_path / "pool", str(base))
+    (tmp_path / "pool/manifest.json").unlink()
+    assert pool.names == ("one", "wide") and pool.largest_rank == 5 and pool.config.sites == read_config(base).sites
+    _assert_same_pool(pool.load(), wanted)
+    _assert_same_pool(pool.load([1]), wanted.select([1]))
+
+
+def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tmp_path):
+    folders = [adapter("one"), adapter("wide", r=5)]
+    folder = Path(folders[0]).parent
+    _convert(base, folders, out=tmp_path / "pool")
+    converted, plain = open_pool(tmp_path / "pool", str(base)), open_pool(folder, str(base))
+    assert (plain.names, plain.largest_rank) == (converted.names, converted.largest_rank)
+    assert plain.config.sites == converted.config.sites
+    _assert_same_pool(plain.load(["wide", 0]), converted.load(["wide", 0]))
+    assert open_pool(folder).names == plain.names
+    with pytest.raises(ValueError, match="which are read for a base model: give its base"):
+        open_pool(folder).load()
+    with pytest.raises(ValueError, match=r"nothing is not a pool: wanted a folder that convert_peft_weights\.py wrote"):
+        open_pool(tmp_path / "nothing")
 
 
 def test_the_script(base, adapter, tmp_path):

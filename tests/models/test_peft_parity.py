@@ -16,7 +16,7 @@ from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
-from lorafusion_jax.io.pool import read_adapter_from_pool, read_pool
+from lorafusion_jax.io.pool import ConvertedPool, read_pool
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.architecture import kernels
@@ -249,7 +249,7 @@ def test_merged_tied_base_in_transformers(folder, peft_logits, tmp_path):
 def test_resaved_adapter_is_the_source(folder, tmp_path, name):
     resave(read_adapter(str(folder / name)), tmp_path / "direct")
     convert(ConvertOptions(base=str(folder / "base"), adapters=(str(folder / name),), out=tmp_path / "pool"))
-    resave(read_adapter_from_pool(tmp_path / "pool", name), tmp_path / "through a pool")
+    resave(ConvertedPool(tmp_path / "pool").adapter(name), tmp_path / "through a pool")
     wanted = load_file(folder / name / "adapter_model.safetensors")
     for again in ("direct", "through a pool"):
         tensors = load_file(tmp_path / again / "adapter_model.safetensors")

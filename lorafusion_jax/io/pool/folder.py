@@ -1,0 +1,182 @@
+"""A pool on disk as one object, whose manifest is read and checked once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ...adapters.pool import LoraPool, positions
+from ...models.architecture import Architecture
+from ...models.families import recorded_config
+from ..checkpoint import read_json, write_json
+from ..hf import base_tensor, read_config
+from ..peft.adapter import PeftAdapter
+from .adapter_files import load_adapter
+from .stack import Dtype, Stack, read_pool
+
+_MANIFEST = "manifest.json"
+_DIGEST = "sha256"
+
+
+class ConvertedPool:
+    """A converted pool.
+
+    Attributes:
+      folder: that holds it.
+      manifest: without the digest of itself.
+      names: of the adapters, in the pool's order.
+      config: the structure of the base model that it was converted for.
+
+    Raises:
+      ValueError: the folder is not a converted pool, or its manifest was altered or states no digest of itself.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = _read_manifest(self.folder / _MANIFEST)
+        self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
+        self.config = recorded_config(self.manifest["base"])
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that an adapter has anywhere."""
+        return max(max(row["rank"]) for entry in self.manifest["adapters"] for row in entry["sites"].values())
+
+    def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
+        """Load the pool; arguments and errors are those of `load_pool`."""
+        if isinstance(chosen, str):
+            raise ValueError(f"chosen is {chosen!r}, a single adapter: wanted a list, chosen=[{chosen!r}]")
+        entries = self.manifest["adapters"]
+        if chosen is not None:
+            entries = [entries[index] for index in positions(self.names, chosen)]
+        stack = Stack([entry["name"] for entry in entries], [entry["sites"] for entry in entries], self.config, dtype)
+
+        def fill(number: int) -> None:
+            stack.fill(number, load_adapter(self.folder, entries[number], self.config))
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(fill, range(len(entries))))
+        return stack.pool()
+
+    def adapter(self, name: str) -> PeftAdapter:
+        """Read one adapter back as it was, tensors, names and configuration, for `peft.resave`.
+
+        Raises:
+          ValueError: the pool has no such adapter, or a file is missing or damaged.
+        """
+        if name not in self.names:
+            raise ValueError(f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}")
+        return load_adapter(self.folder, self.manifest["adapters"][self.names.index(name)], self.config)
+
+    def check_base(self, config: Architecture) -> None:
+        """Raise a ValueError if the pool was converted for a base model of another shape."""
+        for name in {**self.config.sites, **config.sites}:
+            there, here = self.config.sites.get(name), config.sites.get(name)
+            if there != here:
+                raise ValueError(
+                    f"the pool was converted for {self.manifest['base']['source']}: {name} is {there} there "
+                    f"and {here} here; convert the adapters for this base"
+                )
+
+
+class AdapterFolders:
+    """A folder of PEFT adapter folders, which are read for a base model without being converted.
+
+    Attributes:
+      folder: that holds them.
+      names: of the adapters' folders, sorted.
+      base: folder or hub id of the base model; None allows everything but loading.
+
+    Raises:
+      ValueError: the folder holds no adapter.
+    """
+
+    def __init__(self, folder: str | Path, base: str | None = None):
+        self.folder, self.base = Path(folder), base
+        self.names = tuple(sorted(path.parent.name for path in self.folder.glob("*/adapter_config.json")))
+        if not self.names:
+            raise ValueError(
+                f"{folder} is not a pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
+                "PEFT adapter folders"
+            )
+
+    @property
+    def config(self) -> Architecture:
+        """The structure of the base model."""
+        return read_config(self._base)
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that an adapter's configuration states for all its modules."""
+        return max(json.loads((self.folder / name / "adapter_config.json").read_text())["r"] for name in self.names)
+
+    def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
+        """Read the adapters chosen by name or index, or all; the errors are those of `read_pool`."""
+        names = self.names if chosen is None else [self.names[index] for index in positions(self.names, chosen)]
+        sources = [str(self.folder / name) for name in names]
+        return read_pool(sources, self.config, base_tensor=base_tensor(self._base), dtype=dtype)
+
+    @property
+    def _base(self) -> str:
+        if self.base is None:
+            raise ValueError(f"{self.folder} holds adapters of PEFT, which are read for a base model: give its base")
+        return self.base
+
+
+def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | AdapterFolders:
+    """Open a pool on disk: its arrays are read when it is asked for them.
+
+    Args:
+      folder: a converted pool, or a folder of PEFT adapter folders.
+      base: folder or hub id of the base model that it is for; needed to load PEFT adapters, and checked against a
+        converted pool.
+
+    Raises:
+      ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.
+    """
+    if not (Path(folder) / _MANIFEST).is_file():
+        return AdapterFolders(folder, base)
+    pool = ConvertedPool(folder)
+    if base is not None:
+        pool.check_base(read_config(base))
+    return pool
+
+
+def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: Dtype = "float32") -> LoraPool:
+    """Load a converted pool, or only the adapters chosen by name or index, in that order.
+
+    What is not chosen is not read, and of what is, little more than the pool itself is in memory at any time.
+
+    Raises:
+      ValueError: the folder is not a pool, a file is missing or damaged, or the pool has no such adapter.
+    """
+    return ConvertedPool(folder).load(chosen, dtype=dtype)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a converted pool, with a SHA-256 of itself."""
+    write_json(folder / _MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json(path, "a converted pool")
+    if "adapters" not in manifest:
+        raise ValueError(f"{path} lists no adapters: it is not the manifest of a converted pool")
+    digest = manifest.pop(_DIGEST, None)
+    if digest is None:
+        raise ValueError(
+            f"{path} states no SHA-256 of itself (it was edited, or is of an older version): convert the adapters again"
+        )
+    if digest != _digest(manifest):
+        raise ValueError(
+            f"{path}: damaged or altered, its SHA-256 is not the one that it states: "
+            "restore it from a copy, or convert the adapters again"
+        )
+    return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

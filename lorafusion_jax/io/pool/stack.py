@@ -1,0 +1,167 @@
+"""From adapters of PEFT to the stacked arrays of a `LoraPool`: scaling is folded into B, smaller ranks are padded.
+
+Axis letters: L layer, N adapters, r rank.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...adapters.pool import LoraPool
+from ...models.architecture import Architecture, linear_shapes, places
+from ..buffers import aligned_zeros
+from ..peft.adapter import AdapterError, PeftAdapter, read_adapter
+from ..peft.tensors import MAGNITUDE
+
+Dtype = Literal["float32", "bfloat16"]
+# Site -> `rank` and `scaling`, a list over layers each, as in the manifest.
+Ranks = dict[str, dict[str, list]]
+
+
+def read_pool(
+    sources: Sequence[str],
+    config: Architecture,
+    *,
+    base_tensor: Callable[[str], np.ndarray] | None = None,
+    dtype: Dtype = "float32",
+) -> LoraPool:
+    """Read adapters of PEFT straight into a pool, without a converted pool on disk.
+
+    Args:
+      sources: a list of folders or hub ids; their last parts are the names.
+      config: of the base model.
+      base_tensor: as in `peft.read_adapter`.
+      dtype: of the pool's arrays.
+
+    Raises:
+      ValueError: an adapter cannot be used, or not next to the others; or `sources` is a single one.
+    """
+    if isinstance(sources, str | Path):
+        raise ValueError(f"sources is {str(sources)!r}, a single adapter: wanted a list, read_pool([{str(sources)!r}])")
+    # One after the other: what is left of reading is Python, which threads do not share out.
+    shapes = linear_shapes(config)
+    adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor) for source in sources]
+    stack = Stack([adapter.name for adapter in adapters], [rank_table(a, config) for a in adapters], config, dtype)
+    for number, adapter in enumerate(adapters):
+        stack.fill(number, adapter)
+    return stack.pool()
+
+
+class Stack:
+    """A pool that adapters are put into one by one, from any thread: their shapes are known before they are.
+
+    Stacked over layers and adapters, scaling folded into B, padded to the largest rank of each site.
+    """
+
+    def __init__(self, names: Sequence[str], tables: Sequence[Ranks], config: Architecture, dtype: Dtype):
+        if not names:
+            raise ValueError("a pool needs at least one adapter: none was given")
+        self.names, self.magnitude, self.config = tuple(names), None, config
+        self.A, self.B, self.rank, self.scaling = {}, {}, {}, {}
+        for name, site in config.sites.items():
+            if not any(name in table for table in tables):
+                continue
+            lacks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
+            rows = [table.get(name, lacks) for table in tables]
+            self.rank[name] = rank = np.array([row["rank"] for row in rows], np.int32).T
+            self.scaling[name] = np.array([row["scaling"] for row in rows], np.float32).T
+            self.A[name] = aligned_zeros((*rank.shape, site.d_in, int(rank.max())), dtype)
+            self.B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
+
+    def fill(self, number: int, adapter: PeftAdapter) -> None:
+        """Put in the adapter of this number."""
+        check_fits(adapter, self.names[:number], alone=len(self.names) == 1)
+        magnitude: dict[str, np.ndarray] = {}
+        if adapter.magnitude is not None:
+            self.magnitude = magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
+        for path, (a, _) in adapter.factors.items():
+            site, layer = located(path, self.config)
+            r = a.shape[0]
+            places = {"lora_A": self.A[site][layer, number, :, :r], "lora_B": self.B[site][layer, number, :r]}
+            if adapter.magnitude is not None:
+                places[MAGNITUDE] = magnitude[site][layer]
+            for kind, values in pool_values(adapter, path).items():
+                with np.errstate(over="ignore"):
+                    places[kind][...] = values
+                check_finite(adapter, path, kind, places[kind])
+
+    def pool(self) -> LoraPool:
+        """Return the pool; nothing may be put in any more."""
+        return LoraPool(
+            A={site: jax.device_put(a) for site, a in self.A.items()},
+            B={site: jax.device_put(b) for site, b in self.B.items()},
+            rank={site: jnp.asarray(rank) for site, rank in self.rank.items()},
+            scaling={site: jnp.asarray(scaling) for site, scaling in self.scaling.items()},
+            magnitude=None if self.magnitude is None else {s: jnp.asarray(m) for s, m in self.magnitude.items()},
+            names=self.names,
+        )
+
+
+def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> None:
+    """Refuse an adapter that cannot be in a pool with the others.
+
+    Args:
+      adapter: the one to check.
+      names: of the adapters that the pool has already.
+      alone: whether it is to be the pool's only one.
+
+    Raises:
+      AdapterError: its name is taken, or it is a DoRA adapter and not alone.
+    """
+    if adapter.name in names:
+        raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
+    if adapter.magnitude is not None and not alone:
+        raise AdapterError(
+            f"{adapter.source}: a DoRA adapter has magnitudes of its own, which cannot be mixed: convert it alone"
+        )
+
+
+def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
+    """Raise an AdapterError if numbers of an adapter are infinite in the dtype and the scale of a pool.
+
+    Args:
+      adapter: where they come from.
+      path: of the module.
+      kind: which of its tensors.
+      array: the numbers as the pool holds them.
+    """
+    if not np.isfinite(array).all():
+        raise AdapterError(
+            f"{adapter.source}: {path}.{kind} is infinite in {array.dtype} with the scaling {adapter.scaling[path]:g}: "
+            "choose a dtype of wider range, or correct lora_alpha or the tensor"
+        )
+
+
+def pool_values(adapter: PeftAdapter, path: str) -> dict[str, np.ndarray]:
+    """Return what a pool holds of one module, by kind: A [d_in, r], scaled B [r, d_out], DoRA's magnitude [d_out]."""
+    a, b = adapter.factors[path]
+    with np.errstate(over="ignore"):
+        values = {
+            "lora_A": a.astype(np.float32, copy=False).T,
+            "lora_B": b.astype(np.float32, copy=False).T * np.float32(adapter.scaling[path]),
+        }
+        if adapter.magnitude is not None:
+            values[MAGNITUDE] = adapter.magnitude[path].astype(np.float32, copy=False)
+    return values
+
+
+def rank_table(adapter: PeftAdapter, config: Architecture) -> Ranks:
+    """Return site -> rank and scaling of every layer, 0 in a layer that the adapter lacks."""
+    table: Ranks = {}
+    for path, (a, _) in adapter.factors.items():
+        site, layer = located(path, config)
+        layers = config.sites[site].layers
+        row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
+        row["rank"][layer], row["scaling"][layer] = a.shape[0], adapter.scaling[path]
+    return {site: table[site] for site in config.sites if site in table}
+
+
+def located(path: str, config: Architecture) -> tuple[str, int]:
+    """Return the site and the layer of a module."""
+    if path not in places(config):
+        raise AdapterError(f"no adapter may sit at {path}: it is not a linear map of the base's blocks")
+    return places(config)[path]
