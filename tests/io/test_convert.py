@@ -542,7 +542,7 @@ def test_the_script(base, adapter, tmp_path):
     one, two = adapter("one"), adapter("two")
     done = run("--base", str(base), "--adapters", one, two, "--out", str(tmp_path / "pool"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'printed'}\n")
+    assert done.stdout.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'pool'}\n")
     _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([one, two], read_config(base)))
     done = run("--base", str(base), "--adapters", one, "--out", str(tmp_path / "pool"))
     assert (done.returncode, done.stdout) == (2, "")
