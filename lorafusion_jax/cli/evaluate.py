@@ -11,10 +11,10 @@ from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, resul
 from ..hardware.report import report_on_chips, report_path
 from ..runs.apply import evaluate_run
 from .parsing import parse
-from .scores import cells, loss
+from .scores import loss, score_table
 
 GROUPS = {
-    "data and base": ("run", "task", "test_rows", "eval_batch"),
+    "data and base": ("run", "task", "train_rows", "test_rows", "eval_batch"),
     "hardware": (
         "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "digital", "norm", "lora_in",
         "chip_key", "calibration_rows",
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(EvaluateOnChipsOptions, arguments, "evaluate", groups=GROUPS)
     if options.crossbar is None:
         options.check_digital()
-        print(plain(cells(evaluate_run(options)), left=(0, 2)))
+        print(score_table(evaluate_run(options)))
     elif options.report:
         results = report_on_chips(options)
         print(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")

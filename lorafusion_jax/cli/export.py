@@ -7,5 +7,6 @@ from .parsing import parse
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the export that the options describe."""
-    export(parse(ExportOptions, arguments, "export"))
+    """Write the export that the options describe, and print what was written."""
+    options = parse(ExportOptions, arguments, "export")
+    print(f"{export(options)}\nwritten to {options.out}")

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..columns import plain
 from ..estimates.plan import describe_run
 from ..hardware.fuse import fuse
 from ..io import processes
@@ -13,7 +12,7 @@ from ..runs.options import FuseOptions
 from ..runs.run import run_path
 from ..training.recipe import PRESETS
 from .parsing import parse, peek
-from .scores import cells
+from .scores import score_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +83,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def report(results: Mapping[str, Any], folder: Path) -> str:
     """Return the results of a run: a line for each seed, then mean and spread."""
-    lines = cells(results["seeds"])
-    if results["exact_match_std"] is not None:
-        lines.append(["mean", f"{results['exact_match']:.1f}", f"± {results['exact_match_std']:.1f}"])
-    head = f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers"
-    return f"{head}\n{plain(lines, left=(0, 2))}\nwritten to {folder}"
+    head = (
+        f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers, "
+        f"{results['test_rows']:,} test rows"
+    )
+    return f"{head}\n{score_table(results['seeds'])}\nwritten to {folder}"

@@ -1,13 +1,20 @@
 """Scores of seeds as the cells of a table, which several subcommands print."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..columns import plain
 
-def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the heading and a line for each seed (see `runs.evaluate.seed_rows`)."""
-    head = ["seed", "exact match %", "loss"]
-    return [head, *([str(row["seed"]), f"{row['exact_match']:.1f}", loss(row["loss"])] for row in rows)]
+
+def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each seed (see `runs.evaluate.seed_rows`), then mean and spread of several."""
+    lines = [["seed", "exact match %", "loss"]]
+    lines += [[str(row["seed"]), f"{row['exact_match']:.1f}", loss(row["loss"])] for row in rows]
+    if len(rows) > 1:
+        scores = [row["exact_match"] for row in rows]
+        lines.append(["mean", f"{statistics.fmean(scores):.1f}", f"± {statistics.stdev(scores):.1f}"])
+    return plain(lines, left=(0, 2))
 
 
 def loss(value: float | None) -> str:

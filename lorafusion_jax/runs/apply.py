@@ -28,12 +28,15 @@ class EvaluateOptions:
     Attributes:
       run: folder of the run.
       task: task to evaluate on, as in `lorafusion fuse`; by default the run's own.
+      train_rows: rows of a task without parts that are left out, since they may have trained; by default as in the
+        run, so give 0 to score every row of a file that the run has not seen.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: number of rows in a batch of generation.
     """
 
     run: Path
     task: str | None = None
+    train_rows: int | None = None
     test_rows: int | None = None
     eval_batch: int = 64
 
@@ -70,9 +73,10 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     fused, params, config = load_run(options.run)
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)
+    train_rows = fused.train_rows if options.train_rows is None else options.train_rows
     test_rows = options.test_rows or fused.test_rows
-    fused = dataclasses.replace(fused, test_rows=test_rows, eval_batch=options.eval_batch)
-    setup = dataclasses.replace(prepare(fused), max_new_tokens=config["max_new_tokens"])
+    fused = dataclasses.replace(fused, train_rows=train_rows, test_rows=test_rows, eval_batch=options.eval_batch)
+    setup = dataclasses.replace(prepare(fused, to_train=False), max_new_tokens=config["max_new_tokens"])
     return with_modules(setup, fused, config), fused, params
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..adapters.coefficients import expand
-from ..adapters.updates import LowRank
+from ..adapters.updates import LowRank, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft.adapter import resave, write_adapter
@@ -51,8 +51,8 @@ class ExportOptions:
     adapter: str | None = None
 
 
-def export(options: ExportOptions) -> None:
-    """Write what the options ask for.
+def export(options: ExportOptions) -> str:
+    """Write what the options ask for, and return in words what that was.
 
     Raises:
       ValueError: `out` exists, or the options do not name something to export.
@@ -60,14 +60,14 @@ def export(options: ExportOptions) -> None:
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
     if options.run is not None and options.pool is None:
-        _export_run(options, options.run)
-    elif options.pool is not None and options.adapter is not None and options.run is None:
+        return _export_run(options, options.run)
+    if options.pool is not None and options.adapter is not None and options.run is None:
         resave(ConvertedPool(options.pool).adapter(options.adapter), options.out)
-    else:
-        raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
+        return f"adapter {options.adapter} of {options.pool}"
+    raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
 
 
-def _export_run(options: ExportOptions, folder: Path) -> None:
+def _export_run(options: ExportOptions, folder: Path) -> str:
     fused, params, config = load_run(folder)
     method = find(fused.method)
     if method.learns == "untrained":
@@ -86,13 +86,14 @@ def _export_run(options: ExportOptions, folder: Path) -> None:
         save_base(merged_base(model, adapters), options.out, fused.base)
     else:
         write_adapter(options.out, *_adapter(problem, of_seed, fused.base))
+    return f"seed {seed} of {folder}, {fused.method}"
 
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
     magnitudes, pool, method = of_seed.get("magnitudes"), problem.frozen.pool, problem.method
     config, index = problem.config, problem.index
-    if isinstance(method, Fusion) and pool is not None:
+    if type(method) is Fusion and pool is not None:  # a method that extends it may read its coefficients otherwise
         coefficients = expand(of_seed["coefficients"], pool, method.granularity)
         return fused_adapter(config, pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
     if isinstance(method, Merge) and method.kind == "cat" and pool is not None:
@@ -101,6 +102,13 @@ def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, An
     if isinstance(method, Magnitudes) and magnitudes is not None:
         return lora_adapter(config, _no_update(config, magnitudes), base=base, magnitudes=magnitudes)
     adapters, _ = jax.jit(method.adapters)(of_seed, problem.frozen, index)
+    if other := next(
+        (update for update in adapters.values() if not isinstance(update, LowRank | WeightDecomposed)), None
+    ):
+        raise ValueError(
+            f"{type(method).__name__} makes updates of the kind {type(other).__name__}, which no PEFT adapter holds: "
+            "export with --format merged"
+        )
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
 
 

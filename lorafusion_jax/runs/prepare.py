@@ -125,19 +125,20 @@ def check(options: FuseOptions) -> None:
         raise ValueError(f"the method {options.method} has no magnitudes to prune: leave out --prune")
 
 
-def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
+def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: bool = True) -> Setup:
     """Load the base, pool and task of the options, and make each seed's draws.
 
     Args:
       options: options of the run.
       path: the path of a run that is resumed; by default the options' own, or the faster one here.
+      to_train: the method is going to be trained, so the task must have training rows.
 
     Raises:
       ValueError: a file or option cannot be used; the message names it, what was wanted, and how to fix it.
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
-    needs_training_rows = method.learns != "untrained" or method.answers != "model"
+    needs_training_rows = (to_train and method.learns != "untrained") or method.answers != "model"
     task = load_task(
         options.task,
         prompt=options.prompt,
@@ -154,7 +155,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None) -> Setup:
     train = encode(fused.tokenizer, task.train)
     longest = max((len(row) for row in train.labels), default=128)
     rows = None
-    if method.learns != "untrained":
+    if method.learns != "untrained" and task.train:
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
     return Setup(
         **vars(fused),

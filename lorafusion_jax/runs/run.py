@@ -134,7 +134,7 @@ def _refuse_begun(run: RunFolder) -> None:
 def run_path(options: FuseOptions) -> Path:
     """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD."""
     task = Path(options.task.partition(":")[0])
-    return options.out / (options.name or f"{task.stem}-{options.method}")
+    return Path(options.out) / (options.name or f"{task.stem}-{options.method}")
 
 
 def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]:

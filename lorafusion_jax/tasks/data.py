@@ -117,7 +117,7 @@ def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[st
     if not 0 <= train_rows < len(rows):
         raise ValueError(
             f"{source} is one list of {len(rows)} rows, and {train_rows} to train would leave none to test: "
-            "ask for fewer, or give a folder with train.jsonl and test.jsonl"
+            "ask for fewer (--train-rows), or give a folder with train.jsonl and test.jsonl"
         )
     order = [rows[i] for i in shuffled(len(rows), REFERENCE_SEED)]
     return {"train": order[:train_rows], "test": order[train_rows:]}

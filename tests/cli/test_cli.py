@@ -88,6 +88,7 @@ def test_evaluate_generate_and_export(run, pool, tmp_path, capsys):
     cli.main(["generate", "--run", str(run), "--file", str(tmp_path / "text")])
     assert capsys.readouterr().out.strip()
     cli.main(["export", "--run", str(run), "--seed", "2", "--out", str(tmp_path / "adapter")])
+    assert capsys.readouterr().out == f"seed 2 of {run}, fusion\nwritten to {tmp_path / 'adapter'}\n"
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["use_dora"]) == (3 * 16, True)
     cli.main(["export", "--run", str(run), "--format", "merged", "--out", str(tmp_path / "merged")])
@@ -104,6 +105,22 @@ def test_evaluate_generate_and_export(run, pool, tmp_path, capsys):
     files = [f / "adapter_model.safetensors" for f in (tmp_path / "sort", _SMALL / "adapters" / "sort_dash")]
     a, b = map(load_file, files)
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_path, capsys):
+    rows = (_ROOT / "examples" / "small" / "tasks" / "double_digit" / "test.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "new.jsonl").write_text("\n".join(rows))
+    (only_test := tmp_path / "only_test").mkdir()
+    (only_test / "test.jsonl").write_text("\n".join(rows))
+    printed = []
+    for task in (["--task", str(tmp_path / "new.jsonl"), "--train-rows", "0"], ["--task", str(only_test)]):
+        cli.main(["evaluate", "--run", str(run), *task])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert [line.split()[0] for line in printed[0].splitlines()] == ["seed", "1", "2", "mean"]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--run", str(run), "--task", str(tmp_path / "new.jsonl")])
+    assert "--train-rows" in capsys.readouterr().err
 
 
 def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):

@@ -99,7 +99,7 @@ class AdapterFolders:
         self.names = tuple(sorted(path.parent.name for path in self.folder.glob("*/adapter_config.json")))
         if not self.names:
             raise ValueError(
-                f"{folder} is not a pool: wanted a folder that convert_peft_weights.py wrote, or one that holds "
+                f"{folder} is not a pool: wanted a folder that `lorafusion convert` wrote, or one that holds "
                 "PEFT adapter folders"
             )
 
