@@ -318,7 +318,7 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     cases = [(method, {"control": "random"}, f"the method {method} has no pool to replace") for method in poolless]
     cases += [
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
-        ("full", {"load_in": "nf4"}, "full fine-tuning trains the weights themselves"),
+        ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
         ("magnitudes", {"prune": 0.1}, "the method magnitudes has no magnitudes to prune"),
         ("cma", {"population": 3}, "2 generations of 3: wanted"),
         ("merge", {"density": 0.0}, "a density of 0"),
