@@ -121,8 +121,10 @@ def check(options: FuseOptions) -> None:
         raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
     if not 0 <= recipe.prune < 1:
         raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
-    if recipe.prune and "magnitudes" not in method.groups:
-        raise ValueError(f"the method {options.method} has no magnitudes to prune: leave out --prune")
+    if recipe.prune and not {"coefficients", "magnitudes"} <= set(method.groups):
+        raise ValueError(
+            f"the method {options.method} does not prune: only a fusion with magnitudes does. Leave out --prune"
+        )
 
 
 def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: bool = True) -> Setup:

@@ -319,7 +319,7 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     cases += [
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
         ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
-        ("magnitudes", {"prune": 0.1}, "the method magnitudes has no magnitudes to prune"),
+        ("magnitudes", {"prune": 0.1}, "the method magnitudes does not prune"),
         ("cma", {"population": 3}, "2 generations of 3: wanted"),
         ("merge", {"density": 0.0}, "a density of 0"),
         (

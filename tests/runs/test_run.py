@@ -252,7 +252,7 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         ({"recipe": dataclasses.replace(options.recipe, prune=1.5)}, "prune is 1.5"),
         (
             {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
-            "has no magnitudes to prune",
+            "does not prune",
         ),
         ({"base": str(tmp_path)}, "config.json"),
         ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "0 modules"),
