@@ -129,6 +129,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize("case", CASES)
 def test_values_have_the_derivatives_of_finite_differences(case):
     make, path, start = CASES[case]
