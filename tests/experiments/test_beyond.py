@@ -238,9 +238,10 @@ def test_ideas_pass_the_rows_that_they_report_and_no_more_than_plain_fusion(beyo
     counts = [(t.forward_rows, t.backward_rows) for t in found.values()]
     assert counts == [(200, 190), (195, 190), (195, 190)]
     ranked = found["best 5 by gradient"].setup
-    assert ranked.index.shape == (2, 5) and ranked.frozen.pool is not None
-    names = np.array(ranked.frozen.pool.names)
-    assert [tuple(names[row]) for row in np.asarray(ranked.index)] == list(ranked.modules)
+    index, pool = ranked.problem.index, ranked.problem.frozen.pool
+    assert index.shape == (2, 5) and pool is not None
+    names = np.array(pool.names)
+    assert [tuple(names[row]) for row in np.asarray(index)] == list(ranked.modules)
 
 
 def test_a_resumed_run_repeats_nothing(beyond, monkeypatch, tmp_path, capsys):
