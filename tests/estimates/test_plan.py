@@ -230,6 +230,7 @@ def test_memory_of_a_step(name, path, structure):
     np.testing.assert_allclose(held + step_bytes(config, shape, update, **how), _bytes(compiled), rtol=0.25)
 
 
+@pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_generation(dtype):
     config, shape, seeds, tokens, path = dataclasses.replace(_SCANNED, dtype=dtype), Shape(32, 96, 8), 2, 8, "vmap"

@@ -29,11 +29,11 @@ def scripts():
         sys.path.remove(str(_EXPERIMENTS))
 
 
-def test_every_ablation_can_run_and_is_beside_what_it_varies(scripts):
+def test_every_ablation_can_run_and_is_next_to_what_it_varies(scripts):
     common, ablations, _ = scripts
     options = ablations.AblationOptions()
     settings = set()
-    for group in options.group:
+    for group in options.groups:
         entries = ablations.entries_of(group, options)
         for name, entry in entries.items():
             recipe = common.recipe_of(entry)
@@ -51,7 +51,7 @@ def test_every_ablation_can_run_and_is_beside_what_it_varies(scripts):
             settings.add((group, json.dumps(dataclasses.asdict(run), default=str)))
             assert name
     # Within a group no two rows run the same.
-    assert len(settings) == sum(len(ablations.entries_of(group, options)) for group in options.group)
+    assert len(settings) == sum(len(ablations.entries_of(group, options)) for group in options.groups)
     plain = ablations.METHODS["LoRAFusion"]
     for group in ("granularity", "composition", "start", "bits", "pruning", "controls"):
         first = next(iter(ablations.entries_of(group, options).values()))

@@ -530,7 +530,7 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
     assert open_pool(folder).names == plain.names
     with pytest.raises(ValueError, match="which are read for a base model: give its base"):
         open_pool(folder).load()
-    with pytest.raises(ValueError, match=r"nothing is not a pool: wanted a folder that convert_peft_weights\.py wrote"):
+    with pytest.raises(ValueError, match=r"nothing is not a pool: wanted a folder that `lorafusion convert` wrote"):
         open_pool(tmp_path / "nothing")
 
 

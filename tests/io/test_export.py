@@ -114,8 +114,8 @@ def test_a_lora_is_a_plain_adapter():
     rng = np.random.default_rng(0)
     adapters = {
         site: LowRank(
-            jnp.asarray(rng.normal(size=(layers, d_in, 3)), jnp.float32),
-            jnp.asarray(rng.normal(size=(layers, 3, d_out)), jnp.float32),
+            jnp.asarray(rng.normal(size=(s.layers, s.d_in, 3)), jnp.float32),
+            jnp.asarray(rng.normal(size=(s.layers, 3, s.d_out)), jnp.float32),
         )
         for site, s in _MODEL.config.sites.items()
         if site.endswith((".o", "wi_1"))
