@@ -47,7 +47,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
     Args:
       model: an NNX module, or a Linen module with its variables, `module.bind(variables)`.
       rules: path pattern -> configuration, or None for digital, as for `program_tree`. The paths are those of layers:
-        `encoder.layers.0.query`. Layers that are stacked, by `nnx.vmap` or `nn.scan`, are one path and have one rule;
+        `blocks.layers.0.query`. Layers that are stacked, by `nnx.vmap` or `nn.scan`, are one path and have one rule;
         their axis is the first of their parameters.
       key: key of the chip. The arrays of a layer depend on it and on the layer's path.
       inputs: an example of the model's inputs; only shapes and dtypes matter. A Linen model needs one. With one, an
