@@ -1,4 +1,4 @@
-"""Time of a step on several devices: the prediction of `estimates.scaling` against measurements on a CPU's cores.
+"""Time of a step on several devices: the prediction of `_step_time.py` against measurements on a CPU's cores.
 
     python benchmarks/scaling.py [--shape flan-t5-small] [--seeds 4] [--json]
 
@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Step, config_of, frozen
+from _step_time import Rates, step_seconds
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import Recipe, Update
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers
 from lorafusion_jax.estimates.flops import Shape, step_flops
-from lorafusion_jax.estimates.scaling import Rates, step_seconds
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way

@@ -10,9 +10,9 @@ and another one in the backward pass. Work that is not split (norms and the fusi
 
 import dataclasses
 
-from ..methods.method import Update
-from ..models.architecture import Architecture
-from .flops import Shape, step_flops, tokens
+from lorafusion_jax.estimates.flops import Shape, step_flops, tokens
+from lorafusion_jax.methods.method import Update
+from lorafusion_jax.models.architecture import Architecture
 
 _ITEM = {"float32": 4, "bfloat16": 2}
 

@@ -1,12 +1,19 @@
 """The model of a step's time against sums by hand."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
-from lorafusion_jax.estimates.scaling import Rates, step_seconds, sum_bytes, sums
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+try:
+    from _step_time import Rates, step_seconds, sum_bytes, sums
+finally:
+    sys.path.pop(0)
 
 _UPDATE = Update(kind="mix", modules=2, pool=2, magnitudes=True)
 _SHAPE = Shape(5, 12, 4)
