@@ -4,6 +4,7 @@ Hugging Face stores weights as [d_out, d_in], one tensor per layer; here they ar
 """
 
 import dataclasses
+import fnmatch
 import functools
 import mmap
 import shutil
@@ -172,11 +173,12 @@ def _check_tensors(
     folder: Path, tensors: Mapping[str, np.ndarray], slots: list[Slot], layout: Checkpoint, *, tied: bool
 ) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
-    optional = {*layout.unused, *layout.copies} | ({layout.head} if tied else set())
+    optional = {*layout.copies} | ({layout.head} if tied else set())
     advice = f"do {_CONFIG} and the weights in {folder} belong together?"
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"{folder}: the weights lack {_some(missing)}: {advice}")
-    if unexpected := [name for name in tensors if name not in shapes and name not in optional]:
+    known = {*shapes, *optional}
+    if unexpected := [name for name in tensors if name not in known and not _is_unused(name, layout)]:
         raise ValueError(f"{folder}: the model has no place for {_some(unexpected)}: {advice}")
     for name, shape in shapes.items():
         if tensors[name].dtype.kind in "biuc":
@@ -186,6 +188,10 @@ def _check_tensors(
     for name in layout.copies:
         if name in tensors and not np.array_equal(tensors[name], tensors[layout.embedding]):
             raise ValueError(f"{folder}: {name} differs from {layout.embedding}: the model has one embedding")
+
+
+def _is_unused(name: str, layout: Checkpoint) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in layout.unused)
 
 
 def _some(names: list[str]) -> str:

@@ -98,26 +98,43 @@ class Architecture:
 
     Attributes:
       family: name in `families.FAMILIES`.
-      targets: last names of the sites that methods without a pool adapt by default.
+      causal: prompt and answer are one text that runs through one stack, not a source and a target.
       splits: how a mesh splits matrices that are not kernels of sites, by a name in their path in the model's state.
       tied: the head is the embedding, transposed.
+      pad_id: the token that fills up rows.
+      eos_id: the token, or the tokens, any of which ends an answer.
       dtype: dtype of activations; weights are cast to it where they are used.
       remat: values of a block that the backward pass keeps: `dots`, everything (`none`) or nothing (`full`).
       unroll: compile the layers one after the other instead of as a loop; slower to compile, faster for few layers.
     """
 
     family: ClassVar[str]
-    targets: ClassVar[tuple[str, ...]]
+    causal: ClassVar[bool] = False
     splits: ClassVar[Mapping[str, Split]] = {"embedding": "rows", "head": "columns"}
 
     vocab_size: int
     d_model: int
     tied: bool = False
     pad_id: int = 0
-    eos_id: int = 1
+    eos_id: int | tuple[int, ...] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["dots", "none", "full"] = "dots"
     unroll: bool = False
+
+    def __post_init__(self):
+        """Make a list of end tokens, as a file of JSON gives it, hashable."""
+        if not isinstance(self.eos_id, int):
+            object.__setattr__(self, "eos_id", tuple(self.eos_id))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last names of the sites that methods without a pool adapt by default."""
+        raise NotImplementedError
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
@@ -219,7 +236,7 @@ class Checkpoint:
       embedding: name of the embedding's tensor.
       head: name of the head's tensor; a file of a tied model may lack it.
       copies: other names under which files repeat the embedding.
-      unused: tensors that no layer reads.
+      unused: tensors that no layer reads, as patterns of `fnmatch`.
       others: function from a model to the slots of its embedding, norms and so on.
     """
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import t5
+from . import decoder, t5
 from .architecture import Architecture, Family, Model
 
 # The first one is also the family of pools whose manifest does not name a family.
-FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY)}
 
 
 def family_of(config: Architecture) -> Family:

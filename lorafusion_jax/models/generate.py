@@ -39,6 +39,7 @@ def generate(
     adapters = adapters or {}
     config = model.config
     batch = input_ids.shape[0]
+    ends = jnp.array(config.end_ids, jnp.int32)
     graph, weights = nnx.split(model)
 
     def at(number: Array | int) -> tuple[Model, Adapters]:
@@ -61,7 +62,7 @@ def generate(
         logits, cache = token_model.decode_token(token, position, cache, input_mask, token_adapters)
         token = jnp.where(done, config.pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
-        return position + 1, token, done | (token == config.eos_id), tokens, cache
+        return position + 1, token, done | jnp.isin(token, ends), tokens, cache
 
     state = (jnp.int32(0), first, done, tokens, cache)
     return jax.lax.while_loop(running, step, state)[3]

@@ -31,36 +31,50 @@ class Base(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """A linear map without bias, kernels stacked [L, d_in, d_out]; one layer of it inside a scan.
+    """A linear map, kernels stacked [L, d_in, d_out]; one layer of it inside a scan.
 
     Attributes:
       site: name of its site without the stack's, the key of its adapter.
+      bias: added to the product, [L, d_out], or None.
     """
 
-    def __init__(self, site: str, layers: int, d_in: int, d_out: int, *, scale: float, rngs: nnx.Rngs):
+    def __init__(
+        self, site: str, layers: int, d_in: int, d_out: int, *, scale: float, biased: bool = False, rngs: nnx.Rngs
+    ):
         self.site = site
         self.kernel = Base(scale * rngs.params.normal((layers, d_in, d_out)))
+        self.bias = Base(jnp.zeros((layers, d_out))) if biased else None
 
     def __call__(self, x: Float[Array, "*B d_in"], adapters: Adapters) -> Float[Array, "*B d_out"]:
-        """Return the product with the kernel, through this site's adapter if it has one."""
+        """Return the product with the kernel, through this site's adapter if it has one, plus the bias."""
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
-        return matmul(x, kernel) if adapter is None else adapter(x, kernel)
+        y = matmul(x, kernel) if adapter is None else adapter(x, kernel)
+        return y if self.bias is None else y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: no mean, no bias, variance in float32."""
+    """Root-mean-square norm: no mean, no bias, variance in float32.
 
-    def __init__(self, shape: tuple[int, ...], eps: float):
-        self.eps = eps
-        self.scale = Base(jnp.ones(shape))
+    Attributes:
+      eps: added to the variance.
+      offset: added to the scale, in float32 (Gemma's scale is 1 + w).
+      scale: stacked [L, D], or [D].
+    """
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __init__(self, shape: tuple[int, ...], eps: float, *, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.scale = Base(jnp.full(shape, 1.0 - offset))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Return `x` normalised along the last axis."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normed * self.scale[...].astype(x.dtype)[None, None, :]
+        normed = x32 * jax.lax.rsqrt(variance + self.eps)
+        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        if self.offset:
+            return (normed * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def scan_blocks(

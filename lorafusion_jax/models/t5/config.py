@@ -30,7 +30,6 @@ class T5Config(Architecture):
     """
 
     family: ClassVar[str] = "t5"
-    targets: ClassVar[tuple[str, ...]] = ("q", "v")
     splits: ClassVar[Mapping[str, Split]] = {**Architecture.splits, "table": "columns"}
 
     d_kv: int
@@ -44,6 +43,11 @@ class T5Config(Architecture):
     max_distance: int = 128
     eps: float = 1e-6
     start_id: int = 0
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """PEFT's own choice for T5."""
+        return ("q", "v")
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:

@@ -1,0 +1,140 @@
+"""The structure of a decoder-only model: its sizes, its stack, its sites, and where its family departs from Llama."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from ..architecture import Architecture, Attention, Parts, Site, Stack
+
+_ALL: Parts = ("source", "target")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions: pairs of numbers of a head are rotated by position x frequency.
+
+    Attributes:
+      theta: base of the frequencies, theta ** (-2 i / width).
+      width: how many numbers of a head are rotated; the rest keep their values.
+      scaling: how frequencies are changed for contexts that are longer than those of the pretraining.
+      factor: how many times longer.
+      context: tokens of the pretraining's contexts, for `dynamic` and `llama3`.
+      low_freq: wavelengths above context / low_freq are stretched by `factor` (`llama3`).
+      high_freq: wavelengths below context / high_freq are not stretched (`llama3`).
+    """
+
+    theta: float = 10_000.0
+    width: int
+    scaling: Literal["default", "linear", "dynamic", "llama3"] = "default"
+    factor: float = 1.0
+    context: int = 0
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Architecture):
+    """Structure of a decoder-only model and how to run it.
+
+    Attributes:
+      model_type: Hugging Face's name of the family.
+      context: most tokens of a row, prompt and answer together.
+      d_head: width of a head.
+      d_ff: width of the feed-forward layer.
+      num_heads: heads of the queries.
+      num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads heads of queries.
+      num_layers: number of blocks.
+      eps: added to the variance in norms.
+      rope: rotary positions.
+      local_rope: those of layers with a sliding window, if they differ.
+      window: how many tokens, its own included, a token of a sliding layer attends to.
+      sliding: for every layer, whether it has a sliding window; empty if none has.
+      activation: of the gate.
+      fused: queries, keys and values come from one matrix, and so do gate and up (Phi-3).
+      biased: last names of the sites that have a bias.
+      qk_norm: queries and keys are normalised head by head (Qwen 3, Gemma 3).
+      post_norms: the outputs of attention and feed-forward are normalised too (Gemma).
+      norm_offset: added to the scales of norms; Gemma's scales are 1 + w.
+      query_scale: factor of the attention's products.
+      embedding_scale: factor of the embeddings.
+      attention_cap: soft limit of the attention's products; 0 for none.
+      logit_cap: soft limit of the logits; 0 for none.
+    """
+
+    family: ClassVar[str] = "decoder"
+    causal: ClassVar[bool] = True
+
+    model_type: str
+    context: int
+    d_head: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    num_layers: int
+    eps: float
+    rope: Rope
+    local_rope: Rope | None = None
+    window: int = 0
+    sliding: tuple[bool, ...] = ()
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    fused: bool = False
+    biased: tuple[str, ...] = ()
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    query_scale: float
+    embedding_scale: float = 1.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+
+    def __post_init__(self):
+        """Turn the lists and mappings of a file of JSON into the types above."""
+        super().__post_init__()
+        for field in ("sliding", "biased"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("rope", "local_rope"):
+            value: Any = getattr(self, field)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, field, Rope(**value))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """PEFT's own choice for these models."""
+        return ("qkv_proj",) if self.fused else ("q_proj", "v_proj")
+
+    @functools.cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The decoder."""
+        norms = 2 * (4 if self.post_norms else 2) * self.d_model
+        turned = 2 * (self.num_heads + self.num_kv_heads) * self.d_head
+        attention = Attention(_ALL, self.num_heads, self.num_kv_heads, self.d_head)
+        return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff, norms + turned + 4 * self.d_ff)}
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """Every linear map, such as `decoder.self_attn.q_proj` and `decoder.mlp.down_proj`."""
+        d, inner, kv = self.d_model, self.num_heads * self.d_head, self.num_kv_heads * self.d_head
+        if self.fused:
+            attention, gate = {"qkv_proj": (d, inner + 2 * kv)}, {"gate_up_proj": (d, 2 * self.d_ff)}
+        else:
+            attention = {"q_proj": (d, inner), "k_proj": (d, kv), "v_proj": (d, kv)}
+            gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
+        modules = {
+            "self_attn": attention | {"o_proj": (inner, d)},
+            "mlp": gate | {"down_proj": (self.d_ff, d)},
+        }
+        found = {}
+        for module, shapes in modules.items():
+            for name, (d_in, d_out) in shapes.items():
+                last = name in ("o_proj", "down_proj")
+                found[f"decoder.{module}.{name}"] = Site(
+                    self.num_layers,
+                    d_in,
+                    d_out,
+                    path=f"model.layers.{{layer}}.{module}.{name}",
+                    reads=_ALL,
+                    split="rows" if last else "columns",
+                    stage=f"{module} out" if last else f"{module} in",
+                )
+        return found

@@ -1,0 +1,128 @@
+"""Llama, Mistral, Qwen, Gemma and Phi-3: what each family's Hugging Face config says about the decoder.
+
+transformers' own config classes fill in what a file leaves out, and bring older files' fields to today's names.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import DecoderConfig, Rope
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_SCALINGS = ("default", "linear", "dynamic", "llama3")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+# Fields whose values only describe how a file was made, or that need PyTorch to be read.
+_IGNORED = ("model_type", "torch_dtype", "dtype", "quantization_config")
+
+
+def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Return the structure that a config.json describes, as transformers 4 and 5 write it.
+
+    Raises:
+      ValueError: a value does not fit, or asks for something that the decoder lacks; the message names it.
+    """
+    kind = raw["model_type"]
+    if raw.get("quantization_config") and raw["quantization_config"].get("quant_method") != "gguf":
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it")
+    hf = _filled(kind, raw)
+    gemma = kind in ("gemma2", "gemma3_text")
+    activation = hf.hidden_activation if gemma else hf.hidden_act
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"the activation is {activation!r}: wanted {' or '.join(_ACTIVATIONS)}")
+    if getattr(hf, "use_bidirectional_attention", False):
+        raise ValueError("use_bidirectional_attention is set: wanted a causal language model")
+    if kind == "gemma3_text" and hf.attn_logit_softcapping:
+        raise ValueError(f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: wanted none")
+    d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    if hf.num_attention_heads % hf.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads is {hf.num_attention_heads}: wanted a multiple of num_key_value_heads, "
+            f"{hf.num_key_value_heads}"
+        )
+    ropes = _ropes(hf, d_head)
+    ends = hf.eos_token_id if hf.eos_token_id is not None else ()
+    ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    if not ends:
+        raise ValueError("eos_token_id is missing: wanted the token, or tokens, that end an answer")
+    window = getattr(hf, "sliding_window", None) or 0
+    return DecoderConfig(
+        model_type=kind,
+        vocab_size=hf.vocab_size,
+        d_model=hf.hidden_size,
+        context=hf.max_position_embeddings,
+        d_head=d_head,
+        d_ff=hf.intermediate_size,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        num_layers=hf.num_hidden_layers,
+        eps=hf.rms_norm_eps,
+        rope=ropes["full_attention"],
+        local_rope=ropes.get("sliding_attention"),
+        window=window,
+        sliding=_sliding(hf, window),
+        activation=_ACTIVATIONS[activation],
+        fused=kind == "phi3",
+        biased=_biased(kind, hf),
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        post_norms=gemma,
+        norm_offset=1.0 if gemma else 0.0,
+        query_scale=(hf.query_pre_attn_scalar if gemma else d_head) ** -0.5,
+        embedding_scale=hf.hidden_size**0.5 if gemma else 1.0,
+        attention_cap=(hf.attn_logit_softcapping or 0.0) if kind == "gemma2" else 0.0,
+        logit_cap=(hf.final_logit_softcapping or 0.0) if gemma else 0.0,
+        tied=hf.tie_word_embeddings,
+        # Many models have no token for padding. Padding is masked by its place, so any token will do.
+        pad_id=ends[0] if hf.pad_token_id is None else hf.pad_token_id,
+        eos_id=ends,
+    )
+
+
+def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
+    """Return the config as transformers completes and checks it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k not in _IGNORED})
+    except Exception as error:  # its checks raise errors of several libraries
+        raise ValueError(f"transformers rejects this config of a {kind}: {error}") from error
+
+
+def _ropes(hf: Any, d_head: int) -> dict[str, Rope]:
+    """Return the rotary positions of `full_attention`, and of `sliding_attention` if they are other ones."""
+    said = hf.rope_parameters
+    by_layer = said if "full_attention" in said else {"full_attention": said}
+    return {kind: _rope(fields, d_head, hf.max_position_embeddings) for kind, fields in by_layer.items()}
+
+
+def _rope(fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
+    scaling = fields.get("rope_type", "default")
+    if scaling not in _SCALINGS:
+        raise ValueError(f"the rope scaling is {scaling!r}, which is not implemented: wanted {', '.join(_SCALINGS)}")
+    return Rope(
+        theta=float(fields["rope_theta"]),
+        width=int(d_head * fields.get("partial_rotary_factor", 1.0)),
+        scaling=scaling,
+        factor=float(fields.get("factor", 1.0)),
+        context=fields.get("original_max_position_embeddings", context) if scaling == "llama3" else context,
+        low_freq=float(fields.get("low_freq_factor", 1.0)),
+        high_freq=float(fields.get("high_freq_factor", 4.0)),
+    )
+
+
+def _sliding(hf: Any, window: int) -> tuple[bool, ...]:
+    """Return which layers have a sliding window; the config of a Mistral or a Phi-3 speaks of all layers at once."""
+    if not window:
+        return ()
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _biased(kind: str, hf: Any) -> tuple[str, ...]:
+    if kind == "qwen2":
+        return _ATTENTION[:3]
+    attention = _ATTENTION if getattr(hf, "attention_bias", False) else ()
+    return (*attention, *(_MLP if getattr(hf, "mlp_bias", False) else ()))

@@ -1,0 +1,279 @@
+"""A decoder-only model as a Flax NNX module whose blocks are stacked and scanned.
+
+It is used like T5 (see `models.architecture.Model`): adapters are an argument, and nothing here uses nnx transforms.
+Prompts are padded on the left inside the model, so that every row's answer begins at the same column. Positions are
+counted from each row's first real token, so that results do not depend on the padding.
+
+Axis letters: B batch, S source, T target, C columns of the cache, L layer, H heads of keys and values, G heads of
+queries for each of them, K head width, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ..architecture import Architecture
+from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
+from ..weights import dense, matmul
+from .config import DecoderConfig
+from .rotary import Rotation, rotate, rotation
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the prompt's columns and of those after it, some of them still to come."""
+
+    keys: Float[Array, "*L B H K C"]
+    values: Float[Array, "*L B H C K"]
+
+
+class Context(NamedTuple):
+    """What all layers of one kind share: the rotation of each token, and which columns each may attend to."""
+
+    rotation: Rotation
+    mask: Bool[Array, "B T C"]
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        names = ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj")
+        for name in (*names, "o_proj"):
+            setattr(self, name, _linear(config, f"self_attn.{name}", rngs))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (_norm(config, config.d_head) for _ in "qk")
+
+    def project(
+        self, x: Float[Array, "B T D"], by: Rotation, adapters: Adapters
+    ) -> tuple[Float[Array, "B T HG K"], Cache]:
+        """Return rotated queries, and keys and values in the cache's layout."""
+        c = self.config
+        if c.fused:
+            inner, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
+            parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
+        else:
+            parts = [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        queries, keys, values = (part.reshape(*x.shape[:2], -1, c.d_head) for part in parts)
+        if c.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, by), rotate(keys, by)
+        return queries, Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
+
+    def attend(
+        self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"], adapters: Adapters
+    ) -> Float[Array, "B T D"]:
+        """Attend where `mask` holds; softmax in float32."""
+        c, (batch, length) = self.config, queries.shape[:2]
+        # Head g of group h is head h G + g; the heads of a group share one product.
+        grouped = queries.reshape(batch, length, c.num_kv_heads, -1, c.d_head).transpose(0, 2, 3, 1, 4)
+        flat = grouped.reshape(batch, c.num_kv_heads, -1, c.d_head)
+        scores = (jnp.matmul(flat, cache.keys) * c.query_scale).astype(jnp.float32)
+        if c.attention_cap:
+            scores = c.attention_cap * jnp.tanh(scores / c.attention_cap)
+        scores = scores.reshape(*grouped.shape[:4], -1)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype).reshape(*flat.shape[:3], -1)
+        mixed = jnp.matmul(weights, cache.values).reshape(grouped.shape)
+        return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1), adapters)
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward layer: `down(act(gate x) * up x)`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        for name in (*(("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")), "down_proj"):
+            setattr(self, name, _linear(config, f"mlp.{name}", rngs))
+
+    def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
+        """Apply the layer to every position."""
+        if self.config.fused:
+            gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
+        return self.down_proj(_ACTIVATIONS[self.config.activation](gate) * up, adapters)
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, weights stacked over layers. Names of norms are Hugging Face's for Llama."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.post_norms = config.post_norms
+        self.input_norm, self.mlp_norm = (_norm(config, config.d_model) for _ in range(2))
+        if config.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = (_norm(config, config.d_model) for _ in range(2))
+        self.self_attn = SelfAttention(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        adapters: Adapters,
+        into: Callable[[Cache], Cache] = lambda new: new,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run one layer; `into` puts the new keys and values among those to attend to."""
+        queries, new = self.self_attn.project(self.input_norm(x), context.rotation, adapters)
+        cache = into(new)
+        heard = self.self_attn.attend(queries, cache, context.mask, adapters)
+        x = x + (self.attention_post_norm(heard) if self.post_norms else heard)
+        made = self.mlp(self.mlp_norm(x), adapters)
+        return x + (self.mlp_post_norm(made) if self.post_norms else made), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only model with random weights; `io` fills it with pretrained ones."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config: Architecture = config
+        self.structure = config
+        self.embedding = Base(0.02 * rngs.params.normal((config.vocab_size, config.d_model)))
+        self.decoder = Block(config, rngs=rngs)
+        self.norm = RMSNorm((config.d_model,), config.eps, offset=config.norm_offset)
+        if not config.tied:
+            self.head = Base(config.d_model**-0.5 * rngs.params.normal((config.d_model, config.vocab_size)))
+
+    def __call__(
+        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], adapters: Adapters | None = None
+    ) -> Float[Array, "B T V"]:
+        """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
+        return self._logits(self._run(ids, mask, adapters or {})[0])
+
+    def variables(self) -> dict[str, Base]:
+        """Return the kernel of every site, and `head` unless it is tied (see `architecture.Model`)."""
+        found = {}
+        for site in self.config.sites:
+            _, module, name = site.split(".")
+            found[site] = getattr(getattr(self.decoder, module), name).kernel
+        return found if self.config.tied else found | {"head": self.head}
+
+    def label_logits(
+        self,
+        input_ids: Int[Array, "B S"],
+        input_mask: Bool[Array, "B S"],
+        labels: Int[Array, "B T"],
+        adapters: Adapters,
+    ) -> Float[Array, "B T V"]:
+        """Return the logits that predict each label: those after the prompt's last token and after each label."""
+        ids = jnp.concatenate([to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)], axis=1)
+        mask = jnp.concatenate([to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1)
+        x, _ = self._run(ids, mask, adapters)
+        return self._logits(x[:, input_ids.shape[1] - 1 :])
+
+    def prompt(
+        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
+    ) -> tuple[Int[Array, " B"], Cache]:
+        """Read the prompt but for its last token; return that one, and a cache with `length` further columns."""
+        ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
+        _, cache = self._run(ids[:, :-1], mask[:, :-1], adapters)
+        room = [(0, 0)] * 4 + [(0, length)]
+        return ids[:, -1], Cache(jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)]))
+
+    def decode_token(
+        self,
+        token: Int[Array, " B"],
+        position: Int[Array, ""],
+        cache: Cache,
+        input_mask: Bool[Array, "B S"],
+        adapters: Adapters,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Return the logits that follow `token`, the one at `position` after the read prompt, and the new cache."""
+        read = input_mask.shape[1] - 1
+        column, columns = read + position, jnp.arange(cache.keys.shape[-1])
+        before = jnp.sum(input_mask, axis=1) - 1
+        seen = (columns >= (read - before)[:, None]) & (columns <= column)
+        positions = (before + position)[:, None]
+        contexts = self._contexts(positions, before + position + 1, seen[:, None], column[None], columns)
+
+        def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, Cache]) -> tuple[Array, Cache]:
+            adapters, local, old = of_layer
+
+            def into(new: Cache) -> Cache:
+                update = jax.lax.dynamic_update_slice_in_dim
+                return Cache(
+                    update(old.keys, new.keys, column, axis=3), update(old.values, new.values, column, axis=2)
+                )
+
+            return layer(x, contexts(local), adapters, into)
+
+        x, cache = self._scan(block, self._embed(token[:, None]), adapters, cache)
+        return self._logits(x)[:, 0], cache
+
+    def _run(
+        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], adapters: Adapters
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
+        columns = jnp.arange(ids.shape[1])
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        seen = mask[:, None, :] & (columns[None, :] <= columns[:, None])[None]
+        contexts = self._contexts(positions, jnp.sum(mask, axis=1), seen, columns, columns)
+
+        def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, None]) -> tuple[Array, Cache]:
+            adapters, local, _ = of_layer
+            return layer(x, contexts(local), adapters)
+
+        return self._scan(block, self._embed(ids), adapters, None)
+
+    def _contexts(
+        self,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        seen: Bool[Array, "B T C"],
+        rows: Int[Array, " T"],
+        columns: Int[Array, " C"],
+    ) -> Callable[[Bool[Array, ""] | None], Context]:
+        """Return a function from whether a layer has a sliding window to its context."""
+        c = self.structure
+        everywhere = Context(rotation(c.rope, positions, lengths), seen)
+        if not any(c.sliding):
+            return lambda local: everywhere
+        near = seen & (columns[None, :] > rows[:, None] - c.window)[None]
+        nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
+        if all(c.sliding):
+            return lambda local: nearby
+        return lambda local: jax.tree.map(lambda a, b: jnp.where(local, a, b), nearby, everywhere)
+
+    def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = jnp.take(self.embedding[...], ids, axis=0).astype(self.config.dtype)
+        scale = self.structure.embedding_scale
+        # Hugging Face rounds the factor to the dtype of the activations, which matters in bfloat16.
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        x, cap = self.norm(x), self.structure.logit_cap
+        if self.config.tied:
+            logits = jnp.einsum("btd,vd->btv", x, dense(self.embedding[...], x.dtype))
+        else:
+            logits = matmul(x, self.head.get_value())
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def _scan(
+        self, block: Callable[..., tuple[Array, Any]], x: Array, adapters: Adapters, cache: Cache | None
+    ) -> tuple[Array, Any]:
+        sliding = self.structure.sliding
+        local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
+        xs = (of_stack(adapters, "decoder"), local, cache)
+        return scan_blocks(block, self.decoder, x, xs, remat=self.config.remat, unroll=self.config.unroll)
+
+
+def to_the_right(a: Array, mask: Bool[Array, "B S"]) -> Array:
+    """Move what `mask` keeps of every row to the row's right end, in its order."""
+    order = jnp.argsort(mask, axis=1, stable=True)
+    return jnp.take_along_axis(a, order, axis=1)
+
+
+def _linear(config: DecoderConfig, name: str, rngs: nnx.Rngs) -> Linear:
+    site = config.sites[f"decoder.{name}"]
+    biased = name.rpartition(".")[2] in config.biased
+    return Linear(name, site.layers, site.d_in, site.d_out, scale=site.d_in**-0.5, biased=biased, rngs=rngs)
+
+
+def _norm(config: DecoderConfig, width: int) -> RMSNorm:
+    return RMSNorm((config.num_layers, width), config.eps, offset=config.norm_offset)

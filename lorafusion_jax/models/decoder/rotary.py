@@ -1,0 +1,57 @@
+"""Rotary positions, with the scalings of the frequencies for long contexts.
+
+Axis letters: B batch, T target, H heads, K head width, R rotated pairs.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .config import Rope
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of every pair at every position."""
+
+    cos: Float[Array, "B T R"]
+    sin: Float[Array, "B T R"]
+
+
+def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rotation:
+    """Return the angles of some positions, in float32.
+
+    Args:
+      rope: base and scaling of the frequencies.
+      positions: of each row's tokens, from 0 on.
+      lengths: tokens of each row so far, on which the frequencies of the scaling `dynamic` depend.
+    """
+    angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)[:, None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T H K"], by: Rotation) -> Float[Array, "B T H K"]:
+    """Rotate the first numbers of each head, each paired with the one half the rotated width further."""
+    half = by.cos.shape[-1]
+    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in by)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _frequencies(rope: Rope, lengths: Int[Array, " B"]) -> Float[Array, "#B R"]:
+    """Return the frequency of every pair; with the scaling `dynamic` they differ by row."""
+    exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
+    if rope.scaling == "dynamic":
+        stretch = rope.factor * jnp.maximum(lengths, rope.context) / rope.context - (rope.factor - 1)
+        theta = rope.theta * stretch.astype(jnp.float32) ** (rope.width / (rope.width - 2))
+        return 1.0 / theta[:, None] ** exponents[None, :]
+    frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    if rope.scaling == "linear":
+        frequencies = frequencies / np.float32(rope.factor)
+    if rope.scaling == "llama3":
+        # Between the two bounds the share of the unstretched frequency grows with the number of turns in a context.
+        turns = rope.context * frequencies / np.float32(2 * np.pi)
+        kept = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
+        frequencies = ((1 - kept) / rope.factor + kept) * frequencies
+    return jnp.asarray(frequencies, jnp.float32)[None]
