@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
         read = input_mask.shape[1] - 1
         column, columns = read + position, jnp.arange(cache.keys.shape[-1])
         before = jnp.sum(input_mask, axis=1) - 1
-        seen = (columns >= (read - before)[:, None]) & (columns <= column)
+        seen = (columns[None, :] >= (read - before)[:, None]) & (columns[None, :] <= column)
         positions = (before + position)[:, None]
         contexts = self._contexts(positions, before + position + 1, seen[:, None], column[None], columns)
 
@@ -197,9 +197,7 @@ class Decoder(nnx.Module):
 
             def into(new: Cache) -> Cache:
                 update = jax.lax.dynamic_update_slice_in_dim
-                return Cache(
-                    update(old.keys, new.keys, column, axis=3), update(old.values, new.values, column, axis=2)
-                )
+                return Cache(update(old.keys, new.keys, column, axis=3), update(old.values, new.values, column, axis=2))
 
             return layer(x, contexts(local), adapters, into)
 

@@ -43,8 +43,9 @@ def _frequencies(rope: Rope, lengths: Int[Array, " B"]) -> Float[Array, "#B R"]:
     """Return the frequency of every pair; with the scaling `dynamic` they differ by row."""
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
     if rope.scaling == "dynamic":
-        stretch = rope.factor * jnp.maximum(lengths, rope.context) / rope.context - (rope.factor - 1)
-        theta = rope.theta * stretch.astype(jnp.float32) ** (rope.width / (rope.width - 2))
+        longest = jnp.maximum(lengths, rope.context).astype(jnp.float32)
+        stretch = rope.factor * longest / rope.context - (rope.factor - 1)
+        theta = rope.theta * stretch ** (rope.width / (rope.width - 2))
         return 1.0 / theta[:, None] ** exponents[None, :]
     frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
     if rope.scaling == "linear":
