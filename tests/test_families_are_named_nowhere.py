@@ -1,4 +1,4 @@
-"""Nothing outside a family's own folder and the registry's line names the family, its stacks or its sites."""
+"""Nothing outside the families' own folders and the registry's lines names a family, its stacks or its sites."""
 
 import ast
 import re
@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.models.families import FAMILIES
-from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.models.families import FAMILIES, known_shapes
 
 _PACKAGE = Path(__file__).resolve().parent.parent / "lorafusion_jax"
-_OF_FAMILIES = {_PACKAGE / "models" / "families.py", *(_PACKAGE / "models" / "t5").glob("*.py")}
-# Fields of its config, which `Architecture` does not have.
+_OF_FAMILIES = {_PACKAGE / "models" / "families.py"}.union(
+    *((_PACKAGE / "models" / family).glob("*.py") for family in FAMILIES)
+)
+_MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi"}
+# Fields of their configs, which `Architecture` does not have.
 _FIELDS = {"num_layers", "num_decoder_layers", "d_kv", "scale_logits", "start_id", "gated"}
+_FIELDS |= {"qk_norm", "post_norms", "local_rope", "query_scale", "embedding_scale"}
 # Names of shapes and hub ids, as options' defaults, examples and measurements give them.
 _SHAPE = re.compile(r"(google/)?(flan-)?t5-\w+|flan_t5_large-\w+|FLAN-T5(-\w+)?")
 _LETTERS = {"q", "k", "v"}
 
 
 def _words() -> set[str]:
-    """The words that belong to T5: its stacks, its sites whole and by their last names, and fields of its config."""
-    words = {"T5", "t5", *FAMILIES, *_FIELDS}
-    for config in SHAPES.values():
+    """The words that belong to families: stacks, sites whole and by their last names, and fields of configs."""
+    words = {*_MEMBERS, *FAMILIES, *_FIELDS}
+    for config in known_shapes().values():
         words |= {*config.stacks, *config.sites, *(name.rpartition(".")[2] for name in config.sites)}
     return words
 
@@ -38,7 +41,7 @@ def _texts(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _named(source: str) -> Iterator[str]:
-    """The words of T5 in code and docstrings, by line; single letters only where they are strings of their own."""
+    """The words of families in code and docstrings, by line; single letters only in strings of their own."""
     words = _words()
     for line, text in _texts(source):
         bare = _SHAPE.sub("", text)
@@ -68,6 +71,8 @@ def test_only_the_family_s_folder_and_the_registry_name_it():
     [
         'site.startswith("decoder")',
         "config.num_decoder_layers",
+        'sites["decoder.mlp.up_proj"]',
+        '"""As in Llama."""',
         'targets = ("q", "v")',
         '"""Such as `encoder.self.q`."""',
         "T5(config, rngs)",

@@ -58,7 +58,7 @@ class RMSNorm(nnx.Module):
 
     Attributes:
       eps: added to the variance.
-      offset: added to the scale, in float32 (Gemma's scale is 1 + w).
+      offset: added to the scale, in float32; 1 where files hold the scale less 1.
       scale: stacked [L, D], or [D].
     """
 

@@ -145,6 +145,6 @@ def test_what_cannot_be_counted(changes, message):
 
 
 def test_another_kind_of_model_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type is 'llama'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="model_type is 'bert'"):
         shape_config(str(tmp_path))

@@ -302,7 +302,7 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
     ("fields", "message"),
     [
         ({"model_type": "umt5"}, "model_type is 'umt5', whose every layer has a relative bias"),
-        ({"model_type": "llama"}, r"model_type is 'llama': wanted a T5 1\.0, T5 1\.1, FLAN-T5 or mT5"),
+        ({"model_type": "bert"}, r"model_type is 'bert': wanted a T5 1\.0, T5 1\.1, FLAN-T5 or mT5; Llama, Mistral"),
         ({"model_type": ...}, "model_type is None"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu': wanted 'relu' or 'gated-gelu'"),
         ({"d_kv": ...}, "d_kv is missing: wanted an integer"),

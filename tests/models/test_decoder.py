@@ -216,6 +216,20 @@ def test_results_do_not_depend_on_padding():
                 _close(got[number][mask[number]], wanted, 1e-5)
 
 
+def test_the_first_answer_has_the_frequencies_of_the_whole_prompt():
+    """Dynamic frequencies depend on the length: the prompt's cache and its last token must agree on it."""
+    config = FAMILY.read_config(
+        _TINY
+        | {"model_type": "llama", "pad_token_id": 0, "max_position_embeddings": 4}
+        | {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0}}
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    ids, mask = jnp.array([[5, 6, 7, 8, 9, 10, 11]]), jnp.ones((1, 7), bool)
+    token, cache = model.prompt(ids, mask, 1, {})
+    first, _ = model.decode_token(token, jnp.int32(0), cache, mask, {})
+    _close(first, model(ids, mask)[:, -1], 1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3"])
 def test_generation_follows_the_logits_of_labels(model_type):
     """The cache's pass over one token after the other says what all tokens at once do."""

@@ -5,6 +5,7 @@ from .checkpoint import CHECKPOINT
 from .config import DecoderConfig
 from .families import MODEL_TYPES, read_config
 from .model import Decoder
+from .shapes import SHAPES
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
@@ -17,5 +18,5 @@ FAMILY = Family(
     model=Decoder,
     checkpoint=CHECKPOINT,
     task_type="CAUSAL_LM",
-    shapes={},
+    shapes=SHAPES,
 )

@@ -4,13 +4,13 @@ transformers' own config classes fill in what a file leaves out, and bring older
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from .config import DecoderConfig, Rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SCALINGS = ("default", "linear", "dynamic", "llama3")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")

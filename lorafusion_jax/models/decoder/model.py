@@ -9,6 +9,7 @@ queries for each of them, K head width, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +45,12 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        names = ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj")
-        for name in (*names, "o_proj"):
-            setattr(self, name, _linear(config, f"self_attn.{name}", rngs))
+        linear = partial(_linear, config, "self_attn", rngs=rngs)
+        if config.fused:
+            self.qkv_proj = linear("qkv_proj")
+        else:
+            self.q_proj, self.k_proj, self.v_proj = map(linear, ("q_proj", "k_proj", "v_proj"))
+        self.o_proj = linear("o_proj")
         if config.qk_norm:
             self.q_norm, self.k_norm = (_norm(config, config.d_head) for _ in "qk")
 
@@ -89,8 +93,12 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        for name in (*(("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")), "down_proj"):
-            setattr(self, name, _linear(config, f"mlp.{name}", rngs))
+        linear = partial(_linear, config, "mlp", rngs=rngs)
+        if config.fused:
+            self.gate_up_proj = linear("gate_up_proj")
+        else:
+            self.gate_proj, self.up_proj = map(linear, ("gate_proj", "up_proj"))
+        self.down_proj = linear("down_proj")
 
     def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
         """Apply the layer to every position."""
@@ -144,7 +152,7 @@ class Decoder(nnx.Module):
         self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], adapters: Adapters | None = None
     ) -> Float[Array, "B T V"]:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
-        return self._logits(self._run(ids, mask, adapters or {})[0])
+        return self._logits(self._run(ids, mask, jnp.sum(mask, axis=1), adapters or {})[0])
 
     def variables(self) -> dict[str, Base]:
         """Return the kernel of every site, and `head` unless it is tied (see `architecture.Model`)."""
@@ -164,7 +172,7 @@ class Decoder(nnx.Module):
         """Return the logits that predict each label: those after the prompt's last token and after each label."""
         ids = jnp.concatenate([to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)], axis=1)
         mask = jnp.concatenate([to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1)
-        x, _ = self._run(ids, mask, adapters)
+        x, _ = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
         return self._logits(x[:, input_ids.shape[1] - 1 :])
 
     def prompt(
@@ -172,7 +180,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Int[Array, " B"], Cache]:
         """Read the prompt but for its last token; return that one, and a cache with `length` further columns."""
         ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
-        _, cache = self._run(ids[:, :-1], mask[:, :-1], adapters)
+        # The last token counts: `dynamic` frequencies are those of the whole prompt, as in Hugging Face's cache.
+        _, cache = self._run(ids[:, :-1], mask[:, :-1], jnp.sum(mask, axis=1), adapters)
         room = [(0, 0)] * 4 + [(0, length)]
         return ids[:, -1], Cache(jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)]))
 
@@ -205,13 +214,16 @@ class Decoder(nnx.Module):
         return self._logits(x)[:, 0], cache
 
     def _run(
-        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], adapters: Adapters
+        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], lengths: Int[Array, " B"], adapters: Adapters
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
+        """Run all tokens at once; return the last block's outputs, and keys and values of all layers.
+
+        Rows have `lengths` tokens in all, for the frequencies of the scaling `dynamic`.
+        """
         columns = jnp.arange(ids.shape[1])
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         seen = mask[:, None, :] & (columns[None, :] <= columns[:, None])[None]
-        contexts = self._contexts(positions, jnp.sum(mask, axis=1), seen, columns, columns)
+        contexts = self._contexts(positions, lengths, seen, columns, columns)
 
         def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, None]) -> tuple[Array, Cache]:
             adapters, local, _ = of_layer
@@ -236,7 +248,12 @@ class Decoder(nnx.Module):
         nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
         if all(c.sliding):
             return lambda local: nearby
-        return lambda local: jax.tree.map(lambda a, b: jnp.where(local, a, b), nearby, everywhere)
+
+        def of_layer(local: Bool[Array, ""] | None) -> Context:
+            assert local is not None
+            return jax.tree.map(lambda a, b: jnp.where(local, a, b), nearby, everywhere)
+
+        return of_layer
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = jnp.take(self.embedding[...], ids, axis=0).astype(self.config.dtype)
@@ -267,10 +284,10 @@ def to_the_right(a: Array, mask: Bool[Array, "B S"]) -> Array:
     return jnp.take_along_axis(a, order, axis=1)
 
 
-def _linear(config: DecoderConfig, name: str, rngs: nnx.Rngs) -> Linear:
-    site = config.sites[f"decoder.{name}"]
-    biased = name.rpartition(".")[2] in config.biased
-    return Linear(name, site.layers, site.d_in, site.d_out, scale=site.d_in**-0.5, biased=biased, rngs=rngs)
+def _linear(config: DecoderConfig, module: str, name: str, *, rngs: nnx.Rngs) -> Linear:
+    path = f"{module}.{name}"
+    site, biased = config.sites[f"decoder.{path}"], name in config.biased
+    return Linear(path, site.layers, site.d_in, site.d_out, scale=site.d_in**-0.5, biased=biased, rngs=rngs)
 
 
 def _norm(config: DecoderConfig, width: int) -> RMSNorm:

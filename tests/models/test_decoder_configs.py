@@ -1,0 +1,302 @@
+"""Configs of decoder-only models: the published ones against the known shapes, and old spellings against new ones."""
+
+import dataclasses
+
+import pytest
+
+from lorafusion_jax.estimates.parameters import size
+from lorafusion_jax.estimates.params import counts, shape_config
+from lorafusion_jax.models.decoder import FAMILY
+from lorafusion_jax.models.decoder.shapes import SHAPES
+
+# Numbers of parameters that the models' pages on the Hugging Face hub show.
+_SIZES = {
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini": 3_821_079_552,
+}
+
+_LLAMA_3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "eos_token_id": 128001,
+}
+_LLAMA_3_SCALING = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+# The fields of the config.json on the hub that describe the model.
+_PUBLISHED = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+    },
+    "llama-3.2-1b": _LLAMA_3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "head_dim": 64,
+        "rope_scaling": _LLAMA_3_SCALING | {"factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": _LLAMA_3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rope_scaling": _LLAMA_3_SCALING | {"factor": 8.0},
+        "tie_word_embeddings": False,
+    },
+    "mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "eos_token_id": 151643,
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "eos_token_id": 151645,
+    },
+    "gemma-2-2b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
+    "gemma-3-1b": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 32768,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "pad_token_id": 0,
+        "eos_token_id": [1, 106],
+    },
+    "phi-3-mini": {
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+        "tie_word_embeddings": False,
+        "pad_token_id": 32000,
+        "eos_token_id": 32000,
+    },
+}
+
+_SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+_LINEAR, _LLAMA3 = {"factor": 4.0}, _LLAMA_3_SCALING | {"factor": 8.0, "original_max_position_embeddings": 16}
+# (model_type, what transformers 4 writes, what transformers 5 writes)
+_SPELLINGS = {
+    "no scaling": ("llama", {"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "type": (
+        "llama",
+        {"rope_theta": 500.0, "rope_scaling": {"type": "linear", **_LINEAR}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, **_LINEAR}},
+    ),
+    "rope_type": (
+        "llama",
+        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "dynamic", **_LINEAR}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, **_LINEAR}},
+    ),
+    "llama3": (
+        "llama",
+        {"rope_theta": 500.0, "rope_scaling": _LLAMA3},
+        {"rope_parameters": _LLAMA3 | {"rope_theta": 500.0}},
+    ),
+    "window of some layers": (
+        "qwen2",
+        {"rope_theta": 500.0, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["full_attention"] + 3 * ["sliding_attention"],
+        },
+    ),
+    "alternating windows": (
+        "gemma2",
+        {"rope_theta": 500.0, "sliding_window": 5},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_window": 5,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+        },
+    ),
+    "two bases": (
+        "gemma3_text",
+        {
+            "rope_theta": 500.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", **_LINEAR},
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+        },
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 500.0, **_LINEAR},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "sliding_window": 5,
+            "layer_types": [*2 * ["sliding_attention"], "full_attention", "sliding_attention"],
+        },
+    ),
+    "part of a head": (
+        "phi3",
+        {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    ),
+}
+
+
+def test_every_known_shape_has_a_published_size():
+    assert _SIZES.keys() == SHAPES.keys() >= _PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_has_the_published_number_of_parameters(name):
+    assert size(SHAPES[name]) == _SIZES[name]
+
+
+@pytest.mark.parametrize("name", _PUBLISHED)
+def test_a_shape_is_what_the_published_config_says(name):
+    read = FAMILY.read_config(_PUBLISHED[name])
+    shape = SHAPES[name]
+    assert dataclasses.replace(read, pad_id=shape.pad_id, eos_id=shape.eos_id) == shape
+
+
+def test_shapes_are_counted_by_name():
+    # Two modules and 16 blocks; a magnitude for each output of q_proj and of v_proj.
+    found = counts(shape_config("llama-3.2-1b"), modules=2)
+    assert found["LoRAFusion"] == 2 * 16 + 16 * (2048 + 512)
+    assert found["LoRA, rank 16"] == 16 * 16 * (2048 + 2048 + 2048 + 512)
+
+
+@pytest.mark.parametrize("case", _SPELLINGS)
+def test_configs_of_transformers_4_and_5_describe_the_same_model(case):
+    model_type, old, new = _SPELLINGS[case]
+    small = _SMALL | {"model_type": model_type}
+    read = FAMILY.read_config(small | old)
+    assert read == FAMILY.read_config(small | new)
+    assert read.rope.theta == 500.0 and read != FAMILY.read_config(small)

@@ -1,0 +1,411 @@
+"""Every decoder-only family against transformers and PEFT, on tiny random models made here.
+
+transformers gets every row alone and without padding; here each row is in the batch twice, padded on the right and on
+the left. What a fusion should give is computed in PyTorch from the adapters' files, by the definition.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.coefficients import expand
+from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.io.export import fused_adapter, merged_base
+from lorafusion_jax.io.hf import load_base, save_base
+from lorafusion_jax.io.peft.adapter import write_adapter
+from lorafusion_jax.io.pool import read_pool
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.models.architecture import Architecture, Model, kernels
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax.training.problem import Frozen, Params
+
+pytestmark = pytest.mark.peft
+
+_VOCABULARY, _WINDOW, _TOKENS, _PROMPT = 97, 5, 8, 4
+_SIZES = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+_GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": _WINDOW}
+# Every family with what sets it apart, strong enough to matter.
+_FAMILIES = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": _WINDOW, "tie_word_embeddings": False},
+    "qwen2": {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1},
+    "qwen3": {"head_dim": 12},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    "gemma3_text": _GEMMA
+    | {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "phi3": {
+        "sliding_window": _WINDOW,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+}
+_LLAMAS = {
+    "plain": {"tie_word_embeddings": False},
+    "tied": {"tie_word_embeddings": True},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
+    # Rows are longer than these contexts.
+    "dynamic": {
+        "max_position_embeddings": 6,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0},
+    },
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "rope_theta": 100.0,
+        }
+    },
+}
+_ADAPTERS = {
+    "small": {"r": 2, "lora_alpha": 3, "use_rslora": True},
+    "large": {"r": 4, "lora_alpha": 2},
+    "other": {"r": 4, "lora_alpha": 5},
+    "dora": {"r": 3, "lora_alpha": 6, "use_dora": True},
+}
+_FUSED = {"sum": ("small", "large"), "mix": ("large", "other")}
+
+_ROWS = [np.random.default_rng(0).integers(3, _VOCABULARY, length).tolist() for length in (12, 5, 9)]
+_WIDTH = 14
+
+
+class Fused(NamedTuple):
+    """A fusion at coefficients of either sign and changed magnitudes."""
+
+    method: Fusion
+    frozen: Frozen
+    params: Params
+    adapters: dict[str, Any]
+
+
+def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
+    """Save a random model; norms and biases are random too."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(_SIZES | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _read(folder: Path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def _read_adapted(folder: Path, adapter: Path):
+    import peft
+
+    return peft.PeftModel.from_pretrained(_read(folder), adapter).eval()
+
+
+def _forget(model) -> None:
+    """Read a short row: until then transformers keeps the dynamic frequencies of the longest row that it has read."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3]]))
+
+
+def _theirs(model) -> list[np.ndarray]:
+    import torch
+
+    found = []
+    for row in _ROWS:
+        _forget(model)
+        with torch.no_grad():
+            found.append(model(input_ids=torch.tensor([row])).logits[0].numpy())
+    return found
+
+
+def _padded() -> tuple[jax.Array, jax.Array]:
+    """Every row, padded on the right, and again, padded on the left."""
+    ids = np.full((2 * len(_ROWS), _WIDTH), 7, np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for number, row in enumerate(_ROWS):
+        for at, place in ((number, slice(len(row))), (len(_ROWS) + number, slice(_WIDTH - len(row), None))):
+            ids[at, place], mask[at, place] = row, True
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _run(graph, weights, adapters):
+    return nnx.merge(graph, weights)(*_padded(), adapters)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _say(graph, weights, adapters):
+    return generate(nnx.merge(graph, weights), *_padded(), adapters, max_new_tokens=_TOKENS)
+
+
+def _check(theirs: list[np.ndarray], model: Model, adapters: dict[str, Any] | None = None) -> None:
+    """Check the logits of every real token, to 1e-4 of the largest."""
+    graph, weights = nnx.split(model)
+    ours, mask = np.asarray(_run(graph, weights, adapters or {})), np.asarray(_padded()[1])
+    tolerance = 1e-4 * max(np.abs(row).max() for row in theirs)
+    for got, real, wanted in zip(ours, mask, 2 * theirs, strict=True):
+        np.testing.assert_allclose(got[real], wanted, rtol=0, atol=tolerance)
+
+
+def _check_said(theirs, model: Model, adapters: dict[str, Any] | None = None) -> None:
+    """Check the ids of greedy generation."""
+    import torch
+
+    graph, weights = nnx.split(model)
+    ours = np.asarray(_say(graph, weights, adapters or {}))
+    for number, row in enumerate(_ROWS):
+        prompt = torch.tensor([row])
+        _forget(theirs)
+        how = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": _TOKENS}
+        wanted = theirs.generate(prompt, **how)[0, len(row) :].numpy()
+        for got in (ours[number], ours[len(_ROWS) + number]):
+            np.testing.assert_array_equal(got[: len(wanted)], wanted)
+            assert (got[len(wanted) :] == 0).all()
+
+
+def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return all(np.abs(x - y).max() > 1e-2 * np.abs(y).max() for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module", params=_FAMILIES)
+def base(request, tmp_path_factory) -> Path:
+    """A base model of a family, with adapters on all its linear maps as PEFT saves them."""
+    import peft
+    import torch
+
+    folder = tmp_path_factory.mktemp(request.param)
+    _made(folder / "base", request.param, _FAMILIES[request.param])
+    for name, fields in _ADAPTERS.items():
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **fields)
+        model = peft.get_peft_model(_read(folder / "base"), config)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.2)
+                elif "lora_magnitude_vector" in key:
+                    parameter *= 1 + 0.3 * torch.rand_like(parameter)
+        model.save_pretrained(folder / name)
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def model(base) -> Model:
+    return load_base(base)
+
+
+@pytest.fixture(scope="module")
+def plain(base) -> list[np.ndarray]:
+    """transformers' logits of the base model."""
+    return _theirs(_read(base))
+
+
+@pytest.fixture(scope="module")
+def fusion(base, model) -> Callable[[str, bool], Fused]:
+    """Function that returns a fusion from its composition and whether it has magnitudes."""
+    return functools.cache(functools.partial(_fusion, base, model))
+
+
+def _fusion(base: Path, model: Model, composition: str, magnitudes: bool) -> Fused:
+    method = Fusion(composition=composition, magnitudes=magnitudes)
+    names = _FUSED[composition]
+    pool = read_pool([str(base.parent / name) for name in names], model.config)
+    frozen = Frozen(nnx.state(model), pool, _gram(pool, kernels(model)))
+    index = jnp.arange(len(names))
+    params = method.init(frozen, index, jax.random.key(0))
+    params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
+    if magnitudes:
+        rng = np.random.default_rng(1)
+        factors = {site: rng.uniform(1.0, 1.3, m.shape).astype(np.float32) for site, m in params["magnitudes"].items()}
+        params["magnitudes"] = {site: m * factors[site] for site, m in params["magnitudes"].items()}
+    return Fused(method, frozen, params, _composed(method, params, Frozen(nnx.State({}), pool, frozen.gram), index))
+
+
+_gram = jax.jit(gram)
+
+
+# The base's weights are no argument: families whose matrices have the same sizes share the program.
+@functools.partial(jax.jit, static_argnums=0)
+def _composed(method, params, frozen, index):
+    return method.adapters(params, frozen, index)[0]
+
+
+def _in_torch(base: Path, config: Architecture, composition: str, params: Params):
+    """Return a function that runs the model with the fusion in its weights, and the fusion's numbers as leaves."""
+    import torch
+    from safetensors.torch import load_file
+
+    model = _read(base)
+    files = [load_file(base.parent / name / "adapter_model.safetensors") for name in _FUSED[composition]]
+    scales = [
+        fields["lora_alpha"] / (fields["r"] ** 0.5 if fields.get("use_rslora") else fields["r"])
+        for fields in (_ADAPTERS[name] for name in _FUSED[composition])
+    ]
+    leaves = jax.tree.map(lambda a: torch.tensor(np.array(a), requires_grad=True), params)
+
+    def weights() -> dict[str, torch.Tensor]:
+        found = {}
+        for name, site in config.sites.items():
+            for layer in range(site.layers):
+                path = site.path_of(layer)
+                pairs = [[file[f"base_model.model.{path}.lora_{f}.weight"] for f in "AB"] for file in files]
+                c = leaves["coefficients"][:, layer]
+                if composition == "mix":
+                    A = sum(x * A for x, (A, _) in zip(c, pairs, strict=True))
+                    B = sum(x * s * B for x, s, (_, B) in zip(c, scales, pairs, strict=True))
+                    update = B @ A
+                else:
+                    update = sum(x * s * B @ A for x, s, (A, B) in zip(c, scales, pairs, strict=True))
+                weight = model.get_parameter(f"{path}.weight").detach() + update
+                if "magnitudes" in leaves:
+                    # PEFT's DoRA: the norm is a constant.
+                    weight = weight * (leaves["magnitudes"][name][layer] / weight.norm(dim=1).detach())[:, None]
+                found[f"{path}.weight"] = weight
+        return found
+
+    def run(row: list[int]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights(), (torch.tensor([row]),)).logits[0]
+
+    return run, leaves
+
+
+def test_a_family_without_adapters(model, plain):
+    _check(plain, model)
+
+
+@pytest.mark.parametrize(("composition", "magnitudes"), [("sum", False), ("sum", True), ("mix", False)])
+def test_a_fusion_and_its_exported_adapter(base, model, fusion, plain, tmp_path, composition, magnitudes):
+    fused = fusion(composition, magnitudes)
+    run, _ = _in_torch(base, model.config, composition, fused.params)
+    wanted = [run(row).detach().numpy() for row in _ROWS]
+    assert _differ(wanted, plain)
+    _check(wanted, model, fused.adapters)
+    pool = fused.frozen.pool
+    spread = expand(fused.params["coefficients"], pool, "block")
+    found = fused.params.get("magnitudes")
+    adapter = fused_adapter(model.config, pool, jnp.arange(2), spread, composition, base=str(base), magnitudes=found)
+    write_adapter(tmp_path / "fused", *adapter)
+    _check(_theirs(_read_adapted(base, tmp_path / "fused")), model, fused.adapters)
+
+
+def test_a_merged_fusion_in_transformers(base, model, fusion, tmp_path):
+    fused = fusion("sum", True)
+    save_base(merged_base(model, fused.adapters), tmp_path / "merged", base)
+    merged = _read(tmp_path / "merged")
+    _check(_theirs(merged), model, fused.adapters)
+    _check_said(merged, model, fused.adapters)
+
+
+def test_one_dora_adapter(base, model, plain):
+    method = Fusion(magnitudes=False)
+    pool = read_pool([str(base.parent / "dora")], model.config)
+    frozen = Frozen(nnx.State({}), pool, _gram(pool, kernels(model)))
+    adapters = _composed(method, {"coefficients": jnp.ones((1, 3))}, frozen, jnp.arange(1))
+    wanted = _theirs(_read_adapted(base, base.parent / "dora"))
+    assert _differ(wanted, plain)
+    _check(wanted, model, adapters)
+
+
+@pytest.mark.parametrize(("base", "composition"), [("gemma2", "sum"), ("phi3", "mix")], indirect=["base"])
+def test_gradients(base, model, fusion, composition):
+    """Of the mean loss of the tokens behind each row's first four."""
+    import torch
+
+    fused = fusion(composition, True)
+    run, leaves = _in_torch(base, model.config, composition, fused.params)
+    answers = [row[_PROMPT:] for row in _ROWS]
+    losses = [
+        torch.nn.functional.cross_entropy(run(row)[_PROMPT - 1 : -1], torch.tensor(row[_PROMPT:]), reduction="sum")
+        for row in _ROWS
+    ]
+    wanted_loss = sum(losses) / sum(map(len, answers))
+    wanted_loss.backward()
+
+    width = max(map(len, answers))
+    labels = jnp.array([row + [-100] * (width - len(row)) for row in answers])
+    prompts = jnp.array([row[:_PROMPT] for row in _ROWS])
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, frozen):
+        adapters, _ = fused.method.adapters(params, frozen, jnp.arange(2))
+        of_frozen = nnx.merge(nnx.graphdef(model), frozen.base)
+        return cross_entropy(of_frozen.label_logits(prompts, prompts > 0, labels, adapters), labels)
+
+    found, gradients = loss(fused.params, fused.frozen)
+    np.testing.assert_allclose(found, wanted_loss.item(), rtol=1e-5)
+    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(leaves), strict=True):
+        wanted = leaf.grad.numpy()
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", _LLAMAS)
+def test_rope_scalings_and_tied_heads(tmp_path, kind):
+    ours = load_base(_made(tmp_path / "base", "llama", _LLAMAS[kind]))
+    theirs = _read(tmp_path / "base")
+    assert ours.config.tied == (kind == "tied")
+    _check(_theirs(theirs), ours)
+    _check_said(theirs, ours)
+
+
+def test_shards_and_pickles_hold_the_same_model(tmp_path):
+    import torch
+
+    whole = _made(tmp_path / "whole", "qwen3", _FAMILIES["qwen3"])
+    theirs = _read(whole)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    tensors = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    names = sorted(tensors)
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for folder in ("pickle", "pickles"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_bytes((whole / "config.json").read_bytes())
+    torch.save(tensors, tmp_path / "pickle" / "pytorch_model.bin")
+    for file, held in shards.items():
+        torch.save({name: tensors[name] for name in held}, tmp_path / "pickles" / file)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (tmp_path / "pickles" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    wanted = nnx.state(load_base(whole))
+    for folder in ("shards", "pickle", "pickles"):
+        found = nnx.state(load_base(tmp_path / folder))
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
