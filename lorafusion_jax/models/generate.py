@@ -1,18 +1,100 @@
-"""Greedy generation: read the source once, then one token at a time until all rows end."""
+"""Generation: read the source once, then one token at a time until all rows end.
 
-from typing import Any
+Axis letters: B batch, S source, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from .architecture import Model
 from .layers import Adapters
 from .weights import reads
 
-# position, last token [B], done [B], tokens so far [B, max_new_tokens], cache
-_State = tuple[Array, Array, Array, Array, Any]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the most likely one, or a draw.
+
+    A draw divides the logits by the temperature, then filters by `top_k`, then by `top_p`, as Hugging Face does. Tokens
+    that are as likely as the last one that a filter keeps are kept too, so the order of the vocabulary has no effect.
+
+    Attributes:
+      temperature: divisor of the logits in a draw; 0 takes the most likely token.
+      top_k: draw from this many of the most likely tokens; by default from all.
+      top_p: draw from the fewest of the most likely tokens whose probabilities add up to this or more.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        """Raise ValueError for a number out of range, or filters without a draw."""
+        if self.temperature and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}: wanted a number from 1e-6 up, or 0 for no draw")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: wanted at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: wanted a probability above 0, up to 1")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1):
+            raise ValueError("top_k and top_p filter a draw, and temperature 0 draws nothing: give a temperature")
+
+    def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Return the logits of the distribution to draw from, in float32; -inf for tokens that are filtered out."""
+        logits = logits.astype(jnp.float32)
+        # Without the maximum a low temperature would overflow.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
+        if self.top_k is None and self.top_p == 1:
+            return scaled
+        ordered = jnp.sort(scaled, axis=-1, descending=True)
+        least = ordered[:, -1:] if self.top_k is None else ordered[:, : self.top_k][:, -1:]
+        if self.top_p < 1:
+            likely = ordered >= least
+            probabilities = jax.nn.softmax(jnp.where(likely, ordered, -jnp.inf), axis=-1)
+            before = jnp.pad(jnp.cumsum(probabilities, axis=-1)[:, :-1], [(0, 0), (1, 0)])
+            least = jnp.min(jnp.where(likely & (before < self.top_p), ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(scaled >= least, scaled, -jnp.inf)
+
+    def choose(
+        self, logits: Float[Array, "B V"], position: Int[Array, ""], row_keys: Key[Array, " B"] | None
+    ) -> Int[Array, " B"]:
+        """Return the next token of every row: a draw depends on the row's key and on the position alone."""
+        if not self.temperature:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if row_keys is None:
+            raise ValueError("a draw needs a key for every row: give row_keys")
+
+        def draw(key: Array, row: Array) -> Array:
+            return jax.random.categorical(jax.random.fold_in(key, position), row)
+
+        return jax.vmap(draw)(row_keys, self.filtered(logits)).astype(jnp.int32)
+
+
+GREEDY = Sampling()
+
+
+class Generation(NamedTuple):
+    """State of a generation.
+
+    Attributes:
+      position: number of tokens generated so far.
+      token: last token of every row.
+      done: whether the row has ended.
+      tokens: tokens so far; padding behind them.
+      cache: the model's.
+    """
+
+    position: Int[Array, ""]
+    token: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    tokens: Int[Array, "B max_new_tokens"]
+    cache: Any
 
 
 def generate(
@@ -23,8 +105,10 @@ def generate(
     *,
     max_new_tokens: int,
     row_mask: Bool[Array, " B"] | None = None,
+    sampling: Sampling = GREEDY,
+    row_keys: Key[Array, " B"] | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
-    """Return the most likely next tokens of each row, chosen greedily; after its end token a row holds padding.
+    """Return the next tokens of each row; after its end token a row holds padding.
 
     The function is pure: `jax.jit` it with the model's state as an argument, and `jax.vmap` it over adapters.
 
@@ -35,34 +119,59 @@ def generate(
       adapters: site -> adapter, leaves with a leading layer axis.
       max_new_tokens: limit of the loop, which stops earlier once every row has ended.
       row_mask: False for rows that only pad the batch; generation does not wait for their end.
+      sampling: how tokens are chosen, by default the most likely one. Static under `jax.jit`.
+      row_keys: keys of the rows' draws; a row's draws depend on no other row.
     """
-    adapters = adapters or {}
-    config = model.config
+    begun = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, row_mask=row_mask)
+
+    def running(state: Generation) -> Array:
+        return (state.position < max_new_tokens) & ~jnp.all(state.done)
+
+    def step(state: Generation) -> Generation:
+        return next_token(model, state, input_mask, adapters, sampling=sampling, row_keys=row_keys)
+
+    return jax.lax.while_loop(running, step, begun).tokens
+
+
+def begin(
+    model: Model,
+    input_ids: Int[Array, "B S"],
+    input_mask: Bool[Array, "B S"],
+    adapters: Adapters | None = None,
+    *,
+    max_new_tokens: int,
+    row_mask: Bool[Array, " B"] | None = None,
+) -> Generation:
+    """Read the source; the arguments are those of `generate`."""
+    read_model, read_adapters = _read(model, adapters, 0)
+    first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
     batch = input_ids.shape[0]
-    ends = jnp.array(config.end_ids, jnp.int32)
-    graph, weights = nnx.split(model)
-
-    def at(number: Array | int) -> tuple[Model, Adapters]:
-        """Return model and adapters with the read noise of one token; number 0 is the source."""
-        read, adapted = reads((weights, adapters), number)
-        return nnx.merge(graph, read), adapted
-
-    source_model, source_adapters = at(0)
-    first, cache = source_model.prompt(input_ids, input_mask, max_new_tokens, source_adapters)
     done = jnp.zeros(batch, bool) if row_mask is None else ~row_mask
-    tokens = jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32)
+    tokens = jnp.full((batch, max_new_tokens), model.config.pad_id, jnp.int32)
+    return Generation(jnp.int32(0), first, done, tokens, cache)
 
-    def running(state: _State) -> Array:
-        position, _, done, _, _ = state
-        return (position < max_new_tokens) & ~jnp.all(done)
 
-    def step(state: _State) -> _State:
-        position, token, done, tokens, cache = state
-        token_model, token_adapters = at(position + 1)
-        logits, cache = token_model.decode_token(token, position, cache, input_mask, token_adapters)
-        token = jnp.where(done, config.pad_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
-        return position + 1, token, done | jnp.isin(token, ends), tokens, cache
+def next_token(
+    model: Model,
+    state: Generation,
+    input_mask: Bool[Array, "B S"],
+    adapters: Adapters | None = None,
+    *,
+    sampling: Sampling = GREEDY,
+    row_keys: Key[Array, " B"] | None = None,
+) -> Generation:
+    """Return the state with one more token in every row; the arguments are those of `generate`."""
+    position, token, done, tokens, cache = state
+    read_model, read_adapters = _read(model, adapters, position + 1)
+    logits, cache = read_model.decode_token(token, position, cache, input_mask, read_adapters)
+    token = jnp.where(done, model.config.pad_id, sampling.choose(logits, position, row_keys))
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
+    ends = jnp.array(model.config.end_ids, jnp.int32)
+    return Generation(position + 1, token, done | jnp.isin(token, ends), tokens, cache)
 
-    state = (jnp.int32(0), first, done, tokens, cache)
-    return jax.lax.while_loop(running, step, state)[3]
+
+def _read(model: Model, adapters: Adapters | None, number: Array | int) -> tuple[Model, Adapters]:
+    """Return model and adapters with the read noise of one token; number 0 is the source."""
+    graph, weights = nnx.split(model)
+    read, adapted = reads((weights, adapters or {}), number)
+    return nnx.merge(graph, read), adapted
