@@ -3,15 +3,17 @@
 from .batches import IGNORED, Batch, bucket, eval_batches, most_new_tokens, pad, train_batches
 from .bbh import prompt_overlap, write_lorahub_split
 from .data import Example, Task, load_task
-from .few_shot import few_shot
+from .few_shot import BETWEEN_EXAMPLES, few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .tokenizer import LONGEST, Encoded, encode, load_tokenizer
+from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, load_tokenizer, stream_text
 
 __all__ = [
+    "BETWEEN_EXAMPLES",
     "IGNORED",
     "LONGEST",
+    "SEPARATE_TEXTS",
     "Batch",
     "Encoded",
     "Example",
@@ -19,10 +21,12 @@ __all__ = [
     "Protocol",
     "Split",
     "Task",
+    "TextFormat",
     "answer_options",
     "batch_orders",
     "bucket",
     "constant_answer",
+    "decode",
     "draw_modules",
     "encode",
     "eval_batches",
@@ -34,6 +38,7 @@ __all__ = [
     "pad",
     "prompt_overlap",
     "split",
+    "stream_text",
     "train_batches",
     "write_lorahub_split",
 ]

@@ -67,8 +67,8 @@ def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] 
 
 def prompt_overlap(task: Task) -> tuple[int, ...]:
     """Return the numbers of the test rows whose prompt is also that of a training row, whatever its target is."""
-    trained = {example.input for example in task.train}
-    return tuple(row for row, example in enumerate(task.test) if example.input in trained)
+    trained = {(example.history, example.input) for example in task.train}
+    return tuple(row for row, example in enumerate(task.test) if (example.history, example.input) in trained)
 
 
 def _read_index(index: Path) -> dict[str, _Entry]:

@@ -16,10 +16,17 @@ _KEYS = (("input", "target"), ("context", "completion"))
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A text and the text that should follow it."""
+    """A text and the text that should follow it.
+
+    Attributes:
+      input: the text; in a conversation, the user's last message.
+      target: the text that follows; in a conversation, the assistant's answer.
+      history: role and content of the messages before, if any.
+    """
 
     input: str
     target: str
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Task:
     @property
     def sha256(self) -> str:
         """Fingerprint of all rows in their order, prompts included."""
-        rows = [[dataclasses.astuple(example) for example in part] for part in (self.train, self.test)]
+        parts = (self.train, self.test)
+        rows = [[(example.input, example.target, *example.history) for example in part] for part in parts]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -43,6 +51,7 @@ def load_task(
     *,
     name: str | None = None,
     prompt: str | None = None,
+    chat: bool = False,
     train_rows: int = 100,
     need: Collection[Literal["train", "test"]] = ("train", "test"),
 ) -> Task:
@@ -57,6 +66,9 @@ def load_task(
     * a `datasets` folder (`save_to_disk`) or hub id, `owner/name` or `owner/name:config`, with those columns
       and the splits train and test (or validation).
 
+    With `chat`, rows may also be conversations, `{"messages": [{"role": ..., "content": ...}, ...]}`, which end with
+    the user's message and the assistant's answer.
+
     A file whose name does not say which part it is, and a data set of one split, are one list. It is shuffled
     by `random.Random(42)`; then the first `train_rows` train and the rest test, whatever `need` is, so that
     no evaluation meets a row that trained.
@@ -65,6 +77,7 @@ def load_task(
       source: path or hub id.
       name: of the task; by default the last part of `source`.
       prompt: template around every input, such as `"Sort a list of words.\n\nQ: {input}\nA:"`.
+      chat: the model's chat template will be used, so rows may be conversations.
       train_rows: how many rows of one list train.
       need: the parts that must be there.
 
@@ -76,7 +89,7 @@ def load_task(
     if prompt is not None and "{input}" not in prompt:
         raise ValueError(f"the prompt {prompt!r} has no {{input}}: write it where a row's input belongs")
     parts = {
-        part: [as_example(row, where, prompt or "{input}") for where, row in rows]
+        part: [as_example(row, where, prompt or "{input}", chat=chat) for where, row in rows]
         for part, rows in read_rows(source).items()
     }
     if "all" in parts:
@@ -94,15 +107,20 @@ def load_task(
     )
 
 
-def as_example(row: Row, where: str, prompt: str) -> Example:
+def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Example:
     """Check one row that was read, and put the prompt around its input; `where` is for messages.
 
     Raises:
-      ValueError: if the row lacks its keys or text.
+      ValueError: if the row lacks its keys or text, or is a conversation and `chat` is not set.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {row!r}: wanted an object with input and target")
     keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
+    if keys is None and "messages" in row:
+        if not chat:
+            raise ValueError(f"{where} is a conversation, which needs the model's chat template: give --chat")
+        *history, (_, asked), (_, answer) = _conversation(row["messages"], where)
+        return Example(prompt.replace("{input}", asked), answer, tuple(history))
     if keys is None:
         raise ValueError(
             f"{where} has {', '.join(row) or 'no keys'}: wanted input and target, or context and completion"
@@ -111,6 +129,27 @@ def as_example(row: Row, where: str, prompt: str) -> Example:
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{where}: its {key} is {row[key]!r}: give it a text, or take the row out")
     return Example(prompt.replace("{input}", row[keys[0]]), row[keys[1]])
+
+
+def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
+    """Return role and content of every message, if the last two are a question and its answer."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}')
+    found = []
+    for number, message in enumerate(messages, start=1):
+        said = {key: value for key, value in message.items() if value is not None}  # `datasets` fills up keys with None
+        if said.keys() != {"role", "content"} or not all(isinstance(value, str) for value in said.values()):
+            raise ValueError(
+                f"{where}: message {number} has {', '.join(said) or 'nothing'}: wanted role and content, both texts"
+            )
+        found.append((said["role"], said["content"]))
+    if [role for role, _ in found[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in found[-2:]):
+        roles = ", ".join(role for role, _ in found) or "nobody"
+        raise ValueError(
+            f"{where} has messages of {roles}: wanted the user's message and then the assistant's answer as the last "
+            "two, both with text"
+        )
+    return found
 
 
 def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[str, list[Example]]:

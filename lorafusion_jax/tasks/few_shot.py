@@ -3,7 +3,9 @@
 import dataclasses
 import random
 
-from .data import Example, Task
+from .data import Task
+
+BETWEEN_EXAMPLES = "\n\n"
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:
@@ -13,7 +15,10 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
     followed by its answer, and instructions are repeated with each example. Tokenizers that split at white space, as
     some do and the embedded base's does, or that read line breaks as blanks, get no token that they do not know.
 
-    `encode` cuts inputs at the end, which is the question: keep its `max_length` above the longest prompt.
+    With a chat template the examples stand as text in the user's message. Of a conversation only the last message and
+    its answer are shown as an example; the messages before a row's own input stay where they are.
+
+    `encode` cuts separate texts at the end, which is the question: keep its `max_length` above the longest prompt.
 
     Args:
       task: whose training rows are drawn from.
@@ -29,7 +34,6 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
             f"ask for 1 to {len(task.train)}"
         )
     drawn = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
-    shown = "".join(f"{example.input} {example.target}\n\n" for example in drawn)
-    return dataclasses.replace(
-        task, test=tuple(Example(shown + example.input, example.target) for example in task.test)
-    )
+    shown = "".join(f"{example.input} {example.target}{BETWEEN_EXAMPLES}" for example in drawn)
+    test = tuple(dataclasses.replace(example, input=shown + example.input) for example in task.test)
+    return dataclasses.replace(task, test=test)

@@ -1,13 +1,13 @@
-"""From texts to token ids, by the base model's own tokenizer."""
+"""From texts to token ids and back, by the base model's own tokenizer."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from .data import Example
 
@@ -16,11 +16,31 @@ if TYPE_CHECKING:
 
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
+_SHOWN = 40  # characters of a text in a message
+_NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFormat:
+    """How an input and its target become tokens: two separate texts, which the tokenizer ends, or one text.
+
+    Attributes:
+      ends: for one text, a prompt that the model continues: the tokens that end an answer. Targets get the first.
+      chat: the tokenizer's chat template renders the prompt, with the input as the user's message, and the answer.
+      context: most tokens of a prompt and its answer together; None for no limit.
+    """
+
+    ends: tuple[int, ...] = ()
+    chat: bool = False
+    context: int | None = None
+
+
+SEPARATE_TEXTS = TextFormat()
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids, row by row and unpadded; a row ends as the tokenizer ends it (often with EOS)."""
+    """Token ids, row by row and unpadded; inputs and labels end as `TextFormat` says."""
 
     inputs: tuple[Int32[np.ndarray, " _"], ...]
     labels: tuple[Int32[np.ndarray, " _"], ...]
@@ -49,22 +69,180 @@ def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase"
 
 
 def encode(
-    tokenizer: "transformers.PreTrainedTokenizerBase", examples: Sequence[Example], *, max_length: int = LONGEST
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    examples: Sequence[Example],
+    text_format: TextFormat = SEPARATE_TEXTS,
+    *,
+    max_length: int = LONGEST,
+    new_tokens: int = 0,
 ) -> Encoded:
-    """Tokenise inputs and targets, each cut to `max_length` tokens with EOS kept (the paper's code: 2,048).
+    """Tokenise inputs and targets.
+
+    Two separate texts are each cut to `max_length` tokens with EOS kept (the paper's code: 2,048).
+
+    One text is never cut. Its input is the prompt as the tokenizer makes it, with the token that begins a text, if the
+    tokenizer has one, and without one that ends it. Its labels are the tokens of the answer up to an end token:
+
+    * A space is put between a prompt that does not end in white space and an answer that does not begin with it, as
+      lm-evaluation-harness does with its `target_delimiter`.
+    * The answer's tokens are those that follow the prompt's in the whole text. Where tokens would merge across the
+      border, the answer is tokenised alone.
+    * A chat template renders the prompt and the whole. What it puts behind the end token is left out, because
+      generation stops there.
+
+    Args:
+      tokenizer: the base model's.
+      examples: texts; an empty target makes a prompt alone.
+      text_format: how they become tokens.
+      max_length: most tokens of each of two separate texts.
+      new_tokens: tokens that will be generated after every prompt at most.
 
     Raises:
-      ValueError: on a text that gives no tokens.
+      ValueError: on a text that gives no tokens, a row that is longer than the model's context, and a chat template
+        that fails or does not render the answer as a continuation of the prompt.
     """
+    if text_format.ends:
+        encoded = _continued(tokenizer, examples, text_format)
+        _check_context(encoded, examples, text_format.context, new_tokens)
+        return encoded
 
     def ids(texts: list[str]) -> tuple[np.ndarray, ...]:
         rows = tokenizer(texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
         for row, text in zip(rows, texts, strict=True):
             if not row:
-                raise ValueError(f"the tokenizer makes no tokens of {text!r}: take the row out")
+                raise ValueError(_NO_TOKENS.format(text=text))
         return tuple(np.array(row, np.int32) for row in rows)
 
     return Encoded(
         inputs=ids([example.input for example in examples]),
         labels=ids([example.target for example in examples]),
     )
+
+
+def decode(
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    rows: list[list[int]] | Int[np.ndarray, "rows T"],
+    text_format: TextFormat,
+) -> list[str]:
+    """Return the texts of generated tokens, without special tokens and without what follows an end token."""
+    if text_format.ends:
+        rows = [[*row[: _end(row, text_format.ends)]] for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def stream_text(
+    tokenizer: "transformers.PreTrainedTokenizerBase", tokens: Iterable[int], text_format: TextFormat
+) -> Iterator[str]:
+    """Yield the text of generated tokens, piece by piece as they come; together the pieces are `decode`'s text.
+
+    A piece waits until no later token can change it: a character for all of its bytes, and a word for the space behind
+    it where the tokenizer removes spaces before punctuation.
+    """
+    row: list[int] = []
+    said = ""
+    for token in tokens:
+        row.append(token)
+        text = decode(tokenizer, [row], text_format)[0].rstrip("\N{REPLACEMENT CHARACTER}")
+        if tokenizer.clean_up_tokenization_spaces:
+            text = text[: max(text.rfind(" "), 0)]
+        if len(text) > len(said):
+            yield text[len(said) :]
+            said = text
+    if rest := decode(tokenizer, [row], text_format)[0][len(said) :]:
+        yield rest
+
+
+def _continued(
+    tokenizer: "transformers.PreTrainedTokenizerBase", examples: Sequence[Example], text_format: TextFormat
+) -> Encoded:
+    """Tokenise prompts and their continuations."""
+    texts = [_rendered(tokenizer, example, text_format) for example in examples]
+    # A chat template has written the special tokens already.
+    special = not text_format.chat
+    prompts = _open_ended(tokenizer, [prompt for prompt, _ in texts], special=special)
+    wholes = _open_ended(tokenizer, [whole for _, whole in texts], special=special)
+    inputs, labels = [], []
+    for (prompt, whole), start, ids in zip(texts, prompts, wholes, strict=True):
+        answer = ids[len(start) :]
+        if ids[: len(start)] != start:
+            answer = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        for text, tokens in ((prompt, start), (whole[len(prompt) :], answer)):
+            if text and not tokens:
+                raise ValueError(_NO_TOKENS.format(text=text))
+        end = _end(answer, text_format.ends)
+        answer = [*answer[:end], *(answer[end : end + 1] or text_format.ends[:1])]
+        inputs.append(np.array(start, np.int32))
+        labels.append(np.array(answer, np.int32))
+    return Encoded(tuple(inputs), tuple(labels))
+
+
+def _end(row: Sequence[int] | Int[np.ndarray, " T"], ends: tuple[int, ...]) -> int:
+    """Return the place of the first end token, or the length of a row without one."""
+    return next((place for place, token in enumerate(row) if token in ends), len(row))
+
+
+def _rendered(
+    tokenizer: "transformers.PreTrainedTokenizerBase", example: Example, text_format: TextFormat
+) -> tuple[str, str]:
+    """Return the prompt, and the whole text of prompt and answer."""
+    if not text_format.chat:
+        apart = not example.input[-1:].isspace() and example.target and not example.target[0].isspace()
+        return example.input, f"{example.input}{' ' if apart else ''}{example.target}"
+    messages = [{"role": role, "content": content} for role, content in (*example.history, ("user", example.input))]
+    prompt = _chat(tokenizer, messages, add_generation_prompt=True)
+    if not example.target:
+        return prompt, prompt
+    whole = _chat(tokenizer, [*messages, {"role": "assistant", "content": example.target}])
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"the chat template renders {_beginning(example.input)} with its answer as {whole!r}, which does not begin "
+            f"with the prompt for the answer, {prompt!r}: leave out --chat, and write the format into --prompt"
+        )
+    return prompt, whole
+
+
+def _chat(
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # a template may raise anything; most raise jinja2's errors
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
+
+
+def _open_ended(
+    tokenizer: "transformers.PreTrainedTokenizerBase", texts: list[str], *, special: bool
+) -> list[list[int]]:
+    """Return the tokens of texts that go on: with those that the tokenizer begins a text with, without its ends."""
+    if not texts:
+        return []
+    found = tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+    rows = []
+    for row, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
+        length = len(row)
+        while special and length and added[length - 1]:
+            length -= 1
+        rows.append(row[:length])
+    return rows
+
+
+def _check_context(encoded: Encoded, examples: Sequence[Example], context: int | None, new_tokens: int) -> None:
+    """Raise ValueError for the first row that the model's context does not hold."""
+    if context is None:
+        return
+    for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
+        length = len(prompt) + max(len(answer), new_tokens)
+        if length > context:
+            raise ValueError(
+                f"row {row + 1}, {_beginning(examples[row].input)}, has {len(prompt)} tokens, and {length} with its "
+                f"answer of up to {length - len(prompt)}: the model's context holds {context}. Shorten the row or take "
+                "it out, ask for fewer examples in the prompt (--shots), or for shorter answers (--max-new-tokens)"
+            )
+
+
+def _beginning(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
