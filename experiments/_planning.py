@@ -14,7 +14,8 @@ from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.plan import MODULES, describe, pool_shape
 from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.models.families import known_shapes
-from lorafusion_jax.tasks import load_task, load_tokenizer
+from lorafusion_jax.runs.prepare import load_texts
+from lorafusion_jax.tasks import load_task
 from lorafusion_jax.training.seeds import default_path
 
 
@@ -29,7 +30,6 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
     """
     shaped = options.base in known_shapes()
     config = known_shapes()[options.base] if shaped else read_config(options.base)
-    tokenizer = None if shaped else load_tokenizer(options.base)
     rank, size = pool_shape(Path(options.pool))
     todo = list(jobs(options, entries, check_pool=bool(size)))
     for league in options.leagues:
@@ -45,9 +45,11 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             path=default_path(),
             device="cpu" if jax.default_backend() == "cpu" else "accelerator",
         )
-        rows: dict[str, Any] = {"train_rows": TRAIN_ROWS[league], "test_rows": options.test_rows}
+        how: dict[str, Any] = {"train_rows": TRAIN_ROWS[league], "test_rows": options.test_rows}
+        if not shaped:
+            how |= load_texts(of_league[0].options)._asdict()
         work = {
-            name: workload(load_task(task), recipe, tokenizer=tokenizer, eval_batch=options.eval_batch, **rows)
+            name: workload(load_task(task), recipe, eval_batch=options.eval_batch, **how)
             for name, task in tasks.items()
         }
         print(f"League {league}, {recipe.epochs} epochs")

@@ -46,7 +46,7 @@ class FuseCommand(FuseOptions, Preset):
 
 GROUPS = {
     "data and base": (
-        "base", "pool", "task", "prompt", "train_rows", "test_rows", "dtype", "load_in",
+        "base", "pool", "task", "prompt", "chat", "train_rows", "test_rows", "dtype", "load_in",
     ),
     "fusion": (
         "method", "modules", "choose", "adapters", "composition", "granularity", "start", "control",

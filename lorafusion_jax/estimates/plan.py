@@ -12,8 +12,8 @@ from ..io.pool import open_pool
 from ..models.architecture import Architecture
 from ..models.families import known_shapes
 from ..runs.options import FuseOptions
-from ..runs.prepare import check
-from ..tasks import load_task, load_tokenizer
+from ..runs.prepare import check, load_texts
+from ..tasks import load_task
 from ..training.seeds import default_path
 from .estimate import Cost, Settings, estimate, seeds_of
 from .params import shape_config
@@ -119,11 +119,11 @@ def describe_run(options: FuseOptions) -> str:
         path=default_path() if options.path == "auto" else options.path,
         device="cpu" if jax.default_backend() == "cpu" else "accelerator",
     )
-    task = load_task(options.task, prompt=options.prompt, train_rows=options.train_rows)
+    task = load_task(options.task, prompt=options.prompt, chat=options.chat, train_rows=options.train_rows)
     work = workload(
         task,
         recipe,
-        tokenizer=None if options.base in known_shapes() else load_tokenizer(options.base),
+        **({} if options.base in known_shapes() else load_texts(options)._asdict()),
         train_rows=options.train_rows,
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

@@ -9,10 +9,12 @@ import numpy as np
 from ..checks import at_least
 from ..tasks import (
     LONGEST,
+    SEPARATE_TEXTS,
     Batch,
     Encoded,
     Example,
     Task,
+    TextFormat,
     answer_options,
     batch_orders,
     bucket,
@@ -71,6 +73,7 @@ def workload(
     recipe: Recipe,
     *,
     tokenizer: Any = None,
+    text_format: TextFormat = SEPARATE_TEXTS,
     train_rows: int = 100,
     test_rows: int | None = None,
     eval_batch: int = 64,
@@ -81,6 +84,7 @@ def workload(
       task: the texts.
       recipe: numbers of the training.
       tokenizer: the base model's; without one, lengths are estimated from characters.
+      text_format: how the base model reads prompts and answers.
       train_rows: train and validate on no more rows than this.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: rows in a batch of evaluation.
@@ -91,7 +95,7 @@ def workload(
     task = dataclasses.replace(task, test=task.test[:test_rows])
     if not task.test:
         raise ValueError(f"{task.name} has no test rows: there is nothing to evaluate")
-    train = _encode(task.train, tokenizer)
+    train = _encode(task.train, tokenizer, text_format)
     rows = split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
     shuffle = None if recipe.protocol == "reference" else (_SEED,)
     orders = {
@@ -104,13 +108,15 @@ def workload(
     prompted = few_shot(task, recipe.shots, _SEED) if enough else None
     options = answer_options(task)
     longest = max(len(row) for row in train.labels)
+    # Other methods need no examples in the prompt, so their length is no reason to refuse the plan.
+    unlimited = dataclasses.replace(text_format, context=None)
     return Workload(
         steps=shapes["steps"],
         search=shapes["search"],
         validation=shapes["validation"][0],
         epochs=recipe.epochs,
-        test=_asked(task, options, tokenizer, eval_batch),
-        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, eval_batch),
+        test=_asked(task, options, tokenizer, text_format, eval_batch),
+        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, unlimited, eval_batch),
         new_tokens=recipe.max_new_tokens or most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
@@ -167,15 +173,19 @@ def _even(rows: int, most: int, source: int, target: int) -> Shapes:
     return tuple(Shape(-(-rows // steps), source, target) for _ in range(steps))
 
 
-def _asked(task: Task, options: Sequence[Sequence[str]] | None, tokenizer: Any, eval_batch: int) -> Asked:
-    rows = _encode(task.test, tokenizer)
+def _asked(
+    task: Task, options: Sequence[Sequence[str]] | None, tokenizer: Any, text_format: TextFormat, eval_batch: int
+) -> Asked:
+    rows = _encode(task.test, tokenizer, text_format)
     asked = Asked(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
     if options is None:
         return asked
-    labels = _encode([Example(o, o) for of_row in options for o in of_row], tokenizer).labels
+    pairs = zip(task.test, options, strict=True)
+    answered = [dataclasses.replace(example, target=option) for example, of_row in pairs for option in of_row]
+    labels = _encode(answered, tokenizer, text_format).labels
     inputs = tuple(row for row, of_row in zip(rows.inputs, options, strict=True) for _ in of_row)
-    pairs = Encoded(inputs, labels)
-    return asked._replace(options=_shapes(batch for _, batch in eval_batches(pairs, eval_batch, pad_id=0)))
+    scored = Encoded(inputs, labels)
+    return asked._replace(options=_shapes(batch for _, batch in eval_batches(scored, eval_batch, pad_id=0)))
 
 
 def _shapes(batches: Iterable[Batch]) -> Shapes:
@@ -183,10 +193,10 @@ def _shapes(batches: Iterable[Batch]) -> Shapes:
     return tuple(Shape(rows, source, target) for rows, source, target in sizes)
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any) -> Encoded:
+def _encode(examples: Sequence[Example], tokenizer: Any, text_format: TextFormat) -> Encoded:
     """Return tokens; without a tokenizer, a number of them estimated from characters, and an end token."""
     if tokenizer is not None:
-        return encode(tokenizer, examples)
+        return encode(tokenizer, examples, text_format)
 
     def stand_in(text: str) -> np.ndarray:
         return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, LONGEST), np.int32)

@@ -132,6 +132,11 @@ class Architecture:
         raise NotImplementedError
 
     @property
+    def longest_row(self) -> int | None:
+        """Most tokens of a row, prompt and answer together; None where positions have no limit."""
+        return None
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id

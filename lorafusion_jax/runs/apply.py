@@ -1,21 +1,31 @@
-"""Use of a fused run: `lorafusion evaluate` on another task, `lorafusion generate` on new text."""
+"""Use of a fused run: `lorafusion evaluate` on another task, `lorafusion generate` on new text; or of a base alone."""
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
+from jaxtyping import Array, Int, Key
 
+from ..checks import at_least
 from ..methods import find
-from ..tasks import Example, encode, eval_batches
-from ..training.problem import Params
+from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
+from ..models.layers import Adapters
+from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, stream_text
+from ..training.problem import Params, Problem
 from .evaluate import generate_seeds, seed_rows
 from .options import FuseOptions
-from .prepare import Setup, load_fused, prepare, with_modules
+from .prepare import Setup, Texts, load_fused, load_texts, prepare, with_modules
 from .run import load_run
 from .scoring import evaluate_seeds
+
+_NEW_TOKENS = 256  # of a base model's answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,24 +53,64 @@ class EvaluateOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Let a fused run answer new text: one line in, one line out.
+    """Let a fused run, or a base model as it is, answer new text: one line in, one answer out.
 
-    Example:
+    Examples:
       echo "reverse then upper : a b c" | lorafusion generate --run runs/demo/NAME
+      lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
 
     Attributes:
-      run: folder of the run.
+      run: folder of the run; it has its own base, prompt and chat template.
+      base: base model without a run, as in `lorafusion fuse`.
+      chat: put each line into the base model's own chat template, as the user's message.
       file: text file with a line for each answer; by default standard input.
       seed: seed of the run that answers; by default its first.
-      max_new_tokens: most tokens of an answer; by default as in the run.
+      max_new_tokens: most tokens of an answer; by default as in the run, and 256 without one.
       eval_batch: number of lines in a batch of generation.
+      stream: answer line after line, and print tokens as they come.
+      sampling: how the next token is chosen.
+      sampling_seed: seed of the draws; each line's draws also depend on its number, and on nothing else.
     """
 
-    run: Path
+    run: Path | None = None
+    base: str | None = None
+    chat: bool = False
     file: Path | None = None
     seed: int | None = None
     max_new_tokens: int | None = None
     eval_batch: int = 64
+    stream: bool = False
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY
+    sampling_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answering:
+    """One seed of a run, or a base model as it is, that answers new text.
+
+    Attributes:
+      fused: options of the run.
+      config: its saved configuration.
+      params: trained numbers of the seed.
+      position: position of the seed among the run's.
+      new_tokens: most tokens of an answer.
+    """
+
+    fused: FuseOptions
+    config: dict[str, Any]
+    params: Params
+    position: int
+    new_tokens: int
+
+    def encode(self, texts: Texts, lines: Sequence[str]) -> Encoded:
+        prompt = self.fused.prompt or "{input}"
+        examples = [Example(prompt.replace("{input}", line), "") for line in lines]
+        return encode(texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens)
+
+    def problem(self, texts: Texts) -> Problem:
+        """Load the model, with an index of the seed alone."""
+        loaded = with_modules(load_fused(self.fused, texts=texts), self.fused, self.config)
+        return loaded.problem.replace(index=loaded.problem.index[self.position])
 
 
 def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
@@ -75,21 +125,122 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
         fused = dataclasses.replace(fused, task=options.task)
     train_rows = fused.train_rows if options.train_rows is None else options.train_rows
     test_rows = options.test_rows or fused.test_rows
-    fused = dataclasses.replace(fused, train_rows=train_rows, test_rows=test_rows, eval_batch=options.eval_batch)
-    setup = dataclasses.replace(prepare(fused, to_train=False), max_new_tokens=config["max_new_tokens"])
-    return with_modules(setup, fused, config), fused, params
+    recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
+    rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
+    fused = dataclasses.replace(fused, recipe=recipe, **rows)
+    return with_modules(prepare(fused, to_train=False), fused, config), fused, params
 
 
 def generate_lines(options: GenerateOptions) -> list[str]:
-    """Return the answers of one seed of a run to the lines of a file or of standard input.
+    """Return the answers to the lines of a file or of standard input, by one seed of a run or by a base model.
 
     Raises:
-      ValueError: the text is empty, the run lacks the seed, or its method cannot answer new text.
+      ValueError: there is no text, the options do not name one model, the run lacks the seed or its method cannot
+        answer new text, or a line is longer than the model's context.
     """
-    text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
+    lines = list(_lines(options))
+    answering = _answering(options)
+    texts = load_texts(answering.fused)
+    encoded = answering.encode(texts, lines)
+    problem = answering.problem(texts)
+    params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
+    answers = [""] * len(lines)
+    for numbers, batch in eval_batches(encoded, options.eval_batch, pad_id=texts.tokenizer.pad_token_id):
+        tokens = generate_seeds(
+            params,
+            batch,
+            problem,
+            max_new_tokens=answering.new_tokens,
+            sampling=options.sampling,
+            row_keys=_row_keys(options, numbers),
+        )
+        said = decode(texts.tokenizer, np.asarray(tokens)[0], texts.text_format)
+        for number, answer in zip(numbers, said, strict=True):
+            if number >= 0:
+                answers[number] = answer
+    return answers
+
+
+def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
+    """Yield the answers that `generate_lines` returns, line after line, each in pieces as its tokens come.
+
+    A line is read when the answer to the one before it is complete.
+
+    Raises:
+      ValueError: as `generate_lines` does.
+    """
+    answering = _answering(options)
+    texts = load_texts(answering.fused)
+    problem, tokenizer = answering.problem(texts), texts.tokenizer
+
+    def tokens(number: int, batch: Batch) -> Iterator[int]:
+        row_keys = _row_keys(options, np.array([number]))
+        state, adapters = _begin(answering.params, batch, problem, max_new_tokens=answering.new_tokens)
+        for _ in range(answering.new_tokens):
+            state = _next_token(
+                answering.params, adapters, state, batch, problem, sampling=options.sampling, row_keys=row_keys
+            )
+            yield int(state.token[0])
+            if state.done[0]:
+                return
+
+    for number, line in enumerate(_lines(options)):
+        ((_, batch),) = eval_batches(answering.encode(texts, [line]), 1, pad_id=tokenizer.pad_token_id)
+        yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
+
+
+@partial(jax.jit, static_argnames="max_new_tokens")
+def _begin(params: Params, batch: Batch, problem: Problem, *, max_new_tokens: int) -> tuple[Generation, Adapters]:
+    model, adapters, _ = problem.adapted_model(params)
+    state = begin(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=max_new_tokens)
+    return state, adapters
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+def _next_token(
+    params: Params,
+    adapters: Adapters,
+    state: Generation,
+    batch: Batch,
+    problem: Problem,
+    *,
+    sampling: Sampling,
+    row_keys: Key[Array, " B"] | None,
+) -> Generation:
+    model, _, _ = problem.adapted_model(params)  # its adapters, computed once, are an argument
+    return next_token(model, state, batch.input_mask, adapters, sampling=sampling, row_keys=row_keys)
+
+
+def _lines(options: GenerateOptions) -> Iterator[str]:
+    """Yield the lines of the text that are not blank, as they can be read."""
+    source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8")
+    empty = True
+    with source as text:
+        for line in (line for read in text for line in read.splitlines() if line.strip()):
+            empty = False
+            yield line
+    if empty:
         raise ValueError(f"{options.file or 'standard input'} holds no text: give a line for each answer")
+
+
+def _row_keys(options: GenerateOptions, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
+    """Return a key for each line; None where nothing is drawn."""
+    if not options.sampling.temperature:
+        return None
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(options.sampling_seed)))(numbers)
+
+
+def _answering(options: GenerateOptions) -> _Answering:
+    at_least(1, max_new_tokens=options.max_new_tokens, eval_batch=options.eval_batch)
+    if (options.run is None) == (options.base is None):
+        raise ValueError("say who answers: a fused run with --run, or a base model as it is with --base")
+    if options.run is None:
+        if options.seed is not None:
+            raise ValueError("--seed is of a run, and a base model has none: leave it out")
+        fused = FuseOptions(base=str(options.base), task="", method="zero-shot", chat=options.chat)
+        return _Answering(fused, {"modules": [[]]}, {}, 0, options.max_new_tokens or _NEW_TOKENS)
+    if options.chat:
+        raise ValueError("a run puts text into the chat template if it was fused so: leave out --chat")
     fused, params, config = load_run(options.run)
     if find(fused.method).answers != "model":
         raise ValueError(
@@ -98,20 +249,6 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    model = with_modules(load_fused(fused), fused, config)
-    position = slice(fused.seeds.index(seed), fused.seeds.index(seed) + 1)
-    prompts = [fused.prompt.replace("{input}", line) if fused.prompt else line for line in lines]
-    encoded = encode(model.tokenizer, [Example(prompt, "") for prompt in prompts])
-    answers = [""] * len(lines)
-    for numbers, batch in eval_batches(encoded, options.eval_batch, pad_id=model.tokenizer.pad_token_id):
-        tokens = generate_seeds(
-            jax.tree.map(lambda p: p[position], params),
-            batch,
-            model.problem.replace(index=model.problem.index[position]),
-            max_new_tokens=options.max_new_tokens or config["max_new_tokens"],
-        )
-        said = model.tokenizer.batch_decode(np.asarray(tokens)[0], skip_special_tokens=True)
-        for number, answer in zip(numbers, said, strict=True):
-            if number >= 0:
-                answers[number] = answer
-    return answers
+    position = fused.seeds.index(seed)
+    of_seed = jax.tree.map(lambda p: p[position], params)
+    return _Answering(fused, config, of_seed, position, options.max_new_tokens or config["max_new_tokens"])

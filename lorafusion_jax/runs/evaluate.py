@@ -1,5 +1,6 @@
 """Evaluation of all seeds at once: generation scored by exact match, the loss of teacher forcing, options scored."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -7,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..models.generate import generate
-from ..tasks import Batch, Encoded, Example, encode, eval_batches, exact_match
+from ..models.generate import GREEDY, Sampling, generate
+from ..tasks import Batch, Encoded, decode, encode, eval_batches, exact_match
 from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import GENERATION, LOSS, OPTIONS, Params, Problem
@@ -50,6 +51,7 @@ def evaluate(
     *,
     batch_size: int,
     options: Sequence[Sequence[str]] | None = None,
+    stop: str | None = None,
 ) -> Evaluation:
     """Evaluate the parameters of all seeds on the test rows of `setup`.
 
@@ -58,6 +60,7 @@ def evaluate(
       params: leaves with a leading axis of the problem's seeds.
       batch_size: rows in a batch.
       options: the answers that each test row could have, to be scored; None for an open task.
+      stop: text that ends an answer, if it occurs in one.
     """
     problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
     seeds = problem.index.shape[0]
@@ -75,7 +78,9 @@ def evaluate(
             entropy += to_host(losses).astype(float) * count
             targets += count
             bar.update(int(np.sum(real)))
-    texts = [setup.tokenizer.batch_decode(seed, skip_special_tokens=True) for seed in tokens]
+    texts = [decode(setup.tokenizer, seed, setup.text_format) for seed in tokens]
+    if stop is not None:
+        texts = [[said.partition(stop)[0] for said in of_seed] for of_seed in texts]
     wanted = [example.target for example in setup.task.test[:rows]]
     scores = [exact_match(said, wanted) for said in texts]
     return Evaluation(
@@ -103,7 +108,8 @@ def _option_correct(
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether the option of the greatest log-likelihood is each row's target."""
     pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
-    labels = encode(setup.tokenizer, [Example(option, option) for _, option in pairs]).labels
+    examples = [dataclasses.replace(setup.task.test[row], target=option) for row, option in pairs]
+    labels = encode(setup.tokenizer, examples, setup.text_format).labels
     asked = Encoded(tuple(setup.test.inputs[row] for row, _ in pairs), labels)
     problem, seeds = setup.problem, setup.problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(pairs)))
@@ -118,11 +124,19 @@ def _option_correct(
     return np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens",))
-def generate_seeds(params: Params, batch: Batch, problem: Problem, *, max_new_tokens: int) -> Int[Array, "seeds B T"]:
-    """Generate for one batch with the adapters of every seed."""
+@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
+def generate_seeds(
+    params: Params,
+    batch: Batch,
+    problem: Problem,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    row_keys: Key[Array, " B"] | None = None,
+) -> Int[Array, "seeds B T"]:
+    """Generate for one batch with the adapters of every seed; `sampling` and `row_keys` are those of `generate`."""
 
-    def one_seed(one: Problem, params: Params, batch: Batch) -> Array:
+    def one_seed(one: Problem, params: Params, batch: Batch, row_keys: Array | None) -> Array:
         model, adapters, _ = one.adapted_model(params)
         return generate(
             model,
@@ -131,9 +145,11 @@ def generate_seeds(params: Params, batch: Batch, problem: Problem, *, max_new_to
             adapters,
             max_new_tokens=max_new_tokens,
             row_mask=batch.row_mask,
+            sampling=sampling,
+            row_keys=row_keys,
         )
 
-    return problem.over_seeds(one_seed, (params,), (batch,))
+    return problem.over_seeds(one_seed, (params,), (batch, row_keys))
 
 
 def _for_every_seed(batch: Batch, seeds: int) -> Batch:

@@ -65,6 +65,8 @@ class FuseOptions:
       recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
       arrays: simulated arrays; by default the run is digital.
       prompt: template of the model's input, with {input}.
+      chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
+        rows of the task may be conversations ("messages").
       train_rows: at most this many rows are trained and validated on.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: rows in a batch of generation.
@@ -92,6 +94,7 @@ class FuseOptions:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = PRESETS["default"]
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
     prompt: str | None = None
+    chat: bool = False
     train_rows: int = 100
     test_rows: int | None = None
     eval_batch: int = 64

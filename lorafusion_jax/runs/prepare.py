@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -16,7 +17,21 @@ from ..io.pool import open_pool
 from ..methods import find
 from ..methods.method import Built
 from ..models.architecture import Architecture, kernels
-from ..tasks import Encoded, Split, Task, draw_modules, encode, load_task, load_tokenizer, most_new_tokens, split
+from ..tasks import (
+    LONGEST,
+    SEPARATE_TEXTS,
+    Encoded,
+    Split,
+    Task,
+    TextFormat,
+    draw_modules,
+    encode,
+    few_shot,
+    load_task,
+    load_tokenizer,
+    most_new_tokens,
+    split,
+)
 from ..training import mesh as sharding
 from ..training.mesh import on_mesh
 from ..training.problem import Frozen, Problem
@@ -30,6 +45,19 @@ AnyFused = TypeVar("AnyFused", bound="Fused")
 _CONTROL_KEY = 0
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
 _SHALLOW = 8
+_UNCUT = 2**30  # tokens
+
+
+class Texts(NamedTuple):
+    """How texts become tokens of a base model.
+
+    Attributes:
+      tokenizer: its tokenizer.
+      text_format: how it reads prompts and answers.
+    """
+
+    tokenizer: Any
+    text_format: TextFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +68,13 @@ class Fused:
       problem: problem of all seeds; its pool holds all modules that any seed draws.
       modules: names of the modules of each seed.
       tokenizer: tokenizer of the base model.
+      text_format: how it reads prompts and answers.
     """
 
     problem: Problem
     modules: tuple[tuple[str, ...], ...]
     tokenizer: Any
+    text_format: TextFormat
 
     def posing(self: AnyFused, **changes: Any) -> AnyFused:
         """Return the same with a problem that has other fields."""
@@ -144,6 +174,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
     task = load_task(
         options.task,
         prompt=options.prompt,
+        chat=options.chat,
         train_rows=options.train_rows,
         need=("train", "test") if needs_training_rows else ("test",),
     )
@@ -153,9 +184,15 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
             f"{recipe.shots} examples for the prompts of {task.name}, but only {there} training rows are used: "
             "ask for fewer --shots"
         )
-    fused = load_fused(options, path)
-    train = encode(fused.tokenizer, task.train)
+    texts = load_texts(options)
+    train = encode(texts.tokenizer, task.train, texts.text_format)
     longest = max((len(row) for row in train.labels), default=128)
+    new_tokens = recipe.max_new_tokens or most_new_tokens(longest)
+    test = encode(texts.tokenizer, task.test[: options.test_rows], texts.text_format, new_tokens=new_tokens)
+    if method.answers == "examples" and texts.text_format.context is not None:
+        for shown in shown_to_seeds(task, options):  # raises ValueError for a prompt that is too long
+            encode_shown(texts, shown, len(test), new_tokens)
+    fused = load_fused(options, path, texts)
     rows = None
     if method.learns != "untrained" and task.train:
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
@@ -163,24 +200,66 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
         **vars(fused),
         task=task,
         train=train,
-        test=encode(fused.tokenizer, task.test[: options.test_rows]),
+        test=test,
         split=rows,
-        max_new_tokens=recipe.max_new_tokens or most_new_tokens(longest),
+        max_new_tokens=new_tokens,
     )
 
 
-def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
+def load_texts(options: FuseOptions) -> Texts:
+    """Load the tokenizer of the options' base model.
+
+    Raises:
+      ValueError: there is none, or it has no chat template and the options ask for one.
+    """
+    config, tokenizer = read_config(options.base), load_tokenizer(options.base)
+    if options.chat and (not config.causal or tokenizer.chat_template is None):
+        raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
+    if not config.causal:
+        return Texts(tokenizer, SEPARATE_TEXTS)
+    ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
+    if tokenizer.pad_token is None:  # padding is masked by its place, so any token will do
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return Texts(tokenizer, TextFormat(ends=tuple(ends), chat=options.chat, context=config.longest_row))
+
+
+def tasks_of_seeds(task: Task, options: FuseOptions) -> list[Task]:
+    """Return the task with those training rows that each seed would train and validate on."""
+    rows = split(len(task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
+    chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
+    return [dataclasses.replace(task, train=tuple(task.train[i] for i in of_seed)) for of_seed in chosen]
+
+
+def shown_to_seeds(task: Task, options: FuseOptions) -> list[Task]:
+    """Return the task with examples in its prompts, which each seed draws from the rows it would train on."""
+    of_seeds = zip(options.seeds, tasks_of_seeds(task, options), strict=True)
+    return [few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
+
+
+def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encoded:
+    """Tokenise the first test rows of a task with examples in its prompts (see `few_shot`).
+
+    A prompt that is too long loses its first examples, not the question at its end; but prompt and answer of one text
+    are refused as in `encode`.
+    """
+    tokenizer, text_format = texts
+    found = encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
+    return found if text_format.ends else Encoded(tuple(ids[-LONGEST:] for ids in found.inputs), found.labels)
+
+
+def load_fused(options: FuseOptions, path: SeedPath | None = None, texts: Texts | None = None) -> Fused:
     """Load the model and the modules of the options, without the task.
 
     Args:
       options: options of the run.
       path: as in `prepare`.
+      texts: what `load_texts` returns for the options, if it has been called.
 
     Raises:
       ValueError: as in `prepare`.
     """
     sharding.check_model(read_config(options.base))
-    tokenizer = load_tokenizer(options.base)
+    texts = texts or load_texts(options)
     stored = open_pool(options.pool, options.base) if options.pool and find(options.method).pool else None
     names, modules = _draw(options, () if stored is None else stored.names)
     quantise = None if options.load_in == "full" else options.load_in
@@ -205,7 +284,7 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None) -> Fused:
         index=_index(modules, {name: i for i, name in enumerate(names)}),
         path=path or (default_path() if options.path == "auto" else options.path),
     )
-    return Fused(problem=problem, modules=modules, tokenizer=tokenizer)
+    return Fused(problem=problem, modules=modules, tokenizer=texts.tokenizer, text_format=texts.text_format)
 
 
 def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:

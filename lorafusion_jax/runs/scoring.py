@@ -5,13 +5,11 @@ import dataclasses
 import numpy as np
 
 from ..methods import find
-from ..tasks import LONGEST, Encoded, Task, answer_options, constant_answer, encode, exact_match, few_shot, split
+from ..tasks import BETWEEN_EXAMPLES, answer_options, constant_answer, exact_match
 from ..training.problem import Params
 from .evaluate import Evaluation, evaluate
 from .options import FuseOptions
-from .prepare import Setup
-
-_UNCUT = 2**30  # tokens
+from .prepare import Setup, Texts, encode_shown, shown_to_seeds, tasks_of_seeds
 
 
 def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
@@ -35,7 +33,7 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
 def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
     """Answer every row with the most common target of the rows that a seed would train on."""
     wanted = [example.target for example in setup.task.test[: len(setup.test)]]
-    said = [[constant_answer(task)] * len(wanted) for task in _tasks_of_seeds(setup, options)]
+    said = [[constant_answer(task)] * len(wanted) for task in tasks_of_seeds(setup.task, options)]
     correct = np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
     return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
 
@@ -43,14 +41,14 @@ def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
 def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
     """Ask the base model with examples in the prompt, which each seed draws from the rows it would train on."""
     closed = answer_options(setup.task)
+    texts = Texts(setup.tokenizer, setup.text_format)
+    # Behind its answer, a model that continues the prompt goes on with further examples.
+    stop = BETWEEN_EXAMPLES if texts.text_format.ends and not texts.text_format.chat else None
     found = []
-    for seed, task in zip(options.seeds, _tasks_of_seeds(setup, options), strict=True):
-        shown = few_shot(task, options.recipe.shots, seed)
-        test = encode(setup.tokenizer, shown.test[: len(setup.test)], max_length=_UNCUT)
-        # A prompt that is too long loses its first examples, not the question at its end.
-        test = Encoded(tuple(ids[-LONGEST:] for ids in test.inputs), test.labels)
+    for shown in shown_to_seeds(setup.task, options):
+        test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
         asked = dataclasses.replace(setup.posing(index=setup.problem.index[:1]), task=shown, test=test)
-        found.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed))
+        found.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed, stop=stop))
     scored = [one.option_correct for one in found if one.option_correct is not None]
     losses = [one.loss for one in found if one.loss is not None]
     return Evaluation(
@@ -59,10 +57,3 @@ def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
         loss=np.concatenate(losses),
         option_correct=np.concatenate(scored) if scored else None,
     )
-
-
-def _tasks_of_seeds(setup: Setup, options: FuseOptions) -> list[Task]:
-    """Return the task with those training rows that each seed would train and validate on."""
-    rows = split(len(setup.task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
-    chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
-    return [dataclasses.replace(setup.task, train=tuple(setup.task.train[i] for i in of_seed)) for of_seed in chosen]

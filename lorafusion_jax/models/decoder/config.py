@@ -103,6 +103,11 @@ class DecoderConfig(Architecture):
         """PEFT's own choice for these models."""
         return ("qkv_proj",) if self.fused else ("q_proj", "v_proj")
 
+    @property
+    def longest_row(self) -> int:
+        """The context."""
+        return self.context
+
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         """The decoder."""
