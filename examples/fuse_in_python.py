@@ -23,7 +23,7 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     adapters = [str(SMALL / "adapters" / name) for name in ("double_next", "double_prev", "pairswap_digit")]
     pool = lf.read_pool(adapters, model.config)
     task = tasks.load_task(SMALL / "tasks" / "double_digit")
-    tokenizer = tasks.load_tokenizer(SMALL / "base")
+    tokenizer = lf.load_tokenizer(SMALL / "base")
     padding = model.config.pad_id
     train = tasks.encode(tokenizer, task.train[:95])
 

@@ -23,7 +23,7 @@ class MatrixOptions:
     """Common options of matrices.
 
     Attributes:
-      base: the base model, a folder or hub id.
+      base: the base model, a folder, hub id or GGUF file.
       pool: a converted pool, or a folder of PEFT adapters.
       tasks: task folders or files.
       methods: rows of the table; all by default.

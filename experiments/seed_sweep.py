@@ -38,7 +38,7 @@ class SweepOptions:
     """Options of the sweep.
 
     Attributes:
-      base: the base model, a folder or hub id.
+      base: the base model, a folder, hub id or GGUF file.
       pool: a converted pool, or a folder of PEFT adapters.
       task: a task folder or file.
       seeds: each draws modules, starts and orders of rows.

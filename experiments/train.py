@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--load_in_4bit", action="store_true", help="base and pool in NF4 (the original: the base only)"
     )
-    parser.add_argument("--base", default=str(_SMALL / "base"), help="folder or hub id")
+    parser.add_argument("--base", default=str(_SMALL / "base"), help="folder, hub id or GGUF file")
     parser.add_argument("--pool", default=str(_SMALL / "adapters"), help="converted pool, or PEFT adapter folders")
     parser.add_argument("--task", default=str(_SMALL / "tasks" / "double_digit"), help="as in `lorafusion fuse`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="all in one program")

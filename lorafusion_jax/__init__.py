@@ -10,7 +10,7 @@ from .adapters.updates import LowRank, Modules
 from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
 from .hardware.fuse import fuse
 from .io.export import merged_base
-from .io.hf import base_tensor, load_base, read_config, save_base
+from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
 from .io.pool import load_pool, read_pool
 from .methods import METHODS, register
 from .methods.fusion import Fusion
@@ -69,6 +69,7 @@ __all__ = [
     "load_base",
     "load_pool",
     "load_run",
+    "load_tokenizer",
     "matmul",
     "merged_base",
     "objective",

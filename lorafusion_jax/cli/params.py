@@ -16,8 +16,8 @@ class ParamsOptions:
       lorafusion params --shape flan-t5-large --modules 20 --rank 16
 
     Attributes:
-      shape: name of a known shape, such as flan-t5-large, or the folder or hub id of a base model, whose config.json
-        is read.
+      shape: name of a known shape, such as flan-t5-large, or the folder, hub id or GGUF file of a base model, whose
+        configuration is read.
       modules: number of modules that are fused.
       rank: rank of LoRA and DoRA.
       vera_rank: rank of VeRA's two random matrices, which all sites share.

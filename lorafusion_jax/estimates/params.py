@@ -48,7 +48,7 @@ def counts(
 
 
 def shape_config(shape: str) -> Architecture:
-    """Return the structure of a known shape, or of the base model in a folder or at a hub id.
+    """Return the structure of a known shape, or of the base model in a folder, at a hub id or in a GGUF file.
 
     Raises:
       ValueError: a shape that is none of these; and as `read_config` does.
@@ -58,7 +58,7 @@ def shape_config(shape: str) -> Architecture:
     if "/" not in shape and not Path(shape).exists():
         raise ValueError(
             f"no shape {shape!r}: choose one of {', '.join(known_shapes())}, "
-            "or give the folder or hub id of a base model"
+            "or give the folder, hub id or GGUF file of a base model"
         )
     config = read_config(shape)
     return dataclasses.replace(config, tied=config.presumed_tied)

@@ -42,7 +42,7 @@ class ProgramOptions:
       lorafusion crossbar program --base base --pool pool --crossbar noisy.yaml --chips 8 --out chips/noisy
 
     Attributes:
-      base: the base model: a Hugging Face folder or a hub id.
+      base: the base model: a Hugging Face folder, a hub id or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
       out: folder to write, which must not exist.
       crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.

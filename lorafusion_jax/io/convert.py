@@ -16,13 +16,12 @@ import numpy as np
 from .. import __version__
 from ..models.architecture import linear_shapes
 from .checkpoint import new_folder
-from .hf import base_tensor, read_config
+from .hf import base_tensor, open_base, read_config
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe, save_adapter
 from .pool.folder import write_manifest
 from .pool.stack import check_finite, check_fits
-from .source import resolve, sha256
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
 _PACKAGES = ("jax", "orbax-checkpoint", "numpy", "safetensors")
@@ -37,13 +36,13 @@ class ConvertOptions:
         --adapters lorahub/flan_t5_large-super_glue_wic lorahub/flan_t5_large-ag_news_subset
 
     Attributes:
-      base: folder or hub id of the base model that the adapters were trained on.
+      base: folder, hub id or GGUF file of the base model that the adapters were trained on.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
       adapters_file: a text file with one more folder or hub id a line; # begins a comment.
       out: folder to write, which must not exist; not needed for a dry run.
       dtype: store factors in this dtype instead of their own.
-      dry_run: read and check everything and print the same report, but write nothing. The base's config.json
-        is enough for this, unless an adapter carries copies of base weights.
+      dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
+        config.json is enough for this, unless an adapter carries copies of base weights.
       skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.
     """
 
@@ -112,7 +111,7 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     manifest = {
         "base": {
             "source": options.base,
-            "config_sha256": sha256(resolve(options.base, patterns=("config.json",)) / "config.json"),
+            "config_sha256": open_base(options.base).config_sha256(),
             "family": config.family,
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUNTIME_FIELDS},
         },

@@ -1,4 +1,4 @@
-"""Base models in Hugging Face's format: folders or hub ids in, folders out.
+"""Base models: Hugging Face folders, hub ids or GGUF files in, folders out.
 
 Hugging Face stores weights as [d_out, d_in], one tensor per layer; here they are kernels [L, d_in, d_out].
 """
@@ -7,39 +7,51 @@ import dataclasses
 import fnmatch
 import functools
 import mmap
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import jax
 import numpy as np
+import qwix
 
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.families import family_of_json
-from . import safetensors as safetensors_map
-from . import torch_pickle
+from .base import OpenedBase, Tensor
 from .buffers import aligned_zeros, copy_transposed
-from .checkpoint import new_folder, read_json
-from .source import check_lfs, inside, resolve
+from .checkpoint import new_folder
+from .gguf.base import GGUFBase
+from .gguf.reader import StoredTensor
+from .hf_folder import FolderBase
 
-_CONFIG = "config.json"
-_SAFETENSORS = "model.safetensors"
-_BIN = "pytorch_model.bin"
-_COPIED_FILES = (
-    _CONFIG,
-    "generation_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+if TYPE_CHECKING:
+    import transformers
+
+_ROWS = 1024  # that are copied at a time: a tensor that is dequantised is never whole in memory
+_Q8_0_TILE = 32  # numbers of a row that share a scale in a GGUF file's Q8_0
+
+
+def open_base(source: str | Path) -> OpenedBase:
+    """Open the files of a base model.
+
+    Args:
+      source: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
+
+    Raises:
+      ValueError: the source is a file but not a GGUF file, or that is damaged. A folder's errors come when it is read.
+    """
+    # Imported without PyTorch, transformers warns that there are no models: none are needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix == ".gguf":
+        return GGUFBase(path)
+    return FolderBase(str(source))
 
 
 def read_config(source: str | Path) -> Architecture:
-    """Read the `config.json` of a base model.
+    """Read the configuration of a base model: its `config.json`, or a GGUF file's metadata.
 
     Only the weights show whether the head is tied to the embedding. Until `load_base` reads them, the value of the
     file is used.
@@ -47,9 +59,16 @@ def read_config(source: str | Path) -> Architecture:
     Raises:
       ValueError: the model belongs to no known family, or a size is missing; the message names it.
     """
-    path = resolve(str(source), patterns=(_CONFIG,)) / _CONFIG
-    raw = _read_config(path)
-    return _family(path, raw)[1]
+    return _family(open_base(source))[1]
+
+
+def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase":
+    """Load the tokenizer of a base model: a Hugging Face folder, a hub id or a GGUF file.
+
+    Raises:
+      ValueError: there is none, transformers cannot read it, or a GGUF file asks for one that is not implemented.
+    """
+    return open_base(source).tokenizer()
 
 
 def load_base(
@@ -58,9 +77,10 @@ def load_base(
     """Load a base model. Peak memory is little more than the model itself.
 
     The head is tied if the weights hold no head and the configuration has a tied one, or if it equals the embedding.
+    GGUF files are dequantised, but with `int8` the matrices that a file holds in Q8_0 keep its codes and scales.
 
     Args:
-      source: a folder, or a hub id `owner/name` or `owner/name@revision`.
+      source: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
       dtype: of weights and activations.
       quantise: one of `linear.QUANTISED_TYPES`, for all kernels and the head (unless tied); tiles along d_in.
 
@@ -68,9 +88,9 @@ def load_base(
       ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
         not floats, not finite or of another shape than the configuration gives.
     """
-    folder = _fetch(source)
-    tensors = _open(folder)
-    family, config = _family(folder / _CONFIG, _read_config(folder / _CONFIG))
+    base = open_base(source)
+    tensors = base.tensors()
+    family, config = _family(base)
     names = family.checkpoint
     config = dataclasses.replace(config, dtype=dtype)
     if names.head in tensors:
@@ -78,9 +98,12 @@ def load_base(
         config = dataclasses.replace(config, tied=tied)
     model = family.abstract(config)
     slots = names.slots(model)
-    _check_tensors(folder, tensors, slots, names, tied=config.tied)
+    _check_tensors(base.place, tensors, slots, names, tied=config.tied)
     for slot in slots:
-        weights = jax.device_put(_gather(folder, slot, tensors, dtype))
+        if quantise == "int8" and slot.transposed and any(_in_int8(tensors[name]) for name in slot.names):
+            slot.variable.set_value(_gather_int8(base.place, slot, tensors, dtype))
+            continue
+        weights = jax.device_put(_gather(base.place, slot, tensors, dtype))
         if quantise and slot.transposed:
             weights = linear.quantise(weights, quantise, tiled_axis=-2)
         slot.variable.set_value(weights)
@@ -90,18 +113,19 @@ def load_base(
 def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
     """Return a function from a Hugging Face tensor name to the base's tensor, in the dtype of the file.
 
-    Files are opened at the first call. The function raises KeyError on a name that the base lacks.
+    Files are opened at the first call. The function raises KeyError on a name that the base lacks. Tensors of a GGUF
+    file are dequantised to float32.
     """
 
     @functools.cache
-    def files() -> tuple[dict[str, np.ndarray], Checkpoint]:
-        folder = _fetch(source)
-        return _open(folder), _family(folder / _CONFIG, _read_config(folder / _CONFIG))[0].checkpoint
+    def files() -> tuple[Mapping[str, Tensor], Checkpoint]:
+        base = open_base(source)
+        return base.tensors(), _family(base)[0].checkpoint
 
     def read(name: str) -> np.ndarray:
         tensors, names = files()
         repeats = name in (*names.copies, names.head) and name not in tensors
-        return tensors[names.embedding if repeats else name]
+        return np.asarray(tensors[names.embedding if repeats else name])
 
     return read
 
@@ -112,15 +136,15 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
     Args:
       model: plain or quantised weights (written dequantised, in the model's dtype).
       folder: the folder to make.
-      source: the base model that it was loaded from; its configuration and tokenizer are copied.
+      source: the base model that it was loaded from; its configuration and tokenizer are written too.
 
     Raises:
       ValueError: the folder exists, or the source has no configuration.
     """
     from safetensors.numpy import save_file
 
-    origin = resolve(str(source), patterns=_COPIED_FILES)
-    family, said = _family(origin / _CONFIG, _read_config(origin / _CONFIG))
+    base = open_base(source)
+    family, said = _family(base)
     names, tensors = family.checkpoint, {}
     for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
@@ -133,61 +157,30 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
     if model.config.tied and not said.tied:
         tensors[names.head] = tensors[names.embedding].copy()
     with new_folder(folder) as partial:
-        for name in _COPIED_FILES:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, partial / name)
+        base.save_texts(partial)
         # transformers rejects a file without its format in the metadata.
-        save_file(tensors, partial / _SAFETENSORS, metadata={"format": "pt"})
-
-
-def _fetch(source: str | Path) -> Path:
-    """Return the folder with the weights; the .bin is fetched from the hub only if it has no safetensors."""
-    folder = resolve(str(source), patterns=(_CONFIG, "model*.safetensors*"))
-    if any(folder.glob("model*.safetensors*")):
-        return folder
-    return resolve(str(source), patterns=(_CONFIG, "pytorch_model*.bin*"))
-
-
-def _open(folder: Path) -> dict[str, np.ndarray]:
-    """Return all tensors by name as views of mapped files."""
-    for name, load in ((_SAFETENSORS, safetensors_map.load), (_BIN, torch_pickle.load)):
-        if (folder / name).is_file():
-            return load(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            check_lfs(index)
-            files = read_json(index, "a sharded model").get("weight_map")
-            if not isinstance(files, dict):
-                raise ValueError(f"{index} has no weight_map, which names the file of every tensor: fetch it again")
-            # Every name is checked before the first file is opened.
-            paths = [inside(folder, file) for file in files.values()]
-            shards = {path: load(path) for path in set(paths)}
-            for tensor, path in zip(files, paths, strict=True):
-                if tensor not in shards[path]:
-                    raise ValueError(f"{path} does not hold {tensor}, though {index.name} lists it: fetch it again")
-            return {tensor: shards[path][tensor] for tensor, path in zip(files, paths, strict=True)}
-    raise ValueError(f"{folder} has no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
 
 
 def _check_tensors(
-    folder: Path, tensors: Mapping[str, np.ndarray], slots: list[Slot], layout: Checkpoint, *, tied: bool
+    place: Path, tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool
 ) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
     optional = {*layout.copies} | ({layout.head} if tied else set())
-    advice = f"do {_CONFIG} and the weights in {folder} belong together?"
+    advice = f"do the configuration and the weights in {place} belong together?"
     if missing := [name for name in shapes if name not in tensors]:
-        raise ValueError(f"{folder}: the weights lack {_some(missing)}: {advice}")
+        raise ValueError(f"{place}: the weights lack {_some(missing)}: {advice}")
     known = {*shapes, *optional}
     if unexpected := [name for name in tensors if name not in known and not _is_unused(name, layout)]:
-        raise ValueError(f"{folder}: the model has no place for {_some(unexpected)}: {advice}")
+        raise ValueError(f"{place}: the model has no place for {_some(unexpected)}: {advice}")
     for name, shape in shapes.items():
         if tensors[name].dtype.kind in "biuc":
-            raise ValueError(f"{folder}: {name} has dtype {tensors[name].dtype}: wanted floats; save it unquantised")
+            raise ValueError(f"{place}: {name} has dtype {tensors[name].dtype}: wanted floats; save it unquantised")
         if tensors[name].shape != shape:
-            raise ValueError(f"{folder}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
+            raise ValueError(f"{place}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
     for name in layout.copies:
         if name in tensors and not np.array_equal(tensors[name], tensors[layout.embedding]):
-            raise ValueError(f"{folder}: {name} differs from {layout.embedding}: the model has one embedding")
+            raise ValueError(f"{place}: {name} differs from {layout.embedding}: the model has one embedding")
 
 
 def _is_unused(name: str, layout: Checkpoint) -> bool:
@@ -198,40 +191,70 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _gather(folder: Path, slot: Slot, tensors: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
+def _gather(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray:
     weights = aligned_zeros(slot.variable.shape, dtype)
-    layers = weights if slot.stacked else weights[None]
-    for name, layer in zip(slot.names, layers, strict=True):
-        with np.errstate(over="ignore"):
-            if slot.transposed:
-                copy_transposed(tensors[name], layer)
-            else:
-                layer[...] = tensors[name]
-        # Checked after the cast: a finite float64 may overflow float32. Takes 0.2 ns a number in float32, 0.9 in
-        # bfloat16.
-        if not np.isfinite(layer).all():
-            raise ValueError(f"{folder}: {name} holds NaN or infinity in {dtype}: fetch the weights again")
-        _release(tensors[name])
+    for name, layer in zip(slot.names, weights if slot.stacked else weights[None], strict=True):
+        _copy(place, name, tensors[name], layer, slot.transposed)
     return weights
 
 
-def _release(tensor: np.ndarray) -> None:
+def _gather_int8(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> qwix.QArray:
+    """Return a slot's matrices in 8 bits: with the file's codes and scales where it holds Q8_0, else quantised."""
+    shape = slot.variable.shape
+    codes = aligned_zeros(shape, np.int8)
+    # The scales are float16 in the file, and a product with a code is exact in float32.
+    scales = aligned_zeros((*shape[:-2], shape[-2] // _Q8_0_TILE, shape[-1]), np.float32)
+    layers = zip(codes, scales, strict=True) if slot.stacked else [(codes, scales)]
+    for name, (code, scale) in zip(slot.names, layers, strict=True):
+        tensor = tensors[name]
+        if _in_int8(tensor):
+            stored, steps = tensor.codes()
+            copy_transposed(stored, code)
+            copy_transposed(steps, scale)
+            _check_finite(place, name, scale)
+            _release(tensor)
+        else:
+            plain = aligned_zeros(code.shape, dtype)
+            _copy(place, name, tensor, plain, transposed=True)
+            quantised = linear.quantise(jax.device_put(plain), "int8", tiled_axis=-2, tile=_Q8_0_TILE)
+            code[...], scale[...] = np.asarray(quantised.qvalue), np.asarray(quantised.scale)
+    return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype="int8")
+
+
+def _in_int8(tensor: Tensor) -> TypeGuard[StoredTensor]:
+    return isinstance(tensor, StoredTensor) and tensor.kind == "Q8_0"
+
+
+def _copy(place: Path, name: str, tensor: Tensor, out: np.ndarray, transposed: bool) -> None:
+    with np.errstate(over="ignore"):
+        for row in range(0, tensor.shape[0], _ROWS):
+            rows = slice(row, row + _ROWS)
+            if transposed:
+                copy_transposed(tensor[rows], out[:, rows])
+            else:
+                out[rows] = tensor[rows]
+    # Checked after the cast: a finite float64 may overflow float32. Takes 0.2 ns a number in float32, 0.9 in bfloat16.
+    _check_finite(place, name, out)
+    _release(tensor)
+
+
+def _check_finite(place: Path, name: str, numbers: np.ndarray) -> None:
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{place}: {name} holds NaN or infinity in {numbers.dtype}: fetch the weights again")
+
+
+def _release(tensor: Tensor) -> None:
     """Unmap the pages of a file that has been copied, which would count as memory of this process."""
     owner = tensor.base.obj if isinstance(tensor.base, memoryview) else tensor.base
     if isinstance(owner, mmap.mmap):
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        check_lfs(path)
-    return read_json(path, "a Hugging Face model")
-
-
-def _family(path: Path, raw: Mapping[str, Any]) -> tuple[Family, Architecture]:
-    """Return the family of a config.json's model and the structure that it describes."""
+def _family(base: OpenedBase) -> tuple[Family, Architecture]:
+    """Return the family of a base model and the structure that its configuration describes."""
+    raw = base.config()
     try:
         family = family_of_json(raw)
         return family, family.read_config(raw)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{base.config_place}: {error}") from None

@@ -262,6 +262,37 @@ class Checkpoint:
         return slots
 
 
+class Stored(NamedTuple):
+    """A tensor of a GGUF file, and how it differs from the one of Hugging Face that it was made from.
+
+    Attributes:
+      name: name in Hugging Face's files; the file's own if the family has no such tensor.
+      heads: number of heads, each of whose rows i and half + i are rows 2 i and 2 i + 1 of the file; 0 if rows keep
+        their places.
+      offset: number that was added to the values.
+    """
+
+    name: str
+    heads: int = 0
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GGUFLayout:
+    """How llama.cpp's GGUF files hold a family's models.
+
+    Attributes:
+      architectures: values of `general.architecture`.
+      config_json: function from a file's metadata, and its tensors by name, to the content of a config.json; raises
+        ValueError without naming the file.
+      stored: function from that content and the names of a file's tensors to what each of them is.
+    """
+
+    architectures: tuple[str, ...]
+    config_json: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    stored: Callable[[Mapping[str, Any], Collection[str]], dict[str, Stored]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models.
@@ -275,6 +306,7 @@ class Family:
         file.
       model: function from (config, rngs=) to a randomly initialised model.
       checkpoint: layout of its files.
+      gguf: layout of its GGUF files, if they are read.
       task_type: PEFT's name of the models' task.
       shapes: known sizes by name.
     """
@@ -286,6 +318,7 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], Architecture]
     model: Callable[..., Model]
     checkpoint: Checkpoint
+    gguf: GGUFLayout | None = None
     task_type: str
     shapes: Mapping[str, Architecture]
 

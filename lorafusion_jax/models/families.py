@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import decoder, t5
-from .architecture import Architecture, Family, Model
+from .architecture import Architecture, Family, GGUFLayout, Model
 
 # The first one is also the family of pools whose manifest does not name a family.
 FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY)}
@@ -37,6 +37,20 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
             return family
     members = "; ".join(family.members for family in FAMILIES.values())
     raise ValueError(f"model_type is {kind!r}: wanted a {members}")
+
+
+def gguf_layout(architecture: str | None) -> GGUFLayout:
+    """Return the layout of GGUF files with this `general.architecture`.
+
+    Raises:
+      ValueError: no known family has it.
+    """
+    layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
+    for layout in layouts:
+        if architecture in layout.architectures:
+            return layout
+    known = ", ".join(name for layout in layouts for name in layout.architectures)
+    raise ValueError(f"general.architecture is {architecture!r}: wanted one of {known}")
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:

@@ -53,7 +53,7 @@ class FuseOptions:
       lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
 
     Attributes:
-      base: the base model: a Hugging Face folder or a hub id (owner/name, owner/name@revision).
+      base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       task: a JSONL file or a folder of them, a BIG-Bench Hard file, a `datasets` folder or hub id.
       seeds: each draws its modules, its start and its order of rows; all run as one program.

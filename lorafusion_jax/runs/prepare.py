@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
 from ..checks import at_least
-from ..io.hf import load_base, read_config
+from ..io.hf import load_base, load_tokenizer, read_config
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.method import Built
@@ -28,7 +28,6 @@ from ..tasks import (
     encode,
     few_shot,
     load_task,
-    load_tokenizer,
     most_new_tokens,
     split,
 )

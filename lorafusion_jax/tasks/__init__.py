@@ -7,7 +7,7 @@ from .few_shot import BETWEEN_EXAMPLES, few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, load_tokenizer, stream_text
+from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text
 
 __all__ = [
     "BETWEEN_EXAMPLES",
@@ -33,7 +33,6 @@ __all__ = [
     "exact_match",
     "few_shot",
     "load_task",
-    "load_tokenizer",
     "most_new_tokens",
     "pad",
     "prompt_overlap",

@@ -1,9 +1,7 @@
 """From texts to token ids and back, by the base model's own tokenizer."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,25 +45,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.inputs)
-
-
-def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase":
-    """Load a tokenizer from a Hugging Face folder or hub id.
-
-    Raises:
-      ValueError: if there is none, or transformers cannot read it.
-    """
-    # Imported without PyTorch, transformers warns that there are no models: none are needed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(source))
-    except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
-        raise ValueError(
-            f"{source} gives no tokenizer: wanted a folder or hub id with config.json and tokenizer.json or "
-            f"spiece.model. From transformers: {error}"
-        ) from error
 
 
 def encode(

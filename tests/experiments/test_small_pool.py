@@ -15,11 +15,10 @@ from safetensors.numpy import load_file
 from examples.string_tasks import CHARACTER_OPS, POSITION_OPS, Task, draw, split
 from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io import torch_pickle
-from lorafusion_jax.io.hf import load_base
+from lorafusion_jax.io.hf import load_base, load_tokenizer
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.tasks.metrics import exact_match
-from lorafusion_jax.tasks.tokenizer import load_tokenizer
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _SMALL = _EXAMPLES / "small"

@@ -324,7 +324,7 @@ def _forget(*names):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_forget(_V), f"the weights lack {_V}: do config.json and the weights .* belong together"),
+        (_forget(_V), f"the weights lack {_V}: do the configuration and the weights .* belong together"),
         (_forget("lm_head.weight"), r"the weights lack lm_head\.weight"),
         (_forget("shared.weight"), r"the weights lack shared\.weight"),
         (lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}), "no place for odd.0, .* and 2 more"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.tasks import Example, Task, encode, few_shot, load_task, load_tokenizer
+from lorafusion_jax.io.hf import load_tokenizer
+from lorafusion_jax.tasks import Example, Task, encode, few_shot, load_task
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 

@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lorafusion_jax.tasks import (
-    Example,
-    batch_orders,
-    draw_modules,
-    encode,
-    load_task,
-    load_tokenizer,
-    split,
-)
+from lorafusion_jax.io.hf import load_tokenizer
+from lorafusion_jax.tasks import Example, batch_orders, draw_modules, encode, load_task, split
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -477,7 +470,7 @@ def test_loading_says_nothing_where_pytorch_is_missing(tokenizer_folder):
 import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name == "torch" else find_spec(name, *args)
-from lorafusion_jax.tasks import load_tokenizer
+from lorafusion_jax.io.hf import load_tokenizer
 load_tokenizer({str(tokenizer_folder)!r})
 """
     done = subprocess.run(

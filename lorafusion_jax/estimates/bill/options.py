@@ -11,8 +11,8 @@ class CostOptions:
     """Assumptions of the bill of one new task.
 
     Attributes:
-      shape: name of a known shape, such as flan-t5-large, or the folder or hub id of a base model, whose config.json
-        is read.
+      shape: name of a known shape, such as flan-t5-large, or the folder, hub id or GGUF file of a base model, whose
+        configuration is read.
       modules: number of modules that are fused.
       rank: rank of every module, and of LoRA and DoRA.
       vera_rank: rank of VeRA's random matrices.

@@ -88,7 +88,7 @@ class AdapterFolders:
     Attributes:
       folder: that holds them.
       names: of the adapters' folders, sorted.
-      base: folder or hub id of the base model; None allows everything but loading.
+      base: folder, hub id or GGUF file of the base model; None allows everything but loading.
 
     Raises:
       ValueError: the folder holds no adapter.
@@ -131,8 +131,8 @@ def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | Ad
 
     Args:
       folder: a converted pool, or a folder of PEFT adapter folders.
-      base: folder or hub id of the base model that it is for; needed to load PEFT adapters, and checked against a
-        converted pool.
+      base: folder, hub id or GGUF file of the base model that it is for; needed to load PEFT adapters, and checked
+        against a converted pool.
 
     Raises:
       ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.

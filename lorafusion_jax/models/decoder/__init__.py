@@ -4,6 +4,7 @@ from ..architecture import Family
 from .checkpoint import CHECKPOINT
 from .config import DecoderConfig
 from .families import MODEL_TYPES, read_config
+from .gguf import GGUF
 from .model import Decoder
 from .shapes import SHAPES
 
@@ -17,6 +18,7 @@ FAMILY = Family(
     read_config=read_config,
     model=Decoder,
     checkpoint=CHECKPOINT,
+    gguf=GGUF,
     task_type="CAUSAL_LM",
     shapes=SHAPES,
 )

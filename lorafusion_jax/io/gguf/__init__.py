@@ -1,0 +1,1 @@
+"""Base models in llama.cpp's GGUF files."""

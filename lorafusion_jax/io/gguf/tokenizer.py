@@ -1,0 +1,188 @@
+"""The tokenizer that a GGUF file describes, built from its tokens, merges or scores, and its pre-tokenizer's name.
+
+Source: llama.cpp's src/llama-vocab.cpp for what the names mean; Hugging Face's converters for the parts they become.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import tokenizers
+    import transformers
+
+
+class _Splitting(NamedTuple):
+    """How a byte-level tokenizer splits texts before merging.
+
+    Attributes:
+      patterns: regular expressions, one after the other; what is between matches is a piece too.
+      adds_bos: texts begin with BOS, unless the file says otherwise.
+      whole_words: a piece that is a token stays whole, even if no merges lead to it.
+      normalised: texts are brought to Unicode's NFC first.
+    """
+
+    patterns: tuple[str, ...]
+    adds_bos: bool = False
+    whole_words: bool = False
+    normalised: bool = False
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _Splitting((_WORDS + r"\p{N}{1,3}" + _REST,), adds_bos=True, whole_words=True)
+_QWEN2 = _Splitting((_WORDS + r"\p{N}" + _REST,), normalised=True)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By tokenizer.ggml.pre.
+_SPLITTINGS = {
+    "default": _Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": _Splitting((_GPT2,)),
+    "smollm": _Splitting((r"\p{N}", _GPT2)),
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "dbrx": _Splitting(_LLAMA3.patterns),  # Phi-4
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _Splitting((_TEKKEN,), adds_bos=True, whole_words=True),  # Mistral Nemo
+}
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_SPACE = "▁"
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedTokenizerFast":
+    """Return the tokenizer, with the file's special tokens and chat template.
+
+    A file without a token for padding gets its end token: padding is masked by its place.
+
+    Raises:
+      ValueError: the metadata lack the tokens, or ask for a tokenizer that is not implemented.
+    """
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    tokens, model = told.get("tokens", []), told.get("model")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if not tokens or len(vocabulary) < len(tokens):
+        raise ValueError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, {len(vocabulary)} of them different")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"tokenizer.ggml.model is {model!r}, which is not implemented: wanted gpt2 or llama")
+    kinds = told.get("token_type", [_NORMAL] * len(tokens))
+    try:
+        if model == "gpt2":
+            tokenizer, adds_bos = _byte_level(told, vocabulary)
+        else:
+            tokenizer, adds_bos = _sentence_piece(told, vocabulary, kinds), True
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizers raises a bare one on merges of unknown tokens
+        raise ValueError(f"tokenizer.ggml.tokens and its merges give no tokenizer: {error}") from error
+    for kind in (_CONTROL, _USER_DEFINED):
+        special = kind == _CONTROL
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, normalized=False, special=special)
+                for token, of_token in zip(tokens, kinds, strict=True)
+                if of_token == kind
+            ]
+        )
+
+    def special_token(name: str) -> str | None:
+        number = told.get(f"{name}_token_id")
+        return None if number is None else tokens[number]
+
+    bos, eos = special_token("bos"), special_token("eos")
+    first = [bos] if bos and told.get("add_bos_token", adds_bos) else []
+    last = [eos] if eos and told.get("add_eos_token", False) else []
+    if first or last:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
+            special_tokens=[(token, vocabulary[token]) for token in dict.fromkeys((*first, *last))],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=special_token("unknown"),
+        pad_token=special_token("padding") or eos,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level(told: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple["tokenizers.Tokenizer", bool]:
+    """Return byte-pair merges on bytes that are written as letters, and whether texts begin with BOS."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    name = told.get("pre", "default")
+    if name not in _SPLITTINGS:
+        raise ValueError(
+            f"tokenizer.ggml.pre is {name!r}, which is not implemented: wanted one of {', '.join(_SPLITTINGS)}"
+        )
+    splitting = _SPLITTINGS[name]
+    if "merges" not in told:
+        raise ValueError("the metadata lack tokenizer.ggml.merges: fetch the file again")
+    tokenizer = Tokenizer(models.BPE(vocabulary, _pairs(told["merges"]), ignore_merges=splitting.whole_words))
+    if splitting.normalised:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, splitting.adds_bos
+
+
+def _sentence_piece(told: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int]) -> "tokenizers.Tokenizer":
+    """Return SentencePiece's byte-pair merges on characters, with bytes for characters that are not tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    if "merges" in told:
+        merges = _pairs(told["merges"])
+    elif "scores" in told:
+        merges = _merges_of_scores(vocabulary, told["scores"], kinds)
+    else:
+        raise ValueError("the metadata lack tokenizer.ggml.scores, and merges instead of them: fetch the file again")
+    unknown = told.get("unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            merges,
+            unk_token=None if unknown is None else told["tokens"][unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefixed = told.get("add_space_prefix", True)
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefixed else spaces
+    words = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*words, decoders.Strip(" ", 1, 0)] if prefixed else words)
+    return tokenizer
+
+
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    pairs = [merge.partition(" ") for merge in merges]
+    return [(left, right) for left, _, right in pairs]
+
+
+def _merges_of_scores(vocabulary: dict[str, int], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+    """Return every pair of tokens that make up a third one, that of the highest score first.
+
+    SentencePiece merges the pair with the highest score. Control and user-defined tokens are never merged.
+    """
+    normal = {token: scores[number] for token, number in vocabulary.items() if kinds[number] == _NORMAL}
+    found = [
+        (-score, -cut, token[:cut], token[cut:])
+        for token, score in normal.items()
+        for cut in range(1, len(token))
+        if token[:cut] in normal and token[cut:] in normal
+    ]
+    found.sort(key=lambda merge: merge[:2])
+    return [(left, right) for _, _, left, right in found]

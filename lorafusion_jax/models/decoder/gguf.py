@@ -1,0 +1,256 @@
+"""How llama.cpp's GGUF files hold these models: keys of the configuration, names of the tensors and changes to them.
+
+Source: llama.cpp's conversion scripts, and the defaults of its own models (src/models) for what a file leaves out.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..architecture import GGUFLayout, Stored
+
+# general.architecture -> model_type and architecture of a config.json. Mistral's files are of llama's architecture.
+_MODELS = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+}
+_MISTRAL = ("mistral", "MistralForCausalLM")
+
+_HEAD = "output.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+_OF_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    _HEAD: "lm_head.weight",
+}
+_OF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_NORMS = {"attn_norm": "input_layernorm", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MODULES = _NORMS | {
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA_MODULES = _MODULES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PHI_MODULES = _MODULES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+
+# Gemma's largest models divide their queries by the width of a head as it would be without head_dim.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+# Keys that do not change what the model computes, or that the shapes of the tensors say again.
+_WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+# Tokens that end a turn of a chat, which llama.cpp too finds by their texts if the metadata do not name one.
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+
+class _Keys:
+    """The metadata of one architecture. What nobody has taken at the end is what the decoder lacks."""
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        self.name = metadata["general.architecture"]
+        self._left = {
+            key.removeprefix(f"{self.name}."): value
+            for key, value in metadata.items()
+            if key.startswith(f"{self.name}.")
+        }
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """Return a number, or the default if there is none."""
+        value = self._left.pop(key, default)
+        if value is ...:
+            raise ValueError(f"the metadata lack {self.name}.{key}: fetch the file again")
+        if isinstance(value, list):
+            raise ValueError(f"{self.name}.{key} is a list: wanted one number for all layers")
+        return value
+
+    def pattern(self, default: int, layers: int) -> list[bool]:
+        """Return which layers have a sliding window: all but every n-th one, or as a list says."""
+        found = self._left.pop("attention.sliding_window_pattern", default)
+        if not isinstance(found, list):
+            return [found == 0 or layer % found < found - 1 for layer in range(layers)]
+        if len(found) != layers:
+            raise ValueError(
+                f"{self.name}.attention.sliding_window_pattern has {len(found)} entries: wanted one for each of "
+                f"{layers} layers"
+            )
+        return [bool(sliding) for sliding in found]
+
+    def finish(self) -> None:
+        """Raise a ValueError that names the first key with an effect that has not been taken."""
+        for key, value in self._left.items():
+            if value and key not in _WITHOUT_EFFECT:
+                raise ValueError(f"{self.name}.{key} is {value!r}, which is not implemented for {self.name}")
+
+
+def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the config.json of the model that was converted says."""
+    keys = _Keys(metadata)
+    kind, title = _MODELS[keys.name]
+    gemma = kind.startswith("gemma")
+    hidden, heads = keys.take("embedding_length"), keys.take("attention.head_count")
+    d_head = keys.take("attention.key_length", hidden // heads)
+    if (width := keys.take("attention.value_length", d_head)) != d_head:
+        raise ValueError(
+            f"{keys.name}.attention.key_length is {d_head} and value_length is {width}: wanted one width of heads"
+        )
+    if "token_embd.weight" not in tensors:
+        raise ValueError("the tensors lack token_embd.weight: wanted a model, not an adapter or a projector")
+    layers, context = keys.take("block_count"), keys.take("context_length")
+    content = {
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": keys.take("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.take("attention.head_count_kv", heads),
+        "head_dim": d_head,
+        "max_position_embeddings": context,
+        "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": _HEAD not in tensors,
+        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
+    }
+    content |= _rope(keys, tensors, d_head)
+    if gemma:
+        content |= _gemma(keys, layers, d_head, hidden // heads)
+    elif keys.name in ("llama", "phi3"):
+        window = keys.take("attention.sliding_window", 0) or None
+        if keys.name == "phi3" or window:
+            content["sliding_window"] = window
+        if keys.name == "llama" and window:
+            kind, title = _MISTRAL
+    if keys.name == "phi3":
+        content["original_max_position_embeddings"] = metadata.get("phi3.rope.scaling.original_context_length", context)
+    if keys.name in ("llama", "qwen3"):
+        content["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if keys.name == "llama":
+        content["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
+    keys.finish()
+    return {"architectures": [title], "model_type": kind} | content | _special_ids(metadata)
+
+
+def _rope(keys: _Keys, tensors: Mapping[str, Any], d_head: int) -> dict[str, Any]:
+    """Return the fields of the rotary positions."""
+    theta = keys.take("rope.freq_base", 10_000.0)
+    width = keys.take("rope.dimension_count", d_head)
+    kind = keys.take("rope.scaling.type", "linear")
+    factor = keys.take("rope.scaling.factor", keys.take("rope.scale_linear", 0.0))
+    long = [name for name in tensors if name.startswith("rope_factors_")]
+    if long or kind not in ("linear", "none"):
+        raise ValueError(
+            f"the rope scaling is {'longrope' if long else kind}, which is not implemented: wanted linear, or the "
+            f"factors of llama3 in {_ROPE_FACTORS}"
+        )
+    fields: dict[str, Any] = {"rope_theta": theta}
+    if kind == "linear" and factor not in (0, 1):
+        fields["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if _ROPE_FACTORS in tensors:
+        if "rope_scaling" in fields:
+            raise ValueError(f"the file holds {_ROPE_FACTORS} and a linear rope scaling: wanted one of them")
+        fields["rope_scaling"] = _llama3(np.asarray(tensors[_ROPE_FACTORS]), theta, width)
+    if width != d_head:
+        if keys.name != "phi3":
+            raise ValueError(f"{keys.name}.rope.dimension_count is {width}: wanted the width of a head, {d_head}")
+        fields["partial_rotary_factor"] = width / d_head
+    return fields
+
+
+def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | None:
+    """Return the rope scaling of which llama.cpp keeps only the quotients of frequencies.
+
+    Where the quotient is between 1 and the largest one, the share of the unstretched frequency, (turns - low) / (high -
+    low), is linear in the turns of a pair within a context. One of the three numbers is free: low is set to 1, as in
+    every published model.
+    """
+    if factors.shape != (width // 2,):
+        raise ValueError(f"{_ROPE_FACTORS} has shape {list(factors.shape)}: wanted [{width // 2}]")
+    exponents = np.arange(0, width, 2) / width
+    angles = theta**-exponents / (2 * np.pi)
+    factor, quotients = float(factors.max()), factors.astype(np.float64)
+    if factor == 1 and (factors == 1).all():
+        return None
+    share = (1 / quotients - 1 / factor) / (1 - 1 / factor)
+    between = (share > 1e-6) & (share < 1 - 1e-6)
+    if between.sum() > 1:
+        slope, start = np.polyfit(angles[between], share[between], 1)
+        context, high = round(slope / -start), round((1 - start) / -start, 3)
+        turns = np.clip((context * angles - 1) / (high - 1), 0, 1)
+        if np.allclose(1 / ((1 - turns) / factor + turns), quotients, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": context,
+            }
+    raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: no other is implemented")
+
+
+def _gemma(keys: _Keys, layers: int, d_head: int, undeclared: int) -> dict[str, Any]:
+    second = keys.name == "gemma2"
+    window = keys.take("attention.sliding_window", 4096 if second else 0)
+    sliding = keys.pattern(2 if second else 6, layers) if window else [False] * layers
+    fields = {
+        "query_pre_attn_scalar": undeclared if layers == _GEMMA_27B_LAYERS[keys.name] else d_head,
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if near else "full_attention" for near in sliding],
+        "final_logit_softcapping": keys.take("final_logit_softcapping", 30.0 if second else 0.0) or None,
+    }
+    if second:
+        return fields | {"attn_logit_softcapping": keys.take("attn_logit_softcapping", 50.0) or None}
+    return fields | {"rope_local_base_freq": keys.take("rope.freq_base_swa", 10_000.0)}
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokens that begin and end texts; those that end a turn of a chat end an answer too."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    ids = {
+        name: metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot", "eom": "eom"}.items()
+    }
+    for name, token in ids.items():
+        if token is not None and token >= len(tokens):
+            raise ValueError(f"the {name} token is {token}, and tokenizer.ggml.tokens holds {len(tokens)}")
+    if ids["eot"] is None:
+        ids["eot"] = next((tokens.index(text) for text in _ENDS_OF_TURN if text in tokens), None)
+    ends = [token for token in dict.fromkeys((ids["eos"], ids["eot"], ids["eom"])) if token is not None]
+    return {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": ids["pad"],
+    }
+
+
+def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
+    """Return Hugging Face's name of every tensor; what the model lacks keeps its own name."""
+    kind = content["model_type"]
+    gemma, permuted = kind.startswith("gemma"), kind in ("llama", "mistral")
+    modules = _GEMMA_MODULES if gemma else _PHI_MODULES if kind == "phi3" else _MODULES
+    heads = {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]} if permuted else {}
+    found = {}
+    for name in names:
+        if name == _ROPE_FACTORS:
+            continue
+        block = _OF_BLOCK.fullmatch(name)
+        module = block[2] if block else name.removesuffix(".weight")
+        title = _OF_MODEL.get(name, name)
+        if block and module in modules:
+            title = f"model.layers.{block[1]}.{modules[module]}.{block[3]}"
+        offset = 1.0 if gemma and module.endswith("_norm") else 0.0
+        found[name] = Stored(title, heads=heads.get(module, 0), offset=offset)
+    return found
+
+
+GGUF = GGUFLayout(architectures=tuple(_MODELS), config_json=_config_json, stored=_stored)

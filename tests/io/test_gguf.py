@@ -1,0 +1,667 @@
+"""GGUF files as base models: the numbers, the families' layouts, the tokenizers, 8 bits kept, and what is refused."""
+
+import itertools
+import json
+import string
+from pathlib import Path
+
+import gguf
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import qwix
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from lorafusion_jax.estimates.params import shape_config
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.gguf.reader import read_gguf
+from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
+from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, open_base, read_config, save_base
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.decoder import FAMILY
+from lorafusion_jax.models.weights import dense
+
+_Kind = gguf.GGMLQuantizationType
+
+
+# Blocks, number by number, from the layouts in ggml-common.h and the loops in ggml-quants.c.
+
+
+def _half(data):
+    return np.frombuffer(bytes(data), np.float16)[0].astype(np.float32)
+
+
+def _nibbles(data):
+    return [int(b) & 15 for b in data] + [int(b) >> 4 for b in data]
+
+
+def _q4_0(block):
+    return [_half(block[:2]) * np.float32(q - 8) for q in _nibbles(block[2:])]
+
+
+def _q4_1(block):
+    return [_half(block[:2]) * np.float32(q) + _half(block[2:4]) for q in _nibbles(block[4:])]
+
+
+def _q8_0(block):
+    return [_half(block[:2]) * np.float32(np.int8(b)) for b in block[2:].view(np.int8)]
+
+
+def _scale_and_minimum(scales, j):
+    if j < 4:
+        return scales[j] & 63, scales[j + 4] & 63
+    return (scales[j + 4] & 15) | (scales[j - 4] >> 6) << 4, (scales[j + 4] >> 4) | (scales[j] >> 6) << 4
+
+
+def _q4_k(block, qh=None):
+    d, dmin, scales, qs = _half(block[:2]), _half(block[2:4]), block[4:16], block[-128:]
+    y = []
+    for j in range(8):
+        scale, minimum = _scale_and_minimum([int(s) for s in scales], j)
+        for i in range(32):
+            q = (qs[32 * (j // 2) + i] >> 4 * (j % 2)) & 15
+            fifth = 0 if qh is None else 16 * ((qh[i] >> j) & 1)
+            y.append(d * np.float32(scale) * np.float32(q + fifth) - dmin * np.float32(minimum))
+    return y
+
+
+def _q5_k(block):
+    return _q4_k(block, qh=block[16:48])
+
+
+def _q6_k(block):
+    ql, qh, scales, d = block[:128], block[128:192], block[192:208].view(np.int8), _half(block[208:])
+    y = []
+    for n, quarter, i in itertools.product(range(2), range(4), range(32)):
+        low = (ql[64 * n + 32 * (quarter % 2) + i] >> 4 * (quarter // 2)) & 15
+        high = (qh[32 * n + i] >> 2 * quarter) & 3
+        scale = scales[8 * n + 2 * quarter + i // 16]
+        y.append(d * np.float32(scale) * np.float32(int(low | high << 4) - 32))
+    return y
+
+
+# Bytes of a block, numbers in it, and where its float16 numbers are.
+_BLOCKS = {
+    "Q4_0": (18, 32, (0,), _q4_0),
+    "Q4_1": (20, 32, (0, 2), _q4_1),
+    "Q8_0": (34, 32, (0,), _q8_0),
+    "Q4_K": (144, 256, (0, 2), _q4_k),
+    "Q5_K": (176, 256, (0, 2), _q5_k),
+    "Q6_K": (210, 256, (208,), _q6_k),
+}
+
+
+def _random_blocks(kind, rows, columns, rng):
+    """Rows of a matrix [rows, columns] as bytes: every bit at random but those of the scales."""
+    size, numbers, halves, _ = _BLOCKS[kind]
+    blocks = rng.integers(0, 256, (rows, columns // numbers, size), np.uint8)
+    for at in halves:
+        scales = rng.normal(size=blocks.shape[:2]).astype(np.float16)
+        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", _BLOCKS)
+def test_blocks_are_read_as_published(tmp_path, kind):
+    data = _random_blocks(kind, 3, 512, np.random.default_rng(0))
+    writer = gguf.GGUFWriter(tmp_path / "file.gguf", "llama")
+    writer.add_tensor("a", data, raw_dtype=_Kind[kind])
+    tensor = read_gguf(_close(writer)).tensors["a"]
+    size, *_, by_hand = _BLOCKS[kind]
+    wanted = np.array([np.concatenate([by_hand(block) for block in row.reshape(-1, size)]) for row in data])
+    assert (tensor.shape, tensor.kind, np.asarray(tensor).dtype) == ((3, 512), kind, np.float32)
+    np.testing.assert_array_equal(np.asarray(tensor), wanted)
+    np.testing.assert_array_equal(tensor[1:2], wanted[1:2])
+
+
+def test_plain_numbers_are_read_exactly(tmp_path):
+    numbers = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "file.gguf", "llama")
+    writer.add_tensor("f32", numbers)
+    writer.add_tensor("f16", numbers.astype(np.float16))
+    writer.add_tensor("bf16", numbers.astype(ml_dtypes.bfloat16).view(np.uint8), raw_dtype=_Kind.BF16)
+    tensors = read_gguf(_close(writer)).tensors
+    for name, dtype in {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}.items():
+        np.testing.assert_array_equal(np.asarray(tensors[name]), numbers.astype(dtype).astype(np.float32))
+
+
+# Files as llama.cpp's conversion writes them.
+
+
+def _close(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(writer.path)
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# What differs from `_TINY`, by general.architecture and a name.
+_TINY = {
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 2.0**-20,
+    "rope_theta": 20_000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_MODELS = {
+    "llama": {"model_type": "llama"},
+    "llama 3": {"model_type": "llama", "head_dim": 64, "rope_theta": 500_000.0, "rope_scaling": _LLAMA3},
+    "llama with biases, tied": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "eos_token_id": [2, 5],
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 32},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma2": {
+        "model_type": "gemma2",
+        "sliding_window": 16,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 10.0,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "sliding_window": 16,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 64, "partial_rotary_factor": 0.5},
+}
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The models as Hugging Face folders, random weights."""
+    found = {}
+    for number, (name, changes) in enumerate(_MODELS.items()):
+        folder, rng = tmp_path_factory.mktemp("base"), np.random.default_rng(number)
+        config = _TINY | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        model = FAMILY.abstract(FAMILY.read_config(config))
+        tensors = {
+            # Multiples of 1 / 64 below 8, so that 1 + w loses nothing.
+            name: (rng.integers(-512, 512, slot.shape) / 64).astype(np.float32)
+            for slot in FAMILY.checkpoint.slots(model)
+            for name in slot.names
+        }
+        save_file(tensors, folder / "model.safetensors")
+        found[name] = folder
+    return found
+
+
+def _interleaved(rows, heads):
+    """Rows i and half + i of every head next to each other: llama.cpp's `permute`."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _writer(folder, file, kinds=lambda name: None, drop=(), **more):
+    """A GGUF file of a Hugging Face folder, not yet written; `more` are further values of its architecture."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    kind = config["model_type"]
+    name = _ARCHITECTURES.get(kind, kind)
+    writer = gguf.GGUFWriter(file, name)
+    heads, kv_heads, d_head = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    values = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "block_count": config["num_hidden_layers"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": d_head,
+        "attention.value_length": d_head,
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "attention.sliding_window": config.get("sliding_window"),
+        "attn_logit_softcapping": config.get("attn_logit_softcapping"),
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+        "rope.freq_base": config["rope_theta"],
+        "rope.dimension_count": int(d_head * config.get("partial_rotary_factor", 1)) if kind != "gemma2" else None,
+        "vocab_size": config["vocab_size"],
+    }
+    scaling = config.get("rope_scaling", {})
+    if scaling.get("rope_type") == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling["factor"]}
+    if scaling.get("rope_type") == "llama3":
+        tensors["rope_freqs"] = _quotients(config["rope_theta"], d_head, scaling)
+    for key, value in (values | {key.replace("__", "."): value for key, value in more.items()}).items():
+        if value is not None:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add[type(value)](f"{name}.{key}", value)
+    end, *others = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+    for key, token in {"bos": config["bos_token_id"], "eos": end, "padding": config["pad_token_id"]}.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
+    for token in others:
+        writer.add_uint32("tokenizer.ggml.eot_token_id", token)
+    for key, value in _BYTE_LEVEL.items():
+        writer.add_array(key, value) if isinstance(value, list) else writer.add_string(key, value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
+    for title, tensor in tensors.items():
+        if title in drop:
+            continue
+        if name == "llama" and (".q_proj" in title or ".k_proj" in title):
+            tensor = _interleaved(tensor, heads if ".q_proj" in title else kv_heads)
+        if name.startswith("gemma") and title.endswith("norm.weight"):
+            tensor = tensor + 1
+        stem, _, suffix = title.rpartition(".")
+        to = "rope_freqs.weight" if title == "rope_freqs" else f"{names.get_name(stem)}.{suffix}"
+        quantised = kinds(title) if tensor.ndim == 2 else None
+        data = tensor if quantised is None else gguf.quantize(tensor, _Kind[quantised])
+        writer.add_tensor(to, data, raw_dtype=None if quantised is None else _Kind[quantised])
+    return writer
+
+
+def _quotients(theta, width, scaling):
+    """The stretches of all pairs, as llama.cpp's conversion computes them."""
+    found = []
+    for i in range(0, width, 2):
+        turns = scaling["original_max_position_embeddings"] / (2 * np.pi * theta ** (i / width))
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        found.append(1 / ((1 - kept) / scaling["factor"] + kept))
+    return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
+    """The same structure and the same weights, bit for bit."""
+    folder = folders[name]
+    file = _close(_writer(folder, tmp_path / "model.gguf"))
+    assert read_config(file) == read_config(folder)
+    got, wanted = (dict(nnx.to_flat_state(nnx.state(load_base(source)))) for source in (file, folder))
+    assert got.keys() == wanted.keys()
+    for path, variable in wanted.items():
+        np.testing.assert_array_equal(got[path].get_value(), variable.get_value(), str(path))
+
+
+def test_further_values_of_older_and_newer_files(tmp_path, folders):
+    """A pattern of windows, widths of heads left out, the older key of a scaling, keys without effect."""
+    gemma = _writer(
+        folders["gemma3"],
+        tmp_path / "gemma.gguf",
+        attention__sliding_window_pattern=[True] * 6 + [False],
+        rope__freq_base_swa=5_000.0,
+        expert_count=0,
+    )
+    config = read_config(_close(gemma))
+    assert config.sliding == (True,) * 6 + (False,) and config.local_rope.theta == 5_000.0
+    llama = _writer(
+        folders["llama"],
+        tmp_path / "llama.gguf",
+        attention__key_length=None,
+        attention__value_length=None,
+        attention__head_count_kv=None,
+        rope__scale_linear=2.0,
+    )
+    config = read_config(_close(llama))
+    assert (config.d_head, config.num_kv_heads, config.rope.scaling, config.rope.factor) == (16, 4, "linear", 2.0)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_queries_by_the_undeclared_width(tmp_path, folders, name, layers):
+    file = _close(_writer(folders[name], tmp_path / "model.gguf", block_count=layers, embedding_length=80))
+    assert read_config(file).query_scale == (80 // 4) ** -0.5
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"])
+def test_the_end_of_a_turn_ends_an_answer(tmp_path, folders, text):
+    file = tmp_path / "model.gguf"
+    writer = _writer(folders["llama"], file)
+    tokens = [*_BYTE_LEVEL["tokenizer.ggml.tokens"]]
+    tokens[7] = text
+    writer.kv_data[0]["tokenizer.ggml.tokens"].value = tokens
+    assert read_config(_close(writer)).end_ids == (2, 7)
+
+
+# 8 bits.
+
+
+def _in_turn(title):
+    """Layer 0 in Q8_0, layer 1 in Q4_0, the gates in float32 alone, the head in Q8_0."""
+    if "gate_proj" in title:
+        return None
+    return "Q4_0" if ".layers.1." in title else "Q8_0"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
+    file = _close(_writer(folders["llama"], tmp_path / "model.gguf", _in_turn))
+    tensor, model = base_tensor(file), load_base(file, dtype=dtype, quantise="int8")
+    tensors = open_base(file).tensors()
+    head = model.variables()["head"].get_value()
+    matrices = {("lm_head", 0): qwix.QArray(head.qvalue[None], head.scale[None], qtype="int8")}
+    for (site, kernel), layer in itertools.product(kernels(model).items(), range(2)):
+        matrices[model.config.sites[site].path_of(layer), layer] = kernel
+    assert len(matrices) == 15
+    for (path, layer), weight in matrices.items():
+        wanted = tensor(f"{path}.weight").T.astype(dtype)
+        got = np.asarray(dense(weight, dtype)[layer])
+        if tensors[f"{path}.weight"].kind == "Q8_0":
+            codes, scales = tensors[f"{path}.weight"].codes()
+            np.testing.assert_array_equal(weight.qvalue[layer], codes.T)
+            np.testing.assert_array_equal(weight.scale[layer], scales.T.astype(np.float32))
+            np.testing.assert_array_equal(got, wanted)
+        else:
+            tiles = np.abs(wanted.astype(np.float32)).reshape(-1, weight.scale_tile_shape[1], wanted.shape[1])
+            step = np.repeat(tiles.max(1), weight.scale_tile_shape[1], axis=0) / 127
+            # A scale of bfloat16 is off by up to a 512th, and so is a product in bfloat16.
+            rounding = 2.0**-7 * np.abs(wanted.astype(np.float32)) if dtype == "bfloat16" else 1e-5
+            assert (np.abs(got.astype(np.float32) - wanted.astype(np.float32)) <= 0.5 * step + rounding).all()
+            assert weight.scale_tile_shape[1] == (64 if "gate_proj" in path else 32)
+
+
+def test_other_precisions_are_quantised_from_the_file_s_numbers(tmp_path, folders):
+    plain = _close(_writer(folders["llama"], tmp_path / "model.gguf", _in_turn))
+    saved = tmp_path / "folder"
+    save_base(load_base(plain), saved, plain)
+    for path, weight in kernels(load_base(plain, quantise="nf4")).items():
+        np.testing.assert_array_equal(
+            dense(weight, jnp.float32), dense(kernels(load_base(saved, quantise="nf4"))[path], jnp.float32)
+        )
+
+
+# Tokenizers.
+
+
+def _byte_letters():
+    """GPT-2's letters of the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "<think>", "th", "the", *_byte_letters().values()],
+    "tokenizer.ggml.token_type": [3, 3, 3, 4, *[1] * 258],
+    "tokenizer.ggml.merges": ["t h", "th e"],
+    "tokenizer.chat_template": "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}",
+}
+_IDS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+
+
+def _ids(tokens):
+    names = _BYTE_LEVEL["tokenizer.ggml.tokens"]
+    return [names.index(token) for token in tokens]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["He", "'s", " 1234", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
+        ("default", ["He", "'", "s", " ", "123", "4", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
+        ("smollm", ["He", "'s", " ", "1", "2", "3", "4", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
+        ("llama-bpe", ["He", "'s", " ", "123", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
+        ("qwen2", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
+        ("tekken", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
+    ],
+)
+def test_pre_tokenizers_split_by_name(pre, pieces):
+    tokenizer = build_tokenizer(_BYTE_LEVEL | _IDS | {"tokenizer.ggml.pre": pre})
+    got = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("He's 1234 won'T   x!?\n\ny")
+    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    assert [bytes(letters[letter] for letter in piece).decode() for piece, _ in got] == pieces
+
+
+def test_byte_level_tokens_special_tokens_and_flags():
+    tokenizer = build_tokenizer(_BYTE_LEVEL | _IDS)
+    assert tokenizer("the th é</s><think>")["input_ids"] == _ids(["the", "Ġ", "th", "Ġ", "Ã", "©", "</s>", "<think>"])
+    assert tokenizer.decode(tokenizer("the é</s><think>")["input_ids"], skip_special_tokens=True) == "the é<think>"
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+    flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    both = build_tokenizer(_BYTE_LEVEL | _IDS | flags | {"tokenizer.ggml.padding_token_id": 0})
+    assert both("the")["input_ids"] == _ids(["<s>", "the", "</s>"]) and both.pad_token == "<pad>"
+    assert both("the", "th")["input_ids"] == _ids(["<s>", "the", "</s>", "<s>", "th", "</s>"])
+    # Llama 3's tokenizers begin with BOS unless told otherwise, and keep a word that no merges make.
+    merges = {"tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "llama-bpe"}
+    with pytest.raises(ValueError, match="its merges give no tokenizer"):
+        build_tokenizer(_BYTE_LEVEL | _IDS | merges)
+    merges["tokenizer.ggml.merges"] = ["t h"]
+    assert build_tokenizer(_BYTE_LEVEL | _IDS | merges)("the")["input_ids"] == _ids(["<s>", "the"])
+    merges["tokenizer.ggml.pre"] = "gpt-2"
+    assert build_tokenizer(_BYTE_LEVEL | _IDS | merges)("the")["input_ids"] == _ids(["th", "e"])
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], return_dict=False)
+    assert chat == _ids(["<s>", "the", "</s>"])
+
+
+_PIECES = {"▁": -5.0, "a": -6.0, "b": -7.0, "c": -8.0, "ab": -1.0, "▁a": -2.0, "bc": -0.5, "abc": -3.0, "▁ab": -4.0}
+_SENTENCE_PIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *_PIECES, "  ", "<turn>"],
+    "tokenizer.ggml.scores": [0.0] * 259 + [*_PIECES.values(), -1000.0, -1000.0],
+    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(_PIECES), 4, 3],
+    "tokenizer.ggml.unknown_token_id": 0,
+} | _IDS
+
+
+def _by_score(text):
+    """SentencePiece's merges by a loop: the best pair, the first one of equals."""
+    parts = [*text]
+    while True:
+        pairs = [(_PIECES[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in _PIECES]
+        if not pairs:
+            return parts
+        at = -max(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def test_sentence_piece_merges_by_score():
+    tokenizer = build_tokenizer(_SENTENCE_PIECE)
+
+    @given(st.text("abc ", min_size=1, max_size=12).filter(lambda text: "  " not in text))
+    def check(text):
+        assert tokenizer.tokenize(text) == _by_score("▁" + text.replace(" ", "▁"))
+
+    check()
+
+
+def test_sentence_piece_bytes_special_tokens_and_the_space_before():
+    tokenizer = build_tokenizer(_SENTENCE_PIECE)
+    assert tokenizer.tokenize("abé") == ["▁ab", "<0xC3>", "<0xA9>"]
+    assert tokenizer("ab")["input_ids"][0] == 1
+    assert tokenizer.tokenize("a<turn>a") == ["▁a", "<turn>", "▁a"]
+    for text in ("ab é c", "  b"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    gemma = build_tokenizer(_SENTENCE_PIECE | {"tokenizer.ggml.add_space_prefix": False})
+    assert gemma.tokenize("a  ab a") == ["a", "  ", "ab", "▁a"]
+    assert gemma.decode(gemma("a  ab")["input_ids"], skip_special_tokens=True) == "a  ab"
+    without = {key: value for key, value in _SENTENCE_PIECE.items() if not key.endswith("scores")}
+    merged = build_tokenizer(without | {"tokenizer.ggml.merges": ["b c", "▁ a"]})
+    assert merged.tokenize("abc") == ["▁a", "bc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert', which is not implemented: wanted gpt2 or llama"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking', which is not implemented: wanted one of default, gpt-2"),
+        ({"merges": None}, "the metadata lack tokenizer.ggml.merges: fetch the file again"),
+        ({"model": "llama", "merges": None}, "the metadata lack tokenizer.ggml.scores, and merges instead of them"),
+        ({"tokens": ["a", "a"]}, "tokenizer.ggml.tokens holds 2 tokens, 1 of them different"),
+        ({"tokens": None}, "tokenizer.ggml.tokens holds 0 tokens"),
+    ],
+)
+def test_tokenizers_that_are_refused(tmp_path, folders, changes, message):
+    writer = _writer(folders["llama"], tmp_path / "model.gguf")
+    held = writer.kv_data[0]
+    for key, value in changes.items():
+        if value is None:
+            del held[f"tokenizer.ggml.{key}"]
+        else:
+            held[f"tokenizer.ggml.{key}"].value = value
+    with pytest.raises(ValueError, match=f"^{tmp_path}/model.gguf: {message}"):
+        load_tokenizer(_close(writer))
+
+
+# A file wherever a folder goes.
+
+
+def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
+    file = str(_close(_writer(folders["llama"], tmp_path / "model.gguf")))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{path}.lora_A.weight": np.ones((2, 64), np.float32), f"{path}.lora_B.weight": np.ones((64, 2), "f4")}
+    # A copy of the base's head, as PEFT saves one: it is compared with the file's.
+    copies = {"base_model.model.lm_head.weight": base_tensor(file)("lm_head.weight")}
+    save_file(factors | copies, adapter / "adapter_model.safetensors")
+    manifest = convert(ConvertOptions(base=file, adapters=(str(adapter),), dry_run=True))
+    assert manifest["base"]["source"] == file and manifest["totals"]["adapters"] == 1
+    assert shape_config(file) == read_config(file)
+    saved = tmp_path / "saved"
+    save_base(load_base(file), saved, file)
+    assert manifest["base"]["config_sha256"] == open_base(saved).config_sha256()
+    assert read_config(saved) == read_config(file)
+    tensors, wanted = load_file(saved / "model.safetensors"), load_file(folders["llama"] / "model.safetensors")
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, wanted[name])
+    ours, again = load_tokenizer(file), load_tokenizer(saved)
+    for text in ("the th é</s><think>", string.printable):
+        assert again(text)["input_ids"] == ours(text)["input_ids"]
+    assert again.chat_template == ours.chat_template and again.special_tokens_map == ours.special_tokens_map
+
+
+# What is refused.
+
+
+def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
+    file = _close(_writer(folders["llama"], tmp_path / "model.gguf"))
+    content = file.read_bytes()
+    last = np.argmax([t._blocks.ctypes.data for t in read_gguf(file).tensors.values()])
+    name = [*read_gguf(file).tensors][last]
+    for size, message in {
+        len(content) - 40: rf"truncated or damaged, {name} ends behind the file's last byte \({len(content) - 40:,}\)",
+        len(content) // 8: "truncated or damaged, .* fetch the file again",
+        3000: "truncated or damaged, a text cannot be read",
+        30: "truncated or damaged",
+        6: "truncated or damaged, the header ends behind the file's last byte",
+        0: "the file is empty: fetch it again",
+    }.items():
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=f"^{file}: {message}"):
+            read_config(file)
+    for start, message in {
+        b"PK\3\4": r"is not a GGUF file: it begins with b'PK\\x03\\x04', not with b'GGUF'",
+        b"GGUF\1\0\0\0": "is a GGUF file that is of version 1: wanted version 2 or 3, little-endian",
+        b"GGUF\0\0\0\3": "is a GGUF file that is big-endian: wanted version 2 or 3",
+    }.items():
+        file.write_bytes(start + content[len(start) :])
+        with pytest.raises(ValueError, match=f"^{file} {message}"):
+            read_config(file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=f"^{file}: this is a Git LFS pointer"):
+        load_base(file)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"^{file}: no such file"):
+        load_base(file)
+
+
+def _kind(kind):
+    return lambda title: kind if "up_proj" in title else None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kinds": _kind("Q5_0")}, r"blk\.0\.ffn_up\.weight is stored as Q5_0, which is not read: wanted one of F32"),
+        ({"drop": ("model.layers.1.mlp.up_proj.weight",)}, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
+        ({"feed_forward_length": 64}, r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], not \[64, 64\]"),
+        (
+            {"attention__head_count_kv": 4},
+            r"self_attn\.k_proj\.weight has shape \[32, 64\], not \[64, 64\]: do the",
+        ),
+        ({"block_count": 1}, r"the model has no place for model\.layers\.1\."),
+        ({"context_length": None}, r"the metadata lack llama\.context_length: fetch the file again"),
+        ({"attention__head_count_kv": [2, 1]}, r"llama\.attention\.head_count_kv is a list: wanted one number for all"),
+        ({"attention__value_length": 8}, r"llama\.attention\.key_length is 16 and value_length is 8: wanted one width"),
+        ({"expert_count": 8}, r"llama\.expert_count is 8, which is not implemented for llama"),
+        ({"logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not implemented for llama"),
+        ({"rope__scaling__type": "yarn"}, r"the rope scaling is yarn, which is not implemented: wanted linear, or the"),
+        ({"rope__dimension_count": 8}, r"llama\.rope\.dimension_count is 8: wanted the width of a head, 16"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, folders, arguments, message):
+    file = _close(_writer(folders["llama"], tmp_path / "model.gguf", **arguments))
+    with pytest.raises(ValueError, match=f"^{file}: .*{message}"):
+        load_base(file)
+
+
+def test_other_architectures_are_refused_by_name(tmp_path):
+    file = _close(gguf.GGUFWriter(tmp_path / "model.gguf", "mamba"))
+    with pytest.raises(ValueError, match=r"general\.architecture is 'mamba': wanted one of llama, qwen2, qwen3"):
+        read_config(file)
+
+
+def test_ends_parts_and_adapters_are_refused(tmp_path, folders):
+    def changed(name, change):
+        writer = _writer(folders["llama"], tmp_path / f"{name}.gguf")
+        change(writer.kv_data[0], writer)
+        return _close(writer)
+
+    def set_value(key, value):
+        return lambda held, writer: setattr(held[key], "value", value)
+
+    eos = "tokenizer.ggml.eos_token_id"
+    with pytest.raises(ValueError, match=r"the eos token is 4000, and tokenizer\.ggml\.tokens holds 262"):
+        read_config(changed("end", set_value(eos, 4000)))
+    with pytest.raises(ValueError, match="eos_token_id is missing: wanted the token, or tokens, that end an answer"):
+        read_config(changed("none", lambda held, writer: held.pop(eos)))
+    with pytest.raises(ValueError, match=r"is one of 3 parts: merge them with llama\.cpp's `llama-gguf-split --merge`"):
+        read_config(changed("part", lambda held, writer: writer.add_uint16("split.count", 3)))
+    file = _close(_writer(folders["llama"], tmp_path / "embedding.gguf", drop=("model.embed_tokens.weight",)))
+    with pytest.raises(ValueError, match=r"the tensors lack token_embd\.weight: wanted a model, not an adapter"):
+        read_config(file)
+
+
+@pytest.mark.parametrize("change", [lambda q: q[::-1], lambda q: q * np.float32(1.01), lambda q: q[:-1]])
+def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folders, change):
+    writer = _writer(folders["llama 3"], tmp_path / "model.gguf")
+    held = writer.tensors[0]["rope_freqs.weight"]
+    held.tensor = np.ascontiguousarray(change(held.tensor))
+    held.shape, held.nbytes = held.tensor.shape, held.tensor.nbytes
+    message = r"rope_freqs\.weight (has shape \[31\]: wanted \[32\]|are not those of a rope scaling llama3)"
+    with pytest.raises(ValueError, match=message):
+        read_config(_close(writer))
+
+
+def test_longrope_is_refused(tmp_path, folders):
+    writer = _writer(folders["phi3"], tmp_path / "model.gguf")
+    writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
+    with pytest.raises(ValueError, match="the rope scaling is longrope, which is not implemented: wanted linear"):
+        read_config(_close(writer))
