@@ -138,8 +138,8 @@ def generate_lines(options: GenerateOptions) -> list[str]:
       ValueError: there is no text, the options do not name one model, the run lacks the seed or its method cannot
         answer new text, or a line is longer than the model's context.
     """
-    lines = list(_lines(options))
     answering = _answering(options)
+    lines = list(_lines(options))
     texts = load_texts(answering.fused)
     encoded = answering.encode(texts, lines)
     problem = answering.problem(texts)

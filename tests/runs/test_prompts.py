@@ -1,13 +1,24 @@
 """Runs on a model that continues its prompt: trained, evaluated and asked, with and without its chat template."""
 
 import dataclasses
+import functools
+import io
 import json
+import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import small_llama
+from flax import nnx
 
+from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.models.generate import Sampling
+from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.apply import (
     EvaluateOptions,
     GenerateOptions,
@@ -18,7 +29,9 @@ from lorafusion_jax.runs.apply import (
 )
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import load_texts, prepare
 from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.tasks import Example, encode
 from lorafusion_jax.training.recipe import PRESETS
 
 _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
@@ -31,7 +44,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Path:
-    """Prompts of different lengths with options, the last rows conversations."""
+    """Prompts of different lengths, whose answers recur and so are options."""
     folder = tmp_path_factory.mktemp("task")
     words = [*_ANSWERS] * 3
     for part, count in (("train", 12), ("test", 7)):
@@ -42,6 +55,7 @@ def task(tmp_path_factory) -> Path:
 
 def _options(base: Path, task: Path, out: Path, **changes) -> FuseOptions:
     recipe = {"epochs": 2, "batch_size": 6, "lora_rank": 2, "lr_lora": 0.05, "max_new_tokens": 6, "shots": 2}
+    recipe |= {name: changes.pop(name) for name in [*changes] if name in recipe}
     values = {"base": str(base), "task": str(task), "out": out, "method": "lora", "save_seconds": 0.0}
     return FuseOptions(**values | changes, recipe=dataclasses.replace(PRESETS["default"], **recipe))
 
@@ -53,7 +67,7 @@ def chat(base, task, tmp_path_factory) -> tuple[FuseOptions, dict]:
 
 
 def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
-    options, results = chat
+    options, _ = chat
     folder = run_path(options)
     assert json.loads((folder / "config.json").read_text())["options"]["chat"] is True
     losses = [row["loss"] for row in RunFolder(folder).metrics() if "loss" in row]
@@ -67,15 +81,154 @@ def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
 def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(chat, tmp_path):
     options, results = chat
     folder = run_path(options)
+    for row, recorded in zip(evaluate_run(EvaluateOptions(run=folder, eval_batch=2)), results["seeds"], strict=True):
+        for score in ("exact_match", "option_accuracy"):
+            assert row[score] == recorded[score]
+        assert row["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
     said = [row for row in RunFolder(folder).predictions() if row["seed"] == 2]
-    for eval_batch in (2, 64):
-        rows = evaluate_run(EvaluateOptions(run=folder, eval_batch=eval_batch))
-        for row, recorded in zip(rows, results["seeds"], strict=True):
-            for score in ("exact_match", "option_accuracy"):
-                assert row[score] == recorded[score]
-            assert row["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
-        text = tmp_path / "lines"
-        text.write_text("\n".join(row["input"].removeprefix("say ") for row in said))
-        asked = GenerateOptions(run=folder, file=text, seed=2, eval_batch=eval_batch)
-        assert generate_lines(asked) == [row["prediction"] for row in said]
+    (tmp_path / "lines").write_text("\n".join(row["input"].removeprefix("say ") for row in said))
+    asked = GenerateOptions(run=folder, file=tmp_path / "lines", seed=2, eval_batch=3)
+    assert generate_lines(asked) == [row["prediction"] for row in said]
     assert ["".join(answer) for answer in stream_lines(asked)] == [row["prediction"] for row in said]
+
+
+def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
+    options, _ = chat
+    setup, _, params = load_to_evaluate(EvaluateOptions(run=run_path(options)))
+    of_seed = jax.tree.map(lambda p: p[1], params)
+    problem = setup.problem
+    adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[1])
+    graph, weights = nnx.split(merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters))
+
+    @jax.jit
+    def log_probs(weights, ids):
+        return jax.nn.log_softmax(nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool)))
+
+    def likelihood(example: Example) -> float:
+        ((prompt,), (answer,)) = (part for part in vars(encode(setup.tokenizer, [example], setup.text_format)).values())
+        ids = np.zeros((1, 64), np.int32)  # nothing looks ahead, so what is behind the text has no effect
+        ids[0, : len(prompt) + len(answer)] = [*prompt, *answer]
+        found = log_probs(weights, ids)[0, len(prompt) - 1 :]
+        return float(sum(found[place, token] for place, token in enumerate(answer)))
+
+    closed = sorted(_ANSWERS.values())
+    scores = [[likelihood(dataclasses.replace(row, target=option)) for option in closed] for row in setup.task.test]
+    found = evaluation.evaluate(setup, params, batch_size=4, options=[closed] * len(scores))
+    wanted = [closed[int(np.argmax(of))] == row.target for of, row in zip(scores, setup.task.test, strict=True)]
+    assert min(np.diff(np.sort(of))[-1] for of in scores) > 1e-4
+    assert found.option_correct is not None
+    np.testing.assert_array_equal(found.option_correct[1], wanted)
+    assert 0 < np.mean(wanted) < 1
+
+
+@pytest.mark.parametrize(("chat", "answer"), [(False, " cold"), (True, " cold\n\nQ")])
+def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answer, base, task, tmp_path, monkeypatch):
+    options = _options(base, task, tmp_path, method="few-shot", chat=chat, test_rows=2)
+    tokenizer = load_texts(options).tokenizer
+    said = tokenizer(" cold\n\nQ", add_special_tokens=False)["input_ids"]
+    prompts = []
+
+    def generate_seeds(params, batch, problem, **_):
+        prompts.extend(tokenizer.decode(row[mask]) for row, mask in zip(batch.input_ids, batch.input_mask, strict=True))
+        return jnp.array([[said + [small_llama.END] * (6 - len(said))] * len(batch.row_mask)])
+
+    monkeypatch.setattr(evaluation, "generate_seeds", generate_seeds)
+    results = fuse(options)
+    assert [row["prediction"] for row in RunFolder(run_path(options)).predictions()] == [answer] * 2
+    assert results["seeds"][0]["exact_match"] == (0 if chat else 50)
+    shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
+    around = (r"<\|im_start\|>user\n", r"<\|im_end\|>\n<\|im_start\|>assistant\n") if chat else ("<s>", "")
+    for prompt, asked in zip(prompts, ("hot", "the tall"), strict=True):
+        assert re.fullmatch(f"{around[0]}{shown}{asked}{around[1]}", prompt)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "the cold gold is " * 40 + "{input}"}, r"row 1, '.*', has \d+ tokens, .* context holds 160"),
+        (
+            {"max_new_tokens": 155},
+            r"row 4, 'the the the gold', has 7 .* answer of up to 155: .* \(--max-new-tokens\)",
+        ),
+        ({"method": "few-shot", "shots": 12, "max_new_tokens": 99}, r"row \d, .* fewer examples in the prompt"),
+    ],
+)
+def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes, message, base, task, tmp_path):
+    no_weights = tmp_path / "base"
+    no_weights.mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (no_weights / path.name).write_bytes(path.read_bytes())
+    options = _options(no_weights, task, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        fuse(options)
+    assert not run_path(options).exists()
+    with pytest.raises(ValueError, match="has no weights"):
+        fuse(_options(no_weights, task, tmp_path))
+
+
+def test_chat_needs_a_template(task, tmp_path):
+    plain = small_llama.make(tmp_path / "plain", chat_template=None)
+    with pytest.raises(ValueError, match="plain has no chat template: leave out --chat, and describe the task with"):
+        prepare(_options(plain, task, tmp_path, chat=True))
+    conversation = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([json.dumps({"messages": conversation})] * 3))
+    with pytest.raises(ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"):
+        prepare(_options(plain, rows, tmp_path, train_rows=1))
+
+
+def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
+    plans = [describe_run(_options(base, task, tmp_path, chat=chat)) for chat in (False, True)]
+    setups = [prepare(_options(base, task, tmp_path, chat=chat)) for chat in (False, True)]
+    for plan, setup in zip(plans, setups, strict=True):
+        longest = max(map(len, setup.test.inputs))
+        assert f" {-(-longest // 4) * 4} source" in plan.replace(" to ", " "), plan
+    assert plans[0] != plans[1]
+
+
+# A base model as it is.
+
+
+def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    options = GenerateOptions(base=str(base), max_new_tokens=8, **changes)
+    return ["".join(answer) for answer in stream_lines(options)] if options.stream else generate_lines(options)
+
+
+def test_a_base_model_answers_without_a_run(base, monkeypatch):
+    plain, chat = (_ask(base, monkeypatch, "hot\n\nthe tall one\n", chat=chat) for chat in (False, True))
+    assert len(plain) == len(chat) == 2 and plain != chat
+    assert _ask(base, monkeypatch, "hot\n\nthe tall one\n", chat=True, stream=True) == chat
+
+
+def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
+    sampling = Sampling(temperature=1.0, top_k=200, top_p=0.95)
+    text = "hot\nthe tall one\nhot\n"
+    ask = functools.partial(_ask, base, monkeypatch, sampling=sampling)
+    drawn = ask(text)
+    assert drawn[0] != drawn[2]
+    assert ask(text, eval_batch=1) == drawn
+    assert ask(text, stream=True) == drawn
+    assert ask("hot\n")[0] == drawn[0]
+    assert ask(text, sampling_seed=1) != drawn
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": None}, "say who answers: a fused run with --run, or a base model as it is with --base"),
+        ({"run": Path("run")}, "say who answers"),
+        ({"base": None, "run": Path("run"), "chat": True}, "a run puts text into the chat template if it was fused so"),
+        ({"seed": 1}, "--seed is of a run, and a base model has none: leave it out"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: wanted at least 1"),
+        ({"max_new_tokens": 200}, r"row 1, 'hot', has \d+ tokens, .*: the model's context holds 160"),
+    ],
+)
+def test_questions_that_nobody_can_answer(changes, message, base, tmp_path):
+    (tmp_path / "lines").write_text("hot\n")
+    options = dataclasses.replace(GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes)
+    with pytest.raises(ValueError, match=message):
+        generate_lines(options)
+    with pytest.raises(ValueError, match=message):
+        next(stream_lines(options))

@@ -1,0 +1,55 @@
+"""`lorafusion generate` as it is typed: a base model without a run, and drawn tokens that are printed as they come."""
+
+from pathlib import Path
+
+import pytest
+import small_llama
+
+from lorafusion_jax import cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return small_llama.make(tmp_path_factory.mktemp("llama") / "base")
+
+
+class _Out:
+    """Standard output that notes how much of it was flushed."""
+
+    def __init__(self):
+        self.text, self.flushed = "", []
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        self.flushed.append(self.text)
+
+
+def test_streamed_text_is_the_printed_text_piece_by_piece(base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "lines").write_text("hot\nthe tall one\n")
+    command = ["generate", "--base", str(base), "--chat", "--file", str(tmp_path / "lines"), "--max-new-tokens", "12"]
+    command += ["--temperature", "2", "--top-k", "300", "--top-p", "0.99", "--sampling-seed", "3"]
+    cli.main(command)
+    printed = capsys.readouterr().out
+    assert printed.endswith("\n") and len(printed) > 20
+    out = _Out()
+    monkeypatch.setattr("sys.stdout", out)
+    cli.main([*command, "--stream"])
+    assert out.text == printed
+    assert all(later.startswith(earlier) for earlier, later in zip(out.flushed, out.flushed[1:], strict=False))
+    assert len(out.flushed) > 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: say who answers: a fused run with --run, or a base model as it is with --base"),
+        (["--base", "here", "--top-p", "0.9"], "error: top_k and top_p filter a draw, and temperature 0 draws nothing"),
+    ],
+)
+def test_what_is_wrong_is_one_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", *arguments])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(message)
