@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     import transformers
 
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
 _TEXTS = (
     _CONFIG,
-    "generation_config.json",
+    _GENERATION,
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
@@ -43,7 +44,7 @@ class FolderBase(OpenedBase):
 
     @functools.cached_property
     def _folder(self) -> Path:
-        return resolve(self._source, patterns=(_CONFIG,))
+        return resolve(self._source, patterns=(_CONFIG, _GENERATION))
 
     @property
     def place(self) -> Path:
@@ -54,9 +55,22 @@ class FolderBase(OpenedBase):
         return self._folder / _CONFIG
 
     def config(self) -> Mapping[str, Any]:
-        if self.config_place.is_file():
-            check_lfs(self.config_place)
-        return read_json(self.config_place, "a Hugging Face model")
+        """Return the content of config.json, with the end tokens of generation_config.json too.
+
+        Instruction-tuned models such as Llama 3's and Gemma's end answers with tokens that only the latter has.
+        """
+        files = [self.config_place]
+        if (generation := self._folder / _GENERATION).is_file():
+            files.append(generation)
+        found = []
+        for path in files:
+            if path.is_file():
+                check_lfs(path)
+            found.append(read_json(path, "a Hugging Face model"))
+        ends = [*dict.fromkeys(token for raw in found for token in _ends(raw))]
+        if len(ends) == len(_ends(found[0])):
+            return found[0]
+        return found[0] | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
     def config_sha256(self) -> str:
         return sha256(self.config_place)
@@ -87,6 +101,11 @@ class FolderBase(OpenedBase):
         if any(folder.glob("model*.safetensors*")):
             return folder
         return resolve(self._source, patterns=(_CONFIG, "pytorch_model*.bin*"))
+
+
+def _ends(raw: Mapping[str, Any]) -> list[Any]:
+    ends = raw.get("eos_token_id")
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def _open(folder: Path) -> dict[str, np.ndarray]:

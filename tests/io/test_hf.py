@@ -200,6 +200,22 @@ def test_the_defaults_of_old_configurations(tmp_path):
     assert config == wanted
 
 
+@pytest.mark.parametrize(
+    ("own", "generation", "ends"),
+    [
+        (1, {"eos_token_id": [1, 17]}, (1, 17)),  # as in Gemma's instruction-tuned models
+        ([2, 3], {"eos_token_id": 4}, (2, 3, 4)),
+        (..., {"eos_token_id": 5}, (5,)),
+        (6, {"eos_token_id": 6}, (6,)),
+        (7, {}, (7,)),
+    ],
+)
+def test_end_tokens_are_those_of_both_configurations(tmp_path, own, generation, ends):
+    folder = _write_config(tmp_path / "base", model_type="llama", eos_token_id=own)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert read_config(folder).end_ids == ends
+
+
 def test_a_head_that_equals_the_embedding_is_tied(base):
     _change(base, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].copy()}))
     assert load_base(base).config.tied
