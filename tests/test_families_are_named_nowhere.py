@@ -18,7 +18,7 @@ _MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma"
 _FIELDS = {"num_layers", "num_decoder_layers", "d_kv", "scale_logits", "start_id", "gated"}
 _FIELDS |= {"qk_norm", "post_norms", "local_rope", "query_scale", "embedding_scale"}
 # Names of shapes and hub ids, as options' defaults, examples and measurements give them.
-_SHAPE = re.compile(r"(google/)?(flan-)?t5-\w+|flan_t5_large-\w+|FLAN-T5(-\w+)?")
+_SHAPE = re.compile(r"(google/)?(flan-)?t5-\w+|flan_t5_large-\w+|FLAN-T5(-\w+)?|HuggingFaceTB/[\w-]+")
 _LETTERS = {"q", "k", "v"}
 
 
@@ -34,6 +34,8 @@ def _texts(source: str) -> Iterator[tuple[int, str]]:
     """Lines and texts of a file's strings, and the names that its code uses."""
     for node in ast.walk(ast.parse(source)):
         match node:
+            case ast.Attribute(value=ast.Name(id="tokenizer"), attr="decoder"):
+                pass  # a name of the library tokenizers
             case ast.Constant(value=str(text)):
                 yield node.lineno, text
             case ast.Attribute(attr=text) | ast.Name(id=text) | ast.keyword(arg=str(text)) | ast.arg(arg=text):

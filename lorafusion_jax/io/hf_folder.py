@@ -57,7 +57,7 @@ class FolderBase(OpenedBase):
     def config(self) -> Mapping[str, Any]:
         """Return the content of config.json, with the end tokens of generation_config.json too.
 
-        Instruction-tuned models such as Llama 3's and Gemma's end answers with tokens that only the latter has.
+        Instruction-tuned models often end answers with tokens that only the latter has.
         """
         files = [self.config_place]
         if (generation := self._folder / _GENERATION).is_file():
