@@ -19,7 +19,7 @@ from .methods.merge import Merge
 from .methods.method import MethodEntry, Update
 from .methods.untrained import ZeroShot
 from .models.architecture import Architecture, Site, kernels, places
-from .models.generate import generate
+from .models.generate import Sampling, generate
 from .models.weights import matmul, quantise
 from .runs.options import FuseOptions
 from .runs.run import load_run
@@ -52,6 +52,7 @@ __all__ = [
     "Problem",
     "Rates",
     "Recipe",
+    "Sampling",
     "Site",
     "TrainState",
     "Update",

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import small_llama
+import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llama import BOS, END, EOS, START
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import load_texts
 from lorafusion_jax.tasks import Example, TextFormat, decode, encode, few_shot, load_task, prompt_overlap, stream_text
 
 _PLAIN = TextFormat(ends=(END, EOS))
@@ -138,6 +142,31 @@ def test_an_answer_without_tokens():
 def test_two_texts_are_tokenised_as_before(tokenizer):
     encoded = encode(tokenizer, [Example("hot", "cold")])
     assert encoded.labels[0].tolist() == [BOS, *_tokens(tokenizer, "cold"), EOS]
+
+
+def test_prompts_answers_and_chats_have_the_goldens_tokens(shared):
+    """The rows that transformers and PEFT trained SmolLM2 on, and conversations as its own tokenizer reads them."""
+    goldens = shared / "goldens" / "smollm2"
+    texts = load_texts(FuseOptions(base=str(smollm2.gguf_file()), task="", chat=True))
+    golden = dict(np.load(goldens / "inputs.npz"))
+    plain = dataclasses.replace(texts.text_format, chat=False)
+    for k, rows in enumerate(json.loads((goldens / "README.json").read_text())["loss_rows"]):
+        encoded = encode(texts.tokenizer, [Example(*row) for row in rows], plain)
+        for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
+            labels = golden[f"loss_labels_{k}"][row]
+            np.testing.assert_array_equal(labels[labels >= 0], answer)
+            ids, mask = (golden[f"loss_{what}_{k}"][row] for what in ("ids", "mask"))
+            np.testing.assert_array_equal(ids[mask > 0], [*prompt, *answer])
+    asked = [
+        chat
+        for chat in json.loads((goldens / "tokenizer_cases.json").read_text())["chats"]
+        if chat["add_generation_prompt"] and chat["messages"][-1]["role"] == "user"
+    ]
+    assert len(asked) == 6
+    for chat in asked:
+        *history, (_, question) = [(message["role"], message["content"]) for message in chat["messages"]]
+        encoded = encode(texts.tokenizer, [Example(question, "", tuple(history))], texts.text_format)
+        assert encoded.inputs[0].tolist() == chat["ids"]
 
 
 # Conversations as rows.
