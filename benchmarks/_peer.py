@@ -4,8 +4,9 @@ PEFT holds one adapter, the mix. Before every step A' = sum_n c_n A_n and B' = s
 gradients that autograd leaves there give those of the coefficients, dc_n = <dA', A_n> + <dB', B_n>.
 """
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from lorafusion_jax.training.problem import Frozen
 from lorafusion_jax.training.recipe import PRESETS
 
 
-def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:
-    """Return the base in PEFT, with one new DoRA adapter on q and v and without dropout."""
+def peft_model(config: T5Config, base: nnx.State, dtype: Dtype, *, dora: bool = True) -> Any:
+    """Return the base in PEFT, with one new adapter of rank 16 on q and v, without dropout."""
     import peft
     import torch
     import transformers
@@ -42,7 +43,7 @@ def peft_model(config: T5Config, base: nnx.State, dtype: Dtype) -> Any:
         lora_alpha=RANK,
         lora_dropout=0.0,
         target_modules=["q", "v"],
-        use_dora=True,
+        use_dora=dora,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,6 +69,48 @@ def _fill(parameters: Mapping[str, Any], model: T5) -> set[str]:
         filled |= {fill(f"{path_of(i)}.weight", layer.T) for i, layer in enumerate(np.asarray(kernel))}
     # A random model's norms scale by one.
     return filled | {fill(name, np.ones(p.shape)) for name, p in parameters.items() if "layer_norm" in name}
+
+
+def mixed_batch(
+    config: T5Config,
+    base: nnx.State,
+    batch: Batch,
+    adapters: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    *,
+    new_tokens: int,
+) -> Callable[[Sequence[int]], np.ndarray]:
+    """Return a function that generates with PEFT's `adapter_names`, from the number of each row's adapter.
+
+    Args:
+      config: of the base.
+      base: its weights.
+      batch: the rows.
+      adapters: A [L, d_in, r] and B [L, r, d_out] by site.
+      new_tokens: tokens of every row.
+    """
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = peft_model(config, base, "float32", dora=False)
+    layers = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    for number, adapter in enumerate(adapters):
+        model.add_adapter(str(number), model.peft_config["default"])
+        for site, factors in adapter.items():
+            for layer in range(len(factors[0])):
+                of_site = layers[config.sites[site].path_of(layer)]
+                for factor, matrix in zip((of_site.lora_A, of_site.lora_B), factors, strict=True):
+                    factor[str(number)].weight.data.copy_(torch.tensor(matrix[layer].T))
+    model.eval()
+    model.generation_config.eos_token_id = None
+    ids, mask = (torch.tensor(np.asarray(a, np.int64)) for a in (batch.input_ids, batch.input_mask))
+
+    @torch.no_grad()
+    def generate(numbers: Sequence[int]) -> np.ndarray:
+        named = {"adapter_names": [str(number) for number in numbers]}
+        said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **named)
+        return said[:, 1:].numpy()
+
+    return generate
 
 
 class Peer:

@@ -23,6 +23,8 @@ from .models.generate import Sampling, generate
 from .models.weights import matmul, quantise
 from .runs.options import FuseOptions
 from .runs.run import load_run
+from .serving.bank import TaskBank
+from .serving.service import FusedRun, Service
 from .tasks import Batch
 from .training.loss import objective
 from .training.problem import Frozen, Method, Problem
@@ -39,6 +41,7 @@ __all__ = [
     "CrossbarConfig",
     "Frozen",
     "FuseOptions",
+    "FusedRun",
     "Fusion",
     "Gram",
     "LoRA",
@@ -53,7 +56,9 @@ __all__ = [
     "Rates",
     "Recipe",
     "Sampling",
+    "Service",
     "Site",
+    "TaskBank",
     "TrainState",
     "Update",
     "ZeroShot",

@@ -30,9 +30,10 @@ _MAY_IMPORT = {
     "training": {"models", "adapters", "tasks"},
     "methods": {"models", "adapters", "tasks", "training"},
     "runs": {"models", "adapters", "io", "tasks", "report", "training", "methods"},
+    "serving": {"models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "hardware": {"crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "estimates": {"crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
-    "cli": {"crossbar", "io", "training", "runs", "hardware", "estimates"},
+    "cli": {"crossbar", "io", "training", "runs", "serving", "hardware", "estimates"},
 }
 
 _PROBE = """

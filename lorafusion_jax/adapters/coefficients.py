@@ -7,7 +7,7 @@ Axis letters: L layer, N adapters, r rank.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from ..models.architecture import stack_of
 from .pool import LoraPool
 
 Granularity = Literal["global", "block", "site", "rank"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)  # from coarse to fine
 Start = Literal["xavier", "uniform", "zeros"]
 
 
@@ -64,6 +65,20 @@ def expand(
             spread = jnp.swapaxes(coefficients[:, columns[site]], 0, 1)
         expanded[site] = spread[:, :, : _rank(pool, site)] if granularity == "rank" else spread[:, :, None]
     return expanded
+
+
+def refined(
+    coefficients: Float[Array, "..."], pool: LoraPool, granularity: Granularity, to: Granularity
+) -> Float[Array, "..."]:
+    """Return the coefficients of a granularity in another one that is as fine or finer (see `GRANULARITIES`)."""
+    if granularity == to:
+        return coefficients
+    found = jnp.zeros(shape(pool, coefficients.shape[0], to), coefficients.dtype)
+    columns = _columns(pool, to)
+    for site, spread in expand(coefficients, pool, granularity).items():
+        by_column = jnp.swapaxes(spread, 0, 1)
+        found = found.at[:, columns[site]].set(by_column if to == "rank" else by_column[:, :, 0])
+    return found
 
 
 def present(pool: LoraPool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",
-    "evaluate": "a fused run on a task, digitally or on simulated ReRAM arrays",
-    "generate": "a fused run on new text, from a file or standard input",
+    "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",
+    "generate": "fused runs on new text, from a file or standard input",
     "export": "a fused run -> a PEFT adapter or a merged base model",
     "crossbar": "crossbar program: base and pool -> simulated chips, for `fuse` and `evaluate`",
     "params": "exact trainable counts of every method, without weights",

@@ -1,7 +1,9 @@
-"""`lorafusion evaluate`: evaluate a fused run on a task, digitally or on simulated chips."""
+"""`lorafusion evaluate`: evaluate fused runs on a task, digitally or on simulated chips."""
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,34 @@ from ..columns import plain
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips, report_path
 from ..runs.apply import evaluate_run
-from .parsing import parse
+from ..serving.apply import EvaluateRunsOptions, evaluate_runs
+from .parsing import parse, part_of
 from .scores import loss, score_table
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(EvaluateOnChipsOptions):
+    """Evaluate fused runs, each on its own task or all on another one, digitally or one of them on simulated chips.
+
+    Examples:
+      lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
+      lorafusion evaluate --runs runs/snarks-fusion runs/hyperbaton-fusion
+      lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --ages 1s 1h 1day 1month 1year
+      lorafusion evaluate --run runs/snarks-fusion --crossbar noisy.yaml --chips 8 --adc-bits 6 --read-noise 0.01
+      lorafusion evaluate --run runs/snarks-fusion --crossbar isaac --report
+
+    Attributes:
+      run: folder of the run.
+      runs: folders of several runs on one base and pool, in place of --run: all seeds of all of them are evaluated in
+        batches of mixed tasks, digitally.
+    """
+
+    run: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    runs: tuple[Path, ...] = ()
+
+
 GROUPS = {
-    "data and base": ("run", "task", "train_rows", "test_rows", "eval_batch"),
+    "data and base": ("run", "runs", "task", "train_rows", "test_rows", "eval_batch"),
     "hardware": (
         "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "digital", "norm", "lora_in",
         "chip_key", "calibration_rows",
@@ -23,8 +48,14 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate the run, and print a line for each seed, for each age of the chips, or for each chip."""
-    options = parse(EvaluateOnChipsOptions, arguments, "evaluate", groups=GROUPS)
+    """Evaluate the runs, and print a line for each seed, for each age of the chips, or for each chip."""
+    command = parse(EvaluateCommand, arguments, "evaluate", groups=GROUPS)
+    if command.runs:
+        print(run_table(evaluate_runs(part_of(command, EvaluateRunsOptions, "--runs"))))
+        return
+    if command.run is None:
+        raise ValueError("say what to evaluate: one run with --run, or several with --runs")
+    options = part_of(command, EvaluateOnChipsOptions, "--run")
     if options.crossbar is None:
         options.check_digital()
         print(score_table(evaluate_run(options)))
@@ -33,6 +64,14 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")
     else:
         print(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
+
+
+def run_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each seed of each run (see `evaluate_runs`)."""
+    lines = [["run", "task", "seed", "exact match %", "loss"]]
+    for row in rows:
+        lines.append([row["run"], row["task"], str(row["seed"]), f"{row['exact_match']:.1f}", loss(row["loss"])])
+    return plain(lines, left=(0, 1, 2, 4))
 
 
 def age_table(results: Mapping[str, Any]) -> str:

@@ -1,12 +1,34 @@
-"""`lorafusion generate`: print the answers of a fused run, or of a base model, to new text."""
+"""`lorafusion generate`: print the answers of fused runs, or of a base model, to new text."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..runs.apply import GenerateOptions, generate_lines, stream_lines
-from .parsing import parse
+from ..serving.apply import GenerateRunsOptions, generate_rows
+from .parsing import parse, part_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateCommand(GenerateOptions):
+    """Let a fused run, several of them, or a base model as it is, answer new text: one line in, one answer out.
+
+    Examples:
+      echo "reverse then upper : a b c" | lorafusion generate --run runs/demo/NAME
+      lorafusion generate --runs runs/snarks-fusion runs/hyperbaton-fusion --file rows.jsonl
+      lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
+
+    Attributes:
+      runs: folders of several runs on one base and pool, in place of --run, which answer in batches of mixed tasks.
+        Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; a line without a run
+        asks the base model.
+    """
+
+    runs: tuple[Path, ...] = ()
+
 
 GROUPS = {
-    "data and base": ("run", "base", "chat", "file", "seed"),
+    "data and base": ("run", "runs", "base", "chat", "file", "seed"),
     "generation": (
         "max_new_tokens", "stream", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
     ),
@@ -15,12 +37,16 @@ GROUPS = {
 
 def main(arguments: Sequence[str]) -> None:
     """Print an answer for each line of text."""
-    options = parse(GenerateOptions, arguments, "generate", groups=GROUPS)
-    if options.stream:
-        for answer in stream_lines(options):
+    command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
+    if command.runs:
+        answers = generate_rows(part_of(command, GenerateRunsOptions, "--runs"))
+    elif command.stream:
+        for answer in stream_lines(command):
             for piece in answer:
                 print(piece, end="", flush=True)
             print()
         return
-    for line in generate_lines(options):
+    else:
+        answers = generate_lines(command)
+    for line in answers:
         print(line)

@@ -50,6 +50,25 @@ def peek(options: type[Options], arguments: Sequence[str]) -> Options:
     return found
 
 
+def part_of(command: Any, options: type[Options], flag: str) -> Options:
+    """Return those options of a command that another dataclass has.
+
+    Args:
+      command: options of several ways to use the command.
+      options: the dataclass of one way.
+      flag: the option that chooses it.
+
+    Raises:
+      ValueError: an option of another way is given too.
+    """
+    own = {field.name for field in dataclasses.fields(options)}  # pyright: ignore[reportArgumentType]
+    others = [field for field in dataclasses.fields(command) if field.name not in own]
+    if given := [field.name for field in others if getattr(command, field.name) != field.default]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags}: not possible together with {flag}: leave one of them out")
+    return options(**{name: getattr(command, name) for name in own})
+
+
 def flat_fields(options: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """Yield name, type and field of every option of a dataclass, including those of nested dataclasses."""
     hints = typing.get_type_hints(options, include_extras=True)

@@ -152,7 +152,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
             problem,
             max_new_tokens=answering.new_tokens,
             sampling=options.sampling,
-            row_keys=_row_keys(options, numbers),
+            row_keys=draw_keys(options.sampling, options.sampling_seed, numbers),
         )
         said = decode(texts.tokenizer, np.asarray(tokens)[0], texts.text_format)
         for number, answer in zip(numbers, said, strict=True):
@@ -174,7 +174,7 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
     problem, tokenizer = answering.problem(texts), texts.tokenizer
 
     def tokens(number: int, batch: Batch) -> Iterator[int]:
-        row_keys = _row_keys(options, np.array([number]))
+        row_keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))
         state, adapters = _begin(answering.params, batch, problem, max_new_tokens=answering.new_tokens)
         for _ in range(answering.new_tokens):
             state = _next_token(
@@ -223,11 +223,11 @@ def _lines(options: GenerateOptions) -> Iterator[str]:
         raise ValueError(f"{options.file or 'standard input'} holds no text: give a line for each answer")
 
 
-def _row_keys(options: GenerateOptions, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
-    """Return a key for each line; None where nothing is drawn."""
-    if not options.sampling.temperature:
+def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
+    """Return a key for each row, by its number; None where nothing is drawn."""
+    if not sampling.temperature:
         return None
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(options.sampling_seed)))(numbers)
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling_seed)))(numbers)
 
 
 def _answering(options: GenerateOptions) -> _Answering:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..models.generate import GREEDY, Sampling, generate
-from ..tasks import Batch, Encoded, decode, encode, eval_batches, exact_match
+from ..tasks import Batch, Encoded, Task, TextFormat, decode, encode, eval_batches, exact_match
 from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import GENERATION, LOSS, OPTIONS, Params, Problem
@@ -107,20 +107,51 @@ def _option_correct(
     setup: Setup, params: Params, options: Sequence[Sequence[str]], batch_size: int
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether the option of the greatest log-likelihood is each row's target."""
-    pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
-    examples = [dataclasses.replace(setup.task.test[row], target=option) for row, option in pairs]
-    labels = encode(setup.tokenizer, examples, setup.text_format).labels
-    asked = Encoded(tuple(setup.test.inputs[row] for row, _ in pairs), labels)
+    asked = with_options(setup.tokenizer, setup.task, setup.test, options, setup.text_format)
     problem, seeds = setup.problem, setup.problem.index.shape[0]
-    likelihoods = np.zeros((seeds, len(pairs)))
+    likelihoods = np.zeros((seeds, len(asked)))
     for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, pad_id=setup.tokenizer.pad_token_id)):
         real = numbers >= 0
         found = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))
         likelihoods[:, numbers[real]] = to_host(found)[:, real]
+    return likeliest_correct(likelihoods, options, setup.task)
+
+
+def with_options(
+    tokenizer: Any, task: Task, test: Encoded, options: Sequence[Sequence[str]], text_format: TextFormat
+) -> Encoded:
+    """Return every test row once for each of its options, which takes the place of its target.
+
+    Args:
+      tokenizer: the base model's.
+      task: the texts.
+      test: tokens of the test rows.
+      options: of each row.
+      text_format: how texts become tokens.
+    """
+    pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
+    examples = [dataclasses.replace(task.test[row], target=option) for row, option in pairs]
+    labels = encode(tokenizer, examples, text_format).labels
+    return Encoded(tuple(test.inputs[row] for row, _ in pairs), labels)
+
+
+def likeliest_correct(
+    likelihoods: Float[np.ndarray, "seeds pairs"], options: Sequence[Sequence[str]], task: Task
+) -> Bool[np.ndarray, "seeds rows"]:
+    """Return whether each test row's likeliest option is its target.
+
+    Args:
+      likelihoods: of the rows that `with_options` returns.
+      options: of each row.
+      task: the task.
+    """
     ends = np.cumsum([len(of_row) for of_row in options])
     chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
-    wanted = [example.target for example in setup.task.test[: len(options)]]
-    said = [[of_row[int(best[seed])] for of_row, best in zip(options, chosen, strict=True)] for seed in range(seeds)]
+    wanted = [example.target for example in task.test[: len(options)]]
+    said = [
+        [of_row[int(best[seed])] for of_row, best in zip(options, chosen, strict=True)]
+        for seed in range(len(likelihoods))
+    ]
     return np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
 
 

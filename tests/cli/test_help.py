@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from lorafusion_jax.cli import COMMANDS, cost, fuse, main, params
+from lorafusion_jax.cli import COMMANDS, cost, evaluate, fuse, generate, main, params
 from lorafusion_jax.cli.parsing import flat_fields
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.io.convert import ConvertOptions
-from lorafusion_jax.runs.apply import GenerateOptions
 from lorafusion_jax.runs.export import ExportOptions
 from lorafusion_jax.runs.options import PRESETS
 
@@ -135,8 +133,8 @@ def _every_option() -> list[tuple[str, str, Any]]:
     commands: dict[str, type] = {
         "convert": ConvertOptions,
         "fuse": fuse.FuseCommand,
-        "evaluate": EvaluateOnChipsOptions,
-        "generate": GenerateOptions,
+        "evaluate": evaluate.EvaluateCommand,
+        "generate": generate.GenerateCommand,
         "export": ExportOptions,
         "crossbar program": ProgramOptions,
         "params": params.ParamsOptions,

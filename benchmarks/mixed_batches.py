@@ -1,0 +1,177 @@
+"""Batches of mixed tasks: what many tasks cost over one, their memory, and PEFT's mixed batches beside them.
+
+    python benchmarks/mixed_batches.py [--shape flan-t5-small] [--cores 1] [--json]
+
+Random weights, a pool of 20 modules of rank 16 on q and v; rows of 32 source and 16 new tokens, none ending earlier.
+Batches of 64 and 256 rows, every row of a task of its own, beside the same rows of one task: the same bank, the same
+program. With magnitudes, tasks are sums with scales; without, mixes, of which PEFT can hold each as an adapter of rank
+16 and choose it row by row (`adapter_names`; needs the `peft` extra, and is left out without). Ids are compared with
+those of programs of single tasks. The memory is that of 10,000 tasks without magnitudes in FLAN-T5-large's shape.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _measure
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _measure import case, has_peft, in_turns, of_turns, product_rates
+from _model import CHOICES, MODULES, batch_of, config_of, frozen, graph_of, shapes_of
+from _peer import mixed_batch
+
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.serving.bank import TaskBank
+from lorafusion_jax.training.problem import Frozen, Params, Problem
+
+_SOURCE, _NEW = 32, 16
+_BATCHES = (64, 256)
+_BAR = 0.9
+_COMPARED = 4  # tasks whose ids are compared with those of a program of their own
+_MANY, _MANY_BYTES = 10_000, 40e6
+_METHODS = {
+    "magnitudes": Fusion(composition="sum", magnitudes=True),
+    "coefficients": Fusion(composition="mix", magnitudes=False),
+}
+
+
+def main() -> None:
+    parser = _measure.parser(__doc__)
+    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
+    parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    _measure.launch(options.cores)
+    cases = [_memory()]
+    for name, method in _METHODS.items():
+        cases += _cases(options, name, method)
+    _measure.show(cases, as_json=options.json, rates=product_rates(["float32"]))
+
+
+def _memory() -> dict[str, Any]:
+    """Return the memory of many tasks: the system's count of this process, and the sum of the arrays."""
+    config = config_of("flan-t5-large")
+    weights = shapes_of(config, "float32")  # the base and the pool themselves take no memory here
+    TaskBank.empty(graph_of(config), weights, 1)  # compiles what little there is to compile
+    before = _resident()
+    bank = jax.block_until_ready(TaskBank.empty(graph_of(config), weights, _MANY))
+    grown, arrays = _resident() - before, sum(a.nbytes for a in jax.tree.leaves(bank.tasks))
+    return case(
+        f"flan-t5-large, {_MANY:,} tasks without magnitudes: memory / {_MANY_BYTES / 1e6:g} MB",
+        max(grown, arrays) / _MANY_BYTES,
+        1.0,
+        resident_bytes=grown,
+        array_bytes=arrays,
+    )
+
+
+def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
+    # Random weights would end a row somewhere: no token does.
+    config = dataclasses.replace(config_of(options.shape), eos_id=-1)
+    weights = jax.block_until_ready(frozen(config, "float32", MODULES))
+    tasks = _tasks(method, weights, max(_BATCHES))
+    bank = TaskBank.empty(graph_of(config), weights, len(tasks), scaled=sorted(tasks[0].get("magnitudes", ())))
+    for number, params in enumerate(tasks):
+        bank = bank.with_task(number, method, params, range(MODULES))
+    runs: dict[str, Callable[[], np.ndarray]] = {}
+    for rows in _BATCHES:
+        batch = jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE)))
+
+        def run(numbers: np.ndarray, bank: TaskBank = bank, batch: Any = batch) -> np.ndarray:
+            return np.asarray(bank.generate(batch, numbers, max_new_tokens=_NEW))
+
+        runs[f"{rows} one"] = partial(run, np.zeros(rows, np.int32))
+        runs[f"{rows} mixed"] = partial(run, np.arange(rows, dtype=np.int32))
+        problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=jnp.arange(MODULES)[None])
+        runs[f"{rows} alone"] = partial(_alone, tasks[0], batch, problem)
+        if name == "coefficients" and has_peft():
+            adapters = [_factors(method, params, weights) for params in tasks[:rows]]
+            peer = mixed_batch(config, weights.base, batch, adapters, new_tokens=_NEW)
+            runs[f"{rows} peer one"] = partial(peer, [0] * rows)
+            runs[f"{rows} peer mixed"] = partial(peer, list(range(rows)))
+    said = {of: run() for of, run in runs.items()}
+    seconds = in_turns(runs, options.rounds)
+    cases = []
+    for rows in _BATCHES:
+        one, mixed, alone = (seconds[f"{rows} {how}"] for how in ("one", "mixed", "alone"))
+        where = f"{options.shape}, {options.cores} core{'s' if options.cores > 1 else ''}, {name}"
+        problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=jnp.arange(MODULES)[None])
+        batch = jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE)))
+        same = [np.mean(_alone(tasks[t], batch, problem)[t] == said[f"{rows} mixed"][t]) for t in range(_COMPARED)]
+        speed = {"tokens_per_second": rows * _NEW / float(np.median(mixed)), "rounds": len(mixed)}
+        cases += [
+            case(
+                f"{where}: tokens/s of {rows} tasks over one, {rows} rows",
+                of_turns(one, mixed),
+                _BAR,
+                higher_is_better=True,
+                **speed,
+                same_tokens_as_alone=float(np.mean(same)),
+            ),
+            case(
+                f"{where}: tokens/s of {rows} tasks over one task's own program, {rows} rows",
+                of_turns(alone, mixed),
+                None,
+                higher_is_better=True,
+                **speed,
+            ),
+        ]
+        if f"{rows} peer mixed" in runs:
+            theirs = seconds[f"{rows} peer mixed"]
+            cases += [
+                case(
+                    f"{where}: PyTorch + PEFT / ours, {rows} tasks, {rows} rows",
+                    of_turns(theirs, mixed),
+                    None,
+                    higher_is_better=True,
+                    **speed,
+                    peer_tokens_per_second=rows * _NEW / float(np.median(theirs)),
+                    peer_over_one=of_turns(seconds[f"{rows} peer one"], theirs),
+                    same_tokens=float(np.mean(said[f"{rows} mixed"] == said[f"{rows} peer mixed"])),
+                )
+            ]
+    return cases
+
+
+def _tasks(method: Fusion, weights: Frozen, count: int) -> list[Params]:
+    """Return made-up numbers of tasks: coefficients as a fusion draws them, magnitudes about ||W||."""
+    keys, found = jax.random.split(jax.random.key(0), count), []
+    start = dataclasses.replace(method, start="xavier")
+    draw = jax.jit(lambda key: start.init(weights, jnp.arange(MODULES), key))
+    for key in keys:
+        params = draw(key)
+        if "magnitudes" in params:
+            scale = jax.random.uniform(key, (), minval=0.8, maxval=1.2)
+            params["magnitudes"] = jax.tree.map(lambda m, by=scale: m * by, params["magnitudes"])
+        found.append(params)
+    return found
+
+
+def _alone(params: Params, batch: Any, problem: Problem) -> np.ndarray:
+    """Return the ids of a batch by a program of one task."""
+    seeds = jax.tree.map(lambda a: a[None], params)
+    return np.asarray(generate_seeds(seeds, batch, problem, max_new_tokens=_NEW)[0])
+
+
+def _factors(method: Fusion, params: Params, weights: Frozen) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return A and B of the module that is a task's mix, [L, d_in, r] and [L, r, d_out] by site."""
+    adapters, _ = _adapters(params, weights, method=method)
+    return {site: (np.asarray(adapter.A), np.asarray(adapter.B)) for site, adapter in adapters.items()}
+
+
+@partial(jax.jit, static_argnames="method")
+def _adapters(params: Params, weights: Frozen, *, method: Fusion) -> Any:
+    return method.adapters(params, weights, jnp.arange(MODULES))
+
+
+def _resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""A bank of tasks: fused runs as arrays, in a model that computes batches whose rows belong to different tasks.
+
+With A and B all modules of the bank side by side, row b of task t has at every adapted site
+
+    sum:  y_b = s_t * (x_b W + ((x_b A) * c_t) B)
+    mix:  the same, but x_b A_n c_n is summed over the modules n, and the sum times c_n is what B_n multiplies
+
+where s = m / ||W + dW|| is computed once, when the task is added. All rows share two products with the modules, so the
+cost does not depend on the number of tasks. Modules in arrays are read one by one.
+
+Axis letters: C tasks of the bank, B rows of a batch, L layer, N modules of the bank, r rank, T target, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ..adapters import coefficients as coefficients_lib
+from ..adapters.coefficients import GRANULARITIES, Granularity
+from ..adapters.composition import check_mix
+from ..checks import at_least
+from ..methods.fusion import Fusion
+from ..methods.magnitudes import Magnitudes, with_norms
+from ..models.architecture import kernels
+from ..models.generate import GREEDY, Sampling, generate
+from ..models.weights import is_in_arrays
+from ..tasks import Batch
+from ..training.loss import log_likelihood
+from ..training.problem import Frozen, Method, Params
+from .rows import RowAdapter, RowModules
+
+
+class Tasks(NamedTuple):
+    """Numbers of all tasks. The last entry is the plain base, and so is the entry of a task that is not there.
+
+    Attributes:
+      coefficients: [C + 1, N, ...] in the bank's granularity; None without a pool.
+      mixes: [C + 1], whether the composition is `mix`.
+      scales: site -> [C + 1, L, d_out], of the sites whose columns any task rescales.
+    """
+
+    coefficients: Float[Array, "_C N ..."] | None
+    mixes: Bool[Array, " _C"]
+    scales: dict[str, Float[Array, "_C _L _d_out"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskBank:
+    """A model, a pool, and the tasks that share them: a pytree, so it is an argument of compiled programs.
+
+    Tasks are numbered from 0. Other numbers in a task's place compile nothing. `Service` gives tasks names.
+
+    Attributes:
+      graph: structure of the model, of `nnx.split(model)`.
+      frozen: base and pool, whose adapters are the modules of all tasks; either may be quantised or on a chip.
+      tasks: numbers of the tasks.
+      granularity: granularity of the stored coefficients. Coarser ones of a task are repeated.
+    """
+
+    graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    frozen: Frozen
+    tasks: Tasks
+    granularity: Granularity = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def empty(
+        cls,
+        graph: nnx.GraphDef,
+        frozen: Frozen,
+        capacity: int,
+        *,
+        granularity: Granularity = "block",
+        scaled: Collection[str] = (),
+    ) -> "TaskBank":
+        """Return a bank without tasks.
+
+        Args:
+          graph: structure of the model.
+          frozen: base and pool; the pool's Gram terms are computed if they are missing and any columns are scaled.
+          capacity: number of tasks that there is room for.
+          granularity: the finest that a task's coefficients may have.
+          scaled: sites whose columns tasks may rescale; a bank for coefficients alone needs none, and no room for them.
+
+        Raises:
+          ValueError: there is no room for a task, or no such site.
+        """
+        at_least(1, capacity=capacity)
+        model = nnx.merge(graph, frozen.base)
+        sites = model.config.sites
+        if unknown := set(scaled) - sites.keys():
+            raise ValueError(f"no site {', '.join(sorted(unknown))} to scale: the model has {', '.join(sites)}")
+        coefficients, pool = None, frozen.pool
+        if not scaled:
+            frozen = dataclasses.replace(frozen, gram=None, norms=None)
+        elif pool is not None and frozen.gram is None:
+            frozen = Fusion().prepare(frozen, kernels(model))
+        if pool is not None:
+            shape = coefficients_lib.shape(pool, len(pool), granularity)
+            coefficients = jnp.zeros((capacity + 1, *shape), jnp.float32)
+        scales = {site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out)) for site in scaled}
+        tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales)
+        return cls(graph=graph, frozen=frozen, tasks=tasks, granularity=granularity)
+
+    @property
+    def capacity(self) -> int:
+        """Number of tasks that there is room for."""
+        return self.tasks.mixes.shape[0] - 1
+
+    def with_task(self, number: int, method: Method, params: Params, modules: Sequence[str | int] = ()) -> "TaskBank":
+        """Return the bank with a task in place of the one of this number, if there was one.
+
+        Args:
+          number: number of the task.
+          method: a `Fusion`, or `Magnitudes`.
+          params: its trained numbers, of one seed.
+          modules: modules that a fusion mixes, in the order of its coefficients: names in the bank's pool, or places.
+
+        Raises:
+          ValueError: no such number; a method, modules, a granularity or magnitudes that the bank cannot hold.
+        """
+        self._check_number(number)
+        if type(method) not in (Fusion, Magnitudes):  # a method that extends them may read its numbers otherwise
+            raise ValueError(f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one")
+        index = jnp.zeros(0, jnp.int32)
+        if isinstance(method, Fusion):
+            index = self._index(method, params, modules)
+        if extra := params.get("magnitudes", {}).keys() - self.tasks.scales.keys():
+            raise ValueError(
+                f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
+                f"{', '.join(sorted(self.tasks.scales)) or 'no site'}: make the bank with these sites as `scaled`"
+            )
+        frozen = self.frozen
+        if isinstance(method, Magnitudes) and (
+            frozen.norms is None or params["magnitudes"].keys() - frozen.norms.keys()
+        ):
+            frozen = with_norms(frozen, kernels(nnx.merge(self.graph, frozen.base)), params["magnitudes"])
+        entry = _entry(self.tasks, frozen, params, index, method=method, granularity=self.granularity)
+        return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
+
+    def without_task(self, number: int) -> "TaskBank":
+        """Return the bank with the plain base in place of a task.
+
+        Raises:
+          ValueError: no such number.
+        """
+        self._check_number(number)
+        return dataclasses.replace(self, tasks=_replaced(self.tasks, number, _plain(self.tasks)))
+
+    def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
+        """Return the adapters of a batch, by site.
+
+        Args:
+          numbers: number of each row's task, -1 for the plain base.
+        """
+        pool, of_rows = self.frozen.pool, jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
+        scale = {site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()}
+        modules: dict[str, RowModules] = {}
+        if pool is not None:
+            in_arrays = is_in_arrays((pool.A, pool.B))
+            expand = partial(coefficients_lib.expand, pool=pool, granularity=self.granularity)
+            for site, c in jax.vmap(expand, out_axes=1)(of_rows.coefficients).items():
+                A, B = pool.A[site], pool.B[site]
+                if in_arrays:  # ranks that a module lacks have no cells: padding must not add their noise
+                    real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(pool.rank[site], (1, 3))
+                    c = jnp.where(real, c, jnp.zeros_like(c))
+                else:
+                    A = jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], -1), A)
+                    B = jax.tree.map(lambda b: b.reshape(b.shape[0], -1, b.shape[3]), B)
+                mixes = jnp.broadcast_to(of_rows.mixes, (c.shape[0], c.shape[1]))
+                modules[site] = RowModules(A, B, c, mixes, in_arrays)
+        return {site: RowAdapter(modules.get(site), scale.get(site)) for site in {**modules, **scale}}
+
+    @jax.jit
+    def logits(self, batch: Batch, numbers: Int[Array, " B"]) -> Float[Array, "B T V"]:
+        """Return the logits that predict each label; the arguments are those of `generate`."""
+        model = nnx.merge(self.graph, self.frozen.base)
+        return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, self.adapters(numbers))
+
+    @jax.jit
+    def log_likelihoods(self, batch: Batch, numbers: Int[Array, " B"]) -> Float[Array, " B"]:
+        """Return the log-probability of every row's labels, in nats; the arguments are those of `generate`."""
+        return log_likelihood(self.logits(batch, numbers), jnp.asarray(batch.labels))
+
+    @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
+    def generate(
+        self,
+        batch: Batch,
+        numbers: Int[Array, " B"],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        row_keys: Key[Array, " B"] | None = None,
+    ) -> Int[Array, "B _T"]:
+        """Return the next tokens of each row (see `models.generate`).
+
+        Args:
+          batch: tokens of the rows.
+          numbers: number of each row's task, -1 for the plain base.
+          max_new_tokens: most tokens of a row.
+          sampling: how the next token is chosen, by default the most likely one.
+          row_keys: keys of the rows' draws.
+        """
+        return generate(
+            nnx.merge(self.graph, self.frozen.base),
+            batch.input_ids,
+            batch.input_mask,
+            self.adapters(numbers),
+            max_new_tokens=max_new_tokens,
+            row_mask=batch.row_mask,
+            sampling=sampling,
+            row_keys=row_keys,
+        )
+
+    def _check_number(self, number: int) -> None:
+        if not 0 <= number < self.capacity:
+            raise ValueError(
+                f"no task {number} in a bank of capacity {self.capacity}: give 0 to {self.capacity - 1}, or make a "
+                "bank of more"
+            )
+
+    def _index(self, method: Fusion, params: Params, modules: Sequence[str | int]) -> Int[Array, " N"]:
+        """Return the places of a fusion's modules in the pool, if the bank can hold that fusion."""
+        pool = self.frozen.pool
+        if pool is None:
+            raise ValueError("the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool")
+        index = jnp.array(pool.indices(modules), jnp.int32)
+        if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(self.granularity):
+            raise ValueError(
+                f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
+                f"{self.granularity}: make the bank with granularity={method.granularity!r}"
+            )
+        if method.composition == "mix":
+            check_mix(pool, index)
+        wanted = coefficients_lib.shape(pool, len(modules), method.granularity)
+        if (got := jnp.shape(params["coefficients"])) != wanted:
+            raise ValueError(f"coefficients of shape {got} for {len(modules)} modules: wanted {wanted}, of one seed")
+        if pool.magnitude is not None and not pool.A.keys() <= self.tasks.scales.keys():
+            raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
+        return index
+
+
+@partial(jax.jit, static_argnames=("method", "granularity"))
+def _entry(
+    tasks: Tasks,
+    frozen: Frozen,
+    params: Params,
+    index: Int[Array, " N"],
+    *,
+    method: Fusion | Magnitudes,
+    granularity: Granularity,
+) -> Tasks:
+    """Return a task's numbers as a bank stores them."""
+    entry, pool = _plain(tasks), frozen.pool
+    if isinstance(method, Fusion):
+        assert pool is not None and entry.coefficients is not None
+        c = coefficients_lib.refined(params["coefficients"], pool, method.granularity, granularity)
+        entry = entry._replace(
+            coefficients=entry.coefficients.at[index].set(c), mixes=jnp.array(method.composition == "mix")
+        )
+    if "magnitudes" in params or (isinstance(method, Fusion) and pool is not None and pool.magnitude is not None):
+        adapters, _ = method.adapters(params, frozen, index)
+        entry = entry._replace(scales=entry.scales | {site: adapter.scale for site, adapter in adapters.items()})
+    return entry
+
+
+def _plain(tasks: Tasks) -> Tasks:
+    """Return the entry of the plain base."""
+    return jax.tree.map(lambda of_tasks: of_tasks[-1], tasks)
+
+
+@jax.jit
+def _replaced(tasks: Tasks, number: int | Array, entry: Tasks) -> Tasks:
+    return jax.tree.map(lambda of_tasks, new: of_tasks.at[number].set(new), tasks, entry)

@@ -1,0 +1,305 @@
+"""Fused runs that answer together: a bank of tasks with names and texts.
+
+Axis letters: B rows of a batch.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from ..adapters.coefficients import GRANULARITIES
+from ..adapters.pool import LoraPool
+from ..io.pool import open_pool
+from ..methods import find
+from ..methods.fusion import Fusion
+from ..methods.method import Built
+from ..models.architecture import Architecture
+from ..models.generate import GREEDY, Sampling
+from ..runs.apply import draw_keys
+from ..runs.options import FuseOptions
+from ..runs.prepare import load_fused
+from ..runs.run import load_run
+from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
+from ..training.problem import Method, Params
+from .bank import TaskBank
+
+# What all runs of one bank have in common.
+_SHARED = ("base", "pool", "control", "dtype", "load_in")
+
+
+class FusedRun(NamedTuple):
+    """A run that a bank can hold.
+
+    Attributes:
+      folder: its folder.
+      options: its options.
+      params: its trained numbers, leaves with a leading axis of seeds.
+      modules: names of the modules that each seed fused.
+      max_new_tokens: most tokens of an answer.
+    """
+
+    folder: Path
+    options: FuseOptions
+    params: Params
+    modules: tuple[tuple[str, ...], ...]
+    max_new_tokens: int
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "FusedRun":
+        """Read a run's options and numbers.
+
+        Raises:
+          ValueError: the folder is not a run whose training has ended, or its method has other numbers than
+            coefficients and magnitudes.
+        """
+        options, params, config = load_run(Path(folder))
+        if not params or params.keys() - {"coefficients", "magnitudes"}:
+            raise ValueError(
+                f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
+                "magnitudes or without, or of magnitudes alone"
+            )
+        return cls(Path(folder), options, params, tuple(map(tuple, config["modules"])), config["max_new_tokens"])
+
+    def method(self, config: Architecture, pool: LoraPool | None) -> Method:
+        """Return the run's method on a pool that holds its modules."""
+        if pool is not None and self.modules[0]:  # only the ranks of its own modules matter
+            pool = dataclasses.replace(pool, A={}, B={}).select(self.modules[0])
+        return find(self.options.method).build(Built(config, self.options.recipe, pool, len(self.modules[0])))
+
+    def position(self, seed: int | None) -> int:
+        """Return the place of a seed, None for the first one, on the axis of seeds."""
+        seeds = self.options.seeds
+        if seed is not None and seed not in seeds:
+            raise ValueError(f"{self.folder} has no seed {seed}: it has {', '.join(map(str, seeds))}")
+        return 0 if seed is None else seeds.index(seed)
+
+
+class Task(NamedTuple):
+    """A task of a service: its number in the bank, and the run that it is from."""
+
+    number: int
+    run: FusedRun
+
+
+class Service:
+    """Runs on one base and pool, which is loaded once, and their answers in batches of mixed tasks.
+
+    Attributes:
+      bank: the runs' numbers, base and pool.
+      tasks: the tasks that are there, by name.
+      tokenizer: tokenizer of the base model.
+      text_format: how it reads prompts and answers; `format_of` a run may also be a chat.
+    """
+
+    def __init__(self, runs: Sequence[FusedRun], *, capacity: int, modules: Sequence[str] = ()):
+        """Load the base, and the modules of some runs, without adding the runs.
+
+        Args:
+          runs: they decide together which modules, what granularity, and which sites with magnitudes the bank has.
+          capacity: number of tasks that there is room for.
+          modules: names of further modules of the pool, for runs that are added later.
+
+        Raises:
+          ValueError: there is no run; runs differ in base, pool, control or precision; the pool lacks a module.
+        """
+        if not runs:
+            raise ValueError("no runs: give at least one, whose base and pool are loaded")
+        # Magnitudes alone need no pool.
+        self._first = next((run for run in runs if find(run.options.method).pool), runs[0])
+        for run in runs:
+            self._check_shares(run)
+        options = dataclasses.replace(self._first.options, seeds=(0,))
+        if find(options.method).pool:
+            assert options.pool is not None
+            used = {*modules, *(name for run in runs for of_seed in run.modules for name in of_seed)}
+            there = open_pool(options.pool).names
+            if missing := ", ".join(sorted(used - set(there))):
+                raise ValueError(f"{options.pool} is not the pool that was fused: it has no {missing}")
+            names = tuple(name for name in there if name in used)
+            # Modules that no run mixes with each other may differ in rank.
+            recipe = dataclasses.replace(options.recipe, composition="sum")
+            options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
+        fused = load_fused(options)
+        self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
+        pool, self._config = fused.problem.frozen.pool, fused.config
+        methods = [run.method(self._config, pool) for run in runs]
+        granularities = [GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)]
+        scaled = {site for run in runs for site in run.params.get("magnitudes", {})}
+        if pool is not None and pool.magnitude is not None:
+            scaled |= pool.magnitude.keys()
+        self.bank = TaskBank.empty(
+            fused.problem.graph,
+            fused.problem.frozen,
+            capacity,
+            granularity=GRANULARITIES[max(granularities, default=0)],
+            scaled=sorted(scaled),
+        )
+
+    def add(self, name: str, run: FusedRun, seed: int | None = None) -> None:
+        """Add one seed of a run as a task, or put it in the place of the task of this name.
+
+        Args:
+          name: name of the task.
+          run: the run.
+          seed: seed of the run; by default its first.
+
+        Raises:
+          ValueError: the bank is full; the run lacks the seed, has another base, pool or precision, modules that were
+            not loaded, or numbers that the bank cannot hold (see `TaskBank.with_task`).
+        """
+        self._check_shares(run)
+        place, pool = run.position(seed), self.bank.frozen.pool
+        numbers = {of: task.number for of, task in self.tasks.items()}
+        free = set(range(self.bank.capacity)) - set(numbers.values())
+        if name not in numbers and not free:
+            raise ValueError(
+                f"no room for {name}: the bank holds {len(self.tasks)} tasks, its capacity. Remove one, or give a "
+                "larger capacity"
+            )
+        modules = run.modules[place]
+        if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):
+            raise ValueError(
+                f"{run.folder} fuses {missing}, which the bank lacks: give these modules, or the run, when the service "
+                "is made"
+            )
+        number = numbers[name] if name in numbers else min(free)
+        of_seed = jax.tree.map(lambda p: p[place], run.params)
+        self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules)
+        self.tasks[name] = Task(number, run)
+
+    def remove(self, name: str) -> None:
+        """Remove a task.
+
+        Raises:
+          ValueError: there is no task of this name.
+        """
+        self.bank = self.bank.without_task(self._task(name).number)
+        del self.tasks[name]
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        names: Sequence[str | None],
+        *,
+        max_new_tokens: int | None = None,
+        eval_batch: int = 64,
+        sampling: Sampling = GREEDY,
+        sampling_seed: int = 0,
+    ) -> list[str]:
+        """Return an answer to each text.
+
+        Args:
+          texts: inputs, which a run's prompt or chat template is put around.
+          names: name of the task that answers each of them; None for the plain base, which gets the text as it is.
+          max_new_tokens: most tokens of an answer; by default as in the run, for the plain base as in the longest.
+          eval_batch: most rows in a batch.
+          sampling: how the next token is chosen.
+          sampling_seed: seed of the draws; each text's draws also depend on its place.
+
+        Raises:
+          ValueError: there is no task of a name, there are not as many names as texts, or a text cannot be encoded.
+        """
+        if len(texts) != len(names):
+            raise ValueError(f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None")
+        tasks = {name: None if name is None else self._task(name) for name in dict.fromkeys(names)}
+        longest = max((task.run.max_new_tokens for task in self.tasks.values()), default=128)
+        limits = {
+            name: max_new_tokens or (task.run.max_new_tokens if task else longest) for name, task in tasks.items()
+        }
+        inputs: dict[int, Int[np.ndarray, " _"]] = {}
+        for name, task in tasks.items():
+            rows = [row for row, of_row in enumerate(names) if of_row == name]
+            prompt = (task.run.options.prompt if task else None) or "{input}"
+            examples = [Example(prompt.replace("{input}", texts[row]), "") for row in rows]
+            inputs |= zip(rows, self.encode(examples, task and task.run, limits[name]).inputs, strict=True)
+        encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
+        numbers = np.array([task.number if (task := tasks[name]) else -1 for name in names], np.int32)
+        said = self.tokens(
+            encoded,
+            numbers,
+            [limits[name] for name in names],
+            eval_batch=eval_batch,
+            sampling=sampling,
+            sampling_seed=sampling_seed,
+        )
+        return decode(self.tokenizer, said, self.text_format)
+
+    def encode(self, examples: Sequence[Example], run: FusedRun | None, new_tokens: int) -> Encoded:
+        """Return the tokens of examples as a run reads them, None for the plain base (see `tasks.encode`)."""
+        return encode(self.tokenizer, examples, self.format_of(run), new_tokens=new_tokens)
+
+    def format_of(self, run: FusedRun | None) -> TextFormat:
+        """Return how texts become tokens of a run, None for the plain base."""
+        return dataclasses.replace(self.text_format, chat=run is not None and run.options.chat)
+
+    def tokens(
+        self,
+        encoded: Encoded,
+        numbers: Int[np.ndarray, " rows"],
+        limits: Sequence[int],
+        *,
+        eval_batch: int,
+        sampling: Sampling = GREEDY,
+        sampling_seed: int = 0,
+    ) -> list[list[int]]:
+        """Return the tokens that follow each row, up to its limit; behind its end a row holds padding.
+
+        Args:
+          encoded: the rows.
+          numbers: number of each row's task, -1 for the plain base.
+          limits: most tokens of each row.
+          eval_batch: most rows in a batch.
+          sampling: as in `generate`.
+          sampling_seed: as in `generate`.
+        """
+        found: list[list[int]] = [[]] * len(encoded)
+        for rows, batch, of_rows in self._batched(encoded, numbers, eval_batch):
+            keys = draw_keys(sampling, sampling_seed, rows)
+            said = self.bank.generate(batch, of_rows, max_new_tokens=max(limits), sampling=sampling, row_keys=keys)
+            for row, tokens in zip(rows.tolist(), np.asarray(said).tolist(), strict=True):
+                if row >= 0:
+                    found[row] = tokens[: limits[row]]
+        return found
+
+    def log_likelihoods(
+        self, encoded: Encoded, numbers: Int[np.ndarray, " rows"], *, eval_batch: int
+    ) -> Float[np.ndarray, " rows"]:
+        """Return the log-probability of each row's labels, in nats; the arguments are those of `tokens`."""
+        found = np.zeros(len(encoded))
+        for rows, batch, of_rows in self._batched(encoded, numbers, eval_batch):
+            found[rows[rows >= 0]] = np.asarray(self.bank.log_likelihoods(batch, of_rows))[rows >= 0]
+        return found
+
+    def _batched(
+        self, encoded: Encoded, numbers: Int[np.ndarray, " rows"], eval_batch: int
+    ) -> Iterator[tuple[Int[np.ndarray, " B"], Batch, Int[np.ndarray, " B"]]]:
+        """Yield the numbers of rows (see `eval_batches`), their tokens, and the numbers of their tasks."""
+        for rows, batch in eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id):
+            yield rows, batch, np.where(rows >= 0, numbers[rows], -1)
+
+    def _task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise ValueError(f"no task {name!r}: there are {', '.join(self.tasks) or 'none'}")
+        return self.tasks[name]
+
+    def _check_shares(self, run: FusedRun) -> None:
+        first = self._first
+        for field in _SHARED:
+            if field in ("pool", "control") and not find(run.options.method).pool:
+                continue
+            here, there = (_resolved(getattr(of.options, field)) for of in (run, first))
+            if here != there:
+                raise ValueError(
+                    f"{run.folder} has the {field} {here}, and {first.folder} has {there}: one bank has one {field}. "
+                    "Serve them apart, or fuse one of them again with the other's"
+                )
+
+
+def _resolved(value: str | None) -> str | None:
+    """Return a folder's absolute path; other values, such as hub ids, unchanged."""
+    return str(Path(value).resolve()) if value is not None and Path(value).exists() else value

@@ -1,0 +1,384 @@
+"""Batches of mixed tasks: each row as its task alone would compute it, and no program is compiled for new tasks."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
+from lorafusion_jax.adapters.updates import Outputs
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Independent,
+    Mapping,
+    calibrate_tree,
+    program_tree,
+)
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.magnitudes import Magnitudes
+from lorafusion_jax.models import families
+from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.serving.bank import TaskBank, _entry, _replaced
+from lorafusion_jax.serving.rows import RowModules
+from lorafusion_jax.training.loss import batch_logits, log_likelihood
+from lorafusion_jax.training.problem import Frozen, Problem
+
+_GRAPH, _BASE = nnx.split(tiny.t5())
+# Module 0 has nothing in the decoder.
+_POOL = tiny.pool(4, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
+_MODULES = [2, 0, 3]
+_NEW = 6
+
+
+def _plain(graph, base):
+    """A bank that holds the base alone."""
+    return TaskBank.empty(graph, Frozen(base), 1)
+
+
+_PLAIN = _plain(_GRAPH, _BASE)
+
+
+def _params(method, number, modules=_MODULES, pool=_POOL):
+    """Numbers that depend on the task's number; magnitudes of 0.7 to 1.3 of ||W||."""
+    params = {}
+    if isinstance(method, Fusion):
+        params["coefficients"] = tiny.coefficients(shape(pool, len(modules), method.granularity), seed=number)
+    if isinstance(method, Magnitudes) or method.magnitudes:
+        rng = np.random.default_rng(number)
+        norms = {s: np.linalg.norm(k, axis=1) for s, k in kernels(nnx.merge(_GRAPH, _BASE)).items() if s in pool.A}
+        params["magnitudes"] = {
+            s: jnp.asarray(rng.uniform(0.7, 1.3, n.shape) * n, jnp.float32) for s, n in norms.items()
+        }
+    return params
+
+
+_METHODS = [
+    Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
+    for composition, granularity, magnitudes in itertools.product(("sum", "mix"), GRANULARITIES, (False, True))
+]
+_TASKS = [*((method, _params(method, number)) for number, method in enumerate(_METHODS))]
+_TASKS.append((Magnitudes(), _params(Magnitudes(), len(_TASKS))))
+
+
+def _filled(frozen, tasks=_TASKS, **changes):
+    values = {"granularity": "rank", "scaled": tuple(_POOL.A)} | changes
+    bank = TaskBank.empty(_GRAPH, frozen, len(tasks) + 1, **values)
+    for number, (method, params) in enumerate(tasks):
+        bank = bank.with_task(number, method, params, _MODULES if isinstance(method, Fusion) else ())
+    return bank
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return _filled(Frozen(_BASE, _POOL))
+
+
+def _merged(method, params, base=_BASE, pool=_POOL):
+    """The base with a task's update and magnitudes in its kernels, by the definition, in float64."""
+    model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, base))
+    weights = {s: np.array(dense(k, jnp.float32), np.float64) for s, k in matrices(model).items()}
+    if isinstance(method, Fusion):
+        coefficient = tiny.coefficient_of(params["coefficients"], pool, method.granularity)
+        plain = dataclasses.replace(
+            pool, **{f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in "AB"}
+        )
+        for (site, layer), update in tiny.updates(plain, _MODULES, coefficient, method.composition).items():
+            weights[site][layer] += update
+    for site, m in params.get("magnitudes", {}).items():
+        weights[site] *= (m / np.linalg.norm(weights[site], axis=1))[:, None]
+    set_matrices(model, {site: jnp.asarray(w, jnp.float32) for site, w in weights.items()})
+    return _plain(_GRAPH, nnx.split(model)[1])
+
+
+def _close(got, wanted, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+def _rows(count):
+    """A batch, of which the last row only fills it up."""
+    batch = tiny.batch(rows=count, target=_NEW)
+    return batch._replace(row_mask=jnp.arange(count) < count - 1)
+
+
+def _numbers(*numbers):
+    return jnp.array(numbers, jnp.int32)
+
+
+_ORDER = np.random.default_rng(0).permutation(len(_TASKS))
+_BATCH = _rows(len(_TASKS) + 3)
+_MIXED = _numbers(*_ORDER, len(_TASKS), -1, -1)  # then an empty place, the plain base, and the row that fills up
+_ALONE = jnp.full(len(_MIXED), -1, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Logits and ids of every row of the batch by its own task, from merged weights."""
+    by_task = [_merged(*task) for task in _TASKS]
+    banks = [*(by_task[i] for i in _ORDER), _PLAIN, _PLAIN, _PLAIN]
+    logits = [bank.logits(_BATCH, _ALONE)[row] for row, bank in enumerate(banks)]
+    ids = [bank.generate(_BATCH, _ALONE, max_new_tokens=_NEW)[row] for row, bank in enumerate(banks)]
+    return np.stack(logits), np.stack(ids)
+
+
+def test_each_row_has_the_logits_of_its_task(bank, alone):
+    """Every granularity, mix and sum, with magnitudes and without, magnitudes alone, and the plain base."""
+    wanted, _ = alone
+    got = np.asarray(bank.logits(_BATCH, _MIXED))
+    _close(got, wanted)
+    plain = np.asarray(_PLAIN.logits(_BATCH, _ALONE))
+    np.testing.assert_array_equal(got[-3:], plain[-3:])
+    # The tasks differ from the base and from each other.
+    moved = np.abs(np.stack([wanted[i] - plain[i] for i in range(len(_TASKS))])).max(axis=(1, 2))
+    assert (moved > 0.02 * np.abs(wanted).max()).all()
+
+
+def test_each_row_has_the_tokens_of_its_task(bank, alone):
+    _, ids = alone
+    got = np.asarray(bank.generate(_BATCH, _MIXED, max_new_tokens=_NEW))
+    # Until two tokens are about as likely, after which rounding decides.
+    ranked = np.sort(bank.logits(_BATCH._replace(labels=jnp.asarray(ids)), _MIXED), axis=-1)
+    clear = np.cumprod(ranked[..., -1] - ranked[..., -2] > 1e-3, axis=1).astype(bool)
+    np.testing.assert_array_equal(got[clear], ids[clear])
+    assert clear.mean() > 0.9
+    assert len({tuple(row) for row in ids.tolist()}) > len(_TASKS) / 2
+    assert (got[-1] == tiny.CONFIG.pad_id).all()
+
+
+def test_log_likelihoods_are_those_of_the_logits(bank):
+    wanted = log_likelihood(bank.logits(_BATCH, _MIXED), _BATCH.labels)
+    np.testing.assert_allclose(bank.log_likelihoods(_BATCH, _MIXED), wanted, rtol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_tasks_of_the_others(bank):
+    one_task = jnp.full(len(_MIXED), 3, jnp.int32)
+    mixed = _MIXED.at[5].set(3)
+    np.testing.assert_array_equal(bank.logits(_BATCH, one_task)[5], bank.logits(_BATCH, mixed)[5])
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes):
+    method = Fusion(magnitudes=magnitudes)
+    pool = tiny.pool(3)
+    params = _params(method, 1, range(3), pool)
+    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ())
+    bank = bank.with_task(1, method, params, pool.names)
+    frozen = method.prepare(Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
+    problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
+    batch = tiny.batch()
+    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+    got = bank.logits(batch, _numbers(1, -1, 1))
+    np.testing.assert_array_equal(got[0], wanted[0])
+    np.testing.assert_array_equal(got[2], wanted[2])
+
+
+def test_tasks_come_and_go_without_a_compilation(bank):
+    programs = (TaskBank.logits, TaskBank.generate, _entry, _replaced)
+
+    def compiled():
+        return [program._cache_size() for program in programs]
+
+    def ask(bank, numbers):
+        bank.generate(_BATCH, numbers, max_new_tokens=_NEW)
+        return np.asarray(bank.logits(_BATCH, numbers))
+
+    first, free = ask(bank, _MIXED), len(_TASKS)
+    bank = bank.without_task(3)
+    before = compiled()
+    method, params = _TASKS[2]
+    added = bank.with_task(free, method, params, _MODULES)
+    other = added.with_task(free, method, jax.tree.map(lambda p: 0.5 * p, params), ["module_1", "module_3", "module_0"])
+    moved = ask(added, _MIXED), ask(other, _MIXED), ask(other.without_task(free).without_task(2), _MIXED)
+    assert compiled() == before
+    # Where the numbers are in the batch: the new task behind all others, task 3, task 2.
+    new, gone, last = free, int(np.argmax(_ORDER == 3)), int(np.argmax(_ORDER == 2))
+    plain = np.asarray(_PLAIN.logits(_BATCH, _ALONE))
+    for logits in moved:
+        np.testing.assert_array_equal(logits[gone], plain[gone])
+    of_task = np.asarray(added.logits(_BATCH, jnp.full(len(_MIXED), 2, jnp.int32)))
+    np.testing.assert_array_equal(moved[0][new], of_task[new])
+    assert np.abs(moved[1][new] - moved[0][new]).max() > 0.01
+    np.testing.assert_array_equal(moved[2][[new, last]], plain[[new, last]])
+    others = np.setdiff1d(np.arange(len(_MIXED)), [new, gone, last])
+    for logits in moved:
+        np.testing.assert_array_equal(logits[others], first[others])
+
+
+def test_coefficients_alone_take_no_room_for_scales():
+    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 10)
+    assert bank.tasks.scales == {} and bank.frozen.gram is None
+    blocks = tiny.CONFIG.num_layers + tiny.CONFIG.num_decoder_layers
+    assert bank.tasks.coefficients.shape == (11, 4, blocks)
+    assert sum(a.nbytes for a in jax.tree.leaves(bank.tasks)) == 11 * (4 * blocks * 4 + 1)
+
+
+# 4 bits and chips.
+
+
+def _few(methods):
+    return [(method, _params(method, number)) for number, method in enumerate(methods)]
+
+
+_FEW = _few([Fusion(magnitudes=True), Fusion(composition="mix", granularity="site", magnitudes=False)])
+
+
+def test_base_and_pool_in_4_bits():
+    model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, _BASE))
+    set_matrices(model, {s: quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2) for s, k in matrices(model).items()})
+    base, pool = nnx.split(model)[1], _POOL.quantised("nf4")
+    bank = _filled(Frozen(base, pool), _FEW, granularity="site")
+    batch = _rows(4)
+    got = bank.logits(batch, _numbers(1, 0, -1, -1))
+    alone = [
+        _merged(_FEW[1][0], _FEW[1][1], base, pool),
+        _merged(_FEW[0][0], _FEW[0][1], base, pool),
+        _plain(_GRAPH, base),
+    ]
+    for row, one in enumerate(alone):
+        _close(got[row], np.asarray(one.logits(batch, _numbers(-1, -1, -1, -1)))[row])
+
+
+_NOISY = CrossbarConfig(
+    cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(programming=Independent(0.02))
+)
+
+
+@functools.cache
+def _on_a_chip():
+    frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+    return program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*": _NOISY}, jax.random.key(5), norm="ideal")
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["sum, magnitudes", "mix"])
+def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
+    """Cells err; the run alone is what `compose` makes of modules in arrays."""
+    frozen, (method, params) = _on_a_chip(), _FEW[number]
+    bank = _filled(frozen, _FEW, granularity="site")
+    problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))
+    batch = _rows(3)
+    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+    got = np.asarray(bank.logits(batch, _numbers(number, -1, -1)))
+    _close(got[0], np.asarray(wanted)[0])
+    assert np.abs(got[1] - np.asarray(wanted)[1]).max() > 0.01
+
+
+def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
+    config = CrossbarConfig(dac=DAC(scaling="calibrated"), adc=ADC(bits=12, offset_error=0.05))
+    rng = np.random.default_rng(0)
+    pool = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in {"A": (2, 8, 3), "B": (2, 3, 5)}.items()}
+    x, kernel = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), jnp.zeros((8, 5))
+
+    def run(pool, x):
+        both = Outputs(pool["A"], pool["B"], jnp.arange(2), jnp.ones((2, 3)), "sum")
+        return both(x, kernel)
+
+    chip = calibrate_tree(run, program_tree(pool, {"*": config}, jax.random.key(0)), [x])
+    c = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.7, 2.0], [0.0, 3.0]])
+    rows = RowModules(chip["A"], chip["B"], c[:, :, None], jnp.zeros(4, bool), one_by_one=True)
+    got = jax.jit(lambda rows, x: rows(x))(rows, x)
+
+    @jax.jit
+    def of_first(chip, c):
+        return Outputs(chip["A"], chip["B"], jnp.arange(1), jnp.full((1, 3), c), "sum")(x, kernel)
+
+    np.testing.assert_allclose(got[0], of_first(chip, 1.0)[0], rtol=1e-5)
+    np.testing.assert_array_equal(got[1], jnp.zeros(5))
+    assert np.abs(of_first(chip, 0.0)).min() > 0  # what the converters make of zeros
+
+
+# A decoder.
+
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+}
+
+
+def test_a_decoder_answers_for_mixed_tasks_as_for_each_alone():
+    family = families.family_of_json(_LLAMA)
+    config = family.read_config(_LLAMA)
+    graph, base = nnx.split(family.model(config, rngs=nnx.Rngs(0)))
+    pool = tiny.pool(2, names=("q_proj", "v_proj"), config=config)
+    methods = [Fusion(magnitudes=False), Fusion(composition="mix", granularity="global", magnitudes=True)]
+    frozen = methods[1].prepare(Frozen(base, pool), kernels(nnx.merge(graph, base)))
+    bank = TaskBank.empty(graph, frozen, 2, scaled=tuple(pool.A))
+    batch = tiny.batch(config)._replace(input_mask=jnp.arange(7)[None] < jnp.array([[7], [4], [5]]))
+    logits, ids = [], []
+    for number, method in enumerate(methods):
+        params = method.init(frozen, jnp.arange(2), jax.random.key(0))
+        params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
+        bank = bank.with_task(number, method, params, pool.names)
+        problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(2))
+
+        @jax.jit
+        def alone(params, problem):
+            model, adapters, _ = problem.adapted_model(params)
+            said = generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=_NEW)
+            return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters), said
+
+        of_logits, of_ids = alone(params, problem)
+        logits.append(of_logits[number])
+        ids.append(of_ids[number])
+    numbers = _numbers(0, 1, -1)
+    got, said = bank.logits(batch, numbers), bank.generate(batch, numbers, max_new_tokens=_NEW)
+    _close(got[:2], np.stack(logits))
+    np.testing.assert_array_equal(said[:2], np.stack(ids))
+    plain = _plain(graph, base)
+    np.testing.assert_array_equal(got[2], plain.logits(batch, _numbers(-1, -1, -1))[2])
+
+
+# Bad input.
+
+
+def _raises(match):
+    return pytest.raises(ValueError, match=match)
+
+
+def test_what_a_bank_cannot_hold_is_refused():
+    small = TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 2)
+    block, site = Fusion(magnitudes=False), Fusion(magnitudes=False, granularity="site")
+    params = _params(block, 0)
+    with _raises("no task 2 in a bank of capacity 2: give 0 to 1"):
+        small.with_task(2, block, params, _MODULES)
+    with _raises("no task -1 in a bank"):
+        small.without_task(-1)
+    with _raises("not LoRA"):
+        small.with_task(0, LoRA(sites=(), rank=4), {}, ())
+    with _raises("granularity site do not fit into a bank of the granularity block.*granularity='site'"):
+        small.with_task(0, site, _params(site, 0), _MODULES)
+    with _raises("magnitudes at decoder.cross.q.*the bank rescales no site"):
+        small.with_task(0, Fusion(), _params(Fusion(), 0), _MODULES)
+    with _raises(r"coefficients of shape \(3, 5\) for 2 modules: wanted \(2, 5\)"):
+        small.with_task(0, block, params, _MODULES[:2])
+    with _raises("the pool has no adapter 'module_9'"):
+        small.with_task(0, block, params, ["module_9", "module_1", "module_0"])
+    with _raises("the bank has no pool"):
+        _PLAIN.with_task(0, block, params, _MODULES)
+    with _raises("capacity is 0: wanted at least 1"):
+        TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 0)
+    with _raises("no site encoder.self.x to scale: the model has encoder.self.q"):
+        TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 1, scaled=["encoder.self.x"])
+    uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
+    mix = Fusion(composition="mix", magnitudes=False)
+    with _raises("different ranks"):
+        TaskBank.empty(_GRAPH, Frozen(_BASE, uneven), 1).with_task(0, mix, params, uneven.names)

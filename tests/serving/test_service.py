@@ -1,0 +1,281 @@
+"""Whole runs in one service: answers and scores are those of each run alone."""
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import one_block
+import pytest
+import tiny
+
+from lorafusion_jax import cli
+from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io.hf import load_base
+from lorafusion_jax.methods import find
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.generate import Sampling
+from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.serving.apply import EvaluateRunsOptions, GenerateRunsOptions, evaluate_runs, generate_rows
+from lorafusion_jax.serving.bank import TaskBank
+from lorafusion_jax.serving.service import FusedRun, Service
+from lorafusion_jax.tasks import draw_modules
+from lorafusion_jax.training.recipe import PRESETS
+
+_TASKS = sorted((one_block.SMALL / "tasks").iterdir())
+_SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
+_SCALED = ("encoder.self.v", "encoder.ff.wo")
+_MIXED, _OTHER = 4, 7  # seeds that draw modules 1 and 3, 2 and 0
+_LINES = ["double then digit : a b c", "reverse then upper : d e", "sort then next : c b a d"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    return one_block.cut(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def write(small, tmp_path_factory):
+    """Write a run with made-up numbers, as `fuse` writes one."""
+    names = sorted(folder.name for folder in small[1].iterdir())
+
+    def write_run(name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes) -> Path:
+        recipe = {name: changes.pop(name) for name in list(changes) if hasattr(PRESETS["default"], name)}
+        recipe = dataclasses.replace(PRESETS["default"], modules=2, **recipe)
+        values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASKS[0]), "seeds": seeds}
+        options = FuseOptions(**(values | {"test_rows": 6, "train_rows": 20} | changes), recipe=recipe)
+        drawn = [draw_modules(names, 2, seed) if find(options.method).pool else () for seed in seeds]
+        config = {"options": options_to_json(options), "modules": drawn, "max_new_tokens": recipe.max_new_tokens}
+        folder = tmp_path_factory.mktemp("runs") / name
+        folder.mkdir()
+        RunFolder(folder).write_config(config)
+        checkpoint.save(folder / "checkpoints" / "final", params, {"steps": [1] * len(seeds)})
+        return folder
+
+    return write_run
+
+
+@pytest.fixture(scope="module")
+def runs(small, write) -> dict[str, Path]:
+    """A fusion with two seeds, a mix, and magnitudes alone: other modules, granularities, tasks and prompts."""
+    rng = np.random.default_rng(0)
+    norms = {site: np.linalg.norm(kernel, axis=1) for site, kernel in kernels(load_base(small[0])).items()}
+
+    def magnitudes(sites, seeds):
+        return {s: (rng.uniform(0.7, 1.3, (seeds, *norms[s].shape)) * norms[s]).astype(np.float32) for s in sites}
+
+    fused = {"coefficients": np.asarray(tiny.coefficients((2, 2, 2))), "magnitudes": magnitudes(_SITES, 2)}
+    mixed = {"coefficients": np.asarray(tiny.coefficients((1, 2, len(_SITES))))}
+    return {
+        "fused": write("fused", fused, (1, 2), max_new_tokens=6),
+        "mixed": write(
+            "mixed",
+            mixed,
+            (_MIXED,),
+            method="coefficients",
+            composition="mix",
+            granularity="site",
+            max_new_tokens=6,
+            task=str(_TASKS[1]),
+        ),
+        "scaled": write(
+            "scaled",
+            {"magnitudes": magnitudes(_SCALED, 1)},
+            (1,),
+            method="magnitudes",
+            lora_targets=("v", "wo"),
+            max_new_tokens=3,
+            prompt="{input}.",
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def service(runs) -> Service:
+    found = [FusedRun.read(folder) for folder in runs.values()]
+    service = Service(found, capacity=3)
+    for name, run in zip(runs, found, strict=True):
+        service.add(name, run)
+    return service
+
+
+@pytest.fixture(scope="module")
+def alone(runs, tmp_path_factory) -> dict[str, list[str]]:
+    """The answers of each run on its own."""
+    file = tmp_path_factory.mktemp("lines") / "lines"
+    file.write_text("\n".join(_LINES))
+    return {name: generate_lines(GenerateOptions(run=folder, file=file)) for name, folder in runs.items()}
+
+
+def _file(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return folder / "rows.jsonl"
+
+
+def test_every_row_is_answered_as_by_its_run_alone(runs, alone, tmp_path, capsys):
+    """By name or by folder, in batches smaller than the file; a row without a run asks the plain base."""
+    asked = [(name, i) for i in range(len(_LINES)) for name in ("mixed", "fused", "scaled")]
+    rows = [{"run": name, "input": _LINES[i]} for name, i in asked]
+    rows[0]["run"] = str(runs["mixed"])
+    folders = [str(folder) for folder in runs.values()]
+    file = _file(tmp_path, [*rows, {"input": _LINES[0]}])
+    cli.main(["generate", "--runs", *folders, "--file", str(file), "--eval-batch", "4"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[:-1] == [alone[name][i] for name, i in asked]
+    assert len({*said[:3], said[-1]}) > 2
+
+
+def test_scores_are_those_of_each_run_alone(runs, tmp_path, capsys):
+    """Every seed of every run on its own task; all of them share their batches."""
+    rows = evaluate_runs(EvaluateRunsOptions(runs=tuple(runs.values()), eval_batch=8))
+    found = {(row.pop("run"), row["seed"]): row for row in rows}
+    assert list(found) == [("fused", 1), ("fused", 2), ("mixed", _MIXED), ("scaled", 1)]
+    for name in ("fused", "mixed"):
+        for wanted in evaluate_run(EvaluateOptions(run=runs[name])):
+            got = found[name, wanted["seed"]]
+            assert got.pop("task") == (_TASKS[1] if name == "mixed" else _TASKS[0]).name
+            assert got.pop("loss") == pytest.approx(wanted.pop("loss"), rel=1e-5)
+            assert got == wanted
+    rows = [
+        json.dumps({"input": f"Say {x}.\nOptions:\n- a\n- b", "target": "ab"[i % 2]}) for i, x in enumerate("uvwxyz")
+    ]
+    (tmp_path / "closed.jsonl").write_text("\n".join(rows))
+    closed = {"task": str(tmp_path / "closed.jsonl"), "train_rows": 1, "test_rows": 4}
+    (row,) = evaluate_runs(EvaluateRunsOptions(runs=(runs["mixed"],), **closed))
+    (wanted,) = evaluate_run(EvaluateOptions(run=runs["mixed"], **closed))
+    assert row["option_accuracy"] == wanted["option_accuracy"] is not None
+    cli.main(["evaluate", "--runs", str(runs["mixed"]), "--test-rows", "2"])
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "task", "seed", "exact", "match", "%", "loss"]
+    assert line.split()[:3] == ["mixed", _TASKS[1].name, str(_MIXED)]
+
+
+def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone):
+    fused, mixed = FusedRun.read(runs["fused"]), FusedRun.read(runs["mixed"])
+    before = service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3)
+    assert before == alone["fused"] + alone["mixed"]
+    compiled = TaskBank.generate._cache_size()
+    with pytest.raises(ValueError, match="no room for another: the bank holds 3 tasks, its capacity. Remove one"):
+        service.add("another", mixed)
+    service.remove("scaled")
+    service.add("another", mixed)
+    service.add("fused", fused, seed=2)
+    after = service.generate(_LINES * 2, ["another"] * 3 + ["mixed"] * 3)
+    assert after == alone["mixed"] * 2
+    assert service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3) != before
+    service.add("fused", fused)
+    assert service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3) == before
+    assert TaskBank.generate._cache_size() == compiled
+    with pytest.raises(ValueError, match="no task 'scaled': there are fused, mixed, another"):
+        service.generate(["a"], ["scaled"])
+    with pytest.raises(ValueError, match="no task 'scaled': there are"):
+        service.remove("scaled")
+    with pytest.raises(ValueError, match="2 texts and 1 names"):
+        service.generate(["a", "b"], ["mixed"])
+    with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
+        service.add("fused", fused, seed=7)
+
+
+def test_draws_depend_on_the_row_and_not_on_the_tasks_beside_it(service):
+    names = [*service.tasks][:2]
+
+    def said(of_first, of_others, seed=0):
+        how = {"sampling": Sampling(temperature=2.0), "sampling_seed": seed, "max_new_tokens": 6}
+        return service.generate(_LINES * 2, [of_first, *[of_others] * 5], **how)
+
+    first, *others = said(names[0], names[1])
+    assert said(names[0], names[1]) == [first, *others]
+    assert said(names[0], names[0])[0] == first and said(names[0], names[0])[1:] != others
+    assert said(names[0], names[1], seed=1) != [first, *others]
+    assert others[2] != first  # the same text
+
+
+def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, small, write):
+    other = FusedRun.read(
+        write("other", {"coefficients": np.ones((1, 2, 2), np.float32)}, (_OTHER,), method="coefficients")
+    )
+    mixed = FusedRun.read(runs["mixed"])
+    names = sorted(folder.name for folder in small[1].iterdir())
+    service = Service([mixed], capacity=1)
+    with pytest.raises(ValueError, match="other fuses .*, which the bank lacks: give these modules"):
+        service.add("other", other)
+    roomy = Service([mixed], capacity=1, modules=names)
+    roomy.add("other", other)
+    assert roomy.bank.frozen.pool.names == tuple(names)
+    with pytest.raises(ValueError, match="is not the pool that was fused: it has no nobody"):
+        Service([mixed], capacity=1, modules=["nobody"])
+
+
+def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_path):
+    mixed, scaled = FusedRun.read(runs["mixed"]), FusedRun.read(runs["scaled"])
+    shutil.copytree(small[0], tmp_path / "base")
+    one = {"coefficients": np.ones((1, 2, 2), np.float32)}
+    for field, value in {
+        "base": str(tmp_path / "base"),
+        "pool": str(tmp_path),
+        "control": "random",
+        "load_in": "nf4",
+    }.items():
+        other = FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
+        with pytest.raises(
+            ValueError, match=f"other_{field} has the {field} {value}, and .*mixed has .*Serve them apart"
+        ):
+            Service([mixed, other], capacity=2)
+    # Magnitudes alone come from no pool.
+    Service([scaled._replace(options=dataclasses.replace(scaled.options, pool=None)), mixed], capacity=2)
+    with pytest.raises(ValueError, match="no runs: give at least one"):
+        Service([], capacity=1)
+    lora = write("lora", {"lora": {"A": np.ones(1)}}, (1,), method="lora")
+    with pytest.raises(ValueError, match="lora is of the method lora, which no bank holds: give runs of a fusion"):
+        FusedRun.read(lora)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"run": "nobody", "input": "a"}, "rows.jsonl:1 names the run 'nobody': there are fused, mixed, scaled"),
+        ({"run": "fused"}, "rows.jsonl:1 has no text as its input: wanted a row such as"),
+        ({"run": "fused", "input": " "}, "rows.jsonl:1 has no text as its input"),
+        ([], "rows.jsonl:1 has no text as its input"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_named(row, message, runs, tmp_path):
+    file = _file(tmp_path, [row])
+    with pytest.raises(ValueError, match=message):
+        generate_rows(GenerateRunsOptions(runs=tuple(runs.values()), file=file))
+
+
+def test_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("not JSON"))
+    with pytest.raises(ValueError, match="standard input:1 is not JSON"):
+        generate_rows(GenerateRunsOptions(runs=(runs["mixed"],)))
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValueError, match="empty holds no rows: give a line for each answer"):
+        generate_rows(GenerateRunsOptions(runs=(runs["mixed"],), file=tmp_path / "empty"))
+    with pytest.raises(ValueError, match="a run is given twice"):
+        evaluate_runs(EvaluateRunsOptions(runs=(runs["mixed"],) * 2))
+    mixed = str(runs["mixed"])
+    for arguments, message in [
+        (["evaluate", "--task", "t"], "say what to evaluate: one run with --run, or several with --runs"),
+        (["generate", "--run", mixed, "--runs", mixed], "--run: not possible together with --runs"),
+        (["generate", "--runs", mixed, "--stream"], "--stream: not possible together with --runs"),
+        (["evaluate", "--runs", mixed, "--crossbar", "isaac"], "--crossbar: not possible together with --runs"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_two_runs_of_one_last_name_are_told_apart_by_their_folders(runs, alone, tmp_path):
+    shutil.copytree(runs["mixed"], tmp_path / "fused")
+    folders = (runs["fused"], tmp_path / "fused")
+    rows = _file(tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders])
+    said = generate_rows(GenerateRunsOptions(runs=folders, file=rows))
+    assert said == [alone["fused"][0], alone["mixed"][0]]
