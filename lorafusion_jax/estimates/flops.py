@@ -52,14 +52,22 @@ def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of generating T tokens for B rows.
 
-    It takes as many as a forward pass, because every token attends to every position of the cache. DoRA's norms are
-    the exception: the layers compute them again for every token.
+    It takes as many as a forward pass, because every token attends to every position of the cache, with two exceptions.
+    A prompt in the answer's own stack is read before there are positions of an answer, and the layers compute DoRA's
+    norms again for every token. (Compilers leave out what the prompt's pass through the last block of an unrolled model
+    computes other than keys and values; it is counted.)
     """
-    again = 0
+    again, rows, source, target = 0, *shape
     if update.kind == "dora":
         there = targeted(config, update.targets).values()
         again = sum(site.layers * _prepare(site, update) for site in there if "target" in site.reads)
-    return forward_flops(config, shape, update) + float(again * max(shape.target - 1, 0))
+    unread = 4 * sum(
+        stack.layers * rows * source * target * attention.heads * attention.d_head
+        for stack in config.stacks.values()
+        for attention in stack.attentions
+        if "source" in stack.reads and "target" in attention.reads
+    )
+    return forward_flops(config, shape, update) + float(again * max(target - 1, 0) - unread)
 
 
 def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable: int) -> float:

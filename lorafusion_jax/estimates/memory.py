@@ -65,6 +65,8 @@ def step_bytes(
     """
     gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
     kept = _kept(config, shape, update) * _itemsize(config)
+    if config.remat == "none":
+        kept += _rest(config, shape) * _FLOAT32
     batched = seeds if path == "vmap" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(config, device)
     if update.kind == "full":
@@ -77,8 +79,9 @@ def evaluation_bytes(
 ) -> int:
     """Return the bytes that generating for one batch, or its loss, needs in addition to its arguments.
 
-    The cache holds the source's keys and values once and the target's twice, because the scan over layers writes a new
-    copy of the target's for every token.
+    The logits of the loss are those of all labels; generation has those of one token, and a cache. It holds the
+    source's keys and values once and the target's twice, because the scan over layers writes a new copy of the target's
+    for every token.
 
     Args:
       config: the base model.
@@ -90,9 +93,11 @@ def evaluation_bytes(
       device: kind of device.
     """
     batched = seeds if path == "vmap" else 1
-    cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config) if new_tokens else 0
-    of_seed = cache + _work(config, shape) + _fused(config, update)
-    return batched * of_seed + _copies(config, device)
+    needed = _work(config, shape)
+    if new_tokens:
+        cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config)
+        needed = max(needed, cache + _work(config, shape._replace(target=1)))
+    return batched * (needed + _fused(config, update)) + _copies(config, device)
 
 
 def _cache(config: Architecture, shape: Shape) -> int:
@@ -111,7 +116,7 @@ def _cache(config: Architecture, shape: Shape) -> int:
 
 
 def _kept(config: Architecture, shape: Shape, update: Update) -> int:
-    """Return the number of values that the backward pass keeps: every layer's input, and those that `remat` saves."""
+    """Return the number of values that the backward pass keeps: every layer's input, and most products."""
     total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in config.stacks.values())
     if config.remat == "full":
         return total
@@ -122,11 +127,11 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
         for site in targeted(config, update.targets).values():
             width = update.width(site)
             total += tokens(site.reads, shape) * site.layers * (width + site.d_out if width else 0)
-    return total + (_rest(config, shape) if config.remat == "none" else 0)
+    return total
 
 
 def _rest(config: Architecture, shape: Shape) -> int:
-    """Return the number of further values kept if nothing is recomputed: norms, attention weights, gates."""
+    """Return the number of further float32 values kept if nothing is recomputed: norms, attention weights, gates."""
     total = 0
     for stack in config.stacks.values():
         met = tokens(stack.reads, shape)

@@ -52,8 +52,8 @@ class Stack(NamedTuple):
       reads: the tokens that run through it; the last stack reads `target`.
       attentions: attentions of a block.
       d_ff: widest activation within a block.
-      elementwise: numbers per token that a block's norms and activation functions keep for the backward pass when
-        nothing is recomputed.
+      elementwise: float32 numbers per token that a block's norms and activation functions keep for the backward pass
+        when nothing is recomputed.
     """
 
     layers: int

@@ -111,10 +111,11 @@ class DecoderConfig(Architecture):
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         """The decoder."""
-        norms = 2 * (4 if self.post_norms else 2) * self.d_model
-        turned = 2 * (self.num_heads + self.num_kv_heads) * self.d_head
+        # Kept are the input of each norm, rotated queries and keys, and the gate with its derivative.
+        norms = (4 if self.post_norms else 2) * self.d_model
+        rotated = (2 if self.qk_norm else 1) * (self.num_heads + self.num_kv_heads) * self.d_head
         attention = Attention(_ALL, self.num_heads, self.num_kv_heads, self.d_head)
-        return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff, norms + turned + 4 * self.d_ff)}
+        return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff, norms + rotated + 2 * self.d_ff)}
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:

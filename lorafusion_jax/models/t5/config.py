@@ -57,9 +57,9 @@ class T5Config(Architecture):
             return Attention(reads, self.num_heads, self.num_heads, self.d_kv)
 
         def stack(layers: int, reads: Parts, *attentions: Attention) -> Stack:
-            # Each sublayer's norm keeps its input twice; a gated feed-forward keeps four numbers for each of its own.
-            norms = 2 * (len(attentions) + 1) * self.d_model
-            return Stack(layers, reads, attentions, self.d_ff, norms + (4 if self.gated else 1) * self.d_ff)
+            # Kept are the input of each sublayer's norm, and the gate with its derivative.
+            norms = (len(attentions) + 1) * self.d_model
+            return Stack(layers, reads, attentions, self.d_ff, norms + (2 if self.gated else 0) * self.d_ff)
 
         return {
             "encoder": stack(self.num_layers, _SOURCE, attention(_SOURCE)),
