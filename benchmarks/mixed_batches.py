@@ -3,10 +3,11 @@
     python benchmarks/mixed_batches.py [--shape flan-t5-small] [--cores 1] [--json]
 
 Random weights, a pool of 20 modules of rank 16 on q and v; rows of 32 source and 16 new tokens, none ending earlier.
-Batches of 64 and 256 rows, every row of a task of its own, beside the same rows of one task: the same bank, the same
-program. With magnitudes, tasks are sums with scales; without, mixes, of which PEFT can hold each as an adapter of rank
-16 and choose it row by row (`adapter_names`; needs the `peft` extra, and is left out without). Ids are compared with
-those of programs of single tasks. The memory is that of 10,000 tasks without magnitudes in FLAN-T5-large's shape.
+Batches of 64 and 256 rows, each row with a task of its own, are compared with the same rows of one task: the same bank
+and the same program. With magnitudes, tasks are sums with scales. Without, they are mixes: PEFT can hold each of them
+as an adapter of rank 16, and chooses adapters row by row (`adapter_names`; this needs the `peft` extra and is left out
+without it). Ids are compared with those of one task's own program, whose speed is shown too. The memory is that of
+10,000 tasks without magnitudes in FLAN-T5-large's shape.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from _peer import mixed_batch
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.serving.bank import TaskBank
+from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.problem import Frozen, Params, Problem
 
 _SOURCE, _NEW = 32, 16
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def _memory() -> dict[str, Any]:
-    """Return the memory of many tasks: the system's count of this process, and the sum of the arrays."""
+    """Return the memory of many tasks: the sum of their arrays, next to what the system adds to the process."""
     config = config_of("flan-t5-large")
     weights = shapes_of(config, "float32")  # the base and the pool themselves take no memory here
     TaskBank.empty(graph_of(config), weights, 1)  # compiles what little there is to compile
@@ -62,10 +64,10 @@ def _memory() -> dict[str, Any]:
     grown, arrays = _resident() - before, sum(a.nbytes for a in jax.tree.leaves(bank.tasks))
     return case(
         f"flan-t5-large, {_MANY:,} tasks without magnitudes: memory / {_MANY_BYTES / 1e6:g} MB",
-        max(grown, arrays) / _MANY_BYTES,
+        arrays / _MANY_BYTES,
         1.0,
-        resident_bytes=grown,
         array_bytes=arrays,
+        resident_bytes=grown,
     )
 
 
@@ -77,63 +79,57 @@ def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
     bank = TaskBank.empty(graph_of(config), weights, len(tasks), scaled=sorted(tasks[0].get("magnitudes", ())))
     for number, params in enumerate(tasks):
         bank = bank.with_task(number, method, params, range(MODULES))
+    problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=jnp.arange(MODULES)[None])
+    batches = {rows: jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE))) for rows in _BATCHES}
     runs: dict[str, Callable[[], np.ndarray]] = {}
-    for rows in _BATCHES:
-        batch = jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE)))
+    for rows, batch in batches.items():
 
-        def run(numbers: np.ndarray, bank: TaskBank = bank, batch: Any = batch) -> np.ndarray:
+        def run(numbers: np.ndarray, batch: Batch = batch) -> np.ndarray:
             return np.asarray(bank.generate(batch, numbers, max_new_tokens=_NEW))
 
         runs[f"{rows} one"] = partial(run, np.zeros(rows, np.int32))
         runs[f"{rows} mixed"] = partial(run, np.arange(rows, dtype=np.int32))
-        problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=jnp.arange(MODULES)[None])
-        runs[f"{rows} alone"] = partial(_alone, tasks[0], batch, problem)
-        if name == "coefficients" and has_peft():
-            adapters = [_factors(method, params, weights) for params in tasks[:rows]]
-            peer = mixed_batch(config, weights.base, batch, adapters, new_tokens=_NEW)
-            runs[f"{rows} peer one"] = partial(peer, [0] * rows)
-            runs[f"{rows} peer mixed"] = partial(peer, list(range(rows)))
-    said = {of: run() for of, run in runs.items()}
+    rows = _BATCHES[0]
+    runs["alone"] = partial(_alone, tasks[0], batches[rows], problem)
+    if name == "coefficients" and has_peft():
+        adapters = [_factors(method, params, weights) for params in tasks[:rows]]
+        peer = mixed_batch(config, weights.base, batches[rows], adapters, new_tokens=_NEW)
+        runs["peer one"] = partial(peer, [0] * rows)
+        runs["peer mixed"] = partial(peer, list(range(rows)))
+    mixed = {rows: runs[f"{rows} mixed"]() for rows in _BATCHES}
+    same = [
+        np.mean(_alone(tasks[task], batches[rows], problem)[task] == mixed[rows][task])
+        for rows in _BATCHES
+        for task in range(_COMPARED)
+    ]
     seconds = in_turns(runs, options.rounds)
-    cases = []
-    for rows in _BATCHES:
-        one, mixed, alone = (seconds[f"{rows} {how}"] for how in ("one", "mixed", "alone"))
-        where = f"{options.shape}, {options.cores} core{'s' if options.cores > 1 else ''}, {name}"
-        problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=jnp.arange(MODULES)[None])
-        batch = jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE)))
-        same = [np.mean(_alone(tasks[t], batch, problem)[t] == said[f"{rows} mixed"][t]) for t in range(_COMPARED)]
-        speed = {"tokens_per_second": rows * _NEW / float(np.median(mixed)), "rounds": len(mixed)}
-        cases += [
-            case(
-                f"{where}: tokens/s of {rows} tasks over one, {rows} rows",
-                of_turns(one, mixed),
-                _BAR,
-                higher_is_better=True,
-                **speed,
-                same_tokens_as_alone=float(np.mean(same)),
-            ),
-            case(
-                f"{where}: tokens/s of {rows} tasks over one task's own program, {rows} rows",
-                of_turns(alone, mixed),
-                None,
-                higher_is_better=True,
-                **speed,
-            ),
-        ]
-        if f"{rows} peer mixed" in runs:
-            theirs = seconds[f"{rows} peer mixed"]
-            cases += [
-                case(
-                    f"{where}: PyTorch + PEFT / ours, {rows} tasks, {rows} rows",
-                    of_turns(theirs, mixed),
-                    None,
-                    higher_is_better=True,
-                    **speed,
-                    peer_tokens_per_second=rows * _NEW / float(np.median(theirs)),
-                    peer_over_one=of_turns(seconds[f"{rows} peer one"], theirs),
-                    same_tokens=float(np.mean(said[f"{rows} mixed"] == said[f"{rows} peer mixed"])),
-                )
-            ]
+    where = f"{options.shape}, {options.cores} core{'s' if options.cores > 1 else ''}, {name}"
+
+    def speed(of: str, rows: int) -> float:
+        return rows * _NEW / float(np.median(seconds[of]))
+
+    cases = [
+        case(
+            f"{where}: tokens/s of {rows} tasks / of one, {rows} rows",
+            of_turns(seconds[f"{rows} one"], seconds[f"{rows} mixed"]),
+            _BAR,
+            higher_is_better=True,
+            tokens_per_second=speed(f"{rows} mixed", rows),
+            same_tokens_as_alone=float(np.mean(same)),
+            rounds=options.rounds,
+        )
+        for rows in _BATCHES
+    ]
+    ours = seconds[f"{rows} mixed"]
+    beside = {f"{where}: tokens/s of {rows} tasks / of one in a program of its own, {rows} rows": "alone"}
+    if "peer mixed" in runs:
+        beside[f"{where}: tokens/s of {rows} tasks / of PyTorch + PEFT, {rows} rows"] = "peer mixed"
+    for what, other in beside.items():
+        found = {"tokens_per_second": speed(f"{rows} mixed", rows), "other_tokens_per_second": speed(other, rows)}
+        if other == "peer mixed":
+            found["same_tokens"] = float(np.mean(mixed[rows] == runs[other]()))
+            found["peer_of_one_task"] = of_turns(seconds["peer one"], seconds[other])
+        cases.append(case(what, of_turns(seconds[other], ours), None, higher_is_better=True, **found))
     return cases
 
 
@@ -151,7 +147,7 @@ def _tasks(method: Fusion, weights: Frozen, count: int) -> list[Params]:
     return found
 
 
-def _alone(params: Params, batch: Any, problem: Problem) -> np.ndarray:
+def _alone(params: Params, batch: Batch, problem: Problem) -> np.ndarray:
     """Return the ids of a batch by a program of one task."""
     seeds = jax.tree.map(lambda a: a[None], params)
     return np.asarray(generate_seeds(seeds, batch, problem, max_new_tokens=_NEW)[0])

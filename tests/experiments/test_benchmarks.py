@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.models.t5.model import decoder_inputs
+from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.training.loss import cross_entropy
 from lorafusion_jax.training.problem import Frozen
 
@@ -28,10 +30,11 @@ def benchmarks():
         import _measure
         import _model
         import fusion_step
+        import mixed_batches
         import padding
         import table
 
-        yield {m.__name__: m for m in (_measure, _model, fusion_step, padding, table)}
+        yield {m.__name__: m for m in (_measure, _model, fusion_step, mixed_batches, padding, table)}
     finally:
         sys.path.remove(str(_ROOT / "benchmarks"))
 
@@ -121,6 +124,35 @@ def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
         f"float32 peer / our bfloat16 step: mix, {structure}" for structure in ("unrolled", "scanned")
     }
     assert all(case["required"] is not None for case in barred.values())
+
+
+def test_many_tasks_are_measured_against_one(benchmarks, monkeypatch):
+    mixed, turns = benchmarks["mixed_batches"], {"2 one": 0.9, "2 mixed": 1.0, "alone": 0.5}
+    settings = {"_BATCHES": (2,), "_SOURCE": 4, "_NEW": 2, "_COMPARED": 2, "MODULES": 2, "has_peft": lambda: False}
+    settings["config_of"] = lambda shape: dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1)
+    for name, value in settings.items():
+        monkeypatch.setattr(mixed, name, value)
+    monkeypatch.setattr(mixed, "in_turns", lambda runs, rounds: {n: np.full(rounds, turns[n]) for n in runs})
+    options = SimpleNamespace(shape="tiny", cores=1, rounds=3)
+    cases = mixed._cases(options, "magnitudes", mixed._METHODS["magnitudes"])
+    _check(cases)
+    over_one, over_alone = cases
+    assert over_one["ratio"] == pytest.approx(0.9) == over_one["required"] and over_one["higher_is_better"]
+    assert over_one["computed_from"]["same_tokens_as_alone"] == 1
+    assert over_alone["ratio"] == pytest.approx(0.5) and over_alone["required"] is None
+
+
+def test_ten_thousand_tasks_fit_into_40_megabytes(benchmarks):
+    model, found = benchmarks["_model"], []
+    config = model.config_of("flan-t5-large")
+
+    def trace():
+        bank = TaskBank.empty(model.graph_of(config), model.frozen(config, "float32", 20), 10_000)
+        found.extend((a.shape, a.dtype.itemsize) for a in jax.tree.leaves(bank.tasks))
+
+    jax.eval_shape(trace)
+    assert found == [((10_001, 20, 48), 4), ((10_001,), 1)]
+    assert sum(np.prod(shape) * size for shape, size in found) <= 40e6
 
 
 def test_short_functions_take_turns_of_many_calls(benchmarks):

@@ -29,7 +29,7 @@ from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks import draw_modules
 from lorafusion_jax.training.recipe import PRESETS
 
-_TASKS = sorted((one_block.SMALL / "tasks").iterdir())
+_TASK = one_block.SMALL / "tasks" / "double_digit"
 _SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
 _SCALED = ("encoder.self.v", "encoder.ff.wo")
 _MIXED, _OTHER = 4, 7  # seeds that draw modules 1 and 3, 2 and 0
@@ -49,7 +49,7 @@ def write(small, tmp_path_factory):
     def write_run(name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes) -> Path:
         recipe = {name: changes.pop(name) for name in list(changes) if hasattr(PRESETS["default"], name)}
         recipe = dataclasses.replace(PRESETS["default"], modules=2, **recipe)
-        values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASKS[0]), "seeds": seeds}
+        values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "seeds": seeds}
         options = FuseOptions(**(values | {"test_rows": 6, "train_rows": 20} | changes), recipe=recipe)
         drawn = [draw_modules(names, 2, seed) if find(options.method).pool else () for seed in seeds]
         config = {"options": options_to_json(options), "modules": drawn, "max_new_tokens": recipe.max_new_tokens}
@@ -63,8 +63,11 @@ def write(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(small, write) -> dict[str, Path]:
+def runs(small, write, tmp_path_factory) -> dict[str, Path]:
     """A fusion with two seeds, a mix, and magnitudes alone: other modules, granularities, tasks and prompts."""
+    asked = [{"input": f"Say {x}.\nOptions:\n- a\n- b", "target": "ab"[i % 2]} for i, x in enumerate("uvwxyz")]
+    closed = tmp_path_factory.mktemp("tasks") / "closed.jsonl"
+    closed.write_text("\n".join(map(json.dumps, asked)))
     rng = np.random.default_rng(0)
     norms = {site: np.linalg.norm(kernel, axis=1) for site, kernel in kernels(load_base(small[0])).items()}
 
@@ -83,7 +86,8 @@ def runs(small, write) -> dict[str, Path]:
             composition="mix",
             granularity="site",
             max_new_tokens=6,
-            task=str(_TASKS[1]),
+            task=str(closed),
+            train_rows=1,
         ),
         "scaled": write(
             "scaled",
@@ -132,29 +136,20 @@ def test_every_row_is_answered_as_by_its_run_alone(runs, alone, tmp_path, capsys
     assert len({*said[:3], said[-1]}) > 2
 
 
-def test_scores_are_those_of_each_run_alone(runs, tmp_path, capsys):
-    """Every seed of every run on its own task; all of them share their batches."""
-    rows = evaluate_runs(EvaluateRunsOptions(runs=tuple(runs.values()), eval_batch=8))
-    found = {(row.pop("run"), row["seed"]): row for row in rows}
-    assert list(found) == [("fused", 1), ("fused", 2), ("mixed", _MIXED), ("scaled", 1)]
-    for name in ("fused", "mixed"):
-        for wanted in evaluate_run(EvaluateOptions(run=runs[name])):
-            got = found[name, wanted["seed"]]
-            assert got.pop("task") == (_TASKS[1] if name == "mixed" else _TASKS[0]).name
-            assert got.pop("loss") == pytest.approx(wanted.pop("loss"), rel=1e-5)
-            assert got == wanted
-    rows = [
-        json.dumps({"input": f"Say {x}.\nOptions:\n- a\n- b", "target": "ab"[i % 2]}) for i, x in enumerate("uvwxyz")
-    ]
-    (tmp_path / "closed.jsonl").write_text("\n".join(rows))
-    closed = {"task": str(tmp_path / "closed.jsonl"), "train_rows": 1, "test_rows": 4}
-    (row,) = evaluate_runs(EvaluateRunsOptions(runs=(runs["mixed"],), **closed))
-    (wanted,) = evaluate_run(EvaluateOptions(run=runs["mixed"], **closed))
-    assert row["option_accuracy"] == wanted["option_accuracy"] is not None
-    cli.main(["evaluate", "--runs", str(runs["mixed"]), "--test-rows", "2"])
-    head, line = capsys.readouterr().out.splitlines()
+def test_scores_are_those_of_each_run_alone(runs, capsys):
+    """Every seed of every run on its own task, with options or without; all of them share their batches."""
+    rows = evaluate_runs(EvaluateRunsOptions(runs=tuple(runs.values())))
+    assert [(row["run"], row["seed"]) for row in rows] == [("fused", 1), ("fused", 2), ("mixed", _MIXED), ("scaled", 1)]
+    assert [row["task"] for row in rows] == [_TASK.name, _TASK.name, "closed", _TASK.name]
+    alone = [row for name in ("fused", "mixed") for row in evaluate_run(EvaluateOptions(run=runs[name]))]
+    for got, wanted in zip(rows, alone, strict=False):
+        assert {name: got[name] for name in wanted} == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-5)}
+    assert rows[2]["option_accuracy"] is not None and rows[0]["option_accuracy"] is None
+    cli.main(["evaluate", "--runs", *map(str, runs.values())])
+    head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["run", "task", "seed", "exact", "match", "%", "loss"]
-    assert line.split()[:3] == ["mixed", _TASKS[1].name, str(_MIXED)]
+    wanted = [[r["run"], r["task"], str(r["seed"]), f"{r['exact_match']:.1f}", f"{r['loss']:.4f}"] for r in rows]
+    assert [line.split() for line in lines] == wanted
 
 
 def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone):
