@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import one_block
 import pytest
+import small_llama
 import tiny
 
 from lorafusion_jax import cli
@@ -134,6 +135,32 @@ def test_every_row_is_answered_as_by_its_run_alone(runs, alone, tmp_path, capsys
     said = capsys.readouterr().out.splitlines()
     assert said[:-1] == [alone[name][i] for name, i in asked]
     assert len({*said[:3], said[-1]}) > 2
+
+
+def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batch(write, tmp_path):
+    base = small_llama.make(tmp_path / "base")
+    rng, magnitudes = np.random.default_rng(0), {}
+    for site, kernel in kernels(load_base(base)).items():
+        norm = np.linalg.norm(kernel, axis=1)[None]
+        magnitudes[site] = (rng.uniform(0.3, 3, norm.shape) * norm).astype(np.float32)
+    shared = {
+        "base": str(base),
+        "pool": None,
+        "method": "magnitudes",
+        "lora_targets": ("q_proj", "o_proj", "down_proj"),
+    }
+    magnitudes = {site: m for site, m in magnitudes.items() if site.endswith(shared["lora_targets"])}
+    folders = [
+        write("chat", {"magnitudes": magnitudes}, (1,), chat=True, max_new_tokens=6, **shared),
+        write("asked", {"magnitudes": magnitudes}, (1,), prompt="Q: {input}\nA:", max_new_tokens=4, **shared),
+    ]
+    (tmp_path / "lines").write_text("hot\nthe tall")
+    alone = [generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines")) for folder in folders]
+    alone.append(generate_lines(GenerateOptions(base=str(base), file=tmp_path / "lines", max_new_tokens=6)))
+    rows = [{"run": run, "input": line} for run in ("chat", "asked", None) for line in ("hot", "the tall")]
+    said = generate_rows(GenerateRunsOptions(runs=tuple(folders), file=_file(tmp_path, rows)))
+    assert said == [answer for of_run in alone for answer in of_run]
+    assert len(set(said)) == len(said)
 
 
 def test_scores_are_those_of_each_run_alone(runs, capsys):
