@@ -5,26 +5,26 @@ import os
 from pathlib import Path
 
 import numpy as np
-from _model import RANK, TARGETS, hf_config
+from _model import RANK, hf_config
 
 from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.architecture import linear_shapes
-from lorafusion_jax.models.t5 import T5Config
+from lorafusion_jax.models.architecture import Architecture, linear_shapes
+from lorafusion_jax.models.families import family_of
 
 _DIFFERENT = 20
 
 
-def write_config(folder: Path, config: T5Config) -> None:
+def write_config(folder: Path, config: Architecture) -> None:
     """Write the config.json that the converter reads of a base model."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(config) | {"model_type": "t5"}))
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
 
 
-def write_adapters(folder: Path, config: T5Config, count: int) -> list[Path]:
+def write_adapters(folder: Path, config: Architecture, count: int) -> list[Path]:
     """Write adapters of rank 16 on q and v, float32: 20 different ones, and hard links to their files beyond."""
     rng, sources = np.random.default_rng(0), []
-    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
-    said |= {"task_type": "SEQ_2_SEQ_LM", "inference_mode": True}
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(config.targets)}
+    said |= {"task_type": family_of(config).task_type, "inference_mode": True}
     for n in range(count):
         sources.append(source := folder / f"adapter_{n:03d}")
         if n >= _DIFFERENT:
@@ -34,7 +34,7 @@ def write_adapters(folder: Path, config: T5Config, count: int) -> list[Path]:
             continue
         tensors = {}
         for path, (d_in, d_out) in linear_shapes(config).items():
-            if path.rpartition(".")[2] in TARGETS:
+            if path.rpartition(".")[2] in config.targets:
                 key = f"base_model.model.{path}.lora_"
                 tensors[f"{key}A.weight"] = rng.normal(scale=0.02, size=(RANK, d_in)).astype(np.float32)
                 tensors[f"{key}B.weight"] = rng.normal(scale=0.02, size=(d_out, RANK)).astype(np.float32)

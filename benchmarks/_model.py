@@ -20,9 +20,9 @@ from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
-from lorafusion_jax.models.t5 import T5, T5Config
-from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.models.t5.model import decoder_inputs
+from lorafusion_jax.models.decoder import DecoderConfig
+from lorafusion_jax.models.families import abstract_model, family_of, known_shapes
+from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
@@ -33,28 +33,45 @@ from lorafusion_jax.training.seeds import default_path
 from lorafusion_jax.training.step import TrainState
 
 BATCH, SOURCE, TARGET = 5, 128, 8
-MODULES, RANK, TARGETS = 20, 16, ("q", "v")
-CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large")
+MODULES, RANK = 20, 16
+CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
 
 # What weights and activations are: `nf4` weights are multiplied in float32.
 Dtype = Literal["float32", "bfloat16", "nf4"]
 Composition = Literal["mix", "sum"]
 
 
-def config_of(shape: str, dtype: Dtype = "float32") -> T5Config:
+def config_of(shape: str, dtype: Dtype = "float32") -> Architecture:
     """Return the structure of a shape; of the embedded small base too only the sizes count here."""
     activations = "bfloat16" if dtype == "bfloat16" else "float32"
-    if shape == "small-pool":
-        small = read_config(ROOT / "examples/small/base")
-        assert isinstance(small, T5Config)
-        return dataclasses.replace(small, dtype=activations)
-    return dataclasses.replace(SHAPES[shape], dtype=activations)
+    config = read_config(ROOT / "examples/small/base") if shape == "small-pool" else known_shapes()[shape]
+    return dataclasses.replace(config, dtype=activations)
 
 
-def hf_config(config: T5Config) -> dict[str, Any]:
-    """Return what transformers calls the structure."""
+def hf_config(config: Architecture) -> dict[str, Any]:
+    """Return what transformers calls the structure of a T5 or a Llama."""
+    if isinstance(config, DecoderConfig):
+        assert config.model_type == "llama", config.model_type
+        return {
+            "model_type": "llama",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.d_model,
+            "intermediate_size": config.d_ff,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.d_head,
+            "max_position_embeddings": config.context,
+            "rms_norm_eps": config.eps,
+            "rope_parameters": {"rope_type": config.rope.scaling, "rope_theta": config.rope.theta},
+            "tie_word_embeddings": config.tied,
+            "pad_token_id": config.pad_id,
+            "eos_token_id": list(config.end_ids),
+        }
+    assert isinstance(config, T5Config)
     sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
     return {name: getattr(config, name) for name in sizes} | {
+        "model_type": "t5",
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
         "decoder_start_token_id": config.start_id,
         "pad_token_id": config.pad_id,
@@ -63,21 +80,21 @@ def hf_config(config: T5Config) -> dict[str, Any]:
     }
 
 
-def unrolled(config: T5Config) -> T5Config:
+def unrolled(config: Architecture) -> Architecture:
     """Return the structure with its layers compiled one after the other."""
     return dataclasses.replace(config, unroll=True)
 
 
 @cache
-def graph_of(config: T5Config) -> nnx.GraphDef:
+def graph_of(config: Architecture) -> nnx.GraphDef:
     """Return the structure of a model."""
-    return nnx.split(nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(abstract_model(config))[0]
 
 
-def frozen(config: T5Config, dtype: Dtype, modules: int) -> Frozen:
+def frozen(config: Architecture, dtype: Dtype, modules: int) -> Frozen:
     """Return a random base and pool of `modules` modules; jitted, it would hold all of that several times."""
-    model = T5(config, rngs=nnx.Rngs(0))
-    adapted = targeted(config, TARGETS)
+    model = family_of(config).model(config, rngs=nnx.Rngs(0))
+    adapted = targeted(config, None)
 
     def draw(purpose: int, scale: dict[str, float], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(purpose), len(shapes))
@@ -107,12 +124,12 @@ def frozen(config: T5Config, dtype: Dtype, modules: int) -> Frozen:
     return Frozen(base, pool, gram(pool, used))
 
 
-def shapes_of(config: T5Config, dtype: Dtype, modules: int = MODULES) -> Frozen:
+def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Frozen:
     """Return the shapes of a base and a pool, for what is compiled and not run."""
     return jax.eval_shape(partial(frozen, config, dtype, modules))
 
 
-def lowered(config: T5Config, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
+def lowered(config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
     """Return the step of some seeds in turn, traced from shapes, to be compiled."""
     recipe = PRESETS["default"]
 
@@ -150,7 +167,7 @@ def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE,
 class Step:
     """The fusion step of the reference protocol, as runs call it: one program for all seeds, state carried along."""
 
-    def __init__(self, config: T5Config, weights: Frozen, composition: Composition, *, seeds: int = 1):
+    def __init__(self, config: Architecture, weights: Frozen, composition: Composition, *, seeds: int = 1):
         assert weights.pool is not None
         recipe = dataclasses.replace(PRESETS["reference"], composition=composition)
         self.problem = Problem(
@@ -174,24 +191,23 @@ class Step:
         self.losses.append(float(metrics["loss"][0]))
 
 
-def floor(config: T5Config, weights: Frozen) -> Callable[[], Any]:
+def floor(config: Architecture, weights: Frozen) -> Callable[[], Any]:
     """Return forward and backward to activations only: the base alone, unrolled, no adapter and no fusion."""
     batch = jax.tree.map(lambda a: a[0], batch_of(config))
     graph = graph_of(unrolled(config))
+    kind = family_of(config).model
+    embed = kind._embed
 
     def loss(shifts: dict[int, jax.Array], base: nnx.State, batch: Batch) -> jax.Array:
-        model = nnx.merge(graph, base)
-        embed = T5._embed
-
-        def shifted(model: T5, ids: jax.Array) -> jax.Array:
+        def shifted(model: Any, ids: jax.Array) -> jax.Array:
             return embed(model, ids) + shifts[ids.shape[1]]
 
-        start = decoder_inputs(batch.labels, start_id=config.start_id, pad_id=config.pad_id)
-        with mock.patch.object(T5, "_embed", shifted):
-            logits = model(batch.input_ids, batch.input_mask, start)
+        with mock.patch.object(kind, "_embed", shifted):
+            logits = nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
         return cross_entropy(logits, batch.labels) / BATCH
 
     # Gradients with respect to what is added to the embedded tokens are those of the first activations.
-    shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in (SOURCE, TARGET)}
+    widths = (SOURCE + TARGET - 1,) if config.causal else (SOURCE, TARGET)
+    shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
     gradient = jax.jit(jax.value_and_grad(loss))
     return lambda: jax.block_until_ready(gradient(shifts, weights.base, batch))

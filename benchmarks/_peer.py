@@ -14,35 +14,36 @@ import numpy as np
 from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.t5 import T5, T5Config
+from lorafusion_jax.adapters.coefficients import column_names
+from lorafusion_jax.models.architecture import Architecture, Model, stack_of
+from lorafusion_jax.models.families import family_of
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.problem import Frozen
 from lorafusion_jax.training.recipe import PRESETS
 
 
-def peft_model(config: T5Config, base: nnx.State, dtype: Dtype, *, dora: bool = True) -> Any:
-    """Return the base in PEFT, with one new adapter of rank 16 on q and v, without dropout."""
+def peft_model(config: Architecture, base: nnx.State, dtype: Dtype, *, dora: bool = True) -> Any:
+    """Return the base in PEFT, with one new adapter of rank 16 on the family's own targets, without dropout."""
     import peft
     import torch
     import transformers
 
+    kind = transformers.AutoModelForCausalLM if config.causal else transformers.AutoModelForSeq2SeqLM
     with torch.device("meta"):
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**hf_config(config)))
+        model = kind.from_config(transformers.AutoConfig.for_model(**hf_config(config)))
     model = model.to_empty(device="cpu")
     model.tie_weights()
     if not config.tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty(config.vocab_size, config.d_model))
     model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
-    filled = _fill(dict(model.named_parameters()), nnx.merge(graph_of(config), base))
-    assert filled == {name for name, _ in model.named_parameters()}
+    _fill(model, nnx.merge(graph_of(config), base))
     adapter = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_2_SEQ_LM,
+        task_type=family_of(config).task_type,
         r=RANK,
         lora_alpha=RANK,
         lora_dropout=0.0,
-        target_modules=["q", "v"],
+        target_modules=list(config.targets),
         use_dora=dora,
     )
     with warnings.catch_warnings():
@@ -50,29 +51,24 @@ def peft_model(config: T5Config, base: nnx.State, dtype: Dtype, *, dora: bool = 
         return peft.get_peft_model(model, adapter, autocast_adapter_dtype=False).eval()
 
 
-def _fill(parameters: Mapping[str, Any], model: T5) -> set[str]:
-    """Copy a model into PyTorch's parameters, one at a time, and return which were filled."""
+def _fill(theirs: Any, ours: Model) -> None:
+    """Copy a model into PyTorch's parameters, one tensor at a time, and what its initialisation computes."""
     import torch
 
-    def fill(name: str, weights: Any) -> str:
-        parameters[name].copy_(torch.tensor(np.asarray(weights, np.float32)))
-        return name
-
-    filled = {fill("shared.weight", model.embedding.get_value())}
-    if not model.config.tied:
-        filled.add(fill("lm_head.weight", np.asarray(model.head.get_value()).T))
-    for stack, bias in (("encoder", model.encoder_bias), ("decoder", model.decoder_bias)):
-        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        filled.add(fill(table, bias.table.get_value()))
-    for site, kernel in kernels(model).items():
-        path_of = model.config.sites[site].path_of
-        filled |= {fill(f"{path_of(i)}.weight", layer.T) for i, layer in enumerate(np.asarray(kernel))}
-    # A random model's norms scale by one.
-    return filled | {fill(name, np.ones(p.shape)) for name, p in parameters.items() if "layer_norm" in name}
+    parameters = dict(theirs.named_parameters())
+    for slot in family_of(ours.config).checkpoint.slots(ours):
+        weights = np.asarray(slot.variable.get_value(), np.float32)
+        for name, layer in zip(slot.names, weights if slot.stacked else weights[None], strict=True):
+            parameters.pop(name).copy_(torch.tensor(layer.T if slot.transposed else layer))
+    assert not parameters, list(parameters)
+    # The frequencies of rotary positions are no parameters: `to_empty` left them undefined.
+    for module in theirs.modules():
+        if hasattr(module, "original_inv_freq"):
+            module.__init__(theirs.config)
 
 
 def mixed_batch(
-    config: T5Config,
+    config: Architecture,
     base: nnx.State,
     batch: Batch,
     adapters: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]],
@@ -108,7 +104,7 @@ def mixed_batch(
     def generate(numbers: Sequence[int]) -> np.ndarray:
         named = {"adapter_names": [str(number) for number in numbers]}
         said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **named)
-        return said[:, 1:].numpy()
+        return said[:, -new_tokens:].numpy()
 
     return generate
 
@@ -116,7 +112,7 @@ def mixed_batch(
 class Peer:
     """A step of the peer, in the reference protocol, with the mix of a random pool."""
 
-    def __init__(self, config: T5Config, weights: Frozen, batch: Batch, dtype: Dtype = "float32"):
+    def __init__(self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype = "float32"):
         import torch
 
         assert weights.pool is not None
@@ -125,14 +121,14 @@ class Peer:
         # (LoRA layer, column of its block, A of all modules [N, r d_in], B of all modules)
         self.sites: list[tuple[Any, int, Any, Any]] = []
         layers = {name.removeprefix("base_model.model."): module for name, module in self.model.named_modules()}
+        columns = {name: number for number, name in enumerate(column_names(pool, "block"))}
         for site in pool.A:
             A, B = (np.asarray(dense(w[site], jnp.float32))[:, :MODULES] for w in (pool.A, pool.B))
             for layer in range(A.shape[0]):
-                column = layer + (config.num_layers if site.startswith("decoder") else 0)
+                column = columns[f"{stack_of(site)}.{layer}"]
                 left, right = (torch.tensor(w[layer].swapaxes(1, 2).reshape(MODULES, -1)) for w in (A, B))
                 self.sites.append((layers[config.sites[site].path_of(layer)], column, left, right))
-        blocks = config.num_layers + config.num_decoder_layers
-        self.coefficients = torch.full((MODULES, blocks), 1 / MODULES, requires_grad=True)
+        self.coefficients = torch.full((MODULES, len(columns)), 1 / MODULES, requires_grad=True)
         self.write()
         magnitudes = [layer.lora_magnitude_vector["default"].weight for layer, *_ in self.sites]
         recipe = PRESETS["reference"]
@@ -144,11 +140,13 @@ class Peer:
             ]
         )
         self.rows = batch.labels.shape[-2]
-        self.inputs = {
-            "input_ids": torch.tensor(np.asarray(batch.input_ids[0], np.int64)),
-            "attention_mask": torch.tensor(np.asarray(batch.input_mask[0], np.int64)),
-            "labels": torch.tensor(np.asarray(batch.labels[0], np.int64)),
-        }
+        ids, labels = (np.asarray(a[0], np.int64) for a in (batch.input_ids, batch.labels))
+        self.prompts = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.long)}
+        if config.causal:  # one text, whose prompt is no target; its last token is never read
+            unread = np.full((*ids.shape[:-1], ids.shape[-1]), -100)
+            ids, labels = np.concatenate([ids, labels], axis=1), np.concatenate([unread, labels], axis=1)
+        whole = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.long)}
+        self.inputs = whole | {"labels": torch.tensor(labels)}
         self.losses: list[float] = []
 
     def write(self) -> None:

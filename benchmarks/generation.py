@@ -104,12 +104,11 @@ def _theirs(config: Any, weights: Frozen, batch: Batch, dtype: Dtype) -> dict[st
         peer = Peer(config, weights, batch, dtype)
         model = peer.model.merge_and_unload() if merge else peer.model
         model.generation_config.eos_token_id = None
-        inputs = {name: peer.inputs[name] for name in ("input_ids", "attention_mask")}
 
         @torch.no_grad()
         def generate() -> np.ndarray:
-            said = model.generate(**inputs, max_new_tokens=_NEW, do_sample=False)
-            return said[:, 1:].numpy()
+            said = model.generate(**peer.prompts, max_new_tokens=_NEW, do_sample=False)
+            return said[:, -_NEW:].numpy()
 
         return generate
 

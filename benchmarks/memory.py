@@ -12,7 +12,7 @@ from typing import Any
 
 import _measure
 from _measure import case
-from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Dtype, config_of, lowered, shapes_of
+from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, config_of, lowered, shapes_of
 
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape
@@ -20,12 +20,11 @@ from lorafusion_jax.estimates.memory import pool_bytes, state_bytes, step_bytes,
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.models.architecture import targeted
-from lorafusion_jax.models.t5 import T5Config
+from lorafusion_jax.models.architecture import Architecture, targeted
 from lorafusion_jax.training.problem import Frozen, Method
 
 _SETTINGS = Settings()
-assert (_SETTINGS.recipe.modules, _SETTINGS.rank, _SETTINGS.targets) == (MODULES, RANK, TARGETS)
+assert (_SETTINGS.recipe.modules, _SETTINGS.rank) == (MODULES, RANK)
 _METHODS = {
     "fusion-sum": "LoRAFusion",
     "fusion-mix": "LoRAFusion, mix",
@@ -80,7 +79,7 @@ def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
     )
 
 
-def _planned(name: str, config: T5Config, rows: int) -> int:
+def _planned(name: str, config: Architecture, rows: int) -> int:
     update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     batch = Shape(rows, SOURCE, TARGET)
     needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu")
@@ -100,11 +99,11 @@ def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1
     return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
 
 
-def _method(name: str, config: T5Config) -> Method:
+def _method(name: str, config: Architecture) -> Method:
     if name == "full":
         return FullFineTuning()
     if name == "lora":
-        return LoRA(sites=tuple(targeted(config, TARGETS).items()), rank=RANK)
+        return LoRA(sites=tuple(targeted(config, None).items()), rank=RANK)
     return Fusion(composition="mix" if name.endswith("mix") else "sum")
 
 

@@ -33,8 +33,7 @@ from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.families import known_shapes
-from lorafusion_jax.models.t5 import T5
+from lorafusion_jax.models.families import family_of, known_shapes
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import PRESETS
@@ -72,7 +71,7 @@ def _write(folder: Path, shape: str, adapters: int) -> None:
     """Write a base and a pool, random ones."""
     config = config_of(shape)
     write_config(folder / "source", config)
-    save_base(T5(config, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
+    save_base(family_of(config).model(config, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
     sources = tuple(map(str, write_adapters(folder, config, adapters)))
     convert(ConvertOptions(base=str(folder / "base"), out=folder / "pool", adapters=sources))
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns
-from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, TARGETS, Step, config_of, frozen
+from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Step, config_of, frozen
 from _step_time import Rates, step_seconds
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,7 +33,7 @@ from lorafusion_jax.estimates.flops import Shape, step_flops
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
-_UPDATE = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True, targets=TARGETS)
+_UPDATE = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
 _SHAPE = Shape(BATCH, SOURCE, TARGET)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _trainable(shape: str) -> int:
-    settings = Settings(recipe=Recipe(modules=MODULES), rank=RANK, targets=TARGETS)
+    settings = Settings(recipe=Recipe(modules=MODULES), rank=RANK)
     return trained_numbers(config_of(shape), "fusion", settings)
 
 
