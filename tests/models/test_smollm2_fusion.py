@@ -1,0 +1,219 @@
+"""Adapters of a real language model, alone and fused: what PyTorch and PEFT made of them.
+
+Bounds are those of the goldens: logits 5e-4 (1e-3 after six steps), losses 2e-5, gradients 1e-5 + 1e-4 relative,
+coefficients after steps 4e-5, which sees a missing L1 term or weight decay.
+"""
+
+import functools
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smollm2
+from flax import nnx
+
+from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.io.hf import base_tensor, load_base
+from lorafusion_jax.io.pool import read_pool
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.models.architecture import kernels, places
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import PRESETS, Rates
+from lorafusion_jax.training.step import fusion_step, init_state
+
+_SINGLES = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e", "lora_f_bin")
+_FUSIONS = [f"{pool}_{magnitudes}" for pool in ("pool_factors", "pool_products", "mixed_products")
+            for magnitudes in ("lora", "dora")]  # fmt: skip
+_TOKENS = 24
+
+
+class _Golden(NamedTuple):
+    """The base model, the golden's inputs, and its files."""
+
+    folder: Any
+    inputs: dict[str, np.ndarray]
+    model: Any
+    graph: nnx.GraphDef
+    base: nnx.State
+
+    def problem(self, names, method):
+        pool = read_pool(
+            [str(self.folder / "adapters" / name) for name in names],
+            self.model.config,
+            base_tensor=base_tensor(smollm2.gguf_file()),
+        )
+        used = {site: kernels(self.model)[site] for site in pool.A}
+        frozen = Frozen(self.base, pool, jax.jit(gram)(pool, used))
+        return Problem(graph=self.graph, method=method, frozen=frozen, index=jnp.arange(len(names)))
+
+    def prompts(self, numbers=range(6)):
+        """Some prompts as one batch, padded on the right."""
+        rows = [self.inputs[f"prompt_{number}"] for number in numbers]
+        width = max(map(len, rows))
+        ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+        return jnp.asarray(ids), jnp.arange(width)[None] < jnp.array([len(row) for row in rows])[:, None]
+
+    def check_logits(self, file, adapters, numbers=range(6), prefix="p", tolerance=5e-4):
+        logits = np.asarray(_logits(self.graph, self.base, *self.prompts(numbers), adapters))
+        for number, row in zip(numbers, logits, strict=True):
+            row = row[: len(self.inputs[f"prompt_{number}"])]
+            self.check_row(row, file, f"{prefix}{number}", tolerance)
+
+    def check_row(self, row, file, name, tolerance=5e-4):
+        """Compare the logits of some positions: the largest, those of fixed ids, and the log-sum-exp."""
+        ids = file[f"{name}_top_id"]
+        _close(np.take_along_axis(row, ids, axis=-1), file[f"{name}_top_val"], tolerance)
+        probes = file[f"{name}_probe_val"]
+        _close(row[..., self.inputs["probe_ids"][: probes.shape[-1]]], probes, tolerance)
+        _close(jax.nn.logsumexp(row, axis=-1), file[f"{name}_lse"], tolerance)
+
+    def batch(self, k):
+        """A loss batch: prompts of different lengths, and the completions behind them; both batches get four rows."""
+        ids, labels = self.inputs[f"loss_ids_{k}"], self.inputs[f"loss_labels_{k}"]
+        starts, counts = np.argmax(labels >= 0, axis=1), (labels >= 0).sum(axis=1)
+        shape = (4, 16), (4, 10)
+        prompts, answers = np.zeros(shape[0], np.int32), np.full(shape[1], -100, np.int32)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            prompts[row, :start], answers[row, :count] = ids[row, :start], labels[row, start : start + count]
+        lengths = np.pad(starts, (0, 4 - len(starts)))
+        mask = np.arange(16)[None] < lengths[:, None]
+        return Batch(jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(answers), jnp.arange(4) < len(ids))
+
+
+def _close(got, wanted, tolerance, relative=0.0):
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=relative, atol=tolerance)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph, base, ids, mask, adapters):
+    return nnx.merge(graph, base)(ids, mask, adapters)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _say(graph, base, ids, mask, adapters):
+    return generate(nnx.merge(graph, base), ids, mask, adapters, max_new_tokens=_TOKENS)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _entropy(graph, base, batch, adapters):
+    logits = nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters)
+    return cross_entropy(logits, batch.labels)
+
+
+_adapters = jax.jit(lambda problem, params: problem.method.adapters(params, problem.frozen, problem.index)[0])
+_step = jax.jit(fusion_step, static_argnames="optimisation")
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    folder, model = shared / "goldens" / "smollm2", load_base(smollm2.gguf_file())
+    return _Golden(folder, dict(np.load(folder / "inputs.npz")), model, *nnx.split(model))
+
+
+@pytest.mark.parametrize("name", _SINGLES)
+def test_single_adapter(golden, name):
+    """Ranks, patterns, rslora, magnitudes and a pickle, on two or on all maps."""
+    file = dict(np.load(golden.folder / f"single_{name}.npz"))
+    problem = golden.problem([name], Fusion(composition="sum", magnitudes=name == "dora_e"))
+    adapters = _adapters(problem, problem.init(jax.random.key(0)))
+    golden.check_logits(file, adapters)
+    for k in (0, 1):
+        _close(_entropy(golden.graph, golden.base, golden.batch(k), adapters), file[f"loss_mean_ce_{k}"], 5e-5)
+    said = json.loads((golden.folder / "single_greedy.json").read_text())[name]
+    _check_greedy(golden, adapters, said)
+
+
+def test_a_batch_padded_on_the_left_with_an_adapter(golden):
+    file = dict(np.load(golden.folder / "single_lora_c_all_rslora.npz"))
+    problem = golden.problem(["lora_c_all_rslora"], Fusion(composition="sum", magnitudes=False))
+    adapters = _adapters(problem, problem.init(jax.random.key(0)))
+    real = golden.inputs["batch_left_mask"] > 0
+    ids = jnp.asarray(golden.inputs["batch_left_ids"])
+    logits = np.asarray(_logits(golden.graph, golden.base, ids, jnp.asarray(real), adapters))
+    there = {f"left_{name}": file[f"left_{name}"][real] for name in ("lse", "top_val", "top_id", "probe_val")}
+    golden.check_row(logits[real], there, "left")
+
+
+@pytest.mark.parametrize("name", _FUSIONS)
+def test_fusion(golden, name):
+    """Start, gradients, six steps of the reference protocol, and the end of a fusion."""
+    file = dict(np.load(golden.folder / f"{name}.npz"))
+    meta = json.loads((golden.folder / "fusion_meta.json").read_text())[name]
+    method = Fusion(composition="mix" if "factors" in name else "sum", start="uniform", magnitudes=meta["dora"])
+    problem = golden.problem(meta["pool"], method)
+    params = problem.init(jax.random.key(0)) | {"coefficients": jnp.asarray(file["coeff0"])}
+    sites = _Sites(golden, problem, meta["full_modules"] or [])
+
+    adapters = _adapters(problem, params)
+    golden.check_logits(file, adapters)
+    batches, recipe = (golden.batch(0), golden.batch(1)), PRESETS["reference"]
+    _close(_entropy(golden.graph, golden.base, batches[0], adapters), file["loss_mean_ce"], 5e-5)
+
+    def step(state, batch, *, l1, l2):
+        rates = {"coefficients": jnp.float32(recipe.lr_coefficients), "magnitudes": jnp.float32(recipe.lr_magnitudes)}
+        rates = Rates({group: rates[group] for group in params}, l1=jnp.float32(l1), l2=jnp.float32(l2))
+        return _step(state, batch, problem, rates, optimisation=recipe.optimisation(6))
+
+    start = init_state(problem, jax.random.key(0), params)
+    # The golden's gradients leave L1 and L2 out. After one step Adam's first moment is a tenth of the gradient.
+    state, metrics = step(start, batches[0], l1=0.0, l2=0.0)
+    gradients = jax.tree.map(lambda moment: 10 * moment, state.adam.mu)
+    _close(metrics["loss"], file["loss"], 2e-5)
+    _close(gradients["coefficients"], file["grad_coeff"], 1e-5, 1e-4)
+    if meta["dora"]:
+        sites.check_norms(params["magnitudes"], file["mag0_norm"], 1e-4, 1e-5)
+        sites.check_norms(gradients["magnitudes"], file["grad_mag_norm"], 1e-5, 1e-4)
+        for number, gradient in enumerate(sites.whole(gradients["magnitudes"])):
+            _close(gradient, file[f"grad_mag_{number}"], 1e-5, 1e-4)
+
+    state = init_state(problem, jax.random.key(0), params)
+    for number in range(6):
+        state, metrics = step(state, batches[number % 2], l1=recipe.l1, l2=recipe.l2)
+        _close(metrics["loss"], file["traj_loss"][number], 3e-5)
+        _close(metrics["l1"], file["traj_l1"][number], 3e-5)
+        _close(state.params["coefficients"], file["traj_coeff"][number + 1], 4e-5)
+    if meta["dora"]:
+        moved = jax.tree.map(lambda after, before: after - before, state.params["magnitudes"], params["magnitudes"])
+        sites.check_norms(moved, file["mag_move_norm"], 5e-4, 0.0)
+        for number, after in enumerate(sites.whole(state.params["magnitudes"])):
+            # Adam divides by the gradient's own size: where that is float noise, an entry may move either way.
+            off = np.abs(after - file[f"mag_after_{number}"])
+            assert np.mean(off < 1e-4) >= 0.99 and off.max() < 5e-3
+    adapters = _adapters(problem, state.params)
+    golden.check_logits(file, adapters, (1, 4), "after_p", 1e-3)
+    _close(_entropy(golden.graph, golden.base, batches[0], adapters), file["loss_mean_ce_after"], 1e-4)
+    _check_greedy(golden, adapters, {key.removeprefix("after_"): row for key, row in meta["greedy"].items()})
+
+
+class _Sites:
+    """The golden's order of adapted matrices: block by block, then as the model computes them."""
+
+    def __init__(self, golden, problem, whole):
+        pool, order = problem.frozen.pool, places(golden.model.config)
+        there = [
+            (site, layer)
+            for site, layer in order.values()
+            if site in pool.rank and np.asarray(pool.rank[site])[layer].any()
+        ]
+        self.rows = sorted(there, key=lambda row: row[1])  # stable: sites keep their order
+        self.of_whole = [order[path] for path in whole]
+
+    def whole(self, magnitudes):
+        return [np.asarray(magnitudes[site][layer]) for site, layer in self.of_whole]
+
+    def check_norms(self, magnitudes, wanted, tolerance, relative):
+        norms = [np.linalg.norm(magnitudes[site][layer]) for site, layer in self.rows]
+        _close(norms, wanted, tolerance, relative)
+
+
+def _check_greedy(golden, adapters, said):
+    numbers = [int(name.removeprefix("prompt_")) for name in said]
+    rows = _say(golden.graph, golden.base, *golden.prompts(numbers), adapters)
+    for row, wanted in zip(np.asarray(rows), said.values(), strict=True):
+        np.testing.assert_array_equal(row[: len(wanted["ids"])], wanted["ids"])
