@@ -4,6 +4,7 @@ Bounds are those of the goldens: logits 5e-4 (1e-3 after six steps), losses 2e-5
 coefficients after steps 4e-5, which sees a missing L1 term or weight decay.
 """
 
+import copy
 import functools
 import json
 from typing import Any, NamedTuple
@@ -59,8 +60,19 @@ class _Golden(NamedTuple):
         ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
         return jnp.asarray(ids), jnp.arange(width)[None] < jnp.array([len(row) for row in rows])[:, None]
 
-    def check_logits(self, file, adapters, numbers=range(6), prefix="p", tolerance=5e-4):
-        logits = np.asarray(_logits(self.graph, self.base, *self.prompts(numbers), adapters))
+    def logits(self, ids, mask, adapters):
+        return np.asarray(_logits(self.graph, self.base, ids, mask, adapters))
+
+    def exact_logits(self, ids, mask, adapters):
+        """Logits by products in float64: at one position float32's own noise exceeds the bound."""
+        with jax.enable_x64(True):
+            base, adapters = jax.tree.map(_widened, (self.base, adapters))
+            model = nnx.merge(self.graph, base)
+            model.config = copy.copy(model.config)
+            object.__setattr__(model.config, "dtype", "float64")
+            return np.asarray(_logits(*nnx.split(model), ids, mask, adapters))
+
+    def check_logits(self, file, logits, numbers=range(6), prefix="p", tolerance=5e-4):
         for number, row in zip(numbers, logits, strict=True):
             row = row[: len(self.inputs[f"prompt_{number}"])]
             self.check_row(row, file, f"{prefix}{number}", tolerance)
@@ -84,6 +96,10 @@ class _Golden(NamedTuple):
         lengths = np.pad(starts, (0, 4 - len(starts)))
         mask = np.arange(16)[None] < lengths[:, None]
         return Batch(jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(answers), jnp.arange(4) < len(ids))
+
+
+def _widened(leaf):
+    return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _close(got, wanted, tolerance, relative=0.0):
@@ -122,7 +138,9 @@ def test_single_adapter(golden, name):
     file = dict(np.load(golden.folder / f"single_{name}.npz"))
     problem = golden.problem([name], Fusion(composition="sum", magnitudes=name == "dora_e"))
     adapters = _adapters(problem, problem.init(jax.random.key(0)))
-    golden.check_logits(file, adapters)
+    # Position 0 of one prompt is off by 5.7e-4 in float32 with all maps adapted, and by 1e-5 in float64.
+    logits = golden.exact_logits if name == "lora_c_all_rslora" else golden.logits
+    golden.check_logits(file, logits(*golden.prompts(), adapters))
     for k in (0, 1):
         _close(_entropy(golden.graph, golden.base, golden.batch(k), adapters), file[f"loss_mean_ce_{k}"], 5e-5)
     said = json.loads((golden.folder / "single_greedy.json").read_text())[name]
@@ -134,8 +152,7 @@ def test_a_batch_padded_on_the_left_with_an_adapter(golden):
     problem = golden.problem(["lora_c_all_rslora"], Fusion(composition="sum", magnitudes=False))
     adapters = _adapters(problem, problem.init(jax.random.key(0)))
     real = golden.inputs["batch_left_mask"] > 0
-    ids = jnp.asarray(golden.inputs["batch_left_ids"])
-    logits = np.asarray(_logits(golden.graph, golden.base, ids, jnp.asarray(real), adapters))
+    logits = golden.exact_logits(jnp.asarray(golden.inputs["batch_left_ids"]), jnp.asarray(real), adapters)
     there = {f"left_{name}": file[f"left_{name}"][real] for name in ("lse", "top_val", "top_id", "probe_val")}
     golden.check_row(logits[real], there, "left")
 
@@ -151,7 +168,7 @@ def test_fusion(golden, name):
     sites = _Sites(golden, problem, meta["full_modules"] or [])
 
     adapters = _adapters(problem, params)
-    golden.check_logits(file, adapters)
+    golden.check_logits(file, golden.logits(*golden.prompts(), adapters))
     batches, recipe = (golden.batch(0), golden.batch(1)), PRESETS["reference"]
     _close(_entropy(golden.graph, golden.base, batches[0], adapters), file["loss_mean_ce"], 5e-5)
 
@@ -186,7 +203,7 @@ def test_fusion(golden, name):
             off = np.abs(after - file[f"mag_after_{number}"])
             assert np.mean(off < 1e-4) >= 0.99 and off.max() < 5e-3
     adapters = _adapters(problem, state.params)
-    golden.check_logits(file, adapters, (1, 4), "after_p", 1e-3)
+    golden.check_logits(file, golden.logits(*golden.prompts((1, 4)), adapters), (1, 4), "after_p", 1e-3)
     _close(_entropy(golden.graph, golden.base, batches[0], adapters), file["loss_mean_ce_after"], 1e-4)
     _check_greedy(golden, adapters, {key.removeprefix("after_"): row for key, row in meta["greedy"].items()})
 
