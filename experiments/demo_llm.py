@@ -1,0 +1,106 @@
+"""A real language model, before and after three adapters are fused for a task that none of them saw: `make demo-llm`.
+
+SmolLM2-135M-Instruct is read from its GGUF file. Its adapters put verbs into the past, nouns into the plural, and
+compare adjectives; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.json,
+table.md and a plot.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from _common import ROOT, fresh_folder
+from _smollm2 import EXAMPLES, PROMPTS, UNSEEN, base
+
+from lorafusion_jax import PRESETS, FuseOptions, cli, fuse
+from lorafusion_jax.report import markdown_table, plot_accuracy, write_text
+from lorafusion_jax.runs.folder import RunFolder
+
+FOLDER = ROOT / "runs" / "demo-llm"
+TITLE = "the -ing form of verbs"
+# Method and what differs from the default recipe.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-shot": ("zero-shot", {}),
+    "few-shot prompt": ("few-shot", {"shots": 5}),
+    "uniform mean": ("mean", {}),
+    "LoRAFusion": ("fusion", {"epochs": 10}),
+}
+SHOWN = 6  # words whose answers are printed
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    began = time.perf_counter()
+    with fresh_folder(FOLDER):
+        _convert()
+        rows, answers = [], {}
+        for number, method in enumerate(METHODS, start=1):
+            results = _run(method)
+            seconds = sum(results["seconds"].values())
+            seed = results["seeds"][0]
+            rows.append(
+                {"task": TITLE, "method": method, "trainable": results["trainable"], "seconds": seconds}
+                | {key: seed[key] for key in ("seed", "exact_match", "loss")}
+            )
+            answers[method] = RunFolder(FOLDER / "runs" / _name(method)).predictions()
+            score = f"{results['exact_match']:.1f} % in {seconds:.1f} s"
+            print(f"[{number}/{len(METHODS)}] {method}: {score}", file=sys.stderr, flush=True)
+        table = markdown_table(rows)
+        write_text(FOLDER / "table.md", table)
+        plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
+        minutes = (time.perf_counter() - began) / 60
+        environment = results["environment"]
+        summary = {"minutes": minutes, "environment": environment, "rows": rows}
+        write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
+    _show(answers["zero-shot"], answers["LoRAFusion"])
+    print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
+
+
+def _convert() -> None:
+    """Convert the adapters as a user would."""
+    adapters = sorted(map(str, (EXAMPLES / "adapters").iterdir()))
+    script = [sys.executable, ROOT / "convert_peft_weights.py"]
+    subprocess.run([*script, "--base", base(), "--out", FOLDER / "pool", "--adapters", *adapters], check=True)
+
+
+def _run(method: str) -> dict[str, Any]:
+    name, changes = METHODS[method]
+    return fuse(
+        FuseOptions(
+            base=str(base()),
+            pool=str(FOLDER / "pool"),
+            task=str(EXAMPLES / "tasks" / UNSEEN),
+            prompt=PROMPTS[UNSEEN],
+            method=name,
+            recipe=dataclasses.replace(PRESETS["default"], max_new_tokens=8, **changes),
+            seeds=(1,),
+            out=FOLDER / "runs",
+            name=_name(method),
+        )
+    )
+
+
+def _show(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
+    """Print a few answers of the base and of the fusion."""
+    print(f"\n{PROMPTS[UNSEEN].format(input='...')}\n")
+    print(f"{'':14}{'before':32}after")
+    for base_row, fused_row in list(zip(before, after, strict=True))[:SHOWN]:
+        word = base_row["input"].splitlines()[-1].removesuffix(" ->")
+        print(f"{word:14}{_short(base_row['prediction']):32}{_short(fused_row['prediction'])}")
+
+
+def _short(text: str) -> str:
+    """Return an answer on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 28 else line[:27] + "…"
+
+
+def _name(method: str) -> str:
+    return method.replace(" ", "-").lower()
+
+
+if __name__ == "__main__":
+    cli.run(main)
