@@ -16,7 +16,7 @@ from typing import Any
 import _measure
 import jax
 import numpy as np
-from _measure import case, has_peft, in_turns, of_turns, product_rates
+from _measure import case, features, has_peft, in_turns, of_turns, product_rates
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
 
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
@@ -27,6 +27,9 @@ _MIX = {"unrolled": (1.15, 1.08), "scanned": (1.22, 1.08)}
 _SUM = {"flan-t5-small": 1.40, "flan-t5-large": 1.20}
 _Bars = tuple[float | None, float | None]
 _PEER: dict[str, _Bars] = {"flan-t5-small": (1.15, 1.25), "flan-t5-large": (1.05, 1.25)}
+# A decoder's bars: of the mix over its floor, more where a processor has tiles (AMX); and of the peer over ours, this
+# many times what the two libraries' products take.
+_DECODER_MIX, _DECODER_MIX_AMX, _DECODER_PEER = 1.15, 1.25, 1.5
 _BFLOAT16_AGAINST_FLOAT32 = 1.35
 _SAME_LOSS = 1e-3  # relative
 
@@ -48,12 +51,13 @@ def main() -> None:
     if min(*options.seeds, options.rounds, options.cores) < 1:
         parser.error("--seeds, --rounds and --cores count from 1")
     _measure.launch(options.cores)
-    cases = [] if 1 not in options.seeds else _single(options)
+    rates = product_rates(options.dtype)
+    cases = [] if 1 not in options.seeds else _single(options, rates)
     cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
-    _measure.show(cases, as_json=options.json, rates=product_rates(options.dtype))
+    _measure.show(cases, as_json=options.json, rates=rates)
 
 
-def _single(options: Any) -> list[dict[str, Any]]:
+def _single(options: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Measure one seed's steps, in all precisions, together."""
     runs: dict[str, Callable[[], Any]] = {}
     if not has_peft():
@@ -79,7 +83,7 @@ def _single(options: Any) -> list[dict[str, Any]]:
             cases.append(_against_floor(options, where, dtype, kind, took, seconds[f"{dtype} floor"]))
     for name, took in seconds.items():
         if name.endswith(" peer"):
-            cases += _against_peer(options, where, name.removesuffix(" peer"), took, seconds)
+            cases += _against_peer(options, where, name.removesuffix(" peer"), took, seconds, rates)
     return cases
 
 
@@ -88,7 +92,10 @@ def _against_floor(
 ) -> dict[str, Any]:
     composition, structure = kind.split()
     required, ambition = None, None
-    if dtype == "float32" and options.pool == MODULES and options.shape != "small-pool":
+    if config_of(options.shape).causal:
+        if dtype == "float32" and options.pool == MODULES and composition == "mix":
+            required = _DECODER_MIX_AMX if any("amx" in feature for feature in features()) else _DECODER_MIX
+    elif dtype == "float32" and options.pool == MODULES and options.shape != "small-pool":
         required, ambition = _MIX[structure] if composition == "mix" else (_SUM.get(options.shape, 1.40), None)
     return case(
         f"{where} {dtype} step / floor: {composition}, {structure}",
@@ -103,10 +110,17 @@ def _against_floor(
 
 
 def _against_peer(
-    options: Any, where: str, dtype: str, took: np.ndarray, seconds: dict[str, np.ndarray]
+    options: Any,
+    where: str,
+    dtype: str,
+    took: np.ndarray,
+    seconds: dict[str, np.ndarray],
+    rates: dict[str, float],
 ) -> list[dict[str, Any]]:
     """Compare the peer of one precision with our steps of the same, and the float32 peer with ours in bfloat16."""
     bars: _Bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
+    if dtype == "float32" and config_of(options.shape).causal:
+        bars = (decoder_peer(rates), None)
     ours = {dtype: bars}
     if dtype == "float32" and "bfloat16 mix scanned" in seconds:
         ours["bfloat16"] = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
@@ -123,6 +137,11 @@ def _against_peer(
         for name, bars in ours.items()
         for structure in _MIX
     ]
+
+
+def decoder_peer(rates: dict[str, float]) -> float:
+    """Return how many times longer than ours PyTorch is to take with a decoder in float32."""
+    return _DECODER_PEER * rates["XLA float32"] / rates["PyTorch float32"]
 
 
 def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
