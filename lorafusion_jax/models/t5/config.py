@@ -129,9 +129,13 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
         max_distance=raw.get("relative_attention_max_distance", 128),
         eps=raw.get("layer_norm_epsilon", 1e-6),
         pad_id=raw.get("pad_token_id", 0),
-        eos_id=raw.get("eos_token_id", 1),
+        eos_id=_end(raw.get("eos_token_id", 1)),
         start_id=raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
     )
+
+
+def _end(said: int | list[int]) -> int | tuple[int, ...]:
+    return tuple(said) if isinstance(said, list) else said
 
 
 def _shape(d_model: int, d_ff: int, heads: int, layers: int, *, flan: bool) -> T5Config:
