@@ -2,7 +2,7 @@
 
     python benchmarks/base_memory.py [--shape smollm2-135m] [--json]
 
-Random weights in a GGUF file of Q8_0, as llama.cpp would write them. `int8` keeps the file's own codes, NF4 is quantised
+Random weights in a GGUF file of Q8_0. `int8` keeps the file's own codes, NF4 is quantised
 from them. The embedding is the head of a tied model and stays in float32. Each load has a process of its own.
 """
 
