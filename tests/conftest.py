@@ -4,7 +4,8 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 gc.set_threshold(100_000, 50, 100)
 
 _ROOT = Path(__file__).resolve().parent.parent
-# XLA knows the flag up to here, and aborts on one that it does not know.
-_HAS_OLD_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
+# XLA aborts on a flag that it does not know; these are known to work up to here.
+_IS_0_10 = importlib.metadata.version("jaxlib").startswith("0.10.")
 
 # Environment variables, because JAX reads them on import and subprocesses that tests start inherit them.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -26,9 +27,12 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         # The emitters of fusions by way of MLIR took 30 to 45 % of the CPU time of what compiles most; where bits of
         # several programs are compared, the fixture `fusion_emitters` has them again.
-        "--xla_cpu_use_fusion_emitters=false" if _HAS_OLD_EMITTERS else "",
+        # One LLVM module a program: splitting small ones into parts took 8 % of the CPU time.
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if _IS_0_10 else "",
     )
 )
+# No stack of Python frames for every operation of a program.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -40,8 +44,22 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 from jax._src import compiler  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 jaxtyping.install_import_hook("lorafusion_jax", "beartype.beartype")
+
+# The MLIR context that each thread lowers programs in: a new one for every program took 4 of a small one's 16 ms.
+_of_thread = threading.local()
+
+
+def _context_of_thread(make: Callable[[], Any] = mlir.make_ir_context) -> Any:
+    if not hasattr(_of_thread, "context"):
+        _of_thread.context = make()
+    return _of_thread.context
+
+
+if _IS_0_10:
+    mlir.make_ir_context = _context_of_thread
 
 # The same examples in every run, however long the first compilation of one takes.
 hypothesis.settings.register_profile("deterministic", derandomize=True, database=None, deadline=None)
@@ -88,21 +106,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_of_one_file() -> Iterator[None]:
-    """Drop the compiled programs of each file behind it.
+def _programs_of_one_file(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files share compiled programs, except those where a test replaces a function that may be traced."""
+    from lorafusion_jax.training.programs import make_room
 
-    A program takes several mappings of memory; Linux allows a process 65,530 of them: all files' programs together
-    reach that, and what fails then is whatever asks for memory next.
-    """
+    patches = any("monkeypatch" in item.fixturenames for item in request.session.items if item.path == request.path)
+    if patches:
+        jax.clear_caches()
     yield
-    jax.clear_caches()
-    gc.collect()
+    vars(_of_thread).clear()  # a context keeps the constants of its programs
+    if patches or make_room():
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
 def fusion_emitters() -> Iterator[None]:
     """Compile a file's programs as without XLA_FLAGS of tests: products of one seed and of several round alike."""
-    if not _HAS_OLD_EMITTERS:
+    if not _IS_0_10:
         yield
         return
     options = compiler.get_compile_options
@@ -111,9 +132,11 @@ def fusion_emitters() -> Iterator[None]:
         overrides = {"xla_cpu_use_fusion_emitters": True} | (env_options_overrides or {})
         return options(*args, env_options_overrides=overrides, **kwargs)
 
+    jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", with_emitters)
         yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -262,8 +262,8 @@ def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative(adc, path):
 
 def test_an_eager_read_is_compiled_once(caplog):
     config = CrossbarConfig(adc=ADC(bits=6, range="max"))
-    state = program(jnp.ones((6, 5), jnp.float32), config)
-    x, other = jnp.ones((2, 6), jnp.float32), jnp.zeros((2, 6), jnp.float32)
+    state = program(jnp.ones((11, 13), jnp.float32), config)  # a size of this test alone
+    x, other = jnp.ones((2, 11), jnp.float32), jnp.zeros((2, 11), jnp.float32)
     for read in (matmul, probe):
         with jax.log_compiles():
             read(x, state)
