@@ -14,13 +14,13 @@ _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small" / "base"
 _VOCABULARY = 384  # 3 special tokens, 256 bytes, 125 that stand for spans
 
 
-def make(folder: Path) -> Path:
-    """Write the base, which must not be there yet, and return its folder. The embedded adapters fit it."""
+def make(folder: Path, like: Path = _SMALL) -> Path:
+    """Write the base, which must not be there yet, and return its folder. The adapters of the base `like` fit it."""
     from transformers import ByT5Tokenizer
 
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)
-    config = json.loads((_SMALL / "config.json").read_text()) | {"vocab_size": _VOCABULARY}
+    config = json.loads((like / "config.json").read_text()) | {"vocab_size": _VOCABULARY}
     (source / "config.json").write_text(json.dumps(config))
     ByT5Tokenizer().save_pretrained(source)
     model = T5(dataclasses.replace(read_config(source), tied=False), rngs=nnx.Rngs(0))

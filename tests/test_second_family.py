@@ -232,8 +232,9 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(run, tmp_path):
     adapters, _ = problem.method.adapters(of_seed, problem.frozen, problem.index[1])
     ids, labels = jnp.array([[5, 6, 7]]), jnp.array([[4, 9, 1]])
     fused_model = nnx.merge(problem.graph, problem.frozen.base)
-    wanted = fused_model.label_logits(ids, ids > 0, labels, adapters)
-    merged = load_base(tmp_path / "merged").label_logits(ids, ids > 0, labels, {})
+    wanted = jax.jit(lambda ids: fused_model.label_logits(ids, ids > 0, labels, adapters))(ids)
+    merged_model = load_base(tmp_path / "merged")
+    merged = jax.jit(lambda ids: merged_model.label_logits(ids, ids > 0, labels, {}))(ids)
     np.testing.assert_allclose(merged, wanted, atol=1e-4)
 
 

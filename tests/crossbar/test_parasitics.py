@@ -11,6 +11,7 @@ from lorafusion_jax.crossbar import Sinh, Wire
 from lorafusion_jax.crossbar.devices.wires import currents
 
 TIGHT = {"tolerance": 1e-13, "iterations": 2000}
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def nodal(v: np.ndarray, G: np.ndarray, row: float, column: float) -> np.ndarray:
@@ -137,8 +138,9 @@ def test_a_compiled_product_is_right_every_time(inputs, size):
     wire = Wire(row_resistance=1e-4, column_resistance=1e-4)
     config = crossbar.CrossbarConfig(tile=crossbar.Tile(rows=size, cols=size, wire=wire))
     state = crossbar.program(jnp.asarray(W, jnp.float32), config)
-    product = jax.jit(lambda x: crossbar.matmul(x, state))
-    one_more_axis = jax.jit(jax.vmap(lambda x: crossbar.matmul(x, state)))
+    # Ten runs take longer than LLVM's optimisations, which tests leave out.
+    product = jax.jit(lambda x: crossbar.matmul(x, state), compiler_options=OPTIMISED)
+    one_more_axis = jax.jit(jax.vmap(lambda x: crossbar.matmul(x, state)), compiler_options=OPTIMISED)
     wanted, x = in_arrays(x, W, 1e-4), jnp.asarray(x, jnp.float32)
     for _ in range(5):
         for y in (product(x), one_more_axis(x[None])[0]):

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import byte_base
+import one_block
 import pytest
 
 from lorafusion_jax.report import read_rows
 
 _ROOT = Path(__file__).resolve().parents[2]
-_POOL = _ROOT / "examples" / "small" / "adapters"
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,12 @@ def bbh():
 @pytest.fixture(scope="module")
 def arguments(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bbh")
-    base = byte_base.make(folder / "base")
+    like, pool = one_block.cut(folder / "small")
+    base = byte_base.make(folder / "base", like)
     data = shared / "data"
     tasks = ["--bbh", str(data / "bbh"), "--split", str(data / "lorahub_bbh_split.json")]
     sizes = ["--modules", "2", "--epochs", "1", "--test-rows", "4", "--seeds", "1", "2"]
-    where = ["--base", str(base), "--pool", str(_POOL), "--out", str(folder / "out")]
+    where = ["--base", str(base), "--pool", str(pool), "--out", str(folder / "out")]
     return folder / "out", [*where, *tasks, *sizes, "--tasks", "boolean_expressions", "object_counting"]
 
 
@@ -53,8 +54,8 @@ def test_tasks_with_and_without_options(bbh, arguments, capsys):
 
 def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
     _, given = arguments
-    given = [{str(_POOL): "none"}.get(word, word) for word in given]
-    given[given.index("--base") + 1] = "flan-t5-large"
+    given = [*given]
+    given[given.index("--pool") + 1], given[given.index("--base") + 1] = "none", "flan-t5-large"
     bbh.main([*given, "--methods", "LoRAFusion", "LoRA", "full fine-tuning", "--modules", "20", "--plan"])
     said = capsys.readouterr().out
     for count in ("148,416", "4,718,592", "783,150,080"):
@@ -67,7 +68,7 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
         ({"--bbh": None}, r"say where the tasks are: --bbh with --split, or --data alone"),
         ({"--tasks": ["no_such_task"]}, "no_such_task"),
         ({"--methods": ["LoRAFuson"]}, r"no method LoRAFuson: choose of zero-shot; "),
-        ({"--modules": ["29"], "--methods": ["LoRAFusion"]}, r"holds 28 modules, and 29 are to be drawn"),
+        ({"--modules": ["5"], "--methods": ["LoRAFusion"]}, r"holds 4 modules, and 5 are to be drawn"),
     ],
 )
 def test_bad_input(bbh, arguments, change, message):

@@ -101,6 +101,7 @@ def test_pruned_modules_are_as_if_they_were_not_there(ideas, frozen):
     kept = ideas.without_smallest(c, 2)
     np.testing.assert_array_equal(kept[0], np.asarray(c[0]) * [[0], [1], [1]])
 
+    @jax.jit
     def logits(c, index):
         params = _FUSION.init(frozen, index, jax.random.key(0)) | {"coefficients": c}
         return batch_logits(params, tiny.batch(), _problem(_FUSION, frozen, index))[0]
@@ -109,6 +110,7 @@ def test_pruned_modules_are_as_if_they_were_not_there(ideas, frozen):
     np.testing.assert_allclose(whole, logits(c[0, 1:], jnp.array([1, 2])), atol=1e-5)
 
 
+@jax.jit
 def _logits(frozen, c):
     return batch_logits({"coefficients": c}, tiny.batch(), _problem(_PLAIN, frozen))[0]
 
@@ -153,7 +155,8 @@ def test_a_step_that_raises_the_loss_is_taken_back(newton, frozen, monkeypatch):
     c = 0.1 * tiny.coefficients((2, 5))
     monkeypatch.setattr(newton, "conjugate_gradients", lambda product, right, n: (-0.1 * right, right))
     fit = newton.Fit(c, jnp.float32(0.05))
-    new, metrics = newton.step(fit, tiny.batch(), _problem(_PLAIN, frozen), iterations=1)
+    problem = _problem(_PLAIN, frozen)
+    new, metrics = jax.jit(lambda fit: newton.step(fit, tiny.batch(), problem, iterations=1))(fit)
     assert metrics["candidate"] > metrics["loss"]
     np.testing.assert_array_equal(new.coefficients, c)
     assert new.damping == pytest.approx(0.2)

@@ -317,8 +317,8 @@ def test_what_a_run_trains_on(small, fused):
 def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
     options = _fusing(small, "lora", method="lora", pool=None)
     wanted = [row["loss"] for row in fuse(options)["seeds"]]
-    for lora_in, digital in (("sram", ()), ("cells", _NOT_WRITTEN)):
-        rows = _on_chips(options, crossbar="ideal", lora_in=lora_in, digital=digital)["rows"]
+    for lora_in in ("sram", "cells"):
+        rows = _on_chips(options, crossbar="ideal", lora_in=lora_in, digital=_NOT_WRITTEN)["rows"]
         assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-4)
     configured = {"crossbar": str(small / "noisy.yaml"), "digital": _NOT_WRITTEN}
     noisy = {

@@ -128,6 +128,8 @@ def test_a_run_reports_and_counts(method, runs):
     table = counts(read_config(options.base), modules=2, rank=4, vera_rank=8)
     trainable = {"lorahub": 2, "cma": 2}.get(method, 0) if method not in _TRAINED else table[_TRAINED[method]]
     assert results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
+    # By hand: modules x blocks; sites x rank x both factors x width.
+    assert trainable == {"coefficients": 2 * 2, "lora": 6 * 4 * 2 * 96, "zero-shot": 0}.get(method, trainable)
     for row in results["seeds"]:
         assert (row["forward_rows"], row["backward_rows"], row["steps"]) == (forward, backward, steps)
         assert row["option_accuracy"] is None  # an open task
@@ -299,7 +301,9 @@ def test_arrays_hold_what_a_run_reads(runs):
     sites = {}
     for method in ("merge", "cat"):
         options, results, _ = runs(method)
-        asked = EvaluateOnChipsOptions(run=run_path(options), crossbar="isaac", calibration_rows=4)
+        # Of the base, the values alone are in arrays: every kind of matrix is a program of its own.
+        digital = ("head", "*.ff.*", "*.q", "*.k", "*.o")
+        asked = EvaluateOnChipsOptions(run=run_path(options), crossbar="isaac", calibration_rows=4, digital=digital)
         found = report_on_chips(asked)
         for digital, row in zip(found["digital"], results["seeds"], strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
