@@ -72,21 +72,28 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# Files of half a minute or more: they start first, so that no worker waits for another one's at the end.
+# The longest files start first, so that no worker waits for another one's at the end.
 _LONG = (
+    "models/test_smollm2_fusion.py",
     "hardware/test_chips.py",
-    "methods/test_methods.py",
     "crossbar/test_fuzz.py",
+    "crossbar/test_goldens.py",
+    "training/test_distributed.py",
     "crossbar/test_mvm.py",
-    "hardware/test_model_on_arrays.py",
+    "methods/test_methods.py",
     "crossbar/test_converters.py",
-    "crossbar/test_learning.py",
-    "crossbar/test_paths.py",
-    "models/test_goldens.py",
+    "hardware/test_model_on_arrays.py",
     "runs/test_run.py",
-    "crossbar/test_reads.py",
+    "models/test_decoder_parity.py",
+    "crossbar/test_flax.py",
+    "docs/test_code.py",
+    "docs/test_examples.py",
+    "crossbar/test_paths.py",
+    "crossbar/test_tree.py",
+    "adapters/test_composition.py",
+    "cli/test_cli.py",
     "training/test_step.py",
-    "training/test_seeds.py",
+    "models/test_goldens.py",
 )
 
 

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 
 
-def cut(out: Path, *, adapters: int = 4) -> tuple[Path, Path]:
-    """Write `out`/base and `out`/pool, the first adapters of the embedded ones, and return both."""
+def cut(out: Path, *, adapters: int | None = 4) -> tuple[Path, Path]:
+    """Write `out`/base and `out`/pool, the first adapters of the embedded ones (all for None), and return both."""
     base, pool = out / "base", out / "pool"
     sources = [path.parent for path in sorted((SMALL / "adapters").glob("*/*.safetensors"))[:adapters]]
     for source, target in [(SMALL / "base", base), *((source, pool / source.name) for source in sources)]:
@@ -21,3 +21,19 @@ def cut(out: Path, *, adapters: int = 4) -> tuple[Path, Path]:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"num_layers": 1, "num_decoder_layers": 1}))
     return base, pool
+
+
+def examples(folder: Path) -> Path:
+    """Write `folder`/examples, where all is as in examples/ but the base and the adapters, which are cut.
+
+    The two adapters that are pickles are left out.
+    """
+    cut_examples = folder / "examples"
+    small = cut_examples / "small"
+    _, pool = cut(small, adapters=None)
+    pool.rename(small / "adapters")
+    for source, target in ((SMALL.parent, cut_examples), (SMALL, small)):
+        for path in source.iterdir():
+            if not (target / path.name).exists():
+                (target / path.name).symlink_to(path)
+    return cut_examples

@@ -213,6 +213,8 @@ def test_chips_hold_every_matrix(base, pool, run, tmp_path):
     files = {path.stem for path in (tmp_path / "chips" / "chip_0").iterdir()}
     assert files == {*_CONFIG.sites, "head", *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED)}
     results = report_on_chips(EvaluateOnChipsOptions(run=run, crossbar="isaac", calibration_rows=4, test_rows=4))
+    query = next(site for site in results["sites"] if site["site"] == "writer.talk.query")
+    assert (query["matrices"], query["arrays"]) == (3, 3 * 8)  # layers, and weight slices of each
     for digital, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
         assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-2)
 

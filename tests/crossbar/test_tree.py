@@ -297,7 +297,7 @@ def test_calibration_sets_every_matrix_to_its_own_data():
 def test_more_bits_are_fewer_errors():
     def worst(bits):
         config = dataclasses.replace(_CONVERTED, adc=ADC(bits=bits, clip_share=1.0))
-        settled = calibrate_tree(_run, program_tree(_weights(), {"*": config}, _KEY), _inputs(1))
+        settled = calibrate_tree(_run, program_tree(_weights(), {"encoder.self.q": config}, _KEY), _inputs(1))
         return min(row["sqnr"] for row in site_errors(settled, observe(_run, settled, _inputs(1))))
 
     assert worst(3) + 6 < worst(7)
@@ -307,7 +307,7 @@ def test_swept_values_are_calibrated_too():
     config = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=jnp.float32(20)))
     fixed = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=20.0))
     swept, plain = (
-        calibrate_tree(_run, program_tree(_weights(), {"*": c}, _KEY), _inputs(1))["encoder.self.q"]
+        calibrate_tree(_run, program_tree(_weights(), {"encoder.self.q": c}, _KEY), _inputs(1))["encoder.self.q"]
         for c in (config, fixed)
     )
     assert len(swept.values) == 1 and swept.values[0].shape == (4,) and not plain.values

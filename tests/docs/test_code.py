@@ -100,16 +100,7 @@ def _run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> Path:
-    """Return the folder `examples` with a base and adapters of one block, which compile in half the time."""
-    folder = tmp_path_factory.mktemp("cut") / "examples"
-    small = folder / "small"
-    _, pool = one_block.cut(small, adapters=28)
-    pool.rename(small / "adapters")
-    for source, target in ((_ROOT / "examples", folder), (_ROOT / "examples" / "small", small)):
-        for path in source.iterdir():
-            if not (target / path.name).exists():
-                (target / path.name).symlink_to(path)
-    return folder
+    return one_block.examples(tmp_path_factory.mktemp("cut"))
 
 
 @pytest.fixture(scope="module")

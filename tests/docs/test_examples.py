@@ -1,18 +1,19 @@
 """The scripts of examples/ run, with settings that make them small."""
 
 import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
+import one_block
+import pytest
 
 import lorafusion_jax as lf
 from lorafusion_jax.methods import METHODS
 
-_EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # The settings that the README's run has in tests, whose compiled programs are then there already.
 _LIKE_THE_README = {
-    "task": str(_EXAMPLES / "small" / "tasks" / "double_digit"),
+    "task": str(one_block.SMALL / "tasks" / "double_digit"),
     "recipe": lf.Recipe(modules=4, epochs=1),
     "seeds": (1, 2),
     "train_rows": 20,
@@ -21,38 +22,45 @@ _LIKE_THE_README = {
 _RECIPE = lf.Recipe(modules=3, epochs=1, batch_size=50, max_new_tokens=8)
 
 
-def _example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, _EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Callable[[str], ModuleType]:
+    """Return a function from the name of a script to its module; its base and adapters are cut to one block."""
+    folder = one_block.examples(tmp_path_factory.mktemp("cut"))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
-def test_fuse_in_python_trains_and_answers():
-    assert 0 <= _example("fuse_in_python").main(epochs=1, test_rows=4) <= 1
+def test_fuse_in_python_trains_and_answers(example):
+    assert 0 <= example("fuse_in_python").main(epochs=1, test_rows=4) <= 1
 
 
-def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(tmp_path):
+def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(example, tmp_path):
     digital = ("decoder.*", "*.ff.*", "encoder.self.[kvo]", "pool.*")
-    scores = _example("chips").main(tmp_path, digital, **_LIKE_THE_README)
+    scores = example("chips").main(tmp_path, digital, **_LIKE_THE_README)
     assert len(scores) == 1 + 2 * 2 + 1
 
 
-def test_sweep_on_a_mesh_trains_every_seed(tmp_path):
-    results = _example("sweep_on_a_mesh").main(tmp_path, recipe=_RECIPE, test_rows=4)
+def test_sweep_on_a_mesh_trains_every_seed(example, tmp_path):
+    results = example("sweep_on_a_mesh").main(tmp_path, recipe=_RECIPE, test_rows=4)
     assert [seed["seed"] for seed in results["seeds"]] == [1, 2, 3, 4]
 
 
-def test_a_flax_model_on_crossbars_keeps_its_accuracy_with_an_adc_of_eight_bits():
+def test_a_flax_model_on_crossbars_keeps_its_accuracy_with_an_adc_of_eight_bits(example):
     with jax.numpy_dtype_promotion("standard"):  # optax's
-        accuracy = _example("crossbar_on_your_model").main(bits=(8,), steps=20)
+        accuracy = example("crossbar_on_your_model").main(bits=(8,), steps=20)
     assert abs(accuracy["8-bit ADC"] - accuracy["digital"]) < 0.05
 
 
-def test_a_method_of_ones_own_is_registered_and_run(tmp_path):
+def test_a_method_of_ones_own_is_registered_and_run(example, tmp_path):
     try:
-        scores = _example("your_own_method").main(tmp_path, **_LIKE_THE_README)
+        scores = example("your_own_method").main(tmp_path, **_LIKE_THE_README)
     finally:
         METHODS.pop("gains", None)
     assert set(scores) == {"zero-shot", "gains", "magnitudes"}
