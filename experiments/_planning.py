@@ -11,7 +11,7 @@ from _methods import Entry
 
 from lorafusion_jax import read_config
 from lorafusion_jax.estimates.estimate import Settings
-from lorafusion_jax.estimates.plan import MODULES, describe, pool_shape
+from lorafusion_jax.estimates.plan import describe, pool_shape
 from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.runs.prepare import load_texts
@@ -30,8 +30,9 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
     """
     shaped = options.base in known_shapes()
     config = known_shapes()[options.base] if shaped else read_config(options.base)
-    rank, size = pool_shape(Path(options.pool))
-    todo = list(jobs(options, entries, check_pool=bool(size)))
+    pool = Path(options.pool)
+    rank, size, targets = pool_shape(pool)
+    todo = list(jobs(options, entries, check_pool=pool.is_dir()))
     for league in options.leagues:
         of_league = [job for job in todo if job.league == league]
         recipe = of_league[0].options.recipe
@@ -39,8 +40,9 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
         settings = Settings(
             recipe=recipe,
             rank=rank,
+            targets=targets,
             # Those that any seed draws: at most as many as all of them together.
-            pool=min(len(options.seeds) * options.modules, size or MODULES),
+            pool=min(len(options.seeds) * options.modules, size),
             seeds=len(options.seeds),
             path=default_path(),
             device="cpu" if jax.default_backend() == "cpu" else "accelerator",

@@ -19,7 +19,19 @@ from .estimate import Cost, Settings, estimate, seeds_of
 from .params import shape_config
 from .workload import Shapes, Workload, workload
 
-RANK, MODULES = 16, 196  # those of LoraHub's adapters, for a pool that does not exist yet
+
+class PoolShape(NamedTuple):
+    """Shape of a pool; by default of one that does not exist yet, as LoraHub's.
+
+    Attributes:
+      rank: the largest rank of a module.
+      modules: number of modules.
+      targets: the linear maps that any module adapts; None for the family's own choice.
+    """
+
+    rank: int = 16
+    modules: int = 196
+    targets: tuple[str, ...] | None = None
 
 
 class Row(NamedTuple):
@@ -100,20 +112,20 @@ def describe_run(options: FuseOptions) -> str:
     """Return a description of the cost of a run.
 
     The base may be the name of a shape, such as flan-t5-large; lengths are then estimated from characters. A pool that
-    does not exist counts as LoraHub's adapters: 196 of rank 16.
+    does not exist counts as LoraHub's adapters: 196 of rank 16, on the family's own choice of linear maps.
 
     Raises:
       ValueError: options contradict each other, or files cannot be read.
     """
     check(options)
     recipe = options.recipe
-    rank, size = (RANK, 0) if options.pool is None else pool_shape(Path(options.pool))
-    size = size or MODULES
+    rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool))
     recipe = dataclasses.replace(recipe, modules=len(options.adapters) or min(recipe.modules, size))
     all_seeds = size if recipe.choose == "gradient" else min(len(options.seeds) * recipe.modules, size)
     settings = Settings(
         recipe=recipe,
         rank=rank,
+        targets=targets,
         pool=all_seeds,
         seeds=len(options.seeds),
         path=default_path() if options.path == "auto" else options.path,
@@ -132,12 +144,12 @@ def describe_run(options: FuseOptions) -> str:
     return describe(config, [options.method], {task.name: work}, settings)
 
 
-def pool_shape(folder: Path) -> tuple[int, int]:
-    """Return the largest rank and the number of a pool's modules; LoraHub's rank and 0 if there is no such folder."""
+def pool_shape(folder: Path) -> PoolShape:
+    """Return the shape of a pool; of LoraHub's if there is no such folder."""
     if not folder.is_dir():
-        return RANK, 0
+        return PoolShape()
     pool = open_pool(folder)
-    return pool.largest_rank, len(pool.names)
+    return PoolShape(pool.largest_rank, len(pool.names), pool.targets)
 
 
 def _batches(shapes: Shapes) -> str:

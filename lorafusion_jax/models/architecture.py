@@ -121,10 +121,11 @@ class Architecture:
     remat: Literal["dots", "none", "full"] = "dots"
     unroll: bool = False
 
-    def __post_init__(self):
-        """Make a list of end tokens, as a file of JSON gives it, hashable."""
-        if not isinstance(self.eos_id, int):
-            object.__setattr__(self, "eos_id", tuple(self.eos_id))
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Architecture":
+        """Return the structure that a file of JSON records field by field; it holds tuples as lists."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**fields)
 
     @property
     def targets(self) -> tuple[str, ...]:

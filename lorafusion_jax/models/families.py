@@ -1,5 +1,6 @@
 """The families of models that the package loads: one line for each."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,15 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
     raise ValueError(f"model_type is {kind!r}: wanted a {members}")
 
 
+def family_with(path: str) -> Family | None:
+    """Return the family whose known sizes have a linear map at this Hugging Face module path; None for no family."""
+    for family in FAMILIES.values():
+        paths = {site.path for config in family.shapes.values() for site in config.sites.values()}
+        if any(re.fullmatch(re.escape(known).replace(r"\{layer\}", r"\d+"), path) for known in paths):
+            return family
+    return None
+
+
 def gguf_layout(architecture: str | None) -> GGUFLayout:
     """Return the layout of GGUF files with this `general.architecture`.
 
@@ -55,4 +65,4 @@ def gguf_layout(architecture: str | None) -> GGUFLayout:
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
     """Return the structure of the base model that the manifest of a converted pool records."""
-    return FAMILIES[base.get("family", next(iter(FAMILIES)))].config(**base["config"])
+    return FAMILIES[base.get("family", next(iter(FAMILIES)))].config.recorded(base["config"])

@@ -1,6 +1,7 @@
 """Configs of decoder-only models: the published ones against the known shapes, and old spellings against new ones."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -8,6 +9,7 @@ from lorafusion_jax.estimates.parameters import size
 from lorafusion_jax.estimates.params import counts, shape_config
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.decoder.shapes import SHAPES
+from lorafusion_jax.models.families import recorded_config
 
 # Numbers of parameters that the models' pages on the Hugging Face hub show.
 _SIZES = {
@@ -284,6 +286,13 @@ def test_a_shape_is_what_the_published_config_says(name):
     read = FAMILY.read_config(_PUBLISHED[name])
     shape = SHAPES[name]
     assert dataclasses.replace(read, pad_id=shape.pad_id, eos_id=shape.eos_id) == shape
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_pool_s_manifest_gives_back_the_structure(name):
+    config = dataclasses.replace(SHAPES[name], eos_id=(1, 106))
+    record = json.loads(json.dumps({"family": "decoder", "config": dataclasses.asdict(config)}))
+    assert recorded_config(record) == config
 
 
 def test_shapes_are_counted_by_name():

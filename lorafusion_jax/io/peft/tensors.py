@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...models.families import family_with
 from .config import AdapterError, shown, some
 from .patterns import Pattern, PatternError, Steps, Text
 
@@ -222,6 +223,9 @@ def _check_shapes(
     else:
         near = difflib.get_close_matches(path, shapes, n=1, cutoff=0)
         got = f"{key_a}: the base has no linear module {path} (nearest: {', '.join(near)})"
+        theirs, ours = (family_with(module) for module in (path, next(iter(shapes), "")))
+        if theirs and ours and theirs is not ours:
+            got += f", a module of {theirs.members}, and the base is one of {ours.members}"
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
     raise AdapterError(
         f"{where}: {wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; "

@@ -13,7 +13,7 @@ from ...models.architecture import Architecture
 from ...models.families import recorded_config
 from ..checkpoint import read_json, write_json
 from ..hf import base_tensor, read_config
-from ..peft.adapter import PeftAdapter
+from ..peft.adapter import PeftAdapter, read_adapter
 from .adapter_files import load_adapter
 from .stack import Dtype, Stack, read_pool
 
@@ -44,6 +44,12 @@ class ConvertedPool:
     def largest_rank(self) -> int:
         """The largest rank that an adapter has anywhere."""
         return max(max(row["rank"]) for entry in self.manifest["adapters"] for row in entry["sites"].values())
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last names of the linear maps that any adapter is on."""
+        adapted = {site for entry in self.manifest["adapters"] for site in entry["sites"]}
+        return tuple(dict.fromkeys(site.rpartition(".")[2] for site in self.config.sites if site in adapted))
 
     def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
         """Load the pool; arguments and errors are those of `load_pool`."""
@@ -112,6 +118,12 @@ class AdapterFolders:
     def largest_rank(self) -> int:
         """The largest rank that an adapter's configuration states for all its modules."""
         return max(json.loads((self.folder / name / "adapter_config.json").read_text())["r"] for name in self.names)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last names of the linear maps that any adapter is on; reads the adapters."""
+        paths = [path for name in self.names for path in read_adapter(str(self.folder / name)).factors]
+        return tuple(sorted({path.rpartition(".")[2] for path in paths}))
 
     def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
         """Read the adapters chosen by name or index, or all; the errors are those of `read_pool`."""

@@ -88,15 +88,11 @@ class DecoderConfig(Architecture):
     attention_cap: float = 0.0
     logit_cap: float = 0.0
 
-    def __post_init__(self):
-        """Turn the lists and mappings of a file of JSON into the types above."""
-        super().__post_init__()
-        for field in ("sliding", "biased"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field in ("rope", "local_rope"):
-            value: Any = getattr(self, field)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, field, Rope(**value))
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Architecture:
+        """Return the structure that a file of JSON records field by field."""
+        ropes = {name: Rope(**record[name]) for name in ("rope", "local_rope") if record[name] is not None}
+        return super().recorded({**record, **ropes})
 
     @property
     def targets(self) -> tuple[str, ...]:
