@@ -22,6 +22,7 @@ from typing import Any
 from _measure import MALLOC, PRODUCT, ROOT, features, met, processor
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
+_DECODER = "fusion_step.py --shape smollm2-135m"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
     f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4 --rounds 3 --bars",
