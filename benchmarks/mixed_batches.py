@@ -2,7 +2,7 @@
 
     python benchmarks/mixed_batches.py [--shape flan-t5-small] [--cores 1] [--json]
 
-Random weights, a pool of 20 modules of rank 16 on q and v; rows of 32 source and 16 new tokens, none ending earlier.
+Random weights, a pool of 20 modules of rank 16 on q and v; rows of 16 source and 16 new tokens, none ending earlier.
 Batches of 64 and 256 rows, each row with a task of its own, are compared with the same rows of one task: the same bank
 and the same program. With magnitudes, tasks are sums with scales. Without, they are mixes: PEFT can hold each of them
 as an adapter of rank 16, and chooses adapters row by row (`adapter_names`; this needs the `peft` extra and is left out
@@ -30,7 +30,7 @@ from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.problem import Frozen, Params, Problem
 
-_SOURCE, _NEW = 32, 16
+_SOURCE, _NEW = 16, 16
 _BATCHES = (64, 256)
 _BAR = 0.9
 _COMPARED = 4  # tasks whose ids are compared with those of a program of their own
@@ -97,11 +97,7 @@ def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
         runs["peer one"] = partial(peer, [0] * rows)
         runs["peer mixed"] = partial(peer, list(range(rows)))
     mixed = {rows: runs[f"{rows} mixed"]() for rows in _BATCHES}
-    same = [
-        np.mean(_alone(tasks[task], batches[rows], problem)[task] == mixed[rows][task])
-        for rows in _BATCHES
-        for task in range(_COMPARED)
-    ]
+    same = [np.mean(_alone(tasks[t], batches[rows], problem)[t] == mixed[rows][t]) for t in range(_COMPARED)]
     seconds = in_turns(runs, options.rounds)
     where = f"{options.shape}, {options.cores} core{'s' if options.cores > 1 else ''}, {name}"
 
@@ -137,9 +133,9 @@ def _tasks(method: Fusion, weights: Frozen, count: int) -> list[Params]:
     """Return made-up numbers of tasks: coefficients as a fusion draws them, magnitudes about ||W||."""
     keys, found = jax.random.split(jax.random.key(0), count), []
     start = dataclasses.replace(method, start="xavier")
-    draw = jax.jit(lambda key: start.init(weights, jnp.arange(MODULES), key))
+    draw = jax.jit(start.init)
     for key in keys:
-        params = draw(key)
+        params = draw(weights, jnp.arange(MODULES), key)
         if "magnitudes" in params:
             scale = jax.random.uniform(key, (), minval=0.8, maxval=1.2)
             params["magnitudes"] = jax.tree.map(lambda m, by=scale: m * by, params["magnitudes"])

@@ -30,7 +30,7 @@ _BENCH = (
     f"{_LARGE} --dtype float32 bfloat16 --bars",
     f"{_LARGE} --cores 2",
     "generation.py --shape flan-t5-small --rounds 3",
-    "mixed_batches.py --shape flan-t5-small --rounds 2",
+    "mixed_batches.py --shape small-pool",
     "compilation.py",
     "memory.py --peak",
     "padding.py",
