@@ -6,11 +6,12 @@ Comments that readers do not see, on the lines before a block, say how a test ru
     <!-- test: OLD => NEW -->         with NEW in place of OLD, which makes it small
 
 A page with `<!-- test: after the README -->` somewhere starts with the pool and the run that the README's commands
-write.
+write. One with `<!-- test: needs MODULE -->` is skipped where the module is not installed.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import re
@@ -31,6 +32,7 @@ _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
 _WITH_CODE = [page for page in _PAGES if re.search("^```(bash|python)$", page.read_text(), re.MULTILINE)]
 _AFTER_README = "after the README"
+_NEEDS = re.compile(r"<!-- test: needs (\w+) -->")
 
 _RUN = ("bash", "python")
 _SHOWN = ("text", "yaml", "json", "bibtex", "math")
@@ -55,7 +57,7 @@ def _blocks(page: str) -> Iterator[_Block]:
         settings, _, language, text = found.groups()
         skipped = None
         for setting in _SETTING.findall(settings):
-            if setting == _AFTER_README:
+            if setting == _AFTER_README or setting.startswith("needs "):
                 continue
             if setting.startswith("skip, "):
                 skipped = setting.removeprefix("skip, ")
@@ -120,6 +122,9 @@ def test_the_readme_converts_fuses_evaluates_and_exports(after_readme):
 
 @pytest.mark.parametrize("page", _WITH_CODE, ids=lambda page: page.relative_to(_ROOT).as_posix())
 def test_the_code_of_a_page_runs(page, examples, request, tmp_path, monkeypatch):
+    for module in _NEEDS.findall(page.read_text()):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}, which the page says how to install")
     if f"<!-- test: {_AFTER_README} -->" in page.read_text():
         for name in ("pool", "runs"):
             shutil.copytree(request.getfixturevalue("after_readme") / name, tmp_path / name)
