@@ -525,6 +525,7 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
     _convert(base, folders, out=tmp_path / "pool")
     converted, plain = open_pool(tmp_path / "pool", str(base)), open_pool(folder, str(base))
     assert (plain.names, plain.largest_rank) == (converted.names, converted.largest_rank)
+    assert plain.targets == converted.targets == ("q", "v")
     assert plain.config.sites == converted.config.sites
     _assert_same_pool(plain.load(["wide", 0]), converted.load(["wide", 0]))
     assert open_pool(folder).names == plain.names
