@@ -195,7 +195,7 @@ def floor(config: Architecture, weights: Frozen) -> Callable[[], Any]:
     """Return forward and backward to activations only: the base alone, unrolled, no adapter and no fusion."""
     batch = jax.tree.map(lambda a: a[0], batch_of(config))
     graph = graph_of(unrolled(config))
-    kind = family_of(config).model
+    kind: Any = family_of(config).model
     embed = kind._embed
 
     def loss(shifts: dict[int, jax.Array], base: nnx.State, batch: Batch) -> jax.Array:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         _convert()
-        rows, answers = [], {}
+        rows, answers, environment = [], {}, {}
         for number, method in enumerate(METHODS, start=1):
             results = _run(method)
             seconds = sum(results["seconds"].values())
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] = ()) -> None:
                 {"task": TITLE, "method": method, "trainable": results["trainable"], "seconds": seconds}
                 | {key: seed[key] for key in ("seed", "exact_match", "loss")}
             )
+            environment = results["environment"]
             answers[method] = RunFolder(FOLDER / "runs" / _name(method)).predictions()
             score = f"{results['exact_match']:.1f} % in {seconds:.1f} s"
             print(f"[{number}/{len(METHODS)}] {method}: {score}", file=sys.stderr, flush=True)
@@ -52,7 +53,6 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_text(FOLDER / "table.md", table)
         plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
         minutes = (time.perf_counter() - began) / 60
-        environment = results["environment"]
         summary = {"minutes": minutes, "environment": environment, "rows": rows}
         write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
     _show(answers["zero-shot"], answers["LoRAFusion"])
