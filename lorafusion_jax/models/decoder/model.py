@@ -141,7 +141,6 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config: Architecture = config
-        self.structure = config
         self.embedding = Base(0.02 * rngs.params.normal((config.vocab_size, config.d_model)))
         self.decoder = Block(config, rngs=rngs)
         self.norm = RMSNorm((config.d_model,), config.eps, offset=config.norm_offset)
@@ -153,6 +152,12 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
         return self._logits(self._run(ids, mask, jnp.sum(mask, axis=1), adapters or {})[0])
+
+    @property
+    def structure(self) -> DecoderConfig:
+        """The configuration, which the protocol of models knows as an `Architecture`."""
+        assert isinstance(self.config, DecoderConfig)
+        return self.config
 
     def variables(self) -> dict[str, Base]:
         """Return the kernel of every site, and `head` unless it is tied (see `architecture.Model`)."""
