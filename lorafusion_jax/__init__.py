@@ -3,6 +3,7 @@
 __version__ = "0.1.0.dev0"
 
 from . import crossbar
+from .adapters.basis import SharedBasis, shared_basis
 from .adapters.composition import compose
 from .adapters.norms import Gram, column_norms, gram
 from .adapters.pool import LoraPool, random_pool, shuffled_pool
@@ -11,7 +12,7 @@ from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
 from .hardware.fuse import fuse
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
-from .io.pool import load_pool, read_pool
+from .io.pool import load_basis, load_pool, read_pool
 from .methods import METHODS, register
 from .methods.fusion import Fusion
 from .methods.lora import LoRA
@@ -57,6 +58,7 @@ __all__ = [
     "Recipe",
     "Sampling",
     "Service",
+    "SharedBasis",
     "Site",
     "TaskBank",
     "TrainState",
@@ -73,6 +75,7 @@ __all__ = [
     "init_state",
     "kernels",
     "load_base",
+    "load_basis",
     "load_pool",
     "load_run",
     "load_tokenizer",
@@ -89,6 +92,7 @@ __all__ = [
     "read_pool",
     "register",
     "save_base",
+    "shared_basis",
     "shuffled_pool",
     "with_read_key",
 ]

@@ -15,26 +15,29 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..models.architecture import stack_of
-from .pool import LoraPool
+from .basis import Pool, SharedBasis
 
 Granularity = Literal["global", "block", "site", "rank"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)  # from coarse to fine
-Start = Literal["xavier", "uniform", "zeros"]
+Start = Literal["xavier", "uniform", "twice", "zeros"]
 
 
-def shape(pool: LoraPool, modules: int, granularity: Granularity) -> tuple[int, ...]:
+def shape(pool: Pool, modules: int, granularity: Granularity) -> tuple[int, ...]:
     """Return the shape of the coefficients of `modules` adapters of a pool.
 
     `global` [N], `block` [N, blocks], `site` [N, sites x layers], `rank` [N, sites x layers, r].
+
+    Raises:
+      ValueError: `rank` of modules in a shared basis, which has no ranks of their own.
     """
+    if granularity == "global":
+        return (modules,)
+    if granularity == "block":
+        return (modules, len(_blocks(pool)))
     columns = len(_instances(pool))
-    rank = max(_rank(pool, site) for site in pool.B)
-    return {
-        "global": (modules,),
-        "block": (modules, len(_blocks(pool))),
-        "site": (modules, columns),
-        "rank": (modules, columns, rank),
-    }[granularity]
+    if granularity == "site":
+        return (modules, columns)
+    return (modules, columns, max(_rank(pool, site) for site in pool.rank))
 
 
 def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, "..."]:
@@ -43,17 +46,17 @@ def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, ".
     Args:
       shape: as `shape` returns it.
       start: `xavier`, uniform within sqrt(6 / (N + columns)) as the paper's code draws them;
-        `uniform`, 1 / N each; `zeros`, for `sum` only (`mix` has no gradient there).
+        `uniform`, 1 / N each; `twice`, 2 / N each; `zeros`, for `sum` only (`mix` has no gradient there).
       key: PRNG key of the draw.
     """
     if start == "xavier":
         bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    return jnp.full(shape, 0.0 if start == "zeros" else 1 / shape[0], jnp.float32)
+    return jnp.full(shape, {"uniform": 1, "twice": 2, "zeros": 0}[start] / shape[0], jnp.float32)
 
 
 def expand(
-    coefficients: Float[Array, "..."], pool: LoraPool, granularity: Granularity
+    coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity
 ) -> dict[str, Float[Array, "_L N _k"]]:
     """Return every site's coefficients, per layer and module (k = 1) or, for `rank`, also per rank (k = r)."""
     columns = _columns(pool, granularity)
@@ -68,7 +71,7 @@ def expand(
 
 
 def refined(
-    coefficients: Float[Array, "..."], pool: LoraPool, granularity: Granularity, to: Granularity
+    coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity, to: Granularity
 ) -> Float[Array, "..."]:
     """Return the coefficients of a granularity in another one that is as fine or finer (see `GRANULARITIES`)."""
     if granularity == to:
@@ -81,7 +84,7 @@ def refined(
     return found
 
 
-def present(pool: LoraPool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:
+def present(pool: Pool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:
     """Return which coefficients affect the model; the others are neither counted nor penalised."""
     shape_ = shape(pool, index.shape[0], granularity)
     columns = _columns(pool, granularity)
@@ -98,7 +101,7 @@ def present(pool: LoraPool, index: Int[Array, " N"], granularity: Granularity) -
     return found
 
 
-def column_names(pool: LoraPool, granularity: Granularity) -> list[str]:
+def column_names(pool: Pool, granularity: Granularity) -> list[str]:
     """Return a label for each column, for plots and tables."""
     if granularity == "global":
         return ["all"]
@@ -107,7 +110,7 @@ def column_names(pool: LoraPool, granularity: Granularity) -> list[str]:
     return [f"{stack}.{layer}.{site}" for stack, layer, site in _instances(pool)]
 
 
-def _columns(pool: LoraPool, granularity: Granularity) -> dict[str, np.ndarray]:
+def _columns(pool: Pool, granularity: Granularity) -> dict[str, np.ndarray]:
     """Return the column of each layer, by site."""
     if granularity in ("global", "block"):
         position = {block: i for i, block in enumerate(_blocks(pool))}
@@ -121,12 +124,12 @@ def _columns(pool: LoraPool, granularity: Granularity) -> dict[str, np.ndarray]:
     return {site: np.array(column) for site, column in columns.items()}
 
 
-def _blocks(pool: LoraPool) -> list[tuple[str, int]]:
+def _blocks(pool: Pool) -> list[tuple[str, int]]:
     layers = {stack_of(site): pool.rank[site].shape[0] for site in _sites(pool)}
     return [(stack, layer) for stack, depth in layers.items() for layer in range(depth)]
 
 
-def _instances(pool: LoraPool) -> list[tuple[str, int, str]]:
+def _instances(pool: Pool) -> list[tuple[str, int, str]]:
     return [
         (stack, layer, site.partition(".")[2])
         for stack, layer in _blocks(pool)
@@ -135,9 +138,14 @@ def _instances(pool: LoraPool) -> list[tuple[str, int, str]]:
     ]
 
 
-def _sites(pool: LoraPool) -> list[str]:
+def _sites(pool: Pool) -> list[str]:
     return [site for site in pool.sites if site in pool.rank]
 
 
-def _rank(pool: LoraPool, site: str) -> int:
+def _rank(pool: Pool, site: str) -> int:
+    if isinstance(pool, SharedBasis):
+        raise ValueError(
+            "coefficients for every rank of a module, in a shared basis, which has no ranks of its modules: use the "
+            "granularity global, block or site"
+        )
     return jax.tree.leaves(pool.B[site])[0].shape[2]

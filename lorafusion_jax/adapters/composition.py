@@ -11,7 +11,9 @@ There are several orders of evaluation, equal in exact arithmetic. `mix` is eval
 the outputs, module by module (`Outputs`), as hardware does that keeps each A_n and B_n in separate arrays. Norms are
 digital. They are the norms of the quantised or programmed weights, unless `Gram.modules` holds the modules to use.
 
-Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
+A sum in a shared basis (`adapters.basis`) is one update of rank k, with the same norms.
+
+Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank, k directions of a basis.
 """
 
 import dataclasses
@@ -24,9 +26,10 @@ from jaxtyping import Array, Float, Int
 
 from ..crossbar.devices.physical import is_traced
 from ..models.weights import Weight, dense, is_in_arrays, map_layers
+from .basis import SharedBasis
 from .norms import Gram, column_norm, product, squared_columns
 from .pool import LoraPool
-from .updates import Composition, Dense, LowRank, Modules, Outputs, gather
+from .updates import Composition, Dense, InBasis, LowRank, Modules, Outputs, gather
 
 _NORM = "norm"  # its name in the checkpoint policy
 
@@ -121,6 +124,7 @@ def compose(
             real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
             c = jnp.where(real, c, jnp.zeros_like(c))
         of = pool if gram is None or gram.modules is None else gram.modules
+        assert isinstance(of, LoraPool)
         layers = (of.A[site], of.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
         of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
@@ -134,6 +138,52 @@ def compose(
                 adapters[site] = Outputs(A, B, per_layer, c, composition, scale)
             else:
                 adapters[site] = Modules(A, B, per_layer, c, scale)
+    return adapters, total
+
+
+def compose_in_basis(
+    basis: SharedBasis,
+    index: Int[Array, " N"],
+    coefficients: dict[str, Float[Array, "_L N #1"]],
+    *,
+    core: dict[str, Float[Array, "_L k k"]] | None = None,
+    gram: Gram | None = None,
+    magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
+    differentiate_norm: bool = False,
+) -> tuple[dict[str, LowRank | InBasis], Int[Array, ""]]:
+    """Return the adapters by site of a sum in a shared basis, and how many column norms were floored.
+
+    Args:
+      basis: P modules.
+      index: positions of the N modules that are summed.
+      coefficients: site -> one for each layer and module.
+      core: added to sum_n c_n S_n; None adds nothing.
+      gram: of the basis; needed with magnitudes.
+      magnitudes: as in `compose`.
+      differentiate_norm: as in `compose`.
+    """
+    in_arrays = is_in_arrays((basis.U, basis.V))
+    of = basis if gram is None or gram.modules is None else gram.modules
+    assert isinstance(of, SharedBasis)
+    adapters, total = {}, jnp.int32(0)
+    for site, c in coefficients.items():
+        S = jnp.take(basis.S[site], index, axis=1)
+        mixed = jnp.einsum("ln,lnij->lij", c[:, :, 0], S, precision="highest")
+        if core is not None:
+            mixed = mixed + core[site]
+        U, V = basis.U[site], basis.V[site]
+        right, scale = None, None
+        if magnitudes is not None or not in_arrays:
+            right = product(mixed, dense(of.V[site], jnp.float32))
+        if magnitudes is not None and gram is not None:
+            left = dense(of.U[site], jnp.float32)
+            between = 2 * jnp.sum(gram.cross[site] * right, axis=1)
+            of_update = jax.vmap(squared_columns)(left, right)
+            norm, floored = column_norm(gram.squared[site], between, of_update)
+            if not differentiate_norm:
+                norm = checkpoint_name(jax.lax.stop_gradient(norm), _NORM)
+            scale, total = magnitudes[site] / norm, total + floored
+        adapters[site] = InBasis(U, V, mixed, scale) if in_arrays else LowRank(dense(U, jnp.float32), right, scale)
     return adapters, total
 
 

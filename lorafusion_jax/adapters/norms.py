@@ -3,7 +3,7 @@
 Products of weights with weights use precision "highest". By default a TPU would multiply float32 numbers in bfloat16,
 and a recent NVIDIA card in TF32. On a CPU the setting changes nothing.
 
-Axis letters: L layer, P adapters of the pool, r rank.
+Axis letters: L layer, P adapters of the pool, r rank, k directions of a basis.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..models.weights import Weight, dense, map_layers
-from .pool import LoraPool
+from .basis import Pool, SharedBasis
 
 # Where dW nearly cancels W, the Gram form loses digits and can become negative, so it is floored at a few eps.
 _NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
@@ -26,17 +26,17 @@ class Gram:
 
     Attributes:
       squared: site -> [L, d_out], ||W||^2 of every column.
-      cross: site -> [L, P, r, d_out], A_n^T W.
-      modules: the modules whose A and B enter the norms, or None for the pool's own. For a pool in arrays they hold
-        the target values instead of the programmed ones.
+      cross: site -> [L, P, r, d_out], A_n^T W; of a shared basis [L, k, d_out], U^T W.
+      modules: the pool whose factors enter the norms, or None for the fusion's own. For a pool in arrays it holds the
+        target values instead of the programmed ones.
     """
 
     squared: dict[str, Float[Array, "*C _L _d_out"]]
-    cross: dict[str, Float[Array, "*C _L P _r _d_out"]]
-    modules: LoraPool | None = None
+    cross: dict[str, Float[Array, "..."]]
+    modules: Pool | None = None
 
 
-def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
+def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
     """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time.
 
     Each module has a separate product: in a single product, a module's last bits depend on the number of modules.
@@ -44,9 +44,11 @@ def gram(pool: LoraPool, kernels: dict[str, Weight]) -> Gram:
 
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
         kernel, A = (dense(w, jnp.float32) for w in layer)
-        return jnp.sum(jnp.square(kernel), axis=0), jax.lax.map(lambda a: product(a.T, kernel), A)
+        cross = product(A.T, kernel) if A.ndim == 2 else jax.lax.map(lambda a: product(a.T, kernel), A)
+        return jnp.sum(jnp.square(kernel), axis=0), cross
 
-    terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in pool.A.items()}
+    factors = pool.U if isinstance(pool, SharedBasis) else pool.A
+    terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in factors.items()}
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
 
 
@@ -70,8 +72,8 @@ def product(a: Float[Array, "*M k"], b: Float[Array, "*N k n"]) -> Float[Array, 
 
 
 def column_norm(
-    squared: Float[Array, " d_out"], between: Float[Array, " d_out"], of_update: Float[Array, " d_out"]
-) -> tuple[Float[Array, " d_out"], Int[Array, ""]]:
+    squared: Float[Array, "*L d_out"], between: Float[Array, "*L d_out"], of_update: Float[Array, "*L d_out"]
+) -> tuple[Float[Array, "*L d_out"], Int[Array, ""]]:
     """Return ||W + dW|| per column from its Gram terms, and how many were floored.
 
     ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second term is 2 (A^T W)_j . B_j and the third is

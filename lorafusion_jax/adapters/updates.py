@@ -163,6 +163,29 @@ class Outputs:
         return _scaled(mix_outputs(x, kernel, A, B, self.coefficients, self.composition), self.scale)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InBasis:
+    """One update between shared directions that are in arrays: `(x W + ((x U) C) V) * scale`.
+
+    Attributes:
+      U: [d_in, k].
+      V: [k, d_out].
+      core: C, [k, k], digital.
+      scale: [d_out], or None for 1.
+    """
+
+    U: Weight
+    V: Weight
+    core: Float[Array, "*L k k"]
+    scale: Array | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        """Return the adapted product."""
+        mixed = jnp.dot(matmul(x, self.U), self.core.astype(x.dtype))
+        return _scaled(matmul(x, kernel) + matmul(mixed, self.V), self.scale)
+
+
 def mix_outputs(
     x: Float[Array, "*B d_in"],
     kernel: Weight,

@@ -1,18 +1,30 @@
-"""`lorafusion convert`: convert adapters of PEFT into a pool."""
+"""`lorafusion convert`: convert adapters of PEFT into a pool, and make its shared basis."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..columns import plain
 from ..io.convert import ConvertOptions, convert
+from ..io.pool import ConvertedPool
 from .parsing import parse
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Convert the adapters and print a line for each."""
+    """Convert the adapters and print a line for each, and one for each site of a basis."""
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)
+    if options.adapters or options.adapters_file:
+        _print_pool(options, manifest)
+    if options.basis is not None or options.basis_from is not None:
+        assert options.out is not None
+        print(basis_report(options.out))
+
+
+def _print_pool(options: ConvertOptions, manifest: Mapping[str, Any]) -> None:
     print(report(manifest))
     totals = manifest["totals"]
     done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
@@ -31,6 +43,29 @@ def report(manifest: Mapping[str, Any]) -> str:
     lines = [f"{count} x {note}" for note, count in notes.items()]
     lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
     return "\n".join([plain(rows), *lines])
+
+
+def basis_report(folder: Path) -> str:
+    """Return the share of the modules' squared norms that a pool's basis keeps: by site, then of each new module."""
+    pool = ConvertedPool(folder)
+    basis = pool.basis()
+    whole = {site: np.asarray(energy, float) for site, energy in basis.energy.items()}
+    inside = {site: share * whole[site] for site, share in basis.kept().items()}
+    rows = [("site", "d_in x d_out", "kept")]
+    for site in basis.sites:
+        shape = f"{basis.U[site].shape[1]} x {basis.V[site].shape[2]}"
+        rows.append((site, shape, _percent(inside[site].sum(), whole[site].sum())))
+    lines = [plain(rows)]
+    for n, name in enumerate(basis.names):
+        if len(basis) > len(pool.names) and name in pool.names:  # it was projected on a basis of others
+            kept, all_of_it = (sum(part[site][:, n].sum() for site in basis.sites) for part in (inside, whole))
+            lines.append(f"{name}: the basis keeps {_percent(kept, all_of_it)} of its squared norm")
+    lines.append(f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}")
+    return "\n".join(lines)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _range(values: Sequence[int | float]) -> str:

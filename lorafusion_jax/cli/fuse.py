@@ -33,6 +33,7 @@ class FuseCommand(FuseOptions, Preset):
     Examples:
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
       lorafusion fuse --preset reference --base base --pool pool --task task
+      lorafusion fuse --base google/flan-t5-large --pool pool --basis 32 --task bbh/snarks.json
       lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan
       lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
 
@@ -49,12 +50,12 @@ GROUPS = {
         "base", "pool", "task", "prompt", "chat", "train_rows", "test_rows", "dtype", "load_in",
     ),
     "fusion": (
-        "method", "modules", "choose", "adapters", "composition", "granularity", "start", "control",
-        "differentiate_norm",
+        "method", "modules", "choose", "adapters", "composition", "basis", "granularity", "start", "control",
+        "core", "differentiate_norm",
     ),
     "training": (
-        "epochs", "batch_size", "lr_coefficients", "lr_magnitudes", "schedule", "warmup", "l2", "l1", "clip", "prune",
-        "stop_early", "protocol", "start_from",
+        "epochs", "batch_size", "lr_coefficients", "lr_magnitudes", "lr_core", "schedule", "warmup", "l2", "l1", "clip",
+        "prune", "stop_early", "protocol", "start_from",
     ),
     "baseline": (
         "lora_rank", "lora_targets", "vera_rank", "lr_lora", "lr_vera", "lr_full", "shots", "merge", "density",

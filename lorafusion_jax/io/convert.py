@@ -15,12 +15,13 @@ import numpy as np
 
 from .. import __version__
 from ..models.architecture import linear_shapes
+from .basis import add_basis, add_projected
 from .checkpoint import new_folder
 from .hf import base_tensor, open_base, read_config
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe, save_adapter
-from .pool.folder import write_manifest
+from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
@@ -29,44 +30,82 @@ _PACKAGES = ("jax", "orbax-checkpoint", "numpy", "safetensors")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    r"""Convert LoRA adapters of PEFT into a pool, ready to be fused.
+    r"""Convert LoRA adapters of PEFT into a pool, ready to be fused, or make the shared basis of a pool.
 
-    Example:
+    Examples:
       python convert_peft_weights.py --base google/flan-t5-large --out pools/two \
         --adapters lorahub/flan_t5_large-super_glue_wic lorahub/flan_t5_large-ag_news_subset
+      lorafusion convert --out pools/two --basis 32
+      lorafusion convert --base google/flan-t5-large --adapters new --out pools/three --basis-from pools/two
 
     Attributes:
-      base: folder, hub id or GGUF file of the base model that the adapters were trained on.
+      base: folder, hub id or GGUF file of the base model that the adapters were trained on; not needed for the basis of
+        a pool that is there.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
       adapters_file: a text file with one more folder or hub id a line; # begins a comment.
-      out: folder to write, which must not exist; not needed for a dry run.
+      out: folder to write, which must not exist; not needed for a dry run. Without adapters, the converted pool to
+        which the basis is added.
+      basis: also make a shared basis of so many directions from all modules: the pool can then be fused at a fraction
+        of its reads (`lorafusion fuse --basis`).
+      basis_modules: names of the modules that the directions are of; by default all.
+      basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
+        report the share of their norms that it loses.
       dtype: store factors in this dtype instead of their own.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
         config.json is enough for this, unless an adapter carries copies of base weights.
       skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.
     """
 
-    base: str
+    base: str | None = None
     adapters: tuple[str, ...] = ()
     adapters_file: Path | None = None
     out: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
+    basis: int | None = None
+    basis_modules: tuple[str, ...] = ()
+    basis_from: Path | None = None
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:
-    """Convert the adapters and return the pool's manifest.
+    """Convert the adapters, make the basis that the options ask for, and return the pool's manifest.
 
     Raises:
       ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing is written in these cases.
     """
+    _check_basis(options)
     sources = _sources(options)
     if options.out is None and not options.dry_run:
         raise ValueError("say where to write the pool: --out FOLDER, or --dry-run to write nothing")
+    if not sources and options.out is not None:
+        pool = ConvertedPool(options.out)
+        _add_basis(options, options.out)
+        return pool.manifest
     target = contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out)
     with target as folder:
-        return _convert(sources, options, folder)
+        manifest = _convert(sources, options, folder)
+        if folder is not None:
+            _add_basis(options, folder)
+        return manifest
+
+
+def _check_basis(options: ConvertOptions) -> None:
+    if options.basis is not None and options.basis_from is not None:
+        raise ValueError(
+            "--basis makes a basis of these modules, and --basis-from takes another pool's: give one of them"
+        )
+    if options.basis_modules and options.basis is None:
+        raise ValueError("--basis-modules are of a basis that is made: say of how many directions with --basis")
+    if options.dry_run and (options.basis is not None or options.basis_from is not None):
+        raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis and --basis-from")
+
+
+def _add_basis(options: ConvertOptions, folder: Path) -> None:
+    if options.basis is not None:
+        add_basis(folder, options.basis, modules=options.basis_modules)
+    elif options.basis_from is not None:
+        add_projected(folder, options.basis_from)
 
 
 def _sources(options: ConvertOptions) -> list[str]:
@@ -76,7 +115,7 @@ def _sources(options: ConvertOptions) -> list[str]:
             raise ValueError(f"{options.adapters_file}: no such file: wanted a list of adapters, one a line")
         lines = options.adapters_file.read_text().splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]
-    if not sources:
+    if not sources and (options.basis is None or options.out is None):
         raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")
     return sources
 
@@ -85,6 +124,8 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
     from tqdm import tqdm
 
+    if options.base is None:
+        raise ValueError("say which base model the adapters were trained on: --base FOLDER_OR_HUB_ID")
     config = read_config(options.base)
     shapes, tensor = linear_shapes(config), base_tensor(options.base)
     adapters: dict[str, dict[str, Any]] = {}

@@ -1,6 +1,6 @@
 """LoRAFusion: coefficients mix a frozen pool, magnitudes rescale the columns; and coefficients alone.
 
-Axis letters: N modules of a fusion, r rank.
+Axis letters: L layer, N modules of a fusion, r rank, k directions of a basis.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..adapters import coefficients as coefficients_lib
+from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import Granularity, Start
-from ..adapters.composition import check_mix, compose
+from ..adapters.composition import check_mix, compose, compose_in_basis
 from ..adapters.norms import Gram, column_norms, gram
-from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..models.architecture import Site
 from ..models.weights import Weight
@@ -29,14 +29,17 @@ from .method import Billed, Built, Fused, MethodEntry, Placement, Update, fused,
 class Fusion(Method):
     """LoRAFusion: coefficients mix the frozen pool, magnitudes rescale the adapted columns.
 
-    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]. A DoRA pool's own
-    magnitudes are the start of the trained ones, and stay unchanged if only coefficients are trained.
+    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]; `core`, site ->
+    [L, k, k]. A DoRA pool's own magnitudes are the start of the trained ones, and stay unchanged if only coefficients
+    are trained.
 
     Attributes:
       composition: `mix` or `sum` (see `adapters.composition`).
       granularity: granularity of the coefficients: one per module, and block, site or rank.
       start: initial values of the coefficients.
       magnitudes: train magnitudes as well as coefficients.
+      basis: number of directions of a pool in a shared basis; None for all that it has, and for whole modules.
+      core: train a matrix between the directions too, which starts at zero and is added to sum_n c_n S_n.
       differentiate_norm: let gradients flow through ||W + dW|| (PEFT's DoRA does not).
     """
 
@@ -44,6 +47,8 @@ class Fusion(Method):
     granularity: Granularity = "block"
     start: Start = "uniform"
     magnitudes: bool = True
+    basis: int | None = None
+    core: bool = False
     differentiate_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -52,20 +57,42 @@ class Fusion(Method):
                 "a mix that starts at zero never moves: its gradient is exactly zero there. "
                 "Start from xavier or uniform, or use the composition sum"
             )
+        check_basis(self)
 
     def learning_rates(self, recipe: Recipe) -> dict[str, float]:
-        """Return the rates of coefficients and magnitudes."""
-        return {"coefficients": recipe.lr_coefficients, "magnitudes": recipe.lr_magnitudes}
+        """Return the rates of coefficients, magnitudes and cores."""
+        return {
+            "coefficients": recipe.lr_coefficients,
+            "magnitudes": recipe.lr_magnitudes,
+            "core": recipe.lr_core,
+        }
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        """Return the frozen weights with the pool's Gram terms."""
-        assert frozen.pool is not None
-        used = {site: kernel for site, kernel in kernels.items() if site in frozen.pool.A}
-        return dataclasses.replace(frozen, gram=jax.jit(gram)(frozen.pool, used))
+        """Return the frozen weights with the directions that are used, and the pool's Gram terms.
 
-    def check(self, pool: LoraPool) -> None:
+        Raises:
+          ValueError: as `check` does.
+        """
+        pool = frozen.pool
+        assert pool is not None
+        self.check(pool)
+        if self.basis is not None and isinstance(pool, SharedBasis):
+            pool = pool.first(self.basis)
+        used = {site: kernel for site, kernel in kernels.items() if site in pool.rank}
+        return dataclasses.replace(frozen, pool=pool, gram=jax.jit(gram)(pool, used))
+
+    def check(self, pool: Pool) -> None:
         """Raise ValueError if this fusion cannot use the pool."""
-        if self.composition == "mix":
+        if isinstance(pool, SharedBasis):
+            check_basis(dataclasses.replace(self, basis=self.basis or pool.k))
+            if self.basis is not None:
+                pool.first(self.basis)
+        elif self.basis is not None or self.core:
+            raise ValueError(
+                "the pool is of whole modules, and the fusion is in a shared basis: give it one, of "
+                f"`shared_basis(pool, k)` or `lorafusion convert --basis {self.basis or 32}`"
+            )
+        elif self.composition == "mix":
             check_mix(pool)
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
@@ -75,14 +102,16 @@ class Fusion(Method):
           ValueError: there is no pool, or a mix cannot use it (see `composition.check_mix`).
         """
         pool, terms = _pool_of(frozen)
-        if self.composition == "mix":
+        if self.composition == "mix" and not isinstance(pool, SharedBasis):
             check_mix(pool, index)
         shape = coefficients_lib.shape(pool, index.shape[0], self.granularity)
         params: Params = {"coefficients": coefficients_lib.initial(shape, self.start, key)}
-        if pool.magnitude is not None:  # one adapter, which training starts from as it is
+        if (own := _own_magnitudes(pool)) is not None:  # one adapter, which training starts from as it is
             params["coefficients"] = jnp.ones(shape, jnp.float32)
         if self.magnitudes:
-            params["magnitudes"] = _magnitudes(pool.magnitude or column_norms(terms), frozen, index)
+            params["magnitudes"] = _magnitudes(own or column_norms(terms), frozen, index)
+        if self.core and isinstance(pool, SharedBasis):
+            params["core"] = {site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32) for site, s in pool.S.items()}
         return params
 
     def adapters(
@@ -91,39 +120,58 @@ class Fusion(Method):
         """Return the fused adapters; metrics: `floored_norms`, columns whose norm was floored."""
         pool, terms = _pool_of(frozen)
         spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
-        magnitudes = params.get("magnitudes", pool.magnitude)
+        magnitudes = params.get("magnitudes", _own_magnitudes(pool))
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
-        adapters, floored = compose(
-            pool,
-            index,
-            spread,
-            self.composition,
-            gram=terms,
-            magnitudes=magnitudes,
-            differentiate_norm=self.differentiate_norm,
-        )
+        how = {"gram": terms, "magnitudes": magnitudes, "differentiate_norm": self.differentiate_norm}
+        if isinstance(pool, SharedBasis):
+            adapters, floored = compose_in_basis(pool, index, spread, core=params.get("core"), **how)
+        else:
+            adapters, floored = compose(pool, index, spread, self.composition, **how)
         return adapters, {"floored_norms": floored}
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
         """Return the coefficients that affect a module, and the columns that any module adapts."""
         pool, _ = _pool_of(frozen)
         acting: Params = {"coefficients": coefficients_lib.present(pool, index, self.granularity)}
-        if self.magnitudes:
-            adapted = _adapted(pool, index)
-            acting["magnitudes"] = {
-                s: jnp.broadcast_to(adapted[s][:, None], m.shape) for s, m in params["magnitudes"].items()
+        adapted = _adapted(pool, index)
+        for group in params.keys() - acting.keys():
+            acting[group] = {
+                s: jnp.broadcast_to(jnp.expand_dims(adapted[s], range(1, p.ndim)), p.shape)
+                for s, p in params[group].items()
             }
         return acting
 
 
-def _pool_of(frozen: Frozen) -> tuple[LoraPool, Gram]:
+def check_basis(asked: Fusion | Recipe) -> None:
+    """Raise ValueError if a fusion in a shared basis is asked for what only whole modules have."""
+    if asked.basis is None:
+        return
+    if asked.basis < 1:
+        raise ValueError(f"a basis of {asked.basis} directions: wanted at least 1")
+    if asked.composition == "mix":
+        raise ValueError(
+            "a mix in a shared basis: a basis holds sums of modules, whose factors are not mixed one by one. "
+            "Use the composition sum, or leave out the basis"
+        )
+    if asked.granularity == "rank":
+        raise ValueError(
+            "coefficients for every rank of a module, in a shared basis, which has no ranks of its modules: use the "
+            "granularity global, block or site"
+        )
+
+
+def _own_magnitudes(pool: Pool) -> dict[str, Array] | None:
+    return None if isinstance(pool, SharedBasis) else pool.magnitude
+
+
+def _pool_of(frozen: Frozen) -> tuple[Pool, Gram]:
     if frozen.pool is None or frozen.gram is None:
         raise ValueError("a fusion needs a pool and its Gram terms: Frozen(base, pool, gram(pool, kernels))")
     return frozen.pool, frozen.gram
 
 
-def _adapted(pool: LoraPool, index: Int[Array, " N"]) -> dict[str, Array]:
+def _adapted(pool: Pool, index: Int[Array, " N"]) -> dict[str, Array]:
     """Return, by site, the layers [L] that any of the chosen modules adapts."""
     return {site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()}
 
@@ -142,6 +190,8 @@ def _build(built: Built, *, magnitudes: bool) -> Fusion:
         granularity=recipe.granularity,
         start=recipe.start,
         magnitudes=magnitudes,
+        basis=recipe.basis,
+        core=recipe.core,
         differentiate_norm=recipe.differentiate_norm,
     )
     assert built.pool is not None
@@ -193,6 +243,7 @@ _FUSION = MethodEntry(
     build=partial(_build, magnitudes=True),
     update=partial(_update, magnitudes=True),
     pool=True,
+    in_basis=True,
     groups=("coefficients", "magnitudes"),
     placements=_placements,
 )

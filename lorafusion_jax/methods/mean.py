@@ -55,6 +55,7 @@ ENTRIES = (
         build=lambda built: Fusion(granularity="global", magnitudes=False),
         update=lambda recipe, modules: fused(recipe, modules, "sum"),
         pool=True,
+        in_basis=True,
         learns="given",
     ),
     MethodEntry(
@@ -63,6 +64,7 @@ ENTRIES = (
         build=lambda built: Fusion(granularity="global", magnitudes=False),
         update=lambda recipe, modules: fused(recipe, modules, "sum"),
         pool=True,
+        in_basis=True,
         learns="searched",
         counts=False,
         search=_search,

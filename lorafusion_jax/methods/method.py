@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from ..adapters.pool import LoraPool
+from ..adapters.basis import Pool
 from ..models.architecture import Architecture, Site, targeted
 from ..training.problem import Method, Params, Problem
 from ..training.recipe import Recipe
@@ -86,7 +86,7 @@ class Built(NamedTuple):
 
     config: Architecture
     recipe: Recipe
-    pool: LoraPool | None
+    pool: Pool | None
     modules: int
 
     @property
@@ -158,6 +158,7 @@ class MethodEntry:
       update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
       title: title in a table of counts, with {rank} and {vera_rank}; None if it has no row.
       pool: it fuses a pool.
+      in_basis: it can fuse modules in a shared basis.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
       groups: groups of the numbers that it trains.
       counts: the numbers that it finds count as trained.
@@ -179,6 +180,7 @@ class MethodEntry:
     update: Callable[[Recipe, Fused], Update]
     title: str | None = None
     pool: bool = False
+    in_basis: bool = False
     learns: Literal["trained", "searched", "given", "untrained"] = "trained"
     groups: tuple[str, ...] = ()
     counts: bool = True

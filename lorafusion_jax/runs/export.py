@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..adapters.coefficients import expand
+from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
@@ -93,10 +94,12 @@ def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, An
     """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
     magnitudes, pool, method = of_seed.get("magnitudes"), problem.frozen.pool, problem.method
     config, index = problem.config, problem.index
-    if type(method) is Fusion and pool is not None:  # a method that extends it may read its coefficients otherwise
+    if type(method) is Fusion and isinstance(
+        pool, LoraPool
+    ):  # a method that extends it may read its coefficients otherwise
         coefficients = expand(of_seed["coefficients"], pool, method.granularity)
         return fused_adapter(config, pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
-    if isinstance(method, Merge) and method.kind == "cat" and pool is not None:
+    if isinstance(method, Merge) and method.kind == "cat" and isinstance(pool, LoraPool):
         coefficients = expand(of_seed["weights"], pool, "global")
         return fused_adapter(config, pool, index, coefficients, "sum", base=base)
     if isinstance(method, Magnitudes) and magnitudes is not None:

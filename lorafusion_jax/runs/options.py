@@ -60,7 +60,9 @@ class FuseOptions:
       name: the run is written to OUT/NAME.
       out: folder of runs.
       method: how the task is learned, by a name of the registry (`lorafusion_jax.METHODS`).
-      control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers.
+      control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers; with a
+        basis they are the directions, drawn or of shuffled modules, on which the modules are projected. `svd`, with a
+        basis alone, takes the leading singular directions of the base's own matrices.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
       arrays: simulated arrays; by default the run is digital.
@@ -89,7 +91,7 @@ class FuseOptions:
     name: str | None = None
     out: Path = Path("runs")
     method: Annotated[str, tyro.conf.arg(constructor_factory=_choice_of_method, help=_HELP)] = "fusion"
-    control: Literal["none", "random", "shuffled"] = "none"
+    control: Literal["none", "random", "shuffled", "svd"] = "none"
     adapters: tuple[str, ...] = ()
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = PRESETS["default"]
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()

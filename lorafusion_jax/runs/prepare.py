@@ -1,7 +1,7 @@
 """Preparation of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,13 +10,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
+from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
+from ..adapters.pool import positions, random_pool, shuffled_pool
 from ..checks import at_least
 from ..io.hf import load_base, load_tokenizer, read_config
-from ..io.pool import open_pool
+from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
+from ..methods.fusion import check_basis
 from ..methods.method import Built
-from ..models.architecture import Architecture, kernels
+from ..models.architecture import Architecture, Model, kernels
+from ..models.weights import Weight
 from ..tasks import (
     LONGEST,
     SEPARATE_TEXTS,
@@ -33,7 +36,7 @@ from ..tasks import (
 )
 from ..training import mesh as sharding
 from ..training.mesh import on_mesh
-from ..training.problem import Frozen, Problem
+from ..training.problem import Frozen, Method, Problem
 from ..training.rows import TrainingRows
 from ..training.seeds import Path as SeedPath
 from ..training.seeds import default_path
@@ -129,7 +132,8 @@ def check(options: FuseOptions) -> None:
         )
     counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
     at_least(1, **counts, eval_batch=options.eval_batch)
-    if recipe.choose == "gradient":
+    _check_basis(options)
+    if recipe.choose != "draw":
         if method.learns != "trained" or "coefficients" not in method.groups or recipe.composition != "sum":
             raise ValueError(
                 "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
@@ -154,6 +158,22 @@ def check(options: FuseOptions) -> None:
         raise ValueError(
             f"the method {options.method} does not prune: only a fusion with magnitudes does. Leave out --prune"
         )
+
+
+def _check_basis(options: FuseOptions) -> None:
+    recipe = options.recipe
+    if recipe.basis is not None:
+        check_basis(recipe)
+        if not find(options.method).in_basis:
+            raise ValueError(f"the method {options.method} reads whole modules, not a shared basis: leave out --basis")
+        return
+    for given, option in (
+        (recipe.core, "--core"),
+        (recipe.choose == "basis-gradient", "--choose basis-gradient"),
+        (options.control == "svd", "--control svd"),
+    ):
+        if given:
+            raise ValueError(f"{option} is of a fusion in a shared basis: say of how many directions with --basis")
 
 
 def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: bool = True) -> Setup:
@@ -260,7 +280,7 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
     sharding.check_model(read_config(options.base))
     texts = texts or load_texts(options)
     stored = open_pool(options.pool, options.base) if options.pool and find(options.method).pool else None
-    names, modules = _draw(options, () if stored is None else stored.names)
+    names, modules = _draw(options, () if stored is None else _names(stored, options))
     quantise = None if options.load_in == "full" else options.load_in
     with sharding.loading():
         model = load_base(options.base, dtype=options.dtype, quantise=quantise)
@@ -269,21 +289,53 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
     graph, base = nnx.split(model)
     base = on_mesh(base, model.config)
     nnx.update(model, base)
-    pool = None
-    if stored is not None:
-        with sharding.loading():
-            pool = _controlled(stored.load(names), options)
-        pool = on_mesh(pool, model.config)
-    built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
-    method = find(options.method).build(built)
+    method, frozen = _frozen(model, base, options, stored, names, modules)
     problem = Problem(
         graph=graph,
         method=method,
-        frozen=on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config),
+        frozen=frozen,
         index=_index(modules, {name: i for i, name in enumerate(names)}),
         path=path or (default_path() if options.path == "auto" else options.path),
     )
     return Fused(problem=problem, modules=modules, tokenizer=texts.tokenizer, text_format=texts.text_format)
+
+
+def _frozen(
+    model: Model,
+    base: nnx.State,
+    options: FuseOptions,
+    stored: ConvertedPool | AdapterFolders | None,
+    names: Sequence[str],
+    modules: Sequence[Sequence[str]],
+) -> tuple[Method, Frozen]:
+    """Return the method of the options, and the base with the named modules of a pool prepared for it."""
+    pool = None
+    if stored is not None:
+        with sharding.loading():
+            pool = _load_pool(stored, names, options, kernels(model))
+        pool = on_mesh(pool, model.config)
+    built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
+    method = find(options.method).build(built)
+    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config)
+
+
+def with_whole_modules(loaded: AnyFused, options: FuseOptions) -> AnyFused:
+    """Return a model that was loaded with modules in a basis with the same modules in whole, to rank them.
+
+    Raises:
+      ValueError: a module is in the basis alone.
+    """
+    assert options.pool is not None
+    stored, names = open_pool(options.pool, options.base), loaded.modules[0]
+    if missing := sorted(set(names) - set(stored.names)):
+        raise ValueError(
+            f"{options.pool} has no whole module {missing[0]}, only its part in the basis, so it cannot be ranked: "
+            "rank inside the basis with --choose basis-gradient"
+        )
+    whole = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, basis=None, core=False))
+    model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
+    method, frozen = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
+    return loaded.posing(method=method, frozen=frozen)
 
 
 def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:
@@ -321,7 +373,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     if options.adapters:
         names = positions(there, [int(a) if a.isdecimal() and a not in there else a for a in options.adapters])
         drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
-    elif options.recipe.choose == "gradient":
+    elif options.recipe.choose != "draw":
         if not 1 <= options.recipe.modules <= len(there):
             raise ValueError(
                 f"{options.recipe.modules} modules to be chosen from a pool of {len(there)}: ask for 1 to {len(there)}"
@@ -334,9 +386,29 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     return [name for name in there if name in used], drawn
 
 
-def _controlled(pool: LoraPool, options: FuseOptions) -> LoraPool:
-    """Return the pool, or the control that replaces it, in the precision that the options ask for."""
-    if options.control != "none":
+def _names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -> tuple[str, ...]:
+    """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
+    k = options.recipe.basis
+    return stored.names if k is None or options.control != "none" else tuple(stored.basis_modules(k))
+
+
+def _load_pool(
+    stored: ConvertedPool | AdapterFolders, names: Sequence[str], options: FuseOptions, kernels: Mapping[str, Weight]
+) -> Pool:
+    """Return the named modules, or the control that replaces them, in the form that the options ask for."""
+    k, key = options.recipe.basis, jax.random.key(_CONTROL_KEY)
+    if options.control == "none":
+        pool = stored.load(names) if k is None else stored.basis(k).select(names)
+    elif k is None:
         control = random_pool if options.control == "random" else shuffled_pool
-        pool = control(pool, jax.random.key(_CONTROL_KEY))
+        pool = control(stored.load(names), key)
+    else:
+        whole = stored.load()
+        if options.control == "random":
+            of = random_directions(whole, k, key)
+        elif options.control == "shuffled":
+            of = directions(shuffled_pool(whole, key), k)
+        else:
+            of = base_directions(whole, kernels, k)
+        pool = in_directions(whole.select(names), of)
     return pool if options.load_in == "full" else pool.quantised(options.load_in)

@@ -30,7 +30,7 @@ from ..training.step import TrainState
 from .evaluate import Evaluation, seed_rows
 from .folder import RunFolder
 from .options import FuseOptions, OnArrays
-from .prepare import Setup, check, prepare, trainable_count, with_modules
+from .prepare import Setup, check, prepare, trainable_count, with_modules, with_whole_modules
 from .ranking import choose_by_gradient
 from .scoring import evaluate_seeds
 
@@ -98,7 +98,7 @@ def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
         _note(f"{run.folder} is complete: nothing to resume")
         return done
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
-    if options.recipe.choose == "gradient":
+    if options.recipe.choose != "draw":
         setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
     config = _config(options, setup)
@@ -121,7 +121,10 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: dict[str, Any] | None)
     if recorded is not None:
         return with_modules(setup, options, recorded)
     recipe = options.recipe
-    return choose_by_gradient(setup, options.seeds, keep=recipe.modules, batch_size=recipe.batch_size)
+    in_whole = recipe.basis is not None and recipe.choose == "gradient"
+    ranked = with_whole_modules(setup, options) if in_whole else setup
+    chosen = choose_by_gradient(ranked, options.seeds, keep=recipe.modules, batch_size=recipe.batch_size)
+    return with_modules(setup, options, {"modules": chosen.modules})
 
 
 def _refuse_begun(run: RunFolder) -> None:
@@ -295,7 +298,7 @@ def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, in
     if method.search is not None:
         return method.evaluations(recipe, setup.problem.index.shape[1]) * train, 0
     epochs = steps // -(-train // min(recipe.batch_size, train))
-    ranking = train if recipe.choose == "gradient" else 0
+    ranking = 0 if recipe.choose == "draw" else train
     return epochs * (train + validation) + ranking, epochs * train + ranking
 
 

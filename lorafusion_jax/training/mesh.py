@@ -90,9 +90,9 @@ def rules(config: Architecture) -> Rules:
             found.append((rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split]))
             sites = rf"({'|'.join(map(re.escape, names))})(?![\w.])"
             if split == "rows":
-                found.append((rf"\bA/{sites}", _SPLIT[split]))
+                found.append((rf"\b[AU]/{sites}", _SPLIT[split]))
             else:
-                found.append((rf"\bB/{sites}", _SPLIT[split]))
+                found.append((rf"\b[BV]/{sites}", _SPLIT[split]))
                 found.append((rf"\b(squared|cross|norms|magnitudes?|kept)/{sites}", ("model",)))
     return tuple(found)
 

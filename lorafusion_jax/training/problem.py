@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..adapters.basis import Pool
 from ..adapters.norms import Gram
-from ..adapters.pool import LoraPool
 from ..models.architecture import Architecture, Model
 from ..models.weights import Weight, reads
 from .recipe import Recipe
@@ -43,14 +43,14 @@ class Frozen:
 
     Attributes:
       base: the base model's weights.
-      pool: of modules, for methods that fuse.
+      pool: of modules, for methods that fuse: whole, or in a shared basis.
       gram: the pool's Gram terms on the base.
       norms: site -> [L, d_out], ||W|| of every column of the sites that a method without a pool rescales.
       projections: VeRA's random matrices, which all sites share.
     """
 
     base: nnx.State
-    pool: LoraPool | None = None
+    pool: Pool | None = None
     gram: Gram | None = None
     norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
     projections: Projections | None = None

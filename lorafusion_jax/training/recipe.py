@@ -55,8 +55,11 @@ class Recipe:
     Attributes:
       modules: how many modules of the pool a seed fuses; all of a smaller pool.
       choose: which: `draw` them by seed, or rank the whole pool by one backward pass over the training rows at zero
-        coefficients, `gradient`.
+        coefficients, `gradient`; with a basis that ranks whole modules, and `basis-gradient` ranks them inside it.
       composition: `mix` or `sum` of the modules.
+      basis: fuse the modules in the first so many directions of the pool's stored basis (`lorafusion convert --basis`);
+        None for whole modules.
+      core: also train a matrix [basis, basis] at every site, added to the mixed modules.
       granularity: of the coefficients.
       start: of the coefficients.
       differentiate_norm: let gradients flow through the magnitudes' norm.
@@ -64,6 +67,7 @@ class Recipe:
       batch_size: rows in a step.
       lr_coefficients: learning rate of the coefficients.
       lr_magnitudes: learning rate of the magnitudes.
+      lr_core: learning rate of the matrices in a basis.
       lr_lora: learning rate of the LoRA and DoRA baselines' matrices.
       lr_vera: learning rate of VeRA's vectors.
       lr_full: learning rate of full fine-tuning.
@@ -89,8 +93,10 @@ class Recipe:
     """
 
     modules: int = 20
-    choose: Literal["draw", "gradient"] = "draw"
+    choose: Literal["draw", "gradient", "basis-gradient"] = "draw"
     composition: Composition = "sum"
+    basis: int | None = None
+    core: bool = False
     granularity: Granularity = "block"
     start: Start = "uniform"
     differentiate_norm: bool = False
@@ -98,6 +104,7 @@ class Recipe:
     batch_size: int = 10
     lr_coefficients: float = 0.1
     lr_magnitudes: float = 0.01
+    lr_core: float = 2e-3
     lr_lora: float = 2e-3
     lr_vera: float = 0.03
     lr_full: float = 2e-4

@@ -4,6 +4,7 @@
     adapters/0000/arrays                 orbax: site -> A [L, r, d_in], B [L, d_out, r] (DoRA: magnitude [L, d_out])
     adapters/0000/adapter_config.json    PEFT's configuration, byte for byte
     adapters/0000/keys.json              how its file spelt the tensors' names
+    basis/                               a shared basis of the modules, where one was made (see `pool.basis`)
 
 Factors, dtype and scaling stay as read, in PEFT's layouts, so that an adapter can be saved again exactly;
 layers without an adapter are zeros of rank 0, smaller ranks are padded. In a `LoraPool` the scaling is in B.
@@ -11,7 +12,7 @@ layers without an adapter are zeros of rank 0, smaller ranks are padded. In a `L
 Axis letters: L layer, r rank.
 """
 
-from .folder import AdapterFolders, ConvertedPool, load_pool, open_pool
+from .folder import AdapterFolders, ConvertedPool, load_basis, load_pool, open_pool
 from .stack import read_pool
 
-__all__ = ["AdapterFolders", "ConvertedPool", "load_pool", "open_pool", "read_pool"]
+__all__ = ["AdapterFolders", "ConvertedPool", "load_basis", "load_pool", "open_pool", "read_pool"]

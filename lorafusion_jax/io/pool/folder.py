@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
 from ...models.architecture import Architecture
 from ...models.families import recorded_config
@@ -15,6 +16,7 @@ from ..checkpoint import read_json, write_json
 from ..hf import base_tensor, read_config
 from ..peft.adapter import PeftAdapter, read_adapter
 from .adapter_files import load_adapter
+from .basis import describe_basis, read_basis
 from .stack import Dtype, Stack, read_pool
 
 _MANIFEST = "manifest.json"
@@ -66,6 +68,24 @@ class ConvertedPool:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(fill, range(len(entries))))
         return stack.pool()
+
+    def basis(self, k: int | None = None) -> SharedBasis:
+        """Load the first k directions of the pool's shared basis, by default all; no module is read.
+
+        Raises:
+          ValueError: the pool has no basis, or one of fewer directions, or of other adapters; or a file is missing
+            or damaged.
+        """
+        return read_basis(self.folder, k, made_of=self.made_of, config=self.config)
+
+    def basis_modules(self, k: int | None = None) -> dict[str, str]:
+        """Return name -> SHA-256 of its adapter's weights, of every module of the basis; the errors are `basis`'s."""
+        return describe_basis(self.folder, k)["modules"]
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """Name of every adapter -> SHA-256 of its weights."""
+        return {entry["name"]: entry["sha256"] for entry in self.manifest["adapters"]}
 
     def adapter(self, name: str) -> PeftAdapter:
         """Read one adapter back as it was, tensors, names and configuration, for `peft.resave`.
@@ -131,6 +151,17 @@ class AdapterFolders:
         sources = [str(self.folder / name) for name in names]
         return read_pool(sources, self.config, base_tensor=base_tensor(self._base), dtype=dtype)
 
+    def basis(self, k: int | None = None) -> SharedBasis:
+        """Raise a ValueError: a basis is beside a converted pool."""
+        raise ValueError(
+            f"{self.folder} holds adapters of PEFT, and a shared basis is beside a converted pool: convert them with "
+            f"`lorafusion convert --basis {k or 32}`, and fuse that pool"
+        )
+
+    def basis_modules(self, k: int | None = None) -> dict[str, str]:
+        """Raise a ValueError, as `basis` does."""
+        return self.basis(k) and {}
+
     @property
     def _base(self) -> str:
         if self.base is None:
@@ -166,6 +197,19 @@ def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, 
       ValueError: the folder is not a pool, a file is missing or damaged, or the pool has no such adapter.
     """
     return ConvertedPool(folder).load(chosen, dtype=dtype)
+
+
+def load_basis(folder: str | Path, k: int | None = None) -> SharedBasis:
+    """Load the shared basis of a converted pool; no module is read.
+
+    Args:
+      folder: of the pool.
+      k: number of its first directions; None for all.
+
+    Raises:
+      ValueError: the folder is not a pool, it has no basis of so many directions, or a file is missing or damaged.
+    """
+    return ConvertedPool(folder).basis(k)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

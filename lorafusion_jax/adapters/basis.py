@@ -1,0 +1,289 @@
+"""A shared basis: the sums of a pool's modules, in directions that are written into arrays once for all tasks.
+
+For every adapted matrix, over all modules dW_n = A_n B_n of a pool:
+
+    U [d_in, k]    the leading eigenvectors of sum_n dW_n dW_n^T
+    V [k, d_out]   those of sum_n dW_n^T dW_n, as rows
+    S_n [k, k]     U^T dW_n V^T
+    dW = U (sum_n c_n S_n) V
+
+A task reads U and V, as it would a single LoRA of rank k, in place of N modules of rank r. S_n stays digital. The
+directions are nested: the first k of a larger basis are the basis of size k. No dW_n is formed: with B_n^T = Q R, the
+eigenvectors of sum_n A_n B_n B_n^T A_n^T are the left singular vectors of the matrices A_n R^T side by side.
+
+Sources: joint diagonalisation of a collection of LoRAs (Gabrielsson et al., "Compress then Serve", 2024); shared
+subspaces of adapters (Kaushik et al., "EigenLoRAx", 2025); a trained core between frozen directions (Bałazy et al.,
+"LoRA-XS", 2024).
+
+Axis letters: L layer, N modules, r rank, k directions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Int
+
+from ..models.weights import Weight, dense, quantise
+from .pool import LoraPool, positions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedBasis:
+    """N modules of one base model in k shared directions, by site.
+
+    Attributes:
+      U: site -> [L, d_in, k], orthonormal columns.
+      V: site -> [L, k, d_out], orthonormal rows.
+      S: site -> [L, N, k, k], the modules, scaling included.
+      energy: site -> [L, N], the squared Frobenius norm of each module's dW, in whole.
+      rank: site -> [L, N], the rank of each module, 0 where it lacks the site.
+      names: names of the modules, in the order of the axis N.
+      sites: the sites in the order of the computation, as in `LoraPool`.
+    """
+
+    U: dict[str, Weight]
+    V: dict[str, Weight]
+    S: dict[str, Float[Array, "*C _L _N k k"]]
+    energy: dict[str, Float[Array, "*C _L _N"]]
+    rank: dict[str, Int[Array, "*C _L _N"]]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    sites: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def k(self) -> int:
+        """Number of directions."""
+        return next(iter(self.S.values())).shape[-1]
+
+    def indices(self, chosen: Sequence[str | int]) -> list[int]:
+        """Return the positions of modules given by name or index; raises the errors of `positions`."""
+        return positions(self.names, chosen)
+
+    def select(self, chosen: Sequence[str | int]) -> "SharedBasis":
+        """Return the basis with the modules given by name or index alone, in that order; the directions stay."""
+        index = np.array(self.indices(chosen))
+        S, energy, rank = jax.tree.map(lambda a: a[:, index], (self.S, self.energy, self.rank))
+        return dataclasses.replace(self, S=S, energy=energy, rank=rank, names=tuple(self.names[i] for i in index))
+
+    def first(self, k: int) -> "SharedBasis":
+        """Return the basis of the first k directions.
+
+        Raises:
+          ValueError: it has fewer.
+        """
+        if not 1 <= k <= self.k:
+            raise ValueError(
+                f"the basis has {self.k} directions, and {k} are asked for: ask for 1 to {self.k}, or make a larger "
+                f"one (`lorafusion convert --basis {k}`)"
+            )
+        return dataclasses.replace(
+            self,
+            U={site: u[..., :k] for site, u in self.U.items()},
+            V={site: v[:, :k] for site, v in self.V.items()},
+            S={site: s[..., :k, :k] for site, s in self.S.items()},
+        )
+
+    def kept(self) -> dict[str, Float[np.ndarray, "_L _N"]]:
+        """Return, by site, the share of every module's squared norm that the directions keep; 1 where it has none."""
+        kept = {}
+        for site, s in self.S.items():
+            whole = np.asarray(self.energy[site], float)
+            inside = np.sum(np.square(np.asarray(s, float)), axis=(2, 3))
+            kept[site] = np.where(whole > 0, inside / np.where(whole > 0, whole, 1), 1.0)
+        return kept
+
+    def quantised(self, qtype: str) -> "SharedBasis":
+        """Return the basis with U and V in 4 or 8 bits, tiled along d_in and d_out (see `weights.quantise`)."""
+        return dataclasses.replace(
+            self,
+            U={site: quantise(dense(u, jnp.float32), qtype, tiled_axis=1) for site, u in self.U.items()},
+            V={site: quantise(dense(v, jnp.float32), qtype, tiled_axis=2) for site, v in self.V.items()},
+        )
+
+
+Pool = LoraPool | SharedBasis
+# U and V by site.
+Directions = tuple[dict[str, Float[np.ndarray, "_L _d_in k"]], dict[str, Float[np.ndarray, "_L k _d_out"]]]
+
+
+def shared_basis(
+    pool: LoraPool, k: int, *, report: Callable[[str, int], None] = lambda site, layer: None
+) -> SharedBasis:
+    """Return the modules of a pool in the k directions that keep most of their squared norms.
+
+    On the host in float64, one layer of a site at a time: besides the pool and the result, a few matrices of a layer
+    are in memory.
+
+    Args:
+      pool: plain arrays.
+      k: number of directions.
+      report: called before each layer of each site.
+
+    Raises:
+      ValueError: k is below 1, or larger than a side of a matrix or than the rank of the pool's sum there; or the pool
+        is a DoRA adapter, whose magnitudes no sum has.
+    """
+    return in_directions(pool, directions(pool, k, report=report))
+
+
+def directions(pool: LoraPool, k: int, *, report: Callable[[str, int], None] = lambda site, layer: None) -> Directions:
+    """Return the leading k directions of a pool's modules at every site; arguments and errors are `shared_basis`'s."""
+    check_size(pool, k)
+    U, V = {}, {}
+    for site in pool.rank:
+        left, right = [], []
+        for layer in range(len(pool.rank[site])):
+            report(site, layer)
+            A, B = _layer(pool, site, layer)
+            left.append(_leading(A, B, k))
+            right.append(_leading(B.swapaxes(1, 2), A.swapaxes(1, 2), k).T)
+        U[site], V[site] = np.stack(left), np.stack(right)
+    return U, V
+
+
+def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
+    """Return a pool's modules projected on given directions.
+
+    Args:
+      pool: plain arrays; its sites must be among those of the directions.
+      given: orthonormal columns U and rows V by site; sites that the pool lacks are left out.
+
+    Raises:
+      ValueError: the pool has a site without directions or of another shape, or it is a DoRA adapter.
+    """
+    if pool.magnitude is not None:
+        raise ValueError("a DoRA adapter has magnitudes, which a basis does not hold: fuse it as a module")
+    U, V = given
+    for site, A in pool.A.items():
+        wanted = (A.shape[0], A.shape[2], pool.B[site].shape[3])
+        if site not in U:
+            raise ValueError(
+                f"the basis has no directions at {site}, which the modules adapt: make one of these modules"
+            )
+        if (got := (U[site].shape[0], U[site].shape[1], V[site].shape[2])) != wanted:
+            raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: the modules have {wanted}")
+    S, energy = {}, {}
+    for site in pool.rank:
+        of_layers = [
+            _project(*_layer(pool, site, layer), np.asarray(U[site][layer], float), np.asarray(V[site][layer], float))
+            for layer in range(len(pool.rank[site]))
+        ]
+        S[site], energy[site] = (np.stack(part) for part in zip(*of_layers, strict=True))
+    return SharedBasis(
+        U={site: jnp.asarray(U[site], jnp.float32) for site in pool.rank},
+        V={site: jnp.asarray(V[site], jnp.float32) for site in pool.rank},
+        S={site: jnp.asarray(s, jnp.float32) for site, s in S.items()},
+        energy={site: jnp.asarray(e, jnp.float32) for site, e in energy.items()},
+        rank=pool.rank,
+        names=pool.names,
+        sites=pool.sites,
+    )
+
+
+def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
+    """Return a basis that also holds the modules of a pool, projected on its directions (see `SharedBasis.kept`).
+
+    Raises:
+      ValueError: a name is taken; and as `in_directions` does.
+    """
+    if taken := sorted(set(basis.names) & set(pool.names)):
+        raise ValueError(f"the basis has a module {taken[0]!r} already: rename the new one")
+    plain = ({s: np.asarray(u) for s, u in basis.U.items()}, {s: np.asarray(v) for s, v in basis.V.items()})
+    new = in_directions(pool, plain)
+
+    def joined(field: str, site: str) -> Array:
+        old = getattr(basis, field)[site]
+        lacks = jnp.zeros((old.shape[0], len(new), *old.shape[2:]), old.dtype)
+        return jnp.concatenate([old, getattr(new, field).get(site, lacks)], axis=1)
+
+    fields = {field: {site: joined(field, site) for site in basis.rank} for field in ("S", "energy", "rank")}
+    return dataclasses.replace(basis, **fields, names=(*basis.names, *pool.names))
+
+
+def random_directions(pool: LoraPool, k: int, key: Array) -> Directions:
+    """Return a control: directions drawn evenly, which have nothing to do with the modules.
+
+    Args:
+      pool: whose sites they are for.
+      k: number of directions.
+      key: PRNG key of the whole draw.
+    """
+    check_size(pool, k)
+    U, V = {}, {}
+    for number, (site, A) in enumerate(pool.A.items()):
+        left, right = jax.random.split(jax.random.fold_in(key, number))
+        shape = A.shape[0], A.shape[2], pool.B[site].shape[3]
+        U[site] = np.linalg.qr(np.asarray(jax.random.normal(left, (shape[0], shape[1], k)), float))[0]
+        V[site] = np.linalg.qr(np.asarray(jax.random.normal(right, (shape[0], shape[2], k)), float))[0].swapaxes(1, 2)
+    return U, V
+
+
+def base_directions(pool: LoraPool, kernels: Mapping[str, Weight], k: int) -> Directions:
+    """Return a control: the leading singular directions of the base's own matrices, as LoRA-XS takes them.
+
+    Args:
+      pool: whose sites they are for.
+      kernels: [L, d_in, d_out] by site.
+      k: number of directions.
+    """
+    check_size(pool, k)
+    U, V = {}, {}
+    for site in pool.rank:
+        left, _, right = np.linalg.svd(np.asarray(dense(kernels[site], jnp.float32), float), full_matrices=False)
+        U[site], V[site] = left[..., :k], right[:, :k]
+    return U, V
+
+
+def check_size(pool: LoraPool, k: int) -> None:
+    """Raise ValueError if a pool has no k directions at one of its sites."""
+    if k < 1:
+        raise ValueError(f"a basis of {k} directions: wanted at least 1")
+    for site, A in pool.A.items():
+        (_, modules, d_in, rank), d_out = A.shape, pool.B[site].shape[3]
+        if k > min(d_in, d_out):
+            raise ValueError(
+                f"a basis of {k} directions, but {site} is {d_in} x {d_out}: ask for at most {min(d_in, d_out)}"
+            )
+        if k > modules * rank:
+            raise ValueError(
+                f"a basis of {k} directions, but the sum of {modules} modules of rank {rank} at {site} has a rank of at "
+                f"most {modules * rank}: ask for that at most, or use the modules themselves"
+            )
+
+
+def _layer(
+    pool: LoraPool, site: str, layer: int
+) -> tuple[Float[np.ndarray, "N d_in r"], Float[np.ndarray, "N r d_out"]]:
+    return np.asarray(pool.A[site][layer], float), np.asarray(pool.B[site][layer], float)
+
+
+def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"], k: int) -> Float[np.ndarray, "d k"]:
+    """Return the leading eigenvectors of sum_n (left_n right_n)(left_n right_n)^T, the largest entry of each positive."""
+    R = np.linalg.qr(right.swapaxes(1, 2), mode="r")
+    side_by_side = (left @ R.swapaxes(1, 2)).swapaxes(0, 1).reshape(left.shape[1], -1)
+    d, width = side_by_side.shape
+    if width < d:
+        found = scipy.linalg.svd(side_by_side, full_matrices=False)[0][:, :k]
+    else:
+        gram = side_by_side @ side_by_side.T
+        found = scipy.linalg.eigh(gram, subset_by_index=[d - k, d - 1])[1][:, ::-1]
+    largest = np.take_along_axis(found, np.argmax(np.abs(found), axis=0)[None], axis=0)
+    return found * np.where(largest < 0, -1.0, 1.0)
+
+
+def _project(
+    A: Float[np.ndarray, "N d_in r"],
+    B: Float[np.ndarray, "N r d_out"],
+    U: Float[np.ndarray, "d_in k"],
+    V: Float[np.ndarray, "k d_out"],
+) -> tuple[Float[np.ndarray, "N k k"], Float[np.ndarray, " N"]]:
+    """Return U^T A_n B_n V^T and ||A_n B_n||^2 of every module."""
+    energy = np.sum((A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2))
+    return (U.T @ A) @ (B @ V.T), energy

@@ -1,0 +1,97 @@
+"""A pool's shared basis on disk, in the folder `basis` beside the adapters: loading it reads no module.
+
+    basis/manifest.json    k, the modules and what they were made of, the base, ranks, a SHA-256 of every file
+    basis/arrays           orbax: U, V, S and energy by site (see `adapters.basis.SharedBasis`)
+
+The modules of a basis may be more than those of the pool that it is beside: others were projected on its directions.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ...adapters.basis import SharedBasis
+from ...models.architecture import Architecture
+from ..checkpoint import load, read_json, save
+
+FOLDER = "basis"
+_FIELDS = ("U", "V", "S", "energy")
+
+
+def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], base: Mapping[str, Any]) -> None:
+    """Write a basis into the folder of its pool.
+
+    Args:
+      folder: the pool's.
+      basis: to write.
+      made_of: name of every module -> SHA-256 of its adapter's weights.
+      base: what the pool's manifest says of its base.
+
+    Raises:
+      ValueError: the pool has a basis.
+    """
+    tree = {field: {s: np.asarray(a) for s, a in getattr(basis, field).items()} for field in _FIELDS}
+    rank = {site: np.asarray(rank).tolist() for site, rank in basis.rank.items()}
+    metadata = {"k": basis.k, "modules": {name: made_of[name] for name in basis.names}, "rank": rank, "base": base}
+    save(folder / FOLDER, tree, metadata)
+
+
+def describe_basis(folder: Path, k: int | None = None) -> dict[str, Any]:
+    """Return k, modules, rank and base of the basis of a pool.
+
+    Raises:
+      ValueError: there is no basis, or one of fewer than k directions.
+    """
+    path = folder / FOLDER / "manifest.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no shared basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
+        )
+    description = read_json(path, "a shared basis")["metadata"]
+    if k is not None and k > description["k"]:
+        raise ValueError(
+            f"{folder} has a shared basis of {description['k']} directions, and {k} are asked for: ask for fewer, or "
+            f"move {folder / FOLDER} away and make one with `lorafusion convert --basis {k} --out {folder}`"
+        )
+    return description
+
+
+def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], config: Architecture) -> SharedBasis:
+    """Load the basis of a pool.
+
+    Args:
+      folder: the pool's.
+      k: number of its first directions; None for all.
+      made_of: name of each module of the pool -> SHA-256 of its adapter's weights; the basis may hold others too.
+      config: of the base model.
+
+    Raises:
+      ValueError: there is no basis, or one of fewer directions, of another base or of other adapters; or a file is
+        missing or damaged.
+    """
+    description = describe_basis(folder, k)
+    for name, digest in description["modules"].items():
+        if made_of.get(name, digest) != digest:
+            raise ValueError(
+                f"{folder / FOLDER} is the basis of another pool: {name} had other weights when it was made. "
+                f"Move it away, and make one with `lorafusion convert --basis {description['k']} --out {folder}`"
+            )
+    tree, _ = load(folder / FOLDER)
+    for site, rank in description["rank"].items():
+        here = config.sites.get(site)
+        wanted = None if here is None else (here.layers, here.d_in, here.d_out)
+        got = (tree["U"][site].shape[0], tree["U"][site].shape[1], tree["V"][site].shape[2])
+        if got != wanted or len(rank) != got[0]:
+            raise ValueError(
+                f"{folder / FOLDER} is of another base: {site} has layers, d_in and d_out {got} there and {wanted} here"
+            )
+    basis = SharedBasis(
+        **{field: {site: jnp.asarray(a) for site, a in tree[field].items()} for field in _FIELDS},
+        rank={site: jnp.asarray(rank, jnp.int32) for site, rank in description["rank"].items()},
+        names=tuple(description["modules"]),
+        sites=tuple(site for site in config.sites if site in description["rank"]),
+    )
+    return basis if k is None else basis.first(k)

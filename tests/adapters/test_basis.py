@@ -1,0 +1,247 @@
+"""A shared basis by its definition: eigenvectors, projections and fused matrices in NumPy, float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.basis import (
+    base_directions,
+    directions,
+    extended,
+    in_directions,
+    random_directions,
+    shared_basis,
+)
+from lorafusion_jax.adapters.coefficients import expand, shape
+from lorafusion_jax.adapters.composition import compose_in_basis
+from lorafusion_jax.adapters.norms import column_norms, gram
+from lorafusion_jax.adapters.updates import InBasis, LowRank
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.training.problem import Frozen
+
+_MODEL = tiny.t5()
+_KERNELS = kernels(_MODEL)
+_INDEX = [3, 0, 2]  # of a pool of four
+
+
+def _somewhere(n, site, layer):
+    """Rank 4, but module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer."""
+    return 0 if (n == 0 and "decoder" in site) or (n == 2 and site.startswith("encoder") and layer == 2) else 4
+
+
+def _deltas(pool, site, layer):
+    return np.asarray(pool.A[site][layer], float) @ np.asarray(pool.B[site][layer], float)
+
+
+def _frozen(method, pool):
+    return method.prepare(Frozen(nnx.state(_MODEL), pool), _KERNELS)
+
+
+def _gram(basis):
+    return jax.jit(gram)(basis, {site: _KERNELS[site] for site in basis.U})
+
+
+@functools.partial(jax.jit, static_argnames=("granularity",))
+def _fuse(c, basis, granularity, core=None, gram=None, magnitudes=None):
+    spread = expand(c, basis, granularity)
+    return compose_in_basis(basis, jnp.array(_INDEX), spread, core=core, gram=gram, magnitudes=magnitudes)
+
+
+def _matrix(adapter, site, layer):
+    """What an adapted linear map multiplies by."""
+    of_layer = jax.tree.map(lambda a: a[layer], adapter)
+    kernel = _KERNELS[site][layer]
+    return np.asarray(of_layer(jnp.eye(kernel.shape[0]), kernel))
+
+
+@pytest.mark.parametrize("modules", [2, 9])  # 8 columns side by side are fewer than 16 rows, 36 are more
+def test_directions_are_the_leading_eigenvectors(modules):
+    pool = tiny.pool(modules, lambda n, site, layer: (n + layer) % 4 + 1)
+    basis = shared_basis(pool, 3)
+    assert (len(basis), basis.k, basis.sites) == (modules, 3, pool.sites)
+    for site in pool.rank:
+        for layer in range(len(pool.rank[site])):
+            deltas = _deltas(pool, site, layer)
+            U, V = np.asarray(basis.U[site][layer]), np.asarray(basis.V[site][layer])
+            for found, squares in ((U, deltas @ deltas.swapaxes(1, 2)), (V.T, deltas.swapaxes(1, 2) @ deltas)):
+                leading = np.linalg.eigh(squares.sum(axis=0))[1][:, -3:]
+                np.testing.assert_allclose(found @ found.T, leading @ leading.T, atol=1e-5)
+                np.testing.assert_allclose(found.T @ found, np.eye(3), atol=1e-6)
+                assert (np.take_along_axis(found, np.abs(found).argmax(axis=0)[None], axis=0) > 0).all()
+            np.testing.assert_allclose(basis.S[site][layer], U.T @ deltas @ V.T, atol=1e-5)
+            np.testing.assert_allclose(basis.energy[site][layer], (deltas**2).sum(axis=(1, 2)), rtol=1e-5)
+
+
+def test_the_first_directions_are_the_smaller_basis_and_keep_less():
+    pool = tiny.pool(4)
+    large, small = shared_basis(pool, 6), shared_basis(pool, 2)
+    for got, wanted in zip(jax.tree.leaves(large.first(2)), jax.tree.leaves(small), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    for site, kept in large.kept().items():
+        assert (small.kept()[site] < kept).all() and (kept < 1).all()
+    whole = shared_basis(tiny.pool(3), 12)  # the rank of all modules together
+    for kept in whole.kept().values():
+        np.testing.assert_allclose(kept, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["global", "block", "site"])
+def test_adapters_are_the_definition(granularity):
+    pool = tiny.pool(4, _somewhere)
+    basis = shared_basis(pool, 5)
+    c = tiny.coefficients(shape(basis, len(_INDEX), granularity))
+    of_module = tiny.coefficient_of(c, pool, granularity)
+    core = {site: 0.1 * jax.random.normal(jax.random.key(1), (s.shape[0], 5, 5)) for site, s in basis.S.items()}
+    terms = _gram(basis)
+    magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
+    adapters, floored = _fuse(c, basis, granularity, core, terms, magnitudes)
+    assert adapters.keys() == pool.A.keys() and floored == 0
+    for site, adapter in adapters.items():
+        assert isinstance(adapter, LowRank)
+        for layer in range(len(pool.rank[site])):
+            U, V = np.asarray(basis.U[site][layer], float), np.asarray(basis.V[site][layer], float)
+            deltas = _deltas(pool, site, layer)
+            inside = sum(of_module(n, site, layer) * U.T @ deltas[i] @ V.T for n, i in enumerate(_INDEX))
+            W = np.asarray(_KERNELS[site][layer], float)
+            adapted = W + U @ (inside + np.asarray(core[site][layer])) @ V
+            wanted = 2 * np.linalg.norm(W, axis=0) * adapted / np.linalg.norm(adapted, axis=0)
+            np.testing.assert_allclose(_matrix(adapter, site, layer), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
+    """Loss, gradients and counts: a method on the basis is the method on the modules."""
+    pool = tiny.pool(3, _somewhere)
+    basis, method = shared_basis(pool, 12), Fusion()
+    index = jnp.array([2, 0, 1])
+    of_modules, in_basis = (_frozen(method, p) for p in (pool, basis))
+    params = jax.tree.map(lambda p: 1.1 * p, method.init(of_modules, index, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, method.init(in_basis, index, jax.random.key(0))) == jax.tree.map(jnp.shape, params)
+    for got, wanted in zip(
+        *(jax.tree.leaves(method.trainable(params, frozen, index)) for frozen in (in_basis, of_modules)), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
+
+    @jax.jit
+    def loss(params, frozen):
+        adapters, _ = method.adapters(params, frozen, index)
+        total = 0.0
+        for number, (site, adapter) in enumerate(adapters.items()):
+            x = jax.random.normal(jax.random.key(number), (3, _KERNELS[site].shape[1]))
+            y = jax.vmap(lambda a, W, x=x: a(x, W))(adapter, _KERNELS[site])
+            total += jnp.sum(jnp.sin(y))
+        return total
+
+    (got, gradient), (wanted, of_whole) = (
+        jax.value_and_grad(loss)(params, frozen) for frozen in (in_basis, of_modules)
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_core_starts_at_zero_and_acts_where_modules_do():
+    method = Fusion(basis=3, core=True)
+    pool = tiny.pool(4, lambda n, site, layer: 0 if layer == 1 else 4)
+    frozen = _frozen(method, shared_basis(pool, 5))
+    params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
+    acting = method.trainable(params, frozen, jnp.array(_INDEX))
+    for site, core in params["core"].items():
+        assert core.shape == (pool.rank[site].shape[0], 3, 3) and not core.any()
+        assert acting["core"][site].shape == core.shape
+        assert acting["core"][site].all(axis=(1, 2)).tolist() == [layer != 1 for layer in range(len(core))]
+        assert not acting["core"][site][1].any()
+
+
+def test_quantised_directions_have_the_norms_of_what_they_are():
+    basis = shared_basis(tiny.pool(4), 8).quantised("int8")
+    c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
+    terms = _gram(basis)
+    adapters, _ = _fuse(c, basis, "block", None, terms, column_norms(terms))
+    for site, adapter in adapters.items():
+        norms = np.linalg.norm(_matrix(adapter, site, 0), axis=0)
+        np.testing.assert_allclose(norms, np.linalg.norm(_KERNELS[site][0], axis=0), rtol=1e-5)
+
+
+def test_modules_outside_the_basis_lose_what_it_lacks():
+    pool, other = tiny.pool(4), dataclasses.replace(tiny.pool(2, seed=1), names=("new_0", "new_1"))
+    basis = shared_basis(pool, 6)
+    both = extended(basis, other)
+    assert both.names == (*pool.names, "new_0", "new_1")
+    for site in basis.S:
+        np.testing.assert_array_equal(both.S[site][:, :4], basis.S[site])
+        np.testing.assert_array_equal(both.U[site], basis.U[site])
+        U, V = np.asarray(basis.U[site][0]), np.asarray(basis.V[site][0])
+        np.testing.assert_allclose(both.S[site][0, 5], U.T @ _deltas(other, site, 0)[1] @ V.T, atol=1e-5)
+        assert both.kept()[site][:, 4:].max() < basis.kept()[site].min()
+    chosen = both.select(["new_1", 0])
+    assert chosen.names == ("new_1", "module_0")
+    np.testing.assert_array_equal(chosen.S["encoder.self.q"], both.S["encoder.self.q"][:, jnp.array([5, 0])])
+    with pytest.raises(ValueError, match="has a module 'module_0' already"):
+        extended(basis, pool)
+    wide = dataclasses.replace(tiny.pool(1, names="o"), names=("wide",))
+    with pytest.raises(ValueError, match=r"no directions at encoder\.self\.o"):
+        extended(basis, wide)
+
+
+def test_directions_of_controls_are_orthonormal_and_keep_less():
+    pool = tiny.pool(4)
+    own = shared_basis(pool, 4)
+    for given in (random_directions(pool, 4, jax.random.key(0)), base_directions(pool, _KERNELS, 4)):
+        control = in_directions(pool, given)
+        for site in pool.rank:
+            U, V = np.asarray(control.U[site][1]), np.asarray(control.V[site][1])
+            np.testing.assert_allclose(U.T @ U, np.eye(4), atol=1e-5)
+            np.testing.assert_allclose(V @ V.T, np.eye(4), atol=1e-5)
+            assert control.kept()[site].mean() < own.kept()[site].mean()
+    W = np.asarray(_KERNELS["encoder.self.q"][1], float)
+    first = base_directions(pool, _KERNELS, 1)
+    left, right = first[0]["encoder.self.q"][1][:, 0], first[1]["encoder.self.q"][1][0]
+    assert left @ W @ right == pytest.approx(np.linalg.norm(W, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda pool: shared_basis(pool, 0), "0 directions: wanted at least 1"),
+        (lambda pool: shared_basis(pool, 13), "is 16 x 12: ask for at most 12"),
+        (lambda pool: directions(pool.select([0]), 5), "1 modules of rank 4 .* at most 4"),
+        (lambda pool: shared_basis(pool, 3).first(4), "has 3 directions, and 4 are asked for"),
+        (
+            lambda pool: _frozen(Fusion(basis=2), pool),
+            "whole modules, .* `shared_basis",
+        ),
+        (
+            lambda pool: _frozen(Fusion(basis=4), shared_basis(pool, 3)),
+            "has 3 directions",
+        ),
+        (lambda pool: Fusion(basis=4, composition="mix"), "a mix in a shared basis"),
+        (lambda pool: Fusion(basis=4, granularity="rank"), "every rank of a module"),
+        (
+            lambda pool: _frozen(Fusion(composition="mix"), shared_basis(pool, 3)),
+            "a mix in a shared basis",
+        ),
+        (
+            lambda pool: shared_basis(dataclasses.replace(pool.select([0]), magnitude={}), 3),
+            "a DoRA adapter has magnitudes",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny.pool(4))
+
+
+def test_a_basis_in_no_arrays_makes_low_rank_updates_and_in_basis_is_the_same():
+    basis = shared_basis(tiny.pool(4), 5)
+    c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
+    adapters, _ = _fuse(c, basis, "block")
+    for site, adapter in adapters.items():
+        core = sum(expand(c, basis, "block")[site][:, n, :, None] * basis.S[site][:, i] for n, i in enumerate(_INDEX))
+        same = InBasis(basis.U[site], basis.V[site], core)
+        np.testing.assert_allclose(_matrix(same, site, 0), _matrix(adapter, site, 0), atol=1e-5)

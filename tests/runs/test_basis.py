@@ -1,0 +1,177 @@
+"""Runs in a shared basis: convert, fuse, resume, evaluate, export, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import one_block
+import pytest
+
+from lorafusion_jax.adapters.basis import shared_basis
+from lorafusion_jax.cli import main
+from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.hf import load_base
+from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
+from lorafusion_jax.runs.export import ExportOptions, export
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import check, load_fused
+from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.training.recipe import PRESETS
+
+_TASK = sorted((one_block.SMALL / "tasks").iterdir())[0]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    """Base, and a converted pool of three modules with a basis of 24 directions."""
+    folder = tmp_path_factory.mktemp("small")
+    base, adapters = one_block.cut(folder)
+    sources = tuple(str(path) for path in sorted(adapters.iterdir()))[:3]
+    convert(ConvertOptions(base=str(base), adapters=sources, out=folder / "converted", basis=24))
+    return base, folder / "converted"
+
+
+def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
+    recipe = {"epochs": 2, "batch_size": 32, "modules": 2, "max_new_tokens": 8, "basis": 16}
+    recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
+    values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "out": out, "test_rows": 8}
+    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+
+
+@pytest.fixture(scope="module")
+def fused(small, tmp_path_factory) -> tuple[FuseOptions, dict]:
+    options = _options(small, tmp_path_factory.mktemp("runs"), name="in_basis", core=True)
+    return options, fuse(options)
+
+
+def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(small, tmp_path):
+    basis, wanted = load_basis(small[1], 16), shared_basis(load_pool(small[1]), 16)
+    assert (basis.names, basis.sites, basis.k) == (wanted.names, wanted.sites, 16)
+    for got, of_pool in zip(jax.tree.leaves(basis), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, of_pool, atol=1e-4)
+    alone = tmp_path / "alone"
+    shutil.copytree(small[1], alone, ignore=shutil.ignore_patterns("adapters"))
+    assert load_basis(alone, 16).names == basis.names
+
+
+def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
+    options, results = fused
+    assert results["trainable_by_group"] == {"coefficients": 2 * 2, "magnitudes": 6 * 96, "core": 6 * 16 * 16}
+    metrics = [json.loads(line) for line in (run_path(options) / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    assert losses[-1] < losses[0]
+    (again,) = evaluate_run(EvaluateOptions(run=run_path(options)))
+    assert (again["exact_match"], again["loss"]) == (results["exact_match"], results["seeds"][0]["loss"])
+    assert fuse(dataclasses.replace(options, resume=True)) == results
+
+
+def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, small, tmp_path):
+    """A rank-16 DoRA adapter whose W + dW, rescaled, is the merged base's kernel."""
+    options, _ = fused
+    export(ExportOptions(run=run_path(options), out=tmp_path / "adapter"))
+    export(ExportOptions(run=run_path(options), out=tmp_path / "merged", format="merged"))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["use_dora"]) == (16, True)
+    base, merged = (load_base(folder) for folder in (small[0], tmp_path / "merged"))
+    pool = read_pool([str(tmp_path / "adapter")], base.config)
+    for site, A in pool.A.items():
+        adapted = np.asarray(kernels(base)[site][0] + A[0, 0] @ pool.B[site][0, 0], float)
+        wanted = np.asarray(pool.magnitude[site][0]) * adapted / np.linalg.norm(adapted, axis=0)
+        np.testing.assert_allclose(kernels(merged)[site][0], wanted, atol=1e-4)
+
+
+def test_modules_are_ranked_in_whole_or_inside_the_basis(small, tmp_path):
+    """Inside a basis of the modules' own rank the order is that of whole modules."""
+    whole = tmp_path / "pool"
+    shutil.copytree(small[1], whole)
+    shutil.rmtree(whole / "basis")
+    convert(ConvertOptions(out=whole, basis=48))
+    chosen = {}
+    for choose in ("gradient", "basis-gradient"):
+        options = _options(
+            (small[0], whole), tmp_path, name=choose, choose=choose, basis=48, epochs=1, method="coefficients"
+        )
+        chosen[choose] = fuse(options)["seeds"][0]["modules"]
+        assert fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
+    assert chosen["gradient"] == chosen["basis-gradient"]
+    shutil.rmtree(whole / "adapters")
+    options = _options((small[0], whole), tmp_path, name="alone", choose="basis-gradient", epochs=1, basis=48)
+    assert fuse(options)["seeds"][0]["modules"] == chosen["gradient"]
+
+
+def test_controls_project_the_modules_on_other_directions(small, tmp_path):
+    own = load_fused(_options(small, tmp_path)).problem.frozen.pool
+    for control in ("random", "shuffled", "svd"):
+        pool = load_fused(_options(small, tmp_path, control=control)).problem.frozen.pool
+        assert (pool.names, pool.k) == (own.names, 16)
+        for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
+            assert pool.kept()[site].sum() < own.kept()[site].sum()
+
+
+def test_new_modules_join_a_basis_that_is_there(small, tmp_path, capsys):
+    base, adapters = one_block.cut(tmp_path)
+    new = sorted(adapters.iterdir())[3]
+    out = tmp_path / "more"
+    main(["convert", "--base", str(base), "--adapters", str(new), "--out", str(out), "--basis-from", str(small[1])])
+    assert f"{new.name}: the basis keeps" in capsys.readouterr().out
+    there, more = load_basis(small[1]), load_basis(out)
+    assert more.names == (*there.names, new.name)
+    np.testing.assert_array_equal(more.U["encoder.self.q"], there.U["encoder.self.q"])
+    options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
+    assert load_fused(options).problem.frozen.pool.names == (there.names[0], new.name)
+    ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
+    with pytest.raises(ValueError, match="only its part in the basis"):
+        fuse(ranked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"composition": "mix"}, "a mix in a shared basis"),
+        ({"granularity": "rank"}, "every rank of a module"),
+        ({"basis": 0}, "0 directions: wanted at least 1"),
+        ({"method": "lora"}, "reads whole modules, not a shared basis: leave out --basis"),
+        ({"basis": None, "core": True}, "--core is of a fusion in a shared basis"),
+        ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient is of a fusion in a shared basis"),
+        ({"basis": None, "control": "svd"}, "--control svd is of a fusion in a shared basis"),
+    ],
+)
+def test_options_that_contradict_a_basis_are_refused(small, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(_options(small, tmp_path, **changes))
+
+
+def test_a_pool_without_such_a_basis_says_how_to_make_one(small, tmp_path):
+    with pytest.raises(ValueError, match=r"24 directions, and 25 are asked for: .* convert --basis 25"):
+        load_fused(_options(small, tmp_path, basis=25))
+    base, adapters = one_block.cut(tmp_path)
+    with pytest.raises(ValueError, match=r"adapters of PEFT, .* `lorafusion convert --basis 16`"):
+        load_fused(_options((base, adapters), tmp_path))
+    bare, other = tmp_path / "bare", tmp_path / "other"
+    shutil.copytree(small[1], bare, ignore=shutil.ignore_patterns("basis"))
+    with pytest.raises(ValueError, match=r"has no shared basis: .* convert --basis 16 --out"):
+        load_fused(_options((base, bare), tmp_path))
+    with pytest.raises(ValueError, match="rank of at most 48"):
+        convert(ConvertOptions(out=bare, basis=49))
+    assert not (bare / "basis").exists()
+    with pytest.raises(ValueError, match="basis exists: move it away"):
+        convert(ConvertOptions(out=small[1], basis=8))
+    with pytest.raises(ValueError, match="give one of them"):
+        convert(ConvertOptions(out=bare, basis=8, basis_from=small[1]))
+    names = load_pool(small[1]).names
+    convert(ConvertOptions(base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other))
+    shutil.copytree(small[1] / "basis", other / "basis")
+    manifest = json.loads((other / "basis" / "manifest.json").read_text())
+    (own,) = open_pool(other).names
+    manifest["metadata"]["modules"] = dict(
+        zip((own, *names[1:]), manifest["metadata"]["modules"].values(), strict=True)
+    )
+    (other / "basis" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"basis of another pool: {own} had other weights"):
+        load_basis(other)
