@@ -55,7 +55,7 @@ class FuseOptions:
     Attributes:
       base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
-      task: a JSONL file or a folder of them, a BIG-Bench Hard file, a `datasets` folder or hub id.
+      task: a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets` folder or hub id.
       seeds: each draws its modules, its start and its order of rows; all run as one program.
       name: the run is written to OUT/NAME.
       out: folder of runs.

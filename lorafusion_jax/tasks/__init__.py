@@ -7,6 +7,7 @@ from .few_shot import BETWEEN_EXAMPLES, few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
+from .readers import find_task
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "eval_batches",
     "exact_match",
     "few_shot",
+    "find_task",
     "load_task",
     "most_new_tokens",
     "pad",

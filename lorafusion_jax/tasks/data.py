@@ -10,8 +10,9 @@ from typing import Literal
 from .protocol import REFERENCE_SEED, shuffled
 from .readers import Row, read_rows
 
-# The plain names, then LoraHub's.
-_KEYS = (("input", "target"), ("context", "completion"))
+# The plain names, LoraHub's, and those of function-vector data sets.
+_KEYS = (("input", "target"), ("context", "completion"), ("input", "output"))
+_WANTED = "input and target (or output), or context and completion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ def load_task(
       of the two where `need` asks for no more; a row holds input and target, or context and completion;
     * one such file; a JSONL file of any other name;
     * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
+    * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024); of
+      rows with equal inputs the first;
     * a `datasets` folder (`save_to_disk`) or hub id, `owner/name` or `owner/name:config`, with those columns
       and the splits train and test (or validation).
 
@@ -114,7 +117,7 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
       ValueError: if the row lacks its keys or text, or is a conversation and `chat` is not set.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {row!r}: wanted an object with input and target")
+        raise ValueError(f"{where} is {row!r}: wanted an object with {_WANTED}")
     keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
     if keys is None and "messages" in row:
         if not chat:
@@ -122,9 +125,7 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
         *history, (_, asked), (_, answer) = _conversation(row["messages"], where)
         return Example(prompt.replace("{input}", asked), answer, tuple(history))
     if keys is None:
-        raise ValueError(
-            f"{where} has {', '.join(row) or 'no keys'}: wanted input and target, or context and completion"
-        )
+        raise ValueError(f"{where} has {', '.join(row) or 'no keys'}: wanted {_WANTED}")
     for key in keys:
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{where}: its {key} is {row[key]!r}: give it a text, or take the row out")

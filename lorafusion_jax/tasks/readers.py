@@ -1,4 +1,4 @@
-"""Readers of the rows of a task: JSONL, BIG-Bench Hard JSON, folders of files, `datasets`."""
+"""Readers of the rows of a task: JSONL, JSON lists, BIG-Bench Hard JSON, folders of files, `datasets`."""
 
 import json
 import re
@@ -31,6 +31,23 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     return _dataset_rows(str(source))
 
 
+def find_task(folder: str | Path, name: str) -> Path:
+    """Return the task of this name in a folder or its subfolders: NAME.json, NAME.jsonl or a folder NAME.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+    names = (f"{name}.json", f"{name}.jsonl", name)
+    found = sorted(path for path in Path(folder).rglob("*") if path.name in names)
+    if not found:
+        raise ValueError(
+            f"{folder} has no task {name}: wanted {names[0]}, {names[1]} or a folder {name} somewhere in it"
+        )
+    if len(found) > 1:
+        raise ValueError(f"{folder} has several tasks {name}, {' and '.join(map(str, found))}: keep one of them")
+    return found[0]
+
+
 def _folder_rows(path: Path) -> dict[str, Rows]:
     files = [file for file in _PARTS if (path / file).is_file()]
     if not files:
@@ -48,9 +65,9 @@ def _folder_rows(path: Path) -> dict[str, Rows]:
 
 
 def _file_rows(path: Path) -> Rows:
-    readers = {".jsonl": _jsonl_rows, ".json": _bbh_rows}
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows}
     if path.suffix not in readers:
-        raise ValueError(f"{path} ends in neither .jsonl nor, for BIG-Bench Hard, .json: wanted one of these")
+        raise ValueError(f"{path} ends in neither .jsonl nor .json: wanted one of these")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,15 +83,25 @@ def _jsonl_rows(text: str, path: Path) -> Rows:
     return [(f"{path}, line {n}", _parse(line, path, n)) for n, line in lines if line.strip()]
 
 
-def _bbh_rows(text: str, path: Path) -> Rows:
-    content = _parse(text, path) if text.strip() else {"examples": []}
+def _json_rows(text: str, path: Path) -> Rows:
+    content = _parse(text, path) if text.strip() else []
+    if isinstance(content, list):
+        return _first_of_each_input([(f"{path}, row {n}", row) for n, row in enumerate(content, start=1)])
     rows = content.get("examples") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise ValueError(
-            f'{path} is not laid out as BIG-Bench Hard, {{"examples": [{{"input": ..., "target": ...}}]}}: '
-            "fix it, or write one row a line into a .jsonl file"
+            f'{path} is neither a list, [{{"input": ..., "output": ...}}], nor laid out as BIG-Bench Hard, '
+            '{"examples": [{"input": ..., "target": ...}]}: fix it, or write one row a line into a .jsonl file'
         )
     return [(f"{path}, example {n}", row) for n, row in enumerate(rows, start=1)]
+
+
+def _first_of_each_input(rows: Rows) -> Rows:
+    """Leave out rows whose input came before: a list is divided, and a test row must not be one that trained."""
+    first: dict[str, tuple[str, Row]] = {}
+    for where, row in rows:
+        first.setdefault(json.dumps(row.get("input", row) if isinstance(row, dict) else row), (where, row))
+    return list(first.values())
 
 
 def _parse(text: str, path: Path, line: int = 1) -> Row:

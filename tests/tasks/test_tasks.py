@@ -16,7 +16,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorafusion_jax.io.hf import load_tokenizer
-from lorafusion_jax.tasks import Example, batch_orders, draw_modules, encode, load_task, split
+from lorafusion_jax.tasks import (
+    Example,
+    answer_options,
+    batch_orders,
+    draw_modules,
+    encode,
+    find_task,
+    load_task,
+    split,
+)
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -135,6 +144,60 @@ def test_bbh_prompt_gives_the_bytes_of_lorahubs_folders(shared, tmp_path):
         assert hashlib.sha256(text.encode()).hexdigest() == parts["sha256_example"], name
 
 
+def _function_vectors(path, count, outputs=lambda i: f"answer {i}"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{"input": f"question {i}", "output": outputs(i)} for i in range(count)]))
+    return path
+
+
+def test_a_list_of_inputs_and_outputs(tmp_path):
+    path = _function_vectors(tmp_path / "abstractive" / "animal-sound.json", 210)
+    task = load_task(path, prompt="Q: {input}\nA:")
+    assert (task.name, len(task.train), len(task.test)) == ("animal-sound", 100, 110)
+    order = list(range(210))
+    random.Random(42).shuffle(order)
+    assert task.train[0] == Example(f"Q: question {order[0]}\nA:", f"answer {order[0]}")
+    assert {e.target for e in task.train + task.test} == {f"answer {i}" for i in range(210)}
+    assert answer_options(task) is None
+
+
+def test_no_row_of_a_list_is_trained_and_tested_on(tmp_path):
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps([{"input": f"question {i % 6}", "output": f"answer {i}"} for i in range(12)]))
+    task = load_task(path, train_rows=3)
+    assert sorted(task.train + task.test, key=lambda example: example.input) == list(_examples(6))
+
+
+def test_few_answers_of_a_list_are_options(tmp_path):
+    path = _function_vectors(tmp_path / "colour.json", 110, outputs=lambda i: ("red", "green", "blue")[i % 3])
+    assert answer_options(load_task(path)) == (("blue", "green", "red"),) * 10
+
+
+def test_a_task_is_found_by_its_name_in_any_subfolder(tmp_path):
+    flat = _function_vectors(tmp_path / "abstractive" / "next_item.json", 3)
+    _function_vectors(tmp_path / "extractive" / "next_item_of_3.json", 3)
+    _write(tmp_path / "mine" / "counting" / "train.jsonl", _rows(3))
+    assert find_task(tmp_path, "next_item") == flat
+    assert find_task(tmp_path, "counting") == tmp_path / "mine" / "counting"
+    with pytest.raises(
+        ValueError, match=r"has no task prev_item: wanted prev_item\.json, prev_item\.jsonl or a folder"
+    ):
+        find_task(tmp_path, "prev_item")
+    _write(tmp_path / "next_item.jsonl", _rows(3))
+    with pytest.raises(ValueError, match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one"):
+        find_task(tmp_path, "next_item")
+
+
+def test_published_function_vectors(shared):
+    folder = shared / "data" / "function_vectors"
+    if not folder.is_dir():
+        pytest.skip("needs the function-vector data sets in ../shared/data/function_vectors")
+    capital, sport = (load_task(find_task(folder, name)) for name in ("country-capital", "person-sport"))
+    assert (len(capital.train), len(capital.test)) == (100, 97)
+    assert Example("Afghanistan", "Kabul") in capital.train + capital.test
+    assert answer_options(sport) == (("baseball", "basketball", "football", "hockey", "soccer"),) * len(sport.test)
+
+
 def test_datasets_folder(tmp_path):
     folder = tmp_path / "saved"
     splits = {"train": _rows(3), "test": _rows(2, start=3), "validation": _rows(9)}
@@ -192,7 +255,7 @@ def test_hub_id_with_config(monkeypatch):
         (
             "test.jsonl",
             '{"question": "a", "target": "b"}',
-            r"line 1 has question, target: wanted input and target, or context and completion",
+            r"line 1 has question, target: wanted input and target \(or output\), or context and completion",
         ),
         ("test.jsonl", "{}", r"line 1 has no keys: wanted input and target"),
         ("test.jsonl", '["a", "b"]', r"line 1 is \['a', 'b'\]: wanted an object with input and target"),
@@ -202,8 +265,18 @@ def test_hub_id_with_config(monkeypatch):
             r"test\.jsonl, line 2 is not JSON: Expecting ',' delimiter at column 14",
         ),
         ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2 is not JSON: Expecting value"),
-        ("bbh.json", '[{"input": "a", "target": "b"}]', r"bbh\.json is not laid out as BIG-Bench Hard"),
-        ("bbh.json", '{"rows": []}', r"not laid out as BIG-Bench Hard.*one row a line into a \.jsonl file"),
+        ("list.json", "[]", r"list\.json is empty"),
+        (
+            "list.json",
+            '[{"input": "a", "output": "b"}, {"input": "c"}]',
+            r"list\.json, row 2 has input: wanted input and",
+        ),
+        ("list.json", '["a"]', r"list\.json, row 1 is 'a': wanted an object with input and target \(or output\)"),
+        (
+            "bbh.json",
+            '{"rows": []}',
+            r"neither a list.*nor laid out as BIG-Bench Hard.*one row a line into a \.jsonl file",
+        ),
         (
             "bbh.json",
             '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}',
@@ -215,7 +288,7 @@ def test_hub_id_with_config(monkeypatch):
             r"test\.jsonl is a Git LFS pointer, not the file itself: fetch it with git lfs pull",
         ),
         ("bbh.json", _LFS, r"bbh\.json is a Git LFS pointer"),
-        ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor, for BIG-Bench Hard, \.json"),
+        ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor \.json: wanted one of these"),
     ],
 )
 def test_bad_files(tmp_path, file, content, message):
