@@ -15,6 +15,7 @@ import numpy as np
 from _measure import ROOT
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.io.hf import read_config
@@ -122,6 +123,13 @@ def frozen(config: Architecture, dtype: Dtype, modules: int) -> Frozen:
         model = nnx.merge(graph_of(config), base)
     used = {site: kernel for site, kernel in kernels(model).items() if site in adapted}
     return Frozen(base, pool, gram(pool, used))
+
+
+def in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
+    """Return the weights with their pool in a shared basis of k directions."""
+    assert isinstance(weights.pool, LoraPool)
+    model = nnx.merge(graph_of(config), weights.base)
+    return Fusion(basis=k).prepare(Frozen(weights.base, shared_basis(weights.pool, k)), kernels(model))
 
 
 def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Frozen:

@@ -15,6 +15,7 @@ from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import column_names
+from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.models.architecture import Architecture, Model, stack_of
 from lorafusion_jax.models.families import family_of
 from lorafusion_jax.models.weights import dense
@@ -115,8 +116,8 @@ class Peer:
     def __init__(self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype = "float32"):
         import torch
 
-        assert weights.pool is not None
         pool = weights.pool
+        assert isinstance(pool, LoraPool)
         self.model = peft_model(config, weights.base, dtype)
         # (LoRA layer, column of its block, A of all modules [N, r d_in], B of all modules)
         self.sites: list[tuple[Any, int, Any, Any]] = []

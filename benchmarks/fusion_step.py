@@ -1,12 +1,13 @@
 """The fusion step, optimiser included, against its floor and against PyTorch + PEFT, all taking turns in one process.
 
     python benchmarks/fusion_step.py --shape flan-t5-small --cores 1 [--json]
+    python benchmarks/fusion_step.py --shape flan-t5-large --basis 32
 
 Floor: forward and backward to activations only of the same base on the same batch, unrolled, without adapters or
-fusion. Peer: PEFT's DoRA layers with the coefficients chained by hand (one core only; needs the `peft` extra, and is
-left out without it). Both take the reference protocol's steps from the same numbers, and their losses are compared.
-Batch 5, 128 source and 8 target tokens, 20 modules of rank 16 on q and v, random weights. Ratios are medians over
-rounds of turns.
+fusion. Peer: PEFT's DoRA layers with the coefficients chained by hand (one core only; needs the `peft` extra, and
+is left out without it). With --basis the sum is also measured in a shared basis. Both take the reference
+protocol's steps from the same numbers, and their losses are compared. Batch 5, 128 source and 8 target tokens, 20
+modules of rank 16 on q and v, random weights. Ratios are medians over rounds of turns.
 """
 
 import sys
@@ -17,7 +18,21 @@ import _measure
 import jax
 import numpy as np
 from _measure import case, features, has_peft, in_turns, of_turns, product_rates
-from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, config_of, floor, frozen, unrolled
+from _model import (
+    BATCH,
+    CHOICES,
+    MODULES,
+    RANK,
+    SOURCE,
+    TARGET,
+    Dtype,
+    Step,
+    config_of,
+    floor,
+    frozen,
+    in_basis,
+    unrolled,
+)
 
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
 
@@ -25,6 +40,7 @@ _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.
 _MIX = {"unrolled": (1.15, 1.08), "scanned": (1.22, 1.08)}
 _SUM = {"flan-t5-small": 1.40, "flan-t5-large": 1.20}
+_BASIS = {"flan-t5-large": 1.10}
 _Bars = tuple[float | None, float | None]
 _PEER: dict[str, _Bars] = {"flan-t5-small": (1.15, 1.25), "flan-t5-large": (1.05, 1.25)}
 # A decoder's bars: of the mix over its floor, more where a processor has tiles (AMX); and of the peer over ours, this
@@ -39,6 +55,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
     parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["float32"], help="of weights and activations")
     parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory; 20 of them are fused")
+    parser.add_argument("--basis", type=int, help="directions of a shared basis, in float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
     parser.add_argument(
         "--cores", type=int, default=1, help="that the process is pinned to; the peer runs on one alone"
@@ -71,6 +88,10 @@ def _single(options: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
             for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
                 runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
+        if dtype == "float32" and options.basis is not None:
+            directions = in_basis(config, weights, options.basis)
+            for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
+                runs[f"{dtype} basis {structure}"] = Step(built, directions, "sum")
         if with_peer and compared and dtype != "nf4":
             runs[f"{dtype} peer"] = _peer(config, weights, dtype)
     seconds = in_turns(runs, options.rounds)
@@ -97,14 +118,17 @@ def _against_floor(
             required = _DECODER_MIX_AMX if any("amx" in feature for feature in features()) else _DECODER_MIX
     elif dtype == "float32" and options.pool == MODULES and options.shape != "small-pool":
         required, ambition = _MIX[structure] if composition == "mix" else (_SUM.get(options.shape, 1.40), None)
+    what = composition
+    if composition == "basis":
+        what, required, ambition = f"sum in a basis of {options.basis}", _BASIS.get(options.shape), None
     return case(
-        f"{where} {dtype} step / floor: {composition}, {structure}",
+        f"{where} {dtype} step / floor: {what}, {structure}",
         of_turns(took, lowest),
         required,
         ambition,
         seconds=_median(took),
         floor_seconds=_median(lowest),
-        operations=_operations(options.shape, composition, structure, options.pool),
+        operations=_operations(options, composition, structure),
         rounds=len(took),
     )
 
@@ -183,12 +207,14 @@ def _same_losses(runs: dict[str, Any]) -> None:
         np.testing.assert_allclose(runs[name].losses[:both], theirs[:both], rtol=_SAME_LOSS, err_msg=name)
 
 
-def _operations(shape: str, composition: Any, structure: str, pool: int) -> float:
-    """Return the counted operations of the step over those of its floor."""
-    config = unrolled(config_of(shape)) if structure == "unrolled" else config_of(shape)
+def _operations(options: Any, composition: Any, structure: str) -> float:
+    """Return the counted operations of the step over those of its floor; a basis counts as one module of its size."""
+    config = unrolled(config_of(options.shape)) if structure == "unrolled" else config_of(options.shape)
     batch = Shape(BATCH, SOURCE, TARGET)
-    update = Update(kind=composition, rank=RANK, modules=MODULES, pool=pool, magnitudes=True)
-    base = step_flops(unrolled(config_of(shape)), batch, Update(kind="none"), trainable=0)
+    update = Update(kind=composition, rank=RANK, modules=MODULES, pool=options.pool, magnitudes=True)
+    if composition == "basis":
+        update = Update(kind="sum", rank=options.basis, magnitudes=True)
+    base = step_flops(unrolled(config_of(options.shape)), batch, Update(kind="none"), trainable=0)
     return step_flops(config, batch, update, trainable=0) / base
 
 

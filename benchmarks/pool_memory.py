@@ -1,11 +1,12 @@
 """Memory of fusing from a pool that is larger than what is at hand: what is not chosen is not read.
 
-    python benchmarks/pool_memory.py [--shape flan-t5-large] [--adapters 196] [--modules 20] [--json]
+    python benchmarks/pool_memory.py [--shape flan-t5-large] [--adapters 196] [--modules 20] [--basis 32] [--json]
 
 A random base and a converted pool of random adapters of rank 16 on q and v (20 different ones, over and over) are
-written to a temporary folder. Processes of their own load all of the pool, take steps with a few modules of it, and
-steps with all of them in 4 bits, as `--load-in nf4` does; their peaks are the system's (VmHWM) above their imports.
-Batches of 5 rows of 128 source and 8 target tokens. FLAN-T5-large's shape takes 12 GiB of disk.
+written to a temporary folder. Processes of their own load all of the pool, take steps with a few modules of it,
+and steps with all of them in 4 bits, as `--load-in nf4` does, make a shared basis of all, and load it; their peaks
+are the system's (VmHWM) above their imports. Batches of 5 rows of 128 source and 8 target tokens. FLAN-T5-large's
+shape takes 12 GiB of disk.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.io.basis import add_basis
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
-from lorafusion_jax.io.pool import load_pool
+from lorafusion_jax.io.pool import load_basis, load_pool
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.families import family_of, known_shapes
@@ -39,6 +42,8 @@ from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import PRESETS
 
 _BAR = 8 * 2**30
+# Of a basis of FLAN-T5-large: seconds on two cores and bytes to make it, bytes of it in memory.
+_MAKE_SECONDS, _MAKE_BYTES, _BASIS_BYTES = 180, 6 * 2**30, 0.3 * 2**30
 _STEPS = 3
 
 
@@ -47,6 +52,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(known_shapes()), default="flan-t5-large", help="of the base model")
     parser.add_argument("--adapters", type=int, default=196, help="in the pool")
     parser.add_argument("--modules", type=int, default=20, help="that one fusion mixes")
+    parser.add_argument("--basis", type=int, default=32, help="directions of the shared basis")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point is not None:
@@ -58,11 +64,16 @@ def main() -> None:
         loaded = _measured(folder, options.adapters, "load")
         few = _measured(folder, options.modules, "full")
         every = _measured(folder, options.adapters, "nf4")
+        made = _measured(folder, options.basis, "make basis")
+        basis = _measured(folder, options.basis, "load basis")
     size = f"{options.adapters} adapters of {options.shape}'s shape"
     cases = [
         case(f"{size} loaded: peak / bytes of the pool", loaded["peak"] / loaded["pool"], 1.25, 1.05, **loaded),
         case(f"{options.modules} of {size} fused: peak / 8 GiB", few["peak"] / _BAR, 1.0, 0.75, **few),
         case(f"{size} fused, all in 4 bits: peak / 8 GiB", every["peak"] / _BAR, 1.0, 0.75, **every),
+        case(f"basis of {options.basis} of {size} made: seconds / 180", made["seconds"] / _MAKE_SECONDS, 1.0, **made),
+        case(f"basis of {options.basis} of {size} made: peak / 6 GiB", made["peak"] / _MAKE_BYTES, 1.0, **made),
+        case(f"basis of {options.basis} of {size}: bytes / 0.3 GiB", basis["basis"] / _BASIS_BYTES, 1.0, **basis),
     ]
     _measure.show(cases, as_json=options.json)
 
@@ -89,6 +100,13 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     folder, count = Path(name), int(modules)
     jax.devices()
     before = _memory("VmRSS")
+    if what == "make basis":
+        began = time.perf_counter()
+        add_basis(folder / "pool", count)
+        return {"seconds": time.perf_counter() - began, "peak": _memory("VmHWM") - before}
+    if what == "load basis":
+        basis = load_basis(folder / "pool")
+        return {"peak": _memory("VmHWM") - before, "basis": sum(a.nbytes for a in jax.tree.leaves(basis))}
     if what == "load":
         pool = load_pool(folder / "pool", chosen=range(count))
         return {"peak": _memory("VmHWM") - before, "pool": sum(a.nbytes for a in jax.tree.leaves((pool.A, pool.B)))}

@@ -20,6 +20,7 @@ Axis letters: L layer, N modules, r rank, k directions.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,16 @@ class SharedBasis:
         """Number of directions."""
         return next(iter(self.S.values())).shape[-1]
 
+    @property
+    def factors(self) -> dict[str, dict[str, Weight]]:
+        """The matrices that arrays hold, by name and site."""
+        return {"U": self.U, "V": self.V}
+
+    @property
+    def magnitude(self) -> None:
+        """A basis holds no DoRA adapter."""
+        return None
+
     def indices(self, chosen: Sequence[str | int]) -> list[int]:
         """Return the positions of modules given by name or index; raises the errors of `positions`."""
         return positions(self.names, chosen)
@@ -85,8 +96,8 @@ class SharedBasis:
             )
         return dataclasses.replace(
             self,
-            U={site: u[..., :k] for site, u in self.U.items()},
-            V={site: v[:, :k] for site, v in self.V.items()},
+            U=jax.tree.map(lambda u: u[..., :k], self.U),
+            V=jax.tree.map(lambda v: v[:, :k], self.V),
             S={site: s[..., :k, :k] for site, s in self.S.items()},
         )
 
@@ -113,9 +124,7 @@ Pool = LoraPool | SharedBasis
 Directions = tuple[dict[str, Float[np.ndarray, "_L _d_in k"]], dict[str, Float[np.ndarray, "_L k _d_out"]]]
 
 
-def shared_basis(
-    pool: LoraPool, k: int, *, report: Callable[[str, int], None] = lambda site, layer: None
-) -> SharedBasis:
+def shared_basis(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None) -> SharedBasis:
     """Return the modules of a pool in the k directions that keep most of their squared norms.
 
     On the host in float64, one layer of a site at a time: besides the pool and the result, a few matrices of a layer
@@ -124,26 +133,26 @@ def shared_basis(
     Args:
       pool: plain arrays.
       k: number of directions.
-      report: called before each layer of each site.
+      done: called after each layer of each site.
 
     Raises:
       ValueError: k is below 1, or larger than a side of a matrix or than the rank of the pool's sum there; or the pool
         is a DoRA adapter, whose magnitudes no sum has.
     """
-    return in_directions(pool, directions(pool, k, report=report))
+    return in_directions(pool, directions(pool, k, done=done))
 
 
-def directions(pool: LoraPool, k: int, *, report: Callable[[str, int], None] = lambda site, layer: None) -> Directions:
+def directions(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None) -> Directions:
     """Return the leading k directions of a pool's modules at every site; arguments and errors are `shared_basis`'s."""
     check_size(pool, k)
     U, V = {}, {}
     for site in pool.rank:
         left, right = [], []
         for layer in range(len(pool.rank[site])):
-            report(site, layer)
             A, B = _layer(pool, site, layer)
             left.append(_leading(A, B, k))
             right.append(_leading(B.swapaxes(1, 2), A.swapaxes(1, 2), k).T)
+            done()
         U[site], V[site] = np.stack(left), np.stack(right)
     return U, V
 
@@ -253,20 +262,21 @@ def check_size(pool: LoraPool, k: int) -> None:
             )
         if k > modules * rank:
             raise ValueError(
-                f"a basis of {k} directions, but the sum of {modules} modules of rank {rank} at {site} has a rank of at "
-                f"most {modules * rank}: ask for that at most, or use the modules themselves"
+                f"a basis of {k} directions, but the sum of {modules} modules of rank {rank} at {site} has a rank of "
+                f"at most {modules * rank}: ask for that at most, or use the modules themselves"
             )
 
 
 def _layer(
     pool: LoraPool, site: str, layer: int
 ) -> tuple[Float[np.ndarray, "N d_in r"], Float[np.ndarray, "N r d_out"]]:
-    return np.asarray(pool.A[site][layer], float), np.asarray(pool.B[site][layer], float)
+    A, B = jax.tree.map(lambda a: a[layer], (pool.A[site], pool.B[site]))
+    return np.asarray(A, float), np.asarray(B, float)
 
 
 def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"], k: int) -> Float[np.ndarray, "d k"]:
-    """Return the leading eigenvectors of sum_n (left_n right_n)(left_n right_n)^T, the largest entry of each positive."""
-    R = np.linalg.qr(right.swapaxes(1, 2), mode="r")
+    """Return the leading eigenvectors of sum_n (left_n right_n)(left_n right_n)^T, each of positive largest entry."""
+    R = np.asarray(np.linalg.qr(right.swapaxes(1, 2), mode="r"))
     side_by_side = (left @ R.swapaxes(1, 2)).swapaxes(0, 1).reshape(left.shape[1], -1)
     d, width = side_by_side.shape
     if width < d:

@@ -172,9 +172,7 @@ def compose_in_basis(
         if core is not None:
             mixed = mixed + core[site]
         U, V = basis.U[site], basis.V[site]
-        right, scale = None, None
-        if magnitudes is not None or not in_arrays:
-            right = product(mixed, dense(of.V[site], jnp.float32))
+        right, scale = product(mixed, dense(of.V[site], jnp.float32)), None
         if magnitudes is not None and gram is not None:
             left = dense(of.U[site], jnp.float32)
             between = 2 * jnp.sum(gram.cross[site] * right, axis=1)

@@ -49,6 +49,11 @@ class LoraPool:
         return len(self.names)
 
     @property
+    def factors(self) -> dict[str, dict[str, Weight]]:
+        """The matrices that arrays hold, by name and site."""
+        return {"A": self.A, "B": self.B}
+
+    @property
     def uniform_rank(self) -> int | None:
         """Rank that all adapters share at all their sites, or None."""
         ranks = {int(r) for rank in self.rank.values() for r in np.unique(np.asarray(rank)) if r > 0}

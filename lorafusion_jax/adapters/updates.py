@@ -183,7 +183,9 @@ class InBasis:
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         """Return the adapted product."""
         mixed = jnp.dot(matmul(x, self.U), self.core.astype(x.dtype))
-        return _scaled(matmul(x, kernel) + matmul(mixed, self.V), self.scale)
+        # Converters may return an offset for zeros: where nothing is mixed, V is not read.
+        update = jnp.where(jnp.any(self.core != 0), matmul(mixed, self.V), jnp.zeros((), x.dtype))
+        return _scaled(matmul(x, kernel) + update, self.scale)
 
 
 def mix_outputs(

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from ..adapters.pool import LoraPool
 from ..crossbar import (
     CrossbarConfig,
     Polynomial,
@@ -37,6 +38,7 @@ from ..models.weights import dense
 from ..runs.prepare import Fused
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
+BASIS = "shared basis"  # its name among the modules of a manifest
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "month": 30 * 86_400, "year": 365 * 86_400}
 
@@ -103,8 +105,9 @@ class Chips:
         for name, digest in now["modules"].items():
             if on_chips.get(name) != digest:
                 there = f"sha256 {on_chips[name][:12]}" if name in on_chips else "which they do not hold"
+                what = name if name == BASIS else f"module {name}"
                 raise ValueError(
-                    f"the run fuses the module {name} (sha256 {digest[:12]}), on {self.name} {there}: the chips were "
+                    f"the run fuses the {what} (sha256 {digest[:12]}), on {self.name} {there}: the chips were "
                     "programmed with another pool; program them with the run's"
                 )
         self._check_drawn(fused)
@@ -153,18 +156,19 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
 
 
 def digests(fused: Fused) -> dict[str, Any]:
-    """Return the SHA-256 of the base model's matrices, and of every module that is loaded, as float32."""
+    """Return the SHA-256 of the base model's matrices, and of every loaded module or the shared basis, as float32."""
     model = nnx.merge(fused.problem.graph, fused.problem.frozen.base)
     base = hashlib.sha256()
     for weight in matrices(model).values():
         base.update(np.asarray(dense(weight, jnp.float32)).tobytes())
     modules = {}
     if (pool := fused.problem.frozen.pool) is not None:
-        for n, name in enumerate(pool.names):
+        whole = isinstance(pool, LoraPool)
+        for n, name in enumerate(pool.names if whole else [BASIS]):
             of_module = hashlib.sha256()
-            for factor in (pool.A, pool.B):
+            for factor in pool.factors.values():
                 for site in sorted(factor):
-                    weight = jax.tree.map(lambda a, n=n: a[:, n], factor[site])
+                    weight = jax.tree.map(lambda a, n=n: a[:, n], factor[site]) if whole else factor[site]
                     of_module.update(np.asarray(dense(weight, jnp.float32)).tobytes())
             modules[name] = of_module.hexdigest()
     return {"base": base.hexdigest(), "modules": modules}

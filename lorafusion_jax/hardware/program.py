@@ -1,4 +1,6 @@
-"""A fusion whose weights sit in arrays: base kernels, head and every module's A and B programmed and calibrated.
+"""A fusion whose weights sit in arrays: base kernels, head and modules programmed and calibrated.
+
+Of every module A and B are in arrays; of modules in a shared basis U and V, and S stays digital.
 
 Embeddings, norms, softmax, coefficients and magnitudes stay digital, and so does a head that is the embedding.
 """
@@ -12,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.norms import gram, norms
+from ..adapters.pool import LoraPool
 from ..crossbar import Rules, program_tree
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
@@ -32,7 +35,8 @@ def program(
 ) -> Frozen:
     """Write the weights that rules name into arrays.
 
-    Paths: the name of a site; `head` where it is not tied; `pool.A.SITE` and `pool.B.SITE` for the modules.
+    Paths: the name of a site; `head` where it is not tied; `pool.A.SITE` and `pool.B.SITE` for the modules,
+    `pool.U.SITE` and `pool.V.SITE` for a shared basis, whose S stays digital.
 
     Args:
       graph: the model's structure.
@@ -48,10 +52,11 @@ def program(
     # A copy of the state: merged models share its variables, and the digital one must stay as it is.
     model, pool = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base)), frozen.pool
     base = {name: dense(weight, jnp.float32) for name, weight in matrices(model).items()}
-    factors = {} if pool is None else {"A": pool.A, "B": pool.B}
+    factors = {} if pool is None else pool.factors
     factors = {factor: {s: dense(w, jnp.float32) for s, w in by_site.items()} for factor, by_site in factors.items()}
     numbers = None
-    if modules is not None:  # the arrays of a module are those of its number on the chip, in every layer
+    # The arrays of a module are those of its number on the chip, in every layer.
+    if modules is not None and isinstance(pool, LoraPool):
         layered = ((f"pool.{factor}.{site}", len(w)) for factor, sites in factors.items() for site, w in sites.items())
         numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
     placed = program_tree(base | ({"pool": factors} if factors else {}), rules, key, numbers=numbers)
@@ -64,10 +69,10 @@ def program(
         programmed = dataclasses.replace(programmed, norms=jax.jit(norms)(adapted))
     if pool is None or factors is None:
         return programmed
-    in_arrays = dataclasses.replace(pool, A=factors["A"], B=factors["B"])
+    in_arrays = dataclasses.replace(pool, **factors)
     programmed = dataclasses.replace(programmed, pool=in_arrays)
     if norm == "ideal":
         terms = None if frozen.gram is None else dataclasses.replace(frozen.gram, modules=pool)
         return dataclasses.replace(programmed, gram=terms)
-    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.rank}
     return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, used))

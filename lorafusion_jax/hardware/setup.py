@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Int
 
+from ..adapters.pool import LoraPool
 from ..crossbar import CrossbarConfig, deterministic, is_random
 from ..io.pool import open_pool
 from ..methods import find
@@ -79,9 +80,9 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:
-    """Return the numbers of the setup's modules on the chips; None without a pool."""
+    """Return the numbers of the setup's modules on the chips; None without a pool, and for a shared basis."""
     pool = setup.problem.frozen.pool
-    if pool is None or options.pool is None:
+    if not isinstance(pool, LoraPool) or options.pool is None:
         return None
     return chips.numbers(pool.names, open_pool(options.pool).names)
 

@@ -38,14 +38,16 @@ class ProgramOptions:
     Every chip has its own random errors, which are drawn from the key. `lorafusion fuse` and `lorafusion evaluate`
     take the folder with --crossbar.
 
-    Example:
+    Examples:
       lorafusion crossbar program --base base --pool pool --crossbar noisy.yaml --chips 8 --out chips/noisy
+      lorafusion crossbar program --base base --pool pool --basis 32 --crossbar noisy.yaml --out chips/in_basis
 
     Attributes:
       base: the base model: a Hugging Face folder, a hub id or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
       out: folder to write, which must not exist.
       crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
+      basis: write the first so many directions of the pool's shared basis in place of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.
       digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers.
@@ -55,6 +57,7 @@ class ProgramOptions:
     pool: str
     out: Path
     crossbar: str = "isaac"
+    basis: int | None = None
     chips: int = 1
     chip_key: int = 0
     digital: tuple[str, ...] = ()
@@ -76,8 +79,9 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
             f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: one is enough"
         )
     chips = Chips(config, options.digital, jax.random.key(options.chip_key), None, options.crossbar)
-    names = open_pool(options.pool).names
-    recipe = Recipe(modules=len(names))
+    pool = open_pool(options.pool)
+    names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
+    recipe = Recipe(modules=len(names), basis=options.basis)
     fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe))
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[Chip]()

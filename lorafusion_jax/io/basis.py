@@ -27,7 +27,7 @@ def add_basis(folder: Path, k: int, *, modules: Sequence[str] = ()) -> SharedBas
     check_size(of, k)
     layers = sum(len(rank) for rank in of.rank.values())
     with tqdm(total=layers, desc="basis", unit="layer", disable=None) as bar:
-        basis = in_directions(pool, directions(of, k, report=lambda site, layer: bar.update()))
+        basis = in_directions(pool, directions(of, k, done=bar.update))
     save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
     return basis
 

@@ -106,7 +106,7 @@ class Fusion(Method):
             check_mix(pool, index)
         shape = coefficients_lib.shape(pool, index.shape[0], self.granularity)
         params: Params = {"coefficients": coefficients_lib.initial(shape, self.start, key)}
-        if (own := _own_magnitudes(pool)) is not None:  # one adapter, which training starts from as it is
+        if (own := pool.magnitude) is not None:  # one adapter, which training starts from as it is
             params["coefficients"] = jnp.ones(shape, jnp.float32)
         if self.magnitudes:
             params["magnitudes"] = _magnitudes(own or column_norms(terms), frozen, index)
@@ -120,7 +120,7 @@ class Fusion(Method):
         """Return the fused adapters; metrics: `floored_norms`, columns whose norm was floored."""
         pool, terms = _pool_of(frozen)
         spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
-        magnitudes = params.get("magnitudes", _own_magnitudes(pool))
+        magnitudes = params.get("magnitudes", pool.magnitude)
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
         how = {"gram": terms, "magnitudes": magnitudes, "differentiate_norm": self.differentiate_norm}
@@ -159,10 +159,6 @@ def check_basis(asked: Fusion | Recipe) -> None:
             "coefficients for every rank of a module, in a shared basis, which has no ranks of its modules: use the "
             "granularity global, block or site"
         )
-
-
-def _own_magnitudes(pool: Pool) -> dict[str, Array] | None:
-    return None if isinstance(pool, SharedBasis) else pool.magnitude
 
 
 def _pool_of(frozen: Frozen) -> tuple[Pool, Gram]:

@@ -8,7 +8,11 @@ With A and B all modules of the bank side by side, row b of task t has at every 
 where s = m / ||W + dW|| is computed once, when the task is added. All rows share two products with the modules, so the
 cost does not depend on the number of tasks. Modules in arrays are read one by one.
 
-Axis letters: C tasks of the bank, B rows of a batch, L layer, N modules of the bank, r rank, T target, V vocabulary.
+In a shared basis a row has the core C_t = sum_n c_tn S_n [k, k], and what a task has trained of its own between the
+directions: y_b = s_t * (x_b W + ((x_b U) C_t) V). The cores are mixed from the table S_n once for a batch.
+
+Axis letters: C tasks of the bank, B rows of a batch, L layer, N modules of the bank, r rank, k directions, T target,
+V vocabulary.
 """
 
 import dataclasses
@@ -22,8 +26,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..adapters import coefficients as coefficients_lib
+from ..adapters.basis import SharedBasis
 from ..adapters.coefficients import GRANULARITIES, Granularity
 from ..adapters.composition import check_mix
+from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes, with_norms
@@ -33,7 +39,7 @@ from ..models.weights import is_in_arrays
 from ..tasks import Batch
 from ..training.loss import log_likelihood
 from ..training.problem import Frozen, Method, Params
-from .rows import RowAdapter, RowModules
+from .rows import RowAdapter, RowCores, RowModules
 
 
 class Tasks(NamedTuple):
@@ -43,11 +49,13 @@ class Tasks(NamedTuple):
       coefficients: [C + 1, N, ...] in the bank's granularity; None without a pool.
       mixes: [C + 1], whether the composition is `mix`.
       scales: site -> [C + 1, L, d_out], of the sites whose columns any task rescales.
+      cores: site -> [C + 1, L, k, k], trained cores in a shared basis; empty in a bank without.
     """
 
     coefficients: Float[Array, "_C N ..."] | None
     mixes: Bool[Array, " _C"]
     scales: dict[str, Float[Array, "_C _L _d_out"]]
+    cores: dict[str, Float[Array, "_C _L _k _k"]]
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +86,7 @@ class TaskBank:
         *,
         granularity: Granularity = "block",
         scaled: Collection[str] = (),
+        cores: bool = False,
     ) -> "TaskBank":
         """Return a bank without tasks.
 
@@ -87,6 +96,7 @@ class TaskBank:
           capacity: number of tasks that there is room for.
           granularity: the finest that a task's coefficients may have.
           scaled: sites whose columns tasks may rescale; a bank for coefficients alone needs none, and no room for them.
+          cores: tasks may have trained cores, in a shared basis.
 
         Raises:
           ValueError: there is no room for a task, or no such site.
@@ -105,7 +115,10 @@ class TaskBank:
             shape = coefficients_lib.shape(pool, len(pool), granularity)
             coefficients = jnp.zeros((capacity + 1, *shape), jnp.float32)
         scales = {site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out)) for site in scaled}
-        tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales)
+        of_sites = {}
+        if cores and isinstance(pool, SharedBasis):
+            of_sites = {s: jnp.zeros((capacity + 1, c.shape[0], *c.shape[2:]), jnp.float32) for s, c in pool.S.items()}
+        tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales, of_sites)
         return cls(graph=graph, frozen=frozen, tasks=tasks, granularity=granularity)
 
     @property
@@ -136,6 +149,8 @@ class TaskBank:
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
                 f"{', '.join(sorted(self.tasks.scales)) or 'no site'}: make the bank with these sites as `scaled`"
             )
+        if "core" in params and not self.tasks.cores:
+            raise ValueError("the task has trained cores, and the bank has no room for them: make it with cores=True")
         frozen = self.frozen
         if isinstance(method, Magnitudes) and (
             frozen.norms is None or params["magnitudes"].keys() - frozen.norms.keys()
@@ -161,11 +176,23 @@ class TaskBank:
         """
         pool, of_rows = self.frozen.pool, jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
         scale = {site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()}
-        modules: dict[str, RowModules] = {}
-        if pool is not None:
+        modules: dict[str, RowModules | RowCores] = {}
+        coefficients = (
+            {}
+            if pool is None
+            else jax.vmap(partial(coefficients_lib.expand, pool=pool, granularity=self.granularity), out_axes=1)(
+                of_rows.coefficients
+            )
+        )
+        if isinstance(pool, SharedBasis):
+            for site, c in coefficients.items():
+                core = jnp.einsum("lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest")
+                if site in of_rows.cores:
+                    core = core + jnp.swapaxes(of_rows.cores[site], 0, 1)
+                modules[site] = RowCores(pool.U[site], pool.V[site], core)
+        elif pool is not None:
             in_arrays = is_in_arrays((pool.A, pool.B))
-            expand = partial(coefficients_lib.expand, pool=pool, granularity=self.granularity)
-            for site, c in jax.vmap(expand, out_axes=1)(of_rows.coefficients).items():
+            for site, c in coefficients.items():
                 A, B = pool.A[site], pool.B[site]
                 if in_arrays:  # ranks that a module lacks have no cells: padding must not add their noise
                     real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(pool.rank[site], (1, 3))
@@ -236,12 +263,13 @@ class TaskBank:
                 f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
                 f"{self.granularity}: make the bank with granularity={method.granularity!r}"
             )
-        if method.composition == "mix":
+        if isinstance(pool, LoraPool) and method.composition == "mix":
             check_mix(pool, index)
+        method.check(pool)
         wanted = coefficients_lib.shape(pool, len(modules), method.granularity)
         if (got := jnp.shape(params["coefficients"])) != wanted:
             raise ValueError(f"coefficients of shape {got} for {len(modules)} modules: wanted {wanted}, of one seed")
-        if pool.magnitude is not None and not pool.A.keys() <= self.tasks.scales.keys():
+        if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():
             raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
         return index
 
@@ -264,6 +292,8 @@ def _entry(
         entry = entry._replace(
             coefficients=entry.coefficients.at[index].set(c), mixes=jnp.array(method.composition == "mix")
         )
+    if "core" in params:
+        entry = entry._replace(cores=entry.cores | params["core"])
     if "magnitudes" in params or (isinstance(method, Fusion) and pool is not None and pool.magnitude is not None):
         adapters, _ = method.adapters(params, frozen, index)
         entry = entry._replace(scales=entry.scales | {site: adapter.scale for site, adapter in adapters.items()})

@@ -2,7 +2,7 @@
 
 Each is called with (x, kernel), as those of `adapters.updates` are, and the first axis of x is the rows'.
 
-Axis letters: B rows of a batch, N modules, r rank.
+Axis letters: B rows of a batch, N modules, r rank, k directions of a basis.
 """
 
 import dataclasses
@@ -55,6 +55,31 @@ class RowModules:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RowCores:
+    """A shared basis in which every row has a core of its own.
+
+    Under a scan over layers every array has a leading axis of layers.
+
+    Attributes:
+      U: [d_in, k].
+      V: [k, d_out].
+      core: [B, k, k].
+    """
+
+    U: Weight
+    V: Weight
+    core: Float[Array, "*L B k k"]
+
+    def __call__(self, x: Float[Array, "B *T d_in"]) -> Float[Array, "B *T d_out"]:
+        """Return `x dW`."""
+        update = matmul(jnp.einsum("b...i,bij->b...j", matmul(x, self.U), self.core.astype(x.dtype)), self.V)
+        # Converters may return an offset for zeros: for a row that mixes nothing, V is not read.
+        used = jnp.any(self.core != 0, axis=(1, 2))
+        return jnp.where(jnp.expand_dims(used, range(1, x.ndim)), update, jnp.zeros((), x.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RowAdapter:
     """An adapter of every row: `(x W + x dW) * scale`.
 
@@ -63,7 +88,7 @@ class RowAdapter:
       scale: [B, d_out], under a scan over layers [L, B, d_out]; None for 1.
     """
 
-    modules: RowModules | None
+    modules: RowModules | RowCores | None
     scale: Float[Array, "*L B d_out"] | None
 
     def __call__(self, x: Float[Array, "B *T d_in"], kernel: Weight) -> Float[Array, "B *T d_out"]:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
-from ..adapters.pool import LoraPool
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.fusion import Fusion
@@ -55,20 +55,21 @@ class FusedRun(NamedTuple):
 
         Raises:
           ValueError: the folder is not a run whose training has ended, or its method has other numbers than
-            coefficients and magnitudes.
+            coefficients, magnitudes and cores.
         """
         options, params, config = load_run(Path(folder))
-        if not params or params.keys() - {"coefficients", "magnitudes"}:
+        if not params or params.keys() - {"coefficients", "magnitudes", "core"}:
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
                 "magnitudes or without, or of magnitudes alone"
             )
         return cls(Path(folder), options, params, tuple(map(tuple, config["modules"])), config["max_new_tokens"])
 
-    def method(self, config: Architecture, pool: LoraPool | None) -> Method:
+    def method(self, config: Architecture, pool: Pool | None) -> Method:
         """Return the run's method on a pool that holds its modules."""
         if pool is not None and self.modules[0]:  # only the ranks of its own modules matter
-            pool = dataclasses.replace(pool, A={}, B={}).select(self.modules[0])
+            pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
+            pool = pool.select(self.modules[0])
         return find(self.options.method).build(Built(config, self.options.recipe, pool, len(self.modules[0])))
 
     def position(self, seed: int | None) -> int:
@@ -117,12 +118,13 @@ class Service:
         if find(options.method).pool:
             assert options.pool is not None
             used = {*modules, *(name for run in runs for of_seed in run.modules for name in of_seed)}
-            there = open_pool(options.pool).names
+            k, stored = options.recipe.basis, open_pool(options.pool)
+            there = stored.names if k is None else tuple(stored.basis_modules(k))
             if missing := ", ".join(sorted(used - set(there))):
                 raise ValueError(f"{options.pool} is not the pool that was fused: it has no {missing}")
             names = tuple(name for name in there if name in used)
             # Modules that no run mixes with each other may differ in rank.
-            recipe = dataclasses.replace(options.recipe, composition="sum")
+            recipe = dataclasses.replace(options.recipe, composition="sum", core=False)
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
         fused = load_fused(options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
@@ -138,6 +140,7 @@ class Service:
             capacity,
             granularity=GRANULARITIES[max(granularities, default=0)],
             scaled=sorted(scaled),
+            cores=any("core" in run.params for run in runs),
         )
 
     def add(self, name: str, run: FusedRun, seed: int | None = None) -> None:
@@ -289,6 +292,12 @@ class Service:
 
     def _check_shares(self, run: FusedRun) -> None:
         first = self._first
+        if find(run.options.method).pool and run.options.recipe.basis != first.options.recipe.basis:
+            here, there = (_in_words(of.options.recipe.basis) for of in (run, first))
+            raise ValueError(
+                f"{run.folder} fuses {here}, and {first.folder} {there}: one bank has one form of its modules. Serve "
+                "them apart, or fuse one of them again as the other"
+            )
         for field in _SHARED:
             if field in ("pool", "control") and not find(run.options.method).pool:
                 continue
@@ -298,6 +307,10 @@ class Service:
                     f"{run.folder} has the {field} {here}, and {first.folder} has {there}: one bank has one {field}. "
                     "Serve them apart, or fuse one of them again with the other's"
                 )
+
+
+def _in_words(basis: int | None) -> str:
+    return "whole modules" if basis is None else f"modules in a basis of {basis} directions"
 
 
 def _resolved(value: str | None) -> str | None:

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.adapters.updates import Dense, Outputs
+from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import (
     DAC,
     PRESETS,
@@ -109,6 +110,31 @@ def test_ideal_arrays_are_the_digital_fusion_and_so_are_its_gradients(compositio
     _close(got, wanted, 1e-5)
     assert jax.tree.structure(gradients) == jax.tree.structure(on_arrays)
     jax.tree.map(_close, on_arrays, gradients)
+
+
+@functools.cache
+def _in_basis(norm=None, pattern="*"):
+    """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
+    frozen = Fusion().prepare(Frozen(_BASE, shared_basis(tiny.pool(3), 5)), kernels(nnx.merge(_GRAPH, _BASE)))
+    return frozen if norm is None else program(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
+
+
+def test_a_basis_in_ideal_arrays_is_the_digital_one_and_so_are_its_gradients():
+    method = Fusion(core=True)
+    params = _params(method, _in_basis())
+    params["core"] = {site: core + 0.1 for site, core in params["core"].items()}
+    wanted, gradients = _loss_and_gradients(params, _in_basis(), method)
+    for norm in ("programmed", "ideal"):
+        frozen = _in_basis(norm)
+        assert is_in_arrays(frozen.pool.U) and is_in_arrays(frozen.pool.V) and not is_in_arrays(frozen.pool.S)
+        adapters, _ = jax.jit(method.adapters)(params, frozen, _INDEX)
+        assert all(isinstance(adapter, InBasis) for adapter in adapters.values())
+        got, on_arrays = _loss_and_gradients(params, frozen, method)
+        _close(got, wanted, 1e-5)
+        jax.tree.map(_close, on_arrays, gradients)
+    part = _in_basis("ideal", "pool.V.*[1:]")
+    assert not is_in_arrays((part.base, part.pool.U)) and is_in_arrays(part.pool.V)
+    _close(_loss_and_gradients(params, part, method)[0], wanted, 1e-5)
 
 
 @pytest.mark.parametrize("pattern", ["encoder.*", "pool.B.*", "*[1:-1]", "pool.*[1:]"])

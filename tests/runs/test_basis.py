@@ -12,7 +12,9 @@ import pytest
 
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.hardware.write import ProgramOptions, program_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
@@ -22,6 +24,7 @@ from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import check, load_fused
 from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.serving.apply import EvaluateRunsOptions, evaluate_runs
 from lorafusion_jax.training.recipe import PRESETS
 
 _TASK = sorted((one_block.SMALL / "tasks").iterdir())[0]
@@ -69,6 +72,32 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     (again,) = evaluate_run(EvaluateOptions(run=run_path(options)))
     assert (again["exact_match"], again["loss"]) == (results["exact_match"], results["seeds"][0]["loss"])
     assert fuse(dataclasses.replace(options, resume=True)) == results
+
+
+def test_runs_in_a_basis_share_a_bank_and_chips(fused, small, tmp_path):
+    """A core and none in one batch; the same run on ideal arrays that a folder of chips holds."""
+    options, results = fused
+    other = dataclasses.replace(
+        options, name="other", method="coefficients", recipe=dataclasses.replace(options.recipe, core=False)
+    )
+    of_other = fuse(other)
+    rows = evaluate_runs(EvaluateRunsOptions(runs=(run_path(options), run_path(other))))
+    for row, alone in zip(rows, (results, of_other), strict=True):
+        assert row["exact_match"] == alone["exact_match"]
+        assert row["loss"] == pytest.approx(alone["seeds"][0]["loss"], rel=1e-4)
+    whole = _options(small, tmp_path, name="whole", basis=None, epochs=1)
+    fuse(whole)
+    with pytest.raises(ValueError, match="fuses whole modules, and .* a basis of 16 directions"):
+        evaluate_runs(EvaluateRunsOptions(runs=(run_path(options), run_path(whole))))
+    manifest = program_chips(
+        ProgramOptions(base=str(small[0]), pool=str(small[1]), basis=16, crossbar="ideal", out=tmp_path / "chips")
+    )
+    assert list(manifest["modules"]) == ["shared basis"]
+    on = EvaluateOnChipsOptions(run=run_path(options), crossbar=str(tmp_path / "chips"), test_rows=8)
+    (row,) = evaluate_on_chips(on)["rows"]
+    assert row["loss"] == pytest.approx(results["seeds"][0]["loss"], rel=1e-3)
+    with pytest.raises(ValueError, match="programmed with another pool"):
+        evaluate_on_chips(dataclasses.replace(on, run=run_path(whole)))
 
 
 def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, small, tmp_path):

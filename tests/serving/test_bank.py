@@ -11,11 +11,13 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.crossbar import (
     ADC,
     DAC,
+    PRESETS,
     Cell,
     CrossbarConfig,
     Device,
@@ -42,6 +44,7 @@ _GRAPH, _BASE = nnx.split(tiny.t5())
 _POOL = tiny.pool(4, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
 _MODULES = [2, 0, 3]
 _NEW = 6
+_KEY = jax.random.key(5)
 
 
 def _plain(graph, base):
@@ -59,7 +62,7 @@ def _params(method, number, modules=_MODULES, pool=_POOL):
         params["coefficients"] = tiny.coefficients(shape(pool, len(modules), method.granularity), seed=number)
     if isinstance(method, Magnitudes) or method.magnitudes:
         rng = np.random.default_rng(number)
-        norms = {s: np.linalg.norm(k, axis=1) for s, k in kernels(nnx.merge(_GRAPH, _BASE)).items() if s in pool.A}
+        norms = {s: np.linalg.norm(k, axis=1) for s, k in kernels(nnx.merge(_GRAPH, _BASE)).items() if s in pool.rank}
         params["magnitudes"] = {
             s: jnp.asarray(rng.uniform(0.7, 1.3, n.shape) * n, jnp.float32) for s, n in norms.items()
         }
@@ -215,6 +218,27 @@ def test_tasks_come_and_go_without_a_compilation(bank):
     others = np.setdiff1d(np.arange(len(_MIXED)), [new, gone, last])
     for logits in moved:
         np.testing.assert_array_equal(logits[others], first[others])
+
+
+def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone():
+    """With magnitudes and without, with a core, in arrays, and beside the plain base."""
+    basis = shared_basis(_POOL, 5)
+    methods = [Fusion(), Fusion(granularity="site", magnitudes=False, basis=5), Fusion(core=True, magnitudes=False)]
+    tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
+    tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
+    frozen = Fusion().prepare(Frozen(_BASE, basis), kernels(nnx.merge(_GRAPH, _BASE)))
+    batch = _rows(5)
+    for weights in (frozen, program(_GRAPH, frozen, {"pool.*": PRESETS["ideal"]}, _KEY)):
+        bank = _filled(weights, tasks, granularity="site", cores=True)
+        got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
+        for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
+            problem = Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
+            wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+            _close(got[row], np.asarray(wanted)[row])
+        plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
+        np.testing.assert_array_equal(got[3], plain[3])
+    with pytest.raises(ValueError, match="no room for them: make it with cores=True"):
+        _filled(frozen, tasks, granularity="site")
 
 
 def test_coefficients_alone_take_no_room_for_scales():

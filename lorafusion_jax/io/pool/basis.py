@@ -88,8 +88,11 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
             raise ValueError(
                 f"{folder / FOLDER} is of another base: {site} has layers, d_in and d_out {got} there and {wanted} here"
             )
+    arrays: dict[str, dict[str, Any]] = {
+        field: {site: jnp.asarray(a) for site, a in tree[field].items()} for field in _FIELDS
+    }
     basis = SharedBasis(
-        **{field: {site: jnp.asarray(a) for site, a in tree[field].items()} for field in _FIELDS},
+        **arrays,
         rank={site: jnp.asarray(rank, jnp.int32) for site, rank in description["rank"].items()},
         names=tuple(description["modules"]),
         sites=tuple(site for site in config.sites if site in description["rank"]),

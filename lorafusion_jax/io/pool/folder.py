@@ -160,7 +160,8 @@ class AdapterFolders:
 
     def basis_modules(self, k: int | None = None) -> dict[str, str]:
         """Raise a ValueError, as `basis` does."""
-        return self.basis(k) and {}
+        self.basis(k)
+        return {}
 
     @property
     def _base(self) -> str:
