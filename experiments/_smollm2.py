@@ -13,6 +13,7 @@ PROMPTS = {
     "ing": "The -ing form of a verb.\n{input} ->",
 }
 UNSEEN = "ing"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def base() -> Path:

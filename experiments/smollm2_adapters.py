@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from _smollm2 import EXAMPLES, PROMPTS, UNSEEN, base
+from _smollm2 import EXAMPLES, HUB_ID, PROMPTS, UNSEEN, base
 
 from lorafusion_jax import PRESETS, FuseOptions, cli, fuse
 from lorafusion_jax.files import write_text
 from lorafusion_jax.runs.export import ExportOptions, export
 
 RANK, EPOCHS, BATCH = 4, 3, 16
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

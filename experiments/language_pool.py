@@ -1,0 +1,200 @@
+"""Train the pool of adapters of SmolLM2 for real language, one LoRA on queries and values for each source task.
+
+    python experiments/language_pool.py --tasks function_vectors/dataset_files           # what is missing
+    python experiments/language_pool.py --tasks function_vectors/dataset_files --plan    # what it needs
+
+Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
+the base and of the adapter as it is written. Interrupted, the same command goes on with the next task.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tyro
+from _common import ROOT
+from _language import PROMPT, SOURCE_ROWS, SOURCES, find, load, source_rows
+from _smollm2 import HUB_ID, base
+
+from lorafusion_jax import PRESETS, FuseOptions, cli
+from lorafusion_jax.io.export import lora_adapter
+from lorafusion_jax.io.peft.adapter import write_adapter
+from lorafusion_jax.runs.evaluate import evaluate, seed_rows
+from lorafusion_jax.runs.prepare import Setup, load_texts, prepare
+from lorafusion_jax.runs.run import environment, with_targets
+from lorafusion_jax.tasks import Encoded, answer_options, batch_orders, encode, split, train_batches
+from lorafusion_jax.training.fit import Epoch, fit, start
+from lorafusion_jax.training.programs import make_room
+
+SEED, BATCH = 1, 16
+TEST_ROWS = 100  # all in one batch: one program less to compile for each task
+NEW_TOKENS = 12  # more than 99 % of all answers have
+# Padded tokens that a training step takes in a second, and seconds for the rest of a task: compiling and evaluating.
+RATE, REST = 200.0, 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the script.
+
+    Attributes:
+      tasks: folder of the function-vector data sets, also in subfolders.
+      out: folder of the adapters and pool.jsonl; tasks that have a line there are not trained again.
+      sources: names of the tasks; by default all sources of the pool.
+      rank: of the adapters; alpha is twice that.
+      lr: learning rate, which falls to zero along a cosine.
+      chat: the model's chat template instead of the prompt "Q: ... A:".
+      plan: print steps and time, and train nothing.
+    """
+
+    tasks: Path
+    out: Path = ROOT / "runs" / "language_pool"
+    sources: tuple[str, ...] = tuple(name for family in SOURCES.values() for name in family)
+    rank: int = 8
+    lr: float = 5e-3
+    chat: bool = False
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Train what is missing, or say what it takes."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    file = options.out / "pool.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    have = {row["task"] for row in rows}
+    todo = {name: find(name, options.tasks) for name in options.sources if name not in have}
+    for path in todo.values():
+        load(path, source_rows(path))
+    if options.plan:
+        _print_plan(todo, options, rows)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number, (name, path) in enumerate(todo.items(), start=1):
+        make_room()
+        row = _train(name, path, options)
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print(f"[{number}/{len(todo)}] {_line(row)}", flush=True)
+
+
+def fuse_options(path: Path, options: Options) -> FuseOptions:
+    """Return the options of the run that trains a task's adapter."""
+    rows = source_rows(path)
+    recipe = dataclasses.replace(
+        PRESETS["default"],
+        epochs=SOURCE_ROWS[rows],
+        batch_size=BATCH,
+        lr_lora=options.lr,
+        lora_rank=options.rank,
+        max_new_tokens=NEW_TOKENS,
+    )
+    return with_targets(
+        FuseOptions(
+            base=str(base()),
+            task=str(path),
+            method="lora",
+            recipe=recipe,
+            seeds=(SEED,),
+            prompt=None if options.chat else PROMPT,
+            chat=options.chat,
+            train_rows=rows,
+            test_rows=TEST_ROWS,
+            eval_batch=TEST_ROWS,
+        )
+    )
+
+
+def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
+    """Write a task's adapter, and return its row."""
+    run = fuse_options(path, options)
+    setup = prepare(run)
+    assert setup.split is not None
+    began = time.perf_counter()
+    epochs: list[Epoch] = []
+    state = start(setup.problem, run.seeds)
+    zero_shot = _scores(setup, run, state.params)  # B is zero: the base
+    evaluated = time.perf_counter()
+    state = fit(setup.problem, setup.rows, state, run.recipe, run.seeds, after_epoch=epochs.append)
+    trained = time.perf_counter()
+    params = jax.tree.map(_rounded, state.params)
+    row = {
+        "task": name,
+        "family": next((family for family, names in SOURCES.items() if name in names), None),
+        "train_rows": setup.split.train.shape[1] + setup.split.validation.shape[1],
+        "test_rows": len(setup.test),
+        "base": zero_shot,
+        "adapter": _scores(setup, run, params),
+        "validation_loss": [float(epoch.validation_loss[0]) for epoch in epochs],
+        "steps": int(state.step[0]),
+        "tokens": _padded_tokens(setup.rows.tokens, setup.split.train, run),
+        "seconds": {"train": trained - evaluated, "evaluate": evaluated - began + time.perf_counter() - trained},
+        "epochs": run.recipe.epochs,
+        "config": {key: getattr(options, key) for key in ("rank", "lr", "chat")},
+        "data_sha256": setup.task.sha256,
+        **environment(),
+    }
+    of_seed = jax.tree.map(lambda p: p[0], params)
+    problem = setup.problem.replace(index=setup.problem.index[0])
+    adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index)
+    config, tensors = lora_adapter(setup.config, adapters, base=HUB_ID)
+    halves = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
+    write_adapter(options.out / "adapters" / name, config, halves)
+    return row
+
+
+def _scores(setup: Setup, run: FuseOptions, params: dict[str, Any]) -> dict[str, Any]:
+    """Return exact match, the share of answers that are also in the same case, option accuracy (percent), and loss."""
+    found = evaluate(setup, params, batch_size=run.eval_batch, options=answer_options(setup.task))
+    targets = [example.target for example in setup.task.test[: len(setup.test)]]
+    same = [said.strip() == target for said, target in zip(found.predictions[0], targets, strict=True)]
+    row = seed_rows(run.seeds, found)[0]
+    return {key: row[key] for key in ("exact_match", "option_accuracy", "loss")} | {
+        "same_case": 100 * float(np.mean(same))
+    }
+
+
+def _rounded(p: jax.Array) -> jax.Array:
+    """Return numbers that bfloat16 holds exactly, as the adapter's file does."""
+    return p.astype(jnp.bfloat16).astype(p.dtype)
+
+
+def _padded_tokens(tokens: Encoded, train: np.ndarray, run: FuseOptions) -> int:
+    """Return how many tokens all training steps take, padding included."""
+    orders = batch_orders(train, batch_size=BATCH, epochs=run.recipe.epochs, seeds=run.seeds)
+    return sum(batch.input_ids.size + batch.labels.size for batch in train_batches(tokens, orders, pad_id=0))
+
+
+def _print_plan(todo: dict[str, Path], options: Options, rows: Sequence[dict[str, Any]]) -> None:
+    """Print steps and time of the tasks that are missing, at the rate of those that are there."""
+    rate = sum(row["tokens"] for row in rows) / sum(row["seconds"]["train"] for row in rows) if rows else RATE
+    rest = float(np.mean([row["seconds"]["evaluate"] for row in rows])) if rows else REST
+    total = 0.0
+    for name, path in todo.items():
+        run = fuse_options(path, options)
+        task = load(path, run.train_rows)
+        texts = load_texts(run)
+        tokens = encode(texts.tokenizer, task.train, texts.text_format)
+        train = split(len(task.train), run.seeds, limit=run.train_rows).train
+        padded = _padded_tokens(tokens, train, run)
+        seconds = padded / rate + rest
+        total += seconds
+        print(f"{name:24} {train.shape[1]:4} rows x {run.recipe.epochs}  {padded:7,} tokens  {seconds / 60:5.1f} min")
+    where = f"of {len(rows)} finished tasks" if rows else "of the machine that made docs/results/language"
+    print(f"{len(todo)} tasks, {total / 60:.0f} minutes at {rate:.0f} padded tokens a second, the rate {where}")
+
+
+def _line(row: dict[str, Any]) -> str:
+    minutes = sum(row["seconds"].values()) / 60
+    scores = f"base {row['base']['exact_match']:.1f} %, adapter {row['adapter']['exact_match']:.1f} %"
+    return f"{row['task']}: {scores} of {row['test_rows']} rows, {row['train_rows']} trained, {minutes:.1f} min"
+
+
+if __name__ == "__main__":
+    cli.run(main)
