@@ -16,6 +16,8 @@ from lorafusion_jax.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"
+# Of the embedded pool's shared basis: the first ones are smaller bases.
+DIRECTIONS = 48
 # The embedded tasks that nothing was trained or tuned on.
 TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_next2", "last3_starvow")
 
@@ -35,11 +37,18 @@ def fresh_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def convert_small_pool(out: Path) -> None:
-    """Convert the embedded adapters as a user would."""
+def convert_small_pool(out: Path, *options: str) -> None:
+    """Convert the embedded adapters as a user would, with more options of the command."""
     adapters = sorted(map(str, (SMALL / "adapters").iterdir()))
     script = [sys.executable, ROOT / "convert_peft_weights.py"]
-    subprocess.run([*script, "--base", SMALL / "base", "--out", out, "--adapters", *adapters], check=True)
+    subprocess.run([*script, "--base", SMALL / "base", "--out", out, "--adapters", *adapters, *options], check=True)
+
+
+def small_pool_in_basis() -> Path:
+    """Return the embedded pool with a shared basis, converted only once."""
+    if not (folder := ROOT / "runs" / "small_pool_in_basis").exists():
+        convert_small_pool(folder, "--basis", str(DIRECTIONS))
+    return folder
 
 
 League = Literal["95+5", "5"]

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import SMALL, convert_small_pool, recipe_of
-from _methods import METHODS
+from _common import SMALL, convert_small_pool, recipe_of, small_pool_in_basis
+from _methods import METHODS, Entry
 from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
@@ -174,6 +174,7 @@ def subject(
     store: Store,
     task: str,
     method: str,
+    entry: Entry | None = None,
     *,
     seeds: tuple[int, ...],
     epochs: int,
@@ -186,17 +187,19 @@ def subject(
     Args:
       store: of results.
       task: of the embedded tasks.
-      method: a row of `METHODS`.
+      method: its name.
+      entry: its settings; by default those of the row of `METHODS`.
       seeds: of the run.
       epochs: of training.
       chips: to draw from.
       count: of chips.
       test_rows: evaluate on the first rows only.
     """
-    entry = METHODS[method]
+    entry = entry or METHODS[method]
+    pool = small_pool_in_basis() if "basis" in entry.recipe else store.pool()
     options = FuseOptions(
         base=str(SMALL / "base"),
-        pool=str(store.pool()) if find(entry.method).pool else None,
+        pool=str(pool) if find(entry.method).pool else None,
         task=str(SMALL / "tasks" / task),
         seeds=seeds,
         out=store.folder / "runs",

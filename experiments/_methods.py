@@ -19,7 +19,7 @@ class Entry:
     """
 
     method: str
-    control: Literal["none", "random", "shuffled"] = "none"
+    control: Literal["none", "random", "shuffled", "svd"] = "none"
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     few_rates: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -67,4 +67,24 @@ COEFFICIENTS = {
         "site": {"lr_coefficients": 0.03},
         "rank": {"lr_coefficients": 0.02},
     }.items()
+}
+
+# Which of the small pool's 28 modules a seed fuses, other than the 20 that it draws.
+ALL, BEST = {"modules": 28}, {"modules": 10, "choose": "gradient"}
+# In a shared basis of 32 directions, and controls of its own; the rates serve other sizes and other modules too.
+IN_BASIS = {
+    "basis": Entry(method="fusion", recipe=ALL | {"basis": 32}, rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
+    "basis and core": Entry(
+        method="fusion",
+        recipe=ALL | {"basis": 32, "core": True},
+        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_core": 2e-3},
+    ),
+    # Cores alone: the coefficients stay at zero.
+    "LoRA-XS": Entry(
+        method="coefficients",
+        control="svd",
+        recipe={"basis": 32, "core": True, "start": "zeros", "modules": 1},
+        rates={"lr_coefficients": 0.0, "lr_core": 2e-3},
+    ),
+    "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
 }

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small
-from _methods import COEFFICIENTS, METHODS
+from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis
+from _methods import COEFFICIENTS, IN_BASIS, METHODS
 
 from lorafusion_jax import cli
 from lorafusion_jax.report import write_text
@@ -41,6 +41,12 @@ TRIALS: dict[str, list[dict[str, float]]] = {
     "VeRA": [{"lr_vera": r} for r in (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3)],
     "full fine-tuning": [{"lr_full": r} for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)],
     **dict.fromkeys(COEFFICIENTS, _RATES),
+    "basis": _PAIRS,
+    "basis and core": [
+        {"lr_coefficients": c, "lr_magnitudes": 0.01, "lr_core": r} for c in _COEFFICIENTS for r in (5e-4, 2e-3, 5e-3)
+    ],
+    "LoRA-XS": [{"lr_coefficients": 0.0, "lr_core": r} for r in (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)],
+    "mean module": _PAIRS,
 }
 
 
@@ -81,10 +87,11 @@ def _trials(method: str, league: League) -> list[dict[str, float]]:
 
 def _trial(method: str, rates: dict[str, float], league: League) -> dict[str, Any]:
     """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
-    entry = dataclasses.replace((METHODS | COEFFICIENTS)[method], rates=rates, few_rates=rates)
+    entry = dataclasses.replace((METHODS | COEFFICIENTS | IN_BASIS)[method], rates=rates, few_rates=rates)
+    pool = small_pool_in_basis() if "basis" in entry.recipe else SMALL / "adapters"
     with tempfile.TemporaryDirectory() as out:
         found = {
-            task: fuse_small(task, entry, pool=SMALL / "adapters", seeds=SEEDS, out=Path(out), name=task, league=league)
+            task: fuse_small(task, entry, pool=pool, seeds=SEEDS, out=Path(out), name=task, league=league)
             for task in TASKS
         }
     return {

@@ -179,9 +179,19 @@ def _magnitudes(magnitudes: dict[str, Array], frozen: Frozen, index: Int[Array, 
     return {s: jnp.where(adapted[s][:, None], m.astype(norms[s].dtype), norms[s]) for s, m in magnitudes.items()}
 
 
-def _build(built: Built, *, magnitudes: bool) -> Fusion:
+def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True) -> Fusion:
+    """Return the fusion of a recipe.
+
+    Args:
+      built: recipe and pool.
+      kind: which fusion.
+      magnitudes: train them too.
+
+    Raises:
+      ValueError: it cannot use the pool.
+    """
     recipe = built.recipe
-    fusion = Fusion(
+    fusion = kind(
         composition=recipe.composition,
         granularity=recipe.granularity,
         start=recipe.start,
@@ -236,7 +246,7 @@ _FUSION = MethodEntry(
     name="fusion",
     help="train coefficients that mix the pool, and magnitudes",
     title="LoRAFusion",
-    build=partial(_build, magnitudes=True),
+    build=build,
     update=partial(_update, magnitudes=True),
     pool=True,
     in_basis=True,
@@ -250,7 +260,7 @@ ENTRIES = (
         name="coefficients",
         help="train coefficients that mix the pool, alone",
         title="LoRAFusion, coefficients only",
-        build=partial(_build, magnitudes=False),
+        build=partial(build, magnitudes=False),
         update=partial(_update, magnitudes=False),
         groups=("coefficients",),
         placements=lambda billed: {},

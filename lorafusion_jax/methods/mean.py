@@ -1,21 +1,62 @@
-"""One weight for every module, without training: all alike, or the best single module by its training loss.
+"""The mean of the modules, with trained coefficients or as it is; and the best single module by its training loss.
 
 Axis letters: N modules of a seed.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from ..tasks import IGNORED, Batch
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
-from ..training.problem import SEARCH, Params, Problem
-from .fusion import Fusion
+from ..training.problem import SEARCH, Frozen, Params, Problem
+from ..training.recipe import Recipe
+from .fusion import Fusion, build
 from .method import MethodEntry, SearchJob, fused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanFusion(Fusion):
+    """A control of LoRAFusion: one module, the mean of the N, with coefficients and magnitudes of its own.
+
+    Groups: `mean`, its coefficients in the shape of the granularity without the axis N; otherwise as `Fusion`. The
+    start `uniform` is that of N modules at 1 / N each.
+    """
+
+    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+        """Return the rates of a fusion, that of its coefficients for the mean's."""
+        rates = super().learning_rates(recipe)
+        return {"mean": rates.pop("coefficients")} | rates
+
+    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
+        """Return the numbers of a fusion, its coefficients added up over the modules."""
+        params = super().init(frozen, index, key)
+        return {"mean": jnp.sum(params.pop("coefficients"), axis=0)} | params
+
+    def adapters(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return the adapters and metrics of the fusion that gives every module an N-th of the coefficients."""
+        return super().adapters(_alike(params, len(index)), frozen, index)
+
+    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
+        """Return the coefficients that affect any module, and the columns that any module adapts."""
+        acting = super().trainable(_alike(params, len(index)), frozen, index)
+        return {"mean": jnp.any(acting.pop("coefficients"), axis=0)} | acting
+
+
+def _alike(params: Params, modules: int) -> Params:
+    """Return the numbers of the fusion of N modules that is the mean's."""
+    others, mean = dict(params), params["mean"]
+    del others["mean"]
+    return others | {"coefficients": jnp.broadcast_to(mean / modules, (modules, *mean.shape))}
 
 
 def single_losses(batches: Sequence[Batch], problem: Problem) -> Float[np.ndarray, "seeds N"]:
@@ -57,6 +98,15 @@ ENTRIES = (
         pool=True,
         in_basis=True,
         learns="given",
+    ),
+    MethodEntry(
+        name="mean-fusion",
+        help="train coefficients of the modules' mean, and magnitudes",
+        build=partial(build, kind=MeanFusion),
+        update=lambda recipe, modules: fused(recipe, modules, "sum", magnitudes=True),
+        pool=True,
+        in_basis=True,
+        groups=("magnitudes", "mean"),
     ),
     MethodEntry(
         name="single",

@@ -16,7 +16,9 @@ _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(_ROOT / "experiments"))
-    yield {name: importlib.import_module(name) for name in ("_hardware", "hardware", "hardware_sweeps")}
+    yield {
+        name: importlib.import_module(name) for name in ("_hardware", "hardware", "hardware_sweeps", "basis_on_chips")
+    }
     sys.path.remove(str(_ROOT / "experiments"))
 
 
@@ -75,6 +77,25 @@ def test_the_tables_hold_every_case(scripts):
     for case in hardware.TRAINED:
         assert f"| {case} " in text
     assert hardware.csv_of(rows).count("\n") == len(rows) + 1
+
+
+def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(scripts, tmp_path):
+    script, file = scripts["basis_on_chips"], tmp_path / "rows.csv"
+    of_whole = _rows("digital", [[60, 40, 0]]) + _rows("untouched", [[40, 40, 0], [30, 30, 0], [0, 0, 0]])
+    for compensate, match in ((False, 0), (True, 20)):
+        of_whole += _rows("untouched", [[match] * 3] * 3, age="1month", compensate=compensate)
+    file.write_text(scripts["_hardware"].csv_of(of_whole))
+    options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), whole=file)
+    rows = list(script.whole_rows(options))
+    assert len(rows) == 2 + 2 * 2 * 2
+    inside = _rows("digital", [[50, 48]]) + _rows("untouched", [[45, 45], [45, 45]])
+    inside += _rows("untouched", [[30, 32], [30, 32]], age="1month")
+    rows += [{"fusion": "k = 16", **row} for row in inside]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(rows, options).splitlines()[4:]]
+    assert lines == [
+        ["whole modules", "50.0", "35.0 ± 7.1", "20.0 ± 0.0", "15.0", "30.0"],
+        ["k = 16", "49.0", "45.0 ± 0.0", "31.0 ± 0.0", "4.0", "18.0"],
+    ]
 
 
 @pytest.mark.parametrize(("sweep", "point"), [("noise", "0.1"), ("adc", "6"), ("cell", "2"), ("age", "1day")])

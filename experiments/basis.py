@@ -1,0 +1,215 @@
+"""A shared basis on the embedded pool: accuracy against reads, what choosing modules does, and controls.
+
+    python experiments/basis.py                          # runs what is missing, then writes the tables and the plot
+    python experiments/basis.py --groups choice mean     # some groups only
+    python experiments/basis.py --leagues 5              # five examples
+
+    choice     whole modules: all 28, and the best 10 by gradient
+    k32, k16, k8, k24, k48    20 drawn modules, all, and the best 10, in the first k directions of the pool's basis
+    start      all modules in 32 directions, from 2 / N instead of 1 / N
+    controls   all modules in 32 random directions, those of shuffled layers, the leading ones of the base's matrices,
+               each with a trained core too; cores alone in the base's directions, as LoRA-XS
+    mean       the mean of the modules, whole, as one module
+
+LoRAFusion and LoRA are the rows of the main table. Results are rows of OUT/results.jsonl; interrupted, the same command
+goes on. Written to OUT, for each league: table.md and reads.png.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+from _common import DIRECTIONS, ROOT, small_pool_in_basis
+from _matrix import run_matrix
+from _methods import ALL, BEST, IN_BASIS, METHODS, Entry
+from _planning import print_matrix_plan
+from small_pool import SmallPoolOptions
+
+from lorafusion_jax import cli
+from lorafusion_jax.adapters.basis import SharedBasis
+from lorafusion_jax.columns import markdown
+from lorafusion_jax.io.pool import load_basis
+from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores, write_text
+from lorafusion_jax.report import markdown as table_markdown
+from lorafusion_jax.report.figure import colour, plot
+
+Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
+
+_FUSION = "LoRAFusion"
+# Rows of whole modules, and how they are chosen: a draw, all, the best.
+CHOICES: dict[str, dict[str, Any]] = {_FUSION: {}, "all modules": ALL, "best 10": BEST}
+SIZES = (8, 16, 24, 32, DIRECTIONS)
+_RANK = 16  # of the pool's modules
+_CONTROLS: dict[Literal["random", "shuffled", "svd"], str] = {
+    "random": "random",
+    "shuffled": "shuffled layers",
+    "svd": "base's SVD",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasisOptions(SmallPoolOptions):
+    """Options of the experiment.
+
+    Attributes:
+      groups: rows to run; all by default.
+      main: rows of the main table.
+      out: folder of results.jsonl, the runs and what is made of them; what is there already is not run again.
+    """
+
+    groups: tuple[Group, ...] = get_args(Group)
+    main: tuple[Path, ...] = tuple(
+        ROOT / "docs" / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5")
+    )
+    out: Path = ROOT / "runs" / "basis"
+
+
+def entries_of(groups: Sequence[Group]) -> dict[str, Entry]:
+    """Return the rows of groups by name."""
+    inside, with_core = IN_BASIS["basis"], IN_BASIS["basis and core"]
+    twice = dataclasses.replace(inside, recipe=inside.recipe | {"start": "twice"})
+    found: dict[str, dict[str, Entry]] = {
+        "choice": {name: dataclasses.replace(METHODS[_FUSION], recipe=of) for name, of in CHOICES.items() if of},
+        "start": {"k = 32, all modules, from 2/N": twice},
+        "controls": {
+            f"k = 32, {said}": dataclasses.replace(inside, control=control) for control, said in _CONTROLS.items()
+        }
+        | {
+            f"k = 32, {said}, core": dataclasses.replace(with_core, control=control)
+            for control, said in {"none": "all modules", **_CONTROLS}.items()
+        }
+        | {"LoRA-XS": IN_BASIS["LoRA-XS"]},
+        "mean": {"mean module": IN_BASIS["mean module"]},
+    }
+    for k in SIZES:
+        found[f"k{k}"] = {
+            in_basis(k, whole): dataclasses.replace(inside, recipe=of | {"basis": k}) for whole, of in CHOICES.items()
+        }
+    return {name: entry for group in groups for name, entry in found[group].items()}
+
+
+def in_basis(k: int, whole: str) -> str:
+    """Return the name of the row that fuses the modules of a row of whole ones in k directions."""
+    return f"k = {k}, {'drawn' if whole == _FUSION else whole}"
+
+
+def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> str:
+    """Return every row with its reads and its differences, the rows by task, and what the directions keep."""
+    at_most, width = reads(league, _FUSION), next(iter(basis.U.values())).shape[1]
+    head = ["", "read of a matrix", f"/ {at_most}", "trained", "exact match, %", "95 % interval"]
+    lines = [[*head, f"minus {_FUSION}", "minus the same modules, whole"]]
+    for name in _in_order(league):
+        found, columns = league.summaries[name], reads(league, name)
+        assert found is not None
+        lines.append(
+            [
+                name,
+                f"{columns}",
+                f"{columns / at_most:.2f}",
+                f"{max(row['trainable'] for row in league.of(name)):,}",
+                f"{found.mean:.1f}",
+                f"{found.low:.1f} to {found.high:.1f}",
+                _difference(league, name, _FUSION),
+                _difference(league, name, _in_whole(league, name)),
+            ]
+        )
+    kept = [["k", "k / d", "kept of the modules' squared norms, by site, %"]]
+    for k in sizes:
+        shares = [100 * norms.mean() for norms in basis.first(k).kept().values()]
+        kept.append([f"{k}", f"{k / width:.2f}", f"{min(shares):.0f} to {max(shares):.0f}"])
+    ordered = Scores(league.league, [row for name in _in_order(league) for row in league.of(name)])
+    return (
+        f"League {league.league}; d = {width}; {len(basis)} modules of rank {_RANK}; read of a matrix: N r columns of "
+        f"A, or k of U.\n\n{markdown(lines)}\n{table_markdown(main_tables(ordered)[0])}\n{markdown(kept)}"
+    )
+
+
+def reads(league: Scores, name: str) -> int:
+    """Return the columns that a row reads of every matrix: k, the N r of whole modules, or LoRA's r."""
+    recipe = _recipe(league, name)
+    if name == "LoRA":
+        return recipe["lora_rank"]
+    return recipe.get("basis") or recipe["modules"] * _RANK
+
+
+def _in_order(league: Scores) -> list[str]:
+    """Return the rows that have all tasks, in the order of the groups."""
+    every = ("LoRA", _FUSION, *entries_of(get_args(Group)))
+    return [name for name in every if league.summaries.get(name)]
+
+
+def _in_whole(league: Scores, name: str) -> str | None:
+    """Return the row of whole modules that a row in a basis fuses, if it is there."""
+
+    def chosen(row: str) -> tuple[int, str]:
+        recipe = _recipe(league, row)
+        return recipe["modules"], recipe.get("choose", "draw")
+
+    if _recipe(league, name).get("basis") is None:
+        return None
+    return next((row for row in CHOICES if row in league.methods and chosen(row) == chosen(name)), None)
+
+
+def _recipe(league: Scores, name: str) -> dict[str, Any]:
+    return league.of(name)[0]["config"]["recipe"]
+
+
+def _difference(league: Scores, name: str, other: str | None) -> str:
+    found = None if other in (None, name) or other not in league.methods else league.paired(name, other)
+    return "" if found is None else f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+
+
+def draw(league: Scores, path: Path) -> None:
+    """Draw accuracy against the columns that are read of every matrix."""
+    at_most, there = reads(league, _FUSION), _in_order(league)
+
+    def on(figure: Any) -> None:
+        axes = figure.subplots()
+
+        def points(names: Sequence[str], label: str, beside: float = 1.0, **style: Any) -> None:
+            names = [name for name in names if name in there]
+            found = [of for name in names if (of := league.summaries[name])]
+            if found:
+                x, means = [beside * reads(league, name) for name in names], [of.mean for of in found]
+                around = [[of.mean - of.low for of in found], [of.high - of.mean for of in found]]
+                axes.errorbar(x, means, around, label=label, elinewidth=1, **style)
+
+        for i, whole in enumerate(CHOICES, start=2):
+            said = "20 drawn modules" if whole == _FUSION else whole
+            of_basis = [in_basis(k, whole) for k in SIZES]
+            points(of_basis, f"{said}, in the basis", 1.03 ** (i - 3), fmt="o-", color=colour(i))
+            points([whole], f"{said}, whole", fmt="s", color=colour(i), markersize=8, markerfacecolor="white")
+        for i, said in enumerate(_CONTROLS.values(), start=5):
+            points([f"k = 32, {said}"], f"{said}, all modules", 1.03 ** (i - 3), fmt="x", color=colour(i))
+        points(["LoRA"], "LoRA, written for the task", fmt="*", color=colour(0), markersize=11)
+        axes.set_xscale("log")
+        ticks = sorted({reads(league, name) for name in there})
+        axes.set_xticks(ticks, [f"{x}\n{x / at_most:.2f}" for x in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(f"columns read of every matrix, and / {at_most}")
+        axes.set_ylabel("exact match, %, with 95 % interval")
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+    plot(path, (8.0, 5.5), on)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(BasisOptions, args=list(arguments), description=__doc__)
+    entries = entries_of(options.groups)
+    options = dataclasses.replace(options, pool=str(small_pool_in_basis()))
+    if options.plan:
+        print_matrix_plan(options, entries)
+        return
+    own = read_rows(run_matrix(options, entries))
+    compared = [row for row in merge(options.main) if row["method"] in ("LoRA", _FUSION)]
+    basis = load_basis(Path(options.pool))
+    for league in scores([*compared, *own]):
+        suffix = "" if league.league == "95+5" else f"_{league.league}"
+        write_text(options.out / f"table{suffix}.md", tables(league, basis))
+        draw(league, options.out / f"reads{suffix}.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,78 @@
+"""The experiment on a shared basis: its rows, their reads and differences, the plot."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from made_up_rows import row
+
+from lorafusion_jax import FuseOptions
+from lorafusion_jax.adapters.basis import shared_basis
+from lorafusion_jax.report import scores
+from lorafusion_jax.runs.prepare import check
+
+_EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+_SHARE = {"LoRA": 0.3, "LoRAFusion": 0.5, "best 10": 0.5, "k = 16, best 10": 0.4, "k = 8, drawn": 0.2}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(_EXPERIMENTS))
+    try:
+        import _common
+        import basis
+
+        yield _common, basis
+    finally:
+        sys.path.remove(str(_EXPERIMENTS))
+
+
+@pytest.fixture(scope="module")
+def league(scripts):
+    """Rows of two tasks: of ten answers each method gives so many right, the first ones."""
+    common, basis = scripts
+    entries = {"LoRA": basis.METHODS["LoRA"], "LoRAFusion": basis.METHODS["LoRAFusion"]}
+    entries |= basis.entries_of(basis.get_args(basis.Group))
+    rows = []
+    for name, share in _SHARE.items():
+        recipe = json.loads(json.dumps(dataclasses.asdict(common.recipe_of(entries[name]))))
+        for task in ("one", "two"):
+            of = row(task, name, 1, np.arange(10) < 10 * share, trainable=7)
+            rows.append(of | {"config": {"recipe": recipe}})
+    (found,) = scores(rows)
+    return found
+
+
+def test_every_row_can_run_and_none_is_there_twice(scripts):
+    common, basis = scripts
+    entries, settings = basis.entries_of(basis.get_args(basis.Group)), set()
+    for entry in entries.values():
+        recipe = common.recipe_of(entry)
+        check(FuseOptions(base="b", pool="p", task="t", method=entry.method, control=entry.control, recipe=recipe))
+        settings.add((entry.method, entry.control, recipe))
+        assert (recipe.basis or 0) <= common.DIRECTIONS
+    assert len(settings) == len(entries) == 2 + 5 * 3 + 1 + 8 + 1
+
+
+def test_a_table_gives_reads_and_differences_to_the_same_modules(scripts, league):
+    _, basis = scripts
+    text = basis.tables(league, shared_basis(tiny.pool(3), 12), sizes=(8, 12))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    by_name = {of[0]: of[1:] for of in cells[:7]}
+    assert by_name["LoRA"][:2] == ["16", "0.05"]
+    assert by_name["LoRAFusion"] == ["320", "1.00", "7", "50.0", by_name["LoRAFusion"][4], "", ""]
+    assert by_name["best 10"][:2] == ["160", "0.50"]
+    assert by_name["k = 16, best 10"][:2] == ["16", "0.05"]
+    assert [cell.split(" ")[0] for cell in by_name["k = 16, best 10"][-2:]] == ["-10.0", "-10.0"]
+    assert by_name["k = 8, drawn"][-2].startswith("-30.0") and by_name["k = 8, drawn"][-1].startswith("-30.0")
+    assert cells[-1] == ["12", "0.75", "100 to 100"]  # as many directions as N r
+
+
+def test_a_plot_is_drawn_of_the_rows_that_are_there(scripts, league, tmp_path):
+    _, basis = scripts
+    basis.draw(league, tmp_path / "reads.png")
+    assert (tmp_path / "reads.png").stat().st_size > 10_000

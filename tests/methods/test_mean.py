@@ -1,0 +1,46 @@
+"""The mean module, by its definition in float64 and by the fusion whose coefficients are alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.mean import MeanFusion
+from lorafusion_jax.models.architecture import kernels
+
+_MODEL = tiny.t5()
+_FROZEN, _INDEX, _KEY = tiny.frozen(_MODEL), jnp.array([2, 0, 1]), jax.random.key(0)
+
+
+def _adapters(method, params):
+    return jax.jit(method.adapters)(params, _FROZEN, _INDEX)[0]
+
+
+def test_it_starts_where_a_uniform_fusion_does():
+    mean, fusion = MeanFusion().init(_FROZEN, _INDEX, _KEY), Fusion().init(_FROZEN, _INDEX, _KEY)
+    assert list(mean) == ["mean", "magnitudes"] and mean["mean"].shape == fusion["coefficients"].shape[1:]
+    pairs = zip(*(jax.tree.leaves(_adapters(*of)) for of in ((MeanFusion(), mean), (Fusion(), fusion))), strict=True)
+    for got, wanted in pairs:
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def test_its_update_is_the_mean_of_the_modules_times_one_coefficient():
+    c = tiny.coefficients((5,))
+    adapters = _adapters(MeanFusion(magnitudes=False), {"mean": c})
+    merged, base, pool = kernels(merged_base(_MODEL, adapters)), kernels(_MODEL), _FROZEN.pool
+    alike = tiny.coefficient_of(np.tile(np.asarray(c) / 3, (3, 1)), pool, "block")
+    for (site, layer), wanted in tiny.updates(pool, [2, 0, 1], alike, "sum").items():
+        np.testing.assert_allclose(merged[site][layer] - base[site][layer], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("granularity", "acting"), [("global", True), ("block", [True] * 3 + [False] * 2)])
+def test_it_trains_one_row_of_coefficients_where_a_module_acts(granularity, acting):
+    method = MeanFusion(granularity=granularity)
+    params = method.init(_FROZEN, _INDEX, _KEY)
+    of_all = method.trainable(params, _FROZEN, _INDEX)
+    assert jax.tree.map(jnp.shape, of_all) == jax.tree.map(jnp.shape, params) and bool(jnp.all(of_all["mean"]))
+    only = method.trainable(params, _FROZEN, jnp.array([0]))  # it has nothing in the decoder
+    assert only["mean"].tolist() == acting
