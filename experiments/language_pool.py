@@ -4,7 +4,8 @@
     python experiments/language_pool.py --tasks function_vectors/dataset_files --plan    # what it needs
 
 Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
-the base and of the adapter as it is written. Interrupted, the same command goes on with the next task.
+the base and of the adapter as it is written; table_pool.md shows them. Interrupted, the same command goes on with the
+next task. Two processes may share OUT if they are given different --sources.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import jax
@@ -24,6 +26,7 @@ from _language import PROMPT, SOURCE_ROWS, SOURCES, find, load, source_rows
 from _smollm2 import HUB_ID, base
 
 from lorafusion_jax import PRESETS, FuseOptions, cli
+from lorafusion_jax.files import write_text
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Train what is missing, or say what it takes."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "pool.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = _rows(file) if file.exists() else []
     have = {row["task"] for row in rows}
     todo = {name: find(name, options.tasks) for name in options.sources if name not in have}
     for path in todo.values():
@@ -81,7 +84,35 @@ def main(arguments: Sequence[str] = ()) -> None:
         row = _train(name, path, options)
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
+        write_text(options.out / "table_pool.md", table_of(_rows(file)))
         print(f"[{number}/{len(todo)}] {_line(row)}", flush=True)
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the finished tasks in the order of the sources."""
+    order = {name: place for place, name in enumerate(name for family in SOURCES.values() for name in family)}
+    lines = [
+        "# The pool of SmolLM2",
+        "",
+        "Exact match in percent on the test rows of each adapter's own task; loss in nats per token. Made by",
+        "`python experiments/language_pool.py --tasks FOLDER`.",
+        "",
+        "| family | task | rows trained | test rows | base | adapter | in the same case | loss, base | adapter |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: order.get(row["task"], len(order))):
+        before, after = row["base"], row["adapter"]
+        scores = [before["exact_match"], after["exact_match"], after["same_case"]]
+        numbers = [*(f"{score:.1f}" for score in scores), f"{before['loss']:.2f}", f"{after['loss']:.2f}"]
+        cells = [row["family"] or "tuning", row["task"], str(row["train_rows"]), str(row["test_rows"]), *numbers]
+        lines.append(f"| {' | '.join(cells)} |")
+    means = [fmean(row[who]["exact_match"] for row in rows) for who in ("base", "adapter")]
+    lines.append(f"| **mean** | {len(rows)} tasks | | | {means[0]:.1f} | {means[1]:.1f} | | | |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def fuse_options(path: Path, options: Options) -> FuseOptions:
