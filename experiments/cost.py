@@ -1,6 +1,6 @@
 """Cost of a new task on arrays: every method's bill for several base models and kinds of array.
 
-    python experiments/cost.py                          # FLAN-T5-small, base, large on isaac, puma, neurram
+    python experiments/cost.py          # FLAN-T5-small, base, large and SmolLM2-135M on isaac, puma, neurram
     python experiments/cost.py --shapes t5-base --crossbars raella --constants mine.yaml
 
 Written to the folder: table.md (LoRA in cells against LoRAFusion, then every bill), table.csv (one line for each
@@ -17,8 +17,18 @@ from typing import Any
 import tyro
 
 from lorafusion_jax import cli
-from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants, write_cost
-from lorafusion_jax.estimates.bill import Bill, Comparison, CostOptions, activities, comparisons, installed_once, price
+from lorafusion_jax.crossbar import CONSTANTS, Range, load_config, load_constants
+from lorafusion_jax.estimates.bill import (
+    Bill,
+    Comparison,
+    CostOptions,
+    Once,
+    activities,
+    comparisons,
+    installed_once,
+    price,
+    price_once,
+)
 from lorafusion_jax.estimates.bill.show import constants_table, markdown, number, quantity, tables
 from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.report import write_text
@@ -36,14 +46,16 @@ class Options:
       crossbars: of arrays: names or files.
       modules: modules that are fused.
       rank: of each.
+      basis: numbers of directions of shared bases.
       constants: a file that replaces the table of constants.
       out: folder to write to.
     """
 
-    shapes: tuple[str, ...] = ("flan-t5-small", "flan-t5-base", "flan-t5-large")
+    shapes: tuple[str, ...] = ("flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
     crossbars: tuple[str, ...] = ("isaac", "puma", "neurram")
     modules: int = 20
     rank: int = 16
+    basis: tuple[int, ...] = (16, 32)
     constants: Path | None = None
     out: Path = Path("runs/cost")
 
@@ -55,7 +67,7 @@ class Billed:
     options: CostOptions
     bills: dict[str, Bill]
     against: dict[str, Comparison]
-    once: dict[str, tuple[int, WriteCost]]
+    once: dict[str, Once]
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -66,7 +78,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     found = []
     for shape in options.shapes:
         for name in options.crossbars:
-            asked = CostOptions(shape=shape, crossbar=name, modules=options.modules, rank=options.rank)
+            asked = CostOptions(
+                shape=shape, crossbar=name, modules=options.modules, rank=options.rank, basis=options.basis
+            )
             config, crossbar = known_shapes()[shape], load_config(name)
             of = {activity.method: activity for activity in activities(config, crossbar, asked)}
             written = installed_once(config, crossbar, asked)
@@ -75,7 +89,7 @@ def main(arguments: Sequence[str] = ()) -> None:
                     asked,
                     {name: price(activity, crossbar, asked, constants) for name, activity in of.items()},
                     comparisons(of, crossbar, asked, constants),
-                    {name: (counts.arrays, write_cost(counts, constants)) for name, counts in written.items()},
+                    {name: price_once(standing, constants) for name, standing in written.items()},
                 )
             )
     options.out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +107,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def summary(found: Sequence[Billed]) -> list[list[str]]:
-    """Headings, and a line for each shape, preset and layout of the pool."""
+    """Headings, and a line for each shape, preset and layout of the pool or basis."""
     lines = [
         [
             "model and arrays",
@@ -116,7 +130,7 @@ def summary(found: Sequence[Billed]) -> list[list[str]]:
             lines.append(
                 [
                     f"{billed.options.shape}, {billed.options.crossbar}",
-                    "side by side" if "side" in name else "own arrays",
+                    name.partition(", ")[2] or "own arrays",
                     f"{lora.cells:,}",
                     quantity(lora.energy, "J"),
                     quantity(lora.time, "s"),

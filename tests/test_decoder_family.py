@@ -176,7 +176,8 @@ def test_every_method_runs(method, done, config):
     assert 0 <= row["exact_match"] <= 100
     assert row["loss"] is None if method == "constant" else math.isfinite(row["loss"])
     if METHODS[method].title is not None:
-        found = counts(config, modules=2, rank=_RANK, vera_rank=3, targets=_ADAPTED if METHODS[method].pool else None)
+        targets = _ADAPTED if METHODS[method].pool else None
+        found = counts(config, modules=2, rank=_RANK, vera_rank=3, basis=None, targets=targets)
         assert results["trainable"] == found[METHODS[method].title.format(rank=_RANK, vera_rank=3)]
 
 
@@ -255,7 +256,7 @@ def test_a_plan_counts_what_a_run_needs(asked, run):
 
 
 def test_parameters_and_bytes_are_the_model_s(config):
-    found = counts(config, modules=2, rank=3, targets=["q_proj", "up_proj"])
+    found = counts(config, modules=2, rank=3, basis=4, targets=["q_proj", "up_proj"])
     maps = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24
     assert found["full fine-tuning"] == maps + 320 * 16 + 3 * 16
     assert found["LoRAFusion"] == 2 + 16 + 24
@@ -263,7 +264,7 @@ def test_parameters_and_bytes_are_the_model_s(config):
 
 
 def test_a_bill_follows_the_block_s_stages(config):
-    options = CostOptions(modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("v_proj",))
+    options = CostOptions(modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("v_proj",), basis=())
     found = {activity.method: activity for activity in activities(config, ARRAYS["isaac"], options)}
     # Queries with keys, values and their modules; the attention's end; gate and up; down. The head is the embedding.
     assert found["LoRAFusion"].stages == {

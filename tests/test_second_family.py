@@ -183,7 +183,7 @@ def test_methods_without_a_pool_adapt_the_family_s_own_choice(fused):
     assert json.loads((run / "config.json").read_text())["options"]["recipe"]["lora_targets"] == ["up", "query"]
     results = json.loads((run / "results.json").read_text())
     wanted = 2 * 2 * (8 + 12) + 3 * 2 * (8 + 12) + 3 * 2 * (8 + 8)
-    assert results["trainable"] == wanted == counts(_CONFIG, rank=2)["LoRA, rank 2"]
+    assert results["trainable"] == wanted == counts(_CONFIG, rank=2, basis=None)["LoRA, rank 2"]
 
 
 def test_a_mesh_gives_the_numbers_of_one_device(run, fused):
@@ -241,10 +241,10 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(run, tmp_path):
 
 
 def test_parameters_and_flops_are_the_model_s():
-    found = counts(_CONFIG, modules=2, rank=3)
+    found = counts(_CONFIG, modules=2, rank=3, basis=4)
     maps = 2 * 2 * 8 * 12 + 3 * (3 * 8 * 8 + 2 * 8 * 12)
     assert found["full fine-tuning"] == maps + 2 * 66 * 8 + (2 + 3 + 3 + 1) * 8
-    assert found["LoRAFusion"] == 2 * 5 + 5 * 12 + 3 * 8
+    assert found["LoRAFusion"] == found["LoRAFusion, basis of 4"] == 2 * 5 + 5 * 12 + 3 * 8
     assert weights_bytes(_CONFIG) == 4 * found["full fine-tuning"]
 
     rows, source, target = shape = Shape(2, 5, 3)
@@ -265,7 +265,9 @@ def test_a_plan_has_a_row_for_each_method():
 
 
 def test_a_bill_follows_the_writer_s_stages():
-    options = CostOptions(modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("query",))
+    options = CostOptions(
+        modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("query",), basis=(3,)
+    )
     found = {activity.method: activity for activity in activities(_CONFIG, ARRAYS["isaac"], options)}
     stages = found["LoRAFusion"].stages
     # ask (query and its modules; the memory is the source's), answer, mix, mixed in each of 3 layers; then the head.
@@ -276,5 +278,6 @@ def test_a_bill_follows_the_writer_s_stages():
         frozenset({((12, 8),)}): 3,
         frozenset({((8, 66),)}): 1,
     }
+    assert frozenset({((8, 8),), ((8, 3), (3, 8))}) in found["LoRAFusion, basis of 3"].stages
     priced = bills(_CONFIG, ARRAYS["isaac"], options)
     assert all(bill.task.typical > 0 for bill in priced.values())

@@ -256,15 +256,20 @@ def check_size(pool: LoraPool, k: int) -> None:
         raise ValueError(f"a basis of {k} directions: wanted at least 1")
     for site, A in pool.A.items():
         (_, modules, d_in, rank), d_out = A.shape, pool.B[site].shape[3]
-        if k > min(d_in, d_out):
-            raise ValueError(
-                f"a basis of {k} directions, but {site} is {d_in} x {d_out}: ask for at most {min(d_in, d_out)}"
-            )
+        check_width(k, site, d_in, d_out)
         if k > modules * rank:
             raise ValueError(
                 f"a basis of {k} directions, but the sum of {modules} modules of rank {rank} at {site} has a rank of "
                 f"at most {modules * rank}: ask for that at most, or use the modules themselves"
             )
+
+
+def check_width(k: int, site: str, d_in: int, d_out: int) -> None:
+    """Raise ValueError if a matrix is too small for a basis of k directions."""
+    if k > min(d_in, d_out):
+        raise ValueError(
+            f"a basis of {k} directions, but {site} is {d_in} x {d_out}: ask for at most {min(d_in, d_out)}"
+        )
 
 
 def _layer(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ from ..crossbar import (
     load_config,
     load_constants,
     save_constants,
-    write_cost,
 )
-from ..estimates.bill import Bill, CostOptions, activities, comparisons, installed_once, price
+from ..estimates.bill import Bill, CostOptions, activities, comparisons, installed_once, price, price_once
 from ..estimates.bill.show import constants_table, sentences, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
@@ -55,7 +55,7 @@ class CostCommand(CostOptions):
 
 GROUPS = {
     "data and base": ("shape", "train_rows", "source", "target", "tokens_per_task"),
-    "fusion": ("modules", "rank", "targets"),
+    "fusion": ("modules", "pool", "rank", "targets", "basis"),
     "training": ("epochs", "batch_size"),
     "baseline": ("vera_rank", "evaluations"),
     "hardware": ("crossbar", "constants", "save_constants"),
@@ -75,21 +75,15 @@ def main(arguments: Sequence[str]) -> None:
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = {activity.method: activity for activity in activities(config, crossbar, options)}
     bills = {name: price(activity, crossbar, options, constants) for name, activity in found.items()}
-    once = {
-        name: (counts.arrays, write_cost(counts, constants))
-        for name, counts in installed_once(config, crossbar, options).items()
-    }
+    once = {name: price_once(found, constants) for name, found in installed_once(config, crossbar, options).items()}
     against = comparisons(found, crossbar, options, constants)
-    pool = list(once.values())[1][1]
 
     if options.save_constants is not None:
         save_constants(options.save_constants, constants)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         content = _content(options, constants, bills)
-        content["once"] = {
-            name: {"arrays": arrays} | _plain(written._asdict()) for name, (arrays, written) in once.items()
-        }
+        content["once"] = {name: _plain(o._asdict()) for name, o in once.items()}
         content["LoRA in cells over"] = {name: _plain(c._asdict()) for name, c in against.items()}
         write_text(options.json, json.dumps(content, indent=2) + "\n")
 
@@ -99,12 +93,15 @@ def main(arguments: Sequence[str]) -> None:
         f"{options.epochs} epochs.\nEvery range is low / typical / high.\n"
     )
     print(captioned(tables(bills, once, options)))
-    print("\n".join(sentences(against, bills, pool, options)))
+    print("\n".join(sentences(against, bills, once, options)))
     print(f"\nConstants\n\n{markdown(constants_table(constants))}", end="")
 
 
 def _content(options: CostOptions, constants: Constants, bills: dict[str, Bill]) -> dict[str, Any]:
-    """Return options, constants and bills for JSON; ranges are [low, typical, high], in joules and seconds."""
+    """Return options, constants and bills for JSON; ranges are [low, typical, high], in joules and seconds.
+
+    An end that is infinite, such as a break-even that never comes, is null.
+    """
     files = ("constants", "save_constants", "json")
     return {
         "options": {name: value for name, value in vars(options).items() if name not in files},
@@ -115,7 +112,7 @@ def _content(options: CostOptions, constants: Constants, bills: dict[str, Bill])
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Range):
-        return [value.low, value.typical, value.high]
+        return [None if math.isinf(end) else end for end in (value.low, value.typical, value.high)]
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, WriteCost | ReadEnergy):

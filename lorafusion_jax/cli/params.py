@@ -21,6 +21,7 @@ class ParamsOptions:
       modules: number of modules that are fused.
       rank: rank of LoRA and DoRA.
       vera_rank: rank of VeRA's two random matrices, which all sites share.
+      basis: number of directions of a shared basis (`lorafusion convert --basis`).
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
     """
 
@@ -28,6 +29,7 @@ class ParamsOptions:
     modules: int = 20
     rank: int = 16
     vera_rank: int = 128
+    basis: int = 32
     targets: tuple[str, ...] | None = None
 
 
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         modules=options.modules,
         rank=options.rank,
         vera_rank=options.vera_rank,
+        basis=options.basis,
         targets=options.targets,
     )
     full = found["full fine-tuning"]

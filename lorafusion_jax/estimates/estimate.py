@@ -52,12 +52,13 @@ class Cost(NamedTuple):
     Attributes:
       trainable: number of trainable numbers of one seed.
       forward_flops: forward pass of the largest batch that is trained or searched on, else of the largest test batch.
-      training_flops: all steps and validations, or the search.
+      training_flops: ranking the pool's modules, all steps and validations; or the search.
       evaluation_flops: generating up to the token limit for the test rows, their loss and their options.
       weights_bytes: the base's weights.
       pool_bytes: the modules and their Gram terms.
       state_bytes: trained numbers, Adam's moments and the best numbers so far, of all seeds.
-      activation_bytes: training or evaluation, whichever takes more, at the batch that takes most.
+      activation_bytes: ranking, training or evaluation, whichever takes most, at the batch that takes most. Whole
+        modules that are read to be ranked, and are fused in a basis, count here.
       peak_bytes: the sum of these bytes.
     """
 
@@ -119,6 +120,7 @@ def check(method: str, settings: Settings) -> None:
     recipe = settings.recipe
     counts = {name: getattr(recipe, name) for name in ("modules", "lora_rank", "vera_rank", "epochs", "batch_size")}
     counts |= {name: getattr(recipe, name) for name in ("evaluations", "generations", "population", "shots")}
+    counts |= {} if recipe.basis is None else {"basis": recipe.basis}
     at_least(1, **counts, rank=settings.rank, seeds=settings.seeds)
     if settings.pool is not None and settings.pool < recipe.modules:
         raise ValueError(
@@ -166,6 +168,15 @@ def _seeds(entry: MethodEntry, settings: Settings) -> int:
     return settings.seeds if entry.seeded else 1
 
 
+def _ranking(entry: MethodEntry, settings: Settings) -> Update | None:
+    """Return the arithmetic of the pass that ranks all modules in memory, whole or in a basis; None without one."""
+    recipe = settings.recipe
+    if recipe.choose == "draw" or "coefficients" not in entry.groups:
+        return None
+    basis = None if recipe.choose == "gradient" else recipe.basis
+    return entry.update(dataclasses.replace(recipe, basis=basis, modules=settings.fused.pool), settings.fused)
+
+
 def _training_flops(
     config: Architecture, entry: MethodEntry, work: Workload, settings: Settings, trainable: int
 ) -> float:
@@ -173,6 +184,8 @@ def _training_flops(
     recipe, update = settings.recipe, entry.update(settings.recipe, settings.fused)
     if entry.learns == "trained":
         steps = sum(step_flops(config, shape, update, trainable=trainable) for shape in work.steps)
+        if (ranking := _ranking(entry, settings)) is not None:
+            steps += sum(step_flops(config, shape, ranking, trainable=0) for shape in work.search)
         return steps + work.epochs * forward_flops(config, work.validation, update)
     once = sum(forward_flops(config, shape, update) for shape in work.search)
     return entry.evaluations(recipe, recipe.modules) * once
@@ -198,6 +211,10 @@ def _activation_bytes(
     needed = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
     if entry.learns == "trained":
         needed += [step(shape, trainable=trainable) for shape in set(work.steps)]
+        if (ranking := _ranking(entry, settings)) is not None:
+            whole = pool_bytes(config, ranking) if ranking.kind != update.kind else 0
+            of_pass = partial(step, update=ranking, trainable=ranking.modules)
+            needed += [whole + of_pass(shape) for shape in set(work.search)]
     if entry.learns == "searched":
         needed += asking(work.search, 0, entry.at_once(settings.recipe))
     return max(needed)

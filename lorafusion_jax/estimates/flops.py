@@ -3,7 +3,7 @@
 A multiplication and an addition count as two operations. Matrix products are counted, and so is the optimiser, which is
 elementwise. Other elementwise operations are not; for this reason XLA's own count is a few percent higher.
 
-Axis letters: B batch, S source, T target, N modules of a fusion, P modules in memory, r rank.
+Axis letters: B batch, S source, T target, N modules of a fusion, P modules in memory, r rank, k directions of a basis.
 """
 
 from typing import NamedTuple
@@ -126,7 +126,8 @@ def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: boo
         return 0.0
     total = 0
     for site in targeted(config, update.targets).values():
-        total += site.layers * 2 * tokens(site.reads, shape) * update.width(site) * (site.d_in + site.d_out)
+        of_token = update.width(site) * (site.d_in + site.d_out) + _core(update)
+        total += site.layers * 2 * tokens(site.reads, shape) * of_token
         total += site.layers * _prepare(site, update) if prepare else 0
     return float(total)
 
@@ -140,10 +141,22 @@ def _prepare(site: Site, update: Update) -> int:
     if update.kind == "mix":
         factors = 2 * update.pool * r * (d_in + d_out)
         return factors + (2 * update.pool * r * d_out + 2 * r * r * (d_in + d_out) if update.magnitudes else 0)
+    if update.kind == "basis":
+        mixed = 2 * r * r * (update.modules + (0 if update.in_arrays and not update.magnitudes else d_out))
+        return mixed + (_norm(r, d_in, d_out) if update.magnitudes else 0)
     if update.is_dense(site):
         return 2 * k * d_in * d_out
-    # The norm, in the order of products that `compose` uses.
-    return 2 * k * min(k * (d_in + d_out), d_in * d_out) if update.kind == "sum" and update.magnitudes else 0
+    return _norm(k, d_in, d_out) if update.kind == "sum" and update.magnitudes else 0
+
+
+def _norm(k: int, d_in: int, d_out: int) -> int:
+    """Return the FLOPs of the columns' norms of a product of rank k, in the order that `squared_columns` uses."""
+    return 2 * k * min(k * (d_in + d_out), d_in * d_out)
+
+
+def _core(update: Update) -> int:
+    """Return the multiply-adds of a token with the core between directions in arrays."""
+    return update.rank**2 if update.kind == "basis" and update.in_arrays else 0
 
 
 def _gradients(config: Architecture, shape: Shape, update: Update) -> float:
@@ -157,7 +170,11 @@ def _gradients(config: Architecture, shape: Shape, update: Update) -> float:
         count, d_in, d_out = tokens(site.reads, shape), site.d_in, site.d_out
         if update.kind == "mix":
             total += site.layers * 2 * update.pool * update.rank * (d_in + d_out)
-        if update.is_dense(site):
+        if update.kind == "basis":
+            # Of the core, or of the core's product with V, and then of the coefficients.
+            of_core = count * _core(update) if update.in_arrays else update.rank * d_out * (count + update.rank)
+            total += site.layers * 2 * (of_core + update.modules * update.rank**2)
+        elif update.is_dense(site):
             total += site.layers * 2 * (count + update.modules * update.rank) * d_in * d_out
         elif update.kind != "sum":
             total += site.layers * 2 * count * update.rank * (d_in + d_out)

@@ -4,7 +4,8 @@ The formulas follow XLA's allocations for the programs of `fit.train_seeds` and 
 tests compare them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
 (`narrow.py`). On an accelerator this copy is left out; no such device was measured.
 
-Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank.
+Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank, k
+directions of a basis.
 """
 
 from typing import Literal
@@ -30,13 +31,14 @@ def weights_bytes(config: Architecture) -> int:
 
 
 def pool_bytes(config: Architecture, update: Update) -> int:
-    """Return the bytes of P modules and their Gram terms, or of the random matrices that all sites of a VeRA share."""
+    """Return the bytes of P modules, whole or in a basis, and their Gram terms, or of VeRA's shared random matrices."""
     frozen = targeted(config, update.targets).values()
     if update.kind == "vera":
         return _FLOAT32 * update.rank * (max(s.d_in for s in frozen) + max(s.d_out for s in frozen))
-    if update.kind not in ("mix", "sum"):
+    if update.kind not in ("mix", "sum", "basis"):
         return 0
-    factors = sum(s.layers * update.pool * update.rank * (s.d_in + 2 * s.d_out) for s in frozen)
+    modules, cores = (1, update.pool * update.rank**2) if update.kind == "basis" else (update.pool, 0)
+    factors = sum(s.layers * (modules * update.rank * (s.d_in + 2 * s.d_out) + cores) for s in frozen)
     return _FLOAT32 * (factors + sum(s.layers * s.d_out for s in frozen))
 
 
@@ -151,11 +153,17 @@ def _work(config: Architecture, shape: Shape) -> int:
 
 
 def _fused(config: Architecture, update: Update) -> int:
-    """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients."""
+    """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients.
+
+    In a basis, the modules of all layers are read at once: N cores, and the product of their sum with V.
+    """
+    frozen = targeted(config, update.targets).values()
+    if update.kind == "basis":
+        k = update.rank
+        return _FLOAT32 * 2 * sum(s.layers * k * (update.modules * k + s.d_out) for s in frozen)
     if update.kind not in ("mix", "sum"):
         return 0
     modules = update.pool if update.kind == "mix" else update.modules
-    frozen = targeted(config, update.targets).values()
     group = max(min(s.layers, _GROUP) * modules * update.rank * (s.d_in + 2 * s.d_out) for s in frozen)
     factors = sum(s.layers * _factors(s, update) for s in frozen)
     return _FLOAT32 * 2 * (group + factors)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
 from ..methods.method import Built, Fused, MethodEntry
 from ..models.architecture import Architecture, targeted
@@ -28,13 +29,16 @@ def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, mo
       modules: rank and targets of the modules that are fused.
 
     Raises:
-      ValueError: a target that the model does not have.
+      ValueError: a target that the model does not have, or a basis of more directions than a matrix has.
     """
+    if entry.in_basis and recipe.basis is not None:
+        for name, site in targeted(config, modules.targets).items():
+            check_width(recipe.basis, name, site.d_in, site.d_out)
     if not entry.counted:
         return {}
 
     def start(base: nnx.State) -> dict:
-        pool = _pool(config, modules, recipe.modules) if entry.pool else None
+        pool = _pool(config, modules, recipe.modules, recipe.basis if entry.in_basis else None) if entry.pool else None
         method = entry.build(Built(config=config, recipe=recipe, pool=pool, modules=recipe.modules))
         kernels = {name: jnp.zeros((site.layers, site.d_in, site.d_out)) for name, site in config.sites.items()}
         frozen = method.prepare(Frozen(base, pool), kernels)
@@ -55,11 +59,23 @@ def _base(config: Architecture) -> nnx.State:
     return nnx.state(abstract_model(config))
 
 
-def _pool(config: Architecture, modules: Fused, count: int) -> LoraPool:
+def _pool(config: Architecture, modules: Fused, count: int, k: int | None) -> Pool:
     adapted, rank = targeted(config, modules.targets), modules.rank
-    return LoraPool(
-        A={name: jnp.zeros((site.layers, count, site.d_in, rank)) for name, site in adapted.items()},
-        B={name: jnp.zeros((site.layers, count, rank, site.d_out)) for name, site in adapted.items()},
-        rank={name: jnp.full((site.layers, count), rank, jnp.int32) for name, site in adapted.items()},
-        names=tuple(map(str, range(count))),
+    names = tuple(map(str, range(count)))
+    ranks = {name: jnp.full((site.layers, count), rank, jnp.int32) for name, site in adapted.items()}
+    if k is None:
+        return LoraPool(
+            A={name: jnp.zeros((site.layers, count, site.d_in, rank)) for name, site in adapted.items()},
+            B={name: jnp.zeros((site.layers, count, rank, site.d_out)) for name, site in adapted.items()},
+            rank=ranks,
+            names=names,
+        )
+    return SharedBasis(
+        U={name: jnp.zeros((site.layers, site.d_in, k)) for name, site in adapted.items()},
+        V={name: jnp.zeros((site.layers, k, site.d_out)) for name, site in adapted.items()},
+        S={name: jnp.zeros((site.layers, count, k, k)) for name, site in adapted.items()},
+        energy={name: jnp.zeros((site.layers, count)) for name, site in adapted.items()},
+        rank=ranks,
+        names=names,
+        sites=tuple(adapted),
     )

@@ -20,31 +20,37 @@ def counts(
     modules: int = 20,
     rank: int = 16,
     vera_rank: int = 128,
+    basis: int | None = 32,
     targets: Sequence[str] | None = None,
 ) -> dict[str, int]:
     """Return how many numbers each method trains.
 
-    LoRAFusion's coefficients are one for each module and block.
+    LoRAFusion's coefficients are one for each module and block. In a shared basis there are as many, and a core adds
+    basis^2 numbers for each adapted matrix.
 
     Args:
       config: the base model.
       modules: that are fused.
       rank: of LoRA and DoRA.
       vera_rank: of VeRA, whose two random matrices all sites share.
+      basis: number of directions of a shared basis; None for no rows of one.
       targets: the linear maps that are adapted.
 
     Raises:
-      ValueError: a count below one, or a target that the model does not have.
+      ValueError: a count below one, a target that the model does not have, or more directions than a matrix has.
     """
-    at_least(1, modules=modules, rank=rank, vera_rank=vera_rank)
+    at_least(1, modules=modules, rank=rank, vera_rank=vera_rank, **({} if basis is None else {"basis": basis}))
     maps = None if targets is None else tuple(targets)
     recipe = Recipe(modules=modules, lora_rank=rank, vera_rank=vera_rank, lora_targets=maps)
-    fused = Fused(rank=rank, pool=modules, targets=maps)
-    return {
-        entry.title.format(rank=rank, vera_rank=vera_rank): sum(trainable_count(entry, config, recipe, fused).values())
-        for entry in METHODS.values()
-        if entry.title is not None
-    }
+    fused, found = Fused(rank=rank, pool=modules, targets=maps), {}
+    for entry in METHODS.values():
+        asked = {} if entry.title is None else {entry.title.format(rank=rank, vera_rank=vera_rank): recipe}
+        if entry.basis_title is not None and basis is not None:
+            title = entry.basis_title.format(basis=basis)
+            asked[title] = dataclasses.replace(recipe, basis=basis)
+            asked[f"{title}, with a core"] = dataclasses.replace(recipe, basis=basis, core=True)
+        found |= {title: sum(trainable_count(entry, config, of, fused).values()) for title, of in asked.items()}
+    return found
 
 
 def shape_config(shape: str) -> Architecture:

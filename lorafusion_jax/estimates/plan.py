@@ -115,13 +115,14 @@ def describe_run(options: FuseOptions) -> str:
     does not exist counts as LoraHub's adapters: 196 of rank 16, on the family's own choice of linear maps.
 
     Raises:
-      ValueError: options contradict each other, or files cannot be read.
+      ValueError: options contradict each other, files cannot be read, or a basis has more directions than a matrix.
     """
     check(options)
     recipe = options.recipe
-    rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool))
+    k = recipe.basis if options.control == "none" else None  # a control projects whole modules
+    rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k)
     recipe = dataclasses.replace(recipe, modules=len(options.adapters) or min(recipe.modules, size))
-    all_seeds = size if recipe.choose == "gradient" else min(len(options.seeds) * recipe.modules, size)
+    all_seeds = size if recipe.choose != "draw" else min(len(options.seeds) * recipe.modules, size)
     settings = Settings(
         recipe=recipe,
         rank=rank,
@@ -144,12 +145,21 @@ def describe_run(options: FuseOptions) -> str:
     return describe(config, [options.method], {task.name: work}, settings)
 
 
-def pool_shape(folder: Path) -> PoolShape:
-    """Return the shape of a pool; of LoraHub's if there is no such folder."""
+def pool_shape(folder: Path, k: int | None = None) -> PoolShape:
+    """Return the shape of a pool; of LoraHub's if there is no such folder.
+
+    Args:
+      folder: the pool's.
+      k: number of directions in which its modules are fused; None for whole modules.
+
+    Raises:
+      ValueError: the pool has no shared basis of so many directions.
+    """
     if not folder.is_dir():
         return PoolShape()
     pool = open_pool(folder)
-    return PoolShape(pool.largest_rank, len(pool.names), pool.targets)
+    names = pool.names if k is None else pool.basis_modules(k)
+    return PoolShape(pool.largest_rank, len(names), pool.targets)
 
 
 def _batches(shapes: Shapes) -> str:

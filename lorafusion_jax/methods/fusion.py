@@ -212,6 +212,8 @@ def _update(recipe: Recipe, modules: Fused, *, magnitudes: bool) -> Update:
 def placement(modules: int, rank: int, words: int) -> Placement:
     """Return the placement of a pool with separate arrays for each module, and N + d_out numbers in memory per site.
 
+    The tables are the norm's terms, A_n^T W and ||W||^2.
+
     Args:
       modules: N.
       rank: r.
@@ -226,6 +228,25 @@ def placement(modules: int, rank: int, words: int) -> Placement:
         matrices=matrices,
         macs=lambda site: modules * (rank + site.d_out) + site.d_out,
         words=lambda site: modules + site.d_out,
+        tables=lambda site: (modules * rank + 1) * site.d_out,
+        trains_in="arrays",
+        stays_in="arrays",
+    )
+
+
+def _basis_placement(billed: Billed, k: int) -> Placement:
+    """Return the placement of k shared directions in arrays, with the mixed core in memory.
+
+    Putting a task in place mixes its core from the table of all S_n once. The norm's terms are U^T W and ||W||^2.
+    """
+    N = billed.recipe.modules
+    return Placement(
+        installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"],
+        installed_macs=billed.adapted * N * k**2,
+        matrices=module(k),
+        macs=lambda site: k**2 + 2 * site.d_out,
+        words=lambda site: k**2 + site.d_out,
+        tables=lambda site: N * k**2 + (k + 1) * site.d_out,
         trains_in="arrays",
         stays_in="arrays",
     )
@@ -234,18 +255,22 @@ def placement(modules: int, rank: int, words: int) -> Placement:
 def _placements(billed: Billed) -> dict[str, Placement]:
     """Return the two layouts: the modules' A next to each other along columns, their B along rows, add up in the array.
 
-    The second layout can be read by a sum alone.
+    The second layout can be read by a sum alone. A basis has one layout.
     """
+    if (k := billed.recipe.basis) is not None:
+        return {_BASIS_TITLE.format(basis=k): _basis_placement(billed, k)}
     N, r = billed.recipe.modules, billed.rank
     own = placement(N, r, sum(billed.counts.values()))
     together = dataclasses.replace(own, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out)
     return {"LoRAFusion": own, "LoRAFusion, side by side": together}
 
 
+_BASIS_TITLE = "LoRAFusion, basis of {basis}"
 _FUSION = MethodEntry(
     name="fusion",
     help="train coefficients that mix the pool, and magnitudes",
     title="LoRAFusion",
+    basis_title=_BASIS_TITLE,
     build=build,
     update=partial(_update, magnitudes=True),
     pool=True,
@@ -260,6 +285,7 @@ ENTRIES = (
         name="coefficients",
         help="train coefficients that mix the pool, alone",
         title="LoRAFusion, coefficients only",
+        basis_title=None,
         build=partial(build, magnitudes=False),
         update=partial(_update, magnitudes=False),
         groups=("coefficients",),

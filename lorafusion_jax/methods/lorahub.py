@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..adapters.pool import LoraPool
+from ..adapters.basis import Pool
 from ..models.weights import reads
 from ..tasks import Batch
 from ..training.loss import seed_entropies
@@ -121,7 +121,7 @@ def score(
     return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(np.abs(weights), axis=1)
 
 
-def check_lorahub(pool: LoraPool) -> None:
+def check_lorahub(pool: Pool) -> None:
     """Raise ValueError where LoraHub's objective is not defined on the pool."""
     if pool.magnitude is not None:
         raise ValueError(
@@ -210,7 +210,8 @@ def _search(job: SearchJob) -> tuple[Params, int]:
 def _placements(billed: Billed) -> dict[str, Placement]:
     N, r = billed.recipe.modules, billed.rank
     pool = placement(N, r, sum(billed.counts.values()))
-    return {"LoraHub": dataclasses.replace(pool, macs=lambda site: N * (2 * r + site.d_out), words=lambda site: N)}
+    unscaled = {"macs": lambda site: N * (2 * r + site.d_out), "words": lambda site: N, "tables": lambda site: 0}
+    return {"LoraHub": dataclasses.replace(pool, **unscaled)}
 
 
 ENTRIES = (

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..adapters.basis import Pool
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank
@@ -39,9 +40,9 @@ class Merge(Method):
         if self.rank is not None and (self.rank < 1 or not self.kind.endswith("svd")):
             raise ValueError(f"rank {self.rank} for {self.kind}: wanted 1 or more, and only an svd chooses its rank")
 
-    def check(self, pool: LoraPool) -> None:
+    def check(self, pool: Pool) -> None:
         """Raise ValueError where this merge cannot use the pool."""
-        check_merge(pool, self.kind)
+        check_merge(_whole(pool), self.kind)
 
     def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
         """Return the merged module; the key draws the masks of dare."""
@@ -68,9 +69,13 @@ class Merge(Method):
     def _merge(
         self, frozen: Frozen, index: Int[Array, " N"], weights: Float[Array, " N"], key: Array | None
     ) -> dict[str, Any]:
-        if frozen.pool is None:
-            raise ValueError("a merge needs a pool: Frozen(base, pool)")
-        return merge(frozen.pool, index, weights, self.kind, density=self.density, rank=self.rank, key=key)
+        return merge(_whole(frozen.pool), index, weights, self.kind, density=self.density, rank=self.rank, key=key)
+
+
+def _whole(pool: Pool | None) -> LoraPool:
+    if not isinstance(pool, LoraPool):
+        raise ValueError("a merge needs a pool of whole modules, not in a shared basis: Frozen(base, pool)")
+    return pool
 
 
 def _build(built: Built) -> Merge:

@@ -1,6 +1,6 @@
 """A method as users choose it: its entry in the registry, with the data for runs, counts, plans and bills.
 
-Letters: N modules of a fusion, P modules in memory, r rank.
+Letters: N modules of a fusion, P modules in memory, r rank, k directions of a basis.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from ..training.problem import Method, Params, Problem
 from ..training.recipe import Recipe
 from ..training.rows import TrainingRows
 
-UpdateKind = Literal["none", "magnitudes", "mix", "sum", "lora", "dora", "vera", "full"]
+UpdateKind = Literal["none", "magnitudes", "mix", "sum", "basis", "lora", "dora", "vera", "full"]
 Matrix = tuple[int, int]
 Place = Literal["arrays", "memory"]
 
@@ -23,12 +23,15 @@ class Update:
     """The arithmetic of a method at every adapted matrix.
 
     Attributes:
-      kind: `mix` and `sum` fuse modules; `lora`, `dora` and `vera` are one new module each.
-      rank: rank of one module.
+      kind: `mix` and `sum` fuse modules, `basis` sums them in a shared basis; `lora`, `dora` and `vera` are one new
+        module each.
+      rank: rank of one module; of a basis, the number k of its directions.
       modules: N, the number of modules.
       pool: P, the number of modules that any seed fuses; `mix` reads all of them.
       magnitudes: the fusion has magnitudes.
       targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
+      in_arrays: the modules or directions stay in arrays: a sum is never formed as a matrix, and every token is
+        multiplied by a basis' core.
     """
 
     kind: UpdateKind
@@ -37,6 +40,7 @@ class Update:
     pool: int = 1
     magnitudes: bool = False
     targets: tuple[str, ...] | None = None
+    in_arrays: bool = False
 
     def width(self, site: Site) -> int:
         """Return the number of values per token between the two products of the update; 0 if it has no products."""
@@ -46,7 +50,7 @@ class Update:
 
     def is_dense(self, site: Site) -> bool:
         """Return whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
-        return self.kind == "sum" and self.modules * self.rank >= site.d_in
+        return self.kind == "sum" and not self.in_arrays and self.modules * self.rank >= site.d_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +58,12 @@ class Placement:
     """Placement of a method's adapters in hardware, and the digital work of a token.
 
     Attributes:
-      installed_words: trained numbers that are kept in memory.
+      installed_words: words that are written to memory, or read there, to put the finished task in place.
+      installed_macs: digital multiply-adds of that.
       matrices: function from a site to the matrices of its adapter, A before B.
       macs: digital multiply-adds of a token at a site, at inference.
       words: words read from memory for them.
+      tables: words of precomputed terms at a site, kept for all tasks, that every pass of training reads.
       trains_in: where the adapters are while they are trained.
       stays_in: where they are afterwards.
       passes: number of times that their cells are written for the task.
@@ -65,9 +71,11 @@ class Placement:
     """
 
     installed_words: int
+    installed_macs: int = 0
     matrices: Callable[[Site], list[Matrix]] = lambda site: []
     macs: Callable[[Site], int] = lambda site: 0
     words: Callable[[Site], int] = lambda site: 0
+    tables: Callable[[Site], int] = lambda site: 0
     trains_in: Place = "memory"
     stays_in: Place = "memory"
     passes: int = 0
@@ -118,6 +126,7 @@ class Billed(NamedTuple):
       counts: number of numbers that the method trains, by group.
       steps: number of training steps.
       base: number of the base model's numbers in arrays.
+      adapted: number of matrices that the modules adapt.
     """
 
     recipe: Recipe
@@ -125,6 +134,7 @@ class Billed(NamedTuple):
     counts: Mapping[str, int]
     steps: int
     base: int
+    adapted: int
 
 
 class SearchJob(NamedTuple):
@@ -157,6 +167,7 @@ class MethodEntry:
       build: function that returns the trained method.
       update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
       title: title in a table of counts, with {rank} and {vera_rank}; None if it has no row.
+      basis_title: title of its row in a shared basis of {basis} directions; None if it has no such row.
       pool: it fuses a pool.
       in_basis: it can fuse modules in a shared basis.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
@@ -179,6 +190,7 @@ class MethodEntry:
     build: Callable[[Built], Method]
     update: Callable[[Recipe, Fused], Update]
     title: str | None = None
+    basis_title: str | None = None
     pool: bool = False
     in_basis: bool = False
     learns: Literal["trained", "searched", "given", "untrained"] = "trained"
@@ -204,10 +216,13 @@ def module(rank: int) -> Callable[[Site], list[Matrix]]:
 
 
 def fused(recipe: Recipe, modules: Fused, kind: UpdateKind, *, magnitudes: bool = False) -> Update:
-    """Return the update of a method that fuses the recipe's number of modules."""
+    """Return the update of a method that fuses the recipe's number of modules, a sum in the recipe's basis."""
+    rank = modules.rank
+    if kind == "sum" and recipe.basis is not None:
+        kind, rank = "basis", recipe.basis
     return Update(
         kind=kind,
-        rank=modules.rank,
+        rank=rank,
         modules=recipe.modules,
         pool=modules.pool,
         magnitudes=magnitudes,

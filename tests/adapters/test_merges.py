@@ -12,6 +12,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import MergeKind, check_merge, dare_masks, merge
 from lorafusion_jax.adapters.pool import shuffled_pool
@@ -236,6 +237,8 @@ def test_what_cannot_be_merged_is_refused():
         merge(dora, jnp.arange(1), jnp.ones(1), "cat")
     with pytest.raises(ValueError, match="dare_ties keeps random entries: give a key"):
         merge(_POOL, jnp.arange(2), jnp.ones(2), "dare_ties")
+    with pytest.raises(ValueError, match="whole modules, not in a shared basis"):
+        Merge(kind="linear").check(shared_basis(tiny.pool(2), 3))
     with pytest.raises(ValueError, match="a merge needs a pool"):
         Merge(kind="linear").init(Frozen(nnx.State({})), jnp.arange(2), _KEY)
     for wrong, message in (

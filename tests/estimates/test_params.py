@@ -1,5 +1,6 @@
 """Trainable counts: the published sizes, the code that trains, and PEFT."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.params import counts, shape_config
@@ -22,6 +24,8 @@ from lorafusion_jax.training.problem import Frozen
 
 _LARGE = {
     "LoRAFusion": 148_416,
+    "LoRAFusion, basis of 32": 148_416,
+    "LoRAFusion, basis of 32, with a core": 148_416 + 144 * 32**2,
     "LoRAFusion, coefficients only": 960,
     "LoRAFusion, magnitudes only": 147_456,
     "LoRA, rank 16": 4_718_592,
@@ -45,7 +49,7 @@ _SIZES = {
 _UNEQUAL = T5Config(vocab_size=32, d_model=24, d_kv=4, d_ff=40, num_heads=4, num_layers=3, num_decoder_layers=2)
 
 
-_COUNTS = {"modules": 5, "rank": 3, "vera_rank": 7}
+_COUNTS = {"modules": 5, "rank": 3, "vera_rank": 7, "basis": 6}
 
 
 def test_flan_t5_large():
@@ -72,6 +76,8 @@ def test_counts_are_what_the_methods_train(targets):
     adapted_sites = tuple(adapted.items())
     methods = {
         "LoRAFusion": Fusion(),
+        "LoRAFusion, basis of 6": Fusion(basis=6),
+        "LoRAFusion, basis of 6, with a core": Fusion(basis=6, core=True),
         "LoRAFusion, coefficients only": Fusion(magnitudes=False),
         "LoRAFusion, magnitudes only": Magnitudes(),
         "LoRA, rank 3": LoRA(sites=adapted_sites, rank=3),
@@ -81,8 +87,10 @@ def test_counts_are_what_the_methods_train(targets):
         "LoraHub": Fusion(composition="mix", granularity="global", magnitudes=False),
     }
     found = counts(_UNEQUAL, **_COUNTS, targets=targets)
+    in_basis = dataclasses.replace(frozen, pool=shared_basis(pool, 6))
     for name, method in methods.items():
-        acting = method.trainable(method.init(frozen, index, key), frozen, index)
+        of = in_basis if "basis" in name else frozen
+        acting = method.trainable(method.init(of, index, key), of, index)
         assert found[name] == sum(int(np.sum(a)) for a in jax.tree.leaves(acting)), name
 
 
@@ -137,6 +145,8 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(config, shared, tmp_pat
         ({"targets": ()}, "targets are none"),
         ({"modules": 0}, "modules is 0: wanted at least 1"),
         ({"rank": -1}, "rank is -1"),
+        ({"basis": 0}, "basis is 0"),
+        ({"basis": 1025}, "1025 directions, but encoder.self.q is 1024 x 1024: ask for at most 1024"),
     ],
 )
 def test_what_cannot_be_counted(changes, message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
@@ -65,6 +66,7 @@ _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
 _SHAPE = Shape(4, 32, 8)
 _RECIPE = Recipe(modules=5, lora_rank=8, vera_rank=24)
 _SETTINGS = Settings(recipe=_RECIPE, rank=8, pool=7)
+_IN_BASIS = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, basis=12))
 _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes and holds stays the same
 
 
@@ -96,7 +98,18 @@ def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.Gr
         return graph, Frozen(base, projections=Projections(jnp.zeros((config.d_model, 24)), jnp.zeros((24, width))))
     if name in ("zero-shot", "lora", "full"):
         return graph, Frozen(base)
-    modules, r = settings.pool or settings.recipe.modules, settings.rank
+    modules, r, k = settings.pool or settings.recipe.modules, settings.rank, settings.recipe.basis
+    if k is not None:
+        basis = SharedBasis(
+            U={n: jnp.zeros((s.layers, s.d_in, k)) for n, s in adapted.items()},
+            V={n: jnp.zeros((s.layers, k, s.d_out)) for n, s in adapted.items()},
+            S={n: jnp.zeros((s.layers, modules, k, k)) for n, s in adapted.items()},
+            energy={n: jnp.zeros((s.layers, modules)) for n, s in adapted.items()},
+            rank={n: jnp.full((s.layers, modules), r) for n, s in adapted.items()},
+            names=tuple(map(str, range(modules))),
+            sites=tuple(adapted),
+        )
+        return graph, Frozen(base, basis, Gram(columns, {n: jnp.zeros(v.shape) for n, v in basis.V.items()}))
     pool = LoraPool(
         A={n: jnp.zeros((s.layers, modules, s.d_in, r)) for n, s in adapted.items()},
         B={n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()},
@@ -188,6 +201,14 @@ def test_flops_of_a_step(name, config):
     np.testing.assert_allclose(found, _flops(_step(name, config, _SETTINGS)), rtol=0.1)
 
 
+def test_flops_of_a_step_in_a_basis():
+    settings = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, basis=32))
+    update = update_of("fusion", settings)
+    assert (update.kind, update.width(_SMALL.sites["encoder.self.q"])) == ("basis", 32)
+    found = step_flops(_SMALL, _SHAPE, update, trainable=trained_numbers(_SMALL, "fusion", settings))
+    np.testing.assert_allclose(found, _flops(_step("fusion", _SMALL, settings)), rtol=0.02)
+
+
 def test_flops_of_a_sum_that_is_formed_as_a_matrix():
     settings = dataclasses.replace(_SETTINGS, rank=32)
     update = update_of("fusion-sum", settings)
@@ -209,6 +230,17 @@ def test_flops_by_hand():
     vera = Update(kind="vera", rank=7)
     assert forward_flops(config, shape, vera) == base + attention + 2 * met * 7 * (2 + 2)
     backward = base + 2.5 * attention
+    # Six matrices of a basis of 2: 5 cores are mixed and multiplied by V, and the norm is formed as a matrix.
+    basis = Update(kind="basis", rank=2, modules=5, magnitudes=True)
+    made = 6 * 2 * (5 * 4 + 4 * 2 + 2 * 4)
+    assert forward_flops(config, shape, basis) == base + attention + made + 2 * met * 2 * (2 + 2)
+    of_core = 2 * met * 2 * 2 + 6 * 2 * (4 * 2 + 5 * 4)
+    wanted = 2 * base + 3.5 * attention + made + 2 * 2 * met * 2 * 4 + of_core
+    assert step_flops(config, shape, basis, trainable=0) == wanted
+    # In arrays every token is multiplied by the core, forward and backward, and its gradient is that of the core.
+    in_arrays = dataclasses.replace(basis, in_arrays=True)
+    wanted += 2 * 2 * met * 4 + 2 * met * 4 + 6 * 2 * 5 * 4 - of_core
+    assert step_flops(config, shape, in_arrays, trainable=0) == wanted
     assert step_flops(config, shape, Update(kind="magnitudes"), trainable=0) == base + attention + backward
     assert step_flops(config, shape, vera, trainable=0) == base + attention + backward + 2 * 2 * met * 7 * 4
     assert step_flops(config, shape, Update(kind="full"), trainable=1) == 2 * base + attention + backward + 18
@@ -254,6 +286,7 @@ def test_flops_of_generation(name, config, counted_as):
     ("name", "path", "config", "structure"),
     [
         ("fusion-sum", "map", _SCANNED, {}),
+        ("fusion-basis", "map", _SCANNED, {}),
         ("fusion-mix", "vmap", _SCANNED, {"dtype": "bfloat16"}),
         ("lora", "map", _SCANNED, {"dtype": "bfloat16", "unroll": True, "remat": "none"}),
         ("full", "map", _SCANNED, {}),
@@ -263,17 +296,19 @@ def test_flops_of_generation(name, config, counted_as):
     ],
 )
 def test_memory_of_a_step(name, path, config, structure):
-    config, shape, seeds = dataclasses.replace(config, **structure), Shape(8, 64, 8), 2
-    _, frozen = _frozen(name, config, _SETTINGS)
-    state, index = _state(name, config, _SETTINGS, seeds)
-    problem, optimisation = _problem(name, config, _SETTINGS, path), Optimisation(steps=9, clip=1.0)
+    config, shape, seeds, settings = dataclasses.replace(config, **structure), Shape(8, 64, 8), 2, _SETTINGS
+    if name == "fusion-basis":
+        name, settings = "fusion", Settings(recipe=dataclasses.replace(_RECIPE, basis=48, modules=20), pool=60)
+    _, frozen = _frozen(name, config, settings)
+    state, index = _state(name, config, settings, seeds)
+    problem, optimisation = _problem(name, config, settings, path), Optimisation(steps=9, clip=1.0)
 
     def step(state, batch, index, frozen, rates):
         return train_seeds(state, batch, problem(frozen, index), rates, optimisation=optimisation)
 
     rates = _rates(name, config, seeds)
     compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)
-    update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
+    update, trainable = update_of(name, settings), trained_numbers(config, name, settings)
     held = pool_bytes(config, update) + seeds * state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     held += 0 if name == "full" else weights_bytes(config)
@@ -309,7 +344,8 @@ def test_trainable_numbers_are_those_of_params(config, targets):
     settings = Settings(recipe=recipe, targets=targets)
     wanted = counts(config, modules=11, rank=6, vera_rank=30, targets=targets)
     names = "fusion coefficients magnitudes lora dora vera lorahub full".split()
-    assert [trained_numbers(config, name, settings) for name in names] == list(wanted.values())
+    plain = [count for title, count in wanted.items() if "basis" not in title]
+    assert [trained_numbers(config, name, settings) for name in names] == plain
     assert trained_numbers(config, "mean", settings) == trained_numbers(config, "zero-shot", settings) == 0
 
 
@@ -368,6 +404,27 @@ def test_a_plan_adds_up():
     assert passes == pytest.approx(10 * 5 * len(work.search))
 
 
+def test_ranking_is_one_pass_over_all_modules_in_memory():
+    work, recipe = _work(), dataclasses.replace(_RECIPE, basis=12)
+
+    def cost(**changes):
+        return estimate(
+            _SMALL,
+            "fusion",
+            work,
+            dataclasses.replace(_SETTINGS, pool=60, recipe=dataclasses.replace(recipe, **changes)),
+        )
+
+    drawn, whole, inside = cost(), cost(choose="gradient"), cost(choose="basis-gradient")
+    for ranked, of in ((whole, {"kind": "sum", "rank": 8}), (inside, {"kind": "basis", "rank": 12})):
+        update = Update(**of, modules=60, pool=60, magnitudes=True)
+        once = sum(step_flops(_SMALL, shape, update, trainable=0) for shape in work.search)
+        assert ranked.training_flops == pytest.approx(drawn.training_flops + once)
+        assert (ranked.trainable, ranked.pool_bytes) == (drawn.trainable, drawn.pool_bytes)
+    modules = pool_bytes(_SMALL, Update(kind="sum", rank=8, pool=60))
+    assert whole.activation_bytes > drawn.activation_bytes + modules > inside.activation_bytes > 0
+
+
 def test_batched_seeds_need_more_memory_and_no_more_flops():
     batched = dataclasses.replace(_SETTINGS, path="vmap", device="accelerator")
     one, other = (estimate(_SMALL, "lora", _work(), settings) for settings in (_SETTINGS, batched))
@@ -390,6 +447,14 @@ def test_a_plan_is_described():
         ("lora", {"recipe": Recipe(epochs=0)}, "epochs is 0: wanted at least 1"),
         ("fusion", {"pool": 2}, "a pool of 2 for seeds that draw 5 modules each"),
         ("fusion", {"targets": ("q", "x")}, "targets are q x: choose of q k v o wi_0 wi_1 wo"),
+        (
+            "fusion",
+            {"recipe": Recipe(modules=5, basis=129)},
+            "129 directions, but .* is 128 x 128: ask for at most 128",
+        ),
+        ("mean", {"recipe": Recipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
+        ("fusion", {"recipe": Recipe(modules=5, basis=0)}, "basis is 0: wanted at least 1"),
+        ("fusion-mix", {"recipe": Recipe(modules=5, basis=4)}, "a mix in a shared basis"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(method, changes, message):

@@ -12,6 +12,7 @@ import pytest
 
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
+from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.write import ProgramOptions, program_chips
@@ -157,6 +158,19 @@ def test_new_modules_join_a_basis_that_is_there(small, tmp_path, capsys):
     ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
     with pytest.raises(ValueError, match="only its part in the basis"):
         fuse(ranked)
+
+
+def test_a_plan_holds_the_basis_and_ranks_whole_modules(small, tmp_path):
+    def pool(**changes) -> str:
+        row = describe_run(_options(small, tmp_path, **changes)).splitlines()[5]
+        return row.split("|")[8].strip()
+
+    # Six matrices of 96 x 96: U, V and U^T W, the cores of two modules, ||W||^2; to rank them, the cores of all three.
+    words = 6 * (3 * 16 * 96 + 2 * 16**2 + 96)
+    assert pool() == f"{4 * words / 2**10:.2f} KiB"
+    assert pool(choose="gradient") == f"{4 * (words + 6 * 16**2) / 2**10:.2f} KiB"
+    with pytest.raises(ValueError, match="24 directions, and 25 are asked for"):
+        describe_run(_options(small, tmp_path, basis=25))
 
 
 @pytest.mark.parametrize(

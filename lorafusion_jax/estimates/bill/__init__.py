@@ -1,7 +1,7 @@
 """The bill of one new task for every method, on arrays and in digital logic, from shapes alone."""
 
 from .activity import Activity, activities, installed_once
-from .bill import Bill, bills, price
+from .bill import Bill, Once, bills, price, price_once
 from .comparison import Comparison, comparisons
 from .options import CostOptions
 
@@ -10,9 +10,11 @@ __all__ = [
     "Bill",
     "Comparison",
     "CostOptions",
+    "Once",
     "activities",
     "bills",
     "comparisons",
     "installed_once",
     "price",
+    "price_once",
 ]

@@ -16,7 +16,7 @@ from ...methods.method import Matrix, Update, module
 from ...models.architecture import Architecture, Site, stack_of, targeted
 from ..flops import Shape, forward_flops, keys, step_flops, tokens
 from ..workload import Workload, uniform
-from .methods import Method, base_matrices, methods, side_by_side
+from .methods import Method, base_matrices, methods
 from .options import CostOptions
 
 _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three
@@ -36,6 +36,20 @@ class Work(NamedTuple):
     words: float
 
 
+class Standing(NamedTuple):
+    """What is there before any task.
+
+    Attributes:
+      counts: counts of the matrices in arrays.
+      words: words of the tables that training reads.
+      macs: digital multiply-adds of making them.
+    """
+
+    counts: Counts
+    words: int = 0
+    macs: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activity:
     """Counts of one method's work.
@@ -45,7 +59,8 @@ class Activity:
       trainable: number of trained numbers.
       written: cells of the task's own matrices, all of which a programming pass writes.
       passes: programming passes for the task; 0 if the task writes no cells.
-      installed_words: trained numbers that go into memory instead.
+      installed_words: words that putting the finished task in place writes to memory or reads there.
+      installed_macs: digital multiply-adds of that.
       adapters: counts of the arrays that hold the adapters, written for this task or earlier.
       base_training: work of the base's forward passes in training, and of its backward passes if there are gradients.
       update_training: work that the method adds to that.
@@ -59,6 +74,7 @@ class Activity:
     written: Counts
     passes: int
     installed_words: int
+    installed_macs: int
     adapters: Counts
     base_training: Work
     update_training: Work
@@ -85,28 +101,45 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
     return [_activity(name, method, config, crossbar, options, work) for name, method in found.items()]
 
 
-def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Counts]:
-    """Return the counts of the matrices that are written once, before any task."""
-    adapted = targeted(config, options.targets)
-    own, together = module(options.rank), side_by_side(options.modules, options.rank)
-    return {
-        "base": _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config)),
-        f"pool of {options.modules}, each module on its own": _standing(adapted, own, crossbar) * options.modules,
-        f"pool of {options.modules}, side by side": _standing(adapted, together, crossbar),
-        "VeRA's random matrices": _shared(adapted, module(options.vera_rank), crossbar),
+def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Standing]:
+    """Return the matrices that are written once, before any task, with the tables that are computed from them.
+
+    Tables are the norm's terms: A_n^T W of whole modules, U^T W of a basis, and ||W||^2. A basis has all S_n too, whose
+    own computation is left out.
+    """
+    adapted, P, r = targeted(config, options.targets), options.stored, options.rank
+
+    def norm_terms(rank: int) -> dict[str, int]:
+        sites = adapted.values()
+        return {
+            "words": sum(site.layers * (rank + 1) * site.d_out for site in sites),
+            "macs": sum(site.layers * (rank + 1) * site.d_in * site.d_out for site in sites),
+        }
+
+    matrices = sum(site.layers for site in adapted.values())
+    own, together = _standing(adapted, module(r), crossbar) * P, _standing(adapted, module(P * r), crossbar)
+    found = {
+        "base": Standing(_sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))),
+        f"pool of {P}, each module on its own": Standing(own, **norm_terms(P * r)),
+        f"pool of {P}, side by side": Standing(together, **norm_terms(P * r)),
+        "VeRA's random matrices": Standing(_shared(adapted, module(options.vera_rank), crossbar)),
     }
+    for k in options.basis:
+        basis = Standing(_standing(adapted, module(k), crossbar), **norm_terms(k))
+        found[f"basis of {k} of {P} modules"] = basis._replace(words=basis.words + matrices * P * k**2)
+    return found
 
 
 def _activity(
     name: str, method: Method, config: Architecture, crossbar: CrossbarConfig, options: CostOptions, work: Workload
 ) -> Activity:
-    adapted = {} if method.update.kind == "full" else targeted(config, method.update.targets)
+    adapted = _adapted(method, config)
     place = _shared if method.shared else _standing
     adapters = place(adapted, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
     written = adapters
     if method.update.kind == "full":
         written = _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
-    base_training, update_training = _training(method, config, crossbar, adapted, work, options.evaluations)
+    base_training, update_training = _training(method, config, crossbar, work, options.evaluations)
     row = Shape(1, options.source, options.target)
     return Activity(
         method=name,
@@ -114,6 +147,7 @@ def _activity(
         written=written if method.passes else Counts(),
         passes=method.passes,
         installed_words=method.installed_words,
+        installed_macs=method.installed_macs,
         adapters=adapters,
         base_training=base_training,
         update_training=update_training,
@@ -123,18 +157,31 @@ def _activity(
     )
 
 
+def _adapted(method: Method, config: Architecture) -> Mapping[str, Site]:
+    return {} if method.update.kind == "full" else targeted(config, method.update.targets)
+
+
 def _training(
-    method: Method,
-    config: Architecture,
-    crossbar: CrossbarConfig,
-    adapted: Mapping[str, Site],
-    work: Workload,
-    evaluations: int,
+    method: Method, config: Architecture, crossbar: CrossbarConfig, work: Workload, evaluations: int
 ) -> tuple[Work, Work]:
     """Return the work of the base's passes and the work that the method adds, until the task is learned."""
-    none, update = Update(kind="none"), method.update
-    steps = Counter[Shape]() if method.searched else Counter(work.steps)
-    forward = Counter(work.search * evaluations) if method.searched else Counter({work.validation: work.epochs})
+    if method.searched:
+        return _passes(method, config, crossbar, Counter(), Counter(work.search * evaluations))
+    found = [_passes(method, config, crossbar, Counter(work.steps), Counter({work.validation: work.epochs}))]
+    if method.ranking is not None:
+        found.append(_passes(method.ranking, config, crossbar, Counter(work.search), Counter()))
+    base, update = (
+        Work(_sum(w.reads for w in works), sum(w.macs for w in works), sum(w.words for w in works))
+        for works in zip(*found, strict=True)
+    )
+    return base, update
+
+
+def _passes(
+    method: Method, config: Architecture, crossbar: CrossbarConfig, steps: Counter[Shape], forward: Counter[Shape]
+) -> tuple[Work, Work]:
+    """Return the work of the base, and the work that a method adds, of training steps and of forward passes alone."""
+    none, update, adapted = Update(kind="none"), method.update, _adapted(method, config)
     base_flops = sum(n * step_flops(config, shape, none, trainable=0) for shape, n in steps.items())
     base_flops += sum(n * forward_flops(config, shape, none) for shape, n in forward.items())
     flops = sum(n * step_flops(config, shape, update, trainable=method.trainable) for shape, n in steps.items())
@@ -164,7 +211,8 @@ def _training(
                 for site in adapted.values()
             )
         )
-    words = _OPTIMISER_WORDS * method.trainable * steps.total()
+    tables = sum(site.layers * method.tables(site) for site in adapted.values())
+    words = _OPTIMISER_WORDS * method.trainable * steps.total() + tables * (steps + forward).total()
     return Work(base_reads, base_flops / 2, 0), Work(update_reads, macs, words)
 
 

@@ -15,8 +15,24 @@ from ...crossbar import (
 )
 from ...crossbar.cost.ranges import longest, total
 from ...models.architecture import Architecture
-from .activity import Activity, Work, activities
+from .activity import Activity, Standing, Work, activities
 from .options import CostOptions
+
+
+class Once(NamedTuple):
+    """Cost of what is there before any task.
+
+    Attributes:
+      arrays: number of arrays.
+      written: cells that are written, and the cost of writing them.
+      words: words of the tables in memory.
+      tables: energy of making and writing the tables.
+    """
+
+    arrays: int
+    written: WriteCost
+    words: int
+    tables: Range
 
 
 class Bill(NamedTuple):
@@ -26,7 +42,7 @@ class Bill(NamedTuple):
       method: name of the method.
       trainable: number of trained numbers.
       written: cells that the task writes, and the cost of writing them.
-      install: energy of writing the cells, and the other trained numbers into memory.
+      install: energy of writing the cells, and of putting the other numbers in memory.
       update: energy that the method adds to the base's passes in training: adapters, gradients, optimiser.
       base: energy of the base's own passes in training.
       source: energy of one source token at inference; `digital` includes the attention and digital adapters.
@@ -88,7 +104,9 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
         method=activity.method,
         trainable=activity.trainable,
         written=written,
-        install=written.energy + constants["word_energy"] * activity.installed_words,
+        install=written.energy
+        + constants["word_energy"] * activity.installed_words
+        + constants["mac_energy"] * activity.installed_macs,
         update=training_energy(activity.update_training, crossbar, constants),
         base=training_energy(activity.base_training, crossbar, constants),
         source=source,
@@ -100,6 +118,12 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
     )
 
 
+def price_once(standing: Standing, constants: Constants = CONSTANTS) -> Once:
+    """Return the cost of what is there before any task."""
+    tables = _shared_macs(constants) * standing.macs + constants["word_energy"] * standing.words
+    return Once(standing.counts.arrays, write_cost(standing.counts, constants), standing.words, tables)
+
+
 def token_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> ReadEnergy:
     """Return the energy of a token by component; words are counted for all multiply-adds, as no operands are shared."""
     found = read_energy(work.reads, crossbar, constants)
@@ -109,8 +133,13 @@ def token_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> 
 
 def training_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> Range:
     """Return the energy of training, where the rows of a batch share operands."""
-    mac = constants["mac_energy"] + constants["words_per_mac"] * constants["word_energy"]
-    return read_energy(work.reads, crossbar, constants).total + mac * work.macs + constants["word_energy"] * work.words
+    digital = _shared_macs(constants) * work.macs + constants["word_energy"] * work.words
+    return read_energy(work.reads, crossbar, constants).total + digital
+
+
+def _shared_macs(constants: Constants) -> Range:
+    """Return the energy of a multiply-add of a matrix product whose rows share operands."""
+    return constants["mac_energy"] + constants["words_per_mac"] * constants["word_energy"]
 
 
 def _latency(activity: Activity, crossbar: CrossbarConfig, constants: Constants) -> Range:

@@ -1,9 +1,11 @@
 """Comparison of LoRA written into cells with LoRAFusion: savings per task, and tokens until break-even."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ...crossbar import CONSTANTS, Constants, CrossbarConfig, Range
+from ...crossbar import CONSTANTS, Constants, Counts, CrossbarConfig, Range
 from .activity import Activity, Work
 from .bill import price, token_energy
 from .options import CostOptions
@@ -23,8 +25,9 @@ class Comparison(NamedTuple):
       learning: ratio for all that and the base's passes.
       learning_all: the same ratio over all constants.
       writing_share: share of writing in LoRA's energy until the task is learned, over all constants.
-      extra_per_token: extra joules of LoRAFusion for a generated token and its share of the source.
-      break_even: generated tokens per task at which that outweighs the saved writes.
+      extra_per_token: extra joules of LoRAFusion for a generated token and its share of the source; 0 if it takes less.
+      break_even: generated tokens per task at which that outweighs what putting the task in place saves; infinite if it
+        never does.
     """
 
     install: Range
@@ -70,6 +73,7 @@ def compare(
         Range(found[0], ends["typical", "typical"][i], found[-1]) for i, found in zip((2, 3), every, strict=True)
     )
     extra = _extra(lora, fusion, crossbar, options, constants)
+    saved = _difference(*(price(each, crossbar, options, constants).install for each in (lora, fusion)))
     return Comparison(
         install=cells[0],
         with_update=cells[1],
@@ -77,7 +81,7 @@ def compare(
         learning_all=ratio,
         writing_share=share,
         extra_per_token=extra,
-        break_even=price(lora, crossbar, options, constants).written.energy / extra,
+        break_even=_quotient(saved, extra),
     )
 
 
@@ -87,17 +91,34 @@ def _extra(
     """Return the energy that one method takes more than the other, from the difference of their counts."""
 
     def more(a: Work, b: Work) -> Range:
-        work = Work(b.reads + a.reads * -1, b.macs - a.macs, b.words - a.words)
+        work = Work(_excess(a.reads, b.reads), max(b.macs - a.macs, 0), max(b.words - a.words, 0))
         return token_energy(work, crossbar, constants).total
 
-    share = options.source / options.target
-    return more(lora.generated, fusion.generated) + more(lora.source, fusion.source) * share
+    def of_tokens(a: Activity, b: Activity) -> Range:
+        return more(a.generated, b.generated) + more(a.source, b.source) * (options.source / options.target)
+
+    return _difference(of_tokens(lora, fusion), of_tokens(fusion, lora))
+
+
+def _excess(a: Counts, b: Counts) -> Counts:
+    """Return how much more of everything the second counts have, 0 where they have less."""
+    return Counts(**{f.name: max(getattr(b, f.name) - getattr(a, f.name), 0) for f in dataclasses.fields(Counts)})
+
+
+def _difference(a: Range, b: Range) -> Range:
+    """Return a difference, 0 where it would be negative."""
+    return Range(*(max(end, 0.0) for end in (a.low - b.high, a.typical - b.typical, a.high - b.low)))
+
+
+def _quotient(a: Range, b: Range) -> Range:
+    """Return a quotient that is infinite where the divisor is zero."""
+    ends = (a.low, b.high), (a.typical, b.typical), (a.high, b.low)
+    return Range(*(above / below if below else math.inf for above, below in ends))
 
 
 def comparisons(
     found: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
 ) -> dict[str, Comparison]:
-    """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool."""
-    lora = found["LoRA in cells"]
-    layouts = ("LoRAFusion", "LoRAFusion, side by side")
+    """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool, and by its bases."""
+    lora, layouts = found["LoRA in cells"], [name for name in found if name.startswith("LoRAFusion")]
     return {name: compare(lora, found[name], crossbar, options, constants) for name in layouts}

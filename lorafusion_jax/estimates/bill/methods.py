@@ -1,11 +1,10 @@
 """The methods that are billed, from the registry, and the matrices of a base model in arrays."""
 
 import dataclasses
-from collections.abc import Callable
 
 from ...methods import METHODS
-from ...methods.method import Billed, Fused, Matrix, Placement, Update, module
-from ...models.architecture import Architecture, Site
+from ...methods.method import Billed, Fused, Matrix, MethodEntry, Placement, Update
+from ...models.architecture import Architecture, targeted
 from ..parameters import trainable_count
 from .options import CostOptions
 
@@ -18,11 +17,13 @@ class Method(Placement):
       update: arithmetic of its update.
       trainable: number of trained numbers.
       searched: the method searches without gradients.
+      ranking: the method with all modules of the pool, in one backward pass that ranks them; None without such a pass.
     """
 
     update: Update
     trainable: int
     searched: bool
+    ranking: "Method | None" = None
 
 
 def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, Method]:
@@ -36,24 +37,38 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     Raises:
       ValueError: the model lacks one of the targets.
     """
-    recipe, modules = options.recipe, Fused(options.rank, options.modules, options.targets)
+    modules = Fused(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
+    adapted = sum(site.layers for site in targeted(config, options.targets).values())
+    in_bases = [dataclasses.replace(options.recipe, basis=k) for k in options.basis]
     found = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
-        counts = trainable_count(entry, config, recipe, modules)
-        of_method = {
-            "update": entry.update(recipe, modules),
-            "trainable": sum(counts.values()),
-            "searched": entry.learns == "searched",
-        }
-        for title, placement in entry.placements(Billed(recipe, options.rank, counts, steps, base)).items():
-            found[title] = Method(**vars(placement), **of_method)
+        for recipe in (options.recipe, *(in_bases if entry.in_basis else ())):
+            counts = trainable_count(entry, config, recipe, modules)
+            billed = Billed(recipe, options.rank, counts, steps, base, adapted)
+            for title, placement in entry.placements(billed).items():
+                found[title] = Method(
+                    **vars(placement),
+                    update=_placed(entry.update(recipe, modules), placement),
+                    trainable=sum(counts.values()),
+                    searched=entry.learns == "searched",
+                    ranking=_ranking(entry, title, billed, options),
+                )
     return found
 
 
-def side_by_side(modules: int, rank: int) -> Callable[[Site], list[Matrix]]:
-    """Return the modules' A next to each other along columns, and their B along rows, so that their outputs add up."""
-    return module(modules * rank)
+def _ranking(entry: MethodEntry, title: str, billed: Billed, options: CostOptions) -> Method | None:
+    """Return the pass over whole modules that ranks a pool; it is digital where the arrays hold a basis alone."""
+    if options.stored == options.modules or not entry.pool or entry.learns != "trained":
+        return None
+    recipe = dataclasses.replace(options.recipe, modules=options.stored)
+    placement = entry.placements(billed._replace(recipe=recipe)).get(title, Placement(installed_words=0))
+    update = entry.update(recipe, Fused(options.rank, options.stored, options.targets))
+    return Method(**vars(placement), update=_placed(update, placement), trainable=0, searched=False)
+
+
+def _placed(update: Update, placement: Placement) -> Update:
+    return dataclasses.replace(update, in_arrays=placement.trains_in == "arrays")
 
 
 def base_matrices(config: Architecture) -> list[tuple[Matrix, int]]:

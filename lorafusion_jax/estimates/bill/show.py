@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from ... import columns
 from ...crossbar import Constants, Range, WriteCost
 from ...report.formats import EMPTY
-from .bill import Bill
+from .bill import Bill, Once
 from .comparison import Comparison
 from .options import CostOptions
 
+_LAYOUTS = ("LoRAFusion", "LoRAFusion, side by side")
 _PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"}
 
 
@@ -27,14 +28,12 @@ def number(value: Range) -> str:
     return ends[0] if len(set(ends)) == 1 else " / ".join(ends)
 
 
-def tables(
-    bills: Mapping[str, Bill], once: Mapping[str, tuple[int, WriteCost]], options: CostOptions
-) -> dict[str, list[list[str]]]:
+def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions) -> dict[str, list[list[str]]]:
     """Return the tables of a bill by caption: headings, then lines.
 
     Args:
       bills: bills of every method.
-      once: matrices that are written before any task: their arrays, and the cost of writing.
+      once: what is there before any task.
       options: assumptions of the bill.
     """
     found = bills.values()
@@ -69,21 +68,24 @@ def tables(
             ),
         ],
         "Written once, before any task": [
-            ["what", "arrays", "cells", "pulses", "energy", "time"],
-            *([name, f"{arrays:,}", *_written(p)[:4]] for name, (arrays, p) in once.items()),
+            ["what", "arrays", "cells", "pulses", "energy", "time", "words of tables", "their energy"],
+            *(
+                [name, f"{o.arrays:,}", *_written(o.written)[:4], f"{o.words:,}", quantity(o.tables, "J")]
+                for name, o in once.items()
+            ),
         ],
     }
 
 
 def sentences(
-    found: Mapping[str, Comparison], bills: Mapping[str, Bill], pool: WriteCost, options: CostOptions
+    found: Mapping[str, Comparison], bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions
 ) -> list[str]:
     """Return sentences that compare LoRA in cells with LoRAFusion.
 
     Args:
-      found: comparisons by the layout of the pool.
+      found: comparisons by the layout of the pool, and by the basis.
       bills: bills of every method.
-      pool: cost of writing the pool once, each module in separate arrays.
+      once: what is there before any task.
       options: assumptions of the bill.
     """
     lora = bills["LoRA in cells"]
@@ -92,18 +94,29 @@ def sentences(
         f"What LoRAFusion saves a task: {lora.written.cells:,} written cells, {quantity(lora.written.time, 's')} of "
         f"writing, and {number(lora.written.cycles)} cycles of endurance, which LoRA in cells uses up after "
         f"{EMPTY if worn is None else number(worn)} tasks.",
-        f"Writing the pool once takes the cells of {pool.cells / lora.written.cells:.3g} LoRA tasks; LoRAFusion writes "
-        "none after that.",
+        *(
+            f"Writing the {name} once takes {o.written.cells / lora.written.cells:.3g} times the cells of a LoRA task; "
+            "LoRAFusion writes none after that."
+            for name, o in once.items()
+            if name.startswith(("pool", "basis"))
+        ),
     ]
+    for k in options.basis:
+        arrays = [bills[name].adapter_arrays for name in (f"LoRAFusion, basis of {k}", *_LAYOUTS)]
+        lines.append(
+            f"A basis of {k} for {options.modules} modules of rank {options.rank}, k / (N r) = "
+            f"{k / (options.modules * options.rank):.3g}: {arrays[0]:,} arrays in place of {arrays[1]:,}, or of "
+            f"{arrays[2]:,} side by side."
+        )
     for name, c in found.items():
         fused = bills[name]
         lines += [
             f"{name}: LoRA's energy over LoRAFusion's, over the published energies of a cell's write, is "
             f"{number(c.install)} for putting a finished task in place, {number(c.with_update)} with both updates' "
             f"training, {number(c.learning)} with the base's passes too ({number(c.learning_all)} over all constants).",
-            f"{name}: reading the pool takes {quantity(c.extra_per_token, 'J')} more for a generated token and its "
-            f"{options.source / options.target:.3g} source tokens, which outweighs the saved writes after "
-            f"{number(c.break_even)} generated tokens a task. Its training takes "
+            f"{name}: its reads take {quantity(c.extra_per_token, 'J')} more for a generated token and its "
+            f"{options.source / options.target:.3g} source tokens, which outweighs what putting the task in place "
+            f"saves after this many generated tokens: {number(c.break_even)}. Its training takes "
             f"{_digits(fused.update.typical / lora.update.typical)} times the energy of LoRA's (updates, typical).",
         ]
     least = next(iter(found.values()))
@@ -141,7 +154,9 @@ def _written(p: WriteCost) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Return a number with three digits, without an exponent if it is easy to read without."""
+    """Return a number with three digits, without an exponent if it is easy to read without; `never` if infinite."""
+    if math.isinf(value):
+        return "never"
     if value == 0 or 1e-3 <= value < 1e6:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return f"{value:.2g}"
