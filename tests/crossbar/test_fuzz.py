@@ -46,11 +46,22 @@ def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a property a test of `count` draws, the same in every run, and one that can be fuzzed."""
+    """Make a property a test of few draws and a long one of `count`, the same in every run; and one to be fuzzed."""
+    few = max(3, count // 4)
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         PROPERTIES[check.__name__.removeprefix("test_")] = check, drawn
-        return settings(max_examples=count, phases=[Phase.generate])(given(**drawn)(check))
+
+        @pytest.mark.parametrize("examples", [few, pytest.param(count, marks=pytest.mark.long)])
+        def test(examples: int) -> None:
+            TALLY.clear()
+            settings(max_examples=examples, phases=[Phase.generate])(given(**drawn)(check))()
+            # A property says nothing about what a path refuses.
+            refused = sum(number for (_, _, outcome), number in TALLY.items() if outcome == "refused")
+            assert refused <= 0.75 * TALLY.total(), f"{refused} of {TALLY.total()} cases are refused"
+
+        test.__doc__ = check.__doc__
+        return test
 
     return decorate
 
@@ -955,10 +966,3 @@ def test_conductances_that_no_cell_can_have_are_refused(bad: str):
     G = {"microsiemens": 40 * G, "negative": G - 0.1, "NaN": np.where(G == G.max(), np.nan, G)}[bad]
     with pytest.raises(ValueError, match="conductance"):
         program(jnp.asarray(W), config, conductances=jnp.asarray(G, jnp.float32))
-
-
-def test_a_quarter_of_each_property_or_more_is_not_refused():
-    """After the others: a property says nothing about what a path refuses."""
-    for name in {name for name, _, _ in TALLY}:
-        refused = sum(count for (of, _, outcome), count in TALLY.items() if of == name and outcome == "refused")
-        assert refused <= 0.75 * sum(count for (of, _, _), count in TALLY.items() if of == name), f"{name}: {refused}"

@@ -130,7 +130,15 @@ CASES = {
 
 
 @pytest.mark.usefixtures("fusion_emitters")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "aged",
+        "flipped",
+        "definition",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("loop", "unit column")),
+    ],
+)
 def test_values_have_the_derivatives_of_finite_differences(case):
     make, path, start = CASES[case]
     with jax.enable_x64(True):

@@ -32,6 +32,7 @@ def test_it_imports_jax_numpy_and_yaml_and_nothing_that_lies_outside():
     assert len(_files()) > 30 and not wrong
 
 
+@pytest.mark.long
 def test_a_copy_under_another_name_passes_its_own_tests(tmp_path):
     shutil.copytree(_FOLDER, tmp_path / "analogue", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -66,9 +66,7 @@ def central(f, at, direction, step=1e-5):
     return (f(at + step * direction) - f(at - step * direction)) / (2 * step)
 
 
-@pytest.mark.parametrize(
-    "path, scale", [(None, "matrix"), ("loop", "tile"), ("definition", "matrix"), ("definition", "column")]
-)
+@pytest.mark.parametrize("path, scale", [(None, "matrix"), ("loop", "tile"), ("definition", "column")])
 def test_gradients_of_inputs_and_weights(path, scale):
     """Those of x @ W, with W as programmed for the inputs: rounding is passed straight through."""
     config = CrossbarConfig(
@@ -142,7 +140,7 @@ def test_gradients_of_adc_ranges(path):
         wanted = [(surrogate(tops + e) - surrogate(tops - e)) / 2e-6 for e in eye]
         assert np.abs(wanted).min() > 0.01
         np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
-        each = jax.vmap(jax.grad(loss))(jnp.stack([jnp.asarray(tops), jnp.asarray(tops)]))
+        each = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([jnp.asarray(tops), jnp.asarray(tops)]))
         np.testing.assert_allclose(each, np.stack([wanted, wanted]), rtol=1e-6)
 
 
@@ -157,17 +155,17 @@ def test_adc_ranges_are_learned():
     ideal = x @ W
 
     @jax.jit
+    @jax.value_and_grad
     def error(logs):
         each = changed_adc(config, jnp.exp(logs))
         return jnp.mean(jnp.square(matmul(x, program(W, each)) - ideal))
 
     logs = jnp.log(jnp.full((4,), 0.7, jnp.float32))
-    before = error(logs)
-    step = jax.jit(jax.grad(error))
+    before, gradient = error(logs)
     for _ in range(20):
-        gradient = step(logs)
         logs = logs - 0.1 * gradient / jnp.linalg.norm(gradient)
-    assert error(logs) < 0.3 * before
+        after, gradient = error(logs)
+    assert after < 0.3 * before
 
 
 # Seeds, sweeps and devices
@@ -185,8 +183,9 @@ def test_a_key_is_a_chip():
     options = {"xla_cpu_use_fusion_emitters": True}
     chips = jax.jit(jax.vmap(lambda key: program(W, RANDOM, key)), compiler_options=options)(jax.random.split(KEY, 3))
     y = jax.jit(jax.vmap(lambda state: matmul(x, state)))(chips)
+    of_key = jax.jit(lambda key: program(W, RANDOM, key), compiler_options=options)
     for i, key in enumerate(jax.random.split(KEY, 3)):
-        one = jax.jit(lambda key: program(W, RANDOM, key), compiler_options=options)(key)
+        one = of_key(key)
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(jax.tree.map(lambda leaf: leaf[i], chips)), strict=True):  # noqa: B023
             np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(matmul(x, one), y[i], rtol=0, atol=1e-6 * float(jnp.abs(y).max()))
@@ -229,6 +228,7 @@ def test_sweeps_are_loops(path, values):
             value = jnp.stack([-value, value])[None] * jnp.ones((4, 1), jnp.float32)
         return changed(base, **{path: value})
 
+    @jax.jit
     def read(value):
         each = config(value)
         return matmul(x, program(W, each, KEY))
@@ -271,11 +271,12 @@ def test_stacks_of_weights_and_leading_axes():
     W = jnp.stack([problem(seed=s)[0] for s in range(3)])
     x = jnp.stack([problem(seed=s)[1] for s in range(3)])
     config = CrossbarConfig(adc=ADC(bits=6, range="max"), tile=Tile(rows=10))
-    states = jax.vmap(lambda W: program(W, config))(W)
-    y = jax.vmap(lambda x, state: matmul(x, state))(x, states)
+    states = jax.jit(jax.vmap(lambda W: program(W, config)))(W)
+    y = jax.jit(jax.vmap(matmul))(x, states)
+    of_one = jax.jit(lambda W: program(W, config))
     for i in range(3):
-        np.testing.assert_allclose(y[i], matmul(x[i], program(W[i], config)), rtol=0, atol=1e-5)
-    one = program(W[0], config)
+        np.testing.assert_allclose(y[i], matmul(x[i], of_one(W[i])), rtol=0, atol=1e-5)
+    one = of_one(W[0])
     assert matmul(x[0, 0], one).shape == (9,)
     np.testing.assert_allclose(matmul(x, one)[1], matmul(x[1], one), rtol=0, atol=1e-5)
 

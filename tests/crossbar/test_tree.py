@@ -275,6 +275,7 @@ def test_taps_return_the_statistics_of_every_read():
     _equal(conversions, np.full(4, 2 * 2 * 5 * 3 * 2 * 2 * 8))
 
 
+@pytest.mark.long
 def test_calibration_sets_every_matrix_to_its_own_data():
     config = dataclasses.replace(_CONVERTED, device=_NOISY.device)
     placed = program_tree(_weights(), {"encoder.*[1:3]": None, "*": config}, _KEY)

@@ -30,7 +30,12 @@ from lorafusion_jax import cli
 _ROOT = Path(__file__).resolve().parents[2]
 _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
-_WITH_CODE = [page for page in _PAGES if re.search("^```(bash|python)$", page.read_text(), re.MULTILINE)]
+_LONG = ("serving.md", "flax.md", "cost.md")
+_WITH_CODE = [
+    pytest.param(page, marks=pytest.mark.long if page.name in _LONG else ())
+    for page in _PAGES
+    if re.search("^```(bash|python)$", page.read_text(), re.MULTILINE)
+]
 _AFTER_README = "after the README"
 _NEEDS = re.compile(r"<!-- test: needs (\w+) -->")
 

@@ -41,23 +41,27 @@ def test_fuse_in_python_trains_and_answers(example):
     assert 0 <= example("fuse_in_python").main(epochs=1, test_rows=4) <= 1
 
 
+@pytest.mark.long
 def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(example, tmp_path):
     digital = ("decoder.*", "*.ff.*", "encoder.self.[kvo]", "pool.*")
     scores = example("chips").main(tmp_path, digital, **_LIKE_THE_README)
     assert len(scores) == 1 + 2 * 2 + 1
 
 
+@pytest.mark.long
 def test_sweep_on_a_mesh_trains_every_seed(example, tmp_path):
     results = example("sweep_on_a_mesh").main(tmp_path, recipe=_RECIPE, test_rows=4)
     assert [seed["seed"] for seed in results["seeds"]] == [1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_flax_model_on_crossbars_keeps_its_accuracy_with_an_adc_of_eight_bits(example):
     with jax.numpy_dtype_promotion("standard"):  # optax's
         accuracy = example("crossbar_on_your_model").main(bits=(8,), steps=20)
     assert abs(accuracy["8-bit ADC"] - accuracy["digital"]) < 0.05
 
 
+@pytest.mark.long
 def test_a_method_of_ones_own_is_registered_and_run(example, tmp_path):
     try:
         scores = example("your_own_method").main(tmp_path, **_LIKE_THE_README)

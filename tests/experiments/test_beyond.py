@@ -131,6 +131,7 @@ def _dense(frozen, c):
     return gradient, product
 
 
+@pytest.mark.long
 def test_a_converged_step_equals_the_dense_solution(newton, frozen):
     c, damping = 0.1 * tiny.coefficients((2, 5)), 0.05
     fit = newton.Fit(c, jnp.float32(damping))
@@ -247,6 +248,7 @@ def test_ideas_pass_the_rows_that_they_report_and_no_more_than_plain_fusion(beyo
     assert [tuple(names[row]) for row in np.asarray(index)] == list(ranked.modules)
 
 
+@pytest.mark.long
 def test_a_resumed_run_repeats_nothing(beyond, monkeypatch, tmp_path, capsys):
     asked = ["--tasks", str(_TASK), "--ideas", "prune", "--epochs", "1", "--test-rows", "4", "--out", str(tmp_path)]
     run = []

@@ -72,6 +72,7 @@ def _loss(frozen, step=0):
     return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
 
+@pytest.mark.long
 def test_chips_in_one_program_are_the_single_ones():
     converted = dataclasses.replace(_NOISY, adc=ADC(bits=6, range="max"))
     rules = [{_WRITTEN: aged(converted, age)} for age in ("0", "1h")]
@@ -87,26 +88,24 @@ def test_chips_in_one_program_are_the_single_ones():
         program_chips(_GRAPH, _DIGITAL, [rules[0], {_WRITTEN: other}], _KEYS, jnp.arange(2), limits=limits)
 
 
+_OF_TWO_MODELS = [
+    dataclasses.replace(_ANALOGUE, device=Device(programming=model(0.1))) for model in (Independent, Proportional)
+]
+
+
 def test_configurations_that_differ_in_their_device_model_alone_are_different_structures():
     """Trees of registered dataclasses compare equal in jaxlib where only a class differs."""
-    independent, proportional = (
-        split_config(dataclasses.replace(_ANALOGUE, device=Device(programming=model(0.1))))[0]
-        for model in (Independent, Proportional)
-    )
+    independent, proportional = (split_config(config)[0] for config in _OF_TWO_MODELS)
     assert independent != proportional and hash(independent) != hash(proportional)
-    drawn = [
-        program(
-            _GRAPH,
-            _DIGITAL,
-            {_WRITTEN: dataclasses.replace(_ANALOGUE, device=Device(programming=model(0.1)))},
-            _KEYS[0],
-        )
-        for model in (Independent, Proportional)
-    ]
+
+
+@pytest.mark.long
+def test_configurations_that_differ_in_their_device_model_alone_are_different_programs():
+    drawn = [program(_GRAPH, _DIGITAL, {_WRITTEN: config}, _KEYS[0]) for config in _OF_TWO_MODELS]
     assert _loss(drawn[0]) != _loss(drawn[1])
 
 
-@pytest.mark.parametrize("steps", ["every", "other"])
+@pytest.mark.parametrize("steps", ["every", pytest.param("other", marks=pytest.mark.long)])
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
     here = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
     drawing = redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
@@ -231,6 +230,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
     assert sorted(small.iterdir()) == before
 
 
+@pytest.mark.long
 def test_a_run_on_chips_of_a_folder(small, fused):
     found = _on_chips(fused, crossbar=str(small / "two"), ages=("1s", "1year"), compensate="off")
     assert json.loads(results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two")).read_text()) == found
@@ -248,6 +248,7 @@ def test_a_run_on_chips_of_a_folder(small, fused):
     assert year > new
 
 
+@pytest.mark.long
 def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, fused, tmp_path):
     one_block.cut(tmp_path, adapters=3)
     for path in sorted((tmp_path / "pool").iterdir())[:1]:
@@ -280,6 +281,7 @@ def test_what_chips_cannot_do(small, fused, changes, message):
         _on_chips(fused, **({"crossbar": str(small / "two")} | changes))
 
 
+@pytest.mark.long
 def test_a_fusion_trained_on_its_chip(small, fused):
     options = _fusing(small, "chip", arrays=OnArrays(crossbar=str(small / "two"), noise="chip", chip=1))
     trained = [row["loss"] for row in fuse(options)["seeds"]]
@@ -314,6 +316,7 @@ def test_what_a_run_trains_on(small, fused):
         np.testing.assert_array_equal(value(training), value(tested))
 
 
+@pytest.mark.long
 def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
     options = _fusing(small, "lora", method="lora", pool=None)
     wanted = [row["loss"] for row in fuse(options)["seeds"]]

@@ -137,7 +137,10 @@ def test_a_basis_in_ideal_arrays_is_the_digital_one_and_so_are_its_gradients():
     _close(_loss_and_gradients(params, part, method)[0], wanted, 1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["encoder.*", "pool.B.*", "*[1:-1]", "pool.*[1:]"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["pool.B.*", *(pytest.param(part, marks=pytest.mark.long) for part in ("encoder.*", "*[1:-1]", "pool.*[1:]"))],
+)
 def test_any_part_may_stay_digital(pattern):
     frozen = _in_arrays(pattern)
     method = Fusion(granularity="site")
@@ -233,6 +236,7 @@ def test_what_a_module_lacks_brings_no_noise():
     _close(y[:, 0], 2 * np.einsum("li,lir,lro->lo", np.ones((3, 16)), A[:, :, :3], B[:, :3]), 1e-4)
 
 
+@pytest.mark.long
 def test_chips_are_an_axis_of_the_model():
     keys = jax.random.split(_KEY, 2)
     method = Fusion()

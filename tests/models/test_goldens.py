@@ -40,7 +40,9 @@ _POOLS = [
     ("t5b", "pool_factors_dora"),
     ("t5b", "pool_products_lora"),
 ]
-_FIRST = pytest.param(*_POOLS[0], marks=pytest.mark.smoke)
+# One of each composition and of each model, with magnitudes and without, and one module alone.
+_SHORT = [pytest.param(*_POOLS[0], marks=pytest.mark.smoke), _POOLS[3], _POOLS[5]]
+_CASES = [*_SHORT, *(pytest.param(*_POOLS[number], marks=pytest.mark.long) for number in (1, 2, 4))]
 
 
 class _Case(NamedTuple):
@@ -242,7 +244,7 @@ def test_merged_adapter(case, name):
 # A pool, fused.
 
 
-@pytest.mark.parametrize(("kind", "file"), [_FIRST, *_POOLS[1:]])
+@pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_fusion_at_the_start(case, kind, file):
     fusion = case(kind, file)
     golden = fusion.golden
@@ -255,7 +257,7 @@ def test_fusion_at_the_start(case, kind, file):
         _close(fusion.by_row(fusion.params["magnitudes"]), golden["mag0"], 1e-5)
 
 
-@pytest.mark.parametrize(("kind", "file"), [_FIRST, *_POOLS[1:]])
+@pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_loss_and_gradients(case, kind, file):
     fusion = case(kind, file)
     golden = fusion.golden
@@ -269,7 +271,7 @@ def test_loss_and_gradients(case, kind, file):
         _close(fusion.by_row(gradients["magnitudes"]), golden["grad_mag"], 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize(("kind", "file"), [_FIRST, *_POOLS[1:]])
+@pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_twenty_steps_of_the_reference_protocol(case, kind, file):
     fusion = case(kind, file)
     golden, recipe = fusion.golden, PRESETS["reference"]
@@ -287,7 +289,7 @@ def test_twenty_steps_of_the_reference_protocol(case, kind, file):
     _close(logits, golden["logits_final"], 3e-4)
 
 
-@pytest.mark.parametrize(("kind", "file"), _POOLS)
+@pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_logits_at_the_end_of_the_goldens_trajectory(case, kind, file):
     fusion = case(kind, file)
     params = {"coefficients": jnp.asarray(fusion.golden["traj_coeff"][-1])}

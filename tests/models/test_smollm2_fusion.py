@@ -34,6 +34,11 @@ _FUSIONS = [f"{pool}_{magnitudes}" for pool in ("pool_factors", "pool_products",
 _TOKENS = 24
 
 
+def _long_but(first, names):
+    """One case of a kind, and further ones that are long."""
+    return [first, *(pytest.param(name, marks=pytest.mark.long) for name in names if name != first)]
+
+
 class _Golden(NamedTuple):
     """The base model, the golden's inputs, and its files."""
 
@@ -148,7 +153,7 @@ def golden(shared):
     return _Golden(folder, dict(np.load(folder / "inputs.npz")), model, *nnx.split(model))
 
 
-@pytest.mark.parametrize("name", _SINGLES)
+@pytest.mark.parametrize("name", _long_but("lora_a", _SINGLES))
 def test_single_adapter(golden, name):
     """Ranks, patterns, rslora, magnitudes and a pickle, on two or on all maps."""
     file = dict(np.load(golden.folder / f"single_{name}.npz"))
@@ -163,6 +168,7 @@ def test_single_adapter(golden, name):
     golden.check_greedy(adapters, said, by_generation=name == "lora_a")
 
 
+@pytest.mark.long
 def test_a_batch_padded_on_the_left_with_an_adapter(golden):
     file = dict(np.load(golden.folder / "single_lora_c_all_rslora.npz"))
     problem = golden.problem(["lora_c_all_rslora"], Fusion(composition="sum", magnitudes=False))
@@ -173,7 +179,7 @@ def test_a_batch_padded_on_the_left_with_an_adapter(golden):
     golden.check_row(logits[real], there, "left")
 
 
-@pytest.mark.parametrize("name", _FUSIONS)
+@pytest.mark.parametrize("name", _long_but("pool_products_dora", _FUSIONS))
 def test_fusion(golden, name):
     """Start, gradients, six steps of the reference protocol, and the end of a fusion."""
     file = dict(np.load(golden.folder / f"{name}.npz"))

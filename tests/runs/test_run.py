@@ -102,6 +102,7 @@ def test_later_epochs_compile_nothing_and_read_no_text(small, tmp_path):
     assert compiled[0] == compiled[-1] and all(0 < n <= MOST_SHAPES for n in compiled[0])
 
 
+@pytest.mark.long
 def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
     options, _ = fused
     fuse(dataclasses.replace(options, path="vmap", out=tmp_path, name="vmap"))
@@ -118,6 +119,7 @@ def test_the_random_control_fuses_other_modules(fused, tmp_path):
     assert control["seeds"][0]["loss"] != results["seeds"][0]["loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("load_in", ["nf4", "int8"])
 def test_quantised_base_and_pool_run(load_in, small, tmp_path, fused):
     results = fuse(_options(small, tmp_path, load_in=load_in))
@@ -125,6 +127,7 @@ def test_quantised_base_and_pool_run(load_in, small, tmp_path, fused):
     assert results["seeds"][0]["loss"] != fused[1]["seeds"][0]["loss"]
 
 
+@pytest.mark.long
 def test_the_reference_protocol_runs(small, tmp_path):
     recipe = dataclasses.replace(PRESETS["reference"], epochs=2, modules=3, max_new_tokens=8, prune=0.15)
     options = dataclasses.replace(_options(small, tmp_path, name="reference"), recipe=recipe)
@@ -157,6 +160,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_a_process_killed_at_any_time_resumes_to_the_same_numbers(fused, small, tmp_path):
     options, results = fused
     command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(small[0])]
