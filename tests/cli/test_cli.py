@@ -1,4 +1,4 @@
-"""The commands as they are typed, on the embedded pool."""
+"""The commands as they are typed, on the embedded pool and on its first adapters cut to one block."""
 
 import json
 import runpy
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import one_block
 import pytest
 from safetensors.numpy import load_file
 
@@ -13,34 +14,47 @@ from lorafusion_jax import cli
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SMALL = _ROOT / "examples" / "small"
-_FUSE = ["fuse", "--base", str(_SMALL / "base"), "--task", str(_SMALL / "tasks" / "double_digit")]
-_QUICK = ["--modules", "3", "--epochs", "1", "--batch-size", "32", "--max-new-tokens", "8", "--test-rows", "4"]
+_FUSE = ["fuse", "--task", str(_SMALL / "tasks" / "double_digit")]
+# The programs are those of tests/methods/test_methods.py.
+_QUICK = ["--modules", "2", "--epochs", "1", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "8"]
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("pool") / "pool"
-    adapters = [str(folder) for folder in sorted((_SMALL / "adapters").iterdir())]
-    cli.main(["convert", "--base", str(_SMALL / "base"), "--adapters", *adapters, "--out", str(out)])
+def _convert(base: Path, adapters: Path, out: Path) -> Path:
+    folders = [str(folder) for folder in sorted(adapters.iterdir())]
+    cli.main(["convert", "--base", str(base), "--adapters", *folders, "--out", str(out)])
     return out
 
 
 @pytest.fixture(scope="module")
-def run(pool, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs")
-    cli.main([*_FUSE, "--pool", str(pool), "--seeds", "1", "2", *_QUICK, "--out", str(out), "--name", "r"])
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    return one_block.cut(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def pool(small, tmp_path_factory) -> Path:
+    return _convert(*small, tmp_path_factory.mktemp("pool") / "pool")
+
+
+def _fuse(base: Path, pool: Path, out: Path) -> Path:
+    options = ["--base", str(base), "--pool", str(pool), "--seeds", "1", "2", "--out", str(out), "--name", "r"]
+    cli.main([*_FUSE, *_QUICK, *options])
     return out / "r"
 
 
+@pytest.fixture(scope="module")
+def run(small, pool, tmp_path_factory) -> Path:
+    return _fuse(small[0], pool, tmp_path_factory.mktemp("runs"))
+
+
 @pytest.mark.smoke
-def test_convert_writes_all_adapters_of_the_embedded_pool(pool):
-    manifest = json.loads((pool / "manifest.json").read_text())
+def test_convert_writes_all_adapters_of_the_embedded_pool(tmp_path):
+    _convert(_SMALL / "base", _SMALL / "adapters", tmp_path / "pool")
+    manifest = json.loads((tmp_path / "pool" / "manifest.json").read_text())
     assert len(manifest["adapters"]) == 28
 
 
-def test_fuse_on_a_converted_pool_equals_the_adapter_folders(run, tmp_path):
-    folders = [*_FUSE, "--pool", str(_SMALL / "adapters"), "--seeds", "1", "2", *_QUICK, "--out", str(tmp_path)]
-    cli.main([*folders, "--name", "r"])
+def test_fuse_on_a_converted_pool_equals_the_adapter_folders(small, run, tmp_path):
+    _fuse(*small, tmp_path)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
@@ -60,9 +74,9 @@ def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
     assert len(sites) == 18 + 1 + 12 and sum(site["arrays"] for site in sites.values()) == results["arrays"]
     A, wo = sites["pool.A.encoder.self.q"], sites["encoder.ff.wo"]
     assert A["utilisation"] == 96 * 16 / 128**2 and A["arrays"] == A["matrices"] * 8
-    assert (wo["shape"], wo["arrays"]) == ([256, 96], 2 * 2 * 8)  # layers x row tiles x weight slices
+    assert (wo["shape"], wo["arrays"]) == ([256, 96], 1 * 2 * 8)  # layers x row tiles x weight slices
     assert all(row["sqnr"] > 70 for row in results["chips"][0]["matrices"])
-    for name in ("pool.B.decoder.cross.v[0:2]", "head"):
+    for name in ("pool.B.decoder.cross.v", "head"):
         assert f"\n{name} " in printed
 
 
@@ -82,7 +96,7 @@ def test_evaluation_on_arrays_says_what_is_wrong(run, arguments, message, capsys
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_generate_and_export(run, pool, tmp_path, capsys):
+def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
     cli.main(["evaluate", "--run", str(run), "--test-rows", "4"])
     assert capsys.readouterr().out.startswith("seed  exact match %  loss\n1 ")
     (tmp_path / "text").write_text("double then digit : a b c\n")
@@ -91,19 +105,19 @@ def test_evaluate_generate_and_export(run, pool, tmp_path, capsys):
     cli.main(["export", "--run", str(run), "--seed", "2", "--out", str(tmp_path / "adapter")])
     assert capsys.readouterr().out == f"seed 2 of {run}, fusion\nwritten to {tmp_path / 'adapter'}\n"
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["use_dora"]) == (3 * 16, True)
+    assert (config["r"], config["use_dora"]) == (2 * 16, True)
     cli.main(["export", "--run", str(run), "--format", "merged", "--out", str(tmp_path / "merged")])
     again = tmp_path / "again"
     # The merged model says without a pool what the run says with it.
-    zero = ["fuse", "--base", str(tmp_path / "merged"), *_FUSE[3:], *_QUICK, "--method", "zero-shot"]
+    zero = [*_FUSE, "--base", str(tmp_path / "merged"), *_QUICK, "--method", "zero-shot"]
     cli.main([*zero, "--out", str(again), "--name", "z"])
     said, wanted = (
-        [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:4]
+        [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:8]
         for folder in (again / "z", run)
     )
     assert said == wanted
-    cli.main(["export", "--pool", str(pool), "--adapter", "sort_dash", "--out", str(tmp_path / "sort")])
-    files = [f / "adapter_model.safetensors" for f in (tmp_path / "sort", _SMALL / "adapters" / "sort_dash")]
+    cli.main(["export", "--pool", str(pool), "--adapter", "double_next", "--out", str(tmp_path / "one")])
+    files = [f / "adapter_model.safetensors" for f in (tmp_path / "one", small[1] / "double_next")]
     a, b = map(load_file, files)
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
@@ -125,9 +139,10 @@ def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_p
 
 
 def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
+    fuse = [*_FUSE, "--base", str(_SMALL / "base")]
     for arguments, message in [
-        ([*_FUSE, "--seeds", "1", "1"], "a seed is given twice"),
-        ([*_FUSE], "give one with --pool"),
+        ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
+        (fuse, "give one with --pool"),
         (["export", "--run", str(run), "--out", str(run)], "exists"),
         (["export", "--out", str(tmp_path / "x")], "say what to export"),
         (["evaluate", "--run", str(tmp_path)], "is not a run"),

@@ -50,8 +50,9 @@ def golden(shared: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarra
 
 def product(params: dict[str, Any], W: np.ndarray, x: np.ndarray, dtype: Any, path: Any) -> np.ndarray:
     config, weights = convert(params, W)
-    state = program(jnp.asarray(weights, dtype), config, path=path)
-    return np.asarray(jax.jit(matmul)(jnp.asarray(x.T, dtype), state)).T
+    # Compiled together: weights programmed one operation after the other took half of the CPU time more.
+    read = jax.jit(lambda weights, x: matmul(x, program(weights, config, path=path)))
+    return np.asarray(read(jnp.asarray(weights, dtype), jnp.asarray(x.T, dtype))).T
 
 
 @pytest.mark.parametrize("path", [None, "definition"])
@@ -62,6 +63,8 @@ def test_crosssim_product(shared, name, path):
     y = product(meta["params"], z["W"], z["x"], np.float32, path)
     assert y.dtype == np.float32
     np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * top)
+    if path is None:  # in float64 the chosen paths are held against CrossSim's loop below
+        return
     with jax.enable_x64(True):
         y = product(meta["params"], z["W"], z["x"], np.float64, path)
         assert y.dtype == np.float64
@@ -215,8 +218,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", [None, "definition"])
-@pytest.mark.parametrize("name", CASES)
+# What is read by the definition alone is one case.
+_BY_DEFINITION = {"current limit", *(name for name in CASES if name.startswith("IR drop"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name in CASES for path in (None, "definition") if path or name not in _BY_DEFINITION],
+)
 def test_crosssim_loop(name, path):
     params = parameters(**CASES[name])
     rng = np.random.default_rng(5)

@@ -153,7 +153,7 @@ _V = "encoder.self.v"
 def small(tmp_path_factory):
     """A folder with `base` and `pool`, an analogue configuration, and two chips of all `v` in them."""
     folder = tmp_path_factory.mktemp("chips")
-    one_block.cut(folder, adapters=3)
+    one_block.cut(folder)
     save_config(_NOISY, folder / "noisy.yaml")
     write_chips(_programming(folder, chips=2, chip_key=7))
     return folder
@@ -165,7 +165,7 @@ def _programming(folder, **changes):
 
 
 def _fusing(folder, name, **changes):
-    recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 6, "lora_rank": 4}
+    recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4}
     values = {"seeds": (1, 2), "test_rows": 8, "out": folder / "runs", "name": name, "pool": str(folder / "pool")}
     return FuseOptions(
         base=str(folder / "base"),
@@ -250,7 +250,7 @@ def test_a_run_on_chips_of_a_folder(small, fused):
 
 @pytest.mark.long
 def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, fused, tmp_path):
-    one_block.cut(tmp_path, adapters=3)
+    one_block.cut(tmp_path)
     for path in sorted((tmp_path / "pool").iterdir())[:1]:
         weights = next(path.glob("*.safetensors"))
         save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})

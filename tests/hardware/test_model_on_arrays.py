@@ -99,7 +99,9 @@ def _close(got, wanted, tolerance=2e-4):
 # The digital model, where arrays are ideal.
 
 
-@pytest.mark.parametrize(("composition", "granularity"), [("mix", "block"), ("sum", "rank")])
+@pytest.mark.parametrize(
+    ("composition", "granularity"), [pytest.param("mix", "block", marks=pytest.mark.long), ("sum", "rank")]
+)
 def test_ideal_arrays_are_the_digital_fusion_and_so_are_its_gradients(composition, granularity):
     method = Fusion(composition=composition, granularity=granularity)
     params = _params(method)
@@ -173,6 +175,7 @@ def test_a_tied_head_stays_digital():
         program(graph, Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
 
 
+@pytest.mark.long
 def test_digital_modules_of_full_rank_on_a_base_in_arrays():
     digital = _frozen(tiny.pool(3, lambda n, site, layer: 8))
     frozen = program(_GRAPH, digital, {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}, _KEY)
