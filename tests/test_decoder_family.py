@@ -188,6 +188,7 @@ def test_a_base_in_few_bits(load_in, method, rel, asked, done):
     assert row["loss"] == pytest.approx(wanted["loss"], rel=rel) and row["loss"] != wanted["loss"]
 
 
+@pytest.mark.long
 def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
     options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
     fuse(options)

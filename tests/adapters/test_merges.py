@@ -275,6 +275,7 @@ def test_the_shuffled_control_moves_whole_layers():
     assert len(orders["encoder", 3]) == 2 and len(orders["decoder", 2]) == 1
 
 
+@pytest.mark.long
 def test_the_shuffled_control_takes_quantised_and_single_layers():
     pool, shuffle = _pool(), jax.jit(shuffled_pool)
     a, b = (shuffle(pool, _KEY).quantised("int8"), shuffle(pool.quantised("int8"), _KEY))

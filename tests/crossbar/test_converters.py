@@ -168,10 +168,10 @@ def test_noise_below_zero_is_cut_off_in_flipped_columns_too():
 @pytest.mark.parametrize(
     "bits, ratio, adc",
     [
-        ((1,) * 8, None, ADC(bits=12, range="max")),
+        pytest.param((1,) * 8, None, ADC(bits=12, range="max"), marks=pytest.mark.long),
         ((2,) * 4, 10.0, ADC(bits=12, range="max")),
         ((1,) * 8, None, ADC(bits=6)),
-        ((1,) * 4, 20.0, ADC(bits=6)),
+        pytest.param((1,) * 4, 20.0, ADC(bits=6), marks=pytest.mark.long),
     ],
 )
 def test_ranges_cover_the_unit_column_of_flipped_arrays(bits, ratio, adc):
@@ -229,7 +229,7 @@ def read_with_ranges(limits, path):
     return matmul(x, program(weights, traced, path=path))
 
 
-@pytest.mark.parametrize("path", ["loop", "lookup", "planes", "packed"])
+@pytest.mark.parametrize("path", ["loop", "lookup", pytest.param("planes", marks=pytest.mark.long), "packed"])
 def test_row_tiles_with_ranges_of_their_own_are_read_as_defined(path):
     """Given, under jit, or put in: the result does not depend on it."""
     weights, x = problem(batch=4)

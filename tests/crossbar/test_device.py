@@ -280,6 +280,7 @@ def test_effects_draw_independently():
     assert abs(np.corrcoef(noise[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
 
 
+@pytest.mark.long
 def test_values_are_swept_and_learned():
     G = jnp.full((30, 30), 0.5)
 

@@ -55,8 +55,35 @@ def product(params: dict[str, Any], W: np.ndarray, x: np.ndarray, dtype: Any, pa
     return np.asarray(read(jnp.asarray(weights, dtype), jnp.asarray(x.T, dtype))).T
 
 
-@pytest.mark.parametrize("path", [None, "definition"])
-@pytest.mark.parametrize("name", NAMES)
+# Paths of these, other than the definition, compile long.
+_LONG = {
+    *(
+        "c05_off_w8s4_in8serial_adc8max",
+        "c06_off_unitcol_w8s4_adc8gran",
+        "c07_bal_w8s8_adc8max",
+        "c08_bal_w8s2_adc8max",
+    ),
+    *("c15_bal_singletile_adc8max", "c16_bal_310_partmax_adc8max"),
+    *("16-bit ISAAC", "unit column, on/off ratio", "offset, on/off ratio", "separate conversion, on/off ratio"),
+    *(
+        "unsliced, separate conversion at MAX",
+        "unsliced, two-sided",
+        "unsliced, offset, unit column",
+        "unsliced, offset",
+    ),
+}
+
+
+def _by_path(names, alone=()):
+    """The chosen path and the definition; the latter alone where it is what is chosen."""
+    both = [(name, path) for name in names for path in (None, "definition") if path or name not in alone]
+    return [
+        pytest.param(name, path, marks=pytest.mark.long if path is None and name in _LONG else ())
+        for name, path in both
+    ]
+
+
+@pytest.mark.parametrize(("name", "path"), _by_path(NAMES))
 def test_crosssim_product(shared, name, path):
     meta, z = golden(shared, name)
     top = np.abs(z["y"]).max()
@@ -218,14 +245,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# What is read by the definition alone is one case.
 _BY_DEFINITION = {"current limit", *(name for name in CASES if name.startswith("IR drop"))}
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [(name, path) for name in CASES for path in (None, "definition") if path or name not in _BY_DEFINITION],
-)
+@pytest.mark.parametrize(("name", "path"), _by_path(CASES, _BY_DEFINITION))
 def test_crosssim_loop(name, path):
     params = parameters(**CASES[name])
     rng = np.random.default_rng(5)
@@ -284,7 +307,11 @@ def test_programming_models_by_name(name, sigma):
 
 
 @pytest.mark.parametrize(
-    "name, model", [("s01_prog_indep5_noadc", Independent), ("s03_prog_prop5_noadc", Proportional)]
+    "name, model",
+    [
+        ("s01_prog_indep5_noadc", Independent),
+        pytest.param("s03_prog_prop5_noadc", Proportional, marks=pytest.mark.long),
+    ],
 )
 def test_programming_noise(shared, name, model):
     """200 chips: RMS of the error within 3 %, means of single outputs by z-score with both samples' errors."""

@@ -66,7 +66,9 @@ def central(f, at, direction, step=1e-5):
     return (f(at + step * direction) - f(at - step * direction)) / (2 * step)
 
 
-@pytest.mark.parametrize("path, scale", [(None, "matrix"), ("loop", "tile"), ("definition", "column")])
+@pytest.mark.parametrize(
+    "path, scale", [pytest.param(None, "matrix", marks=pytest.mark.long), ("loop", "tile"), ("definition", "column")]
+)
 def test_gradients_of_inputs_and_weights(path, scale):
     """Those of x @ W, with W as programmed for the inputs: rounding is passed straight through."""
     config = CrossbarConfig(
@@ -107,7 +109,7 @@ def test_gradients_stop_where_the_dac_clips():
     np.testing.assert_allclose(g_W, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["loop", "definition"])
+@pytest.mark.parametrize("path", [pytest.param("loop", marks=pytest.mark.long), "definition"])
 def test_gradients_of_adc_ranges(path):
     """Those of clipping: rounding aside, sums beyond the range follow it, others do not."""
     tops = np.asarray([1.7, 2.3, 1.9, 0.8])
@@ -149,6 +151,7 @@ def changed_adc(config, tops):
     return dataclasses.replace(config, tile=Tile(rows=8, partition="full"), adc=ADC(range="given", limits=limits))
 
 
+@pytest.mark.long
 def test_adc_ranges_are_learned():
     config = CrossbarConfig(tile=Tile(rows=8, partition="full"))
     W, x = problem(batch=16)
@@ -177,6 +180,7 @@ RANDOM = CrossbarConfig(
 )
 
 
+@pytest.mark.long
 def test_a_key_is_a_chip():
     W, x = problem()
     # Only these emitters round one chip as they round several.
@@ -209,10 +213,10 @@ def test_device_count_changes_nothing():
     [
         ("device__programming", [0.0, 0.02, 0.1]),
         ("device__time", [1.0, 1e3, 1e6]),
-        ("cell__on_off_ratio", [3.0, 10.0, 100.0]),
+        pytest.param("cell__on_off_ratio", [3.0, 10.0, 100.0], marks=pytest.mark.long),
         ("tile__current_limit", [0.5, 1.0, 4.0]),
-        ("adc__limits", [1.0, 2.0, 4.0]),
-        ("adc__gain_error", [0.0, 0.01, 0.05]),
+        pytest.param("adc__limits", [1.0, 2.0, 4.0], marks=pytest.mark.long),
+        pytest.param("adc__gain_error", [0.0, 0.01, 0.05], marks=pytest.mark.long),
         ("adc__offset_error", [0.0, 0.1, 0.5]),
     ],
 )
@@ -242,7 +246,7 @@ def test_sweeps_are_loops(path, values):
         assert (difference > 1e-4).mean() < 0.05
 
 
-@pytest.mark.parametrize("adc", [ADC(bits=6, range="max"), given(3.0, bits=6)])
+@pytest.mark.parametrize("adc", [pytest.param(ADC(bits=6, range="max"), marks=pytest.mark.long), given(3.0, bits=6)])
 def test_an_on_off_ratio_is_swept_under_an_adc_whose_range_does_not_follow_it(adc):
     """Differential pairs subtract Gmin, so that perfect sums are integers at any ratio; the range in levels is not."""
     W, x = problem()
@@ -267,6 +271,7 @@ def test_a_batch_of_configurations():
     assert jnp.abs(y[1] - y[0]).max() > 0.1
 
 
+@pytest.mark.long
 def test_stacks_of_weights_and_leading_axes():
     W = jnp.stack([problem(seed=s)[0] for s in range(3)])
     x = jnp.stack([problem(seed=s)[1] for s in range(3)])
@@ -507,6 +512,7 @@ def compiled(x, state):
     return read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes, read(x, leaves)
 
 
+@pytest.mark.long
 def test_the_block_of_all_conversions_never_exists(monkeypatch):
     """512 x 512, 256 inputs: [J 7, K 4, R 4, B 256, cols 512] float32 is 59 MB; a read keeps to its budget."""
     config = CrossbarConfig(adc=ADC(bits=8, range="max"))

@@ -143,6 +143,7 @@ def test_slices_agree_pairwise(choice, cells, slice_bits, seed):
     np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
+@pytest.mark.long
 @few
 @given(choices(), st.sampled_from([3, 4]), st.sampled_from([0.9, 0.99, 1.0]), seeds)
 def test_twice_the_adc_bits_are_no_worse(choice, bits, quantile, seed):

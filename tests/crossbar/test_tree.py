@@ -295,6 +295,7 @@ def test_calibration_sets_every_matrix_to_its_own_data():
     assert all(3 < row["sqnr"] < 60 and row["clipped"] <= 0.1 for row in rows)
 
 
+@pytest.mark.long
 def test_more_bits_are_fewer_errors():
     def worst(bits):
         config = dataclasses.replace(_CONVERTED, adc=ADC(bits=bits, clip_share=1.0))
@@ -304,6 +305,7 @@ def test_more_bits_are_fewer_errors():
     assert worst(3) + 6 < worst(7)
 
 
+@pytest.mark.long
 def test_swept_values_are_calibrated_too():
     config = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=jnp.float32(20)))
     fixed = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=20.0))

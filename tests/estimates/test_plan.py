@@ -321,7 +321,12 @@ def test_memory_of_a_step(name, path, config, structure):
 @pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(
     ("config", "dtype"),
-    [(_SCANNED, "float32"), (_SCANNED, "bfloat16"), (_SCANNED_DECODER, "float32"), (_SCANNED_DECODER, "bfloat16")],
+    [
+        (_SCANNED, "float32"),
+        (_SCANNED_DECODER, "bfloat16"),
+        pytest.param(_SCANNED, "bfloat16", marks=pytest.mark.long),
+        pytest.param(_SCANNED_DECODER, "float32", marks=pytest.mark.long),
+    ],
 )
 def test_memory_of_generation(config, dtype):
     config, shape, seeds, tokens, path = dataclasses.replace(config, dtype=dtype), Shape(32, 96, 8), 2, 8, "vmap"

@@ -18,6 +18,7 @@ def _report(*arguments):
     return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
+@pytest.mark.long
 def test_the_script_writes_all(tmp_path):
     results, more, out = tmp_path / "results.jsonl", tmp_path / "more.jsonl", tmp_path / "out"
     rows = made_up(methods=("zero-shot", "LoRA"), items=20)

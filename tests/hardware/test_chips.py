@@ -105,7 +105,8 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
     assert _loss(drawn[0]) != _loss(drawn[1])
 
 
-@pytest.mark.parametrize("steps", ["every", pytest.param("other", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("steps", ["every", "other"])
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
     here = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
     drawing = redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")

@@ -121,6 +121,7 @@ def _in_basis(norm=None, pattern="*"):
     return frozen if norm is None else program(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
 
 
+@pytest.mark.long
 def test_a_basis_in_ideal_arrays_is_the_digital_one_and_so_are_its_gradients():
     method = Fusion(core=True)
     params = _params(method, _in_basis())
@@ -258,6 +259,7 @@ def test_chips_are_an_axis_of_the_model():
 # Read noise.
 
 
+@pytest.mark.long
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     frozen = _in_arrays(_WRITTEN, "read noise")
     problem = _problem(Fusion(), frozen)
@@ -312,6 +314,7 @@ def test_every_token_is_decoded_with_noise_of_its_own():
 # Reports.
 
 
+@pytest.mark.long
 def test_errors_by_site_layer_and_module():
     config = dataclasses.replace(PRESETS["ideal"], dac=DAC(bits=6))
     frozen = program(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)

@@ -535,6 +535,7 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
         open_pool(tmp_path / "nothing")
 
 
+@pytest.mark.long
 def test_the_script(base, adapter, tmp_path):
     def run(*arguments):
         command = [sys.executable, "convert_peft_weights.py", *arguments]

@@ -136,6 +136,7 @@ def test_logits_and_losses_of_the_base(golden, inputs, smol):
         np.testing.assert_allclose(-of_labels[labels >= 0].mean(), wanted[f"loss_mean_ce_{k}"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.long
 def test_greedy_ids_of_the_base(golden, inputs, smol):
     said = _say(*smol, *map(jnp.asarray, _prompts(inputs)), {})
     for number, row in enumerate(np.asarray(said)):

@@ -163,6 +163,7 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
     assert len(set(said)) == len(said)
 
 
+@pytest.mark.long
 def test_scores_are_those_of_each_run_alone(runs, capsys):
     """Every seed of every run on its own task, with options or without; all of them share their batches."""
     rows = evaluate_runs(EvaluateRunsOptions(runs=tuple(runs.values())))
