@@ -125,6 +125,7 @@ def test_narrow_modules_share_arrays():
     assert alone.shared_arrays == alone.arrays and "side by side" not in str(alone)
 
 
+@pytest.mark.long
 def test_a_calibrated_state_may_lose_nothing():
     config = CrossbarConfig(adc=ADC(bits=10, quantile=1.0))
     weights, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (4, 64))

@@ -495,6 +495,7 @@ def test_a_layer_is_calibrated_as_its_chip_is():
     assert row["site"] == "" and row["layer"] is None
 
 
+@pytest.mark.long
 def test_all_layers_of_a_model_are_calibrated_in_their_scan():
     digital, on_arrays = (
         convert(_language("linen"), rules, _KEY, _TOKENS) for rules in ({}, {"blocks.*": _CALIBRATED})

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _FOLDER = Path(__file__).resolve().parents[2] / "lorafusion_jax" / "crossbar"
 _THIRD_PARTY = {"jax", "numpy", "yaml", "jaxtyping"}
 

@@ -196,6 +196,7 @@ def test_a_key_is_a_chip():
     assert jnp.abs(y[0] - y[1]).max() > 0.01
 
 
+@pytest.mark.long
 def test_device_count_changes_nothing():
     assert jax.device_count() == 4
     W, x = problem()
@@ -211,7 +212,7 @@ def test_device_count_changes_nothing():
 @pytest.mark.parametrize(
     "path, values",
     [
-        ("device__programming", [0.0, 0.02, 0.1]),
+        pytest.param("device__programming", [0.0, 0.02, 0.1], marks=pytest.mark.long),
         ("device__time", [1.0, 1e3, 1e6]),
         pytest.param("cell__on_off_ratio", [3.0, 10.0, 100.0], marks=pytest.mark.long),
         ("tile__current_limit", [0.5, 1.0, 4.0]),

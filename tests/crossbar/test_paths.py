@@ -178,7 +178,8 @@ def _noise(variance: np.ndarray) -> Noise:
     return Noise(jnp.asarray(variance, jnp.float32), jnp.full(_SLICES, 0.3, jnp.float32), stream(jax.random.key(5)))
 
 
-@pytest.mark.parametrize("signed", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("signed", [False, True])
 def test_noisy_reads_are_the_same_on_every_path(signed: bool):
     bits = (2, 2, 2, 1) if signed else (1,) * 8
     cells, n = _cells("random"), _codes(signed, "random")

@@ -37,6 +37,7 @@ def example(tmp_path_factory) -> Callable[[str], ModuleType]:
     return load
 
 
+@pytest.mark.long
 def test_fuse_in_python_trains_and_answers(example):
     assert 0 <= example("fuse_in_python").main(epochs=1, test_rows=4) <= 1
 

@@ -372,6 +372,7 @@ def test_another_table_changes_the_bill_and_is_written(tmp_path, capsys):
     assert before != after and "| mine" in "".join(after.split("  "))
 
 
+@pytest.mark.long
 def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
     import cost

@@ -291,7 +291,7 @@ def test_flops_of_generation(name, config, counted_as):
         pytest.param(
             "lora", "map", _SCANNED, {"dtype": "bfloat16", "unroll": True, "remat": "none"}, marks=pytest.mark.long
         ),
-        ("full", "map", _SCANNED, {}),
+        pytest.param("full", "map", _SCANNED, {}, marks=pytest.mark.long),
         ("fusion-sum", "map", _SCANNED_DECODER, {}),
         ("lora", "vmap", _SCANNED_DECODER, {"dtype": "bfloat16"}),
         ("lora", "map", _SCANNED_DECODER, {"unroll": True, "remat": "none"}),
@@ -322,8 +322,8 @@ def test_memory_of_a_step(name, path, config, structure):
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
-        (_SCANNED, "float32"),
         (_SCANNED_DECODER, "bfloat16"),
+        pytest.param(_SCANNED, "float32", marks=pytest.mark.long),
         pytest.param(_SCANNED, "bfloat16", marks=pytest.mark.long),
         pytest.param(_SCANNED_DECODER, "float32", marks=pytest.mark.long),
     ],

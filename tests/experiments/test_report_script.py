@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from made_up_rows import made_up
 
 from lorafusion_jax.report import append_rows

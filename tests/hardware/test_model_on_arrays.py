@@ -332,6 +332,7 @@ def test_errors_by_site_layer_and_module():
     assert all(20 < sqnr < 45 for sqnr in found.values())
 
 
+@pytest.mark.long
 def test_isaac_loses_nothing_but_quantisation():
     frozen = program(_GRAPH, Frozen(_BASE), {"*": PRESETS["isaac"]}, _KEY)
     inputs = ({}, jnp.zeros(0, jnp.int32), tiny.batch())

@@ -191,6 +191,7 @@ def _gap(base, row, tokens, position, other):
     return float(logits[tokens[position]] - logits[other])
 
 
+@pytest.mark.long
 def test_the_gap_of_two_logits_is_that_of_the_golden(case):
     base = case("t5b")
     labels, logits = base.golden["labels_0"], base.golden["base_logits_0"]

@@ -113,6 +113,7 @@ def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_random_control_fuses_other_modules(fused, tmp_path):
     options, results = fused
     control = fuse(dataclasses.replace(options, control="random", out=tmp_path))
