@@ -10,6 +10,8 @@ once (AVX512_VPOPCNTDQ); right everywhere.
 Axis letters: B batch, K weight slices, I bits of a cell, R row tiles, Q words of 32 rows.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,25 +41,21 @@ def pair_planes(
       rows: of every row tile.
       slices: bits of every weight slice.
     """
-    first, most = np.cumsum((0, *slices)), max(slices)
+    first, place = np.cumsum((0, *slices))[:-1, None], np.arange(max(slices))
+    # The bit of a code that each bit of a slice is, [K, I]; a narrow slice lacks the highest ones.
+    bit, there = (first + place).astype(np.uint32), (place < np.array(slices)[:, None]).astype(np.uint32)
 
     def of_tile(tile: Float[Array, "rows d_out"]) -> UInt32[Array, "K I 2 Q d_out"]:
         padded = jnp.pad(tile.astype(jnp.int32), ((0, -len(tile) % 32), (0, 0)))
-        sides = [jnp.maximum(sign * padded, 0).astype(jnp.uint32).reshape(-1, 32, tile.shape[1]) for sign in (1, -1)]
+        sides = jnp.maximum(jnp.stack([padded, -padded]), 0).astype(jnp.uint32).reshape(2, -1, 32, tile.shape[1])
+        shape = (*bit.shape, 2, sides.shape[1], tile.shape[1])
+        shift, mask = (jax.lax.broadcast_in_dim(jnp.asarray(of_bit), shape, (0, 1)) for of_bit in (bit, there))
 
-        def word(side: UInt32[Array, "Q 32 d_out"], bit: int) -> UInt32[Array, "Q d_out"]:
-            # One row after the other: a sum over their axis is an order of magnitude slower on a CPU.
-            total = (side[:, 0] >> np.uint32(bit)) & np.uint32(1)
-            for row in range(1, 32):
-                total = total | (((side[:, row] >> np.uint32(bit)) & np.uint32(1)) << np.uint32(row))
-            return total
+        def of_row(row: int) -> UInt32[Array, "K I 2 Q d_out"]:
+            return ((jax.lax.broadcast_in_dim(sides[:, :, row], shape, (2, 3, 4)) >> shift) & mask) << np.uint32(row)
 
-        nothing = jnp.zeros((len(padded) // 32, tile.shape[1]), jnp.uint32)
-        words = [
-            [[word(side, start + i) if i < bits else nothing for side in sides] for i in range(most)]
-            for start, bits in zip(first.tolist(), slices, strict=False)
-        ]
-        return jnp.stack([jnp.stack([jnp.stack(pair) for pair in of_slice]) for of_slice in words])
+        # One row after the other: a sum over their axis is an order of magnitude slower on a CPU.
+        return functools.reduce(jnp.bitwise_or, map(of_row, range(32)))
 
     return jnp.moveaxis(jax.lax.map(of_tile, split(codes, rows, 0, front=True)), 0, 3)
 
