@@ -208,12 +208,11 @@ def _same_losses(runs: dict[str, Any]) -> None:
 
 
 def _operations(options: Any, composition: Any, structure: str) -> float:
-    """Return the counted operations of the step over those of its floor; a basis counts as one module of its size."""
+    """Return the counted operations of the step over those of its floor."""
     config = unrolled(config_of(options.shape)) if structure == "unrolled" else config_of(options.shape)
     batch = Shape(BATCH, SOURCE, TARGET)
-    update = Update(kind=composition, rank=RANK, modules=MODULES, pool=options.pool, magnitudes=True)
-    if composition == "basis":
-        update = Update(kind="sum", rank=options.basis, magnitudes=True)
+    rank = options.basis if composition == "basis" else RANK
+    update = Update(kind=composition, rank=rank, modules=MODULES, pool=options.pool, magnitudes=True)
     base = step_flops(unrolled(config_of(options.shape)), batch, Update(kind="none"), trainable=0)
     return step_flops(config, batch, update, trainable=0) / base
 

@@ -58,6 +58,19 @@ def test_every_row_can_run_and_none_is_there_twice(scripts):
     assert len(settings) == len(entries) == 2 + 5 * 3 + 1 + 8 + 1
 
 
+def test_a_plan_has_a_table_for_each_basis(scripts, monkeypatch, capsys, tmp_path):
+    _, basis = scripts
+    task = str(_EXPERIMENTS.parent / "examples" / "small" / "tasks" / "double_digit")
+    monkeypatch.setattr(basis, "small_pool_in_basis", lambda: tmp_path / "none")
+    methods = ["all modules", "best 10", "k = 16, best 10", "k = 32, best 10"]
+    basis.main(["--base", "t5-small", "--tasks", task, "--methods", *methods, "--plan"])
+    head = [line for line in capsys.readouterr().out.splitlines() if line.startswith("League")]
+    chosen = "League 95+5, 20 epochs, 10 modules by gradient"
+    assert head == [
+        "League 95+5, 20 epochs, 28 modules", chosen, f"{chosen}, in a basis of 16", f"{chosen}, in a basis of 32"
+    ]  # fmt: skip
+
+
 def test_a_table_gives_reads_and_differences_to_the_same_modules(scripts, league):
     _, basis = scripts
     text = basis.tables(league, shared_basis(tiny.pool(3), 12), sizes=(8, 12))
