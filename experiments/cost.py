@@ -46,7 +46,7 @@ class Options:
       crossbars: of arrays: names or files.
       modules: modules that are fused.
       rank: of each.
-      basis: numbers of directions of shared bases.
+      bases: numbers of directions of shared bases.
       constants: a file that replaces the table of constants.
       out: folder to write to.
     """
@@ -55,7 +55,7 @@ class Options:
     crossbars: tuple[str, ...] = ("isaac", "puma", "neurram")
     modules: int = 20
     rank: int = 16
-    basis: tuple[int, ...] = (16, 32)
+    bases: tuple[int, ...] = (16, 32)
     constants: Path | None = None
     out: Path = Path("runs/cost")
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for shape in options.shapes:
         for name in options.crossbars:
             asked = CostOptions(
-                shape=shape, crossbar=name, modules=options.modules, rank=options.rank, basis=options.basis
+                shape=shape, crossbar=name, modules=options.modules, rank=options.rank, bases=options.bases
             )
             config, crossbar = known_shapes()[shape], load_config(name)
             of = {activity.method: activity for activity in activities(config, crossbar, asked)}

@@ -265,7 +265,7 @@ def test_parameters_and_bytes_are_the_model_s(config):
 
 
 def test_a_bill_follows_the_block_s_stages(config):
-    options = CostOptions(modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("v_proj",), basis=())
+    options = CostOptions(modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("v_proj",), bases=())
     found = {activity.method: activity for activity in activities(config, ARRAYS["isaac"], options)}
     # Queries with keys, values and their modules; the attention's end; gate and up; down. The head is the embedding.
     assert found["LoRAFusion"].stages == {

@@ -268,7 +268,7 @@ def test_a_plan_has_a_row_for_each_method():
 
 def test_a_bill_follows_the_writer_s_stages():
     options = CostOptions(
-        modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("query",), basis=(3,)
+        modules=2, rank=2, epochs=1, train_rows=20, source=8, target=4, targets=("query",), bases=(3,)
     )
     found = {activity.method: activity for activity in activities(_CONFIG, ARRAYS["isaac"], options)}
     stages = found["LoRAFusion"].stages

@@ -60,7 +60,7 @@ def test_only_matrices_of_a_task_are_written(large):
 def test_a_basis_has_at_most_its_share_of_the_arrays_of_whole_modules(preset):
     """k / (N r) of them, but whole arrays: of the tiles along the modules' common axis, at least one."""
     crossbar_config, N, r = PRESETS[preset], _OPTIONS.modules, _OPTIONS.rank
-    for name, k in zip(_BASES, _OPTIONS.basis, strict=True):
+    for name, k in zip(_BASES, _OPTIONS.bases, strict=True):
         of = {activity.method: activity for activity in activities(_LARGE, crossbar_config, _OPTIONS)}
         basis, own, together = (of[n].adapters.arrays for n in (name, "LoRAFusion", "LoRAFusion, side by side"))
         assert basis <= own * k / (N * r)
@@ -95,7 +95,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
         with_unit = np.concatenate([used, used[..., :1]], axis=-1)
         return L * K * P * R * C, L * K * P * int(with_unit.sum())
 
-    options = dataclasses.replace(_OPTIONS, modules=2, rank=4, vera_rank=5, basis=(4,))
+    options = dataclasses.replace(_OPTIONS, modules=2, rank=4, vera_rank=5, bases=(4,))
     once = installed_once(square, config, options)
     base = np.sum([written(stack) for stack in (*weights, head)], axis=0)
     modules = [m.reshape(-1, *m.shape[2:]) for m in (*pool.A.values(), *pool.B.values())]
@@ -118,7 +118,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
 
 def test_reads_of_a_token_by_hand():
     config = CrossbarConfig(adc=ADC())
-    options = dataclasses.replace(_OPTIONS, modules=3, rank=4, source=6, target=2, targets=("v",), basis=(5,))
+    options = dataclasses.replace(_OPTIONS, modules=3, rank=4, source=6, target=2, targets=("v",), bases=(5,))
     of = {activity.method: activity for activity in activities(tiny.CONFIG, config, options)}
 
     def one(d_in: int, d_out: int) -> int:
@@ -171,7 +171,7 @@ def test_training_by_hand():
         _OPTIONS,
         modules=2,
         rank=4,
-        basis=(3,),
+        bases=(3,),
         source=16,
         target=8,
         train_rows=20,
@@ -229,11 +229,11 @@ def test_training_by_hand():
 
 
 def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
-    config, small = CrossbarConfig(adc=ADC()), {"modules": 2, "rank": 4, "basis": (3,), "source": 16, "target": 8}
+    config, small = CrossbarConfig(adc=ADC()), {"modules": 2, "rank": 4, "bases": (3,), "source": 16, "target": 8}
     options = dataclasses.replace(_OPTIONS, **small, train_rows=20, batch_size=5, epochs=3)
     drawn, ranked = (
         {activity.method: activity for activity in activities(tiny.CONFIG, config, asked)}
-        for asked in (options, dataclasses.replace(options, pool=5))
+        for asked in (options, dataclasses.replace(options, pool_size=5))
     )
     none, whole = Update(kind="none"), Update(kind="sum", rank=4, modules=5, magnitudes=True)
     source, target = 4 * 5 * 16, 4 * 5 * 8  # tokens of four batches
@@ -299,7 +299,7 @@ def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
 
 def test_reads_of_a_basis_take_longer_to_outweigh_the_writes():
     """At N r = 320, whole modules do so within a token; a basis that is narrower than the LoRA never does."""
-    options = dataclasses.replace(_OPTIONS, basis=(8, 16, 32))
+    options = dataclasses.replace(_OPTIONS, bases=(8, 16, 32))
     of = {activity.method: activity for activity in activities(_LARGE, _ISAAC, options)}
     found = {name: c.break_even.typical for name, c in comparisons(of, _ISAAC, options).items()}
     assert found["LoRAFusion"] < found["LoRAFusion, side by side"] < 1
@@ -309,7 +309,7 @@ def test_reads_of_a_basis_take_longer_to_outweigh_the_writes():
 
 
 def test_one_module_still_costs_something_more():
-    options = dataclasses.replace(_OPTIONS, modules=1, basis=(16,))
+    options = dataclasses.replace(_OPTIONS, modules=1, bases=(16,))
     of = {activity.method: activity for activity in activities(_LARGE, _ISAAC, options)}
     for found in comparisons(of, _ISAAC, options).values():
         assert found.extra_per_token.low > 0
@@ -318,7 +318,7 @@ def test_one_module_still_costs_something_more():
 def test_a_tied_head_is_digital():
     tied = dataclasses.replace(tiny.CONFIG, tied=True)
     of, other = (
-        activities(config, _ISAAC, dataclasses.replace(_OPTIONS, basis=()))[0] for config in (tied, tiny.CONFIG)
+        activities(config, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[0] for config in (tied, tiny.CONFIG)
     )
     head = crossbar.counts((16, 48), _ISAAC)
     assert of.generated.reads + head == other.generated.reads
@@ -400,9 +400,9 @@ def test_the_experiment_writes_tables_and_plots(tmp_path, monkeypatch):
         (["--targets", "q_proj"], "targets are q_proj: choose of q k v"),
         (["--modules", "0"], "modules is 0: wanted at least 1"),
         (["--tokens-per-task", "0"], "tokens_per_task is 0"),
-        (["--basis", "321"], "321 directions: wanted 1 to 320, the rank of the sum of 20 modules of rank 16"),
-        (["--basis", "600", "--modules", "40", "--shape", "t5-small"], "600 directions, but encoder.self.q is 512 x"),
-        (["--pool", "19"], "a pool of 19 modules, of which 20 are fused: it needs at least as many"),
+        (["--bases", "321"], "321 directions: wanted 1 to 320, the rank of the sum of 20 modules of rank 16"),
+        (["--bases", "600", "--modules", "40", "--shape", "t5-small"], "600 directions, but encoder.self.q is 512 x"),
+        (["--pool-size", "19"], "a pool of 19 modules, of which 20 are fused: it needs at least as many"),
         (["--json", "cost.txt"], "wanted a file ending in .json"),
         (["--constants", "none.yaml"], "none.yaml: no such file of constants"),
         (["--save-constants", "cost.txt"], "constants are a file ending in"),

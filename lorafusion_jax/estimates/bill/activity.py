@@ -124,7 +124,7 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
         f"pool of {P}, side by side": Standing(together, **norm_terms(P * r)),
         "VeRA's random matrices": Standing(_shared(adapted, module(options.vera_rank), crossbar)),
     }
-    for k in options.basis:
+    for k in options.bases:
         basis = Standing(_standing(adapted, module(k), crossbar), **norm_terms(k))
         found[f"basis of {k} of {P} modules"] = basis._replace(words=basis.words + matrices * P * k**2)
     return found

@@ -14,9 +14,9 @@ class CostOptions:
       shape: name of a known shape, such as flan-t5-large, or the folder, hub id or GGUF file of a base model, whose
         configuration is read.
       modules: number of modules that are fused.
-      pool: number of modules that are ranked by one backward pass over the training rows, to choose those that are
+      pool_size: number of modules that are ranked by one backward pass over the training rows, to choose those that are
         fused; by default there are no more than these, and none is ranked.
-      basis: numbers of directions of shared bases (`lorafusion convert --basis`); each has a bill.
+      bases: numbers of directions of shared bases (`lorafusion convert --basis`); each has a bill.
       rank: rank of every module, and of LoRA and DoRA.
       vera_rank: rank of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
@@ -32,8 +32,8 @@ class CostOptions:
 
     shape: str = "flan-t5-large"
     modules: int = 20
-    pool: int | None = None
-    basis: tuple[int, ...] = (16, 32)
+    pool_size: int | None = None
+    bases: tuple[int, ...] = (16, 32)
     rank: int = 16
     vera_rank: int = Recipe.vera_rank
     targets: tuple[str, ...] | None = None
@@ -51,9 +51,9 @@ class CostOptions:
         at_least(1, **{name: getattr(self, name) for name in (*numbers, "source", "target", "evaluations")})
         if self.stored < self.modules:
             raise ValueError(
-                f"a pool of {self.pool} modules, of which {self.modules} are fused: it needs at least as many"
+                f"a pool of {self.pool_size} modules, of which {self.modules} are fused: it needs at least as many"
             )
-        for k in self.basis:
+        for k in self.bases:
             if not 1 <= k <= self.stored * self.rank:
                 raise ValueError(
                     f"a basis of {k} directions: wanted 1 to {self.stored * self.rank}, the rank of the sum of "
@@ -63,7 +63,7 @@ class CostOptions:
     @property
     def stored(self) -> int:
         """Number of modules in the pool."""
-        return self.modules if self.pool is None else self.pool
+        return self.modules if self.pool_size is None else self.pool_size
 
     @property
     def recipe(self) -> Recipe:

@@ -101,7 +101,7 @@ def sentences(
             if name.startswith(("pool", "basis"))
         ),
     ]
-    for k in options.basis:
+    for k in options.bases:
         arrays = [bills[name].adapter_arrays for name in (f"LoRAFusion, basis of {k}", *_LAYOUTS)]
         lines.append(
             f"A basis of {k} for {options.modules} modules of rank {options.rank}, k / (N r) = "
