@@ -73,7 +73,13 @@ COEFFICIENTS = {
 ALL, BEST = {"modules": 28}, {"modules": 10, "choose": "gradient"}
 # In a shared basis of 32 directions, and controls of its own; the rates serve other sizes and other modules too.
 IN_BASIS = {
-    "basis": Entry(method="fusion", recipe=ALL | {"basis": 32}, rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
+    "basis": Entry(
+        method="fusion",
+        recipe=ALL | {"basis": 32},
+        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
+        # Those of whole modules, not tuned again.
+        few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
+    ),
     "basis and core": Entry(
         method="fusion",
         recipe=ALL | {"basis": 32, "core": True},
@@ -86,5 +92,5 @@ IN_BASIS = {
         recipe={"basis": 32, "core": True, "start": "zeros", "modules": 1},
         rates={"lr_coefficients": 0.0, "lr_core": 2e-3},
     ),
-    "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}),
+    "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}),
 }
