@@ -43,7 +43,7 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     in_bases = [dataclasses.replace(options.recipe, basis=k) for k in options.bases]
     found = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
-        for recipe in (options.recipe, *(in_bases if entry.in_basis else ())):
+        for recipe in (options.recipe, *(in_bases if entry.basis_title is not None else ())):
             counts = trainable_count(entry, config, recipe, modules)
             billed = Billed(recipe, options.rank, counts, steps, base, adapted)
             for title, placement in entry.placements(billed).items():
