@@ -2,6 +2,7 @@
 
 TPUs and recent NVIDIA cards multiply float32 numbers in bfloat16 or TF32 unless asked not to. Products of weights with
 weights (norms, Gram terms, mixes) ask; products with activations, of which every adapter and the base are made, do not.
+Everything is lowered for a TPU, which needs none.
 """
 
 import re
@@ -14,6 +15,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import Pool, shared_basis
 from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import gram
@@ -25,7 +27,7 @@ from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 
 _DOT = re.compile(
-    r"stablehlo\.dot_general .*?precision = \[(\w+), (\w+)\].*?: \(tensor<([\dx]+)xf32>, tensor<([\dx]+)xf32>\)"
+    r"stablehlo\.dot_general .*?precision = \[(\w+), (\w+)\].*?: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>\)"
 )
 _ROWS = 7  # of a batch; no weight has an axis of this size
 _MODEL = tiny.t5()
@@ -35,8 +37,8 @@ def _products(function, *args) -> list[tuple[bool, bool]]:
     """Of every product in a lowered program: whether both factors are of weights, and whether it asks for float32."""
     leaves, tree = jax.tree.flatten(args)
     # Lowering makes the arguments' trees anew from what the checks of types do not take for arrays.
-    lowered = jax.jit(lambda leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))).lower(leaves)
-    text = lowered.as_text()
+    traced = jax.jit(lambda leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))).trace(leaves)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
     found = _DOT.findall(text)
     assert len(found) == text.count("stablehlo.dot_general")
     return [
@@ -50,9 +52,16 @@ def _check(products, *, of_weights: bool = True):
     assert all(highest == weights for weights, highest in products)
 
 
-def _frozen(rank: int = 4) -> Frozen:
-    pool = tiny.pool(3, lambda n, site, layer: rank)
-    return Frozen(nnx.state(_MODEL), pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+def _frozen(pool: Pool) -> Frozen:
+    return Frozen(nnx.state(_MODEL), pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.rank}))
+
+
+def _step(method: Fusion, pool: Pool) -> list[tuple[bool, bool]]:
+    problem = Problem(graph=nnx.split(_MODEL)[0], method=method, frozen=_frozen(pool), index=jnp.arange(3))
+    state = init_state(problem, jax.random.key(0))
+    rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
+    step = partial(fusion_step, optimisation=Optimisation(steps=1))
+    return _products(step, state, tiny.batch(rows=_ROWS), problem, rates)
 
 
 def test_gram_terms():
@@ -67,12 +76,25 @@ def test_gram_terms():
 def test_a_step(composition, rank, differentiate_norm):
     """Ranks of 2, 4 and 6 make the norm by the Gram matrix, by dW a layer at a time, and from dW as a matrix."""
     method = Fusion(composition=composition, differentiate_norm=differentiate_norm)
-    graph = nnx.split(_MODEL)[0]
-    problem = Problem(graph=graph, method=method, frozen=_frozen(rank), index=jnp.arange(3))
-    state = init_state(problem, jax.random.key(0))
-    rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
-    step = partial(fusion_step, optimisation=Optimisation(steps=1))
-    _check(_products(step, state, tiny.batch(rows=_ROWS), problem, rates))
+    _check(_step(method, tiny.pool(3, lambda n, site, layer: rank)))
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_a_step_in_a_shared_basis(core):
+    basis = shared_basis(tiny.pool(3), 5)
+    _check(_products(gram, basis, {site: kernels(_MODEL)[site] for site in basis.rank}))
+    _check(_step(Fusion(composition="sum", basis=5, core=core, differentiate_norm=True), basis))
+
+
+@pytest.mark.parametrize("fault", ["adapters.norms.product", "adapters.composition.product", "jnp.einsum"])
+def test_one_product_at_a_device_s_default_is_found(monkeypatch, fault):
+    if fault == "jnp.einsum":
+        einsum = jnp.einsum
+        monkeypatch.setattr(jnp, "einsum", lambda *args, precision=None: einsum(*args))
+    else:
+        monkeypatch.setattr(f"lorafusion_jax.{fault}", jnp.matmul)
+    products = _step(Fusion(composition="sum", basis=5), shared_basis(tiny.pool(3), 5))
+    assert not all(highest for of_weights, highest in products if of_weights)
 
 
 def test_a_mix_by_rank_is_no_product():
