@@ -332,7 +332,8 @@ def with_whole_modules(loaded: AnyFused, options: FuseOptions) -> AnyFused:
             f"{options.pool} has no whole module {missing[0]}, only its part in the basis, so it cannot be ranked: "
             "rank inside the basis with --choose basis-gradient"
         )
-    whole = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, basis=None, core=False))
+    recipe = dataclasses.replace(options.recipe, basis=None, core=False)
+    whole = dataclasses.replace(options, recipe=recipe, control="none")  # a control has other directions alone
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     method, frozen = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
     return loaded.posing(method=method, frozen=frozen)

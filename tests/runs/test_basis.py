@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import one_block
 import pytest
+import qwix
 
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
@@ -23,7 +24,7 @@ from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.prepare import check, load_fused
+from lorafusion_jax.runs.prepare import check, load_fused, with_whole_modules
 from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.serving.apply import EvaluateRunsOptions, evaluate_runs
 from lorafusion_jax.training.recipe import PRESETS
@@ -130,6 +131,9 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(small, tmp_path):
         chosen[choose] = fuse(options)["seeds"][0]["modules"]
         assert fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
     assert chosen["gradient"] == chosen["basis-gradient"]
+    control = _options((small[0], whole), tmp_path, choose="gradient", basis=48, control="random")
+    ranked = with_whole_modules(load_fused(control), control).problem.frozen.pool
+    np.testing.assert_array_equal(ranked.A["encoder.self.q"], load_pool(whole).A["encoder.self.q"])
     shutil.rmtree(whole / "adapters")
     options = _options((small[0], whole), tmp_path, name="alone", choose="basis-gradient", epochs=1, basis=48)
     assert fuse(options)["seeds"][0]["modules"] == chosen["gradient"]
@@ -218,3 +222,18 @@ def test_a_pool_without_such_a_basis_says_how_to_make_one(small, tmp_path):
     (other / "basis" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"basis of another pool: {own} had other weights"):
         load_basis(other)
+
+
+def test_seeds_a_mesh_and_4_bits(small, tmp_path):
+    """Seeds that share a program are those alone, on one device or four; 4 bits train too."""
+    both = _options(small, tmp_path, name="both", seeds=(1, 2), epochs=1, core=True)
+    wanted = fuse(both)
+    alone = fuse(dataclasses.replace(both, name="alone", seeds=(2,)))
+    assert alone["seeds"][0]["loss"] == wanted["seeds"][1]["loss"]
+    meshed = fuse(dataclasses.replace(both, name="mesh", mesh="seed=2,model=2"))
+    for got, of_one in zip(meshed["seeds"], wanted["seeds"], strict=True):
+        assert got["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
+    in_4_bits = dataclasses.replace(both, name="nf4", load_in="nf4")
+    assert fuse(in_4_bits)["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=0.2)
+    frozen = load_fused(in_4_bits).problem.frozen
+    assert all(isinstance(u, qwix.QArray) for u in frozen.pool.U.values())
