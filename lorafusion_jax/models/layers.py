@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .narrow import from_bits, to_bits
-from .weights import PRODUCT, matmul, scan_layers
+from .weights import PRODUCT, Unstacked, is_unstacked, matmul, scan_layers
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
@@ -78,33 +78,44 @@ class RMSNorm(nnx.Module):
 
 
 def scan_blocks(
-    block: Callable[..., tuple[Array, Any]],
+    block: Callable[..., tuple[Any, Any]],
     stacked: nnx.Module,
-    x: Array,
+    x: Any,
     xs: Any,
     *,
     remat: Literal["dots", "none", "full"],
     unroll: bool,
-) -> tuple[Array, Any]:
+) -> tuple[Any, Any]:
     """Call `block(layer, x, xs of the layer)` for one layer after the other; return the last x and all outputs.
 
     Args:
       block: function that runs one layer of `stacked`.
       stacked: blocks, every variable [L, ...].
-      x: input of the first layer; each layer's output is the next one's input.
+      x: input of the first layer, an array or a tree; each layer's output is the next one's input.
       xs: a tree of further arrays [L, ...].
       remat: as in `Architecture`.
       unroll: as in `Architecture`.
     """
     graph, state = nnx.split(stacked)
+    # Stacks in separate arrays are not sliced: the loop passes numbers of layers in their place.
+    apart = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_unstacked) if is_unstacked(leaf)]
+    sliced = jax.tree.map(
+        lambda leaf: Unstacked((), jnp.arange(len(leaf.matrices))) if is_unstacked(leaf) else leaf,
+        state,
+        is_leaf=is_unstacked,
+    )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
         x, (weights, of_layer) = from_bits((x, layer))
+        following = iter(apart)
+        weights = jax.tree.map(
+            lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf, weights, is_leaf=is_unstacked
+        )
         return to_bits(block(nnx.merge(graph, weights), x, of_layer))
 
     if remat != "none":
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    return from_bits(scan_layers(body, *to_bits((x, (state, xs))), unroll=unroll))
+    return from_bits(scan_layers(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 
 def of_stack(adapters: Adapters, stack: str) -> Mapping[str, Any]:

@@ -5,35 +5,60 @@ first, and a `Chip` is read. A model is put into 4 bits or on hardware by a map 
 change to model code.
 """
 
+import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .. import crossbar
 from ..crossbar import Chip, Segments, is_chip, map_layers, programmed_weights, reads, scan_layers
+from ..crossbar.devices.physical import is_traced
 from .narrow import kept
 
 __all__ = [
     "PRODUCT",
     "QUANTISED_TYPES",
+    "Unstacked",
     "Weight",
     "dense",
     "is_in_arrays",
+    "is_unstacked",
     "map_layers",
     "matmul",
     "quantise",
     "reads",
     "scan_layers",
     "tile_size",
+    "unstacked",
 ]
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unstacked:
+    """A stack of plain matrices as one array for each layer (see `unstacked`).
+
+    Attributes:
+      matrices: [d_in, d_out] of every layer.
+      layer: number of the layer to multiply by, in a loop over layers, which slices it from those of all; None outside.
+    """
+
+    matrices: tuple[Float[Array, "d_in d_out"], ...]
+    layer: Int[Array, "*L"] | None = None
+
+    def at(self, layer: Int[Array, ""]) -> "Unstacked":
+        """Return one layer of the stack."""
+        return dataclasses.replace(self, layer=layer)
+
+
 # `Segments` is a stack of layers of several kinds; a scan over layers (`scan_layers`) runs one kind at a time.
-Weight = Array | qwix.QArray | Chip | Segments
+Weight = Array | qwix.QArray | Chip | Segments | Unstacked
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 # Name by which a policy of `jax.checkpoint` can save products that it cannot see because of their custom gradients.
@@ -50,6 +75,8 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     """
     if isinstance(weight, Chip):
         return crossbar.matmul(x, weight)
+    if isinstance(weight, Unstacked):
+        return _choose(weight, lambda matrix: matmul(x, matrix))
     plain = dense(weight, x.dtype)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return kept(_bfloat16_dot(x, plain), PRODUCT)
@@ -86,11 +113,46 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
     """Return the weight as a plain array of `dtype`: dequantised, or the values that were programmed."""
     if isinstance(weight, Segments):
         return jnp.concatenate([dense(part, dtype) for part in weight.parts])
+    if isinstance(weight, Unstacked):
+        return _choose(weight, lambda matrix: matrix.astype(dtype))
     if isinstance(weight, qwix.QArray):
         weight = qwix.dequantize(weight)
     elif isinstance(weight, Chip):
         weight = programmed_weights(weight)
     return weight.astype(dtype)
+
+
+def unstacked(weights: Any) -> Any:
+    """Return a tree of weights with every stack of plain matrices as `Unstacked`, which shares the stack's memory.
+
+    On a CPU a loop over layers copies each matrix out of its stack before it multiplies by it, which costs as much as
+    the product if only a few rows are multiplied, as in generation. From separate arrays nothing is copied.
+
+    Args:
+      weights: base model; elsewhere than on a single CPU, and inside of compiled programs, it is returned unchanged.
+    """
+
+    def of_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.ndim != 3 or is_traced(leaf):
+            return leaf
+        if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
+            return leaf
+        # A view of the stack's own memory, of which `device_put` makes an array without copying it.
+        where = leaf.sharding if leaf.committed else None
+        return Unstacked(tuple(jax.device_put(list(np.asarray(leaf)), where)))
+
+    return jax.tree.map(of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip | Segments))
+
+
+def is_unstacked(leaf: Any) -> bool:
+    """Return whether a leaf of a tree of weights is a stack in separate arrays."""
+    return isinstance(leaf, Unstacked)
+
+
+def _choose(weight: Unstacked, fn: Callable[[Array], Array]) -> Array:
+    """Return `fn` of the matrix of the layer."""
+    assert weight.layer is not None
+    return jax.lax.switch(weight.layer, [functools.partial(fn, matrix) for matrix in weight.matrices])
 
 
 def is_in_arrays(weights: Any) -> bool:

@@ -172,6 +172,8 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
     answering = _answering(options)
     texts = load_texts(answering.fused)
     problem, tokenizer = answering.problem(texts), texts.tokenizer
+    if "base" not in answering.params:
+        problem = problem.replace(frozen=problem.frozen.unstacked())
 
     def tokens(number: int, batch: Batch) -> Iterator[int]:
         row_keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))

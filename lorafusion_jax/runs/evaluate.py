@@ -155,7 +155,6 @@ def likeliest_correct(
     return np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
 def generate_seeds(
     params: Params,
     batch: Batch,
@@ -166,7 +165,22 @@ def generate_seeds(
     row_keys: Key[Array, " B"] | None = None,
 ) -> Int[Array, "seeds B T"]:
     """Generate for one batch with the adapters of every seed; `sampling` and `row_keys` are those of `generate`."""
+    if "base" not in params:  # else those of a seed take the place of the frozen ones
+        problem = problem.replace(frozen=problem.frozen.unstacked())
+    how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "row_keys": row_keys}
+    return _generate_seeds(params, batch, problem, **how)
 
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
+def _generate_seeds(
+    params: Params,
+    batch: Batch,
+    problem: Problem,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    row_keys: Key[Array, " B"] | None,
+) -> Int[Array, "seeds B T"]:
     def one_seed(one: Problem, params: Params, batch: Batch, row_keys: Array | None) -> Array:
         model, adapters, _ = one.adapted_model(params)
         return generate(

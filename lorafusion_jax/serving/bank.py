@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -215,11 +216,10 @@ class TaskBank:
         """Return the log-probability of every row's labels, in nats; the arguments are those of `generate`."""
         return log_likelihood(self.logits(batch, numbers), jnp.asarray(batch.labels))
 
-    @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
     def generate(
         self,
         batch: Batch,
-        numbers: Int[Array, " B"],
+        numbers: Int[Array | np.ndarray, " B"],
         *,
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
@@ -234,16 +234,8 @@ class TaskBank:
           sampling: how the next token is chosen, by default the most likely one.
           row_keys: keys of the rows' draws.
         """
-        return generate(
-            nnx.merge(self.graph, self.frozen.base),
-            batch.input_ids,
-            batch.input_mask,
-            self.adapters(numbers),
-            max_new_tokens=max_new_tokens,
-            row_mask=batch.row_mask,
-            sampling=sampling,
-            row_keys=row_keys,
-        )
+        bank = dataclasses.replace(self, frozen=self.frozen.unstacked())
+        return _generate(bank, batch, numbers, row_keys, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number < self.capacity:
@@ -272,6 +264,28 @@ class TaskBank:
         if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():
             raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
         return index
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
+def _generate(
+    bank: TaskBank,
+    batch: Batch,
+    numbers: Int[Array, " B"],
+    row_keys: Key[Array, " B"] | None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Int[Array, "B _T"]:
+    return generate(
+        nnx.merge(bank.graph, bank.frozen.base),
+        batch.input_ids,
+        batch.input_mask,
+        bank.adapters(numbers),
+        max_new_tokens=max_new_tokens,
+        row_mask=batch.row_mask,
+        sampling=sampling,
+        row_keys=row_keys,
+    )
 
 
 @partial(jax.jit, static_argnames=("method", "granularity"))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ..adapters.basis import Pool
 from ..adapters.norms import Gram
 from ..models.architecture import Architecture, Model
-from ..models.weights import Weight, reads
+from ..models.weights import Weight, reads, unstacked
 from .recipe import Recipe
 from .seeds import Path, over_seeds
 
@@ -54,6 +54,10 @@ class Frozen:
     gram: Gram | None = None
     norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
     projections: Projections | None = None
+
+    def unstacked(self) -> "Frozen":
+        """Return the weights with those of the base model as generation reads them fastest: `weights.unstacked`."""
+        return dataclasses.replace(self, base=unstacked(self.base))
 
     def of_seed(self, number: Int[Array, ""]) -> "Frozen":
         """Return the weights of one seed of a program, by its position: read with noise of its own."""

@@ -1,10 +1,16 @@
-"""Products in bfloat16, whose gradients are written out: against NumPy, under jit and vmap."""
+"""Products in bfloat16, whose gradients are written out, and from separate arrays: against NumPy and stacks."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import tiny
+from flax import nnx
 
-from lorafusion_jax.models.weights import matmul
+from lorafusion_jax.models.architecture import kernels, set_matrices
+from lorafusion_jax.models.weights import Unstacked, dense, matmul, quantise, unstacked
 
 
 def test_bfloat16_products_and_their_gradients():
@@ -25,3 +31,39 @@ def test_bfloat16_products_and_their_gradients():
     np.testing.assert_array_equal(np.asarray(mapped[0], np.float64), x @ w)
     np.testing.assert_array_equal(np.asarray(mapped[1], np.float64), g @ w.T)
     np.testing.assert_array_equal(np.asarray(mapped[2], np.float64), np.einsum("bti,bto->bio", x, g))
+
+
+def test_separate_arrays_share_the_memory_of_their_stack():
+    rng = np.random.default_rng(0)
+    stack, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 16, 32), (3, 32)))
+    apart = unstacked({"kernel": stack, "bias": bias})
+    assert apart["bias"] is bias
+    where = [matrix.unsafe_buffer_pointer() for matrix in apart["kernel"].matrices]
+    assert where == [stack.unsafe_buffer_pointer() + 16 * 32 * 4 * layer for layer in range(3)]
+    x = jnp.asarray(rng.standard_normal((2, 16)), jnp.float32)
+    product = jax.jit(lambda weight, layer: (matmul(x, weight.at(layer)), dense(weight.at(layer), jnp.bfloat16)))
+    for layer in range(3):
+        y, matrix = product(apart["kernel"], jnp.int32(layer))
+        np.testing.assert_allclose(y, x @ stack[layer], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(matrix, stack[layer].astype(jnp.bfloat16))
+    assert isinstance(jax.jit(unstacked)(stack), jax.Array)  # nothing to share there
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_whose_weights_are_separate_arrays(dtype):
+    """Only plain stacks are taken apart: one of 4 bits stays as it is."""
+    model = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype=dtype))
+    site = "decoder.ff.wo"
+    set_matrices(model, {site: quantise(kernels(model)[site], "nf4", tiled_axis=-2)})
+    graph, base = nnx.split(model)
+    base = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, base)
+    batch = tiny.batch()
+
+    @jax.jit
+    def logits(base):
+        return nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
+
+    apart = unstacked(base)
+    taken = {name for name, kernel in kernels(nnx.merge(graph, apart)).items() if isinstance(kernel, Unstacked)}
+    assert taken == tiny.CONFIG.sites.keys() - {site}
+    np.testing.assert_allclose(*(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5)

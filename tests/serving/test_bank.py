@@ -34,7 +34,7 @@ from lorafusion_jax.models import families
 from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.serving.bank import TaskBank, _entry, _replaced
+from lorafusion_jax.serving.bank import TaskBank, _entry, _generate, _replaced
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training.loss import batch_logits, log_likelihood
 from lorafusion_jax.training.problem import Frozen, Problem
@@ -189,7 +189,7 @@ def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes
 
 
 def test_tasks_come_and_go_without_a_compilation(bank):
-    programs = (TaskBank.logits, TaskBank.generate, _entry, _replaced)
+    programs = (TaskBank.logits, _generate, _entry, _replaced)
 
     def compiled():
         return [program._cache_size() for program in programs]

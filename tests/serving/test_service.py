@@ -25,7 +25,7 @@ from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.serving.apply import EvaluateRunsOptions, GenerateRunsOptions, evaluate_runs, generate_rows
-from lorafusion_jax.serving.bank import TaskBank
+from lorafusion_jax.serving.bank import _generate
 from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks import draw_modules
 from lorafusion_jax.training.recipe import PRESETS
@@ -184,7 +184,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone):
     fused, mixed = FusedRun.read(runs["fused"]), FusedRun.read(runs["mixed"])
     before = service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3)
     assert before == alone["fused"] + alone["mixed"]
-    compiled = TaskBank.generate._cache_size()
+    compiled = _generate._cache_size()
     with pytest.raises(ValueError, match="no room for another: the bank holds 3 tasks, its capacity. Remove one"):
         service.add("another", mixed)
     service.remove("scaled")
@@ -195,7 +195,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone):
     assert service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3) != before
     service.add("fused", fused)
     assert service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3) == before
-    assert TaskBank.generate._cache_size() == compiled
+    assert _generate._cache_size() == compiled
     with pytest.raises(ValueError, match="no task 'scaled': there are fused, mixed, another"):
         service.generate(["a"], ["scaled"])
     with pytest.raises(ValueError, match="no task 'scaled': there are"):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
 from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
+from ..narrow import held, released
 from ..weights import dense, matmul
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
@@ -188,7 +189,8 @@ class Decoder(nnx.Module):
         # The last token counts: `dynamic` frequencies are those of the whole prompt, as in Hugging Face's cache.
         _, cache = self._run(ids[:, :-1], mask[:, :-1], jnp.sum(mask, axis=1), adapters)
         room = [(0, 0)] * 4 + [(0, length)]
-        return ids[:, -1], Cache(jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)]))
+        keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
+        return ids[:, -1], Cache(held(keys), held(values))
 
     def decode_token(
         self,
@@ -206,16 +208,25 @@ class Decoder(nnx.Module):
         positions = (before + position)[:, None]
         contexts = self._contexts(positions, before + position + 1, seen[:, None], column[None], columns)
 
-        def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, Cache]) -> tuple[Array, Cache]:
-            adapters, local, old = of_layer
+        def block(
+            layer: Block, carry: tuple[Array, Cache], of_layer: tuple[Adapters, Array | None, Array]
+        ) -> tuple[tuple[Array, Cache], None]:
+            (x, cache), (adapters, local, number) = carry, of_layer
 
             def into(new: Cache) -> Cache:
-                update = jax.lax.dynamic_update_slice_in_dim
-                return Cache(update(old.keys, new.keys, column, axis=3), update(old.values, new.values, column, axis=2))
+                # In place: a layer's copy with the new column would be copied once more, into the loop's results.
+                nonlocal cache
+                update, (keys, values) = jax.lax.dynamic_update_slice, (held(a)[None] for a in new)
+                keys = update(cache.keys, keys, (number, 0, 0, 0, column))
+                values = update(cache.values, values, (number, 0, 0, column, 0))
+                cache = Cache(keys, values)
+                return Cache(*(released(jax.lax.dynamic_index_in_dim(a, number, keepdims=False)) for a in cache))
 
-            return layer(x, contexts(local), adapters, into)
+            x, _ = layer(x, contexts(local), adapters, into)
+            return (x, cache), None
 
-        x, cache = self._scan(block, self._embed(token[:, None]), adapters, cache)
+        numbers = jnp.arange(self.structure.num_layers)
+        (x, cache), _ = self._scan(block, (self._embed(token[:, None]), cache), adapters, numbers)
         return self._logits(x)[:, 0], cache
 
     def _run(
@@ -275,12 +286,12 @@ class Decoder(nnx.Module):
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def _scan(
-        self, block: Callable[..., tuple[Array, Any]], x: Array, adapters: Adapters, cache: Cache | None
-    ) -> tuple[Array, Any]:
+        self, block: Callable[..., tuple[Any, Any]], carry: Any, adapters: Adapters, numbers: Array | None
+    ) -> tuple[Any, Any]:
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
-        xs = (of_stack(adapters, "decoder"), local, cache)
-        return scan_blocks(block, self.decoder, x, xs, remat=self.config.remat, unroll=self.config.unroll)
+        xs = (of_stack(adapters, "decoder"), local, numbers)
+        return scan_blocks(block, self.decoder, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
 
 
 def to_the_right(a: Array, mask: Bool[Array, "B S"]) -> Array:
