@@ -81,9 +81,9 @@ def evaluation_bytes(
 ) -> int:
     """Return the bytes that generating for one batch, or its loss, needs in addition to its arguments.
 
-    The logits of the loss are those of all labels; generation has those of one token, and a cache. It holds the
-    source's keys and values once and the target's twice, because the scan over layers writes a new copy of the target's
-    for every token.
+    The logits of the loss are those of all labels; generation has those of one token, and a cache. A causal model
+    updates it in place. Otherwise it holds the source's keys and values once and the target's twice, because the scan
+    over layers writes a new copy of the target's for every token.
 
     Args:
       config: the base model.
@@ -103,14 +103,14 @@ def evaluation_bytes(
 
 
 def _cache(config: Architecture, shape: Shape) -> int:
-    """Return the number of values in the cache of all layers of the last stack; the target's count twice."""
+    """Return the number of values in the cache of all layers of the last stack, and in the copy that is written."""
     return sum(
         2
         * stack.layers
         * attention.kv_heads
         * attention.d_head
         * tokens(attention.reads, shape)
-        * (2 if "target" in attention.reads else 1)
+        * (2 if "target" in attention.reads and not config.causal else 1)
         for stack in config.stacks.values()
         if "target" in stack.reads
         for attention in stack.attentions
@@ -148,8 +148,8 @@ def _work(config: Architecture, shape: Shape) -> int:
     stacks = config.stacks.values()
     longest = max(queries(stack, shape) for stack in stacks)
     heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
-    layer = 2 * shape.rows * longest * (heads * longest + max(stack.d_ff for stack in stacks))
-    return _FLOAT32 * (logits + layer)
+    of_token = _FLOAT32 * heads * longest + _itemsize(config) * max(stack.d_ff for stack in stacks)
+    return _FLOAT32 * logits + 2 * shape.rows * longest * of_token
 
 
 def _fused(config: Architecture, update: Update) -> int:

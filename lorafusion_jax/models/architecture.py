@@ -196,8 +196,11 @@ class Model(Protocol):
 
     def prompt(
         self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
-    ) -> tuple[Int[Array, " B"], Any]:
-        """Read the source; return the token that generation continues from, and a cache for `length` new tokens."""
+    ) -> tuple[Int[Array, " B"] | Float[Array, "B V"], Any]:
+        """Read the source; return what generation continues from, and a cache for `length` new tokens.
+
+        It continues from a first token of the target or, in a causal model, from the logits that follow the source.
+        """
         ...
 
     def decode_token(
@@ -208,7 +211,10 @@ class Model(Protocol):
         input_mask: Bool[Array, "B S"],
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Any]:
-        """Return the logits that follow `token` at `position` (0 for the first call), and the new cache."""
+        """Return the logits that follow `token`, and the new cache.
+
+        There are `position` new tokens so far: 0 only before the first call of a model that is not causal.
+        """
         ...
 
 

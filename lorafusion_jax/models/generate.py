@@ -122,7 +122,16 @@ def generate(
       sampling: how tokens are chosen, by default the most likely one. Static under `jax.jit`.
       row_keys: keys of the rows' draws; a row's draws depend on no other row.
     """
-    begun = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, row_mask=row_mask)
+    begun = begin(
+        model,
+        input_ids,
+        input_mask,
+        adapters,
+        max_new_tokens=max_new_tokens,
+        row_mask=row_mask,
+        sampling=sampling,
+        row_keys=row_keys,
+    )
 
     def running(state: Generation) -> Array:
         return (state.position < max_new_tokens) & ~jnp.all(state.done)
@@ -141,14 +150,21 @@ def begin(
     *,
     max_new_tokens: int,
     row_mask: Bool[Array, " B"] | None = None,
+    sampling: Sampling = GREEDY,
+    row_keys: Key[Array, " B"] | None = None,
 ) -> Generation:
-    """Read the source; the arguments are those of `generate`."""
+    """Read the source; the arguments are those of `generate`.
+
+    A model that continues its source has then got the first token too.
+    """
     read_model, read_adapters = _read(model, adapters, 0)
     first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
-    batch = input_ids.shape[0]
+    batch, pad_id = input_ids.shape[0], model.config.pad_id
     done = jnp.zeros(batch, bool) if row_mask is None else ~row_mask
-    tokens = jnp.full((batch, max_new_tokens), model.config.pad_id, jnp.int32)
-    return Generation(jnp.int32(0), first, done, tokens, cache)
+    tokens = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    token = jnp.full(batch, pad_id, jnp.int32) if model.config.causal else first
+    state = Generation(jnp.int32(0), token, done, tokens, cache)
+    return _with_token(model, state, first, sampling, row_keys) if model.config.causal else state
 
 
 def next_token(
@@ -161,9 +177,20 @@ def next_token(
     row_keys: Key[Array, " B"] | None = None,
 ) -> Generation:
     """Return the state with one more token in every row; the arguments are those of `generate`."""
-    position, token, done, tokens, cache = state
-    read_model, read_adapters = _read(model, adapters, position + 1)
-    logits, cache = read_model.decode_token(token, position, cache, input_mask, read_adapters)
+    read_model, read_adapters = _read(model, adapters, state.position + 1)
+    logits, cache = read_model.decode_token(state.token, state.position, state.cache, input_mask, read_adapters)
+    return _with_token(model, state._replace(cache=cache), logits, sampling, row_keys)
+
+
+def _with_token(
+    model: Model,
+    state: Generation,
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    row_keys: Key[Array, " B"] | None,
+) -> Generation:
+    """Return the state with the next token of every row, chosen by its logits."""
+    position, _, done, tokens, cache = state
     token = jnp.where(done, model.config.pad_id, sampling.choose(logits, position, row_keys))
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
     ends = jnp.array(model.config.end_ids, jnp.int32)

@@ -176,12 +176,15 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
         problem = problem.replace(frozen=problem.frozen.unstacked())
 
     def tokens(number: int, batch: Batch) -> Iterator[int]:
-        row_keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))
-        state, adapters = _begin(answering.params, batch, problem, max_new_tokens=answering.new_tokens)
-        for _ in range(answering.new_tokens):
-            state = _next_token(
-                answering.params, adapters, state, batch, problem, sampling=options.sampling, row_keys=row_keys
-            )
+        how = {
+            "sampling": options.sampling,
+            "row_keys": draw_keys(options.sampling, options.sampling_seed, np.array([number])),
+        }
+        params, new_tokens = answering.params, answering.new_tokens
+        state, adapters = _begin(params, batch, problem, max_new_tokens=new_tokens, **how)
+        for position in range(new_tokens):
+            if state.position == position:  # else the first token is there already
+                state = _next_token(params, adapters, state, batch, problem, **how)
             yield int(state.token[0])
             if state.done[0]:
                 return
@@ -191,11 +194,19 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
         yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
 
 
-@partial(jax.jit, static_argnames="max_new_tokens")
-def _begin(params: Params, batch: Batch, problem: Problem, *, max_new_tokens: int) -> tuple[Generation, Adapters]:
+@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
+def _begin(
+    params: Params,
+    batch: Batch,
+    problem: Problem,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    row_keys: Key[Array, " B"] | None,
+) -> tuple[Generation, Adapters]:
     model, adapters, _ = problem.adapted_model(params)
-    state = begin(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=max_new_tokens)
-    return state, adapters
+    how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "row_keys": row_keys}
+    return begin(model, batch.input_ids, batch.input_mask, adapters, **how), adapters
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")

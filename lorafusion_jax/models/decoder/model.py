@@ -183,14 +183,13 @@ class Decoder(nnx.Module):
 
     def prompt(
         self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
-    ) -> tuple[Int[Array, " B"], Cache]:
-        """Read the prompt but for its last token; return that one, and a cache with `length` further columns."""
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
         ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
-        # The last token counts: `dynamic` frequencies are those of the whole prompt, as in Hugging Face's cache.
-        _, cache = self._run(ids[:, :-1], mask[:, :-1], jnp.sum(mask, axis=1), adapters)
-        room = [(0, 0)] * 4 + [(0, length)]
+        x, cache = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
+        room = [(0, 0)] * 4 + [(0, length - 1)]
         keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
-        return ids[:, -1], Cache(held(keys), held(values))
+        return self._logits(x[:, -1:])[:, 0], Cache(held(keys), held(values))
 
     def decode_token(
         self,
@@ -200,7 +199,7 @@ class Decoder(nnx.Module):
         input_mask: Bool[Array, "B S"],
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Return the logits that follow `token`, the one at `position` after the read prompt, and the new cache."""
+        """Return the logits that follow `token`, the last of `position` new ones, and the new cache."""
         read = input_mask.shape[1] - 1
         column, columns = read + position, jnp.arange(cache.keys.shape[-1])
         before = jnp.sum(input_mask, axis=1) - 1
