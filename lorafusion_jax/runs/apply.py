@@ -205,8 +205,16 @@ def _begin(
     row_keys: Key[Array, " B"] | None,
 ) -> tuple[Generation, Adapters]:
     model, adapters, _ = problem.adapted_model(params)
-    how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "row_keys": row_keys}
-    return begin(model, batch.input_ids, batch.input_mask, adapters, **how), adapters
+    state = begin(
+        model,
+        batch.input_ids,
+        batch.input_mask,
+        adapters,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        row_keys=row_keys,
+    )
+    return state, adapters
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
