@@ -74,34 +74,38 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# The longest files start first, so that no worker waits for another one's at the end.
-_LONG = (
+# The files with most to compile start first, so that no worker waits for another one's at the end; tests/methods before
+# those that find its programs compiled (runs, cli, chips).
+_FIRST = (
     "models/test_smollm2_fusion.py",
-    "hardware/test_chips.py",
-    "crossbar/test_fuzz.py",
-    "crossbar/test_goldens.py",
-    "training/test_distributed.py",
-    "crossbar/test_mvm.py",
     "methods/test_methods.py",
-    "crossbar/test_converters.py",
-    "hardware/test_model_on_arrays.py",
-    "runs/test_run.py",
+    "crossbar/test_fuzz.py",
+    "training/test_distributed.py",
+    "hardware/test_chips.py",
+    "crossbar/test_goldens.py",
     "models/test_decoder_parity.py",
-    "crossbar/test_flax.py",
     "docs/test_code.py",
+    "crossbar/test_mvm.py",
+    "hardware/test_model_on_arrays.py",
     "docs/test_examples.py",
-    "crossbar/test_paths.py",
-    "crossbar/test_tree.py",
+    "runs/test_run.py",
+    "test_decoder_family.py",
     "adapters/test_composition.py",
+    "crossbar/test_converters.py",
+    "crossbar/test_flax.py",
+    "estimates/test_plan.py",
+    "runs/test_basis.py",
+    "crossbar/test_paths.py",
+    "models/test_goldens.py",
+    "crossbar/test_tree.py",
     "cli/test_cli.py",
     "training/test_step.py",
-    "models/test_goldens.py",
 )
 
 
 def _place_in_order(item: pytest.Item) -> int:
     name = item.path.relative_to(_ROOT / "tests").as_posix() if item.path.is_relative_to(_ROOT / "tests") else ""
-    return _LONG.index(name) if name in _LONG else len(_LONG)
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
