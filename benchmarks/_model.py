@@ -29,12 +29,13 @@ from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.loss import cross_entropy
 from lorafusion_jax.training.problem import Frozen, Method, Problem
-from lorafusion_jax.training.recipe import PRESETS
-from lorafusion_jax.training.seeds import default_path
-from lorafusion_jax.training.step import TrainState
+from lorafusion_jax.training.recipe import PRESETS, Rates
+from lorafusion_jax.training.seeds import Path, default_path
+from lorafusion_jax.training.step import TrainState, init_state
 
 BATCH, SOURCE, TARGET = 5, 128, 8
 MODULES, RANK = 20, 16
+_RECIPE = PRESETS["default"]
 CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
 
 # What weights and activations are: `nf4` weights are multiplied in float32.
@@ -137,17 +138,18 @@ def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Fro
     return jax.eval_shape(partial(frozen, config, dtype, modules))
 
 
-def lowered(config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
-    """Return the step of some seeds in turn, traced from shapes, to be compiled."""
-    recipe = PRESETS["default"]
+def arguments(
+    config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1, path: Path = "map"
+) -> tuple[TrainState, Batch, Problem, Rates]:
+    """Return the arguments of the step of some seeds as shapes, given those of the weights."""
 
-    def arguments(weights: Frozen) -> tuple[Any, ...]:
+    def drawn(weights: Frozen) -> tuple[TrainState, Batch, Problem, Rates]:
         problem = Problem(
             graph=graph_of(config),
             method=method,
             frozen=weights,
             index=jnp.zeros((seeds, MODULES), jnp.int32),
-            path="map",
+            path=path,
         )
         batch = Batch(
             input_ids=jnp.zeros((seeds, count, SOURCE), jnp.int32),
@@ -155,9 +157,21 @@ def lowered(config: Architecture, weights: Frozen, method: Method, count: int = 
             labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
             row_mask=jnp.zeros((seeds, count), bool),
         )
-        return start(problem, tuple(range(seeds))), batch, problem, recipe_rates(method, recipe, seeds)
+        of_seed = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))
+        state = of_seed(problem.index, jax.random.split(jax.random.key(0), seeds))
+        return state, batch, problem, recipe_rates(method, _RECIPE, seeds)
 
-    return train_seeds.lower(*jax.eval_shape(arguments, weights), optimisation=recipe.optimisation(steps=10))
+    return jax.eval_shape(drawn, weights)
+
+
+def lowered(config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
+    """Return the step of some seeds in turn, traced from shapes, to be compiled."""
+    return step_of(arguments(config, weights, method, count, seeds=seeds))
+
+
+def step_of(arguments: tuple[TrainState, Batch, Problem, Rates]) -> Any:
+    """Return the step of all seeds, traced from shapes, to be compiled where their shardings say."""
+    return train_seeds.lower(*arguments, optimisation=_RECIPE.optimisation(steps=10))
 
 
 def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:

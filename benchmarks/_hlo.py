@@ -1,0 +1,193 @@
+"""What a compiled program does, from the text of its optimised HLO: every loop counts as often as it runs.
+
+Bytes are those that leave or reach the chip's large memory, with the padding of its tiles; values in the memory next to
+the units are free. Cycles are the compiler's own estimate of every instruction, which leaves out waits for memory.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = re.compile(r"\d+")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z-]*)\((.*)$")
+_COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
+_CALLERS = ("while", "call", "conditional")
+_FREE = (*_CALLERS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call")
+_READS_PART = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shapes: list[tuple[str, str, str, str]]  # type, dimensions, layout, tiles
+    op: str
+    operands: list[str]
+    rest: str
+
+
+@dataclasses.dataclass
+class Counts:
+    """Sums over a program.
+
+    Attributes:
+      flops: of its products.
+      bytes: moved to and from the large memory.
+      cycles: the compiler's estimate.
+      collectives: number of each kind.
+      below: float32 products that do not ask for the highest precision, by their place in the program.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    cycles: float = 0.0
+    collectives: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    below: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def counts(text: str) -> Counts:
+    """Return the sums over a compiled program, given its text."""
+    program = _Program(text)
+    found = Counts()
+    for times, instruction, computation, fused in program.walk(program.entry):
+        of = program.computations[computation]
+        if instruction.op in ("dot", "convolution"):
+            found.flops += times * _flops(instruction, of)
+            factors = [of[name].shapes[0][0] for name in instruction.operands[:2]]
+            if factors == ["f32", "f32"] and "operand_precision={highest,highest}" not in instruction.rest:
+                place = re.search(r'op_name="([^"]*)"', instruction.rest)
+                found.below[place.group(1) if place else instruction.name] += 1
+        if fused:
+            continue
+        kind = instruction.op.removesuffix("-start")
+        if kind in COLLECTIVES:
+            found.collectives[kind] += times
+        if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
+            found.cycles += times * int(cycles.group(1))
+        found.bytes += times * program.moved(instruction, of)
+    return found
+
+
+class _Program:
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, _Instruction]] = {}
+        self.entry = current = ""
+        for line in text.splitlines():
+            if head := _COMPUTATION.match(line):
+                current = head.group(2)
+                self.computations[current] = {}
+                self.entry = current if head.group(1) else self.entry
+            elif (found := _INSTRUCTION.match(line)) and current:
+                name, shape, op, rest = found.groups()
+                operands = re.findall(r"%([\w.-]+)", rest[: rest.find(")")])
+                self.computations[current][name] = _Instruction(name, _SHAPE.findall(shape), op, operands, rest)
+
+    def walk(self, name: str, times: int = 1, fused: bool = False) -> Iterator[tuple[int, _Instruction, str, bool]]:
+        """Give every instruction that runs, how often, and whether it is a part of another one."""
+        for instruction in self.computations[name].values():
+            yield times, instruction, name, fused
+            inside = fused or instruction.op not in _CALLERS
+            runs = times * (self._trips(instruction) if instruction.op == "while" else 1)
+            for called in _CALLED.findall(instruction.rest):
+                yield from self.walk(called, runs, inside)
+
+    def _trips(self, loop: _Instruction) -> int:
+        """Return the bound that a loop's counter, from 0, is compared with: it may end earlier."""
+        condition = re.search(r"condition=%([\w.-]+)", loop.rest)
+        assert condition is not None, loop
+        bounds = [
+            int(i.rest[: i.rest.find(")")])
+            for _, i, _, _ in self.walk(condition.group(1))
+            if i.op == "constant" and i.shapes[0][:2] in (("s32", ""), ("u32", ""))
+        ]
+        if not bounds:
+            raise ValueError(f"the loop {loop.name} has no bound in its condition: it cannot be counted")
+        return max(bounds)
+
+    def moved(self, i: _Instruction, of: dict[str, _Instruction]) -> float:
+        """Return the bytes that an instruction moves to and from the large memory."""
+        if i.op in _FREE or i.op.endswith("-done"):
+            return 0.0
+        if i.op.endswith("-start"):  # the result is the second of the tuple, of a copy the first
+            result = i.shapes[0] if i.op == "copy-start" else i.shapes[1]
+            sides = (result, of[i.operands[0]].shapes[0])
+            return sum(_bytes(result, of_memory=side[3]) for side in sides)
+        written = sum(map(_bytes, i.shapes))
+        read = [sum(map(_bytes, of[name].shapes)) for name in i.operands]
+        if i.op in _READS_PART:
+            return written + min(written, read[0])
+        if i.op == "fusion":
+            called = re.search(r"calls=%([\w.-]+)", i.rest)
+            assert called is not None, i
+            inner = self.computations[called.group(1)]
+            parameters = {int(p.rest.split(")")[0]): name for name, p in inner.items() if p.op == "parameter"}
+            for number, name in parameters.items():
+                users = [user for user in inner.values() if name in user.operands]
+                if users and all(u.op in _READS_PART and u.operands[0] == name for u in users):
+                    read[number] = min(read[number], sum(_bytes(u.shapes[0]) for u in users))
+                if users and all(u.op == "dynamic-update-slice" and u.operands[0] == name for u in users):
+                    # In place: the array is neither read nor written, apart from the new part.
+                    written -= read[number]
+                    written += sum(_bytes(inner[u.operands[1]].shapes[0]) for u in users)
+                    read[number] = 0
+        return max(written, 0) + sum(read)
+
+
+def _bytes(shape: tuple[str, str, str, str], of_memory: str | None = None) -> int:
+    """Return the bytes of an array with its padding; 0 where it is (or `of_memory` says) next to the units."""
+    kind, dimensions, layout, tiles = shape
+    if re.search(r"S\(\d", tiles if of_memory is None else of_memory):
+        return 0
+    sizes = [int(size) for size in dimensions.split(",") if size]
+    minor = [int(axis) for axis in layout.split(",") if axis]
+    if tile := re.search(r"T\(([\d,]+)\)", tiles):
+        for axis, length in zip(minor, reversed([int(t) for t in tile.group(1).split(",")]), strict=False):
+            sizes[axis] = math.ceil(sizes[axis] / length) * length
+    return math.ceil(math.prod(sizes) * _bits(kind) / 8)
+
+
+def _bits(kind: str) -> int:
+    found = _BITS.search(kind)
+    return int(found.group()) if found else 8 if kind == "pred" else 0
+
+
+def _flops(i: _Instruction, of: dict[str, _Instruction]) -> float:
+    left, right = (_sizes(of[name]) for name in i.operands[:2])
+    if i.op == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+        axes = contracted.group(1).split(",") if contracted and contracted.group(1) else []
+        return 2.0 * math.prod(_sizes(i)) * math.prod(left[int(axis)] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    assert labels is not None, i
+    of_left, of_right, of_out = labels.groups()
+    total = 2.0 * left[of_left.index("b")] * right[of_right.index("i")] * right[of_right.index("o")]
+    if window := re.search(r"window=\{([^}]*)\}", i.rest):
+        fields = dict(field.split("=") for field in window.group(1).split())
+        for axis, size in enumerate(fields["size"].split("x")):
+            one = {name: values.split("x")[axis] for name, values in fields.items()}
+            label = str(axis)
+            total *= _pairs(left[of_left.index(label)], _sizes(i)[of_out.index(label)], int(size), one)
+    return total
+
+
+@functools.cache
+def _overlaps(width: int, out: int, size: int, stride: int, low: int, spread: int, apart: int) -> int:
+    last = (width - 1) * spread
+    at = (o * stride + k * apart - low for o in range(out) for k in range(size))
+    return sum(0 <= place <= last and place % spread == 0 for place in at)
+
+
+def _pairs(width: int, out: int, size: int, window: dict[str, str]) -> int:
+    """Return how many products of an input and a factor there are along an axis: XLA makes axes of batches windows."""
+    low = int(window.get("pad", "0_0").split("_")[0])
+    spread, apart = int(window.get("lhs_dilate", 1)), int(window.get("rhs_dilate", 1))
+    return _overlaps(width, out, size, int(window.get("stride", 1)), low, spread, apart)
+
+
+def _sizes(i: _Instruction) -> list[int]:
+    return [int(size) for size in i.shapes[0][1].split(",") if size]

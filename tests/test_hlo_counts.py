@@ -1,0 +1,94 @@
+"""Sums over a compiled program, against numbers worked out by hand."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+_FILE = Path(__file__).parents[1] / "benchmarks" / "_hlo.py"
+_SPEC = importlib.util.spec_from_file_location("_hlo", _FILE)
+_hlo = sys.modules["_hlo"] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_hlo)
+
+# Two products of a batch of 4, [2, 3] by [3, 5], which XLA for TPUs writes as windows of one entry each; one product at
+# default precision; a slice of an array of 7; three trips of a loop whose body makes a sum over devices.
+_TPU = """HloModule jit_f, is_scheduled=true
+
+%fused_computation.1 (p.0: f32[4,2,3], p.1: f32[4,3,5]) -> f32[4,2,5] {
+  %p.0 = f32[4,2,3]{2,1,0:T(8,128)S(1)} parameter(0)
+  %p.1 = f32[4,3,5]{2,1,0:T(8,128)} parameter(1)
+  ROOT %convolution.1 = f32[4,2,5]{2,1,0:T(8,128)} convolution(%p.0, %p.1), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf, operand_precision={highest,highest}
+}
+
+%fused_computation.2 (p.2: f32[7,8,128], p.3: s32[]) -> f32[1,8,128] {
+  %p.2 = f32[7,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p.3 = s32[]{:T(128)} parameter(1)
+  ROOT %part.1 = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p.2, %p.3), dynamic_slice_sizes={1,8,128}
+}
+
+%body.1 (arg.1: (s32[], f32[4,2,3], f32[4,3,5])) -> (s32[], f32[4,2,3], f32[4,3,5]) {
+  %arg.1 = (s32[]{:T(128)}, f32[4,2,3]{2,1,0:T(8,128)S(1)}, f32[4,3,5]{2,1,0:T(8,128)}) parameter(0)
+  %a.1 = f32[4,2,3]{2,1,0:T(8,128)S(1)} get-tuple-element(%arg.1), index=1
+  %b.1 = f32[4,3,5]{2,1,0:T(8,128)} get-tuple-element(%arg.1), index=2
+  %y.1 = f32[4,2,5]{2,1,0:T(8,128)} fusion(%a.1, %b.1), kind=kOutput, calls=%fused_computation.1, backend_config={"estimated_cycles":"10"}
+  %z.1 = f32[4,2,5]{2,1,0:T(8,128)} all-reduce(%y.1), to_apply=%add.1
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[4,2,3]{2,1,0:T(8,128)S(1)}, f32[4,3,5]{2,1,0:T(8,128)}) tuple(%a.1, %b.1)
+}
+
+%add.1 (x.1: f32[], x.2: f32[]) -> f32[] {
+  %x.1 = f32[]{:T(128)} parameter(0)
+  %x.2 = f32[]{:T(128)} parameter(1)
+  ROOT %x.3 = f32[]{:T(128)} add(%x.1, %x.2)
+}
+
+%condition.1 (arg.2: (s32[], f32[4,2,3], f32[4,3,5])) -> pred[] {
+  %bound.1 = s32[]{:T(128)} constant(3)
+  %arg.2 = (s32[]{:T(128)}, f32[4,2,3]{2,1,0:T(8,128)S(1)}, f32[4,3,5]{2,1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  ROOT %less.1 = pred[]{:T(512)} compare(%i.1, %bound.1), direction=LT
+}
+
+ENTRY %main.1 (w.1: f32[7,8,128], i.2: s32[], v.1: f32[8,128]) -> f32[1,8,128] {
+  %w.1 = f32[7,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i.2 = s32[]{:T(128)S(6)} parameter(1)
+  %v.1 = f32[8,128]{1,0:T(8,128)S(1)} parameter(2)
+  %while.1 = (s32[]{:T(128)}, f32[4,2,3]{2,1,0:T(8,128)S(1)}, f32[4,3,5]{2,1,0:T(8,128)}) while(%t.1), condition=%condition.1, body=%body.1
+  %low.1 = f32[8,8]{1,0:T(8,128)S(1)} convolution(%v.1, %v.1), dim_labels=bf_oi->bf, metadata={op_name="jit(f)/dot_general"}
+  ROOT %row.1 = f32[1,8,128]{2,1,0:T(8,128)} fusion(%w.1, %i.2), kind=kLoop, calls=%fused_computation.2
+}
+"""  # fmt: skip  # noqa: E501
+
+
+def test_a_tpu_s_program():
+    found = _hlo.counts(_TPU)
+    assert found.flops == 3 * 2 * 4 * 2 * 3 * 5 + 2 * 8 * 8 * 128
+    # Two axes of a tile are padded to 8 x 128. In the loop: b and y, then y and z; after it a row is read and written.
+    assert found.bytes == 4 * 8 * 128 * (3 * (4 + 4 + 4 + 4) + 1 + 1)
+    assert found.cycles == 30
+    assert found.collectives == {"all-reduce": 3}
+    assert found.below == {"jit(f)/dot_general": 1}
+
+
+def test_a_loop_without_a_bound_is_refused():
+    with pytest.raises(ValueError, match=r"the loop while\.1 has no bound"):
+        _hlo.counts(_TPU.replace("%bound.1 = s32[]{:T(128)} constant(3)", "%bound.1 = s32[]{:T(128)} copy(%i.1)"))
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_a_program_of_this_machine(precision):
+    """Five trips of a loop, forward and backward: three products of 8 x 16 by 16 x 16 a trip."""
+
+    def loss(w, x):
+        def layer(x, w):
+            return jnp.tanh(jnp.dot(x, w, precision=precision)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 16, 16), (8, 16))]
+    found = _hlo.counts(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().as_text())
+    assert found.flops == 5 * 3 * 2 * 8 * 16 * 16
+    assert bool(found.below) == (precision is None)
+    assert not found.collectives
