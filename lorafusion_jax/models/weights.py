@@ -52,6 +52,11 @@ class Unstacked:
     matrices: tuple[Float[Array, "d_in d_out"], ...]
     layer: Int[Array, "*L"] | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stack."""
+        return (len(self.matrices), *self.matrices[0].shape)
+
     def at(self, layer: Int[Array, ""]) -> "Unstacked":
         """Return one layer of the stack."""
         return dataclasses.replace(self, layer=layer)
