@@ -170,7 +170,7 @@ def test_noise_below_zero_is_cut_off_in_flipped_columns_too():
     [
         pytest.param((1,) * 8, None, ADC(bits=12, range="max"), marks=pytest.mark.long),
         ((2,) * 4, 10.0, ADC(bits=12, range="max")),
-        ((1,) * 8, None, ADC(bits=6)),
+        pytest.param((1,) * 8, None, ADC(bits=6), marks=pytest.mark.long),
         pytest.param((1,) * 4, 20.0, ADC(bits=6), marks=pytest.mark.long),
     ],
 )
