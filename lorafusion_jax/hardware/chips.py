@@ -96,6 +96,10 @@ class ChipPerSeed(Frozen):
         chip = self.chip_of_seed[number]
         return reads(jax.tree.map(lambda leaf: leaf[chip], _plain(self)), number)
 
+    def unstacked(self) -> Frozen:
+        """Return the weights unchanged: the first axis of a leaf is that of chips, not of layers."""
+        return self
+
 
 def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
