@@ -29,7 +29,7 @@ demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
 results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
 	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
 
-# In at most eight minutes on two cores. What costs most is left to test-long.
+# Meant to take at most eight minutes on two cores. What costs most is left to test-long.
 test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
 	$(BIN)/python -m pytest -m "not peft and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
