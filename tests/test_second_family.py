@@ -169,6 +169,7 @@ def test_coefficients_have_a_column_for_each_block_and_site(pool):
     assert column_names(loaded, "site") == ["reader.0.mix.up", "reader.1.mix.up", *writers]
 
 
+@pytest.mark.long
 def test_seeds_are_trained_and_evaluated(run):
     results = json.loads((run / "results.json").read_text())
     # 2 modules x 5 blocks, and a magnitude for each column of the adapted matrices.
@@ -178,6 +179,7 @@ def test_seeds_are_trained_and_evaluated(run):
     assert params["coefficients"].shape == (2, 2, 5)
 
 
+@pytest.mark.long
 def test_methods_without_a_pool_adapt_the_family_s_own_choice(fused):
     run = fused("lora", method="lora", pool=None, seeds=(1,), recipe={"lora_rank": 2})
     assert json.loads((run / "config.json").read_text())["options"]["recipe"]["lora_targets"] == ["up", "query"]
@@ -221,6 +223,7 @@ def test_chips_hold_every_matrix(base, pool, run, tmp_path):
         assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-2)
 
 
+@pytest.mark.long
 def test_an_exported_fusion_is_read_as_an_adapter_and_merged(run, tmp_path):
     export(ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

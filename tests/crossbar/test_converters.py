@@ -59,7 +59,9 @@ def offset_read(weights, x, bits, step, adc_bits):
     return (total - 128 * n.sum(1, keepdims=True)) * scale / 255
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (3, 3, 2), (8,), (2, 6)])
+@pytest.mark.parametrize(
+    "bits", [(2, 6), *(pytest.param(bits, marks=pytest.mark.long) for bits in ((4, 4), (3, 3, 2), (8,)))]
+)
 def test_calibrated_codes_of_sums_between_two_are_the_even_one(bits):
     """Steps are whole levels, so that every other sum of a step of 2 is a tie: in float32 the result of float64."""
     config = CrossbarConfig(cell=Cell(bits=bits), encoding=OFFSET, dac=UNSIGNED, adc=ADC(bits=7))
@@ -97,7 +99,14 @@ def test_codes_at_max_of_sums_between_two_are_the_even_one(path):
     np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("encoding, separate", [(OFFSET, False), (UNIT, False), (Encoding(), True)])
+@pytest.mark.parametrize(
+    "encoding, separate",
+    [
+        (UNIT, False),
+        pytest.param(OFFSET, False, marks=pytest.mark.long),
+        pytest.param(Encoding(), True, marks=pytest.mark.long),
+    ],
+)
 def test_gain_errors_multiply_the_current_of_gmin_too(encoding, separate):
     adc = ADC(bits=14, range="max", gain_error=0.05, separate=separate)
     config = CrossbarConfig(cell=Cell(on_off_ratio=10.0), encoding=encoding, adc=adc)
@@ -107,6 +116,7 @@ def test_gain_errors_multiply_the_current_of_gmin_too(encoding, separate):
         assert relative(matmul(x, program(weights, config, KEY, path=path)), wanted) < 2e-3
 
 
+@pytest.mark.long
 def test_gain_errors_multiply_read_noise():
     """A column whose ADC has gain g has g times the noise."""
     device = Device(read_noise=ReadNoise(0.1))
@@ -121,12 +131,13 @@ def test_gain_errors_multiply_read_noise():
     np.testing.assert_allclose(spread("loop"), spread("definition"), rtol=0.2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, ratio, encoding",
     [
         ("independent", 10.0, OFFSET),
-        pytest.param("proportional", 10.0, Encoding(), marks=pytest.mark.long),
-        pytest.param("proportional", 4.0, FLIP, marks=pytest.mark.long),
+        ("proportional", 10.0, Encoding()),
+        ("proportional", 4.0, FLIP),
     ],
 )
 def test_every_path_has_the_read_noise_of_the_definition(kind, ratio, encoding):

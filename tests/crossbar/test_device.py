@@ -257,6 +257,7 @@ def test_same_key_same_chip():
     assert one.shape == pulses.shape == G.shape and pulses.dtype == jnp.int32
 
 
+@pytest.mark.long
 def test_chips_are_mapped_over_keys():
     G = jax.random.uniform(KEY, (20, 20))
     keys = jax.random.split(KEY, 3)

@@ -572,6 +572,7 @@ def test_a_read_key_decides_the_noise_of_all_layers(kind):
     assert len(np.unique(keys, axis=0)) == len(keys) == 9  # by path, and by layer within a scan
 
 
+@pytest.mark.long
 def test_chips_are_an_axis_of_their_own():
     model, keys = _mlp(), jax.random.split(_KEY, 3)
     graph, state = nnx.split(model)

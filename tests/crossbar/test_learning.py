@@ -131,7 +131,7 @@ CASES = {
 
 @pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name in ("aged", "flipped") else pytest.mark.long) for name in CASES]
+    "case", [pytest.param(name, marks=() if name == "flipped" else pytest.mark.long) for name in CASES]
 )
 def test_values_have_the_derivatives_of_finite_differences(case):
     make, path, start = CASES[case]

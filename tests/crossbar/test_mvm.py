@@ -380,6 +380,7 @@ def test_read_noise_has_the_variance_of_its_cells(path, encoding, kind):
         assert np.abs(correlation[array[:, None] != array[None, :]]).max() < 0.08
 
 
+@pytest.mark.long
 def test_read_noise_with_an_adc_is_that_of_every_cell():
     """One draw for each conversion against one for each cell: means and variances of the converted outputs."""
     draws = 1500

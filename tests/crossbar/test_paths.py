@@ -266,6 +266,7 @@ def test_normal_of_other_generators_and_dtypes_is_that_of_jax_random():
         np.testing.assert_array_equal(found, jax.random.normal(key, (5,), jnp.float64))
 
 
+@pytest.mark.long
 def test_normal_tails():
     """The least and the largest of the 2^23 numbers a draw is made from are at 5.2 deviations or beyond."""
     words, size = jax.random.key_data(jax.random.key(1)), 2**20

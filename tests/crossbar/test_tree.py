@@ -259,6 +259,7 @@ def _inputs(count):
     return [jnp.asarray(np.random.default_rng(i).normal(size=(5, 6)), jnp.float32) for i in range(count)]
 
 
+@pytest.mark.long
 def test_taps_return_the_statistics_of_every_read():
     placed = program_tree(_weights(), {"*": _CONVERTED}, _KEY)
     seen = dict(zip(["A.q", "wi", "q", "head"], observe(_run, placed, _inputs(2)), strict=True))

@@ -163,6 +163,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(newton, frozen, monkeypatch):
     assert new.damping == pytest.approx(0.2)
 
 
+@pytest.mark.long
 def test_a_step_passes_the_rows_that_it_counts(newton, frozen, monkeypatch):
     """Counted where they pass: an identity behind the logits calls back in forward, tangent and backward direction."""
     passed = {"forward": 0, "tangent": 0, "backward": 0}

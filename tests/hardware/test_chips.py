@@ -191,6 +191,7 @@ def fused(small):
     return options
 
 
+@pytest.mark.long
 def test_a_folder_holds_the_chips_that_its_key_draws(small):
     written = write_chips(_programming(small, out=small / "all", chips=2, chip_key=7, digital=()))
     manifest = json.loads((small / "all" / "manifest.json").read_text())
@@ -295,6 +296,7 @@ def test_a_fusion_trained_on_its_chip(small, fused):
     assert np.mean(found[0]) < np.mean(found[1])
 
 
+@pytest.mark.long
 def test_what_a_run_trains_on(small, fused):
     setup, params = prepare(fused), load_run(run_path(fused))[1]
 

@@ -99,9 +99,8 @@ def _close(got, wanted, tolerance=2e-4):
 # The digital model, where arrays are ideal.
 
 
-@pytest.mark.parametrize(
-    ("composition", "granularity"), [pytest.param("mix", "block", marks=pytest.mark.long), ("sum", "rank")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("composition", "granularity"), [("mix", "block"), ("sum", "rank")])
 def test_ideal_arrays_are_the_digital_fusion_and_so_are_its_gradients(composition, granularity):
     method = Fusion(composition=composition, granularity=granularity)
     params = _params(method)
@@ -277,6 +276,7 @@ def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     assert len(set(three)) == 3 and losses(3) == three
 
 
+@pytest.mark.long
 def test_every_token_is_decoded_with_noise_of_its_own():
     """A model that copies noise into its cache: two equal tokens in a row, and different keys behind them."""
     frozen = _in_arrays("decoder.*", "read noise")

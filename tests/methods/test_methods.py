@@ -44,7 +44,7 @@ _SEARCHED = {"lorahub": 4, "cma": 2 * 4, "single": 2}  # evaluations of the trai
 _METHODS = [*_TRAINED, *_SEARCHED, "mean", "merge", "cat", "zero-shot", "few-shot", "constant"]
 _ADAPTERS = [method for method in _METHODS if method not in ("full", "zero-shot", "few-shot", "constant")]
 # Fusion, the method that others are compared with, and those whose runs compile little.
-_SHORT = ("fusion", "lora", "single", "mean", "merge", "zero-shot", "few-shot", "constant")
+_SHORT = ("fusion", "single", "mean", "merge", "zero-shot", "few-shot", "constant")
 
 
 def _cases(methods):
@@ -175,7 +175,7 @@ def test_the_best_single_module_is_the_one_of_least_loss(runs):
         np.testing.assert_array_equal(params["coefficients"][s], np.eye(2)[least])
 
 
-@pytest.mark.parametrize("method", ["few-shot", "constant"])
+@pytest.mark.parametrize("method", [pytest.param("few-shot", marks=pytest.mark.long), "constant"])
 def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
     rows = load_task(_TASK).train
     (own,) = split(len(rows), (1,), limit=5).train

@@ -34,11 +34,6 @@ _FUSIONS = [f"{pool}_{magnitudes}" for pool in ("pool_factors", "pool_products",
 _TOKENS = 24
 
 
-def _long_but(first, names):
-    """One case of a kind, and further ones that are long."""
-    return [first, *(pytest.param(name, marks=pytest.mark.long) for name in names if name != first)]
-
-
 class _Golden(NamedTuple):
     """The base model, the golden's inputs, and its files."""
 
@@ -153,7 +148,7 @@ def golden(shared):
     return _Golden(folder, dict(np.load(folder / "inputs.npz")), model, *nnx.split(model))
 
 
-@pytest.mark.parametrize("name", _long_but("lora_a", _SINGLES))
+@pytest.mark.parametrize("name", ["lora_a", *(pytest.param(name, marks=pytest.mark.long) for name in _SINGLES[1:])])
 def test_single_adapter(golden, name):
     """Ranks, patterns, rslora, magnitudes and a pickle, on two or on all maps."""
     file = dict(np.load(golden.folder / f"single_{name}.npz"))
@@ -179,7 +174,8 @@ def test_a_batch_padded_on_the_left_with_an_adapter(golden):
     golden.check_row(logits[real], there, "left")
 
 
-@pytest.mark.parametrize("name", _long_but("pool_products_dora", _FUSIONS))
+@pytest.mark.long
+@pytest.mark.parametrize("name", _FUSIONS)
 def test_fusion(golden, name):
     """Start, gradients, six steps of the reference protocol, and the end of a fusion."""
     file = dict(np.load(golden.folder / f"{name}.npz"))

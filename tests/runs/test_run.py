@@ -80,6 +80,7 @@ def test_a_run_writes_what_it_promises(fused):
     assert results["seeds"][0]["modules"] != results["seeds"][1]["modules"]
 
 
+@pytest.mark.long
 def test_a_seed_does_not_depend_on_those_beside_it(fused, tmp_path):
     options, results = fused
     alone = fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
