@@ -30,7 +30,7 @@ from lorafusion_jax import cli
 _ROOT = Path(__file__).resolve().parents[2]
 _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
-_LONG = ("serving.md", "flax.md", "cost.md", "crossbar.md", "crossbar_devices.md", "decoders.md", "fuse.md")
+_LONG = ("basis.md", "serving.md", "flax.md", "cost.md", "crossbar.md", "crossbar_devices.md", "decoders.md", "fuse.md")
 _WITH_CODE = [
     pytest.param(page, marks=pytest.mark.long if page.name in _LONG else ())
     for page in _PAGES
