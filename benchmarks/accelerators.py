@@ -110,7 +110,8 @@ def _program(name: str, shape: str, seeds: int, sharding: SingleDeviceSharding) 
         state, batch, problem, rates = _on(sharding, given)
         if generates:
             one = _on(sharding, jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
-            program: Any = generate_seeds.lower(state.params, one, problem, max_new_tokens=_NEW)
+            whole = jax.jit(generate_seeds, static_argnames="max_new_tokens")
+            program: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
         else:
             program = step_of((state, batch, problem, rates))
     how: Any = {"update": update, "seeds": seeds, "path": settings.path, "device": settings.device}
