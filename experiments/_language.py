@@ -1,17 +1,24 @@
-"""Tasks of real language, and their roles: sources of the pool, tasks to tune on, and unseen ones.
+"""Tasks of real language and their roles: sources of the pool, tasks to tune on, unseen ones; and the rows of tables.
 
 All are function-vector data sets (Todd et al., ICLR 2024; github.com/ericwtodd/function_vectors, MIT, the folder
 dataset_files), other than the inflections, which are in examples/smollm2/tasks.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+from _methods import IN_BASIS, METHODS, Entry
 from _smollm2 import EXAMPLES
 
+from lorafusion_jax import PRESETS, FuseOptions
+from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.tasks import Task, find_task, load_task
 
 PROMPT = "Q: {input}\nA:"
 TRAIN_ROWS, TEST_ROWS, LEAST_TEST_ROWS = 100, 200, 90
+EVALUATED_ROWS = 100  # all in one batch
+NEW_TOKENS = 12  # more than 99 % of all answers have
 # Rows that train a source's adapter, and passes over them: 30 steps of 16 rows, in one program for all sources.
 SOURCE_ROWS = {500: 1, 250: 2, 166: 3, 100: 5}
 
@@ -46,6 +53,90 @@ UNSEEN = {
     "far": {"country-currency": "knowledge", "person-sport": "knowledge", "alphabetically_first_3": "extraction"},
     "none": {"sentiment": "sentiment", "word_length": "counting", "synonym": "meaning"},
 }
+
+# Passes over the training rows: 500 rows in all (475 where five are held out), and 200 from five examples.
+EPOCHS = {100: 5, 20: 25, 5: 40}
+DIRECTIONS = 32  # of the pool's shared basis
+_ALL = {"modules": sum(map(len, SOURCES.values()))}
+_FUSION = {"lr_coefficients": 0.1, "lr_magnitudes": 0.01}
+
+
+def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -> Entry:
+    return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
+
+
+# Rows of the table, at learning rates that `python experiments/language_tune.py` found.
+MAIN = {
+    "zero-shot": METHODS["zero-shot"],
+    "few-shot prompt": METHODS["few-shot prompt"],
+    "uniform mean": _entry(METHODS["uniform mean"]),
+    "best single module": _entry(METHODS["best single module"]),
+    "LoRAFusion": _entry(METHODS["LoRAFusion"], _FUSION),
+    "LoRA": dataclasses.replace(METHODS["LoRA"], rates={"lr_lora": 2e-3}, few_rates={}),
+    "random pool": _entry(METHODS["random pool"], _FUSION),
+    "coefficients only": _entry(METHODS["coefficients only"], {"lr_coefficients": 0.1}),
+    "magnitudes only": dataclasses.replace(METHODS["magnitudes only"], rates={"lr_magnitudes": 0.02}, few_rates={}),
+    "basis, k = 16": _entry(IN_BASIS["basis"], _FUSION, basis=16),
+}
+MORE = {
+    "constant answer": METHODS["constant answer"],
+    "basis, k = 32": _entry(IN_BASIS["basis"], _FUSION, basis=DIRECTIONS),
+    "best 10": _entry(METHODS["LoRAFusion"], _FUSION, modules=10, choose="gradient"),
+    "shuffled layers": dataclasses.replace(_entry(METHODS["LoRAFusion"], _FUSION), control="shuffled"),
+    "LoRAFusion, mix": _entry(METHODS["LoRAFusion, mix"], _FUSION),
+    "DoRA": dataclasses.replace(METHODS["DoRA"], few_rates={}),
+    "VeRA": dataclasses.replace(METHODS["VeRA"], few_rates={}),
+    "LoraHub": _entry(METHODS["LoraHub"]),
+    "CMA-ES": _entry(METHODS["CMA-ES"]),
+}
+
+
+def options_of(
+    entry: Entry,
+    task: Path,
+    *,
+    base: Path,
+    pool: Path,
+    seeds: tuple[int, ...],
+    train_rows: int = TRAIN_ROWS,
+    adapters: tuple[str, ...] = (),
+    **run: Any,
+) -> FuseOptions:
+    """Return the options of a row's run on a task.
+
+    Args:
+      entry: the row.
+      task: its file or folder.
+      base: the model.
+      pool: a converted pool.
+      seeds: that are one program.
+      train_rows: rows to learn from.
+      adapters: names of modules to fuse, in place of all.
+      run: other options, such as `out` and `name`.
+    """
+    recipe = dataclasses.replace(
+        PRESETS["default"],
+        **{"lora_rank": 8} | entry.recipe | entry.rates,
+        epochs=EPOCHS[train_rows],
+        batch_size=5,
+        max_new_tokens=NEW_TOKENS,
+    )
+    return FuseOptions(
+        base=str(base),
+        pool=str(pool) if find_method(entry.method).pool else None,
+        task=str(task),
+        prompt=PROMPT,
+        method=entry.method,
+        control=entry.control,
+        adapters=adapters,
+        recipe=recipe,
+        seeds=seeds,
+        train_rows=train_rows,
+        test_rows=EVALUATED_ROWS,
+        eval_batch=EVALUATED_ROWS,
+        resume=True,
+        **run,
+    )
 
 
 def find(name: str, folder: Path) -> Path:

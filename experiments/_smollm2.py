@@ -5,14 +5,6 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
-# What the model reads of every task. No adapter saw the last one.
-PROMPTS = {
-    "past": "Past tense of a verb.\n{input} ->",
-    "plural": "Plural of a noun.\n{input} ->",
-    "comparative": "Comparative of an adjective.\n{input} ->",
-    "ing": "The -ing form of a verb.\n{input} ->",
-}
-UNSEEN = "ing"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 

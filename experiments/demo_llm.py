@@ -1,11 +1,10 @@
-"""A real language model, before and after three adapters are fused for a task that none of them saw: `make demo-llm`.
+"""A real language model, before and after a pool of 24 adapters is fused for a task that none saw: `make demo-llm`.
 
-SmolLM2-135M-Instruct is read from its GGUF file. Its adapters put verbs into the past, nouns into the plural, and
-compare adjectives; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.json,
-table.md and a plot.
+SmolLM2-135M-Instruct is read from its GGUF file. Its adapters were trained on relations of words, facts, letters and
+lists; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.json, table.md and
+a plot.
 """
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,20 +13,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from _common import ROOT, fresh_folder
-from _smollm2 import EXAMPLES, PROMPTS, UNSEEN, base
+from _language import MAIN, PROMPT, options_of
+from _smollm2 import EXAMPLES, base
 
-from lorafusion_jax import PRESETS, FuseOptions, cli, fuse
+from lorafusion_jax import cli, fuse
 from lorafusion_jax.report import markdown_table, plot_accuracy, write_text
 from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo-llm"
 TITLE = "the -ing form of verbs"
-# Method and what differs from the default recipe.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "zero-shot": ("zero-shot", {}),
-    "few-shot prompt": ("few-shot", {"shots": 5}),
-    "uniform mean": ("mean", {}),
-    "LoRAFusion": ("fusion", {"epochs": 10}),
+# Rows of `_language.MAIN`, and what they are.
+METHODS = {
+    "zero-shot": "the base as it is, which is not told what is wanted",
+    "few-shot prompt": "the base, with five examples in every prompt",
+    "uniform mean": "all adapters at one 24th each, without training",
+    "LoRAFusion": "trained coefficients of all adapters, and magnitudes; no matrix is changed",
 }
 SHOWN = 6  # words whose answers are printed
 
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         summary = {"minutes": minutes, "environment": environment, "rows": rows}
         write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
     _show(answers["zero-shot"], answers["LoRAFusion"])
+    print()
+    for method, meaning in METHODS.items():
+        print(f"{method:17}{meaning}")
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 
@@ -67,28 +70,24 @@ def _convert() -> None:
 
 
 def _run(method: str) -> dict[str, Any]:
-    name, changes = METHODS[method]
-    return fuse(
-        FuseOptions(
-            base=str(base()),
-            pool=str(FOLDER / "pool"),
-            task=str(EXAMPLES / "tasks" / UNSEEN),
-            prompt=PROMPTS[UNSEEN],
-            method=name,
-            recipe=dataclasses.replace(PRESETS["default"], max_new_tokens=8, **changes),
-            seeds=(1,),
-            out=FOLDER / "runs",
-            name=_name(method),
-        )
+    options = options_of(
+        MAIN[method],
+        EXAMPLES / "tasks" / "ing",
+        base=base(),
+        pool=FOLDER / "pool",
+        seeds=(1,),
+        out=FOLDER / "runs",
+        name=_name(method),
     )
+    return fuse(options)
 
 
 def _show(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
     """Print a few answers of the base and of the fusion."""
-    print(f"\n{PROMPTS[UNSEEN].format(input='...')}\n")
+    print(f"\n{PROMPT.format(input='...')}\n")
     print(f"{'':14}{'before':32}after")
     for base_row, fused_row in list(zip(before, after, strict=True))[:SHOWN]:
-        word = base_row["input"].splitlines()[-1].removesuffix(" ->")
+        word = base_row["input"].splitlines()[0].removeprefix("Q: ")
         print(f"{word:14}{_short(base_row['prediction']):32}{_short(fused_row['prediction'])}")
 
 

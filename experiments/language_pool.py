@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import tyro
 from _common import ROOT
-from _language import PROMPT, SOURCE_ROWS, SOURCES, find, load, source_rows
+from _language import EVALUATED_ROWS, NEW_TOKENS, PROMPT, SOURCE_ROWS, SOURCES, find, load, source_rows
 from _smollm2 import HUB_ID, base
 
 from lorafusion_jax import PRESETS, FuseOptions, cli
@@ -37,8 +37,6 @@ from lorafusion_jax.training.fit import Epoch, fit, start
 from lorafusion_jax.training.programs import make_room
 
 SEED, BATCH = 1, 16
-TEST_ROWS = 100  # all in one batch: one program less to compile for each task
-NEW_TOKENS = 12  # more than 99 % of all answers have
 # Padded tokens that a training step takes in a second, and seconds for the rest of a task: compiling and evaluating.
 RATE, REST = 200.0, 60.0
 
@@ -136,8 +134,8 @@ def fuse_options(path: Path, options: Options) -> FuseOptions:
             prompt=None if options.chat else PROMPT,
             chat=options.chat,
             train_rows=rows,
-            test_rows=TEST_ROWS,
-            eval_batch=TEST_ROWS,
+            test_rows=EVALUATED_ROWS,
+            eval_batch=EVALUATED_ROWS,
         )
     )
 

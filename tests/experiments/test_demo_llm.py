@@ -63,13 +63,15 @@ def test_no_adapter_saw_a_verb_of_the_new_task_s_test():
     assert _rows("ing", "test").keys().isdisjoint(_rows("past", "train"))
 
 
-def test_the_adapters_are_small_and_fit_the_model():
+def test_the_adapters_are_small_and_fit_the_model(scripts):
+    import _language
+
     folders = sorted((_SMOLLM2 / "adapters").iterdir())
     pool = read_pool([str(folder) for folder in folders], known_shapes()["smollm2-135m"])
-    assert pool.names == ("comparative", "past", "plural")
+    assert set(pool.names) == {name for family in _language.SOURCES.values() for name in family}
     assert list(pool.A) == ["decoder.self_attn.q_proj", "decoder.self_attn.v_proj"]
-    assert {int(rank) for ranks in pool.rank.values() for rank in ranks.ravel()} == {4}
-    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 3e6
+    assert {int(rank) for ranks in pool.rank.values() for rank in ranks.ravel()} == {8}
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 24e6
     for folder in folders:
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -84,7 +86,7 @@ def test_the_demo_compares_the_base_with_the_fusion(scripts, tmp_path, monkeypat
         asked.append(options)
         share = 75.0 if options.method == "fusion" else 0.0
         answer = " replying" if options.method == "fusion" else "\nreply"
-        row = {"input": demo_llm.PROMPTS["ing"].format(input="reply"), "prediction": answer}
+        row = {"input": demo_llm.PROMPT.format(input="reply"), "prediction": answer}
         (options.out / options.name).mkdir(parents=True)
         RunFolder(options.out / options.name).write_predictions([row])
         seed = {"seed": 1, "exact_match": share, "loss": 1.0}
@@ -98,7 +100,9 @@ def test_the_demo_compares_the_base_with_the_fusion(scripts, tmp_path, monkeypat
     demo_llm.main()
     said = capsys.readouterr().out
     assert [options.method for options in asked] == ["zero-shot", "few-shot", "mean", "fusion"]
-    assert {options.prompt for options in asked} == {"The -ing form of a verb.\n{input} ->"}
+    assert {options.prompt for options in asked} == {"Q: {input}\nA:"}
+    assert {options.recipe.modules for options in asked if options.pool} == {24}
+    assert all(f"\n{method} " in said for method in demo_llm.METHODS)
     assert "reply         reply                           replying" in said and "75.0" in said
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [row["exact_match"] for row in results["rows"]] == [0.0, 0.0, 0.0, 75.0]

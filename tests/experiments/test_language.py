@@ -75,7 +75,7 @@ def test_the_pool_is_trained_task_by_task(scripts, tmp_path, monkeypatch, capsys
     _, language_pool = scripts
     llama = small_llama.make(tmp_path / "llama")
     monkeypatch.setattr(language_pool, "base", lambda: llama)
-    monkeypatch.setattr(language_pool, "TEST_ROWS", 8)
+    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
     for name in ("one", "two"):
         _colours(tmp_path / "tasks" / "sub" / f"{name}.json", 190)
     given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out"), "--rank", "2"]
@@ -102,3 +102,89 @@ def test_the_pool_is_trained_task_by_task(scripts, tmp_path, monkeypatch, capsys
     language_pool.main([*given, "--sources", "one", "two"])
     assert trained == ["two"]
     assert (tmp_path / "out" / "pool.jsonl").read_text().startswith(first)
+
+
+@pytest.fixture
+def experiment(scripts, monkeypatch, tmp_path):
+    import language
+
+    monkeypatch.setattr(language, "FOLDER", tmp_path / "smollm2")
+    return language
+
+
+def test_a_dose_holds_so_many_modules_of_the_family_and_smaller_doses(scripts, experiment):
+    language, _ = scripts
+    for family in experiment.RELEVANCE.values():
+        own = set(language.SOURCES[family])
+        before: set[str] = set()
+        for dose in experiment.DOSES:
+            modules = experiment.dosed(family, dose, seed=2)
+            relevant = own & set(modules)
+            assert len(set(modules)) == experiment.FUSED
+            assert len(relevant) == (len(own) if dose == "all" else int(dose))
+            assert before <= relevant
+            before = relevant
+    assert experiment.dosed("words", "1", 1) != experiment.dosed("words", "1", 2)
+    twins = experiment.dosed("words", "1", 1, "random-")
+    assert twins[0] in language.SOURCES["words"] and all(name.startswith("random-") for name in twins[1:])
+
+
+def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
+    options = experiment.LanguageOptions(tasks=tmp_path, seeds=(1, 2))
+    paths = {name: tmp_path / f"{name}.json" for name in experiment.UNSEEN_TASKS}
+    jobs = {group: list(experiment.jobs_of(group, options, paths)) for group in experiment.get_args(experiment.Group)}
+    counts = {group: len(of) for group, of in jobs.items()}
+    assert counts == {
+        "main": 9 * 10,
+        "more": 9 * 9,
+        "five": 9 * 7,
+        "twenty": 9 * 2,
+        "relevance": 4 * 4 * 2,
+        "more-relevance": 3 * 4 * 4 * 2,
+    }
+    for group, of in jobs.items():
+        assert len({job[:3] + job.options.seeds for job in of}) == len(of)
+        assert len({job.options.name for job in of}) == len(of)
+        assert {job.options.train_rows for job in of} == {{"five": 5, "twenty": 20}.get(group, 100)}
+    assert {job.options.pool for job in jobs["relevance"]} == {str(experiment.FOLDER / "adapters_and_random")}
+    assert all(job.options.prompt == "Q: {input}\nA:" for of in jobs.values() for job in of)
+
+
+@pytest.mark.long
+def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_path, monkeypatch, capsys):
+    language, language_pool = scripts
+    import language_tune
+
+    llama = small_llama.make(tmp_path / "llama")
+    for module in (experiment, language_pool):
+        monkeypatch.setattr(module, "base", lambda: llama)
+    monkeypatch.setattr(language_tune, "FOLDER", experiment.FOLDER)
+    monkeypatch.setattr(language_tune, "TUNING", ("tune",))
+    monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
+    monkeypatch.setattr(experiment, "DIRECTIONS", 4)
+    monkeypatch.setattr(language, "EVALUATED_ROWS", 6)
+    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 6)
+    for name in ("one", "two", "new", "tune"):
+        _colours(tmp_path / "tasks" / f"{name}.json", 190)
+    tasks = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out")]
+    language_pool.main([*tasks, "--sources", "one", "two", "--rank", "2"])
+    of = [*tasks, "--adapters", str(tmp_path / "out" / "adapters")]
+
+    language_tune.main([*of, "--methods", "coefficients only"])
+    (row,) = map(json.loads, (tmp_path / "out" / "tune.jsonl").read_text().splitlines())
+    assert len({trial["loss"] for trial in row["trials"]}) == 9
+    assert (tmp_path / "out" / "table_tune.md").read_text().count("←") == 1
+
+    for name in ("LoRAFusion", "uniform mean"):
+        entry = language.MAIN[name]
+        monkeypatch.setitem(experiment.MAIN, name, language._entry(entry, entry.rates, modules=2))
+    main = [*of, "--groups", "main", "--unseen", "new", "--seeds", "1", "2", "--methods", "LoRAFusion", "uniform mean"]
+    experiment.main([*main, "--plan"])
+    assert "2 of 2 programs are missing, 2 trainings" in capsys.readouterr().out
+    experiment.main(main)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "main.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["seed"]) for row in rows] == [("uniform mean", 1), ("LoRAFusion", 1), ("LoRAFusion", 2)]
+    assert rows[1]["loss"] < rows[0]["loss"]
+    assert (tmp_path / "out" / "main" / "table.md").exists()
+    experiment.main([*main, "--plan"])
+    assert "0 of 2 programs are missing" in capsys.readouterr().out

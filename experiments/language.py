@@ -1,0 +1,286 @@
+r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that no adapter was trained on.
+
+    python experiments/language.py --tasks function_vectors/dataset_files                  # runs what is missing
+    python experiments/language.py --tasks function_vectors/dataset_files --groups main
+    python experiments/language.py --tasks function_vectors/dataset_files --plan           # what is missing
+
+    main         prompts, mean, best module, coefficients, magnitudes, both, a random pool, a basis, LoRA
+    more         constant answers, other bases, choices and compositions, shuffled layers, DoRA, VeRA, searches
+    five         the trained rows of `main`, from five examples
+    twenty       LoRAFusion and LoRA from twenty
+    relevance    ten modules, of which 0, 1, 2 or all that there are come from the task's own family and the others from
+                 other families
+    more-relevance    the others are random matrices; and all of it with coefficients only
+
+Results are rows of OUT/GROUP.jsonl; interrupted, the same command goes on. Written to OUT/GROUP: tables and plots.
+"""
+
+import dataclasses
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import tyro
+from _common import ROOT
+from _language import DIRECTIONS, MAIN, MORE, SOURCES, TRAIN_ROWS, UNSEEN, find, load, options_of
+from _methods import Entry
+from _smollm2 import EXAMPLES, HUB_ID, base
+from report import main as report
+
+from lorafusion_jax import cli, fuse, read_config
+from lorafusion_jax.adapters.pool import random_pool
+from lorafusion_jax.adapters.updates import LowRank
+from lorafusion_jax.io.export import lora_adapter
+from lorafusion_jax.io.peft.adapter import write_adapter
+from lorafusion_jax.io.pool import open_pool
+from lorafusion_jax.methods import find as find_method
+from lorafusion_jax.models.weights import dense
+from lorafusion_jax.report import Scores, done, read_rows, scores
+from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.runs.matrix import Job, run_jobs
+
+Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
+
+UNSEEN_TASKS = tuple(name for tasks in UNSEEN.values() for name in tasks)
+# Tasks with a family of at least four modules in the pool, which a dose of relevant ones is drawn from.
+RELEVANCE = {
+    "lowercase_last_letter": "letters",
+    "prev_item": "words",
+    "person-sport": "knowledge",
+    "alphabetically_first_3": "extraction",
+}
+DOSES = ("0", "1", "2", "all")
+# Pools that are made of adapters, the base and the tasks, linked: rows of any OUT and machine name the same files.
+FOLDER = ROOT / "runs" / "smollm2"
+FUSED = 10  # modules, the relevant ones among them
+_TWIN = "random-"  # and the name of the module whose norms a random one has
+_FUSION = "LoRAFusion"
+_TRAINED = (_FUSION, "coefficients only", "magnitudes only", "random pool", "basis, k = 16", "LoRA")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageOptions:
+    """Options of the experiment.
+
+    Attributes:
+      tasks: folder of the function-vector data sets, also in subfolders.
+      unseen: names of the tasks to run; by default all, and in the groups of relevance the four of a large family.
+      groups: rows to run; all by default.
+      methods: names of rows of these groups; all by default.
+      seeds: each orders the rows, and draws modules where some are drawn.
+      adapters: folder of the pool's adapters, which are converted once, with a shared basis.
+      out: folder of the rows, the runs and what is made of them; what is there already is not run again.
+      plan: print the programs that are missing, and run nothing.
+    """
+
+    tasks: Path
+    unseen: tuple[str, ...] = UNSEEN_TASKS
+    groups: tuple[Group, ...] = get_args(Group)
+    methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3)
+    adapters: Path = EXAMPLES / "adapters"
+    out: Path = ROOT / "runs" / "language"
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Run what is missing, and write tables and plots of all that is there."""
+    options = tyro.cli(LanguageOptions, args=list(arguments), description=__doc__)
+    wanted = {name for family in SOURCES.values() for name in family}
+    if missing := sorted(wanted - {path.name for path in options.adapters.iterdir()}):
+        raise ValueError(
+            f"{options.adapters} lacks {', '.join(missing)}: python experiments/language_pool.py trains them"
+        )
+    tasks = link_tasks(options.tasks)
+    paths = {name: find(name, tasks) for name in options.unseen}
+    for path in paths.values():
+        load(path)
+    for group in options.groups:
+        file = options.out / f"{group}.jsonl"
+        jobs = [job for job in jobs_of(group, options, paths) if not options.methods or job.method in options.methods]
+        if options.plan:
+            _print_missing(group, jobs, file)
+            continue
+        make_pools(options.adapters)
+        run_jobs(jobs, file, fuse, root=ROOT)
+        reference = "0 relevant" if "relevance" in group else _FUSION
+        there = {row["method"] for row in read_rows(file)}
+        compared = ["--reference", reference] if reference in there else []
+        report([str(file), "--out", str(options.out / group), "--title", f"SmolLM2: {group}", *compared])
+    files = [options.out / f"{group}.jsonl" for group in ("relevance", "more-relevance")]
+    if rows := [row for file in files if file.exists() for row in read_rows(file)]:
+        draw(scores(rows)[0], options.out / "relevance.png")
+
+
+def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> Iterator[Job]:
+    """Yield the programs of a group, task by task."""
+    for task, path in paths.items():
+        if group in ("main", "more"):
+            for method, entry in (MAIN if group == "main" else MORE).items():
+                # Without a draw, all seeds have the same mean.
+                seeds = options.seeds[:1] if method == "uniform mean" else options.seeds
+                yield _job(task, method, entry, path, dataclasses.replace(options, seeds=seeds))
+        elif group == "five":
+            for method in ("few-shot prompt", *_TRAINED):
+                yield _job(task, method, MAIN[method], path, options, train_rows=5)
+        elif group == "twenty":
+            for method in (_FUSION, "LoRA"):
+                yield _job(task, f"{method}, 20 examples", MAIN[method], path, options, train_rows=20)
+        elif task in RELEVANCE:
+            yield from _relevance(group, task, path, options)
+
+
+def _relevance(group: Group, task: str, path: Path, options: LanguageOptions) -> Iterator[Job]:
+    both, alone = MAIN[_FUSION], MAIN["coefficients only"]
+    forms = {"": (both, ""), ", random others": (both, _TWIN)}
+    forms |= {f"{said}, coefficients only": (alone, twin) for said, (_, twin) in forms.items()}
+    chosen = [""] if group == "relevance" else [said for said in forms if said]
+    for said in chosen:
+        entry, twin = forms[said]
+        for dose in DOSES:
+            for seed in options.seeds:
+                modules = dosed(RELEVANCE[task], dose, seed, twin)
+                few = dataclasses.replace(options, seeds=(seed,))
+                yield _job(task, f"{dose} relevant{said}", entry, path, few, adapters=modules)
+
+
+def dosed(family: str, dose: str, seed: int, twin: str = "") -> tuple[str, ...]:
+    """Return the names of ten modules, so many of them of a family and the others not, as a seed draws them.
+
+    Args:
+      family: of the relevant modules.
+      dose: how many of them: a number, or `all`.
+      seed: of the draws; a larger dose holds the modules of a smaller one.
+      twin: before the names of the others; that of random matrices, or nothing.
+    """
+    own = SOURCES[family]
+    others = [name for other, names in SOURCES.items() if other != family for name in names]
+    count = len(own) if dose == "all" else int(dose)
+    order = random.Random(f"relevant, seed {seed}").sample(own, len(own))
+    filling = random.Random(f"irrelevant, seed {seed}").sample(others, len(others))
+    return (*order[:count], *(f"{twin}{name}" for name in filling[: FUSED - count]))
+
+
+def _job(
+    task: str,
+    method: str,
+    entry: Entry,
+    path: Path,
+    options: LanguageOptions,
+    *,
+    train_rows: int = TRAIN_ROWS,
+    **how: Any,
+) -> Job:
+    name = "-".join((task, method, str(train_rows), *map(str, options.seeds))).replace(" ", "_").replace(",", "")
+    run = options_of(
+        entry,
+        path,
+        base=linked_base(),
+        pool=FOLDER / f"{options.adapters.name}{'_and_random' if 'adapters' in how else ''}",
+        seeds=options.seeds,
+        train_rows=train_rows,
+        out=options.out / "runs",
+        name=name.replace("=", ""),
+        **how,
+    )
+    return Job(task, method, "5" if train_rows == 5 else "95+5", run)
+
+
+def _print_missing(group: Group, jobs: Sequence[Job], file: Path) -> None:
+    have = done(read_rows(file)) if file.exists() else set()
+    missing = []
+    for job in jobs:
+        seeds = job.options.seeds if find_method(job.options.method).seeded else job.options.seeds[:1]
+        if todo := [seed for seed in seeds if (*job[:3], seed) not in have]:
+            missing.append((job, len(todo)))
+    trained = sum(count for job, count in missing if find_method(job.options.method).learns == "trained")
+    print(f"{group}: {len(missing)} of {len(jobs)} programs are missing, {trained} trainings in them")
+
+
+def link_tasks(folder: Path) -> Path:
+    """Return a link to the function-vector data sets inside the checkout.
+
+    Raises:
+      ValueError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give that of the function-vector data sets with --tasks")
+    return _link("tasks", folder)
+
+
+def linked_base() -> Path:
+    """Return a link to the model inside the checkout."""
+    return _link(f"base{base().suffix}", base())
+
+
+def make_pools(adapters: Path) -> None:
+    """Convert a folder of adapters with a shared basis, and again with a random twin of each."""
+    folders = sorted(path for path in adapters.iterdir() if path.is_dir())
+    pool, twins = FOLDER / adapters.name, FOLDER / f"{adapters.name}_random"
+    if not pool.exists():
+        _convert(pool, folders, "--basis", str(DIRECTIONS))
+    if not (both := FOLDER / f"{adapters.name}_and_random").exists():
+        write_random(pool, twins)
+        _convert(both, [*folders, *sorted(twins.iterdir())])
+
+
+def _link(name: str, to: Path) -> Path:
+    """Link a file or folder into the experiment's own, and return the link."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    link, partial = FOLDER / name, FOLDER / f".{name}.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(to.resolve())
+    return partial.replace(link)
+
+
+def _convert(out: Path, adapters: Sequence[Path], *more: str) -> None:
+    script = [sys.executable, ROOT / "convert_peft_weights.py"]
+    subprocess.run([*script, "--base", base(), "--out", out, "--adapters", *adapters, *more], check=True)
+
+
+def write_random(pool: Path, out: Path) -> None:
+    """Write a random adapter for each module of a converted pool: Gaussian matrices of the same norms."""
+    modules, config = open_pool(pool).load(), read_config(base())
+    drawn = random_pool(modules, jax.random.key(0))
+    both = (drawn.A, drawn.B)
+    for i, name in enumerate(modules.names):
+        of = {site: LowRank(*(dense(factor[site], jnp.float32)[:, i] for factor in both)) for site in drawn.sites}
+        settings, tensors = lora_adapter(config, of, base=HUB_ID)
+        halves = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
+        write_adapter(out / f"{_TWIN}{name}", settings, halves)
+
+
+def draw(league: Scores, path: Path) -> None:
+    """Draw accuracy against the number of relevant modules, for each task and their mean."""
+    forms = ("", ", random others", ", coefficients only", ", random others, coefficients only")
+    labels = ("others irrelevant", "others random", "others irrelevant, no magnitudes", "others random, no magnitudes")
+
+    def on(figure: Any) -> None:
+        panels = figure.subplots(1, len(league.tasks) + 1, sharey=True)
+        for axes, task in zip(panels, (*league.tasks, None), strict=True):
+            of = league if task is None else Scores(league.league, [row for row in league.rows if row["task"] == task])
+            for i, form in enumerate(forms, start=1):
+                found = {dose: of.summaries.get(f"{dose} relevant{form}") for dose in DOSES}
+                points = {x: summary for x, summary in enumerate(found.values()) if summary}
+                if points:
+                    x = [place + 0.06 * (i - 2.5) for place in points]
+                    means = [summary.mean for summary in points.values()]
+                    around = [[s.mean - s.low for s in points.values()], [s.high - s.mean for s in points.values()]]
+                    axes.errorbar(x, means, around, fmt="o-", color=colour(i), elinewidth=1, label=labels[i - 1])
+            axes.set_title(f"{task}\n({RELEVANCE[task]})" if task else "mean of tasks", fontsize=9)
+            axes.set_xticks(range(len(DOSES)), DOSES)
+        panels[0].set_ylabel("exact match, %, with 95 % interval")
+        figure.supxlabel("relevant modules of ten", fontsize=10)
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+
+    plot(path, (3.0 * (len(league.tasks) + 1), 4.0), on)
+
+
+if __name__ == "__main__":
+    cli.run(main)
