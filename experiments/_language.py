@@ -65,7 +65,7 @@ def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -
     return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
 
 
-# Rows of the table, at learning rates that `python experiments/language_tune.py` found.
+# Rows of the table, at learning rates that `python experiments/language_tune.py` found; bases have LoRAFusion's.
 MAIN = {
     "zero-shot": METHODS["zero-shot"],
     "few-shot prompt": METHODS["few-shot prompt"],
@@ -118,7 +118,6 @@ def options_of(
         PRESETS["default"],
         **{"lora_rank": 8} | entry.recipe | entry.rates,
         epochs=EPOCHS[train_rows],
-        batch_size=5,
         max_new_tokens=NEW_TOKENS,
     )
     return FuseOptions(

@@ -3,9 +3,9 @@
     python experiments/language_tune.py --tasks function_vectors/dataset_files
     python experiments/language_tune.py --tasks function_vectors/dataset_files --methods LoRAFusion LoRA
 
-A trial trains as a row of the table does, and is scored by its loss on 100 test rows of the tuning tasks. Results are
-rows of OUT/tune.jsonl; interrupted, the same command goes on. What it found is in `_language.py`; OUT/table_tune.md
-shows it.
+A trial trains as a row of the table does, but for two passes, and is scored by its loss on 100 test rows of the tuning
+tasks. Bases and choices of modules have the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the
+same command goes on. What it found is in `_language.py`; OUT/table_tune.md shows it.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from lorafusion_jax.training.loss import seed_entropies
 from lorafusion_jax.training.problem import LOSS
 from lorafusion_jax.training.programs import make_room
 
-SEED = 101  # not one of the table's
+SEED, PASSES = 101, 2  # the seed is not one of the table's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class TuneOptions:
 
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
-      methods: rows of the table to tune; all with rates by default.
+      methods: rows of the table to tune; by default all that are trained, other than bases and choices of modules.
       adapters: folder of the pool's adapters.
       out: folder of tune.jsonl; what is there already is not run again.
     """
 
     tasks: Path
-    methods: tuple[str, ...] = tuple(name for name, entry in (MAIN | MORE).items() if name in TRIALS or entry.rates)
+    methods: tuple[str, ...] = tuple(name for name in MAIN | MORE if name in TRIALS)
     adapters: Path = LanguageOptions.adapters
     out: Path = ROOT / "runs" / "language"
 
@@ -95,9 +95,10 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
 
 def _losses(method: str, path: Path, adapters: Path) -> list[dict[str, Any]]:
     """Return the rates of every trial with its loss on the test rows, in nats per token."""
-    trials = TRIALS["basis" if method.startswith("basis") else method if method in TRIALS else "LoRAFusion"]
-    entry, count = (MAIN | MORE)[method], len(trials)
+    entry, trials = (MAIN | MORE)[method], TRIALS[method]
+    count = len(trials)
     options = with_targets(options_of(entry, path, base=linked_base(), pool=FOLDER / adapters.name, seeds=(SEED,)))
+    options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, epochs=PASSES))
     setup = prepare(options)
     assert setup.split is not None
     # Every trial is a seed of the program, all with the same draws.
@@ -105,9 +106,8 @@ def _losses(method: str, path: Path, adapters: Path) -> list[dict[str, Any]]:
     rows = setup.rows._replace(split=Split(*(np.repeat(part, count, axis=0) for part in setup.split)))
     seeds = (SEED,) * count
     rates = recipe_rates(problem.method, options.recipe, count)
-    groups = {f"lr_{group}": group for group in rates.learning_rate}
     chosen = rates.learning_rate | {
-        groups[name]: jnp.array([trial[name] for trial in trials], jnp.float32) for name in trials[0]
+        name.removeprefix("lr_"): jnp.array([trial[name] for trial in trials], jnp.float32) for name in trials[0]
     }
     state = fit(problem, rows, start(problem, seeds), options.recipe, seeds, rates=rates._replace(learning_rate=chosen))
     everything = batch_orders(
