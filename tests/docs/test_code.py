@@ -43,6 +43,7 @@ _RUN = ("bash", "python")
 _SHOWN = ("text", "yaml", "json", "bibtex", "math")
 _BLOCK = re.compile(r"((?:^<!-- test: [^\n]* -->\n)*)^(```+)([^\n]*)\n(.*?)^\2 *$", re.MULTILINE | re.DOTALL)
 _SETTING = re.compile(r"<!-- test: (.*) -->")
+_BETWEEN_LINES = re.compile(r'\n(?=(?:[^"]*"[^"]*")*[^"]*$)')  # a text in quotes may have several
 _INDENTED = re.compile(r"(?:\A|\n)\n    [^ *\-\n|].*")
 
 
@@ -77,7 +78,7 @@ def _blocks(page: str) -> Iterator[_Block]:
 
 def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each line: `lorafusion ...`, `echo TEXT | lorafusion ...`, or `python SCRIPT ...`, all in this process."""
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in _BETWEEN_LINES.split(text.replace("\\\n", " ")):
         words = shlex.split(line, comments=True)
         if words[:1] == ["echo"]:
             pipe = words.index("|")
