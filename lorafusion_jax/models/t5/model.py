@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
 from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
+from ..narrow import held, released
 from ..weights import dense, matmul
 from .attention import Attention, RelativeBias
 from .config import T5Config
@@ -87,21 +88,18 @@ class DecoderBlock(nnx.Module):
     def decode_token(
         self,
         x: Float[Array, "B 1 D"],
-        cache: Cache,
-        position: Int[Array, ""],
+        into: Callable[[Array, Array], tuple[Array, Array]],
+        cross: tuple[Array, Array],
         mask: Bool[Array, "1 1 1 T"],
         cross_mask: Bool[Array, "B 1 1 S"],
         bias: Float[Array, "1 H 1 T"],
         adapters: Adapters,
-    ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """Run one position and add its keys and values to this layer's cache (no layer axis here)."""
+    ) -> Float[Array, "B 1 D"]:
+        """Run one position; `into` puts its keys and values into the cache, and returns those of all positions."""
         normed = self.self_norm(x)
-        key, value = self.self_attention.keys_values(normed, adapters)
-        keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, key, position, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(cache.values, value, position, axis=2)
+        keys, values = into(*self.self_attention.keys_values(normed, adapters))
         x = x + self.self_attention(normed, keys, values, mask, bias, adapters)
-        x = self._after_self_attention(x, (cache.cross_keys, cache.cross_values), cross_mask, adapters)
-        return x, cache._replace(keys=keys, values=values)
+        return self._after_self_attention(x, cross, cross_mask, adapters)
 
     def _after_self_attention(
         self, x: Array, cross: tuple[Array, Array], cross_mask: Array, adapters: Adapters
@@ -216,7 +214,7 @@ class T5(nnx.Module):
         _, (keys, values) = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder"))
         layers, batch, heads, width, _ = keys.shape
         empty = jnp.zeros((layers, batch, heads, width, length), encoded.dtype)
-        return Cache(empty, empty.swapaxes(3, 4), keys, values)
+        return Cache(held(empty), held(empty.swapaxes(3, 4)), keys, values)
 
     def decode_token(
         self,
@@ -232,13 +230,29 @@ class T5(nnx.Module):
         mask = (positions <= position)[None, None, None, :]
         cross_mask = input_mask[:, None, None, :]
 
-        def block(layer: DecoderBlock, x: Array, xs: tuple[Adapters, Cache]) -> tuple[Array, tuple[Array, Array]]:
-            adapters, layer_cache = xs
-            x, layer_cache = layer.decode_token(x, layer_cache, position, mask, cross_mask, bias, adapters)
-            return x, (layer_cache.keys, layer_cache.values)  # the source's do not change and are not copied
+        def block(
+            layer: DecoderBlock,
+            carry: tuple[Array, Array, Array],
+            of_layer: tuple[Adapters, tuple[Array, Array], Array],
+        ) -> tuple[tuple[Array, Array, Array], None]:
+            (x, keys, values), (adapters, cross, number) = carry, of_layer
 
-        xs = (of_stack(adapters, "decoder"), cache)
-        x, (keys, values) = self._scan(block, self.decoder, self._embed(token[:, None]), xs)
+            def into(key: Array, value: Array) -> tuple[Array, Array]:
+                # In place: a layer's copy with the new column would be copied once more, into the loop's results.
+                nonlocal keys, values
+                update = jax.lax.dynamic_update_slice
+                keys = update(keys, held(key)[None], (number, 0, 0, 0, position))
+                values = update(values, held(value)[None], (number, 0, 0, position, 0))
+                own_keys, own_values = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (keys, values))
+                return released(own_keys), released(own_values)
+
+            x = layer.decode_token(x, into, cross, mask, cross_mask, bias, adapters)
+            return (x, keys, values), None
+
+        numbers = jnp.arange(cache.keys.shape[0])
+        xs = (of_stack(adapters, "decoder"), (cache.cross_keys, cache.cross_values), numbers)
+        carry = (self._embed(token[:, None]), cache.keys, cache.values)
+        (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -252,10 +266,8 @@ class T5(nnx.Module):
             return jnp.einsum("btd,vd->btv", x, dense(self.embedding[...], x.dtype))
         return matmul(x, self.head.get_value())
 
-    def _scan(
-        self, block: Callable[..., tuple[Array, Any]], stacked: nnx.Module, x: Array, xs: Any
-    ) -> tuple[Array, Any]:
-        return scan_blocks(block, stacked, x, xs, remat=self.config.remat, unroll=self.config.unroll)
+    def _scan(self, block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, carry: Any, xs: Any) -> tuple[Any, Any]:
+        return scan_blocks(block, stacked, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
 
 
 def decoder_inputs(labels: Int[Array, "B T"], *, start_id: int, pad_id: int) -> Int[Array, "B T"]:
