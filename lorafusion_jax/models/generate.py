@@ -107,6 +107,7 @@ def generate(
     row_mask: Bool[Array, " B"] | None = None,
     sampling: Sampling = GREEDY,
     row_keys: Key[Array, " B"] | None = None,
+    axis: str | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
     """Return the next tokens of each row; after its end token a row holds padding.
 
@@ -121,6 +122,8 @@ def generate(
       row_mask: False for rows that only pad the batch; generation does not wait for their end.
       sampling: how tokens are chosen, by default the most likely one. Static under `jax.jit`.
       row_keys: keys of the rows' draws; a row's draws depend on no other row.
+      axis: name of a mapped axis, whose members then end together: under `jax.vmap` each would have a position of its
+        own otherwise, and every token would rewrite all caches.
     """
     begun = begin(
         model,
@@ -134,7 +137,10 @@ def generate(
     )
 
     def running(state: Generation) -> Array:
-        return (state.position < max_new_tokens) & ~jnp.all(state.done)
+        waits = jnp.any(~state.done)
+        if axis is not None:
+            waits = jax.lax.pmax(waits.astype(jnp.int32), axis) > 0
+        return (state.position < max_new_tokens) & waits
 
     def step(state: Generation) -> Generation:
         return next_token(model, state, input_mask, adapters, sampling=sampling, row_keys=row_keys)

@@ -16,6 +16,7 @@ from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import GENERATION, LOSS, OPTIONS, Params, Problem
 from ..training.progress import progress
+from ..training.seeds import AXIS
 from .prepare import Setup
 
 
@@ -192,6 +193,7 @@ def _generate_seeds(
             row_mask=batch.row_mask,
             sampling=sampling,
             row_keys=row_keys,
+            axis=AXIS if problem.path == "vmap" else None,
         )
 
     return problem.over_seeds(one_seed, (params,), (batch, row_keys))

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 Path = Literal["vmap", "map"]
+AXIS = "seeds_of_a_device"  # of the batched path, for collectives of a device's seeds
 
 
 def default_path() -> Path:
@@ -30,7 +31,7 @@ def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
 
     def mapped(seeds: Any, shared: Any) -> Any:
         if path == "vmap":
-            return jax.vmap(fn, in_axes=(0, None))(seeds, shared)
+            return jax.vmap(fn, in_axes=(0, None), axis_name=AXIS)(seeds, shared)
         return jax.lax.map(lambda seed: fn(seed, shared), seeds)
 
     mesh = jax.sharding.get_abstract_mesh()
