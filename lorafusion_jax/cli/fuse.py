@@ -64,7 +64,7 @@ GROUPS = {
     "hardware": ("crossbar", "noise", "chip", "chip_key", "digital", "age", "norm"),
     "run": (
         "seeds", "out", "name", "plan", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds", "path", "mesh",
-        "distributed",
+        "distributed", "profile",
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from .options import FuseOptions
 from .run import options_from_json, options_to_json, run_path, with_targets
 
 # Options of a run that do not affect its results.
-_BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds")
+_BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile")
 
 
 class Job(NamedTuple):

@@ -82,6 +82,8 @@ class FuseOptions:
       start_from: start from the saved fusion of another run (same seeds, modules and method).
       log: also to Weights & Biases (WANDB_MODE=offline works).
       save_seconds: time between checkpoints, which are written at the end of an epoch.
+      profile: write a trace of one epoch's training to this folder, the second if there are several, as the first
+        compiles; XProf and Perfetto open it.
     """
 
     base: str
@@ -109,3 +111,4 @@ class FuseOptions:
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     log: bool = False
     save_seconds: float = 30.0
+    profile: Path | None = None

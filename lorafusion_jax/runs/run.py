@@ -35,7 +35,7 @@ from .ranking import choose_by_gradient
 from .scoring import evaluate_seeds
 
 # Options that may differ between a run and its resumption.
-_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "out", "name", "mesh", "distributed")
+_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "profile", "out", "name", "mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
@@ -231,9 +231,16 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     run.cut_metrics(step)
     log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()
+    traced = min(done + 2, options.recipe.epochs) if options.profile else None
+    tracing = contextlib.ExitStack()
+
+    def before_epoch(number: int) -> None:
+        if number == traced:
+            tracing.enter_context(jax.profiler.trace(str(options.profile), create_perfetto_trace=True))
 
     def after_epoch(epoch: Epoch) -> None:
         nonlocal last_save
+        tracing.close()
         rows = list(_metric_rows(epoch, options.seeds))
         run.append_metrics(rows)
         if log is not None:
@@ -243,10 +250,13 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             metadata = {"epochs": epoch.number, "step": step}
             checkpoint.save_step(run.checkpoints, step, epoch.state, metadata, keep=2)
             last_save = time.monotonic()
+        before_epoch(epoch.number + 1)
 
     if not np.all(to_host(state.stopped)):
         how = {"epochs_done": done, "after_epoch": after_epoch}
-        state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
+        with tracing:
+            before_epoch(done + 1)
+            state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
     if log is not None:
         log.finish()
     return state

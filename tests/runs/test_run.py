@@ -1,6 +1,7 @@
 """Whole runs on the embedded pool: resumable, reproducible, the same for a seed whatever runs at the same time."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +20,14 @@ import one_block
 import pytest
 
 from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.models.generate import GREEDY
 from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.evaluate import _generate_seeds
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
-from lorafusion_jax.tasks.batches import MOST_SHAPES
+from lorafusion_jax.tasks.batches import MOST_SHAPES, eval_batches
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
 from lorafusion_jax.training.loss import seed_entropies
 from lorafusion_jax.training.recipe import PRESETS
@@ -104,6 +109,17 @@ def test_later_epochs_compile_nothing_and_read_no_text(small, tmp_path):
     assert compiled[0] == compiled[-1] and all(0 < n <= MOST_SHAPES for n in compiled[0])
 
 
+def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
+    options, results = fused
+    again = fuse(dataclasses.replace(options, out=tmp_path, profile=tmp_path / "profile", test_rows=1))
+    assert again["trainable"] == results["trainable"]
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    with gzip.open(trace) as file:
+        calls = Counter(event.get("name") for event in json.load(file)["traceEvents"])
+    # Two steps of 95 rows by 48; a call may be counted on several levels.
+    assert calls["PjitFunction(train_seeds)"] == 2 * calls["PjitFunction(_after_epoch)"] > 0
+
+
 @pytest.mark.long
 def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
     options, _ = fused
@@ -112,6 +128,19 @@ def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
     _, batched, _ = load_run(tmp_path / "vmap")
     for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(batched), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_vmapped_seeds_share_the_position_of_the_token_that_they_generate(small):
+    setup = prepare(_options(small, Path("unused")))
+    of_seeds = setup.posing(path="vmap").problem
+    params = start(of_seeds, (1, 2)).params
+    batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
+    how = {"max_new_tokens": 4, "sampling": GREEDY, "row_keys": None}
+    program = jax.make_jaxpr(partial(_generate_seeds.__wrapped__, **how))(params, batch, of_seeds)
+    (loop,) = (equation for equation in program.eqns if equation.primitive.name == "while")
+    position, token, *_ = loop.outvars
+    # With a position for each seed, every token would select among all entries of all caches.
+    assert (position.aval.shape, token.aval.shape) == ((), (2, 8))
 
 
 @pytest.mark.long
