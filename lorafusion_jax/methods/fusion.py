@@ -17,6 +17,7 @@ from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import Granularity, Start
 from ..adapters.composition import check_mix, compose, compose_in_basis
 from ..adapters.norms import Gram, column_norms, gram
+from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..models.architecture import Site
 from ..models.weights import Weight
@@ -129,6 +130,14 @@ class Fusion(Method):
         else:
             adapters, floored = compose(pool, index, spread, self.composition, **how)
         return adapters, {"floored_norms": floored}
+
+    def as_fusion(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Array], Composition] | None:
+        """Return coefficients and composition; None in a basis, and of a method that makes its own adapters of them."""
+        if not isinstance(frozen.pool, LoraPool) or type(self).adapters is not Fusion.adapters:
+            return None
+        return coefficients_lib.expand(params["coefficients"], frozen.pool, self.granularity), self.composition
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
         """Return the coefficients that affect a module, and the columns that any module adapts."""

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..adapters.coefficients import expand
+from ..adapters.pool import LoraPool
+from ..adapters.updates import Composition
 from ..tasks import IGNORED, Batch
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
@@ -45,6 +48,14 @@ class MeanFusion(Fusion):
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the adapters and metrics of the fusion that gives every module an N-th of the coefficients."""
         return super().adapters(_alike(params, len(index)), frozen, index)
+
+    def as_fusion(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Array], Composition] | None:
+        """Return the fusion that gives every module an N-th of the coefficients; None in a basis."""
+        if not isinstance(frozen.pool, LoraPool):
+            return None
+        return expand(_alike(params, len(index))["coefficients"], frozen.pool, self.granularity), self.composition
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
         """Return the coefficients that affect any module, and the columns that any module adapts."""

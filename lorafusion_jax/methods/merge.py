@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..adapters.basis import Pool
+from ..adapters.coefficients import expand
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
-from ..adapters.updates import LowRank
+from ..adapters.updates import Composition, LowRank
 from ..training.problem import Frozen, Method, Params
 from .method import Built, MethodEntry, fused
 
@@ -61,6 +62,14 @@ class Merge(Method):
             return self._merge(frozen, index, jax.lax.stop_gradient(params["weights"]), None), {}
         A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
         return {site: LowRank(A[site], B[site]) for site in A}, {}
+
+    def as_fusion(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Array], Composition] | None:
+        """Return the weights of a `cat`, which is a sum; None of the others."""
+        if self.kind != "cat":
+            return None
+        return expand(params["weights"], _whole(frozen.pool), "global"), "sum"
 
     def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
         """Return that no number counts."""

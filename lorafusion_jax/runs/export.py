@@ -9,17 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..adapters.coefficients import expand
 from ..adapters.pool import LoraPool
-from ..adapters.updates import LowRank, WeightDecomposed
+from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
 from ..io.peft.adapter import resave, write_adapter
 from ..io.pool import ConvertedPool
 from ..methods import find
-from ..methods.fusion import Fusion
-from ..methods.magnitudes import Magnitudes
-from ..methods.merge import Merge
 from ..models.architecture import Architecture
 from ..training.problem import Params, Problem
 from .prepare import load_fused, with_modules
@@ -92,25 +88,17 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
-    magnitudes, pool, method = of_seed.get("magnitudes"), problem.frozen.pool, problem.method
-    config, index = problem.config, problem.index
-    if type(method) is Fusion and isinstance(
-        pool, LoraPool
-    ):  # a method that extends it may read its coefficients otherwise
-        coefficients = expand(of_seed["coefficients"], pool, method.granularity)
-        return fused_adapter(config, pool, index, coefficients, method.composition, base=base, magnitudes=magnitudes)
-    if isinstance(method, Merge) and method.kind == "cat" and isinstance(pool, LoraPool):
-        coefficients = expand(of_seed["weights"], pool, "global")
-        return fused_adapter(config, pool, index, coefficients, "sum", base=base)
-    if isinstance(method, Magnitudes) and magnitudes is not None:
-        return lora_adapter(config, _no_update(config, magnitudes), base=base, magnitudes=magnitudes)
-    adapters, _ = jax.jit(method.adapters)(of_seed, problem.frozen, index)
-    if other := next(
-        (update for update in adapters.values() if not isinstance(update, LowRank | WeightDecomposed)), None
-    ):
+    magnitudes, frozen, config = of_seed.get("magnitudes"), problem.frozen, problem.config
+    fusion = problem.method.as_fusion(of_seed, frozen, problem.index)
+    if fusion is not None and isinstance(frozen.pool, LoraPool):
+        return fused_adapter(config, frozen.pool, problem.index, *fusion, base=base, magnitudes=magnitudes)
+    adapters, _ = jax.jit(problem.method.adapters)(of_seed, frozen, problem.index)
+    if magnitudes is not None and all(isinstance(update, Rescaled) for update in adapters.values()):
+        adapters = _no_update(config, magnitudes)
+    if others := [update for update in adapters.values() if not isinstance(update, LowRank | WeightDecomposed)]:
+        method, kind = type(problem.method).__name__, type(others[0]).__name__
         raise ValueError(
-            f"{type(method).__name__} makes updates of the kind {type(other).__name__}, which no PEFT adapter holds: "
-            "export with --format merged"
+            f"{method} makes updates of the kind {kind}, which no PEFT adapter holds: export with --format merged"
         )
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ..adapters.basis import Pool
 from ..adapters.norms import Gram
+from ..adapters.updates import Composition
 from ..models.architecture import Architecture, Model
 from ..models.weights import Weight, reads, unstacked
 from .recipe import Recipe
@@ -93,6 +94,15 @@ class Method(Protocol):
         By default all do.
         """
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+    def as_fusion(
+        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+    ) -> tuple[dict[str, Float[Array, "_L N _k"]], Composition] | None:
+        """Return coefficients by site and the composition of the fusion of whole modules that the numbers are.
+
+        An export then writes the modules' own matrices. By default None: it writes the adapters.
+        """
+        return None
 
     def learning_rates(self, recipe: Recipe) -> dict[str, float]:
         """Return the learning rate of every group. By default the result is empty, and nothing is trained."""

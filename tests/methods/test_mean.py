@@ -36,6 +36,24 @@ def test_its_update_is_the_mean_of_the_modules_times_one_coefficient():
         np.testing.assert_allclose(merged[site][layer] - base[site][layer], wanted, atol=1e-5)
 
 
+def test_it_is_the_fusion_with_an_nth_of_its_coefficient():
+    method, c = MeanFusion(magnitudes=False), tiny.coefficients((5,))
+    spread, composition = method.as_fusion({"mean": c}, _FROZEN, _INDEX)
+    same = Fusion(magnitudes=False).as_fusion({"coefficients": jnp.tile(c / 3, (3, 1))}, _FROZEN, _INDEX)
+    assert composition == same[1] == "sum"
+    assert jax.tree.map(jnp.array_equal, spread, same[0]) == dict.fromkeys(spread, True)
+
+
+def test_a_fusion_that_makes_its_own_adapters_is_not_taken_for_a_plain_one():
+    class Squared(Fusion):
+        def adapters(self, params, frozen, index):
+            return super().adapters(params | {"coefficients": params["coefficients"] ** 2}, frozen, index)
+
+    params = Squared().init(_FROZEN, _INDEX, _KEY)
+    assert Squared().as_fusion(params, _FROZEN, _INDEX) is None
+    assert Fusion().as_fusion(params, _FROZEN, _INDEX) is not None
+
+
 @pytest.mark.parametrize(("granularity", "acting"), [("global", True), ("block", [True] * 3 + [False] * 2)])
 def test_it_trains_one_row_of_coefficients_where_a_module_acts(granularity, acting):
     method = MeanFusion(granularity=granularity)
