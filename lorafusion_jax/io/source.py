@@ -13,6 +13,11 @@ from ..files import is_lfs_pointer
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 
 
+def is_hub_id(source: str) -> bool:
+    """Return whether a source is `owner/name` or `owner/name@revision` on the hub, and not a path here."""
+    return _HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
+
+
 def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
     """Return the local folder of a source; a hub id is fetched from the Hugging Face hub first.
 
@@ -44,11 +49,27 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             )
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{source!r} is not a folder here, and fetching it from the hub failed: {reason} "
-            "(check the spelling, the network and HF_HUB_OFFLINE)"
+            f"{source!r} is not a folder here, and fetching it from the hub failed: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why the hub did not give what was asked for, and what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return (
+            "its owners let in whom they choose: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is no such repository, or it is private: check the spelling, or run `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision: check what stands after the @"
+    said = str(error).strip().splitlines()[0]
+    return f"{said} (check the spelling, the network and HF_HUB_OFFLINE)"
 
 
 def inside(folder: Path, name: Any) -> Path:

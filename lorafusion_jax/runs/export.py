@@ -13,11 +13,14 @@ from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.hf import save_base
+from ..io.hub import make_repository, upload
 from ..io.peft.adapter import resave, write_adapter
 from ..io.pool import ConvertedPool
 from ..methods import find
 from ..models.architecture import Architecture
 from ..training.problem import Params, Problem
+from .card import write_card
+from .folder import RunFolder
 from .prepare import load_fused, with_modules
 from .run import load_run
 
@@ -29,15 +32,19 @@ class ExportOptions:
     Examples:
       lorafusion export --run runs/snarks-fusion --seed 1 --out adapter
       lorafusion export --run runs/snarks-fusion --seed 1 --format merged --out model
+      lorafusion export --run runs/snarks-fusion --seed 1 --out adapter --push me/snarks
       lorafusion export --pool pool --adapter flan_t5_large-super_glue_wic --out adapter
 
     Attributes:
-      out: the folder to write, which must not exist.
+      out: the folder to write, which must not exist; that of a run has a model card, README.md.
       run: folder of the run.
       seed: seed of the run to export; by default its first.
       format: a PEFT `adapter`, or a Hugging Face base model with the trained numbers `merged` in.
       pool: a converted pool, to save one of its adapters again.
       adapter: name of that adapter.
+      push: also upload the folder to this repository of the Hugging Face hub, owner/name, which is made if it is not
+        there; the token is that of `hf auth login` or HF_TOKEN.
+      private: make the repository private, if it is not there.
     """
 
     out: Path
@@ -46,6 +53,8 @@ class ExportOptions:
     format: Literal["adapter", "merged"] = "adapter"
     pool: Path | None = None
     adapter: str | None = None
+    push: str | None = None
+    private: bool = False
 
 
 def export(options: ExportOptions) -> str:
@@ -56,12 +65,19 @@ def export(options: ExportOptions) -> str:
     """
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
-    if options.run is not None and options.pool is None:
-        return _export_run(options, options.run)
-    if options.pool is not None and options.adapter is not None and options.run is None:
+    if options.private and options.push is None:
+        raise ValueError("--private is of a repository of the hub: name it with --push")
+    if (options.run is None) == (options.pool is None) or (options.pool is None) != (options.adapter is None):
+        raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
+    if options.push is not None:
+        make_repository(options.push, private=options.private)
+    if options.run is not None:
+        what = _export_run(options, options.run)
+    else:
+        assert options.pool is not None and options.adapter is not None
         resave(ConvertedPool(options.pool).adapter(options.adapter), options.out)
-        return f"adapter {options.adapter} of {options.pool}"
-    raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
+        what = f"adapter {options.adapter} of {options.pool}"
+    return what if options.push is None else f"{what}\npushed to {upload(options.out, options.push)}"
 
 
 def _export_run(options: ExportOptions, folder: Path) -> str:
@@ -83,6 +99,17 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
         save_base(merged_base(model, adapters), options.out, fused.base)
     else:
         write_adapter(options.out, *_adapter(problem, of_seed, fused.base))
+    fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
+    write_card(
+        options.out,
+        RunFolder(folder),
+        fused,
+        seed,
+        problem.config,
+        merged=options.format == "merged",
+        repository=options.push,
+        coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
+    )
     return f"seed {seed} of {folder}, {fused.method}"
 
 

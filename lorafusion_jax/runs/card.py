@@ -1,0 +1,139 @@
+"""The model card of an exported run: what was fused, on which data, how well it does, and how to load it.
+
+Axis letters: L layer, N modules.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from .. import __version__
+from ..columns import markdown
+from ..files import write_text
+from ..io.source import is_hub_id
+from ..models.architecture import Architecture
+from ..report import plot_coefficients, summary
+from .folder import RunFolder
+from .options import FuseOptions
+
+_PLOT = "coefficients.png"
+
+
+def write_card(
+    out: Path,
+    run: RunFolder,
+    options: FuseOptions,
+    seed: int,
+    config: Architecture,
+    *,
+    merged: bool,
+    repository: str | None,
+    coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]] | None,
+) -> None:
+    """Write README.md into an exported folder, and a plot of the coefficients where matplotlib is installed.
+
+    Args:
+      out: the exported folder.
+      run: the run.
+      options: its options.
+      seed: the seed that was exported.
+      config: structure of the base model.
+      merged: the folder is a whole model, not an adapter.
+      repository: where it will be on the hub, if it will.
+      coefficients: by site, if the run fused modules.
+    """
+    recorded, results = run.config(), run.results()
+    modules = recorded["modules"][options.seeds.index(seed)]
+    what = "A model" if merged else "A PEFT adapter"
+    parts = [
+        _front_matter(options, merged=merged),
+        f"# {Path(_shown(options.task)).stem}, by {options.method}\n",
+        f"{what}, made of `{_shown(options.base)}` by lorafusion-jax {__version__} with the method `{options.method}` "
+        f"and the seed {seed}.\n",
+        _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged),
+        _data(options, recorded, results),
+    ]
+    if results is not None:
+        parts.append(_accuracy(run, results, seed))
+    if coefficients:
+        table = _by_module(coefficients, modules)
+        parts.append(f"## The pool\n\nThe adapters that were fused, with their coefficients.\n\n{table}")
+        if importlib.util.find_spec("matplotlib"):
+            by_block, blocks = _by_block(coefficients)
+            plot_coefficients(by_block, modules, blocks, out / _PLOT)
+            parts.append(f"![coefficients of each adapter, mean of a layer's matrices]({_PLOT})\n")
+    write_text(out / "README.md", "\n".join(parts))
+
+
+def _front_matter(options: FuseOptions, *, merged: bool) -> str:
+    lines = ["tags:", "- lorafusion", *([] if merged else ["- lora"])]
+    lines.append(f"library_name: {'transformers' if merged else 'peft'}")
+    if is_hub_id(options.base):  # the hub refuses anything else
+        lines.append(f"base_model: {options.base.partition('@')[0]}")
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _shown(source: str) -> str:
+    """Return a hub id as it is, and the last name of a path, which is no one else's."""
+    return source if is_hub_id(source) else Path(source).name
+
+
+def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool) -> str:
+    kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
+    if merged:
+        code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{where}")'
+    else:
+        code = (
+            f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+            f'base = {kind}.from_pretrained("{_shown(options.base)}")\n'
+            f'model = PeftModel.from_pretrained(base, "{where}")'
+        )
+    prompt = ""
+    if options.chat:
+        prompt = "\nIts prompts are in the base's chat template.\n"
+    elif options.prompt is not None:
+        prompt = f"\nIts prompts:\n\n```text\n{options.prompt}\n```\n"
+    return f"## Load it\n\n```python\n{code}\n```\n{prompt}"
+
+
+def _data(options: FuseOptions, recorded: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
+    task, learned = (
+        f"`{_shown(options.task)}` (SHA-256 {recorded['task_sha256']})",
+        f"at most {options.train_rows:,} rows",
+    )
+    return f"## Data\n\nThe task {task}: {learned} were learned from{tested}.\n"
+
+
+def _accuracy(run: RunFolder, results: Mapping[str, Any], seed: int) -> str:
+    rows = run.predictions()
+    by_seed = {of["seed"]: [row["correct"] for row in rows if row["seed"] == of["seed"]] for of in results["seeds"]}
+    lines = [["", "exact match, %", "95 % interval"]]
+    for name, seeds in ((f"seed {seed}, this one", [seed]), (f"all {len(by_seed)} seeds", list(by_seed))):
+        found = summary([np.array([by_seed[s] for s in seeds], bool)])
+        lines.append([name, f"{found.mean:.1f}", f"{found.low:.1f} to {found.high:.1f}"])
+    return f"## Accuracy\n\n{markdown(lines[:2] if len(by_seed) == 1 else lines)}"
+
+
+def _by_module(coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]], modules: Sequence[str]) -> str:
+    """Return a table of each module's mean, least and greatest coefficient, the greatest in size first."""
+    flat = np.concatenate([np.moveaxis(c, 1, 0).reshape(len(modules), -1) for c in coefficients.values()], axis=1)
+    lines = [["adapter", "mean", "least", "greatest"]]
+    for i in np.argsort(-np.abs(flat.mean(axis=1)), kind="stable").tolist():
+        of_module = (flat[i].mean(), flat[i].min(), flat[i].max())
+        lines.append([str(modules[i]), *(f"{value:.3f}" for value in of_module)])
+    return markdown(lines)
+
+
+def _by_block(coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]]) -> tuple[np.ndarray, list[str]]:
+    """Return coefficients of modules by layers, the mean of a layer's matrices, and the layers' names."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for site, of_site in coefficients.items():
+        stacks.setdefault(site.partition(".")[0], []).append(of_site.mean(axis=2))
+    columns = [np.mean(of_stack, axis=0).T for of_stack in stacks.values()]
+    names = [f"{stack} {layer}" for stack, of in stacks.items() for layer in range(len(of[0]))]
+    return np.concatenate(columns, axis=1), names

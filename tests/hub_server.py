@@ -1,0 +1,219 @@
+"""A server with the layout of the Hugging Face hub, on this machine: models in memory, faults on request."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_secret"
+COMMIT = "c0ffee" + 34 * "0"
+
+
+class Hub:
+    """Repositories by name, and what the server is to do wrong.
+
+    Attributes:
+      repositories: name -> path in it -> content.
+      private: names that need the token.
+      gated: names that nobody was let in to.
+      broken: path -> how many bytes to send before the connection breaks, once.
+      busy: how many requests to answer with 429 first.
+      requests: method and path of every request, with its Range.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.gated: set[str] = set()
+        self.broken: dict[str, int] = {}
+        self.busy = 0
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.uploaded: dict[str, bytes] = {}
+
+    def add(self, name: str, folder: Path) -> None:
+        """Put a folder's files into a repository."""
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        self.repositories[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@contextlib.contextmanager
+def serving(hub: Hub) -> Iterator[str]:
+    """Serve a hub, and yield its address."""
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = self._chunks()
+        hub.requests.append((self.command, path, self.headers.get("Range")))
+        if hub.busy:
+            hub.busy -= 1
+            return self._send(429, b"slow down", {"Retry-After": "0"})
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if found := re.fullmatch(r"/upload/(\w+)", path):
+            hub.uploaded[found[1]] = body
+            return self._send(200)
+        if found := re.fullmatch(r"/stored/([\w-]+/[\w.-]+)/(.+)", path):  # where the hub keeps large files
+            return self._file(found[1], found[2])
+        if found := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)/(preupload|commit)/[^/]+", path):
+            return self._allowed(found[1], writes=True) and getattr(self, f"_{found[2]}")(found[1], body)
+        if found := re.fullmatch(r"/([\w-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
+            return self._lfs(json.loads(body))
+        if found := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)/tree/[^/]+", path):
+            return self._allowed(found[1]) and self._tree(found[1])
+        if found := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(/revision/([^/]+))?", path):
+            return self._allowed(found[1], revision=found[3]) and self._info(found[1])
+        if found := re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+            return self._allowed(found[1], revision=found[2]) and self._resolve(found[1], found[3])
+        return self._send(404)
+
+    def _allowed(self, name: str, *, writes: bool = False, revision: str | None = None) -> bool:
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if name not in self.hub.repositories or (name in self.hub.private and not known):
+            # As the hub does: who may not see a repository cannot tell whether it is there.
+            self._send(401, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif writes and not known:
+            self._send(403, headers={"X-Error-Message": "Forbidden: you may not write here"})
+        elif name in self.hub.gated:
+            message = f"Access to model {name} is restricted. You must have access to it and be authenticated."
+            self._send(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": message})
+        elif revision not in (None, "main", COMMIT):
+            message = f"Invalid rev id: {revision}"
+            self._send(404, headers={"X-Error-Code": "RevisionNotFound", "X-Error-Message": message})
+        else:
+            return True
+        return False
+
+    def _info(self, name: str) -> None:
+        siblings = [{"rfilename": path} for path in self.hub.repositories[name]]
+        self._json({"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+
+    def _tree(self, name: str) -> None:
+        files = {path: (len(of), hashlib.sha1(of).hexdigest()) for path, of in self.hub.repositories[name].items()}
+        self._json([{"type": "file", "path": p, "size": size, "oid": oid} for p, (size, oid) in files.items()])
+
+    def _resolve(self, name: str, path: str) -> None:
+        content = self.hub.repositories[name].get(path)
+        headers = {"X-Repo-Commit": COMMIT}
+        if content is None:
+            return self._send(404, headers=headers | {"X-Error-Code": "EntryNotFound"})
+        if not path.endswith(".safetensors"):
+            return self._file(name, path)
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        headers |= {
+            "X-Linked-Etag": etag,
+            "X-Linked-Size": str(len(content)),
+            "Location": self._url(f"stored/{name}/{path}"),
+        }
+        return self._send(302, headers=headers)
+
+    def _file(self, name: str, path: str) -> None:
+        content = self.hub.repositories[name][path]
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        status, asked = 200, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        whole = len(content)
+        if asked:
+            status, content = 206, content[int(asked[1]) :]
+            headers["Content-Range"] = f"bytes {asked[1]}-{whole - 1}/{whole}"
+        if self.command == "GET" and path in self.hub.broken:
+            self._head(status, len(content), headers)
+            self.wfile.write(content[: self.hub.broken.pop(path)])
+            self.close_connection = True
+            return
+        self._send(status, content, headers)
+
+    def _create(self, asked: dict[str, str]) -> None:
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._send(401, headers={"X-Error-Message": "Invalid username or password."})
+        if name in self.hub.repositories:
+            return self._json({"error": "You already created this model repo", "url": self._url(name)}, 409)
+        self.hub.repositories[name] = {}
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(name)
+        return self._json({"url": self._url(name), "name": name})
+
+    def _preupload(self, name: str, body: bytes) -> None:
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+        self._json({"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]})
+
+    def _lfs(self, asked: dict[str, list[dict[str, str]]]) -> None:
+        objects = [o | {"actions": {"upload": {"href": self._url(f"upload/{o['oid']}")}}} for o in asked["objects"]]
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, name: str, body: bytes) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.hub.repositories[name][value["path"]] = self.hub.uploaded[value["oid"]]
+        found = {"success": True, "commitOid": COMMIT, "commitUrl": self._url(f"{name}/commit/{COMMIT}")}
+        self._json(found | {"hookOutput": ""})
+
+    def _url(self, path: str) -> str:
+        return f"http://{self.headers['Host']}/{path}"
+
+    def _chunks(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline().strip(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _json(self, found: object, status: int = 200) -> None:
+        self._send(status, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+    def _send(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self._head(status, len(content), headers or {})
+        if self.command != "HEAD":
+            self.wfile.write(content)
