@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checks import at_least
 from ..io.hf import read_config
 from ..methods import METHODS
-from ..methods.method import Fused
+from ..methods.method import WITH_CORE, Fused
 from ..models.architecture import Architecture
 from ..models.families import known_shapes
 from ..training.recipe import Recipe
@@ -48,7 +48,7 @@ def counts(
         if entry.basis_title is not None and basis is not None:
             title = entry.basis_title.format(basis=basis)
             asked[title] = dataclasses.replace(recipe, basis=basis)
-            asked[f"{title}, with a core"] = dataclasses.replace(recipe, basis=basis, core=True)
+            asked[title + WITH_CORE] = dataclasses.replace(recipe, basis=basis, core=True)
         found |= {title: sum(trainable_count(entry, config, of, fused).values()) for title, of in asked.items()}
     return found
 

@@ -23,7 +23,7 @@ from ..models.architecture import Site
 from ..models.weights import Weight
 from ..training.problem import Frozen, Method, Params
 from ..training.recipe import Recipe
-from .method import Billed, Built, Fused, MethodEntry, Placement, Update, fused, module
+from .method import WITH_CORE, Billed, Built, Fused, MethodEntry, Placement, Update, fused, module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,11 +246,12 @@ def placement(modules: int, rank: int, words: int) -> Placement:
 def _basis_placement(billed: Billed, k: int) -> Placement:
     """Return the placement of k shared directions in arrays, with the mixed core in memory.
 
-    Putting a task in place mixes its core from the table of all S_n once. The norm's terms are U^T W and ||W||^2.
+    Putting a task in place mixes its core from the table of all S_n once, on top of a trained one if there is one. The
+    norm's terms are U^T W and ||W||^2.
     """
     N = billed.recipe.modules
     return Placement(
-        installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"],
+        installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"] + billed.counts.get("core", 0),
         installed_macs=billed.adapted * N * k**2,
         matrices=module(k),
         macs=lambda site: k**2 + 2 * site.d_out,
@@ -267,7 +268,8 @@ def _placements(billed: Billed) -> dict[str, Placement]:
     The second layout can be read by a sum alone. A basis has one layout.
     """
     if (k := billed.recipe.basis) is not None:
-        return {_BASIS_TITLE.format(basis=k): _basis_placement(billed, k)}
+        title = _BASIS_TITLE.format(basis=k) + (WITH_CORE if billed.recipe.core else "")
+        return {title: _basis_placement(billed, k)}
     N, r = billed.recipe.modules, billed.rank
     own = placement(N, r, sum(billed.counts.values()))
     together = dataclasses.replace(own, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out)

@@ -13,6 +13,8 @@ from ..training.problem import Method, Params, Problem
 from ..training.recipe import Recipe
 from ..training.rows import TrainingRows
 
+WITH_CORE = ", with a core"  # ends the title of a fusion in a basis that trains a core too
+
 UpdateKind = Literal["none", "magnitudes", "mix", "sum", "basis", "lora", "dora", "vera", "full"]
 Matrix = tuple[int, int]
 Place = Literal["arrays", "memory"]

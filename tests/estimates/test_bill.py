@@ -228,6 +228,23 @@ def test_training_by_hand():
     assert fused.update_training.words == 7 * steps * fused.trainable + (steps + 3) * tables
 
 
+def test_a_trained_core_adds_its_numbers_and_their_updates():
+    """Its gradient is that of the mixed core, which the coefficients need anyway; a token reads one core."""
+    options = dataclasses.replace(
+        _OPTIONS, modules=2, rank=4, bases=(3,), core=True, train_rows=20, batch_size=5, epochs=3
+    )
+    of = {activity.method: activity for activity in activities(tiny.CONFIG, CrossbarConfig(adc=ADC()), options)}
+    plain, cored = of["LoRAFusion, basis of 3"], of["LoRAFusion, basis of 3, with a core"]
+    numbers, steps = 2 * (3 + 2 + 2) * 3**2, 3 * 4  # q and v of every attention; 19 rows in batches of 5
+    assert cored.trainable - plain.trainable == numbers
+    assert cored.installed_words - plain.installed_words == numbers
+    assert cored.update_training.words - plain.update_training.words == 7 * steps * numbers
+    assert cored.update_training.macs - plain.update_training.macs == pytest.approx(9 * steps * numbers)
+    same = ("written", "installed_macs", "adapters", "base_training", "source", "generated", "stages")
+    assert all(getattr(cored, name) == getattr(plain, name) for name in same)
+    assert cored.update_training.reads == plain.update_training.reads
+
+
 def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
     config, small = CrossbarConfig(adc=ADC()), {"modules": 2, "rank": 4, "bases": (3,), "source": 16, "target": 8}
     options = dataclasses.replace(_OPTIONS, **small, train_rows=20, batch_size=5, epochs=3)

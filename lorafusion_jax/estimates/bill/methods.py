@@ -40,7 +40,8 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     modules = Fused(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
     adapted = sum(site.layers for site in targeted(config, options.targets).values())
-    in_bases = [dataclasses.replace(options.recipe, basis=k) for k in options.bases]
+    cores = (False, True) if options.core else (False,)
+    in_bases = [dataclasses.replace(options.recipe, basis=k, core=core) for k in options.bases for core in cores]
     found = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
         for recipe in (options.recipe, *(in_bases if entry.basis_title is not None else ())):
