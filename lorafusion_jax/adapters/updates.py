@@ -10,9 +10,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..models.weights import Weight, dense, is_in_arrays, matmul
+from ..models.weights import SUM, Weight, dense, is_in_arrays, matmul
 from .norms import column_norm, product
 
 Composition = Literal["mix", "sum"]
@@ -35,7 +36,8 @@ class LowRank:
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         """Return the adapted product."""
-        return _scaled(matmul(x, kernel) + matmul(matmul(x, self.A), self.B), self.scale)
+        read = checkpoint_name(matmul(x, self.A), SUM)
+        return _scaled(matmul(x, kernel) + matmul(read, self.B), self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +53,7 @@ class Rescaled:
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         """Return the rescaled product."""
-        y = matmul(x, kernel)
-        return y * jnp.expand_dims(self.scale.astype(y.dtype), range(y.ndim - 1))
+        return _scaled(matmul(x, kernel), self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -80,8 +81,8 @@ class WeightDecomposed:
         of_update = jnp.sum(self.B * product(product(self.A.T, self.A), self.B), axis=0)
         norm, _ = column_norm(squared, cross, of_update)
         scale = (self.magnitude / jax.lax.stop_gradient(norm)).astype(x.dtype)
-        y = matmul(x, kernel) + matmul(matmul(x, self.A), self.B)
-        return y * jnp.expand_dims(scale, range(y.ndim - 1))
+        read = checkpoint_name(matmul(x, self.A), SUM)
+        return _scaled(matmul(x, kernel) + matmul(read, self.B), scale)
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +132,7 @@ class Modules:
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         """Return the adapted product."""
         A, B = (dense(gather(w, self.index), x.dtype) for w in (self.A, self.B))
-        reads = jnp.einsum("...i,nir->...nr", x, A)
+        reads = checkpoint_name(jnp.einsum("...i,nir->...nr", x, A), SUM)
         mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))
         return _scaled(matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale)
 
@@ -216,6 +217,7 @@ def mix_outputs(
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:
+    y = checkpoint_name(y, SUM)
     return y if scale is None else y * jnp.expand_dims(scale.astype(y.dtype), range(y.ndim - 1))
 
 

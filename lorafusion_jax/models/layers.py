@@ -6,24 +6,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from .narrow import from_bits, to_bits
-from .weights import PRODUCT, Unstacked, is_unstacked, matmul, scan_layers
+from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
 Adapters = Mapping[str, Adapter]
 
-_REMAT_POLICIES = {
-    # Keeps the products with weights and recomputes the rest, which is cheap: half the memory of saving everything, at
-    # the same speed. The attention products have batch dimensions and are recomputed.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+_POLICIES = jax.checkpoint_policies
+# Keeps the products with weights and recomputes the rest, which is cheap: half the memory of saving everything, at the
+# same speed. The attention products have batch dimensions and are recomputed.
+_PRODUCTS = _POLICIES.save_from_both_policies(
+    _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(PRODUCT)
+)
+# On accelerators one value in place of a map's product and its adapter's, and what the adapter reads.
+_SUMS = _POLICIES.save_only_these_names(SUM)
 
 
 class Base(nnx.Variable):
@@ -49,7 +49,7 @@ class Linear(nnx.Module):
         """Return the product with the kernel, through this site's adapter if it has one, plus the bias."""
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
-        y = matmul(x, kernel) if adapter is None else adapter(x, kernel)
+        y = checkpoint_name(matmul(x, kernel), SUM) if adapter is None else adapter(x, kernel)
         return y if self.bias is None else y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
 
@@ -114,7 +114,10 @@ def scan_blocks(
         return to_bits(block(nnx.merge(graph, weights), x, of_layer))
 
     if remat != "none":
-        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+        policy = _POLICIES.nothing_saveable
+        if remat == "dots":
+            policy = _PRODUCTS if jax.default_backend() == "cpu" else _SUMS
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return from_bits(scan_layers(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 

@@ -23,6 +23,7 @@ from .narrow import kept
 
 __all__ = [
     "PRODUCT",
+    "SUM",
     "QUANTISED_TYPES",
     "Unstacked",
     "Weight",
@@ -66,8 +67,9 @@ class Unstacked:
 Weight = Array | qwix.QArray | Chip | Segments | Unstacked
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
-# Name by which a policy of `jax.checkpoint` can save products that it cannot see because of their custom gradients.
-PRODUCT = "product"
+# Names by which a policy of `jax.checkpoint` saves values. The first is of products that it cannot see because of their
+# custom gradients, the second of what a linear map adds up to and its adapter reads, for all products of both.
+PRODUCT, SUM = "product", "sum"
 _MAX_TILE = 64
 
 
