@@ -148,19 +148,22 @@ def golden(shared):
     return _Golden(folder, dict(np.load(folder / "inputs.npz")), model, *nnx.split(model))
 
 
-@pytest.mark.parametrize("name", ["lora_a", *(pytest.param(name, marks=pytest.mark.long) for name in _SINGLES[1:])])
-def test_single_adapter(golden, name):
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("lora_a", range(4)), *(pytest.param(name, range(6), marks=pytest.mark.long) for name in _SINGLES)],
+)
+def test_single_adapter(golden, name, numbers):
     """Ranks, patterns, rslora, magnitudes and a pickle, on two or on all maps."""
     file = dict(np.load(golden.folder / f"single_{name}.npz"))
     problem = golden.problem([name], Fusion(composition="sum", magnitudes=name == "dora_e"))
     adapters = _adapters(problem, problem.init(jax.random.key(0)))
     # Position 0 of one prompt is off by 5.7e-4 in float32 with all maps adapted, and by 1e-5 in float64.
     logits = golden.exact_logits if name == "lora_c_all_rslora" else golden.logits
-    golden.check_logits(file, logits(*golden.prompts(), adapters))
+    golden.check_logits(file, logits(*golden.prompts(numbers), adapters), numbers)
     for k in (0, 1):
         _close(golden.entropy(k, adapters), file[f"loss_mean_ce_{k}"], 5e-5)
     said = json.loads((golden.folder / "single_greedy.json").read_text())[name]
-    golden.check_greedy(adapters, said, by_generation=name == "lora_a")
+    golden.check_greedy(adapters, said, by_generation=name == "lora_a" and len(numbers) == 6)
 
 
 @pytest.mark.long
