@@ -5,6 +5,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jax
@@ -54,6 +55,8 @@ _QUICK = {
     "shots": 2,
     "max_new_tokens": 4,
 }
+# One that trains, one that mixes the pool, and those that compile little.
+_SHORT = ("lora", "mean", "zero-shot", "few-shot", "constant")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,10 @@ def test_two_seeds_are_trained_and_evaluated(run):
         assert math.isfinite(row["loss"]) and 0 <= row["option_accuracy"] <= 100
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fusion"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name in _SHORT else pytest.mark.long) for name in METHODS if name != "fusion"],
+)
 def test_every_method_runs(method, done, config):
     results = done(method)
     (row,) = results["seeds"]
@@ -181,7 +187,14 @@ def test_every_method_runs(method, done, config):
         assert results["trainable"] == found[METHODS[method].title.format(rank=_RANK, vera_rank=3)]
 
 
-@pytest.mark.parametrize(("load_in", "method", "rel"), [("nf4", "coefficients", 0.1), ("int8", "zero-shot", 0.01)])
+@pytest.mark.parametrize(
+    ("load_in", "method", "rel"),
+    [
+        ("nf4", "mean", 0.1),
+        pytest.param("nf4", "coefficients", 0.1, marks=pytest.mark.long),
+        ("int8", "zero-shot", 0.01),
+    ],
+)
 def test_a_base_in_few_bits(load_in, method, rel, asked, done):
     (row,) = fuse(asked(load_in, "open", load_in=load_in, method=method))["seeds"]
     (wanted,) = done(method)["seeds"]
@@ -215,14 +228,18 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
     assert {key: tuple(partition(key[0], key[1], key[2])) for key in names} == names
 
 
-def test_chips_hold_every_matrix(base, pool, run, config, tmp_path):
-    program_chips(ProgramOptions(base=str(base), pool=str(pool), out=tmp_path / "chips", crossbar="isaac"))
-    files = {path.stem for path in (tmp_path / "chips" / "chip_0").iterdir()}
+@pytest.mark.parametrize(
+    "digital", [("*.[kvo]_proj", "*.mlp.*"), pytest.param((), marks=pytest.mark.long)], ids=["queries", "all"]
+)
+def test_chips_hold_every_matrix_that_is_not_digital(digital, base, pool, run, config, tmp_path):
+    chips = tmp_path / "chips"
+    program_chips(ProgramOptions(base=str(base), pool=str(pool), out=chips, crossbar="isaac", digital=digital))
+    files = {path.stem for path in (chips / "chip_0").iterdir()}
     adapted = [site for site in config.sites if site.rpartition(".")[2] in _ADAPTED]
     # The head is the embedding, which stays digital.
-    assert files == {*config.sites, *(f"pool.{factor}.{site}" for factor in "AB" for site in adapted)}
-    written = str(tmp_path / "chips")
-    results = report_on_chips(EvaluateOnChipsOptions(run=run, crossbar=written, calibration_rows=4, test_rows=4))
+    matrices = [*config.sites, *(f"pool.{factor}.{site}" for factor in "AB" for site in adapted)]
+    assert files == {name for name in matrices if not any(fnmatch(name, rule) for rule in digital)}
+    results = report_on_chips(EvaluateOnChipsOptions(run=run, crossbar=str(chips), calibration_rows=4, test_rows=4))
     for digital, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
         assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-2)
 

@@ -48,7 +48,10 @@ def task(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     words = [*_ANSWERS] * 3
     for part, count in (("train", 12), ("test", 7)):
-        rows = [{"input": f"{'the ' * (i % 4)}{word}", "target": _ANSWERS[word]} for i, word in enumerate(words)]
+        longest = 3 if part == "train" else 1  # a single width of tests' rows, hence single programs of theirs
+        rows = [
+            {"input": f"{'the ' * (i % (longest + 1))}{word}", "target": _ANSWERS[word]} for i, word in enumerate(words)
+        ]
         (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
     return folder
 
@@ -147,8 +150,8 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
     [
         ({"prompt": "the cold gold is " * 40 + "{input}"}, r"row 1, '.*', has \d+ tokens, .* context holds 160"),
         (
-            {"max_new_tokens": 155},
-            r"row 4, 'the the the gold', has 7 .* answer of up to 155: .* \(--max-new-tokens\)",
+            {"max_new_tokens": 158},
+            r"row 1, 'hot', has 3 .* answer of up to 158: .* \(--max-new-tokens\)",
         ),
         ({"method": "few-shot", "shots": 12, "max_new_tokens": 99}, r"row \d, .* fewer examples in the prompt"),
     ],
@@ -197,14 +200,14 @@ def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
 
 
 def test_a_base_model_answers_without_a_run(base, monkeypatch):
-    plain, chat = (_ask(base, monkeypatch, "hot\n\nthe tall one\n", chat=chat) for chat in (False, True))
+    plain, chat = (_ask(base, monkeypatch, "hot\n\nbold\n", chat=chat) for chat in (False, True))
     assert len(plain) == len(chat) == 2 and plain != chat
-    assert _ask(base, monkeypatch, "hot\n\nthe tall one\n", chat=True, stream=True) == chat
+    assert _ask(base, monkeypatch, "hot\n\nbold\n", chat=True, stream=True) == chat
 
 
 def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
     sampling = Sampling(temperature=1.0, top_k=200, top_p=0.95)
-    text = "hot\nthe tall one\nhot\n"
+    text = "hot\nbold\nhot\n"
     ask = functools.partial(_ask, base, monkeypatch, sampling=sampling)
     drawn = ask(text)
     assert drawn[0] != drawn[2]
