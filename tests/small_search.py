@@ -1,5 +1,7 @@
 """A model of one layer, a pool for one of its sites, and what a search over them is given."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,11 @@ def small(seeds=(1,), modules=3):
 
     The second batch holds a row that only fills it up.
     """
+    return dict(_drawn(seeds, modules))
+
+
+@functools.cache
+def _drawn(seeds, modules):
     model = T5(_CONFIG, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     A, B = rng.normal(size=(2, 1, modules, 2, 8)).astype(np.float32)
@@ -58,4 +65,10 @@ def mixed(model, pool, weights):
     kernel = np.asarray(kernels(model)[SITE]) + A @ B
     mixed = nnx.clone(model)
     mixed.decoder.self_attention.v.kernel.set_value(jnp.asarray(kernel, jnp.float32))
-    return jax.jit(lambda ids, mask, start: mixed(*map(jnp.asarray, (ids, mask, start))))
+    graph, weights = nnx.split(mixed)
+    return lambda *inputs: _logits(graph, weights, *map(jnp.asarray, inputs))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph, weights, ids, mask, start):
+    return nnx.merge(graph, weights)(ids, mask, start)
