@@ -94,3 +94,8 @@ IN_BASIS = {
     ),
     "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}),
 }
+
+# Ideas that were tried, of methods of their own (`_basis_ideas`).
+IDEAS = {
+    "whitened": Entry(method="whitened", few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033, "l2": 0.1}),
+}
