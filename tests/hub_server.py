@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secret"
@@ -55,6 +56,26 @@ def serving(hub: Hub) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def in_place(monkeypatch: Any, folder: Path) -> Iterator[Hub]:
+    """Serve an empty hub in place of the real one, for this process; `folder` takes what its library caches."""
+    from huggingface_hub import constants
+
+    hub = Hub()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving(hub) as address:
+        values = {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

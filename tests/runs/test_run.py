@@ -14,15 +14,19 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import hub_server
 import jax
 import numpy as np
 import one_block
 import pytest
 
 from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.io.hf import load_tokenizer
+from lorafusion_jax.io.source import resolve
 from lorafusion_jax.models.generate import GREEDY
 from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.evaluate import _generate_seeds
+from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
@@ -305,3 +309,60 @@ def test_weights_and_biases_offline(small, tmp_path, monkeypatch):
     options = _options(small, tmp_path, log=True)
     fuse(options)
     assert list(run_path(options).glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with hub_server.in_place(monkeypatch, tmp_path) as found:
+        yield found
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library
+def test_an_export_is_pushed_with_its_card(fused, hub, tmp_path, monkeypatch):
+    options, results = fused
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    of_run = ExportOptions(run=run_path(options), seed=2, out=tmp_path / "out", push="me/fused", private=True)
+    assert export(of_run).endswith("/me/fused") and "me/fused" in hub.private
+    there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.repositories["me/fused"] == there
+    assert there.keys() >= {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+    card = there["README.md"].decode()
+    assert all(f"| {name} " in card for name in results["seeds"][1]["modules"])
+    score = f"{results['seeds'][1]['exact_match']:.1f}"
+    assert any(line.startswith("| seed 2, this one") and score in line for line in card.splitlines())
+    assert "AutoModelForSeq2SeqLM" in card and 'PeftModel.from_pretrained(base, "me/fused")' in card
+    # Nothing of this machine's folders; the hub would refuse one as the base.
+    assert str(options.out) not in card and "base_model" not in card and "library_name: peft" in card
+
+    again = export(dataclasses.replace(of_run, out=tmp_path / "again"))  # into the repository that is there
+    assert again.endswith("/me/fused")
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the hub's library, and of PyTorch
+def test_peft_loads_what_was_pushed_and_says_the_same(fused, hub, small, tmp_path, monkeypatch):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder = run_path(fused[0])
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    export(ExportOptions(run=folder, seed=2, out=tmp_path / "out", push="me/fused"))
+    fetched = resolve("me/fused", patterns=None)
+    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(small[0]), fetched).eval()
+    tokenizer = load_tokenizer(small[0])
+    said = [row for row in RunFolder(folder).predictions() if row["seed"] == 2]
+    asked = tokenizer([row["input"] for row in said], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**asked, max_new_tokens=8, do_sample=False)
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [row["prediction"] for row in said]
+
+
+def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path):
+    of_run = ExportOptions(run=run_path(fused[0]), out=tmp_path / "out", push="me/fused")
+    with pytest.raises(ValueError, match=r"the hub did not take me/fused: .*token by `hf auth login` or in HF_TOKEN"):
+        export(of_run)
+    assert not (tmp_path / "out").exists() and "me/fused" not in hub.repositories
+    with pytest.raises(ValueError, match="--private is of a repository of the hub: name it with --push"):
+        export(dataclasses.replace(of_run, push=None, private=True))
