@@ -36,6 +36,8 @@ from .scoring import evaluate_seeds
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = ("resume", "log", "save_seconds", "profile", "out", "name", "mesh", "distributed")
+# Steps without a finite loss in any seed after which training stops.
+_BAD_STEPS = 20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
@@ -234,22 +236,32 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     traced = min(done + 2, options.recipe.epochs) if options.profile else None
     tracing = contextlib.ExitStack()
 
+    bad = np.zeros(len(options.seeds), int)  # steps since the last finite loss
+
     def before_epoch(number: int) -> None:
         if number == traced:
             tracing.enter_context(jax.profiler.trace(str(options.profile), create_perfetto_trace=True))
 
     def after_epoch(epoch: Epoch) -> None:
-        nonlocal last_save
+        nonlocal last_save, bad
         tracing.close()
         rows = list(_metric_rows(epoch, options.seeds))
         run.append_metrics(rows)
         if log is not None:
             _log(log, epoch, options.seeds)
-        if epoch.last or time.monotonic() - last_save >= options.save_seconds:
+        bad = _bad_steps(epoch.metrics["loss"], bad)
+        diverged = bool(np.min(bad) >= _BAD_STEPS)
+        if epoch.last or diverged or time.monotonic() - last_save >= options.save_seconds:
             step = rows[-1]["step"]
             metadata = {"epochs": epoch.number, "step": step}
             checkpoint.save_step(run.checkpoints, step, epoch.state, metadata, keep=2)
             last_save = time.monotonic()
+        if diverged:
+            raise ValueError(
+                f"no seed has had a finite loss for {np.min(bad)} steps, up to step {rows[-1]['step']}: try lower "
+                f"learning rates, or float32 if it was bfloat16. {run.folder} keeps the metrics, and in its last "
+                "checkpoint the numbers of the best validation loss; give the next try another --name"
+            )
         before_epoch(epoch.number + 1)
 
     if not np.all(to_host(state.stopped)):
@@ -281,6 +293,13 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
             f"({', '.join(params)}): give the same --method and --granularity"
         )
     return params
+
+
+def _bad_steps(losses: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Return each seed's steps since its last finite loss, of [steps, seeds] losses and the count before them."""
+    finite = np.isfinite(losses)
+    after = np.argmax(finite[::-1], axis=0)
+    return np.where(finite.any(axis=0), after, before + len(losses))
 
 
 def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:

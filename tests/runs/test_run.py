@@ -21,9 +21,11 @@ import one_block
 import pytest
 
 from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.io import checkpoint
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
 from lorafusion_jax.models.generate import GREEDY
+from lorafusion_jax.runs import run as run_module
 from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.evaluate import _generate_seeds
 from lorafusion_jax.runs.export import ExportOptions, export
@@ -87,6 +89,26 @@ def test_a_run_writes_what_it_promises(fused):
         assert losses[-1] < losses[0]
     assert results["trainable_by_group"] == {"coefficients": 2 * 2, "magnitudes": 6 * 96}
     assert results["seeds"][0]["modules"] != results["seeds"][1]["modules"]
+
+
+@pytest.mark.long
+def test_training_without_a_finite_loss_stops_and_says_what_to_try(small, tmp_path):
+    options = _options(small, tmp_path, name="diverged", epochs=30, lr_coefficients=1e38, lr_magnitudes=1e38)
+    with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
+        fuse(options)
+    folder = tmp_path / "diverged"
+    assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
+    best = checkpoint.load(checkpoint.latest(folder / "checkpoints"))[0]["best"]
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(best))
+
+
+@pytest.mark.parametrize(
+    ("losses", "before", "bad"),
+    [([1, 1], 5, 0), ([1, np.nan], 5, 1), ([np.inf, np.nan], 5, 7), ([np.nan, 1, np.inf, -np.inf], 0, 2)],
+)
+def test_bad_steps_are_counted_from_the_last_finite_loss(losses, before, bad):
+    both = np.array([losses, np.ones(len(losses))]).T
+    assert run_module._bad_steps(both, np.array([before, 3])).tolist() == [bad, 0]
 
 
 @pytest.mark.long
