@@ -68,6 +68,15 @@ bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
 bench-fast: $(VENV)/.installed-plots $(VENV)/.installed-peft
 	$(BIN)/python benchmarks/table.py fast
 
+# What the package does on this machine's GPU or TPU: its tests there, then times and ratios, as a table.
+gpu: $(VENV)/.installed-test $(VENV)/.installed-peft
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda12]"
+	$(BIN)/python benchmarks/on_device.py --out docs/results/accelerators
+
+tpu: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
+	$(BIN)/python benchmarks/on_device.py --out docs/results/accelerators
+
 bench-full: $(VENV)/.installed-plots $(VENV)/.installed-peft
 	$(BIN)/python benchmarks/table.py full
 

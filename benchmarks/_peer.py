@@ -113,12 +113,20 @@ def mixed_batch(
 class Peer:
     """A step of the peer, in the reference protocol, with the mix of a random pool."""
 
-    def __init__(self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype = "float32"):
+    def __init__(
+        self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype = "float32", device: str = "cpu"
+    ):
+        import torch
+
+        with torch.device(device):
+            self._set_up(config, weights, batch, dtype, device)
+
+    def _set_up(self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype, device: str) -> None:
         import torch
 
         pool = weights.pool
         assert isinstance(pool, LoraPool)
-        self.model = peft_model(config, weights.base, dtype)
+        self.model = peft_model(config, weights.base, dtype).to(device)
         # (LoRA layer, column of its block, A of all modules [N, r d_in], B of all modules)
         self.sites: list[tuple[Any, int, Any, Any]] = []
         layers = {name.removeprefix("base_model.model."): module for name, module in self.model.named_modules()}

@@ -271,3 +271,16 @@ def test_the_floor_is_the_base_alone(benchmarks, monkeypatch):
     np.add.at(found, np.asarray(start), np.asarray(of_activations[4]))
     assert np.abs(found).max() > 1e-3
     np.testing.assert_allclose(found, of_weights["embedding"].get_value(), atol=1e-6)
+
+
+@pytest.mark.long
+def test_what_a_device_does_is_tried_on_a_cpu(tmp_path):
+    small = ["--shape", "small-pool", "--no-tests", "--seeds", "2", "--rounds", "1", "--product", "256"]
+    command = [sys.executable, _ROOT / "benchmarks/on_device.py", *small, "--out", tmp_path]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "these are a CPU's figures" in ran.stderr
+    found = json.loads((tmp_path / "cpu-small-pool.json").read_text())
+    _check([of | {"computed_from": of["computed_from"] or {"rate": found["product_tflops"]}} for of in found["cases"]])
+    names = [of["name"] for of in found["cases"]]
+    assert "2 seeds in one program / 2 single steps" in names and any(name.startswith("generation") for name in names)
+    assert all(name in (tmp_path / "cpu-small-pool.md").read_text() for name in names)

@@ -72,6 +72,7 @@ def _loss(frozen, step=0):
     return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
 
 
+@pytest.mark.accelerator
 @pytest.mark.long
 def test_chips_in_one_program_are_the_single_ones():
     converted = dataclasses.replace(_NOISY, adc=ADC(bits=6, range="max"))
@@ -283,6 +284,7 @@ def test_what_chips_cannot_do(small, fused, changes, message):
         _on_chips(fused, **({"crossbar": str(small / "two")} | changes))
 
 
+@pytest.mark.accelerator
 @pytest.mark.long
 def test_a_fusion_trained_on_its_chip(small, fused):
     options = _fusing(small, "chip", arrays=OnArrays(crossbar=str(small / "two"), noise="chip", chip=1))

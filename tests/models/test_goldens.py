@@ -161,6 +161,7 @@ def _close(got, wanted, tolerance, relative=0.0):
 # The base model alone.
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("kind", [pytest.param("t5a", marks=pytest.mark.smoke), "t5b"])
 def test_base_logits_and_loss(case, kind):
     base = case(kind)
@@ -169,6 +170,7 @@ def test_base_logits_and_loss(case, kind):
     _close(cross_entropy(logits, base.batches[0].labels), base.golden["base_loss_mean_ce_0"], 1e-5)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("kind", _KINDS)
 def test_base_generates_the_same_tokens(case, kind):
     base = case(kind)
@@ -204,6 +206,7 @@ def test_the_gap_of_two_logits_is_that_of_the_golden(case):
 # One adapter.
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", [pytest.param("lora_0", marks=pytest.mark.smoke), *_SINGLES[1:]])
 def test_single_adapter(case, name):
     single = case("t5a", f"single_{name}")
@@ -245,6 +248,7 @@ def test_merged_adapter(case, name):
 # A pool, fused.
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_fusion_at_the_start(case, kind, file):
     fusion = case(kind, file)
@@ -258,6 +262,7 @@ def test_fusion_at_the_start(case, kind, file):
         _close(fusion.by_row(fusion.params["magnitudes"]), golden["mag0"], 1e-5)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_loss_and_gradients(case, kind, file):
     fusion = case(kind, file)
@@ -272,6 +277,7 @@ def test_loss_and_gradients(case, kind, file):
         _close(fusion.by_row(gradients["magnitudes"]), golden["grad_mag"], 1e-5, 1e-4)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_twenty_steps_of_the_reference_protocol(case, kind, file):
     fusion = case(kind, file)

@@ -72,6 +72,7 @@ def fused(small, tmp_path_factory) -> tuple[FuseOptions, dict]:
     return options, fuse(options)
 
 
+@pytest.mark.accelerator
 def test_a_run_writes_what_it_promises(fused):
     options, results = fused
     folder = run_path(options)
@@ -146,6 +147,7 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
     assert calls["PjitFunction(train_seeds)"] == 2 * calls["PjitFunction(_after_epoch)"] > 0
 
 
+@pytest.mark.accelerator
 @pytest.mark.long
 def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
     options, _ = fused
@@ -195,6 +197,7 @@ def test_the_reference_protocol_runs(small, tmp_path):
     assert share == pytest.approx(0.15, abs=1e-3)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training"])
 def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
     options, results = fused

@@ -1,0 +1,216 @@
+"""What the package does on a GPU or a TPU: its tests there, then steps, seeds, generation and arrays, as one table.
+
+    make gpu                # or make tpu: installs JAX for the device, and runs this
+    python benchmarks/on_device.py --shape small-pool --no-tests     # tried out on a CPU
+
+FLAN-T5-large's shape with 20 modules of rank 16 and random weights, in bfloat16; 128 source tokens, 5 rows and 8 target
+tokens in a step, 10 rows and 32 new tokens in generation. Times are medians of rounds in turns; shares are of what one
+bfloat16 product of large matrices reaches in the same run. Where PyTorch sees the same GPU, its step with PEFT takes
+turns with ours. Written to OUT, named after the device: a table (.md), and everything as JSON.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _measure import ROOT, bar, case, has_peft, in_turns, met, of_turns
+from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, batch_of, config_of, frozen, in_basis
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.columns import markdown
+from lorafusion_jax.estimates.flops import Shape, Update, step_flops
+from lorafusion_jax.files import write_text
+from lorafusion_jax.runs.evaluate import generate_seeds
+
+_K = 32  # directions of the shared basis
+_ROWS, _NEW = 10, 32  # of generation
+_WIDEST, _COLUMNS = 4096, 256  # of a read: width of the matrix, vectors
+_TOGETHER, _SHARE, _PEER = 0.6, (0.4, 0.6), 1.5
+# Four slices of 2 bits, 8 unsigned input bits one by one, 8-bit ADCs: 32 products.
+_ARRAYS, _PRODUCTS = (
+    crossbar.CrossbarConfig(
+        dac=crossbar.DAC(signed=False, scaling="fixed", limit=1.0), adc=crossbar.ADC(bits=8, range="max")
+    ),
+    32,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="of the base model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[8, 16], help="that share a program")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--product", type=int, default=8192, help="width of the matrices of the product")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="measure only")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_device", help="folder of the table")
+    options = parser.parse_args()
+    if min(*options.seeds, options.rounds, options.product) < 1:
+        parser.error("--seeds, --rounds and --product count from 1")
+    options.out.mkdir(parents=True, exist_ok=True)
+    tested = _tests() if options.tests else None
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        print("JAX sees no GPU or TPU: these are a CPU's figures", file=sys.stderr)
+    rate = _product_rate(options.product)
+    cases = [*_steps(options, rate), *_generation(options), *_arrays(options, rate)]
+    found = {
+        "device": device.device_kind,
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "tests": tested,
+        "shape": options.shape,
+        "product_tflops": rate / 1e12,
+        "cases": cases,
+    }
+    name = f"{device.device_kind}-{options.shape}".lower().replace(" ", "-")
+    write_text(options.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    write_text(options.out / f"{name}.md", table := table_of(found))
+    print(f"{table}\nwritten to {options.out / name}.md")
+    if tested is not None and not tested.startswith("passed"):
+        sys.exit(1)
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """Return the cases as a Markdown page; bold misses its bar."""
+    lines = [["", "ratio", "bar", "computed from"]]
+    for of in found["cases"]:
+        ratio = f"{of['ratio']:.3g}"
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in of["computed_from"].items())
+        lines.append([of["name"], f"**{ratio}**" if met(of) is False else ratio, bar(of), numbers])
+    tests = "not run" if found["tests"] is None else found["tests"]
+    return (
+        f"{found['device']}, jax {found['jax']}, {found['date']}; {found['shape']}; one bfloat16 product: "
+        f"{found['product_tflops']:.4g} TFLOP/s; tests for accelerators: {tests}\n\n{markdown(lines, left=(0, 2, 3))}"
+    )
+
+
+def _tests() -> str:
+    """Run the tests for accelerators in a process of their own, which lets go of the device, and say how they went."""
+    platforms = {"JAX_PLATFORMS": "", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    script = [sys.executable, "-m", "pytest", "-q", "-m", "accelerator", "--durations=0", str(ROOT / "tests")]
+    ran = subprocess.run(script, cwd=ROOT, env=os.environ | platforms)
+    return "passed" if ran.returncode == 0 else f"failed, exit code {ran.returncode}"
+
+
+def _product_rate(width: int) -> float:
+    """Return the FLOP/s of one bfloat16 product."""
+    x = jnp.ones((width, width), jnp.bfloat16)
+    product = jax.jit(jnp.dot)
+    (seconds,) = in_turns({"product": lambda: jax.block_until_ready(product(x, x))}, 5).values()
+    return 2 * width**3 / float(seconds.min())
+
+
+def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    config = config_of(options.shape, "bfloat16")
+    weights = jax.block_until_ready(frozen(config, "bfloat16", MODULES))
+    basis = in_basis(config, weights, _K)
+    runs: dict[str, Any] = {
+        "mix": Step(config, weights, "mix"),
+        "sum": Step(config, weights, "sum"),
+        "basis": Step(config, basis, "sum"),
+    }
+    runs |= {f"mix, {count} seeds": Step(config, weights, "mix", seeds=count) for count in options.seeds}
+    if peer := _peer(config, weights, "bfloat16"):
+        runs["peer"] = peer
+    seconds = in_turns(runs, options.rounds)
+    trainable = sum(p[0].size for p in jax.tree.leaves(runs["mix"].state.params))
+    update = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
+    flops = step_flops(config, Shape(BATCH, SOURCE, TARGET), update, trainable=trainable)
+    cases = [
+        case(f"a step: {name} / mix", of_turns(seconds[name], seconds["mix"]), None, milliseconds=_ms(seconds[name]))
+        for name in ("mix", "sum", "basis")
+    ]
+    for count in options.seeds:
+        together = seconds[f"mix, {count} seeds"]
+        cases.append(
+            case(
+                f"{count} seeds in one program / {count} single steps",
+                of_turns(together, count * seconds["mix"]),
+                _TOGETHER,
+                milliseconds=_ms(together),
+            )
+        )
+        share = count * flops / float(np.median(together)) / rate
+        bars = _SHARE if count == max(options.seeds) else (None, None)
+        cases.append(case(f"{count} seeds: share of the product's rate", share, *bars, higher_is_better=True))
+    if peer:
+        cases.append(
+            case(
+                "PyTorch and PEFT / our step: mix",
+                of_turns(seconds["peer"], seconds["mix"]),
+                _PEER,
+                higher_is_better=True,
+                milliseconds=_ms(seconds["peer"]),
+            )
+        )
+    return cases
+
+
+def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any] | None:
+    """Return PyTorch's step on the same GPU, or None where PyTorch does not see one."""
+    if not has_peft() or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    if jax.devices()[0].platform == "gpu" and torch.cuda.is_available():
+        from _peer import Peer
+
+        step = Peer(config, weights, batch_of(config), dtype, device="cuda")
+
+        def run() -> None:
+            step()
+            torch.cuda.synchronize()
+
+        return run
+    return None
+
+
+def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:
+    config = config_of(options.shape, "bfloat16")
+    weights = frozen(config, "bfloat16", MODULES)
+    batch = jax.tree.map(lambda a: a[0], batch_of(config, (_ROWS, SOURCE, TARGET)))
+    runs = {}
+    for count in (1, max(options.seeds)):
+        step = Step(config, weights, "sum", seeds=count)
+        runs[count] = lambda s=step: np.asarray(generate_seeds(s.state.params, batch, s.problem, max_new_tokens=_NEW))
+    seconds = in_turns({str(count): run for count, run in runs.items()}, options.rounds)
+    many = max(options.seeds)
+    return [
+        case(
+            f"generation, sum: {many} seeds in one program / {many} single ones",
+            of_turns(seconds[str(many)], many * seconds["1"]),
+            None,
+            tokens_a_second=many * _ROWS * _NEW / float(np.median(seconds[str(many)])),
+            tokens_a_second_of_one=_ROWS * _NEW / float(np.median(seconds["1"])),
+        )
+    ]
+
+
+def _arrays(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """Compare a read of arrays with bfloat16 products of all slices of weights and inputs."""
+    width = min(options.product, _WIDEST)
+    chip = crossbar.program(jax.random.normal(jax.random.key(0), (width, width)), _ARRAYS, jax.random.key(1))
+    x = jax.random.uniform(jax.random.key(2), (_COLUMNS, width))
+    read = jax.jit(crossbar.matmul)
+    (seconds,) = in_turns({"read": lambda: jax.block_until_ready(read(x, chip))}, options.rounds).values()
+    share = _PRODUCTS * 2 * _COLUMNS * width**2 / float(np.median(seconds)) / rate
+    name = f"a read of {width} x {width} weights, batch {_COLUMNS} ({chip.plan.path}): share of the product's rate"
+    return [case(name, share, None, higher_is_better=True, milliseconds=_ms(seconds))]
+
+
+def _ms(seconds: np.ndarray) -> float:
+    return 1e3 * float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    main()
