@@ -453,7 +453,7 @@ def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits
 # Seeds as an axis.
 
 
-@pytest.mark.parametrize("composition", ["mix", "sum"])
+@pytest.mark.parametrize("composition", [pytest.param("mix", marks=pytest.mark.long), "sum"])
 def test_seeds_together_equal_seeds_alone(composition):
     pool = tiny.pool(4)
     frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
@@ -545,7 +545,7 @@ def test_the_random_control_replaces_zeros_of_a_module_too():
     assert (np.asarray(random_pool(pruned, jax.random.key(0)).A[site]) != 0).all()
 
 
-@pytest.mark.parametrize("others", [1, 2, 5, 12])
+@pytest.mark.parametrize("others", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 5)), 12])
 def test_a_mix_and_its_gradient_do_not_depend_on_modules_beside_it(others):
     """To the last bit: which modules lie in memory depends on the seeds of a run."""
     many = tiny.pool(4 + others, names="q")

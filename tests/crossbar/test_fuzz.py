@@ -47,7 +47,7 @@ def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a property a test of few draws and a long one of `count`, the same in every run; and one to be fuzzed."""
-    few = max(3, count // 4)
+    few = max(2, count // 8)
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         PROPERTIES[check.__name__.removeprefix("test_")] = check, drawn

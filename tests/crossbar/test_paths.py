@@ -119,7 +119,14 @@ def test_exact_paths_agree_with_64_bit_arithmetic(signed: bool, kind: str):
         _check_paths(_codes(signed, inputs), _cells(kind), (1,) * 7 if signed else (1,) * 8, signed=signed)
 
 
-@pytest.mark.parametrize(("bits", "signed"), [((2, 2, 2, 1), True), ((2, 2, 2, 2), False), ((4, 3), True)])
+@pytest.mark.parametrize(
+    ("bits", "signed"),
+    [
+        ((2, 2, 2, 1), True),
+        pytest.param((2, 2, 2, 2), False, marks=pytest.mark.long),
+        pytest.param((4, 3), True, marks=pytest.mark.long),
+    ],
+)
 def test_wide_input_slices(bits: tuple[int, ...], signed: bool):
     _check_paths(_codes(signed, "random", rows=9), _cells("random", rows=9), bits, signed=signed)
 
