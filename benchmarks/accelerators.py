@@ -2,10 +2,11 @@
 
     python benchmarks/accelerators.py [--chip v5e] [--shape small-pool] [--seeds 8] [--json]
 
-The fusion step as `mix`, as `sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens)
-with the sum. Batched seeds, bfloat16, layers in a loop. libtpu's own compiler; counts are taken from its optimised HLO
-with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes over a chip's published
-peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu` extra.
+The fusion step as `mix` (also of weights in NF4, whose memory is below the plan's for bfloat16), as `sum` and as `sum`
+in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds, bfloat16, layers in
+a loop. libtpu's own compiler; counts are taken from its optimised HLO with the trips of every loop (`_hlo.py`). The
+roofline time is the larger of FLOPs and of bytes over a chip's published peaks (https://cloud.google.com/tpu/docs/v6e),
+a bound from below and not a measurement. Needs the `aot-tpu` extra.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from _hlo import Counts, counts
 from _measure import case
-from _model import BATCH, CHOICES, RANK, SOURCE, TARGET, arguments, config_of, graph_of, shapes_of, step_of
+from _model import BATCH, CHOICES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, graph_of, shapes_of, step_of
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
@@ -38,12 +39,13 @@ from lorafusion_jax.training.problem import Frozen
 _GIB, _K = 2**30, 32
 _ROWS, _NEW = 10, 32  # of generation
 _MEMORY, _FLOPS = 1.25, 1.02  # the larger of ours and the compiler's over the smaller
-# Method, directions of a shared basis, whether it generates.
-_PROGRAMS = {
-    "mix": ("fusion-mix", None, False),
-    "sum": ("fusion-sum", None, False),
-    f"sum in a basis of {_K}": ("fusion-sum", _K, False),
-    "generation with the sum": ("fusion-sum", None, True),
+# Method, directions of a shared basis, whether it generates, and how weights are held.
+_PROGRAMS: dict[str, tuple[str, int | None, bool, Dtype]] = {
+    "mix": ("fusion-mix", None, False, "bfloat16"),
+    "mix, base and pool in NF4": ("fusion-mix", None, False, "nf4"),
+    "sum": ("fusion-sum", None, False, "bfloat16"),
+    f"sum in a basis of {_K}": ("fusion-sum", _K, False, "bfloat16"),
+    "generation with the sum": ("fusion-sum", None, True, "bfloat16"),
 }
 
 
@@ -95,9 +97,9 @@ def _devices(chip: _Chip) -> Any:
 
 def _program(name: str, shape: str, seeds: int, sharding: SingleDeviceSharding) -> tuple[Any, float, float]:
     """Return a program to be compiled, and what the package plans for it: bytes and FLOPs."""
-    of, k, generates = _PROGRAMS[name]
+    of, k, generates, dtype = _PROGRAMS[name]
     config = config_of(shape, "bfloat16")
-    weights = shapes_of(config, "bfloat16")
+    weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from .. import crossbar
 from ..crossbar import Chip, Segments, is_chip, map_layers, programmed_weights, reads, scan_layers
@@ -123,10 +123,32 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
     if isinstance(weight, Unstacked):
         return _choose(weight, lambda matrix: matrix.astype(dtype))
     if isinstance(weight, qwix.QArray):
-        weight = qwix.dequantize(weight)
+        weight = _dequantised(weight)
     elif isinstance(weight, Chip):
         weight = programmed_weights(weight)
     return weight.astype(dtype)
+
+
+def _dequantised(weight: qwix.QArray) -> Array:
+    """Return the numbers of a quantised array, on accelerators those of NF4 without a gather: a TPU is slow at it."""
+    if weight.qtype != "nf4" or jax.default_backend() == "cpu":
+        return qwix.dequantize(weight)
+    values, scale = of_nf4(weight.qvalue), weight.scale
+    # Every axis as tiles and the numbers in a tile.
+    tiled = [size for length, tiles in zip(values.shape, scale.shape, strict=True) for size in (tiles, length // tiles)]
+    scales = [size for tiles in scale.shape for size in (tiles, 1)]
+    return (values.reshape(tiled) * scale.reshape(scales)).reshape(values.shape)
+
+
+def of_nf4(codes: Integer[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return the 16 numbers of NF4 by their codes, through four selects of one bit each (15 in all)."""
+    with jax.ensure_compile_time_eval():
+        every = qwix.QArray(qvalue=jnp.arange(16, dtype=codes.dtype), scale=jnp.ones(1), qtype="nf4")
+        values: list[Any] = list(np.asarray(qwix.dequantize(every)))
+    for bit in range(4):
+        is_set = (codes.astype(jnp.int32) >> bit) & 1 == 1
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def unstacked(weights: Any) -> Any:
