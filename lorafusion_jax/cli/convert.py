@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..columns import plain
+from ..files import printable
 from ..io.convert import ConvertOptions, convert
 from ..io.pool import ConvertedPool
 from .parsing import parse
@@ -42,7 +43,7 @@ def report(manifest: Mapping[str, Any]) -> str:
     notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
     lines = [f"{count} x {note}" for note, count in notes.items()]
     lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
-    return "\n".join([plain(rows), *lines])
+    return printable("\n".join([plain(rows), *lines]))
 
 
 def basis_report(folder: Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..estimates.plan import describe_run
+from ..files import printable
 from ..hardware.fuse import fuse
 from ..io import processes
 from ..runs.options import FuseOptions
@@ -88,4 +89,4 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
         f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers, "
         f"{results['test_rows']:,} test rows"
     )
-    return f"{head}\n{score_table(results['seeds'])}\nwritten to {folder}"
+    return printable(f"{head}\n{score_table(results['seeds'])}\nwritten to {folder}")

@@ -1,9 +1,11 @@
 """`lorafusion generate`: print the answers of fused runs, or of a base model, to new text."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import printable
 from ..runs.apply import GenerateOptions, generate_lines, stream_lines
 from ..serving.apply import GenerateRunsOptions, generate_rows
 from .parsing import parse, part_of
@@ -38,15 +40,16 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Print an answer for each line of text."""
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
+    shown = printable if sys.stdout.isatty() else str  # another program gets the text as it is
     if command.runs:
         answers = generate_rows(part_of(command, GenerateRunsOptions, "--runs"))
     elif command.stream:
         for answer in stream_lines(command):
             for piece in answer:
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
             print()
         return
     else:
         answers = generate_lines(command)
     for line in answers:
-        print(line)
+        print(shown(line))

@@ -11,13 +11,13 @@ drawn is compared with:
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
@@ -33,6 +33,7 @@ from ..crossbar import (
     program_tree,
     programmed_weights,
 )
+from ..files import FileError, read_json
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..runs.prepare import Fused
@@ -41,6 +42,34 @@ MANIFEST, CONFIG = "manifest.json", "config.yaml"
 BASIS = "shared basis"  # its name among the modules of a manifest
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "month": 30 * 86_400, "year": 365 * 86_400}
+
+
+class OneChip(TypedDict):
+    """Arrays of one chip and what writing them took; ranges are low, typical and high."""
+
+    arrays: int
+    cells: int
+    utilisation: float
+    pulses: list[float]
+    joules: list[float]
+    seconds: list[float]
+    simulated_pulses: float | None
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` of a folder of chips holds."""
+
+    base: str
+    base_sha256: str
+    pool: str | None
+    modules: dict[str, str]  # name -> SHA-256
+    config: str
+    config_sha256: str
+    digital: list[str]
+    key: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    chips: Annotated[int, msgspec.Meta(ge=1)]
+    one_chip: OneChip
+    versions: NotRequired[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +87,7 @@ class Chips:
     config: CrossbarConfig
     digital: tuple[str, ...]
     key: Array
-    manifest: Mapping[str, Any] | None
+    manifest: Manifest | None
     name: str
 
     @property
@@ -146,12 +175,14 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
         if folder.is_dir():
             raise ValueError(f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` wrote")
         return Chips(load_config(name), digital, jax.random.key(key), None, name)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST, Manifest, "a folder of chips")
     if digital or key:
         raise ValueError(f"{folder} says itself what its key and its digital weights are: leave out these options")
     config = load_config(folder / CONFIG)
     if not has_hash(config, manifest["config_sha256"]):
-        raise ValueError(f"{folder / CONFIG} is not the configuration that the chips were programmed under: restore it")
+        raise FileError(
+            folder / CONFIG, got="not the configuration that the chips were programmed under", fix="restore it"
+        )
     return Chips(config, tuple(manifest["digital"]), jax.random.key(manifest["key"]), manifest, name)
 
 

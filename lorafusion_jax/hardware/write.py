@@ -3,10 +3,10 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 
+from .. import __version__
 from ..checks import at_least
 from ..crossbar import (
     Chip,
@@ -27,7 +27,7 @@ from ..runs.options import FuseOptions
 from ..runs.prepare import load_fused
 from ..training.progress import progress
 from ..training.recipe import Recipe
-from .folder import CONFIG, MANIFEST, Chips, digests
+from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip, digests
 from .program import program
 
 
@@ -63,7 +63,7 @@ class ProgramOptions:
     digital: tuple[str, ...] = ()
 
 
-def program_chips(options: ProgramOptions) -> dict[str, Any]:
+def program_chips(options: ProgramOptions) -> Manifest:
     """Write the folder (see `folder`), and return its manifest.
 
     Raises:
@@ -94,7 +94,7 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
                     save_chip(leaf, of_chip / f"{_name(leaf)}.npz")
                 bar.update()
         found = digests(fused)
-        manifest = {
+        manifest: Manifest = {
             "base": options.base,
             "base_sha256": found["base"],
             "pool": options.pool,
@@ -105,6 +105,7 @@ def program_chips(options: ProgramOptions) -> dict[str, Any]:
             "key": options.chip_key,
             "chips": options.chips,
             "one_chip": _report(leaves),
+            "versions": {"lorafusion-jax": __version__},
         }
         save_config(config, folder / CONFIG)
         write_json(folder / MANIFEST, manifest)
@@ -115,7 +116,7 @@ def _name(leaf: Chip) -> str:
     return leaf.name if not leaf.first else f"{leaf.name}.{leaf.first}"
 
 
-def _report(leaves: list[Chip]) -> dict[str, Any]:
+def _report(leaves: list[Chip]) -> OneChip:
     total, there, used = Counts(), 0, 0.0
     pulses = []
     for leaf in leaves:

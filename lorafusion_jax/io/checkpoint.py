@@ -7,24 +7,40 @@ NumPy arrays, so a checkpoint does not depend on the devices that wrote it; the 
 """
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 
-from ..files import write_text
+from ..files import FileError, T, read_json, structured, write_text
 from . import processes
 from .source import inside, sha256
 
 _ARRAYS = "arrays"
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
+_RESTORE = "restore it from a copy"
+# Numbers for each byte of their files, in which zeros take no place; small arrays may have more.
+_MOST_ZEROS, _SMALL = 1_000, 1 << 24
+
+
+class Record(TypedDict):
+    """What the files of a tree of arrays hold: "float32[2, 3]" by the path in the tree, SHA-256 by the path on disk."""
+
+    arrays: dict[str, str]
+    files: dict[str, str]
+
+
+class _Saved(Record):
+    metadata: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -35,35 +51,51 @@ def new_folder(folder: Path) -> Iterator[Path]:
     are removed.
 
     Raises:
-      ValueError: the folder exists.
+      ValueError: the folder exists, or another process is writing it.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder, or remove it first")
     partial = folder.with_name(f".{folder.name}.partial")
-    if processes.first():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    lock = _claimed(partial) if processes.first() else None
     processes.barrier(f"{folder.name} is there")
     try:
         yield partial
-        if processes.first():
+        if lock is not None:
             partial.rename(folder)
         processes.barrier(f"{folder.name} is whole")
-    finally:
-        if processes.first():
+    except BaseException:
+        if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
+def _claimed(partial: Path) -> int:
+    """Empty a folder, or make it, and return its locked descriptor: a process that is killed leaves no lock."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = os.path.samestat(os.fstat(lock), partial.stat())
+    except (BlockingIOError, FileNotFoundError):
+        alone = False
+    if not alone:  # another process writes it, or has just renamed it
+        os.close(lock)
+        raise ValueError(f"{partial} is being written by another process: wait for it, or give another folder")
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return lock
+
+
+def write_arrays(folder: Path, tree: Any) -> Record:
     """Write a tree to `folder / "arrays"` and return the record that `read_arrays` checks it against.
 
     Args:
       folder: an existing folder.
       tree: arrays of any device or NumPy; with several processes, the same in each or spread over all. PRNG keys
         (save their `jax.random.key_data`) and 4-bit types are not supported.
-
-    Returns:
-      `arrays`: "float32[2, 3]" by the path in the tree; `files`: SHA-256 by the path below `folder`.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -77,7 +109,7 @@ def write_arrays(folder: Path, tree: Any) -> dict[str, Any]:
     }
 
 
-def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -> Any:
+def read_arrays(folder: Path, record: Record, abstract: Any = None) -> Any:
     """Read the tree that `write_arrays` wrote, as NumPy arrays.
 
     Args:
@@ -87,20 +119,17 @@ def read_arrays(folder: Path, record: Mapping[str, Any], abstract: Any = None) -
         consists of nested dicts and lists.
 
     Raises:
-      ValueError: a file is missing or damaged, or the arrays are not those of `abstract`.
+      ValueError: a file is missing or damaged, or the arrays are not those of `abstract`, or far larger than the files.
     """
     from orbax.checkpoint import v1 as ocp
 
     _check_files(folder, record["files"])
+    check_size(folder, record)
     if abstract is None:
-        return ocp.load(str((folder / _ARRAYS).absolute()))
-    wanted, got = _signature(abstract), record["arrays"]
-    for path in wanted | got:
-        if wanted.get(path) != got.get(path):
-            raise ValueError(
-                f"{folder}: {path} is {got.get(path, 'absent')}: wanted {wanted.get(path, 'no such array')}; "
-                "it was saved by a run of another configuration"
-            )
+        tree = ocp.load(str((folder / _ARRAYS).absolute()))
+        _compare(folder, record["arrays"], _signature(tree), fix=_RESTORE)
+        return tree
+    _compare(folder, _signature(abstract), record["arrays"], fix="it was saved by a run of another configuration")
     return ocp.load(
         str((folder / _ARRAYS).absolute()), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     )
@@ -114,21 +143,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, f"{text}\n")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      ValueError: the file is missing or is not a JSON object; `what` names the kind of folder in the message.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is not {what}: it has no {path.name}")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}): restore it from a copy") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: restore it from a copy")
-    return content
+def check_size(folder: Path, record: Record) -> None:
+    """Raise a FileError if arrays take far more memory than their files, before anything is allocated."""
+    stored = sum(inside(folder, name).stat().st_size for name in record["files"])
+    size = sum(math.prod(map(int, re.findall(r"\d+", text.partition("[")[2]))) for text in record["arrays"].values())
+    if size > max(_MOST_ZEROS * stored, _SMALL):
+        got = f"arrays of {size:,} numbers in files of {stored:,} bytes"
+        raise FileError(folder, got=got, wanted=f"at most {_MOST_ZEROS:,} for each byte", fix=_RESTORE)
 
 
 def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
@@ -151,15 +172,25 @@ def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
     _flush(folder.parent)
 
 
-def load(folder: Path, abstract: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Return the tree, as `read_arrays` does, and the metadata of a saved folder.
+def load(folder: Path, abstract: Any = None, *, metadata: type[T] | Any = dict[str, Any]) -> tuple[Any, T]:
+    """Return the tree, as `read_arrays` does, and the metadata of a saved folder as an object of a type.
 
     Raises:
       ValueError: the folder is not a checkpoint, a file is missing or damaged, or the arrays are not those of
         `abstract`.
     """
-    manifest = read_json(folder / _MANIFEST, "a complete checkpoint")
-    return read_arrays(folder, manifest, abstract), manifest["metadata"]
+    manifest, described = read_metadata(folder, metadata)
+    return read_arrays(folder, manifest, abstract), described
+
+
+def read_metadata(folder: Path, metadata: type[T] | Any, what: str = "a complete checkpoint") -> tuple[Record, T]:
+    """Return the record of a saved folder's arrays, and its metadata as an object of a type.
+
+    Raises:
+      FileError: the folder has no manifest, or another one.
+    """
+    manifest = read_json(folder / _MANIFEST, _Saved, what)
+    return manifest, structured(manifest["metadata"], metadata, folder / _MANIFEST)
 
 
 def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:
@@ -184,13 +215,20 @@ def _check_files(root: Path, files: Mapping[str, str]) -> None:
     """Raise a ValueError that names the first file that is missing, is not listed, or has another SHA-256."""
     for path in (root / _ARRAYS).rglob("*"):
         if path.is_file() and path.relative_to(root).as_posix() not in files:
-            raise ValueError(f"{path}: the manifest does not list this file: copy the whole folder again")
+            raise FileError(path, got="the manifest does not list this file", fix="copy the whole folder again")
     for name, digest in files.items():
         path = inside(root, name)
         if not path.is_file():
-            raise ValueError(f"{path}: no such file, though the manifest lists it: copy the whole folder again")
+            raise FileError(path, got="no such file, though the manifest lists it", fix="copy the whole folder again")
         if sha256(path) != digest:
-            raise ValueError(f"{path}: damaged or altered, its SHA-256 is not the manifest's: restore it from a copy")
+            raise FileError(path, got="damaged or altered, its SHA-256 is not the manifest's", fix=_RESTORE)
+
+
+def _compare(folder: Path, wanted: Mapping[str, str], got: Mapping[str, str], *, fix: str) -> None:
+    for path in {**wanted, **got}:
+        if wanted.get(path) != got.get(path):
+            found, needed = got.get(path, "absent"), wanted.get(path, "no such array")
+            raise FileError(folder, field=path, got=found, wanted=needed, fix=fix)
 
 
 def _signature(tree: Any) -> dict[str, str]:

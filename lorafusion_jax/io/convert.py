@@ -81,7 +81,7 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     if not sources and options.out is not None:
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
-        return pool.manifest
+        return dict(pool.manifest)
     target = contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out)
     with target as folder:
         manifest = _convert(sources, options, folder)

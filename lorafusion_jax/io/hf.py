@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import qwix
 
+from ..files import FileError
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.families import family_of_json
@@ -256,5 +257,7 @@ def _family(base: OpenedBase) -> tuple[Family, Architecture]:
     try:
         family = family_of_json(raw)
         return family, family.read_config(raw)
+    except FileError as error:
+        raise error.at(base.config_place) from None
     except ValueError as error:
         raise ValueError(f"{base.config_place}: {error}") from None

@@ -4,15 +4,15 @@ import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from ..files import FileError, read_json, structured
 from . import safetensors as safetensors_map
 from . import torch_pickle
 from .base import OpenedBase
-from .checkpoint import read_json
-from .source import check_lfs, inside, resolve, sha256
+from .source import inside, resolve, sha256
 
 if TYPE_CHECKING:
     import transformers
@@ -34,6 +34,14 @@ _TEXTS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+class _Ends(TypedDict, total=False):
+    eos_token_id: int | list[int] | None
 
 
 class FolderBase(OpenedBase):
@@ -63,14 +71,15 @@ class FolderBase(OpenedBase):
         if (generation := self._folder / _GENERATION).is_file():
             files.append(generation)
         found = []
+        ends: list[list[int]] = []
         for path in files:
-            if path.is_file():
-                check_lfs(path)
-            found.append(read_json(path, "a Hugging Face model"))
-        ends = [*dict.fromkeys(token for raw in found for token in _ends(raw))]
-        if len(ends) == len(_ends(found[0])):
+            found.append(read_json(path, dict[str, Any], "a Hugging Face model", own=False))
+            said = structured(found[-1], _Ends, path, own=False).get("eos_token_id")
+            ends.append([] if said is None else said if isinstance(said, list) else [said])
+        every = [*dict.fromkeys(token for of_file in ends for token in of_file)]
+        if len(every) == len(ends[0]):
             return found[0]
-        return found[0] | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        return found[0] | {"eos_token_id": every if len(every) > 1 else every[0]}
 
     def config_sha256(self) -> str:
         return sha256(self.config_place)
@@ -103,11 +112,6 @@ class FolderBase(OpenedBase):
         return resolve(self._source, patterns=(_CONFIG, "pytorch_model*.bin*"))
 
 
-def _ends(raw: Mapping[str, Any]) -> list[Any]:
-    ends = raw.get("eos_token_id")
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]
-
-
 def _open(folder: Path) -> dict[str, np.ndarray]:
     """Return all tensors by name as views of mapped files."""
     for name, load in ((_SAFETENSORS, safetensors_map.load), (_BIN, torch_pickle.load)):
@@ -115,15 +119,13 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
             return load(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            check_lfs(index)
-            files = read_json(index, "a sharded model").get("weight_map")
-            if not isinstance(files, dict):
-                raise ValueError(f"{index} has no weight_map, which names the file of every tensor: fetch it again")
+            files = read_json(index, _Index, "a sharded model", own=False)["weight_map"]
             # Every name is checked before the first file is opened.
             paths = [inside(folder, file) for file in files.values()]
             shards = {path: load(path) for path in set(paths)}
             for tensor, path in zip(files, paths, strict=True):
                 if tensor not in shards[path]:
-                    raise ValueError(f"{path} does not hold {tensor}, though {index.name} lists it: fetch it again")
+                    got = f"does not hold {tensor}, though {index.name} lists it"
+                    raise FileError(path, got=got, fix="fetch it again")
             return {tensor: shards[path][tensor] for tensor, path in zip(files, paths, strict=True)}
     raise ValueError(f"{folder} has no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")

@@ -5,8 +5,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ..files import FileError, shown
 from .source import map_file
 
+_AGAIN = "fetch the file again"
 _DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype("<u1"),
@@ -46,10 +48,14 @@ def load(path: Path) -> dict[str, np.ndarray]:
                 header = file.get_slice(key)
                 dtype = _DTYPES.get(header.get_dtype())
                 if dtype is None:
-                    raise ValueError(f"{path}: {key} has dtype {header.get_dtype()}, unknown to NumPy")
-                array = np.ndarray(header.get_shape(), dtype, data, offset)
+                    raise FileError(path, field=shown(key), got=f"{header.get_dtype()}, unknown to NumPy", fix=_AGAIN)
+                shape = header.get_shape()
+                try:
+                    array = np.ndarray(shape, dtype, data, offset)
+                except ValueError as error:
+                    raise FileError(path, field=shown(key), got=f"of shape {shape} ({error})", fix=_AGAIN) from None
                 offset += array.nbytes
                 tensors[key] = array
     except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or corrupt ({error}): fetch the file again") from error
+        raise FileError(path, got=f"truncated or corrupt ({error})", fix=_AGAIN) from error
     return tensors

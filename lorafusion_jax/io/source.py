@@ -3,13 +3,12 @@
 import hashlib
 import mmap
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..files import is_lfs_pointer
+from ..files import FileError, check_lfs, shown
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes of a file's name, characters of its path below a folder
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 
 
@@ -30,10 +29,13 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             set, only files in this machine's cache of the hub can be.
     """
     folder = Path(source).expanduser()
-    if source and folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ValueError(f"{source} is a file: give the folder that holds it")
+    try:
+        if source and folder.is_dir():
+            return folder
+        if folder.is_file():
+            raise ValueError(f"{source} is a file: give the folder that holds it")
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}") from None
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None:
         raise ValueError(
@@ -72,25 +74,18 @@ def _reason(error: Exception) -> str:
     return f"{said} (check the spelling, the network and HF_HUB_OFFLINE)"
 
 
-def inside(folder: Path, name: Any) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Return `folder / name`, where the name was read from a file.
 
     Raises:
-        ValueError: The path would be outside the folder, or the name is not a string.
+        FileError: The path would be outside the folder, or no file can have the name.
     """
     # Links are not resolved: the hub's cache keeps every file as a link to another folder.
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
-        raise ValueError(f"{folder}: {reprlib.repr(name)} is not a file inside this folder: refused")
+    parts = re.split(r"[/\\]", name)
+    impossible = "\0" in name or len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME
+    if not name or Path(name).is_absolute() or ".." in parts or impossible:
+        raise FileError(folder, field=shown(name), got="not a file inside this folder", fix="refused")
     return folder / name
-
-
-def check_lfs(path: Path) -> None:
-    """Raise a ValueError if the file is a Git LFS pointer instead of the content."""
-    if is_lfs_pointer(path):
-        raise ValueError(
-            f"{path}: this is a Git LFS pointer, not the file itself: "
-            "fetch the file (git lfs install, then git lfs pull)"
-        )
 
 
 def map_file(path: Path) -> mmap.mmap:

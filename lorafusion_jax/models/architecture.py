@@ -13,8 +13,9 @@ Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+import msgspec
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -90,6 +91,11 @@ class Site:
         return self.path.format(layer=layer)
 
 
+# Sizes and numbers of layers in a file, bounded so that one which names others takes neither time nor memory.
+Size = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Structure of a model and how to run it. Hashable, so it may be a static argument.
@@ -112,20 +118,14 @@ class Architecture:
     causal: ClassVar[bool] = False
     splits: ClassVar[Mapping[str, Split]] = {"embedding": "rows", "head": "columns"}
 
-    vocab_size: int
-    d_model: int
+    vocab_size: Size
+    d_model: Size
     tied: bool = False
     pad_id: int = 0
     eos_id: int | tuple[int, ...] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["dots", "none", "full"] = "dots"
     unroll: bool = False
-
-    @classmethod
-    def recorded(cls, record: Mapping[str, Any]) -> "Architecture":
-        """Return the structure that a file of JSON records field by field; it holds tuples as lists."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        return cls(**fields)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..files import FileError, structured
 from . import decoder, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
@@ -64,5 +65,13 @@ def gguf_layout(architecture: str | None) -> GGUFLayout:
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
-    """Return the structure of the base model that the manifest of a converted pool records."""
-    return FAMILIES[base.get("family", next(iter(FAMILIES)))].config.recorded(base["config"])
+    """Return the structure of the base model that the manifest of a converted pool records.
+
+    Raises:
+      FileError: the family is unknown, or a field of its structure is missing, unknown or of another type.
+    """
+    name = base.get("family", next(iter(FAMILIES)))
+    if name not in FAMILIES:
+        fix = "a newer version wrote it, or it was edited"
+        raise FileError("", field="family", got=repr(name), wanted=f"one of {', '.join(FAMILIES)}", fix=fix)
+    return structured(base["config"], FAMILIES[name].config, "")

@@ -8,36 +8,48 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, Literal, TypedDict, cast, get_args
 
-LEAGUES = ("95+5", "5")
+import msgspec
+
+from ..files import FileError, is_object, read_lines, structured
+
+League = Literal["95+5", "5"]
+LEAGUES = get_args(League)
 Key = tuple[str, str, str, int]
+
+_Name = Annotated[str, msgspec.Meta(pattern=r"\S", description="a name")]
+_Count = Annotated[int, msgspec.Meta(ge=0, description="a count")]
+_Marks = Annotated[str, msgspec.Meta(pattern=r"^[01]+\Z", description="a 0 or 1 for each of at least one test row")]
+_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
 
 
 class Row(TypedDict):
     """The result of one method on one task with one seed; `correct` has a character for every test row, in order."""
 
-    task: str
-    method: str
-    league: str
-    seed: int
+    task: _Name
+    method: _Name
+    league: League
+    seed: _Count
     exact_match: float  # percent, of `correct`
     option_accuracy: float | None  # percent, of `option_correct`
     loss: float | None  # null also where it was not finite, which JSON cannot say
-    correct: str
-    option_correct: str | None
-    trainable: int
-    steps: int
-    forward_rows: int  # rows passed forward while adapting
-    backward_rows: int
-    seconds: float
+    correct: _Marks
+    option_correct: _Marks | None
+    trainable: _Count
+    steps: _Count
+    forward_rows: _Count  # rows passed forward while adapting
+    backward_rows: _Count
+    seconds: Annotated[float, msgspec.Meta(ge=0, description="seconds")]
     config: dict[str, Any]
-    data_sha256: str  # of the task's rows
+    data_sha256: Annotated[
+        str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")
+    ]  # of rows
     versions: dict[str, str]
-    device: str
-    cores: int
+    device: _Name
+    cores: _Count
 
 
 def key(row: Mapping[str, Any]) -> Key:
@@ -57,20 +69,7 @@ def read_rows(path: Path) -> list[Row]:
       ValueError: a line is not a row; the message names file, line and fault.
       OSError: the file does not exist.
     """
-    rows = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        if number == len(lines):  # behind the last newline
-            if _is_whole(line):
-                rows.append(_checked(json.loads(line, parse_constant=_no_number), where))
-            continue
-        try:
-            row = json.loads(line, parse_constant=_no_number)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not JSON ({error}): fix or remove the line") from error
-        rows.append(_checked(row, where))
-    return rows
+    return [_checked(row, f"{path}, line {n}") for n, row in enumerate(read_lines(path, dict[str, Any]), start=1)]
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -87,7 +86,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         last = _last_line(file.fileno())
-        if last and _is_whole(last):
+        if is_object(last):
             lines.insert(0, b"\n")
         elif last:
             file.truncate(os.fstat(file.fileno()).st_size - len(last))
@@ -141,84 +140,22 @@ def _last_line(descriptor: int) -> bytes:
     return tail.rpartition(b"\n")[2]
 
 
-def _is_whole(line: bytes) -> bool:
-    """Return whether a line that no newline ends is all there: an object is cut off until its last brace."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return False
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON: write null where there is no number")
-
-
 def _name(row: Mapping[str, Any]) -> str:
     return f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"
 
 
-def _checked(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is {type(row).__name__}: wanted an object with the keys of a row")
-    if missing := [name for name in _WANTED if name not in row]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    if unknown := [str(name) for name in row if name not in _WANTED]:
-        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}; put what describes the run into config")
-    for name, (wanted, fits) in _WANTED.items():
-        if not fits(row[name]):
-            raise ValueError(f"{where}: {name} is {row[name]!r:.80}: wanted {wanted}")
+def _checked(row: dict[str, Any], where: str) -> Row:
+    structured(row, Row, where, fix="fix the row; what describes the run belongs into config")
     for percent, marks in (("exact_match", "correct"), ("option_accuracy", "option_correct")):
         if (row[percent] is None) != (row[marks] is None):
-            raise ValueError(f"{where}: only one of {percent} and {marks} is null: wanted both or none")
+            raise FileError(where, got=f"only one of {percent} and {marks} is null", fix="wanted both or none")
         if row[marks] is not None:
             share = 100 * row[marks].count("1") / len(row[marks])
             if abs(share - row[percent]) > 0.051:  # percent may be rounded to a decimal
-                raise ValueError(f"{where}: {percent} is {row[percent]}, but {marks} says {share:.2f}")
+                raise FileError(
+                    where, field=percent, got=f"{row[percent]}, but {marks} says {share:.2f}", fix="fix the row"
+                )
     if row["option_correct"] is not None and len(row["option_correct"]) != len(row["correct"]):
         lengths = f"{len(row['option_correct'])} test rows in option_correct, {len(row['correct'])} in correct"
-        raise ValueError(f"{where}: {lengths}: wanted a character for each in both")
+        raise FileError(where, got=lengths, fix="wanted a character for each in both")
     return cast(Row, row)
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _name_like(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _marks(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and not value.strip("01")
-
-
-_NAME = ("a name", _name_like)
-_COUNT = ("a count", _count)
-_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "task": _NAME,
-    "method": _NAME,
-    "league": (f"one of {', '.join(LEAGUES)}", lambda value: value in LEAGUES),
-    "seed": _COUNT,
-    "exact_match": ("a percentage", _number),
-    "option_accuracy": ("a percentage or null", lambda value: value is None or _number(value)),
-    "loss": ("a number or null", lambda value: value is None or _number(value)),
-    "correct": ("a 0 or 1 for each of at least one test row", _marks),
-    "option_correct": ("a 0 or 1 for each test row, or null", lambda value: value is None or _marks(value)),
-    "trainable": _COUNT,
-    "steps": _COUNT,
-    "forward_rows": _COUNT,
-    "backward_rows": _COUNT,
-    "seconds": ("seconds", lambda value: _number(value) and value >= 0),
-    "config": ("an object", lambda value: isinstance(value, dict)),
-    "data_sha256": (
-        "64 hexadecimal digits",
-        lambda value: isinstance(value, str) and len(value) == 64 and not value.strip("0123456789abcdef"),
-    ),
-    "versions": ("an object", lambda value: isinstance(value, dict)),
-    "device": _NAME,
-    "cores": _COUNT,
-}

@@ -14,6 +14,7 @@ import tyro
 from jaxtyping import Array, Int, Key
 
 from ..checks import at_least
+from ..files import utf8
 from ..methods import find
 from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
 from ..models.layers import Adapters
@@ -90,14 +91,14 @@ class _Answering:
 
     Attributes:
       fused: options of the run.
-      config: its saved configuration.
+      modules: names of the modules of each seed.
       params: trained numbers of the seed.
       position: position of the seed among the run's.
       new_tokens: most tokens of an answer.
     """
 
     fused: FuseOptions
-    config: dict[str, Any]
+    modules: Sequence[Sequence[str]]
     params: Params
     position: int
     new_tokens: int
@@ -109,7 +110,7 @@ class _Answering:
 
     def problem(self, texts: Texts) -> Problem:
         """Load the model, with an index of the seed alone."""
-        loaded = with_modules(load_fused(self.fused, texts=texts), self.fused, self.config)
+        loaded = with_modules(load_fused(self.fused, texts=texts), self.fused, self.modules)
         return loaded.problem.replace(index=loaded.problem.index[self.position])
 
 
@@ -128,7 +129,7 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
     fused = dataclasses.replace(fused, recipe=recipe, **rows)
-    return with_modules(prepare(fused, to_train=False), fused, config), fused, params
+    return with_modules(prepare(fused, to_train=False), fused, config["modules"]), fused, params
 
 
 def generate_lines(options: GenerateOptions) -> list[str]:
@@ -235,13 +236,14 @@ def _next_token(
 def _lines(options: GenerateOptions) -> Iterator[str]:
     """Yield the lines of the text that are not blank, as they can be read."""
     source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8")
-    empty = True
-    with source as text:
+    empty, where = True, options.file or "standard input"
+    with source as text, utf8(where):
         for line in (line for read in text for line in read.splitlines() if line.strip()):
+            line.encode()  # in some locales bytes that are not UTF-8 become half characters
             empty = False
             yield line
     if empty:
-        raise ValueError(f"{options.file or 'standard input'} holds no text: give a line for each answer")
+        raise ValueError(f"{where} holds no text: give a line for each answer")
 
 
 def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
@@ -259,7 +261,7 @@ def _answering(options: GenerateOptions) -> _Answering:
         if options.seed is not None:
             raise ValueError("--seed is of a run, and a base model has none: leave it out")
         fused = FuseOptions(base=str(options.base), task="", method="zero-shot", chat=options.chat)
-        return _Answering(fused, {"modules": [[]]}, {}, 0, options.max_new_tokens or _NEW_TOKENS)
+        return _Answering(fused, [[]], {}, 0, options.max_new_tokens or _NEW_TOKENS)
     if options.chat:
         raise ValueError("a run puts text into the chat template if it was fused so: leave out --chat")
     fused, params, config = load_run(options.run)
@@ -272,4 +274,4 @@ def _answering(options: GenerateOptions) -> _Answering:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
     position = fused.seeds.index(seed)
     of_seed = jax.tree.map(lambda p: p[position], params)
-    return _Answering(fused, config, of_seed, position, options.max_new_tokens or config["max_new_tokens"])
+    return _Answering(fused, config["modules"], of_seed, position, options.max_new_tokens or config["max_new_tokens"])

@@ -90,7 +90,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    loaded = with_modules(load_fused(fused), fused, config)
+    loaded = with_modules(load_fused(fused), fused, config["modules"])
     position = fused.seeds.index(seed)
     of_seed: Params = jax.tree.map(lambda p: p[position], params)
     problem = loaded.problem.replace(index=loaded.problem.index[position])

@@ -16,15 +16,85 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from ..files import write_text
+import msgspec
+
+from ..files import FileError, read_json, read_lines, shown, structured, write_text
 from ..io import processes
+from ..methods import METHODS
+from ..training.seeds import Path as SeedPath
+from .options import FuseOptions
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _PREDICTIONS = "predictions.jsonl"
 _RESULTS = "results.json"
+
+
+class Environment(TypedDict):
+    """Where a run was begun: how its seeds run, dtype, device, number of cores, versions of packages."""
+
+    path: SeedPath
+    dtype: str
+    device: str
+    cores: int
+    versions: dict[str, str]
+
+
+class RunConfig(TypedDict):
+    """What `config.json` holds."""
+
+    options: FuseOptions
+    modules: list[list[str]]  # of each seed
+    task_sha256: str
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    environment: Environment
+
+
+class SeedResults(TypedDict):
+    """Scores of a seed in `results.json`."""
+
+    seed: int
+    exact_match: float
+    loss: float | None
+    steps: int
+    modules: list[str]
+    option_accuracy: NotRequired[float | None]
+    forward_rows: NotRequired[int]
+    backward_rows: NotRequired[int]
+
+
+class Results(TypedDict):
+    """What `results.json` holds."""
+
+    task: str
+    method: str
+    control: NotRequired[str]
+    trainable: int
+    trainable_by_group: dict[str, int]
+    exact_match: float
+    exact_match_std: float | None
+    seeds: list[SeedResults]
+    test_rows: int
+    seconds: dict[str, float]
+    environment: Environment
+
+
+class Prediction(TypedDict):
+    """A line of `predictions.jsonl`."""
+
+    seed: int
+    row: int
+    input: str
+    target: str
+    prediction: str
+    correct: bool
+    option_correct: bool | None
+
+
+class _Step(TypedDict):
+    step: int
 
 
 class RunFolder:
@@ -63,33 +133,58 @@ class RunFolder:
         """Return whether a run was begun here."""
         return (self.folder / _CONFIG).is_file()
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> RunConfig:
         """Return the recorded configuration of the run.
 
         Raises:
-          ValueError: the folder is not a run.
+          FileError: the folder is not a run, or its configuration is damaged or of a newer version.
         """
-        if not self.exists():
-            raise ValueError(f"{self.folder} is not a run: it has no {_CONFIG}")
-        return json.loads((self.folder / _CONFIG).read_text())
+        path = self.folder / _CONFIG
+        config = read_json(path, RunConfig, "a run")
+        if (method := config["options"].method) not in METHODS:
+            fix = "register it first, or restore the file from a copy"
+            raise FileError(
+                path, field="options.method", got=shown(method), wanted=f"one of {', '.join(METHODS)}", fix=fix
+            )
+        if len(config["modules"]) != len(config["options"].seeds):
+            got, wanted = f"of {len(config['modules'])} seeds", f"of {len(config['options'].seeds)}, as in the options"
+            raise FileError(
+                self.folder / _CONFIG, field="modules", got=got, wanted=wanted, fix="restore it from a copy"
+            )
+        return config
 
-    def results(self) -> dict[str, Any] | None:
-        """Return the results, or None if the run is not complete."""
+    def results(self) -> Results | None:
+        """Return the results, or None if the run is not complete.
+
+        Raises:
+          FileError: they are damaged.
+        """
         path = self.folder / _RESULTS
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path, Results, "a complete run", own=False) if path.is_file() else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all lines of the metrics."""
-        path = self.folder / _METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        """Return all lines of the metrics, but for a last one that a killed process left unfinished.
 
-    def predictions(self) -> list[dict[str, Any]]:
-        """Return the model's recorded answers to every row."""
-        return [json.loads(line) for line in (self.folder / _PREDICTIONS).read_text().splitlines()]
+        Raises:
+          FileError: a line is damaged.
+        """
+        path = self.folder / _METRICS
+        rows = read_lines(path, dict[str, int | float | bool | str | None]) if path.is_file() else []
+        for number, row in enumerate(rows, start=1):
+            structured(row, _Step, f"{path}, line {number}", own=False)
+        return rows
+
+    def predictions(self) -> list[Prediction]:
+        """Return the model's recorded answers to every row.
+
+        Raises:
+          FileError: a line is damaged.
+        """
+        return read_lines(self.folder / _PREDICTIONS, Prediction, own=False)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the configuration of the run."""
-        _write(self.folder / _CONFIG, json.dumps(config, indent=1) + "\n")
+        _write(self.folder / _CONFIG, json.dumps(msgspec.to_builtins(config, enc_hook=str), indent=1) + "\n")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write the results, which completes the run; a number that is not finite is null."""
@@ -108,15 +203,9 @@ class RunFolder:
 
     def cut_metrics(self, step: int) -> None:
         """Remove lines after a step, and a line that a killed process left unfinished."""
-        path = self.folder / _METRICS
-        if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        _write(path, "".join(kept))
+        if (self.folder / _METRICS).is_file():
+            kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            _write(self.folder / _METRICS, "".join(kept))
 
 
 def _finite(value: Any) -> Any:

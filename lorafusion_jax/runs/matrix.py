@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import structured
 from ..methods import find
 from ..report import append_rows, done, read_rows
 from .folder import RunFolder
 from .options import FuseOptions
-from .run import options_from_json, options_to_json, run_path, with_targets
+from .run import options_to_json, run_path, with_targets
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile")
@@ -89,7 +90,7 @@ def check_same(was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Pa
       more: settings of a row other than its options.
     """
     fields = {field.name for field in dataclasses.fields(FuseOptions)}
-    before = options_from_json({name: value for name, value in was.items() if name in fields})
+    before = structured({name: value for name, value in was.items() if name in fields}, FuseOptions, where)
     old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
     old, new = old | {name: was.get(name) for name in more}, new | more
     if different := [name for name in new if old[name] != new[name]]:
@@ -115,6 +116,6 @@ def _rows(job: Job, results: Mapping[str, Any], root: Path | None) -> Iterator[d
         scored = all(row["option_correct"] is not None for row in said)
         yield shared | {
             "correct": "".join(str(int(row["correct"])) for row in said),
-            "option_correct": "".join(str(int(row["option_correct"])) for row in said) if scored else None,
+            "option_correct": "".join(str(int(row["option_correct"] or False)) for row in said) if scored else None,
             **{name: value for name, value in seed.items() if name != "modules"},
         }

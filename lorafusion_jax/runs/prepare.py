@@ -339,13 +339,13 @@ def with_whole_modules(loaded: AnyFused, options: FuseOptions) -> AnyFused:
     return loaded.posing(method=method, frozen=frozen)
 
 
-def with_modules(loaded: AnyFused, options: FuseOptions, config: dict[str, Any]) -> AnyFused:
+def with_modules(loaded: AnyFused, options: FuseOptions, of_seeds: Sequence[Sequence[str]]) -> AnyFused:
     """Return the loaded model with the modules that the run fused.
 
     Raises:
       ValueError: the pool no longer has these modules, or the seeds now draw others.
     """
-    wanted = tuple(tuple(modules) for modules in config["modules"])
+    wanted = tuple(map(tuple, of_seeds))
     if options.recipe.choose == "draw" and loaded.modules != wanted:
         raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
     if loaded.modules == wanted:

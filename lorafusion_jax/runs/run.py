@@ -3,17 +3,17 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from .. import __version__
@@ -25,11 +25,10 @@ from ..training.fit import Epoch, fit, start
 from ..training.mesh import make_mesh, on_mesh, to_host
 from ..training.problem import Params
 from ..training.programs import make_room
-from ..training.recipe import Recipe
 from ..training.step import TrainState
 from .evaluate import Evaluation, seed_rows
-from .folder import RunFolder
-from .options import FuseOptions, OnArrays
+from .folder import Environment, RunConfig, RunFolder
+from .options import FuseOptions
 from .prepare import Setup, check, prepare, trainable_count, with_modules, with_whole_modules
 from .ranking import choose_by_gradient
 from .scoring import evaluate_seeds
@@ -51,6 +50,19 @@ class Placed(NamedTuple):
 
     training: Setup
     tested: Callable[[Params], Setup]
+
+
+class _Steps(TypedDict):
+    """Metadata of the trained numbers: steps that each seed took."""
+
+    steps: list[int]
+
+
+class _Reached(TypedDict):
+    """Metadata of a state to go on from."""
+
+    epochs: int
+    step: int
 
 
 # Puts a run on hardware: (digital setup, options, numbers to start from).
@@ -98,7 +110,7 @@ def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
         _note(f"{run.folder} is complete: nothing to resume")
-        return done
+        return dict(done)
     setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
     if options.recipe.choose != "draw":
         setup = _chosen(setup, options, recorded)
@@ -118,15 +130,15 @@ def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
         return _complete(run, placed, options, config, begin)
 
 
-def _chosen(setup: Setup, options: FuseOptions, recorded: dict[str, Any] | None) -> Setup:
+def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
     """Return the setup with the modules of the run that is resumed, else with those of the greatest descent."""
     if recorded is not None:
-        return with_modules(setup, options, recorded)
+        return with_modules(setup, options, recorded["modules"])
     recipe = options.recipe
     in_whole = recipe.basis is not None and recipe.choose == "gradient"
     ranked = with_whole_modules(setup, options) if in_whole else setup
     chosen = choose_by_gradient(ranked, options.seeds, keep=recipe.modules, batch_size=recipe.batch_size)
-    return with_modules(setup, options, {"modules": chosen.modules})
+    return with_modules(setup, options, chosen.modules)
 
 
 def _refuse_begun(run: RunFolder) -> None:
@@ -142,21 +154,21 @@ def run_path(options: FuseOptions) -> Path:
     return Path(options.out) / (options.name or f"{task.stem}-{options.method}")
 
 
-def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], dict[str, Any]]:
+def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
     """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run.
 
     Raises:
-      ValueError: the folder is not a run, or its training has not ended.
+      ValueError: the folder is not a run, a file of it is damaged, or its training has not ended.
     """
     run = RunFolder(folder)
     config = run.config()
-    options = options_from_json(config["options"])
+    options = config["options"]
     if find(options.method).learns == "untrained":
         return options, {}, config
     final = run.checkpoints / "final"
     if not final.is_dir():
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
-    params, _ = checkpoint.load(final)
+    params, _ = checkpoint.load(final, metadata=_Steps)
     return options, jax.tree.map(jnp.asarray, params), config
 
 
@@ -164,7 +176,7 @@ def _complete(
     run: RunFolder,
     placed: Placed,
     options: FuseOptions,
-    config: dict[str, Any],
+    config: RunConfig,
     begin: dict[str, Any] | None,
 ) -> dict[str, Any]:
     began = time.perf_counter()
@@ -206,7 +218,7 @@ def _train(
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds)
     if final.is_dir():
-        params, metadata = checkpoint.load(final)
+        params, metadata = checkpoint.load(final, metadata=_Steps)
         return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
     if method.learns == "given":
         params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
@@ -227,7 +239,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     state, done, step = start(setup.problem, options.seeds, begin), 0, 0
     saved = checkpoint.latest(run.checkpoints)
     if saved is not None:
-        state, metadata = checkpoint.load(saved, state)
+        state, metadata = checkpoint.load(saved, state, metadata=_Reached)
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
         done, step = metadata["epochs"], metadata["step"]
     run.cut_metrics(step)
@@ -347,13 +359,13 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
             }
 
 
-def _config(options: FuseOptions, setup: Setup) -> dict[str, Any]:
+def _config(options: FuseOptions, setup: Setup) -> RunConfig:
     return {
-        "options": options_to_json(options),
+        "options": options,
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
         "max_new_tokens": setup.max_new_tokens,
-        "environment": {"path": setup.problem.path, "dtype": options.dtype, **environment()},
+        "environment": Environment(path=setup.problem.path, dtype=options.dtype, **environment()),
     }
 
 
@@ -368,25 +380,13 @@ def environment() -> dict[str, Any]:
 
 def options_to_json(options: FuseOptions) -> dict[str, Any]:
     """Return the options as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return msgspec.json.decode(msgspec.json.encode(options, enc_hook=str))
 
 
-def options_from_json(values: dict[str, Any]) -> FuseOptions:
-    """Return the options from JSON values; options that were added later have their defaults."""
-    restored: dict[str, Any] = _with_tuples(values) | {"recipe": Recipe(**_with_tuples(values["recipe"]))}
-    restored["arrays"] = OnArrays(**_with_tuples(values.get("arrays", {})))
-    restored |= {name: Path(restored[name]) for name in ("out", "start_from") if restored.get(name)}
-    return FuseOptions(**restored)
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _recorded(run: RunFolder, options: FuseOptions) -> dict[str, Any]:
+def _recorded(run: RunFolder, options: FuseOptions) -> RunConfig:
     """Return the config of the run to resume, if its options are the same."""
     config = run.config()
-    was, now = (_flat(options_to_json(o)) for o in (options_from_json(config["options"]), options))
+    was, now = (_flat(options_to_json(o)) for o in (config["options"], options))
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
     if different:
         changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
@@ -400,7 +400,7 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
     return flat | {name: value for group in groups for name, value in options[group].items()}
 
 
-def _compare_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
     for key in ("modules", "task_sha256"):
         if recorded[key] != now[key]:
             raise ValueError(f"the run cannot be resumed: the {key} are not those it was begun with")

@@ -1,16 +1,18 @@
 """Use of several fused runs at once: `lorafusion evaluate --runs`, `lorafusion generate --runs`."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 from jaxtyping import Int
 
 from ..checks import at_least
+from ..files import decode as decode_json
+from ..files import utf8
 from ..models.generate import GREEDY, Sampling
 from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_options
 from ..tasks import Encoded, Task, answer_options, decode, exact_match, load_task
@@ -72,8 +74,10 @@ def generate_rows(options: GenerateRunsOptions) -> list[str]:
     runs = _read(options.runs)
     names = {spelling: name for name in runs for spelling in (name, str(runs[name].folder))}
     where = options.file or "standard input"
-    text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
-    rows = [_row(line, f"{where}:{i}", names) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    with utf8(where):
+        text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
+        lines = [(f"{where}:{i}", line.encode()) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    rows = [_row(line, place, names) for place, line in lines]
     if not rows:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
     service = Service(list(runs.values()), capacity=len(runs))
@@ -84,18 +88,18 @@ def generate_rows(options: GenerateRunsOptions) -> list[str]:
     return service.generate(texts, asked, **{name: getattr(options, name) for name in how})
 
 
-def _row(line: str, where: str, names: dict[str, str]) -> tuple[str, str | None]:
+def _row(line: bytes, where: str, names: dict[str, str]) -> tuple[str, str | None]:
     """Return the text of a row and the name of the run that answers it."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}): wanted a row such as {_EXAMPLE}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"].strip():
-        raise ValueError(f"{where} has no text as its input: wanted a row such as {_EXAMPLE}")
+    row = decode_json(line, _Row, where, own=False, fix=f"wanted a row such as {_EXAMPLE}")
     run = row.get("run")
     if run is not None and run not in names:
         raise ValueError(f"{where} names the run {run!r}: there are {', '.join(dict.fromkeys(names.values()))}")
     return row["input"], run and names[run]
+
+
+class _Row(TypedDict):
+    input: Annotated[str, msgspec.Meta(pattern=r"\S", description="a text")]
+    run: NotRequired[str | None]
 
 
 class _Asked(NamedTuple):

@@ -10,17 +10,24 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypedDict
 
-from ..files import write_bytes
+import msgspec
+
+from ..files import FileError, read_json, write_bytes
 from .data import Task, as_example
 from .readers import Rows, read_rows
 
-_PARTS = ("example", "zero_shot")  # LoraHub's names of the rows that train and of those that test
-_KEYS: dict[str, type] = {"prefix": list, "sep": str, "example": list, "zero_shot": list}
-_KEYS |= {f"sha256_{part}": str for part in _PARTS}
+_PARTS: tuple[Literal["example", "zero_shot"], ...] = ("example", "zero_shot")  # LoraHub's: train and test
 
-_Entry = dict[str, Any]
+
+class _Entry(TypedDict):
+    prefix: Annotated[list[str], msgspec.Meta(min_length=1, max_length=1, description="a list of one text")]
+    sep: str
+    example: list[Annotated[int, msgspec.Meta(ge=0)]]
+    zero_shot: list[Annotated[int, msgspec.Meta(ge=0)]]
+    sha256_example: str
+    sha256_zero_shot: str
 
 
 def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] | None = None) -> list[Path]:
@@ -73,32 +80,19 @@ def prompt_overlap(task: Task) -> tuple[int, ...]:
 
 def _read_index(index: Path) -> dict[str, _Entry]:
     if not index.is_file():
-        raise ValueError(f"{index} does not exist: wanted the JSON file that lists the rows of LoraHub's split")
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
-        raise ValueError(f"{index} is not JSON: {error}") from error
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{index} is not an index of tasks: wanted {{task: {{{', '.join(_KEYS)}}}}}")
-    for name, entry in entries.items():
-        there = entry if isinstance(entry, dict) else {}
-        wrong = [key for key, kind in _KEYS.items() if not isinstance(there.get(key), kind)]
-        if wrong:
-            raise ValueError(
-                f"{index}, task {name}: {', '.join(wrong)} missing or not of its type: wanted row numbers as lists "
-                f"({', '.join(_PARTS)}), prefix as a list of one text, sep and both sha256 as texts"
-            )
-        if len(entry["prefix"]) != 1 or not isinstance(entry["prefix"][0], str):
-            raise ValueError(f"{index}, task {name}: its prefix is {entry['prefix']}: wanted a list of one text")
+        raise FileError(index, got="no such file", fix="wanted the JSON file that lists the rows of LoraHub's split")
+    entries = read_json(index, dict[str, _Entry], "LoraHub's split", own=False)
+    if not entries:
+        raise FileError(index, got="holds no tasks", fix="it is not LoraHub's index")
     return entries
 
 
-def _file(entry: _Entry, part: str, rows: Rows, source: Path) -> bytes:
+def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: Rows, source: Path) -> bytes:
     """Return the file of one part, if it is LoraHub's."""
     prompt = f"{entry['prefix'][0]}Q: {{input}}{entry['sep']}A:"
     lines = []
     for number in entry[part]:
-        if not isinstance(number, int) or not 0 <= number < len(rows):
+        if number >= len(rows):
             raise ValueError(
                 f"{source.stem}, {part}: the index wants row {number!r} of {source}, which has rows 0 to "
                 f"{len(rows) - 1}: the benchmark's file is cut short, or the index is that of another one"
@@ -108,10 +102,11 @@ def _file(entry: _Entry, part: str, rows: Rows, source: Path) -> bytes:
         lines.append(json.dumps({"context": example.input, "completion": example.target}, ensure_ascii=False))
     content = "\n".join(lines).encode()
     digest = hashlib.sha256(content).hexdigest()
-    if digest != entry[f"sha256_{part}"]:
+    wanted = entry["sha256_example"] if part == "example" else entry["sha256_zero_shot"]
+    if digest != wanted:
         raise ValueError(
             f"{source.stem}, {part}.jsonl: its rows have the sha256 {digest[:12]}..., and LoraHub's have "
-            f"{entry[f'sha256_{part}'][:12]}...: {source} is probably another version of the benchmark's file; "
+            f"{wanted[:12]}...: {source} is probably another version of the benchmark's file; "
             "take that of github.com/suzgunmirac/BIG-Bench-Hard, unchanged"
         )
     return content

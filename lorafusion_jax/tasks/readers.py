@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import is_lfs_pointer
+from ..files import FileError, check_lfs
 
 Row = Any  # what JSON gives: checked where rows become examples
 Rows = list[tuple[str, Row]]  # each with the place it came from, for messages
@@ -72,8 +72,7 @@ def _file_rows(path: Path) -> Rows:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if is_lfs_pointer(path):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+    check_lfs(path)
     return _some(readers[path.suffix](text, path), path)
 
 
@@ -105,11 +104,17 @@ def _first_of_each_input(rows: Rows) -> Rows:
 
 
 def _parse(text: str, path: Path, line: int = 1) -> Row:
+    # Python's reader gives the line of an error, but lets half characters pass, which no text can hold.
     try:
-        return json.loads(text)
+        row = json.loads(text)
+        if "\\u" in text:
+            json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise ValueError(f"{path}, line {line} is not JSON: {error.msg} at column {error.colno}") from error
+        got = f"not JSON: {error.msg} at column {error.colno}"
+        raise FileError(f"{path}, line {line + error.lineno - 1}", got=got, fix="fix the line") from error
+    except (ValueError, RecursionError) as error:  # also of integers of thousands of digits
+        raise FileError(f"{path}, line {line}", got=f"not JSON: {error}", fix="fix the line") from error
+    return row
 
 
 def _dataset_rows(source: str) -> dict[str, Rows]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -86,7 +86,7 @@ def encode(
         return encoded
 
     def ids(texts: list[str]) -> tuple[np.ndarray, ...]:
-        rows = tokenizer(texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
+        rows = _tokens(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
         for row, text in zip(rows, texts, strict=True):
             if not row:
                 raise ValueError(_NO_TOKENS.format(text=text))
@@ -144,7 +144,7 @@ def _continued(
     for (prompt, whole), start, ids in zip(texts, prompts, wholes, strict=True):
         answer = ids[len(start) :]
         if ids[: len(start)] != start:
-            answer = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+            answer = _tokens(tokenizer, whole[len(prompt) :], add_special_tokens=False)["input_ids"]
         for text, tokens in ((prompt, start), (whole[len(prompt) :], answer)):
             if text and not tokens:
                 raise ValueError(_NO_TOKENS.format(text=text))
@@ -193,13 +193,23 @@ def _chat(
         raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
 
 
+def _tokens(tokenizer: "transformers.PreTrainedTokenizerBase", texts: str | list[str], **how: Any) -> Any:
+    try:
+        return tokenizer(texts, **how)
+    except Exception as error:  # tokenizers raises a bare Exception, such as for a missing unknown token
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} rejects a text ({error}): give a base with a sound tokenizer"
+        ) from error
+
+
 def _open_ended(
     tokenizer: "transformers.PreTrainedTokenizerBase", texts: list[str], *, special: bool
 ) -> list[list[int]]:
     """Return the tokens of texts that go on: with those that the tokenizer begins a text with, without its ends."""
     if not texts:
         return []
-    found = tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+    how = {"add_special_tokens": special, "return_special_tokens_mask": True, "verbose": False}
+    found = _tokens(tokenizer, texts, **how)
     rows = []
     for row, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
         length = len(row)

@@ -22,6 +22,7 @@ from lorafusion_jax.crossbar import (
     calibrated,
     config_hash,
     load_chip,
+    load_config,
     matmul,
     probe,
     program,
@@ -192,3 +193,40 @@ def test_settings_that_only_warn_do_not_refuse_a_saved_chip(tmp_path):
     assert config_hash(quieter) == config_hash(config)
     save_chip(program(jnp.ones((6, 5)), config, _KEY), tmp_path / "chip.npz")
     assert load_chip(tmp_path / "chip.npz", quieter).config == quieter
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a: &a [1]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 20}]\n" for a, b in ("ab", "bc", "cd", "de")),
+            "over 100,000",
+        ),
+        ("cell: &a [*a]", "tables over 20 deep"),
+        ("cell: " + "[" * 400 + "]" * 400, "tables over 20 deep"),
+        ("x: !!timestamp soon", "is not a YAML file"),
+        ("x: !!python/object/apply:os.getcwd []", "is not a YAML file"),
+        ("#" * (1 << 20) + "\n", "has 1,048,577 bytes: wanted at most 1,048,576"),
+    ],
+)
+def test_a_configuration_that_asks_for_more_than_its_size(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x.yaml .*{message}"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_arrays_are_as_large_as_their_bytes(tmp_path):
+    path = tmp_path / "chip.npz"
+    np.savez_compressed(path, codes=np.zeros(10**6))
+    with pytest.raises(ValueError, match=rf"^{path}: codes is compressed"):
+        load_chip(path)
+    np.savez(path, codes=np.zeros(8))
+    path.write_bytes(path.read_bytes().replace(b"(8,), }  ", b"(8888,),}"))
+    with pytest.raises(ValueError, match=f"^{path} is damaged .*CRC"):
+        load_chip(path)
+    np.savez(path, codes=np.array([None]))
+    with pytest.raises(ValueError, match=rf"^{path}: codes is not object\[1\]"):
+        load_chip(path)
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"^{path} is damaged"):
+        load_chip(path)

@@ -107,7 +107,7 @@ def test_another_tree_is_refused(saved, change, message):
 
 
 def test_a_folder_without_or_with_a_broken_manifest(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"is not a complete checkpoint: it has no manifest\.json"):
+    with pytest.raises(ValueError, match=r": not a complete checkpoint: it has no manifest\.json"):
         checkpoint.load(tmp_path)
     (saved / "manifest.json").write_text('{"metadata": ')
     with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):

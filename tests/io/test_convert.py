@@ -361,13 +361,15 @@ def _edit_manifest(folder, change, *, sign):
     [
         (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1), "encoder.self.q has ranks .1, 2, 2. in the"),
         (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8), "encoder.self.q has ranks .8, 2, 2. in the"),
-        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1), "has ranks .-1, 2, 2. in the manifest"),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1),
+            r"rank\[0\] is -1: wanted an integer from 0 to",
+        ),
         (lambda e: e["sites"]["encoder.self.q"]["rank"].append(2), "has ranks .2, 2, 2, 2. in the manifest"),
         (
             lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, 99.0),
             "scalings are not those of adapter_co",
         ),
-        (lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, float("nan")), "scalings are not those of"),
         (lambda e: e["sites"].pop("encoder.self.q"), "the manifest lists other sites than its arrays are of"),
         (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no keys.json"),
         (lambda e: e["files"].pop("arrays/_CHECKPOINT_METADATA"), "METADATA: the manifest does not list this file"),
@@ -490,7 +492,7 @@ def test_a_damaged_pool(base, adapter, tmp_path):
     (folder / "adapters/0001/keys.json").unlink()
     with pytest.raises(ValueError, match=r"0001/keys\.json: no such file, though the manifest lists it"):
         load_pool(folder)
-    with pytest.raises(ValueError, match=r"is not a converted pool: it has no manifest\.json"):
+    with pytest.raises(ValueError, match=r": not a converted pool: it has no manifest\.json"):
         load_pool(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no adapters: it is not the manifest of a converted pool"):

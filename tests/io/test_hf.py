@@ -322,10 +322,10 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
         ({"model_type": ...}, "model_type is None"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu': wanted 'relu' or 'gated-gelu'"),
         ({"d_kv": ...}, "d_kv is missing: wanted an integer"),
-        ({"num_heads": "two"}, "num_heads is two: wanted an integer"),
+        ({"num_heads": "two"}, "num_heads is 'two': wanted an integer"),
         ({"d_ff": -1}, "d_ff is -1: wanted an integer from 1 to 10,000,000"),
         ({"d_ff": True}, "d_ff is True: wanted an integer"),
-        ({"vocab_size": 10**400}, "vocab_size is 10{99}: wanted an integer"),
+        ({"vocab_size": 10**400}, r"vocab_size is 10{50,}.*: wanted an integer"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path, fields, message):
@@ -374,7 +374,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_name(base, name, chan
         load_base(base)
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", 5, None, ["x"]])
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", "x" * 256, "\0"])
 def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     folder = _lay_out(base, tmp_path / "shards", "sharded safetensors")
     shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")
@@ -385,12 +385,12 @@ def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     with pytest.raises(ValueError, match=f"^{folder}: .* is not a file inside this folder: refused"):
         load_base(folder)
     index.write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json: weight_map is missing: wanted an object"):
         load_base(folder)
 
 
 def test_files_that_are_missing_or_damaged(base, tmp_path):
-    with pytest.raises(ValueError, match=r"is not a Hugging Face model: it has no config\.json"):
+    with pytest.raises(ValueError, match=r": not a Hugging Face model: it has no config\.json"):
         read_config(tmp_path)
     with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
         load_base(tmp_path / "no" / "such" / "folder")

@@ -365,7 +365,7 @@ def test_fields_that_are_off_do_not_refuse(write, fields):
     ("text", "message"),
     [
         ("{", r"adapter_config\.json: not JSON \(.*\): fetch the file again"),
-        ("[1]", r"adapter_config\.json: holds a list: wanted the fields of PEFT's LoraConfig"),
+        ("[1]", r"adapter_config\.json: holds a list, not an object"),
         ("", r"adapter_config\.json: the file is empty"),
         ('{"a":' + "[" * 100_000, r"adapter_config\.json: not JSON \(.*recursion"),
         (
@@ -569,6 +569,13 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(path="model.layers.0.self_attn.v_proj")
     _refused(write(llama), "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'")
     _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
+
+
+def test_a_classifier_is_not_blamed_on_the_base(write):
+    tensors = _factors(path="transformer.encoder.block.0.layer.0.SelfAttention.q")
+    with pytest.raises(AdapterError, match="task_type SEQ_CLS names a model with a head of its own: retrain") as caught:
+        read_adapter(write(tensors, task_type="SEQ_CLS"), shapes=_SHAPES)
+    assert "wrong base" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

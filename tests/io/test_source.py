@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax.files import check_lfs
 from lorafusion_jax.io import safetensors as safetensors_map
 from lorafusion_jax.io import source
 
@@ -90,9 +91,9 @@ def test_lfs_pointer_and_sha256(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(_POINTER)
     with pytest.raises(ValueError, match=r"x\.json: this is a Git LFS pointer.*fetch the file.*git lfs pull"):
-        source.check_lfs(path)
+        check_lfs(path)
     path.write_bytes(b"content" * 100_000)
-    source.check_lfs(path)
+    check_lfs(path)
     assert source.sha256(path) == hashlib.sha256(b"content" * 100_000).hexdigest()
     path.write_bytes(b"")
     assert source.sha256(path) == hashlib.sha256().hexdigest()

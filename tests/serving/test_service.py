@@ -53,7 +53,9 @@ def write(small, tmp_path_factory):
         values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "seeds": seeds}
         options = FuseOptions(**(values | {"test_rows": 6, "train_rows": 20} | changes), recipe=recipe)
         drawn = [draw_modules(names, 2, seed) if find(options.method).pool else () for seed in seeds]
-        config = {"options": options_to_json(options), "modules": drawn, "max_new_tokens": recipe.max_new_tokens}
+        environment = {"path": "map", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
+        config = {"options": options_to_json(options), "modules": drawn, "max_new_tokens": recipe.max_new_tokens or 8}
+        config |= {"task_sha256": "", "environment": environment}
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         RunFolder(folder).write_config(config)
@@ -264,9 +266,9 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     ("row", "message"),
     [
         ({"run": "nobody", "input": "a"}, "rows.jsonl:1 names the run 'nobody': there are fused, mixed, scaled"),
-        ({"run": "fused"}, "rows.jsonl:1 has no text as its input: wanted a row such as"),
-        ({"run": "fused", "input": " "}, "rows.jsonl:1 has no text as its input"),
-        ([], "rows.jsonl:1 has no text as its input"),
+        ({"run": "fused"}, "rows.jsonl:1: input is missing: wanted a text; wanted a row such as"),
+        ({"run": "fused", "input": " "}, "rows.jsonl:1: input is ' ': wanted a text; wanted a row such as"),
+        ([], "rows.jsonl:1: holds a list, not an object: wanted a row such as"),
     ],
 )
 def test_a_row_that_cannot_be_answered_is_named(row, message, runs, tmp_path):
@@ -277,7 +279,7 @@ def test_a_row_that_cannot_be_answered_is_named(row, message, runs, tmp_path):
 
 def test_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("not JSON"))
-    with pytest.raises(ValueError, match="standard input:1 is not JSON"):
+    with pytest.raises(ValueError, match="standard input:1: not JSON"):
         generate_rows(GenerateRunsOptions(runs=(runs["mixed"],)))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="empty holds no rows: give a line for each answer"):

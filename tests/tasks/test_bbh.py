@@ -127,25 +127,22 @@ def _lacking(key):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", r"index\.json is not JSON: Expecting property name"),
-        (
-            "[]",
-            r"index\.json is not an index of tasks: wanted \{task: \{prefix, sep, example, zero_shot, sha256_example",
-        ),
-        ({}, r"index\.json is not an index of tasks"),
-        ({"counting": [1]}, r"task counting: prefix, sep, example, zero_shot, .* missing or not of its type"),
-        (_lacking("sep"), r"task counting: sep missing or not of its type: wanted row numbers as lists"),
-        (_lacking("sha256_example"), r"task counting: sha256_example missing"),
-        ({"counting": _entry() | {"example": "4"}}, r"task counting: example missing or not of its type"),
-        ({"counting": _entry(prefix=[])}, r"task counting: its prefix is \[\]: wanted a list of one text"),
-        ({"counting": _entry(prefix=["a", "b"])}, r"its prefix is \['a', 'b'\]: wanted a list of one text"),
+        ("{", r"index\.json: not JSON \(.*\): restore it from a copy"),
+        ("[]", r"index\.json: holds a list, not an object"),
+        ({}, r"index\.json: holds no tasks"),
+        ({"counting": [1]}, r"index\.json: counting is \[1\]: wanted an object"),
+        (_lacking("sep"), r"counting\.sep is missing: wanted a text"),
+        (_lacking("sha256_example"), r"counting\.sha256_example is missing"),
+        ({"counting": _entry() | {"example": "4"}}, r"counting\.example is '4': wanted a list"),
+        ({"counting": _entry(prefix=[])}, r"counting\.prefix is \[\]: wanted a list of one text"),
+        ({"counting": _entry(prefix=["a", "b"])}, r"prefix is \['a', 'b'\]: wanted a list of one text"),
         (
             {"counting": _entry(example=[0, 6])},
             r"counting, example: the index wants row 6 of .*counting\.json, which has rows 0 to 5: the benchmark's "
             r"file is cut short, or the index is that of another one",
         ),
-        ({"counting": _entry(zero_shot=[-1])}, r"counting, zero_shot: the index wants row -1"),
-        ({"counting": _entry() | {"zero_shot": ["1"]}}, r"counting, zero_shot: the index wants row '1'"),
+        ({"counting": _entry(zero_shot=[-1])}, r"counting\.zero_shot\[0\] is -1: wanted an integer of 0 or more"),
+        ({"counting": _entry() | {"zero_shot": ["1"]}}, r"counting\.zero_shot\[0\] is '1': wanted an integer"),
         ({"lost": _entry()}, r"lost\.json does not exist: give the folder bbh of github\.com/suzgunmirac/"),
     ],
 )
@@ -178,7 +175,7 @@ def test_unknown_task(write):
 
 
 def test_missing_index(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.json does not exist: wanted the JSON file that lists the rows"):
+    with pytest.raises(ValueError, match=r"no\.json: no such file: wanted the JSON file that lists the rows"):
         write_lorahub_split(tmp_path, tmp_path / "no.json", tmp_path)
 
 

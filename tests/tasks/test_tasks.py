@@ -262,9 +262,15 @@ def test_hub_id_with_config(monkeypatch):
         (
             "test.jsonl",
             '{"input": "a", "target": "b"}\n{"input": "a"; "target": "b"}',
-            r"test\.jsonl, line 2 is not JSON: Expecting ',' delimiter at column 14",
+            r"test\.jsonl, line 2: not JSON: Expecting ',' delimiter at column 14",
         ),
-        ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2 is not JSON: Expecting value"),
+        (
+            "test.jsonl",
+            '{"input": "\\ud800", "target": "b"}',
+            r"test\.jsonl, line 1: not JSON: .*surrogates not allowed",
+        ),
+        ("bbh.json", '{"examples": ' + "[" * 5000, r"bbh\.json, line 1: not JSON: .*recursion"),
+        ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2: not JSON: Expecting value"),
         ("list.json", "[]", r"list\.json is empty"),
         (
             "list.json",
@@ -285,9 +291,9 @@ def test_hub_id_with_config(monkeypatch):
         (
             "test.jsonl",
             _LFS,
-            r"test\.jsonl is a Git LFS pointer, not the file itself: fetch it with git lfs pull",
+            r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull",
         ),
-        ("bbh.json", _LFS, r"bbh\.json is a Git LFS pointer"),
+        ("bbh.json", _LFS, r"bbh\.json: this is a Git LFS pointer"),
         ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor \.json: wanted one of these"),
     ],
 )

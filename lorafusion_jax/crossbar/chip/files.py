@@ -1,7 +1,10 @@
 """Chips on disk: one .npz file with the arrays, the configuration and its hash."""
 
 import dataclasses
+import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,9 @@ _ARRAYS = (
     *("codes", "scale", "cells", "columns", "units", "variance", "occupied", "flipped"),
     *("gain", "offset", "limits", "input_limit", "pulses"),
 )
+# What zipfile, NumPy's headers, JSON of another layout and impossible numbers raise.
+_DAMAGED = (zipfile.BadZipFile, OSError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
+_DAMAGED += (RecursionError, NotImplementedError)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
@@ -57,14 +63,23 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
         earlier version wrote the file or if the configuration holds arrays or functions.
 
     Raises:
-      ValueError: the file does not hold a chip, the chip has another configuration, or an earlier version made it with
-        an error.
+      ValueError: the file does not hold a chip or is damaged, the chip has another configuration, or an earlier
+        version made it with an error.
     """
-    with np.load(path) as file:
-        if _META not in file:
-            raise ValueError(f"{path} does not hold programmed arrays: give a file that save_chip wrote")
-        meta = json.loads(str(file[_META]))
-        stored = {name: jnp.asarray(file[name]) for name in file.files if name != _META}
+    try:
+        return _load(Path(path), config)
+    except FileNotFoundError:
+        raise
+    except _DAMAGED as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): program the weights again") from error
+
+
+def _load(path: Path, config: CrossbarConfig | None) -> Chip:
+    arrays = _arrays(path)
+    if _META not in arrays:
+        raise ValueError(f"{path} does not hold programmed arrays: give a file that save_chip wrote")
+    meta = json.loads(str(arrays.pop(_META)))
+    stored = {name: jnp.asarray(array) for name, array in arrays.items()}
     if config is None:
         if meta.get("fields") is None:
             raise ValueError(f"{path} does not hold its configuration: give the one that it was programmed with")
@@ -93,6 +108,27 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file, none of which is larger than its bytes in the file."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise ValueError(
+                    f"{path}: {name} is compressed, unlike what save_chip writes: program the weights again"
+                )
+            content = io.BytesIO(archive.read(entry))
+            version = np.lib.format.read_magic(content)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, columns_first, dtype = read(content)
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - content.tell():
+                raise ValueError(f"{path}: {name} is not {dtype}{list(shape)}, as it says: program the weights again")
+            array = np.frombuffer(content.getbuffer()[content.tell() :], dtype)
+            found[name] = array.reshape(shape, order="F" if columns_first else "C")
+    return found
 
 
 def _shared_config(chip: Chip) -> CrossbarConfig:

@@ -36,6 +36,7 @@ from ..devices.write_error import (
 )
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig
+from .tables import kind_of, read_table, shown
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
@@ -44,6 +45,7 @@ _MODELS: dict[str, tuple[type, ...]] = {
     "iv": (Sinh,),
 }
 _LATER = {"adc": ("noise", "retries"), "dac": ("quantile", "clip_share", "rounding")}
+_WHAT = "a configuration is"
 _UNIONS = (typing.Union, types.UnionType)
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "programming": {
@@ -65,7 +67,7 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
       ValueError: the suffix is another one, or a device model is a function, which a file cannot hold.
     """
     path = Path(path)
-    kind = _kind(path)
+    kind = kind_of(path, _WHAT)
     fields = _plain(config, "", _refuse)
     if kind == "json":
         text = json.dumps(fields, indent=2) + "\n"
@@ -87,14 +89,10 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
     path = Path(name_or_path)
     if path.suffix == "" and not path.exists():
         raise ValueError(f"no preset {str(path)!r}: choose one of {', '.join(PRESETS)}, or give a .yaml or .json file")
-    kind = _kind(path)
+    kind = kind_of(path, _WHAT)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; presets are {', '.join(PRESETS)}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        fields = json.loads(text) if kind == "json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a {kind.upper()} file: {error}") from error
+    fields = read_table(path, kind)
     try:
         return _build(CrossbarConfig, {} if fields is None else fields, "")
     except ValueError as error:
@@ -125,13 +123,6 @@ def _hash(config: CrossbarConfig) -> str:
                 del fields[part][name]
     same = json.loads(json.dumps(fields), parse_int=float)  # 1 and 1.0 are equal
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-
-
-def _kind(path: Path) -> str:
-    kinds = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
-    if path.suffix not in kinds:
-        raise ValueError(f"{path}: a configuration is a file ending in {', '.join(kinds)}")
-    return kinds[path.suffix]
 
 
 def to_json(config: CrossbarConfig) -> str | None:
@@ -193,7 +184,7 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     """Return an object of a class from a table of its fields."""
     names = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(fields, dict):
-        raise ValueError(f"{where or 'the file'} is {fields!r}: give a table with any of {', '.join(names)}")
+        raise ValueError(f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}")
     for name in fields:
         if name not in names:
             raise ValueError(f"{_within(where, name)} is unknown: choose from {', '.join(names)}")
@@ -228,7 +219,7 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
             return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)
     yaml_wants = f"; YAML takes {value} for a text: write a number like 1.0e-3" if is_number else ""
-    raise ValueError(f"{where} = {value!r}: give {' or '.join(map(_described, options))}{yaml_wants}")
+    raise ValueError(f"{where} = {shown(value)}: give {' or '.join(map(_described, options))}{yaml_wants}")
 
 
 def _model(name: str, value: Any, where: str) -> Any:
@@ -240,7 +231,7 @@ def _model(name: str, value: Any, where: str) -> Any:
     if isinstance(value, dict) and value.get("model") in classes:
         return _build(classes[value["model"]], {k: v for k, v in value.items() if k != "model"}, where)
     choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
-    raise ValueError(f"{where} = {value!r}: choose from {choices}")
+    raise ValueError(f"{where} = {shown(value)}: choose from {choices}")
 
 
 def _tuple(value: Any) -> Any:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import yaml
 
+from ..config.tables import kind_of, read_table, shown
 from .ranges import Range
 
 Level = Literal["low", "typical", "high"]
 
 _SI = {"fJ": 1e-15, "pJ": 1e-12, "ns": 1e-9, "us": 1e-6, "1": 1.0}
+_WHAT = "constants are"
 _FIELDS = ("unit", "low", "typical", "high", "source")
 
 
@@ -165,8 +167,8 @@ CONSTANTS = Constants(
 
 def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
     """Write a table to a `.yaml`, `.yml` or `.json` file, which can be edited and read by `load_constants`."""
-    write = json.dumps if _kind(path) == "json" else yaml.safe_dump
-    layout: dict[str, Any] = {"indent": 2} if _kind(path) == "json" else {"sort_keys": False, "width": 120}
+    write = json.dumps if kind_of(path, _WHAT) == "json" else yaml.safe_dump
+    layout: dict[str, Any] = {"indent": 2} if kind_of(path, _WHAT) == "json" else {"sort_keys": False, "width": 120}
     table = {name: {field: getattr(c, field) for field in _FIELDS} for name, c in constants.table.items()}
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,15 +183,12 @@ def load_constants(path: Path) -> Constants:
       ValueError: the file is missing or cannot be read, a constant is missing or unknown or has another unit, a value
         is not a positive number, or values do not rise. The message has the constant's name and what was wanted.
     """
-    kind = _kind(path)
+    kind = kind_of(path, _WHAT)
     if not path.is_file():
         raise ValueError(f"{path}: no such file of constants")
-    try:
-        found = (json.loads if kind == "json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a {kind.upper()} file: {error}") from error
+    found = read_table(path, kind)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {found!r}: wanted a table of constants by name")
+        raise ValueError(f"{path} holds {shown(found)}: wanted a table of constants by name")
     if missing := [name for name in CONSTANTS.table if name not in found]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: wanted every one of {', '.join(CONSTANTS.table)}")
     if unknown := [str(name) for name in found if name not in CONSTANTS.table]:
@@ -201,26 +200,19 @@ def load_constants(path: Path) -> Constants:
 
 def _constant(fields: Any, name: str, default: Constant, path: Path) -> Constant:
     if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
-        raise ValueError(f"{path}: {name} is {fields!r}: wanted a table of exactly {', '.join(_FIELDS)}")
+        raise ValueError(f"{path}: {name} is {shown(fields)}: wanted a table of exactly {', '.join(_FIELDS)}")
     if str(fields["unit"]) != default.unit:
-        raise ValueError(f"{path}: {name} is in {fields['unit']!r}: wanted {default.unit!r}")
+        raise ValueError(f"{path}: {name} is in {shown(fields['unit'])}: wanted {default.unit!r}")
     values = [fields[level] for level in ("low", "typical", "high")]
     for value in values:
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             hint = "; YAML takes 1e4 for a text: write 1.0e+4" if isinstance(value, str) else ""
-            raise ValueError(f"{path}: {name} has the value {value!r}: wanted a positive number{hint}")
+            raise ValueError(f"{path}: {name} has the value {shown(value)}: wanted a positive number{hint}")
     if values != sorted(values):
         raise ValueError(f"{path}: {name} is {values}: wanted low <= typical <= high")
     if not isinstance(fields["source"], str) or not fields["source"].strip():
         raise ValueError(
-            f"{path}: {name} has the source {fields['source']!r}: wanted a text that says where it is from"
+            f"{path}: {name} has the source {shown(fields['source'])}: wanted a text that says where it is from"
         )
     low, typical, high = map(float, values)
     return dataclasses.replace(default, low=low, typical=typical, high=high, source=fields["source"])
-
-
-def _kind(path: Path) -> str:
-    kinds = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
-    if path.suffix not in kinds:
-        raise ValueError(f"{path}: constants are a file ending in {', '.join(kinds)}")
-    return kinds[path.suffix]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...files import FileError, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..checkpoint import new_folder
@@ -95,7 +96,7 @@ def _read(
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> PeftAdapter:
     folder = resolve(source, patterns=(_CONFIG, _SAFETENSORS, _BIN))
-    config_text, config = _read_config(folder)
+    config_text, config = read_config_file(folder)
     notes = list(check_config(config, where=str(folder / _CONFIG), compare_saved=base_tensor is not None))
     weights = _weights_file(folder, notes)
     where = str(weights)
@@ -162,7 +163,13 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
         save_file(arrays, partial / _SAFETENSORS, metadata={"format": "pt"})
 
 
-def _read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
+def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes and the content of a folder's adapter_config.json.
+
+    Raises:
+        AdapterError: There is none, or it is too large.
+        FileError: It is not a JSON object.
+    """
     path = folder / _CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} has no {_CONFIG}: wanted the folder that PEFT's save_pretrained wrote")
@@ -170,13 +177,12 @@ def _read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
     if len(data) > _MAX_CONFIG:
         raise AdapterError(f"{path}: has {len(data):,} bytes: wanted at most {_MAX_CONFIG:,}")
     text = bytes(data)
+    fix = "fetch the file again"
     try:
-        config = json.loads(text)
+        content = json.loads(text)  # PEFT writes NaN and infinity, which JSON does not have
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not JSON ({error}): fetch the file again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: holds a {type(config).__name__}: wanted the fields of PEFT's LoraConfig")
-    return text, config
+        raise FileError(path, got=f"not JSON ({error})", fix=fix) from None
+    return text, structured(content, dict[str, Any], path, own=False, fix=fix)
 
 
 def _weights_file(folder: Path, notes: list[str]) -> Path:

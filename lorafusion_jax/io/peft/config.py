@@ -6,12 +6,12 @@ low-rank update can and are therefore refused.
 """
 
 import math
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ...files import shown
 from .patterns import Pattern, PatternError, Steps, Text
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
@@ -47,17 +47,8 @@ _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
 
-_SPELL = reprlib.Repr()
-_SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxother = 3, 120, 120
-
-
 class AdapterError(ValueError):
     """An adapter cannot be used. The message names the file and key, what came, what was wanted and how to fix it."""
-
-
-def shown(value: Any) -> str:
-    """Return the text of a value of a file for a message, shortened because files may nest lists very deeply."""
-    return _SPELL.repr(value)
 
 
 def some(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ _OTHER_TENSORS = {
 MAGNITUDE = "lora_magnitude_vector"
 # The longest name in known models has 90 characters, with all wrappers 150.
 _MAX_NAME, _MAX_TENSORS = 400, 100_000
+_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
 
 # The tensors of one module: {lora_A, lora_B or lora_magnitude_vector: (key, array)}.
@@ -159,7 +160,7 @@ def _reason_to_ignore(
         base = base_tensor(name)
     except KeyError:
         task = config.get("task_type")
-        head = f" (task_type {task} trains a head of its own)" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
+        head = f" (task_type {task} trains a head of its own)" if task in _HEADS else ""
         raise AdapterError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
     with np.errstate(over="ignore", invalid="ignore"):
         same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
@@ -227,10 +228,10 @@ def _check_shapes(
         if theirs and ours and theirs is not ours:
             got += f", a module of {theirs.members}, and the base is one of {ours.members}"
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
-    raise AdapterError(
-        f"{where}: {wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; "
-        f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
-    )
+    fix = f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
+    if (task := config.get("task_type")) in _HEADS:
+        wrong_base, fix = "", f"task_type {task} names a model with a head of its own: retrain it as a language model"
+    raise AdapterError(f"{where}: {wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; {fix}")
 
 
 def _d_in_d_out(part: Part) -> tuple[int, int]:

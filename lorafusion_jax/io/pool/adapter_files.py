@@ -1,25 +1,41 @@
 """One adapter of a converted pool: its entry in the manifest, and its folder of arrays and PEFT's configuration."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
-from ...models.architecture import Architecture, Site
-from ..checkpoint import read_arrays, read_json, write_arrays, write_json
-from ..peft.adapter import AdapterError, PeftAdapter
-from ..peft.config import scalings
+from ...files import FileError, read_json, shown
+from ...models.architecture import Architecture
+from ..checkpoint import Record, read_arrays, write_arrays, write_json
+from ..peft.adapter import AdapterError, PeftAdapter, read_config_file
+from ..peft.config import check_config, scalings
 from ..source import inside, sha256
-from .stack import check_finite, located, pool_values, rank_table
+from .stack import Ranks, check_finite, located, pool_values, rank_table
 
 _CONFIG = "adapter_config.json"
 _KEYS = "keys.json"
 # In the tree of arrays next to the sites: tensors of the source that are not applied, for an exact re-save.
 _KEPT = "kept"
+_AGAIN = "restore it from a copy, or convert the adapters again"
 
 _Tree = dict[str, dict[str, np.ndarray]]
+
+
+class Entry(Record):
+    """An adapter in the manifest of a pool."""
+
+    name: str
+    source: str
+    sha256: str  # of its weights
+    dtype: str
+    parameters: int
+    dora: bool
+    sites: Annotated[Ranks, msgspec.Meta(min_length=1)]
+    notes: list[str]
+    folder: str
 
 
 def describe(adapter: PeftAdapter, config: Architecture) -> tuple[dict[str, Any], _Tree]:
@@ -46,7 +62,7 @@ def describe(adapter: PeftAdapter, config: Architecture) -> tuple[dict[str, Any]
     return entry, _by_site(adapter, config)
 
 
-def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) -> dict[str, Any]:
+def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) -> Record:
     """Write an adapter into a new folder of a pool and return the record of its arrays and files."""
     folder.mkdir(parents=True)
     record = write_arrays(folder, tree)
@@ -56,21 +72,41 @@ def save_adapter(folder: Path, adapter: PeftAdapter, tree: Mapping[str, Any]) ->
     return record
 
 
-def load_adapter(pool: Path, entry: Mapping[str, Any], base: Architecture) -> PeftAdapter:
-    """Read an adapter of a pool by its entry in the manifest.
+def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:
+    """Raise a FileError where an entry of the manifest contradicts itself or the base, before anything is allocated."""
+    folder = inside(pool, entry["folder"])
+    recorded: dict[str, dict[str, str]] = {}
+    for path, text in entry["arrays"].items():
+        site, _, name = path.partition("/")
+        recorded.setdefault(site, {})[name] = text[text.find("[") :]
+    if recorded.keys() - {_KEPT} != entry["sites"].keys() or entry["sites"].keys() - base.sites.keys():
+        got = "the manifest lists other sites than its arrays are of, or than its base has"
+        raise FileError(folder, got=got, fix="convert the adapters again")
+    for name, row in entry["sites"].items():
+        site, ranks = base.sites[name], row["rank"]
+        r = max(ranks, default=0)
+        wanted = {"A": [site.layers, r, site.d_in], "B": [site.layers, site.d_out, r]}
+        if entry["dora"]:
+            wanted["magnitude"] = [site.layers, site.d_out]
+        fits = recorded[name] == {part: str(shape) for part, shape in wanted.items()}
+        if not fits or len(ranks) != site.layers or len(row["scaling"]) != site.layers:
+            raise _other_ranks(folder, name, ranks)
+
+
+def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
+    """Read an adapter of a pool by its entry in the manifest, which `check_entry` has checked.
 
     Raises:
       ValueError: a file is missing or damaged, or the entry is not of its arrays or its configuration.
     """
     folder = inside(pool, entry["folder"])
     if missing := {_CONFIG, _KEYS} - entry["files"].keys():
-        raise ValueError(
-            f"{folder}: the manifest lists no {' and no '.join(sorted(missing))}: convert the adapters again"
-        )
+        got = f"the manifest lists no {' and no '.join(sorted(missing))}"
+        raise FileError(folder, got=got, fix="convert the adapters again")
     tree = read_arrays(folder, entry)
-    _check_arrays(folder, entry, tree, base.sites)
-    text = (folder / _CONFIG).read_bytes()
-    config = json.loads(text)
+    _check_padding(folder, entry, tree)
+    text, config = read_config_file(folder)
+    check_config(config, where=str(folder / _CONFIG), compare_saved=True)
     factors, scaling, magnitude = {}, {}, {}
     for site, row in entry["sites"].items():
         for layer, (rank, scale) in enumerate(zip(row["rank"], row["scaling"], strict=True)):
@@ -82,10 +118,10 @@ def load_adapter(pool: Path, entry: Mapping[str, Any], base: Architecture) -> Pe
                     magnitude[path] = tree[site]["magnitude"][layer]
     ranks = {path: len(a) for path, (a, _) in factors.items()}
     if scaling != scalings(config, ranks, where=str(folder))[0]:
-        raise ValueError(
-            f"{folder}: the manifest's scalings are not those of {_CONFIG}: restore it from a copy, "
-            "or convert the adapters again"
-        )
+        raise FileError(folder, got=f"the manifest's scalings are not those of {_CONFIG}", fix=_AGAIN)
+    keys = read_json(folder / _KEYS, dict[str, tuple[str, ...]], "an adapter of a pool")
+    if {path: len(names) for path, names in keys.items()} != dict.fromkeys(factors, 3 if entry["dora"] else 2):
+        raise FileError(folder / _KEYS, got="other names than of the adapter's tensors", fix=_AGAIN)
     return PeftAdapter(
         name=entry["name"],
         source=entry["source"],
@@ -95,7 +131,7 @@ def load_adapter(pool: Path, entry: Mapping[str, Any], base: Architecture) -> Pe
         factors=factors,
         scaling=scaling,
         magnitude=magnitude if entry["dora"] else None,
-        keys={path: tuple(keys) for path, keys in read_json(folder / _KEYS, "an adapter of a pool").items()},
+        keys=keys,
         kept=tree.get(_KEPT, {}),
         notes=tuple(entry["notes"]),
     )
@@ -137,27 +173,14 @@ def _by_site(adapter: PeftAdapter, config: Architecture) -> _Tree:
     return tree
 
 
-def _check_arrays(folder: Path, entry: Mapping[str, Any], tree: _Tree, shapes: Mapping[str, Site]) -> None:
-    """Raise a ValueError where an adapter's arrays are not of the ranks that the manifest gives it."""
-    if tree.keys() - {_KEPT} != entry["sites"].keys():
-        raise ValueError(f"{folder}: the manifest lists other sites than its arrays are of: convert the adapters again")
+def _check_padding(folder: Path, entry: Entry, tree: _Tree) -> None:
+    """Raise a FileError where an adapter's arrays hold numbers behind the ranks that the manifest gives it."""
     for site, row in entry["sites"].items():
-        layers, d_in, d_out = shapes[site].layers, shapes[site].d_in, shapes[site].d_out
-        ranks, r = row["rank"], tree[site]["A"].shape[1]
-        wanted = {"A": (layers, r, d_in), "B": (layers, d_out, r)} | (
-            {"magnitude": (layers, d_out)} if entry["dora"] else {}
-        )
-        fits = wanted == {name: array.shape for name, array in tree[site].items()} and len(ranks) == layers
-        # Behind a layer's rank there is padding alone.
-        if (
-            not fits
-            or max(ranks) != r
-            or any(
-                n < 0 or tree[site]["A"][layer, n:].any() or tree[site]["B"][layer, :, n:].any()
-                for layer, n in enumerate(ranks)
-            )
-        ):
-            raise ValueError(
-                f"{folder}: {site} has ranks {ranks} in the manifest, which its arrays do not have: "
-                "restore the manifest from a copy, or convert the adapters again"
-            )
+        a, b = tree[site]["A"], tree[site]["B"]
+        if any(a[layer, rank:].any() or b[layer, :, rank:].any() for layer, rank in enumerate(row["rank"])):
+            raise _other_ranks(folder, site, row["rank"])
+
+
+def _other_ranks(folder: Path, site: str, ranks: list[int]) -> FileError:
+    got = f"{site} has ranks {shown(ranks)} in the manifest, which its arrays do not have"
+    return FileError(folder, got=got, fix=_AGAIN)

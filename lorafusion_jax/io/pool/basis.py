@@ -8,17 +8,29 @@ The modules of a basis may be more than those of the pool that it is beside: oth
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from ...adapters.basis import SharedBasis
+from ...files import FileError
 from ...models.architecture import Architecture
-from ..checkpoint import load, read_json, save
+from ..checkpoint import read_arrays, read_metadata, save
 
 FOLDER = "basis"
 _FIELDS = ("U", "V", "S", "energy")
+
+
+class Description(TypedDict):
+    """What the manifest of a basis says of it."""
+
+    k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    modules: dict[str, str]
+    rank: dict[str, list[list[Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]]]]
+    base: dict[str, Any]
 
 
 def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], base: Mapping[str, Any]) -> None:
@@ -39,18 +51,17 @@ def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], 
     save(folder / FOLDER, tree, metadata)
 
 
-def describe_basis(folder: Path, k: int | None = None) -> dict[str, Any]:
+def describe_basis(folder: Path, k: int | None = None) -> Description:
     """Return k, modules, rank and base of the basis of a pool.
 
     Raises:
       ValueError: there is no basis, or one of fewer than k directions.
     """
-    path = folder / FOLDER / "manifest.json"
-    if not path.is_file():
+    if not (folder / FOLDER / "manifest.json").is_file():
         raise ValueError(
             f"{folder} has no shared basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
         )
-    description = read_json(path, "a shared basis")["metadata"]
+    _, description = read_metadata(folder / FOLDER, Description)
     if k is not None and k > description["k"]:
         raise ValueError(
             f"{folder} has a shared basis of {description['k']} directions, and {k} are asked for: ask for fewer, or "
@@ -79,15 +90,8 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
                 f"{folder / FOLDER} is the basis of another pool: {name} had other weights when it was made. "
                 f"Move it away, and make one with `lorafusion convert --basis {description['k']} --out {folder}`"
             )
-    tree, _ = load(folder / FOLDER)
-    for site, rank in description["rank"].items():
-        here = config.sites.get(site)
-        wanted = None if here is None else (here.layers, here.d_in, here.d_out)
-        got = (tree["U"][site].shape[0], tree["U"][site].shape[1], tree["V"][site].shape[2])
-        if got != wanted or len(rank) != got[0]:
-            raise ValueError(
-                f"{folder / FOLDER} is of another base: {site} has layers, d_in and d_out {got} there and {wanted} here"
-            )
+    record, _ = read_metadata(folder / FOLDER, Description)
+    tree = read_arrays(folder / FOLDER, record, _shapes(folder / FOLDER, description, config))
     arrays: dict[str, dict[str, Any]] = {
         field: {site: jnp.asarray(a) for site, a in tree[field].items()} for field in _FIELDS
     }
@@ -98,3 +102,18 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
         sites=tuple(site for site in config.sites if site in description["rank"]),
     )
     return basis if k is None else basis.first(k)
+
+
+def _shapes(folder: Path, description: Description, config: Architecture) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Return the shapes of the arrays of a basis, or raise a FileError if it is of another base."""
+    k, modules = description["k"], len(description["modules"])
+    found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {field: {} for field in _FIELDS}
+    for name, rank in description["rank"].items():
+        site = config.sites.get(name)
+        if site is None or [len(row) for row in rank] != [modules] * site.layers:
+            got, wanted = f"ranks of {len(rank)} layers", "those of each of its modules in every layer of its base"
+            raise FileError(folder, field=name, got=got, wanted=wanted, fix="it is of another base, or was edited")
+        shapes = {"U": (site.d_in, k), "V": (k, site.d_out), "S": (modules, k, k), "energy": (modules,)}
+        for field, shape in shapes.items():
+            found[field][name] = jax.ShapeDtypeStruct((site.layers, *shape), np.float32)
+    return found

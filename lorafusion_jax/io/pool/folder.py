@@ -6,21 +6,53 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
 
 from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
+from ...files import FileError, read_json, structured
 from ...models.architecture import Architecture
 from ...models.families import recorded_config
-from ..checkpoint import read_json, write_json
+from ..checkpoint import write_json
 from ..hf import base_tensor, read_config
-from ..peft.adapter import PeftAdapter, read_adapter
-from .adapter_files import load_adapter
+from ..peft.adapter import PeftAdapter, read_adapter, read_config_file
+from ..peft.config import check_config
+from .adapter_files import Entry, check_entry, load_adapter
 from .basis import describe_basis, read_basis
 from .stack import Dtype, Stack, read_pool
 
 _MANIFEST = "manifest.json"
 _DIGEST = "sha256"
+_AGAIN = "restore it from a copy, or convert the adapters again"
+
+
+class BaseRecord(TypedDict):
+    """What a manifest says of the base model; `family` came later than the rest."""
+
+    source: str
+    config_sha256: str
+    family: NotRequired[str]
+    config: dict[str, Any]
+
+
+class Skipped(TypedDict):
+    """An adapter that was left out."""
+
+    source: str
+    reason: str
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` of a converted pool holds, without the digest of itself."""
+
+    base: BaseRecord
+    cast_to: str | None
+    adapters: Annotated[list[Entry], msgspec.Meta(min_length=1)]
+    skipped: list[Skipped]
+    totals: dict[str, int]
+    versions: dict[str, str]
 
 
 class ConvertedPool:
@@ -40,7 +72,15 @@ class ConvertedPool:
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder / _MANIFEST)
         self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
-        self.config = recorded_config(self.manifest["base"])
+        try:
+            self.config = recorded_config(self.manifest["base"])
+        except FileError as error:
+            raise error.at(self.folder / _MANIFEST) from None
+        for entry in self.manifest["adapters"]:
+            check_entry(self.folder, entry, self.config)
+        for kind in ("name", "folder"):
+            if len({entry[kind] for entry in self.manifest["adapters"]}) < len(self.names):
+                raise FileError(self.folder / _MANIFEST, got=f"two adapters of one {kind}", fix=_AGAIN)
 
     @property
     def largest_rank(self) -> int:
@@ -137,7 +177,7 @@ class AdapterFolders:
     @property
     def largest_rank(self) -> int:
         """The largest rank that an adapter's configuration states for all its modules."""
-        return max(json.loads((self.folder / name / "adapter_config.json").read_text())["r"] for name in self.names)
+        return max(self._rank(self.folder / name) for name in self.names)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -162,6 +202,11 @@ class AdapterFolders:
         """Raise a ValueError, as `basis` does."""
         self.basis(k)
         return {}
+
+    def _rank(self, folder: Path) -> int:
+        _, config = read_config_file(folder)
+        check_config(config, where=str(folder), compare_saved=True)
+        return config.get("r", 8)
 
     @property
     def _base(self) -> str:
@@ -218,21 +263,21 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_json(folder / _MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json(path, "a converted pool")
-    if "adapters" not in manifest:
-        raise ValueError(f"{path} lists no adapters: it is not the manifest of a converted pool")
-    digest = manifest.pop(_DIGEST, None)
-    if digest is None:
-        raise ValueError(
-            f"{path} states no SHA-256 of itself (it was edited, or is of an older version): convert the adapters again"
-        )
-    if digest != _digest(manifest):
-        raise ValueError(
-            f"{path}: damaged or altered, its SHA-256 is not the one that it states: "
-            "restore it from a copy, or convert the adapters again"
-        )
-    return manifest
+def _read_manifest(path: Path) -> Manifest:
+    raw = read_json(path, dict[str, Any], "a converted pool")
+    if "adapters" not in raw:
+        raise FileError(path, got="lists no adapters", fix="it is not the manifest of a converted pool")
+    if _DIGEST not in raw:
+        got = "states no SHA-256 of itself (it was edited, or is of an older version)"
+        raise FileError(path, got=got, fix="convert the adapters again")
+    stated = raw.pop(_DIGEST)
+    try:
+        same = stated == _digest(raw)
+    except RecursionError:  # nested as no manifest is
+        same = False
+    if not same:
+        raise FileError(path, got="damaged or altered, its SHA-256 is not the one that it states", fix=_AGAIN)
+    return structured(raw, Manifest, path, fix=_AGAIN)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -5,10 +5,11 @@ Axis letters: L layer, N adapters, r rank.
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from ...adapters.pool import LoraPool
@@ -18,8 +19,16 @@ from ..peft.adapter import AdapterError, PeftAdapter, read_adapter
 from ..peft.tensors import MAGNITUDE
 
 Dtype = Literal["float32", "bfloat16"]
-# Site -> `rank` and `scaling`, a list over layers each, as in the manifest.
-Ranks = dict[str, dict[str, list]]
+
+
+class SiteRanks(TypedDict):
+    """Ranks and scalings of an adapter at a site, one for each layer, as the manifest holds them."""
+
+    rank: list[Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]]
+    scaling: list[float]
+
+
+Ranks = dict[str, SiteRanks]
 
 
 def read_pool(
@@ -65,7 +74,7 @@ class Stack:
         for name, site in config.sites.items():
             if not any(name in table for table in tables):
                 continue
-            lacks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
+            lacks: SiteRanks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
             rows = [table.get(name, lacks) for table in tables]
             self.rank[name] = rank = np.array([row["rank"] for row in rows], np.int32).T
             self.scaling[name] = np.array([row["scaling"] for row in rows], np.float32).T

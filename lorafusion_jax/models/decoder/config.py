@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from ..architecture import Architecture, Attention, Parts, Site, Stack
+from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Stack
 
 _ALL: Parts = ("source", "target")
 
@@ -25,7 +25,7 @@ class Rope:
     """
 
     theta: float = 10_000.0
-    width: int
+    width: Size
     scaling: Literal["default", "linear", "dynamic", "llama3"] = "default"
     factor: float = 1.0
     context: int = 0
@@ -66,12 +66,12 @@ class DecoderConfig(Architecture):
     causal: ClassVar[bool] = True
 
     model_type: str
-    context: int
-    d_head: int
-    d_ff: int
-    num_heads: int
-    num_kv_heads: int
-    num_layers: int
+    context: Size
+    d_head: Size
+    d_ff: Size
+    num_heads: Size
+    num_kv_heads: Size
+    num_layers: Layers
     eps: float
     rope: Rope
     local_rope: Rope | None = None
@@ -87,12 +87,6 @@ class DecoderConfig(Architecture):
     embedding_scale: float = 1.0
     attention_cap: float = 0.0
     logit_cap: float = 0.0
-
-    @classmethod
-    def recorded(cls, record: Mapping[str, Any]) -> Architecture:
-        """Return the structure that a file of JSON records field by field."""
-        ropes = {name: Rope(**record[name]) for name in ("rope", "local_rope") if record[name] is not None}
-        return super().recorded({**record, **ropes})
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -3,9 +3,14 @@
 transformers' own config classes fill in what a file leaves out, and bring older files' fields to today's names.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required, TypedDict
 
+import msgspec
+
+from ...files import structured
+from ..architecture import Layers, Size
 from .config import DecoderConfig, Rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
@@ -17,6 +22,41 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 # Fields whose values only describe how a file was made, or that need PyTorch to be read.
 _IGNORED = ("model_type", "torch_dtype", "dtype", "quantization_config")
 
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Json(TypedDict, total=False):
+    """Fields of a config.json whose values transformers uses before it checks them, or not at all."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    max_position_embeddings: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None
+    head_dim: Size | None
+    sliding_window: int | None
+    layer_types: list[str] | None
+    hidden_act: str
+    hidden_activation: str | None
+    query_pre_attn_scalar: _Positive
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    quantization_config: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any] | None
+
+
+class _RopeJson(TypedDict, total=False):
+    rope_type: str
+    rope_theta: Required[_Positive]
+    partial_rotary_factor: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    factor: _Positive
+    original_max_position_embeddings: Size
+    low_freq_factor: _Positive
+    high_freq_factor: _Positive
+
 
 def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it.
@@ -24,6 +64,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: a value does not fit, or asks for something that the decoder lacks; the message names it.
     """
+    structured(raw, _Json, "", own=False)
     kind = raw["model_type"]
     if raw.get("quantization_config") and raw["quantization_config"].get("quant_method") != "gguf":
         method = raw["quantization_config"].get("quant_method", "unknown")
@@ -49,7 +90,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     if not ends:
         raise ValueError("eos_token_id is missing: wanted the token, or tokens, that end an answer")
     window = getattr(hf, "sliding_window", None) or 0
-    return DecoderConfig(
+    config = DecoderConfig(
         model_type=kind,
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
@@ -79,6 +120,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         pad_id=ends[0] if hf.pad_token_id is None else hf.pad_token_id,
         eos_id=ends,
     )
+    return structured(dataclasses.asdict(config), DecoderConfig, "")
 
 
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
@@ -99,6 +141,7 @@ def _ropes(hf: Any, d_head: int) -> dict[str, Rope]:
 
 
 def _rope(fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
+    fields = structured(dict(fields), _RopeJson, "", own=False)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
         raise ValueError(f"the rope scaling is {scaling!r}, which is not implemented: wanted {', '.join(_SCALINGS)}")

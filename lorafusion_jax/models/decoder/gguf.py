@@ -192,7 +192,7 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
                 "rope_type": "llama3",
                 "factor": factor,
                 "low_freq_factor": 1.0,
-                "high_freq_factor": high,
+                "high_freq_factor": float(high),
                 "original_max_position_embeddings": context,
             }
     raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: no other is implemented")

@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from ..architecture import Architecture, Attention, Parts, Site, Split, Stack
+from ...files import structured
+from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Split, Stack
 
 _MODULES = {
     ("encoder", "self"): "layer.0.SelfAttention",
@@ -16,8 +17,29 @@ _MODULES = {
 }
 _SOURCE: Parts = ("source",)
 _TARGET: Parts = ("target",)
-_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
-_LARGEST = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Json:
+    """The fields of a config.json that are read, as transformers 4 and 5 write them."""
+
+    model_type: str
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+    vocab_size: Size
+    d_model: Size
+    d_kv: Size
+    d_ff: Size
+    num_heads: Size
+    num_layers: Layers
+    num_decoder_layers: Layers | None = None
+    tie_word_embeddings: bool | None = None
+    scale_decoder_outputs: bool | None = None
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+    layer_norm_epsilon: float = 1e-6
+    pad_token_id: int = 0
+    eos_token_id: int | tuple[int, ...] = 1
+    decoder_start_token_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,15 +54,15 @@ class T5Config(Architecture):
     family: ClassVar[str] = "t5"
     splits: ClassVar[Mapping[str, Split]] = {**Architecture.splits, "table": "columns"}
 
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
+    d_kv: Size
+    d_ff: Size
+    num_heads: Size
+    num_layers: Layers
+    num_decoder_layers: Layers
     gated: bool = True
     scale_logits: bool = False
-    buckets: int = 32
-    max_distance: int = 128
+    buckets: Size = 32
+    max_distance: Size = 128
     eps: float = 1e-6
     start_id: int = 0
 
@@ -105,37 +127,33 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
     Raises:
       ValueError: the model is of another kind, or a size is missing.
     """
-    kind, activation = raw["model_type"], raw.get("feed_forward_proj", "relu")
-    if kind == "umt5":
+    if raw["model_type"] == "umt5":
         raise ValueError(
             "model_type is 'umt5', whose every layer has a relative bias of its own: "
             "wanted a T5 1.0, T5 1.1, FLAN-T5 or mT5"
         )
-    if activation not in ("relu", "gated-gelu"):
-        raise ValueError(f"feed_forward_proj is {activation!r}: wanted 'relu' or 'gated-gelu'")
-    for field in _SIZES:
-        value = raw.get(field, "missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{field} is {str(value)[:100]}: wanted an integer from 1 to {_LARGEST:,}")
-    says_tied = raw.get("tie_word_embeddings", kind == "t5")
+    said = structured(raw, _Json, "", own=False)
+    t5 = said.model_type == "t5"
+    tied = t5 if said.tie_word_embeddings is None else said.tie_word_embeddings
     return T5Config(
-        **{field: raw[field] for field in _SIZES},
-        num_decoder_layers=raw.get("num_decoder_layers") or raw["num_layers"],
-        gated=activation == "gated-gelu",
-        tied=says_tied,
+        vocab_size=said.vocab_size,
+        d_model=said.d_model,
+        d_kv=said.d_kv,
+        d_ff=said.d_ff,
+        num_heads=said.num_heads,
+        num_layers=said.num_layers,
+        num_decoder_layers=said.num_decoder_layers or said.num_layers,
+        gated=said.feed_forward_proj == "gated-gelu",
+        tied=tied,
         # transformers 5 has a field for this. Before, logits were scaled if the head was tied, except in mT5.
-        scale_logits=raw.get("scale_decoder_outputs", says_tied and kind == "t5"),
-        buckets=raw.get("relative_attention_num_buckets", 32),
-        max_distance=raw.get("relative_attention_max_distance", 128),
-        eps=raw.get("layer_norm_epsilon", 1e-6),
-        pad_id=raw.get("pad_token_id", 0),
-        eos_id=_end(raw.get("eos_token_id", 1)),
-        start_id=raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
+        scale_logits=tied and t5 if said.scale_decoder_outputs is None else said.scale_decoder_outputs,
+        buckets=said.relative_attention_num_buckets,
+        max_distance=said.relative_attention_max_distance,
+        eps=said.layer_norm_epsilon,
+        pad_id=said.pad_token_id,
+        eos_id=said.eos_token_id,
+        start_id=said.pad_token_id if said.decoder_start_token_id is None else said.decoder_start_token_id,
     )
-
-
-def _end(said: int | list[int]) -> int | tuple[int, ...]:
-    return tuple(said) if isinstance(said, list) else said
 
 
 def _shape(d_model: int, d_ff: int, heads: int, layers: int, *, flan: bool) -> T5Config:

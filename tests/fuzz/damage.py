@@ -1,0 +1,174 @@
+"""Damaged copies of real files, drawn from a seed: fields of JSON and YAML, headers of safetensors and .npz, bytes."""
+
+import copy
+import io
+import itertools
+import json
+import random
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+
+_HOSTILE: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        7,
+        10**9,
+        2**63,
+        10**30,
+        -(2**63),
+        0.5,
+        1e308,
+        -1e-300,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        "x",
+        "../x",
+        "/etc/passwd",
+        "..\\x",
+        "x" * 300,
+        "a\0b",
+        "\x1b[31mred",
+        "\ud800",
+        "é",
+        "9" * 5000,
+        "float32[9999999, 99]",
+    ),
+    *([], {}, [[]], [None], {"": 0}, [0] * 50, ["x"] * 3, {"a": {"b": [1]}}),
+)
+
+
+def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
+    """Return the content of a file with one to three faults; nine of ten keep its format."""
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        structured = _STRUCTURED.get(suffix)
+        try:
+            content = _bytes(content, draw) if structured is None or draw.random() < 0.1 else structured(content, draw)
+        except Exception:  # an earlier fault took the format away
+            content = _bytes(content, draw)
+    return content
+
+
+def _bytes(content: bytes, draw: random.Random) -> bytes:
+    at, other = sorted(draw.randrange(len(content) + 1) for _ in range(2))
+    return draw.choice(
+        (
+            content[:at],
+            content[:at] + content[other:],
+            content[:at] + draw.randbytes(draw.randrange(1, 9)) + content[at:],
+            content[:at] + bytes([draw.randrange(256)]) + content[at + 1 :],
+            content + content[at:other],
+            b"",
+            b"[" * 3000,
+            b"\xff\xfe" + content,
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        )
+    )
+
+
+def value(content: Any, draw: random.Random) -> Any:
+    """Return a value of JSON in which one place holds something else."""
+    root = [copy.deepcopy(content)]
+    holder, key = draw.choice([*_places(root)])
+    action = draw.random()
+    if action < 0.15:
+        del holder[key]
+    elif action < 0.25 and isinstance(holder, dict):
+        holder[draw.choice(("colour", "../x", f"{key} ", ""))] = holder.pop(key)
+    elif action < 0.3:
+        deep = holder[key]
+        for _ in range(draw.choice((3, 200, 900))):
+            deep = [deep] if draw.random() < 0.5 else {"x": deep}
+        holder[key] = deep
+    elif action < 0.45:
+        holder[key] = copy.deepcopy(draw.choice([*_places(root)])[0])
+    elif action < 0.55 and isinstance(holder[key], int | float):
+        holder[key] = holder[key] * draw.choice((-1, 2, 1000, 10**6, 10**12)) + draw.choice((0, 1, -1))
+    else:
+        holder[key] = copy.deepcopy(draw.choice(_HOSTILE))
+    return root[0] if root else None
+
+
+def _places(content: Any) -> Iterator[tuple[Any, Any]]:
+    for key in [*content] if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        yield content, key
+        yield from _places(content[key])
+
+
+def _json(content: bytes, draw: random.Random) -> bytes:
+    return json.dumps(value(json.loads(content), draw)).encode()
+
+
+def _lines(content: bytes, draw: random.Random) -> bytes:
+    lines = content.splitlines(keepends=True)
+    n = draw.randrange(len(lines))
+    lines[n] = _json(lines[n], draw) + draw.choice((b"\n", b"\n", b"", b"\r\n"))
+    return b"".join(lines)
+
+
+def _yaml(content: bytes, draw: random.Random) -> bytes:
+    if draw.random() < 0.1:
+        bomb = "a: &a [1, 2]\n" + "".join(
+            f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghij")
+        )
+        tags = ("!!int ''", "!!bool x", "!!timestamp x", "!!python/object/apply:os.getcwd []", "&a [*a]", "1e5")
+        return draw.choice((bomb.encode(), content + f"\nx: {draw.choice(tags)}\n".encode()))
+    return yaml.safe_dump(value(yaml.safe_load(content), draw)).encode()
+
+
+def _safetensors(content: bytes, draw: random.Random) -> bytes:
+    size = int.from_bytes(content[:8], "little")
+    header = _json(content[8 : 8 + size], draw)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+def _npz(content: bytes, draw: random.Random) -> bytes:
+    """Change a header, a name or the compression of one entry."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    n = draw.randrange(len(entries))
+    name, data = entries[n]
+    length = struct.unpack_from("<H", data, 8)[0]
+    header = data[10 : 10 + length].decode()
+    changes = [
+        ("'shape': (", f"'shape': ({draw.choice((10**6, 10**13, 2**62))}, "),
+        ("'<", "'>"),
+        ("f4", "O8"),
+        ("4'", "2'"),
+    ]
+    new = header.replace(*draw.choice(changes)).encode()
+    body = data[10 + length :]
+    if "meta" in name and draw.random() < 0.8:  # a text of UTF-32
+        text = _json(body.decode("utf-32-le").encode(), draw).decode()
+        new = f"{{'descr': '<U{len(text)}', 'fortran_order': False, 'shape': (), }}\n".encode()
+        body = text.encode("utf-32-le", "surrogatepass")
+    entries[n] = (
+        draw.choice((name, name, name, f"../{name}", "x.npy")),
+        data[:8] + struct.pack("<H", len(new)) + new + body,
+    )
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", draw.choice((zipfile.ZIP_STORED,) * 3 + (zipfile.ZIP_DEFLATED,))) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+_STRUCTURED: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".json": _json,
+    ".jsonl": _lines,
+    ".yaml": _yaml,
+    ".safetensors": _safetensors,
+    ".npz": _npz,
+}

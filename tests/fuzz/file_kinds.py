@@ -1,0 +1,283 @@
+"""Every kind of file that is read: a real one, and what reads it; and what may come of a damaged one."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import damage
+import jax
+import jax.numpy as jnp
+import numpy as np
+import one_block
+from made_up_rows import made_up
+
+import lorafusion_jax as lf
+from lorafusion_jax.crossbar import load_chip, load_config, save_chip, save_config
+from lorafusion_jax.crossbar.cost.constants import load_constants, save_constants
+from lorafusion_jax.hardware.folder import load_chips
+from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.peft.adapter import read_adapter, resave
+from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
+from lorafusion_jax.models.families import abstract_model
+from lorafusion_jax.report import append_rows, read_rows
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.tasks import load_task
+
+SECONDS = 5.0  # of CPU time for one file
+_SLACK = 128 << 20  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter
+
+
+class Kind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      file: a sound one.
+      read: reads the folder that it is in, or the file.
+      seal: puts digests right after the file was damaged, as somebody who means harm would.
+    """
+
+    file: Path
+    read: Callable[[], Any]
+    seal: Callable[[], None] = lambda: None
+
+
+class TooLong(BaseException):
+    """Reading has taken `SECONDS`."""
+
+
+class Fault(Exception):
+    """A file was read as none may be."""
+
+
+def kinds(folder: Path) -> dict[str, Kind]:
+    """Write a sound file of every kind below a folder."""
+    base, adapters = one_block.cut(folder, adapters=2)
+    pool, out = folder / "converted", folder / "out"
+    sources = tuple(map(str, sorted(adapters.iterdir())))
+    convert(ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4))
+    entry = ConvertedPool(pool).manifest["adapters"][0]
+    first = pool / entry["folder"]
+    config = json.loads((base / "config.json").read_text())
+    decoder = _written(folder / "decoder" / "config.json", _LLAMA)
+    index = _written(folder / "sharded" / "model.safetensors.index.json", {"weight_map": _weight_map(base)})
+    _written(folder / "sharded" / "config.json", config)
+    os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
+    run = RunFolder(folder / "run")
+    _write_run(run, base, pool)
+    chips = _write_chips(folder / "chips")
+    append_rows(folder / "rows.jsonl", made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8))
+    save_constants(folder / "constants.yaml")
+    task = _written(folder / "task.json", [{"input": f"say {n}", "output": "x"} for n in range(4)])
+    (folder / "task.jsonl").write_text(
+        "".join(json.dumps({"input": f"say {n}", "target": "x"}) + "\n" for n in range(4))
+    )
+
+    def resealed() -> None:
+        manifest = json.loads((pool / "manifest.json").read_text())
+        manifest.pop("sha256", None)
+        for each in manifest["adapters"]:
+            for name in each["files"]:
+                each["files"][name] = hashlib.sha256((pool / each["folder"] / name).read_bytes()).hexdigest()
+        write_manifest(pool, manifest)
+
+    def signed() -> None:
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
+            manifest = json.loads((pool / "manifest.json").read_text())
+            if isinstance(manifest, dict):
+                manifest.pop("sha256", None)
+                write_manifest(pool, manifest)
+
+    def whole_pool() -> None:
+        lf.load_pool(pool)
+        resave(ConvertedPool(pool).adapter(entry["name"]), out)
+        shutil.rmtree(out)
+
+    return {
+        "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
+        "pool manifest, not signed": Kind(pool / "manifest.json", lambda: lf.load_pool(pool)),
+        "pool keys": Kind(first / "keys.json", whole_pool, resealed),
+        "pool adapter config": Kind(first / "adapter_config.json", whole_pool, resealed),
+        "basis manifest": Kind(pool / "basis" / "manifest.json", lambda: lf.load_basis(pool)),
+        "checkpoint manifest": Kind(
+            run.checkpoints / "final" / "manifest.json",
+            lambda: checkpoint.load(run.checkpoints / "final"),
+        ),
+        "T5 config": Kind(base / "config.json", lambda: abstract_model(lf.read_config(base))),
+        "decoder config": Kind(decoder, lambda: abstract_model(lf.read_config(decoder.parent))),
+        "generation config": Kind(base / "generation_config.json", lambda: lf.read_config(base)),
+        "base index": Kind(index, lambda: lf.load_base(index.parent)),
+        "base weights": Kind(base / "model.safetensors", lambda: lf.load_base(base)),
+        "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: read_adapter(sources[0])),
+        "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: read_adapter(sources[0])),
+        "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
+        "run results": Kind(run.folder / "results.json", run.results),
+        "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
+        "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
+        "chips manifest": Kind(chips / "manifest.json", lambda: load_chips(str(chips)).chip_key(0)),
+        "chips config": Kind(chips / "config.yaml", lambda: load_chips(str(chips))),
+        "chip arrays": Kind(chips / "chip_0" / "q.npz", lambda: load_chip(chips / "chip_0" / "q.npz")),
+        "crossbar config": Kind(chips / "config.yaml", lambda: load_config(chips / "config.yaml")),
+        "cost constants": Kind(folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")),
+        "result rows": Kind(folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")),
+        "task list": Kind(task, lambda: load_task(task, train_rows=2)),
+        "task rows": Kind(folder / "task.jsonl", lambda: load_task(folder / "task.jsonl", train_rows=2)),
+    }
+
+
+def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
+    """Damage the file of a kind, read it, and return `read` or `refused`.
+
+    Raises:
+      Fault: anything else came of it; the message has the error and the file.
+    """
+    content = kind.file.read_bytes()
+    hostile = damage.damaged(content, kind.file.suffix, draw)
+    before, memory = _files(root), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sealed = {path: path.read_bytes() for path in before if path.name == "manifest.json"}
+    kind.file.write_bytes(hostile)
+    kind.seal()
+    began, said = time.process_time(), "read"
+    try:
+        with _limited():
+            kind.read()
+    except ValueError as error:
+        said = "refused"
+        if not any(name in str(error) for name in (str(root), kind.file.name)):
+            raise Fault(f"no file is named: {error!r:.300} of {hostile!r:.500}") from error
+    except (TooLong, Exception) as error:
+        raise Fault(f"{type(error).__name__}: {error!s:.300} of {hostile!r:.500}") from error
+    finally:
+        kind.file.write_bytes(content)
+        for path, text in sealed.items():
+            path.write_bytes(text)
+    seconds, grown = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    if seconds > SECONDS or grown * 1024 > 4 * len(hostile) + _SLACK or _files(root) != before:
+        new = sorted(map(str, _files(root) ^ before))
+        raise Fault(f"{seconds:.1f} s, {grown:,} KiB more, other files {new} of {hostile!r:.500}")
+    return said
+
+
+def tally(some: dict[str, Kind], root: Path, name: str, seed: int, inputs: int) -> Counter[str]:
+    """Return how often each outcome came of the files of one kind that a seed gives."""
+    found: Counter[str] = Counter()
+    for number in range(inputs):
+        try:
+            found[outcome(some[name], root, random.Random(f"{name} {seed} {number}"))] += 1
+        except Fault as fault:
+            fault.add_note(f"{name}, seed {seed}, number {number}")
+            raise
+    return found
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TooLong
+
+    was = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, was)
+
+
+def _files(root: Path) -> set[Path]:
+    return set(root.rglob("*")) | set(root.parent.glob("*"))
+
+
+def _written(path: Path, content: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def _weight_map(base: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(base / "model.safetensors", "np") as file:
+        return dict.fromkeys(file.keys(), "one.safetensors")
+
+
+def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
+    environment = {
+        "path": "map",
+        "dtype": "float32",
+        "device": "cpu",
+        "cores": 2,
+        "versions": {"lorafusion-jax": "0.1"},
+    }
+    options = FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
+    seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
+    with run.locked():
+        run.write_config(
+            {
+                "options": options_to_json(options),
+                "modules": [["a"], ["b"]],
+                "task_sha256": "0",
+                "max_new_tokens": 8,
+                "environment": environment,
+            }
+        )
+        run.append_metrics({"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3))
+        row = {
+            "seed": 1,
+            "row": 0,
+            "input": "a",
+            "target": "b",
+            "prediction": "b",
+            "correct": True,
+            "option_correct": None,
+        }
+        run.write_predictions([row, row])
+        results = {"task": "task", "method": "fusion", "trainable": 3, "trainable_by_group": {"coefficients": 3}}
+        results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
+        run.write_results(results | {"seconds": {"train": 1.0}, "environment": environment})
+    (run.folder / ".lock").unlink()
+    checkpoint.save(run.checkpoints / "final", {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3]})
+
+
+def _write_chips(folder: Path) -> Path:
+    (folder / "chip_0").mkdir(parents=True)
+    config = load_config("isaac")
+    save_config(config, folder / "config.yaml")
+    chip = lf.program(jax.random.normal(jax.random.key(0), (8, 4), jnp.float32), config, jax.random.key(1))
+    save_chip(chip, folder / "chip_0" / "q.npz")
+    one = {"arrays": 1, "cells": 8, "utilisation": 0.5, "simulated_pulses": None}
+    one |= {name: [1.0, 2.0, 3.0] for name in ("pulses", "joules", "seconds")}
+    manifest = {"base": "base", "base_sha256": "0", "pool": "pool", "modules": {"a": "0"}, "config": "isaac"}
+    manifest |= {"config_sha256": lf.crossbar.config_hash(config), "digital": [], "key": 0, "chips": 1, "one_chip": one}
+    _written(folder / "manifest.json", manifest)
+    return folder
+
+
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "eos_token_id": [1, 2],
+}

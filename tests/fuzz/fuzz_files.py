@@ -1,0 +1,54 @@
+"""Read damaged files of every kind for a given time: `make fuzz SECONDS=3600`.
+
+Prints how many files of each kind were read and refused, and every fault with the seed and number that give it again
+(`--only KIND --seed SEED --first NUMBER`); exits with 1 if there was one.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import file_kinds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="how long to draw")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="of the draws")
+    parser.add_argument("--first", type=int, default=0, help="number of the first draw")
+    parser.add_argument("--only", default="", help="part of a kind's name")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"seed {options.seed}", flush=True)
+    found: Counter[tuple[str, str]] = Counter()
+    number = options.first
+    with tempfile.TemporaryDirectory() as sandbox:
+        root = Path(sandbox) / "root"
+        root.mkdir()
+        kinds = {name: kind for name, kind in file_kinds.kinds(root).items() if options.only in name}
+        for kind in kinds.values():  # what a first use compiles or loads is charged to no file
+            kind.read()
+        end = time.monotonic() + options.seconds
+        while time.monotonic() < end:
+            for name, kind in kinds.items():
+                draw = random.Random(f"{name} {options.seed} {number}")
+                try:
+                    found[name, file_kinds.outcome(kind, root, draw)] += 1
+                except file_kinds.Fault as fault:
+                    found[name, "fault"] += 1
+                    print(f"{name}, number {number}: {fault}\n", flush=True)
+            number += 1
+    print(f"{'kind':<28}{'read':>8}{'refused':>9}{'faults':>8}")
+    for name in kinds:
+        print(f"{name:<28}{found[name, 'read']:>8}{found[name, 'refused']:>9}{found[name, 'fault']:>8}")
+    print(f"{sum(found.values()):,} files")
+    return any(outcome == "fault" for _, outcome in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""No damaged file does anything but load or be refused by name, whatever it holds (`make fuzz` draws more)."""
+
+import file_kinds
+import pytest
+
+_NAMES = (
+    *("pool manifest", "pool manifest, not signed", "pool keys", "pool adapter config", "basis manifest"),
+    *("checkpoint manifest", "T5 config", "decoder config", "generation config", "base index", "base weights"),
+    *("adapter config", "adapter weights", "run config", "run results", "run metrics", "run predictions"),
+    *("chips manifest", "chips config", "chip arrays", "crossbar config", "cost constants", "result rows"),
+    *("task list", "task rows"),
+)
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzz") / "root"
+    root.mkdir()
+    kinds = file_kinds.kinds(root)
+    assert set(kinds) == set(_NAMES)
+    for kind in kinds.values():
+        kind.read()
+    return kinds, root
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_damaged_files_are_read_or_refused(sandbox, name):
+    found = file_kinds.tally(*sandbox, name, seed=0, inputs=20)
+    assert found["refused"] > 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", _NAMES)
+def test_many_damaged_files_are_read_or_refused(sandbox, name):
+    assert file_kinds.tally(*sandbox, name, seed=1, inputs=80)["refused"] > 8

@@ -1,0 +1,256 @@
+"""Files as the types that they hold: what a fault's message says, and that no size in a file is believed."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TypedDict
+
+import one_block
+import pytest
+import tokenizers
+import transformers
+
+import lorafusion_jax as lf
+from lorafusion_jax.files import FileError, printable, read_json, structured
+from lorafusion_jax.io import safetensors
+from lorafusion_jax.io.checkpoint import new_folder, read_arrays
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
+from lorafusion_jax.runs.apply import GenerateOptions, generate_lines
+from lorafusion_jax.runs.folder import RunConfig, RunFolder
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.tasks import Example, encode
+
+_OPTIONS = options_to_json(FuseOptions(base="base", task="task"))
+_CONFIG: dict[str, Any] = {
+    "options": _OPTIONS,
+    "modules": [[]],
+    "task_sha256": "",
+    "max_new_tokens": 8,
+    "environment": {"path": "map", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}},
+}
+
+
+class _Inner(TypedDict):
+    sizes: dict[str, list[int]]
+
+
+@dataclasses.dataclass
+class _Outer:
+    inner: _Inner
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"name": 5}', "inner is missing: wanted an object; restore"),
+        ('{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}', r"inner\.sizes\.b\[1\] is 'x': wanted an integer; restore"),
+        ('{"inner": {"sizes": []}}', r"inner\.sizes is \[\]: wanted an object"),
+        ('{"inner": {"sizes": {}, "colour": 1}}', r"inner\.colour is unknown: remove it, or restore"),
+        ("[]", "holds a list, not an object: restore"),
+        ("", r"not JSON \(.*\): restore"),
+        ('{"inner": {"sizes": {"a": [NaN]}}}', r"not JSON \(.*\): restore"),
+        ('{"name": "\\ud800", "inner": {"sizes": {}}}', r"not JSON \(.*\): restore"),
+        ('{"x": ' + "[" * 1000 + "]" * 1000 + "}", "nested|recursion"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "this is a Git LFS pointer, not the file itself: fetch"),
+    ],
+)
+def test_a_fault_names_the_file_the_field_and_the_fix(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(FileError, match=f"^{path}: .*{message}"):
+        read_json(path, _Outer, "a thing")
+
+
+def test_a_sound_file_is_its_type(tmp_path):
+    (tmp_path / "x.json").write_text('{"inner": {"sizes": {"a": [1, 2]}}}')
+    assert read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer({"sizes": {"a": [1, 2]}})
+    with pytest.raises(FileError, match=f"^{tmp_path}: not a thing: it has no y.json"):
+        read_json(tmp_path / "y.json", _Outer, "a thing")
+
+
+def test_an_option_of_a_newer_version_says_which():
+    newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
+    with pytest.raises(FileError) as error:
+        structured(_CONFIG | {"environment": newer, "options": _OPTIONS | {"colour": "red"}}, RunConfig, "config.json")
+    assert (error.value.file, error.value.field) == ("config.json", "options.colour")
+    assert f"(written by version '9.9', this is {lf.__version__})" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: "", "not JSON"),
+        (lambda c: json.dumps(c)[:40], "not JSON"),
+        (lambda c: "[]", "holds a list, not an object"),
+        (lambda c: json.dumps({k: v for k, v in c.items() if k != "options"}), "options is missing: wanted an object"),
+        (lambda c: json.dumps(c | {"options": c["options"] | {"new": 1}}), r"options\.new is unknown"),
+        (lambda c: json.dumps(c | {"options": {"recipe": {"epochs": []}}}), r"options\.(base|recipe)"),
+        (lambda c: json.dumps(c | {"modules": [[], []]}), "modules is of 2 seeds: wanted of 1, as in"),
+        (lambda c: json.dumps(c | {"max_new_tokens": 10**9}), "max_new_tokens is 1000000000: wanted an integer from 1"),
+        (lambda c: '{"options":' * 1000 + "1" + "}" * 1000, "not JSON|nested too deeply"),
+    ],
+)
+def test_a_run_whose_config_is_damaged(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(change(_CONFIG))
+    with pytest.raises(FileError, match=f"^{tmp_path}/config.json: .*({message})"):
+        lf.load_run(tmp_path)
+
+
+def test_metrics_that_are_damaged(tmp_path):
+    run = RunFolder(tmp_path)
+    run.append_metrics([{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 0.5}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert run.metrics() == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+    run.cut_metrics(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+    for line, message in (("5", "holds an integer, not an object"), ('{"loss": 1}', "step is missing")):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(FileError, match=rf"metrics\.jsonl, line 2: {message}"):
+            run.metrics()
+    for name in ("results.json", "predictions.jsonl"):
+        (tmp_path / name).write_text('{"seed": 1}\n')
+    for read in (run.results, run.predictions):
+        with pytest.raises(FileError, match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing"):
+            read()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pool")
+    base, adapters = one_block.cut(folder, adapters=2)
+    convert(
+        ConvertOptions(base=str(base), adapters=tuple(map(str, sorted(adapters.iterdir()))), out=folder / "converted")
+    )
+    return folder / "converted"
+
+
+def _grown(manifest, size):
+    """A manifest that is at one with itself about arrays of a size that its files do not have."""
+    manifest["base"]["config"]["d_model"] = size
+    for entry in manifest["adapters"]:
+        for path, text in entry["arrays"].items():
+            shape = re.findall(r"\d+", text.partition("[")[2])
+            if path.endswith("/A"):
+                entry["arrays"][path] = f"float32[{shape[0]}, {shape[1]}, {size}]"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(adapters=5), "adapters is 5: wanted a list"),
+        (lambda m: m.update(adapters=[]), r"adapters is \[\]: wanted a list"),
+        (lambda m: m["adapters"].append(7), r"adapters\[2\] is 7: wanted an object"),
+        (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
+        (lambda m: m["adapters"][0].update(sites={}), r"adapters\[0\]\.sites is {}: wanted an object"),
+        (lambda m: m["adapters"][0]["files"].update(x=[]), r"adapters\[0\]\.files\.x is \[\]: wanted a text"),
+        (lambda m: m["adapters"][0].update(folder="x" * 300), "is not a file inside this folder"),
+        (lambda m: m["adapters"][0].update(folder="a\0b"), "is not a file inside this folder"),
+        (lambda m: m["adapters"][1].update(folder=m["adapters"][0]["folder"]), "two adapters of one folder"),
+        (lambda m: m["base"].update(family="mamba"), "family is 'mamba': wanted one of t5, decoder"),
+        (lambda m: m["base"]["config"].update(d_model=0), "d_model is 0: wanted an integer from 1 to 10,000,000"),
+        (lambda m: m["base"]["config"].update(num_layers=10**9), "num_layers is 1000000000: wanted an integer from 1"),
+        (lambda m: m["base"]["config"].update(new=1), "new is unknown"),
+        (lambda m: m["base"]["config"].update(d_model=10**6), "has ranks .* which its arrays do not have"),
+        (
+            lambda m: _grown(m, 10_000_000),
+            "arrays of .* numbers in files of .*: wanted at most 1,000 for each byte",
+        ),
+    ],
+)
+def test_a_signed_manifest_of_a_pool_is_not_believed(pool, tmp_path, change, message):
+    folder = tmp_path / "pool"
+    shutil.copytree(pool, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    write_manifest(folder, manifest)
+    with pytest.raises(FileError, match=message):
+        lf.load_pool(folder)
+
+
+def test_arrays_that_are_not_those_of_the_manifest(pool):
+    entry = ConvertedPool(pool).manifest["adapters"][0]
+    record = {"arrays": {**entry["arrays"], "more": "float32[2]"}, "files": entry["files"]}
+    with pytest.raises(FileError, match=r"more is absent: wanted float32\[2\]"):
+        read_arrays(pool / entry["folder"], record)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"d_model": 0}, "d_model is 0: wanted an integer from 1 to 10,000,000"),
+        ({"d_ff": [8]}, r"d_ff is \[8\]: wanted an integer"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000: wanted an integer from 1 to 10,000"),
+        ({"eos_token_id": {"a": 1}}, r"eos_token_id is \{'a': 1\}: wanted an integer or a list or null"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small': wanted a number"),
+        ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),
+        (
+            {"model_type": "llama", "num_hidden_layers": 10**9},
+            "num_hidden_layers is 1000000000: wanted an int",
+        ),
+        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads is 0: wanted an integer from 1"),
+        ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act is \['silu'\]: wanted a text"),
+        ({"model_type": "llama", "rope_scaling": 3}, "rope_scaling is 3: wanted an object"),
+    ],
+)
+def test_a_base_whose_configuration_is_damaged(pool, tmp_path, fields, message):
+    config = json.loads((one_block.SMALL / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: .*{message}"):
+        lf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": {}}}', '{"weight_map": 1}'])
+def test_a_base_whose_index_is_damaged(tmp_path, index):
+    shutil.copyfile(one_block.SMALL / "base" / "config.json", tmp_path / "config.json")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(FileError, match=rf"^{tmp_path}/model\.safetensors\.index\.json: "):
+        lf.load_base(tmp_path)
+
+
+def test_a_shape_that_numpy_refuses_is_a_fault_of_its_file(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x.safetensors: "):
+        safetensors.load(tmp_path / "x.safetensors")
+
+
+def test_two_processes_cannot_make_one_folder(tmp_path):
+    """The second stops before it writes; what a killed process left is no obstacle."""
+    (tmp_path / ".pool.partial" / "left").mkdir(parents=True)
+    with new_folder(tmp_path / "pool") as first:
+        assert list(first.iterdir()) == []
+        (first / "mine").write_text("")
+        with pytest.raises(ValueError, match="is being written by another process: wait for it, or give another"):
+            with new_folder(tmp_path / "pool"):
+                pass
+        assert (first / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+
+
+def test_what_a_terminal_would_obey_is_spelled_out():
+    assert printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é") == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch):
+    (tmp_path / "lines").write_bytes(b"good\n\xff\n")
+    with pytest.raises(FileError, match=f"^{tmp_path}/lines: not UTF-8 text"):
+        generate_lines(GenerateOptions(base=str(tmp_path), file=tmp_path / "lines"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("half\udcff"))  # what Python makes of it in a C locale
+    with pytest.raises(FileError, match="^standard input: not UTF-8 text"):
+        generate_lines(GenerateOptions(base=str(tmp_path)))
+
+
+def test_a_tokenizer_without_an_unknown_token_is_the_fault_of_its_base():
+    known = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=known, name_or_path="the_base")
+    with pytest.raises(ValueError, match=r"the tokenizer of the_base rejects a text \(.*UNK.*\): give a base with"):
+        encode(tokenizer, [Example("b", "a")])
