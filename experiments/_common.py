@@ -61,7 +61,7 @@ EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
 def recipe_of(entry: Entry, base: Recipe = PRESETS["default"], *, league: League = "95+5") -> Recipe:
     """Return the recipe of a row of a table."""
     rates = (league == "5" and entry.few_rates) or entry.rates
-    return dataclasses.replace(base, **(entry.recipe | rates), epochs=EPOCHS[league])
+    return dataclasses.replace(base, **({"epochs": EPOCHS[league]} | entry.recipe | rates))
 
 
 def fuse_small(

@@ -95,7 +95,13 @@ IN_BASIS = {
     "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}),
 }
 
-# Ideas that were tried, of methods of their own (`_basis_ideas`).
+# Ideas that were tried, some as methods of their own (`_basis_ideas`); each has rates for one league alone. One epoch
+# less pays for the pass that ranks.
 IDEAS = {
+    "best 10, rank gates": Entry(
+        method="fusion",
+        recipe=BEST | {"granularity": "rank", "epochs": 19},
+        rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.003},
+    ),
     "whitened": Entry(method="whitened", few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033, "l2": 0.1}),
 }

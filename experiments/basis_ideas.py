@@ -1,11 +1,14 @@
 """Ideas for a fusion in few numbers or from few examples, against LoRAFusion at as many forward passes.
 
-    python experiments/basis_ideas.py    # runs what is missing: 3 tasks x 3 seeds, five examples; then writes the table
+    python experiments/basis_ideas.py                # runs what is missing: 3 tasks x 3 seeds, then writes the tables
+    python experiments/basis_ideas.py --leagues 5    # those for five examples
 
-    whitened    coefficients around the mean module, in coordinates in which the modules are orthonormal
+    best 10, rank gates    a coefficient for every rank of the ten modules of greatest descent, one epoch less
+    whitened               for five examples: coefficients around the mean module, in coordinates in which the modules
+                           are orthonormal
 
-LoRAFusion, LoRA and a basis of all modules are the rows of the other tables, of the same tasks and seeds. Results are
-rows of OUT/results.jsonl; interrupted, the same command goes on. Written to OUT: table_5.md.
+LoRAFusion, LoRA, the best 10 and a basis of all modules are the rows of the other tables, of the same tasks and seeds.
+Results are rows of OUT/results.jsonl; interrupted, the same command goes on. Written to OUT, for each league: table.md.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import tyro
 from _basis_ideas import ENTRIES
-from _common import ROOT, SMALL, League, small_pool_in_basis
+from _common import ROOT, SMALL, small_pool_in_basis
 from _matrix import MatrixOptions, run_matrix
 from _methods import IDEAS
 from _planning import print_matrix_plan
@@ -26,7 +29,7 @@ from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores,
 from lorafusion_jax.report import markdown as table_markdown
 
 _FUSION = "LoRAFusion"
-_BESIDE = (_FUSION, "LoRA", "k = 32, all modules")  # rows of other tables
+_BESIDE = (_FUSION, "LoRA", "best 10", "k = 32, all modules")  # rows of other tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,8 @@ class IdeasOptions(MatrixOptions):
         str(SMALL / "tasks" / name) for name in ("swapends_prev", "pairswap_numvow", "sort_next2")
     )
     seeds: tuple[int, ...] = (1, 2, 3)
-    leagues: tuple[League, ...] = ("5",)
     others: tuple[Path, ...] = tuple(
-        ROOT / "docs" / "results" / of / "results.jsonl" for of in ("small_pool_5", "basis")
+        ROOT / "docs" / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5", "basis")
     )
     out: Path = ROOT / "runs" / "basis_ideas"
 
@@ -58,21 +60,29 @@ def main(arguments: Sequence[str] = ()) -> None:
     if options.plan:
         print_matrix_plan(options, IDEAS)
         return
-    own = read_rows(run_matrix(options, IDEAS))
+    for league in options.leagues:
+        entries = {name: entry for name, entry in IDEAS.items() if (entry.few_rates if league == "5" else entry.rates)}
+        run_matrix(dataclasses.replace(options, leagues=(league,)), entries)
+    own = read_rows(options.out / "results.jsonl")
     found = {(row["task"], row["seed"], row["league"]) for row in own}
     there = [row for row in merge(options.others) if (row["task"], row["seed"], row["league"]) in found]
     for league in scores([*(row for row in there if row["method"] in _BESIDE), *own]):
-        write_text(options.out / f"table_{league.league}.md", tables(league))
+        write_text(options.out / f"table{'' if league.league == '95+5' else '_5'}.md", tables(league))
 
 
 def tables(league: Scores) -> str:
     """Return the ideas with their differences, and all rows by task."""
-    lines = [["", "exact match, %", f"minus {_FUSION}"]]
+    others = [name for name in (_FUSION, "best 10") if name in league.methods]
+    lines = [["", "exact match, %", *(f"minus {other}" for other in others)]]
     for name, found in league.summaries.items():
-        away = None if name == _FUSION else league.paired(name, _FUSION)
-        said = "" if away is None else f"{away.difference:+.1f} ({away.low:+.1f} to {away.high:+.1f})"
-        lines.append([name, "" if found is None else f"{found.mean:.1f}", said])
+        differences = [_difference(league, name, other) for other in others]
+        lines.append([name, "" if found is None else f"{found.mean:.1f}", *differences])
     return f"League {league.league}.\n\n{markdown(lines)}\n{table_markdown(main_tables(league)[0])}"
+
+
+def _difference(league: Scores, name: str, other: str) -> str:
+    found = None if name == other else league.paired(name, other)
+    return "" if found is None else f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
 if __name__ == "__main__":

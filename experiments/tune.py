@@ -49,6 +49,9 @@ TRIALS: dict[str, list[dict[str, float]]] = {
     ],
     "LoRA-XS": [{"lr_coefficients": 0.0, "lr_core": r} for r in (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)],
     "mean module": _PAIRS,
+    "best 10, rank gates": [
+        {"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.003, 0.01, 0.03)
+    ],
     # Tuned on five examples alone; a third of each, L2 too.
     "whitened": [
         {"lr_coefficients": c, "lr_magnitudes": 0.01, "l2": weight}
