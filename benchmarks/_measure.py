@@ -96,8 +96,12 @@ def launch(cores: int | None = None) -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] | None = None
+) -> dict[str, np.ndarray]:
     """Return the seconds of a call of each function, [rounds]: one after the other, round by round.
+
+    By default they are those of the wall; `time.process_time` counts what the cores spent on this process.
 
     Every turn begins with a call that is not timed. In the first round it compiles; later it gets its memory from where
     the function before left it, which cost a step of a large model up to three quarters more.
@@ -107,10 +111,10 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np
     for _ in range(rounds):
         for name, run in runs.items():
             run()
-            seconds = _seconds(run, calls.get(name, 1))
+            seconds = _seconds(run, calls.get(name, 1), clock)
             if name not in calls:
                 calls[name] = max(1, int(_SHORTEST_TURN / seconds))
-                seconds = seconds if calls[name] == 1 else _seconds(run, calls[name])
+                seconds = seconds if calls[name] == 1 else _seconds(run, calls[name], clock)
             found[name].append(seconds)
     return {name: np.array(seconds) for name, seconds in found.items()}
 
@@ -182,11 +186,12 @@ def _rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
 
 
-def _seconds(run: Callable[[], Any], calls: int) -> float:
-    began = time.perf_counter()
+def _seconds(run: Callable[[], Any], calls: int, clock: Callable[[], float] | None) -> float:
+    clock = clock or time.perf_counter
+    began = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - began) / calls
+    return (clock() - began) / calls
 
 
 def _short(value: Any) -> str:

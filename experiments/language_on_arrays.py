@@ -1,0 +1,313 @@
+"""Perplexity of SmolLM2 on simulated arrays: against the bits of the ADC, for chips with programming errors.
+
+    python experiments/language_on_arrays.py --plan                                      # settings, and their time
+    python experiments/language_on_arrays.py                                             # what is missing
+    python experiments/language_on_arrays.py --bits 8 6 --errors 0 0.01 --tokens 1024 --out runs/arrays-quick
+
+All seven projections of every layer are in the arrays of examples/smollm2/chip.yaml; embedding, tied head, norms and
+attention are digital. ADC ranges are calibrated on text that is not measured, for each error on its own chip. Written
+to OUT: a line of rows.jsonl for each setting, table.md and perplexity.png. Interrupted, the same command goes on with
+the next setting.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _common import ROOT
+from _smollm2 import EXAMPLES, base
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lorafusion_jax import FuseOptions, cli
+from lorafusion_jax.columns import markdown
+from lorafusion_jax.crossbar import (
+    CrossbarConfig,
+    Independent,
+    Statistics,
+    calibrated,
+    chips_in,
+    config_hash,
+    load_config,
+    observe,
+    with_chips,
+)
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.report import write_text
+from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.runs.prepare import Fused, load_fused
+from lorafusion_jax.runs.run import environment
+from lorafusion_jax.training.loss import log_likelihood
+
+TEXTS, CALIBRATION = EXAMPLES / "text", "calibration.txt"
+WINDOW, BATCH = 128, 8
+# CPU seconds of a token, digital or with an ideal ADC, else on perfect and imperfect cells, on an Intel Xeon with
+# AVX-512; and of a setting's other work: programming, calibration, compilation.
+RATES, REST = {"product": 0.004, "perfect": 0.06, "imperfect": 0.08}, 30.0
+
+Bits = int | Literal["ideal"]
+Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """What a row is measured on: bits of the ADC and the programming error; None for the digital model."""
+
+    bits: Bits | None
+    error: float | None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return "digital"
+        return f"{self.bits if self.bits == 'ideal' else f'{self.bits}-bit'} ADC, error {100 * self.error:g} %"
+
+
+DIGITAL = Setting(None, None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      bits: of the ADC, in the order in which they are measured; `ideal` converts exactly.
+      errors: standard deviations of the programming error, as shares of Gmax.
+      tokens: measure on the first windows of 128 tokens that hold so many; by default on all.
+      calibration_tokens: that the ADCs' ranges are calibrated on.
+      chip_key: key from which the chip is drawn.
+      out: folder of results; settings that have a row there are not measured again.
+      plan: print what is missing and its time, and measure nothing.
+    """
+
+    bits: tuple[Bits, ...] = ("ideal", 8, 6, 7, 5, 10, 4, 9)
+    errors: tuple[float, ...] = (0.0, 0.01, 0.03, 0.05, 0.1)
+    tokens: int | None = None
+    calibration_tokens: int = 256
+    chip_key: int = 0
+    out: Path = ROOT / "runs" / "language_on_arrays"
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+class Text(NamedTuple):
+    """Tokens to measure on, in windows that are each read from their own beginning; to calibrate on; and a digest."""
+
+    windows: Int[np.ndarray, "N T"]
+    calibration: Int[np.ndarray, "1 T"]
+    sha256: str
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure what is missing, or say what it takes."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    loaded = load_fused(FuseOptions(base=str(base()), task="", method="zero-shot"))
+    text = load_text(loaded.tokenizer, options)
+    common = {
+        "tokens": text.windows[:, 1:].size,
+        "calibration_tokens": text.calibration.size,
+        "chip_key": options.chip_key,
+        "text_sha256": text.sha256,
+    }
+    file = options.out / "rows.jsonl"
+    rows = read_rows(file, common)
+    asked = [DIGITAL, *(Setting(bits, error) for error in options.errors for bits in options.bits)]
+    have = {setting_of(row) for row in rows}
+    missing = [setting for setting in asked if setting not in have]
+    if options.plan:
+        print_plan(missing, text.windows.size)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(measured(loaded, text, missing, options.chip_key), start=1):
+        rows.append(common | row | environment())
+        with file.open("a") as lines:
+            lines.write(json.dumps(rows[-1]) + "\n")
+        write_text(options.out / "table.md", table(rows))
+        draw(rows, options.out / "perplexity.png")
+        seconds = sum(row["cpu_seconds"].values())
+        said = f"perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
+        print(f"[{number}/{len(missing)}] {setting_of(row)}: {said}", file=sys.stderr, flush=True)
+    print(f"{table(rows)}\nwritten to {options.out}")
+
+
+def load_text(tokenizer: Any, options: Options) -> Text:
+    """Read the texts of examples/smollm2/text.
+
+    Raises:
+      ValueError: there is less text than is asked for.
+    """
+    files = sorted(TEXTS.glob("*.txt"))
+    texts = {file.name: file.read_text() for file in files}
+    calibration = tokenizer(texts.pop(CALIBRATION), add_special_tokens=False)["input_ids"]
+    ids = tokenizer("\n".join(texts.values()), add_special_tokens=False)["input_ids"]
+    count = len(ids) // WINDOW if options.tokens is None else -(-options.tokens // WINDOW)
+    for name, asked, there in (
+        ("tokens", count * WINDOW, len(ids)),
+        ("calibration-tokens", options.calibration_tokens, len(calibration)),
+    ):
+        if not 0 < asked <= there:
+            raise ValueError(f"--{name} asks for {asked} tokens, and {TEXTS} has {there}: ask for 1 to {there}")
+    return Text(
+        np.array(ids[: count * WINDOW], np.int32).reshape(count, WINDOW),
+        np.array([calibration[: options.calibration_tokens]], np.int32),
+        hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+    )
+
+
+def read_rows(file: Path, common: Row) -> list[Row]:
+    """Return the rows of a file, none where it is not there.
+
+    Raises:
+      ValueError: they are of other text or another chip.
+    """
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for row in rows:
+        if other := [f"{key} was {row[key]}, is {value}" for key, value in common.items() if row[key] != value]:
+            raise ValueError(f"{file} holds other rows ({'; '.join(other)}): give another --out")
+    return rows
+
+
+def measured(loaded: Fused, text: Text, settings: Sequence[Setting], chip_key: int) -> Iterator[Row]:
+    """Yield a row for each setting, calibrated once for each error: what columns sum up to does not depend on ADCs."""
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    key = jax.random.fold_in(jax.random.key(chip_key), 0)
+
+    def logits(weights: nnx.State, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        return nnx.merge(graph, weights)(ids, jnp.ones_like(ids, bool))
+
+    def losses(tree: Any, leaves: list[Array], ids: Int[Array, "B T"]) -> Float[Array, " B"]:
+        return -log_likelihood(logits(tree.unflatten(leaves), ids)[:, :-1], ids[:, 1:])
+
+    seen: dict[float | None, list[Statistics]] = {}
+    for setting in settings:
+        times = [time.process_time()]
+        weights, arrays = frozen.base, {}
+        if setting != DIGITAL:
+            config = config_of(setting)
+            weights = program(graph, frozen, {"*": config}, key).base
+            if config.adc is not None:
+                if setting.error not in seen:
+                    seen = {setting.error: observe(logits, weights, [jnp.asarray(text.calibration)])}
+                pairs = zip(chips_in(weights), seen[setting.error], strict=True)
+                weights = with_chips(weights, [calibrated(chip, statistics) for chip, statistics in pairs])
+            jax.block_until_ready(weights)
+            arrays = {"config_sha256": config_hash(config), "paths": sorted({c.plan.path for c in chips_in(weights)})}
+        batches = [jnp.asarray(text.windows[first : first + BATCH]) for first in range(0, len(text.windows), BATCH)]
+        times.append(time.process_time())
+        leaves, tree = jax.tree.flatten(weights)
+        of_setting = jax.jit(partial(losses, tree))
+        compiled = {batch.shape: of_setting.lower(leaves, batch).compile() for batch in batches}
+        times.append(time.process_time())
+        found = np.concatenate([np.asarray(compiled[batch.shape](leaves, batch), float) for batch in batches])
+        times.append(time.process_time())
+        yield {
+            "bits": setting.bits,
+            "error": setting.error,
+            **arrays,
+            "loss": found.sum() / text.windows[:, 1:].size,
+            "window_losses": (found / (WINDOW - 1)).tolist(),
+            "cpu_seconds": dict(zip(("prepare", "compile", "measure"), np.diff(times).tolist(), strict=True)),
+        }
+        del weights, leaves
+        jax.clear_caches()  # other bits are other programs
+
+
+def config_of(setting: Setting) -> CrossbarConfig:
+    """Return the arrays of a setting; errors are arrays, so that they share compiled programs."""
+    config = load_config(EXAMPLES / "chip.yaml")
+    assert config.adc is not None
+    adc = None if setting.bits == "ideal" else dataclasses.replace(config.adc, bits=setting.bits)
+    programming = Independent(jnp.float32(setting.error)) if setting.error else None
+    return dataclasses.replace(config, adc=adc, device=dataclasses.replace(config.device, programming=programming))
+
+
+def setting_of(row: Row) -> Setting:
+    """Return the setting of a row."""
+    return Setting(row["bits"], row["error"])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return perplexities, and losses above the digital model's, errors by bits."""
+    by_setting = {setting_of(row): row for row in rows}
+    digital = by_setting[DIGITAL]
+    errors, bits = axes(rows)
+
+    def cells(said: Any) -> str:
+        found = [[by_setting.get(Setting(b, error)) for b in bits] for error in errors]
+        head = ["programming error, % of Gmax", *(b if b == "ideal" else f"{b} bits" for b in bits)]
+        lines = zip(errors, found, strict=True)
+        return markdown(
+            [head, *([f"{100 * e:g}", *("-" if row is None else said(row) for row in f)] for e, f in lines)]
+        )
+
+    def above(row: Row) -> str:
+        differences = np.subtract(row["window_losses"], digital["window_losses"])
+        spread = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else np.nan
+        return f"{differences.mean():.3f} ± {spread:.3f}"
+
+    return (
+        f"Perplexity on {digital['tokens']:,} tokens by bits of the ADC; the digital model: "
+        f"{np.exp(digital['loss']):.2f}\n\n{cells(lambda row: _perplexity(np.exp(row['loss'])))}\n"
+        "Loss above the digital model's, nats per token, ± standard error over windows\n\n"
+        f"{cells(above)}"
+    )
+
+
+def axes(rows: Sequence[Row]) -> tuple[list[float], list[Bits]]:
+    """Return the errors and the bits that rows have, in order."""
+    on_arrays = [row for row in rows if setting_of(row) != DIGITAL]
+    return sorted({row["error"] for row in on_arrays}), sorted({row["bits"] for row in on_arrays}, key=_place)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw perplexity against the bits, a line for each error."""
+    errors, bits = axes(rows)
+
+    def on(figure: Any) -> None:
+        axis = figure.subplots()
+        for i, error in enumerate(errors):
+            found = sorted((row for row in rows if row["error"] == error), key=lambda row: _place(row["bits"]))
+            places = [bits.index(row["bits"]) for row in found]
+            label = "perfect cells" if error == 0 else f"programming error {100 * error:g} %"
+            axis.plot(
+                places, [np.exp(row["loss"]) for row in found], "o-", markersize=4, color=colour(i + 1), label=label
+            )
+        digital = next(row for row in rows if setting_of(row) == DIGITAL)
+        axis.axhline(np.exp(digital["loss"]), linestyle=":", color="black", label="digital")
+        axis.set_xticks(range(len(bits)), [str(b) for b in bits])
+        axis.set_yscale("log")
+        axis.set_xlabel("bits of the ADC")
+        axis.set_ylabel("perplexity")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+
+    plot(path, (8.0, 4.5), on)
+
+
+def print_plan(missing: Sequence[Setting], tokens: int) -> None:
+    """Print the settings that are missing, and their CPU time."""
+    total = 0.0
+    for setting in missing:
+        kind = "product" if setting.bits in (None, "ideal") else "imperfect" if setting.error else "perfect"
+        seconds = REST + RATES[kind] * tokens
+        total += seconds
+        print(f"{setting!s:26} {seconds:6.0f} CPU seconds")
+    print(f"{len(missing)} settings on {tokens:,} tokens: {total / 60:.0f} CPU minutes")
+
+
+def _place(bits: Bits) -> float:
+    return np.inf if bits == "ideal" else bits
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

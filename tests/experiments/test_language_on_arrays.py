@@ -1,0 +1,102 @@
+"""Perplexity on arrays, on a small Llama and texts made up here; and the loop that stands in for CrossSim."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_llama
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.io.hf import load_base, load_tokenizer
+
+_ROOT = Path(__file__).resolve().parents[2]
+_WORDS = "the cold bold gold is old and the tall wall is small "
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
+    import language_on_arrays as found
+
+    llama = small_llama.make(tmp_path / "llama")
+    (texts := tmp_path / "text").mkdir()
+    (texts / "calibration.txt").write_text(2 * _WORDS)
+    (texts / "a.txt").write_text(_WORDS)
+    (texts / "b.txt").write_text("Q: hot\nA: cold\n")
+    for name, value in (("base", lambda: llama), ("TEXTS", texts), ("WINDOW", 8), ("BATCH", 2)):
+        monkeypatch.setattr(found, name, value)
+    return found
+
+
+@pytest.mark.long
+def test_rows_of_perplexity_by_setting(script, tmp_path, capsys):
+    given = ["--out", str(tmp_path / "out"), "--calibration-tokens", "16", "--tokens", "20", "--errors", "0"]
+    script.main([*given, "--bits", "ideal", "8"])
+    file = tmp_path / "out" / "rows.jsonl"
+    first = file.read_text()
+    digital, ideal, lossless = map(json.loads, first.splitlines())
+    assert (digital["bits"], ideal["bits"], lossless["bits"]) == (None, "ideal", 8)
+    assert digital["tokens"] == 3 * 7 and len(digital["window_losses"]) == 3
+
+    # The loss of three windows, from the model's logits.
+    model, tokenizer = load_base(str(script.base())), load_tokenizer(str(script.base()))
+    text = "\n".join((script.TEXTS / name).read_text() for name in ("a.txt", "b.txt"))
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"][:24]).reshape(3, 8)
+    logits = np.asarray(model(jnp.asarray(ids), jnp.ones_like(ids, bool)), float)[:, :-1]
+    chosen = np.take_along_axis(logits, ids[:, 1:, None], axis=2)[..., 0]
+    losses = np.log(np.exp(logits).sum(axis=2)) - chosen
+    np.testing.assert_allclose(digital["window_losses"], losses.mean(axis=1), rtol=1e-5)
+    assert digital["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    # Columns of 24 rows sum up to at most 72 levels, which 8 bits tell apart; 8-bit weights and inputs remain.
+    assert lossless["loss"] == pytest.approx(ideal["loss"], rel=1e-6)
+    assert lossless["paths"] == ideal["paths"] == ["product"] and "paths" not in digital
+    assert ideal["loss"] != digital["loss"] and ideal["loss"] == pytest.approx(digital["loss"], rel=1e-2)
+
+    script.main([*given, "--bits", "8", "3", "--plan"])
+    assert "3-bit ADC, error 0 %" in (said := capsys.readouterr().out) and "1 settings on 24 tokens" in said
+    script.main([*given, "--bits", "8", "3"])
+    assert file.read_text().startswith(first)
+    coarse = json.loads(file.read_text().splitlines()[-1])
+    assert coarse["bits"] == 3 and abs(coarse["loss"] - ideal["loss"]) > 10 * abs(lossless["loss"] - ideal["loss"])
+    assert "| 0 " in (tmp_path / "out" / "table.md").read_text() and (tmp_path / "out" / "perplexity.png").exists()
+    with pytest.raises(ValueError, match=r"holds other rows \(tokens was 21, is 14\): give another --out"):
+        script.main([*given[:-4], "--tokens", "16", "--errors", "0"])
+    with pytest.raises(ValueError, match=r"--tokens asks for 8000 tokens, and .* has \d+: ask for 1 to"):
+        script.main(["--out", str(tmp_path / "other"), "--tokens", "8000"])
+
+
+@pytest.mark.long
+def test_an_imperfect_chip_is_calibrated_once(script, tmp_path, monkeypatch):
+    calls = []
+
+    def observe(*arguments):
+        calls.append(arguments)
+        return crossbar.observe(*arguments)
+
+    monkeypatch.setattr(script, "observe", observe)
+    given = ["--out", str(tmp_path / "out"), "--calibration-tokens", "16", "--tokens", "8"]
+    script.main([*given, "--errors", "0.05", "--bits", "6", "4"])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [(row["bits"], row["error"]) for row in rows] == [(None, None), (6, 0.05), (4, 0.05)]
+    assert len({row["loss"] for row in rows}) == 3 and len(calls) == 1
+
+
+def test_crosssims_loop_reads_what_a_chip_reads(monkeypatch):
+    monkeypatch.syspath_prepend(str(_ROOT / "benchmarks"))
+    try:
+        import decoder_on_arrays as found
+    finally:
+        sys.modules.pop("_measure", None)
+    config = crossbar.load_config(_ROOT / "examples" / "smollm2" / "chip.yaml")
+    # No sum is half-way between two codes, where CrossSim rounds to the other one: its codes begin with the lowest.
+    coarse = found.dataclasses.replace(config, adc=crossbar.ADC(bits=5, range="given", limits=[[-20.1, 20.1]] * 4))
+    key = jax.random.key(0)
+    weights, x = jax.random.normal(key, (150, 12)), jax.random.normal(jax.random.fold_in(key, 1), (4, 150))
+    chip = crossbar.program(weights, coarse, path="loop")
+    y, exact = np.asarray(crossbar.matmul(x, chip)), np.asarray(x @ weights)
+    np.testing.assert_allclose(found.crosssim_loop(np.asarray(x), chip)(), y, rtol=0, atol=1e-4 * abs(y).max())
+    assert abs(y - exact).max() > 1e-2 * abs(exact).max()
