@@ -118,19 +118,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _programs_of_one_file(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Files share compiled programs, except those where a test replaces a function that may be traced."""
-    from lorafusion_jax.training.programs import make_room
+# A program takes several mappings of memory; a thousand of them come with about 0.25 GB, traces included.
+_MAPPINGS, _MOST_MAPPINGS = Path("/proc/self/maps"), 8_000
 
-    patches = any("monkeypatch" in item.fixturenames for item in request.session.items if item.path == request.path)
-    if patches:
-        jax.clear_caches()
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Files share compiled programs, which are forgotten where they take much memory."""
     yield
     vars(_of_thread).clear()  # a context keeps the constants of its programs
-    if patches or make_room():
+    if _MAPPINGS.is_file() and len(_MAPPINGS.read_bytes().splitlines()) > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def own_programs() -> Iterator[None]:
+    """Forget all compiled programs before a test that replaces what they are traced with, and after its file."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

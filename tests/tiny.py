@@ -1,5 +1,6 @@
 """A small T5 of unequal depths and pools for it, for tests that need no pretrained weights."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,8 +21,13 @@ CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_l
 Ranks = Callable[[int, str, int], int]
 
 
+@functools.cache
+def _drawn(config: T5Config, seed: int) -> tuple[nnx.GraphDef[T5], nnx.State]:
+    return nnx.split(T5(config, rngs=nnx.Rngs(seed)))
+
+
 def t5(config: T5Config = CONFIG, seed: int = 0) -> T5:
-    return T5(config, rngs=nnx.Rngs(seed))
+    return nnx.merge(*_drawn(config, seed), copy=True)
 
 
 def pool(

@@ -314,6 +314,7 @@ def test_negative_inputs_of_an_unsigned_dac_have_no_gradient():
     ],
     ids=["wires", "clipped noise"],
 )
+@pytest.mark.usefixtures("own_programs")
 def test_cells_that_are_read_one_by_one_keep_to_the_budget(config, monkeypatch):
     """96 x 96, 64 inputs: [B 64, J 7, K 4, P 2, 96, 96] float32 cells are 132 MB; what is there at once is 2 MiB."""
     weights, x = problem(96, 96, 64)
@@ -327,6 +328,7 @@ def test_cells_that_are_read_one_by_one_keep_to_the_budget(config, monkeypatch):
     assert temporaries(2**21) < 2 * 2**21
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_read_noise_on_an_accelerator_is_drawn_once_for_each_conversion(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = CrossbarConfig(adc=ADC(range="max"), device=Device(read_noise=ReadNoise(0.1)))

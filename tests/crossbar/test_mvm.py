@@ -213,7 +213,7 @@ def test_device_count_changes_nothing():
     "path, values",
     [
         pytest.param("device__programming", [0.0, 0.02, 0.1], marks=pytest.mark.long),
-        ("device__time", [1.0, 1e3, 1e6]),
+        pytest.param("device__time", [1.0, 1e3, 1e6], marks=pytest.mark.long),
         pytest.param("cell__on_off_ratio", [3.0, 10.0, 100.0], marks=pytest.mark.long),
         ("tile__current_limit", [0.5, 1.0, 4.0]),
         pytest.param("adc__limits", [1.0, 2.0, 4.0], marks=pytest.mark.long),
@@ -332,7 +332,7 @@ def test_granular_steps_of_whole_sums_warn_where_they_clip():
 # Read noise
 
 
-@pytest.mark.parametrize("adc", [None, given(3.0, bits=6)])
+@pytest.mark.parametrize("adc", [None, pytest.param(given(3.0, bits=6), marks=pytest.mark.long)])
 def test_read_noise_is_the_keys(adc):
     config = CrossbarConfig(adc=adc, tile=Tile(rows=10), device=Device(read_noise=ReadNoise(0.05)))
     W, x = problem()
@@ -525,6 +525,7 @@ def compiled(x, state):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("own_programs")
 def test_the_block_of_all_conversions_never_exists(monkeypatch):
     """512 x 512, 256 inputs: [J 7, K 4, R 4, B 256, cols 512] float32 is 59 MB; a read keeps to its budget."""
     config = CrossbarConfig(adc=ADC(bits=8, range="max"))

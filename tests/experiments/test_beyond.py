@@ -152,6 +152,7 @@ def test_a_converged_step_equals_the_dense_solution(newton, frozen):
     assert new.damping[0] == pytest.approx(damping / 4 if ratio > 0.75 else damping)
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_a_step_that_raises_the_loss_is_taken_back(newton, frozen, monkeypatch):
     c = 0.1 * tiny.coefficients((2, 5))
     monkeypatch.setattr(newton, "conjugate_gradients", lambda product, right, n: (-0.1 * right, right))
@@ -164,6 +165,7 @@ def test_a_step_that_raises_the_loss_is_taken_back(newton, frozen, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("own_programs")
 def test_a_step_passes_the_rows_that_it_counts(newton, frozen, monkeypatch):
     """Counted where they pass: an identity behind the logits calls back in forward, tangent and backward direction."""
     passed = {"forward": 0, "tangent": 0, "backward": 0}

@@ -87,6 +87,7 @@ def test_a_step_in_a_shared_basis(core):
 
 
 @pytest.mark.parametrize("fault", ["adapters.norms.product", "adapters.composition.product", "jnp.einsum"])
+@pytest.mark.usefixtures("own_programs")
 def test_one_product_at_a_device_s_default_is_found(monkeypatch, fault):
     if fault == "jnp.einsum":
         einsum = jnp.einsum
