@@ -16,7 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SMALL = _ROOT / "examples" / "small"
 _FUSE = ["fuse", "--task", str(_SMALL / "tasks" / "double_digit")]
 # The programs are those of tests/methods/test_methods.py.
-_QUICK = ["--modules", "2", "--epochs", "1", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "8"]
+_QUICK = ["--modules", "2", "--epochs", "1", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "5"]
 
 
 def _convert(base: Path, adapters: Path, out: Path) -> Path:
@@ -97,7 +97,7 @@ def test_evaluation_on_arrays_says_what_is_wrong(run, arguments, message, capsys
 
 
 def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
-    cli.main(["evaluate", "--run", str(run), "--test-rows", "4"])
+    cli.main(["evaluate", "--run", str(run), "--test-rows", "3"])
     assert capsys.readouterr().out.startswith("seed  exact match %  loss\n1 ")
     (tmp_path / "text").write_text("double then digit : a b c\n")
     cli.main(["generate", "--run", str(run), "--file", str(tmp_path / "text")])
@@ -112,7 +112,7 @@ def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
     zero = [*_FUSE, "--base", str(tmp_path / "merged"), *_QUICK, "--method", "zero-shot"]
     cli.main([*zero, "--out", str(again), "--name", "z"])
     said, wanted = (
-        [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:8]
+        [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:5]
         for folder in (again / "z", run)
     )
     assert said == wanted

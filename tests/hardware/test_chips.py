@@ -168,7 +168,7 @@ def _programming(folder, **changes):
 
 def _fusing(folder, name, **changes):
     recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4}
-    values = {"seeds": (1, 2), "test_rows": 8, "out": folder / "runs", "name": name, "pool": str(folder / "pool")}
+    values = {"seeds": (1, 2), "test_rows": 5, "out": folder / "runs", "name": name, "pool": str(folder / "pool")}
     return FuseOptions(
         base=str(folder / "base"),
         task=str(one_block.SMALL / "tasks" / "double_digit"),

@@ -65,7 +65,7 @@ def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> Fus
         "out": out,
         "name": method,
         "method": "merge" if method == "cat" else method,
-        "test_rows": 8,
+        "test_rows": 5,
     }
     return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
 

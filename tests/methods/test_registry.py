@@ -81,7 +81,7 @@ def test_a_new_method_is_run_and_does_not_touch_the_recipe(tmp_path):
         method="gains",
         recipe=recipe,
         out=tmp_path,
-        test_rows=4,
+        test_rows=5,
     )
     results = fuse(options)
     assert results["trainable_by_group"] == {"gains": 6}  # q and v of one encoder layer and, twice, of a decoder layer

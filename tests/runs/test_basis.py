@@ -45,7 +45,7 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
 def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
     recipe = {"epochs": 2, "batch_size": 32, "modules": 2, "max_new_tokens": 8, "basis": 16}
     recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
-    values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "out": out, "test_rows": 8}
+    values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "out": out, "test_rows": 5}
     return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
 
 
@@ -96,7 +96,7 @@ def test_runs_in_a_basis_share_a_bank_and_chips(fused, small, tmp_path):
         ProgramOptions(base=str(small[0]), pool=str(small[1]), basis=16, crossbar="ideal", out=tmp_path / "chips")
     )
     assert list(manifest["modules"]) == ["shared basis"]
-    on = EvaluateOnChipsOptions(run=run_path(options), crossbar=str(tmp_path / "chips"), test_rows=8)
+    on = EvaluateOnChipsOptions(run=run_path(options), crossbar=str(tmp_path / "chips"), test_rows=5)
     (row,) = evaluate_on_chips(on)["rows"]
     assert row["loss"] == pytest.approx(results["seeds"][0]["loss"], rel=1e-3)
     with pytest.raises(ValueError, match="programmed with another pool"):

@@ -91,7 +91,7 @@ def _options(out: Path, **changes) -> FuseOptions:
         "seeds": (1, 2),
         "out": out,
         "name": "ranked",
-        "test_rows": 8,
+        "test_rows": 5,
     }
     return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
 
