@@ -75,6 +75,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     index = _written(folder / "sharded" / "model.safetensors.index.json", {"weight_map": _weight_map(base)})
     _written(folder / "sharded" / "config.json", config)
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
+    pickled = shutil.copytree(one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled")
     run = RunFolder(folder / "run")
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
@@ -122,6 +123,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "base weights": Kind(base / "model.safetensors", lambda: lf.load_base(base)),
         "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: read_adapter(sources[0])),
         "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: read_adapter(sources[0])),
+        "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: read_adapter(str(pickled))),
+        "tokenizer": Kind(base / "tokenizer.json", lambda: lf.load_tokenizer(base)),
         "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
         "run results": Kind(run.folder / "results.json", run.results),
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),

@@ -6,9 +6,9 @@ import pytest
 _NAMES = (
     *("pool manifest", "pool manifest, not signed", "pool keys", "pool adapter config", "basis manifest"),
     *("checkpoint manifest", "T5 config", "decoder config", "generation config", "base index", "base weights"),
-    *("adapter config", "adapter weights", "run config", "run results", "run metrics", "run predictions"),
-    *("chips manifest", "chips config", "chip arrays", "crossbar config", "cost constants", "result rows"),
-    *("task list", "task rows"),
+    *("adapter config", "adapter weights", "adapter pickle", "tokenizer", "chip arrays", "crossbar config"),
+    *("run config", "run results", "run metrics", "run predictions", "chips manifest", "chips config"),
+    *("cost constants", "result rows", "task list", "task rows"),
 )
 
 
