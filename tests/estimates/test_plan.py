@@ -188,9 +188,9 @@ def _step(name: str, config: Architecture, settings: Settings):
     ("name", "config"),
     [
         ("fusion-sum", _SMALL),
-        ("fusion-mix", _SMALL),
+        pytest.param("fusion-mix", _SMALL, marks=pytest.mark.long),
         ("lora", _SMALL),
-        ("full", _SMALL),
+        pytest.param("full", _SMALL, marks=pytest.mark.long),
         ("fusion-sum", _DECODER),
         ("full", _DECODER),
     ],

@@ -220,23 +220,24 @@ def test_tasks_come_and_go_without_a_compilation(bank):
         np.testing.assert_array_equal(logits[others], first[others])
 
 
-def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone():
-    """With magnitudes and without, with a core, in arrays, and beside the plain base."""
+@pytest.mark.parametrize("arrays", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
+    """With magnitudes and without, with a core, and beside the plain base."""
     basis = shared_basis(_POOL, 5)
     methods = [Fusion(), Fusion(granularity="site", magnitudes=False, basis=5), Fusion(core=True, magnitudes=False)]
     tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
     tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
     frozen = Fusion().prepare(Frozen(_BASE, basis), kernels(nnx.merge(_GRAPH, _BASE)))
     batch = _rows(5)
-    for weights in (frozen, program(_GRAPH, frozen, {"pool.*": PRESETS["ideal"]}, _KEY)):
-        bank = _filled(weights, tasks, granularity="site", cores=True)
-        got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
-        for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
-            problem = Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
-            wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
-            _close(got[row], np.asarray(wanted)[row])
-        plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
-        np.testing.assert_array_equal(got[3], plain[3])
+    weights = program(_GRAPH, frozen, {"pool.*": PRESETS["ideal"]}, _KEY) if arrays else frozen
+    bank = _filled(weights, tasks, granularity="site", cores=True)
+    got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
+    for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
+        problem = Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
+        wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+        _close(got[row], np.asarray(wanted)[row])
+    plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
+    np.testing.assert_array_equal(got[3], plain[3])
     with pytest.raises(ValueError, match="no room for them: make it with cores=True"):
         _filled(frozen, tasks, granularity="site")
 
