@@ -22,7 +22,7 @@ import tyro
 from _common import ROOT
 from _language import MAIN, MORE, TUNING, find, options_of
 from language import FOLDER, LanguageOptions, link_tasks, linked_base, make_pools
-from tune import TRIALS
+from tune import TRIALS as SMALL_TRIALS
 
 from lorafusion_jax import cli
 from lorafusion_jax.files import write_text
@@ -34,6 +34,13 @@ from lorafusion_jax.training.loss import seed_entropies
 from lorafusion_jax.training.problem import LOSS
 from lorafusion_jax.training.programs import make_room
 
+# On the embedded pool coefficients are tuned at 0.3 in place of 0.01.
+_PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]
+TRIALS = {
+    name: _PAIRS if trials[0].keys() == _PAIRS[0].keys() else trials
+    for name, trials in SMALL_TRIALS.items()
+    if name in MAIN | MORE
+}
 SEED, PASSES = 101, 2  # the seed is not one of the table's
 
 
@@ -49,7 +56,7 @@ class TuneOptions:
     """
 
     tasks: Path
-    methods: tuple[str, ...] = tuple(name for name in MAIN | MORE if name in TRIALS)
+    methods: tuple[str, ...] = tuple(TRIALS)
     adapters: Path = LanguageOptions.adapters
     out: Path = ROOT / "runs" / "language"
 
@@ -64,39 +71,41 @@ def main(arguments: Sequence[str] = ()) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for method in options.methods:
         for task in TUNING:
-            if any((row["method"], row["task"]) == (method, task) for row in rows):
+            done = [row["rates"] for row in rows if (row["method"], row["task"]) == (method, task)]
+            todo = [rates for rates in TRIALS[method] if rates not in done]
+            if not todo:
                 continue
             make_room()
-            rows.append(
-                {"method": method, "task": task, "trials": _losses(method, find(task, tasks), options.adapters)}
-            )
-            with file.open("a") as lines:
-                lines.write(json.dumps(rows[-1]) + "\n")
+            losses = _losses(method, find(task, tasks), options.adapters, todo)
+            rows += [
+                {"method": method, "task": task, "rates": rates, "loss": loss}
+                for rates, loss in zip(todo, losses, strict=True)
+            ]
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
             write_text(options.out / "table_tune.md", table_of(rows))
-            best = min(rows[-1]["trials"], key=lambda trial: trial["loss"])
-            print(f"{method}, {task}: loss {best['loss']:.3f} at {best['rates']}", flush=True)
+            print(f"{method}, {task}: losses {min(losses):.3f} to {max(losses):.3f}", flush=True)
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of all trials, with an arrow at each method's lowest mean loss of both tasks."""
     lines = [f"| method | rates | {' | '.join(TUNING)} | mean loss |", "|---|---|" + "---:|" * (len(TUNING) + 1)]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of = {row["task"]: row["trials"] for row in rows if row["method"] == method}
-        if set(of) != set(TUNING):
+    loss = {(row["method"], row["task"], json.dumps(row["rates"])): row["loss"] for row in rows}
+    for method, trials in TRIALS.items():
+        keys = [[(method, task, json.dumps(rates)) for task in TUNING] for rates in trials]
+        if not all(key in loss for of_trial in keys for key in of_trial):
             continue
-        losses = [[of[task][i]["loss"] for task in TUNING] for i in range(len(of[TUNING[0]]))]
-        means = [fmean(pair) for pair in losses]
-        for i, trial in enumerate(of[TUNING[0]]):
-            rates = ", ".join(f"{name} {rate:g}" for name, rate in trial["rates"].items())
-            numbers = " | ".join(f"{loss:.3f}" for loss in (*losses[i], means[i]))
-            lines.append(f"| {method} | {rates} | {numbers}{' ←' if i == int(np.nanargmin(means)) else ''} |")
+        losses = [[loss[key] for key in of_trial] for of_trial in keys]
+        means = [fmean(of_trial) for of_trial in losses]
+        for i, rates in enumerate(trials):
+            said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+            numbers = " | ".join(f"{found:.3f}" for found in (*losses[i], means[i]))
+            lines.append(f"| {method} | {said} | {numbers}{' ←' if i == int(np.nanargmin(means)) else ''} |")
     return "\n".join(lines) + "\n"
 
 
-def _losses(method: str, path: Path, adapters: Path) -> list[dict[str, Any]]:
-    """Return the rates of every trial with its loss on the test rows, in nats per token."""
-    entry, trials = (MAIN | MORE)[method], TRIALS[method]
-    count = len(trials)
+def _losses(method: str, path: Path, adapters: Path, trials: Sequence[dict[str, float]]) -> list[float]:
+    """Return the loss of each trial on the test rows, in nats per token."""
+    entry, count = (MAIN | MORE)[method], len(trials)
     options = with_targets(options_of(entry, path, base=linked_base(), pool=FOLDER / adapters.name, seeds=(SEED,)))
     options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, epochs=PASSES))
     setup = prepare(options)
@@ -114,8 +123,7 @@ def _losses(method: str, path: Path, adapters: Path) -> list[dict[str, Any]]:
         np.tile(np.arange(len(setup.test), dtype=np.int32), (count, 1)), batch_size=len(setup.test)
     )
     batch = next(train_batches(setup.test, everything, pad_id=setup.tokenizer.pad_token_id))
-    losses = jax.device_get(seed_entropies(state.params, batch, problem.read(LOSS, 0)))
-    return [{"rates": trial, "loss": float(loss)} for trial, loss in zip(trials, losses, strict=True)]
+    return jax.device_get(seed_entropies(state.params, batch, problem.read(LOSS, 0))).tolist()
 
 
 if __name__ == "__main__":
