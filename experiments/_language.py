@@ -58,7 +58,7 @@ UNSEEN = {
 EPOCHS = {100: 5, 20: 25, 5: 40}
 DIRECTIONS = 32  # of the pool's shared basis
 _ALL = {"modules": sum(map(len, SOURCES.values()))}
-_FUSION = {"lr_coefficients": 0.1, "lr_magnitudes": 0.01}
+_FUSION = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
 
 
 def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -> Entry:
@@ -72,7 +72,7 @@ MAIN = {
     "uniform mean": _entry(METHODS["uniform mean"]),
     "best single module": _entry(METHODS["best single module"]),
     "LoRAFusion": _entry(METHODS["LoRAFusion"], _FUSION),
-    "LoRA": dataclasses.replace(METHODS["LoRA"], rates={"lr_lora": 2e-3}, few_rates={}),
+    "LoRA": dataclasses.replace(METHODS["LoRA"], rates={"lr_lora": 5e-3}, few_rates={}),
     "random pool": _entry(METHODS["random pool"], _FUSION),
     "coefficients only": _entry(METHODS["coefficients only"], {"lr_coefficients": 0.1}),
     "magnitudes only": dataclasses.replace(METHODS["magnitudes only"], rates={"lr_magnitudes": 0.02}, few_rates={}),
