@@ -25,6 +25,9 @@ class _Out:
     def flush(self) -> None:
         self.flushed.append(self.text)
 
+    def isatty(self) -> bool:
+        return False
+
 
 def test_streamed_text_is_the_printed_text_piece_by_piece(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "lines").write_text("hot\nthe tall one\n")

@@ -86,7 +86,8 @@ def test_the_demo_compares_the_base_with_the_fusion(scripts, tmp_path, monkeypat
         asked.append(options)
         share = 75.0 if options.method == "fusion" else 0.0
         answer = " replying" if options.method == "fusion" else "\nreply"
-        row = {"input": demo_llm.PROMPT.format(input="reply"), "prediction": answer}
+        row = {"seed": 1, "row": 0, "input": demo_llm.PROMPT.format(input="reply"), "target": "replying"}
+        row |= {"prediction": answer, "correct": share > 0, "option_correct": None}
         (options.out / options.name).mkdir(parents=True)
         RunFolder(options.out / options.name).write_predictions([row])
         seed = {"seed": 1, "exact_match": share, "loss": 1.0}
