@@ -196,7 +196,7 @@ def test_every_method_runs(method, done, config):
     ],
 )
 def test_a_base_in_few_bits(load_in, method, rel, asked, done):
-    (row,) = fuse(asked(load_in, "open", load_in=load_in, method=method))["seeds"]
+    (row,) = fuse(asked(f"{load_in}-{method}", "open", load_in=load_in, method=method))["seeds"]
     (wanted,) = done(method)["seeds"]
     assert row["loss"] == pytest.approx(wanted["loss"], rel=rel) and row["loss"] != wanted["loss"]
 

@@ -52,7 +52,8 @@ class Cell:
 
     def __post_init__(self):
         if self.bits is not None:
-            if isinstance(self.bits, int) or not self.bits or any(not 1 <= b <= 8 for b in self.bits):
+            listed = isinstance(self.bits, tuple | list) and len(self.bits) > 0
+            if not listed or not all(isinstance(b, int) and 1 <= b <= 8 for b in self.bits):
                 raise ValueError(
                     f"cell.bits = {self.bits!r}: give 1 to 8 bits for each weight slice, as in (2, 2, 2, 2)"
                 )
