@@ -65,7 +65,8 @@ def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -
     return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
 
 
-# Rows of the table, at learning rates that `python experiments/language_tune.py` found; bases have LoRAFusion's.
+# Rows of the table; bases have LoRAFusion's rates. `python experiments/language_tune.py` found those of LoRAFusion and
+# LoRA. The other rows have not been tuned: do that before they are run.
 MAIN = {
     "zero-shot": METHODS["zero-shot"],
     "few-shot prompt": METHODS["few-shot prompt"],
