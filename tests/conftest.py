@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "peft" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_items_checked() -> None:
+    """beartype checks one item of a list, drawn from Python's global generator: the same one in every run."""
+    random.seed(0)
 
 
 # A program takes several mappings of memory; a thousand of them come with about 0.25 GB, traces included.

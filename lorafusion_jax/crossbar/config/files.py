@@ -211,9 +211,9 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
                 return _build(option, value, where)
         elif origin is Literal and value in typing.get_args(option) or option in (bool, str) and type(value) is option:
             return value
-        elif option in (int, float, Any) and type(value) in ((int,) if option is int else (int, float)):
+        elif option in (int, float, Any) and _fits(value, option):
             return value
-        elif origin is tuple and _are_numbers(value):
+        elif origin is tuple and _fits(value, option):
             return _tuple(value)
         elif option is Any and _are_numbers(value):
             return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
@@ -238,6 +238,13 @@ def _tuple(value: Any) -> Any:
     return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is a number of the kind `hint`, or such a list as `tuple[hint, ...]` has."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
+    return type(value) in ((int,) if hint is int else (int, float))
+
+
 def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) in (int, float) or _are_numbers(each) for each in value)
 
@@ -248,6 +255,7 @@ def _described(option: Any) -> str:
     if dataclasses.is_dataclass(option):
         return f"a table of {getattr(option, '__name__', option)}'s fields"
     if typing.get_origin(option) is tuple:
-        return "a list of numbers"
+        item = typing.get_args(option)[0]
+        return "a list of whole numbers" if item is int else f"a list of {'lists of ' * (item is not float)}numbers"
     names = {bool: "true or false", int: "a whole number", str: "a text", float: "a number", type(None): "null"}
     return names.get(option, "a number, a list of numbers or null")
