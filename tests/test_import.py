@@ -15,13 +15,14 @@ _PACKAGE = "lorafusion_jax"
 _HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers wandb".split())
 
 # Helpers without imports of their own, which every part but the crossbar may import.
-_ANYWHERE = {"checks", "columns", "files"}
+_ANYWHERE = {"checks", "columns", "files", "progress"}
 # What each room may import besides itself and `_ANYWHERE`; later rooms stand on earlier ones.
 _MAY_IMPORT = {
     "crossbar": set(),
     "columns": set(),
     "files": set(),
     "checks": set(),
+    "progress": set(),
     "tasks": set(),
     "report": set(),
     "models": {"crossbar"},

@@ -19,12 +19,12 @@ from ..methods.fusion import Fusion
 from ..methods.lora import LoRA
 from ..models.architecture import kernels
 from ..models.weights import Weight
+from ..progress import progress
 from ..runs.apply import EvaluateOptions, load_to_evaluate
 from ..runs.evaluate import evaluate
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.prepare import Setup
 from ..training.problem import Params
-from ..training.progress import progress
 from .calibration import looped
 from .folder import Chips, aged, load_chips
 from .lanes import for_every_chip, on_every_chip

@@ -7,10 +7,10 @@ from typing import Any
 
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
 from ..io.checkpoint import write_json
+from ..progress import progress
 from ..runs.evaluate import seed_rows
 from ..runs.scoring import evaluate_seeds
 from ..training.problem import Frozen
-from ..training.progress import progress
 from .calibration import calibration_batches, logits_of, looped
 from .evaluate import EvaluateOnChipsOptions, asked, cases
 from .program import program

@@ -23,9 +23,9 @@ from ..crossbar import (
 )
 from ..io.checkpoint import new_folder, write_json
 from ..io.pool import open_pool
+from ..progress import progress
 from ..runs.options import FuseOptions
 from ..runs.prepare import load_fused
-from ..training.progress import progress
 from ..training.recipe import Recipe
 from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip, digests
 from .program import program

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters.basis import SharedBasis, check_size, directions, extended, in_directions
+from ..progress import progress
 from .pool.basis import FOLDER, save_basis
 from .pool.folder import ConvertedPool
 
@@ -19,14 +20,12 @@ def add_basis(folder: Path, k: int, *, modules: Sequence[str] = ()) -> SharedBas
     Raises:
       ValueError: the pool has a basis, no such module, or not so many directions.
     """
-    from tqdm import tqdm
-
     stored = _without_basis(folder)
     pool = stored.load()
     of = pool.select(modules) if modules else pool
     check_size(of, k)
     layers = sum(len(rank) for rank in of.rank.values())
-    with tqdm(total=layers, desc="basis", unit="layer", disable=None) as bar:
+    with progress("basis", layers, unit="layer") as bar:
         basis = in_directions(pool, directions(of, k, done=bar.update))
     save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
     return basis

@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..models.architecture import linear_shapes
+from ..progress import progress
 from .basis import add_basis, add_projected
 from .checkpoint import new_folder
 from .hf import base_tensor, open_base, read_config
@@ -122,15 +123,13 @@ def _sources(options: ConvertOptions) -> list[str]:
 
 def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -> dict[str, Any]:
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
-    from tqdm import tqdm
-
     if options.base is None:
         raise ValueError("say which base model the adapters were trained on: --base FOLDER_OR_HUB_ID")
     config = read_config(options.base)
     shapes, tensor = linear_shapes(config), base_tensor(options.base)
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
-    for source in tqdm(sources, desc="convert", unit="adapter", disable=None):
+    for source in progress("convert", sources, unit="adapter"):
         try:
             adapter = read_adapter(source, shapes=shapes, base_tensor=tensor)
             check_fits(adapter, adapters, alone=len(sources) == 1)

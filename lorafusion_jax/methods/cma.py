@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..progress import progress
 from ..tasks import Batch
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import SEARCH, Params, Problem
-from ..training.progress import progress
 from ..training.recipe import Recipe
 from ..training.step import standard_promotion
 from .lorahub import BOUND, build, recorder, score

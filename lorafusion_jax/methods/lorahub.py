@@ -24,11 +24,11 @@ from jaxtyping import Float
 
 from ..adapters.basis import Pool
 from ..models.weights import reads
+from ..progress import progress
 from ..tasks import Batch
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import SEARCH, Params, Problem
-from ..training.progress import progress
 from ..training.recipe import Recipe
 from .fusion import Fusion, placement
 from .method import Billed, Built, MethodEntry, Placement, SearchJob, fused

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..models.generate import GREEDY, Sampling, generate
+from ..progress import progress
 from ..tasks import Batch, Encoded, Task, TextFormat, decode, encode, eval_batches, exact_match
 from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import GENERATION, LOSS, OPTIONS, Params, Problem
-from ..training.progress import progress
 from ..training.seeds import AXIS
 from .prepare import Setup
 

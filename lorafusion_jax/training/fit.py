@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from ..progress import progress
 from ..tasks import Batch, batch_orders, train_batches
 from .loss import seed_entropies
 from .mesh import on_mesh, to_host
 from .problem import VALIDATION, Method, Params, Problem
-from .progress import progress
 from .recipe import Optimisation, Rates, Recipe
 from .rows import TrainingRows
 from .seeds import over_seeds
