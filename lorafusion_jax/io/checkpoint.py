@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -85,7 +85,7 @@ def _claimed(partial: Path) -> int:
         os.close(lock)
         raise ValueError(f"{partial} is being written by another process: wait for it, or give another folder")
     for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _remove(path)
     return lock
 
 
@@ -121,9 +121,14 @@ def read_arrays(folder: Path, record: Record, abstract: Any = None) -> Any:
     Raises:
       ValueError: a file is missing or damaged, or the arrays are not those of `abstract`, or far larger than the files.
     """
+    _check_files(folder, record["files"])
+    return _read_checked(folder, record, abstract)
+
+
+def _read_checked(folder: Path, record: Record, abstract: Any) -> Any:
+    """Read a tree whose files have been compared with their digests."""
     from orbax.checkpoint import v1 as ocp
 
-    _check_files(folder, record["files"])
     check_size(folder, record)
     if abstract is None:
         tree = ocp.load(str((folder / _ARRAYS).absolute()))
@@ -197,16 +202,68 @@ def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, An
     """Save `checkpoints / step_000123`, then remove all but the latest `keep` (>= 1)."""
     save(checkpoints / f"step_{step:06d}", tree, metadata)
     if processes.first():
-        for old in _steps(checkpoints)[:-keep]:
+        for old in steps(checkpoints)[:-keep]:
             shutil.rmtree(old)
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """Return the folder of the latest step, or None without any."""
-    return next(reversed(_steps(checkpoints)), None)
+def load_newest(
+    folders: Sequence[Path],
+    abstract: Any = None,
+    *,
+    metadata: type[T] | Any = dict[str, Any],
+    note: Callable[[str], None],
+) -> tuple[Any, T] | None:
+    """Return what `load` does of the last folder that is sound, or None if none is.
+
+    Damaged folders behind it are renamed to NAME.damaged, so that their steps can be saved again.
+
+    Args:
+      folders: saved folders, oldest first.
+      abstract: as in `load`.
+      metadata: as in `load`.
+      note: is told of every damaged folder, in one line.
+
+    Raises:
+      FileError: the arrays of a sound folder are not those of `abstract`.
+    """
+    damaged, sound = [], None
+    for folder in reversed(folders):
+        try:
+            record, described = read_metadata(folder, metadata)
+            _check_files(folder, record["files"])
+        except FileError as error:
+            damaged.append((folder, error))
+        else:
+            sound = folder, record, described
+            break
+    processes.barrier("every process has looked for damage")
+    for folder, error in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        note(f"note: {error}. It is kept as {aside.name}")
+        if processes.first():
+            _remove(aside)
+            folder.rename(aside)
+    if sound is None:
+        return None
+    folder, record, described = sound
+    return _read_checked(folder, record, abstract), described
 
 
-def _steps(checkpoints: Path) -> list[Path]:
+def remove_partial(folder: Path) -> None:
+    """Remove from a folder what a process that was killed had not written whole; the caller keeps others out."""
+    for partial in folder.glob(".*.partial"):
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def steps(checkpoints: Path) -> list[Path]:
+    """Return the folders of the steps that are there, oldest first."""
     steps = {int(match[1]): path for path in checkpoints.glob("*") if (match := _STEP.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps)]
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import msgspec
 
 from ..files import FileError, read_json, read_lines, shown, structured, write_text
-from ..io import processes
+from ..io import checkpoint, processes
 from ..methods import METHODS
 from ..training.seeds import Path as SeedPath
 from .options import FuseOptions
@@ -106,7 +106,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out, for as long as this one lives.
+        """Keep other processes out, for as long as this one lives, and remove what a killed one left half written.
 
         Raises:
           ValueError: another process is writing to the run.
@@ -127,6 +127,8 @@ class RunFolder:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
+            for folder in (self.folder, self.checkpoints):
+                checkpoint.remove_partial(folder)
             yield
 
     def exists(self) -> bool:

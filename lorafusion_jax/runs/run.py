@@ -217,8 +217,9 @@ def _train(
     method = find(options.method)
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds)
-    if final.is_dir():
-        params, metadata = checkpoint.load(final, metadata=_Steps)
+    saved = checkpoint.load_newest([final], metadata=_Steps, note=_note) if final.exists() else None
+    if saved is not None:
+        params, metadata = saved
         return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
     if method.learns == "given":
         params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
@@ -237,11 +238,14 @@ def _train(
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
     state, done, step = start(setup.problem, options.seeds, begin), 0, 0
-    saved = checkpoint.latest(run.checkpoints)
+    steps = checkpoint.steps(run.checkpoints)
+    saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=_note)
     if saved is not None:
-        state, metadata = checkpoint.load(saved, state, metadata=_Reached)
+        state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
         done, step = metadata["epochs"], metadata["step"]
+    if steps:
+        _note(f"{run.folder}: going on from step {step}")
     run.cut_metrics(step)
     log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()

@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, every damage noticed by name, and nothing lost when a save is killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,12 +132,82 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 
 def test_the_last_steps_are_kept(tmp_path):
-    assert checkpoint.latest(tmp_path / "checkpoints") is None
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
     for step in (5, 20, 1_000_000):
         checkpoint.save_step(tmp_path / "checkpoints", step, _state(step), {"step": step}, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000020", "step_1000000"]
-    latest = checkpoint.latest(tmp_path / "checkpoints")
-    assert latest is not None and checkpoint.load(latest)[1] == {"step": 1_000_000}
+    assert checkpoint.load(checkpoint.steps(tmp_path / "checkpoints")[-1])[1] == {"step": 1_000_000}
+
+
+def _without_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _largest(folder: Path) -> Path:
+    return max((folder / "arrays").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+
+
+def _truncated(folder: Path) -> None:
+    path = _largest(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flipped(folder: Path) -> None:
+    path = _largest(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def _replaced_by_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+_DAMAGES = {
+    _without_manifest: "not a complete checkpoint: it has no manifest.json",
+    _emptied: "not a complete checkpoint: it has no manifest.json",
+    _truncated: "damaged or altered",
+    _flipped: "damaged or altered",
+    _replaced_by_a_file: "not a complete checkpoint: it has no manifest.json",
+}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    for step in (1, 2):
+        checkpoint.save_step(folder, step, {"x": np.full(3, step)}, {"step": step}, keep=2)
+    return folder
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(damage, two_steps, tmp_path):
+    folder = tmp_path / "steps"
+    shutil.copytree(two_steps, folder)
+    (folder / "step_000002.damaged").mkdir()  # of an earlier time
+    damage(folder / "step_000002")
+    notes: list[str] = []
+    found = checkpoint.load_newest(checkpoint.steps(folder), note=notes.append)
+    assert found is not None and found[1] == {"step": 1}
+    np.testing.assert_array_equal(found[0]["x"], np.ones(3))
+    (note,) = notes
+    assert str(folder / "step_000002") in note and _DAMAGES[damage] in note
+    assert note.endswith("It is kept as step_000002.damaged")
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000001", "step_000002.damaged"]
+    damage(folder / "step_000001")
+    assert checkpoint.load_newest(checkpoint.steps(folder), note=notes.append) is None and len(notes) == 2
+
+
+def test_a_sound_step_of_another_run_is_not_passed_over(two_steps):
+    with pytest.raises(ValueError, match="x is int64.* it was saved by a run of another configuration"):
+        checkpoint.load_newest(checkpoint.steps(two_steps), {"x": np.ones(3, np.float32)}, note=print)
+    assert len(checkpoint.steps(two_steps)) == 2
 
 
 _KILLED = """
@@ -154,8 +225,7 @@ def test_a_killed_save_leaves_the_one_before(tmp_path):
     command = [sys.executable, "-c", _KILLED, str(tmp_path)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    latest = checkpoint.latest(tmp_path)
-    assert latest == tmp_path / "step_000001"
-    np.testing.assert_array_equal(checkpoint.load(latest)[0]["x"], np.ones(3))
+    assert checkpoint.steps(tmp_path) == [tmp_path / "step_000001"]
+    np.testing.assert_array_equal(checkpoint.load(tmp_path / "step_000001")[0]["x"], np.ones(3))
     checkpoint.save_step(tmp_path, 2, {"x": np.zeros(3)}, {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]

@@ -99,7 +99,7 @@ def test_training_without_a_finite_loss_stops_and_says_what_to_try(small, tmp_pa
         fuse(options)
     folder = tmp_path / "diverged"
     assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
-    best = checkpoint.load(checkpoint.latest(folder / "checkpoints"))[0]["best"]
+    best = checkpoint.load(checkpoint.steps(folder / "checkpoints")[-1])[0]["best"]
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(best))
 
 
@@ -198,8 +198,8 @@ def test_the_reference_protocol_runs(small, tmp_path):
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training"])
-def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
+@pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training", "damage"])
+def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys):
     options, results = fused
     shutil.copytree(run_path(options), tmp_path / "whole")
     folder = tmp_path / "whole"
@@ -207,13 +207,24 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path):
     (folder / "predictions.jsonl").unlink()
     steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
     assert steps == ["step_000004", "step_000006"]
-    if killed_after != "training":
+    (folder / "checkpoints" / ".step_000005.partial").mkdir()  # what a killed process leaves
+    if killed_after == "damage":
+        (folder / "checkpoints" / "final" / "manifest.json").write_text("{")
+        (folder / "checkpoints" / "step_000006" / "manifest.json").unlink()
+    elif killed_after != "training":
         shutil.rmtree(folder / "checkpoints" / "final")
     if killed_after == "a step":
         shutil.rmtree(folder / "checkpoints" / "step_000006")
         with open(folder / "metrics.jsonl", "a") as file:
-            file.write('{"step": 6, "epo')  # what a killed process leaves
+            file.write('{"step": 6, "epo')
     resumed = fuse(dataclasses.replace(options, out=tmp_path, resume=True))
+    said, there = capsys.readouterr().err, {path.name for path in (folder / "checkpoints").iterdir()}
+    aside = {"final.damaged", "step_000006.damaged"} if killed_after == "damage" else set()
+    assert there == {"step_000004", "step_000006", "final"} | aside
+    assert all(f"It is kept as {name}" in said for name in aside)
+    reached = {"a step": 4, "the last epoch": 6, "training": None, "damage": 4}[killed_after]
+    assert said.count("going on from step") == (reached is not None)
+    assert reached is None or f"{folder}: going on from step {reached}\n" in said
     assert _without_clock(resumed) == _without_clock(results)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (folder / name).read_bytes() == (run_path(options) / name).read_bytes()
