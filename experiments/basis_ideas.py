@@ -3,9 +3,11 @@
     python experiments/basis_ideas.py                # runs what is missing: 3 tasks x 3 seeds, then writes the tables
     python experiments/basis_ideas.py --leagues 5    # those for five examples
 
-    best 10, rank gates    a coefficient for every rank of the ten modules of greatest descent, one epoch less
-    whitened               for five examples: coefficients around the mean module, in coordinates in which the modules
-                           are orthonormal
+    best 10, rank gates         a coefficient for every rank of the ten modules of greatest descent, one epoch less
+    vectors on 32 directions    VeRA's two vectors at every matrix on the pool's directions, and no modules
+    basis and vectors           the same vectors around all modules, mixed in these directions
+    whitened                    for five examples: coefficients around the mean module, in coordinates in which the
+                                modules are orthonormal
 
 LoRAFusion, LoRA, the best 10 and a basis of all modules are the rows of the other tables, of the same tasks and seeds.
 Results are rows of OUT/results.jsonl; interrupted, the same command goes on. Written to OUT, for each league: table.md.
@@ -29,7 +31,9 @@ from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores,
 from lorafusion_jax.report import markdown as table_markdown
 
 _FUSION = "LoRAFusion"
-_BESIDE = (_FUSION, "LoRA", "best 10", "k = 32, all modules")  # rows of other tables
+# Rows of other tables.
+_COMPARED = (_FUSION, "best 10", "k = 32, all modules")
+_BESIDE = (*_COMPARED, "LoRA")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def tables(league: Scores) -> str:
     """Return the ideas with their differences, and all rows by task."""
-    others = [name for name in (_FUSION, "best 10") if name in league.methods]
+    others = [name for name in _COMPARED if name in league.methods]
     lines = [["", "exact match, %", *(f"minus {other}" for other in others)]]
     for name, found in league.summaries.items():
         differences = [_difference(league, name, other) for other in others]

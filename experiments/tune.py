@@ -52,6 +52,11 @@ TRIALS: dict[str, list[dict[str, float]]] = {
     "best 10, rank gates": [
         {"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.003, 0.01, 0.03)
     ],
+    "vectors on 32 directions": [{"lr_vera": r} for r in (3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)],
+    "basis and vectors": [
+        {"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_vera": r}
+        for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
+    ],
     # Tuned on five examples alone; a third of each, L2 too.
     "whitened": [
         {"lr_coefficients": c, "lr_magnitudes": 0.01, "l2": weight}

@@ -1,4 +1,4 @@
-"""An idea for few examples, by its definition in NumPy, float64."""
+"""Ideas for a fusion in a basis, by their definitions in NumPy, float64."""
 
 import importlib
 import sys
@@ -11,6 +11,8 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
+from lorafusion_jax.adapters.norms import column_norms
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.training.problem import Frozen
@@ -30,6 +32,36 @@ def scripts():
 
 def _prepared(method, pool):
     return method.prepare(Frozen(_BASE, pool), kernels(_MODEL))
+
+
+def _moved(vectors):
+    return jax.tree.map(lambda v: v + jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape) / 2, vectors)
+
+
+def test_vectors_scale_directions_and_columns(scripts):
+    ideas, basis = scripts("_basis_ideas"), shared_basis(tiny.pool(3), 5)
+    alone, around = ideas.Vectors(basis=4), ideas.FusionWithVectors(basis=4)
+    frozen, whole = _prepared(alone, basis), _prepared(around, basis)
+    params = alone.init(frozen, _INDEX, _KEY)
+    assert all(not jnp.any(adapter.B) for adapter in alone.adapters(params, frozen, _INDEX)[0].values())
+    fused = around.init(whole, _INDEX, _KEY)
+    plain = Fusion(basis=4).adapters({g: fused[g] for g in ("coefficients", "magnitudes")}, whole, _INDEX)[0]
+    for site, adapter in around.adapters(fused, whole, _INDEX)[0].items():
+        np.testing.assert_allclose(adapter.B, plain[site].B, atol=1e-6)
+        np.testing.assert_allclose(adapter.scale, plain[site].scale, rtol=1e-6)
+    params, fused = ({**of, "vera": _moved(of["vera"])} for of in (params, fused))
+    norms = column_norms(whole.gram)
+    for site, adapter in around.adapters(fused, whole, _INDEX)[0].items():
+        (U, V), S = (np.asarray(of[site], float) for of in (whole.pool.U, whole.pool.V)), whole.pool.S[site]
+        d, b = (np.asarray(fused["vera"][name][site], float) for name in "db")
+        mixed = np.asarray(S, float)[:, np.asarray(_INDEX)].mean(axis=1)
+        delta = (U * d[:, None]) @ mixed @ (V * b[:, None])
+        np.testing.assert_allclose(adapter.A @ adapter.B, delta, atol=1e-5)
+        norm = np.linalg.norm(np.asarray(kernels(_MODEL)[site], float) + delta, axis=1)
+        np.testing.assert_allclose(adapter.scale, norms[site] / norm, rtol=1e-4)
+        own = alone.adapters(params, frozen, _INDEX)[0][site]
+        d, b = (np.asarray(params["vera"][name][site], float) for name in "db")
+        np.testing.assert_allclose(own.A @ own.B, (U * d[:, None]) @ (V * b[:, None]), atol=1e-5)
 
 
 @pytest.mark.long
