@@ -64,6 +64,10 @@ def _context_of_thread(make: Callable[[], Any] = mlir.make_ir_context) -> Any:
 if _IS_0_10:
     mlir.make_ir_context = _context_of_thread
 
+from lorafusion_jax import interrupts  # noqa: E402
+
+interrupts.watch = lambda: None  # signals are pytest's, also while a test runs a command
+
 # The same examples in every run, however long the first compilation of one takes.
 hypothesis.settings.register_profile("deterministic", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("deterministic")

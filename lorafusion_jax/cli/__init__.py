@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from ..files import printable
+from .. import interrupts
 
 # Each subcommand is a module of this folder.
 COMMANDS = {
@@ -20,7 +20,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one subcommand; errors that the user can fix go to stderr in one message, exit code 2."""
+    """Run one subcommand; errors that the user can fix go to stderr in one message, exit code 2.
+
+    From then on Ctrl-C and SIGTERM end the process (see `interrupts`).
+    """
+    interrupts.watch()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_description())
@@ -33,13 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Call a command, and turn errors about its input into one message on stderr and exit code 2."""
+    interrupts.watch()
     try:
         command(list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:
+        from ..files import printable
+
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _description() -> str:

@@ -20,6 +20,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
+from .. import interrupts
 from ..files import FileError, T, read_json, structured, write_text
 from . import processes
 from .source import inside, sha256
@@ -59,9 +60,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     lock = _claimed(partial) if processes.first() else None
     processes.barrier(f"{folder.name} is there")
     try:
-        yield partial
-        if lock is not None:
-            partial.rename(folder)
+        with interrupts.removed(partial) if lock is not None else contextlib.nullcontext():
+            yield partial
+            if lock is not None:
+                partial.rename(folder)
         processes.barrier(f"{folder.name} is whole")
     except BaseException:
         if lock is not None:

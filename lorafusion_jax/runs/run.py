@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypedDict
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from .. import __version__
+from .. import __version__, interrupts
 from ..io import checkpoint, processes
 from ..io.hf import read_config
 from ..methods import find
 from ..methods.method import SearchJob
-from ..training.fit import Epoch, fit, start
+from ..training.fit import Epoch, fit, stacked, start
 from ..training.mesh import make_mesh, on_mesh, to_host
 from ..training.problem import Params
 from ..training.programs import make_room
@@ -237,16 +237,16 @@ def _train(
 
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
-    state, done, step = start(setup.problem, options.seeds, begin), 0, 0
+    state, done, reached = start(setup.problem, options.seeds, begin), 0, 0
     steps = checkpoint.steps(run.checkpoints)
     saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=_note)
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        done, step = metadata["epochs"], metadata["step"]
+        done, reached = metadata["epochs"], metadata["step"]
     if steps:
-        _note(f"{run.folder}: going on from step {step}")
-    run.cut_metrics(step)
+        _note(f"{run.folder}: going on from step {reached}")
+    run.cut_metrics(reached)
     log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()
     traced = min(done + 2, options.recipe.epochs) if options.profile else None
@@ -258,8 +258,25 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         if number == traced:
             tracing.enter_context(jax.profiler.trace(str(options.profile), create_perfetto_trace=True))
 
+    def save(epochs: int, step: int, state: TrainState) -> None:
+        nonlocal last_save
+        checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)
+        last_save = time.monotonic()
+        interrupts.release()
+
+    def hold() -> None:
+        if not processes.several():  # they can only save together, and a signal may come to one of them
+            interrupts.hold(f"its state is saved in {run.folder}, where --resume goes on")
+
+    def after_step(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
+        hold()
+        if interrupts.asked():
+            rows = list(_step_rows(stacked(to_host(metrics)), number, reached, options.seeds))
+            run.append_metrics(rows)
+            save(number - 1, rows[-1]["step"], state)
+
     def after_epoch(epoch: Epoch) -> None:
-        nonlocal last_save, bad
+        nonlocal reached, bad
         tracing.close()
         rows = list(_metric_rows(epoch, options.seeds))
         run.append_metrics(rows)
@@ -267,22 +284,23 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             _log(log, epoch, options.seeds)
         bad = _bad_steps(epoch.metrics["loss"], bad)
         diverged = bool(np.min(bad) >= _BAD_STEPS)
-        if epoch.last or diverged or time.monotonic() - last_save >= options.save_seconds:
-            step = rows[-1]["step"]
-            metadata = {"epochs": epoch.number, "step": step}
-            checkpoint.save_step(run.checkpoints, step, epoch.state, metadata, keep=2)
-            last_save = time.monotonic()
+        reached = rows[-1]["step"]
+        due = time.monotonic() - last_save >= options.save_seconds
+        if epoch.last or diverged or due or interrupts.asked():
+            save(epoch.number, reached, epoch.state)
+        else:
+            hold()
         if diverged:
             raise ValueError(
-                f"no seed has had a finite loss for {np.min(bad)} steps, up to step {rows[-1]['step']}: try lower "
+                f"no seed has had a finite loss for {np.min(bad)} steps, up to step {reached}: try lower "
                 f"learning rates, or float32 if it was bfloat16. {run.folder} keeps the metrics, and in its last "
                 "checkpoint the numbers of the best validation loss; give the next try another --name"
             )
         before_epoch(epoch.number + 1)
 
     if not np.all(to_host(state.stopped)):
-        how = {"epochs_done": done, "after_epoch": after_epoch}
-        with tracing:
+        how = {"epochs_done": done, "steps_done": reached, "after_step": after_step, "after_epoch": after_epoch}
+        with tracing, interrupts.released():
             before_epoch(done + 1)
             state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
     if log is not None:
@@ -318,12 +336,16 @@ def _bad_steps(losses: np.ndarray, before: np.ndarray) -> np.ndarray:
     return np.where(finite.any(axis=0), after, before + len(losses))
 
 
+def _step_rows(metrics: Mapping[str, np.ndarray], epoch: int, first_step: int, seeds: tuple[int, ...]) -> Any:
+    for i in range(len(next(iter(metrics.values())))):
+        for s, seed in enumerate(seeds):
+            values = {name: value[i, s].item() for name, value in metrics.items()}
+            yield {"step": first_step + i + 1, "epoch": epoch, "seed": seed, **values}
+
+
 def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
     steps = len(next(iter(epoch.metrics.values())))
-    for i in range(steps):
-        for s, seed in enumerate(seeds):
-            values = {name: value[i, s].item() for name, value in epoch.metrics.items()}
-            yield {"step": epoch.first_step + i + 1, "epoch": epoch.number, "seed": seed, **values}
+    yield from _step_rows(epoch.metrics, epoch.number, epoch.first_step, seeds)
     for s, seed in enumerate(seeds):
         yield {
             "step": epoch.first_step + steps,

@@ -1,8 +1,8 @@
 """The training loop: epochs of fusion steps over all seeds, with checkpoints that it can resume from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Epoch(NamedTuple):
       stopped: seeds that have stopped.
       metrics: name -> [steps, seeds], metrics of its steps.
       validation_loss: of each seed on its own validation rows, nats per token.
-      first_step: number of steps before it.
+      first_step: number of steps before those.
       last: it was the last epoch, or every seed has stopped.
     """
 
@@ -42,6 +42,15 @@ class Epoch(NamedTuple):
     validation_loss: np.ndarray
     first_step: int
     last: bool
+
+
+# Called with the number of an epoch, the state, and the metrics of the epoch's steps so far, each [seeds].
+AfterStep = Callable[[int, TrainState, Sequence[Mapping[str, Any]]], None]
+
+
+def stacked(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the metrics of several steps, name -> [steps, seeds]."""
+    return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
 
 def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
@@ -67,6 +76,8 @@ def fit(
     *,
     rates: Rates | None = None,
     epochs_done: int = 0,
+    steps_done: int = 0,
+    after_step: AfterStep = lambda epoch, state, metrics: None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
     """Train all seeds, and return their last state; the result is in `state.best`.
@@ -78,7 +89,10 @@ def fit(
       recipe: recipe of the training.
       seeds: seeds that order the rows.
       rates: learning rates of every seed, leaves [seeds]; None for the recipe's own.
-      epochs_done: number of epochs before `state`.
+      epochs_done: number of whole epochs before `state`.
+      steps_done: number of steps before `state`, if there are some of another epoch too.
+      after_step: called with an epoch's number, the state and the metrics of the epoch's steps so far, after each step
+        but its last.
       after_epoch: called with the result of each epoch, to log and to save.
     """
     shuffle = None if recipe.protocol == "reference" else seeds
@@ -90,16 +104,18 @@ def fit(
     order = batch_orders(validating, batch_size=validating.shape[1])
     held_out = on_mesh(next(train_batches(rows.tokens, order, pad_id=rows.pad_id)), of_seeds=True)
     rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
-    first_step = epochs_done * per_epoch
+    first_step = max(steps_done, epochs_done * per_epoch)
     batches = train_batches(rows.tokens, orders, pad_id=rows.pad_id, first_step=first_step)
     with progress("train", orders.shape[1], first_step) as bar:
         for number in range(epochs_done + 1, recipe.epochs + 1):
             steps = []
-            for _ in range(per_epoch):
+            for left in reversed(range(number * per_epoch - first_step)):
                 batch = on_mesh(next(batches), of_seeds=True)
                 state, metrics = train_seeds(state, batch, problem, rates, optimisation=optimisation)
                 steps.append(metrics)
                 bar.update()
+                if left:
+                    after_step(number, state, steps)
             validation_loss = seed_entropies(state.params, held_out, problem.read(VALIDATION, number))
             state = _after_epoch(
                 state,
@@ -114,14 +130,15 @@ def fit(
                     number=number,
                     state=state,
                     stopped=stopped,
-                    metrics={k: np.stack([s[k] for s in steps]) for k in steps[0]},
+                    metrics=stacked(steps),
                     validation_loss=validation_loss,
-                    first_step=(number - 1) * per_epoch,
+                    first_step=first_step,
                     last=bool(np.all(stopped)) or number == recipe.epochs,
                 )
             )
             if np.all(stopped):
                 break
+            first_step = number * per_epoch
     return state
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import one_block
 import pytest
 
+from lorafusion_jax import interrupts
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.io.hf import load_tokenizer
@@ -230,6 +231,35 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys)
         assert (folder / name).read_bytes() == (run_path(options) / name).read_bytes()
     for a, b in zip(jax.tree.leaves(load_run(folder)[1]), jax.tree.leaves(load_run(run_path(options))[1]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.long), 5])
+def test_a_stopped_run_has_saved_its_last_step_and_resumes_bit_for_bit(step, fused, tmp_path, monkeypatch):
+    """Two steps are an epoch; nothing is saved by the clock."""
+    options, results = fused
+    looks = 0
+
+    def asked() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks >= step
+
+    def release() -> None:
+        if looks >= step:
+            raise SystemExit(130)
+
+    options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupts, "asked", asked)
+        patch.setattr(interrupts, "release", release)
+        with pytest.raises(SystemExit):
+            fuse(options)
+    folder = tmp_path / "whole"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
+    assert RunFolder(folder).metrics()[-1]["step"] == step
+    assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
 
 
 @pytest.mark.long

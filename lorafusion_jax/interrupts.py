@@ -1,0 +1,120 @@
+"""Ctrl-C and SIGTERM end a command with one line on stderr and exit code 130 or 143, whatever it is doing.
+
+An exception from a signal's handler would come up wherever the main thread is: after a compilation of a minute,
+inside an import, in a destructor that swallows it, or in C++ code that aborts. So a thread of its own waits for
+signals and ends the process without unwinding, as a kill would, which no file of this package suffers from. Folders
+that are being written are removed first. A training loop, whose state is worth saving, asks for the time to save it
+(`hold`).
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_unfinished: set[Path] = set()
+_watching = False
+# Advice for who waits for a state to be saved, while one is to be saved; the signal that came meanwhile.
+_held: str | None = None
+_asked: int | None = None
+
+
+def watch() -> None:
+    """End this process on Ctrl-C and SIGTERM from now on. Only the main thread of a command calls this."""
+    global _watching
+    if _watching or threading.current_thread() is not threading.main_thread():
+        return
+    _watching = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # Python's C handler writes signals there at once
+    threading.Thread(target=_act, args=(reader,), daemon=True).start()
+    for number in _NAMES:
+        signal.signal(number, _freeze)
+
+
+def hold(advice: str) -> None:
+    """Let the next signal wait until `release`, because there is a state that is not saved yet.
+
+    Args:
+      advice: how to go on from what is going to be saved.
+    """
+    global _held
+    _held = advice
+
+
+def asked() -> bool:
+    """Return whether a signal waits for `release`."""
+    return _asked is not None
+
+
+def release() -> None:
+    """End the process if a signal has waited for this, and let the next one end it at once."""
+    global _held
+    _held = None
+    if _asked is not None:
+        _end(_asked)
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Release what the block holds at its end. After an error the process goes on, to report it."""
+    global _held
+    try:
+        yield
+        release()
+    finally:
+        _held = None
+
+
+@contextlib.contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    """Remove a folder, which is not finished, if a signal ends the process in this block."""
+    _unfinished.add(folder)
+    try:
+        yield
+    finally:
+        _unfinished.discard(folder)
+
+
+def _act(reader: int) -> None:
+    """Wait for signals; runs in a thread of its own."""
+    global _asked
+    while True:
+        (number,) = os.read(reader, 1)
+        if number not in _NAMES:
+            continue
+        if (advice := _held) is None or _asked is not None:
+            _say(f"stopped by {_NAMES[signal.Signals(number)]}")
+            _end(number)
+        _say(f"{_NAMES[signal.Signals(number)]}: stopping after this step; {advice}. Once more stops at once")
+        _asked = number
+        if _held is None:  # saved meanwhile, without a look at the signal
+            _end(number)
+
+
+def _freeze(number: int, frame: object) -> None:
+    """Keep the main thread from going on while the other one ends the process."""
+    while _held is None:
+        threading.Event().wait()
+
+
+def _say(line: str) -> None:
+    # Not by sys.stderr, which the main thread may be in. A progress bar leaves the cursor behind it.
+    os.write(2, f"{chr(10) if os.isatty(2) else ''}{line}\n".encode())
+
+
+def _end(number: int) -> NoReturn:
+    import shutil
+
+    for folder in list(_unfinished):
+        # By another name first: if the main thread has just given it its own, it is finished.
+        aside = folder.with_name(f".{folder.name}.removed.partial")
+        with contextlib.suppress(OSError):
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    os._exit(128 + number)

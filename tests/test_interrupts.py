@@ -1,0 +1,117 @@
+"""A command that is stopped says one line, ends with the signal's exit code, and leaves nothing half done."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_READY = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from lorafusion_jax import interrupts
+interrupts.watch()
+folder = Path(sys.argv[1])
+def ready():
+    print("ready", flush=True)
+"""
+_WORK = {
+    "Python": "ready()\nwhile True: pass",
+    "C without a way back to Python": "ready()\nctypes.CDLL(None).sleep(60)",
+    "code that swallows every exception": """
+ready()
+while True:
+    try: time.sleep(60)
+    except BaseException: pass
+""",
+    "a destructor": """
+class Slow:
+    def __del__(self): ready(); time.sleep(60)
+del [Slow()][0]
+""",
+    "an import": """
+(folder / "slow.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+sys.path.insert(0, str(folder)); import slow
+""",
+    "another thread": """
+def wait(): ready(); time.sleep(60)
+thread = threading.Thread(target=wait); thread.start(); thread.join()
+""",
+}
+
+
+def _start(code: str, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", _READY + code, str(folder)]
+    process = subprocess.Popen(command, cwd=_ROOT, stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+@pytest.mark.parametrize("number", _SIGNALS)
+@pytest.mark.parametrize("work", _WORK)
+def test_a_signal_ends_any_work_with_one_line(work, number, tmp_path):
+    process = _start(_WORK[work], tmp_path)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert said == f"stopped by {_SIGNALS[number]}\n"
+    assert time.monotonic() - began < 10
+
+
+_HELD = """
+interrupts.hold("it is saved")
+ready()
+while not interrupts.asked(): time.sleep(0.01)
+%s
+(folder / "saved").write_text("")
+interrupts.release()
+(folder / "went on").write_text("")
+"""
+
+
+def test_a_state_is_saved_first(tmp_path):
+    process = _start(_HELD % "", tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert said == "SIGTERM: stopping after this step; it is saved. Once more stops at once\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_the_second_signal_does_not_wait_for_the_state(tmp_path):
+    process = _start(_HELD % "print('asked', flush=True); time.sleep(60)", tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None and process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines()[1:] == ["stopped by Ctrl-C"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_the_state_is_saved_is_not_hidden(tmp_path):
+    code = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").replace("\n", "\n    ")
+    process = _start(code, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.splitlines()[1:] == ["full"]
+
+
+def test_a_folder_that_is_being_written_is_removed(tmp_path):
+    code = """
+(partial := folder / ".pool.partial").mkdir()
+with interrupts.removed(partial):
+    (partial / "file").write_text("")
+    ready()
+    time.sleep(60)
+"""
+    process = _start(code, tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and list(tmp_path.iterdir()) == []
