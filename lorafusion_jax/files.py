@@ -7,6 +7,9 @@ on nothing. A value of another type, a missing field and, in a file that this pa
 
 import contextlib
 import dataclasses
+import errno
+import os
+import re
 import reprlib
 import types
 import typing
@@ -57,6 +60,49 @@ class FileError(ValueError):
     def at(self, file: str | Path) -> "FileError":
         """Return the same fault of this file."""
         return FileError(file, field=self.field, got=self.got, wanted=self.wanted, fix=self.fix)
+
+
+class WriteError(OSError):
+    """A folder cannot be written to; what it held before is as it was.
+
+    Attributes:
+      folder: the folder.
+      errno: number of the operating system's error.
+    """
+
+    def __init__(self, folder: Path, number: int):
+        super().__init__(number, os.strerror(number))
+        self.folder = folder
+
+    def __str__(self) -> str:
+        assert self.errno is not None
+        why, fix = (_OF_WRITING | _OF_READING_TOO)[self.errno]
+        return (
+            f"{self.folder} cannot be written: {why} ({self.strerror}): {fix}, or give another folder. "
+            "What was saved before is as it was"
+        )
+
+
+_NO_LOCKS = "its file system has no locks, which keep two processes apart", "mount it with locks"
+_FORBIDDEN = "that is not permitted", "change its owner or mode"
+_GONE = "it is gone", "make or mount it again"
+# Errors of the operating system: what is wrong, how to fix it. Reading does not raise these ...
+_OF_WRITING = {
+    errno.ENOSPC: ("the disk is full", "free some of it"),
+    errno.EDQUOT: ("the quota is used up", "remove files there, or raise the quota"),
+    errno.EROFS: ("its file system is read-only", "mount it for writing"),
+    errno.EFBIG: ("a file would be larger than allowed", "raise the limit (ulimit -f)"),
+    errno.ENOLCK: _NO_LOCKS,
+}
+# ... and these also come from other folders that are read meanwhile.
+_OF_READING_TOO = {
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.ENOENT: _GONE,
+    errno.ENOTDIR: _GONE,
+    errno.ESTALE: _GONE,
+    errno.EIO: ("its disk fails", "check the disk"),
+}
 
 
 def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -> T:
@@ -244,11 +290,45 @@ def _versions(raw: Any) -> str:
     return "" if written == __version__ else f" (written by version {shown(written)}, this is {__version__})"
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn faults of the disk, while a block writes into a folder, into a WriteError that says what to do.
+
+    Those of libraries that raise errors of their own (tensorstore, safetensors) are found by the code in their message.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+        code = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
+        name = getattr(error, "filename", None)
+        here = not folder.exists() or (name is not None and _is_in(folder, Path(os.fsdecode(name))))
+        if code in _OF_WRITING or (code in _OF_READING_TOO and here):
+            raise WriteError(folder, code) from error
+        raise
+
+
+def _is_in(folder: Path, path: Path) -> bool:
+    return folder.absolute() in (path.absolute(), *path.absolute().parents)
+
+
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let a function write a file under a temporary name, and rename the file once it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    writer(partial)
-    partial.replace(path)
+    """Let a function write a file under a temporary name, and rename the file once it is complete.
+
+    Raises:
+      WriteError: the disk is full, read-only or gone; the file is what it was before.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # so that two processes do not share it
+    with writing(path.parent):
+        try:
+            writer(partial)
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

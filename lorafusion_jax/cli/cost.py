@@ -22,7 +22,7 @@ from ..estimates.bill import Bill, CostOptions, activities, comparisons, install
 from ..estimates.bill.show import constants_table, sentences, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
-from ..files import write_text
+from ..files import write_text, writing
 from .parsing import parse
 
 
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str]) -> None:
     against = comparisons(found, crossbar, options, constants)
 
     if options.save_constants is not None:
-        save_constants(options.save_constants, constants)
+        with writing(options.save_constants.parent):
+            save_constants(options.save_constants, constants)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         content = _content(options, constants, bills)

@@ -9,10 +9,12 @@ NumPy arrays, so a checkpoint does not depend on the devices that wrote it; the 
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,7 +23,7 @@ import jax
 import numpy as np
 
 from .. import interrupts
-from ..files import FileError, T, read_json, structured, write_text
+from ..files import FileError, T, read_json, structured, write_text, writing
 from . import processes
 from .source import inside, sha256
 
@@ -29,6 +31,7 @@ _ARRAYS = "arrays"
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
 _RESTORE = "restore it from a copy"
+_METADATA = 1 << 16  # bytes of orbax's own files, about
 # Numbers for each byte of their files, in which zeros take no place; small arrays may have more.
 _MOST_ZEROS, _SMALL = 1_000, 1 << 24
 
@@ -53,9 +56,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
       ValueError: the folder exists, or another process is writing it.
+      WriteError: the disk is full, read-only or gone.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder, or remove it first")
+    with writing(folder.parent):
+        yield from _new_folder(folder)
+
+
+def _new_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.partial")
     lock = _claimed(partial) if processes.first() else None
     processes.barrier(f"{folder.name} is there")
@@ -103,12 +112,35 @@ def write_arrays(folder: Path, tree: Any) -> Record:
 
     if not processes.several():
         tree = jax.tree.map(np.asarray, jax.device_get(tree))
-    ocp.save(str((folder / _ARRAYS).absolute()), tree)
+        _check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+    with _without_tracebacks():
+        ocp.save(str((folder / _ARRAYS).absolute()), tree)
     files = sorted(path for path in (folder / _ARRAYS).rglob("*") if path.is_file())
     return {
         "arrays": _signature(tree),
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
     }
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Raise an OSError if so many bytes do not fit: where a thread of orbax fails, others wait for it for minutes."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size + _METADATA)
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Leave out the tracebacks that orbax's threads log of an error which it raises anyway."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "_SignalingThread" not in record.getMessage()
+
+    log = logging.getLogger("absl")
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 def read_arrays(folder: Path, record: Record, abstract: Any = None) -> Any:
@@ -169,6 +201,7 @@ def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
 
     Raises:
       ValueError: the folder exists.
+      WriteError: the disk is full, read-only or gone.
     """
     with new_folder(folder) as partial:
         record = write_arrays(partial, tree)
@@ -176,7 +209,8 @@ def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
             write_json(partial / _MANIFEST, {"metadata": metadata, **record})
             for path in partial.rglob("*"):
                 _flush(path)
-    _flush(folder.parent)
+    with writing(folder.parent):
+        _flush(folder.parent)
 
 
 def load(folder: Path, abstract: Any = None, *, metadata: type[T] | Any = dict[str, Any]) -> tuple[Any, T]:
@@ -204,8 +238,9 @@ def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, An
     """Save `checkpoints / step_000123`, then remove all but the latest `keep` (>= 1)."""
     save(checkpoints / f"step_{step:06d}", tree, metadata)
     if processes.first():
-        for old in steps(checkpoints)[:-keep]:
-            shutil.rmtree(old)
+        with writing(checkpoints):
+            for old in steps(checkpoints)[:-keep]:
+                shutil.rmtree(old)
 
 
 def load_newest(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict, cast, get_args
 
 import msgspec
 
-from ..files import FileError, is_object, read_lines, structured
+from ..files import FileError, is_object, read_lines, structured, writing
 
 League = Literal["95+5", "5"]
 LEAGUES = get_args(League)
@@ -80,8 +80,14 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
       ValueError: a row lacks a key or has a wrong value; nothing is written.
+      WriteError: the disk is full, read-only or gone, or has no locks.
     """
     lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
+    with writing(path.parent):
+        _append(path, lines)
+
+
+def _append(path: Path, lines: list[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -16,11 +16,11 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TextIO, TypedDict
 
 import msgspec
 
-from ..files import FileError, read_json, read_lines, shown, structured, write_text
+from ..files import FileError, read_json, read_lines, shown, structured, write_text, writing
 from ..io import checkpoint, processes
 from ..methods import METHODS
 from ..training.seeds import Path as SeedPath
@@ -110,26 +110,32 @@ class RunFolder:
 
         Raises:
           ValueError: another process is writing to the run.
+          WriteError: the disk is full or read-only, or has no locks.
         """
         if not processes.first():
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise ValueError(
-                    f"{self.folder} is in use by process {lock.read().strip() or 'unknown'}: wait for it, or "
-                    "give this run another --name"
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            for folder in (self.folder, self.checkpoints):
-                checkpoint.remove_partial(folder)
+        with contextlib.ExitStack() as stack:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(self.folder / ".lock", "a+"))
+                self._lock(lock)
+                for folder in (self.folder, self.checkpoints):
+                    checkpoint.remove_partial(folder)
             yield
+
+    def _lock(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{self.folder} is in use by process {file.read().strip() or 'unknown'}: wait for it, or "
+                "give this run another --name"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
 
     def exists(self) -> bool:
         """Return whether a run was begun here."""
@@ -200,7 +206,7 @@ class RunFolder:
         """Add lines to the metrics; a number that is not finite is null."""
         lines = [json.dumps(_finite(row)) + "\n" for row in rows]
         if processes.first():
-            with open(self.folder / _METRICS, "a") as file:
+            with writing(self.folder), open(self.folder / _METRICS, "a") as file:
                 file.write("".join(lines))
 
     def cut_metrics(self, step: int) -> None:
