@@ -49,6 +49,7 @@ def joined() -> Iterator[None]:
       ValueError: JAX finds no cluster here, or it cannot be reached.
     """
     if not jax.distributed.is_initialized():
+        jax.config.update("jax_enable_preemption_service", False)  # it would note a SIGTERM, and go on
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -91,6 +92,8 @@ def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, tmp_path):
 
 _JOINED = """
 import time
+from lorafusion_jax import interrupts
+interrupts.watch()
 from lorafusion_jax.io import processes
 with processes.joined():
     print(processes.first(), flush=True)
@@ -118,3 +121,13 @@ def test_several_processes_without_a_cluster_or_a_mesh_are_refused(small, tmp_pa
             main(_command(small, tmp_path, *more)[3:])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_sigterm_ends_one_process_and_the_other_says_so():
+    both = _start_two([sys.executable, "-c", _JOINED])
+    assert all(process.stdout is not None and process.stdout.readline() for process in both)
+    both[1].send_signal(signal.SIGTERM)
+    assert both[1].communicate(timeout=30)[1].endswith("stopped by SIGTERM\n") and both[1].returncode == 143
+    _, said = both[0].communicate(timeout=60)
+    assert both[0].returncode == os.EX_TEMPFAIL and "error: another process of this run is lost" in said
