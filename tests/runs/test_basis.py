@@ -17,6 +17,7 @@ from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.write import ProgramOptions, program_chips
+from lorafusion_jax.io.checkpoint import new_folder
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
@@ -148,6 +149,15 @@ def test_controls_project_the_modules_on_other_directions(small, tmp_path):
         assert (pool.names, pool.k) == (own.names, 16)
         for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
             assert pool.kept()[site].sum() < own.kept()[site].sum()
+
+
+def test_two_processes_cannot_add_to_one_pool(small, tmp_path):
+    pool = tmp_path / "pool"
+    shutil.copytree(small[1], pool, ignore=shutil.ignore_patterns("basis"))
+    with new_folder(pool / "basis") as first:
+        with pytest.raises(ValueError, match=r"pool/\.basis\.partial is being written by another process: wait for it"):
+            convert(ConvertOptions(out=pool, basis=24))
+        assert first.is_dir()
 
 
 def test_new_modules_join_a_basis_that_is_there(small, tmp_path, capsys):

@@ -326,6 +326,18 @@ def test_generating_needs_no_task(fused, tmp_path):
         evaluate_run(EvaluateOptions(run=tmp_path / "run"))
 
 
+def test_two_processes_cannot_write_one_run(fused, tmp_path):
+    """A lock belongs to an open file, so one process can play both."""
+    options, _ = fused
+    shutil.copytree(run_path(options), tmp_path / "whole")
+    (tmp_path / "whole" / "results.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with RunFolder(tmp_path / "whole").locked():
+        with pytest.raises(ValueError, match=rf"whole is in use by process {os.getpid()}: wait for it, or give"):
+            fuse(dataclasses.replace(options, out=tmp_path, resume=True))
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(fused, tmp_path, monkeypatch):
     options, results = fused
     shutil.copytree(run_path(options), tmp_path / "whole")
