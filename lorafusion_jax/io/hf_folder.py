@@ -91,7 +91,8 @@ class FolderBase(OpenedBase):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self._source)
+            # Not told, transformers may offer on a terminal to run code that the repository brings.
+            return AutoTokenizer.from_pretrained(self._source, trust_remote_code=False)
         except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
                 f"{self._source} gives no tokenizer: wanted a folder or hub id with config.json and tokenizer.json or "

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.io.hf import base_tensor, load_base, read_config, save_base
+from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5Config
@@ -33,6 +34,7 @@ _JSON = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
+_EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "small" / "base"
 _V = "decoder.block.1.layer.1.EncDecAttention.v.weight"
 
 
@@ -477,3 +479,18 @@ def test_transformers_agrees(tmp_path, fields, safe):
     save_base(ours, tmp_path / "again", tmp_path / "base")
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
     np.testing.assert_array_equal(logits(again), logits(theirs))
+
+
+def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # to the offer that transformers makes on a terminal
+    base = shutil.copytree(_EMBEDDED, tmp_path / "base")
+    config = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    code = f"""import pathlib
+pathlib.Path({str(tmp_path / "ran")!r}).touch()
+from transformers import PreTrainedTokenizerFast
+class Theirs(PreTrainedTokenizerFast): ...
+"""
+    (base / "theirs.py").write_text(code)
+    assert load_tokenizer(base)("ab").input_ids
+    assert not (tmp_path / "ran").exists()
