@@ -21,11 +21,13 @@ from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.crossbar import CrossbarConfig
-from lorafusion_jax.hardware.calibration import looped
+from lorafusion_jax.hardware.calibration import calibrate, looped
+from lorafusion_jax.hardware.chips import redrawn
 from lorafusion_jax.hardware.evaluate import lora_in_cells
 from lorafusion_jax.hardware.folder import Chips
 from lorafusion_jax.hardware.lanes import for_every_chip, on_every_chip
-from lorafusion_jax.hardware.setup import module_numbers
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.hardware.setup import CALIBRATION_ROWS, STEP_CHIPS, module_numbers
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.apply import EvaluateOptions, load_to_evaluate
@@ -126,6 +128,17 @@ class Subject:
         if rows is not None:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
         return fit(on_all.problem, on_all.rows, start(on_all.problem, seeds, begin), recipe, seeds).params
+
+    def train_on_fresh_chips(self, config: CrossbarConfig, recipe: Recipe) -> Params:
+        """Return numbers of every seed [S], trained on another chip at every step, none of them one of the chips."""
+        problem, rules, seeds = self.setup.problem, self.chips.rules(config), self.options.seeds
+        modules = module_numbers(self.setup, self.options, self.chips)
+        chip = program(problem.graph, problem.frozen, rules, self.keys[0], modules=modules, norm="ideal")
+        chip = calibrate(self.setup, start(problem, seeds).params, chip, rows=CALIBRATION_ROWS)
+        key = jax.random.fold_in(self.chips.key, STEP_CHIPS)
+        fresh = redrawn(chip, problem.frozen, rules, key, steps="every", norm="ideal")
+        on_fresh = self.setup.posing(frozen=fresh)
+        return fit(on_fresh.problem, on_fresh.rows, start(on_fresh.problem, seeds), recipe, seeds).params
 
     def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
         """Return a row for every seed on every chip.

@@ -1,20 +1,22 @@
 """A shared basis on imperfect chips: does a fusion in fewer cells lose more to noise than one of whole modules?
 
-    python experiments/basis_on_chips.py                              # 3 tasks x 3 seeds x 8 chips, k = 16 and 32
+    python experiments/basis_on_chips.py                              # 3 tasks x 3 seeds x 8 chips, k = 32 and 16
     python experiments/basis_on_chips.py --cases digital untouched    # nothing is trained on chips
 
 The directions and the base are written once onto every chip; the modules in the basis stay digital. The numbers of
-a task are trained digitally and put there as they are (untouched), or trained on the very chip (its chip). A month
-later, with drift compensated, both are read again. Whole modules are the rows of `experiments/hardware.py`, which has
-the same tasks, seeds, modules and chips. Written to the folder: table.md, rows.csv, every row and trained number;
-interrupted, the same command goes on.
+a task are trained digitally and put there as they are (untouched), on another chip at every step (fresh noise), or on
+the very chip (its chip). A month later, with drift compensated, they are read again: as they are, after a few epochs
+more on the aged chip (its chip, all rows), or with numbers that were trained on as many other chips of that age
+(prepared). Earlier rows on the same chips are not computed again: `experiments/hardware.py` has whole modules, with the
+same tasks, seeds and modules. Written to the folder: table.md, rows.csv, and every row and trained number that was
+computed here; interrupted, the same command goes on.
 """
 
 import csv
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,16 +24,17 @@ import jax
 import numpy as np
 import tyro
 from _common import ROOT
-from _hardware import Row, Store, csv_of, slug, subject
-from _methods import IN_BASIS
+from _hardware import Row, Store, Subject, again, csv_of, slug, subject
+from _methods import IN_BASIS, METHODS, Entry
 
 from lorafusion_jax import cli
 from lorafusion_jax.columns import markdown
-from lorafusion_jax.crossbar import config_hash
+from lorafusion_jax.crossbar import CrossbarConfig, config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
+from lorafusion_jax.training.problem import Params
 
-Case = Literal["digital", "untouched", "its chip"]
+Case = Literal["digital", "untouched", "fresh noise", "its chip", "its chip, all rows", "prepared"]
 _WHOLE = "whole modules"
 
 
@@ -49,8 +52,9 @@ class Options:
       chip_key: key from which chips are drawn.
       age: at which the chips are read again.
       epochs: of training.
+      again_epochs: of training again.
       test_rows: evaluate on the first rows only.
-      whole: rows of whole modules on the same chips.
+      earlier: rows on the same chips, of whole modules where they do not name a fusion.
       out: folder of results; what is there already is not computed again.
     """
 
@@ -63,8 +67,9 @@ class Options:
     chip_key: int = 0
     age: str = "1month"
     epochs: int = 20
+    again_epochs: int = 5
     test_rows: int | None = None
-    whole: Path = ROOT / "docs" / "results" / "hardware" / "rows.csv"
+    earlier: tuple[Path, ...] = (ROOT / "docs" / "results" / "hardware" / "rows.csv",)
     out: Path = ROOT / "runs" / "basis_on_chips"
 
 
@@ -75,30 +80,39 @@ def main(arguments: Sequence[str] = ()) -> None:
         "config": config_hash(load_chips(options.crossbar).config),
         "key": options.chip_key,
     }
-    apart = ("out", "sizes", "cases", "tasks", "crossbar", "chip_key", "whole")
+    apart = ("out", "sizes", "cases", "tasks", "crossbar", "chip_key", "earlier")
     store.claim({name: value for name, value in settings.items() if name not in apart})
-    rows = list(whole_rows(options))
-    for task in options.tasks:
-        for k in options.sizes:
+    there, rows = earlier_rows(options), []
+    # In a basis, the modules of LoRAFusion's row: a draw.
+    entries = {_WHOLE: METHODS["LoRAFusion"]} | {
+        f"k = {k}": dataclasses.replace(IN_BASIS["basis"], recipe={"basis": k}) for k in options.sizes
+    }
+    for fusion, entry in entries.items():
+        for task in options.tasks:
             began = time.perf_counter()
-            rows += [{"task": task, "fusion": f"k = {k}", **row} for row in task_rows(store, task, k, options)]
-            jax.clear_caches()  # other shapes are other programs, which take gigabytes
-            print(f"{task}, k = {k}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
-    text = table(rows, options)
+            known = {row["case"] for row in there if (row["task"], row["fusion"]) == (task, fusion)}
+            cases: list[Case] = [case for case in options.cases if case not in known]
+            found = task_rows(store, task, fusion, entry, cases, options)
+            rows += [{"task": task, "fusion": fusion, **row} for row in found]
+            print(f"{fusion}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+        jax.clear_caches()  # other sizes are other programs, which take gigabytes
+    text = table([*there, *rows], options)
     write_text(options.out / "table.md", text)
-    write_text(options.out / "rows.csv", csv_of([row for row in rows if row["fusion"] != _WHOLE]))
+    write_text(options.out / "rows.csv", csv_of([*there, *rows]))
     print(f"{text}\nwritten to {options.out}")
 
 
-def task_rows(store: Store, task: str, k: int, options: Options) -> Iterator[Row]:
-    """Yield the rows of a task in k directions: case, age, chip, seed, exact match (percent), loss."""
+def task_rows(
+    store: Store, task: str, fusion: str, entry: Entry, cases: Sequence[Case], options: Options
+) -> Iterator[Row]:
+    """Yield the rows of a fusion's cases on a task: case, age, chip, seed, exact match (percent), loss."""
+    if not cases:
+        return
     chips = load_chips(options.crossbar, key=options.chip_key)
-    # The modules of LoRAFusion's row: a draw.
-    entry = dataclasses.replace(IN_BASIS["basis"], recipe={"basis": k})
     on = subject(
         store,
         task,
-        f"k = {k}",
+        fusion,
         entry,
         seeds=options.seeds,
         epochs=options.epochs,
@@ -107,40 +121,77 @@ def task_rows(store: Store, task: str, k: int, options: Options) -> Iterator[Row
         test_rows=options.test_rows,
     )
     config = chips.config
-    for case in options.cases:
-        name = slug(f"{task}-{k}-{case}")
+    for case in cases:
+        name = slug(f"{task}-{fusion}-{case}")
         if case == "digital":
             found = store.rows(name, lambda: on.score_digitally(on.params))
             yield from ({"case": case, "age": None, **row} for row in found)
             continue
-        params = on.params
-        if case == "its chip":
-            params = store.numbers(name, lambda: on.train_on_chips(config, on.options.recipe))
-        for age in (None, options.age):
+        for age in ages(case, options):
             here = config if age is None else aged(config, age, compensate=True)
-            found = store.rows(f"{name}-{age or 'new'}", lambda here=here, params=params: on.score(here, params))
+
+            def scored(case: Case = case, here: CrossbarConfig = here) -> list[Row]:
+                return on.score(here, _numbers(on, case, here, options))
+
+            found = store.rows(f"{name}-{age or 'new'}", scored)
             yield from ({"case": case, "age": age, **row} for row in found)
 
 
-def whole_rows(options: Options) -> Iterator[Row]:
-    """Yield the rows of whole modules that are like those in a basis; drift is compensated."""
-    with options.whole.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["case"] not in options.cases or row["compensate"] == "False" or row["task"] not in options.tasks:
-                continue
-            numbers = {"chip": int(row["chip"]), "seed": int(row["seed"]), "exact_match": float(row["exact_match"])}
-            if numbers["chip"] < options.chips and numbers["seed"] in options.seeds:
-                yield {"task": row["task"], "fusion": _WHOLE, "case": row["case"], "age": row["age"] or None, **numbers}
+def ages(case: Case, options: Options) -> tuple[str | None, ...]:
+    """Return the ages at which a case's chips are read; None is new."""
+    if case == "digital":
+        return (None,)
+    return (options.age,) if case in ("its chip, all rows", "prepared") else (None, options.age)
+
+
+def _numbers(on: Subject, case: Case, here: CrossbarConfig, options: Options) -> Params:
+    """Return the numbers of a case, trained only once; `here` is the configuration that they are read with."""
+    new, recipe, name = on.chips.config, on.options.recipe, on.options.name
+
+    def of(case: Case, train: Callable[[], Params]) -> Params:
+        return on.store.numbers(slug(f"{name}-{case}"), train)
+
+    def on_its_chip() -> Params:
+        return of("its chip", lambda: on.train_on_chips(new, recipe))
+
+    match case:
+        case "fresh noise":
+            return of(case, lambda: on.train_on_fresh_chips(new, recipe))
+        case "prepared":
+            return of(case, lambda: on.train_on_fresh_chips(here, recipe))
+        case "its chip":
+            return on_its_chip()
+        case "its chip, all rows":
+            shorter = again(recipe, options.again_epochs)
+            return of(case, lambda: on.train_on_chips(here, shorter, begin=on_its_chip()))
+    return on.params
+
+
+def earlier_rows(options: Options) -> list[Row]:
+    """Return the rows of earlier results that are like those computed here, each once; drift is compensated."""
+    found: dict[tuple[str, ...], Row] = {}
+    for path in options.earlier:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                fusion = row.get("fusion", _WHOLE)
+                chip, seed = int(row["chip"]), int(row["seed"])
+                asked = row["case"] in options.cases and row["task"] in options.tasks
+                if asked and row.get("compensate") != "False" and chip < options.chips and seed in options.seeds:
+                    key = (row["task"], fusion, row["case"], row["age"], row["chip"], row["seed"])
+                    names = {"task": row["task"], "fusion": fusion, "case": row["case"], "age": row["age"] or None}
+                    scores = {name: float(row[name]) for name in ("exact_match", "loss")}
+                    found.setdefault(key, {**names, "chip": chip, "seed": seed, **scores})
+    return list(found.values())
 
 
 def table(rows: Sequence[Row], options: Options) -> str:
     """Return exact match by case, of the tasks' mean, and what chips take of it."""
-    columns = [(case, age) for case in options.cases for age in ((None,) if case == "digital" else (None, options.age))]
+    columns = [(case, age) for case in options.cases for age in ages(case, options)]
     said = [case if age is None else f"{case}, {age}" for case, age in columns]
     lines = [["exact match, %", *said, *(f"lost, {name}" for name in said[1:])]]
     for fusion in dict.fromkeys(row["fusion"] for row in rows):
         found = [matches(rows, fusion, case, age) for case, age in columns]
-        lost = [f"{found[0].mean() - of.mean():.1f}" for of in found[1:]]
+        lost = [f"{found[0].mean() - of.mean():.1f}" if len(of) else "" for of in found[1:]]
         lines.append([fusion, *map(_said, found), *lost])
     return (
         f"{len(options.tasks)} tasks, {len(options.seeds)} seeds, {options.chips} chips, {options.epochs} epochs; mean "
@@ -156,6 +207,8 @@ def matches(rows: Sequence[Row], fusion: str, case: str, age: str | None) -> np.
 
 
 def _said(of_chips: np.ndarray) -> str:
+    if not len(of_chips):
+        return ""
     return f"{of_chips.mean():.1f}" + (f" ± {of_chips.std(ddof=1):.1f}" if len(of_chips) > 1 else "")
 
 

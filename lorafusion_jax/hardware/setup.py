@@ -22,7 +22,7 @@ from .program import program
 # Training rows that ADCs are calibrated on.
 CALIBRATION_ROWS = 64
 # The chips of training steps are none of chip 0, 1, ...
-_STEPS = 2**32 - 1
+STEP_CHIPS = 2**32 - 1
 
 
 def check(setup: Setup, options: FuseOptions) -> None:
@@ -68,7 +68,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
     if asked.noise == "none":
         training = calibrated(deterministic(config))
     elif asked.noise != "chip":
-        key = jax.random.fold_in(chips.key, _STEPS)
+        key = jax.random.fold_in(chips.key, STEP_CHIPS)
         steps = "every" if asked.noise == "fresh" else "other"
         training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
 

@@ -1,5 +1,6 @@
 """The experiments on chips: what is computed once, which points there are, and the sums of their tables."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -41,8 +42,9 @@ def test_results_are_computed_once_and_settings_are_kept_apart(scripts, tmp_path
 
 def _rows(case, values, *, age=None, compensate=None):
     """Exact match of (chip, seed)."""
+    same = {"task": "t", "case": case, "age": age, "compensate": compensate, "loss": 1.0}
     return [
-        {"task": "t", "case": case, "age": age, "compensate": compensate, "chip": c, "seed": s, "exact_match": m}
+        same | {"chip": c, "seed": s, "exact_match": m}
         for c, of_chip in enumerate(values)
         for s, m in enumerate(of_chip)
     ]
@@ -85,17 +87,27 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(s
     for compensate, match in ((False, 0), (True, 20)):
         of_whole += _rows("untouched", [[match] * 3] * 3, age="1month", compensate=compensate)
     file.write_text(scripts["_hardware"].csv_of(of_whole))
-    options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), whole=file)
-    rows = list(script.whole_rows(options))
+    options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
+    rows = script.earlier_rows(options)
     assert len(rows) == 2 + 2 * 2 * 2
     inside = _rows("digital", [[50, 48]]) + _rows("untouched", [[45, 45], [45, 45]])
     inside += _rows("untouched", [[30, 32], [30, 32]], age="1month")
-    rows += [{"fusion": "k = 16", **row} for row in inside]
+    inside = [{"fusion": "k = 16"} | {n: v for n, v in row.items() if n != "compensate"} for row in inside]
+    # What was written is read again, and no row counts twice.
+    rows += inside
+    written = tmp_path / "written.csv"
+    written.write_text(scripts["_hardware"].csv_of(rows))
+    assert script.earlier_rows(dataclasses.replace(options, earlier=(file, written))) == rows
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(rows, options).splitlines()[4:]]
     assert lines == [
         ["whole modules", "50.0", "35.0 ± 7.1", "20.0 ± 0.0", "15.0", "30.0"],
         ["k = 16", "49.0", "45.0 ± 0.0", "31.0 ± 0.0", "4.0", "18.0"],
     ]
+    # Numbers that were prepared for an age are read then alone; here whole modules have none.
+    options = dataclasses.replace(options, cases=("digital", "prepared"))
+    rows += [{"fusion": "k = 16", **row} for row in _rows("prepared", [[40, 42], [40, 42]], age="1month")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(rows, options).splitlines()[4:]]
+    assert lines == [["whole modules", "50.0", "", ""], ["k = 16", "49.0", "41.0 ± 0.0", "8.0"]]
 
 
 @pytest.mark.parametrize(("sweep", "point"), [("noise", "0.1"), ("adc", "6"), ("cell", "2"), ("age", "1day")])
