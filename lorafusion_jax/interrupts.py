@@ -105,7 +105,8 @@ def _freeze(number: int, frame: object) -> None:
 
 def _say(line: str) -> None:
     # Not by sys.stderr, which the main thread may be in. A progress bar leaves the cursor behind it.
-    os.write(2, f"{chr(10) if os.isatty(2) else ''}{line}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{chr(10) if os.isatty(2) else ''}{line}\n".encode())
 
 
 def _end(number: int) -> NoReturn:

@@ -266,7 +266,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     def hold() -> None:
         if not processes.several():  # they can only save together, and a signal may come to one of them
-            interrupts.hold(f"its state is saved in {run.folder}, where --resume goes on")
+            interrupts.hold(f"its state is saved in {run.folder}, and resuming goes on from it")
 
     def after_step(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
         hold()

@@ -1,0 +1,68 @@
+"""A killed command resumes to the same bits; and the harness that says so finds commands that do not."""
+
+from pathlib import Path
+
+import kills
+import pytest
+
+# Work of a tenth of a second in small pieces; whoever begins again finds what was written.
+_WORK = """
+import pathlib, sys, time
+from lorafusion_jax import interrupts
+interrupts.watch()
+file = pathlib.Path(sys.argv[1]) / "file"
+for number in range(20):
+    end = time.process_time() + 0.01
+    while time.process_time() < end: pass
+    %s
+%s
+"""
+_SOUND = _WORK % ("pass", "from lorafusion_jax.files import write_text; write_text(file, 'x' * 20)")
+_IN_PLACE = _WORK % ("file.open('a').write('x')", "")
+_UNTOLD = _SOUND.replace("interrupts.watch()", "")
+
+
+def _command(code: str) -> kills.Command:
+    def text(printed: str, out: Path) -> str:
+        return (out / "file").read_text()
+
+    return kills.Command(lambda inputs, out: ["-c", code, str(out)], text, writes=False)
+
+
+@pytest.fixture
+def tallied(tmp_path, monkeypatch):
+    def tally(code: str) -> kills.Tally:
+        monkeypatch.setitem(kills.COMMANDS, "made up", _command(code))
+        inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
+        (tmp_path / "made up" / "compiled").mkdir(parents=True)
+        return kills.kill("made up", inputs, tmp_path / "made up", 3, seed=0)
+
+    return tally
+
+
+@pytest.mark.long
+def test_a_sound_command_has_no_faults(tallied):
+    tally = tallied(_SOUND)
+    assert tally.faults == [] and tally.kills.total() == 3 and tally.same == tally.compared > 0
+
+
+def test_a_command_that_writes_in_place_is_found(tallied):
+    tally = tallied(_IN_PLACE)
+    assert any("other bits" in fault for fault in tally.faults) and tally.same < tally.compared
+
+
+def test_a_command_without_a_line_is_found(tallied):
+    assert any("exit code -" in fault for fault in tallied(_UNTOLD).faults)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> kills.Inputs:
+    return kills.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", kills.COMMANDS)
+def test_a_killed_command_resumes_to_the_same_bits(name, inputs, tmp_path):
+    tally = kills.kill(name, inputs, tmp_path / "killed", 5, seed=1)
+    assert tally.faults == []
+    assert tally.kills.total() == 5 and tally.same == tally.compared > 0
