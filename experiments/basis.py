@@ -37,9 +37,9 @@ from lorafusion_jax.report.figure import colour, plot
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
 
-_FUSION = "LoRAFusion"
+_FUSION, _BEST = "LoRAFusion", "best 10"
 # Rows of whole modules, and how they are chosen: a draw, all, the best.
-CHOICES: dict[str, dict[str, Any]] = {_FUSION: {}, "all modules": ALL, "best 10": BEST}
+CHOICES: dict[str, dict[str, Any]] = {_FUSION: {}, "all modules": ALL, _BEST: BEST}
 SIZES = (8, 16, 24, 32, DIRECTIONS)
 _RANK = 16  # of the pool's modules
 _CONTROLS: dict[Literal["random", "shuffled", "svd"], str] = {
@@ -99,7 +99,7 @@ def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> 
     """Return every row with its reads and its differences, the rows by task, and what the directions keep."""
     at_most, width = reads(league, _FUSION), next(iter(basis.U.values())).shape[1]
     head = ["", "read of a matrix", f"/ {at_most}", "trained", "exact match, %", "95 % interval"]
-    lines = [[*head, f"minus {_FUSION}", "minus the same modules, whole"]]
+    lines = [[*head, f"minus {_FUSION}", f"minus {_BEST}", "minus the same modules, whole"]]
     for name in _in_order(league):
         found, columns = league.summaries[name], reads(league, name)
         assert found is not None
@@ -112,6 +112,7 @@ def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> 
                 f"{found.mean:.1f}",
                 f"{found.low:.1f} to {found.high:.1f}",
                 _difference(league, name, _FUSION),
+                _difference(league, name, _BEST),
                 _difference(league, name, _in_whole(league, name)),
             ]
         )
