@@ -65,8 +65,8 @@ def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -
     return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
 
 
-# Rows of the table; bases have LoRAFusion's rates. `python experiments/language_tune.py` found those of LoRAFusion and
-# LoRA. The other rows have not been tuned: do that before they are run.
+# Rows of the table, with the rates that `python experiments/language_tune.py` found; bases have LoRAFusion's. Of MORE,
+# DoRA, VeRA and the mix have not been tuned: do that before they are run.
 MAIN = {
     "zero-shot": METHODS["zero-shot"],
     "few-shot prompt": METHODS["few-shot prompt"],
@@ -75,8 +75,8 @@ MAIN = {
     "LoRAFusion": _entry(METHODS["LoRAFusion"], _FUSION),
     "LoRA": dataclasses.replace(METHODS["LoRA"], rates={"lr_lora": 5e-3}, few_rates={}),
     "random pool": _entry(METHODS["random pool"], _FUSION),
-    "coefficients only": _entry(METHODS["coefficients only"], {"lr_coefficients": 0.1}),
-    "magnitudes only": dataclasses.replace(METHODS["magnitudes only"], rates={"lr_magnitudes": 0.02}, few_rates={}),
+    "coefficients only": _entry(METHODS["coefficients only"], {"lr_coefficients": 0.05}),
+    "magnitudes only": dataclasses.replace(METHODS["magnitudes only"], rates={"lr_magnitudes": 0.2}, few_rates={}),
     "basis, k = 16": _entry(IN_BASIS["basis"], _FUSION, basis=16),
 }
 MORE = {
