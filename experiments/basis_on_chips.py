@@ -43,7 +43,7 @@ class Options:
     """Options of the measurements.
 
     Attributes:
-      sizes: numbers of directions.
+      sizes: numbers of directions, and whole modules.
       cases: how numbers are trained and where they are read.
       tasks: of the embedded ones.
       seeds: each draws modules, starts and orders of rows.
@@ -58,7 +58,7 @@ class Options:
       out: folder of results; what is there already is not computed again.
     """
 
-    sizes: tuple[int, ...] = (32, 16)
+    sizes: tuple[int | Literal["whole"], ...] = ("whole", 32, 16)
     cases: tuple[Case, ...] = get_args(Case)
     tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow", "sort_next2")
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -83,11 +83,11 @@ def main(arguments: Sequence[str] = ()) -> None:
     apart = ("out", "sizes", "cases", "tasks", "crossbar", "chip_key", "earlier")
     store.claim({name: value for name, value in settings.items() if name not in apart})
     there, rows = earlier_rows(options), []
-    # In a basis, the modules of LoRAFusion's row: a draw.
-    entries = {_WHOLE: METHODS["LoRAFusion"]} | {
-        f"k = {k}": dataclasses.replace(IN_BASIS["basis"], recipe={"basis": k}) for k in options.sizes
-    }
-    for fusion, entry in entries.items():
+    for size in options.sizes:
+        # In a basis, the modules of LoRAFusion's row: a draw.
+        whole = size == "whole"
+        entry = METHODS["LoRAFusion"] if whole else dataclasses.replace(IN_BASIS["basis"], recipe={"basis": size})
+        fusion = _WHOLE if whole else f"k = {size}"
         for task in options.tasks:
             began = time.perf_counter()
             known = {row["case"] for row in there if (row["task"], row["fusion"]) == (task, fusion)}
