@@ -4,10 +4,10 @@
 
 Random weights, a pool of 20 modules of rank 16 on q and v; rows of 16 source and 16 new tokens, none ending earlier.
 Batches of 64 and 256 rows, each row with a task of its own, are compared with the same rows of one task: the same bank
-and the same program. With magnitudes, tasks are sums with scales. Without, they are mixes: PEFT can hold each of them
-as an adapter of rank 16, and chooses adapters row by row (`adapter_names`; this needs the `peft` extra and is left out
-without it). Ids are compared with those of one task's own program, whose speed is shown too. The memory is that of
-10,000 tasks without magnitudes in FLAN-T5-large's shape.
+and the same program. With magnitudes, tasks are sums with scales, of whole modules and in a shared basis. Without, they
+are mixes: PEFT can hold each of them as an adapter of rank 16, and chooses adapters row by row (`adapter_names`; this
+needs the `peft` extra and is left out without it). Ids are compared with those of one task's own program, whose speed
+is shown too. The memory is that of 10,000 tasks without magnitudes in FLAN-T5-large's shape.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case, has_peft, in_turns, of_turns, product_rates
-from _model import CHOICES, MODULES, batch_of, config_of, frozen, graph_of, shapes_of
+from _model import CHOICES, MODULES, batch_of, config_of, frozen, graph_of, in_basis, shapes_of
 from _peer import mixed_batch
 
 from lorafusion_jax.methods.fusion import Fusion
@@ -37,6 +37,7 @@ _COMPARED = 4  # tasks whose ids are compared with those of a program of their o
 _MANY, _MANY_BYTES = 10_000, 40e6
 _METHODS = {
     "magnitudes": Fusion(composition="sum", magnitudes=True),
+    "magnitudes, basis of 32": Fusion(composition="sum", magnitudes=True, basis=32),
     "coefficients": Fusion(composition="mix", magnitudes=False),
 }
 
@@ -74,7 +75,10 @@ def _memory() -> dict[str, Any]:
 def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
     # Random weights would end a row somewhere: no token does.
     config = dataclasses.replace(config_of(options.shape), eos_id=-1)
-    weights = jax.block_until_ready(frozen(config, "float32", MODULES))
+    weights = frozen(config, "float32", MODULES)
+    if method.basis is not None:
+        weights = in_basis(config, weights, method.basis)
+    weights = jax.block_until_ready(weights)
     tasks = _tasks(method, weights, max(_BATCHES))
     bank = TaskBank.empty(graph_of(config), weights, len(tasks), scaled=sorted(tasks[0].get("magnitudes", ())))
     for number, params in enumerate(tasks):
