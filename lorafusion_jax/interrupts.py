@@ -7,6 +7,7 @@ that are being written are removed first. A training loop, whose state is worth 
 (`hold`).
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -35,6 +36,8 @@ def watch() -> None:
     threading.Thread(target=_act, args=(reader,), daemon=True).start()
     for number in _NAMES:
         signal.signal(number, _freeze)
+        # All is done when this runs, last of all that a command registers; then Python would give back the old handler.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def hold(advice: str) -> None:
@@ -112,6 +115,7 @@ def _say(line: str) -> None:
 def _end(number: int) -> NoReturn:
     import shutil
 
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads say of the folders that go
     for folder in list(_unfinished):
         # By another name first: if the main thread has just given it its own, it is finished.
         aside = folder.with_name(f".{folder.name}.removed.partial")

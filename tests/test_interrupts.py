@@ -115,3 +115,33 @@ with interrupts.removed(partial):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130 and list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_said_of_a_folder_that_is_removed(tmp_path):
+    code = """
+(partial := folder / ".pool.partial").mkdir()
+for number in range(2000): (partial / str(number)).write_text("")
+def write():
+    ready()
+    while partial.exists(): pass
+    while True: print("WARNING: it is gone", file=sys.stderr, flush=True)
+threading.Thread(target=write, daemon=True).start()
+with interrupts.removed(partial): time.sleep(60)
+"""
+    process = _start(code, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143 and said == "stopped by SIGTERM\n"
+
+
+def test_a_command_that_has_ended_ends_as_it_would_have(tmp_path):
+    code = """
+class Last:
+    def __del__(self, ready=ready, sleep=time.sleep): ready(); sleep(0.5)
+sys.modules["last"] = Last()  # goes when Python takes down its modules
+sys.exit(2)
+"""
+    process = _start(code, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 2 and said == ""

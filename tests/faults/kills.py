@@ -6,10 +6,11 @@
 A command is started again and again in one folder, until it ends by itself. The moment of a kill is drawn from the CPU
 time that the command takes, so it does not depend on what else the machine does; half of the kills wait until something
 is half written. A command in Python's own start, and a script of experiments while it imports, do not handle signals
-yet. Printed is a table, then every fault; the exit code is 1 if there is any.
+yet. Printed is a table, then every fault; the exit code is 1 if there is any. Ctrl-C goes on with the next command.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -174,11 +175,19 @@ def make_inputs(folder: Path) -> Inputs:
 
 
 def kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tally:
-    """Kill a command so many times, in several folders, and compare what each of them ends in."""
-    command, draw, tally = COMMANDS[name], random.Random(f"{name} {seed}"), Tally()
-    for name_of_whole in ("compiled", "whole"):
-        (folder / name_of_whole).mkdir(parents=True, exist_ok=True)
-    _whole(command.arguments(inputs, folder / "compiled"))
+    """Kill a command so many times, in several folders, and compare what each of them ends in; Ctrl-C ends this."""
+    tally = Tally()
+    with contextlib.suppress(KeyboardInterrupt):
+        _kill(name, inputs, folder, kills, random.Random(f"{name} {seed}"), tally)
+    return tally
+
+
+def _kill(name: str, inputs: Inputs, folder: Path, kills: int, draw: random.Random, tally: Tally) -> None:
+    command = COMMANDS[name]
+    (folder / "whole").mkdir(parents=True)
+    if not command.handles:  # the programs of scripts are not those that made the inputs
+        (folder / "compiled").mkdir()
+        _whole(command.arguments(inputs, folder / "compiled"))
     printed, seconds = _whole(command.arguments(inputs, folder / "whole"))
     wanted = command.outcome(printed, folder / "whole")
     while (done := tally.kills.total()) < kills:
@@ -198,7 +207,6 @@ def kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tall
         else:
             tally.same += 1
             shutil.rmtree(out)
-    return tally
 
 
 def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: random.Random, tally: Tally) -> bool:
@@ -225,7 +233,7 @@ def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: r
         _, said = process.communicate()
         tally.faults.append(f"{number.name} after {after:.2f} s of CPU time did not end it: {said[-600:]}")
         return True
-    if process.returncode == 0:
+    if process.returncode == 0 or _is_done(said, out):
         return False
     tally.kills[number] += 1
     tally.while_writing += writing
@@ -297,6 +305,7 @@ def main() -> int:
     parser.add_argument("--command", nargs="+", default=list(COMMANDS), choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
     faults = []
     head = ["kills", *(number.name for number in _SIGNALS), "while writing", "in imports", "same bits", "faults"]
     print(f"| command | {' | '.join(head)} |\n|---|{'---:|' * len(head)}", flush=True)

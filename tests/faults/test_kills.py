@@ -34,7 +34,6 @@ def tallied(tmp_path, monkeypatch):
     def tally(code: str) -> kills.Tally:
         monkeypatch.setitem(kills.COMMANDS, "made up", _command(code))
         inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
-        (tmp_path / "made up" / "compiled").mkdir(parents=True)
         return kills.kill("made up", inputs, tmp_path / "made up", 3, seed=0)
 
     return tally
