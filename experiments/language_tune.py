@@ -37,7 +37,9 @@ from lorafusion_jax.training.programs import make_room
 # On the embedded pool coefficients are tuned at 0.3 in place of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]
 # The best of those nine was at their edge, (0.01, 0.1); no single rate's was.
-_PAIRS += [{"lr_coefficients": c, "lr_magnitudes": m} for c, m in ((0.003, 0.1), (0.003, 0.2), (0.01, 0.2), (0.03, 0.2))]
+_PAIRS += [
+    {"lr_coefficients": c, "lr_magnitudes": m} for c, m in ((0.003, 0.1), (0.003, 0.2), (0.01, 0.2), (0.03, 0.2))
+]
 TRIALS = {
     name: _PAIRS if trials[0].keys() == _PAIRS[0].keys() else trials
     for name, trials in SMALL_TRIALS.items()
