@@ -1,5 +1,6 @@
 """Strict JAX on four CPU devices, types checked at run time, and the goldens next to the checkout."""
 
+import contextlib
 import gc
 import importlib.metadata
 import importlib.util
@@ -151,23 +152,33 @@ def own_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def fusion_emitters() -> Iterator[None]:
-    """Compile a file's programs as without XLA_FLAGS of tests: products of one seed and of several round alike."""
-    if not _IS_0_10:
-        yield
-        return
+@contextlib.contextmanager
+def _compiled_with(**flags: Any) -> Iterator[None]:
+    """Compile all programs of a block with other flags than XLA_FLAGS of tests."""
     options = compiler.get_compile_options
 
-    def with_emitters(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        overrides = {"xla_cpu_use_fusion_emitters": True} | (env_options_overrides or {})
-        return options(*args, env_options_overrides=overrides, **kwargs)
+    def with_flags(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        return options(*args, env_options_overrides=flags | (env_options_overrides or {}), **kwargs)
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", with_emitters)
+        patch.setattr(compiler, "get_compile_options", with_flags)
         yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def fusion_emitters() -> Iterator[None]:
+    """Compile a file's programs as without XLA_FLAGS of tests: products of one seed and of several round alike."""
+    with _compiled_with(xla_cpu_use_fusion_emitters=True) if _IS_0_10 else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="module")
+def optimised_by_llvm() -> Iterator[None]:
+    """Where programs run for longer than LLVM takes: those of a real language model need two thirds of the CPU time."""
+    with _compiled_with(xla_backend_optimization_level=2) if _IS_0_10 else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

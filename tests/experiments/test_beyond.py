@@ -226,7 +226,12 @@ def rows_seen(ideas, monkeypatch):
 
         monkeypatch.setattr(module, name, stand_in)
 
-    watch(fit_lib, "train_seeds", lambda state: (state._replace(step=state.step + 1), {"loss": 0.0}), backward=True)
+    watch(
+        fit_lib,
+        "train_seeds",
+        lambda state: (state._replace(step=state.step + 1), {"loss": np.zeros(1)}),
+        backward=True,
+    )
     watch(fit_lib, "seed_entropies", lambda params: jnp.ones(len(params["coefficients"])), backward=False)
     watch(ranking, "coefficient_gradients", lambda params: 1 + params["coefficients"], backward=True)
     return seen

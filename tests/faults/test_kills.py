@@ -34,7 +34,8 @@ def tallied(tmp_path, monkeypatch):
     def tally(code: str) -> kills.Tally:
         monkeypatch.setitem(kills.COMMANDS, "made up", _command(code))
         inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
-        return kills.kill("made up", inputs, tmp_path / "made up", 3, seed=0)
+        # Draws every signal once, in the middle of the work.
+        return kills.kill("made up", inputs, tmp_path / "made up", 3, seed=262)
 
     return tally
 
@@ -62,6 +63,7 @@ def inputs(tmp_path_factory) -> kills.Inputs:
 @pytest.mark.long
 @pytest.mark.parametrize("name", kills.COMMANDS)
 def test_a_killed_command_resumes_to_the_same_bits(name, inputs, tmp_path):
-    tally = kills.kill(name, inputs, tmp_path / "killed", 5, seed=1)
+    count = {"convert": 5, "convert --basis": 5, "fuse": 3}.get(name, 2)  # a run compiles anew after each
+    tally = kills.kill(name, inputs, tmp_path / "killed", count, seed=1)
     assert tally.faults == []
-    assert tally.kills.total() == 5 and tally.same == tally.compared > 0
+    assert tally.kills.total() == count and tally.same == tally.compared > 0

@@ -28,6 +28,8 @@ from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import PRESETS, Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 
+pytestmark = pytest.mark.usefixtures("optimised_by_llvm")
+
 _SINGLES = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e", "lora_f_bin")
 _FUSIONS = [f"{pool}_{magnitudes}" for pool in ("pool_factors", "pool_products", "mixed_products")
             for magnitudes in ("lora", "dora")]  # fmt: skip
