@@ -65,8 +65,8 @@ def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -
     return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
 
 
-# Rows of the table, with the best of the first nine trials of `python experiments/language_tune.py`; bases have LoRAFusion's
-# rates. Of MORE, DoRA, VeRA and the mix have not been tuned: do that before they are run.
+# Rows of the table, with the best of the first nine trials of `python experiments/language_tune.py`; bases have
+# LoRAFusion's rates. Of MORE, DoRA, VeRA and the mix have not been tuned: do that before they are run.
 MAIN = {
     "zero-shot": METHODS["zero-shot"],
     "few-shot prompt": METHODS["few-shot prompt"],
