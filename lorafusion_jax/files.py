@@ -50,16 +50,21 @@ class FileError(ValueError):
       got: what it is; of a whole file, what is wrong with it.
       wanted: what it should be; empty where `got` says so.
       fix: how to fix it.
+      version: the version that wrote the file, where it is another one and the file says so; else empty.
     """
 
-    def __init__(self, file: str | Path, *, got: str, fix: str, field: str = "", wanted: str = ""):
+    def __init__(self, file: str | Path, *, got: str, fix: str, field: str = "", wanted: str = "", version: str = ""):
         self.file, self.field, self.got, self.wanted, self.fix = str(file), field, got, wanted, fix
+        self.version = version
         found = f"{field} is {got}" if field else got
-        super().__init__(f"{f'{file}: ' if self.file else ''}{found}: {f'wanted {wanted}; ' if wanted else ''}{fix}")
+        other = f" (written by version {version}, this is {__version__})" if version else ""
+        super().__init__(
+            f"{f'{file}: ' if self.file else ''}{found}: {f'wanted {wanted}; ' if wanted else ''}{fix}{other}"
+        )
 
     def at(self, file: str | Path) -> "FileError":
         """Return the same fault of this file."""
-        return FileError(file, field=self.field, got=self.got, wanted=self.wanted, fix=self.fix)
+        return FileError(file, field=self.field, got=self.got, wanted=self.wanted, fix=self.fix, version=self.version)
 
 
 class WriteError(OSError):
@@ -151,9 +156,22 @@ def decode(
 
 
 def structured(
-    raw: Any, kind: type[T] | Any, where: str | Path, *, own: bool = True, fix: str = "restore it from a copy"
+    raw: Any,
+    kind: type[T] | Any,
+    where: str | Path,
+    *,
+    own: bool = True,
+    fix: str = "restore it from a copy",
+    whole: Any = None,
 ) -> T:
-    """Return what JSON gave as an object of a type; arguments and errors are those of `decode`."""
+    """Return what JSON gave as an object of a type.
+
+    Other arguments and errors are those of `decode`.
+
+    Args:
+      raw: what JSON gave.
+      whole: what `raw` is a part of, if that says which version wrote the file.
+    """
     try:
         found = msgspec.convert(raw, kind, dec_hook=_from_text)
         # What `found` was not made of is unknown.
@@ -162,13 +180,15 @@ def structured(
         raise FileError(where, got="nested too deeply", fix=fix) from None
     except msgspec.ValidationError:
         field, value, hint = _fault(raw, kind)
+        version = _other_version(whole or raw)
         got = "missing" if value is _MISSING else shown(value)
         if not field:
             got = f"holds {_KINDS[type(raw)]}, not {_described(hint)}"
-            raise FileError(where, got=got, fix=fix + _versions(raw)) from None
-        raise FileError(where, field=field, got=got, wanted=_described(hint), fix=fix + _versions(raw)) from None
+            raise FileError(where, got=got, fix=fix, version=version) from None
+        raise FileError(where, field=field, got=got, wanted=_described(hint), fix=fix, version=version) from None
     if unknown is not None:
-        raise FileError(where, field=unknown, got="unknown", fix=f"remove it, or {fix}{_versions(raw)}")
+        fix = f"remove it, or {fix}"
+        raise FileError(where, field=unknown, got="unknown", fix=fix, version=_other_version(whole or raw))
     return found
 
 
@@ -281,13 +301,13 @@ def _described(hint: Any) -> str:
     return _WORDS.get(hint) or ("a list" if origin in (list, tuple) else "a path" if hint is Path else "an object")
 
 
-def _versions(raw: Any) -> str:
-    """Return which version wrote a file, where it says so and this is another one."""
+def _other_version(raw: Any) -> str:
+    """Return which version wrote a file, where it says so and this is another one; else nothing."""
     for place in ("versions", "environment"):
         raw = raw.get(place, raw) if isinstance(raw, dict) else {}
         raw = raw.get("versions", raw) if isinstance(raw, dict) else {}
     written = raw.get("lorafusion-jax", __version__) if isinstance(raw, dict) else __version__
-    return "" if written == __version__ else f" (written by version {shown(written)}, this is {__version__})"
+    return "" if written == __version__ else shown(written)
 
 
 @contextlib.contextmanager

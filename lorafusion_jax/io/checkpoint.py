@@ -8,6 +8,7 @@ NumPy arrays, so a checkpoint does not depend on the devices that wrote it; the 
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -17,12 +18,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
 
-from .. import interrupts
+from .. import __version__, interrupts
 from ..files import FileError, T, read_json, structured, write_text, writing
 from . import processes
 from .source import inside, sha256
@@ -45,6 +46,7 @@ class Record(TypedDict):
 
 class _Saved(Record):
     metadata: dict[str, Any]
+    versions: NotRequired[dict[str, str]]
 
 
 @contextlib.contextmanager
@@ -206,7 +208,8 @@ def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
     with new_folder(folder) as partial:
         record = write_arrays(partial, tree)
         if processes.first():
-            write_json(partial / _MANIFEST, {"metadata": metadata, **record})
+            versions = {"lorafusion-jax": __version__}
+            write_json(partial / _MANIFEST, {"metadata": metadata, "versions": versions, **record})
             for path in partial.rglob("*"):
                 _flush(path)
     with writing(folder.parent):
@@ -231,7 +234,7 @@ def read_metadata(folder: Path, metadata: type[T] | Any, what: str = "a complete
       FileError: the folder has no manifest, or another one.
     """
     manifest = read_json(folder / _MANIFEST, _Saved, what)
-    return manifest, structured(manifest["metadata"], metadata, folder / _MANIFEST)
+    return manifest, structured(manifest["metadata"], metadata, folder / _MANIFEST, whole=manifest)
 
 
 def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:
@@ -252,7 +255,8 @@ def load_newest(
 ) -> tuple[Any, T] | None:
     """Return what `load` does of the last folder that is sound, or None if none is.
 
-    Damaged folders behind it are renamed to NAME.damaged, so that their steps can be saved again.
+    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that their steps can be saved
+    again. One whose manifest another version wrote is not damaged, although this version cannot read it.
 
     Args:
       folders: saved folders, oldest first.
@@ -261,29 +265,36 @@ def load_newest(
       note: is told of every damaged folder, in one line.
 
     Raises:
-      FileError: the arrays of a sound folder are not those of `abstract`.
+      FileError: the arrays of a sound folder are not those of `abstract`, or another version wrote what is newest.
     """
-    damaged, sound = [], None
+    damaged: list[tuple[Path, Path, FileError]] = []
+    sound = None
     for folder in reversed(folders):
         try:
             record, described = read_metadata(folder, metadata)
             _check_files(folder, record["files"])
         except FileError as error:
-            damaged.append((folder, error))
+            if error.version:
+                raise
+            damaged.append((folder, _aside(folder), error))
         else:
             sound = folder, record, described
             break
     processes.barrier("every process has looked for damage")
-    for folder, error in damaged:
-        aside = folder.with_name(f"{folder.name}.damaged")
+    for folder, aside, error in damaged:
         note(f"note: {error}. It is kept as {aside.name}")
         if processes.first():
-            _remove(aside)
             folder.rename(aside)
     if sound is None:
         return None
     folder, record, described = sound
     return _read_checked(folder, record, abstract), described
+
+
+def _aside(folder: Path) -> Path:
+    """Return a free name for a damaged folder."""
+    names = (f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    return next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
 
 
 def remove_partial(folder: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +191,9 @@ def two_steps(tmp_path_factory) -> Path:
 def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(damage, two_steps, tmp_path):
     folder = tmp_path / "steps"
     shutil.copytree(two_steps, folder)
-    (folder / "step_000002.damaged").mkdir()  # of an earlier time
+    for earlier in ("step_000002.damaged", "step_000002.damaged-2"):
+        (folder / earlier).mkdir()
+        (folder / earlier / "file").write_text(earlier)
     damage(folder / "step_000002")
     notes: list[str] = []
     found = checkpoint.load_newest(checkpoint.steps(folder), note=notes.append)
@@ -198,10 +201,46 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(damage, two_
     np.testing.assert_array_equal(found[0]["x"], np.ones(3))
     (note,) = notes
     assert str(folder / "step_000002") in note and _DAMAGES[damage] in note
-    assert note.endswith("It is kept as step_000002.damaged")
-    assert sorted(path.name for path in folder.iterdir()) == ["step_000001", "step_000002.damaged"]
+    assert note.endswith("It is kept as step_000002.damaged-3")
+    kept = [f"step_000002.damaged{number}" for number in ("", "-2", "-3")]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000001", *kept]
+    assert [(folder / name / "file").read_text() for name in kept[:2]] == kept[:2]
     damage(folder / "step_000001")
     assert checkpoint.load_newest(checkpoint.steps(folder), note=notes.append) is None and len(notes) == 2
+
+
+class _Step(TypedDict):
+    step: int
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compression": "zstd"}, "compression is unknown: remove it"),
+        ({"metadata": {"step": 2, "clock": 1.0}}, "clock is unknown: remove it"),
+        ({"files": []}, r"files is \[\]: wanted an object"),
+    ],
+)
+def test_a_step_that_a_newer_version_wrote_is_not_damaged(change, message, two_steps, tmp_path):
+    folder = tmp_path / "steps"
+    shutil.copytree(two_steps, folder)
+    path = folder / "step_000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["versions"] == {"lorafusion-jax": lf.__version__}
+    path.write_text(json.dumps(manifest | {"versions": {"lorafusion-jax": "9.9"}} | change))
+    versions = rf"\(written by version '9\.9', this is {lf.__version__}\)"
+    with pytest.raises(ValueError, match=rf"{path}: {message}.*{versions}"):
+        checkpoint.load_newest(checkpoint.steps(folder), metadata=_Step, note=print)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_a_step_of_a_time_before_versions_is_loaded(two_steps, tmp_path):
+    shutil.copytree(two_steps / "step_000002", tmp_path / "step_000002")
+    path = tmp_path / "step_000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["versions"]
+    path.write_text(json.dumps(manifest))
+    assert checkpoint.load(tmp_path / "step_000002")[1] == {"step": 2}
 
 
 def test_a_sound_step_of_another_run_is_not_passed_over(two_steps):
@@ -213,6 +252,7 @@ def test_a_sound_step_of_another_run_is_not_passed_over(two_steps):
 _KILLED = """
 import os, pathlib, signal, sys
 import numpy as np
+import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
 folder = pathlib.Path(sys.argv[1])
 checkpoint.save_step(folder, 1, {"x": np.ones(3)}, {}, keep=1)
