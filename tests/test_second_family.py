@@ -188,7 +188,7 @@ def test_methods_without_a_pool_adapt_the_family_s_own_choice(fused):
     assert results["trainable"] == wanted == counts(_CONFIG, rank=2, basis=None)["LoRA, rank 2"]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_mesh_gives_the_numbers_of_one_device(run, fused):
     (_, alone, _), (_, spread, _) = load_run(run), load_run(fused("mesh", mesh="seed=2,model=2"))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
@@ -210,7 +210,7 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
     assert {name: tuple(partition(name, 2, split)) for name in names} == names
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_chips_hold_every_matrix(base, pool, run, tmp_path):
     manifest = program_chips(ProgramOptions(base=str(base), pool=str(pool), out=tmp_path / "chips", crossbar="isaac"))
     assert list(manifest["modules"]) == ["adapter_0", "adapter_1", "adapter_2"]

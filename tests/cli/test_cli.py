@@ -53,13 +53,14 @@ def test_convert_writes_all_adapters_of_the_embedded_pool(tmp_path):
     assert len(manifest["adapters"]) == 28
 
 
+@pytest.mark.long
 def test_fuse_on_a_converted_pool_equals_the_adapter_folders(small, run, tmp_path):
     _fuse(*small, tmp_path)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
     cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", "--report", "--calibration-rows", "4"])
     printed = capsys.readouterr().out

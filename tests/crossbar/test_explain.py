@@ -41,7 +41,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (5, 70)])
+@pytest.mark.parametrize("shape", [(40, 30), pytest.param((5, 70), marks=pytest.mark.long)])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_counts_are_those_of_the_programmed_arrays(config, shape):
     said = explain(config, shape)

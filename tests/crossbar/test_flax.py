@@ -149,6 +149,9 @@ _CASES = {
 }
 
 
+_MORE_CASES = ("general of groups", "convolution of groups", "circular convolution")
+
+
 def _layer(kind, name, config):
     """A layer on arrays, the digital one, and its kernel. Biases are zero."""
     _, of_nnx, of_linen = _CASES[name]
@@ -157,7 +160,9 @@ def _layer(kind, name, config):
     return convert(model, {"*": config}, _KEY, _X), convert(model, {}, _KEY, _X), kernel
 
 
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in _MORE_CASES else ()) for name in _CASES]
+)
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_a_layer_reads_its_kernel_as_a_matrix(kind, name):
     on_arrays, _, kernel = _layer(kind, name, _COARSE)

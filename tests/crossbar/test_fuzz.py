@@ -46,13 +46,13 @@ def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a property a test of few draws and a long one of `count`, the same in every run; and one to be fuzzed."""
+    """Make a property a test of few draws and a nightly one of `count`, the same in every run; and one to be fuzzed."""
     few = max(2, count // 8)
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         PROPERTIES[check.__name__.removeprefix("test_")] = check, drawn
 
-        @pytest.mark.parametrize("examples", [few, pytest.param(count, marks=pytest.mark.long)])
+        @pytest.mark.parametrize("examples", [few, pytest.param(count, marks=pytest.mark.nightly)])
         def test(examples: int) -> None:
             TALLY.clear()
             settings(max_examples=examples, phases=[Phase.generate])(given(**drawn)(check))()

@@ -72,13 +72,15 @@ _LONG = {
         "unsliced, offset",
     ),
 }
+# And the definition of these.
+_WIRES = {"IR drop, digital offset", "IR drop, on/off ratio, current limit"}
 
 
 def _by_path(names, alone=()):
     """The chosen path and the definition; the latter alone where it is what is chosen."""
     both = [(name, path) for name in names for path in (None, "definition") if path or name not in alone]
     return [
-        pytest.param(name, path, marks=pytest.mark.long if path is None and name in _LONG else ())
+        pytest.param(name, path, marks=pytest.mark.long if (path is None and name in _LONG) or name in _WIRES else ())
         for name, path in both
     ]
 

@@ -204,7 +204,7 @@ WIRED = Tile(wire=Wire(row_resistance=1e-3, column_resistance=1e-3, relaxation=0
         (CrossbarConfig(tile=WIRED, cell=Cell(on_off_ratio=9.0)), "cell.on_off_ratio", r"cell.on_off_ratio has no"),
     ],
 )
-@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
+@pytest.mark.parametrize("derivative", [jax.grad, pytest.param(jax.jacfwd, marks=pytest.mark.long)])
 def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, message, derivative):
     W = jnp.ones((6, 5), jnp.float32)
     leaves, tree = jax.tree.flatten_with_path(config)

@@ -344,7 +344,7 @@ def test_read_noise_is_the_keys(adc):
     assert jnp.abs(same[0] - same[1]).max() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["independent", "proportional"])
+@pytest.mark.parametrize("kind", ["independent", pytest.param("proportional", marks=pytest.mark.long)])
 @pytest.mark.parametrize("encoding", [Encoding(), Encoding(kind="offset"), UNIT])
 @pytest.mark.parametrize("path", [None, "definition"])
 def test_read_noise_has_the_variance_of_its_cells(path, encoding, kind):

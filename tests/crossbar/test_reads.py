@@ -151,8 +151,8 @@ def test_negative_inputs_of_an_unsigned_dac_are_counted():
     "path, encoding, scaling",
     [
         ("definition", Encoding(), "row"),
-        ("lookup", Encoding(), "fixed"),
-        ("planes", FLIP, "row"),
+        pytest.param("lookup", Encoding(), "fixed", marks=pytest.mark.long),
+        pytest.param("planes", FLIP, "row", marks=pytest.mark.long),
         ("loop", FLIP, "fixed"),
     ],
 )
@@ -196,6 +196,7 @@ def test_noise_below_zero_does_not_repeat_a_read(path):
     np.testing.assert_array_equal(matmul(x, state), matmul(x, with_config(state, once)))
 
 
+@pytest.mark.long
 def test_repeated_reads_have_the_gradient_of_their_scale():
     """Straight through: d y / d x is W wherever the DAC, at its final scale, does not clip."""
     adc = ADC(bits=5, range="given", limits=[[-9.0, 9.0]] * 4, retries=3)

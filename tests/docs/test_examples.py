@@ -42,14 +42,14 @@ def test_fuse_in_python_trains_and_answers(example):
     assert 0 <= example("fuse_in_python").main(epochs=1, test_rows=4) <= 1
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(example, tmp_path):
     digital = ("decoder.*", "*.ff.*", "encoder.self.[kvo]", "pool.*")
     scores = example("chips").main(tmp_path, digital, **_LIKE_THE_README)
     assert len(scores) == 1 + 2 * 2 + 1
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_sweep_on_a_mesh_trains_every_seed(example, tmp_path):
     results = example("sweep_on_a_mesh").main(tmp_path, recipe=_RECIPE, test_rows=4)
     assert [seed["seed"] for seed in results["seeds"]] == [1, 2, 3, 4]

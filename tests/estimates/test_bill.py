@@ -288,7 +288,9 @@ def test_a_bill_adds_up(large):
     assert more.inference.low == pytest.approx(3 * fusion.inference.low) and more.learning == fusion.learning
 
 
-@pytest.mark.parametrize("preset", ["isaac", "puma", "raella", "neurram"])
+@pytest.mark.parametrize(
+    "preset", ["isaac", *(pytest.param(name, marks=pytest.mark.long) for name in ("puma", "raella", "neurram"))]
+)
 def test_saved_writes_are_outweighed_where_the_two_bills_meet(preset):
     of = {activity.method: activity for activity in activities(_LARGE, PRESETS[preset], _OPTIONS)}
     constants = CONSTANTS.pinned("typical")

@@ -189,10 +189,10 @@ def _step(name: str, config: Architecture, settings: Settings):
     [
         ("fusion-sum", _SMALL),
         pytest.param("fusion-mix", _SMALL, marks=pytest.mark.long),
-        ("lora", _SMALL),
+        pytest.param("lora", _SMALL, marks=pytest.mark.long),
         pytest.param("full", _SMALL, marks=pytest.mark.long),
         ("fusion-sum", _DECODER),
-        ("full", _DECODER),
+        pytest.param("full", _DECODER, marks=pytest.mark.long),
     ],
 )
 def test_flops_of_a_step(name, config):
@@ -293,8 +293,8 @@ def test_flops_of_generation(name, config, counted_as):
         ),
         pytest.param("full", "map", _SCANNED, {}, marks=pytest.mark.long),
         ("fusion-sum", "map", _SCANNED_DECODER, {}),
-        ("lora", "vmap", _SCANNED_DECODER, {"dtype": "bfloat16"}),
-        ("lora", "map", _SCANNED_DECODER, {"unroll": True, "remat": "none"}),
+        pytest.param("lora", "vmap", _SCANNED_DECODER, {"dtype": "bfloat16"}, marks=pytest.mark.long),
+        pytest.param("lora", "map", _SCANNED_DECODER, {"unroll": True, "remat": "none"}, marks=pytest.mark.long),
     ],
 )
 def test_memory_of_a_step(name, path, config, structure):

@@ -35,7 +35,7 @@ def arguments(shared, tmp_path_factory):
     return folder / "out", [*where, *tasks, *sizes, "--tasks", "boolean_expressions", "object_counting"]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_tasks_with_and_without_options(bbh, arguments, capsys):
     out, given = arguments
     bbh.main([*given, "--methods", "zero-shot", "LoRAFusion"])

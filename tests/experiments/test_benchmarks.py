@@ -273,7 +273,7 @@ def test_the_floor_is_the_base_alone(benchmarks, monkeypatch):
     np.testing.assert_allclose(found, of_weights["embedding"].get_value(), atol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_what_a_device_does_is_tried_on_a_cpu(tmp_path):
     small = ["--shape", "small-pool", "--no-tests", "--seeds", "2", "--rounds", "1", "--product", "256"]
     command = [sys.executable, _ROOT / "benchmarks/on_device.py", *small, "--out", tmp_path]

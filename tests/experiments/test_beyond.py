@@ -256,7 +256,7 @@ def test_ideas_pass_the_rows_that_they_report_and_no_more_than_plain_fusion(beyo
     assert [tuple(names[row]) for row in np.asarray(index)] == list(ranked.modules)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_resumed_run_repeats_nothing(beyond, monkeypatch, tmp_path, capsys):
     asked = ["--tasks", str(_TASK), "--ideas", "prune", "--epochs", "1", "--test-rows", "4", "--out", str(tmp_path)]
     run = []

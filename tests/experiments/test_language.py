@@ -150,7 +150,7 @@ def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
     assert all(job.options.prompt == "Q: {input}\nA:" for of in jobs.values() for job in of)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_path, monkeypatch, capsys):
     language, language_pool = scripts
     import language_tune

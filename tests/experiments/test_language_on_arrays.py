@@ -32,7 +32,7 @@ def script(monkeypatch, tmp_path):
     return found
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_rows_of_perplexity_by_setting(script, tmp_path, capsys):
     given = ["--out", str(tmp_path / "out"), "--calibration-tokens", "16", "--tokens", "20", "--errors", "0"]
     script.main([*given, "--bits", "ideal", "8"])

@@ -58,7 +58,7 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies(scripts):
         assert common.recipe_of(first) == common.recipe_of(plain) and first.control == "none"
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_sweep_is_its_runs(scripts, tmp_path, capsys):
     common, _, seed_sweep = scripts
     base, pool = one_block.cut(tmp_path)

@@ -60,10 +60,16 @@ def inputs(tmp_path_factory) -> kills.Inputs:
     return kills.make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", kills.COMMANDS)
+# A run compiles anew after each kill.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in ("fuse", "sweep", "matrix") else pytest.mark.long)
+        for name in kills.COMMANDS
+    ],
+)
 def test_a_killed_command_resumes_to_the_same_bits(name, inputs, tmp_path):
-    count = {"convert": 5, "convert --basis": 5, "fuse": 3}.get(name, 2)  # a run compiles anew after each
+    count = {"convert": 5, "convert --basis": 5, "fuse": 3}.get(name, 2)
     tally = kills.kill(name, inputs, tmp_path / "killed", count, seed=1)
     assert tally.faults == []
     assert tally.kills.total() == count and tally.same == tally.compared > 0

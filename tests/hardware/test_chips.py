@@ -213,6 +213,7 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small):
     assert f"{manifest['one_chip']['cells']:,} written" in programmed_report(manifest)
 
 
+@pytest.mark.long
 def test_arrays_that_the_key_no_longer_draws_are_noticed(small, fused):
     write_chips(_programming(small, out=small / "changed"))
     first, second = (small / "changed" / "chip_0" / f"{name}.npz" for name in (_V, "decoder.self.v"))
@@ -234,7 +235,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
     assert sorted(small.iterdir()) == before
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_run_on_chips_of_a_folder(small, fused):
     found = _on_chips(fused, crossbar=str(small / "two"), ages=("1s", "1year"), compensate="off")
     assert json.loads(results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two")).read_text()) == found
@@ -324,7 +325,7 @@ def test_what_a_run_trains_on(small, fused):
         np.testing.assert_array_equal(value(training), value(tested))
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
     options = _fusing(small, "lora", method="lora", pool=None)
     wanted = [row["loss"] for row in fuse(options)["seeds"]]

@@ -72,6 +72,7 @@ _METHODS = {
     "vera": VeRA(sites=_SITES, rank=7),
     "magnitudes": Magnitudes(),
 }
+_ALL = _METHODS | {"full": FullFineTuning()}
 
 
 @pytest.mark.parametrize("method", _METHODS.values(), ids=_METHODS)
@@ -85,7 +86,11 @@ def test_adapters_are_the_definition(method):
         np.testing.assert_allclose(merged, _definition(method, params, name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [*_METHODS.values(), FullFineTuning()], ids=[*_METHODS, "full"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=() if name in ("lora", "vera") else pytest.mark.long) for name, method in _ALL.items()],
+    ids=_ALL,
+)
 def test_gradients_are_finite_differences(method):
     """DoRA's apart, whose norm counts as a constant: its direction is checked on the magnitudes alone."""
     frozen, batch = _frozen(method), tiny.batch()

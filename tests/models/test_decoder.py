@@ -166,7 +166,9 @@ _FUSIONS = {
 }
 
 
-@pytest.mark.parametrize("name", _FUSIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ("A", "B") else ()) for name in _FUSIONS]
+)
 def test_stories_logits_and_tokens(stories, name):
     """Sums of adapters are PEFT's `cat`; all prompts are one batch, padded."""
     model, folder, said, logits = stories

@@ -153,7 +153,7 @@ def golden(shared):
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        ("lora_a", range(4)),
+        pytest.param("lora_a", range(4), marks=pytest.mark.long),
         pytest.param("lora_a", (4, 5), marks=pytest.mark.long),
         *(pytest.param(name, range(6), marks=pytest.mark.long) for name in _SINGLES[1:]),
     ],
@@ -183,8 +183,13 @@ def test_a_batch_padded_on_the_left_with_an_adapter(golden):
     golden.check_row(logits[real], there, "left")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", _FUSIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name == "pool_products_dora" else pytest.mark.nightly)
+        for name in _FUSIONS
+    ],
+)
 def test_fusion(golden, name):
     """Start, gradients, six steps of the reference protocol, and the end of a fusion."""
     file = dict(np.load(golden.folder / f"{name}.npz"))

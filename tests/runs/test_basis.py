@@ -77,7 +77,7 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     assert fuse(dataclasses.replace(options, resume=True)) == results
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_runs_in_a_basis_share_a_bank_and_chips(fused, small, tmp_path):
     """A core and none in one batch; the same run on ideal arrays that a folder of chips holds."""
     options, results = fused
@@ -119,7 +119,7 @@ def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, small, tmp_
         np.testing.assert_allclose(kernels(merged)[site][0], wanted, atol=1e-4)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_modules_are_ranked_in_whole_or_inside_the_basis(small, tmp_path):
     """Inside a basis of the modules' own rank the order is that of whole modules."""
     whole = tmp_path / "pool"

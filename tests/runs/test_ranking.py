@@ -66,6 +66,7 @@ def test_the_gradient_that_ranks_equals_finite_differences(frozen):
     assert np.all(np.asarray(got)[1, 3:] == 0) and np.all(np.abs(got)[0] > 0)  # module 0 has no decoder sites
 
 
+@pytest.mark.long
 def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
     batch = jax.tree.map(lambda a: jnp.asarray(a)[None], tiny.batch())
 

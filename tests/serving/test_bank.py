@@ -260,6 +260,7 @@ def _few(methods):
 _FEW = _few([Fusion(magnitudes=True), Fusion(composition="mix", granularity="site", magnitudes=False)])
 
 
+@pytest.mark.long
 def test_base_and_pool_in_4_bits():
     model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, _BASE))
     set_matrices(model, {s: quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2) for s, k in matrices(model).items()})
@@ -300,6 +301,7 @@ def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     assert np.abs(got[1] - np.asarray(wanted)[1]).max() > 0.01
 
 
+@pytest.mark.long
 def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
     config = CrossbarConfig(dac=DAC(scaling="calibrated"), adc=ADC(bits=12, offset_error=0.05))
     rng = np.random.default_rng(0)

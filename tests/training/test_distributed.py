@@ -63,7 +63,7 @@ def _metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, tmp_path):
     out = tmp_path / "lost"
     both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4"))

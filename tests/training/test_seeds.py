@@ -62,7 +62,7 @@ def swept(small):
     return pairs, _trained(small, pairs, "map")
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_seeds_and_rates_equal_runs_of_their_own(small, swept):
     pairs, together = swept
     for number, pair in enumerate(pairs):
