@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+import _script
 import tyro
 from _common import ROOT
 from _matrix import run_matrix
@@ -22,7 +23,6 @@ from _planning import print_matrix_plan
 from report import main as report
 from small_pool import SmallPoolOptions
 
-from lorafusion_jax import cli
 from lorafusion_jax.adapters.merges import MergeKind
 
 Group = Literal["modules", "examples", "granularity", "composition", "start", "bits", "pruning", "controls", "merges"]
@@ -119,4 +119,4 @@ def _with(entry: Entry, **recipe: object) -> Entry:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

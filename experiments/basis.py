@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import _script
 import tyro
 from _common import DIRECTIONS, ROOT, small_pool_in_basis
 from _matrix import run_matrix
@@ -27,7 +28,6 @@ from _methods import ALL, BEST, IN_BASIS, METHODS, Entry
 from _planning import print_matrix_plan
 from small_pool import SmallPoolOptions
 
-from lorafusion_jax import cli
 from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.io.pool import load_basis
@@ -213,4 +213,4 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import _script
 import tyro
 from _basis_ideas import ENTRIES
 from _common import ROOT, SMALL, small_pool_in_basis
@@ -24,7 +25,6 @@ from _matrix import MatrixOptions, run_matrix
 from _methods import IDEAS
 from _planning import print_matrix_plan
 
-from lorafusion_jax import cli
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.methods import register
 from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores, write_text
@@ -90,4 +90,4 @@ def _difference(league: Scores, name: str, other: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+import _script
 import jax
 import numpy as np
 import tyro
@@ -27,7 +28,6 @@ from _common import ROOT
 from _hardware import Row, Store, Subject, again, csv_of, slug, subject
 from _methods import IN_BASIS, METHODS, Entry
 
-from lorafusion_jax import cli
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import CrossbarConfig, config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
@@ -213,4 +213,4 @@ def _said(of_chips: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

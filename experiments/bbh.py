@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import _script
 import tyro
 from _common import ROOT
 from _matrix import MatrixOptions, run_matrix
@@ -19,7 +20,6 @@ from _methods import METHODS
 from _planning import print_matrix_plan
 from report import main as report
 
-from lorafusion_jax import cli
 from lorafusion_jax.tasks import load_task, prompt_overlap, write_lorahub_split
 
 
@@ -71,4 +71,4 @@ def _folders(options: BBHOptions) -> list[Path]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

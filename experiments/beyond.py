@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import _script
 import _beyond
 import tyro
 from _common import ROOT, SMALL, TASKS, recipe_of
 from _methods import METHODS, Entry
 from report import main as report
 
-from lorafusion_jax import PRESETS, FuseOptions, cli
+from lorafusion_jax import PRESETS, FuseOptions
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.evaluate import seed_rows
@@ -206,4 +207,4 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

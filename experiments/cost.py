@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import _script
 import tyro
 
-from lorafusion_jax import cli
 from lorafusion_jax.crossbar import CONSTANTS, Range, load_config, load_constants
 from lorafusion_jax.estimates.bill import (
     Bill,
@@ -227,4 +227,4 @@ def _quantities(bill: Bill) -> Iterator[tuple[str, str, Range]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

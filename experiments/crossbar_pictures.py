@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import _script
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from jaxtyping import Array
 
-from lorafusion_jax import cli, crossbar
+from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, PowerLaw, Proportional, ReadNoise
 from lorafusion_jax.crossbar.mapping.encoding import input_codes, pulses
 
@@ -208,4 +209,4 @@ def _say(what: str, at: Sequence[Any] | np.ndarray, errors: Sequence[float] | np
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

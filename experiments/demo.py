@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import _script
 from _common import ROOT, convert_small_pool, fresh_folder, fuse_small
 from _methods import METHODS
 
-from lorafusion_jax import PRESETS, cli, load_pool, load_run
+from lorafusion_jax import PRESETS, load_pool, load_run
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.report import markdown_table, plot_accuracy, plot_coefficients, plot_learning_curves, write_text
 from lorafusion_jax.runs.folder import RunFolder
@@ -90,4 +91,4 @@ def _name(task: str, method: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -12,11 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import _script
 from _common import ROOT, fresh_folder
 from _language import MAIN, PROMPT, options_of
 from _smollm2 import EXAMPLES, base
 
-from lorafusion_jax import cli, fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.report import markdown_table, plot_accuracy, write_text
 from lorafusion_jax.runs.folder import RunFolder
 
@@ -102,4 +103,4 @@ def _name(method: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

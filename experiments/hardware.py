@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import _script
 import jax
 import numpy as np
 import tyro
 from _common import ROOT
 from _hardware import Row, Store, again, csv_of, slug, subject
 
-from lorafusion_jax import cli
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
@@ -257,4 +257,4 @@ def _said(of_chips: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ import tyro
 from _common import ROOT, SMALL
 from _hardware import Row, Store, Subject, again, csv_of, slug, subject
 
-from lorafusion_jax import cli
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, config_hash, load_config
 from lorafusion_jax.estimates.bill import CostOptions, bills
@@ -334,4 +334,4 @@ def _said(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import _script
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -33,7 +34,7 @@ from _methods import Entry
 from _smollm2 import EXAMPLES, HUB_ID, base
 from report import main as report
 
-from lorafusion_jax import cli, fuse, read_config
+from lorafusion_jax import fuse, read_config
 from lorafusion_jax.adapters.pool import random_pool
 from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io.export import lora_adapter
@@ -283,4 +284,4 @@ def draw(league: Scores, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

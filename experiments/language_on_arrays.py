@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ from _smollm2 import EXAMPLES, base
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lorafusion_jax import FuseOptions, cli
+from lorafusion_jax import FuseOptions
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import (
     CrossbarConfig,
@@ -310,4 +311,4 @@ def _perplexity(value: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

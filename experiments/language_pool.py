@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import _script
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -25,7 +26,7 @@ from _common import ROOT
 from _language import EVALUATED_ROWS, NEW_TOKENS, PROMPT, SOURCE_ROWS, SOURCES, find, load, source_rows
 from _smollm2 import HUB_ID, base
 
-from lorafusion_jax import PRESETS, FuseOptions, cli
+from lorafusion_jax import PRESETS, FuseOptions
 from lorafusion_jax.files import write_text
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
@@ -226,4 +227,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

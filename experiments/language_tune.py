@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,6 @@ from _language import MAIN, MORE, TUNING, find, options_of
 from language import FOLDER, LanguageOptions, link_tasks, linked_base, make_pools
 from tune import TRIALS as SMALL_TRIALS
 
-from lorafusion_jax import cli
 from lorafusion_jax.files import write_text
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import with_targets
@@ -131,4 +131,4 @@ def _losses(method: str, path: Path, adapters: Path, trials: Sequence[dict[str, 
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

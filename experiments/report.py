@@ -11,7 +11,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafusion_jax import cli
+import _script
+
 from lorafusion_jax.report import (
     Table,
     best_method,
@@ -57,4 +58,4 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import _script
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from _common import ROOT, SMALL, recipe_of
 from _methods import METHODS
 
-from lorafusion_jax import FuseOptions, cli
+from lorafusion_jax import FuseOptions
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import plot
 from lorafusion_jax.runs.evaluate import evaluate
@@ -124,4 +125,4 @@ def _plot(scores: np.ndarray, options: SweepOptions) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

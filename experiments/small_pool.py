@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import _script
 import tyro
 from _common import ROOT, SMALL, TASKS
 from _matrix import MatrixOptions, run_matrix
 from _methods import METHODS
 from _planning import print_matrix_plan
 from report import main as report
-
-from lorafusion_jax import cli
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,4 +41,4 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -11,7 +11,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from lorafusion_jax import PRESETS, FuseOptions, cli, fuse
+import _script
+
+from lorafusion_jax import PRESETS, FuseOptions, fuse
 from lorafusion_jax.cli.fuse import report
 from lorafusion_jax.runs.run import run_path
 
@@ -60,4 +62,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

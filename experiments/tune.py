@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import _script
 from _basis_ideas import ENTRIES
 from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis
 from _methods import COEFFICIENTS, IDEAS, IN_BASIS, METHODS
 
-from lorafusion_jax import cli
 from lorafusion_jax.methods import register
 from lorafusion_jax.report import write_text
 
@@ -129,4 +129,4 @@ def _line(trial: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -1,5 +1,7 @@
 """A command that is stopped says one line, ends with the signal's exit code, and leaves nothing half done."""
 
+import ast
+import os
 import signal
 import subprocess
 import sys
@@ -61,6 +63,28 @@ def test_a_signal_ends_any_work_with_one_line(work, number, tmp_path):
     assert process.returncode == 128 + number
     assert said == f"stopped by {_SIGNALS[number]}\n"
     assert time.monotonic() - began < 10
+
+
+def test_a_signal_ends_a_script_of_experiments_while_it_imports(tmp_path):
+    # The first library that it imports; JAX comes later.
+    (tmp_path / "tyro.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    path = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(_ROOT)))}
+    command = [sys.executable, _ROOT / "experiments" / "small_pool.py"]
+    process = subprocess.Popen(command, env=os.environ | path, stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and said == "stopped by Ctrl-C\n"
+
+
+def test_every_script_of_experiments_handles_signals_before_it_imports_a_library():
+    scripts = [path for path in (_ROOT / "experiments").glob("*.py") if not path.name.startswith("_")]
+    assert scripts
+    for path in scripts:
+        lines = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
+        others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+        assert others[0] == "_script", path
 
 
 _HELD = """

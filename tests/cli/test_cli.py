@@ -161,6 +161,7 @@ def test_the_originals_command_line_runs(tmp_path, monkeypatch):
     script = str(_ROOT / "experiments" / "train.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
     runpy.run_path(script, run_name="__main__")
     config = json.loads((tmp_path / "runs" / "double_digit-fusion" / "config.json").read_text())
     recipe = config["options"]["recipe"]

@@ -89,6 +89,7 @@ def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
             cli.main(arguments)
         elif words[:1] == ["python"]:
             monkeypatch.setattr(sys, "argv", arguments)
+            monkeypatch.syspath_prepend(str(Path(arguments[0]).resolve().parent))
             runpy.run_path(arguments[0], run_name="__main__")
         else:
             assert not words, f"a test cannot run this line; skip its block and say why: {line}"

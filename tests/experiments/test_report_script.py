@@ -16,6 +16,8 @@ _SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "report.py"
 def report(monkeypatch):
     """A function that runs the script with some arguments."""
 
+    monkeypatch.syspath_prepend(str(_SCRIPT.parent))
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
         runpy.run_path(str(_SCRIPT), run_name="__main__")

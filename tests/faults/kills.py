@@ -5,8 +5,8 @@
 
 A command is started again and again in one folder, until it ends by itself. The moment of a kill is drawn from the CPU
 time that the command takes, so it does not depend on what else the machine does; half of the kills wait until something
-is half written. A command in Python's own start, and a script of experiments while it imports, do not handle signals
-yet. Printed is a table, then every fault; the exit code is 1 if there is any. Ctrl-C goes on with the next command.
+is half written. In Python's own start signals are not handled yet. Printed is a table, then every fault; the exit code
+is 1 if there is any. Ctrl-C goes on with the next command.
 """
 
 import argparse
@@ -53,13 +53,13 @@ class Command:
       arguments: of Python, from the inputs and the folder to write to.
       outcome: what has to be the same, from what was printed and the folder.
       writes: it writes for long enough to be caught at it.
-      handles: it handles signals before it imports anything; a script of experiments does once it has imported all.
+      compiles: its programs are not those that made the inputs.
     """
 
     arguments: Callable[["Inputs", Path], list[str]]
     outcome: Callable[[str, Path], Any]
     writes: bool = True
-    handles: bool = True
+    compiles: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,8 @@ COMMANDS = {
     "convert": Command(_convert, _of_pool),
     "convert --basis": Command(lambda inputs, out: _convert(inputs, out, "--basis", "4"), _of_pool),
     "fuse": Command(_fuse, _of_run),
-    "sweep": Command(_sweep, _of_sweep, writes=False, handles=False),
-    "matrix": Command(_matrix, _of_matrix, handles=False),
+    "sweep": Command(_sweep, _of_sweep, writes=False, compiles=True),
+    "matrix": Command(_matrix, _of_matrix, compiles=True),
     "evaluate": Command(_evaluate, lambda printed, out: printed, writes=False),
 }
 
@@ -161,7 +161,7 @@ class Tally:
 
     kills: Counter[signal.Signals] = dataclasses.field(default_factory=Counter)
     while_writing: int = 0
-    in_imports: int = 0
+    in_start: int = 0
     compared: int = 0
     same: int = 0
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -185,7 +185,7 @@ def kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tall
 def _kill(name: str, inputs: Inputs, folder: Path, kills: int, draw: random.Random, tally: Tally) -> None:
     command = COMMANDS[name]
     (folder / "whole").mkdir(parents=True)
-    if not command.handles:  # the programs of scripts are not those that made the inputs
+    if command.compiles:
         (folder / "compiled").mkdir()
         _whole(command.arguments(inputs, folder / "compiled"))
     printed, seconds = _whole(command.arguments(inputs, folder / "whole"))
@@ -240,8 +240,8 @@ def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: r
     lines = [line for line in said.splitlines() if not _NOTES.search(line)]
     if number == signal.SIGKILL:
         sound = process.returncode == -number and not lines
-    elif process.returncode == -number and (early or not command.handles):
-        tally.in_imports += 1
+    elif process.returncode == -number and early:
+        tally.in_start += 1
         sound = True
     else:
         sound = process.returncode == 128 + number and len(lines) == 1 and lines[0].startswith(_SAID[number])
@@ -295,7 +295,7 @@ def row(name: str, tally: Tally) -> str:
     """Return the outcomes of a command as a row of the table."""
     by_signal = [tally.kills[number] for number in _SIGNALS]
     same = f"{tally.same} of {tally.compared}"
-    cells = [tally.kills.total(), *by_signal, tally.while_writing, tally.in_imports, same, len(tally.faults)]
+    cells = [tally.kills.total(), *by_signal, tally.while_writing, tally.in_start, same, len(tally.faults)]
     return f"| `{name}` | {' | '.join(map(str, cells))} |"
 
 
@@ -307,7 +307,7 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
     faults = []
-    head = ["kills", *(number.name for number in _SIGNALS), "while writing", "in imports", "same bits", "faults"]
+    head = ["kills", *(number.name for number in _SIGNALS), "while writing", "in the start", "same bits", "faults"]
     print(f"| command | {' | '.join(head)} |\n|---|{'---:|' * len(head)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder))

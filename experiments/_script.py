@@ -1,0 +1,12 @@
+"""What every script imports first: Ctrl-C and SIGTERM are handled while it imports the rest, which takes seconds."""
+
+from pathlib import Path
+
+import __main__
+from lorafusion_jax import interrupts
+from lorafusion_jax.cli import run
+
+__all__ = ["run"]
+
+if Path(getattr(__main__, "__file__", "")).resolve().parent == Path(__file__).resolve().parent:
+    interrupts.watch()
