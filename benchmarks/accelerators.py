@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import _measure
 import jax
@@ -23,7 +22,7 @@ from _hlo import Counts, counts
 from _measure import case
 from _model import BATCH, CHOICES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, graph_of, shapes_of, step_of
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from lorafusion_jax import Recipe
 from lorafusion_jax.adapters.basis import SharedBasis
@@ -72,10 +71,10 @@ def main() -> None:
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu is not installed, and nothing else compiles for a TPU: pip install -e '.[aot-tpu]'")
     chip = _CHIPS[options.chip]
-    sharding = SingleDeviceSharding(_devices(chip)[0])
+    device = _devices(chip)[0]
     cases = []
     for name in options.program:
-        program, planned, flops = _program(name, options.shape, options.seeds, sharding)
+        program, planned, flops = _program(name, options.shape, options.seeds, device)
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
         cases += _cases(where, program.compile(), planned, flops, chip)
     _measure.show(cases, as_json=options.json)
@@ -95,7 +94,7 @@ def _devices(chip: _Chip) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
 
 
-def _program(name: str, shape: str, seeds: int, sharding: SingleDeviceSharding) -> tuple[Any, float, float]:
+def _program(name: str, shape: str, seeds: int, device: Any) -> tuple[Any, float, float]:
     """Return a program to be compiled, and what the package plans for it: bytes and FLOPs."""
     of, k, generates, dtype = _PROGRAMS[name]
     config = config_of(shape, "bfloat16")
@@ -104,14 +103,13 @@ def _program(name: str, shape: str, seeds: int, sharding: SingleDeviceSharding) 
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
     rows = _ROWS if generates else BATCH
-    # Branches that are chosen by the platform are a TPU's.
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, "tpu"))):
         given = arguments(
             config, weights if k is None else _in_basis(config, weights, k), method, rows, seeds=seeds, path="vmap"
         )
-        state, batch, problem, rates = _on(sharding, given)
+        state, batch, problem, rates = _on(device, given)
         if generates:
-            one = _on(sharding, jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
+            one = _on(device, jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
             whole = jax.jit(generate_seeds, static_argnames="max_new_tokens")
             program: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
         else:
@@ -139,7 +137,8 @@ def _of_one_query(config: Architecture, rows: int) -> float:
     )
 
 
-def _on(sharding: SingleDeviceSharding, shapes: Any) -> Any:
+def _on(device: Any, shapes: Any) -> Any:
+    sharding = SingleDeviceSharding(device)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
 
 

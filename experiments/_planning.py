@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from _common import TRAIN_ROWS
 from _matrix import MatrixOptions, jobs
 from _methods import Entry
 
 from lorafusion_jax import read_config
+from lorafusion_jax.crossbar.platform import for_cpu
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.plan import describe, pool_shape
 from lorafusion_jax.estimates.workload import workload
@@ -47,7 +47,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             pool=min(len(options.seeds) * modules, size) if choose == "draw" else size,
             seeds=len(options.seeds),
             path=default_path(),
-            device="cpu" if jax.default_backend() == "cpu" else "accelerator",
+            device="cpu" if for_cpu() else "accelerator",
         )
         how: dict[str, Any] = {"train_rows": TRAIN_ROWS[league], "test_rows": options.test_rows}
         if not shaped:

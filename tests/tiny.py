@@ -1,5 +1,7 @@
 """A small T5 of unequal depths and pools for it, for tests that need no pretrained weights."""
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
@@ -19,6 +22,12 @@ CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_l
 
 # The rank of adapter n at a site in a layer; 0 where it has none.
 Ranks = Callable[[int, str, int], int]
+
+
+def for_tpu() -> contextlib.AbstractContextManager[None]:
+    """Trace programs for a TPU that is not there."""
+    fields = ("TPU v5 lite", 1, "tpu")[: len(dataclasses.fields(AbstractDevice))]  # JAX 0.10.0 has no platform
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(*fields)))
 
 
 @functools.cache

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from ..columns import markdown
+from ..crossbar.platform import for_cpu
 from ..io.pool import open_pool
 from ..models.architecture import Architecture
 from ..models.families import known_shapes
@@ -130,7 +129,7 @@ def describe_run(options: FuseOptions) -> str:
         pool=all_seeds,
         seeds=len(options.seeds),
         path=default_path() if options.path == "auto" else options.path,
-        device="cpu" if jax.default_backend() == "cpu" else "accelerator",
+        device="cpu" if for_cpu() else "accelerator",
     )
     task = load_task(options.task, prompt=options.prompt, chat=options.chat, train_rows=options.train_rows)
     work = workload(

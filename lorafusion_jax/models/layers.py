@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from ..crossbar.platform import for_cpu
 from .narrow import from_bits, to_bits
 from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers
 
@@ -116,7 +117,7 @@ def scan_blocks(
     if remat != "none":
         policy = _POLICIES.nothing_saveable
         if remat == "dots":
-            policy = _PRODUCTS if jax.default_backend() == "cpu" else _SUMS
+            policy = _PRODUCTS if for_cpu() else _SUMS
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return from_bits(scan_layers(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from ..crossbar.platform import for_cpu
+
 _HALF_BYTES = (jnp.int4, jnp.uint4)
 
 
@@ -33,7 +35,7 @@ class Bits:
 
 def to_bits(tree: Any) -> Any:
     """Return the tree with its arrays of bfloat16 and of 4-bit numbers as `Bits`, on a CPU; unchanged elsewhere."""
-    return jax.tree.map(_to_bits, tree) if jax.default_backend() == "cpu" else tree
+    return jax.tree.map(_to_bits, tree) if for_cpu() else tree
 
 
 def from_bits(tree: Any) -> Any:
@@ -43,7 +45,7 @@ def from_bits(tree: Any) -> Any:
 
 def held(numbers: Array) -> Array:
     """Return an array in the type in which a loop on a CPU can update it in place: bits in place of bfloat16."""
-    if numbers.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if numbers.dtype == jnp.bfloat16 and for_cpu():
         return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
     return numbers
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Integer
 from .. import crossbar
 from ..crossbar import Chip, Segments, is_chip, map_layers, programmed_weights, reads, scan_layers
 from ..crossbar.devices.physical import is_traced
+from ..crossbar.platform import for_cpu
 from .narrow import kept
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Unstacked",
     "Weight",
     "dense",
+    "for_cpu",
     "is_in_arrays",
     "is_unstacked",
     "map_layers",
@@ -85,7 +87,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     if isinstance(weight, Unstacked):
         return _choose(weight, lambda matrix: matmul(x, matrix))
     plain = dense(weight, x.dtype)
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and for_cpu():
         return kept(_bfloat16_dot(x, plain), PRODUCT)
     return jnp.dot(x, plain)
 
@@ -131,7 +133,7 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
 
 def _dequantised(weight: qwix.QArray) -> Array:
     """Return the numbers of a quantised array, on accelerators those of NF4 without a gather: a TPU is slow at it."""
-    if weight.qtype != "nf4" or jax.default_backend() == "cpu":
+    if weight.qtype != "nf4" or for_cpu():
         return qwix.dequantize(weight)
     values, scale = of_nf4(weight.qvalue), weight.scale
     # Every axis as tiles and the numbers in a tile.

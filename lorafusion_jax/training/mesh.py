@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..models.architecture import Architecture, Split
 from ..models.families import abstract_model
+from ..models.weights import for_cpu
 
 _Tree = TypeVar("_Tree")
 
@@ -53,10 +54,7 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
     wanted, there = sizes["seed"] * sizes["model"], jax.device_count()
     if wanted > there:
         forced = f"; on a CPU XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes its cores so many"
-        raise ValueError(
-            f"--mesh {asked} asks for {wanted} devices: there are {there}"
-            + (forced if jax.default_backend() == "cpu" else "")
-        )
+        raise ValueError(f"--mesh {asked} asks for {wanted} devices: there are {there}" + (forced if for_cpu() else ""))
     if jax.process_count() > 1 and wanted < there:
         raise ValueError(
             f"--mesh {asked} asks for {wanted} of the {there} devices of {jax.process_count()} processes: use them all"
@@ -161,7 +159,7 @@ def to_host(tree: Any) -> Any:
 
 def loading() -> contextlib.AbstractContextManager[Any]:
     """Return the context to load weights in, so that one accelerator need not hold all weights of a mesh."""
-    if _axis_size("model") == 1 or jax.default_backend() == "cpu":
+    if _axis_size("model") == 1 or for_cpu():
         return contextlib.nullcontext()
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import PartitionSpec
 
+from ..models.weights import for_cpu
+
 Path = Literal["vmap", "map"]
 AXIS = "seeds_of_a_device"  # of the batched path, for collectives of a device's seeds
 
@@ -16,7 +18,7 @@ def default_path() -> Path:
     Accelerators read the base weights once for all seeds (`vmap`). On a CPU a batched program measures
     slower than its seeds in turn (`map`): caches hold one seed's activations, not all of them.
     """
-    return "map" if jax.default_backend() == "cpu" else "vmap"
+    return "map" if for_cpu() else "vmap"
 
 
 def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:

@@ -33,13 +33,13 @@ def test_bfloat16_products_and_their_gradients():
     np.testing.assert_array_equal(np.asarray(mapped[2], np.float64), np.einsum("bti,bto->bio", x, g))
 
 
-def test_nf4_is_read_without_a_gather_where_there_is_an_accelerator(monkeypatch):
+def test_nf4_is_read_without_a_gather_where_there_is_an_accelerator():
     w = quantise(jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 8)), jnp.float32), "nf4", tiled_axis=-2)
     wanted = dense(w, jnp.float32)
     assert len(np.unique(np.asarray(w.qvalue, int))) == 16
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    np.testing.assert_array_equal(dense(w, jnp.float32), wanted)
-    assert "gather" not in str(jax.make_jaxpr(lambda w: dense(w, jnp.float32))(w))
+    with tiny.for_tpu():
+        np.testing.assert_array_equal(dense(w, jnp.float32), wanted)
+        assert "gather" not in str(jax.make_jaxpr(lambda w: dense(w, jnp.float32))(w))
 
 
 def test_separate_arrays_share_the_memory_of_their_stack():

@@ -25,6 +25,7 @@ from ..devices.physical import is_traced
 from ..mapping import encoding
 from ..mapping.adc import Ties, are_power_steps, codes, level_units
 from ..mapping.bit_fields import Packing
+from ..platform import for_cpu
 
 Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
 
@@ -104,9 +105,9 @@ def choose(
         return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
     if not loops:
         return plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
-    if jax.default_backend() != "cpu" and not config.draws_at_conversion:
+    if not for_cpu() and not config.draws_at_conversion:
         return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
-    if jax.default_backend() != "cpu":
+    if not for_cpu():
         return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
     if narrow and integers and countable and columns < _WIDE and _counts_vectors():
         why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"

@@ -1,0 +1,46 @@
+"""The platform that a program is traced for: asked for in one place, and not always that of the process."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from lorafusion_jax.models.narrow import to_bits
+from lorafusion_jax.models.weights import dense, for_cpu, matmul, quantise
+from lorafusion_jax.training.mesh import AXES
+from lorafusion_jax.training.seeds import default_path
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_one_function_asks_for_it():
+    files = [
+        file for folder in ("lorafusion_jax", "benchmarks", "experiments") for file in _ROOT.glob(f"{folder}/**/*.py")
+    ]
+    asking = [file.name for file in files if "default_backend" in file.read_text()]
+    assert asking == ["platform.py"] and len(files) > 100
+
+
+def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 16), (16, 8)))
+    nf4 = quantise(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), "nf4", tiled_axis=-2)
+    program = jax.jit(lambda x, w, nf4: (jax.tree.leaves(to_bits(w)), matmul(x, w), dense(nf4, jnp.float32)))
+
+    def operations() -> set[str]:
+        text = program.lower(x, w, nf4).as_text()
+        return {name for name in ("bitcast_convert", "gather") if f"stablehlo.{name}" in text}
+
+    assert operations() == {"bitcast_convert", "gather"} and default_path() == "map"
+    with tiny.for_tpu():
+        assert operations() == set() and default_path() == "vmap"
+    assert operations() == {"bitcast_convert", "gather"}  # neither trace is taken for the other
+
+
+def test_the_devices_of_a_mesh_say_it(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not for_cpu()
+    with jax.set_mesh(jax.make_mesh((2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        assert for_cpu()
