@@ -45,6 +45,31 @@ SOURCES = {
         "choose_last_of_3",
     ),
 }
+# Another draw of as many, to see what depends on it: twelve of these, drawn, and the other data sets that are long
+# enough, but for one that asks an unseen task's question of five words, not three (alphabetically_first_5).
+SECOND_SOURCES = {
+    "words": ("past", "comparative", "present-past"),
+    "knowledge": ("country-capital", "national_parks", "person-instrument", "person-occupation", "product-company"),
+    "letters": ("lowercase_first_letter",),
+    "extraction": (
+        "animal_v_object_3",
+        "color_v_animal_5",
+        "concept_v_object_3",
+        "choose_first_of_3",
+        "adjective_v_verb_5",
+        "verb_v_adjective_3",
+        "animal_v_object_5",
+        "color_v_animal_3",
+        "concept_v_object_5",
+        "object_v_concept_3",
+        "choose_first_of_5",
+        "choose_middle_of_3",
+        "choose_middle_of_5",
+        "choose_last_of_5",
+        "alphabetically_last_5",
+    ),
+}
+POOLS = {"first": SOURCES, "second": SECOND_SOURCES}
 TUNING = ("landmark-country", "capitalize_second_letter")
 # What the pool holds for an unseen task: a near relative (another language, case or direction), only others of its
 # family, or none of its kind.

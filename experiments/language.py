@@ -3,6 +3,8 @@ r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that 
     python experiments/language.py --tasks function_vectors/dataset_files                  # runs what is missing
     python experiments/language.py --tasks function_vectors/dataset_files --groups main
     python experiments/language.py --tasks function_vectors/dataset_files --plan           # what is missing
+    python experiments/language.py --tasks function_vectors/dataset_files --adapters runs/language_second/adapters \
+        --out runs/language_second --groups main --seeds 1 --methods LoRAFusion "random pool"    # of another pool
 
     main         prompts, mean, best module, coefficients, magnitudes, both, a random pool, a basis, LoRA
     more         constant answers, other bases, choices and compositions, shuffled layers, DoRA, VeRA, searches
@@ -59,6 +61,7 @@ RELEVANCE = {
 DOSES = ("0", "1", "2", "all")
 # Pools that are made of adapters, the base and the tasks, linked: rows of any OUT and machine name the same files.
 FOLDER = ROOT / "runs" / "smollm2"
+_SHIPPED = EXAMPLES / "adapters"
 FUSED = 10  # modules, the relevant ones among them
 _TWIN = "random-"  # and the name of the module whose norms a random one has
 _FUSION = "LoRAFusion"
@@ -75,7 +78,7 @@ class LanguageOptions:
       groups: rows to run; all by default.
       methods: names of rows of these groups; all by default.
       seeds: each orders the rows, and draws modules where some are drawn.
-      adapters: folder of the pool's adapters, which are converted once, with a shared basis.
+      adapters: folder of the pool's 24 adapters, which are converted once, with a shared basis.
       out: folder of the rows, the runs and what is made of them; what is there already is not run again.
       plan: print the programs that are missing, and run nothing.
     """
@@ -85,7 +88,7 @@ class LanguageOptions:
     groups: tuple[Group, ...] = get_args(Group)
     methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
-    adapters: Path = EXAMPLES / "adapters"
+    adapters: Path = _SHIPPED
     out: Path = ROOT / "runs" / "language"
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -94,9 +97,11 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Run what is missing, and write tables and plots of all that is there."""
     options = tyro.cli(LanguageOptions, args=list(arguments), description=__doc__)
     wanted = {name for family in SOURCES.values() for name in family}
-    if missing := sorted(wanted - {path.name for path in options.adapters.iterdir()}):
+    missing = sorted(wanted - {path.name for path in options.adapters.iterdir()})
+    if missing and {"relevance", "more-relevance"} & set(options.groups):
         raise ValueError(
-            f"{options.adapters} lacks {', '.join(missing)}: python experiments/language_pool.py trains them"
+            f"{options.adapters} lacks {', '.join(missing)}, which the groups of relevance fuse: "
+            "python experiments/language_pool.py trains them"
         )
     tasks = link_tasks(options.tasks)
     paths = {name: find(name, tasks) for name in options.unseen}
@@ -183,7 +188,7 @@ def _job(
         entry,
         path,
         base=linked_base(),
-        pool=FOLDER / f"{options.adapters.name}{'_and_random' if 'adapters' in how else ''}",
+        pool=pool_of(options.adapters, "_and_random" if "adapters" in how else ""),
         seeds=options.seeds,
         train_rows=train_rows,
         out=options.out / "runs",
@@ -223,12 +228,18 @@ def linked_base() -> Path:
 def make_pools(adapters: Path) -> None:
     """Convert a folder of adapters with a shared basis, and again with a random twin of each."""
     folders = sorted(path for path in adapters.iterdir() if path.is_dir())
-    pool, twins = FOLDER / adapters.name, FOLDER / f"{adapters.name}_random"
+    pool, twins, both = (pool_of(adapters, kind) for kind in ("", "_random", "_and_random"))
     if not pool.exists():
         _convert(pool, folders, "--basis", str(DIRECTIONS))
-    if not (both := FOLDER / f"{adapters.name}_and_random").exists():
+    if not both.exists():
         write_random(pool, twins)
         _convert(both, [*folders, *sorted(twins.iterdir())])
+
+
+def pool_of(adapters: Path, kind: str = "") -> Path:
+    """Return where a folder of adapters is converted to, which is another place than that of the shipped ones."""
+    own = adapters.resolve()
+    return FOLDER / f"{'' if own == _SHIPPED else f'{own.parent.name}_'}{own.name}{kind}"
 
 
 def _link(name: str, to: Path) -> Path:

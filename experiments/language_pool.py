@@ -2,6 +2,7 @@
 
     python experiments/language_pool.py --tasks function_vectors/dataset_files           # what is missing
     python experiments/language_pool.py --tasks function_vectors/dataset_files --plan    # what it needs
+    python experiments/language_pool.py --tasks function_vectors/dataset_files --pool second --out runs/language_second
 
 Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
 the base and of the adapter as it is written; table_pool.md shows them. Interrupted, the same command goes on with the
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import _script
 import jax
@@ -23,7 +24,7 @@ import ml_dtypes
 import numpy as np
 import tyro
 from _common import ROOT
-from _language import EVALUATED_ROWS, NEW_TOKENS, PROMPT, SOURCE_ROWS, SOURCES, find, load, source_rows
+from _language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from _smollm2 import HUB_ID, base
 
 from lorafusion_jax import PRESETS, FuseOptions
@@ -40,6 +41,8 @@ from lorafusion_jax.training.programs import make_room
 SEED, BATCH = 1, 16
 # Padded tokens that a training step takes in a second, and seconds for the rest of a task: compiling and evaluating.
 RATE, REST = 200.0, 60.0
+# The family of each source, in the order of tables.
+_FAMILIES = {pool: {name: family for family, names in of.items() for name in names} for pool, of in POOLS.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Options:
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
       out: folder of the adapters and pool.jsonl; tasks that have a line there are not trained again.
+      pool: another draw of sources is the second.
       sources: names of the tasks; by default all sources of the pool.
       rank: of the adapters; alpha is twice that.
       lr: learning rate, which falls to zero along a cosine.
@@ -58,7 +62,8 @@ class Options:
 
     tasks: Path
     out: Path = ROOT / "runs" / "language_pool"
-    sources: tuple[str, ...] = tuple(name for family in SOURCES.values() for name in family)
+    pool: Literal["first", "second"] = "first"
+    sources: tuple[str, ...] = ()
     rank: int = 8
     lr: float = 5e-3
     chat: bool = False
@@ -71,7 +76,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     file = options.out / "pool.jsonl"
     rows = _rows(file) if file.exists() else []
     have = {row["task"] for row in rows}
-    todo = {name: find(name, options.tasks) for name in options.sources if name not in have}
+    sources = options.sources or _FAMILIES[options.pool]
+    todo = {name: find(name, options.tasks) for name in sources if name not in have}
     for path in todo.values():
         load(path, source_rows(path))
     if options.plan:
@@ -89,7 +95,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of the finished tasks in the order of the sources."""
-    order = {name: place for place, name in enumerate(name for family in SOURCES.values() for name in family)}
+    order = {name: place for place, name in enumerate(_FAMILIES["first"] | _FAMILIES["second"])}
     lines = [
         "# The pool of SmolLM2",
         "",
@@ -156,7 +162,7 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     params = jax.tree.map(_rounded, state.params)
     row = {
         "task": name,
-        "family": next((family for family, names in SOURCES.items() if name in names), None),
+        "family": (_FAMILIES["first"] | _FAMILIES["second"]).get(name),
         "train_rows": setup.split.train.shape[1] + setup.split.validation.shape[1],
         "test_rows": len(setup.test),
         "base": zero_shot,

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from _common import ROOT
 from _language import MAIN, MORE, TUNING, find, options_of
-from language import FOLDER, LanguageOptions, link_tasks, linked_base, make_pools
+from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
 
 from lorafusion_jax.files import write_text
@@ -110,7 +110,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
 def _losses(method: str, path: Path, adapters: Path, trials: Sequence[dict[str, float]]) -> list[float]:
     """Return the loss of each trial on the test rows, in nats per token."""
     entry, count = (MAIN | MORE)[method], len(trials)
-    options = with_targets(options_of(entry, path, base=linked_base(), pool=FOLDER / adapters.name, seeds=(SEED,)))
+    options = with_targets(options_of(entry, path, base=linked_base(), pool=pool_of(adapters), seeds=(SEED,)))
     options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, epochs=PASSES))
     setup = prepare(options)
     assert setup.split is not None

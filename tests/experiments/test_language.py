@@ -30,13 +30,20 @@ def _colours(path: Path, rows: int) -> Path:
     return path
 
 
-def test_no_task_has_two_roles_and_every_relation_has_two(scripts):
+@pytest.mark.parametrize("pool", ["first", "second"])
+def test_no_task_has_two_roles(scripts, pool):
     language, _ = scripts
-    sources = [name for family in language.SOURCES.values() for name in family]
+    sources = [name for family in language.POOLS[pool].values() for name in family]
     unseen = [name for tasks in language.UNSEEN.values() for name in tasks]
     roles = [*sources, *language.TUNING, *unseen]
     assert len(roles) == len(set(roles))
-    assert len(sources) == 24 and len(language.TUNING) == 2 and len(unseen) >= 8
+    assert len(sources) == 24
+
+
+def test_every_relation_has_two_tasks(scripts):
+    language, _ = scripts
+    unseen = [name for tasks in language.UNSEEN.values() for name in tasks]
+    assert len(language.TUNING) == 2 and len(unseen) >= 8
     assert all(len(tasks) >= 2 for tasks in language.UNSEEN.values())
     assert all(
         (family in language.SOURCES) == (relation != "none")
@@ -50,8 +57,7 @@ def test_the_published_tasks_are_there_and_long_enough(scripts, shared):
     folder = shared / "data" / "function_vectors"
     if not folder.is_dir():
         pytest.skip("needs the function-vector data sets in ../shared/data/function_vectors")
-    sources = [name for family in language.SOURCES.values() for name in family]
-    for name in sources:
+    for name in {name for pool in language.POOLS.values() for family in pool.values() for name in family}:
         path = language.find(name, folder)
         task = language.load(path, language.source_rows(path))
         assert len(task.train) >= 100
@@ -129,6 +135,15 @@ def test_a_dose_holds_so_many_modules_of_the_family_and_smaller_doses(scripts, e
     assert twins[0] in language.SOURCES["words"] and all(name.startswith("random-") for name in twins[1:])
 
 
+def test_relevance_is_of_the_shipped_pool_and_other_pools_have_places_of_their_own(experiment, tmp_path):
+    second = tmp_path / "second" / "adapters"
+    second.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"lacks adjective_v_verb_3, .* which the groups of relevance fuse"):
+        experiment.main(["--tasks", str(tmp_path), "--adapters", str(second), "--groups", "main", "relevance"])
+    assert experiment.pool_of(second) == experiment.FOLDER / "second_adapters"
+    assert experiment.pool_of(experiment.LanguageOptions(tasks=tmp_path).adapters) == experiment.FOLDER / "adapters"
+
+
 def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
     options = experiment.LanguageOptions(tasks=tmp_path, seeds=(1, 2))
     paths = {name: tmp_path / f"{name}.json" for name in experiment.UNSEEN_TASKS}
@@ -158,7 +173,6 @@ def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_
     llama = small_llama.make(tmp_path / "llama")
     for module in (experiment, language_pool):
         monkeypatch.setattr(module, "base", lambda: llama)
-    monkeypatch.setattr(language_tune, "FOLDER", experiment.FOLDER)
     monkeypatch.setattr(language_tune, "TUNING", ("tune",))
     monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
     monkeypatch.setattr(experiment, "DIRECTIONS", 4)
