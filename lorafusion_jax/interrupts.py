@@ -44,7 +44,7 @@ def hold(advice: str) -> None:
     """Let the next signal wait until `release`, because there is a state that is not saved yet.
 
     Args:
-      advice: how to go on from what is going to be saved.
+      advice: when the process stops then, and how to go on from what is going to be saved.
     """
     global _held
     _held = advice
@@ -94,7 +94,7 @@ def _act(reader: int) -> None:
         if (advice := _held) is None or _asked is not None:
             _say(f"stopped by {_NAMES[signal.Signals(number)]}")
             _end(number)
-        _say(f"{_NAMES[signal.Signals(number)]}: stopping after this step; {advice}. Once more stops at once")
+        _say(f"{_NAMES[signal.Signals(number)]}: stopping {advice}. Once more stops at once")
         _asked = number
         if _held is None:  # saved meanwhile, without a look at the signal
             _end(number)

@@ -88,7 +88,7 @@ def test_every_script_of_experiments_handles_signals_before_it_imports_a_library
 
 
 _HELD = """
-interrupts.hold("it is saved")
+interrupts.hold("after this step; it is saved")
 ready()
 while not interrupts.asked(): time.sleep(0.01)
 %s

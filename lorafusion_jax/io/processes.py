@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
+import numpy as np
 
 # Seconds between two heartbeats, and the longest time without one.
 _BEAT, _LOST = 5, 15
@@ -38,6 +39,15 @@ def barrier(name: str) -> None:
         _wait(f"{name} {next(_numbers)}", _DAY)
 
 
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Return for each flag whether it is set in any process; all must call this at the same place."""
+    if not several():
+        return flags
+    from jax.experimental.multihost_utils import process_allgather
+
+    return tuple(np.any(process_allgather(np.array(flags)), axis=0).tolist())
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them.
@@ -59,7 +69,7 @@ def joined() -> Iterator[None]:
             ) from None
     over = threading.Event()
     # JAX's client aborts at once when process 0, its coordinator, is lost.
-    aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _end("process 0 of this run is lost"))
+    aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: end("process 0 of this run is lost"))
     ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
     heart = threading.Thread(target=_beat, args=(over,), daemon=True)
     heart.start()
@@ -73,7 +83,7 @@ def joined() -> Iterator[None]:
         try:
             _wait("the end", _LOST)
         except jax.errors.JaxRuntimeError:
-            _end(f"{error}\nerror: the other processes have not failed")
+            end(f"{error}\nerror: the other processes have not failed")
         raise
     finally:
         over.set()
@@ -86,7 +96,7 @@ def _beat(over: threading.Event) -> None:
             _wait(f"alive {number}", _LOST)
         except jax.errors.JaxRuntimeError:
             if not over.is_set():
-                _end("another process of this run is lost")
+                end("another process of this run is lost")
         if over.wait(_BEAT):
             return
 
@@ -97,7 +107,7 @@ def _wait(name: str, seconds: int) -> None:
     get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
 
 
-def _end(why: str) -> NoReturn:
-    """End this process without JAX's shutdown, which would wait for the lost process."""
+def end(why: str) -> NoReturn:
+    """End this process with the exit code EX_TEMPFAIL, and without JAX's shutdown, which would wait for a lost one."""
     print(f"error: {why}: start all processes again with --resume", file=sys.stderr, flush=True)
     os._exit(os.EX_TEMPFAIL)

@@ -265,12 +265,12 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         interrupts.release()
 
     def hold() -> None:
-        if not processes.several():  # they can only save together, and a signal may come to one of them
-            interrupts.hold(f"its state is saved in {run.folder}, and resuming goes on from it")
+        when = "epoch" if processes.several() else "step"
+        interrupts.hold(f"after this {when}; its state is saved in {run.folder}, and resuming goes on from it")
 
     def after_step(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
         hold()
-        if interrupts.asked():
+        if interrupts.asked() and not processes.several():  # several only know after an epoch that all are so far
             rows = list(_step_rows(stacked(to_host(metrics)), number, reached, options.seeds))
             run.append_metrics(rows)
             save(number - 1, rows[-1]["step"], state)
@@ -285,9 +285,11 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         bad = _bad_steps(epoch.metrics["loss"], bad)
         diverged = bool(np.min(bad) >= _BAD_STEPS)
         reached = rows[-1]["step"]
-        due = time.monotonic() - last_save >= options.save_seconds
-        if epoch.last or diverged or due or interrupts.asked():
+        due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
+        if epoch.last or diverged or due or asked:
             save(epoch.number, reached, epoch.state)
+            if asked:
+                processes.end("another process of this run was stopped")
         else:
             hold()
         if diverged:

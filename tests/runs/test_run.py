@@ -22,7 +22,7 @@ import pytest
 
 from lorafusion_jax import interrupts
 from lorafusion_jax.hardware.fuse import fuse
-from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
 from lorafusion_jax.models.generate import GREEDY
@@ -231,6 +231,18 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys)
         assert (folder / name).read_bytes() == (run_path(options) / name).read_bytes()
     for a, b in zip(jax.tree.leaves(load_run(folder)[1]), jax.tree.leaves(load_run(run_path(options))[1]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_path, monkeypatch):
+    def end(why: str) -> None:
+        raise SystemExit(why)
+
+    options = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9)
+    monkeypatch.setattr(processes, "any_of", lambda due, asked: (due, True))
+    monkeypatch.setattr(processes, "end", end)
+    with pytest.raises(SystemExit, match="another process of this run was stopped"):
+        fuse(options)
+    assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == ["step_000002"]
 
 
 @pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.long), 5])

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import one_block
@@ -25,11 +25,19 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    main(_command(small, out)[3:])
+    return out
+
+
 def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     base, pool = small
     command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(base), "--pool", str(pool)]
     command += ["--task", str(_TASK), "--method", "coefficients", "--modules", "2", "--epochs", str(_EPOCHS)]
-    command += ["--batch-size", "95", "--max-new-tokens", "2", "--test-rows", "2", "--save-seconds", "0"]
+    command += ["--batch-size", "95", "--max-new-tokens", "2", "--test-rows", "2", "--save-seconds", "1e9"]
     return [*command, "--out", str(out), "--name", "run", "--seeds", *map(str, _SEEDS), *more]
 
 
@@ -59,24 +67,32 @@ def _saved(out: Path) -> int:
     return max(steps, default=0)
 
 
+def _wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 240
+    while not reached() and all(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _assert_goes_on(small: tuple[Path, Path], out: Path, alone: Path) -> None:
+    """Check that a process with four devices goes on with a run, to the numbers of the one alone."""
+    main(_command(small, out, "--mesh", "seed=4", "--resume")[3:])
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (out / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
+
+
 def _metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.nightly
-def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, tmp_path):
+def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, alone, tmp_path):
     out = tmp_path / "lost"
-    both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4"))
-    deadline = time.monotonic() + 240
-    while _saved(out) < 2 and all(p.poll() is None for p in both) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4", "--save-seconds", "0"))
+    _wait_until(lambda: _saved(out) >= 2, both)
     both[1].kill()
     lost = time.monotonic()
-    alone = tmp_path / "alone"
-    with ThreadPoolExecutor() as threads:
-        ended = threads.submit(lambda: (*both[0].communicate(timeout=60), time.monotonic()))
-        main(_command(small, alone)[3:])  # while the other process waits for heartbeats
-        printed, said, end = ended.result()
+    printed, said = both[0].communicate(timeout=60)
+    end = time.monotonic()
     both[1].communicate()
     assert end - lost < 30
     assert both[0].returncode == os.EX_TEMPFAIL, said
@@ -85,9 +101,27 @@ def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, tmp_path):
     saved, reached = _saved(out), max(row["step"] for row in _metrics(out))
     assert 2 <= saved <= reached <= saved + 1 < _EPOCHS  # an interval is an epoch here, and an epoch a step
     # Four devices of two processes saved it; four of one go on, and one alone comes to the same numbers.
-    main(_command(small, out, "--mesh", "seed=4", "--resume")[3:])
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (out / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
+    _assert_goes_on(small, out, alone)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_process_saves_the_step_of_all(small, alone, tmp_path):
+    out = tmp_path / "stopped"
+    both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4"))
+    metrics = out / "run" / "metrics.jsonl"
+    _wait_until(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), both)
+    both[1].send_signal(signal.SIGTERM)
+    (_, other), (_, said) = (process.communicate(timeout=60) for process in both)
+    assert both[1].returncode == 143, said
+    assert said.endswith(
+        f"SIGTERM: stopping after this epoch; its state is saved in {out / 'run'}, and resuming goes on from it. "
+        "Once more stops at once\n"
+    )
+    assert both[0].returncode == os.EX_TEMPFAIL, other
+    assert "error: another process of this run was stopped: start all processes again with --resume" in other
+    assert "Traceback" not in other + said
+    assert 1 <= _saved(out) == max(row["step"] for row in _metrics(out)) < _EPOCHS
+    _assert_goes_on(small, out, alone)
 
 
 _JOINED = """
