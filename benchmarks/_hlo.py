@@ -11,14 +11,19 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = re.compile(r"\d+")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z-]*)\((.*)$")
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
+_PRODUCT = re.compile(r"stablehlo\.dot_general (.*?) : \((tensor<[\dx]*f32>, tensor<[\dx]*f32>)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
 _CALLERS = ("while", "call", "conditional")
 _FREE = (*_CALLERS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call")
+_LARGE = 2**16
 _READS_PART = ("dynamic-slice", "slice", "gather")
 
 
@@ -39,38 +44,76 @@ class Counts:
       flops: of its products.
       bytes: moved to and from the large memory.
       cycles: the compiler's estimate.
-      collectives: number of each kind.
-      below: float32 products that do not ask for the highest precision, by their place in the program.
+      collectives: number of each kind, one that runs beside other work counted once.
+      groups: the groups of devices that exchange something.
+      padding: bytes of an argument with the padding of its tiles over its own, of those from 64 KiB.
+      carried: the same of what loops carry.
+      filled: bytes that are written by a broadcast or scatter, in any memory.
+      largest: bytes of the largest array that a loop carries, in any memory.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     cycles: float = 0.0
     collectives: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    below: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    groups: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    padding: dict[str, float] = dataclasses.field(default_factory=dict)
+    carried: dict[str, float] = dataclasses.field(default_factory=dict)
+    filled: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    largest: int = 0
 
 
 def counts(text: str) -> Counts:
     """Return the sums over a compiled program, given its text."""
     program = _Program(text)
     found = Counts()
+    exchanges: dict[str, tuple[str, int]] = {}  # the parts of one have its number in common
     for times, instruction, computation, fused in program.walk(program.entry):
         of = program.computations[computation]
         if instruction.op in ("dot", "convolution"):
             found.flops += times * _flops(instruction, of)
-            factors = [of[name].shapes[0][0] for name in instruction.operands[:2]]
-            if factors == ["f32", "f32"] and "operand_precision={highest,highest}" not in instruction.rest:
-                place = re.search(r'op_name="([^"]*)"', instruction.rest)
-                found.below[place.group(1) if place else instruction.name] += 1
-        if fused:
-            continue
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            found.collectives[kind] += times
+            number = _CHANNEL.search(instruction.rest)
+            scattered = computation.startswith("all-reduce-scatter")
+            key = number.group(1) if number else instruction.name
+            _, before = exchanges.get(key, ("", 0))
+            exchanges[key] = "reduce-scatter" if scattered else kind, max(times, before)
+            found.groups.update(_groups(instruction.rest))
+        if fused:
+            continue
+        if instruction.op == "parameter" and computation == program.entry:
+            found.padding.update(_padding(instruction))
+        if instruction.op == "while":
+            found.carried.update(_padding(instruction))
+            found.largest = max(found.largest, *(_bytes(shape, of_memory="") for shape in instruction.shapes))
+        if program.fills(instruction):
+            found.filled[instruction.name] += times * sum(_bytes(shape, of_memory="") for shape in instruction.shapes)
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
             found.cycles += times * int(cycles.group(1))
         found.bytes += times * program.moved(instruction, of)
+    for kind, times in exchanges.values():
+        found.collectives[kind] += times
     return found
+
+
+def below_highest(lowered: str) -> collections.Counter[str]:
+    """Return the float32 products of a lowered program that do not ask for the highest precision, by their shapes.
+
+    A compiled program does not show them: where a product may round its factors, they arrive rounded.
+    """
+    found = _PRODUCT.findall(lowered)
+    return collections.Counter(shapes for how, shapes in found if "precision = [HIGHEST, HIGHEST]" not in how)
+
+
+def _groups(rest: str) -> Iterator[tuple[int, ...]]:
+    """Give the groups of devices of a collective, of which `{{0,1},{2,3}}` and `[2,2]<=[4]` are two notations."""
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+        yield from (tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed.group(1)))
+    elif counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, sizes, axes = ([int(n) for n in part.split(",")] if part else None for part in counted.groups())
+        devices = np.arange(math.prod(sizes or ())).reshape(sizes or ()).transpose(axes).reshape(shape or ())
+        yield from map(tuple, devices.tolist())
 
 
 class _Program:
@@ -109,6 +152,15 @@ class _Program:
             raise ValueError(f"the loop {loop.name} has no bound in its condition: it cannot be counted")
         return max(bounds)
 
+    def fills(self, i: _Instruction) -> bool:
+        """Return whether an instruction only repeats a value, or scatters."""
+        if i.op != "fusion":
+            return i.op in ("broadcast", "scatter")
+        called = re.search(r"calls=%([\w.-]+)", i.rest)
+        assert called is not None, i
+        ops = {inner.op for inner in self.computations[called.group(1)].values()}
+        return "scatter" in ops or "broadcast" in ops and ops <= {*_FREE, "broadcast", "convert"}
+
     def moved(self, i: _Instruction, of: dict[str, _Instruction]) -> float:
         """Return the bytes that an instruction moves to and from the large memory."""
         if i.op in _FREE or i.op.endswith("-done"):
@@ -136,6 +188,13 @@ class _Program:
                     written += sum(_bytes(inner[u.operands[1]].shapes[0]) for u in users)
                     read[number] = 0
         return max(written, 0) + sum(read)
+
+
+def _padding(i: _Instruction) -> Iterator[tuple[str, float]]:
+    for shape in i.shapes:
+        own = math.ceil(math.prod(int(size) for size in shape[1].split(",") if size) * _bits(shape[0]) / 8)
+        if own >= _LARGE:
+            yield f"{shape[0]}[{shape[1]}]", _bytes(shape, of_memory="") / own
 
 
 def _bytes(shape: tuple[str, str, str, str], of_memory: str | None = None) -> int:

@@ -10,19 +10,22 @@ a bound from below and not a measurement. Needs the `aot-tpu` extra.
 """
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import _measure
 import jax
 import jax.numpy as jnp
-from _hlo import Counts, counts
+import numpy as np
+from _hlo import Counts, below_highest, counts
 from _measure import case
 from _model import BATCH, CHOICES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, graph_of, shapes_of, step_of
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from lorafusion_jax import Recipe
 from lorafusion_jax.adapters.basis import SharedBasis
@@ -33,18 +36,30 @@ from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, kernels
 from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.training.mesh import AXES, shardings
 from lorafusion_jax.training.problem import Frozen
 
 _GIB, _K = 2**30, 32
 _ROWS, _NEW = 10, 32  # of generation
 _MEMORY, _FLOPS = 1.25, 1.02  # the larger of ours and the compiler's over the smaller
-# Method, directions of a shared basis, whether it generates, and how weights are held.
-_PROGRAMS: dict[str, tuple[str, int | None, bool, Dtype]] = {
-    "mix": ("fusion-mix", None, False, "bfloat16"),
-    "mix, base and pool in NF4": ("fusion-mix", None, False, "nf4"),
-    "sum": ("fusion-sum", None, False, "bfloat16"),
-    f"sum in a basis of {_K}": ("fusion-sum", _K, False, "bfloat16"),
-    "generation with the sum": ("fusion-sum", None, True, "bfloat16"),
+_PADDED = 1.99  # the padding of tiles, at most
+
+
+class _Program(NamedTuple):
+    method: str
+    basis: int | None = None  # directions
+    generates: bool = False
+    weights: Dtype = "bfloat16"
+    mesh: tuple[int, int] | None = None  # devices that share seeds, and matrices
+
+
+_PROGRAMS = {
+    "mix": _Program("fusion-mix"),
+    "mix, base and pool in NF4": _Program("fusion-mix", weights="nf4"),
+    "mix on a mesh of 4 x 2": _Program("fusion-mix", mesh=(4, 2)),
+    "sum": _Program("fusion-sum"),
+    f"sum in a basis of {_K}": _Program("fusion-sum", basis=_K),
+    "generation with the sum": _Program("fusion-sum", generates=True),
 }
 
 
@@ -71,13 +86,25 @@ def main() -> None:
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu is not installed, and nothing else compiles for a TPU: pip install -e '.[aot-tpu]'")
     chip = _CHIPS[options.chip]
-    device = _devices(chip)[0]
-    cases = []
+    config, cases = config_of(options.shape, "bfloat16"), []
     for name in options.program:
-        program, planned, flops = _program(name, options.shape, options.seeds, device)
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
-        cases += _cases(where, program.compile(), planned, flops, chip)
+        cases += measured(where, name, config, options.seeds, chip)
     _measure.show(cases, as_json=options.json)
+
+
+def measured(where: str, name: str, config: Architecture, seeds: int, chip: _Chip) -> list[dict[str, Any]]:
+    """Compile one program for some seeds, and return its cases."""
+    program, devices = _PROGRAMS[name], _devices(chip)
+    if program.mesh is None:
+        kind = AbstractDevice(devices[0].device_kind, 1, "tpu")
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+            lowered, planned, flops = _lowered(program, config, seeds, partial(_on, SingleDeviceSharding(devices[0])))
+        return [_precision(where, lowered), *_of_one_chip(where, lowered.compile(), planned, flops, chip)]
+    axes = (AxisType.Auto, AxisType.Auto)
+    with jax.set_mesh(Mesh(np.reshape(devices[: math.prod(program.mesh)], program.mesh), AXES, axis_types=axes)):
+        lowered, _, _ = _lowered(program, config, seeds, _on_mesh)
+        return [_precision(where, lowered), *_of_a_mesh(where, lowered.compile(), config, program.mesh, chip)]
 
 
 def _devices(chip: _Chip) -> Any:
@@ -94,26 +121,27 @@ def _devices(chip: _Chip) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
 
 
-def _program(name: str, shape: str, seeds: int, device: Any) -> tuple[Any, float, float]:
-    """Return a program to be compiled, and what the package plans for it: bytes and FLOPs."""
-    of, k, generates, dtype = _PROGRAMS[name]
-    config = config_of(shape, "bfloat16")
+def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[..., Any]) -> tuple[Any, float, float]:
+    """Return a program to be compiled, and what the package plans for it on one device: bytes and FLOPs.
+
+    `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
+    """
+    of, k, generates, dtype, _ = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
     rows = _ROWS if generates else BATCH
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, "tpu"))):
-        given = arguments(
-            config, weights if k is None else _in_basis(config, weights, k), method, rows, seeds=seeds, path="vmap"
-        )
-        state, batch, problem, rates = _on(device, given)
-        if generates:
-            one = _on(device, jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
-            whole = jax.jit(generate_seeds, static_argnames="max_new_tokens")
-            program: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
-        else:
-            program = step_of((state, batch, problem, rates))
+    weights = weights if k is None else _in_basis(config, weights, k)
+    state, batch, problem, rates = arguments(config, weights, method, rows, seeds=seeds, path="vmap")
+    state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
+    problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
+    if generates:
+        one = on(jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
+        whole = jax.jit(generate_seeds, static_argnames="max_new_tokens")
+        lowered: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
+    else:
+        lowered = step_of((state, batch, problem, rates))
     how: Any = {"update": update, "seeds": seeds, "path": settings.path, "device": settings.device}
     if generates:
         work = evaluation_bytes(config, Shape(rows, SOURCE, 0), _NEW, **how)
@@ -123,7 +151,7 @@ def _program(name: str, shape: str, seeds: int, device: Any) -> tuple[Any, float
         work = step_bytes(config, Shape(rows, SOURCE, TARGET), trainable=trainable, **how)
         flops = step_flops(config, Shape(rows, SOURCE, TARGET), update, trainable=trainable)
         held = state_bytes(trainable)
-    return program, weights_bytes(config) + pool_bytes(config, update) + seeds * held + work, seeds * flops
+    return lowered, weights_bytes(config) + pool_bytes(config, update) + seeds * held + work, seeds * flops
 
 
 def _of_one_query(config: Architecture, rows: int) -> float:
@@ -137,9 +165,14 @@ def _of_one_query(config: Architecture, rows: int) -> float:
     )
 
 
-def _on(device: Any, shapes: Any) -> Any:
-    sharding = SingleDeviceSharding(device)
+def _on(sharding: Any, shapes: Any, config: Architecture | None = None, *, of_seeds: bool = False) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+
+
+def _on_mesh(shapes: Any, config: Architecture | None = None, *, of_seeds: bool = False) -> Any:
+    leaves, structure = jax.tree.flatten(shapes)
+    where = zip(leaves, shardings(shapes, config, of_seeds=of_seeds), strict=True)
+    return structure.unflatten([jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=of_leaf) for a, of_leaf in where])
 
 
 def _in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
@@ -167,8 +200,14 @@ def _in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
     return jax.eval_shape(prepared, Frozen(weights.base, basis))
 
 
-def _cases(where: str, compiled: Any, planned: float, flops: float, chip: _Chip) -> list[dict[str, Any]]:
+def _precision(where: str, lowered: Any) -> dict[str, Any]:
+    below = below_highest(lowered.as_text())
+    return case(f"{where} float32 products below highest", below.total(), 0, shapes=dict(below))
+
+
+def _of_one_chip(where: str, compiled: Any, planned: float, flops: float, chip: _Chip) -> list[dict[str, Any]]:
     memory, found = compiled.memory_analysis(), counts(compiled.as_text())
+    fill, written = max(found.filled.items(), key=lambda filled: filled[1], default=("nothing", 0))
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     allocated = memory.argument_size_in_bytes + memory.temp_size_in_bytes + returned
     return [
@@ -187,8 +226,38 @@ def _cases(where: str, compiled: Any, planned: float, flops: float, chip: _Chip)
             tflop=found.flops / 1e12,
             planned_tflop=flops / 1e12,
         ),
-        case(f"{where} float32 products below highest", found.below.total(), 0, places=dict(found.below)),
         case(f"{where} collectives", found.collectives.total(), 0, kinds=dict(found.collectives)),
+        case(f"{where} largest padding of a weight", max(found.padding.values()), _PADDED, arrays=found.padding),
+        # Without a bar: heads and positions of a cache are padded.
+        case(f"{where} largest padding in a loop", max(found.carried.values(), default=1), None, arrays=found.carried),
+        case(
+            f"{where} largest fill, every time it runs / largest array of a loop",
+            written / found.largest,
+            1,
+            by=fill,
+            bytes=written,
+        ),
+        _time(where, found, chip),
+    ]
+
+
+def _of_a_mesh(
+    where: str, compiled: Any, config: Architecture, mesh: tuple[int, int], chip: _Chip
+) -> list[dict[str, Any]]:
+    found, matrices = counts(compiled.as_text()), mesh[1]
+    # A sum for each attention and feed-forward layer, forward and backward; and around the layers of the embedded
+    # tokens, of the loss (twice), of the head's gradient, and of two metrics.
+    stated = 2 * sum(stack.layers * (len(stack.attentions) + 1) for stack in config.stacks.values()) + 6
+    met = sum(len({device // matrices for device in group}) > 1 for group in found.groups)
+    return [
+        case(
+            f"{where} collectives / those that are stated",
+            found.collectives.total() / stated,
+            1,
+            kinds=dict(found.collectives),
+            stated=stated,
+        ),
+        case(f"{where} groups of devices in which seeds meet", met, 0),
         _time(where, found, chip),
     ]
 

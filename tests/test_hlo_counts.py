@@ -13,8 +13,8 @@ _SPEC = importlib.util.spec_from_file_location("_hlo", _FILE)
 _hlo = sys.modules["_hlo"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_hlo)
 
-# Two products of a batch of 4, [2, 3] by [3, 5], which XLA for TPUs writes as windows of one entry each; one product at
-# default precision; a slice of an array of 7; three trips of a loop whose body makes a sum over devices.
+# Two products of a batch of 4, [2, 3] by [3, 5], which XLA for TPUs writes as windows of one entry each; another
+# product; a slice of an array of 7; three trips of a loop whose body makes a sum over devices.
 _TPU = """HloModule jit_f, is_scheduled=true
 
 %fused_computation.1 (p.0: f32[4,2,3], p.1: f32[4,3,5]) -> f32[4,2,5] {
@@ -69,7 +69,58 @@ def test_a_tpu_s_program():
     assert found.bytes == 4 * 8 * 128 * (3 * (4 + 4 + 4 + 4) + 1 + 1)
     assert found.cycles == 30
     assert found.collectives == {"all-reduce": 3}
-    assert found.below == {"jit(f)/dot_general": 1}
+
+
+# An argument of 80 KiB whose rows of 40 are padded to 128, zeros of the array that a loop carries, and an exchange of
+# devices 0 and 2, 1 and 3, whose two parts run beside other work, next to one of 0 and 1, 2 and 3.
+_EXCHANGES = """HloModule jit_g, is_scheduled=true
+
+%part.1 (p.0: f32[8,128]) -> f32[16,128] {
+  %p.0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %gather.1 = f32[16,128]{1,0:T(8,128)} all-gather(%p.0), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+}
+
+%part.2 (p.1: f32[8,128]) -> f32[16,128] {
+  %p.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %gather.2 = f32[16,128]{1,0:T(8,128)} all-gather(%p.1), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+}
+
+%add.1 (x.1: f32[], x.2: f32[]) -> f32[] {
+  %x.1 = f32[]{:T(128)} parameter(0)
+  %x.2 = f32[]{:T(128)} parameter(1)
+  ROOT %x.3 = f32[]{:T(128)} add(%x.1, %x.2)
+}
+
+%body.1 (arg.1: (s32[], f32[64,8,40])) -> (s32[], f32[64,8,40]) {
+  ROOT %arg.1 = (s32[]{:T(128)}, f32[64,8,40]{2,1,0:T(8,128)}) parameter(0)
+}
+
+%condition.1 (arg.2: (s32[], f32[64,8,40])) -> pred[] {
+  %bound.1 = s32[]{:T(128)} constant(3)
+  %arg.2 = (s32[]{:T(128)}, f32[64,8,40]{2,1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  ROOT %less.1 = pred[]{:T(512)} compare(%i.1, %bound.1), direction=LT
+}
+
+ENTRY %main.1 (w.1: f32[64,8,40], v.1: f32[8,128]) -> f32[16,128] {
+  %w.1 = f32[64,8,40]{2,1,0:T(8,128)} parameter(0)
+  %v.1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %zero.1 = f32[]{:T(128)} constant(0)
+  %zeros.1 = f32[64,8,40]{2,1,0:T(8,128)S(1)} broadcast(%zero.1), dimensions={}
+  %while.1 = (s32[]{:T(128)}, f32[64,8,40]{2,1,0:T(8,128)}) while(%t.1), condition=%condition.1, body=%body.1
+  %sum.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%v.1), channel_id=8, replica_groups={{0,1},{2,3}}, to_apply=%add.1
+  %one.1 = f32[16,128]{1,0:T(8,128)} fusion(%v.1), kind=kCustom, calls=%part.1
+  ROOT %two.1 = f32[16,128]{1,0:T(8,128)} fusion(%v.1), kind=kCustom, calls=%part.2
+}
+"""  # fmt: skip  # noqa: E501
+
+
+def test_padding_fills_and_exchanges():
+    found = _hlo.counts(_EXCHANGES)
+    assert found.padding == found.carried == {"f32[64,8,40]": 128 / 40}
+    assert found.filled == {"zeros.1": 4 * 64 * 8 * 128} and found.largest == 4 * 64 * 8 * 128
+    assert found.collectives == {"all-gather": 1, "all-reduce": 1}
+    assert found.groups == {(0, 2), (1, 3), (0, 1), (2, 3)}
 
 
 def test_a_loop_without_a_bound_is_refused():
@@ -88,7 +139,8 @@ def test_a_program_of_this_machine(precision):
         return jnp.sum(jax.lax.scan(layer, x, w)[0])
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 16, 16), (8, 16))]
-    found = _hlo.counts(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().as_text())
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes)
+    found = _hlo.counts(lowered.compile().as_text())
     assert found.flops == 5 * 3 * 2 * 8 * 16 * 16
-    assert bool(found.below) == (precision is None)
+    assert bool(_hlo.below_highest(lowered.as_text())) == (precision is None)
     assert not found.collectives

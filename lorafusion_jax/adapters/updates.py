@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..models.weights import SUM, Weight, dense, is_in_arrays, matmul
+from ..models.weights import SUM, Weight, dense, is_in_arrays, matmul, summed
 from .norms import column_norm, product
 
 Composition = Literal["mix", "sum"]
@@ -217,7 +217,7 @@ def mix_outputs(
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:
-    y = checkpoint_name(y, SUM)
+    y = summed(y)
     return y if scale is None else y * jnp.expand_dims(scale.astype(y.dtype), range(y.ndim - 1))
 
 

@@ -6,12 +6,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ..crossbar.platform import for_cpu
 from .narrow import from_bits, to_bits
-from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers
+from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers, summed
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
@@ -23,7 +22,8 @@ _POLICIES = jax.checkpoint_policies
 _PRODUCTS = _POLICIES.save_from_both_policies(
     _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(PRODUCT)
 )
-# On accelerators one value in place of a map's product and its adapter's, and what the adapter reads.
+# On accelerators one value in place of a map's product and its adapter's, what the adapter reads, and the residual
+# stream.
 _SUMS = _POLICIES.save_only_these_names(SUM)
 
 
@@ -50,7 +50,7 @@ class Linear(nnx.Module):
         """Return the product with the kernel, through this site's adapter if it has one, plus the bias."""
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
-        y = checkpoint_name(matmul(x, kernel), SUM) if adapter is None else adapter(x, kernel)
+        y = summed(matmul(x, kernel)) if adapter is None else adapter(x, kernel)
         return y if self.bias is None else y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
 

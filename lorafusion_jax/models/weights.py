@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Integer
 
 from .. import crossbar
@@ -37,6 +38,7 @@ __all__ = [
     "quantise",
     "reads",
     "scan_layers",
+    "summed",
     "tile_size",
     "unstacked",
 ]
@@ -70,7 +72,7 @@ Weight = Array | qwix.QArray | Chip | Segments | Unstacked
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 # Names by which a policy of `jax.checkpoint` saves values. The first is of products that it cannot see because of their
-# custom gradients, the second of what a linear map adds up to and its adapter reads, for all products of both.
+# custom gradients, the second of what a linear map adds up to and its adapter reads, and of the residual stream.
 PRODUCT, SUM = "product", "sum"
 _MAX_TILE = 64
 
@@ -116,6 +118,16 @@ def _backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 
 
 _bfloat16_dot.defvjp(_forward, _backward)
+
+
+def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
+    """Return the output of a linear map with its adapter, named `SUM` for the backward pass.
+
+    What is named has one axis more than the residual stream. XLA starts all results of a loop that have one shape from
+    the same zeros, and where a mesh splits one of them it then splits all. Most models' heads are together as wide as
+    the residual stream, which was then gathered for every product.
+    """
+    return jnp.squeeze(checkpoint_name(jnp.expand_dims(y, 0), SUM), 0)
 
 
 def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:

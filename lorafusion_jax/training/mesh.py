@@ -117,20 +117,26 @@ def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool =
     Raises:
       ValueError: the mesh does not divide a dimension.
     """
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
+    if jax.sharding.get_mesh().empty:
         return tree
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(map(_placed, leaves, shardings(tree, config, of_seeds=of_seeds)))
+
+
+def shardings(tree: Any, config: Architecture | None = None, *, of_seeds: bool = False) -> list[NamedSharding]:
+    """Return where `on_mesh` places the leaves of a tree, given arrays or their shapes."""
+    mesh = jax.sharding.get_mesh()
     split = () if config is None else rules(config)
 
-    def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = partition(name, leaf.ndim, split, of_seeds=of_seeds)
         for axis, size in zip(spec, leaf.shape, strict=False):
             if axis is not None:
                 _check_divides(mesh.shape[axis], size, name, axis)
-        return _placed(leaf, NamedSharding(mesh, spec))
+        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return [of_leaf(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def partition(name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False) -> PartitionSpec:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
 from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
 from ..narrow import held, released
-from ..weights import dense, matmul
+from ..weights import SUM, dense, matmul
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
 
@@ -132,7 +133,7 @@ class Block(nnx.Module):
         queries, new = self.self_attn.project(self.input_norm(x), context.rotation, adapters)
         cache = into(new)
         heard = self.self_attn.attend(queries, cache, context.mask, adapters)
-        x = x + (self.attention_post_norm(heard) if self.post_norms else heard)
+        x = checkpoint_name(x + (self.attention_post_norm(heard) if self.post_norms else heard), SUM)
         made = self.mlp(self.mlp_norm(x), adapters)
         return x + (self.mlp_post_norm(made) if self.post_norms else made), cache
 

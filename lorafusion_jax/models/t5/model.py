@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
 from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
 from ..narrow import held, released
-from ..weights import dense, matmul
+from ..weights import SUM, dense, matmul
 from .attention import Attention, RelativeBias
 from .config import T5Config
 from .feed_forward import FeedForward
@@ -53,7 +54,7 @@ class EncoderBlock(nnx.Module):
         """Run one layer of the source."""
         normed = self.self_norm(x)
         keys, values = self.self_attention.keys_values(normed, adapters)
-        x = x + self.self_attention(normed, keys, values, mask, bias, adapters)
+        x = checkpoint_name(x + self.self_attention(normed, keys, values, mask, bias, adapters), SUM)
         return x + self.ff(self.ff_norm(x), adapters)
 
 
@@ -81,7 +82,7 @@ class DecoderBlock(nnx.Module):
         """Run one layer of the target (teacher forcing)."""
         normed = self.self_norm(x)
         own = self.self_attention.keys_values(normed, adapters)
-        x = x + self.self_attention(normed, *own, mask, bias, adapters)
+        x = checkpoint_name(x + self.self_attention(normed, *own, mask, bias, adapters), SUM)
         cross = self.cross_attention.keys_values(encoded, adapters)
         return self._after_self_attention(x, cross, cross_mask, adapters)
 
@@ -104,7 +105,7 @@ class DecoderBlock(nnx.Module):
     def _after_self_attention(
         self, x: Array, cross: tuple[Array, Array], cross_mask: Array, adapters: Adapters
     ) -> Array:
-        x = x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters)
+        x = checkpoint_name(x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters), SUM)
         return x + self.ff(self.ff_norm(x), adapters)
 
 
