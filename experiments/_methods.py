@@ -77,13 +77,12 @@ IN_BASIS = {
         method="fusion",
         recipe=ALL | {"basis": 32},
         rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
-        # Those of whole modules, not tuned again.
         few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
     ),
     "basis and core": Entry(
         method="fusion",
         recipe=ALL | {"basis": 32, "core": True},
-        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_core": 2e-3},
+        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_core": 5e-4},
     ),
     # Cores alone: the coefficients stay at zero.
     "LoRA-XS": Entry(
