@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import SMALL, convert_small_pool, recipe_of, small_pool_in_basis
+from _common import SMALL, TRAIN_ROWS, League, convert_small_pool, recipe_of, small_pool_in_basis
 from _methods import METHODS, Entry
 from jaxtyping import Array
 
@@ -129,15 +129,20 @@ class Subject:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
         return fit(on_all.problem, on_all.rows, start(on_all.problem, seeds, begin), recipe, seeds).params
 
-    def train_on_fresh_chips(self, config: CrossbarConfig, recipe: Recipe) -> Params:
-        """Return numbers of every seed [S], trained on another chip at every step, none of them one of the chips."""
-        problem, rules, seeds = self.setup.problem, self.chips.rules(config), self.options.seeds
+    def on_fresh_chips(self, config: CrossbarConfig) -> Setup:
+        """Return the setup of all seeds on another chip at every step, none of them one of the chips."""
+        problem, rules = self.setup.problem, self.chips.rules(config)
         modules = module_numbers(self.setup, self.options, self.chips)
         chip = program(problem.graph, problem.frozen, rules, self.keys[0], modules=modules, norm="ideal")
-        chip = calibrate(self.setup, start(problem, seeds).params, chip, rows=CALIBRATION_ROWS)
+        begin = start(problem, self.options.seeds).params
+        chip = calibrate(self.setup, begin, chip, rows=CALIBRATION_ROWS)
         key = jax.random.fold_in(self.chips.key, STEP_CHIPS)
         fresh = redrawn(chip, problem.frozen, rules, key, steps="every", norm="ideal")
-        on_fresh = self.setup.posing(frozen=fresh)
+        return self.setup.posing(frozen=fresh)
+
+    def train_on_fresh_chips(self, config: CrossbarConfig, recipe: Recipe) -> Params:
+        """Return numbers of every seed [S], trained on another chip at every step."""
+        seeds, on_fresh = self.options.seeds, self.on_fresh_chips(config)
         return fit(on_fresh.problem, on_fresh.rows, start(on_fresh.problem, seeds), recipe, seeds).params
 
     def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
@@ -194,6 +199,7 @@ def subject(
     chips: Chips,
     count: int,
     test_rows: int | None,
+    league: League = "95+5",
 ) -> Subject:
     """Train a method digitally, and return it with its chips.
 
@@ -207,6 +213,7 @@ def subject(
       chips: to draw from.
       count: of chips.
       test_rows: evaluate on the first rows only.
+      league: rows to learn from.
     """
     entry = entry or METHODS[method]
     pool = small_pool_in_basis() if "basis" in entry.recipe else store.pool()
@@ -218,7 +225,8 @@ def subject(
         out=store.folder / "runs",
         name=f"{task}-{slug(method)}",
         method=entry.method,
-        recipe=dataclasses.replace(recipe_of(entry), epochs=epochs),
+        recipe=dataclasses.replace(recipe_of(entry, league=league), epochs=epochs),
+        train_rows=TRAIN_ROWS[league],
         test_rows=test_rows,
         resume=True,
     )

@@ -15,7 +15,8 @@ from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import column_norms
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.loss import batch_logits
+from lorafusion_jax.training.problem import Frozen, Problem
 
 _INDEX, _KEY = jnp.array([2, 0, 1]), jax.random.key(0)
 _MODEL = tiny.t5()
@@ -94,3 +95,19 @@ def test_whitened_numbers_measure_the_distance_from_the_mean_module(scripts):
     wanted, _ = plain.adapters({"coefficients": jnp.asarray(c, jnp.float32)}, frozen, _INDEX)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_chips_disagree_by_the_divergence_of_their_tokens(scripts):
+    disagreement = scripts("chip_consistency").disagreement
+    frozen, method, batch = tiny.frozen(_MODEL), Fusion(magnitudes=False), tiny.batch()
+    here = Problem(graph=_GRAPH, method=method, frozen=frozen, index=_INDEX)
+    there = here.replace(index=_INDEX[::-1])
+    params = {"coefficients": tiny.coefficients((3, 5))}
+    p, q = (
+        np.asarray(jax.nn.softmax(jax.jit(batch_logits)(params, batch, of)[0].astype(jnp.float32)), float)
+        for of in (here, there)
+    )
+    real = np.asarray(batch.labels) >= 0
+    wanted = ((p * np.log(p / q)).sum(axis=2) + (q * np.log(q / p)).sum(axis=2))[real].mean() / 2
+    assert float(jax.jit(disagreement)(params, batch, here, there)) == pytest.approx(wanted, rel=1e-3)
+    assert wanted > 1e-3
