@@ -21,6 +21,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _PRODUCT = re.compile(r"stablehlo\.dot_general (.*?) : \((tensor<[\dx]*f32>, tensor<[\dx]*f32>)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CALLERS = ("while", "call", "conditional")
 _FREE = (*_CALLERS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call")
 _LARGE = 2**16
@@ -136,7 +137,9 @@ class _Program:
             yield times, instruction, name, fused
             inside = fused or instruction.op not in _CALLERS
             runs = times * (self._trips(instruction) if instruction.op == "while" else 1)
-            for called in _CALLED.findall(instruction.rest):
+            branches = _BRANCHES.search(instruction.rest)
+            named = re.findall(r"%([\w.-]+)", branches.group(1)) if branches else []
+            for called in _CALLED.findall(instruction.rest) + named:
                 yield from self.walk(called, runs, inside)
 
     def _trips(self, loop: _Instruction) -> int:
@@ -156,9 +159,7 @@ class _Program:
         """Return whether an instruction only repeats a value, or scatters."""
         if i.op != "fusion":
             return i.op in ("broadcast", "scatter")
-        called = re.search(r"calls=%([\w.-]+)", i.rest)
-        assert called is not None, i
-        ops = {inner.op for inner in self.computations[called.group(1)].values()}
+        ops = {inner.op for inner in self._inside(i).values()}
         return "scatter" in ops or "broadcast" in ops and ops <= {*_FREE, "broadcast", "convert"}
 
     def moved(self, i: _Instruction, of: dict[str, _Instruction]) -> float:
@@ -174,14 +175,12 @@ class _Program:
         if i.op in _READS_PART:
             return written + min(written, read[0])
         if i.op == "fusion":
-            called = re.search(r"calls=%([\w.-]+)", i.rest)
-            assert called is not None, i
-            inner = self.computations[called.group(1)]
-            parameters = {int(p.rest.split(")")[0]): name for name, p in inner.items() if p.op == "parameter"}
-            for number, name in parameters.items():
+            inner = self._inside(i)
+            for number, name in _parameters(inner).items():
                 users = [user for user in inner.values() if name in user.operands]
-                if users and all(u.op in _READS_PART and u.operands[0] == name for u in users):
-                    read[number] = min(read[number], sum(_bytes(u.shapes[0]) for u in users))
+                part = self._part(name, inner)
+                if part is not None:
+                    read[number] = min(read[number], part)
                 if users and all(u.op == "dynamic-update-slice" and u.operands[0] == name for u in users):
                     # In place: the array is neither read nor written, apart from the new part.
                     written -= read[number]
@@ -189,12 +188,39 @@ class _Program:
                     read[number] = 0
         return max(written, 0) + sum(read)
 
+    def _inside(self, fusion: _Instruction) -> dict[str, _Instruction]:
+        called = re.search(r"calls=%([\w.-]+)", fusion.rest)
+        assert called is not None, fusion
+        return self.computations[called.group(1)]
+
+    def _part(self, name: str, inner: dict[str, _Instruction]) -> int | None:
+        """Return the bytes of an operand that a fusion reads, where it reads slices alone; else None."""
+        total, users = 0, [user for user in inner.values() if name in user.operands]
+        for user in users:
+            if user.op in _READS_PART and user.operands[0] == name:
+                parts: list[int | None] = [_bytes(user.shapes[0])]
+            elif user.op == "fusion":
+                within = self._inside(user)
+                numbers = [number for number, operand in enumerate(user.operands) if operand == name]
+                parts = [self._part(_parameters(within)[number], within) for number in numbers]
+            else:
+                return None
+            for part in parts:
+                if part is None:
+                    return None
+                total += part
+        return total if users else None
+
 
 def _padding(i: _Instruction) -> Iterator[tuple[str, float]]:
     for shape in i.shapes:
         own = math.ceil(math.prod(int(size) for size in shape[1].split(",") if size) * _bits(shape[0]) / 8)
         if own >= _LARGE:
             yield f"{shape[0]}[{shape[1]}]", _bytes(shape, of_memory="") / own
+
+
+def _parameters(inner: dict[str, _Instruction]) -> dict[int, str]:
+    return {int(p.rest.split(")")[0]): name for name, p in inner.items() if p.op == "parameter"}
 
 
 def _bytes(shape: tuple[str, str, str, str], of_memory: str | None = None) -> int:

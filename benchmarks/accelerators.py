@@ -4,9 +4,10 @@
 
 The fusion step as `mix` (also of weights in NF4, whose memory is below the plan's for bfloat16), as `sum` and as `sum`
 in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds, bfloat16, layers in
-a loop. libtpu's own compiler; counts are taken from its optimised HLO with the trips of every loop (`_hlo.py`). The
-roofline time is the larger of FLOPs and of bytes over a chip's published peaks (https://cloud.google.com/tpu/docs/v6e),
-a bound from below and not a measurement. Needs the `aot-tpu` extra.
+a loop. By name (`--program "read with noise"`) also reads of crossbar arrays. libtpu's own compiler; counts are taken
+from its optimised HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes
+over a chip's published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs
+the `aot-tpu` extra.
 """
 
 import importlib.util
@@ -27,9 +28,10 @@ from _model import BATCH, CHOICES, RANK, SOURCE, TARGET, Dtype, arguments, confi
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from lorafusion_jax import Recipe
+from lorafusion_jax import Recipe, crossbar
 from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.crossbar.read import definition
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, generation_flops, keys, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
@@ -41,6 +43,7 @@ from lorafusion_jax.training.problem import Frozen
 
 _GIB, _K = 2**30, 32
 _ROWS, _NEW = 10, 32  # of generation
+_SIZE, _INPUTS = 1024, 256  # of a read
 _MEMORY, _FLOPS = 1.25, 1.02  # the larger of ours and the compiler's over the smaller
 _PADDED = 1.99  # the padding of tiles, at most
 
@@ -63,6 +66,15 @@ _PROGRAMS = {
 }
 
 
+# Devices of arrays: 256 inputs read a matrix of 1024 x 1024, as `benchmarks/crossbar.py` describes it.
+_READS = {
+    "read of arrays": crossbar.Device(),
+    "read of imperfect arrays, by the loop": crossbar.Device(programming=crossbar.Independent(0.04)),
+    "read with noise": crossbar.Device(read_noise=crossbar.ReadNoise(0.04)),
+    "read with noise, cell by cell": crossbar.Device(read_noise=crossbar.ReadNoise(0.04, clip=True)),
+}
+
+
 class _Chip(NamedTuple):
     topology: str
     accelerator: str
@@ -80,7 +92,7 @@ def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
     parser.add_argument("--shape", choices=CHOICES, default="small-pool", help="of the base model")
-    parser.add_argument("--program", choices=_PROGRAMS, nargs="+", default=list(_PROGRAMS))
+    parser.add_argument("--program", choices=[*_PROGRAMS, *_READS], nargs="+", default=list(_PROGRAMS))
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
@@ -88,6 +100,9 @@ def main() -> None:
     chip = _CHIPS[options.chip]
     config, cases = config_of(options.shape, "bfloat16"), []
     for name in options.program:
+        if name in _READS:
+            cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip)
+            continue
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
         cases += measured(where, name, config, options.seeds, chip)
     _measure.show(cases, as_json=options.json)
@@ -262,16 +277,26 @@ def _of_a_mesh(
     ]
 
 
+def _read(where: str, name: str, chip: _Chip) -> list[dict[str, Any]]:
+    """Compile one read of arrays, and return its cases."""
+    dac, adc = crossbar.DAC(signed=False, scaling="fixed", limit=1.0), crossbar.ADC(bits=8, range="max")
+    config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=_READS[name])
+    device = _devices(chip)[0]
+    path: Any = "loop" if name.endswith("loop") else None
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, "tpu"))):
+        w, x, key = jax.eval_shape(lambda: (jnp.zeros((_SIZE, _SIZE)), jnp.zeros((_INPUTS, _SIZE)), jax.random.key(0)))
+        arrays = jax.eval_shape(lambda w, key: crossbar.program(w, config, key, path=path), w, key)
+        read = jax.jit(lambda x, arrays, key: crossbar.matmul(x, crossbar.with_read_key(arrays, key)))
+        compiled: Any = read.lower(*_on(SingleDeviceSharding(device), (x, arrays, key))).compile()
+    share = compiled.memory_analysis().temp_size_in_bytes / definition.BUDGET
+    how = {"path": arrays.plan.path, "temporaries_mib": share * definition.BUDGET / 2**20}
+    return [case(f"{where} temporaries / 256 MiB", share, 1, **how), _time(where, counts(compiled.as_text()), chip)]
+
+
 def _time(where: str, found: Counts, chip: _Chip) -> dict[str, Any]:
-    computing, moving = found.flops / chip.flops, found.bytes / chip.bandwidth
-    return case(
-        f"{where} roofline, time of the bytes / time of the FLOPs",
-        moving / computing,
-        None,
-        roofline_ms=1e3 * max(computing, moving),
-        gb=found.bytes / 1e9,
-        megacycles=found.cycles / 1e6,
-    )
+    seconds = max(found.flops / chip.flops, found.bytes / chip.bandwidth)
+    rest: Any = {"tflop": found.flops / 1e12, "gb": found.bytes / 1e9, "megacycles": found.cycles / 1e6}
+    return case(f"{where} roofline, ms", 1e3 * seconds, None, **rest)
 
 
 if __name__ == "__main__":

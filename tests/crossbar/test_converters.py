@@ -335,3 +335,17 @@ def test_read_noise_on_an_accelerator_is_drawn_once_for_each_conversion():
     with tiny.for_tpu():
         assert program(weights, config).plan.path in ("loop", "packed")
         assert program(weights, dataclasses.replace(config, device=Device())).plan.path == "definition"
+
+
+@pytest.mark.parametrize(("dac", "narrow"), [(DAC(slice_bits=4), True), (DAC(bits=11, slice_bits=10), False)])
+def test_an_accelerator_multiplies_small_integers_in_bfloat16(dac, narrow):
+    """The sums are exact. Slices of ten bits are not bfloat16 numbers."""
+    weights, x = problem(batch=4)
+    config = CrossbarConfig(dac=dac, adc=ADC(range="max"))
+    chip = program(weights, config, path="definition")
+    leaves, structure = jax.tree.flatten(chip)
+    read = jax.jit(lambda x, leaves: matmul(x, jax.tree.unflatten(structure, leaves)))
+    wanted = read(x, leaves)
+    with tiny.for_tpu():
+        assert ("bf16" in read.lower(x, leaves).as_text()) == narrow
+        np.testing.assert_array_equal(read(x, leaves), wanted)

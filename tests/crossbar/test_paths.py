@@ -318,3 +318,14 @@ def test_in_float64():
         found = lookup(x, pack(g, packing, 1, signed=False), packing, adc, bits, signed=False)
         assert found.dtype == jnp.float64
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_step_of_the_loop_slices_one_plane():
+    """Not a weight slice's planes of all row tiles first, which a TPU copied in every step."""
+    cells = jnp.zeros((_SLICES, _TILES, _ROWS, _COLS))
+    adc = Converter(jnp.ones(_SLICES), -128, 127)
+    noise = Noise(jnp.ones((_SLICES, _TILES, _ROWS, _COLS)), jnp.ones(_SLICES), stream(jax.random.key(0)))
+    codes = jnp.zeros((_BATCH, _TILES, _ROWS))
+    text = str(jax.make_jaxpr(lambda cells: loop(codes, cells, adc, (4, 4), None, noise))(cells))
+    assert f"slice_sizes=(1, 1, {_ROWS}, {_COLS})" in text
+    assert f"f32[{_TILES},{_ROWS},{_COLS}]" not in text and f"f32[1,{_TILES},{_ROWS},{_COLS}]" not in text

@@ -70,7 +70,8 @@ def _missed(*options: str, fault: str = "") -> set[str]:
 
 
 def test_programs_meet_their_bars():
-    assert not _missed("--program", "mix", "mix on a mesh of 4 x 2", "generation with the sum")
+    reads = ("read with noise", "read with noise, cell by cell")
+    assert not _missed("--program", "mix", "mix on a mesh of 4 x 2", "generation with the sum", *reads)
 
 
 def test_faults_of_a_step_are_found():

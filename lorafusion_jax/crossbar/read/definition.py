@@ -21,6 +21,7 @@ from ..devices.wires import currents
 from ..mapping import encoding
 from ..mapping.adc import Converter
 from ..mapping.decoding import finish
+from ..platform import for_cpu
 from .conversion_noise import of_conversions
 
 # Bytes that the temporaries of one read may take.
@@ -37,6 +38,8 @@ def column_sums(
     top: Float[Array, ""],
     key: PRNGKeyArray | None,
     config: CrossbarConfig,
+    *,
+    integers: bool = False,
 ) -> Float[Array, "_P cols"]:
     """Return the column sums of one tile at the ADC, for one weight slice and one input slice.
 
@@ -46,19 +49,25 @@ def column_sums(
       top: the highest level, 2^p - 1.
       key: of this read's noise.
       config: of the crossbar.
+      integers: both factors are, unless noise is drawn.
 
     Returns:
       The sums, subtracted unless positive and negative columns are converted each.
     """
     g_min, tile, device = like(config.g_min, g), config.tile, config.device
     subtract = g.shape[0] == 2 and not config.converts_each
+    narrow = integers and _are_narrow(config) and u.dtype == jnp.float32 and not for_cpu()
     if device.read_noise is not None and key is not None:
+        narrow = False
         drawn = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
         g = (drawn - g_min) / (1 - g_min) * top
     if tile.wire is None and device.iv is None and tile.current_limit is None:
+        how: Any = {"preferred_element_type": u.dtype} if narrow else {"precision": "highest"}
+        held = jnp.bfloat16 if narrow else u.dtype
         if subtract:
-            return jnp.dot(u, g[0] - g[1], precision="highest")[None]
-        return jnp.einsum("r,prc->pc", u, g, precision="highest") + g_min * top / (1 - g_min) * jnp.sum(u)
+            return jnp.dot(u.astype(held), (g[0] - g[1]).astype(held), **how)[None]
+        sums = jnp.einsum("r,prc->pc", u.astype(held), g.astype(held), **how)
+        return sums + g_min * top / (1 - g_min) * jnp.sum(u)
     v, conductance = u / encoding.pulse(config), g_min + g / top * (1 - g_min)
     if tile.wire is not None:
         wire = tile.wire
@@ -80,6 +89,8 @@ def all_sums(
     cells: Float[Array, "K P R C rows cols"],
     key: PRNGKeyArray | None,
     config: CrossbarConfig,
+    *,
+    integers: bool = False,
 ) -> Float[Array, "J K R C _P cols"]:
     """Return the column sums of one input vector in every tile, for every pair of slices.
 
@@ -88,6 +99,7 @@ def all_sums(
       cells: in level units.
       key: of the read noise; every tile and pair of slices draws its own.
       config: of the crossbar.
+      integers: codes and cells are.
     """
     pulses = encoding.pulses(codes, config)  # [J, R, rows]
     tops = jnp.asarray(encoding.levels(config), codes.dtype)
@@ -97,7 +109,7 @@ def all_sums(
         keys = jax.random.split(key, (len(config.input_slices), slices, row_tiles, column_tiles))
 
     def tile(u: Array, g: Array, top: Array, key: Array | None) -> Array:
-        return column_sums(u, g, top, key, config)
+        return column_sums(u, g, top, key, config, integers=integers)
 
     along_key = None if keys is None else 0
     slices, _, row_tiles, column_tiles = cells.shape[:4]
@@ -180,7 +192,7 @@ def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
     keys = None if key is None else jax.random.split(key, n.shape[0])
 
     def of_one(codes: Array, key: Array | None) -> Array:
-        sums = all_sums(codes, cells, key, config)
+        sums = all_sums(codes, cells, key, config, integers=chip.plan.integers)
         convert = None if quantise is None else _of_conversions(quantise, chip, key)
         total = shift_and_add(sums, convert, config)
         if quantise is not None and quantise.counts:
@@ -194,6 +206,14 @@ def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
 
     over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
     return over_inputs(tiles, keys)
+
+
+def _are_narrow(config: CrossbarConfig) -> bool:
+    """Return whether bfloat16, which has all integers up to 256, holds every level and every part of an input code.
+
+    Accelerators multiply such factors in one pass, and add the products up in float32: the sums are exact.
+    """
+    return max(config.weight_slices) <= 8 and max(config.input_slices) <= 8
 
 
 def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Array, "*J K R C P cols"]:

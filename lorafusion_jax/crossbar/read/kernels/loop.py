@@ -41,11 +41,10 @@ def loop(
             u = digit(u, slices, j).astype(n.dtype)
 
         def read(k: int, total: Array) -> Array:
-            plane = jax.lax.dynamic_index_in_dim(cells[k], r, 0, keepdims=False)
+            plane = _of_pair(cells, k, r)
             sums = jnp.dot(u, plane, precision="highest")
             if noise is not None:
-                of_cells = jax.lax.dynamic_index_in_dim(noise.variance[k], r, 0, keepdims=False)
-                variance = jnp.dot(jnp.square(u), of_cells, precision="highest")
+                variance = jnp.dot(jnp.square(u), _of_pair(noise.variance, k, r), precision="highest")
                 sums = add_noise(sums[None], variance[None], noise, i, (k, 0, 0), plane.shape[1])[0]
             return total + worth[j] * adc(sums, adc.scale[k])
 
@@ -58,3 +57,8 @@ def loop(
 
     zero = jnp.zeros((n.shape[0], cells.shape[3]), n.dtype)
     return jnp.stack(jax.lax.fori_loop(0, n.shape[1] * worth.size, step, (zero,) * cells.shape[0]))
+
+
+def _of_pair(planes: Float[Array, "K R rows _cols"], k: int, r: Array) -> Float[Array, "rows _cols"]:
+    """Return one plane in a single slice: `planes[k]` first would be copied in every step, for all row tiles."""
+    return jnp.squeeze(jax.lax.dynamic_slice(planes, (k, r, 0, 0), (1, 1, *planes.shape[2:])), (0, 1))
