@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from .. import __version__, interrupts
-from ..files import FileError, T, read_json, structured, write_text, writing
+from ..files import FileError, T, read_json, shown, structured, write_text, writing
 from . import processes
 from .source import inside, sha256
 
@@ -166,28 +166,72 @@ def _read_checked(folder: Path, record: Record, abstract: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     check_size(folder, record)
-    if abstract is None:
-        tree = ocp.load(str((folder / _ARRAYS).absolute()))
-        _compare(folder, record["arrays"], _signature(tree), fix=_RESTORE)
-        return tree
-    _compare(folder, _signature(abstract), record["arrays"], fix="it was saved by a run of another configuration")
-    return ocp.load(
-        str((folder / _ARRAYS).absolute()), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
-    )
+    if abstract is not None:
+        _compare(folder, _signature(abstract), record["arrays"], fix="it was saved by a run of another configuration")
+        abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
+    with _readable(folder / _ARRAYS):
+        _check_store(folder, record)
+        tree = ocp.load(str((folder / _ARRAYS).absolute()), abstract)
+    _compare(folder, record["arrays"], _signature(tree), fix=_RESTORE)
+    return tree
+
+
+def _check_store(folder: Path, record: Record) -> None:
+    """Raise a FileError if a store has far larger arrays than its files: orbax goes by the store, not by the record.
+
+    Reading the shapes by `ocp.metadata` would take as long as reading the arrays.
+    """
+    import tensorstore
+
+    size = 0
+    for path in (folder / _ARRAYS).rglob("manifest.ocdbt"):
+        if path.parent.name.startswith("ocdbt.process_"):  # parts of the store that it is in
+            continue
+        base = f"file://{path.parent.absolute()}/"
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        for key in store.list().result():
+            if key.endswith(b"/zarr.json"):
+                array = json.loads(store.read(key).result().value)
+                size += max(map(math.prod, (array["shape"], array["chunk_grid"]["configuration"]["chunk_shape"])))
+    _check_numbers(folder, record, size)
+
+
+@contextlib.contextmanager
+def _readable(arrays: Path) -> Iterator[None]:
+    """Turn what orbax raises and logs of files that it cannot read into a FileError."""
+
+    def none(record: logging.LogRecord) -> bool:
+        return False
+
+    log = logging.getLogger("absl")
+    log.addFilter(none)
+    try:
+        yield
+    except (FileError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, as the files are JSON and tensorstore's
+        reason = f"{type(error).__name__}: {shown(str(error))}"
+        raise FileError(arrays, got=f"orbax cannot read it ({reason})", fix=_RESTORE) from error
+    finally:
+        log.removeFilter(none)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with one entry a line, but lists of numbers on one line."""
     # A JSON string never holds a line break, so the pattern cannot match inside one.
-    numbers = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\s*\]")
+    numbers = re.compile(r"\[\n\s*([-+.\deE][-+.\deE,\s]*?)\s*\]")
     text = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1))
     write_text(path, f"{text}\n")
 
 
 def check_size(folder: Path, record: Record) -> None:
     """Raise a FileError if arrays take far more memory than their files, before anything is allocated."""
+    shapes = (map(int, re.findall(r"\d+", text.partition("[")[2])) for text in record["arrays"].values())
+    _check_numbers(folder, record, sum(map(math.prod, shapes)))
+
+
+def _check_numbers(folder: Path, record: Record, size: int) -> None:
     stored = sum(inside(folder, name).stat().st_size for name in record["files"])
-    size = sum(math.prod(map(int, re.findall(r"\d+", text.partition("[")[2]))) for text in record["arrays"].values())
     if size > max(_MOST_ZEROS * stored, _SMALL):
         got = f"arrays of {size:,} numbers in files of {stored:,} bytes"
         raise FileError(folder, got=got, wanted=f"at most {_MOST_ZEROS:,} for each byte", fix=_RESTORE)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypedDict
 
 import msgspec
 
-from ..files import FileError, read_json, write_bytes
+from ..files import FileError, read_json, shown, write_bytes
 from .data import Task, as_example
 from .readers import Rows, read_rows
 
@@ -84,6 +84,9 @@ def _read_index(index: Path) -> dict[str, _Entry]:
     entries = read_json(index, dict[str, _Entry], "LoraHub's split", own=False)
     if not entries:
         raise FileError(index, got="holds no tasks", fix="it is not LoraHub's index")
+    for name in entries:
+        if name != Path(name).name or name == "..":  # folders of this name are written
+            raise FileError(index, field=shown(name), got="a path", wanted="the name of a task", fix="refused")
     return entries
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import damage
+import datasets
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
-from lorafusion_jax.tasks import load_task
+from lorafusion_jax.tasks import load_task, write_lorahub_split
 
 SECONDS = 5.0  # of CPU time for one file
 _SLACK = 128 << 20  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter
@@ -86,6 +88,14 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "".join(json.dumps({"input": f"say {n}", "target": "x"}) + "\n" for n in range(4))
     )
 
+    (folder / "bbh").mkdir()
+    bbh = _written(folder / "bbh" / "task.json", {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]})
+    split = _written(folder / "split.json", {"task": _split(bbh)})
+    saved = folder / "saved"
+    datasets.Dataset.from_list(json.loads(task.read_text())).save_to_disk(saved)
+    store = run.checkpoints / "final" / "arrays"
+    (data,) = (path for path in (store / "state" / "d").iterdir())
+
     def resealed() -> None:
         manifest = json.loads((pool / "manifest.json").read_text())
         manifest.pop("sha256", None)
@@ -101,6 +111,29 @@ def kinds(folder: Path) -> dict[str, Kind]:
                 manifest.pop("sha256", None)
                 write_manifest(pool, manifest)
 
+    def stored() -> None:
+        path = store.parent / "manifest.json"
+        manifest = json.loads(path.read_text())
+        for name in manifest["files"]:
+            manifest["files"][name] = hashlib.sha256((store.parent / name).read_bytes()).hexdigest()
+        path.write_text(json.dumps(manifest))
+
+    def final() -> None:
+        checkpoint.load(store.parent)
+
+    def of_lorahub() -> None:
+        write_lorahub_split(bbh.parent, split, out)
+        shutil.rmtree(out)
+
+    def gguf_base(file: Path) -> None:
+        lf.load_base(file)
+        lf.load_tokenizer(file)("ab")
+
+    bytes_file, pieces_file = (
+        _write_gguf(folder / "bytes.gguf", _BYTE_LEVEL),
+        _write_gguf(folder / "pieces.gguf", _PIECES),
+    )
+
     def whole_pool() -> None:
         lf.load_pool(pool)
         resave(ConvertedPool(pool).adapter(entry["name"]), out)
@@ -112,10 +145,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "pool keys": Kind(first / "keys.json", whole_pool, resealed),
         "pool adapter config": Kind(first / "adapter_config.json", whole_pool, resealed),
         "basis manifest": Kind(pool / "basis" / "manifest.json", lambda: lf.load_basis(pool)),
-        "checkpoint manifest": Kind(
-            run.checkpoints / "final" / "manifest.json",
-            lambda: checkpoint.load(run.checkpoints / "final"),
-        ),
+        "checkpoint manifest": Kind(store.parent / "manifest.json", final),
+        "checkpoint tree": Kind(store / "state" / "_METADATA", final, stored),
+        "checkpoint of orbax": Kind(store / "_CHECKPOINT_METADATA", final, stored),
+        "checkpoint store": Kind(store / "state" / "manifest.ocdbt", final, stored),
+        "checkpoint data": Kind(data, final, stored),
         "T5 config": Kind(base / "config.json", lambda: abstract_model(lf.read_config(base))),
         "decoder config": Kind(decoder, lambda: abstract_model(lf.read_config(decoder.parent))),
         "generation config": Kind(base / "generation_config.json", lambda: lf.read_config(base)),
@@ -125,6 +159,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: read_adapter(sources[0])),
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: read_adapter(str(pickled))),
         "tokenizer": Kind(base / "tokenizer.json", lambda: lf.load_tokenizer(base)),
+        "tokenizer config": Kind(base / "tokenizer_config.json", lambda: lf.load_tokenizer(base)),
+        "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
+        "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
         "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
         "run results": Kind(run.folder / "results.json", run.results),
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
@@ -137,6 +174,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "result rows": Kind(folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")),
         "task list": Kind(task, lambda: load_task(task, train_rows=2)),
         "task rows": Kind(folder / "task.jsonl", lambda: load_task(folder / "task.jsonl", train_rows=2)),
+        "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
+        "bbh split": Kind(split, of_lorahub),
+        "data set state": Kind(saved / "state.json", lambda: load_task(saved, train_rows=2)),
+        "data set info": Kind(saved / "dataset_info.json", lambda: load_task(saved, train_rows=2)),
+        "data set rows": Kind(saved / "data-00000-of-00001.arrow", lambda: load_task(saved, train_rows=2)),
     }
 
 
@@ -216,6 +258,48 @@ def _weight_map(base: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), "one.safetensors")
 
 
+def _split(task: Path) -> dict[str, Any]:
+    """Return LoraHub's entry for two rows of a task that train, and one that tests."""
+    rows = json.loads(task.read_text())["examples"]
+    entry: dict[str, Any] = {"prefix": ["Answer.\n\n"], "sep": "\n", "example": [2, 0], "zero_shot": [1]}
+    for part in ("example", "zero_shot"):
+        lines = [
+            json.dumps({"context": f"Answer.\n\nQ: {rows[n]['input']}\nA:", "completion": rows[n]["target"]})
+            for n in entry[part]
+        ]
+        entry[f"sha256_{part}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return entry
+
+
+def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
+    """Write a Llama of one layer, with matrices in 8 bits."""
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    tokens, width, inner = len(tokenizer["tokens"]), 32, 64
+    sizes = {"embedding_length": width, "feed_forward_length": inner, "block_count": 1, "context_length": 64}
+    for key, size in (sizes | {"attention.head_count": 2, "vocab_size": tokens}).items():
+        writer.add_uint32(f"llama.{key}", size)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32("llama.rope.freq_base", 1e4)
+    for key, told in tokenizer.items():
+        add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(told)]
+        add(f"tokenizer.ggml.{key}", told)
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
+    shapes |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
+    shapes |= {"attn_norm": (width,), "ffn_norm": (width,)}
+    named = {"token_embd": (tokens, width), "output_norm": (width,)}
+    named |= {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for name, shape in named.items():
+        numbers = rng.normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if name.startswith("blk") and len(shape) == 2 else None
+        data = numbers if kind is None else gguf.quantize(numbers, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
     environment = {
         "path": "map",
@@ -268,6 +352,24 @@ def _write_chips(folder: Path) -> Path:
     return folder
 
 
+_BYTE_LEVEL = {
+    "model": "gpt2",
+    "pre": "gpt-2",
+    "tokens": ["<s>", "</s>", "a", "b", "c", "ab"],
+    "token_type": [3, 3, 1, 1, 1, 1],
+    "merges": ["a b"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_PIECES = {
+    "model": "llama",
+    "tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"],
+    "scores": [0.0, 0.0, 0.0, -5.0, -6.0, -7.0, -1.0, -2.0],
+    "token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+    "unknown_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _LLAMA = {
     "model_type": "llama",
     "vocab_size": 64,

@@ -1,7 +1,8 @@
 """Read damaged files of every kind for a given time: `make fuzz SECONDS=3600`.
 
-Prints how many files of each kind were read and refused, and every fault with the seed and number that give it again
-(`--only KIND --seed SEED --first NUMBER`); exits with 1 if there was one.
+Prints how many files of each kind were read and refused, how many a core does in an hour of CPU time, damaging and
+looking for new files included, and every fault with the seed and number that give it again (`--only KIND --seed SEED
+--first NUMBER`); exits with 1 if there was one.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import file_kinds
 
 
@@ -24,8 +26,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a kind's name")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
     print(f"seed {options.seed}", flush=True)
     found: Counter[tuple[str, str]] = Counter()
+    seconds: Counter[str] = Counter()
     number = options.first
     with tempfile.TemporaryDirectory() as sandbox:
         root = Path(sandbox) / "root"
@@ -36,17 +40,20 @@ def main() -> int:
         end = time.monotonic() + options.seconds
         while time.monotonic() < end:
             for name, kind in kinds.items():
-                draw = random.Random(f"{name} {options.seed} {number}")
+                draw, began = random.Random(f"{name} {options.seed} {number}"), time.process_time()
                 try:
                     found[name, file_kinds.outcome(kind, root, draw)] += 1
                 except file_kinds.Fault as fault:
                     found[name, "fault"] += 1
                     print(f"{name}, number {number}: {fault}\n", flush=True)
+                seconds[name] += time.process_time() - began
             number += 1
-    print(f"{'kind':<28}{'read':>8}{'refused':>9}{'faults':>8}")
+    print("| kind | read | refused | faults | a core-hour |\n|---|---:|---:|---:|---:|")
     for name in kinds:
-        print(f"{name:<28}{found[name, 'read']:>8}{found[name, 'refused']:>9}{found[name, 'fault']:>8}")
-    print(f"{sum(found.values()):,} files")
+        row = [found[name, outcome] for outcome in ("read", "refused", "fault")]
+        print(f"| {name} | {' | '.join(f'{n:,}' for n in (*row, round(3600 * sum(row) / seconds[name])))} |")
+    total = sum(found.values())
+    print(f"{total:,} files, {3600 * total / sum(seconds.values()):,.0f} a core-hour")
     return any(outcome == "fault" for _, outcome in found)
 
 

@@ -8,7 +8,9 @@ _NAMES = (
     *("checkpoint manifest", "T5 config", "decoder config", "generation config", "base index", "base weights"),
     *("adapter config", "adapter weights", "adapter pickle", "tokenizer", "chip arrays", "crossbar config"),
     *("run config", "run results", "run metrics", "run predictions", "chips manifest", "chips config"),
-    *("cost constants", "result rows", "task list", "task rows"),
+    *("cost constants", "result rows", "task list", "task rows", "bbh task", "bbh split", "tokenizer config"),
+    *("checkpoint tree", "checkpoint of orbax", "checkpoint store", "checkpoint data", "GGUF, byte level"),
+    *("GGUF, pieces", "data set state", "data set info", "data set rows"),
 )
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: exact round trips, every damage noticed by name, and nothing lost when a save is killed."""
 
+import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
@@ -207,6 +210,55 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(damage, two_
     assert [(folder / name / "file").read_text() for name in kept[:2]] == kept[:2]
     damage(folder / "step_000001")
     assert checkpoint.load_newest(checkpoint.steps(folder), note=notes.append) is None and len(notes) == 2
+
+
+def _resealed(folder: Path, **arrays: str) -> None:
+    """Write the digests of a folder's files as they are now, as somebody who means harm would."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["arrays"] |= arrays
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+# orbax changes the dtype to the one that is asked for.
+@pytest.mark.parametrize(("claim", "abstract"), [("int64[4]", True), ("int64[2, 3]", False), ("int32[3]", False)])
+def test_a_store_that_holds_other_arrays_than_its_manifest_says(claim, abstract, two_steps, tmp_path):
+    shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
+    _resealed(tmp_path / "saved", x=claim)
+    dtype, _, shape = claim.partition("[")
+    wanted = {"x": np.zeros(json.loads(f"[{shape}"), dtype)} if abstract else None
+    with pytest.raises(ValueError, match=rf"x is int64\[3\]: wanted {re.escape(claim)}; restore it from a copy"):
+        checkpoint.load(tmp_path / "saved", wanted)
+
+
+def test_a_store_of_huge_arrays_is_refused_before_it_is_read(two_steps, tmp_path):
+    folder = tmp_path / "saved"
+    shutil.copytree(two_steps / "step_000002", folder)
+    base = f"file://{folder}/arrays/state/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    described = json.loads(store.read("x/zarr.json").result().value)
+    store.write("x/zarr.json", json.dumps(described | {"shape": [10**13]}).encode()).result()
+    path = folder / "manifest.json"
+    files = (file.relative_to(folder).as_posix() for file in (folder / "arrays").rglob("*") if file.is_file())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": dict.fromkeys(files)}))
+    _resealed(folder)
+    with pytest.raises(ValueError, match=rf"{folder}: arrays of 10,000,000,000,000 numbers in files of [\d,]+ bytes"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("state/_METADATA", "{}"), ("state/manifest.ocdbt", "x"), ("_CHECKPOINT_METADATA", '{"custom_metadata": 1}')],
+)
+def test_a_store_that_orbax_cannot_read(name, content, two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
+    (tmp_path / "saved" / "arrays" / name).write_text(content)
+    _resealed(tmp_path / "saved")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/saved/arrays: orbax cannot read it \(\w+: .*restore it from"):
+        checkpoint.load(tmp_path / "saved")
+    assert not caplog.records
 
 
 class _Step(TypedDict):

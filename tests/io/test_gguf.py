@@ -613,6 +613,10 @@ def _kind(kind):
         ({"expert_count": 8}, r"llama\.expert_count is 8, which is not implemented for llama"),
         ({"logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not implemented for llama"),
         ({"rope__scaling__type": "yarn"}, r"the rope scaling is yarn, which is not implemented: wanted linear, or the"),
+        ({"attention__head_count": 0}, r"llama\.attention\.head_count is 0: wanted an integer from 1 to 10,000,000"),
+        ({"block_count": "two"}, r"llama\.block_count is 'two': wanted a number of 0 or more"),
+        ({"rope__freq_base": float("nan")}, r"llama\.rope\.freq_base is nan: wanted a number of 0 or more"),
+        ({"rope__scaling__type": 1}, r"llama\.rope\.scaling\.type is 1: wanted a text"),
         ({"rope__dimension_count": 8}, r"llama\.rope\.dimension_count is 8: wanted the width of a head, 16"),
     ],
 )
@@ -620,6 +624,42 @@ def test_files_that_are_refused(tmp_path, folders, arguments, message):
     file = _close(_writer(folders["llama"], tmp_path / "model.gguf", **arguments))
     with pytest.raises(ValueError, match=f"^{file}: .*{message}"):
         load_base(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "held", "message"),
+    [
+        ("general.alignment", 0, r"general\.alignment is 0: wanted an integer of 1 or more; fetch the file again"),
+        ("split.count", "3", r"split\.count is '3': wanted an integer"),
+        ("tokenizer.ggml.tokens", "ab", r"tokenizer\.ggml\.tokens is 'ab': wanted a list"),
+        ("tokenizer.ggml.bos_token_id", "1", r"tokenizer\.ggml\.bos_token_id is '1': wanted an integer of 0 or more"),
+        ("tokenizer.ggml.unknown_token_id", 4000, r"the unknown token is 4000, and tokenizer\.ggml\.tokens holds 262"),
+        ("tokenizer.ggml.token_type", [1, 1], r"tokenizer\.ggml\.token_type holds 2 numbers, and tokens 262 tokens"),
+    ],
+)
+def test_metadata_of_another_type_are_refused(tmp_path, folders, key, held, message):
+    writer = _writer(folders["llama"], tmp_path / "model.gguf")
+    writer.kv_data[0].pop(key, None)
+    add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    add[type(held)](key, held)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/model.gguf: {message}"):
+        load_tokenizer(_close(writer))
+
+
+@pytest.mark.parametrize("shape", [(2**62, 2**62, 2, 32), (0, 2**62), (2**40,)])
+def test_shapes_that_no_file_holds_are_refused(tmp_path, shape):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("x", np.zeros(32, np.float32))
+    writer.tensors[0]["x"].shape = shape
+    with pytest.raises(ValueError, match=r"model\.gguf: (x has shape|truncated or damaged, x ends).* fetch the file"):
+        read_gguf(_close(writer))
+
+
+def test_a_token_that_is_too_long_to_be_cut_everywhere_is_refused():
+    longest = {"tokenizer.ggml.tokens": ["a", "a" * 300], "tokenizer.ggml.scores": [0.0, 1.0]}
+    told = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": [1, 1]}
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.tokens holds one of 300 characters: wanted at most 255"):
+        build_tokenizer(longest | told)
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):

@@ -130,6 +130,8 @@ def _lacking(key):
         ("{", r"index\.json: not JSON \(.*\): restore it from a copy"),
         ("[]", r"index\.json: holds a list, not an object"),
         ({}, r"index\.json: holds no tasks"),
+        ({"../counting": _entry()}, r"index\.json: '\.\./counting' is a path: wanted the name of a task"),
+        ({"..": _entry()}, r"index\.json: '\.\.' is a path"),
         ({"counting": [1]}, r"index\.json: counting is \[1\]: wanted an object"),
         (_lacking("sep"), r"counting\.sep is missing: wanted a text"),
         (_lacking("sha256_example"), r"counting\.sha256_example is missing"),

@@ -4,13 +4,16 @@ Source: the format's description, ggml/docs/gguf.md. The header is read here bec
 every string: for 49,152 tokens it took 3.4 s instead of 0.05 s. It also gives no message about a truncated file.
 """
 
+import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
+from ...files import structured
 from ..source import map_file
 
 _MAGIC = b"GGUF"
@@ -18,7 +21,38 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
+_MOST_VALUES = 10_000_000  # of an array, which take up to eight times their bytes in Python
+_AGAIN = "fetch the file again"
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+
+
+_Count = Annotated[int, Meta(ge=0)]
+# The keys that are read here and by the tokenizer; those of an architecture are checked where its model is known.
+_Known = TypedDict(
+    "_Known",
+    {
+        "general.architecture": str,
+        "general.alignment": Annotated[int, Meta(ge=1)],
+        "split.count": int,
+        "tokenizer.chat_template": str,
+        "tokenizer.ggml.model": str,
+        "tokenizer.ggml.pre": str,
+        "tokenizer.ggml.tokens": list[str],
+        "tokenizer.ggml.token_type": list[int],
+        "tokenizer.ggml.scores": list[float],
+        "tokenizer.ggml.merges": list[str],
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.ggml.add_eos_token": bool,
+        "tokenizer.ggml.add_space_prefix": bool,
+        "tokenizer.ggml.bos_token_id": _Count,
+        "tokenizer.ggml.eos_token_id": _Count,
+        "tokenizer.ggml.eot_token_id": _Count,
+        "tokenizer.ggml.eom_token_id": _Count,
+        "tokenizer.ggml.padding_token_id": _Count,
+        "tokenizer.ggml.unknown_token_id": _Count,
+    },
+    total=False,
+)
 
 
 class StoredTensor:
@@ -101,8 +135,9 @@ def read_gguf(path: Path) -> Content:
     for _ in range(keys):
         key = header.text()
         if key in metadata:
-            raise ValueError(f"{path}: the metadata hold {key} twice: fetch the file again")
+            raise ValueError(f"{path}: the metadata hold {key} twice: {_AGAIN}")
         metadata[key] = header.value(*header.numbers("I"))
+    structured(metadata, _Known, path, own=False, fix=_AGAIN)
     if metadata.get("split.count", 1) > 1:
         raise ValueError(
             f"{path} is one of {metadata['split.count']} parts: merge them with llama.cpp's `llama-gguf-split --merge`"
@@ -124,13 +159,13 @@ def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, sta
             "quantise the model anew with llama.cpp's `llama-quantize`"
         )
     block, size = GGML_QUANT_SIZES[known[kind]]
-    if not shape or shape[-1] % block:
+    if not shape or shape[-1] % block or not all(shape):
         raise ValueError(
             f"{header.path}: {name} has shape {list(shape)}, and blocks of {title} hold {block} numbers of a row: "
             "fetch the file again"
         )
     row = shape[-1] // block * size
-    if start + row * int(np.prod(shape[:-1], dtype=np.int64)) > len(header.data):
+    if start + row * math.prod(shape[:-1]) > len(header.data):
         raise header.truncated(f"{name} ends behind the file's last byte")
     return StoredTensor(header.data, start, shape, title, row)
 
@@ -178,6 +213,8 @@ class _Header:
         if kind != _ARRAY:
             raise self.truncated(f"a value is of type {kind}, which GGUF lacks")
         inner, (count,) = *self.numbers("I"), self.numbers("Q")
+        if count > _MOST_VALUES:
+            raise self.truncated(f"an array holds {count:,} values")
         if inner == _STRING:
             return self.texts(count)
         if inner not in _SCALARS:

@@ -51,6 +51,7 @@ _SPLITTINGS = {
     "tekken": _Splitting((_TEKKEN,), adds_bos=True, whole_words=True),  # Mistral Nemo
 }
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_LONGEST = 255  # characters of a token that scores make: every way to cut it is tried
 _SPACE = "▁"
 
 
@@ -62,9 +63,6 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
     Raises:
       ValueError: the metadata lack the tokens, or ask for a tokenizer that is not implemented.
     """
-    from tokenizers import AddedToken, processors
-    from transformers import PreTrainedTokenizerFast
-
     told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     tokens, model = told.get("tokens", []), told.get("model")
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -73,30 +71,43 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
     if model not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model is {model!r}, which is not implemented: wanted gpt2 or llama")
     kinds = told.get("token_type", [_NORMAL] * len(tokens))
+    for key, found in {"token_type": kinds, "scores": told.get("scores", kinds)}.items():
+        if len(found) != len(tokens):
+            raise ValueError(f"tokenizer.ggml.{key} holds {len(found)} numbers, and tokens {len(tokens)} tokens")
+    special: dict[str, str | None] = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        number = told.get(f"{name}_token_id")
+        if number is not None and number >= len(tokens):
+            raise ValueError(f"the {name} token is {number}, and tokenizer.ggml.tokens holds {len(tokens)}")
+        special[name] = None if number is None else tokens[number]
     try:
-        if model == "gpt2":
-            tokenizer, adds_bos = _byte_level(told, vocabulary)
-        else:
-            tokenizer, adds_bos = _sentence_piece(told, vocabulary, kinds), True
+        return _built(told, vocabulary, kinds, special)
     except ValueError:
         raise
-    except Exception as error:  # tokenizers raises a bare one on merges of unknown tokens
+    except Exception as error:  # tokenizers raises bare ones, on merges of unknown tokens for example
         raise ValueError(f"tokenizer.ggml.tokens and its merges give no tokenizer: {error}") from error
+
+
+def _built(
+    told: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], named: Mapping[str, str | None]
+) -> "transformers.PreTrainedTokenizerFast":
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if told["model"] == "gpt2":
+        tokenizer, adds_bos = _byte_level(told, vocabulary)
+    else:
+        tokenizer, adds_bos = _sentence_piece(told, vocabulary, kinds, named["unknown"]), True
     for kind in (_CONTROL, _USER_DEFINED):
         special = kind == _CONTROL
         tokenizer.add_tokens(
             [
                 AddedToken(token, normalized=False, special=special)
-                for token, of_token in zip(tokens, kinds, strict=True)
+                for token, of_token in zip(vocabulary, kinds, strict=True)
                 if of_token == kind
             ]
         )
-
-    def special_token(name: str) -> str | None:
-        number = told.get(f"{name}_token_id")
-        return None if number is None else tokens[number]
-
-    bos, eos = special_token("bos"), special_token("eos")
+    bos, eos = named["bos"], named["eos"]
     first = [bos] if bos and told.get("add_bos_token", adds_bos) else []
     last = [eos] if eos and told.get("add_eos_token", False) else []
     if first or last:
@@ -109,9 +120,9 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
         tokenizer_object=tokenizer,
         bos_token=bos,
         eos_token=eos,
-        unk_token=special_token("unknown"),
-        pad_token=special_token("padding") or eos,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        unk_token=named["unknown"],
+        pad_token=named["padding"] or eos,
+        chat_template=told.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
 
@@ -139,7 +150,9 @@ def _byte_level(told: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple["t
     return tokenizer, splitting.adds_bos
 
 
-def _sentence_piece(told: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int]) -> "tokenizers.Tokenizer":
+def _sentence_piece(
+    told: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], unknown: str | None
+) -> "tokenizers.Tokenizer":
     """Return SentencePiece's byte-pair merges on characters, with bytes for characters that are not tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -149,16 +162,7 @@ def _sentence_piece(told: Mapping[str, Any], vocabulary: dict[str, int], kinds: 
         merges = _merges_of_scores(vocabulary, told["scores"], kinds)
     else:
         raise ValueError("the metadata lack tokenizer.ggml.scores, and merges instead of them: fetch the file again")
-    unknown = told.get("unknown_token_id")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocabulary,
-            merges,
-            unk_token=None if unknown is None else told["tokens"][unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = told.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefixed else spaces
@@ -178,6 +182,8 @@ def _merges_of_scores(vocabulary: dict[str, int], scores: list[float], kinds: li
     SentencePiece merges the pair with the highest score. Control and user-defined tokens are never merged.
     """
     normal = {token: scores[number] for token, number in vocabulary.items() if kinds[number] == _NORMAL}
+    if (longest := max(map(len, normal), default=0)) > _LONGEST:
+        raise ValueError(f"tokenizer.ggml.tokens holds one of {longest:,} characters: wanted at most {_LONGEST}")
     found = [
         (-score, -cut, token[:cut], token[cut:])
         for token, score in normal.items()

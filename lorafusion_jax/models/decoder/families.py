@@ -126,11 +126,16 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     """Return the config as transformers completes and checks it."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings quote the file as it is, and what they warn of is refused here
     try:
         return AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k not in _IGNORED})
     except Exception as error:  # its checks raise errors of several libraries
         raise ValueError(f"transformers rejects this config of a {kind}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _ropes(hf: Any, d_head: int) -> dict[str, Rope]:

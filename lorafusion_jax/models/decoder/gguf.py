@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...files import shown
 from ..architecture import GGUFLayout, Stored
 
 # general.architecture -> model_type and architecture of a config.json. Mistral's files are of llama's architecture.
@@ -22,6 +23,7 @@ _MODELS = {
 }
 _MISTRAL = ("mistral", "MistralForCausalLM")
 
+_LARGEST = 10_000_000  # number that the file gives for a size
 _HEAD = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 _OF_MODEL = {
@@ -68,19 +70,30 @@ class _Keys:
         }
 
     def take(self, key: str, default: Any = ...) -> Any:
-        """Return a number, or the default if there is none."""
+        """Return a number, or a text where the default is one; the default if there is none."""
         value = self._left.pop(key, default)
         if value is ...:
             raise ValueError(f"the metadata lack {self.name}.{key}: fetch the file again")
         if isinstance(value, list):
             raise ValueError(f"{self.name}.{key} is a list: wanted one number for all layers")
+        wanted, words = (str, "a text") if isinstance(default, str) else (int | float, "a number of 0 or more")
+        if not isinstance(value, wanted) or (not isinstance(value, str) and not 0 <= value < np.inf):
+            raise ValueError(f"{self.name}.{key} is {shown(value)}: wanted {words}")
+        return value
+
+    def size(self, key: str, default: Any = ...) -> int:
+        """Return a number of things, of which there is at least one."""
+        value = self.take(key, default)
+        if not isinstance(value, int) or not 1 <= value <= _LARGEST:
+            raise ValueError(f"{self.name}.{key} is {shown(value)}: wanted an integer from 1 to {_LARGEST:,}")
         return value
 
     def pattern(self, default: int, layers: int) -> list[bool]:
         """Return which layers have a sliding window: all but every n-th one, or as a list says."""
-        found = self._left.pop("attention.sliding_window_pattern", default)
-        if not isinstance(found, list):
+        if not isinstance(self._left.get("attention.sliding_window_pattern"), list):
+            found = self.take("attention.sliding_window_pattern", default)
             return [found == 0 or layer % found < found - 1 for layer in range(layers)]
+        found = self._left.pop("attention.sliding_window_pattern")
         if len(found) != layers:
             raise ValueError(
                 f"{self.name}.attention.sliding_window_pattern has {len(found)} entries: wanted one for each of "
@@ -92,7 +105,7 @@ class _Keys:
         """Raise a ValueError that names the first key with an effect that has not been taken."""
         for key, value in self._left.items():
             if value and key not in _WITHOUT_EFFECT:
-                raise ValueError(f"{self.name}.{key} is {value!r}, which is not implemented for {self.name}")
+                raise ValueError(f"{self.name}.{key} is {shown(value)}, which is not implemented for {self.name}")
 
 
 def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,15 +113,15 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
     keys = _Keys(metadata)
     kind, title = _MODELS[keys.name]
     gemma = kind.startswith("gemma")
-    hidden, heads = keys.take("embedding_length"), keys.take("attention.head_count")
-    d_head = keys.take("attention.key_length", hidden // heads)
+    hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
+    d_head = keys.size("attention.key_length", hidden // heads)
     if (width := keys.take("attention.value_length", d_head)) != d_head:
         raise ValueError(
             f"{keys.name}.attention.key_length is {d_head} and value_length is {width}: wanted one width of heads"
         )
     if "token_embd.weight" not in tensors:
         raise ValueError("the tensors lack token_embd.weight: wanted a model, not an adapter or a projector")
-    layers, context = keys.take("block_count"), keys.take("context_length")
+    layers, context = keys.size("block_count"), keys.size("context_length")
     content = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -176,6 +189,8 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
     """
     if factors.shape != (width // 2,):
         raise ValueError(f"{_ROPE_FACTORS} has shape {list(factors.shape)}: wanted [{width // 2}]")
+    if not np.all(np.isfinite(factors) & (factors > 0)) or theta <= 0:
+        raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling: fetch the file again")
     exponents = np.arange(0, width, 2) / width
     angles = theta**-exponents / (2 * np.pi)
     factor, quotients = float(factors.max()), factors.astype(np.float64)
