@@ -17,9 +17,9 @@ def __getattr__(name: str) -> Any:
             return importlib.import_module(f".{name}", __name__)
         names = importlib.import_module("._api", __name__)
         if name == "__all__" or name in names.__all__:
-            return getattr(names, name)
+            return globals().setdefault(name, getattr(names, name))  # it is not asked for again
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__getattr__("__all__")]
+    return [*{*globals(), *__getattr__("__all__")}]

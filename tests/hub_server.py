@@ -119,11 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._allowed(found[1], writes=True) and getattr(self, f"_{found[2]}")(found[1], body)
         if found := re.fullmatch(r"/([\w-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
             return self._lfs(json.loads(body))
-        if found := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)/tree/[^/]+", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)/tree/.+", path):
             return self._allowed(found[1]) and self._tree(found[1])
-        if found := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)(/revision/([^/]+))?", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)(/revision/([^/]+))?", path):
             return self._allowed(found[1], revision=found[3]) and self._info(found[1])
-        if found := re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"/(?:datasets/)?([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
             return self._allowed(found[1], revision=found[2]) and self._resolve(found[1], found[3])
         return self._send(404)
 

@@ -15,6 +15,11 @@ def test_every_public_name_is_there_and_documented():
         assert getattr(lf, name).__doc__ or name == "PRESETS", name
 
 
+def test_a_public_name_is_looked_up_once():
+    found = lf.Batch
+    assert vars(lf)["Batch"] is found and dir(lf).count("Batch") == 1
+
+
 def test_a_fusion_is_read_trained_and_merged_with_public_names_alone(tmp_path):
     """A gradient step by hand goes where `fusion_step` goes, and the merged model gives the fused one's loss."""
     folder, adapters = one_block.cut(tmp_path, adapters=2)

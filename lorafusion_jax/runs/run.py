@@ -21,6 +21,7 @@ from ..io import checkpoint, processes
 from ..io.hf import read_config
 from ..methods import find
 from ..methods.method import SearchJob
+from ..tasks import without_revision
 from ..training.fit import Epoch, fit, stacked, start
 from ..training.mesh import make_mesh, on_mesh, to_host
 from ..training.problem import Params
@@ -150,7 +151,7 @@ def _refuse_begun(run: RunFolder) -> None:
 
 def run_path(options: FuseOptions) -> Path:
     """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD."""
-    task = Path(options.task.partition(":")[0])
+    task = Path(without_revision(options.task).partition(":")[0])
     return Path(options.out) / (options.name or f"{task.stem}-{options.method}")
 
 

@@ -7,7 +7,7 @@ from .few_shot import BETWEEN_EXAMPLES, few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .readers import find_task
+from .readers import find_task, without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "split",
     "stream_text",
     "train_batches",
+    "without_revision",
     "write_lorahub_split",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .protocol import REFERENCE_SEED, shuffled
-from .readers import Row, read_rows
+from .readers import Row, read_rows, without_revision
 
 # The plain names, LoraHub's, and those of function-vector data sets.
 _KEYS = (("input", "target"), ("context", "completion"), ("input", "output"))
@@ -66,8 +66,8 @@ def load_task(
     * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
     * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024); of
       rows with equal inputs the first;
-    * a `datasets` folder (`save_to_disk`) or hub id, `owner/name` or `owner/name:config`, with those columns
-      and the splits train and test (or validation).
+    * a `datasets` folder (`save_to_disk`) or hub id, `owner/name`, `owner/name@revision`, `owner/name:config` or
+      `owner/name@revision:config`, with those columns and the splits train and test (or validation).
 
     With `chat`, rows may also be conversations, `{"messages": [{"role": ..., "content": ...}, ...]}`, which end with
     the user's message and the assistant's answer.
@@ -100,7 +100,7 @@ def load_task(
     for part in need:
         if not parts.get(part):
             raise ValueError(f"{source} has no {part} rows: give a folder or data set that has both parts")
-    path = Path(source)
+    path = Path(without_revision(source))
     return Task(
         # A hub id's config stays in the name, without the colon that no folder's name should have.
         name=name or (path.stem if path.is_file() else path.absolute().name.replace(":", "-")),

@@ -13,7 +13,7 @@ Rows = list[tuple[str, Row]]  # each with the place it came from, for messages
 
 # The plain names and LoraHub's.
 _PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 
 
 def read_rows(source: str | Path) -> dict[str, Rows]:
@@ -29,6 +29,12 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     if path.is_dir() and not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
         return _folder_rows(path)
     return _dataset_rows(str(source))
+
+
+def without_revision(source: str | Path) -> str:
+    """Return a hub id without its revision, and any other source as it is."""
+    hub_id = None if Path(source).exists() else _HUB_ID.fullmatch(str(source))
+    return str(source) if hub_id is None else hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
 
 
 def find_task(folder: str | Path, name: str) -> Path:
@@ -118,8 +124,8 @@ def _parse(text: str, path: Path, line: int = 1) -> Row:
 
 
 def _dataset_rows(source: str) -> dict[str, Rows]:
-    local = Path(source).is_dir()
-    if not local and (not _HUB_ID.fullmatch(source) or source.endswith((".json", ".jsonl"))):
+    local, hub_id = Path(source).is_dir(), _HUB_ID.fullmatch(source)
+    if not local and (hub_id is None or source.endswith((".json", ".jsonl"))):
         raise ValueError(f"{source} does not exist: wanted a task file, a task folder or a data set's hub id")
     import datasets
 
@@ -127,11 +133,17 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
         if local:
             loaded: Any = datasets.load_from_disk(source)
         else:
-            repository, _, config = source.partition(":")
-            loaded = datasets.load_dataset(repository, config or None)
+            assert hub_id is not None
+            repository, revision, config = hub_id.groups()
+            loaded = datasets.load_dataset(repository, config, revision=revision)
     except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError
-        what = "cannot be loaded by datasets" if local else "is not a local path, and could not be loaded from the hub"
-        raise ValueError(f"{source} {what}: {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}"
+        if local:
+            raise ValueError(f"{source} cannot be loaded by datasets: {said}") from error
+        raise ValueError(
+            f"{source} is not a local path, and could not be loaded from the hub: {said} (check the spelling, the "
+            "network and HF_HUB_OFFLINE; a private or gated one needs `hf auth login` or HF_TOKEN)"
+        ) from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {"all": loaded}
 

@@ -1,5 +1,6 @@
 """The hub, by its own library from a server on this machine: what is read from it, and what goes wrong."""
 
+import datasets
 import hub_server
 import numpy as np
 import one_block
@@ -10,6 +11,7 @@ from lorafusion_jax.io.hf import load_tokenizer, read_config
 from lorafusion_jax.io.hub import make_repository
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.source import resolve
+from lorafusion_jax.tasks import load_task
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +93,55 @@ def test_a_name_that_is_none_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(ValueError, match="the hub did not take a/b/c"):
         make_repository("a/b/c", private=False)
+
+
+@pytest.fixture
+def data(hub, monkeypatch, tmp_path):
+    """The hub with a data set of two files."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part, number in (("train", 3), ("test", 2)):
+        rows = [f'{{"input": "{part} {n}", "target": "x"}}\n' for n in range(number)]
+        (folder / f"{part}.jsonl").write_text("".join(rows))
+    hub.add("org/data", folder)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    datasets.disable_progress_bars()
+    yield hub
+    datasets.enable_progress_bars()
+
+
+def test_data_come_by_id_and_revision(data):
+    task = load_task(f"org/data@{hub_server.COMMIT}")
+    assert [example.input for example in task.test] == ["test 0", "test 1"] and len(task.train) == 3
+    assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [path for _, path, _ in data.requests]
+    with pytest.raises(ValueError, match=r"org/data@v9 is not a local path.*evision.*v9"):
+        load_task("org/data@v9")
+    with pytest.raises(ValueError, match=r"org/data:other is not a local path.*'other' not found"):
+        load_task("org/data:other")
+
+
+def test_data_that_were_fetched_are_there_offline(data, monkeypatch):
+    from huggingface_hub import constants
+
+    task = load_task("org/data")
+    asked = len(data.requests)
+    for config in (datasets.config, constants):
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    assert load_task("org/data").sha256 == task.sha256 and len(data.requests) == asked
+    with pytest.raises(ValueError, match=r"org/others is not a local path.*HF_HUB_OFFLINE"):
+        load_task("org/others")
+
+
+def test_private_and_gated_data_need_the_token(data, monkeypatch):
+    data.gated.add("org/data")
+    with pytest.raises(ValueError, match="org/data is not a local path.*gated"):
+        load_task("org/data")
+    data.gated.clear()
+    data.private.add("org/data")
+    with pytest.raises(ValueError, match="org/data is not a local path.*needs `hf auth login` or HF_TOKEN"):
+        load_task("org/data")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(load_task("org/data").test) == 2

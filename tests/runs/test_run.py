@@ -458,3 +458,8 @@ def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path):
     assert not (tmp_path / "out").exists() and "me/fused" not in hub.repositories
     with pytest.raises(ValueError, match="--private is of a repository of the hub: name it with --push"):
         export(dataclasses.replace(of_run, push=None, private=True))
+
+
+def test_a_run_is_named_after_its_task_without_revision_and_config():
+    for task in ("owner/bench", "owner/bench@v1.0", "owner/bench@refs/pr/1:counting", "tasks/bench.json"):
+        assert run_path(FuseOptions(base="base", pool="pool", task=task)) == Path("runs/bench-fusion")

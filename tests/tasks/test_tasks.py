@@ -222,8 +222,8 @@ def test_datasets_folder_of_one_split_is_divided(tmp_path):
 def test_hub_id_with_config(monkeypatch):
     asked = []
 
-    def load_dataset(*args):
-        asked.append(args)
+    def load_dataset(*args, revision):
+        asked.append((*args, revision))
         return datasets.DatasetDict({"train": _dataset(_rows(2)), "test": _dataset(_rows(1, start=2))})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -231,7 +231,9 @@ def test_hub_id_with_config(monkeypatch):
     assert (task.name, task.source) == ("bench-counting", "owner/bench:counting")
     assert (task.train, task.test) == (_examples(2), _examples(1, start=2))
     assert load_task("owner/bench").name == "bench"
-    assert asked == [("owner/bench", "counting"), ("owner/bench", None)]
+    assert load_task("owner/bench@refs/pr/1:counting").name == "bench-counting"
+    expected = [("owner/bench", "counting", None), ("owner/bench", None, None)]
+    assert asked == [*expected, ("owner/bench", "counting", "refs/pr/1")]
 
 
 # Bad input
@@ -381,7 +383,7 @@ def test_bad_data_sets(tmp_path, splits, message):
 
 def test_data_set_without_rows(tmp_path, monkeypatch):
     empty = datasets.DatasetDict({"train": _dataset(_rows(1)).select([]), "test": _dataset(_rows(1))})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: empty)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
     with pytest.raises(ValueError, match="owner/empty, split train is empty: a task needs at least one row"):
         load_task("owner/empty")
     empty.save_to_disk(tmp_path)
