@@ -36,13 +36,14 @@ from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_
 from lorafusion_jax.estimates.flops import Shape, generation_flops, keys, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import Architecture, kernels
+from lorafusion_jax.models.architecture import Architecture, kernels, targeted
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.training.mesh import AXES, shardings
 from lorafusion_jax.training.problem import Frozen
 
 _GIB, _K = 2**30, 32
 _ROWS, _NEW = 10, 32  # of generation
+_GROUP = 4  # layers that `compose` mixes at once
 _SIZE, _INPUTS = 1024, 256  # of a read
 _MEMORY, _FLOPS = 1.25, 1.02  # the larger of ours and the compiler's over the smaller
 _PADDED = 1.99  # the padding of tiles, at most
@@ -261,8 +262,10 @@ def _of_a_mesh(
 ) -> list[dict[str, Any]]:
     found, matrices = counts(compiled.as_text()), mesh[1]
     # A sum for each attention and feed-forward layer, forward and backward; and around the layers of the embedded
-    # tokens, of the loss (twice), of the head's gradient, and of two metrics.
+    # tokens, of the loss (twice), of the head's gradient, and of two metrics. The coefficients' gradient is summed for
+    # every group of layers that `compose` mixes at once, where there are several.
     stated = 2 * sum(stack.layers * (len(stack.attentions) + 1) for stack in config.stacks.values()) + 6
+    stated += sum(math.ceil(site.layers / _GROUP) for site in targeted(config, None).values() if site.layers > _GROUP)
     met = sum(len({device // matrices for device in group}) > 1 for group in found.groups)
     return [
         case(
