@@ -1,4 +1,4 @@
-"""Compile the package's programs for a TPU without one: memory, FLOPs, bytes, cycles and precision; nothing is run.
+"""Compile the package's programs for a TPU or H100 that is not there: memory, FLOPs, bytes, cycles and precision.
 
     python benchmarks/accelerators.py [--chip v5e] [--shape small-pool] [--seeds 8] [--json]
 
@@ -7,7 +7,7 @@ in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the
 a loop. By name (`--program "read with noise"`) also reads of crossbar arrays. libtpu's own compiler; counts are taken
 from its optimised HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes
 over a chip's published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs
-the `aot-tpu` extra.
+the `aot-tpu` extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
 """
 
 import importlib.util
@@ -81,26 +81,59 @@ class _Chip(NamedTuple):
     accelerator: str
     flops: float  # of bfloat16, a second
     bandwidth: float  # bytes a second
+    platform: str = "tpu"
 
 
 _CHIPS = {
     "v5e": _Chip("v5e:2x4", "v5litepod-8", 197e12, 819e9),
     "v6e": _Chip("v6e:2x4", "v6e-8", 918e12, 1640e9),
+    "h100": _Chip("1x1x1", "NVIDIA H100 80GB HBM3", 989e12, 3350e9, "cuda"),
 }
+# XLA's description of an H100; without a card there is no choice of kernels by measurement.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  runtime_version: "12.9.0"
+  driver_version: "12.9.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
     parser.add_argument("--shape", choices=CHOICES, default="small-pool", help="of the base model")
-    parser.add_argument("--program", choices=[*_PROGRAMS, *_READS], nargs="+", default=list(_PROGRAMS))
+    parser.add_argument("--program", choices=[*_PROGRAMS, *_READS], nargs="+", help="by default all but reads")
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit("libtpu is not installed, and nothing else compiles for a TPU: pip install -e '.[aot-tpu]'")
     chip = _CHIPS[options.chip]
+    needed, extra = ("libtpu", "aot-tpu") if chip.platform == "tpu" else ("jax_cuda12_plugin", "aot-cuda")
+    if importlib.util.find_spec(needed) is None:
+        sys.exit(f"{needed}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'")
+    # A mesh is compiled for TPUs alone.
+    names = options.program or [n for n, of in _PROGRAMS.items() if chip.platform == "tpu" or of.mesh is None]
     config, cases = config_of(options.shape, "bfloat16"), []
-    for name in options.program:
+    for name in names:
         if name in _READS:
             cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip)
             continue
@@ -113,14 +146,18 @@ def measured(where: str, name: str, config: Architecture, seeds: int, chip: _Chi
     """Compile one program for some seeds, and return its cases."""
     program, devices = _PROGRAMS[name], _devices(chip)
     if program.mesh is None:
-        kind = AbstractDevice(devices[0].device_kind, 1, "tpu")
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        with _traced_for(devices[0]):
             lowered, planned, flops = _lowered(program, config, seeds, partial(_on, SingleDeviceSharding(devices[0])))
         return [_precision(where, lowered), *_of_one_chip(where, lowered.compile(), planned, flops, chip)]
     axes = (AxisType.Auto, AxisType.Auto)
     with jax.set_mesh(Mesh(np.reshape(devices[: math.prod(program.mesh)], program.mesh), AXES, axis_types=axes)):
         lowered, _, _ = _lowered(program, config, seeds, _on_mesh)
         return [_precision(where, lowered), *_of_a_mesh(where, lowered.compile(), config, program.mesh, chip)]
+
+
+def _traced_for(device: Any) -> Any:
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, platform)))
 
 
 def _devices(chip: _Chip) -> Any:
@@ -134,6 +171,8 @@ def _devices(chip: _Chip) -> Any:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    if chip.platform == "cuda":
+        return topologies.get_topology_desc(platform="cuda", topology=chip.topology, target_config=_H100).devices
     return topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
 
 
@@ -222,19 +261,23 @@ def _precision(where: str, lowered: Any) -> dict[str, Any]:
 
 
 def _of_one_chip(where: str, compiled: Any, planned: float, flops: float, chip: _Chip) -> list[dict[str, Any]]:
-    memory, found = compiled.memory_analysis(), counts(compiled.as_text())
-    fill, written = max(found.filled.items(), key=lambda filled: filled[1], default=("nothing", 0))
+    memory = compiled.memory_analysis()
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     allocated = memory.argument_size_in_bytes + memory.temp_size_in_bytes + returned
+    of_memory = case(
+        f"{where} the compiler's memory / the plan's",
+        allocated / planned,
+        _MEMORY,
+        arguments_gib=memory.argument_size_in_bytes / _GIB,
+        temporaries_gib=memory.temp_size_in_bytes / _GIB,
+        planned_gib=planned / _GIB,
+    )
+    if chip.platform == "cuda":  # whose products are calls of libraries, and whose loops cannot be counted
+        return [of_memory]
+    found = counts(compiled.as_text())
+    fill, written = max(found.filled.items(), key=lambda filled: filled[1], default=("nothing", 0))
     return [
-        case(
-            f"{where} the compiler's memory / the plan's",
-            allocated / planned,
-            _MEMORY,
-            arguments_gib=memory.argument_size_in_bytes / _GIB,
-            temporaries_gib=memory.temp_size_in_bytes / _GIB,
-            planned_gib=planned / _GIB,
-        ),
+        of_memory,
         case(
             f"{where} FLOPs of the program and the plan's, the larger over the smaller",
             max(found.flops / flops, flops / found.flops),
@@ -286,14 +329,15 @@ def _read(where: str, name: str, chip: _Chip) -> list[dict[str, Any]]:
     config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=_READS[name])
     device = _devices(chip)[0]
     path: Any = "loop" if name.endswith("loop") else None
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, "tpu"))):
+    with _traced_for(device):
         w, x, key = jax.eval_shape(lambda: (jnp.zeros((_SIZE, _SIZE)), jnp.zeros((_INPUTS, _SIZE)), jax.random.key(0)))
         arrays = jax.eval_shape(lambda w, key: crossbar.program(w, config, key, path=path), w, key)
         read = jax.jit(lambda x, arrays, key: crossbar.matmul(x, crossbar.with_read_key(arrays, key)))
         compiled: Any = read.lower(*_on(SingleDeviceSharding(device), (x, arrays, key))).compile()
     share = compiled.memory_analysis().temp_size_in_bytes / definition.BUDGET
     how = {"path": arrays.plan.path, "temporaries_mib": share * definition.BUDGET / 2**20}
-    return [case(f"{where} temporaries / 256 MiB", share, 1, **how), _time(where, counts(compiled.as_text()), chip)]
+    of_memory = case(f"{where} temporaries / 256 MiB", share, 1, **how)
+    return [of_memory] if chip.platform == "cuda" else [of_memory, _time(where, counts(compiled.as_text()), chip)]
 
 
 def _time(where: str, found: Counts, chip: _Chip) -> dict[str, Any]:
