@@ -334,6 +334,15 @@ def _is_in(folder: Path, path: Path) -> bool:
     return folder.absolute() in (path.absolute(), *path.absolute().parents)
 
 
+def check_no_link(path: Path) -> None:
+    """Raise a FileError for a link, or another special file, where something is written in place.
+
+    It could lead out of a folder that somebody else has filled.
+    """
+    if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
+        raise FileError(path, got="a link, which could lead out of its folder, or a special file", fix="remove it")
+
+
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let a function write a file under a temporary name, and rename the file once it is complete.
 
@@ -343,6 +352,7 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # so that two processes do not share it
     with writing(path.parent):
         try:
+            partial.unlink(missing_ok=True)  # a link, perhaps, which would be followed
             writer(partial)
             partial.replace(path)
         except BaseException:

@@ -87,6 +87,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def _claimed(partial: Path) -> int:
     """Empty a folder, or make it, and return its locked descriptor: a process that is killed leaves no lock."""
+    if partial.is_symlink():  # what it leads to is not ours to empty
+        partial.unlink()
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:

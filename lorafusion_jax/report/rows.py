@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict, cast, get_args
 
 import msgspec
 
-from ..files import FileError, is_object, read_lines, structured, writing
+from ..files import FileError, check_no_link, is_object, read_lines, structured, writing
 
 League = Literal["95+5", "5"]
 LEAGUES = get_args(League)
@@ -79,7 +79,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     line that was cut off, which goes. A loss that is not finite is written as null.
 
     Raises:
-      ValueError: a row lacks a key or has a wrong value; nothing is written.
+      ValueError: a row lacks a key or has a wrong value, or the file is a link; nothing is written.
       WriteError: the disk is full, read-only or gone, or has no locks.
     """
     lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
@@ -89,6 +89,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _append(path: Path, lines: list[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_no_link(path)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         last = _last_line(file.fileno())

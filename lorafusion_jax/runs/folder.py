@@ -20,7 +20,7 @@ from typing import Annotated, Any, NotRequired, TextIO, TypedDict
 
 import msgspec
 
-from ..files import FileError, read_json, read_lines, shown, structured, write_text, writing
+from ..files import FileError, check_no_link, read_json, read_lines, shown, structured, write_text, writing
 from ..io import checkpoint, processes
 from ..methods import METHODS
 from ..training.seeds import Path as SeedPath
@@ -109,7 +109,7 @@ class RunFolder:
         """Keep other processes out, for as long as this one lives, and remove what a killed one left half written.
 
         Raises:
-          ValueError: another process is writing to the run.
+          ValueError: another process is writing to the run, or what is written in place is a link.
           WriteError: the disk is full or read-only, or has no locks.
         """
         if not processes.first():
@@ -118,6 +118,8 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+                for path in (self.folder / ".lock", self.folder / _METRICS, self.checkpoints):
+                    check_no_link(path)
                 lock = stack.enter_context(open(self.folder / ".lock", "a+"))
                 self._lock(lock)
                 for folder in (self.folder, self.checkpoints):

@@ -196,7 +196,11 @@ def _chat(
 def _tokens(tokenizer: "transformers.PreTrainedTokenizerBase", texts: str | list[str], **how: Any) -> Any:
     try:
         return tokenizer(texts, **how)
-    except Exception as error:  # tokenizers raises a bare Exception, such as for a missing unknown token
+    except BaseException as error:
+        # tokenizers raises a bare Exception, such as for a missing unknown token; Rust's panics, such as from a pattern
+        # that tries too much, are not even that.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} rejects a text ({error}): give a base with a sound tokenizer"
         ) from error

@@ -220,6 +220,9 @@ def test_arrays_are_as_large_as_their_bytes(tmp_path):
     np.savez_compressed(path, codes=np.zeros(10**6))
     with pytest.raises(ValueError, match=rf"^{path}: codes is compressed"):
         load_chip(path)
+    np.savez(path, meta_json="{")
+    with pytest.raises(ValueError, match=f"^{path} is damaged .*JSON"):
+        load_chip(path)
     np.savez(path, codes=np.zeros(8))
     path.write_bytes(path.read_bytes().replace(b"(8,), }  ", b"(8888,),}"))
     with pytest.raises(ValueError, match=f"^{path} is damaged .*CRC"):

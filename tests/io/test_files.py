@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -13,13 +14,15 @@ import one_block
 import pytest
 import tokenizers
 import transformers
+from made_up_rows import made_up
 
 import lorafusion_jax as lf
-from lorafusion_jax.files import FileError, printable, read_json, structured
+from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
 from lorafusion_jax.io.checkpoint import new_folder, read_arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
+from lorafusion_jax.report import append_rows
 from lorafusion_jax.runs.apply import GenerateOptions, generate_lines
 from lorafusion_jax.runs.folder import RunConfig, RunFolder
 from lorafusion_jax.runs.options import FuseOptions
@@ -254,3 +257,49 @@ def test_a_tokenizer_without_an_unknown_token_is_the_fault_of_its_base():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=known, name_or_path="the_base")
     with pytest.raises(ValueError, match=r"the tokenizer of the_base rejects a text \(.*UNK.*\): give a base with"):
         encode(tokenizer, [Example("b", "a")])
+
+
+def test_a_link_in_the_place_of_a_folder_to_write_is_not_followed(tmp_path):
+    (outside := tmp_path / "outside").mkdir()
+    (outside / "file").write_text("kept")
+    (tmp_path / ".new.partial").symlink_to(outside)
+    with new_folder(tmp_path / "new") as partial:
+        (partial / "file").write_text("new")
+    assert (outside / "file").read_text() == "kept" and (tmp_path / "new" / "file").read_text() == "new"
+
+
+def test_a_link_in_the_place_of_a_file_to_write_is_not_followed(tmp_path):
+    (outside := tmp_path / "outside").write_text("kept")
+    (tmp_path / f".x.{os.getpid()}.partial").symlink_to(outside)
+    write_text(tmp_path / "x", "new")
+    assert outside.read_text() == "kept" and (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
+def test_a_run_with_links_where_it_is_written_in_place_is_refused(name, tmp_path):
+    (outside := tmp_path / "outside").write_text("kept")
+    run = RunFolder(tmp_path / "run")
+    run.folder.mkdir()
+    (run.folder / name).symlink_to(outside)
+    message = f"{run.folder / name}: a link, which could lead out of its folder, or a special file: remove it"
+    with pytest.raises(FileError, match=message), run.locked():
+        pass
+    assert outside.read_text() == "kept"
+
+
+def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
+    (outside := tmp_path / "outside.jsonl").write_text("")
+    (link := tmp_path / "link.jsonl").symlink_to(outside)
+    os.mkfifo(pipe := tmp_path / "pipe.jsonl")
+    for path in (link, pipe):
+        with pytest.raises(FileError, match=f"{path}: a link, which could lead out of its folder, or a special file"):
+            append_rows(path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2))
+    assert outside.read_text() == ""
+
+
+def test_a_pattern_of_a_tokenizer_that_never_ends_is_refused():
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    endless = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, name_or_path="the_base")
+    with pytest.raises(ValueError, match=r"the tokenizer of the_base rejects a text \(.*retry-limit"):
+        encode(endless, [Example("a" * 60 + "b", "a")])

@@ -219,6 +219,16 @@ def test_datasets_folder_of_one_split_is_divided(tmp_path):
     assert set(task.train + task.test) == set(_examples(6))
 
 
+def test_datasets_folder_whose_texts_lie_behind_its_end(tmp_path):
+    _dataset([{"input": "ab", "target": "x"}] * 4).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    offsets = np.arange(0, 10, 2, dtype=np.int32)
+    assert offsets.tobytes() in (content := arrow.read_bytes())
+    arrow.write_bytes(content.replace(offsets.tobytes(), (offsets * 2**27).tobytes()))
+    with pytest.raises(ValueError, match=f"{tmp_path}/saved cannot be loaded by datasets: ArrowInvalid"):
+        load_task(tmp_path / "saved", train_rows=2)
+
+
 def test_hub_id_with_config(monkeypatch):
     asked = []
 

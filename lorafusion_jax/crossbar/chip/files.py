@@ -26,7 +26,7 @@ _ARRAYS = (
 )
 # What zipfile, NumPy's headers, JSON of another layout and impossible numbers raise.
 _DAMAGED = (zipfile.BadZipFile, OSError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
-_DAMAGED += (RecursionError, NotImplementedError)
+_DAMAGED += (RecursionError, NotImplementedError, json.JSONDecodeError)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
