@@ -131,8 +131,9 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
 
     try:
         if local:
-            loaded: Any = datasets.load_from_disk(source)
-            for part in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+            found = datasets.load_from_disk(source)
+            loaded: Any = {"all": found} if isinstance(found, datasets.Dataset) else found
+            for part in loaded.values():
                 part.data.validate(full=True)  # Arrow follows offsets of its files without a look, out of the file
         else:
             assert hub_id is not None
@@ -146,8 +147,6 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
             f"{source} is not a local path, and could not be loaded from the hub: {said} (check the spelling, the "
             "network and HF_HUB_OFFLINE; a private or gated one needs `hf auth login` or HF_TOKEN)"
         ) from error
-    if isinstance(loaded, datasets.Dataset):
-        loaded = {"all": loaded}
 
     def rows(split: str) -> Rows:
         where = f"{source}, split {split}"
