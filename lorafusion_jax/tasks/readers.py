@@ -145,7 +145,7 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
             raise ValueError(f"{source} cannot be loaded by datasets: {said}") from error
         raise ValueError(
             f"{source} is not a local path, and could not be loaded from the hub: {said} (check the spelling, the "
-            "network and HF_HUB_OFFLINE; a private or gated one needs `hf auth login` or HF_TOKEN)"
+            "network and HF_HUB_OFFLINE; private data, and data with terms to accept, need `hf auth login` or HF_TOKEN)"
         ) from error
 
     def rows(split: str) -> Rows:

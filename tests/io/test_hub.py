@@ -137,7 +137,7 @@ def test_data_that_were_fetched_are_there_offline(data, monkeypatch):
 
 def test_private_and_gated_data_need_the_token(data, monkeypatch):
     data.gated.add("org/data")
-    with pytest.raises(ValueError, match="org/data is not a local path.*gated"):
+    with pytest.raises(ValueError, match="org/data is not a local path.*terms to accept"):
         load_task("org/data")
     data.gated.clear()
     data.private.add("org/data")
