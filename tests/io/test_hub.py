@@ -141,7 +141,7 @@ def test_private_and_gated_data_need_the_token(data, monkeypatch):
         load_task("org/data")
     data.gated.clear()
     data.private.add("org/data")
-    with pytest.raises(ValueError, match="org/data is not a local path.*needs `hf auth login` or HF_TOKEN"):
+    with pytest.raises(ValueError, match="org/data is not a local path.*need `hf auth login` or HF_TOKEN"):
         load_task("org/data")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(load_task("org/data").test) == 2
