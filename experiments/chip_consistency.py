@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from _hardware import Row, Store, Subject, csv_of, slug, subject
 from _methods import IN_BASIS
 from jaxtyping import Array, Float
 
-from lorafusion_jax import Recipe, cli
+from lorafusion_jax import Recipe
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.hardware.folder import load_chips
 from lorafusion_jax.report import write_text
@@ -215,4 +216,4 @@ def table(found: Sequence[Row], options: Options) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _script.run(main)

@@ -82,6 +82,7 @@ class StoredTensor:
         other._offset = np.float32(offset)
         return other
 
+    @np.errstate(invalid="ignore", over="ignore")  # what is not finite is refused by name where a model is loaded
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Return some of the rows as float32."""
         from gguf.constants import GGMLQuantizationType
