@@ -15,8 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-ci test-all test-smoke test-aot test-oldest test-newest release-check \
-	fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
+.PHONY: demo demo-llm results test test-long test-peft test-ci test-all test-smoke test-aot test-oldest test-newest \
+	release-check fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub

@@ -43,6 +43,7 @@ SEED, BATCH = 1, 16
 RATE, REST = 200.0, 60.0
 # The family of each source, in the order of tables.
 _FAMILIES = {pool: {name: family for family, names in of.items() for name in names} for pool, of in POOLS.items()}
+_FAMILY = _FAMILIES["first"] | _FAMILIES["second"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of the finished tasks in the order of the sources."""
-    order = {name: place for place, name in enumerate(_FAMILIES["first"] | _FAMILIES["second"])}
+    order = {name: place for place, name in enumerate(_FAMILY)}
     lines = [
         "# The pool of SmolLM2",
         "",
@@ -162,7 +163,7 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     params = jax.tree.map(_rounded, state.params)
     row = {
         "task": name,
-        "family": (_FAMILIES["first"] | _FAMILIES["second"]).get(name),
+        "family": _FAMILY.get(name),
         "train_rows": setup.split.train.shape[1] + setup.split.validation.shape[1],
         "test_rows": len(setup.test),
         "base": zero_shot,
