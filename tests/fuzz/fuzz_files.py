@@ -1,12 +1,15 @@
-"""Read damaged files of every kind for a given time: `make fuzz SECONDS=3600`.
+"""Read damaged files of every kind for a given time, or until Ctrl-C: `make fuzz SECONDS=3600`.
 
 Prints how many files of each kind were read and refused, how many a core does in an hour of CPU time, damaging and
-looking for new files included, and every fault with the seed and number that give it again (`--only KIND --seed SEED
---first NUMBER`); exits with 1 if there was one.
+looking for new files included, the CPU and wall time of all, and every fault with the seed and number that give it
+again (`--only KIND --seed SEED --first NUMBER`); exits with 1 if there was one.
 """
 
 import argparse
+import contextlib
+import faulthandler
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +28,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--only", default="", help="part of a kind's name")
     options = parser.parse_args()
+    faulthandler.enable()  # a crash says at least which kind it was
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     print(f"seed {options.seed}", flush=True)
@@ -37,23 +42,26 @@ def main() -> int:
         kinds = {name: kind for name, kind in file_kinds.kinds(root).items() if options.only in name}
         for kind in kinds.values():  # what a first use compiles or loads is charged to no file
             kind.read()
-        end = time.monotonic() + options.seconds
-        while time.monotonic() < end:
-            for name, kind in kinds.items():
-                draw, began = random.Random(f"{name} {options.seed} {number}"), time.process_time()
-                try:
-                    found[name, file_kinds.outcome(kind, root, draw)] += 1
-                except file_kinds.Fault as fault:
-                    found[name, "fault"] += 1
-                    print(f"{name}, number {number}: {fault}\n", flush=True)
-                seconds[name] += time.process_time() - began
-            number += 1
+        began = time.monotonic()
+        with contextlib.suppress(KeyboardInterrupt):
+            while time.monotonic() < began + options.seconds:
+                for name, kind in kinds.items():
+                    draw, before = random.Random(f"{name} {options.seed} {number}"), time.process_time()
+                    try:
+                        found[name, file_kinds.outcome(kind, root, draw)] += 1
+                    except file_kinds.Fault as fault:
+                        found[name, "fault"] += 1
+                        print(f"{name}, number {number}: {fault}\n", flush=True)
+                    seconds[name] += time.process_time() - before
+                number += 1
+        wall = time.monotonic() - began
     print("| kind | read | refused | faults | a core-hour |\n|---|---:|---:|---:|---:|")
     for name in kinds:
         row = [found[name, outcome] for outcome in ("read", "refused", "fault")]
         print(f"| {name} | {' | '.join(f'{n:,}' for n in (*row, round(3600 * sum(row) / seconds[name])))} |")
     total = sum(found.values())
-    print(f"{total:,} files, {3600 * total / sum(seconds.values()):,.0f} a core-hour")
+    cpu = sum(seconds.values())
+    print(f"{total:,} files in {cpu:,.0f} s of CPU time, {3600 * total / cpu:,.0f} a core-hour; {wall:,.0f} s in all")
     return any(outcome == "fault" for _, outcome in found)
 
 
