@@ -244,7 +244,7 @@ def test_a_table_is_read_as_it_was_written(name, tmp_path):
     ("change", "message"),
     [
         (lambda t: t.pop("endurance"), r"lacks endurance: wanted every one of cell_write_energy"),
-        (lambda t: t.update(enduranze={}), r"enduranze unknown: choose from cell_write_energy"),
+        (lambda t: t.update(enduranze={}), r"enduranze.* unknown: choose from cell_write_energy"),
         (lambda t: t["adc_energy"].update(unit="nJ"), r"adc_energy is in 'nJ': wanted 'pJ'"),
         (lambda t: t["adc_energy"].update(low=2.0), r"adc_energy is \[2.0, 1.56, 5.0\]: wanted low <= typical <= high"),
         (lambda t: t["adc_energy"].update(high=1.0), r"wanted low <= typical <= high"),
@@ -274,7 +274,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match="constants are a file ending in .yaml, .yml, .json"):
         load_constants(tmp_path / "none.txt")
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a JSON file"):
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
         load_constants(tmp_path / "a.json")
     (tmp_path / "b.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="wanted a table of constants by name"):

@@ -351,7 +351,7 @@ def test_a_random_device_needs_a_key():
         (lambda: StuckAt(high=-0.1), r"StuckAt.high = -0.1: give a number at least 0 and at most 1"),
         (lambda: StuckAt(low=0.7, high=0.7), r"StuckAt: low \+ high = 1.4: together at most all cells"),
         (lambda: WriteVerify(0.0), r"WriteVerify.tolerance = 0.0: give a number above 0"),
-        (lambda: WriteVerify(0.1, pulses=0), r"WriteVerify.pulses = 0: give the most pulses of a cell, 1 or more"),
+        (lambda: WriteVerify(0.1, pulses=0), r"WriteVerify.pulses = 0: give the most pulses of a cell, 1 to 1,000,000"),
         (lambda: Device(time=-1.0), r"Device.time = -1.0: give a number at least 0"),
         (lambda: Device(clip="none"), r"Device.clip = 'none': choose positive .* or range"),
         (lambda: Device(write_verify=WriteVerify(0.1)), r"Device.write_verify .* give programming too"),

@@ -245,7 +245,7 @@ def test_a_compiled_product_of_nonlinear_cells_is_right_every_time(size):
         ("column_resistance", float("nan"), r"Wire.column_resistance = nan: give a number at least 0"),
         ("tolerance", 0.0, r"Wire.tolerance = 0.0: give a number above 0"),
         ("relaxation", 2.5, r"Wire.relaxation = 2.5: give a number above 0 and at most 2"),
-        ("iterations", 0, r"Wire.iterations = 0: give the most iterations, 1 or more"),
+        ("iterations", 0, r"Wire.iterations = 0: give the most iterations, 1 to 1,000,000"),
     ],
 )
 def test_bad_wires(field, value, message):

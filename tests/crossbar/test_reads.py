@@ -234,7 +234,7 @@ def test_new_settings_are_written_down_and_change_a_hash_only_where_they_are_set
     "make, message",
     [
         (lambda: ADC(noise=-1.0), "adc.noise = -1.0: a standard deviation cannot be negative"),
-        (lambda: ADC(retries=-1), "adc.retries = -1: give a number of reads, or 0"),
+        (lambda: ADC(retries=-1), "adc.retries = -1: give a number of reads, 0 to 1,000"),
         (lambda: DAC(quantile=0.1), "dac.quantile = 0.1: give a share of inputs from 0.5 to 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 
 import jax
@@ -204,14 +205,26 @@ def test_settings_that_only_warn_do_not_refuse_a_saved_chip(tmp_path):
         ),
         ("cell: &a [*a]", "tables over 20 deep"),
         ("cell: " + "[" * 400 + "]" * 400, "tables over 20 deep"),
-        ("x: !!timestamp soon", "is not a YAML file"),
-        ("x: !!python/object/apply:os.getcwd []", "is not a YAML file"),
+        (
+            "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{f'*{a}, ' * 20}]}}\n" for a, b in ("ab", "bc", "cd", "de")),
+            "100,000",
+        ),
+        ("cell: 1" + ":1" * 100_000, "an integer has 200,001 characters"),
+        ("cell: {on_off_ratio: 0x" + "f" * 17 + "}", "is an integer of over 64 bits"),
+        ("cell: {bits: [4, 4]}\ncell: {bits: [8]}", "'cell' is given twice"),
+        (f"cell: {{bits: {[1] * 17}}}", "at most 16 slices"),
+        ("device: {drift: {model: [1]}}", "choose from PCM_DRIFT"),
+        (f"tile: {{wire: {{row_resistance: 0.1, iterations: {2**62}}}}}", "1 to 1,000,000"),
+        (f"device: {{write_verify: {{tolerance: 0.1, pulses: {2**62}}}}}", "1 to 1,000,000"),
+        (f"adc: {{range: max, retries: {2**62}}}", "0 to 1,000"),
+        ("x: !!timestamp soon", "cannot be read as YAML"),
+        ("x: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
         ("#" * (1 << 20) + "\n", "has 1,048,577 bytes: wanted at most 1,048,576"),
     ],
 )
 def test_a_configuration_that_asks_for_more_than_its_size(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/x.yaml .*{message}"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x.yaml.*{message}"):
         load_config(tmp_path / "x.yaml")
 
 
@@ -219,6 +232,15 @@ def test_arrays_are_as_large_as_their_bytes(tmp_path):
     path = tmp_path / "chip.npz"
     np.savez_compressed(path, codes=np.zeros(10**6))
     with pytest.raises(ValueError, match=rf"^{path}: codes is compressed"):
+        load_chip(path)
+    with zipfile.ZipFile(path, "w") as archive:  # sixteen names for the same bytes
+        with archive.open("x.npy", "w") as file:
+            np.save(file, np.zeros(1000))
+        archive.filelist *= 16
+    with pytest.raises(ValueError, match=f"^{path}: x is compressed"):
+        load_chip(path)
+    np.savez(path, meta_json='{"config": "", "fields": "{\\"cell\\": 0}"}')
+    with pytest.raises(ValueError, match=f"^{path}: cell is 0"):
         load_chip(path)
     np.savez(path, meta_json="{")
     with pytest.raises(ValueError, match=f"^{path} is damaged .*JSON"):

@@ -72,21 +72,23 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
         raise
     except _DAMAGED as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): program the weights again") from error
+    except ValueError as error:  # ours, and NumPy's of a header
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     arrays = _arrays(path)
     if _META not in arrays:
-        raise ValueError(f"{path} does not hold programmed arrays: give a file that save_chip wrote")
+        raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
     meta = json.loads(str(arrays.pop(_META)))
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
     if config is None:
         if meta.get("fields") is None:
-            raise ValueError(f"{path} does not hold its configuration: give the one that it was programmed with")
+            raise ValueError("it does not hold its configuration: give the one that it was programmed with")
         config = from_json(meta["fields"])
     elif not has_hash(config, meta["config"]):
         raise ValueError(
-            f"{path} was programmed with another configuration ({meta['config'][:12]}, this one is "
+            f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
     packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
@@ -96,7 +98,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     plan = dict(meta["plan"])
     if "ties" not in plan:  # written before plans had it
         if fault := _earlier_fault(config, plan):
-            raise ValueError(f"{path} was written by an earlier version, {fault}: program the weights again")
+            raise ValueError(f"it was written by an earlier version, {fault}: program the weights again")
         limits = stored.get("limits")
         exact = exact_ties(config, None if limits is None else np.asarray(limits))
         plan["ties"] = exact if plan["integers"] else None
@@ -112,20 +114,20 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file, none of which is larger than its bytes in the file."""
-    found = {}
+    found, left = {}, path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            name = entry.filename.removesuffix(".npy")
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+            name, left = entry.filename.removesuffix(".npy"), left - entry.file_size
+            if entry.compress_type != zipfile.ZIP_STORED or left < 0:
                 raise ValueError(
-                    f"{path}: {name} is compressed, unlike what save_chip writes: program the weights again"
+                    f"{name} is compressed or shares its bytes, unlike what save_chip writes: program the weights again"
                 )
             content = io.BytesIO(archive.read(entry))
             version = np.lib.format.read_magic(content)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, columns_first, dtype = read(content)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - content.tell():
-                raise ValueError(f"{path}: {name} is not {dtype}{list(shape)}, as it says: program the weights again")
+                raise ValueError(f"{name} is not {dtype}{list(shape)}, as it says: program the weights again")
             array = np.frombuffer(content.getbuffer()[content.tell() :], dtype)
             found[name] = array.reshape(shape, order="F" if columns_first else "C")
     return found

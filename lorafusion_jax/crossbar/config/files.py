@@ -228,8 +228,8 @@ def _model(name: str, value: Any, where: str) -> Any:
     classes = {cls.__name__: cls for cls in _MODELS[name]}
     if isinstance(value, str) and value in published:
         return published[value]
-    if isinstance(value, dict) and value.get("model") in classes:
-        return _build(classes[value["model"]], {k: v for k, v in value.items() if k != "model"}, where)
+    if isinstance(value, dict) and isinstance(model := value.get("model"), str) and model in classes:
+        return _build(classes[model], {k: v for k, v in value.items() if k != "model"}, where)
     choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
     raise ValueError(f"{where} = {shown(value)}: choose from {choices}")
 

@@ -19,6 +19,7 @@ from ..devices.device import Device
 from ..devices.physical import Physical, is_traced
 from ..devices.wires import Wire
 
+_MOST_SLICES = 16  # as weights have at most 16 bits
 # Types of a limit other than tracers and a pytree's placeholders.
 _CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
@@ -52,10 +53,11 @@ class Cell:
 
     def __post_init__(self):
         if self.bits is not None:
-            listed = isinstance(self.bits, tuple | list) and len(self.bits) > 0
+            listed = isinstance(self.bits, tuple | list) and 1 <= len(self.bits) <= _MOST_SLICES
             if not listed or not all(isinstance(b, int) and 1 <= b <= 8 for b in self.bits):
                 raise ValueError(
-                    f"cell.bits = {self.bits!r}: give 1 to 8 bits for each weight slice, as in (2, 2, 2, 2)"
+                    f"cell.bits = {self.bits!r:.120}: give 1 to 8 bits for each weight slice, of "
+                    f"at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
                 )
             object.__setattr__(self, "bits", tuple(self.bits))
         if isinstance(self.on_off_ratio, int | float) and not self.on_off_ratio > 1:
@@ -196,8 +198,8 @@ class ADC:
             raise ValueError(f"adc.quantile = {self.quantile}: give a share of conversions from 0.5 to 1")
         if isinstance(self.limits, list | tuple):
             object.__setattr__(self, "limits", _tuples(self.limits))
-        if not isinstance(self.retries, int) or self.retries < 0:
-            raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, or 0")
+        if not isinstance(self.retries, int) or not 0 <= self.retries <= 1_000:
+            raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, 0 to 1,000")
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             if isinstance(value, int | float) and value < 0:

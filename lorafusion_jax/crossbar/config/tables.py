@@ -2,6 +2,8 @@
 
 import json
 import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import yaml
 
 _LARGEST = 1 << 20  # bytes
 _MOST_VALUES, _DEEPEST = 100_000, 20
+_LONGEST_INTEGER = 100  # characters: reading one takes time that grows by the square of its length
 _SPELL = reprlib.Repr()
 _SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxlong, _SPELL.maxother = 3, 120, 120, 120
 
@@ -25,25 +28,25 @@ def read_table(path: Path, kind: str) -> Any:
     """Return the content of a YAML or JSON file.
 
     Raises:
-      ValueError: the file is larger than 1 MiB, not of its kind, or holds 100,000 values or lists 20 deep; aliases of
-        YAML count as often as they occur.
+      ValueError: the file is larger than 1 MiB, not of its kind, gives a key twice, or holds an integer of over 64
+        bits, 100,000 values or lists 20 deep; aliases of YAML count as often as they occur.
     """
     if (size := path.stat().st_size) > _LARGEST:
         raise ValueError(f"{path} has {size:,} bytes: wanted at most {_LARGEST:,}")
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if kind == "json" else yaml.load(text, _LOADER)
+        if kind == "json":
+            found = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+            _check(found, _values)
+            return found
+        loader = _Loader(text)
+        node = loader.get_single_node()  # before aliases are followed
+        if node is None:
+            return None
+        _check(node, _nodes)
+        return loader.construct_document(node)
     except Exception as error:  # YAML tags that do not fit their values raise errors of many kinds
-        raise ValueError(f"{path} is not a {kind.upper()} file: {error}") from error
-    inside, values = [(found, 0)], 0
-    while inside:
-        value, depth = inside.pop()
-        values += 1
-        if depth > _DEEPEST or values > _MOST_VALUES:
-            raise ValueError(f"{path} holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep: refused")
-        if isinstance(value, dict | list):
-            inside += [(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
-    return found
+        raise ValueError(f"{path} cannot be read as {kind.upper()}: {error}") from error
 
 
 def shown(value: Any) -> str:
@@ -51,5 +54,62 @@ def shown(value: Any) -> str:
     return _SPELL.repr(value)
 
 
+def _check(root: Any, inside: Callable[[Any], Iterable[Any]]) -> None:
+    """Raise a ValueError for too many values, or too deep ones."""
+    waiting, values = [(root, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        if depth > _DEEPEST or values > _MOST_VALUES:
+            raise ValueError(f"it holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep")
+        waiting += [(each, depth + 1) for each in inside(value)]
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        _check_keys([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return [each for _, each in node.value]
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_keys([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _check_keys(keys: list[str]) -> None:
+    if len(set(keys)) < len(keys):
+        ((twice, _),) = Counter(keys).most_common(1)
+        raise ValueError(f"{shown(twice)} is given twice")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(f"an integer has {len(text):,} characters")
+    return _bounded(int(text))
+
+
+def _bounded(number: int) -> int:
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{number} is an integer of over 64 bits")
+    return number
+
+
 # The parser in C reads a file of 1 MiB in 1 s, the one in Python in 10 s.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Parser: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Parser):
+    """Loads integers of 64 bits at most."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _LONGEST_INTEGER:
+            raise ValueError(f"an integer has {len(node.value):,} characters")
+        return _bounded(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -191,8 +191,8 @@ def load_constants(path: Path) -> Constants:
         raise ValueError(f"{path} holds {shown(found)}: wanted a table of constants by name")
     if missing := [name for name in CONSTANTS.table if name not in found]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: wanted every one of {', '.join(CONSTANTS.table)}")
-    if unknown := [str(name) for name in found if name not in CONSTANTS.table]:
-        raise ValueError(f"{path}: {', '.join(unknown)} unknown: choose from {', '.join(CONSTANTS.table)}")
+    if unknown := [name for name in found if name not in CONSTANTS.table]:
+        raise ValueError(f"{path}: {shown(unknown)} unknown: choose from {', '.join(CONSTANTS.table)}")
     return Constants(
         MappingProxyType({name: _constant(found[name], name, c, path) for name, c in CONSTANTS.table.items()})
     )

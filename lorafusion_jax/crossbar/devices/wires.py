@@ -44,8 +44,8 @@ class Wire:
         check_bounds(self, "column_resistance", 0)
         check_bounds(self, "tolerance", 0, open_low=True)
         check_bounds(self, "relaxation", 0, 2, open_low=True)
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"Wire.iterations = {self.iterations!r}: give the most iterations, 1 or more")
+        if not isinstance(self.iterations, int) or not 1 <= self.iterations <= 1_000_000:
+            raise ValueError(f"Wire.iterations = {self.iterations!r}: give the most iterations, 1 to 1,000,000")
 
 
 def currents(

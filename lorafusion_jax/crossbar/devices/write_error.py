@@ -156,8 +156,8 @@ class WriteVerify:
 
     def __post_init__(self):
         check_bounds(self, "tolerance", 0, open_low=True)
-        if not isinstance(self.pulses, int) or self.pulses < 1:
-            raise ValueError(f"WriteVerify.pulses = {self.pulses!r}: give the most pulses of a cell, 1 or more")
+        if not isinstance(self.pulses, int) or not 1 <= self.pulses <= 1_000_000:
+            raise ValueError(f"WriteVerify.pulses = {self.pulses!r}: give the most pulses of a cell, 1 to 1,000,000")
 
     def __call__(
         self, write: Callable[[Array, Array], Array], target: Float[Array, "..."], key: Array
