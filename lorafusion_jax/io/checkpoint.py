@@ -26,6 +26,7 @@ import numpy as np
 from .. import __version__, interrupts
 from ..files import FileError, T, read_json, shown, structured, write_text, writing
 from . import processes
+from .ocdbt import most_decoded
 from .source import inside, sha256
 
 _ARRAYS = "arrays"
@@ -35,6 +36,8 @@ _RESTORE = "restore it from a copy"
 _METADATA = 1 << 16  # bytes of orbax's own files, about
 # Numbers for each byte of their files, in which zeros take no place; small arrays may have more.
 _MOST_ZEROS, _SMALL = 1_000, 1 << 24
+# Bytes of keys for each byte of their files; those of 6,000 arrays have 76. Few keys may have more.
+_MOST_KEYS, _FEW_KEYS = 200, 1 << 26
 
 
 class Record(TypedDict):
@@ -179,12 +182,17 @@ def _read_checked(folder: Path, record: Record, abstract: Any) -> Any:
 
 
 def _check_store(folder: Path, record: Record) -> None:
-    """Raise a FileError if a store has far larger arrays than its files: orbax goes by the store, not by the record.
+    """Raise a FileError if a store has far larger keys or arrays than its files: orbax goes by it, not by the record.
 
     Reading the shapes by `ocp.metadata` would take as long as reading the arrays.
     """
     import tensorstore
 
+    stored = sum(inside(folder, name).stat().st_size for name in record["files"])
+    keys = sum(most_decoded(inside(folder, name)) for name in record["files"])
+    if keys > max(_MOST_KEYS * stored, _FEW_KEYS):
+        got = f"keys of up to {keys:,} bytes in files of {stored:,} bytes"
+        raise FileError(folder, got=got, wanted=f"at most {_MOST_KEYS} for each byte", fix=_RESTORE)
     size = 0
     for path in (folder / _ARRAYS).rglob("manifest.ocdbt"):
         if path.parent.name.startswith("ocdbt.process_"):  # parts of the store that it is in
@@ -365,6 +373,8 @@ def steps(checkpoints: Path) -> list[Path]:
 def _check_files(root: Path, files: Mapping[str, str]) -> None:
     """Raise a ValueError that names the first file that is missing, is not listed, or has another SHA-256."""
     for path in (root / _ARRAYS).rglob("*"):
+        if path.is_symlink() and path.is_dir():  # what lies in it would not be compared
+            raise FileError(path, got="a link to a folder", fix="copy the whole folder again")
         if path.is_file() and path.relative_to(root).as_posix() not in files:
             raise FileError(path, got="the manifest does not list this file", fix="copy the whole folder again")
     for name, digest in files.items():

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pyarrow
 import pytest
 import tensorstore
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io.ocdbt import most_decoded
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -240,12 +243,51 @@ def test_a_store_of_huge_arrays_is_refused_before_it_is_read(two_steps, tmp_path
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     described = json.loads(store.read("x/zarr.json").result().value)
     store.write("x/zarr.json", json.dumps(described | {"shape": [10**13]}).encode()).result()
+    _relisted(folder)
+    with pytest.raises(ValueError, match=rf"{folder}: arrays of 10,000,000,000,000 numbers in files of [\d,]+ bytes"):
+        checkpoint.load(folder)
+
+
+def test_a_store_whose_keys_are_far_larger_than_its_files_is_refused_before_it_is_opened(two_steps, tmp_path):
+    folder = tmp_path / "saved"
+    shutil.copytree(two_steps / "step_000002", folder)
+    shutil.rmtree(folder / "arrays" / "state")
+    config = {"max_inline_value_bytes": 1 << 20, "max_decoded_node_bytes": 1 << 30}
+    base = f"file://{folder}/arrays/state/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base, "config": config}).result()
+    with tensorstore.Transaction() as writes:
+        for n in range(80):
+            store.with_transaction(writes).write(f"x{n}", bytes(1 << 20)).result()
+    _relisted(folder)
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10_000
+    with pytest.raises(ValueError, match=rf"{folder}: keys of up to 83,\d+,\d+ bytes in files of [\d,]+ bytes"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("level", [1, 19])
+@pytest.mark.parametrize("size", [1, 300, 70_000, 400_000])
+def test_the_bound_on_a_node_of_a_store_is_close(size, level, tmp_path):
+    content = np.random.default_rng(0).integers(0, 3, size, np.uint8).tobytes()
+    frame = pyarrow.Codec("zstd", compression_level=level).compress(content, asbytes=True)
+    skipped = struct.pack("<II", 0x184D2A53, 5) + b"12345"
+    node = b"\x0c\xdb\x20\xde" + struct.pack("<Q", 18 + len(skipped + frame)) + b"\0\1" + skipped + frame + b"crc!"
+    (tmp_path / "file").write_bytes(bytes(2**18 - 1) + node + b"\x0c\xdb\x20\xde" + b"\xff" * 8)
+    assert size <= most_decoded(tmp_path / "file") < size + 2**17
+
+
+def test_a_store_with_a_link_to_a_folder_is_refused(two_steps, tmp_path):
+    shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
+    (tmp_path / "saved" / "arrays" / "more").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}/saved/arrays/more: a link to a folder"):
+        checkpoint.load(tmp_path / "saved")
+
+
+def _relisted(folder: Path) -> None:
+    """Write the names and digests of the files of a folder's arrays as they are now."""
     path = folder / "manifest.json"
     files = (file.relative_to(folder).as_posix() for file in (folder / "arrays").rglob("*") if file.is_file())
     path.write_text(json.dumps(json.loads(path.read_text()) | {"files": dict.fromkeys(files)}))
     _resealed(folder)
-    with pytest.raises(ValueError, match=rf"{folder}: arrays of 10,000,000,000,000 numbers in files of [\d,]+ bytes"):
-        checkpoint.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +348,7 @@ import os, pathlib, signal, sys
 import numpy as np
 import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io.ocdbt import most_decoded
 folder = pathlib.Path(sys.argv[1])
 checkpoint.save_step(folder, 1, {"x": np.ones(3)}, {}, keep=1)
 checkpoint._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # after everything was written
