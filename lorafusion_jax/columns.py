@@ -1,6 +1,10 @@
 """Tables as text: cells padded to the width of their columns."""
 
+import re
 from collections.abc import Collection, Sequence
+
+# What would end a line or a cell, start emphasis, code, a link or a tag.
+_BREAKS, _MARKUP = re.compile(r"[\n\r\v\f\x85\u2028\u2029]"), re.compile(r"[\\|*`\[]|<(?=\S)")
 
 
 def padded(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[list[str]]:
@@ -27,3 +31,8 @@ def markdown(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) ->
     head, *rest = padded(lines, left=left)
     rule = ["-" * len(cell) if i in left else "-" * (len(cell) - 1) + ":" for i, cell in enumerate(head)]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rest))
+
+
+def escaped(text: str) -> str:
+    """Return a text for Markdown that stays on its line and in its cell, without links, code and tags."""
+    return _BREAKS.sub(" ", _MARKUP.sub(r"\\\g<0>", text))

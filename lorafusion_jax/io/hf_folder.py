@@ -101,9 +101,13 @@ class FolderBase(OpenedBase):
 
     def save_texts(self, folder: Path) -> None:
         origin = resolve(self._source, patterns=_TEXTS)
+        # In the hub's cache, files are links to a folder next to the one that has the snapshots.
+        own = origin.resolve().parents[1] if origin.parent.name == "snapshots" else origin.resolve()
         for name in _TEXTS:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
+            if (path := origin / name).is_file():
+                if not path.resolve().is_relative_to(own):
+                    raise FileError(path, got="a link out of its folder", fix="put the file itself there")
+                shutil.copyfile(path, folder / name)
 
     def _weights(self) -> Path:
         """Return the folder with the weights; the .bin is fetched from the hub only if it has no safetensors."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .figure import colour, plot
+from .figure import colour, literal, plot
 from .labels import label_points
 from .scores import Scores
 from .statistics import Summary
@@ -34,7 +34,7 @@ def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
             axes.plot(summary.mean, position, "o", color=_POINT, markersize=6)
             margin = axes.get_yaxis_transform()
             axes.text(1.01, position, f"{summary.mean:.1f}", transform=margin, va="center", color="#333333", size=10)
-        axes.set_yticks(range(len(found)), list(found))
+        axes.set_yticks(range(len(found)), [*map(literal, found)])
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xlim(0, 1.04 * max(summary.high for summary in found.values()) or 1)
         axes.grid(visible=True, axis="both")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write
+from ..files import printable, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +27,11 @@ _STYLE: dict[Any, Any] = {
 def colour(i: int) -> str:
     """Return the colour of the i-th method."""
     return _COLOURS[i % len(_COLOURS)]
+
+
+def literal(name: str) -> str:
+    """Return a name that matplotlib draws as it is: dollar signs would start a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:

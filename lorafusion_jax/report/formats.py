@@ -7,7 +7,6 @@ and nothing in CSV.
 import csv
 import html
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -53,7 +52,8 @@ class Table:
 
 def markdown(table: Table) -> str:
     """Return the caption and a table with columns in line."""
-    return f"{_plain(table.caption)}\n\n{columns.markdown([[_plain(cell) for cell in line] for line in table.texts])}"
+    lines = [[*map(columns.escaped, line)] for line in table.texts]
+    return f"{columns.escaped(table.caption)}\n\n{columns.markdown(lines)}"
 
 
 def csv_text(table: Table) -> str:
@@ -158,13 +158,7 @@ _LATEX = {
     "–": "--",
     "\n": " ",
 }
-# What would end a cell, start emphasis, code or a tag.
-_MARKDOWN = re.compile(r"[\\|*`]|<(?=\S)")
 
 
 def _latex(text: str) -> str:
     return text.translate(str.maketrans(_LATEX))
-
-
-def _plain(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\g<0>", text).replace("\n", " ")

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from .figure import literal
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
@@ -45,7 +47,9 @@ def label_points(
         taken.append(_box(across - radius, up - radius, 2 * radius, 2 * radius))
         taken.append(_box(across - scale, low, 2 * scale, high - low))
     for point, name in sorted(zip(points, names, strict=True), key=lambda named: -named[0][1]):
-        text = axes.annotate(name, point, (0, 0), textcoords="offset points", va="bottom", size=9, color=_INK, zorder=4)
+        text = axes.annotate(
+            literal(name), point, (0, 0), textcoords="offset points", va="bottom", size=9, color=_INK, zorder=4
+        )
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         x, y = axes.transData.transform(point)
         extent = text.get_window_extent(renderer)

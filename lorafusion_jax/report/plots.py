@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from .figure import colour, plot
+from .figure import colour, literal, plot
 from .spread import MEAN, deviation, seed_scores
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
                     continue
                 x = position + (i - (len(methods) - 1) / 2) * width
                 mean, spread = statistics.fmean(values), deviation(values)
-                axes.bar(x, mean, 0.92 * width, color=colour(i), label=method if position == 0 else None)
+                axes.bar(x, mean, 0.92 * width, color=colour(i), label=literal(method) if position == 0 else None)
                 if spread is not None:
                     axes.errorbar(x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5)
                     offsets = np.linspace(-0.22, 0.22, len(values)) * width
@@ -93,11 +93,11 @@ def plot_learning_curves(
             for method, by_seed in by_method.items():
                 _draw_curves(panel, by_seed, colour(methods.index(method)))
             panel.set_yscale("log")
-            panel.set_title(task, loc="left")
+            panel.set_title(literal(task), loc="left")
         figure.supylabel(f"{key.replace('_', '-')}, nats per token", size=11)
         figure.suptitle(title, x=0.01, ha="left", size=12)
         lines = [panels[0, 0].plot([], [], color=colour(methods.index(m)), linewidth=2)[0] for m in drawn]
-        figure.legend(lines, drawn, loc="outside lower center", ncols=len(drawn))
+        figure.legend(lines, [*map(literal, drawn)], loc="outside lower center", ncols=len(drawn))
 
     plot(path, (3.4 * columns + 0.5, 2.6 * rows + 0.9), draw)
 
@@ -128,7 +128,7 @@ def plot_coefficients(
         axes = figure.subplots()
         image = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axes.grid(visible=False)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [*map(literal, names)])
         axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 8 else 90)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -166,4 +166,4 @@ def _draw_curves(panel: "Axes", by_seed: Mapping[int, tuple[list[int], list[floa
 
 
 def _wrapped(task: str) -> str:
-    return task.replace("_", "\n")
+    return literal(task).replace("_", "\n")

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..columns import markdown
+from ..columns import escaped, markdown
 
 _KEYS = ("task", "method", "seed", "exact_match", "trainable", "seconds")
 MEAN = "mean"
@@ -28,9 +28,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], *, apart: Collection[str] 
       ValueError: there are no rows, or a row lacks a key.
     """
     methods, scores = seed_scores(rows, apart)
-    lines = [("exact match, %", *methods)]
+    lines = [("exact match, %", *map(escaped, methods))]
     lines += [
-        (f"**{task}**" if task == MEAN else task, *(_spread(by_method.get(method, {})) for method in methods))
+        (f"**{task}**" if task == MEAN else escaped(task), *(_spread(by_method.get(method, {})) for method in methods))
         for task, by_method in scores.items()
     ]
     lines.append(("trainable numbers", *(_trainable(rows, method) for method in methods)))

@@ -4,6 +4,8 @@ Axis letters: L layer, N modules.
 """
 
 import importlib.util
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from .. import __version__
-from ..columns import markdown
-from ..files import write_text
+from ..columns import escaped, markdown
+from ..files import printable, write_text
 from ..io.source import is_hub_id
 from ..models.architecture import Architecture
 from ..report import plot_coefficients, summary
@@ -51,9 +53,9 @@ def write_card(
     what = "A model" if merged else "A PEFT adapter"
     parts = [
         _front_matter(options, merged=merged),
-        f"# {Path(_shown(options.task)).stem}, by {options.method}\n",
-        f"{what}, made of `{_shown(options.base)}` by lorafusion-jax {__version__} with the method `{options.method}` "
-        f"and the seed {seed}.\n",
+        f"# {_text(Path(_shown(options.task)).stem)}, by {options.method}\n",
+        f"{what}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
+        f"`{options.method}` and the seed {seed}.\n",
         _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged),
         _data(options, recorded, results),
     ]
@@ -82,28 +84,42 @@ def _shown(source: str) -> str:
     return source if is_hub_id(source) else Path(source).name
 
 
+def _text(name: str) -> str:
+    """Return a name as text in Markdown; control characters are spelled out."""
+    return escaped(printable(name))
+
+
+def _code(name: str) -> str:
+    """Return a name as code in Markdown, or as text if it has what would end the code."""
+    return _text(name) if "`" in name or "\n" in name else f"`{printable(name)}`"
+
+
 def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool) -> str:
     kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
+    # A text of JSON is one of Python too, whatever the name holds.
+    of, base = json.dumps(where), json.dumps(printable(_shown(options.base)), ensure_ascii=False)
     if merged:
-        code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{where}")'
+        code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({of})"
     else:
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
-            f'base = {kind}.from_pretrained("{_shown(options.base)}")\n'
-            f'model = PeftModel.from_pretrained(base, "{where}")'
+            f"base = {kind}.from_pretrained({base})\n"
+            f"model = PeftModel.from_pretrained(base, {of})"
         )
     prompt = ""
     if options.chat:
         prompt = "\nIts prompts are in the base's chat template.\n"
     elif options.prompt is not None:
-        prompt = f"\nIts prompts:\n\n```text\n{options.prompt}\n```\n"
+        longest = max(map(len, re.findall("`+", options.prompt)), default=0)
+        fence = "`" * max(3, longest + 1)
+        prompt = f"\nIts prompts:\n\n{fence}text\n{printable(options.prompt)}\n{fence}\n"
     return f"## Load it\n\n```python\n{code}\n```\n{prompt}"
 
 
 def _data(options: FuseOptions, recorded: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
     task, learned = (
-        f"`{_shown(options.task)}` (SHA-256 {recorded['task_sha256']})",
+        f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})",
         f"at most {options.train_rows:,} rows",
     )
     return f"## Data\n\nThe task {task}: {learned} were learned from{tested}.\n"
@@ -125,7 +141,7 @@ def _by_module(coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]], modules
     lines = [["adapter", "mean", "least", "greatest"]]
     for i in np.argsort(-np.abs(flat.mean(axis=1)), kind="stable").tolist():
         of_module = (flat[i].mean(), flat[i].min(), flat[i].max())
-        lines.append([str(modules[i]), *(f"{value:.3f}" for value in of_module)])
+        lines.append([_text(str(modules[i])), *(f"{value:.3f}" for value in of_module)])
     return markdown(lines)
 
 

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
+from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, open_base, read_config, save_base
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5Config
@@ -494,3 +494,21 @@ class Theirs(PreTrainedTokenizerFast): ...
     (base / "theirs.py").write_text(code)
     assert load_tokenizer(base)("ab").input_ids
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_texts_that_are_links_out_of_a_base_are_not_copied(tmp_path, snapshot):
+    blobs, folder, out = tmp_path / "base" / "blobs", tmp_path / "base" / "snapshots" / "0", tmp_path / "out"
+    if not snapshot:
+        blobs, folder = tmp_path / "base", tmp_path / "base"
+    for made in (blobs, folder, out):
+        made.mkdir(parents=True, exist_ok=True)
+    (blobs / "digest").write_text("{}")
+    (folder / "config.json").symlink_to(blobs / "digest")
+    (tmp_path / "key").write_text("a secret")
+    base = open_base(str(folder))
+    base.save_texts(out)
+    assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
+    (folder / "merges.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match=f"{folder}/merges.txt: a link out of its folder"):
+        base.save_texts(out)

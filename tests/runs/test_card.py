@@ -1,0 +1,43 @@
+"""Model cards of names that strangers chose: what they hold is text, wherever it stands."""
+
+import ast
+import re
+
+import numpy as np
+import one_block
+
+import lorafusion_jax as lf
+from lorafusion_jax.runs.card import write_card
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import options_to_json
+
+_HOSTILE = '<img src=x onerror=run()> [free](http:evil) `|*"); import os; #\n# A title\n---\n\x1b[31m'
+
+
+def test_names_in_a_model_card_are_text(tmp_path):
+    prompt = "````\n<script>\n```{input}"
+    options = FuseOptions(base=_HOSTILE, pool="pool", task=f"{_HOSTILE}.jsonl", seeds=(1,), prompt=prompt)
+    run, environment = RunFolder(tmp_path / "run"), {"path": "map", "dtype": "float32", "device": "cpu", "cores": 2}
+    with run.locked():
+        recorded = {"options": options_to_json(options), "modules": [[_HOSTILE, "$\\frac$"]], "task_sha256": _HOSTILE}
+        run.write_config(recorded | {"max_new_tokens": 8, "environment": environment | {"versions": {}}})
+    coefficients = {"encoder.self.q": np.ones((2, 2, 1), np.float32)}
+    config = lf.read_config(one_block.SMALL / "base")
+    write_card(tmp_path, run, options, 1, config, merged=False, repository=None, coefficients=coefficients)
+
+    card = (tmp_path / "README.md").read_text()
+    front, card = card.removeprefix("---\n").split("\n---\n", 1)
+    assert front == "tags:\n- lorafusion\n- lora\nlibrary_name: peft"
+    assert "\x1b" not in card
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
+    (_, _, base, _) = ast.parse(code).body
+    assert ast.literal_eval(base.value.args[0]) == _HOSTILE.replace("\x1b", "\\x1b").rpartition("/")[2]
+    assert f"\n`````text\n{prompt}\n`````\n" in card
+
+    prose = re.sub(r"^(`{3,})\w+\n.*?^\1$", "", card, flags=re.M | re.S)
+    assert re.findall(r"^#+ .*", prose, re.M)[1:] == ["## Load it", "## Data", "## The pool"]
+    assert not re.search(r"(?<!\\)(<\w|\[free|`\|)", prose) and "\n---\n" not in prose
+    rows = [line for line in prose.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+    assert (tmp_path / "coefficients.png").stat().st_size > 1000
