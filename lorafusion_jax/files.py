@@ -14,7 +14,7 @@ import reprlib
 import types
 import typing
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -203,6 +203,12 @@ def is_object(line: bytes) -> bool:
 def shown(value: Any) -> str:
     """Return the text of a value of a file for a message, shortened because files may nest lists very deeply."""
     return _SPELL.repr(value)
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of many names of a file as text for a message."""
+    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
+    return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ import msgspec
 
 from ..files import FileError, read_json, shown, write_bytes
 from .data import Task, as_example
-from .readers import Rows, read_rows
+from .readers import Row, read_rows
 
 _PARTS: tuple[Literal["example", "zero_shot"], ...] = ("example", "zero_shot")  # LoraHub's: train and test
 
@@ -62,7 +62,7 @@ def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] 
                 f"{source} does not exist: give the folder bbh of github.com/suzgunmirac/BIG-Bench-Hard, "
                 "which has a JSON file for each task"
             )
-        rows = read_rows(source)["all"]
+        rows = list(read_rows(source)["all"])
         for part in _PARTS:
             contents[out / name / f"{part}.jsonl"] = _file(entry, part, rows, source)
     missing = [path for path, content in contents.items() if not _is_there(path, content)]
@@ -90,7 +90,7 @@ def _read_index(index: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: Rows, source: Path) -> bytes:
+def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple[str, Row]], source: Path) -> bytes:
     """Return the file of one part, if it is LoraHub's."""
     prompt = f"{entry['prefix'][0]}Q: {{input}}{entry['sep']}A:"
     lines = []

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
+from ..files import shown, some
 from .protocol import REFERENCE_SEED, shuffled
 from .readers import Row, read_rows, without_revision
 
@@ -117,7 +118,7 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
       ValueError: if the row lacks its keys or text, or is a conversation and `chat` is not set.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {row!r}: wanted an object with {_WANTED}")
+        raise ValueError(f"{where} is {shown(row)}: wanted an object with {_WANTED}")
     keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
     if keys is None and "messages" in row:
         if not chat:
@@ -125,10 +126,10 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
         *history, (_, asked), (_, answer) = _conversation(row["messages"], where)
         return Example(prompt.replace("{input}", asked), answer, tuple(history))
     if keys is None:
-        raise ValueError(f"{where} has {', '.join(row) or 'no keys'}: wanted {_WANTED}")
+        raise ValueError(f"{where} has {some([*row]) or 'no keys'}: wanted {_WANTED}")
     for key in keys:
         if not isinstance(row[key], str) or not row[key].strip():
-            raise ValueError(f"{where}: its {key} is {row[key]!r}: give it a text, or take the row out")
+            raise ValueError(f"{where}: its {key} is {shown(row[key])}: give it a text, or take the row out")
     return Example(prompt.replace("{input}", row[keys[0]]), row[keys[1]])
 
 
@@ -141,11 +142,11 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
         said = {key: value for key, value in message.items() if value is not None}  # `datasets` fills up keys with None
         if said.keys() != {"role", "content"} or not all(isinstance(value, str) for value in said.values()):
             raise ValueError(
-                f"{where}: message {number} has {', '.join(said) or 'nothing'}: wanted role and content, both texts"
+                f"{where}: message {number} has {some([*said]) or 'nothing'}: wanted role and content, both texts"
             )
         found.append((said["role"], said["content"]))
     if [role for role, _ in found[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in found[-2:]):
-        roles = ", ".join(role for role, _ in found) or "nobody"
+        roles = some([role for role, _ in found]) or "nobody"
         raise ValueError(
             f"{where} has messages of {roles}: wanted the user's message and then the assistant's answer as the last "
             "two, both with text"

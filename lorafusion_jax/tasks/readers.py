@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, check_lfs
+from ..files import FileError, check_lfs, shown, some, utf8
 
 Row = Any  # what JSON gives: checked where rows become examples
-Rows = list[tuple[str, Row]]  # each with the place it came from, for messages
+# Each with the place it came from, for messages; read as they are asked for, so that a bad one ends it.
+Rows = Iterator[tuple[str, Row]]
 
 # The plain names and LoraHub's.
 _PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
@@ -20,11 +21,15 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     """Return the rows of each part, "train" and "test", or of "all" where the source does not divide them.
 
     Raises:
-      ValueError: on a source that does not exist or has an unknown layout, and on files that cannot be read
-        or hold no rows.
+      ValueError: on a source that does not exist or has an unknown layout, and, also while rows are read, on files
+        that cannot be read or hold no rows.
     """
     path = Path(source)
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{shown(str(source))} cannot be a task: {error.strerror}") from None
+    if is_file:
         return {_PARTS.get(path.name, "all"): _file_rows(path)}
     if path.is_dir() and not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
         return _folder_rows(path)
@@ -74,39 +79,47 @@ def _file_rows(path: Path) -> Rows:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows}
     if path.suffix not in readers:
         raise ValueError(f"{path} ends in neither .jsonl nor .json: wanted one of these")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     check_lfs(path)
-    return _some(readers[path.suffix](text, path), path)
+    return _some(readers[path.suffix](path), path)
 
 
-def _jsonl_rows(text: str, path: Path) -> Rows:
-    # Not splitlines(): a JSON text may hold U+2028 and its like, which end no line here.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(f"{path}, line {n}", _parse(line, path, n)) for n, line in lines if line.strip()]
+def _jsonl_rows(path: Path) -> Rows:
+    with path.open(
+        "rb"
+    ) as file:  # as bytes, because a text of JSON may hold U+2028 and its like, which end no line here
+        for n, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {n}"
+                with utf8(where):
+                    text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+                if text.strip():
+                    yield where, _parse(text, path, n)
 
 
-def _json_rows(text: str, path: Path) -> Rows:
+def _json_rows(path: Path) -> Rows:
+    with utf8(path):
+        text = path.read_text(encoding="utf-8-sig")
     content = _parse(text, path) if text.strip() else []
     if isinstance(content, list):
-        return _first_of_each_input([(f"{path}, row {n}", row) for n, row in enumerate(content, start=1)])
+        yield from _first_of_each_input((f"{path}, row {n}", row) for n, row in enumerate(content, start=1))
+        return
     rows = content.get("examples") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise ValueError(
             f'{path} is neither a list, [{{"input": ..., "output": ...}}], nor laid out as BIG-Bench Hard, '
             '{"examples": [{"input": ..., "target": ...}]}: fix it, or write one row a line into a .jsonl file'
         )
-    return [(f"{path}, example {n}", row) for n, row in enumerate(rows, start=1)]
+    yield from ((f"{path}, example {n}", row) for n, row in enumerate(rows, start=1))
 
 
 def _first_of_each_input(rows: Rows) -> Rows:
     """Leave out rows whose input came before: a list is divided, and a test row must not be one that trained."""
-    first: dict[str, tuple[str, Row]] = {}
+    seen = set()
     for where, row in rows:
-        first.setdefault(json.dumps(row.get("input", row) if isinstance(row, dict) else row), (where, row))
-    return list(first.values())
+        text = json.dumps(row.get("input", row) if isinstance(row, dict) else row)
+        if text not in seen:
+            yield where, row
+        seen.add(text)
 
 
 def _parse(text: str, path: Path, line: int = 1) -> Row:
@@ -157,12 +170,13 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
     splits = {"train": "train", "test": "test" if "test" in loaded else "validation"}
     parts = {part: rows(split) for part, split in splits.items() if split in loaded}
     if not parts:
-        raise ValueError(f"{source} has the splits {', '.join(loaded)}: wanted train, and test or validation")
+        raise ValueError(f"{source} has the splits {some([*loaded])}: wanted train, and test or validation")
     return parts
 
 
-def _some(rows: Iterable[tuple[str, Row]], where: str | Path) -> Rows:
-    found = list(rows)
-    if not found:
+def _some(rows: Rows, where: str | Path) -> Rows:
+    first = next(rows, None)
+    if first is None:
         raise ValueError(f"{where} is empty: a task needs at least one row")
-    return found
+    yield first
+    yield from rows

@@ -317,8 +317,29 @@ def test_bad_files(tmp_path, file, content, message):
 
 def test_bad_encoding(tmp_path):
     (tmp_path / "test.jsonl").write_bytes('{"input": "à", "target": "b"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"test\.jsonl is not UTF-8 text: .*position 11"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: not UTF-8 text .*position 11"):
         load_task(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["x"] * 10_000,
+        {"input": ["x"] * 10_000, "target": "b"},
+        {f"key {n}": 1 for n in range(10_000)},
+        {"x" * 10**6: 1},
+    ],
+)
+def test_messages_about_large_rows_are_short_and_come_before_the_next_row(tmp_path, row):
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\nnot JSON")
+    with pytest.raises(ValueError, match="line 1.*(wanted an object|wanted input|its input)") as raised:
+        load_task(tmp_path, need=["test"])
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_name_that_is_too_long():
+    with pytest.raises(ValueError, match="^'xxx.* cannot be a task: File name too long"):
+        load_task("x" * 5000)
 
 
 def test_unknown_folder(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import shown
+from ...files import shown, some
 from .patterns import Pattern, PatternError, Steps, Text
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
@@ -49,12 +49,6 @@ _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": 
 
 class AdapterError(ValueError):
     """An adapter cannot be used. The message names the file and key, what came, what was wanted and how to fix it."""
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first of many names of a file as text for a message."""
-    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
-    return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool = False) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ...files import shown, some
 from ...models.families import family_with
-from .config import AdapterError, shown, some
+from .config import AdapterError
 from .patterns import Pattern, PatternError, Steps, Text
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
