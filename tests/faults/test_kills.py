@@ -35,7 +35,7 @@ def tallied(tmp_path, monkeypatch):
         monkeypatch.setitem(kills.COMMANDS, "made up", _command(code))
         inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
         # Draws every signal once, in the middle of the work.
-        return kills.kill("made up", inputs, tmp_path / "made up", 3, seed=262)
+        return kills.kill("made up", inputs, tmp_path / "made up", 3, seed=2041)
 
     return tally
 
@@ -44,6 +44,17 @@ def tallied(tmp_path, monkeypatch):
 def test_a_sound_command_has_no_faults(tallied):
     tally = tallied(_SOUND)
     assert tally.faults == [] and tally.kills.total() == 3 and tally.same == tally.compared > 0
+
+
+@pytest.mark.long
+def test_a_harness_that_was_stopped_goes_on_from_its_counts(tmp_path, monkeypatch):
+    monkeypatch.setitem(kills.COMMANDS, "made up", _command(_SOUND))
+    inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
+    first = kills.kill("made up", inputs, tmp_path / "made up", 3, seed=2041)
+    again = kills.kill("made up", inputs, tmp_path / "made up", 4, seed=2041)
+    assert again.kills.total() == 4 and again.kills > first.kills and again.compared == first.compared + 1
+    (tmp_path / "made up" / "undisturbed.json").write_text("[0, 0.3]")  # read, and not made again
+    assert kills.kill("made up", inputs, tmp_path / "made up", 5, seed=2041).compared == again.same + 1
 
 
 def test_a_command_that_writes_in_place_is_found(tallied):
