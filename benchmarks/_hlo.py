@@ -178,14 +178,13 @@ class _Program:
             inner = self._inside(i)
             for number, name in _parameters(inner).items():
                 users = [user for user in inner.values() if name in user.operands]
-                part = self._part(name, inner)
+                whole, part = read[number], self._part(name, inner)
                 if part is not None:
-                    read[number] = min(read[number], part)
-                if users and all(u.op == "dynamic-update-slice" and u.operands[0] == name for u in users):
-                    # In place: the array is neither read nor written, apart from the new part.
-                    written -= read[number]
-                    written += sum(_bytes(inner[u.operands[1]].shapes[0]) for u in users)
-                    read[number] = 0
+                    read[number] = min(whole, part)
+                updates = [u for u in users if u.op == "dynamic-update-slice" and u.operands[0] == name]
+                if updates and part is not None:
+                    # In place: the array is neither read nor written, apart from the new part and parts that are read.
+                    written += sum(_bytes(inner[u.operands[1]].shapes[0]) for u in updates) - whole
         return max(written, 0) + sum(read)
 
     def _inside(self, fusion: _Instruction) -> dict[str, _Instruction]:
@@ -199,6 +198,8 @@ class _Program:
         for user in users:
             if user.op in _READS_PART and user.operands[0] == name:
                 parts: list[int | None] = [_bytes(user.shapes[0])]
+            elif user.op == "dynamic-update-slice" and user.operands[0] == name:
+                parts = [0]
             elif user.op == "fusion":
                 within = self._inside(user)
                 numbers = [number for number, operand in enumerate(user.operands) if operand == name]

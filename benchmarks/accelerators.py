@@ -200,7 +200,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     how: Any = {"update": update, "seeds": seeds, "path": settings.path, "device": settings.device}
     if generates:
         work = evaluation_bytes(config, Shape(rows, SOURCE, 0), _NEW, **how)
-        flops = generation_flops(config, Shape(rows, SOURCE, _NEW), update) - _of_one_query(config, rows)
+        flops = generation_flops(config, Shape(rows, SOURCE, _NEW), update) + _of_zeros(config, rows)
         held = 4 * trainable
     else:
         work = step_bytes(config, Shape(rows, SOURCE, TARGET), trainable=trainable, **how)
@@ -209,11 +209,11 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     return lowered, weights_bytes(config) + pool_bytes(config, update) + seeds * held + work, seeds * flops
 
 
-def _of_one_query(config: Architecture, rows: int) -> float:
-    """Return the FLOPs of attention from single tokens, where libtpu has no product: it multiplies and sums vectors."""
+def _of_zeros(config: Architecture, rows: int) -> float:
+    """Return the FLOPs of zeros in attention from single tokens, which is one product for all heads."""
     shape = Shape(rows, SOURCE, _NEW)
     return 4.0 * sum(
-        stack.layers * rows * _NEW * keys(attention, shape) * attention.heads * attention.d_head
+        stack.layers * rows * _NEW * keys(attention, shape) * attention.heads * attention.d_head * (attention.heads - 1)
         for stack in config.stacks.values()
         for attention in stack.attentions
         if "target" in stack.reads and attention.heads == attention.kv_heads

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ...crossbar.platform import for_cpu
 from ..layers import Adapters, Base, Linear
 
 
@@ -46,16 +47,66 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attend from `x` to keys and values where `mask` holds; softmax in float32."""
         queries = self._split(self.q(x, adapters)).transpose(0, 2, 1, 3)
-        scores = jnp.matmul(queries, keys).astype(jnp.float32)
-        if bias is not None:
-            scores = scores + bias.astype(jnp.float32)
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        weights = _softmax(jnp.matmul(queries, keys), mask, bias)
         mixed = jnp.matmul(weights, values).transpose(0, 2, 1, 3)
         return self.o(mixed.reshape(*x.shape[:2], -1), adapters)
 
+    def cached(self, x: Float[Array, "B S D"], adapters: Adapters) -> tuple[Array, Array]:
+        """Return keys and values of `x` in the layouts of a cache, which `attend_once` reads.
+
+        They are those of `keys_values` where heads are apart, else [B, S, H K]: an accelerator's tiles would pad single
+        heads and few positions to several times their size.
+        """
+        if heads_apart():
+            return self.keys_values(x, adapters)
+        return self.k(x, adapters), self.v(x, adapters)
+
+    def attend_once(
+        self,
+        x: Float[Array, "B 1 D"],
+        keys: Array,
+        values: Array,
+        mask: Bool[Array, "#B 1 1 S"],
+        bias: Float[Array, "1 H 1 S"] | None,
+        adapters: Adapters,
+    ) -> Float[Array, "B 1 D"]:
+        """Attend from one position to the keys and values of a cache."""
+        if heads_apart():
+            return self(x, keys, values, mask, bias, adapters)
+        queries = self.q(x, adapters)
+        # Matrix units take a row for each head, zero outside the head's own columns: zeros add nothing to a sum.
+        own = jnp.repeat(jnp.eye(self.heads, dtype=bool), queries.shape[-1] // self.heads, axis=1)
+        scores = jnp.einsum("bhi,bsi->bhs", jnp.where(own, queries, 0), keys)
+        weights = _softmax(scores[:, :, None], mask, bias)[:, :, 0]
+        mixed = jnp.einsum("bhs,bsi->bhi", weights, values)
+        return self.o(jnp.sum(jnp.where(own, mixed, 0), axis=1, keepdims=True), adapters)
+
     def _split(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
         return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+def heads_apart() -> bool:
+    """Return whether a cache keeps heads apart.
+
+    A CPU multiplies each head's own numbers alone, and so does a mesh that divides heads.
+    """
+    return for_cpu() or jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
+
+
+def positions_of_cache() -> tuple[int, int]:
+    """Return the axes of positions in keys and in values of a cache, counted from the last."""
+    return (-1, -2) if heads_apart() else (-2, -2)
+
+
+def _softmax(
+    scores: Float[Array, "B H T S"], mask: Bool[Array, "#B 1 #T S"], bias: Float[Array, "1 H T S"] | None
+) -> Float[Array, "B H T S"]:
+    """Return attention weights in the dtype of the scores, computed in float32."""
+    exact = scores.astype(jnp.float32)
+    if bias is not None:
+        exact = exact + bias.astype(jnp.float32)
+    exact = jnp.where(mask, exact, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(exact, axis=-1).astype(scores.dtype)
 
 
 class RelativeBias(nnx.Module):

@@ -20,18 +20,21 @@ from ..architecture import Architecture
 from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
 from ..narrow import held, released
 from ..weights import SUM, dense, matmul
-from .attention import Attention, RelativeBias
+from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
 from .feed_forward import FeedForward
 
 
 class Cache(NamedTuple):
-    """Keys and values that the decoder's layers keep between tokens: their own so far, and those of the source."""
+    """Keys and values that the decoder's layers keep between tokens: their own so far, and those of the source.
 
-    keys: Float[Array, "L B H K T"]
-    values: Float[Array, "L B H T K"]
-    cross_keys: Float[Array, "L B H K S"]
-    cross_values: Float[Array, "L B H S K"]
+    Their layouts are those of `Attention.cached`: on a CPU [L B H K T] and [L B H T K], else [L B T (H K)].
+    """
+
+    keys: Array
+    values: Array
+    cross_keys: Array
+    cross_values: Array
 
 
 class EncoderBlock(nnx.Module):
@@ -84,7 +87,8 @@ class DecoderBlock(nnx.Module):
         own = self.self_attention.keys_values(normed, adapters)
         x = checkpoint_name(x + self.self_attention(normed, *own, mask, bias, adapters), SUM)
         cross = self.cross_attention.keys_values(encoded, adapters)
-        return self._after_self_attention(x, cross, cross_mask, adapters)
+        x = checkpoint_name(x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters), SUM)
+        return x + self.ff(self.ff_norm(x), adapters)
 
     def decode_token(
         self,
@@ -98,14 +102,9 @@ class DecoderBlock(nnx.Module):
     ) -> Float[Array, "B 1 D"]:
         """Run one position; `into` puts its keys and values into the cache, and returns those of all positions."""
         normed = self.self_norm(x)
-        keys, values = into(*self.self_attention.keys_values(normed, adapters))
-        x = x + self.self_attention(normed, keys, values, mask, bias, adapters)
-        return self._after_self_attention(x, cross, cross_mask, adapters)
-
-    def _after_self_attention(
-        self, x: Array, cross: tuple[Array, Array], cross_mask: Array, adapters: Adapters
-    ) -> Array:
-        x = checkpoint_name(x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters), SUM)
+        keys, values = into(*self.self_attention.cached(normed, adapters))
+        x = x + self.self_attention.attend_once(normed, keys, values, mask, bias, adapters)
+        x = x + self.cross_attention.attend_once(self.cross_norm(x), *cross, cross_mask, None, adapters)
         return x + self.ff(self.ff_norm(x), adapters)
 
 
@@ -210,12 +209,15 @@ class T5(nnx.Module):
         """Return a cache for `length` target positions, with the source's keys and values computed."""
 
         def block(layer: DecoderBlock, x: Array, adapters: Adapters) -> tuple[Array, tuple[Array, Array]]:
-            return x, layer.cross_attention.keys_values(x, adapters)
+            return x, layer.cross_attention.cached(x, adapters)
 
-        _, (keys, values) = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder"))
-        layers, batch, heads, width, _ = keys.shape
-        empty = jnp.zeros((layers, batch, heads, width, length), encoded.dtype)
-        return Cache(held(empty), held(empty.swapaxes(3, 4)), keys, values)
+        def empty(of_source: Array, axis: int) -> Array:
+            shape = list(of_source.shape)
+            shape[axis] = length
+            return held(jnp.zeros(shape, encoded.dtype))
+
+        _, cross = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder"))
+        return Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def decode_token(
         self,
@@ -226,7 +228,8 @@ class T5(nnx.Module):
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Return the logits that follow `token` at `position`, and the cache that includes it."""
-        positions = jnp.arange(cache.keys.shape[-1])
+        axes = positions_of_cache()
+        positions = jnp.arange(cache.keys.shape[axes[0]])
         bias = self.decoder_bias(position[None], positions)
         mask = (positions <= position)[None, None, None, :]
         cross_mask = input_mask[:, None, None, :]
@@ -238,12 +241,15 @@ class T5(nnx.Module):
         ) -> tuple[tuple[Array, Array, Array], None]:
             (x, keys, values), (adapters, cross, number) = carry, of_layer
 
+            def put(cache: Array, column: Array, axis: int) -> Array:
+                start = [number, *[0] * column.ndim]
+                start[axis] = position
+                return jax.lax.dynamic_update_slice(cache, held(column)[None], start)
+
             def into(key: Array, value: Array) -> tuple[Array, Array]:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal keys, values
-                update = jax.lax.dynamic_update_slice
-                keys = update(keys, held(key)[None], (number, 0, 0, 0, position))
-                values = update(values, held(value)[None], (number, 0, 0, position, 0))
+                keys, values = map(put, (keys, values), (key, value), axes)
                 own_keys, own_values = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (keys, values))
                 return released(own_keys), released(own_values)
 
