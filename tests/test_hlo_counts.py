@@ -71,6 +71,34 @@ def test_a_tpu_s_program():
     assert found.collectives == {"all-reduce": 3}
 
 
+# A row of an array of 7 is written in place: the new one, or where a condition does not hold the old one.
+_IN_PLACE = """HloModule jit_h, is_scheduled=true
+
+%fused_computation.1 (p.0: f32[7,8,128], p.1: s32[], p.2: f32[1,8,128], p.3: pred[]) -> f32[7,8,128] {
+  %p.0 = f32[7,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  %p.2 = f32[1,8,128]{2,1,0:T(8,128)} parameter(2)
+  %p.3 = pred[]{:T(512)} parameter(3)
+  %holds.1 = pred[1,8,128]{2,1,0:T(8,128)(4,1)} broadcast(%p.3), dimensions={}
+  %old.1 = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={1,8,128}
+  %row.1 = f32[1,8,128]{2,1,0:T(8,128)} select(%holds.1, %p.2, %old.1)
+  ROOT %written.1 = f32[7,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p.0, %row.1, %p.1)
+}
+
+ENTRY %main.1 (w.1: f32[7,8,128], i.1: s32[], v.1: f32[1,8,128], c.1: pred[]) -> f32[7,8,128] {
+  %w.1 = f32[7,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i.1 = s32[]{:T(128)S(6)} parameter(1)
+  %v.1 = f32[1,8,128]{2,1,0:T(8,128)} parameter(2)
+  %c.1 = pred[]{:T(512)S(6)} parameter(3)
+  ROOT %new.1 = f32[7,8,128]{2,1,0:T(8,128)} fusion(%w.1, %i.1, %v.1, %c.1), kind=kLoop, calls=%fused_computation.1
+}
+"""
+
+
+def test_an_update_in_place_moves_rows_alone():
+    assert _hlo.counts(_IN_PLACE).bytes == 3 * 4 * 8 * 128  # the old row and the new one are read, one is written
+
+
 # An argument of 80 KiB whose rows of 40 are padded to 128, zeros of the array that a loop carries, and an exchange of
 # devices 0 and 2, 1 and 3, whose two parts run beside other work, next to one of 0 and 1, 2 and 3.
 _EXCHANGES = """HloModule jit_g, is_scheduled=true
