@@ -163,7 +163,10 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
 
     def rows(split: str) -> Rows:
         where = f"{source}, split {split}"
-        return _some(((f"{where}, row {n}", row) for n, row in enumerate(loaded[split])), where)
+        # As they are stored: decoding would open the images and sounds that a row names, also over the network.
+        batches = loaded[split].with_format("arrow").iter(1000)
+        stored = (row for batch in batches for row in batch.to_pylist())
+        return _some(((f"{where}, row {n}", row) for n, row in enumerate(stored)), where)
 
     if len(loaded) == 1:
         return {"all": rows(*loaded)}

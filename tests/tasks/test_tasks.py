@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -410,6 +411,17 @@ def test_bad_data_sets(tmp_path, splits, message):
     datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_task(tmp_path)
+
+
+def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
+    pictures = pyarrow.array([{"bytes": None, "path": "/no/such.png"}] * 2, datasets.Image().pa_type)
+    columns = {"input": ["a", "b"], "target": ["x", "y"], "picture": pictures}
+    kinds = datasets.Features({"input": datasets.Value("string"), "target": datasets.Value("string")})
+    kinds["picture"] = datasets.Image()
+    rows = datasets.Dataset(pyarrow.table(columns).cast(kinds.arrow_schema))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows}))
+    task = load_task("owner/pictures", train_rows=1)
+    assert {(row.input, row.target) for row in (*task.train, *task.test)} == {("a", "x"), ("b", "y")}
 
 
 def test_data_set_without_rows(tmp_path, monkeypatch):
