@@ -3,6 +3,7 @@
 import itertools
 import json
 import string
+import struct
 from pathlib import Path
 
 import gguf
@@ -590,6 +591,20 @@ def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
     file.unlink()
     with pytest.raises(ValueError, match=f"^{file}: no such file"):
         load_base(file)
+
+
+@pytest.mark.parametrize("tensors", [2, 3])
+def test_a_file_whose_tensors_share_bytes_is_refused(tmp_path, tensors):
+    header = struct.pack("<4sIQQ", b"GGUF", 3, tensors, 0)
+    for n in range(tensors):  # one of 1,000 numbers at byte 4,000 n, but the third one where the first is
+        header += struct.pack("<Q2sIQIQ", 2, f"t{n}".encode(), 1, 1000, 0, 4000 * (n % 2))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(header + bytes(-len(header) % 32) + np.arange(2000, dtype=np.float32).tobytes())
+    if tensors == 2:
+        assert read_gguf(file).tensors["t1"][:][0] == 1000
+        return
+    with pytest.raises(ValueError, match=f"^{file}: truncated or damaged, its tensors share bytes"):
+        read_gguf(file)
 
 
 def _kind(kind):

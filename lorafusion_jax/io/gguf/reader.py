@@ -73,6 +73,11 @@ class StoredTensor:
         self._order: np.ndarray | None = None
         self._offset = np.float32(0)
 
+    @property
+    def stored(self) -> int:
+        """Number of bytes in the file."""
+        return self._blocks.nbytes
+
     def changed(self, heads: int, offset: float) -> "StoredTensor":
         """Return the tensor as Hugging Face's files hold it (see `architecture.Stored`)."""
         other = StoredTensor.__new__(StoredTensor)
@@ -146,7 +151,10 @@ def read_gguf(path: Path) -> Content:
     places = [header.place() for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     start = -(-header.at // alignment) * alignment
-    return Content(metadata, {name: _tensor(header, name, shape, kind, start + at) for name, shape, kind, at in places})
+    found = {name: _tensor(header, name, shape, kind, start + at) for name, shape, kind, at in places}
+    if sum(tensor.stored for tensor in found.values()) > len(header.data) - start:
+        raise header.truncated("its tensors share bytes")
+    return Content(metadata, found)
 
 
 def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
