@@ -169,9 +169,13 @@ def lowered(config: Architecture, weights: Frozen, method: Method, count: int = 
     return step_of(arguments(config, weights, method, count, seeds=seeds))
 
 
-def step_of(arguments: tuple[TrainState, Batch, Problem, Rates]) -> Any:
-    """Return the step of all seeds, traced from shapes, to be compiled where their shardings say."""
-    return train_seeds.lower(*arguments, optimisation=_RECIPE.optimisation(steps=10))
+def step_of(arguments: tuple[TrainState, Batch, Problem, Rates], steps: int = 1) -> Any:
+    """Return the program of some steps of all seeds, traced from shapes, to be compiled where their shardings say."""
+    state, batch, problem, rates = arguments
+    batches = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((a.shape[0], steps, *a.shape[1:]), a.dtype, sharding=a.sharding), batch
+    )
+    return train_seeds.lower(state, batches, problem, rates, optimisation=_RECIPE.optimisation(steps=10))
 
 
 def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:
@@ -199,7 +203,8 @@ class Step:
             index=jnp.tile(jnp.arange(MODULES), (seeds, 1)),
             path=default_path(),
         )
-        self.batch, self.optimisation = batch_of(config, seeds=seeds), recipe.optimisation(steps=1000)
+        self.batches = jax.tree.map(lambda a: a[:, None], batch_of(config, seeds=seeds))  # of one step
+        self.optimisation = recipe.optimisation(steps=1000)
         self.rates = recipe_rates(self.problem.method, recipe, seeds)
         self.state: TrainState = start(self.problem, tuple(range(seeds)))
         self.losses: list[float] = []  # of the first seed
@@ -207,10 +212,10 @@ class Step:
     def __call__(self) -> None:
         """Take one step, and wait for it."""
         self.state, metrics = train_seeds(
-            self.state, self.batch, self.problem, self.rates, optimisation=self.optimisation
+            self.state, self.batches, self.problem, self.rates, optimisation=self.optimisation
         )
         jax.block_until_ready(self.state)
-        self.losses.append(float(metrics["loss"][0]))
+        self.losses.append(float(metrics["loss"][0, 0]))
 
 
 def floor(config: Architecture, weights: Frozen) -> Callable[[], Any]:

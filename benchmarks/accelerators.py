@@ -2,12 +2,13 @@
 
     python benchmarks/accelerators.py [--chip v5e] [--shape small-pool] [--seeds 8] [--json]
 
-The fusion step as `mix` (also of weights in NF4, whose memory is below the plan's for bfloat16), as `sum` and as `sum`
-in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds, bfloat16, layers in
-a loop. By name (`--program "read with noise"`) also reads of crossbar arrays. libtpu's own compiler; counts are taken
-from its optimised HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes
-over a chip's published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs
-the `aot-tpu` extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
+The fusion step as `mix` (also ten in one call, as runs take an epoch's, and with weights in NF4, whose memory is below
+the plan's for bfloat16), as `sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens)
+with the sum. Batched seeds, bfloat16, layers in a loop. Times and cycles are of one step. By name
+(`--program "read with noise"`) also reads of arrays. libtpu's own compiler; counts are taken from its optimised
+HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes over a chip's
+published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu`
+extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
 """
 
 import importlib.util
@@ -55,10 +56,12 @@ class _Program(NamedTuple):
     generates: bool = False
     weights: Dtype = "bfloat16"
     mesh: tuple[int, int] | None = None  # devices that share seeds, and matrices
+    steps: int = 1  # in one call
 
 
 _PROGRAMS = {
     "mix": _Program("fusion-mix"),
+    "mix, 10 steps in one call": _Program("fusion-mix", steps=10),
     "mix, base and pool in NF4": _Program("fusion-mix", weights="nf4"),
     "mix on a mesh of 4 x 2": _Program("fusion-mix", mesh=(4, 2)),
     "sum": _Program("fusion-sum"),
@@ -148,7 +151,10 @@ def measured(where: str, name: str, config: Architecture, seeds: int, chip: _Chi
     if program.mesh is None:
         with _traced_for(devices[0]):
             lowered, planned, flops = _lowered(program, config, seeds, partial(_on, SingleDeviceSharding(devices[0])))
-        return [_precision(where, lowered), *_of_one_chip(where, lowered.compile(), planned, flops, chip)]
+        return [
+            _precision(where, lowered),
+            *_of_one_chip(where, lowered.compile(), planned, flops, chip, program.steps),
+        ]
     axes = (AxisType.Auto, AxisType.Auto)
     with jax.set_mesh(Mesh(np.reshape(devices[: math.prod(program.mesh)], program.mesh), AXES, axis_types=axes)):
         lowered, _, _ = _lowered(program, config, seeds, _on_mesh)
@@ -181,7 +187,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
-    of, k, generates, dtype, _ = program
+    of, k, generates, dtype, _, steps = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
@@ -196,7 +202,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         whole = jax.jit(generate_seeds, static_argnames="max_new_tokens")
         lowered: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
     else:
-        lowered = step_of((state, batch, problem, rates))
+        lowered = step_of((state, batch, problem, rates), steps)
     how: Any = {"update": update, "seeds": seeds, "path": settings.path, "device": settings.device}
     if generates:
         work = evaluation_bytes(config, Shape(rows, SOURCE, 0), _NEW, **how)
@@ -204,7 +210,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         held = 4 * trainable
     else:
         work = step_bytes(config, Shape(rows, SOURCE, TARGET), trainable=trainable, **how)
-        flops = step_flops(config, Shape(rows, SOURCE, TARGET), update, trainable=trainable)
+        flops = steps * step_flops(config, Shape(rows, SOURCE, TARGET), update, trainable=trainable)
         held = state_bytes(trainable)
     return lowered, weights_bytes(config) + pool_bytes(config, update) + seeds * held + work, seeds * flops
 
@@ -260,7 +266,9 @@ def _precision(where: str, lowered: Any) -> dict[str, Any]:
     return case(f"{where} float32 products below highest", below.total(), 0, shapes=dict(below))
 
 
-def _of_one_chip(where: str, compiled: Any, planned: float, flops: float, chip: _Chip) -> list[dict[str, Any]]:
+def _of_one_chip(
+    where: str, compiled: Any, planned: float, flops: float, chip: _Chip, steps: int
+) -> list[dict[str, Any]]:
     memory = compiled.memory_analysis()
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     allocated = memory.argument_size_in_bytes + memory.temp_size_in_bytes + returned
@@ -296,7 +304,7 @@ def _of_one_chip(where: str, compiled: Any, planned: float, flops: float, chip: 
             by=fill,
             bytes=written,
         ),
-        _time(where, found, chip),
+        _time(where, found, chip, steps),
     ]
 
 
@@ -340,9 +348,11 @@ def _read(where: str, name: str, chip: _Chip) -> list[dict[str, Any]]:
     return [of_memory] if chip.platform == "cuda" else [of_memory, _time(where, counts(compiled.as_text()), chip)]
 
 
-def _time(where: str, found: Counts, chip: _Chip) -> dict[str, Any]:
-    seconds = max(found.flops / chip.flops, found.bytes / chip.bandwidth)
-    rest: Any = {"tflop": found.flops / 1e12, "gb": found.bytes / 1e9, "megacycles": found.cycles / 1e6}
+def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:
+    """Return the roofline time of a step, and what it is computed from."""
+    flops, moved, cycles = (count / steps for count in (found.flops, found.bytes, found.cycles))
+    seconds = max(flops / chip.flops, moved / chip.bandwidth)
+    rest: Any = {"tflop": flops / 1e12, "gb": moved / 1e9, "megacycles": cycles / 1e6}
     return case(f"{where} roofline, ms", 1e3 * seconds, None, **rest)
 
 

@@ -23,7 +23,7 @@ from lorafusion_jax.hardware.folder import load_chips
 from lorafusion_jax.hardware.lanes import on_every_chip
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import Setup, prepare
-from lorafusion_jax.tasks import batch_orders, train_batches
+from lorafusion_jax.tasks import batch_orders, train_intervals
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
@@ -72,19 +72,19 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     assert on_all.split is not None
     recipe = FuseOptions(base="", task="").recipe
     orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
-    batch = next(train_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id))
+    batches = next(train_intervals(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
     context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
     with context():
         problem = on_all.problem.replace(path="map")
-        of_seeds = (start(problem, (1,) * count), batch, problem.index, recipe_rates(problem.method, recipe, count))
-        state, batch, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
+        of_seeds = (start(problem, (1,) * count), batches, problem.index, recipe_rates(problem.method, recipe, count))
+        state, batches, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
         problem = problem.replace(index=index, frozen=on_mesh(problem.frozen))
     optimisation = recipe.optimisation(orders.shape[1])
 
     def step() -> None:
         nonlocal state
         with context():
-            state, _ = train_seeds(state, batch, problem, rates, optimisation=optimisation)
+            state, _ = train_seeds(state, batches, problem, rates, optimisation=optimisation)
             jax.block_until_ready(state)
 
     return step

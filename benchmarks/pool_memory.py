@@ -116,7 +116,7 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
     graph, base = nnx.split(model)
     frozen = Frozen(base, pool, jax.jit(gram)(pool, used))
-    batch = batch_of(model.config, (BATCH, SOURCE, TARGET))
+    batches = jax.tree.map(lambda a: a[:, None], batch_of(model.config, (BATCH, SOURCE, TARGET)))  # of one step
     del model, pool, used
     method = Fusion(composition="mix")
     problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(count)[None], path="map")
@@ -124,8 +124,8 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     state, rates = start(problem, (0,)), recipe_rates(method, recipe, 1)
     losses = []
     for _ in range(_STEPS):
-        state, metrics = train_seeds(state, batch, problem, rates, optimisation=recipe.optimisation(_STEPS))
-        losses.append(float(metrics["loss"][0]))
+        state, metrics = train_seeds(state, batches, problem, rates, optimisation=recipe.optimisation(_STEPS))
+        losses.append(float(metrics["loss"][0, 0]))
     assert np.isfinite(losses).all()
     return {"peak": _memory("VmHWM") - before, "modules": count}
 

@@ -22,7 +22,7 @@ from ..io.hf import read_config
 from ..methods import find
 from ..methods.method import SearchJob
 from ..tasks import without_revision
-from ..training.fit import Epoch, fit, stacked, start
+from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import make_mesh, on_mesh, to_host
 from ..training.problem import Params
 from ..training.programs import make_room
@@ -266,13 +266,13 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         interrupts.release()
 
     def hold() -> None:
-        when = "epoch" if processes.several() else "step"
+        when = "epoch" if whole_epochs() or processes.several() else "step"
         interrupts.hold(f"after this {when}; its state is saved in {run.folder}, and resuming goes on from it")
 
-    def after_step(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
+    def after_interval(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
         hold()
         if interrupts.asked() and not processes.several():  # several only know after an epoch that all are so far
-            rows = list(_step_rows(stacked(to_host(metrics)), number, reached, options.seeds))
+            rows = list(_step_rows(joined(to_host(metrics)), number, reached, options.seeds))
             run.append_metrics(rows)
             save(number - 1, rows[-1]["step"], state)
 
@@ -302,7 +302,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         before_epoch(epoch.number + 1)
 
     if not np.all(to_host(state.stopped)):
-        how = {"epochs_done": done, "steps_done": reached, "after_step": after_step, "after_epoch": after_epoch}
+        how = {"epochs_done": done, "steps_done": reached, "after_interval": after_interval, "after_epoch": after_epoch}
         with tracing, interrupts.released():
             before_epoch(done + 1)
             state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)

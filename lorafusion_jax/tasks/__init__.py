@@ -1,6 +1,16 @@
 """Tasks: reading them, splitting, tokenising, batching, scoring. NumPy only."""
 
-from .batches import IGNORED, Batch, bucket, eval_batches, most_new_tokens, pad, train_batches
+from .batches import (
+    IGNORED,
+    Batch,
+    Interval,
+    bucket,
+    eval_batches,
+    most_new_tokens,
+    pad,
+    train_batches,
+    train_intervals,
+)
 from .bbh import prompt_overlap, write_lorahub_split
 from .data import Example, Task, load_task
 from .few_shot import BETWEEN_EXAMPLES, few_shot
@@ -19,6 +29,7 @@ __all__ = [
     "Encoded",
     "Example",
     "ExactMatch",
+    "Interval",
     "Protocol",
     "Split",
     "Task",
@@ -41,6 +52,7 @@ __all__ = [
     "split",
     "stream_text",
     "train_batches",
+    "train_intervals",
     "without_revision",
     "write_lorahub_split",
 ]

@@ -30,6 +30,28 @@ class Batch(NamedTuple):
     labels: Int32[Any, "*seeds B T"]
     row_mask: Bool[Any, "*seeds B"]
 
+    def cut(self, source_width: int, target_width: int) -> "Batch":
+        """Return the batch without the tokens behind these widths, which are padding."""
+        return self._replace(
+            input_ids=self.input_ids[..., :source_width],
+            input_mask=self.input_mask[..., :source_width],
+            labels=self.labels[..., :target_width],
+        )
+
+
+class Interval(NamedTuple):
+    """Batches of consecutive steps in arrays of one width, for one program.
+
+    Attributes:
+      batches: leaves [seeds, steps, B, ...].
+      shapes: source and target widths that steps are cut to; empty where they are all as wide as the arrays.
+      shape_of: the place of each step's widths in `shapes`, or None.
+    """
+
+    batches: Batch
+    shapes: tuple[tuple[int, int], ...] = ()
+    shape_of: Int32[np.ndarray, " steps"] | None = None
+
 
 class _Table(NamedTuple):
     """All rows padded to the longest, and behind them an empty one, which is what row number -1 takes."""
@@ -39,7 +61,7 @@ class _Table(NamedTuple):
     input_lengths: Int[np.ndarray, " rows+1"]
     label_lengths: Int[np.ndarray, " rows+1"]
 
-    def take(self, rows: Int32[np.ndarray, "*seeds B"], source_width: int, target_width: int) -> Batch:
+    def take(self, rows: Int32[np.ndarray, "*leading B"], source_width: int, target_width: int) -> Batch:
         return Batch(
             input_ids=self.input_ids[rows, :source_width],
             input_mask=np.arange(source_width) < self.input_lengths[rows, None],
@@ -79,24 +101,52 @@ def most_new_tokens(longest: int) -> int:
     return min(bucket(2 * longest), 256)
 
 
-def train_batches(
-    encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int, first_step: int = 0
-) -> Iterator[Batch]:
-    """Yield the batches of all seeds, step by step, from `first_step` on: `[seeds, B, width]`.
+def train_batches(encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int) -> Iterator[Batch]:
+    """Yield the batches of all seeds, step by step: `[seeds, B, width]`.
 
-    The width of a step holds the longest row that any seed has in it. The widths to choose from follow from
-    all of `orders`, so a resumed run meets the same shapes.
+    The width of a step holds the longest row that any seed has in it.
 
     Args:
       encoded: the rows that `orders` numbers.
       orders: row numbers, -1 for a row that only fills up the batch (`batch_orders` makes them).
       pad_id: the tokenizer's padding token.
+    """
+    for interval in train_intervals(encoded, orders, pad_id=pad_id):
+        yield Batch(*(leaf[:, 0] for leaf in interval.batches))
+
+
+def train_intervals(
+    encoded: Encoded,
+    orders: Int32[np.ndarray, "seeds steps B"],
+    *,
+    pad_id: int,
+    length: int = 1,
+    first_step: int = 0,
+) -> Iterator[Interval]:
+    """Yield the batches of all seeds, `length` steps at a time, from `first_step` on.
+
+    The width of a step holds the longest row that any seed has in it. The widths to choose from follow from
+    all of `orders`, so a resumed run, and every interval of a run, meets the same shapes.
+
+    Args:
+      encoded: the rows that `orders` numbers.
+      orders: row numbers, -1 for a row that only fills up the batch (`batch_orders` makes them).
+      pad_id: the tokenizer's padding token.
+      length: every interval but the first ends this many steps after the one before it, or with the last step.
       first_step: where to start.
     """
     table = _table(encoded, pad_id)
-    shapes = _shapes(table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2)))
-    for step in range(first_step, orders.shape[1]):
-        yield table.take(orders[:, step], *shapes[step])
+    of_step = _shapes(table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2)))
+    shapes = sorted(set(of_step))
+    while first_step < orders.shape[1]:
+        end = first_step - first_step % length + length
+        own, rows = of_step[first_step:end], orders[:, first_step:end]
+        if len(shapes) == 1 or length == 1:
+            yield Interval(table.take(rows, *own[0]))
+        else:
+            batches = table.take(rows, *map(max, zip(*shapes, strict=True)))
+            yield Interval(batches, tuple(shapes), np.array([shapes.index(shape) for shape in own], np.int32))
+        first_step = end
 
 
 def eval_batches(encoded: Encoded, batch_size: int, *, pad_id: int) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:

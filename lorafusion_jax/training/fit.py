@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
+from ..models.weights import for_cpu
 from ..progress import progress
-from ..tasks import Batch, batch_orders, train_batches
+from ..tasks import Batch, Interval, batch_orders, train_batches, train_intervals
 from .loss import seed_entropies
 from .mesh import on_mesh, to_host
 from .problem import VALIDATION, Method, Params, Problem
@@ -44,13 +45,22 @@ class Epoch(NamedTuple):
     last: bool
 
 
-# Called with the number of an epoch, the state, and the metrics of the epoch's steps so far, each [seeds].
-AfterStep = Callable[[int, TrainState, Sequence[Mapping[str, Any]]], None]
+# Called with the number of an epoch, the state, and the metrics of the epoch's intervals so far, each [steps, seeds].
+AfterInterval = Callable[[int, TrainState, Sequence[Mapping[str, Any]]], None]
 
 
-def stacked(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the metrics of several steps, name -> [steps, seeds]."""
-    return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+def joined(intervals: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the metrics of several intervals, name -> [steps, seeds]."""
+    return {name: np.concatenate([interval[name] for interval in intervals]) for name in intervals[0]}
+
+
+def whole_epochs() -> bool:
+    """Return whether one call takes all steps of an epoch, as on accelerators, or one step, as on a CPU.
+
+    A small step on an accelerator may take less time than the host needs to start it. On a CPU it does not, and a run
+    that is stopped can be saved after every call.
+    """
+    return not for_cpu()
 
 
 def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
@@ -77,7 +87,7 @@ def fit(
     rates: Rates | None = None,
     epochs_done: int = 0,
     steps_done: int = 0,
-    after_step: AfterStep = lambda epoch, state, metrics: None,
+    after_interval: AfterInterval = lambda epoch, state, metrics: None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
     """Train all seeds, and return their last state; the result is in `state.best`.
@@ -91,8 +101,8 @@ def fit(
       rates: learning rates of every seed, leaves [seeds]; None for the recipe's own.
       epochs_done: number of whole epochs before `state`.
       steps_done: number of steps before `state`, if there are some of another epoch too.
-      after_step: called with an epoch's number, the state and the metrics of the epoch's steps so far, after each step
-        but its last.
+      after_interval: called with an epoch's number, the state and the metrics of the epoch's intervals so far, after
+        each interval (see `whole_epochs`) but its last.
       after_epoch: called with the result of each epoch, to log and to save.
     """
     shuffle = None if recipe.protocol == "reference" else seeds
@@ -105,17 +115,26 @@ def fit(
     held_out = on_mesh(next(train_batches(rows.tokens, order, pad_id=rows.pad_id)), of_seeds=True)
     rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
     first_step = max(steps_done, epochs_done * per_epoch)
-    batches = train_batches(rows.tokens, orders, pad_id=rows.pad_id, first_step=first_step)
+    length = per_epoch if whole_epochs() else 1
+    intervals = map(
+        _placed, train_intervals(rows.tokens, orders, pad_id=rows.pad_id, length=length, first_step=first_step)
+    )
+    following = next(intervals, None)
     with progress("train", orders.shape[1], first_step) as bar:
         for number in range(epochs_done + 1, recipe.epochs + 1):
-            steps = []
-            for left in reversed(range(number * per_epoch - first_step)):
-                batch = on_mesh(next(batches), of_seeds=True)
-                state, metrics = train_seeds(state, batch, problem, rates, optimisation=optimisation)
-                steps.append(metrics)
-                bar.update()
+            metrics, left = [], number * per_epoch - first_step
+            while left and following is not None:
+                batches, shapes, shape_of = following
+                state, of_interval = train_seeds(
+                    state, batches, problem, rates, shape_of, optimisation=optimisation, shapes=shapes
+                )
+                following = next(intervals, None)  # is put on the device while this one runs
+                metrics.append(of_interval)
+                steps = batches.row_mask.shape[1]
+                left -= steps
+                bar.update(steps)
                 if left:
-                    after_step(number, state, steps)
+                    after_interval(number, state, metrics)
             validation_loss = seed_entropies(state.params, held_out, problem.read(VALIDATION, number))
             state = _after_epoch(
                 state,
@@ -124,13 +143,13 @@ def fit(
                 optimisation=optimisation,
                 pruning=recipe.prune > 0 and number == (recipe.epochs + 1) // 2,
             )
-            steps, validation_loss, stopped = to_host((steps, validation_loss, state.stopped))
+            metrics, validation_loss, stopped = to_host((metrics, validation_loss, state.stopped))
             after_epoch(
                 Epoch(
                     number=number,
                     state=state,
                     stopped=stopped,
-                    metrics=stacked(steps),
+                    metrics=joined(metrics),
                     validation_loss=validation_loss,
                     first_step=first_step,
                     last=bool(np.all(stopped)) or number == recipe.epochs,
@@ -142,16 +161,47 @@ def fit(
     return state
 
 
-@partial(jax.jit, static_argnames=("optimisation",), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("optimisation", "shapes"), donate_argnames=("state",))
 def train_seeds(
-    state: TrainState, batch: Batch, problem: Problem, rates: Rates, *, optimisation: Optimisation
+    state: TrainState,
+    batches: Batch,
+    problem: Problem,
+    rates: Rates,
+    shape_of: Int[Array, " steps"] | None = None,
+    *,
+    optimisation: Optimisation,
+    shapes: tuple[tuple[int, int], ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take one fusion step with every seed, each on its own batch and at its own rates."""
+    """Take the fusion steps of an interval with every seed, each on its own batches and at its own rates.
+
+    Args:
+      state: before the first step.
+      batches: leaves [seeds, steps, B, ...].
+      problem: of all seeds.
+      rates: of every seed.
+      shape_of: as in `Interval`.
+      optimisation: as in `fusion_step`.
+      shapes: as in `Interval`.
+
+    Returns:
+      The state after the last step, and name -> [steps, seeds], the metrics of `fusion_step`.
+    """
 
     def train_seed(one: Problem, state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, Array]]:
         return fusion_step(state, batch, one, rates, optimisation=optimisation)
 
-    return problem.over_seeds(train_seed, (state, batch, rates))
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return problem.over_seeds(train_seed, (state, batch, rates))
+
+    def of_its_shape(state: TrainState, of_step: tuple[Batch, Array]) -> tuple[TrainState, dict[str, Array]]:
+        batch, number = of_step
+        steps = [lambda state, batch, shape=shape: step(state, batch.cut(*shape)) for shape in shapes]
+        return jax.lax.switch(number, steps, state, batch)
+
+    of_steps = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batches)
+    if shape_of is None:
+        return jax.lax.scan(step, state, of_steps)
+    return jax.lax.scan(of_its_shape, state, (of_steps, shape_of))
 
 
 @jax.jit
@@ -182,3 +232,10 @@ def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
         l2=of_seeds(recipe.l2),
         l1=of_seeds(recipe.l1),
     )
+
+
+def _placed(interval: Interval) -> Interval:
+    """Return an interval whose batches are on the mesh or the accelerator, or on their way there."""
+    batches = on_mesh(interval.batches, of_seeds=True)
+    # A CPU takes NumPy's arrays at once.
+    return interval._replace(batches=jax.device_put(batches) if whole_epochs() else batches)

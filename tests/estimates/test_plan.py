@@ -306,7 +306,8 @@ def test_memory_of_a_step(name, path, config, structure):
     problem, optimisation = _problem(name, config, settings, path), Optimisation(steps=9, clip=1.0)
 
     def step(state, batch, index, frozen, rates):
-        return train_seeds(state, batch, problem(frozen, index), rates, optimisation=optimisation)
+        batches = jax.tree.map(lambda rows: rows[:, None], batch)  # of one step
+        return train_seeds(state, batches, problem(frozen, index), rates, optimisation=optimisation)
 
     rates = _rates(name, config, seeds)
     compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)

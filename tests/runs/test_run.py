@@ -35,6 +35,7 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks.batches import MOST_SHAPES, eval_batches
+from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
 from lorafusion_jax.training.loss import seed_entropies
 from lorafusion_jax.training.recipe import PRESETS
@@ -94,7 +95,9 @@ def test_a_run_writes_what_it_promises(fused):
 
 
 @pytest.mark.long
-def test_training_without_a_finite_loss_stops_and_says_what_to_try(small, tmp_path):
+@pytest.mark.parametrize("whole", [False, True])
+def test_training_without_a_finite_loss_stops_and_says_what_to_try(whole, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_lib, "for_cpu", lambda: not whole)
     options = _options(small, tmp_path, name="diverged", epochs=30, lr_coefficients=1e38, lr_magnitudes=1e38)
     with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
         fuse(options)
@@ -269,6 +272,30 @@ def test_a_stopped_run_has_saved_its_last_step_and_resumes_bit_for_bit(step, fus
     folder = tmp_path / "whole"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
     assert RunFolder(folder).metrics()[-1]["step"] == step
+    assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
+
+
+@pytest.mark.long
+def test_a_run_with_an_epoch_in_one_call_is_saved_after_it_and_resumes_bit_for_bit(fused, tmp_path, monkeypatch):
+    options, results = fused
+    advice = []
+
+    def release() -> None:
+        raise SystemExit(130)
+
+    options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
+    monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupts, "hold", advice.append)
+        patch.setattr(interrupts, "asked", lambda: bool(advice))
+        patch.setattr(interrupts, "release", release)
+        with pytest.raises(SystemExit):
+            fuse(options)
+    folder = tmp_path / "whole"
+    assert advice == [f"after this epoch; its state is saved in {folder}, and resuming goes on from it"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
     assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()

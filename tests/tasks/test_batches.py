@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lorafusion_jax.tasks import (
     IGNORED,
+    Batch,
     Encoded,
     batch_orders,
     bucket,
@@ -18,6 +19,7 @@ from lorafusion_jax.tasks import (
     pad,
     split,
     train_batches,
+    train_intervals,
 )
 
 _PAD = 0
@@ -102,23 +104,43 @@ def test_nothing_to_evaluate():
     assert list(eval_batches(Encoded((), ()), 4, pad_id=_PAD)) == []
 
 
-@given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.booleans(), st.integers(0, 3))
-def test_train_batches(pairs, batch_size, reference, first_step):
-    encoded, seeds = _encoded(pairs), [3, 1, 4]
-    rows = split(len(pairs), seeds, protocol="reference" if reference else "default").train
-    orders = batch_orders(rows, batch_size=batch_size, epochs=2, seeds=None if reference else seeds)
+@given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.booleans())
+def test_train_batches(pairs, batch_size, reference):
+    encoded, orders = _epochs(pairs, batch_size, reference)
     batches = list(train_batches(encoded, orders, pad_id=_PAD))
     assert len(batches) == orders.shape[1]
     for step, batch in enumerate(batches):
         assert batch.input_ids.shape[:2] == orders[:, step].shape
         _check(encoded, orders[:, step], batch)
     assert len(_shapes(batches)) <= 6
-    # A resumed run goes on with the very batches.
-    resumed = list(train_batches(encoded, orders, pad_id=_PAD, first_step=first_step))
-    assert len(resumed) == max(len(batches) - first_step, 0)
-    for ours, theirs in zip(resumed, batches[first_step:], strict=True):
+
+
+@given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.integers(1, 4), st.integers(0, 5))
+def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch_size, length, first_step):
+    encoded, orders = _epochs(pairs, batch_size, reference=False)
+    batches = list(train_batches(encoded, orders, pad_id=_PAD))
+    intervals = list(train_intervals(encoded, orders, pad_id=_PAD, length=length, first_step=first_step))
+    steps = [interval.batches.row_mask.shape[1] for interval in intervals]
+    ends = (first_step + np.cumsum(steps)).tolist()
+    assert all(end % length == 0 for end in ends[:-1]) and max([0, *steps]) <= length
+    assert ends[-1:] == ([len(batches)] if first_step < len(batches) else [])
+    # All intervals of several steps are alike, so that one program takes them.
+    assert length == 1 or len({(b.input_ids.shape[2:], b.labels.shape[2:], shapes) for b, shapes, _ in intervals}) <= 1
+    cut = [
+        Batch(*(leaf[:, i] for leaf in batches)).cut(*(shapes[shape_of[i]] if shapes else (512, 64)))
+        for batches, shapes, shape_of in intervals
+        for i in range(batches.row_mask.shape[1])
+    ]
+    for ours, theirs in zip(cut, batches[first_step:], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def _epochs(pairs, batch_size, reference):
+    """Rows, and the order of three seeds in two epochs."""
+    encoded, seeds = _encoded(pairs), [3, 1, 4]
+    rows = split(len(pairs), seeds, protocol="reference" if reference else "default").train
+    return encoded, batch_orders(rows, batch_size=batch_size, epochs=2, seeds=None if reference else seeds)
 
 
 def test_a_step_is_as_wide_as_the_longest_row_of_any_seed():

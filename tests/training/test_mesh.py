@@ -42,8 +42,11 @@ def _of_sites(pool: LoraPool, sites: tuple[str, ...]) -> LoraPool:
     return dataclasses.replace(pool, **dict(zip(("A", "B", "rank"), chosen, strict=True)))
 
 
-def _trained(asked: str | None) -> tuple[list, str, dict]:
-    """Return state and metrics of two steps of four seeds, the program, and how its arguments are split, by path."""
+def _trained(asked: str | None, *, together: int = 1) -> tuple[list, str, dict]:
+    """Return state and metrics of two steps of four seeds, the program, and how its arguments are split, by path.
+
+    The program takes so many steps together, 1 or 2.
+    """
     model = tiny.t5(_CONFIG)
     pool = _of_sites(tiny.pool(8, names="q v wo", config=_CONFIG), _SITES)
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
@@ -54,6 +57,7 @@ def _trained(asked: str | None) -> tuple[list, str, dict]:
     problem = Problem(graph=nnx.graphdef(model), method=method, frozen=frozen, index=index, path="map")
     state = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))(index, keys)
     batch = jax.tree.map(lambda *rows: jnp.stack(rows), *(tiny.batch(_CONFIG, seed) for seed in range(_SEEDS)))
+    batch = jax.tree.map(lambda rows: jnp.stack([rows] * together, axis=1), batch)
     recipe = PRESETS["default"]
     with contextlib.nullcontext() if asked is None else jax.set_mesh(make_mesh(asked, _SEEDS)):
         of_seeds = (state, batch, index, recipe_rates(method, recipe, _SEEDS))
@@ -71,6 +75,8 @@ def _trained(asked: str | None) -> tuple[list, str, dict]:
         compiled = step.lower(leaves).compile(compiler_options=_QUICK)
         once = compiled(leaves)
         count = len(jax.tree.leaves(state))
+        if together == 2:
+            return to_host(once), compiled.as_text(), where
         twice = compiled([*once[:count], *leaves[count:]])
         return to_host(twice), compiled.as_text(), where
 
@@ -92,6 +98,17 @@ def test_seeds_over_devices_are_the_same_bits_and_never_meet(alone):
     assert where["state/params/coefficients"].shard_shape((4, 8, 2)) == (2, 8, 2)
     for a, b in zip(values, spread, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("asked", ["seed=2", "seed=2,model=2"])
+def test_two_steps_in_one_program_over_devices_are_those_of_two_calls(asked, alone):
+    (values, _, _), (spread, program, _) = alone, _trained(asked, together=2)
+    assert bool(_COLLECTIVES.search(program)) == ("model" in asked)
+    for a, b in zip(values, spread, strict=True):
+        last = b if a.shape == b.shape else b[1:]  # of both steps' metrics those of the second
+        np.testing.assert_allclose(last, a, rtol=1e-5, atol=1e-5 if "model" in asked else 0)
+        assert "model" in asked or np.array_equal(last, a)
 
 
 def test_matrices_over_devices_are_the_same_numbers(alone):

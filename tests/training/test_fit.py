@@ -1,0 +1,102 @@
+"""Steps of an epoch in one call, as on accelerators, against a call for each, as on a CPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.tasks import Encoded, Split
+from lorafusion_jax.training import fit as fit_lib
+from lorafusion_jax.training.fit import Epoch, fit, start
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.rows import TrainingRows
+
+_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
+_SEEDS = (1, 2)
+_RECIPE = dataclasses.replace(PRESETS["default"], epochs=3, batch_size=2)
+_STEPS = 3  # of an epoch
+_LENGTHS = (3, 3, 3, 3, 7, 4)  # so epochs have steps of both widths, 4 and 8, in different orders
+
+
+@pytest.fixture(scope="module")
+def problem():
+    model = tiny.t5(_CONFIG)
+    pool = tiny.pool(3, names="q", config=_CONFIG)
+    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
+    frozen = Frozen(nnx.state(model), pool, jax.jit(gram)(pool, used))
+    index = jnp.array([[0, 1], [2, 1]])
+    return Problem(graph=nnx.graphdef(model), method=Fusion(), frozen=frozen, index=index, path="map")
+
+
+def _rows():
+    rng = np.random.default_rng(0)
+    inputs = tuple(rng.integers(2, _CONFIG.vocab_size, length, np.int32) for length in _LENGTHS)
+    labels = tuple(rng.integers(2, _CONFIG.vocab_size, 3, np.int32) for _ in _LENGTHS)
+    train = np.tile(np.arange(len(_LENGTHS), dtype=np.int32), (2, 1))
+    return TrainingRows(Encoded(inputs, labels), Split(train, train[:, :2]), pad_id=0)
+
+
+def _trained(problem, patch, *, whole, state=None, **how):
+    """Return the last state and the epochs; `calls` has what each call of the program took, `read` what was read."""
+    calls, read, epochs, program, to_host = [], [], [], fit_lib.train_seeds, fit_lib.to_host
+
+    def counted(state, batches, *args, shapes, **kwargs):
+        calls.append((batches.row_mask.shape[1], shapes))
+        return program(state, batches, *args, shapes=shapes, **kwargs)
+
+    patch.setattr(fit_lib, "for_cpu", lambda: not whole)
+    patch.setattr(fit_lib, "train_seeds", counted)
+    patch.setattr(fit_lib, "to_host", lambda tree: read.append(tree) or to_host(tree))
+    before = program._cache_size()
+    state = start(problem, _SEEDS) if state is None else jax.tree.map(jnp.copy, state)
+    last = fit(problem, _rows(), state, _RECIPE, _SEEDS, after_epoch=epochs.append, **how)
+    return last, epochs, calls, len(read), program._cache_size() - before
+
+
+@pytest.fixture(scope="module")
+def by_step(problem):
+    kept = {}
+
+    def keep(number, state, metrics):
+        kept[(number - 1) * _STEPS + len(metrics)] = jax.tree.map(jnp.copy, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        return *_trained(problem, patch, whole=False, after_interval=keep), kept
+
+
+def _assert_same(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _found(epochs: list[Epoch]):
+    return [(epoch.metrics, epoch.validation_loss, epoch.stopped, epoch.first_step, epoch.last) for epoch in epochs]
+
+
+def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkeypatch):
+    state, epochs, calls, _, compiled, kept = by_step
+    assert len(calls) == 3 * _STEPS and compiled == 2 and sorted(kept) == [1, 2, 4, 5, 7, 8]
+    together, of_whole, calls, read, compiled = _trained(problem, monkeypatch, whole=True)
+    assert calls == 3 * [(_STEPS, ((4, 4), (8, 4)))]
+    assert read == 3 and compiled == 1
+    _assert_same(together, state)
+    _assert_same(_found(of_whole), _found(epochs))
+
+
+@pytest.mark.long
+def test_an_epoch_in_one_call_goes_on_from_any_step(problem, by_step, monkeypatch):
+    state, epochs, *_, kept = by_step
+    how = {"epochs_done": 1, "steps_done": 4, "after_interval": pytest.fail}
+    resumed, rest, calls, _, _ = _trained(problem, monkeypatch, whole=True, state=kept[4], **how)
+    assert [steps for steps, _ in calls] == [2, 3]
+    _assert_same(resumed, state)
+    _assert_same(rest[0].metrics, {name: values[1:] for name, values in epochs[1].metrics.items()})
+    _assert_same(_found(rest[1:]), _found(epochs[2:]))
