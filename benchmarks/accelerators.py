@@ -299,7 +299,7 @@ def _of_one_chip(
         case(f"{where} largest padding in a loop", max(found.carried.values(), default=1), None, arrays=found.carried),
         case(
             f"{where} largest fill, every time it runs / largest array of a loop",
-            written / found.largest,
+            written / steps / found.largest,
             1,
             by=fill,
             bytes=written,
