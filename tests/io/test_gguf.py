@@ -260,7 +260,7 @@ def _writer(folder, file, kinds=lambda name: None, drop=(), **more):
     for key, value in (values | {key.replace("__", "."): value for key, value in more.items()}).items():
         if value is not None:
             add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-            add[type(value)](f"{name}.{key}", value)
+            (add | {bool: writer.add_bool})[type(value)](f"{name}.{key}", value)
     end, *others = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
     for key, token in {"bos": config["bos_token_id"], "eos": end, "padding": config["pad_token_id"]}.items():
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
@@ -629,6 +629,8 @@ def _kind(kind):
         ({"logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not implemented for llama"),
         ({"rope__scaling__type": "yarn"}, r"the rope scaling is yarn, which is not implemented: wanted linear, or the"),
         ({"attention__head_count": 0}, r"llama\.attention\.head_count is 0: wanted an integer from 1 to 10,000,000"),
+        ({"attention__head_count_kv": 0.5}, r"llama\.attention\.head_count_kv is 0\.5: wanted an integer from 1 to 10"),
+        ({"attention__head_count": True}, r"llama\.attention\.head_count is True: wanted a number of 0 or more"),
         ({"block_count": "two"}, r"llama\.block_count is 'two': wanted a number of 0 or more"),
         ({"rope__freq_base": float("nan")}, r"llama\.rope\.freq_base is nan: wanted a number of 0 or more"),
         ({"rope__scaling__type": 1}, r"llama\.rope\.scaling\.type is 1: wanted a text"),

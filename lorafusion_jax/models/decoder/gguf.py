@@ -77,7 +77,8 @@ class _Keys:
         if isinstance(value, list):
             raise ValueError(f"{self.name}.{key} is a list: wanted one number for all layers")
         wanted, words = (str, "a text") if isinstance(default, str) else (int | float, "a number of 0 or more")
-        if not isinstance(value, wanted) or (not isinstance(value, str) and not 0 <= value < np.inf):
+        known = isinstance(value, wanted) and not isinstance(value, bool)
+        if not known or (not isinstance(value, str) and not 0 <= value < np.inf):
             raise ValueError(f"{self.name}.{key} is {shown(value)}: wanted {words}")
         return value
 
@@ -128,7 +129,7 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
         "intermediate_size": keys.take("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.take("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.size("attention.head_count_kv", heads),
         "head_dim": d_head,
         "max_position_embeddings": context,
         "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
