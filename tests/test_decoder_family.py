@@ -202,7 +202,7 @@ def test_a_base_in_few_bits(load_in, method, rel, asked, done):
     assert row["loss"] == pytest.approx(wanted["loss"], rel=rel) and row["loss"] != wanted["loss"]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
     options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
     fuse(options)
@@ -229,8 +229,9 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
     assert {key: tuple(partition(key[0], key[1], key[2])) for key in names} == names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "digital", [("*.[kvo]_proj", "*.mlp.*"), pytest.param((), marks=pytest.mark.long)], ids=["queries", "all"]
+    "digital", [("*.[kvo]_proj", "*.mlp.*"), pytest.param((), marks=pytest.mark.nightly)], ids=["queries", "all"]
 )
 def test_chips_hold_every_matrix_that_is_not_digital(digital, base, pool, run, config, tmp_path):
     chips = tmp_path / "chips"

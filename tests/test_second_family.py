@@ -169,7 +169,7 @@ def test_coefficients_have_a_column_for_each_block_and_site(pool):
     assert column_names(loaded, "site") == ["reader.0.mix.up", "reader.1.mix.up", *writers]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_seeds_are_trained_and_evaluated(run):
     results = json.loads((run / "results.json").read_text())
     # 2 modules x 5 blocks, and a magnitude for each column of the adapted matrices.

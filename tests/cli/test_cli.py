@@ -97,6 +97,7 @@ def test_evaluation_on_arrays_says_what_is_wrong(run, arguments, message, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
     cli.main(["evaluate", "--run", str(run), "--test-rows", "3"])
     assert capsys.readouterr().out.startswith("seed  exact match %  loss\n1 ")

@@ -137,8 +137,8 @@ def test_gain_errors_multiply_read_noise():
     "kind, ratio, encoding",
     [
         ("independent", 10.0, OFFSET),
-        ("proportional", 10.0, Encoding()),
-        ("proportional", 4.0, FLIP),
+        pytest.param("proportional", 10.0, Encoding(), marks=pytest.mark.nightly),
+        pytest.param("proportional", 4.0, FLIP, marks=pytest.mark.nightly),
     ],
 )
 def test_every_path_has_the_read_noise_of_the_definition(kind, ratio, encoding):

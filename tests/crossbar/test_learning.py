@@ -129,10 +129,11 @@ CASES = {
 }
 
 
+_TIERS = {"flipped": (), "loop": pytest.mark.nightly}
+
+
 @pytest.mark.usefixtures("fusion_emitters")
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name == "flipped" else pytest.mark.long) for name in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=_TIERS.get(name, pytest.mark.long)) for name in CASES])
 def test_values_have_the_derivatives_of_finite_differences(case):
     make, path, start = CASES[case]
     with jax.enable_x64(True):
@@ -248,7 +249,7 @@ def test_a_read_has_a_forward_derivative(path):
     np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(along * C), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("adc", "path"), [(None, "product"), (WIDE, "loop")])
+@pytest.mark.parametrize(("adc", "path"), [(None, "product"), pytest.param(WIDE, "loop", marks=pytest.mark.long)])
 def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative(adc, path):
     W, x = jnp.ones((6, 5), jnp.float32), jnp.zeros((2, 6), jnp.float32)
 

@@ -129,7 +129,7 @@ def in_arrays(x: np.ndarray, W: np.ndarray, R: float) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("inputs", [1, 4])
+@pytest.mark.parametrize("inputs", [1, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("size", [16, pytest.param(128, marks=pytest.mark.nightly)])
 def test_a_compiled_product_is_right_every_time(inputs, size):
     rng = np.random.default_rng(0)

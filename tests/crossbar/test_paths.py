@@ -186,7 +186,7 @@ def _noise(variance: np.ndarray) -> Noise:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("signed", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_noisy_reads_are_the_same_on_every_path(signed: bool):
     bits = (2, 2, 2, 1) if signed else (1,) * 8
     cells, n = _cells("random"), _codes(signed, "random")

@@ -181,7 +181,7 @@ def test_clipped_reads_are_repeated_at_half_the_voltage(path, encoding, scaling)
     np.testing.assert_allclose(matmul(x, state), jnp.stack(wanted), rtol=0, atol=1e-6 * float(jnp.abs(wanted[0]).max()))
 
 
-@pytest.mark.parametrize("path", ["definition", "loop"])
+@pytest.mark.parametrize("path", ["definition", pytest.param("loop", marks=pytest.mark.long)])
 def test_noise_below_zero_does_not_repeat_a_read(path):
     """Few inputs in a range that holds every sum: the same read as without retries, draw by draw."""
     weights, x = problem(24, 5)

@@ -169,7 +169,10 @@ def test_a_noise_level_is_an_axis_and_has_a_gradient():
 
 
 # Bit planes where the processor counts the bits of vectors.
-@pytest.mark.parametrize(("device", "paths"), [(Device(), {"packed", "planes"}), (_NOISY.device, {"loop"})])
+@pytest.mark.parametrize(
+    ("device", "paths"),
+    [(Device(), {"packed", "planes"}), pytest.param(_NOISY.device, {"loop"}, marks=pytest.mark.long)],
+)
 def test_the_reads_of_a_model_avoid_tables_which_compile_slowly(device, paths):
     config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=device)
     weight, x = _weights()["head"], _inputs(1)[0]
@@ -276,7 +279,7 @@ def test_taps_return_the_statistics_of_every_read():
     _equal(conversions, np.full(4, 2 * 2 * 5 * 3 * 2 * 2 * 8))
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_calibration_sets_every_matrix_to_its_own_data():
     config = dataclasses.replace(_CONVERTED, device=_NOISY.device)
     placed = program_tree(_weights(), {"encoder.*[1:3]": None, "*": config}, _KEY)

@@ -30,13 +30,23 @@ from lorafusion_jax import cli
 _ROOT = Path(__file__).resolve().parents[2]
 _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
-_LONG = ("basis.md", "serving.md", "flax.md", "cost.md", "crossbar.md", "crossbar_devices.md", "decoders.md", "fuse.md")
+_AFTER_README = "after the README"
+_NIGHTLY = ("flax.md", "decoders.md", "serving.md")  # what they show has tests of its own
+_LONG = ("cost.md", "crossbar.md", "crossbar_devices.md")
+
+
+def _tier(page: Path) -> tuple[pytest.MarkDecorator, ...]:
+    if page.name in _NIGHTLY:
+        return (pytest.mark.nightly,)
+    needs_run = f"<!-- test: {_AFTER_README} -->" in page.read_text()
+    return (pytest.mark.long,) if needs_run or page.name in _LONG else ()
+
+
 _WITH_CODE = [
-    pytest.param(page, marks=pytest.mark.long if page.name in _LONG else ())
+    pytest.param(page, marks=_tier(page))
     for page in _PAGES
     if re.search("^```(bash|python)$", page.read_text(), re.MULTILINE)
 ]
-_AFTER_README = "after the README"
 _NEEDS = re.compile(r"<!-- test: needs (\w+) -->")
 
 _RUN = ("bash", "python")
@@ -122,6 +132,7 @@ def after_readme(examples, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_readme_converts_fuses_evaluates_and_exports(after_readme):
     for written in ("pool/manifest.json", "runs/double_digit-fusion/results.json", "adapter/adapter_config.json"):
         assert (after_readme / written).is_file()

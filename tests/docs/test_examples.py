@@ -62,7 +62,7 @@ def test_a_flax_model_on_crossbars_keeps_its_accuracy_with_an_adc_of_eight_bits(
     assert abs(accuracy["8-bit ADC"] - accuracy["digital"]) < 0.05
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_method_of_ones_own_is_registered_and_run(example, tmp_path):
     try:
         scores = example("your_own_method").main(tmp_path, **_LIKE_THE_README)

@@ -187,7 +187,7 @@ def _step(name: str, config: Architecture, settings: Settings):
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("fusion-sum", _SMALL),
+        pytest.param("fusion-sum", _SMALL, marks=pytest.mark.long),
         pytest.param("fusion-mix", _SMALL, marks=pytest.mark.long),
         pytest.param("lora", _SMALL, marks=pytest.mark.long),
         pytest.param("full", _SMALL, marks=pytest.mark.long),
@@ -286,13 +286,13 @@ def test_flops_of_generation(name, config, counted_as):
     ("name", "path", "config", "structure"),
     [
         ("fusion-sum", "map", _SCANNED, {}),
-        ("fusion-basis", "map", _SCANNED, {}),
-        pytest.param("fusion-mix", "vmap", _SCANNED, {"dtype": "bfloat16"}, marks=pytest.mark.long),
+        pytest.param("fusion-basis", "map", _SCANNED, {}, marks=pytest.mark.long),
+        pytest.param("fusion-mix", "vmap", _SCANNED, {"dtype": "bfloat16"}, marks=pytest.mark.nightly),
         pytest.param(
-            "lora", "map", _SCANNED, {"dtype": "bfloat16", "unroll": True, "remat": "none"}, marks=pytest.mark.long
+            "lora", "map", _SCANNED, {"dtype": "bfloat16", "unroll": True, "remat": "none"}, marks=pytest.mark.nightly
         ),
         pytest.param("full", "map", _SCANNED, {}, marks=pytest.mark.long),
-        ("fusion-sum", "map", _SCANNED_DECODER, {}),
+        pytest.param("fusion-sum", "map", _SCANNED_DECODER, {}, marks=pytest.mark.long),
         pytest.param("lora", "vmap", _SCANNED_DECODER, {"dtype": "bfloat16"}, marks=pytest.mark.long),
         pytest.param("lora", "map", _SCANNED_DECODER, {"unroll": True, "remat": "none"}, marks=pytest.mark.long),
     ],

@@ -126,6 +126,7 @@ def test_a_step_is_measured_against_its_floor(benchmarks, capsys, monkeypatch):
     assert all(case["required"] is not None for case in barred.values())
 
 
+@pytest.mark.long
 def test_many_tasks_are_measured_against_one(benchmarks, monkeypatch):
     mixed, turns = benchmarks["mixed_batches"], {"2 one": 0.9, "2 mixed": 1.0, "alone": 0.5}
     settings = {"_BATCHES": (2,), "_SOURCE": 4, "_NEW": 2, "_COMPARED": 2, "MODULES": 2, "has_peft": lambda: False}

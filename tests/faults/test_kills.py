@@ -75,7 +75,7 @@ def inputs(tmp_path_factory) -> kills.Inputs:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.nightly if name in ("fuse", "sweep", "matrix") else pytest.mark.long)
+        pytest.param(name, marks=pytest.mark.long if name == "convert --basis" else pytest.mark.nightly)
         for name in kills.COMMANDS
     ],
 )

@@ -31,7 +31,7 @@ def test_damaged_files_are_read_or_refused(sandbox, name):
     assert found["refused"] > 2
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", _NAMES)
 def test_many_damaged_files_are_read_or_refused(sandbox, name):
     assert file_kinds.tally(*sandbox, name, seed=1, inputs=80)["refused"] > 8

@@ -74,7 +74,7 @@ def _loss(frozen, step=0):
 
 
 @pytest.mark.accelerator
-@pytest.mark.long
+@pytest.mark.nightly
 def test_chips_in_one_program_are_the_single_ones():
     converted = dataclasses.replace(_NOISY, adc=ADC(bits=6, range="max"))
     rules = [{_WRITTEN: aged(converted, age)} for age in ("0", "1h")]
@@ -108,7 +108,7 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("steps", ["every", "other"])
+@pytest.mark.parametrize("steps", [pytest.param("every", marks=pytest.mark.nightly), "other"])
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
     here = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
     drawing = redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
@@ -287,7 +287,7 @@ def test_what_chips_cannot_do(small, fused, changes, message):
 
 
 @pytest.mark.accelerator
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_fusion_trained_on_its_chip(small, fused):
     options = _fusing(small, "chip", arrays=OnArrays(crossbar=str(small / "two"), noise="chip", chip=1))
     trained = [row["loss"] for row in fuse(options)["seeds"]]

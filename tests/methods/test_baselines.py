@@ -88,7 +88,7 @@ def test_adapters_are_the_definition(method):
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(method, marks=() if name in ("lora", "vera") else pytest.mark.long) for name, method in _ALL.items()],
+    [pytest.param(method, marks=() if name == "lora" else pytest.mark.long) for name, method in _ALL.items()],
     ids=_ALL,
 )
 def test_gradients_are_finite_differences(method):

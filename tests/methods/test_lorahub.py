@@ -43,7 +43,7 @@ def _without_seeds(arguments):
     return {name: value for name, value in arguments.items() if name != "seeds"}
 
 
-@pytest.mark.parametrize("path", ["map", "vmap"])
+@pytest.mark.parametrize("path", ["map", pytest.param("vmap", marks=pytest.mark.long)])
 def test_objective_replays_the_golden_search(shared, path):
     folder = shared / "goldens" / "fusion" / "t5a"
     arguments = _without_seeds(_golden(folder, path))

@@ -45,10 +45,13 @@ _METHODS = [*_TRAINED, *_SEARCHED, "mean", "merge", "cat", "zero-shot", "few-sho
 _ADAPTERS = [method for method in _METHODS if method not in ("full", "zero-shot", "few-shot", "constant")]
 # Fusion, the method that others are compared with, and those whose runs compile little.
 _SHORT = ("fusion", "single", "mean", "merge", "zero-shot", "few-shot", "constant")
+# They compile most; tests/test_decoder_family.py runs them too.
+_NIGHTLY = ("dora", "vera", "full")
 
 
 def _cases(methods):
-    return [pytest.param(method, marks=() if method in _SHORT else pytest.mark.long) for method in methods]
+    tiers = dict.fromkeys(_SHORT, ()) | dict.fromkeys(_NIGHTLY, pytest.mark.nightly)
+    return [pytest.param(method, marks=tiers.get(method, pytest.mark.long)) for method in methods]
 
 
 def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> FuseOptions:
@@ -152,7 +155,7 @@ def test_evaluate_gives_the_runs_own_scores(method, runs):
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
 
 
-@pytest.mark.parametrize("methods", [_SHORT, pytest.param(_METHODS, marks=pytest.mark.long)], ids=["some", "all"])
+@pytest.mark.parametrize("methods", [_SHORT, pytest.param(_METHODS, marks=pytest.mark.nightly)], ids=["some", "all"])
 def test_methods_differ(methods, runs):
     """None of them is another one under a new name."""
     # The constant has no loss; four evaluations may leave LoraHub at its start, zeros.
@@ -262,7 +265,7 @@ def dora_again(small, tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["fusion", "single"])
+@pytest.mark.parametrize("method", [pytest.param("fusion", marks=pytest.mark.nightly), "single"])
 def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_again, small, tmp_path):
     was, wanted, pool = dora_again
     options = _options(small, tmp_path, method, pool=str(pool), lr_coefficients=0.0, lr_magnitudes=0.0)
@@ -303,14 +306,14 @@ def test_what_cannot_be_exported_or_asked(runs, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_all_weights_are_no_adapter(runs, tmp_path):
     with pytest.raises(ValueError, match="fine-tuned all weights, .* export it with --format merged"):
         _exported(runs, "full", "adapter", tmp_path)
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_arrays_hold_what_a_run_reads(runs):
     """A merge is a module of its own, next to the base's arrays; a merge by `cat` reads the pool's."""
     sites = {}

@@ -84,7 +84,7 @@ def test_gradients_pass_a_stack_of_integers():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("remat", ["dots", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("none", marks=pytest.mark.nightly)])
 @pytest.mark.usefixtures("own_programs")
 def test_a_model_of_several_kinds_of_weights(monkeypatch, remat):
     """Bfloat16, NF4 and a stack of two kinds: losses and gradients of the adapters, with bits and without."""

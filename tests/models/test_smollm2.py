@@ -106,9 +106,8 @@ def test_the_tokenizer_is_the_model_s_own(golden):
     assert {str(token) for token in tokenizer.added_tokens_decoder.values()} == {*special["control_tokens"]}
 
 
-@pytest.mark.parametrize(
-    ("numbers", "side", "k"), [(range(4), "left", 0), pytest.param((4, 5), "right", 1, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("numbers", "side", "k"), [(range(4), "left", 0), ((4, 5), "right", 1)])
 def test_logits_and_losses_of_the_base(numbers, side, k, golden, inputs, smol):
     """Of prompts alone, and of batches padded left and right: padding changes nothing."""
     wanted = dict(np.load(golden / "base_logits.npz")) | {"probe_ids": inputs["probe_ids"]}

@@ -153,9 +153,12 @@ def golden(shared):
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        pytest.param("lora_a", range(4), marks=pytest.mark.long),
+        pytest.param("lora_a", range(4), marks=pytest.mark.nightly),
         pytest.param("lora_a", (4, 5), marks=pytest.mark.long),
-        *(pytest.param(name, range(6), marks=pytest.mark.long) for name in _SINGLES[1:]),
+        *(
+            pytest.param(name, range(6), marks=pytest.mark.long if name == "dora_e" else pytest.mark.nightly)
+            for name in _SINGLES[1:]
+        ),
     ],
 )
 def test_single_adapter(golden, name, numbers):
@@ -183,13 +186,8 @@ def test_a_batch_padded_on_the_left_with_an_adapter(golden):
     golden.check_row(logits[real], there, "left")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.long if name == "pool_products_dora" else pytest.mark.nightly)
-        for name in _FUSIONS
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", _FUSIONS)
 def test_fusion(golden, name):
     """Start, gradients, six steps of the reference protocol, and the end of a fusion."""
     file = dict(np.load(golden.folder / f"{name}.npz"))

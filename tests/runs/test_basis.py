@@ -236,7 +236,7 @@ def test_a_pool_without_such_a_basis_says_how_to_make_one(small, tmp_path):
         load_basis(other)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_seeds_a_mesh_and_4_bits(small, tmp_path):
     """Seeds that share a program are those alone, on one device or four; 4 bits train too."""
     both = _options(small, tmp_path, name="both", seeds=(1, 2), epochs=1, core=True)

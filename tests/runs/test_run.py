@@ -184,7 +184,7 @@ def test_the_random_control_fuses_other_modules(fused, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+@pytest.mark.parametrize("load_in", [pytest.param("nf4", marks=pytest.mark.nightly), "int8"])
 def test_quantised_base_and_pool_run(load_in, small, tmp_path, fused):
     results = fuse(_options(small, tmp_path, load_in=load_in))
     assert results["seeds"][0]["loss"] == pytest.approx(fused[1]["seeds"][0]["loss"], rel=0.5)

@@ -288,7 +288,7 @@ def _on_a_chip():
     return program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*": _NOISY}, jax.random.key(5), norm="ideal")
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["sum, magnitudes", "mix"])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
     frozen, (method, params) = _on_a_chip(), _FEW[number]
@@ -341,6 +341,7 @@ _LLAMA = {
 }
 
 
+@pytest.mark.long
 def test_a_decoder_answers_for_mixed_tasks_as_for_each_alone():
     """Prompts of different lengths are padded on the left inside the model, and rows keep their tasks."""
     family = families.family_of_json(_LLAMA)

@@ -95,7 +95,8 @@ def chosen(given):
     return found
 
 
-@pytest.mark.parametrize("path", ["map", pytest.param("vmap", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("path", ["map", pytest.param("vmap", marks=pytest.mark.nightly)])
 def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
     setup, options, params = given
     closed = answer_options(setup.task)

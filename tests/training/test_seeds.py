@@ -102,7 +102,7 @@ def test_each_entry_goes_its_own_way(swept):
     assert len(np.unique(flat, axis=0)) == len(pairs)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_batched_entries_equal_mapped_ones(small, swept):
     pairs, together = swept
     batched = _trained(small, pairs, "vmap")

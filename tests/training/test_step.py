@@ -321,7 +321,7 @@ def _compiled(path):
     return jax.jit(_steps, compiler_options={"xla_cpu_use_fusion_emitters": path == "map"})
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_seeds_together_equal_seeds_alone(problem):
     index = jnp.array([[2, 0], [1, 2]])
     states = [init_state(problem.replace(index=i), jax.random.key(0)) for i in index]
