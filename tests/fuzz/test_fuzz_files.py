@@ -25,13 +25,18 @@ def sandbox(tmp_path_factory):
     return kinds, root
 
 
+_SLOWEST = ("pool keys", "pool adapter config", "cost constants")
+
+
 @pytest.mark.parametrize("name", _NAMES)
 def test_damaged_files_are_read_or_refused(sandbox, name):
     found = file_kinds.tally(*sandbox, name, seed=0, inputs=20)
     assert found["refused"] > 2
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in _SLOWEST else ()) for name in _NAMES]
+)
 def test_many_damaged_files_are_read_or_refused(sandbox, name):
     assert file_kinds.tally(*sandbox, name, seed=1, inputs=80)["refused"] > 8
