@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from ...crossbar.platform import for_cpu
 from ..architecture import Architecture
 from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
 from ..narrow import held, released
@@ -77,6 +78,11 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attend where `mask` holds; softmax in float32."""
         c, (batch, length) = self.config, queries.shape[:2]
+        if length > 1 and not c.attention_cap and not for_cpu():
+            # For long sequences: it takes half of a TPU's cycles and of the memory for scores.
+            keys, values = cache.keys.transpose(0, 3, 1, 2), cache.values.transpose(0, 2, 1, 3)
+            mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], scale=c.query_scale)
+            return self.o_proj(mixed.reshape(batch, length, -1), adapters)
         # Head g of group h is head h G + g; the heads of a group share one product.
         grouped = queries.reshape(batch, length, c.num_kv_heads, -1, c.d_head).transpose(0, 2, 3, 1, 4)
         flat = grouped.reshape(batch, c.num_kv_heads, -1, c.d_head)
