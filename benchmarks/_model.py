@@ -139,9 +139,16 @@ def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Fro
 
 
 def arguments(
-    config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1, path: Path = "map"
+    config: Architecture,
+    weights: Frozen,
+    method: Method,
+    size: tuple[int, int] = (BATCH, SOURCE),
+    *,
+    seeds: int = 1,
+    path: Path = "map",
 ) -> tuple[TrainState, Batch, Problem, Rates]:
-    """Return the arguments of the step of some seeds as shapes, given those of the weights."""
+    """Return the arguments of the step of some seeds as shapes; `size` is that of input ids."""
+    count, source = size
 
     def drawn(weights: Frozen) -> tuple[TrainState, Batch, Problem, Rates]:
         problem = Problem(
@@ -152,8 +159,8 @@ def arguments(
             path=path,
         )
         batch = Batch(
-            input_ids=jnp.zeros((seeds, count, SOURCE), jnp.int32),
-            input_mask=jnp.zeros((seeds, count, SOURCE), bool),
+            input_ids=jnp.zeros((seeds, count, source), jnp.int32),
+            input_mask=jnp.zeros((seeds, count, source), bool),
             labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
             row_mask=jnp.zeros((seeds, count), bool),
         )
@@ -166,7 +173,7 @@ def arguments(
 
 def lowered(config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
     """Return the step of some seeds in turn, traced from shapes, to be compiled."""
-    return step_of(arguments(config, weights, method, count, seeds=seeds))
+    return step_of(arguments(config, weights, method, (count, SOURCE), seeds=seeds))
 
 
 def step_of(arguments: tuple[TrainState, Batch, Problem, Rates], steps: int = 1) -> Any:

@@ -4,11 +4,11 @@
 
 The fusion step as `mix` (also ten in one call, as runs take an epoch's, and with weights in NF4, whose memory is below
 the plan's for bfloat16), as `sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens)
-with the sum. Batched seeds, bfloat16, layers in a loop. Times and cycles are of one step. By name
-(`--program "read with noise"`) also reads of arrays. libtpu's own compiler; counts are taken from its optimised
-HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes over a chip's
-published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu`
-extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
+with the sum. Batched seeds, bfloat16, layers in a loop. Times and cycles are of one step. By name also a step on one
+long row, and reads of arrays (`--program "read with noise"`). libtpu's own compiler; counts are taken from its
+optimised HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes over a
+chip's published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the
+`aot-tpu` extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ from lorafusion_jax.training.mesh import AXES, shardings
 from lorafusion_jax.training.problem import Frozen
 
 _GIB, _K = 2**30, 32
-_ROWS, _NEW = 10, 32  # of generation
+_NEW = 32  # tokens that are generated
 _GROUP = 4  # layers that `compose` mixes at once
 _SIZE, _INPUTS = 1024, 256  # of a read
 _MEMORY, _FLOPS = 1.25, 1.02  # the larger of ours and the compiler's over the smaller
@@ -57,6 +57,8 @@ class _Program(NamedTuple):
     weights: Dtype = "bfloat16"
     mesh: tuple[int, int] | None = None  # devices that share seeds, and matrices
     steps: int = 1  # in one call
+    rows: int = BATCH
+    source: int = SOURCE  # tokens of a row
 
 
 _PROGRAMS = {
@@ -64,9 +66,10 @@ _PROGRAMS = {
     "mix, 10 steps in one call": _Program("fusion-mix", steps=10),
     "mix, base and pool in NF4": _Program("fusion-mix", weights="nf4"),
     "mix on a mesh of 4 x 2": _Program("fusion-mix", mesh=(4, 2)),
+    "mix on a row of 4,096 tokens": _Program("fusion-mix", rows=1, source=4096),
     "sum": _Program("fusion-sum"),
     f"sum in a basis of {_K}": _Program("fusion-sum", basis=_K),
-    "generation with the sum": _Program("fusion-sum", generates=True),
+    "generation with the sum": _Program("fusion-sum", generates=True, rows=10),
 }
 
 
@@ -126,7 +129,9 @@ def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
     parser.add_argument("--shape", choices=CHOICES, default="small-pool", help="of the base model")
-    parser.add_argument("--program", choices=[*_PROGRAMS, *_READS], nargs="+", help="by default all but reads")
+    parser.add_argument(
+        "--program", choices=[*_PROGRAMS, *_READS], nargs="+", help="by default all but the long row and reads"
+    )
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
     chip = _CHIPS[options.chip]
@@ -134,7 +139,8 @@ def main() -> None:
     if importlib.util.find_spec(needed) is None:
         sys.exit(f"{needed}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'")
     # A mesh is compiled for TPUs alone.
-    names = options.program or [n for n, of in _PROGRAMS.items() if chip.platform == "tpu" or of.mesh is None]
+    usual = [name for name, of in _PROGRAMS.items() if of.source == SOURCE and (chip.platform == "tpu" or not of.mesh)]
+    names = options.program or usual
     config, cases = config_of(options.shape, "bfloat16"), []
     for name in names:
         if name in _READS:
@@ -187,14 +193,13 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
-    of, k, generates, dtype, _, steps = program
+    of, k, generates, dtype, _, steps, rows, source = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
-    rows = _ROWS if generates else BATCH
     weights = weights if k is None else _in_basis(config, weights, k)
-    state, batch, problem, rates = arguments(config, weights, method, rows, seeds=seeds, path="vmap")
+    state, batch, problem, rates = arguments(config, weights, method, (rows, source), seeds=seeds, path="vmap")
     state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
     if generates:
@@ -205,23 +210,24 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         lowered = step_of((state, batch, problem, rates), steps)
     how: Any = {"update": update, "seeds": seeds, "path": settings.path, "device": settings.device}
     if generates:
-        work = evaluation_bytes(config, Shape(rows, SOURCE, 0), _NEW, **how)
-        flops = generation_flops(config, Shape(rows, SOURCE, _NEW), update) + _of_zeros(config, rows)
+        work = evaluation_bytes(config, Shape(rows, source, 0), _NEW, **how)
+        shape = Shape(rows, source, _NEW)
+        flops = generation_flops(config, shape, update) + _of_zeros(config, shape)
         held = 4 * trainable
     else:
-        work = step_bytes(config, Shape(rows, SOURCE, TARGET), trainable=trainable, **how)
-        flops = steps * step_flops(config, Shape(rows, SOURCE, TARGET), update, trainable=trainable)
+        work = step_bytes(config, Shape(rows, source, TARGET), trainable=trainable, **how)
+        flops = steps * step_flops(config, Shape(rows, source, TARGET), update, trainable=trainable)
         held = state_bytes(trainable)
     return lowered, weights_bytes(config) + pool_bytes(config, update) + seeds * held + work, seeds * flops
 
 
-def _of_zeros(config: Architecture, rows: int) -> float:
+def _of_zeros(config: Architecture, shape: Shape) -> float:
     """Return the FLOPs of zeros in attention from single tokens, which is one product for all heads."""
-    shape = Shape(rows, SOURCE, _NEW)
     return 4.0 * sum(
-        stack.layers * rows * _NEW * keys(attention, shape) * attention.heads * attention.d_head * (attention.heads - 1)
+        stack.layers * shape.rows * shape.target * keys(attention, shape) * width * (attention.heads - 1)
         for stack in config.stacks.values()
         for attention in stack.attentions
+        for width in [attention.heads * attention.d_head]
         if "target" in stack.reads and attention.heads == attention.kv_heads
     )
 
