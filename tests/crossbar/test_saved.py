@@ -124,6 +124,21 @@ def test_another_configuration_is_refused(tmp_path):
     assert not (tmp_path / "other.npz").exists()
 
 
+@pytest.mark.parametrize(("name", "value"), [("path", "other"), ("integers", ""), ("ties", "round")])
+def test_a_plan_with_another_value_is_refused(name, value, tmp_path):
+    path = tmp_path / "chip.npz"
+    save_chip(program(jnp.ones((4, 2)), CrossbarConfig(), _KEY), path)
+    with np.load(path) as file:
+        stored = dict(file)
+    meta = json.loads(str(stored["meta_json"]))
+    meta["plan"][name] = value
+    np.savez(path, **stored | {"meta_json": json.dumps(meta)})
+    with pytest.raises(
+        ValueError, match=rf"{path}: {name} of its plan is '{value}', not one of \(.*program the weights"
+    ):
+        load_chip(path)
+
+
 def test_a_file_without_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "else.npz", a=np.zeros(2))
     with pytest.raises(ValueError, match="does not hold programmed arrays: give a file that save_chip wrote"):

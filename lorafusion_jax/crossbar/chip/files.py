@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from .chip import Chip, reconfigured
+from .plan import Path as PathOfRead
 from .plan import Plan, exact_ties
 
 _META = "meta_json"
@@ -105,6 +106,10 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
+    known = {"path": get_args(PathOfRead), "integers": (False, True), "ties": ("shift", "divide", None)}
+    for name, wanted in known.items():
+        if plan[name] not in wanted:
+            raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {wanted}: program the weights again")
     structure, values = split_config(config)
     chip = Chip(**fields, values=[], structure=structure, plan=Plan(**plan))
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
