@@ -10,6 +10,7 @@ that are being written are removed first. A training loop, whose state is worth 
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -113,8 +114,7 @@ def _say(line: str) -> None:
 
 
 def _end(number: int) -> NoReturn:
-    import shutil
-
+    # Without an import: the main thread may have been stopped within it, and hold its lock.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads say of the folders that go
     for folder in list(_unfinished):
         # By another name first: if the main thread has just given it its own, it is finished.

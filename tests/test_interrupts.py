@@ -39,6 +39,14 @@ del [Slow()][0]
 (folder / "slow.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
 sys.path.insert(0, str(folder)); import slow
 """,
+    "an import of what ends the process": """
+import importlib
+sys.modules.pop("shutil", None)
+lock = importlib._bootstrap._get_module_lock("shutil")
+lock.acquire()
+ready()
+time.sleep(60)
+""",
     "another thread": """
 def wait(): ready(); time.sleep(60)
 thread = threading.Thread(target=wait); thread.start(); thread.join()
