@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -191,7 +191,7 @@ def measured(loaded: Fused, text: Text, settings: Sequence[Setting], chip_key: i
         times = [time.process_time()]
         weights, arrays = frozen.base, {}
         if setting != DIGITAL:
-            config = config_of(setting)
+            config = config_of(setting, jnp.float32)
             weights = program(graph, frozen, {"*": config}, key).base
             if config.adc is not None:
                 if setting.error not in seen:
@@ -220,12 +220,12 @@ def measured(loaded: Fused, text: Text, settings: Sequence[Setting], chip_key: i
         jax.clear_caches()  # other bits are other programs
 
 
-def config_of(setting: Setting) -> CrossbarConfig:
-    """Return the arrays of a setting; errors are arrays, so that they share compiled programs."""
+def config_of(setting: Setting, number: Callable[[float], Any] = float) -> CrossbarConfig:
+    """Return the arrays of a setting; `number` makes its error a JAX array where settings are to share a program."""
     config = load_config(EXAMPLES / "chip.yaml")
     assert config.adc is not None
     adc = None if setting.bits == "ideal" else dataclasses.replace(config.adc, bits=setting.bits)
-    programming = Independent(jnp.float32(setting.error)) if setting.error else None
+    programming = Independent(number(setting.error)) if setting.error else None
     return dataclasses.replace(config, adc=adc, device=dataclasses.replace(config.device, programming=programming))
 
 

@@ -1,5 +1,6 @@
 """Real language: roles of the tasks, and the script that trains the pool, on a small Llama and tasks made up here."""
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -202,3 +203,41 @@ def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_
     assert (tmp_path / "out" / "main" / "table.md").exists()
     experiment.main([*main, "--plan"])
     assert "0 of 2 programs are missing" in capsys.readouterr().out
+
+
+@pytest.mark.nightly
+def test_a_fused_task_is_measured_on_arrays_as_it_is_and_trained_there(
+    scripts, experiment, tmp_path, monkeypatch, capsys
+):
+    language, language_pool = scripts
+    import language_fused_on_arrays as on_arrays
+
+    llama = small_llama.make(tmp_path / "llama")
+    for module in (experiment, language_pool):
+        monkeypatch.setattr(module, "base", lambda: llama)
+    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 6)
+    for name in ("one", "two", "new"):
+        _colours(tmp_path / "tasks" / f"{name}.json", 190)
+    tasks = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out")]
+    language_pool.main([*tasks, "--sources", "one", "two", "--rank", "2"])
+    entry = language.MAIN["LoRAFusion"]
+    monkeypatch.setitem(on_arrays.MAIN, "LoRAFusion", language._entry(entry, entry.rates, modules=2))
+    monkeypatch.setattr(experiment, "DIRECTIONS", 4)
+    monkeypatch.setattr(on_arrays, "ADAPTERS", tmp_path / "out" / "adapters")
+
+    given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "arrays"), "--unseen", "new"]
+    given += ["--seeds", "1", "--test-rows", "6", "--calibration-rows", "4"]
+    cases = ("digitally", "on the chip")
+    on_arrays.main([*given, "--settings", "ideal-0.5", "--its-chip"])
+    with (tmp_path / "arrays" / "rows.csv").open() as file:
+        rows = {(row["bits"], row["error"], row["trained"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert len(rows) == 3
+    digital, untouched, on_chip = (rows[of] for of in (("", "", "digitally"), *(("ideal", "0.5", c) for c in cases)))
+    assert untouched > digital + 0.05 and on_chip < untouched - 0.02
+    capsys.readouterr()
+    on_arrays.main([*given, "--settings", "ideal-0.5"])  # from the rows that are there
+    assert "| ideal" in (said := capsys.readouterr().out) and "on the chip" not in said
+    with pytest.raises(ValueError, match="--settings 8: wanted bits of the ADC and an error"):
+        on_arrays.main([*given, "--settings", "8"])
+    with pytest.raises(ValueError, match=r"holds other results \(test_rows was 6, is 7\)"):
+        on_arrays.main([*given[:-3], "7", *given[-2:]])

@@ -1,0 +1,176 @@
+"""Fused tasks of SmolLM2 on simulated arrays: trained digitally and written there as they are, or trained on that chip.
+
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0 ideal-0.01 ideal-0.03
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings 8-0 6-0 5-0        # ADCs, perfect cells
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0.01 --its-chip
+
+LoRAFusion of all 24 adapters, as in `experiments/language.py`. The seven projections of every layer and all modules are
+written onto one chip of examples/smollm2/chip.yaml, whose ADC ranges are calibrated on training rows. Written to the
+folder: table.md and rows.csv of what was asked for, every row and the runs; interrupted, the same command goes on.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import _script
+import jax
+import tyro
+from _common import ROOT
+from _hardware import Row, Store, csv_of, slug
+from _language import MAIN, find, load, options_of
+from _smollm2 import EXAMPLES
+from language import link_tasks, linked_base, make_pools, pool_of
+from language_on_arrays import DIGITAL, Setting, config_of
+
+from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax.columns import markdown
+from lorafusion_jax.crossbar import save_config
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
+from lorafusion_jax.report import write_text
+from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
+from lorafusion_jax.runs.options import OnArrays
+
+ADAPTERS = EXAMPLES / "adapters"
+Case = Literal["digitally", "on the chip"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      tasks: folder of the function-vector data sets, also in subfolders.
+      unseen: names of the tasks to fuse for.
+      settings: bits of the ADC, or `ideal`, and standard deviation of the programming error as a share of Gmax: 8-0.01.
+      its_chip: also train on the chip of each setting, from the beginning.
+      seeds: of the fusions, in one program.
+      test_rows: evaluate on the first rows of the test set only.
+      calibration_rows: training rows that the ADCs are calibrated on.
+      out: folder of results; what has rows there is not run again.
+    """
+
+    tasks: Path
+    unseen: tuple[str, ...] = ("lowercase_last_letter", "person-sport")
+    settings: tuple[str, ...] = ("ideal-0", "ideal-0.01", "ideal-0.03", "ideal-0.05", "ideal-0.1")
+    its_chip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    seeds: tuple[int, ...] = (1, 2, 3)
+    test_rows: int = 40
+    calibration_rows: int = 16
+    out: Path = ROOT / "runs" / "language_fused_on_arrays"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Run what is missing, and write the table of what was asked for."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    settings = [parsed(text) for text in options.settings]
+    tasks = link_tasks(options.tasks)
+    paths = {name: find(name, tasks) for name in options.unseen}
+    for path in paths.values():
+        load(path)
+    make_pools(ADAPTERS)
+    store = Store(options.out)
+    store.claim({name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
+    asked: list[tuple[Setting, Case]] = [(DIGITAL, "digitally")]
+    for setting in settings:
+        asked.append((setting, "digitally"))
+        if options.its_chip:
+            asked.append((setting, "on the chip"))
+    rows = []
+    for task, path in paths.items():
+        for setting, case in asked:
+            began = time.perf_counter()
+            name = f"{task}-{said(setting)}-{slug(case)}"
+            found = store.rows(name, partial(scores, task, path, setting, case, options))
+            rows += [{"task": task, "bits": setting.bits, "error": setting.error, "trained": case, **r} for r in found]
+            mean = statistics.fmean(row["exact_match"] for row in found)
+            minutes = (time.perf_counter() - began) / 60
+            print(f"{task}, {setting}, trained {case}: {mean:.1f} %, {minutes:.1f} min", file=sys.stderr, flush=True)
+            jax.clear_caches()  # other settings are other programs
+    text = table(rows, asked, options)
+    write_text(options.out / "table.md", text)
+    write_text(options.out / "rows.csv", csv_of(rows))
+    print(f"{text}\nwritten to {options.out}")
+
+
+def parsed(text: str) -> Setting:
+    """Return the setting that `BITS-ERROR` says.
+
+    Raises:
+      ValueError: the text is something else.
+    """
+    bits, _, error = text.partition("-")
+    try:
+        return Setting("ideal" if bits == "ideal" else int(bits), float(error))
+    except ValueError:
+        raise ValueError(f"--settings {text}: wanted bits of the ADC and an error, as in 8-0 or ideal-0.01") from None
+
+
+def said(setting: Setting) -> str:
+    """Return a setting as `parsed` reads it."""
+    return "digital" if setting.error is None else f"{setting.bits}-{setting.error:g}"
+
+
+def scores(task: str, path: Path, setting: Setting, case: Case, options: Options) -> list[Row]:
+    """Return the seed, exact match (percent) and loss of each seed."""
+    digital = options_of(
+        MAIN["LoRAFusion"],
+        path,
+        base=linked_base(),
+        pool=pool_of(ADAPTERS),
+        seeds=options.seeds,
+        out=options.out / "runs",
+        name=task,
+    )
+    rows: dict[str, Any] = {"test_rows": options.test_rows, "eval_batch": options.test_rows}
+    if case == "on the chip":
+        arrays = OnArrays(crossbar=str(_config_file(setting, options)), noise="chip")
+        on_chip = dataclasses.replace(digital, name=f"{task}-{said(setting)}", arrays=arrays, **rows)
+        found = fuse(on_chip)["seeds"]
+    else:
+        run = _fused(digital)
+        if setting == DIGITAL:
+            found = evaluate_run(EvaluateOptions(run=run, **rows))
+        else:
+            crossbar, calibration = str(_config_file(setting, options)), options.calibration_rows
+            on_chips = EvaluateOnChipsOptions(run=run, crossbar=crossbar, calibration_rows=calibration, **rows)
+            found = evaluate_on_chips(on_chips)["rows"]
+    return [{name: row[name] for name in ("seed", "exact_match", "loss")} for row in found]
+
+
+def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: Options) -> str:
+    """Return exact match by setting and task: the mean over seeds, and every seed's."""
+    lines = [["ADC", "programming error, % of Gmax", "numbers trained", *options.unseen, "mean"]]
+    for setting, case in asked:
+        cells, means = [], []
+        for task in options.unseen:
+            here = [r for r in rows if (r["task"], r["bits"], r["error"], r["trained"]) == (task, *setting, case)]
+            of_seeds = [row["exact_match"] for row in here]
+            means.append(statistics.fmean(of_seeds))
+            cells.append(f"{means[-1]:.1f} ({', '.join(f'{match:.1f}' for match in of_seeds)})")
+        where = ["none: digital", "-"]
+        if setting.error is not None:
+            where = ["ideal" if setting.bits == "ideal" else f"{setting.bits} bits", f"{100 * setting.error:g}"]
+        lines.append([*where, case, *cells, f"{statistics.fmean(means):.1f}"])
+    return f"Exact match in percent on {options.test_rows} test rows, mean (seeds); one chip.\n\n{markdown(lines)}"
+
+
+def _fused(options: FuseOptions) -> Path:
+    assert options.name is not None
+    fuse(options)
+    return options.out / options.name
+
+
+def _config_file(setting: Setting, options: Options) -> Path:
+    file = options.out / "configs" / f"{said(setting)}.yaml"
+    save_config(config_of(setting), file)
+    return file
+
+
+if __name__ == "__main__":
+    _script.run(main)
