@@ -84,9 +84,8 @@ def _file_rows(path: Path) -> Rows:
 
 
 def _jsonl_rows(path: Path) -> Rows:
-    with path.open(
-        "rb"
-    ) as file:  # as bytes, because a text of JSON may hold U+2028 and its like, which end no line here
+    # As bytes: a text of JSON may hold U+2028 and its like, which end no line here.
+    with path.open("rb") as file:
         for n, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {n}"
