@@ -289,7 +289,7 @@ def draw(league: Scores, path: Path) -> None:
             axes.set_xticks(range(len(DOSES)), DOSES)
         panels[0].set_ylabel("exact match, %, with 95 % interval")
         figure.supxlabel("relevant modules of ten", fontsize=10)
-        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
 
     plot(path, (3.0 * (len(league.tasks) + 1), 4.0), on)
 
