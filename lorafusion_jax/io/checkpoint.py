@@ -7,6 +7,7 @@ NumPy arrays, so a checkpoint does not depend on the devices that wrote it; the 
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -217,9 +218,12 @@ def _readable(arrays: Path) -> Iterator[None]:
     log.addFilter(none)
     try:
         yield
-    except (FileError, OSError, MemoryError):
+    except (FileError, MemoryError):
         raise
     except Exception as error:  # of many kinds, as the files are JSON and tensorstore's
+        # Files that orbax's own metadata names may be missing; other errors are the file system's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise
         reason = f"{type(error).__name__}: {shown(str(error))}"
         raise FileError(arrays, got=f"orbax cannot read it ({reason})", fix=_RESTORE) from error
     finally:

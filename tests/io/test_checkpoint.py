@@ -290,9 +290,26 @@ def _relisted(folder: Path) -> None:
     _resealed(folder)
 
 
+# Metadata of an array that lies in a folder of its own, which is not there.
+_IN_FOLDERS = """
+{
+    "tree_metadata": {"('weights',)": {
+        "key_metadata": [{"key": "weights", "key_type": 2}],
+        "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": false}
+    }},
+    "use_ocdbt": false, "use_zarr3": true, "store_array_data_equal_to_fill_value": true, "custom_metadata": null
+}
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("state/_METADATA", "{}"), ("state/manifest.ocdbt", "x"), ("_CHECKPOINT_METADATA", '{"custom_metadata": 1}')],
+    [
+        ("state/_METADATA", "{}"),
+        ("state/_METADATA", _IN_FOLDERS),
+        ("state/manifest.ocdbt", "x"),
+        ("_CHECKPOINT_METADATA", '{"custom_metadata": 1}'),
+    ],
 )
 def test_a_store_that_orbax_cannot_read(name, content, two_steps, tmp_path, caplog):
     shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
