@@ -152,7 +152,7 @@ COMMANDS = {
     "fuse": Command(_fuse, _of_run),
     "sweep": Command(_sweep, _of_sweep, writes=False, compiles=True),
     "matrix": Command(_matrix, _of_matrix, compiles=True),
-    "evaluate": Command(_evaluate, lambda printed, out: printed, writes=False),
+    "evaluate": Command(_evaluate, lambda printed, out: printed, writes=False, compiles=True),
 }
 
 
