@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from ..crossbar.devices.physical import is_traced
 from ..models.weights import Weight, dense, is_in_arrays, map_layers
 from .basis import SharedBasis
-from .norms import Gram, column_norm, product, squared_columns
+from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, squared_columns
 from .pool import LoraPool
 from .updates import Composition, Dense, InBasis, LowRank, Modules, Outputs, gather
 
@@ -61,7 +61,7 @@ def compose(
     coefficients: dict[str, Float[Array, "_L N _k"]],
     composition: Composition,
     *,
-    gram: Gram | None = None,
+    gram: Gram | PairTerms | None = None,
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
 ) -> tuple[dict[str, LowRank | Dense | Modules | Outputs], Int[Array, ""]]:
@@ -74,16 +74,22 @@ def compose(
       index: positions of the N adapters that this fusion mixes.
       coefficients: site -> per layer and module, k = 1, or per rank too, k = r (see `coefficients.expand`).
       composition: `mix` or `sum`.
-      gram: needed with magnitudes.
+      gram: needed with magnitudes; pair terms only of a sum with k = 1 that is not in arrays.
       magnitudes: m per site, in a DoRA pool its `magnitude`; None leaves the columns as they are.
       differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
 
     Raises:
-      ValueError: as `check_mix` does.
+      ValueError: as `check_mix` does; pair terms of another fusion.
     """
     if composition == "mix":
         check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
+    alike = composition == "sum" and not in_arrays and all(c.shape[2] == 1 for c in coefficients.values())
+    if magnitudes is not None and isinstance(gram, PairTerms) and not alike:
+        raise ValueError(
+            "pair terms give the norms of a sum of digital modules with one coefficient each: prepare the frozen "
+            "weights with the fusion that is trained, or use gram(pool, kernels)"
+        )
 
     def of_layer(layer: tuple) -> tuple[LowRank | Dense | None, Array | None, Array]:
         A, B, c, squared, cross, m = layer
@@ -109,27 +115,28 @@ def compose(
         else:
             of_update = squared_columns(left, right)
         norm, floored = column_norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
-        if not differentiate_norm:
-            norm = checkpoint_name(jax.lax.stop_gradient(norm), _NORM)
-        return None if in_arrays else update, m / norm, floored
+        return None if in_arrays else update, _scale(m, norm, differentiate_norm), floored
 
     adapters, total = {}, jnp.int32(0)
     for site, c in coefficients.items():
-        terms = (None, None, None)
-        if magnitudes is not None and gram is not None:
+        terms, of_pairs = (None, None, None), None
+        if magnitudes is not None and isinstance(gram, PairTerms):
+            norm, floored = norm_of_sum(gram.squared[site], gram.cross[site], gram.pairs[site], index, c[:, :, 0])
+            of_pairs, total = _scale(magnitudes[site], norm, differentiate_norm), total + floored
+        elif magnitudes is not None and gram is not None:
             terms = (gram.squared[site], gram.cross[site], magnitudes[site])
         A, B = pool.A[site], pool.B[site]
         if in_arrays:
             # Ranks that a module lacks have no cells: padding must not add cell noise.
             real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
             c = jnp.where(real, c, jnp.zeros_like(c))
-        of = pool if gram is None or gram.modules is None else gram.modules
+        of = gram.modules if isinstance(gram, Gram) and gram.modules is not None else pool
         assert isinstance(of, LoraPool)
         layers = (of.A[site], of.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
         of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
         update, scale, floored = map_layers(of_layers, layers, batch_size=4)
-        total = total + jnp.sum(floored, dtype=jnp.int32)
+        scale, total = scale if of_pairs is None else of_pairs, total + jnp.sum(floored, dtype=jnp.int32)
         if update is not None:
             adapters[site] = dataclasses.replace(update, scale=scale)
         else:
@@ -178,11 +185,15 @@ def compose_in_basis(
             between = 2 * jnp.sum(gram.cross[site] * right, axis=1)
             of_update = jax.vmap(squared_columns)(left, right)
             norm, floored = column_norm(gram.squared[site], between, of_update)
-            if not differentiate_norm:
-                norm = checkpoint_name(jax.lax.stop_gradient(norm), _NORM)
-            scale, total = magnitudes[site] / norm, total + floored
+            scale, total = _scale(magnitudes[site], norm, differentiate_norm), total + floored
         adapters[site] = InBasis(U, V, mixed, scale) if in_arrays else LowRank(dense(U, jnp.float32), right, scale)
     return adapters, total
+
+
+def _scale(magnitudes: Array, norm: Array, differentiate_norm: bool) -> Array:
+    if not differentiate_norm:
+        norm = checkpoint_name(jax.lax.stop_gradient(norm), _NORM)
+    return magnitudes / norm
 
 
 def _mixed(A: Weight, B: Weight, index: Int[Array, " N"], c: Float[Array, "N k"]) -> LowRank:

@@ -3,17 +3,20 @@
 Products of weights with weights use precision "highest". By default a TPU would multiply float32 numbers in bfloat16,
 and a recent NVIDIA card in TF32. On a CPU the setting changes nothing.
 
-Axis letters: L layer, P adapters of the pool, r rank, k directions of a basis.
+Axis letters: L layer, N adapters of a fusion, P adapters of the pool, Q pairs of them, r rank, k directions of a basis.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..models.weights import Weight, dense, map_layers
 from .basis import Pool, SharedBasis
+from .pool import LoraPool
 
 # Where dW nearly cancels W, the Gram form loses digits and can become negative, so it is floored at a few eps.
 _NORM_FLOOR = 8 * float(jnp.finfo(jnp.float32).eps)
@@ -36,6 +39,27 @@ class Gram:
     modules: Pool | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairTerms:
+    """All terms of the norm of W + sum_n c_n dW_n, computed once per base and pool: only c is left to a step.
+
+    Attributes:
+      squared: site -> [L, d_out], ||W||^2 of every column.
+      cross: site -> [L, P, d_out], W . dW_n of every column.
+      pairs: site -> [L, Q, d_out], dW_n . dW_m of every column, n <= m, in the order of `np.triu_indices(P)`.
+    """
+
+    squared: dict[str, Float[Array, "*C _L _d_out"]]
+    cross: dict[str, Float[Array, "*C _L P _d_out"]]
+    pairs: dict[str, Float[Array, "*C _L Q _d_out"]]
+
+
+def pairs_are_smaller(modules: int, rank: int) -> bool:
+    """Return whether `PairTerms` take no more memory than `Gram`: P (P + 1) / 2 + P numbers a column against P r."""
+    return modules + 3 <= 2 * rank
+
+
 def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
     """Return the Gram terms of a pool on the kernels of its sites, in float32, one layer at a time.
 
@@ -52,6 +76,30 @@ def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
 
 
+def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
+    """Return the pair terms of a pool on the kernels of its sites, in float32, one layer and one pair at a time."""
+
+    def of_layer(layer: tuple[Weight, Weight, Weight]) -> tuple[Array, Array, Array]:
+        kernel, A, B = (dense(w, jnp.float32) for w in layer)
+
+        def of_module(n: Array) -> Array:
+            return jnp.sum(product(A[n].T, kernel) * B[n], axis=0)
+
+        def of_pair(pair: tuple[Array, Array]) -> Array:
+            n, m = pair
+            return jnp.sum(B[n] * product(product(A[n].T, A[m]), B[m]), axis=0)
+
+        cross = jax.lax.map(of_module, jnp.arange(len(pool)))
+        return jnp.sum(jnp.square(kernel), axis=0), cross, jax.lax.map(of_pair, _pairs(len(pool)))
+
+    terms = {site: map_layers(of_layer, (kernels[site], A, pool.B[site])) for site, A in pool.A.items()}
+    return PairTerms(*({site: of_site[i] for site, of_site in terms.items()} for i in range(3)))
+
+
+def _pairs(modules: int) -> tuple[Int[np.ndarray, " Q"], Int[np.ndarray, " Q"]]:
+    return np.triu_indices(modules)
+
+
 def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
     """Return ||W|| of every column of the kernels, in float32."""
 
@@ -61,7 +109,7 @@ def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
     return {site: map_layers(of_layer, kernel) for site, kernel in kernels.items()}
 
 
-def column_norms(gram: Gram) -> dict[str, Float[Array, "_L _d_out"]]:
+def column_norms(gram: Gram | PairTerms) -> dict[str, Float[Array, "_L _d_out"]]:
     """Return ||W|| of every column, the initial magnitudes."""
     return {site: jnp.sqrt(squared) for site, squared in gram.squared.items()}
 
@@ -82,6 +130,25 @@ def column_norm(
     floor = _NORM_FLOOR * (squared + of_update)
     total = squared + between + of_update
     return jnp.sqrt(jnp.maximum(total, floor)), jnp.sum(total < floor, dtype=jnp.int32)
+
+
+def norm_of_sum(
+    squared: Float[Array, "L d_out"],
+    cross: Float[Array, "L P d_out"],
+    pairs: Float[Array, "L Q d_out"],
+    index: Int[Array, " N"],
+    coefficients: Float[Array, "L N"],
+) -> tuple[Float[Array, "L d_out"], Int[Array, ""]]:
+    """Return ||W + sum_n c_n dW_n|| per column from its `PairTerms`, and how many were floored.
+
+    ||w + sum_n c_n d_n||^2 = ||w||^2 + 2 sum_n c_n w . d_n + sum_{n <= m} (2 - [n = m]) c_n c_m d_n . d_m.
+    """
+    modules = cross.shape[1]
+    c = jnp.zeros((len(squared), modules), coefficients.dtype).at[:, index].add(coefficients)
+    first, second = _pairs(modules)
+    of_pairs = jnp.where(first == second, 1.0, 2.0)[None] * c[:, first] * c[:, second]
+    weighted = partial(jnp.einsum, "ln,lno->lo", precision="highest")
+    return column_norm(squared, 2 * weighted(c, cross), weighted(of_pairs, pairs))
 
 
 def squared_columns(left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]) -> Float[Array, " d_out"]:

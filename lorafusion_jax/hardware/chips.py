@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..adapters.norms import PairTerms
 from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
 from ..models.weights import reads
 from ..training.problem import Frozen
@@ -104,6 +105,8 @@ class ChipPerSeed(Frozen):
 def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
     structures, values = _split(rules)
+    if isinstance(digital.gram, PairTerms):  # in place of which every step would compute Gram terms
+        digital = dataclasses.replace(digital, gram=chip.gram)
     return Redrawn(
         **_fields(chip), digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm
     )

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..adapters.norms import gram, norms
+from ..adapters.basis import Pool
+from ..adapters.norms import Gram, PairTerms, gram, norms
 from ..adapters.pool import LoraPool
 from ..crossbar import Rules, program_tree
-from ..models.architecture import kernels, matrices, set_matrices
+from ..models.architecture import Model, kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..training.problem import Frozen
 
@@ -72,7 +73,13 @@ def program(
     in_arrays = dataclasses.replace(pool, **factors)
     programmed = dataclasses.replace(programmed, pool=in_arrays)
     if norm == "ideal":
-        terms = None if frozen.gram is None else dataclasses.replace(frozen.gram, modules=pool)
-        return dataclasses.replace(programmed, gram=terms)
+        terms = frozen.gram
+        if isinstance(terms, PairTerms):
+            terms = _gram(nnx.merge(graph, frozen.base), pool)
+        return dataclasses.replace(programmed, gram=terms and dataclasses.replace(terms, modules=pool))
+    return dataclasses.replace(programmed, gram=_gram(model, in_arrays))
+
+
+def _gram(model: Model, pool: Pool) -> Gram:
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.rank}
-    return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, used))
+    return jax.jit(gram)(pool, used)

@@ -16,11 +16,11 @@ from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import Granularity, Start
 from ..adapters.composition import check_mix, compose, compose_in_basis
-from ..adapters.norms import Gram, column_norms, gram
+from ..adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..models.architecture import Site
-from ..models.weights import Weight
+from ..models.weights import Weight, for_cpu, is_in_arrays
 from ..training.problem import Frozen, Method, Params
 from ..training.recipe import Recipe
 from .method import WITH_CORE, Billed, Built, Fused, MethodEntry, Placement, Update, fused, module
@@ -71,6 +71,8 @@ class Fusion(Method):
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with the directions that are used, and the pool's Gram terms.
 
+        On accelerators a sum of whole modules has pair terms instead, unless these would take more memory.
+
         Raises:
           ValueError: as `check` does.
         """
@@ -80,7 +82,16 @@ class Fusion(Method):
         if self.basis is not None and isinstance(pool, SharedBasis):
             pool = pool.first(self.basis)
         used = {site: kernel for site, kernel in kernels.items() if site in pool.rank}
+        if isinstance(pool, LoraPool) and self._in_pairs(pool):
+            return dataclasses.replace(frozen, gram=jax.jit(pair_terms)(pool, used))
         return dataclasses.replace(frozen, pool=pool, gram=jax.jit(gram)(pool, used))
+
+    def _in_pairs(self, pool: LoraPool) -> bool:
+        """Return whether norms come from inner products of modules. A CPU keeps the bits of the other way."""
+        if for_cpu() or not self.magnitudes or self.composition == "mix" or self.granularity == "rank":
+            return False
+        ranks = (jax.tree.leaves(b)[0].shape[2] for b in pool.B.values())
+        return not is_in_arrays((pool.A, pool.B)) and pairs_are_smaller(len(pool), min(ranks))
 
     def check(self, pool: Pool) -> None:
         """Raise ValueError if this fusion cannot use the pool."""
@@ -170,7 +181,7 @@ def check_basis(asked: Fusion | Recipe) -> None:
         )
 
 
-def _pool_of(frozen: Frozen) -> tuple[Pool, Gram]:
+def _pool_of(frozen: Frozen) -> tuple[Pool, Gram | PairTerms]:
     if frozen.pool is None or frozen.gram is None:
         raise ValueError("a fusion needs a pool and its Gram terms: Frozen(base, pool, gram(pool, kernels))")
     return frozen.pool, frozen.gram

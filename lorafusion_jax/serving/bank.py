@@ -30,6 +30,7 @@ from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import SharedBasis
 from ..adapters.coefficients import GRANULARITIES, Granularity
 from ..adapters.composition import check_mix
+from ..adapters.norms import Gram, gram
 from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..methods.fusion import Fusion
@@ -93,7 +94,8 @@ class TaskBank:
 
         Args:
           graph: structure of the model.
-          frozen: base and pool; the pool's Gram terms are computed if they are missing and any columns are scaled.
+          frozen: base and pool; the pool's Gram terms, which tasks of any kind share, are computed if they are missing
+            and any columns are scaled.
           capacity: number of tasks that there is room for.
           granularity: the finest that a task's coefficients may have.
           scaled: sites whose columns tasks may rescale; a bank for coefficients alone needs none, and no room for them.
@@ -110,8 +112,9 @@ class TaskBank:
         coefficients, pool = None, frozen.pool
         if not scaled:
             frozen = dataclasses.replace(frozen, gram=None, norms=None)
-        elif pool is not None and frozen.gram is None:
-            frozen = Fusion().prepare(frozen, kernels(model))
+        elif pool is not None and not isinstance(frozen.gram, Gram):
+            used = {site: kernel for site, kernel in kernels(model).items() if site in pool.rank}
+            frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, used))
         if pool is not None:
             shape = coefficients_lib.shape(pool, len(pool), granularity)
             coefficients = jnp.zeros((capacity + 1, *shape), jnp.float32)

@@ -91,7 +91,7 @@ def rules(config: Architecture) -> Rules:
                 found.append((rf"\b[AU]/{sites}", _SPLIT[split]))
             else:
                 found.append((rf"\b[BV]/{sites}", _SPLIT[split]))
-                found.append((rf"\b(squared|cross|norms|magnitudes?|kept)/{sites}", ("model",)))
+                found.append((rf"\b(squared|cross|pairs|norms|magnitudes?|kept)/{sites}", ("model",)))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..adapters.basis import Pool
-from ..adapters.norms import Gram
+from ..adapters.norms import Gram, PairTerms
 from ..adapters.updates import Composition
 from ..models.architecture import Architecture, Model
 from ..models.weights import Weight, reads, unstacked
@@ -45,14 +45,14 @@ class Frozen:
     Attributes:
       base: the base model's weights.
       pool: of modules, for methods that fuse: whole, or in a shared basis.
-      gram: the pool's Gram terms on the base.
+      gram: the pool's Gram terms on the base, or its pair terms.
       norms: site -> [L, d_out], ||W|| of every column of the sites that a method without a pool rescales.
       projections: VeRA's random matrices, which all sites share.
     """
 
     base: nnx.State
     pool: Pool | None = None
-    gram: Gram | None = None
+    gram: Gram | PairTerms | None = None
     norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
     projections: Projections | None = None
 

@@ -12,9 +12,10 @@ import qwix
 import tiny
 from flax import nnx
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
 from lorafusion_jax.adapters.composition import compose
-from lorafusion_jax.adapters.norms import Gram, column_norms, gram
+from lorafusion_jax.adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
 from lorafusion_jax.io.export import fused_adapter
@@ -22,8 +23,10 @@ from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import draw_modules
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.seeds import over_seeds
+from lorafusion_jax.training.step import fusion_step, init_state
 
 _GRANULARITIES = ("global", "block", "site", "rank")
 _INDEX = [3, 0, 2]  # of a pool of four
@@ -80,8 +83,8 @@ def _close(got, wanted, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance)
 
 
-def _gram(pool):
-    return jax.jit(gram)(pool, {site: _KERNELS[site] for site in pool.A})
+def _gram(pool, terms=gram):
+    return jax.jit(terms)(pool, {site: _KERNELS[site] for site in pool.A})
 
 
 def _kernel(site, layer):
@@ -153,17 +156,34 @@ def test_blocks_of_unequal_depths_have_columns_of_their_own():
 # Norms without W + dW.
 
 
-@pytest.mark.parametrize("granularity", ["block", "rank"])
-@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several), ("sum", _full)])
-def test_gram_norm_is_the_norm(composition, granularity, ranks):
+@pytest.mark.parametrize(
+    ("composition", "ranks", "granularity", "terms"),
+    [
+        *(("mix", _somewhere, granularity, gram) for granularity in ("block", "rank")),
+        *(("sum", ranks, granularity, gram) for ranks in (_several, _full) for granularity in ("block", "rank")),
+        *(("sum", ranks, "block", pair_terms) for ranks in (_several, _full)),
+        *(pytest.param("sum", _several, of, pair_terms, marks=pytest.mark.long) for of in ("global", "site")),
+    ],
+)
+def test_gram_norm_is_the_norm(composition, granularity, ranks, terms):
     pool = tiny.pool(4, ranks)
+    _check_norms(pool, pool, composition, granularity, terms)
+
+
+def test_pair_norms_of_a_pool_in_four_bits():
+    pool = tiny.pool(4, _several, names="q").quantised("nf4")
+    plain = {f: {s: dense(w, jnp.float32) for s, w in of_sites.items()} for f, of_sites in pool.factors.items()}
+    _check_norms(pool, dataclasses.replace(pool, **plain), "sum", "block", pair_terms)
+
+
+def _check_norms(pool, plain, composition, granularity, terms):
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
-    terms = _gram(pool)
+    terms = _gram(pool, terms)
     magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
     adapters, floored = _fuse(c, pool, granularity, composition, gram=terms, magnitudes=magnitudes)
     assert floored == 0
     matrices = _matrices(adapters)
-    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    wanted = tiny.updates(plain, _INDEX, tiny.coefficient_of(c, plain, granularity), composition)
     for (site, layer), update in wanted.items():
         W = _kernel(site, layer)
         m = 2.0 * np.linalg.norm(W, axis=0)
@@ -181,10 +201,10 @@ def _cancelling():
 
 
 @pytest.mark.parametrize(("c", "floored"), [(0.0, False), (0.9, False), (0.99, False), (1 - 1e-5, True), (1.0, True)])
-@pytest.mark.parametrize("composition", ["sum", "mix"])
-def test_norms_near_cancellation_are_floored_and_counted(composition, c, floored):
+@pytest.mark.parametrize(("composition", "terms"), [("sum", gram), ("sum", pair_terms), ("mix", gram)])
+def test_norms_near_cancellation_are_floored_and_counted(composition, terms, c, floored):
     pool = _cancelling()
-    site, frozen = "encoder.self.q", Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    site, frozen = "encoder.self.q", Frozen(nnx.split(_MODEL)[1], pool, _gram(pool, terms))
     method = Fusion(composition=composition, granularity="global", start="uniform")
     params = method.init(frozen, jnp.arange(1), jax.random.key(0))
     # A mix is quadratic: its dW is -c^2 W.
@@ -253,6 +273,82 @@ def test_peak_memory_does_not_hold_w_plus_dw(composition, differentiate_norm):
     assert compiled.memory_analysis().temp_size_in_bytes < layers * width * width * 4 / 4
 
 
+# Inner products of modules, on accelerators alone.
+
+
+def test_pair_terms_are_inner_products_of_columns():
+    pool, terms = tiny.pool(4, _several), _gram(tiny.pool(4, _several), pair_terms)
+    for site, A in pool.A.items():
+        dW = np.einsum("lnir,lnro->lnio", np.asarray(A, np.float64), np.asarray(pool.B[site], np.float64))
+        W = np.asarray(_KERNELS[site], np.float64)
+        _close(terms.squared[site], np.sum(W**2, axis=1))
+        _close(terms.cross[site], np.einsum("lio,lnio->lno", W, dW))
+        pairs = np.einsum("lnio,lmio->lnmo", dW, dW)
+        _close(terms.pairs[site], np.stack([pairs[:, n, m] for n in range(4) for m in range(n, 4)], axis=1))
+
+
+def test_a_sum_has_pair_terms_on_accelerators_where_they_take_no_more_memory():
+    def prepared(pool, **changes):
+        found, frozen = [], Frozen(nnx.split(_MODEL)[1], pool)
+
+        def kind_and_size():
+            terms = Fusion(**changes).prepare(frozen, _KERNELS).gram
+            found.append((type(terms), sum(a.size for a in jax.tree.leaves(terms))))
+
+        jax.eval_shape(kind_and_size)
+        return found[0]
+
+    pools = {modules: tiny.pool(modules, names="q") for modules in (4, 5, 6)}  # of rank 4
+    grams = {modules: prepared(pool) for modules, pool in pools.items()}
+    assert {kind for kind, _ in grams.values()} == {Gram}
+    with tiny.for_tpu():
+        assert prepared(pools[4])[0] == PairTerms and prepared(pools[4])[1] < grams[4][1]
+        assert prepared(pools[5]) == (PairTerms, grams[5][1]) and prepared(pools[6]) == grams[6]
+        for granularity in ("global", "site"):
+            assert prepared(pools[4], granularity=granularity)[0] == PairTerms
+        for others in ({"composition": "mix"}, {"granularity": "rank"}, {"magnitudes": False}):
+            assert prepared(pools[4], **others) == grams[4]
+        assert prepared(shared_basis(pools[4], 3))[0] == Gram
+    for modules in range(1, 40):
+        fewer = modules * (modules + 1) // 2 + modules <= 16 * modules
+        assert pairs_are_smaller(modules, 16) == fewer
+
+
+def test_pair_terms_of_another_fusion_are_refused():
+    pool = tiny.pool(4, names="q")
+    frozen, index = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool, pair_terms)), jnp.array(_INDEX)
+    for method in (Fusion(composition="mix"), Fusion(granularity="rank")):
+        params = method.init(frozen, index, jax.random.key(0))
+        with pytest.raises(ValueError, match="a sum of digital modules with one coefficient each: prepare the frozen"):
+            method.adapters(params, frozen, index)
+
+
+@pytest.mark.long
+def test_a_step_prepared_for_an_accelerator_is_that_of_a_cpu():
+    config = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
+    pool = tiny.pool(4, lambda n, site, layer: n + 2, names="q", config=config)
+    method = Fusion(differentiate_norm=True)
+    graph, base = nnx.split(tiny.t5(config))
+
+    @jax.jit
+    def step(frozen, batch, coefficients):
+        problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.array(_INDEX))
+        state = init_state(problem, jax.random.key(0))
+        state = state._replace(params=state.params | {"coefficients": coefficients})
+        rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0.1), l1=jnp.float32(0.1))
+        return fusion_step(state, batch, problem, rates, optimisation=Optimisation(steps=2))
+
+    def prepared_and_stepped():
+        frozen = method.prepare(Frozen(base, pool), kernels(nnx.merge(graph, base)))
+        return frozen.gram, step(frozen, tiny.batch(), tiny.coefficients((3, 2)))
+
+    of_cpu, wanted = prepared_and_stepped()
+    with tiny.for_tpu():
+        terms, got = prepared_and_stepped()
+    assert isinstance(of_cpu, Gram) and isinstance(terms, PairTerms)
+    jax.tree.map(_close, got, wanted)
+
+
 # Gradients.
 
 
@@ -273,15 +369,24 @@ def _objective_in_numpy(pool, site, x, direction, composition, m, norm):
 
 
 @pytest.mark.parametrize("differentiate_norm", [False, True])
-@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _full)])
-def test_gradients_and_the_norm_as_a_constant(composition, ranks, differentiate_norm):
+@pytest.mark.parametrize(
+    ("composition", "ranks", "terms"),
+    [
+        ("mix", _somewhere, gram),
+        ("sum", _somewhere, gram),
+        ("sum", _full, gram),
+        ("sum", _somewhere, pair_terms),
+        ("sum", _full, pair_terms),
+    ],
+)
+def test_gradients_and_the_norm_as_a_constant(composition, ranks, terms, differentiate_norm):
     site, pool = "decoder.cross.v", tiny.pool(4, ranks, names="v")
     rng = np.random.default_rng(2)
     x = rng.normal(size=(6, 16))
     direction = rng.normal(size=(6, 12))
     c = tiny.coefficients((3,))
     assert np.any(c < 0) and np.any(c > 0)
-    terms = _gram(pool)
+    terms = _gram(pool, terms)
     magnitudes = {s: jnp.asarray(rng.uniform(0.5, 2, n.shape), jnp.float32) for s, n in column_norms(terms).items()}
 
     def value(c, magnitudes):

@@ -11,7 +11,7 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.adapters.norms import Gram, PairTerms, gram
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import (
     DAC,
@@ -30,6 +30,7 @@ from lorafusion_jax.crossbar import (
     site_errors,
 )
 from lorafusion_jax.hardware.calibration import logits_of
+from lorafusion_jax.hardware.chips import redrawn
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.untrained import ZeroShot
@@ -221,6 +222,19 @@ def test_norms_are_those_of_the_weights_as_programmed():
     for site in ("encoder.self.q", "decoder.cross.v"):
         norms = jnp.linalg.norm(columns(adapters[site], model[site]), axis=1)
         _close(norms, params["magnitudes"][site], 1e-3)
+
+
+def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu():
+    with tiny.for_tpu():
+        digital = Fusion().prepare(Frozen(_BASE, _DIGITAL.pool), kernels(nnx.merge(_GRAPH, _BASE)))
+    assert isinstance(digital.gram, PairTerms)
+    rules = {"pool.*.encoder.self.v": _NOISY}
+    got, wanted = (program(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))
+    assert isinstance(got.gram, Gram) and got.gram.modules is digital.pool
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    training = redrawn(got, digital, rules, _KEY, steps="every", norm="ideal")
+    assert isinstance(training.digital.gram, Gram)
 
 
 def test_what_a_module_lacks_brings_no_noise():

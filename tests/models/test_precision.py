@@ -7,6 +7,7 @@ Everything is lowered for a TPU, which needs none.
 
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from lorafusion_jax.adapters.basis import Pool, shared_basis
 from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import merge
-from lorafusion_jax.adapters.norms import gram
+from lorafusion_jax.adapters.norms import gram, pair_terms
 from lorafusion_jax.adapters.updates import WeightDecomposed
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
@@ -52,21 +53,22 @@ def _check(products, *, of_weights: bool = True):
     assert all(highest == weights for weights, highest in products)
 
 
-def _frozen(pool: Pool) -> Frozen:
-    return Frozen(nnx.state(_MODEL), pool, jax.jit(gram)(pool, {site: kernels(_MODEL)[site] for site in pool.rank}))
+def _frozen(pool: Pool, terms: Any = gram) -> Frozen:
+    return Frozen(nnx.state(_MODEL), pool, jax.jit(terms)(pool, {site: kernels(_MODEL)[site] for site in pool.rank}))
 
 
-def _step(method: Fusion, pool: Pool) -> list[tuple[bool, bool]]:
-    problem = Problem(graph=nnx.split(_MODEL)[0], method=method, frozen=_frozen(pool), index=jnp.arange(3))
+def _step(method: Fusion, pool: Pool, terms: Any = gram) -> list[tuple[bool, bool]]:
+    problem = Problem(graph=nnx.split(_MODEL)[0], method=method, frozen=_frozen(pool, terms), index=jnp.arange(3))
     state = init_state(problem, jax.random.key(0))
     rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
     step = partial(fusion_step, optimisation=Optimisation(steps=1))
     return _products(step, state, tiny.batch(rows=_ROWS), problem, rates)
 
 
-def test_gram_terms():
+@pytest.mark.parametrize("terms", [gram, pair_terms])
+def test_gram_terms(terms):
     pool = tiny.pool(2)
-    _check(_products(gram, pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+    _check(_products(terms, pool, {site: kernels(_MODEL)[site] for site in pool.A}))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,11 @@ def test_a_step(composition, rank, differentiate_norm):
     """Ranks of 2, 4 and 6 make the norm by the Gram matrix, by dW a layer at a time, and from dW as a matrix."""
     method = Fusion(composition=composition, differentiate_norm=differentiate_norm)
     _check(_step(method, tiny.pool(3, lambda n, site, layer: rank)))
+
+
+def test_a_step_with_pair_terms():
+    method = Fusion(differentiate_norm=True)
+    _check(_step(method, tiny.pool(3), pair_terms))
 
 
 @pytest.mark.parametrize("core", [False, True])

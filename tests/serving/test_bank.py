@@ -13,6 +13,7 @@ from flax import nnx
 
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
+from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.crossbar import (
     ADC,
@@ -275,6 +276,16 @@ def test_base_and_pool_in_4_bits():
     ]
     for row, one in enumerate(alone):
         _close(got[row], np.asarray(one.logits(batch, _numbers(-1, -1, -1, -1)))[row])
+
+
+def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too():
+    with tiny.for_tpu():
+        frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+    assert isinstance(frozen.gram, PairTerms)
+    tasks = [task for task in _TASKS if isinstance(task[0], Fusion) and task[0].magnitudes][::3]
+    assert {method.composition for method, _ in tasks} == {"sum", "mix"}
+    got, wanted = (_filled(weights, tasks).tasks.scales for weights in (frozen, Frozen(_BASE, _POOL)))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 _NOISY = CrossbarConfig(
