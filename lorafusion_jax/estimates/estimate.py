@@ -41,7 +41,7 @@ class Settings:
     @property
     def fused(self) -> Fused:
         """The modules that a method fuses."""
-        return Fused(self.rank, self.pool or self.recipe.modules, self.targets)
+        return Fused(self.rank, self.pool or self.recipe.modules, self.targets, self.device == "accelerator")
 
 
 class Cost(NamedTuple):
@@ -55,7 +55,7 @@ class Cost(NamedTuple):
       training_flops: ranking the pool's modules, all steps and validations; or the search.
       evaluation_flops: generating up to the token limit for the test rows, their loss and their options.
       weights_bytes: the base's weights.
-      pool_bytes: the modules and their Gram terms.
+      pool_bytes: the modules and the terms of their norms.
       state_bytes: trained numbers, Adam's moments and the best numbers so far, of all seeds.
       activation_bytes: ranking, training or evaluation, whichever takes most, at the batch that takes most. Whole
         modules that are read to be ranked, and are fused in a basis, count here.

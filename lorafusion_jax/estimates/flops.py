@@ -144,8 +144,11 @@ def _prepare(site: Site, update: Update) -> int:
     if update.kind == "basis":
         mixed = 2 * r * r * (update.modules + (0 if update.in_arrays and not update.magnitudes else d_out))
         return mixed + (_norm(r, d_in, d_out) if update.magnitudes else 0)
+    of_pairs = 2 * update.pair_terms * d_out
     if update.is_dense(site):
-        return 2 * k * d_in * d_out
+        return 2 * k * d_in * d_out + of_pairs
+    if of_pairs:
+        return of_pairs
     return _norm(k, d_in, d_out) if update.kind == "sum" and update.magnitudes else 0
 
 

@@ -31,15 +31,16 @@ def weights_bytes(config: Architecture) -> int:
 
 
 def pool_bytes(config: Architecture, update: Update) -> int:
-    """Return the bytes of P modules, whole or in a basis, and their Gram terms, or of VeRA's shared random matrices."""
+    """Return the bytes of P modules, whole or in a basis, and the norms' terms, or of VeRA's shared random matrices."""
     frozen = targeted(config, update.targets).values()
     if update.kind == "vera":
         return _FLOAT32 * update.rank * (max(s.d_in for s in frozen) + max(s.d_out for s in frozen))
     if update.kind not in ("mix", "sum", "basis"):
         return 0
     modules, cores = (1, update.pool * update.rank**2) if update.kind == "basis" else (update.pool, 0)
-    factors = sum(s.layers * (modules * update.rank * (s.d_in + 2 * s.d_out) + cores) for s in frozen)
-    return _FLOAT32 * (factors + sum(s.layers * s.d_out for s in frozen))
+    width = modules * update.rank
+    terms = update.pair_terms or width
+    return _FLOAT32 * sum(s.layers * (width * (s.d_in + s.d_out) + cores + (terms + 1) * s.d_out) for s in frozen)
 
 
 def state_bytes(trainable: int) -> int:
@@ -155,7 +156,8 @@ def _work(config: Architecture, shape: Shape) -> int:
 def _fused(config: Architecture, update: Update) -> int:
     """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients.
 
-    In a basis, the modules of all layers are read at once: N cores, and the product of their sum with V.
+    In a basis, the modules of all layers are read at once: N cores, and the product of their sum with V. Pair terms
+    need no module.
     """
     frozen = targeted(config, update.targets).values()
     if update.kind == "basis":
@@ -164,7 +166,8 @@ def _fused(config: Architecture, update: Update) -> int:
     if update.kind not in ("mix", "sum"):
         return 0
     modules = update.pool if update.kind == "mix" else update.modules
-    group = max(min(s.layers, _GROUP) * modules * update.rank * (s.d_in + 2 * s.d_out) for s in frozen)
+    read = [s for s in frozen if not update.pair_terms or update.is_dense(s)]
+    group = max((min(s.layers, _GROUP) * modules * update.rank * (s.d_in + 2 * s.d_out) for s in read), default=0)
     factors = sum(s.layers * _factors(s, update) for s in frozen)
     return _FLOAT32 * 2 * (group + factors)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from ..adapters.basis import Pool
+from ..adapters.norms import pairs_are_smaller
 from ..models.architecture import Architecture, Site, targeted
 from ..training.problem import Method, Params, Problem
 from ..training.recipe import Recipe
@@ -34,6 +35,8 @@ class Update:
       targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
       in_arrays: the modules or directions stay in arrays: a sum is never formed as a matrix, and every token is
         multiplied by a basis' core.
+      pair_terms: number of inner products for each column that a sum's norms come from (`adapters.norms.PairTerms`);
+        0 if they come from the modules.
     """
 
     kind: UpdateKind
@@ -43,6 +46,7 @@ class Update:
     magnitudes: bool = False
     targets: tuple[str, ...] | None = None
     in_arrays: bool = False
+    pair_terms: int = 0
 
     def width(self, site: Site) -> int:
         """Return the number of values per token between the two products of the update; 0 if it has no products."""
@@ -112,11 +116,13 @@ class Fused(NamedTuple):
       rank: rank of one module.
       pool: P, the number of modules in memory.
       targets: the linear maps that they adapt.
+      accelerator: the plan is for an accelerator.
     """
 
     rank: int
     pool: int
     targets: tuple[str, ...] | None
+    accelerator: bool = False
 
 
 class Billed(NamedTuple):
@@ -222,11 +228,14 @@ def fused(recipe: Recipe, modules: Fused, kind: UpdateKind, *, magnitudes: bool 
     rank = modules.rank
     if kind == "sum" and recipe.basis is not None:
         kind, rank = "basis", recipe.basis
+    P, one_each = modules.pool, kind == "sum" and recipe.granularity != "rank"
+    in_pairs = modules.accelerator and magnitudes and one_each and pairs_are_smaller(P, rank)
     return Update(
         kind=kind,
         rank=rank,
         modules=recipe.modules,
-        pool=modules.pool,
+        pool=P,
         magnitudes=magnitudes,
         targets=modules.targets,
+        pair_terms=P * (P + 1) // 2 + P if in_pairs else 0,
     )

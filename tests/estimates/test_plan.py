@@ -11,7 +11,7 @@ from flax import nnx
 
 from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.adapters.coefficients import shape
-from lorafusion_jax.adapters.norms import Gram
+from lorafusion_jax.adapters.norms import Gram, PairTerms
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.estimate import Settings, estimate, method_names, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
@@ -116,6 +116,10 @@ def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.Gr
         rank={n: jnp.full((s.layers, modules), r) for n, s in adapted.items()},
         names=tuple(map(str, range(modules))),
     )
+    if settings.device == "accelerator":
+        cross = {n: jnp.zeros((s.layers, modules, s.d_out)) for n, s in adapted.items()}
+        pairs = {n: jnp.zeros((s.layers, modules * (modules + 1) // 2, s.d_out)) for n, s in adapted.items()}
+        return graph, Frozen(base, pool, PairTerms(columns, cross, pairs))
     cross = {n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()}
     return graph, Frozen(base, pool, Gram(columns, cross))
 
@@ -215,6 +219,36 @@ def test_flops_of_a_sum_that_is_formed_as_a_matrix():
     found = step_flops(_SMALL, _SHAPE, update, trainable=trained_numbers(_SMALL, "fusion-sum", settings))
     assert all(update.is_dense(site) for site in targeted(_SMALL, ("q", "v")).values())
     np.testing.assert_allclose(found, _flops(_step("fusion-sum", _SMALL, settings)), rtol=0.1)
+
+
+@pytest.mark.parametrize("rank", [8, pytest.param(32, marks=pytest.mark.long)])
+def test_a_step_whose_norms_come_from_pair_terms(rank):
+    """As accelerators compute it, compiled for a CPU: factors of low rank, and a sum that is formed as a matrix."""
+    settings = dataclasses.replace(_SETTINGS, rank=rank, device="accelerator")
+    update, trainable = update_of("fusion-sum", settings), trained_numbers(_SMALL, "fusion-sum", settings)
+    compiled, (_, frozen) = _step("fusion-sum", _SMALL, settings), _frozen("fusion-sum", _SMALL, settings)
+    np.testing.assert_allclose(
+        step_flops(_SMALL, _SHAPE, update, trainable=trainable), _flops(compiled), rtol=0.03 if rank == 8 else 0.1
+    )
+    modules = sum(a.nbytes for a in jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram)))
+    assert pool_bytes(_SMALL, update) == modules
+
+
+def test_pair_terms_are_planned_where_a_run_prepares_them():
+    settings = dataclasses.replace(_SETTINGS, device="accelerator")
+    by_rank = dataclasses.replace(settings, recipe=dataclasses.replace(_RECIPE, granularity="rank"))
+    assert update_of("fusion-sum", settings).pair_terms == 7 * 8 // 2 + 7
+    assert update_of("mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
+    assert update_of("fusion-sum", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
+    for name, others in {
+        "fusion-sum": _SETTINGS,
+        "fusion-mix": settings,
+        "coefficients-sum": settings,
+        "fusion": dataclasses.replace(settings, pool=14),
+        "mean-fusion": by_rank,
+        "mean-fusion-sum": dataclasses.replace(_IN_BASIS, device="accelerator"),
+    }.items():
+        assert update_of(name, others).pair_terms == 0, name
 
 
 def test_flops_by_hand():
