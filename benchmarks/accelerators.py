@@ -25,8 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from _hlo import Counts, below_highest, counts
 from _measure import case
-from _model import BATCH, CHOICES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, graph_of, shapes_of, step_of
-from flax import nnx
+from _model import (
+    BATCH,
+    CHOICES,
+    RANK,
+    SOURCE,
+    TARGET,
+    Dtype,
+    arguments,
+    config_of,
+    prepared,
+    shapes_of,
+    step_of,
+)
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from lorafusion_jax import Recipe, crossbar
@@ -37,7 +48,7 @@ from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_
 from lorafusion_jax.estimates.flops import Shape, generation_flops, keys, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import Architecture, kernels, targeted
+from lorafusion_jax.models.architecture import Architecture, targeted
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.training.mesh import AXES, shardings
 from lorafusion_jax.training.problem import Frozen
@@ -198,7 +209,8 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
-    weights = weights if k is None else _in_basis(config, weights, k)
+    weights = weights if k is None else _in_basis(weights, k)
+    weights = jax.eval_shape(partial(prepared, config, method), weights)
     state, batch, problem, rates = arguments(config, weights, method, (rows, source), seeds=seeds, path="vmap")
     state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
@@ -242,7 +254,7 @@ def _on_mesh(shapes: Any, config: Architecture | None = None, *, of_seeds: bool 
     return structure.unflatten([jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=of_leaf) for a, of_leaf in where])
 
 
-def _in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
+def _in_basis(weights: Frozen, k: int) -> Frozen:
     """Return the shapes of the weights with their pool in a shared basis, which itself is made on the host."""
     pool = weights.pool
     assert isinstance(pool, LoraPool)
@@ -260,11 +272,7 @@ def _in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
         names=pool.names,
         sites=pool.sites,
     )
-
-    def prepared(weights: Frozen) -> Frozen:
-        return Fusion(composition="sum", basis=k).prepare(weights, kernels(nnx.merge(graph_of(config), weights.base)))
-
-    return jax.eval_shape(prepared, Frozen(weights.base, basis))
+    return Frozen(weights.base, basis)
 
 
 def _precision(where: str, lowered: Any) -> dict[str, Any]:

@@ -24,12 +24,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import ROOT, bar, case, has_peft, in_turns, met, of_turns
-from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, Step, batch_of, config_of, frozen, in_basis
+from _model import (
+    BATCH,
+    CHOICES,
+    MODULES,
+    RANK,
+    SOURCE,
+    TARGET,
+    Dtype,
+    Step,
+    batch_of,
+    config_of,
+    frozen,
+    in_basis,
+    prepared,
+)
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
 from lorafusion_jax.files import write_text
+from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs.evaluate import generate_seeds
 
 _K = 32  # directions of the shared basis
@@ -116,7 +131,7 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     basis = in_basis(config, weights, _K)
     runs: dict[str, Any] = {
         "mix": Step(config, weights, "mix"),
-        "sum": Step(config, weights, "sum"),
+        "sum": Step(config, prepared(config, Fusion(composition="sum"), weights), "sum"),
         "basis": Step(config, basis, "sum"),
     }
     runs |= {f"mix, {count} seeds": Step(config, weights, "mix", seeds=count) for count in options.seeds}
@@ -177,7 +192,7 @@ def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any] | None:
 
 def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:
     config = config_of(options.shape, "bfloat16")
-    weights = frozen(config, "bfloat16", MODULES)
+    weights = prepared(config, Fusion(composition="sum"), frozen(config, "bfloat16", MODULES))
     batch = jax.tree.map(lambda a: a[0], batch_of(config, (_ROWS, SOURCE, TARGET)))
     runs = {}
     for count in (1, max(options.seeds)):
