@@ -24,10 +24,11 @@ CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_l
 Ranks = Callable[[int, str, int], int]
 
 
-def for_tpu() -> contextlib.AbstractContextManager[None]:
-    """Trace programs for a TPU that is not there."""
-    fields = ("TPU v5 lite", 1, "tpu")[: len(dataclasses.fields(AbstractDevice))]  # JAX 0.10.0 has no platform
-    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(*fields)))
+def for_tpu(kind: str = "TPU v5 lite", mesh: tuple[int, ...] = ()) -> contextlib.AbstractContextManager[None]:
+    """Trace programs for a TPU, or a mesh of several, that is not there."""
+    fields = (kind, 1, "tpu")[: len(dataclasses.fields(AbstractDevice))]  # JAX 0.10.0 has no platform
+    axes = tuple(f"axis {i}" for i in range(len(mesh)))
+    return use_abstract_mesh(AbstractMesh(mesh, axes, abstract_device=AbstractDevice(*fields)))
 
 
 @functools.cache

@@ -20,7 +20,7 @@ ENCODINGS = {
     "unit column": Encoding(kind="offset", unit_column=True),
     "flip": Encoding(kind="offset", unit_column=True, flip=True),
 }
-PATHS = ("definition", "product", "loop", "lookup", "planes", "packed")
+PATHS = ("definition", "product", "loop", "lookup", "planes", "packed", "mosaic")
 CELLS = [(2,), (1,), (2, 2), (1, 1), (3,), (4,), (2, 1), (3, 3), (4, 4), (1, 1, 1), None]
 
 
@@ -86,6 +86,7 @@ SUITED: dict[str | None, dict[str, Any]] = {
     "lookup": _CONVERTS | _NARROW,
     "planes": _CONVERTS | _NARROW | _INTEGERS | {"scale": st.sampled_from(["matrix", "column"])},
     "packed": _CONVERTS | _INTEGERS | {"bits": st.sampled_from([3, 2, 4, 5])},
+    "mosaic": _CONVERTS | {"bits": st.sampled_from([3, 2, 4, 5, 8])},
 }
 
 

@@ -16,6 +16,7 @@ from lorafusion_jax.crossbar import (
     CrossbarConfig,
     Device,
     Encoding,
+    Independent,
     Mapping,
     ReadNoise,
     Tile,
@@ -90,7 +91,7 @@ def test_codes_are_those_of_fractions(top):
         np.testing.assert_array_equal(codes(jnp.asarray(sums, jnp.float32), jnp.float32(span)), wanted)
 
 
-@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed"])
+@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed", "mosaic"])
 def test_codes_at_max_of_sums_between_two_are_the_even_one(path):
     """40 rows of 4-bit cells and 4-bit codes: a step of 600 / 15 levels, of which half is a sum that occurs."""
     config = CrossbarConfig(cell=Cell(bits=(4, 4)), encoding=OFFSET, dac=UNSIGNED, adc=ADC(bits=4, range="max"))
@@ -218,7 +219,7 @@ def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_target
     assert float(jnp.max(probe(x, state)[1].clip_share)) == 0
 
 
-@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed", "product"])
+@pytest.mark.parametrize("path", ["definition", "loop", "lookup", "planes", "packed", "mosaic", "product"])
 @pytest.mark.parametrize("scaling", ["row", pytest.param("fixed", marks=pytest.mark.long)])
 def test_an_input_that_is_not_a_number_makes_its_row_not_a_number(path, scaling):
     adc = ADC(bits=14, range="granular") if path == "product" else ADC(range="max")
@@ -241,7 +242,7 @@ def read_with_ranges(limits, path):
     return matmul(x, program(weights, traced, path=path))
 
 
-@pytest.mark.parametrize("path", ["loop", "lookup", pytest.param("planes", marks=pytest.mark.long), "packed"])
+@pytest.mark.parametrize("path", ["loop", "lookup", pytest.param("planes", marks=pytest.mark.long), "packed", "mosaic"])
 def test_row_tiles_with_ranges_of_their_own_are_read_as_defined(path):
     """Given, under jit, or put in: the result does not depend on it."""
     weights, x = problem(batch=4)
@@ -335,6 +336,48 @@ def test_read_noise_on_an_accelerator_is_drawn_once_for_each_conversion():
     with tiny.for_tpu():
         assert program(weights, config).plan.path in ("loop", "packed")
         assert program(weights, dataclasses.replace(config, device=Device())).plan.path == "definition"
+
+
+_REAL = Device(programming=Independent(0.02))
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({}, "mosaic"),
+        ({"adc": ADC(range="max"), "device": _REAL}, "mosaic"),
+        ({"adc": ADC(range="max")}, "definition"),  # its steps are not powers of two: conversions divide
+        ({"dac": DAC(bits=11, slice_bits=9)}, "definition"),
+        ({"device": Device(read_noise=ReadNoise(0.1))}, "packed"),
+    ],
+)
+def test_one_tpu_reads_with_a_kernel(changes, path):
+    weights, x = problem(batch=4)
+    config = CrossbarConfig(**{"adc": ADC(range="calibrated"), **changes})
+    with tiny.for_tpu():
+        chip = program(weights, config, KEY)
+        assert chip.plan.path == path
+        if path != "mosaic":
+            return
+        chip = chip if chip.limits is not None else dataclasses.replace(chip, limits=jnp.full((1, 4, 2), 8.0))
+        leaves, structure = jax.tree.flatten(chip)
+        read = jax.jit(lambda x, leaves: matmul(x, jax.tree.unflatten(structure, leaves)))
+        lowered = read.trace(x, leaves).lower(lowering_platforms=("tpu",)).as_text()
+        assert "tpu_custom_call" in lowered and ("xi8>" in lowered) == chip.plan.integers
+    # Elsewhere Pallas reads the same chip by a loop.
+    defined = dataclasses.replace(program(weights, config, KEY, path="definition"), limits=chip.limits)
+    wanted = matmul(x, defined)
+    bound = 0 if chip.plan.integers else 0.02 * float(jnp.abs(wanted).max())  # a sum close to a tie may differ
+    np.testing.assert_allclose(read(x, leaves), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "path"),
+    [("TPU v4", (), "definition"), ("TPU v6 lite", (1, 1), "mosaic"), ("TPU v6 lite", (2, 1), "definition")],
+)
+def test_no_kernel_where_bytes_are_not_multiplied_or_a_mesh_splits_arrays(kind, mesh, path):
+    with tiny.for_tpu(kind, mesh):
+        assert program(problem()[0], CrossbarConfig(adc=ADC(range="calibrated"))).plan.path == path
 
 
 @pytest.mark.parametrize(("dac", "narrow"), [(DAC(slice_bits=4), True), (DAC(bits=11, slice_bits=10), False)])

@@ -216,7 +216,7 @@ AT_READ: dict[str, Any] = {
 
 @cases(
     34,
-    case=reads(None, "product", "loop", "lookup", "planes", "packed", **AT_READ),
+    case=reads(None, "product", "loop", "lookup", "planes", "packed", "mosaic", **AT_READ),
     eager=st.sampled_from([False] * 9 + [True]),
 )
 def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]], eager: bool):
@@ -644,7 +644,7 @@ GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none
 
 @cases(
     7,
-    case=reads("loop", "definition", "lookup", "packed", **GIVEN, whole=False)
+    case=reads("loop", "definition", "lookup", "packed", "mosaic", **GIVEN, whole=False)
     | reads(None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None),
     how=st.sampled_from(["replaced in the configuration", "replaced in the state"]),
 )

@@ -287,7 +287,7 @@ def test_stacks_of_weights_and_leading_axes():
     np.testing.assert_allclose(matmul(x, one)[1], matmul(x[1], one), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["loop", "lookup", "packed", "definition", "product"])
+@pytest.mark.parametrize("path", ["loop", "lookup", "packed", "mosaic", "definition", "product"])
 def test_an_empty_batch(path):
     W, _ = problem()
     config = CrossbarConfig(adc=None if path == "product" else ADC(bits=6, range="max"), tile=Tile(rows=10))

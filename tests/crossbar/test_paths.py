@@ -18,9 +18,11 @@ from lorafusion_jax.crossbar.devices.normal_draws import normal, normal_at
 from lorafusion_jax.crossbar.mapping.adc import Converter
 from lorafusion_jax.crossbar.mapping.bit_fields import FLOAT_BITS, INT_BITS, Packing, certify, extent, pack
 from lorafusion_jax.crossbar.read.conversion_noise import Noise, stream
+from lorafusion_jax.crossbar.read.kernels import mosaic as mosaic_module
 from lorafusion_jax.crossbar.read.kernels.bit_planes import planes, to_planes
 from lorafusion_jax.crossbar.read.kernels.lookup import lookup
 from lorafusion_jax.crossbar.read.kernels.loop import loop
+from lorafusion_jax.crossbar.read.kernels.mosaic import mosaic
 from lorafusion_jax.crossbar.read.kernels.packed_product import packed
 
 _BATCH, _TILES, _ROWS, _COLS, _SLICES, _BITS = 6, 2, 40, 70, 4, 2
@@ -86,6 +88,8 @@ def _unpacked(bits: tuple[int, ...], signed: bool, signed_sums: bool) -> dict[st
         "loop of occupied planes": jax.jit(lambda x, g: loop(x, g, adc, bits, jnp.any(g != 0, axis=(2, 3)))),
         "lookup of real cells": jax.jit(lambda x, g: lookup(x, g, None, adc, bits, signed=signed)),
         "planes": jax.jit(lambda x, g: planes(x, to_planes(g, _BITS), adc, bits, signed=signed)),
+        "mosaic": jax.jit(lambda x, g: mosaic(x, g.astype(jnp.int8), adc, bits, signed=signed)),
+        "mosaic of real cells": jax.jit(lambda x, g: mosaic(x, g, adc, bits, signed=signed)),
     }
 
 
@@ -147,6 +151,20 @@ def test_lookup_at_any_batch_and_width(batch: int):
     np.testing.assert_array_equal(found, _oracle(n, cells, _adc(), (1,) * 8))
 
 
+@pytest.mark.parametrize(("batch", "cols", "slices_together"), [(1, 1, True), (33, 130, False), (300, 600, True)])
+def test_mosaic_at_any_batch_and_width(batch: int, cols: int, slices_together: bool, monkeypatch: pytest.MonkeyPatch):
+    """Blocks follow from the sizes; the last ones are padded."""
+    if not slices_together:
+        monkeypatch.setattr(mosaic_module, "_BLOCK_BYTES", 2**17)
+    rng = np.random.default_rng(2)
+    cells, n = rng.integers(-3, 4, (_SLICES, _TILES, 5, cols)), rng.integers(0, 256, (batch, _TILES, 5))
+    expected = _oracle(n, cells, _adc(), (1,) * 8)
+    for g in (jnp.asarray(cells, jnp.int8), jnp.asarray(cells, jnp.float32)):
+        assert (mosaic_module._block(g, batch)[0] == _SLICES) == slices_together
+        found = mosaic(jnp.asarray(n, jnp.float32), g, _adc(), (1,) * 8, signed=False)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_three_slices_share_a_word_where_bounds_allow_and_would_be_wrong_where_they_do_not():
     """The certificate is one of columns: random cells pass three to a float32 word, the worst case must not."""
     three = _packing(_cells("random"), 1, False, FLOAT_BITS)
@@ -179,6 +197,11 @@ def test_real_cells_agree_to_rounding():
     x, g = jnp.asarray(n, jnp.float32), jnp.asarray(cells, jnp.float32)
     a, b = loop(x, g, adc, (1,) * 7), lookup(x, g, None, adc, (1,) * 7, signed=True)
     np.testing.assert_allclose(a, b, atol=1e-6 * np.max(np.abs(a)))
+    # A step of 1 / 4,096 level: a sum that is off by more than a float32's rounding has another code.
+    fine = Converter(jnp.full(_SLICES, 4096, jnp.float32), -(2**20), 2**20)
+    a, b = loop(x, g, fine, (7,)), mosaic(x, g, fine, (7,), signed=True)
+    np.testing.assert_allclose(a, b, rtol=0, atol=8)
+    assert np.max(np.abs(a)) > 2**19
 
 
 def _noise(variance: np.ndarray) -> Noise:

@@ -39,14 +39,15 @@ _CONFIGS = {
         adc=ADC(bits=6, range="max"), device=Device(programming=Independent(0.02), read_noise=ReadNoise(0.01))
     ),
     "product": CrossbarConfig(),
+    "mosaic": CrossbarConfig(adc=ADC(bits=6, range="max")),
 }
 
 
-@pytest.mark.parametrize("name", ["packed", pytest.param("noisy", marks=pytest.mark.long), "product"])
+@pytest.mark.parametrize("name", ["packed", pytest.param("noisy", marks=pytest.mark.long), "product", "mosaic"])
 def test_a_saved_chip_reads_the_same(name, tmp_path):
     config = _CONFIGS[name]
     weights, x = jax.random.normal(_KEY, (150, 20)), jax.random.normal(jax.random.key(1), (3, 150))
-    state = program(weights, config, _KEY)
+    state = program(weights, config, _KEY, path="mosaic" if name == "mosaic" else None)
     save_chip(state, tmp_path / "chip.npz")
     loaded = load_chip(tmp_path / "chip.npz", config)
     assert loaded.plan == state.plan and jax.tree.structure(loaded) == jax.tree.structure(state)

@@ -153,10 +153,10 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     chip = dataclasses.replace(chip, limits=limits.astype(chip.codes.dtype))
     if is_traced(limits) or not chip.plan.integers:
         return chip
-    rows, _ = encoding.grid(chip.matrix_shape, config)
+    rows = max(encoding.grid(chip.matrix_shape, config)[0])
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
-    bounds, columns = worst_case(config, max(rows)), chip.shape[-1]
-    plans = [choose(config, bounds, one[None], columns=columns, perfect=True) for one in known]
+    bounds, columns = worst_case(config, rows), chip.shape[-1]
+    plans = [choose(config, bounds, one[None], rows=rows, columns=columns, perfect=True) for one in known]
     if all(plan.path == "product" for plan in plans) and chip.plan.path != "definition":
         return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
     return chip

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, check_same, split_config
@@ -31,7 +31,7 @@ class Chip:
       scale: [1 or R, 1 or d_out] the weight of one code.
       cells: every cell in level units, a unit column last; None if the path does not read single cells.
       columns: [k, R, rows, d_out + units] the factors of the inputs, for the paths that read them; integers are
-        packed, or held as bit planes.
+        packed, or held as bit planes or bytes.
       units: [K, R, rows, C] the unit columns, if they recover flipped ones; else they are among `columns`.
       variance: variance of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices
         telescope. A single column stands for all if they do not differ.
@@ -56,7 +56,13 @@ class Chip:
     codes: Float[Array, "*N d_in d_out"]
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
-    columns: Float[Array, "*N k R rows _cols"] | Packed | UInt32[Array, "*N k I 2 R Q _cols"] | None
+    columns: (
+        Float[Array, "*N k R rows _cols"]
+        | Int8[Array, "*N k R rows _cols"]
+        | Packed
+        | UInt32[Array, "*N k I 2 R Q _cols"]
+        | None
+    )
     units: Float[Array, "*N K R rows C"] | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     occupied: Bool[Array, "*N k R"] | None
@@ -178,9 +184,10 @@ def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
         cells, _ = encoding.to_arrays(encoding.digits(chip.codes, config), config)
         return decoding.columns(cells, chip.matrix_shape, config)
     assert isinstance(chip.columns, jax.Array)
+    columns = chip.columns.astype(chip.codes.dtype)
     if chip.flipped is None or chip.units is None:
-        return chip.columns
-    return decoding.as_stored(chip.columns, chip.units, chip.flipped, chip.matrix_shape, config)
+        return columns
+    return decoding.as_stored(columns, chip.units, chip.flipped, chip.matrix_shape, config)
 
 
 def is_chip(leaf: Any) -> bool:

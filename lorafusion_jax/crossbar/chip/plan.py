@@ -6,6 +6,7 @@
 `lookup`      the same sums from tables, for inputs in narrow slices; integer cells are packed
 `planes`      integer cells and narrow inputs as planes of bits that are counted, where the processor counts vectors
 `packed`      integer cells, several to one product, for inputs in wider slices
+`mosaic`      the sums and conversions of `loop` in one kernel for a TPU
 
 The modules of these names explain them.
 """
@@ -25,12 +26,14 @@ from ..devices.physical import is_traced
 from ..mapping import encoding
 from ..mapping.adc import Ties, are_power_steps, codes, level_units
 from ..mapping.bit_fields import Packing
-from ..platform import for_cpu
+from ..platform import for_cpu, for_one_tpu
 
-Path = Literal["definition", "product", "loop", "lookup", "planes", "packed"]
+Path = Literal["definition", "product", "loop", "lookup", "planes", "packed", "mosaic"]
 
 # Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
 _NARROW = 2
+# Largest input of a conversion that bfloat16 holds beside all smaller ones, and rows that fit a TPU's fast memory.
+_BYTE, _TALL = 255, 4096
 # Number of columns from which tables of sums are faster than counting bits: 16 columns take 1.5 times as long from
 # tables as by counting, 1,024 columns two thirds of the time.
 _WIDE = 64
@@ -60,6 +63,7 @@ def choose(
     bounds: tuple[float, ...],
     limits: Array | np.ndarray | None,
     *,
+    rows: int,
     columns: int,
     perfect: bool,
     path: Path | None = None,
@@ -70,6 +74,7 @@ def choose(
       config: configuration of the crossbar.
       bounds: largest possible |column sum| in one conversion of each weight slice, in level units.
       limits: [1 or R, K, 2] ADC ranges; traced ones count as unknown.
+      rows: number of rows of the tallest tile.
       columns: number of columns of the matrix.
       perfect: all cells are at their target levels.
       path: use this path.
@@ -82,10 +87,12 @@ def choose(
     integers = perfect and nonlinear is None and _sums_integers(config)
     lossless = integers and _is_lossless(config, bounds, known)
     telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
-    plan = functools.partial(Plan, integers=integers, ties=exact_ties(config, known) if integers else None)
+    ties = exact_ties(config, known) if integers else None
+    plan = functools.partial(Plan, integers=integers, ties=ties)
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
     countable = _is_countable(config)
+    fits = config.dac is not None and encoding.converted_top(config) <= _BYTE and rows <= _TALL
     if path is not None:
         if path == "product" and not telescopes:
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
@@ -93,8 +100,13 @@ def choose(
             raise ValueError(f"path={path!r} takes input slices of up to {_NARROW} bits: set dac.slice_bits")
         if path in ("planes", "packed") and not integers:
             raise ValueError(f"path={path!r} takes integer cells: perfect ones, whose Gmin does not reach the ADC")
-        if path == "planes" and not countable:
-            raise ValueError("path='planes' counts no variances: leave out the noise, or the path")
+        if path in ("planes", "mosaic") and not countable:
+            raise ValueError(f"path={path!r} computes no variances: leave out the noise, or the path")
+        if path == "mosaic" and not fits:
+            raise ValueError(
+                f"path='mosaic' takes inputs of up to 8 bits in a conversion and arrays of up to {_TALL:,} rows: set "
+                "dac.slice_bits and tile.rows"
+            )
         if path not in ("definition", "product") and not loops:
             raise ValueError(
                 f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
@@ -105,6 +117,9 @@ def choose(
         return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
     if not loops:
         return plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
+    # A conversion that divides takes the kernel longer than XLA.
+    if for_one_tpu() and countable and fits and ties != "divide":
+        return plan("mosaic", "slices, conversions and their sums in one kernel, next to a TPU's units")
     if not for_cpu() and not config.draws_at_conversion:
         return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
     if not for_cpu():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
 from ..config.schema import CrossbarConfig, check_limits
 from ..config.structure import split_config
@@ -102,7 +102,7 @@ def program(
     limits = fixed_limits(config, rows, dtype)
     _warn_of_clipping(config, max(rows))
     bounds = worst_case(config, max(rows))
-    plan = choose(config, bounds, limits, columns=shape[1], perfect=perfect, path=path)
+    plan = choose(config, bounds, limits, rows=max(rows), columns=shape[1], perfect=perfect, path=path)
 
     # Perfect pairs of cells are read as signed digits, so that the two cells are not stored separately.
     signed = config.encoding.kind == "differential" and not config.converts_each
@@ -207,10 +207,10 @@ def _lay_out_pairs(
         return _Columns(plan)
     if plan.path == "planes":
         return _Columns(plan, pair_planes(codes, rows, config.weight_slices))
-    if plan.integers:
+    if plan.integers and plan.path != "mosaic":
         columns, plan = pack_pairs(codes, rows, config, plan, asked=asked)
         return _Columns(plan, columns)
-    return _Columns(plan, encoding.split(slices, rows, 1, front=True))
+    return _Columns(plan, _as_bytes(encoding.split(slices, rows, 1, front=True), config, plan))
 
 
 def _lay_out(
@@ -244,11 +244,21 @@ def _lay_out(
     whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
     if plan.path == "planes":
         columns = to_planes(columns, max(config.weight_slices))
+    elif plan.path == "mosaic":
+        columns = _as_bytes(columns, config, plan)
     elif plan.integers and (variance is None or variance.shape[3] == 1 or (flipped is None and whole_squares)):
         columns, variance, plan = pack_columns(columns, variance, config, plan, asked=asked)
     elif plan.path == "packed":
         raise ValueError("path='packed' has no room for this noise: leave path out")
     return _Columns(plan, columns, units, variance)
+
+
+def _as_bytes(
+    columns: Float[Array, "k R rows _cols"], config: CrossbarConfig, plan: Plan
+) -> Float[Array, "k R rows _cols"] | Int8[Array, "k R rows _cols"]:
+    """Return integers as bytes, which are multiplied with bytes, where both factors always fit."""
+    fit = max(*encoding.levels(config), encoding.converted_top(config)) < 2**7
+    return columns.astype(jnp.int8) if plan.integers and fit else columns
 
 
 def _telescoped(

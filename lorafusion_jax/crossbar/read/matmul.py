@@ -285,6 +285,13 @@ def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) 
     def kernel(tiles: Array, columns: Any, adc: Converter, occupied: Array | None, noise: Noise | None) -> Array:
         if slices is None or plan.path == "loop":
             return loop(tiles, columns, adc, slices, occupied, noise)
+        if plan.path == "mosaic":
+            # Without rounding for gradients, which kernels do not have; and no TPU has float64.
+            if not adc.rounds or tiles.dtype != jnp.float32:
+                return loop(tiles, columns.astype(tiles.dtype), adc, slices)
+            from .kernels.mosaic import mosaic  # here, since Pallas takes a quarter of a second to load
+
+            return mosaic(tiles, columns, adc, slices, signed=signed)
         if plan.path == "lookup":
             return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
         if plan.path == "planes":
