@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -22,6 +23,8 @@ _PRODUCT = re.compile(r"stablehlo\.dot_general (.*?) : \((tensor<[\dx]*f32>, ten
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _CALLERS = ("while", "call", "conditional")
 _FREE = (*_CALLERS, "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call")
 _LARGE = 2**16
@@ -42,9 +45,10 @@ class Counts:
     """Sums over a program.
 
     Attributes:
-      flops: of its products.
+      flops: of its products, and of kernels as these state them.
       bytes: moved to and from the large memory.
-      cycles: the compiler's estimate.
+      cycles: the compiler's estimate, which has none for kernels.
+      bundles: of machine code, where those of single instructions are given.
       collectives: number of each kind, one that runs beside other work counted once.
       groups: the groups of devices that exchange something.
       padding: bytes of an argument with the padding of its tiles over its own, of those from 64 KiB.
@@ -56,6 +60,7 @@ class Counts:
     flops: float = 0.0
     bytes: float = 0.0
     cycles: float = 0.0
+    bundles: float = 0.0
     collectives: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     groups: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
     padding: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -64,8 +69,8 @@ class Counts:
     largest: int = 0
 
 
-def counts(text: str) -> Counts:
-    """Return the sums over a compiled program, given its text."""
+def counts(text: str, bundles: Mapping[str, int] = types.MappingProxyType({})) -> Counts:
+    """Return the sums over a compiled program, given its text and perhaps the bundles of its instructions."""
     program = _Program(text)
     found = Counts()
     exchanges: dict[str, tuple[str, int]] = {}  # the parts of one have its number in common
@@ -73,6 +78,8 @@ def counts(text: str) -> Counts:
         of = program.computations[computation]
         if instruction.op in ("dot", "convolution"):
             found.flops += times * _flops(instruction, of)
+        if stated := _STATED.search(instruction.rest):
+            found.flops += times * int(stated.group(1))
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
             number = _CHANNEL.search(instruction.rest)
@@ -92,6 +99,7 @@ def counts(text: str) -> Counts:
             found.filled[instruction.name] += times * sum(_bytes(shape, of_memory="") for shape in instruction.shapes)
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
             found.cycles += times * int(cycles.group(1))
+        found.bundles += times * bundles.get(instruction.name, 0)
         found.bytes += times * program.moved(instruction, of)
     for kind, times in exchanges.values():
         found.collectives[kind] += times
@@ -164,7 +172,7 @@ class _Program:
 
     def moved(self, i: _Instruction, of: dict[str, _Instruction]) -> float:
         """Return the bytes that an instruction moves to and from the large memory."""
-        if i.op in _FREE or i.op.endswith("-done"):
+        if (i.op in _FREE and _KERNEL not in i.rest) or i.op.endswith("-done"):
             return 0.0
         if i.op.endswith("-start"):  # the result is the second of the tuple, of a copy the first
             result = i.shapes[0] if i.op == "copy-start" else i.shapes[1]

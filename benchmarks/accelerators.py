@@ -6,23 +6,27 @@ The fusion step as `mix` (also ten in one call, as runs take an epoch's, and wit
 the plan's for bfloat16), as `sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens)
 with the sum. Batched seeds, bfloat16, layers in a loop. Times and cycles are of one step. By name also a step on one
 long row, and reads of arrays (`--program "read with noise"`). libtpu's own compiler; counts are taken from its
-optimised HLO with the trips of every loop (`_hlo.py`). The roofline time is the larger of FLOPs and of bytes over a
-chip's published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the
-`aot-tpu` extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
+optimised HLO with the trips of every loop (`_hlo.py`), of reads also from machine code (`_bundles.py`), since the
+compiler estimates no cycles of a Pallas kernel. The roofline time is the larger of FLOPs and of bytes over a chip's
+published peaks (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu`
+extra. Of an H100 (`aot-cuda`) only memory and precision are shown.
 """
 
+import dataclasses
 import importlib.util
 import math
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _bundles import bundles, dump
 from _hlo import Counts, below_highest, counts
 from _measure import case
 from _model import (
@@ -84,12 +88,16 @@ _PROGRAMS = {
 }
 
 
-# Devices of arrays: 256 inputs read a matrix of 1024 x 1024, as `benchmarks/crossbar.py` describes it.
+# Devices of arrays, and paths: 256 inputs read a matrix of 1024 x 1024, as `benchmarks/crossbar.py` describes it.
+_IMPERFECT = crossbar.Device(programming=crossbar.Independent(0.04))
 _READS = {
-    "read of arrays": crossbar.Device(),
-    "read of imperfect arrays, by the loop": crossbar.Device(programming=crossbar.Independent(0.04)),
-    "read with noise": crossbar.Device(read_noise=crossbar.ReadNoise(0.04)),
-    "read with noise, cell by cell": crossbar.Device(read_noise=crossbar.ReadNoise(0.04, clip=True)),
+    "read of arrays": (crossbar.Device(), None),
+    "read of arrays, by the definition": (crossbar.Device(), "definition"),
+    "read of imperfect arrays": (_IMPERFECT, None),
+    "read of imperfect arrays, by the definition": (_IMPERFECT, "definition"),
+    "read of imperfect arrays, by the loop": (_IMPERFECT, "loop"),
+    "read with noise": (crossbar.Device(read_noise=crossbar.ReadNoise(0.04)), None),
+    "read with noise, cell by cell": (crossbar.Device(read_noise=crossbar.ReadNoise(0.04, clip=True)), None),
 }
 
 
@@ -153,9 +161,10 @@ def main() -> None:
     usual = [name for name, of in _PROGRAMS.items() if of.source == SOURCE and (chip.platform == "tpu" or not of.mesh)]
     names = options.program or usual
     config, cases = config_of(options.shape, "bfloat16"), []
+    code = dump() if chip.platform == "tpu" and not _READS.keys().isdisjoint(names) else None
     for name in names:
         if name in _READS:
-            cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip)
+            cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip, code)
             continue
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
         cases += measured(where, name, config, options.seeds, chip)
@@ -345,21 +354,26 @@ def _of_a_mesh(
     ]
 
 
-def _read(where: str, name: str, chip: _Chip) -> list[dict[str, Any]]:
-    """Compile one read of arrays, and return its cases."""
-    dac, adc = crossbar.DAC(signed=False, scaling="fixed", limit=1.0), crossbar.ADC(bits=8, range="max")
-    config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=_READS[name])
-    device = _devices(chip)[0]
-    path: Any = "loop" if name.endswith("loop") else None
+def _read(where: str, name: str, chip: _Chip, code: Path | None) -> list[dict[str, Any]]:
+    """Compile one read of arrays, and return its cases; machine code is in this folder."""
+    dac, adc = crossbar.DAC(signed=False, scaling="fixed", limit=1.0), crossbar.ADC(bits=8, range="calibrated")
+    (of_cells, path), device = _READS[name], _devices(chip)[0]
+    config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=of_cells)
+    for file in [] if code is None else code.iterdir():  # of earlier programs
+        file.unlink()
     with _traced_for(device):
         w, x, key = jax.eval_shape(lambda: (jnp.zeros((_SIZE, _SIZE)), jnp.zeros((_INPUTS, _SIZE)), jax.random.key(0)))
         arrays = jax.eval_shape(lambda w, key: crossbar.program(w, config, key, path=path), w, key)
+        ranges = jax.ShapeDtypeStruct((1, len(config.weight_slices), 2), w.dtype)  # which calibration will find
+        arrays = dataclasses.replace(arrays, limits=ranges)
         read = jax.jit(lambda x, arrays, key: crossbar.matmul(x, crossbar.with_read_key(arrays, key)))
         compiled: Any = read.lower(*_on(SingleDeviceSharding(device), (x, arrays, key))).compile()
     share = compiled.memory_analysis().temp_size_in_bytes / definition.BUDGET
     how = {"path": arrays.plan.path, "temporaries_mib": share * definition.BUDGET / 2**20}
     of_memory = case(f"{where} temporaries / 256 MiB", share, 1, **how)
-    return [of_memory] if chip.platform == "cuda" else [of_memory, _time(where, counts(compiled.as_text()), chip)]
+    if code is None:
+        return [of_memory]
+    return [of_memory, _time(where, counts(compiled.as_text(), bundles(code)), chip)]
 
 
 def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:
@@ -367,6 +381,8 @@ def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, A
     flops, moved, cycles = (count / steps for count in (found.flops, found.bytes, found.cycles))
     seconds = max(flops / chip.flops, moved / chip.bandwidth)
     rest: Any = {"tflop": flops / 1e12, "gb": moved / 1e9, "megacycles": cycles / 1e6}
+    if found.bundles:
+        rest["megabundles"] = found.bundles / 1e6
     return case(f"{where} roofline, ms", 1e3 * seconds, None, **rest)
 
 

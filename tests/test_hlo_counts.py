@@ -2,16 +2,22 @@
 
 import importlib.util
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-_FILE = Path(__file__).parents[1] / "benchmarks" / "_hlo.py"
-_SPEC = importlib.util.spec_from_file_location("_hlo", _FILE)
-_hlo = sys.modules["_hlo"] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_hlo)
+
+def _load(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_hlo, _bundles = _load("_hlo"), _load("_bundles")
 
 # Two products of a batch of 4, [2, 3] by [3, 5], which XLA for TPUs writes as windows of one entry each; another
 # product; a slice of an array of 7; three trips of a loop whose body makes a sum over devices.
@@ -149,6 +155,47 @@ def test_padding_fills_and_exchanges():
     assert found.filled == {"zeros.1": 4 * 64 * 8 * 128} and found.largest == 4 * 64 * 8 * 128
     assert found.collectives == {"all-gather": 1, "all-reduce": 1}
     assert found.groups == {(0, 2), (1, 3), (0, 1), (2, 3)}
+
+
+_KERNEL = """HloModule jit_k, is_scheduled=true
+
+ENTRY %main.1 (w.1: f32[8,128]) -> f32[8,128] {
+  %w.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %here.1 = f32[8,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %read.1 = f32[8,128]{1,0:T(8,128)} custom-call(%w.1, %here.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"==","cost_estimate":{"flops":"60","transcendentals":"0"}}}
+}
+"""  # noqa: E501
+
+# Two steps of a loop whose first stage is a step ahead, in each three steps of another one; empty bundles.
+_CODE = """
+= control target key start
+LB: loop body
+     0   :  { %s1 = smov 0 }
+   0x1   :  {}
+   0x2 LB: > { %s2 = sadd.s32 1, %s1 /* iteration index, stage = 1 */ }
+   0x3   :  {} /* Start region 1 */
+   0x4 LB: >> { %v1 = vld [vmem:[%s1] sm:$0xff] }
+   0x5   :  {}
+   0x6   : >> { %p1 = scmp.ge.s32.totalorder %s3, 3 /* loop exit test */ }
+   0x7 PF: > { %p2 = scmp.ge.s32.totalorder %s2, 3 /* loop exit test */  ;;  %s4 = smov %s2 }
+   0x8   :  { %s5 = smov 0 }
+"""
+
+
+def test_a_kernel_moves_its_operands_and_says_its_flops():
+    found = _hlo.counts(_KERNEL, {"read.1": 7, "another.1": 5})
+    assert (found.bytes, found.flops, found.bundles) == (2 * 4 * 8 * 128, 60, 7)
+
+
+def test_bundles_of_loops_count_as_often_as_they_run(tmp_path):
+    (tmp_path / "17-read.1-72-final_bundles.txt").write_text(_CODE)
+    (tmp_path / "17-read.1-70-schedule-analysis_final_bundles.txt").write_text("Schedule analysis:")
+    assert _bundles.bundles(tmp_path) == {"read.1": 3 + 2 * (3 + 3 * 3)}
+    # A loop that begins with an empty bundle is as deep as the next one.
+    (tmp_path / "17-read.1-72-final_bundles.txt").write_text(
+        _CODE.replace("0x2 LB: > {", "0x2 LB:  {}\n   0x9   : > {")
+    )
+    assert _bundles.bundles(tmp_path) == {"read.1": 4 + 2 * (3 + 3 * 3)}
 
 
 def test_a_loop_without_a_bound_is_refused():

@@ -70,7 +70,7 @@ def _missed(*options: str, fault: str = "") -> set[str]:
 
 
 def test_programs_meet_their_bars():
-    reads = ("read with noise", "read with noise, cell by cell")
+    reads = ("read of arrays", "read of imperfect arrays", "read with noise", "read with noise, cell by cell")
     assert not _missed("--program", "mix", "mix on a mesh of 4 x 2", "generation with the sum", *reads)
 
 
