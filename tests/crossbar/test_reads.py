@@ -29,6 +29,7 @@ from lorafusion_jax.crossbar import (
     with_config,
     with_read_key,
 )
+from lorafusion_jax.crossbar.mapping import encoding
 
 KEY = jax.random.key(5)
 FLIP = Encoding(kind="offset", unit_column=True, flip=True)
@@ -179,6 +180,15 @@ def test_clipped_reads_are_repeated_at_half_the_voltage(path, encoding, scaling)
     wanted, halvings = zip(*(row(*one) for one in zip(x, full, strict=True)), strict=True)
     assert len(set(halvings)) > 1
     np.testing.assert_allclose(matmul(x, state), jnp.stack(wanted), rtol=0, atol=1e-6 * float(jnp.abs(wanted[0]).max()))
+
+
+def test_at_half_the_voltage_the_largest_input_is_rounded_from_a_tie():
+    config = CrossbarConfig(dac=DAC(bits=8), adc=ADC(retries=1))
+    x = np.random.default_rng(1).normal(size=(100, 4)).astype(np.float32)
+    limit = 2 * np.abs(x).max(axis=1, keepdims=True)
+    codes = jax.jit(encoding.input_codes, static_argnums=2)(x, limit, config)
+    np.testing.assert_array_equal(codes, np.rint(x / limit * np.float32(127)))
+    assert (np.abs(codes).max(axis=1) == 64).all()
 
 
 @pytest.mark.parametrize("path", ["definition", pytest.param("loop", marks=pytest.mark.long)])

@@ -258,6 +258,10 @@ def input_codes(
     if config.dac is None:
         return x / limit
     top = float(input_top(config))
+    if config.adc is not None and config.adc.retries:
+        # XLA multiplies by the reciprocal of what is broadcast. At half the voltage the largest code is an exact tie,
+        # which that would break.
+        limit = jax.lax.optimization_barrier(jnp.broadcast_to(limit, x.shape))
     codes = x / limit * top
     if config.dac.rounding == "nearest" or key is None:
         whole = jnp.round(codes)
