@@ -178,6 +178,8 @@ def structured(
         unknown = next(_beyond(raw, msgspec.to_builtins(found, enc_hook=str)), None) if own else None
     except RecursionError:
         raise FileError(where, got="nested too deeply", fix=fix) from None
+    except UnicodeEncodeError as error:  # of half a character
+        raise FileError(where, got=f"not UTF-8 text ({error})", fix=fix) from None
     except msgspec.ValidationError:
         field, value, hint = _fault(raw, kind)
         version = _other_version(whole or raw)

@@ -151,6 +151,8 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
             assert hub_id is not None
             repository, revision, config = hub_id.groups()
             loaded = datasets.load_dataset(repository, config, revision=revision)
+        # As they are stored: decoding would open the images and sounds that a row names, also over the network.
+        loaded = {split: part.with_format("arrow") for split, part in loaded.items()}
     except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError
         said = f"{type(error).__name__}: {error}"
         if local:
@@ -162,9 +164,7 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
 
     def rows(split: str) -> Rows:
         where = f"{source}, split {split}"
-        # As they are stored: decoding would open the images and sounds that a row names, also over the network.
-        batches = loaded[split].with_format("arrow").iter(1000)
-        stored = (row for batch in batches for row in batch.to_pylist())
+        stored = (row for batch in loaded[split].iter(1000) for row in batch.to_pylist())
         return _some(((f"{where}, row {n}", row) for n, row in enumerate(stored)), where)
 
     if len(loaded) == 1:

@@ -78,6 +78,11 @@ def test_a_sound_file_is_its_type(tmp_path):
         read_json(tmp_path / "y.json", _Outer, "a thing")
 
 
+def test_half_a_character_in_place_of_an_object():
+    with pytest.raises(FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"):
+        structured("\ud800", _Outer, "x.json")
+
+
 def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
     with pytest.raises(FileError) as error:

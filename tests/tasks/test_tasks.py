@@ -434,6 +434,15 @@ def test_data_set_without_rows(tmp_path, monkeypatch):
         load_task(tmp_path)
 
 
+def test_data_set_whose_state_is_nested_too_deeply(tmp_path):
+    _dataset(_rows(6)).save_to_disk(tmp_path)
+    state = tmp_path / "state.json"
+    deep = '[{"x": ' * 450 + "1" + "}]" * 450
+    state.write_text(state.read_text().replace('"_output_all_columns": false', f'"_output_all_columns": {deep}'))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets: RecursionError"):
+        load_task(tmp_path)
+
+
 # What seeds decide
 
 
