@@ -4,6 +4,7 @@ Everything goes through the commands that a user has. Written to runs/demo: the 
 table.md and plots.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -29,6 +30,7 @@ SHOWN = ("zero-shot", "LoraHub", "coefficients only", "LoRAFusion", "random pool
 
 
 def main(arguments: Sequence[str] = ()) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert_small_pool(FOLDER / "pool")

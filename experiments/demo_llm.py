@@ -5,6 +5,7 @@ lists; the new task is the -ing form of verbs. Written to runs/demo-llm: the poo
 a plot.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ SHOWN = 6  # words whose answers are printed
 
 
 def main(arguments: Sequence[str] = ()) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         _convert()

@@ -1,5 +1,6 @@
 """The demo on a real language model: its tasks, its adapters, and what it writes; the model itself is stood in for."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -32,6 +33,18 @@ def test_the_tasks_are_what_their_script_writes(scripts, tmp_path):
     for file in sorted(tmp_path.rglob("*.jsonl")):
         assert file.read_bytes() == (_SMOLLM2 / "tasks" / file.relative_to(tmp_path)).read_bytes()
     assert {len(rows) >= 200 for rows in inflections.tasks().values()} == {True}
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_llm"])
+def test_a_demo_explains_itself_and_takes_no_options(name, scripts, monkeypatch, capsys):
+    demo = importlib.import_module(name)
+    monkeypatch.setattr(demo, "fresh_folder", lambda folder: pytest.fail("it starts"))
+    for arguments, code in ((["--help"], 0), (["--seeds", "3"], 2)):
+        with pytest.raises(SystemExit) as exit:
+            demo.main(arguments)
+        assert exit.value.code == code
+    said = capsys.readouterr()
+    assert "Written to runs/demo" in said.out and "unrecognized arguments: --seeds 3" in said.err
 
 
 @pytest.mark.parametrize(
