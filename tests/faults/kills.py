@@ -219,8 +219,9 @@ def _undisturbed(command: Command, inputs: Inputs, folder: Path) -> tuple[Any, f
 def _kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int, tally: Tally) -> None:
     command = COMMANDS[name]
     wanted, seconds = _undisturbed(command, inputs, folder)
+    missed = 0  # times that the command ended before its kill
     while (done := tally.kills.total()) < kills:
-        out, draw = folder / f"{done}", random.Random(f"{name} {seed} {done}")
+        out, draw = folder / f"{done}", random.Random(f"{name} {seed} {done}{missed * ' again'}")
         shutil.rmtree(out, ignore_errors=True)  # that of a call which was stopped
         out.mkdir()
         for _ in range(min(kills - done, _CHAIN)):
@@ -237,6 +238,7 @@ def _kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int, tally:
         else:
             tally.same += 1
             shutil.rmtree(out)
+        missed = missed + 1 if tally.kills.total() == done else 0
         tally.save(folder / "tally.json")
 
 

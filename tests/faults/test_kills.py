@@ -1,5 +1,6 @@
 """A killed command resumes to the same bits; and the harness that says so finds commands that do not."""
 
+import signal
 from pathlib import Path
 
 import kills
@@ -55,6 +56,22 @@ def test_a_harness_that_was_stopped_goes_on_from_its_counts(tmp_path, monkeypatc
     assert again.kills.total() == 4 and again.kills > first.kills and again.compared == first.compared + 1
     (tmp_path / "made up" / "undisturbed.json").write_text("[0, 0.3]")  # read, and not made again
     assert kills.kill("made up", inputs, tmp_path / "made up", 5, seed=2041).compared == again.same + 1
+
+
+def test_another_moment_is_drawn_where_a_command_ends_before_its_kill(tmp_path, monkeypatch):
+    draws = []
+
+    def missed(*arguments):
+        *_, draw, tally = arguments
+        draws.append(draw.random())
+        tally.kills[signal.SIGKILL] += len(draws) == 3
+        assert len(draws) <= 3
+        return False
+
+    monkeypatch.setitem(kills.COMMANDS, "made up", _command(_SOUND))
+    monkeypatch.setattr(kills, "_killed", missed)
+    kills.kill("made up", kills.Inputs(tmp_path, tmp_path, tmp_path), tmp_path / "made up", 1, seed=1)
+    assert len(set(draws)) == 3
 
 
 def test_a_command_that_writes_in_place_is_found(tallied):
