@@ -90,18 +90,18 @@ def main(arguments: Sequence[str] = ()) -> None:
         row = _train(name, path, options)
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
-        write_text(options.out / "table_pool.md", table_of(_rows(file)))
+        write_text(options.out / "table_pool.md", table_of(_rows(file), options.pool))
         print(f"[{number}/{len(todo)}] {_line(row)}", flush=True)
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> str:
+def table_of(rows: Sequence[dict[str, Any]], pool: str) -> str:
     """Return a Markdown table of the finished tasks in the order of the sources."""
     order = {name: place for place, name in enumerate(_FAMILY)}
     lines = [
         "# The pool of SmolLM2",
         "",
         "Exact match in percent on the test rows of each adapter's own task; loss in nats per token. Made by",
-        "`python experiments/language_pool.py --tasks FOLDER`.",
+        f"`python experiments/language_pool.py --tasks FOLDER{'' if pool == 'first' else f' --pool {pool}'}`.",
         "",
         "| family | task | rows trained | test rows | base | adapter | in the same case | loss, base | adapter |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
