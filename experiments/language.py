@@ -195,7 +195,7 @@ def _job(
         name=name.replace("=", ""),
         **how,
     )
-    return Job(task, method, "5" if train_rows == 5 else "95+5", run)
+    return Job(task, method, "5" if train_rows == 5 else "95+5", run, tuple(how))
 
 
 def _print_missing(group: Group, jobs: Sequence[Job], file: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +27,14 @@ class Job(NamedTuple):
       method: name of the method in its rows.
       league: name in its rows for the number of training rows.
       options: options of the run.
+      drawn: names of options that another seed has differently.
     """
 
     task: str
     method: str
     league: str
     options: FuseOptions
+    drawn: tuple[str, ...] = ()
 
 
 def run_jobs(
@@ -54,11 +56,14 @@ def run_jobs(
         find(job.options.method).check(job.options.recipe)
     rows = read_rows(file) if file.exists() else []
     have = done(rows)
-    wanted: dict[tuple[str, str, str], FuseOptions] = {job[:3]: job.options for job in todo}
+    of_any = {job[:3]: job for job in todo}
+    of_seed = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
     for row in rows:
-        if (of := (row["task"], row["method"], row["league"])) in wanted:
-            where = f"{file}: {', '.join(of)}, seed {row['seed']}"
-            check_same(row["config"], wanted[of], where, root=root)
+        of, seed = (row["task"], row["method"], row["league"]), row["seed"]
+        if job := of_seed.get((*of, seed), of_any.get(of)):
+            drawn = () if seed in job.options.seeds else job.drawn
+            where = f"{file}: {', '.join(of)}, seed {seed}"
+            check_same(row["config"], job.options, where, root=root, drawn=drawn)
     began = time.perf_counter()
     for number, job in enumerate(todo, start=1):
         seeds = job.options.seeds if find(job.options.method).seeded else job.options.seeds[:1]
@@ -79,7 +84,15 @@ def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any
     return {name: value for name, value in values.items() if name not in _BOOKKEEPING}
 
 
-def check_same(was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Path | None = None, **more: Any) -> None:
+def check_same(
+    was: Mapping[str, Any],
+    now: FuseOptions,
+    where: str,
+    *,
+    root: Path | None = None,
+    drawn: Sequence[str] = (),
+    **more: Any,
+) -> None:
     """Raise ValueError if a row was made with other settings than those of a run.
 
     Args:
@@ -87,13 +100,14 @@ def check_same(was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Pa
       now: the options of the run.
       where: the row, for the message.
       root: as in `settings_of`.
+      drawn: options that may differ, as each seed draws them.
       more: settings of a row other than its options.
     """
     fields = {field.name for field in dataclasses.fields(FuseOptions)}
     before = structured({name: value for name, value in was.items() if name in fields}, FuseOptions, where)
     old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
     old, new = old | {name: was.get(name) for name in more}, new | more
-    if different := [name for name in new if old[name] != new[name]]:
+    if different := [name for name in new if name not in drawn and old[name] != new[name]]:
         changes = "; ".join(f"{name} was {old[name]}, is {new[name]}" for name in different)
         raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
 

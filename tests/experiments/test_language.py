@@ -1,14 +1,18 @@
 """Real language: roles of the tasks, and the script that trains the pool, on a small Llama and tasks made up here."""
 
 import csv
+import dataclasses
 import json
 import random
 from pathlib import Path
 
 import pytest
 import small_llama
+from made_up_rows import row
 
 from lorafusion_jax.io.peft.adapter import read_adapter
+from lorafusion_jax.report import append_rows
+from lorafusion_jax.runs.matrix import run_jobs, settings_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,6 +168,29 @@ def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
         assert {job.options.train_rows for job in of} == {{"five": 5, "twenty": 20}.get(group, 100)}
     assert {job.options.pool for job in jobs["relevance"]} == {str(experiment.FOLDER / "adapters_and_random")}
     assert all(job.options.prompt == "Q: {input}\nA:" for of in jobs.values() for job in of)
+
+
+def test_a_seed_goes_on_beside_rows_of_seeds_that_drew_other_modules(experiment, tmp_path):
+    file, paths = tmp_path / "rows.jsonl", {"prev_item": tmp_path / "prev_item.json"}
+
+    def jobs(*seeds):
+        options = experiment.LanguageOptions(tasks=tmp_path, seeds=seeds)
+        return list(experiment.jobs_of("relevance", options, paths))
+
+    rows = [
+        row(job.task, job.method, job.options.seeds[0], [True]) | {"config": settings_of(job.options)}
+        for job in jobs(1, 2)
+    ]
+    assert rows[0]["config"]["adapters"] != rows[1]["config"]["adapters"]
+    append_rows(file, rows)
+    for again in (jobs(1, 2), jobs(1), jobs(2)):
+        run_jobs(again, file, pytest.fail)
+    other = [job._replace(options=dataclasses.replace(job.options, test_rows=7)) for job in jobs(2)]
+    with pytest.raises(ValueError, match=r"seed 1 was run with other settings \(test_rows was 100, is 7\)"):
+        run_jobs(other, file, pytest.fail)
+    swapped = [job._replace(options=dataclasses.replace(job.options, seeds=(1,))) for job in jobs(2)]
+    with pytest.raises(ValueError, match=r"seed 1 was run with other settings \(adapters was"):
+        run_jobs(swapped, file, pytest.fail)
 
 
 @pytest.mark.nightly
