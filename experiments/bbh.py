@@ -4,8 +4,8 @@
     python experiments/bbh.py --base google/flan-t5-large --pool POOL --data data_bbh      # LoraHub's own folder
     python experiments/bbh.py --base flan-t5-large --data data_bbh --plan                  # what it needs
 
-The split is an index of rows by task, with a digest of every file (docs/guides/experiments.md); data_bbh is the folder
-of LoraHub's repository. Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
+The split is an index of rows by task, with a digest of every file (docs/reference/bbh.md); data_bbh is the folder of
+LoraHub's repository. Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
 """
 
 import dataclasses

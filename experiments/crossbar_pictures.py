@@ -1,4 +1,4 @@
-"""The pictures of docs/concepts/crossbar.md, and the numbers in them: python experiments/crossbar_pictures.py
+"""The pictures of docs/concepts/crossbar_pictures.md, and their numbers: python experiments/crossbar_pictures.py
 
 Weights and inputs are standard normal, the error is |y - x W| / |x W| over a batch, every seed is fixed. Five
 minutes on two busy cores.

@@ -16,7 +16,7 @@ class GenerateCommand(GenerateOptions):
     """Let a fused run, several of them, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:
-      echo "reverse then upper : a b c" | lorafusion generate --run runs/demo/NAME
+      echo "double then digit : a b c" | lorafusion generate --run runs/double_digit-fusion
       lorafusion generate --runs runs/snarks-fusion runs/hyperbaton-fusion --file rows.jsonl
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
 

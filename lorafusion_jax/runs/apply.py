@@ -57,7 +57,7 @@ class GenerateOptions:
     """Let a fused run, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:
-      echo "reverse then upper : a b c" | lorafusion generate --run runs/demo/NAME
+      echo "double then digit : a b c" | lorafusion generate --run runs/double_digit-fusion
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
 
     Attributes:
