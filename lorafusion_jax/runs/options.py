@@ -56,8 +56,8 @@ class FuseOptions:
       base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       task: a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets` folder or hub id.
-      seeds: each draws its modules, its start and its order of rows; all run as one program.
-      name: the run is written to OUT/NAME.
+      seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
+      name: name of the run, which is written to OUT/NAME; by default TASK-METHOD.
       out: folder of runs.
       method: how the task is learned, by a name of the registry (`lorafusion_jax.METHODS`).
       control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers; with a
@@ -71,7 +71,7 @@ class FuseOptions:
         rows of the task may be conversations ("messages").
       train_rows: at most this many rows are trained and validated on.
       test_rows: evaluate on the first rows of the test set only.
-      eval_batch: rows in a batch of generation.
+      eval_batch: number of rows in a batch of generation.
       dtype: dtype of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
       mesh: divide the run over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
@@ -80,7 +80,7 @@ class FuseOptions:
       path: how seeds run: batched, or one after the other; by default the faster way on the platform.
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).
-      log: also to Weights & Biases (WANDB_MODE=offline works).
+      log: write metrics to Weights & Biases too (WANDB_MODE=offline works).
       save_seconds: time between checkpoints, which are written at the end of an epoch.
       profile: write a trace of one epoch's training to this folder, the second if there are several, as the first
         compiles; XProf and Perfetto open it.

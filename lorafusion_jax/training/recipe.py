@@ -53,15 +53,18 @@ class Recipe:
     """Numbers of a fusion and its training.
 
     Attributes:
-      modules: how many modules of the pool a seed fuses; all of a smaller pool.
-      choose: which: `draw` them by seed, or rank the whole pool by one backward pass over the training rows at zero
-        coefficients, `gradient`; with a basis that ranks whole modules, and `basis-gradient` ranks them inside it.
-      composition: `mix` or `sum` of the modules.
+      modules: number of modules of the pool that a seed fuses; all of a smaller pool.
+      choose: choice of the modules: `draw` them by seed, or rank the whole pool by one backward pass over the training
+        rows at zero coefficients, `gradient`; with a basis that ranks whole modules, and `basis-gradient` ranks them
+        inside it.
+      composition: combination of the modules: `sum` is sum c A B, `mix` is (sum c A)(sum c B).
       basis: fuse the modules in the first so many directions of the pool's stored basis (`lorafusion convert --basis`);
         None for whole modules.
       core: also train a matrix [basis, basis] at every site, added to the mixed modules.
-      granularity: of the coefficients.
-      start: of the coefficients.
+      granularity: coefficients of a module: one (`global`), or one for each `block`, each `site` (adapted matrix) or
+        each `rank` of a site.
+      start: initial coefficients: 1 / N (`uniform`), 2 / N (`twice`), `zeros`, or drawn as in the paper's code
+        (`xavier`).
       differentiate_norm: let gradients flow through the magnitudes' norm.
       epochs: passes over the training rows.
       batch_size: rows in a step.
@@ -71,23 +74,23 @@ class Recipe:
       lr_lora: learning rate of the LoRA and DoRA baselines' matrices.
       lr_vera: learning rate of VeRA's vectors.
       lr_full: learning rate of full fine-tuning.
-      l2: inside the coefficients' gradient.
+      l2: share of the coefficients that is added to their gradient.
       l1: weight of mean |c| in the objective.
-      schedule: of the learning rates.
-      warmup: steps.
-      clip: global norm of the gradients.
-      stop_early: after epochs / 3 without a better validation loss, counted from epochs / 5 on.
-      prune: share of the smallest magnitudes set to zero at half time.
+      schedule: learning rates over the steps: `constant`, or `cosine` to zero.
+      warmup: steps of linear warm-up.
+      clip: global norm above which gradients are scaled down; None for never.
+      stop_early: stop a seed after epochs / 3 without a better validation loss, counted from epochs / 5 on.
+      prune: share of the smallest magnitudes that are set to zero at half time and kept there.
       protocol: `reference` splits and orders the rows as the paper's code; `default` by seed.
-      max_new_tokens: of generation; None for twice the longest training target.
-      lora_rank: of the LoRA and DoRA baselines, whose alpha is twice that.
+      max_new_tokens: most tokens of an answer; None for twice the longest training target.
+      lora_rank: rank of the LoRA and DoRA baselines, whose alpha is twice that.
       lora_targets: the linear maps that LoRA, DoRA, VeRA and magnitudes alone adapt; by default the model family's
         own choice.
-      vera_rank: of VeRA's random matrices.
-      evaluations: of LoraHub's search.
-      generations: of CMA-ES.
-      population: members of a generation.
-      shots: examples in a few-shot prompt.
+      vera_rank: rank of VeRA's random matrices.
+      evaluations: number of evaluations in LoraHub's search.
+      generations: number of generations of CMA-ES.
+      population: members of a generation of CMA-ES.
+      shots: number of examples in a few-shot prompt.
       merge: PEFT's rule, for the method `merge`, with all modules at 1 / N.
       density: share of the entries that ties, dare and magnitude_prune keep.
     """
