@@ -6,6 +6,7 @@ are followed at once. A set of positions in the text, held as the bits of an int
 positions cannot follow them; flags are refused too.
 """
 
+import functools
 import importlib
 import re
 import warnings
@@ -123,10 +124,15 @@ class Text:
         steps.take(len(text))
         self.length = len(text)
         self._text, self._steps = text, steps
-        self._characters: dict[str, int] = {}
-        for place, character in enumerate(text):
-            self._characters[character] = self._characters.get(character, 0) | 1 << place
         self._found: dict[tuple[Any, ...], int] = {}
+
+    @functools.cached_property
+    def _characters(self) -> dict[str, int]:
+        """The positions of every character."""
+        places: dict[str, int] = {}
+        for place, character in enumerate(self._text):
+            places[character] = places.get(character, 0) | 1 << place
+        return places
 
     def ends(self, nodes: _Nodes, starts: int) -> int:
         """Return the positions where a match that begins at one of `starts` may end."""
