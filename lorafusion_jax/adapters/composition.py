@@ -79,8 +79,10 @@ def compose(
       differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
 
     Raises:
-      ValueError: as `check_mix` does; pair terms of another fusion.
+      ValueError: as `check_mix` does; magnitudes without Gram terms; pair terms of another fusion.
     """
+    if magnitudes is not None and gram is None:
+        raise ValueError("there are magnitudes, and no Gram terms of the norms to divide by: give gram(pool, kernels)")
     if composition == "mix":
         check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
@@ -123,7 +125,8 @@ def compose(
         if magnitudes is not None and isinstance(gram, PairTerms):
             norm, floored = norm_of_sum(gram.squared[site], gram.cross[site], gram.pairs[site], index, c[:, :, 0])
             of_pairs, total = _scale(magnitudes[site], norm, differentiate_norm), total + floored
-        elif magnitudes is not None and gram is not None:
+        elif magnitudes is not None:
+            assert gram is not None
             terms = (gram.squared[site], gram.cross[site], magnitudes[site])
         A, B = pool.A[site], pool.B[site]
         if in_arrays:
@@ -168,7 +171,12 @@ def compose_in_basis(
       gram: of the basis; needed with magnitudes.
       magnitudes: as in `compose`.
       differentiate_norm: as in `compose`.
+
+    Raises:
+      ValueError: magnitudes without Gram terms.
     """
+    if magnitudes is not None and gram is None:
+        raise ValueError("there are magnitudes, and no Gram terms of the norms to divide by: give gram(basis, kernels)")
     in_arrays = is_in_arrays((basis.U, basis.V))
     of = basis if gram is None or gram.modules is None else gram.modules
     assert isinstance(of, SharedBasis)
@@ -180,7 +188,8 @@ def compose_in_basis(
             mixed = mixed + core[site]
         U, V = basis.U[site], basis.V[site]
         right, scale = product(mixed, dense(of.V[site], jnp.float32)), None
-        if magnitudes is not None and gram is not None:
+        if magnitudes is not None:
+            assert gram is not None
             left = dense(of.U[site], jnp.float32)
             between = 2 * jnp.sum(gram.cross[site] * right, axis=1)
             of_update = jax.vmap(squared_columns)(left, right)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
-from lorafusion_jax.adapters.composition import compose
+from lorafusion_jax.adapters.composition import compose, compose_in_basis
 from lorafusion_jax.adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
@@ -529,6 +529,16 @@ def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
 def test_a_fusion_without_gram_terms_is_refused():
     with pytest.raises(ValueError, match="needs a pool and its Gram terms"):
         Fusion().init(Frozen(nnx.split(_MODEL)[1]), jnp.arange(1), jax.random.key(0))
+
+
+def test_magnitudes_without_gram_terms_are_refused():
+    pool, index = tiny.pool(2), jnp.arange(2)
+    m = column_norms(_gram(pool))
+    with pytest.raises(ValueError, match=r"magnitudes, and no Gram terms .* give gram\(pool, kernels\)"):
+        compose(pool, index, expand(jnp.ones(2), pool, "global"), "sum", magnitudes=m)
+    basis = shared_basis(pool, 4)
+    with pytest.raises(ValueError, match=r"magnitudes, and no Gram terms .* give gram\(basis, kernels\)"):
+        compose_in_basis(basis, index, expand(jnp.ones(2), basis, "global"), magnitudes=m)
 
 
 # Pools in few bits.
