@@ -51,7 +51,7 @@ def standard_promotion() -> Any:
 def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
     """Return the state that training of one seed starts from.
 
-    No array occurs in it twice, nor is one of `params`, so that a step may be given its memory.
+    No array occurs in it twice, nor is one of `params` or of the problem, so that a step may be given its memory.
 
     Args:
       problem: of the seed.
@@ -61,7 +61,7 @@ def init_state(problem: Problem, key: Array, params: Params | None = None) -> Tr
     Raises:
       ValueError: `params` has a group that the method does not have, or other shapes.
     """
-    own = problem.init(key)
+    own: Params = jax.tree.map(jnp.copy, problem.init(key))  # some methods start from frozen weights
     params = own if params is None else own | _like(params, own)
     kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
     return TrainState(

@@ -10,7 +10,10 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import present
+from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.magnitudes import Magnitudes
+from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.loss import objective
@@ -83,6 +86,15 @@ def test_a_state_starts_from_given_numbers(problem, start):
     ):
         donated(state)
     _equal(keep, given)
+
+
+@pytest.mark.parametrize("method", [Magnitudes(), FullFineTuning()])
+def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
+    frozen = method.prepare(frozen, kernels(_MODEL))
+    state = init_state(Problem(graph=_GRAPH, method=method, frozen=frozen, index=_INDEX), jax.random.key(0))
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(places)) == len(places)
+    assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)} & set(places)
 
 
 def test_numbers_to_start_from_that_do_not_fit_are_refused(problem, start):
