@@ -96,7 +96,7 @@ def _search(job: SearchJob) -> tuple[Params, int]:
         for s, seed in enumerate(job.seeds)
         for n in range(losses.shape[1])
     )
-    best = np.argmin(losses, axis=1)
+    best = np.argmin(np.where(np.isfinite(losses), losses, np.inf), axis=1)
     return {"coefficients": jax.nn.one_hot(best, losses.shape[1])}, losses.shape[1]
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import pytest
 import small_search
 from flax import nnx
 
-from lorafusion_jax.methods import cma, lorahub
+from lorafusion_jax.methods import cma, find, lorahub, mean
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lorahub import LORAHUB
 from lorafusion_jax.methods.mean import single_losses
+from lorafusion_jax.methods.method import SearchJob
 from lorafusion_jax.tasks import IGNORED, Batch
+from lorafusion_jax.training.recipe import Recipe
 
 _MODULES, _GENERATIONS, _POPULATION = 3, 8, 6
 
@@ -131,6 +134,15 @@ def _ragged(seeds):
             Batch(ids.astype(np.int32), mask, labels.astype(np.int32), np.broadcast_to(real, (seeds, 4)).copy())
         )
     return batches
+
+
+def test_a_module_without_a_finite_loss_is_never_the_best(monkeypatch):
+    losses = np.array([[np.nan, 2.0, 1.0], [np.inf, np.nan, 3.0]])
+    monkeypatch.setattr(mean, "single_losses", lambda *_: losses)
+    rows = SimpleNamespace(once=lambda size: iter(()))
+    job = SearchJob(None, rows, Recipe(), (1, 2), (("a", "b", "c"),) * 2, record=lambda rows: None)
+    params, _ = find("single").search(job)
+    np.testing.assert_array_equal(params["coefficients"], [[0, 0, 1], [0, 0, 1]])
 
 
 @pytest.mark.parametrize("path", ["map", "vmap"])
