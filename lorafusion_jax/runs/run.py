@@ -248,12 +248,22 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     if steps:
         _note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)
+    bad = _bad_steps_before(run, options.seeds, reached)  # steps since the last finite loss
+
+    def check_losses() -> None:
+        if np.min(bad) >= _BAD_STEPS:
+            raise ValueError(
+                f"no seed has had a finite loss for {np.min(bad)} steps, up to step {reached}: try lower "
+                f"learning rates, or float32 if it was bfloat16. {run.folder} keeps the metrics, and in its last "
+                "checkpoint the numbers of the best validation loss; give the next try another --name"
+            )
+
+    check_losses()  # of the run that is resumed
+
     log = _weights_and_biases(run, options) if options.log and processes.first() else None
     last_save = time.monotonic()
     traced = min(done + 2, options.recipe.epochs) if options.profile else None
     tracing = contextlib.ExitStack()
-
-    bad = np.zeros(len(options.seeds), int)  # steps since the last finite loss
 
     def before_epoch(number: int) -> None:
         if number == traced:
@@ -293,12 +303,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
                 processes.end("another process of this run was stopped")
         else:
             hold()
-        if diverged:
-            raise ValueError(
-                f"no seed has had a finite loss for {np.min(bad)} steps, up to step {reached}: try lower "
-                f"learning rates, or float32 if it was bfloat16. {run.folder} keeps the metrics, and in its last "
-                "checkpoint the numbers of the best validation loss; give the next try another --name"
-            )
+        check_losses()
         before_epoch(epoch.number + 1)
 
     if not np.all(to_host(state.stopped)):
@@ -330,6 +335,15 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
             f"({', '.join(params)}): give the same --method and --granularity"
         )
     return params
+
+
+def _bad_steps_before(run: RunFolder, seeds: tuple[int, ...], step: int) -> np.ndarray:
+    """Return each seed's steps since its last finite loss, as the metrics up to a step record them."""
+    bad = dict.fromkeys(seeds, 0)
+    for row in run.metrics():
+        if "loss" in row and row["step"] <= step and (seed := row.get("seed")) in bad:
+            bad[seed] = bad[seed] + 1 if row["loss"] is None else 0  # null is not finite
+    return np.array([bad[seed] for seed in seeds])
 
 
 def _bad_steps(losses: np.ndarray, before: np.ndarray) -> np.ndarray:

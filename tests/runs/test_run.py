@@ -103,6 +103,8 @@ def test_training_without_a_finite_loss_stops_and_says_what_to_try(whole, small,
         fuse(options)
     folder = tmp_path / "diverged"
     assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
+    with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
+        fuse(dataclasses.replace(options, resume=True))
     best = checkpoint.load(checkpoint.steps(folder / "checkpoints")[-1])[0]["best"]
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(best))
 
