@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..checks import at_least
 from .architecture import Model
 from .layers import Adapters
 from .weights import reads
@@ -124,6 +125,9 @@ def generate(
       row_keys: keys of the rows' draws; a row's draws depend on no other row.
       axis: name of a mapped axis, whose members then end together: under `jax.vmap` each would have a position of its
         own otherwise, and every token would rewrite all caches.
+
+    Raises:
+      ValueError: `max_new_tokens` is below 1; a draw without keys.
     """
     begun = begin(
         model,
@@ -163,6 +167,7 @@ def begin(
 
     A model that continues its source has then got the first token too.
     """
+    at_least(1, max_new_tokens=max_new_tokens)
     read_model, read_adapters = _read(model, adapters, 0)
     first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
     batch, pad_id = input_ids.shape[0], model.config.pad_id

@@ -121,6 +121,7 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
 
 def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Params]:
     """Return the setup of a run, its options with those of the evaluation, and its trained numbers."""
+    at_least(1, test_rows=options.test_rows)
     fused, params, config = load_run(options.run)
     if options.task is not None:
         fused = dataclasses.replace(fused, task=options.task)

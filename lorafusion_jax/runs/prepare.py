@@ -1,6 +1,7 @@
 """Preparation of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -131,7 +132,11 @@ def check(options: FuseOptions) -> None:
             f"the method {options.method} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in"
         )
     counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
+    counts |= {"max_new_tokens": recipe.max_new_tokens, "test_rows": options.test_rows}
     at_least(1, **counts, eval_batch=options.eval_batch)
+    for name, value in (vars(options) | vars(recipe)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: wanted a finite number, as config.json holds no other")
     _check_basis(options)
     if recipe.choose != "draw":
         if method.learns != "trained" or "coefficients" not in method.groups or recipe.composition != "sum":
@@ -213,7 +218,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
             encode_shown(texts, shown, len(test), new_tokens)
     fused = load_fused(options, path, texts)
     rows = None
-    if method.learns != "untrained" and task.train:
+    if method.learns != "untrained" and (to_train or there > 0):
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
     return Setup(
         **vars(fused),

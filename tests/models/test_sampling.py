@@ -162,6 +162,12 @@ def test_numbers_that_describe_no_draw(numbers, message):
         Sampling(**numbers)
 
 
+def test_at_least_one_token_is_generated(said):
+    graph, weights, ids, *_ = said
+    with pytest.raises(ValueError, match="max_new_tokens is 0: wanted at least 1"):
+        generate(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=0)
+
+
 def test_a_draw_without_keys(said):
     graph, weights, ids, _, sampling, _ = said
     with pytest.raises(ValueError, match="a draw needs a key for every row: give row_keys"):

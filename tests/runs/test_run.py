@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import os
 import shutil
 import signal
@@ -348,6 +349,10 @@ def test_evaluate_and_generate_agree_with_the_run(fused):
     text.write_text(" \n")
     with pytest.raises(ValueError, match="holds no text"):
         generate_lines(GenerateOptions(run=folder, file=text))
+    # A task's own test set is all that is scored, whatever its training rows are.
+    assert evaluate_run(EvaluateOptions(run=folder, train_rows=0)) == rows
+    with pytest.raises(ValueError, match="test_rows is 0: wanted at least 1"):
+        evaluate_run(EvaluateOptions(run=folder, test_rows=0))
     text.write_text("a")
     with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
         generate_lines(GenerateOptions(run=folder, file=text, seed=7))
@@ -409,6 +414,10 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
             {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
             "does not prune",
         ),
+        ({"recipe": dataclasses.replace(options.recipe, max_new_tokens=0)}, "max_new_tokens is 0: wanted at least 1"),
+        ({"test_rows": 0}, "test_rows is 0: wanted at least 1"),
+        ({"save_seconds": math.inf}, "save_seconds is inf: wanted a finite number"),
+        ({"recipe": dataclasses.replace(options.recipe, clip=math.inf)}, "clip is inf: wanted a finite number"),
         ({"base": str(tmp_path)}, "config.json"),
         ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "0 modules"),
     ]:
