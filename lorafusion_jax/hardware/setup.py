@@ -84,7 +84,9 @@ def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Arra
     pool = setup.problem.frozen.pool
     if not isinstance(pool, LoraPool) or options.pool is None:
         return None
-    return chips.numbers(pool.names, open_pool(options.pool).names)
+    # A control has the place of the module that it replaces, whose name is the end of its own.
+    prefix = "" if options.control == "none" else f"{options.control} "
+    return chips.numbers([name.removeprefix(prefix) for name in pool.names], open_pool(options.pool).names)
 
 
 def without_merged_pool(setup: Setup) -> Setup:

@@ -285,7 +285,7 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
     sharding.check_model(read_config(options.base))
     texts = texts or load_texts(options)
     stored = open_pool(options.pool, options.base) if options.pool and find(options.method).pool else None
-    names, modules = _draw(options, () if stored is None else _names(stored, options))
+    names, modules = _draw(options, () if stored is None else module_names(stored, options))
     quantise = None if options.load_in == "full" else options.load_in
     with sharding.loading():
         model = load_base(options.base, dtype=options.dtype, quantise=quantise)
@@ -392,7 +392,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     return [name for name in there if name in used], drawn
 
 
-def _names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -> tuple[str, ...]:
+def module_names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -> tuple[str, ...]:
     """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
     k = options.recipe.basis
     return stored.names if k is None or options.control != "none" else tuple(stored.basis_modules(k))

@@ -76,7 +76,8 @@ def generate_rows(options: GenerateRunsOptions) -> list[str]:
     where = options.file or "standard input"
     with utf8(where):
         text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
-        lines = [(f"{where}:{i}", line.encode()) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        # A text of JSON may hold U+2028 and its like, which end no line here.
+        lines = [(f"{where}:{i}", line.encode()) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     rows = [_row(line, place, names) for place, line in lines]
     if not rows:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
+from ..checks import at_least
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.fusion import Fusion
@@ -22,7 +23,7 @@ from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..runs.apply import draw_keys
 from ..runs.options import FuseOptions
-from ..runs.prepare import load_fused
+from ..runs.prepare import load_fused, module_names
 from ..runs.run import load_run
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
 from ..training.problem import Method, Params
@@ -118,8 +119,7 @@ class Service:
         if find(options.method).pool:
             assert options.pool is not None
             used = {*modules, *(name for run in runs for of_seed in run.modules for name in of_seed)}
-            k, stored = options.recipe.basis, open_pool(options.pool)
-            there = stored.names if k is None else tuple(stored.basis_modules(k))
+            there = module_names(open_pool(options.pool), options)
             if missing := ", ".join(sorted(used - set(there))):
                 raise ValueError(f"{options.pool} is not the pool that was fused: it has no {missing}")
             names = tuple(name for name in there if name in used)
@@ -128,7 +128,10 @@ class Service:
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
         fused = load_fused(options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
-        pool, self._config = fused.problem.frozen.pool, fused.config
+        frozen, self._config = fused.problem.frozen, fused.config
+        if frozen.pool is not None:  # a control's own names are not those by which runs know what it replaces
+            frozen = dataclasses.replace(frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0]))
+        pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
         granularities = [GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)]
         scaled = {site for run in runs for site in run.params.get("magnitudes", {})}
@@ -136,7 +139,7 @@ class Service:
             scaled |= pool.magnitude.keys()
         self.bank = TaskBank.empty(
             fused.problem.graph,
-            fused.problem.frozen,
+            frozen,
             capacity,
             granularity=GRANULARITIES[max(granularities, default=0)],
             scaled=sorted(scaled),
@@ -205,8 +208,10 @@ class Service:
           sampling_seed: seed of the draws; each text's draws also depend on its place.
 
         Raises:
-          ValueError: there is no task of a name, there are not as many names as texts, or a text cannot be encoded.
+          ValueError: there is no task of a name, there are not as many names as texts, a text cannot be encoded, or a
+            number is below 1.
         """
+        at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
         if len(texts) != len(names):
             raise ValueError(f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None")
         tasks = {name: None if name is None else self._task(name) for name in dict.fromkeys(names)}

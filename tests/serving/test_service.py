@@ -262,6 +262,27 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
         FusedRun.read(lora)
 
 
+def test_a_control_is_served_as_it_answers_alone(runs, write, tmp_path):
+    params = {"coefficients": np.full((1, 2, 2), 3, np.float32)}
+    folder = write("control", params, (_MIXED,), method="coefficients", control="random")
+    (tmp_path / "lines").write_text("\n".join(_LINES))
+    wanted = generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines"))
+    rows = [{"run": "control", "input": line} for line in _LINES]
+    assert generate_rows(GenerateRunsOptions(runs=(folder,), file=_file(tmp_path, rows))) == wanted
+
+
+def test_a_row_may_hold_marks_that_end_lines_elsewhere(runs, tmp_path):
+    rows = [{"run": "fused", "input": f"{_LINES[0]}{mark}b"} for mark in "\u2028\x85"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert len(generate_rows(GenerateRunsOptions(runs=(runs["fused"],), file=tmp_path / "rows.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "eval_batch"])
+def test_a_service_generates_at_least_one_token_of_one_row(name, service):
+    with pytest.raises(ValueError, match=f"{name} is 0: wanted at least 1"):
+        service.generate(["a"], [None], **{name: 0})
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
