@@ -84,8 +84,9 @@ def age_table(results: Mapping[str, Any]) -> str:
         ]
         spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
         said = {None: "-", True: "yes", False: "no"}[compensate]
-        mean_loss = np.mean([row["loss"] for row in here])
-        lines.append([age or "-", said, f"{np.mean(of_chips):.1f}", spread, loss(float(mean_loss))])
+        losses = [row["loss"] for row in here]  # None is not finite
+        mean_loss = None if None in losses else float(np.mean(losses))
+        lines.append([age or "-", said, f"{np.mean(of_chips):.1f}", spread, loss(mean_loss)])
     return plain(lines, left=(0, 1, 4))
 
 

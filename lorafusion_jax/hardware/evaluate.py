@@ -1,6 +1,7 @@
 """A run on several chips, at several ages, in one program."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
 from ..io.checkpoint import write_json
+from ..methods import find
 from ..methods.fusion import Fusion
 from ..methods.lora import LoRA
 from ..models.architecture import kernels
@@ -134,9 +136,14 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run on every chip, at every age.
 
     Raises:
-      ValueError: as `asked` does.
+      ValueError: a run with examples in its prompts; and as `asked` does.
     """
     on = asked(options)
+    if find(on.fused.method).answers == "examples":
+        raise ValueError(
+            f"{on.fused.method} has examples in its prompts, other ones for every seed, and all chips are asked alike: "
+            "give --report, which evaluates chip after chip"
+        )
     params, chips, count = on.params, on.chips, on.count
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
     setup = looped(on.setup)
@@ -155,7 +162,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             everyone = for_every_chip(params, count)
             found = evaluate(on_all, everyone, batch_size=options.eval_batch)
             matches = found.exact_match.reshape(count, -1)
-            losses = np.asarray(found.loss, float).reshape(count, -1)
+            losses = np.asarray(found.loss, float).reshape(count, -1).tolist()
             rows += [
                 {
                     "age": age,
@@ -163,7 +170,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                     "chip": chip,
                     "seed": seed,
                     "exact_match": matches[chip, s].item(),
-                    "loss": losses[chip, s].item(),
+                    "loss": losses[chip][s] if math.isfinite(losses[chip][s]) else None,
                 }
                 for chip in range(count)
                 for s, seed in enumerate(on.fused.seeds)

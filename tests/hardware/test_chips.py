@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
+from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import (
     ADC,
     Cell,
@@ -29,19 +31,21 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar.config.structure import split_config
+from lorafusion_jax.hardware import evaluate as evaluate_lib
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import Redrawn, limits_of, program_chips, redrawn
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from lorafusion_jax.hardware.folder import aged, load_chips, seconds
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.setup import on_arrays
+from lorafusion_jax.hardware.setup import module_numbers, on_arrays
 from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.hardware.write import program_chips as write_chips
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import matrices
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
+from lorafusion_jax.runs.evaluate import Evaluation
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions, OnArrays
 from lorafusion_jax.runs.prepare import prepare
@@ -351,6 +355,38 @@ def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
     beyond = dataclasses.replace(fused, name="beyond", arrays=OnArrays(crossbar=str(small / "noisy.yaml"), chip=-1))
     with pytest.raises(ValueError, match="there is no chip -1: chips are numbered from 0"):
         fuse(beyond)
+
+
+def test_a_control_has_the_places_of_the_modules_that_it_replaces(small):
+    options = _fusing(small, "control", control="random", seeds=(1,))
+    setup, chips = prepare(options), load_chips("isaac")
+    there = sorted(path.name for path in (small / "pool").iterdir())
+    wanted = [there.index(name) for name in there if name in setup.modules[0]]
+    assert module_numbers(setup, options, chips).tolist() == wanted
+
+
+def test_examples_in_prompts_need_a_report_on_chips(small):
+    few = _fusing(small, "few-shot", method="few-shot", pool=None, seeds=(1,))
+    fuse(few)
+    with pytest.raises(ValueError, match="few-shot has examples in its prompts, .* give --report"):
+        _on_chips(few, crossbar="isaac")
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_file(tmp_path, monkeypatch):
+    chips = SimpleNamespace(chip_key=jax.random.key, rules=lambda config: {})
+    fused = SimpleNamespace(method="fusion", seeds=(4,))
+    on = SimpleNamespace(
+        setup=SimpleNamespace(task=SimpleNamespace(name="task")), fused=fused, params={}, chips=chips, count=2
+    )
+    on.modules, on.configs = None, {(None, None): None}
+    found = Evaluation([["a"]] * 2, np.ones((2, 1), bool), np.array([np.nan, 1.5]), None)
+    for name, value in {"asked": on, "looped": on.setup, "on_every_chip": None, "evaluate": found}.items():
+        monkeypatch.setattr(evaluate_lib, name, lambda *_, value=value, **__: value)
+    options = EvaluateOnChipsOptions(run=tmp_path, crossbar="isaac")
+    results = evaluate_on_chips(options)
+    assert json.loads(results_path(options).read_text(), parse_constant=pytest.fail) == results
+    assert [row["loss"] for row in results["rows"]] == [None, 1.5]
+    assert age_table(results).splitlines()[1].split() == ["-", "-", "100.0", "±", "0.0", "-"]
 
 
 def test_methods_without_a_frozen_model_have_no_place_on_arrays(small):
