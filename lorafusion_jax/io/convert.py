@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import __version__
+from ..files import utf8
 from ..models.architecture import linear_shapes
 from ..progress import progress
 from .basis import add_basis, add_projected
@@ -114,7 +115,8 @@ def _sources(options: ConvertOptions) -> list[str]:
     if options.adapters_file is not None:
         if not options.adapters_file.is_file():
             raise ValueError(f"{options.adapters_file}: no such file: wanted a list of adapters, one a line")
-        lines = options.adapters_file.read_text().splitlines()
+        with utf8(options.adapters_file):
+            lines = options.adapters_file.read_text(encoding="utf-8").splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]
     if not sources and (options.basis is None or options.out is None):
         raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")

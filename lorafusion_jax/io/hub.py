@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from .source import first_line
+
 _T = TypeVar("_T")
 
 
@@ -39,13 +41,10 @@ def upload(folder: Path, name: str) -> str:
 
 
 def _asked(name: str, ask: Callable[[], _T], then: str = "") -> _T:
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         return ask()
-    except (OSError, RuntimeError, ValueError, HfHubHTTPError) as error:  # a failed upload is a RuntimeError
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of many kinds: of the HTTP library where the hub cannot be reached
         raise ValueError(
-            f"the hub did not take {name}: {reason} (wanted owner/name of an account that you may write to, and its "
-            f"token by `hf auth login` or in HF_TOKEN){then}"
+            f"the hub did not take {name}: {first_line(error)} (wanted owner/name of an account that you may write to, "
+            f"and its token by `hf auth login` or in HF_TOKEN){then}"
         ) from error

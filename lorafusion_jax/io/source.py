@@ -70,8 +70,12 @@ def _reason(error: Exception) -> str:
         )
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision: check what stands after the @"
-    said = str(error).strip().splitlines()[0]
-    return f"{said} (check the spelling, the network and HF_HUB_OFFLINE)"
+    return f"{first_line(error)} (check the spelling, the network and HF_HUB_OFFLINE)"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind if it has none, as a time-out may have."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def inside(folder: Path, name: str) -> Path:

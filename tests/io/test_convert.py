@@ -432,6 +432,8 @@ def test_the_list_of_adapters(base, adapter, tmp_path):
     manifest = _convert(base, [one], adapters_file=listed, dry_run=True)
     assert [entry["source"] for entry in manifest["adapters"]] == [one, two]
     _refused(r"no\.txt: no such file", base, [one], adapters_file=tmp_path / "no.txt", dry_run=True)
+    listed.write_bytes(b"\xff\xfe")
+    _refused(r"list\.txt: not UTF-8 text .* save it as UTF-8", base, [one], adapters_file=listed, dry_run=True)
     listed.write_text("# nothing\n")
     _refused("no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True)
     _refused("say where to write the pool: --out FOLDER, or --dry-run", base, [one])
@@ -535,6 +537,13 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
         open_pool(folder).load()
     with pytest.raises(ValueError, match=r"nothing is not a pool: wanted a folder that `lorafusion convert` wrote"):
         open_pool(tmp_path / "nothing")
+
+
+def test_an_adapter_behind_a_link_has_the_name_of_the_link(base, adapter, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "mine").symlink_to(adapter("one"), target_is_directory=True)
+    pool = open_pool(tmp_path / "linked", str(base))
+    assert pool.load().names == pool.names == ("mine",)
 
 
 @pytest.mark.long

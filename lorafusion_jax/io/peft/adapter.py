@@ -5,6 +5,7 @@ only warns; here anything that would change the result is an error that names it
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,8 @@ def _read(
     dora = bool(config.get("use_dora"))
     local = Path(source).expanduser().is_dir()
     return PeftAdapter(
-        name=folder.resolve().name if local else source.partition("@")[0].rpartition("/")[2],
+        # A link has a name of its own, which `resolve` would not return.
+        name=Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2],
         source=source,
         weights=weights,
         config=config,
