@@ -80,7 +80,7 @@ class LoraPool:
         )
 
     def quantised(self, qtype: str) -> "LoraPool":
-        """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `linear.quantise`)."""
+        """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `weights.quantise`)."""
         return dataclasses.replace(
             self,
             A={site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2) for site, a in self.A.items()},

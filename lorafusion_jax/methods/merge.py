@@ -24,7 +24,7 @@ class Merge(Method):
     of these numbers counts.
 
     Attributes:
-      kind: the rule (see `fusion.merge`).
+      kind: the rule (see `adapters.merges`).
       density: share of the entries that ties, dare and magnitude_prune keep.
       weight: of every module; None for 1 / N.
       rank: of the result of an svd; None for the largest of the pool.

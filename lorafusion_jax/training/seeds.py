@@ -24,7 +24,7 @@ def default_path() -> Path:
 def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
     """Return `fn(seeds, shared)` mapped over the leading axis of every array in `seeds`.
 
-    On a mesh (see `sharding`) every device maps seeds of its own, and none waits for another's.
+    On a mesh (see `training.mesh`) every device maps seeds of its own, and none waits for another's.
 
     Args:
       fn: of (one seed's arrays, what all seeds share).
