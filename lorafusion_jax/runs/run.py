@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypedDict
@@ -353,14 +353,16 @@ def _bad_steps(losses: np.ndarray, before: np.ndarray) -> np.ndarray:
     return np.where(finite.any(axis=0), after, before + len(losses))
 
 
-def _step_rows(metrics: Mapping[str, np.ndarray], epoch: int, first_step: int, seeds: tuple[int, ...]) -> Any:
+def _step_rows(
+    metrics: Mapping[str, np.ndarray], epoch: int, first_step: int, seeds: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
     for i in range(len(next(iter(metrics.values())))):
         for s, seed in enumerate(seeds):
             values = {name: value[i, s].item() for name, value in metrics.items()}
             yield {"step": first_step + i + 1, "epoch": epoch, "seed": seed, **values}
 
 
-def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Any:
+def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     steps = len(next(iter(epoch.metrics.values())))
     yield from _step_rows(epoch.metrics, epoch.number, epoch.first_step, seeds)
     for s, seed in enumerate(seeds):
@@ -386,7 +388,7 @@ def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, in
     return epochs * (train + validation) + ranking, epochs * train + ranking
 
 
-def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Any:
+def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     options = evaluation.option_correct
     for s, seed in enumerate(seeds):
         for i, said in enumerate(evaluation.predictions[s]):
