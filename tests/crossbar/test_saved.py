@@ -28,6 +28,8 @@ from lorafusion_jax.crossbar import (
     probe,
     program,
     save_chip,
+    save_config,
+    save_constants,
     with_config,
     with_read_key,
 )
@@ -271,3 +273,19 @@ def test_arrays_are_as_large_as_their_bytes(tmp_path):
     path.write_bytes(b"PK")
     with pytest.raises(ValueError, match=f"^{path} is damaged"):
         load_chip(path)
+
+
+@pytest.mark.parametrize("save", [lambda path: save_config(CrossbarConfig(), path), lambda path: save_constants(path)])
+def test_a_table_that_is_cut_off_leaves_what_was_there(save, tmp_path, monkeypatch):
+    path = tmp_path / "table.yaml"
+    path.write_text("before")
+    whole = Path.write_text
+
+    def cut_off(self, text, **how):
+        whole(self, text[:10], **how)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(OSError, match="no space"):
+        save(path)
+    assert path.read_text() == "before"

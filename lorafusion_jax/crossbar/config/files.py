@@ -36,7 +36,7 @@ from ..devices.write_error import (
 )
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig
-from .tables import kind_of, read_table, shown
+from .tables import kind_of, read_table, shown, write_text
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
@@ -73,8 +73,7 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
         text = json.dumps(fields, indent=2) + "\n"
     else:
         text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def load_config(name_or_path: str | Path) -> CrossbarConfig:

@@ -49,6 +49,14 @@ def read_table(path: Path, kind: str) -> Any:
         raise ValueError(f"{path} cannot be read as {kind.upper()}: {error}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and its folder if there is none: under a temporary name, so that it is complete or what it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def shown(value: Any) -> str:
     """Return a value of a file as text for a message, shortened."""
     return _SPELL.repr(value)

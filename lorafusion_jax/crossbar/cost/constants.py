@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..config.tables import kind_of, read_table, shown
+from ..config.tables import kind_of, read_table, shown, write_text
 from .ranges import Range
 
 Level = Literal["low", "typical", "high"]
@@ -170,10 +170,7 @@ def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
     write = json.dumps if kind_of(path, _WHAT) == "json" else yaml.safe_dump
     layout: dict[str, Any] = {"indent": 2} if kind_of(path, _WHAT) == "json" else {"sort_keys": False, "width": 120}
     table = {name: {field: getattr(c, field) for field in _FIELDS} for name, c in constants.table.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(write(table, **layout).rstrip() + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, write(table, **layout).rstrip() + "\n")
 
 
 def load_constants(path: Path) -> Constants:
