@@ -92,10 +92,12 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     """Return the positions of adapters given by name or index in a pool that holds `names`.
 
     Raises:
-      ValueError: a name or index is not in the pool or occurs twice, or there is one name in place of a list.
+      ValueError: a name or index is not in the pool or occurs twice, or there is none, or one name in place of a list.
     """
     if isinstance(chosen, str):
         raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
+    if not chosen:
+        raise ValueError("a pool needs at least one adapter: none was given")
     position = {name: i for i, name in enumerate(names)}
     found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
     for given, index in zip(chosen, found, strict=True):

@@ -622,6 +622,12 @@ def test_magnitudes_start_at_the_norms_of_the_base():
             _close(m, np.linalg.norm(_kernel(site, layer), axis=0))
 
 
+def test_pools_choose_at_least_one_module():
+    for pool in (tiny.pool(2), shared_basis(tiny.pool(2), 4)):
+        with pytest.raises(ValueError, match="a pool needs at least one adapter: none was given"):
+            pool.select([])
+
+
 def test_pools_choose_by_name_and_index():
     pool = tiny.pool(4)
     chosen = pool.select(["module_2", 0])
