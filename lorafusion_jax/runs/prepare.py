@@ -120,6 +120,9 @@ def check(options: FuseOptions) -> None:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
+    for seed in options.seeds:
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed {seed}: wanted an integer of 64 bits")
     method, recipe = find(options.method), options.recipe
     if options.pool is None and method.pool:
         raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
@@ -134,6 +137,7 @@ def check(options: FuseOptions) -> None:
     counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
     counts |= {"max_new_tokens": recipe.max_new_tokens, "test_rows": options.test_rows}
     at_least(1, **counts, eval_batch=options.eval_batch)
+    recipe.optimisation(1)  # raises ValueError for what no training has
     for name, value in (vars(options) | vars(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}: wanted a finite number, as config.json holds no other")

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from ..adapters.coefficients import Granularity, Start
 from ..adapters.merges import MergeKind
 from ..adapters.updates import Composition
+from ..checks import at_least
 from ..tasks.protocol import Protocol
 
 
@@ -23,6 +24,9 @@ class Optimisation:
       patience: epochs without a better validation loss after which a seed stops; None for never.
       patience_from: epochs before which none is counted.
       prune: share of the smallest magnitudes that are set to zero at half time and kept there.
+
+    Raises:
+      ValueError: the warm-up has fewer steps than 0, or the norm to clip at is not above 0.
     """
 
     steps: int
@@ -32,6 +36,11 @@ class Optimisation:
     patience: int | None = None
     patience_from: int = 0
     prune: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(0, warmup=self.warmup)
+        if self.clip is not None and not self.clip > 0:  # a negative norm would turn the gradients around
+            raise ValueError(f"clip is {self.clip}: wanted a norm above 0, or None for no clipping")
 
 
 class Rates(NamedTuple):

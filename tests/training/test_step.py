@@ -231,6 +231,20 @@ def test_schedules(start, take, optimisation, factor):
 # Early stopping.
 
 
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"clip": -1.0}, "clip is -1.0: wanted a norm above 0, or None for no clipping"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"clip": np.nan}, "clip is nan"),
+        ({"warmup": -1}, "warmup is -1: wanted at least 0"),
+    ],
+)
+def test_numbers_that_describe_no_training(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Optimisation(steps=6, **numbers)
+
+
 def _losses(state, losses, optimisation):
     """Run `end_epoch` with given losses; the parameters count the epochs, so that one sees whose are kept."""
     for epoch, loss in enumerate(losses, start=1):
