@@ -155,13 +155,13 @@ def run_path(options: FuseOptions) -> Path:
     return Path(options.out) / (options.name or f"{task.stem}-{options.method}")
 
 
-def load_run(folder: Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
+def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
     """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run.
 
     Raises:
       ValueError: the folder is not a run, a file of it is damaged, or its training has not ended.
     """
-    run = RunFolder(folder)
+    run = RunFolder(Path(folder))
     config = run.config()
     options = config["options"]
     if find(options.method).learns == "untrained":

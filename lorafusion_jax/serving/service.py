@@ -58,7 +58,7 @@ class FusedRun(NamedTuple):
           ValueError: the folder is not a run whose training has ended, or its method has other numbers than
             coefficients, magnitudes and cores.
         """
-        options, params, config = load_run(Path(folder))
+        options, params, config = load_run(folder)
         if not params or params.keys() - {"coefficients", "magnitudes", "core"}:
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "

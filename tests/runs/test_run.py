@@ -339,6 +339,7 @@ def test_a_run_starts_from_another_ones_numbers(fused, tmp_path):
 def test_evaluate_and_generate_agree_with_the_run(fused):
     options, results = fused
     folder = run_path(options)
+    assert load_run(str(folder))[2] == RunFolder(folder).config()
     rows = evaluate_run(EvaluateOptions(run=folder))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
