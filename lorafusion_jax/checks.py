@@ -1,4 +1,6 @@
-"""Checks of numbers that users give."""
+"""Checks of numbers and names that users give."""
+
+from collections.abc import Collection
 
 
 def at_least(least: int, **counts: int | None) -> None:
@@ -6,3 +8,10 @@ def at_least(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < least:
             raise ValueError(f"{name} is {count}: wanted at least {least}")
+
+
+def one_of(choices: Collection[str], **names: str) -> None:
+    """Raise a ValueError that tells the first of some names that is not among the choices."""
+    for name, value in names.items():
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}: wanted one of {', '.join(choices)}")

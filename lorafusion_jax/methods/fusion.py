@@ -6,7 +6,7 @@ Axis letters: L layer, N modules of a fusion, r rank, k directions of a basis.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from jaxtyping import Array, Int
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
-from ..adapters.coefficients import Granularity, Start
+from ..adapters.coefficients import GRANULARITIES, Granularity, Start
 from ..adapters.composition import check_mix, compose, compose_in_basis
 from ..adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
+from ..checks import one_of
 from ..models.architecture import Site
 from ..models.weights import Weight, for_cpu, is_in_arrays
 from ..training.problem import Frozen, Method, Params
@@ -53,6 +54,10 @@ class Fusion(Method):
     differentiate_norm: bool = False
 
     def __post_init__(self) -> None:
+        # A name of no choice would be taken for another one.
+        one_of(get_args(Composition), composition=self.composition)
+        one_of(GRANULARITIES, granularity=self.granularity)
+        one_of(get_args(Start), start=self.start)
         if self.composition == "mix" and self.start == "zeros":
             raise ValueError(
                 "a mix that starts at zero never moves: its gradient is exactly zero there. "

@@ -1,7 +1,7 @@
 """The baselines that merge modules without data: nothing is trained."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from ..adapters.coefficients import expand
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank
+from ..checks import one_of
 from ..training.problem import Frozen, Method, Params
 from .method import Built, MethodEntry, fused
 
@@ -36,6 +37,7 @@ class Merge(Method):
     rank: int | None = None
 
     def __post_init__(self) -> None:
+        one_of(get_args(MergeKind), kind=self.kind)
         if not 0 < self.density <= 1:
             raise ValueError(f"a density of {self.density}: wanted a share of the entries to keep, above 0 and up to 1")
         if self.rank is not None and (self.rank < 1 or not self.kind.endswith("svd")):

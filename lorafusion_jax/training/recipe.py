@@ -1,15 +1,17 @@
 """A recipe: every number of fusion and training, the presets, and what of it a step is compiled for or may be swept."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Array, Float
 
 from ..adapters.coefficients import Granularity, Start
 from ..adapters.merges import MergeKind
 from ..adapters.updates import Composition
-from ..checks import at_least
+from ..checks import at_least, one_of
 from ..tasks.protocol import Protocol
+
+Schedule = Literal["constant", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,11 @@ class Optimisation:
       prune: share of the smallest magnitudes that are set to zero at half time and kept there.
 
     Raises:
-      ValueError: the warm-up has fewer steps than 0, or the norm to clip at is not above 0.
+      ValueError: there is no such schedule, the warm-up has fewer steps than 0, or the norm to clip at is not above 0.
     """
 
     steps: int
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup: int = 0
     clip: float | None = None
     patience: int | None = None
@@ -38,6 +40,7 @@ class Optimisation:
     prune: float = 0.0
 
     def __post_init__(self) -> None:
+        one_of(get_args(Schedule), schedule=self.schedule)
         at_least(0, warmup=self.warmup)
         if self.clip is not None and not self.clip > 0:  # a negative norm would turn the gradients around
             raise ValueError(f"clip is {self.clip}: wanted a norm above 0, or None for no clipping")
@@ -122,7 +125,7 @@ class Recipe:
     lr_full: float = 2e-4
     l2: float = 0.0
     l1: float = 0.0
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup: int = 0
     clip: float | None = 1.0
     stop_early: bool = False

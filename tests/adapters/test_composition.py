@@ -1,5 +1,6 @@
 """Fusion by its definition: oracles in NumPy, float64."""
 
+import copy
 import dataclasses
 import functools
 import random
@@ -20,6 +21,7 @@ from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
 from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.merge import Merge
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import draw_modules
@@ -435,6 +437,23 @@ def test_mix_has_no_gradient_at_zero_and_sum_has():
 
     assert not np.any(gradient(jnp.zeros((3, 5)), "mix"))
     assert np.all(np.abs(gradient(jnp.zeros((3, 5)), "sum")) > 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sound", "change", "message"),
+    [
+        (Fusion(), {"composition": "cat"}, "composition is 'cat': wanted one of mix, sum"),
+        (Fusion(), {"granularity": "blocks"}, "granularity is 'blocks': wanted one of global, block, site, rank"),
+        (Fusion(), {"start": "ones"}, "start is 'ones': wanted one of xavier, uniform, twice, zeros"),
+        (Merge(kind="cat"), {"kind": "mean"}, "kind is 'mean': wanted one of linear, magnitude_prune, "),
+        (Optimisation(steps=1), {"schedule": "linear"}, "schedule is 'linear': wanted one of constant, cosine"),
+    ],
+)
+def test_a_name_of_no_choice_is_refused(sound, change, message):
+    unchecked = copy.copy(sound)  # where nothing checks annotations, as beartype does here
+    vars(unchecked).update(change)
+    with pytest.raises(ValueError, match=message):
+        unchecked.__post_init__()
 
 
 def test_mix_from_zeros_is_refused():
