@@ -70,6 +70,7 @@ def given(*limits, **others):
         (lambda: DAC(bits=0, signed=False), r"give 1 to 16 bits"),
         (lambda: DAC(slice_bits=0), r"dac.slice_bits = 0: give 1 to 8 bits, or None for no slicing"),
         (lambda: DAC(slice_bits=9), r"dac.slice_bits = 9"),
+        (lambda: untyped(DAC, slice_bits=1.5), r"dac.slice_bits = 1.5: give 1 to 8 bits"),
         (lambda: untyped(DAC, scaling="batch"), r"dac.scaling = 'batch': choose fixed, calibrated or row"),
         (lambda: DAC(limit=0.0), r"dac.limit = 0.0: give the largest \|x\|, positive and finite"),
         (lambda: DAC(limit=INF), r"dac.limit = inf"),
@@ -83,6 +84,7 @@ def given(*limits, **others):
         (lambda: ADC(quantile=0.3), r"adc.quantile = 0.3: give a share of conversions from 0.5 to 1"),
         (lambda: ADC(gain_error=-0.1), r"adc.gain_error = -0.1: a standard deviation cannot be negative"),
         (lambda: ADC(offset_error=-1.0), r"adc.offset_error = -1.0"),
+        (lambda: ADC(noise=NAN), r"adc.noise = nan"),
         (lambda: Tile(rows=0), r"tile.rows = 0: give a positive number, or None for no limit"),
         (lambda: Tile(cols=-4), r"tile.cols = -4"),
         (lambda: untyped(Tile, partition="half"), r"tile.partition = 'half': choose equal or full"),
@@ -261,6 +263,8 @@ def test_inputs():
         matmul(x, program(W, config))
     with pytest.raises(ValueError, match=r"its last axis must be 6"):
         jax.jit(matmul)(x, program(W, config))
+    with pytest.raises(ValueError, match=r"x of shape \(\) meets arrays of \(6, 5\)"):
+        inspect.unwrap(matmul)(jnp.float32(1), program(W, config))
     noisy = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.1)))
     with pytest.raises(ValueError, match="again for every read: give it a key"):
         matmul(x[:, :6], program(W, noisy))
@@ -381,3 +385,11 @@ def test_inputs_that_are_not_floating_point():
     config = CrossbarConfig()
     with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
         inspect.unwrap(matmul)(jnp.ones((2, 6), jnp.int32), program(W, config))
+    with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
+        inspect.unwrap(probe)(jnp.ones((2, 6), jnp.int32), program(W, config))
+
+
+def test_keys_of_another_number_than_the_arrays():
+    chip = program(W, CrossbarConfig(device=Device(read_noise=ReadNoise(0.1))))
+    with pytest.raises(ValueError, match=r"keys of shape \(2,\) for arrays of \(6, 5\): give one key"):
+        with_read_key(chip, jax.random.split(jax.random.key(0), 2))

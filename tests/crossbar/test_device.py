@@ -195,6 +195,12 @@ def test_cells_that_do_not_conduct_stay_finite():
     assert np.isfinite(jax.grad(lambda G: PCM_DRIFT(G, KEY, 1e6).sum())(jnp.zeros(8))).all()
 
 
+def test_no_flicker_has_gathered_within_the_first_read():
+    drift = PowerLaw(0.01, start=1e-8, flicker=Flicker())
+    still = PowerLaw(0.01, start=1e-8)
+    np.testing.assert_array_equal(drift(cells(0.4), KEY, 1e-8), still(cells(0.4), KEY, 1e-8))
+
+
 def test_relaxation():
     assert_normal(
         RERAM_CMO_DRIFT(cells(0.4, 0.8), KEY, 3600.0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -554,3 +555,25 @@ def test_a_large_layer_keeps_to_the_stated_budget():
     temporary = read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes
     assert 7 * 4 * 8 * 1024 * 1024 * 4 > 3 * module.BUDGET
     assert temporary < 1.5 * module.BUDGET
+
+
+@pytest.mark.parametrize("scale", ["matrix", "tile", "column"])
+def test_a_quantile_of_zero_is_no_full_scale(scale):
+    weights = jnp.zeros((10, 4), jnp.float32).at[0].set(jnp.asarray([0.003, -0.002, 0.003, 0.001]))
+    config = CrossbarConfig(mapping=Mapping(quantile=0.75, scale=scale))
+    np.testing.assert_allclose(programmed_weights(program(weights, config)), weights, atol=0.003 / 127)
+
+
+@pytest.mark.parametrize("largest", [1e-40, 1e-38, 1e-36])
+def test_weights_whose_code_underflows_are_zeros(largest):
+    weights, x = problem()
+    weights = weights.at[:, 2].set(largest)
+    y = matmul(x, program(weights, CrossbarConfig(mapping=Mapping(scale="column"))))
+    assert np.isfinite(y).all() and not y[:, 2].any() and y[:, 1].any()
+
+
+def test_weights_of_eight_bits_are_programmed_as_float32():
+    weights, x = problem()
+    narrow = weights.astype(jnp.float8_e4m3fn)
+    found = matmul(x, inspect.unwrap(program)(narrow, CrossbarConfig()))
+    np.testing.assert_array_equal(found, matmul(x, program(narrow.astype(jnp.float32), CrossbarConfig())))

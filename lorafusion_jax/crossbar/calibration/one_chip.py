@@ -23,7 +23,7 @@ from ..devices.physical import is_traced
 from ..mapping import encoding
 from ..mapping.adc import codes, converter, stacked_units
 from ..read.definition import all_sums, with_mismatch, with_noise
-from ..read.matmul import matmul, reading
+from ..read.matmul import check_inputs, matmul, reading
 
 # Resolution of the distribution of |current|: 1 / BINS of an array's largest possible current.
 BINS = 4096
@@ -88,7 +88,11 @@ def probe(
       x: inputs.
       chip: the chip to read.
       weights: reference of the error; None for the weights as programmed.
+
+    Raises:
+      ValueError: as `matmul` does.
     """
+    check_inputs(x, chip)
     dtype, x, config = x.dtype, x.astype(chip.codes.dtype), chip.config
     if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
         config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, scaling="row"))

@@ -89,7 +89,7 @@ def program(
         fractions of Gmax, measured conductances are to drift, or the path would not be exact.
     """
     _check(weights, config, key, conductances)
-    if weights.dtype in (jnp.bfloat16, jnp.float16):
+    if jnp.finfo(weights.dtype).bits < 32:
         weights = weights.astype(jnp.float32)
     dtype, shape = weights.dtype, (weights.shape[0], weights.shape[1])
     # Rounding has no useful gradient: weights get theirs only from `_straight_through`.

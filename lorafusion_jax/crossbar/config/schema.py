@@ -125,7 +125,8 @@ class DAC:
         least = 2 if self.signed else 1
         if not isinstance(self.bits, int) or not least <= self.bits <= 16:
             raise ValueError(f"dac.bits = {self.bits!r}: give {least} to 16 bits, or dac=None for ideal inputs")
-        if self.slice_bits is not None and not 1 <= self.slice_bits <= self.bits:
+        sliced = self.slice_bits is not None
+        if sliced and (not isinstance(self.slice_bits, int) or not 1 <= self.slice_bits <= self.bits):
             raise ValueError(
                 f"dac.slice_bits = {self.slice_bits!r}: give 1 to {self.bits} bits, or None for no slicing"
             )
@@ -202,7 +203,7 @@ class ADC:
             raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, 0 to 1,000")
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and value < 0:
+            if isinstance(value, int | float) and not value >= 0:
                 raise ValueError(f"adc.{name} = {value}: a standard deviation cannot be negative")
 
 
@@ -245,7 +246,7 @@ class Mapping:
     Attributes:
       weight_bits: bits of a weight, its sign included; None for real-valued weights in one analogue cell.
       scale: the weights that share one full scale M = max |w|: the `matrix`, a `tile`, or an output `column`.
-      quantile: share of |w| that M covers; weights beyond it are clipped.
+      quantile: share of |w| that M covers; weights beyond it are clipped. Where the rest are zeros, M covers all.
     """
 
     weight_bits: int | None = 8

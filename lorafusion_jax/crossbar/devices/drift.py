@@ -69,7 +69,8 @@ class Flicker:
         # The floor is that of the published fit: q is at its largest there.
         q = like(self.magnitude, G) / jnp.maximum(jnp.maximum(G, _FLOOR) ** like(self.exponent, G), 1e-3)
         read = like(self.read_time, G)
-        return jnp.minimum(q, like(self.largest, G)) * jnp.sqrt(jnp.log((time + read) / (2 * read)))
+        gathered = jnp.maximum((time + read) / (2 * read), 1)  # none within the first read
+        return jnp.minimum(q, like(self.largest, G)) * jnp.sqrt(jnp.log(gathered))
 
 
 @jax.tree_util.register_dataclass

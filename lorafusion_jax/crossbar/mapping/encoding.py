@@ -99,9 +99,11 @@ def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> F
     """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out]."""
 
     def largest(values: Array, axis: tuple[int, ...]) -> Array:
+        top = jnp.max(values, axis=axis, keepdims=True)
         if config.mapping.quantile == 1:
-            return jnp.max(values, axis=axis, keepdims=True)
-        return jnp.quantile(values, config.mapping.quantile, axis=axis, keepdims=True)
+            return top
+        covered = jnp.quantile(values, config.mapping.quantile, axis=axis, keepdims=True)
+        return jnp.where(covered > 0, covered, top)  # weights that are mostly zeros
 
     magnitude = jnp.abs(weights)
     if config.mapping.scale == "matrix":
@@ -120,7 +122,9 @@ def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> F
                 col_end += width
             tops.append(jnp.concatenate(per_tile, axis=1))
         scale = jnp.concatenate(tops, axis=0)
-    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    # The weight of one code must not underflow: weights below that are zeros.
+    least = code_scale(config) * float(jnp.finfo(scale.dtype).tiny)
+    return jnp.where(scale >= least, scale, jnp.ones_like(scale))
 
 
 def levels(config: CrossbarConfig) -> tuple[int, ...]:

@@ -52,19 +52,14 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     """
     if chip.tap is not None:
         return chip.tap.collect(x, dataclasses.replace(chip, tap=None))
+    check_inputs(x, chip)
     config, shape = chip.config, chip.matrix_shape
-    if chip.codes.ndim != 2:
-        raise ValueError(f"a stack of chips of shape {chip.shape}: take one, or map over the stack with jax.vmap")
-    if x.shape[-1] != shape[0]:
-        raise ValueError(f"x of shape {x.shape} meets arrays of {shape}: its last axis must be {shape[0]}")
     check_ready(
         chip,
         "this crossbar",
         key="chip = with_read_key(chip, jax.random.fold_in(key, step))",
         ranges="chip = calibrated(chip, probe(x, chip)[1])",
     )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x of dtype {x.dtype}: give floating point numbers")
     _check_limits(chip, config)
     if 0 in x.shape:
         return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype)
@@ -72,6 +67,17 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     # Without its name, so that weights of one kind share a compiled read.
     y = _compiled(batch, dataclasses.replace(chip, name="", first=0))
     return y.reshape(*x.shape[:-1], shape[1]).astype(x.dtype)
+
+
+def check_inputs(x: Array, chip: Chip) -> None:
+    """Raise a ValueError for inputs of another width or of integers, and for a stack of chips."""
+    shape = chip.matrix_shape
+    if chip.codes.ndim != 2:
+        raise ValueError(f"a stack of chips of shape {chip.shape}: take one, or map over the stack with jax.vmap")
+    if x.shape[-1:] != shape[:1]:
+        raise ValueError(f"x of shape {x.shape} meets arrays of {shape}: its last axis must be {shape[0]}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x of dtype {x.dtype}: give floating point numbers")
 
 
 def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
