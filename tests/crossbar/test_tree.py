@@ -32,7 +32,9 @@ from lorafusion_jax.crossbar import (
     reads,
     scan_layers,
     site_errors,
+    with_read_key,
 )
+from lorafusion_jax.crossbar import matmul as read
 from lorafusion_jax.models.weights import dense, is_in_arrays, matmul
 
 _IDEAL = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
@@ -124,6 +126,17 @@ def test_weights_that_are_no_numbers_are_refused_by_name():
 
 
 # Chips.
+
+
+def test_a_raw_key_is_the_typed_one():
+    x, weights = jnp.ones((2, 6)), {"stack": _weights()["encoder.self.q"]}
+    raw = jax.random.PRNGKey(3)
+    stacks = [reads(program_tree(weights, {"*": _READ_NOISE}, key), 5)["stack"] for key in (_KEY, raw)]
+    _equal(*(jax.vmap(read, in_axes=(None, 0))(x, stack) for stack in stacks))
+    again = [with_read_key(stacks[0], key) for key in (_KEY, raw)]
+    _equal(*(jax.vmap(read, in_axes=(None, 0))(x, stack) for stack in again))
+    with pytest.raises(ValueError, match=r"the key is uint32\[4, 2\]: give one PRNG key"):
+        program_tree(weights, {"*": _READ_NOISE}, jax.random.split(raw, 4))
 
 
 def test_every_matrix_is_programmed_with_a_key_of_its_own():

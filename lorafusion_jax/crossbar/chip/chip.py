@@ -139,9 +139,16 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
       chip: one matrix, or a stack.
       key: one key, from which every matrix of a stack gets a separate one, or keys with the leading axes of the stack;
         None to remove the key.
+
+    Raises:
+      ValueError: there are other numbers of keys and of matrices.
     """
-    lead = chip.shape[:-2]
-    if lead and key is not None and key.ndim == 0:
+    if key is None:
+        return dataclasses.replace(chip, key=None)
+    lead, key = chip.shape[:-2], typed_key(key)
+    if key.shape not in ((), lead):
+        raise ValueError(f"keys of shape {key.shape} for arrays of {chip.shape}: give one key, or keys of shape {lead}")
+    if lead and key.ndim == 0:
         key = stacked_keys(key, [jnp.arange(size) for size in lead])
     return dataclasses.replace(chip, key=key)
 
@@ -211,6 +218,11 @@ def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., A
     for _ in lead:
         fn = jax.vmap(fn)
     return fn
+
+
+def typed_key(key: Array) -> Array:
+    """Return a key as `jax.random.key` makes it, given that or the raw one of `jax.random.PRNGKey`."""
+    return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
 
 
 def fold(keys: Array, number: Array | int) -> Array:

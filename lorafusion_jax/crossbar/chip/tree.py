@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..devices.physical import is_traced
-from .chip import Chip, stacked_keys
+from .chip import Chip, stacked_keys, typed_key
 from .plan import without_tables
 from .program import program
 from .segments import Segments
@@ -63,7 +63,7 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
         or the key are something else.
     """
     check_rules(rules)
-    check_key(key)
+    key = one_key(key)
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
     _check_patterns(rules, named)
@@ -181,13 +181,15 @@ def check_rules(rules: Any) -> None:
             )
 
 
-def check_key(key: Any) -> None:
-    """Raise an error for anything but one PRNG key."""
-    if not isinstance(key, jax.Array) or not (
-        (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0) or key.dtype == jnp.uint32
-    ):
-        given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
-        raise ValueError(f"the key is {given}: give one PRNG key, such as jax.random.key(0)")
+def one_key(key: Any) -> Array:
+    """Return a PRNG key, typed; raises a ValueError for anything but one key, typed or raw."""
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+            return key
+        if key.dtype == jnp.uint32 and key.ndim == 1:
+            return typed_key(key)
+    given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+    raise ValueError(f"the key is {given}: give one PRNG key, such as jax.random.key(0)")
 
 
 def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from ..calibration import whole_model
 from ..chip import chip as chips
-from ..chip.tree import Rules, check_key, check_rules
+from ..chip.tree import Rules, check_rules, one_key
 from . import linen_models, nnx_models
 from .kernel import Kernel
 from .linen_models import OnArrays
@@ -61,7 +61,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
       ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides.
     """
     check_rules(rules)
-    check_key(key)
+    key = one_key(key)
     for pattern, config in rules.items():
         if config is not None and config.device.drift is not None and config.device.time is None:
             warnings.warn(
@@ -126,7 +126,7 @@ def with_read_key(model: Any, key: Array) -> Any:
       model: a model from `convert`. Without read noise and stochastic rounding nothing changes.
       key: key of the step.
     """
-    check_key(key)
+    key = one_key(key)
     tree, rebuilt = _taken_apart(model)
     return rebuilt(_keyed(tree, key))
 
