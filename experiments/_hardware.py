@@ -24,10 +24,10 @@ from lorafusion_jax.crossbar import CrossbarConfig
 from lorafusion_jax.hardware.calibration import calibrate, looped
 from lorafusion_jax.hardware.chips import redrawn
 from lorafusion_jax.hardware.evaluate import lora_in_cells
-from lorafusion_jax.hardware.folder import Chips
+from lorafusion_jax.hardware.folder import STEP_CHIPS, Chips
 from lorafusion_jax.hardware.lanes import for_every_chip, on_every_chip
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.setup import CALIBRATION_ROWS, STEP_CHIPS, module_numbers
+from lorafusion_jax.hardware.setup import CALIBRATION_ROWS, module_numbers
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.apply import EvaluateOptions, load_to_evaluate

@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.pool import LoraPool
+from ..checks import of_64_bits
 from ..crossbar import (
     CrossbarConfig,
     Polynomial,
@@ -40,6 +41,8 @@ from ..runs.prepare import Fused
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
 BASIS = "shared basis"  # its name among the modules of a manifest
+# The chips of training steps are none of chip 0, 1, ...
+STEP_CHIPS = 2**32 - 1
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "month": 30 * 86_400, "year": 365 * 86_400}
 
@@ -82,6 +85,9 @@ class Chips:
       key: PRNG key; chip n has fold_in(key, n).
       manifest: manifest of the folder; None without a folder, so that any number of chips can be drawn.
       name: name that was given.
+
+    Raises:
+      ValueError: all weights are digital.
     """
 
     config: CrossbarConfig
@@ -89,6 +95,10 @@ class Chips:
     key: Array
     manifest: Manifest | None
     name: str
+
+    def __post_init__(self):
+        if "*" in self.digital:
+            raise ValueError("the digital weights '*' are all there are, and leave none for arrays: name fewer")
 
     @property
     def count(self) -> int | None:
@@ -107,8 +117,8 @@ class Chips:
         """
         if self.count is not None and not 0 <= number < self.count:
             raise ValueError(f"{self.name} has no chip {number}: it has 0 to {self.count - 1}")
-        if number < 0:
-            raise ValueError(f"there is no chip {number}: chips are numbered from 0")
+        if not 0 <= number < STEP_CHIPS:
+            raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}")
         return jax.random.fold_in(self.key, number)
 
     def numbers(self, modules: Sequence[str], pool: Sequence[str]) -> Int[Array, " P"]:
@@ -168,8 +178,10 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
       digital: their digital weights; a folder has its own.
 
     Raises:
-      ValueError: it is none of these; or a folder whose key or digital weights are others than these.
+      ValueError: it is none of these; a folder whose key or digital weights are others than these; or a key of more
+        than 64 bits.
     """
+    of_64_bits(chip_key=key)
     folder = Path(name)
     if not (folder / MANIFEST).is_file():
         if folder.is_dir():
@@ -217,8 +229,8 @@ def seconds(age: str) -> float:
         found = float(number) * _UNITS[unit]
     except (KeyError, ValueError):
         raise ValueError(f"an age of {age!r}: give seconds, or a number with one of {', '.join(_UNITS)}") from None
-    if found < 0:
-        raise ValueError(f"an age of {age!r}: wanted 0 or more")
+    if not 0 <= found < float("inf"):
+        raise ValueError(f"an age of {age!r}: wanted 0 or more, and finite")
     return found
 
 

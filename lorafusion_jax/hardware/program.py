@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from ..adapters.basis import Pool
 from ..adapters.norms import Gram, PairTerms, gram, norms
 from ..adapters.pool import LoraPool
-from ..crossbar import Rules, program_tree
+from ..crossbar import Rules, chips_in, program_tree
 from ..models.architecture import Model, kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..training.problem import Frozen
@@ -48,7 +48,8 @@ def program(
       norm: weights that the magnitudes' norms are computed from.
 
     Raises:
-      ValueError: a pattern matches nothing, or a weight cannot be programmed.
+      ValueError: a pattern matches nothing, a weight cannot be programmed, or all weights are digital although there
+        are arrays.
     """
     # A copy of the state: merged models share its variables, and the digital one must stay as it is.
     model, pool = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base)), frozen.pool
@@ -61,6 +62,8 @@ def program(
         layered = ((f"pool.{factor}.{site}", len(w)) for factor, sites in factors.items() for site, w in sites.items())
         numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
     placed = program_tree(base | ({"pool": factors} if factors else {}), rules, key, numbers=numbers)
+    if any(config is not None for config in rules.values()) and not chips_in(placed):
+        raise ValueError(f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer")
     factors = placed.pop("pool", None)
     set_matrices(model, placed)
     _, state = nnx.split(model)

@@ -56,7 +56,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "config": options.crossbar,
         "config_sha256": config_hash(config),
         "digital_weights": list(chips.digital),
-        "chip_key": options.chip_key,
+        "chip_key": options.chip_key if chips.manifest is None else chips.manifest["key"],
         "digital": digital,
         "chips": found,
         "sites": sites,

@@ -16,13 +16,11 @@ from ..runs.run import Placed
 from ..training.problem import Frozen, Params
 from .calibration import calibrate, looped
 from .chips import redrawn
-from .folder import Chips, aged, load_chips
+from .folder import STEP_CHIPS, Chips, aged, load_chips
 from .program import program
 
 # Training rows that ADCs are calibrated on.
 CALIBRATION_ROWS = 64
-# The chips of training steps are none of chip 0, 1, ...
-STEP_CHIPS = 2**32 - 1
 
 
 def check(setup: Setup, options: FuseOptions) -> None:

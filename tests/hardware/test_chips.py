@@ -136,10 +136,18 @@ def test_ages_in_seconds(age, wanted):
     assert seconds(age) == wanted
 
 
-@pytest.mark.parametrize("age", ["", "h", "1 fortnight", "-1h", "1e"])
+@pytest.mark.parametrize("age", ["", "h", "1 fortnight", "-1h", "1e", "NaN", "1e400"])
 def test_what_is_no_age(age):
     with pytest.raises(ValueError, match="an age of"):
         seconds(age)
+
+
+def test_keys_and_numbers_of_chips_have_bounds():
+    with pytest.raises(ValueError, match="chip_key is 9223372036854775808: wanted an integer of 64 bits"):
+        load_chips("isaac", key=2**63)
+    for number in (-1, 2**32 - 1, 2**40):  # the last but one is that of the steps' chips
+        with pytest.raises(ValueError, match="chips are numbered from 0 to 4,294,967,294"):
+            load_chips("isaac").chip_key(number)
 
 
 def test_an_age_needs_a_drift_model():
@@ -233,6 +241,9 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
         ({"out": small / "new", "chips": 0}, "chips is 0: wanted at least 1"),
         ({"out": small / "new", "crossbar": "isaac", "chips": 2}, "programming is not random in isaac, so 2 chips"),
         ({"out": small / "new", "digital": ("nowhere.*",)}, "the rule 'nowhere.\\*' matches no weight"),
+        ({"out": small / "new", "digital": ("*",)}, "the digital weights '\\*' are all there are"),
+        ({"out": small / "new", "digital": ("**",)}, "the digital weights '\\*\\*', '\\*' leave none for arrays"),
+        ({"out": small / "new", "chip_key": 2**64}, "chip_key is 18446744073709551616: wanted an integer of 64 bits"),
     ):
         with pytest.raises(ValueError, match=message):
             write_chips(_programming(small, **changes))
