@@ -275,6 +275,10 @@ def check_width(k: int, site: str, d_in: int, d_out: int) -> None:
 def _layer(
     pool: LoraPool, site: str, layer: int
 ) -> tuple[Float[np.ndarray, "N d_in r"], Float[np.ndarray, "N r d_out"]]:
+    for weight in (pool.A[site], pool.B[site]):
+        if not isinstance(weight, jax.Array | np.ndarray):
+            kind = type(weight).__name__
+            raise ValueError(f"the modules at {site} are {kind}: give plain arrays, not quantised ones")
     A, B = jax.tree.map(lambda a: a[layer], (pool.A[site], pool.B[site]))
     return np.asarray(A, float), np.asarray(B, float)
 

@@ -146,6 +146,10 @@ class TaskBank:
         if type(method) not in (Fusion, Magnitudes):  # a method that extends them may read its numbers otherwise
             raise ValueError(f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one")
         index = jnp.zeros(0, jnp.int32)
+        wanted = "coefficients" if isinstance(method, Fusion) else "magnitudes"
+        if wanted not in params:
+            given = ", ".join(sorted(params)) or "no numbers"
+            raise ValueError(f"a task of {type(method).__name__} with {given}: give its {wanted}")
         if isinstance(method, Fusion):
             index = self._index(method, params, modules)
         if extra := params.get("magnitudes", {}).keys() - self.tasks.scales.keys():

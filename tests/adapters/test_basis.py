@@ -230,6 +230,7 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
             lambda pool: shared_basis(dataclasses.replace(pool.select([0]), magnitude={}), 3),
             "a DoRA adapter has magnitudes",
         ),
+        (lambda pool: shared_basis(pool.quantised("int8"), 3), "are QArray: give plain arrays, not quantised ones"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

@@ -407,6 +407,10 @@ def test_what_a_bank_cannot_hold_is_refused():
         small.with_task(0, Fusion(), _params(Fusion(), 0), _MODULES)
     with _raises(r"coefficients of shape \(3, 5\) for 2 modules: wanted \(2, 5\)"):
         small.with_task(0, block, params, _MODULES[:2])
+    with _raises("a task of Fusion with magnitudes: give its coefficients"):
+        small.with_task(0, Fusion(), {"magnitudes": {}}, _MODULES)
+    with _raises("a task of Magnitudes with no numbers: give its magnitudes"):
+        small.with_task(0, Magnitudes(), {})
     with _raises("the pool has no adapter 'module_9'"):
         small.with_task(0, block, params, ["module_9", "module_1", "module_0"])
     with _raises("the bank has no pool"):
