@@ -1,8 +1,8 @@
 """Counts of every method's work for one task and for one token: cells, reads of arrays, digital operations.
 
-Base kernels and an untied head sit in arrays, as `train.arrays` puts them there; forward, frozen matrices are read
+Base kernels and an untied head sit in arrays, as `hardware.program` puts them there; forward, frozen matrices are read
 from arrays. Arrays are not read transposed: backward, and for weights that change (a LoRA in training, full
-fine-tuning), products are digital, as many as `train.cost` counts. Embeddings, norms and softmax are left out.
+fine-tuning), products are digital, as many as `estimates.flops` counts. Embeddings, norms and softmax are left out.
 """
 
 import dataclasses
@@ -203,7 +203,7 @@ def _passes(
                     for site in adapted.values()
                 )
     macs = flops / 2
-    if method.searched:  # the arrays' outputs are mixed, where `train.cost` counts mixing the weights
+    if method.searched:  # the arrays' outputs are mixed, where `estimates.flops` counts mixing the weights
         macs = float(
             sum(
                 n * tokens(site.reads, shape) * site.layers * method.macs(site)
