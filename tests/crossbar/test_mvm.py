@@ -577,3 +577,12 @@ def test_weights_of_eight_bits_are_programmed_as_float32():
     narrow = weights.astype(jnp.float8_e4m3fn)
     found = matmul(x, inspect.unwrap(program)(narrow, CrossbarConfig()))
     np.testing.assert_array_equal(found, matmul(x, program(narrow.astype(jnp.float32), CrossbarConfig())))
+
+
+@pytest.mark.parametrize("ratio", [None, jnp.float32(50.0)])
+def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit(ratio):
+    weights, x = problem()
+    chip = program(weights, CrossbarConfig(cell=Cell(on_off_ratio=ratio), adc=ADC(bits=10, quantile=1.0)))
+    chip = calibrated(chip, probe(x, chip)[1])
+    assert chip.plan.path == "product"
+    np.testing.assert_allclose(jax.jit(lambda x: matmul(x, chip))(x), matmul(x, chip), rtol=1e-6, atol=1e-6)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..chip.chip import Chip
@@ -25,7 +26,7 @@ from ..chip.plan import loses_nothing, worst_case
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved, is_traced
 from ..mapping import encoding
-from ..mapping.adc import Converter, converter
+from ..mapping.adc import Converter, converter, level_units
 from .by_kernel import convert_tiles, input_slices
 from .conversion_noise import Noise
 from .definition import definition
@@ -226,9 +227,10 @@ def _check_limits(chip: Chip, config: CrossbarConfig) -> None:
             f"chip.limits of shape {limits.shape}: give one range for all row tiles, (1, {slices}, 2), or "
             f"({row_tiles}, {slices}, 2)"
         )
-    if chip.plan.path != "product" or is_traced(limits):
+    # Units of a configuration's arrays are traced inside a transformation even where the chip is not.
+    if chip.plan.path != "product" or is_traced((limits, level_units(config))):
         return
-    if not loses_nothing(limits, _bounds(chip), config):
+    if not loses_nothing(np.asarray(limits), _bounds(chip), config):
         raise ValueError(
             "chip.limits lose bits, but these arrays were put into one product since their ADC lost none: program "
             "them with path='loop', or with adc.range='given' and these limits"
