@@ -9,7 +9,7 @@ r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that 
     main         prompts, mean, best module, coefficients, magnitudes, both, a random pool, a basis, LoRA
     more         constant answers, other bases, choices and compositions, shuffled layers, DoRA, VeRA, searches
     five         the trained rows of `main`, from five examples
-    twenty       LoRAFusion and LoRA from twenty
+    twenty       LoRAFusion, a random pool, magnitudes and LoRA from twenty
     relevance    ten modules, of which 0, 1, 2 or all that there are come from the task's own family and the others from
                  other families
     more-relevance    the others are random matrices; and all of it with coefficients only
@@ -136,7 +136,7 @@ def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> I
             for method in ("few-shot prompt", *_TRAINED):
                 yield _job(task, method, MAIN[method], path, options, train_rows=5)
         elif group == "twenty":
-            for method in (_FUSION, "LoRA"):
+            for method in (_FUSION, "random pool", "magnitudes only", "LoRA"):
                 yield _job(task, f"{method}, 20 examples", MAIN[method], path, options, train_rows=20)
         elif task in RELEVANCE:
             yield from _relevance(group, task, path, options)

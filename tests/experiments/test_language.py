@@ -158,7 +158,7 @@ def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
         "main": 9 * 10,
         "more": 9 * 9,
         "five": 9 * 7,
-        "twenty": 9 * 2,
+        "twenty": 9 * 4,
         "relevance": 4 * 4 * 2,
         "more-relevance": 3 * 4 * 4 * 2,
     }
