@@ -104,7 +104,7 @@ def _point(shape: str, seeds: int, rounds: int, mesh: str) -> dict[str, float]:
     config = config_of(shape)
     with contextlib.nullcontext() if mesh == "seed=1" else jax.set_mesh(make_mesh(mesh, seeds)):
         step = Step(config, on_mesh(frozen(config, "float32", MODULES), config), "mix", seeds=seeds)
-        for name in ("state", "batch", "rates"):
+        for name in ("state", "batches", "rates"):
             setattr(step, name, on_mesh(getattr(step, name), config, of_seeds=True))
         step.problem = step.problem.replace(index=on_mesh(step.problem.index, of_seeds=True))
         found = {"seconds": float(np.median(in_turns({"step": step}, rounds)["step"]))}

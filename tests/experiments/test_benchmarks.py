@@ -32,9 +32,10 @@ def benchmarks():
         import fusion_step
         import mixed_batches
         import padding
+        import scaling
         import table
 
-        yield {m.__name__: m for m in (_measure, _model, fusion_step, mixed_batches, padding, table)}
+        yield {m.__name__: m for m in (_measure, _model, fusion_step, mixed_batches, padding, scaling, table)}
     finally:
         sys.path.remove(str(_ROOT / "benchmarks"))
 
@@ -285,3 +286,23 @@ def test_what_a_device_does_is_tried_on_a_cpu(tmp_path):
     names = [of["name"] for of in found["cases"]]
     assert "2 seeds in one program / 2 single steps" in names and any(name.startswith("generation") for name in names)
     assert all(name in (tmp_path / "cpu-small-pool.md").read_text() for name in names)
+
+
+@pytest.mark.parametrize("mesh", ["seed=1", "seed=2", "model=2"])
+def test_a_step_is_placed_on_its_mesh(benchmarks, monkeypatch, mesh):
+    scaling, placed = benchmarks["scaling"], []
+
+    def in_turns(runs, rounds):
+        if "step" in runs:
+            placed.append(runs["step"])
+        return {name: np.full(rounds, 2.0) for name in runs}
+
+    monkeypatch.setattr(scaling, "in_turns", in_turns)
+    monkeypatch.setattr(scaling, "config_of", lambda shape: dataclasses.replace(tiny.CONFIG, num_heads=2))
+    found = scaling._point("tiny", 2, 1, mesh)
+    assert found["seconds"] == 2.0 and ("latency" in found) == (mesh == "model=2")
+    (step,) = placed
+    devices = 1 if mesh == "seed=1" else 2
+    for part in (step.state, step.batches, step.rates, step.problem):
+        arrays = [leaf for leaf in jax.tree.leaves(part) if isinstance(leaf, jax.Array)]
+        assert {len(array.sharding.device_set) for array in arrays} == {devices}
