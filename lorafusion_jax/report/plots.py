@@ -31,13 +31,15 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         for i, method in enumerate(methods):
+            label: str | None = literal(method)  # of its first bar: it may lack the first task
             for position, by_method in enumerate(scores.values()):
                 values = list(by_method.get(method, {}).values())
                 if not values:
                     continue
                 x = position + (i - (len(methods) - 1) / 2) * width
                 mean, spread = statistics.fmean(values), deviation(values)
-                axes.bar(x, mean, 0.92 * width, color=colour(i), label=literal(method) if position == 0 else None)
+                axes.bar(x, mean, 0.92 * width, color=colour(i), label=label)
+                label = None
                 if spread is not None:
                     axes.errorbar(x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5)
                     offsets = np.linspace(-0.22, 0.22, len(values)) * width

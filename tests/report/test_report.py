@@ -164,3 +164,12 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch)
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_the_legend_names_a_method_that_lacks_the_first_task(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
+    monkeypatch.setattr("lorafusion_jax.report.figure.write", lambda path, writer: writer(path))
+    plot_accuracy([*_ROWS, _row("hard", "late", 1, 5.0)], tmp_path / "accuracy.png", apart=("impossible",))
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["zero-shot", "fusion", "late"]
