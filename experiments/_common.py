@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
+from lorafusion_jax.files import is_object
+from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +52,27 @@ def small_pool_in_basis() -> Path:
     if not (folder := ROOT / "runs" / "small_pool_in_basis").exists():
         convert_small_pool(folder, "--basis", str(DIRECTIONS))
     return folder
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, none where it is not there; a last line that was cut off is none.
+
+    Raises:
+      ValueError: a line is not JSON.
+    """
+    *lines, last = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    rows = []
+    for number, line in enumerate([*lines, last] if is_object(last) else lines, start=1):
+        try:
+            rows.append(json.loads(line))  # which also reads NaN, the loss of a training that diverged
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is not JSON ({error}): fix or remove the line") from error
+    return rows
+
+
+def append_line(file: Path, row: Mapping[str, Any]) -> None:
+    """Add an object to a file of JSON lines, in place of a last line that was cut off."""
+    append_lines(file, [json.dumps(row).encode() + b"\n"])
 
 
 League = Literal["95+5", "5"]

@@ -7,6 +7,7 @@ minutes on two busy cores.
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from jaxtyping import Array
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, PowerLaw, Proportional, ReadNoise
 from lorafusion_jax.crossbar.mapping.encoding import input_codes, pulses
+from lorafusion_jax.files import write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     with plt.rc_context(style):
         for name, draw in (("tile", tile), ("adc", adc), ("noise", noise)):
             figure = draw()
-            figure.savefig(out / f"crossbar_{name}.png", dpi=130, bbox_inches="tight")
+            save = partial(figure.savefig, format="png", dpi=130, bbox_inches="tight")
+            write(out / f"crossbar_{name}.png", save)
             plt.close(figure)
             print(f"{out}/crossbar_{name}.png", flush=True)
 

@@ -12,7 +12,6 @@ the next setting.
 
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT
+from _common import ROOT, append_line, read_lines
 from _smollm2 import EXAMPLES, base
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -128,8 +127,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(measured(loaded, text, missing, options.chip_key), start=1):
         rows.append(common | row | environment())
-        with file.open("a") as lines:
-            lines.write(json.dumps(rows[-1]) + "\n")
+        append_line(file, rows[-1])
         write_text(options.out / "table.md", table(rows))
         draw(rows, options.out / "perplexity.png")
         seconds = sum(row["cpu_seconds"].values())
@@ -168,7 +166,7 @@ def read_rows(file: Path, common: Row) -> list[Row]:
     Raises:
       ValueError: they are of other text or another chip.
     """
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = read_lines(file)
     for row in rows:
         if other := [f"{key} was {row[key]}, is {value}" for key, value in common.items() if row[key] != value]:
             raise ValueError(f"{file} holds other rows ({'; '.join(other)}): give another --out")

@@ -10,7 +10,6 @@ next task. Two processes may share OUT if they are given different --sources.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
-from _common import ROOT
+from _common import ROOT, append_line, read_lines
 from _language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from _smollm2 import HUB_ID, base
 
@@ -75,12 +74,16 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Train what is missing, or say what it takes."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "pool.jsonl"
-    rows = _rows(file) if file.exists() else []
+    rows = read_lines(file)
+    _check_settings(rows, options)
     have = {row["task"] for row in rows}
     sources = options.sources or _FAMILIES[options.pool]
     todo = {name: find(name, options.tasks) for name in sources if name not in have}
     for path in todo.values():
         load(path, source_rows(path))
+    for name in todo:
+        if (folder := options.out / "adapters" / name).exists():
+            raise ValueError(f"{folder} is there, but pool.jsonl has no line of it: remove it, to train it anew")
     if options.plan:
         _print_plan(todo, options, rows)
         return
@@ -88,9 +91,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     for number, (name, path) in enumerate(todo.items(), start=1):
         make_room()
         row = _train(name, path, options)
-        with file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
-        write_text(options.out / "table_pool.md", table_of(_rows(file), options.pool))
+        append_line(file, row)
+        write_text(options.out / "table_pool.md", table_of(read_lines(file), options.pool))
         print(f"[{number}/{len(todo)}] {_line(row)}", flush=True)
 
 
@@ -117,8 +119,15 @@ def table_of(rows: Sequence[dict[str, Any]], pool: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:
+    """Raise ValueError for a row of other settings: adapters of one pool are trained alike."""
+    for row in rows:
+        if other := [
+            f"{k} {was}, asked is {getattr(options, k)}"
+            for k, was in row["config"].items()
+            if was != getattr(options, k)
+        ]:
+            raise ValueError(f"{options.out}: {row['task']} was trained with {'; '.join(other)}: give another --out")
 
 
 def fuse_options(path: Path, options: Options) -> FuseOptions:

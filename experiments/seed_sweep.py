@@ -100,9 +100,12 @@ def _table(scores: np.ndarray, options: SweepOptions) -> str:
     head = " | ".join(f"magnitudes {rate:g}" for rate in options.lr_magnitudes)
     lines = [f"| exact match, % | {head} |", "|---|" + "---:|" * len(options.lr_magnitudes)]
     for rate, row in zip(options.lr_coefficients, scores, strict=True):
-        cells = " | ".join(f"{of_seeds.mean():.1f} ± {of_seeds.std(ddof=len(of_seeds) > 1):.1f}" for of_seeds in row)
-        lines.append(f"| coefficients {rate:g} | {cells} |")
+        lines.append(f"| coefficients {rate:g} | {' | '.join(map(_said, row))} |")
     return "\n".join(lines)
+
+
+def _said(of_seeds: np.ndarray) -> str:
+    return f"{of_seeds.mean():.1f}" + (f" ± {of_seeds.std(ddof=1):.1f}" if len(of_seeds) > 1 else "")
 
 
 def _plot(scores: np.ndarray, options: SweepOptions) -> None:

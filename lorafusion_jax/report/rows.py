@@ -83,23 +83,24 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       WriteError: the disk is full, read-only or gone, or has no locks.
     """
     lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
+    append_lines(path, lines)
+
+
+def append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Add JSON lines, each with its newline, as `append_rows` adds rows; errors of the file are its errors."""
     with writing(path.parent):
-        _append(path, lines)
-
-
-def _append(path: Path, lines: list[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_no_link(path)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        last = _last_line(file.fileno())
-        if is_object(last):
-            lines.insert(0, b"\n")
-        elif last:
-            file.truncate(os.fstat(file.fileno()).st_size - len(last))
-        file.write(b"".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_no_link(path)
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            last = _last_line(file.fileno())
+            if is_object(last):
+                lines = [b"\n", *lines]
+            elif last:
+                file.truncate(os.fstat(file.fileno()).st_size - len(last))
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def merge(files: Sequence[Path]) -> list[Row]:

@@ -86,3 +86,56 @@ def test_a_sweep_is_its_runs(scripts, tmp_path, capsys):
         )
         assert [seed["loss"] for seed in alone["seeds"]] == loss[0].tolist()
         assert [seed["exact_match"] for seed in alone["seeds"]] == score[0].tolist()
+
+
+def test_a_single_seed_has_no_spread(scripts):
+    _, _, seed_sweep = scripts
+    options = seed_sweep.SweepOptions(seeds=(1,), lr_coefficients=(0.1,), lr_magnitudes=(0.01,))
+    assert seed_sweep._table(np.full((1, 1, 1), 40.0), options).endswith("| coefficients 0.1 | 40.0 |")
+    both = seed_sweep._table(np.array([[[40.0, 42.0]]]), options)
+    assert both.endswith("| coefficients 0.1 | 41.0 ± 1.4 |")
+
+
+def test_lines_are_added_behind_the_last_whole_one(scripts, tmp_path):
+    common, _, _ = scripts
+    file = tmp_path / "rows.jsonl"
+    assert common.read_lines(file) == []
+    file.write_text('{"a": 1}\n{"a": NaN}\n{"a": [2, ')
+    assert [of["a"] for of in common.read_lines(file)][0] == 1 and len(common.read_lines(file)) == 2
+    common.append_line(file, {"a": 3})
+    assert file.read_text() == '{"a": 1}\n{"a": NaN}\n{"a": 3}\n'
+    file.write_text("not JSON\n")
+    with pytest.raises(ValueError, match="rows.jsonl, line 1 is not JSON .*fix or remove the line"):
+        common.read_lines(file)
+
+
+def test_adapters_of_other_settings_or_without_a_row_are_refused(scripts, tmp_path, monkeypatch):
+    import language_pool
+
+    monkeypatch.setattr(language_pool, "find", lambda name, folder: tmp_path / name)
+    monkeypatch.setattr(language_pool, "load", lambda path, rows: None)
+    monkeypatch.setattr(language_pool, "source_rows", lambda path: 100)
+    monkeypatch.setattr(language_pool, "_train", lambda *_: pytest.fail("was trained"))
+    given = ["--tasks", str(tmp_path), "--out", str(tmp_path), "--sources", "one", "two"]
+    settings = {"rank": 8, "lr": 0.005, "chat": False}
+    (tmp_path / "pool.jsonl").write_text(json.dumps({"task": "one", "config": settings}) + "\n")
+    with pytest.raises(ValueError, match=r"one was trained with rank 8, asked is 4: .*--out"):
+        language_pool.main([*given, "--rank", "4"])
+    (tmp_path / "adapters" / "two").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"adapters/two is there, but pool.jsonl has no line of it.*remove"):
+        language_pool.main(given)
+
+
+def test_a_picture_that_fails_leaves_the_one_before(scripts, tmp_path, monkeypatch):
+    import crossbar_pictures
+
+    class Broken:
+        def savefig(self, path, **_):
+            Path(path).write_bytes(b"half")
+            raise OSError("the disk is full")
+
+    (tmp_path / "crossbar_tile.png").write_bytes(b"whole")
+    monkeypatch.setattr(crossbar_pictures, "tile", Broken)
+    with pytest.raises(OSError, match="disk is full"):
+        crossbar_pictures.main(["--out", str(tmp_path)])
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("crossbar_tile.png", b"whole")]
