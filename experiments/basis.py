@@ -204,7 +204,19 @@ def main(arguments: Sequence[str] = ()) -> None:
         print_matrix_plan(options, entries)
         return
     own = read_rows(run_matrix(options, entries))
-    compared = [row for row in merge(options.main) if row["method"] in ("LoRA", _FUSION)]
+    # On the tasks and seeds that were run, so that all means are over the same ones.
+    there = {(row["task"], row["seed"], row["league"]) for row in own}
+    compared = [
+        row
+        for row in merge(options.main)
+        if row["method"] in ("LoRA", _FUSION) and (row["task"], row["seed"], row["league"]) in there
+    ]
+    fused = {row["league"] for row in compared if row["method"] == _FUSION}
+    if lacking := [league for league in dict.fromkeys(row["league"] for row in own) if league not in fused]:
+        raise ValueError(
+            f"{', '.join(map(str, options.main))}: no {_FUSION} of league {lacking[0]} on the tasks and seeds of "
+            f"{options.out / 'results.jsonl'}: run experiments/small_pool.py on them, and give its rows with --main"
+        )
     basis = load_basis(Path(options.pool))
     for league in scores([*compared, *own]):
         suffix = "" if league.league == "95+5" else f"_{league.league}"

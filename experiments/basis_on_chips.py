@@ -14,6 +14,7 @@ computed here; interrupted, the same command goes on.
 
 import csv
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,8 +74,12 @@ class Options:
     out: Path = ROOT / "runs" / "basis_on_chips"
 
 
+_DEFAULTS = vars(Options())
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    _check_earlier(options)
     store = Store(options.out)
     settings = dataclasses.asdict(options) | {
         "config": config_hash(load_chips(options.crossbar).config),
@@ -181,7 +186,28 @@ def earlier_rows(options: Options) -> list[Row]:
                     names = {"task": row["task"], "fusion": fusion, "case": row["case"], "age": row["age"] or None}
                     scores = {name: float(row[name]) for name in ("exact_match", "loss")}
                     found.setdefault(key, {**names, "chip": chip, "seed": seed, **scores})
-    return list(found.values())
+    rows = list(found.values())
+    # A case that lacks a chip, a seed or an age is computed anew, so that all means are over the same ones.
+    have = {(row["task"], row["fusion"], row["case"], row["age"], row["chip"], row["seed"]) for row in rows}
+
+    def whole(task: str, fusion: str, case: Case) -> bool:
+        chips = range(1 if case == "digital" else options.chips)
+        places = itertools.product(ages(case, options), chips, options.seeds)
+        return all((task, fusion, case, *place) in have for place in places)
+
+    return [row for row in rows if whole(row["task"], row["fusion"], row["case"])]
+
+
+def _check_earlier(options: Options) -> None:
+    """Raise ValueError where the rows that are kept with the results are of other settings than those asked for."""
+    names = ("crossbar", "chip_key", "epochs", "again_epochs", "test_rows")
+    other = [f"--{n.replace('_', '-')} {getattr(options, n)}" for n in names if getattr(options, n) != _DEFAULTS[n]]
+    if other and options.earlier == _DEFAULTS["earlier"]:
+        files = ", ".join(map(str, options.earlier))
+        raise ValueError(
+            f"{files} has rows of the default settings, not of {', '.join(other)}: give rows of these with --earlier, "
+            "or --earlier without a file, and all are computed here"
+        )
 
 
 def table(rows: Sequence[Row], options: Options) -> str:

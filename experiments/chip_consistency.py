@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from lorafusion_jax import Recipe
 from lorafusion_jax.columns import markdown
+from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.evaluate import generate_seeds
@@ -70,8 +71,9 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     store = Store(options.out)
-    apart = ("out", "weights", "tasks")
-    store.claim({name: value for name, value in dataclasses.asdict(options).items() if name not in apart})
+    settings = dataclasses.asdict(options) | {"config": config_hash(load_chips(options.crossbar).config)}
+    apart = ("out", "weights", "tasks", "crossbar")
+    store.claim({name: value for name, value in settings.items() if name not in apart})
     found = [{"task": task, **row} for task in options.tasks for row in task_rows(store, task, options)]
     write_text(options.out / "table.md", table(found, options))
     write_text(options.out / "rows.csv", csv_of(found))

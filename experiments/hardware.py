@@ -165,9 +165,8 @@ def tables(rows: Sequence[Row], options: Options) -> str:
 
     def back(trained: str, untouched: str, digital: str, age: str | None, compensate: bool | None) -> list[str]:
         shares = [won_back(rows, [task], trained, untouched, digital, age, compensate) for task in tasks]
-        return [
-            f"{share:.0f}" for share in (*shares, won_back(rows, tasks, trained, untouched, digital, age, compensate))
-        ]
+        shares.append(won_back(rows, tasks, trained, untouched, digital, age, compensate))
+        return ["-" if share is None else f"{share:.0f}" for share in shares]
 
     head = [*tasks, "**mean**"]
     new = [["exact match, %", *head]] + [[f"{case}", *spread(case)] for case in TRAINED]
@@ -212,14 +211,14 @@ def won_back(
     digital: str,
     age: str | None,
     compensate: bool | None,
-) -> float:
-    """Return the share of the loss, digital to untouched, that training wins back, in percent."""
+) -> float | None:
+    """Return the share of the loss, digital to untouched, that training wins back, in percent; None without a loss."""
 
     def mean(case: str, age: str | None, compensate: bool | None) -> float:
         return float(np.mean([matches(rows, task, case, age, compensate).mean() for task in tasks]))
 
     here, without, could = mean(trained, age, compensate), mean(untouched, age, compensate), mean(digital, None, None)
-    return 100 * (here - without) / (could - without)
+    return None if could == without else 100 * (here - without) / (could - without)
 
 
 def draw(rows: Sequence[Row], options: Options, path: Path) -> None:

@@ -12,7 +12,7 @@ from made_up_rows import row
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.report import scores
+from lorafusion_jax.report import append_rows, scores
 from lorafusion_jax.runs.prepare import check
 
 _EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -95,3 +95,26 @@ def test_a_plot_is_drawn_of_the_rows_that_are_there(scripts, league, tmp_path):
     _, basis = scripts
     basis.draw(league, tmp_path / "reads.png")
     assert (tmp_path / "reads.png").stat().st_size > 10_000
+
+
+def test_whole_modules_are_shown_on_the_tasks_and_seeds_that_were_run(scripts, monkeypatch, tmp_path):
+    _, basis = scripts
+    right = np.arange(10) < 5
+    main, own = tmp_path / "main.jsonl", tmp_path / "own.jsonl"
+    append_rows(main, [row(task, "LoRAFusion", seed, right) for task in ("one", "two") for seed in (1, 2)])
+    append_rows(own, [row("one", "all modules", 2, right)])
+    shown = []
+    monkeypatch.setattr(basis, "small_pool_in_basis", lambda: tmp_path / "none")
+    monkeypatch.setattr(basis, "run_matrix", lambda options, entries: own)
+    monkeypatch.setattr(basis, "load_basis", lambda folder: None)
+    monkeypatch.setattr(basis, "tables", lambda league, of: shown.append(league) or "")
+    monkeypatch.setattr(basis, "draw", lambda league, path: None)
+    given = ["--out", str(tmp_path), "--main", str(main)]
+    basis.main(given)
+    (league,) = shown
+    assert [(of["task"], of["method"], of["seed"]) for of in league.rows] == [
+        ("one", "LoRAFusion", 2), ("one", "all modules", 2)
+    ]  # fmt: skip
+    append_rows(own, [row("three", "all modules", 2, right) | {"league": "5"}])
+    with pytest.raises(ValueError, match="no LoRAFusion of league 5 .*--main"):
+        basis.main(given)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from lorafusion_jax.crossbar import load_config
+from lorafusion_jax.crossbar import load_config, save_config
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
@@ -60,6 +60,9 @@ def test_shares_won_back_by_hand(scripts):
     assert list(hardware.matches(rows, "t", "untouched", None, None)) == [40, 40]
     # Digital 60, untouched 40, trained 50.
     assert hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None) == 50
+    # The chips took nothing.
+    same = _rows("digital", [[40]]) + _rows("untouched", [[40]]) + _rows("its chip", [[50]])
+    assert hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None) is None
 
 
 def test_the_tables_hold_every_case(scripts):
@@ -135,3 +138,36 @@ def test_points_change_what_they_name_and_nothing_else(scripts, sweep, point):
 def test_what_cannot_be_swept(scripts, config, sweep, point, message):
     with pytest.raises(ValueError, match=message):
         scripts["hardware_sweeps"].at(load_config(config), sweep, point)
+
+
+def test_earlier_rows_count_only_where_no_chip_seed_or_age_is_missing(scripts, tmp_path):
+    script, file = scripts["basis_on_chips"], tmp_path / "rows.csv"
+    of_whole = _rows("digital", [[60, 40]]) + _rows("untouched", [[40, 40], [30, 30]])
+    of_whole += _rows("untouched", [[20, 20], [20, 20]], age="1month", compensate=True)
+    file.write_text(scripts["_hardware"].csv_of(of_whole))
+    options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
+    assert len(script.earlier_rows(options)) == 2 + 2 * 2 * 2
+    assert script.earlier_rows(dataclasses.replace(options, seeds=(0, 1, 2))) == []
+    for other in ({"chips": 3}, {"age": "1year"}):
+        assert {row["case"] for row in script.earlier_rows(dataclasses.replace(options, **other))} == {"digital"}
+
+
+def test_kept_rows_of_the_defaults_are_not_next_to_rows_of_other_settings(scripts, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="not of --epochs 3: .*--earlier"):
+        scripts["basis_on_chips"].main([*out, "--epochs", "3"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monkeypatch):
+    script = importlib.import_module("chip_consistency")
+    monkeypatch.setattr(script, "task_rows", lambda store, task, options: iter(_rows("digital", [[50]])))
+    text = (_ROOT / "examples" / "chip.yaml").read_text()
+    (config := tmp_path / "chip.yaml").write_text(text)
+    given = ["--out", str(tmp_path / "out"), "--crossbar", str(config), "--tasks", "t"]
+    script.main(given)
+    script.main(given)
+    edited = dataclasses.replace(_CHIP, adc=dataclasses.replace(_CHIP.adc, bits=5))
+    save_config(edited, config)
+    with pytest.raises(ValueError, match="holds other results \\(config was"):
+        script.main(given)
