@@ -15,6 +15,7 @@ from _methods import Entry
 from lorafusion_jax import PRESETS, FuseOptions, fuse
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
+from lorafusion_jax.report import read_rows
 from lorafusion_jax.runs.matrix import Job, run_jobs
 
 
@@ -83,6 +84,13 @@ def jobs(options: MatrixOptions, entries: Mapping[str, Entry], *, check_pool: bo
                 yield Job(name, method, league, _fuse_options(options, task, name, method, league, entries[method]))
 
 
+def against(method: str, file: Path) -> list[str]:
+    """Return the option with which a report compares a method with others, where every league of a file has it."""
+    rows = read_rows(file)
+    without = {row["league"] for row in rows} - {row["league"] for row in rows if row["method"] == method}
+    return [] if without else ["--reference", method]
+
+
 def _fuse_options(
     options: MatrixOptions, task: str, name: str, method: str, league: League, entry: Entry
 ) -> FuseOptions:
@@ -97,7 +105,7 @@ def _fuse_options(
         name="-".join((name, method, league, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
-        recipe=dataclasses.replace(recipe, epochs=options.epochs or recipe.epochs),
+        recipe=dataclasses.replace(recipe, epochs=recipe.epochs if options.epochs is None else options.epochs),
         train_rows=min(entry.train_rows or TRAIN_ROWS[league], TRAIN_ROWS[league]),
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

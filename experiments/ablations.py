@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import _script
 import tyro
 from _common import ROOT
-from _matrix import run_matrix
+from _matrix import against, run_matrix
 from _methods import COEFFICIENTS, METHODS, Entry
 from _planning import print_matrix_plan
 from report import main as report
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] = ()) -> None:
             continue
         print(f"{group}: {len(entries)} settings", file=sys.stderr, flush=True)
         file = run_matrix(within, entries)
-        first = next(iter(entries))
-        report([str(file), "--out", str(within.out / "report"), "--title", f"Ablation: {group}", "--reference", first])
+        where, first = str(within.out / "report"), next(iter(entries))
+        report([str(file), "--out", where, "--title", f"Ablation: {group}", *against(first, file)])
 
 
 def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import _script
 import tyro
 from _common import ROOT
-from _matrix import MatrixOptions, run_matrix
+from _matrix import MatrixOptions, against, run_matrix
 from _methods import METHODS
 from _planning import print_matrix_plan
 from report import main as report
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         return
     file = run_matrix(matrix, METHODS)
     where = str(options.out / "report")
-    report([str(file), "--out", where, "--title", "BIG-Bench Hard", "--reference", "LoRAFusion"])
+    report([str(file), "--out", where, "--title", "BIG-Bench Hard", *against("LoRAFusion", file)])
 
 
 def _folders(options: BBHOptions) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import _script
 import tyro
 from _common import ROOT, SMALL, TASKS
-from _matrix import MatrixOptions, run_matrix
+from _matrix import MatrixOptions, against, run_matrix
 from _methods import METHODS
 from _planning import print_matrix_plan
 from report import main as report
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         print_matrix_plan(options, METHODS)
         return
     file = run_matrix(options, METHODS)
-    report([str(file), "--out", str(options.out / "report"), "--title", "Small pool", "--reference", "LoRAFusion"])
+    report([str(file), "--out", str(options.out / "report"), "--title", "Small pool", *against("LoRAFusion", file)])
 
 
 if __name__ == "__main__":

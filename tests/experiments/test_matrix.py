@@ -7,8 +7,9 @@ from pathlib import Path
 
 import one_block
 import pytest
+from made_up_rows import row as made_up_row
 
-from lorafusion_jax.report import done, read_rows
+from lorafusion_jax.report import append_rows, done, read_rows
 
 _EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 _TASK = one_block.SMALL / "tasks" / "double_digit"
@@ -155,3 +156,21 @@ def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
     # Methods without a pool need none.
     poolless = dataclasses.replace(options, pool=str(tmp_path), methods=("zero-shot",))
     assert [job.options.pool for job in module.jobs(poolless, entries)] == [None]
+
+
+def test_no_epochs_are_not_the_default_epochs(matrix, options):
+    module, entries = matrix
+    (job,) = module.jobs(dataclasses.replace(options, epochs=0, methods=("coefficients only",)), entries)
+    assert job.options.recipe.epochs == 0
+    with pytest.raises(ValueError, match="epochs"):
+        module.run_matrix(dataclasses.replace(options, epochs=0, methods=("coefficients only",)), entries)
+
+
+def test_a_report_compares_with_a_method_only_where_every_league_has_it(matrix, tmp_path):
+    module, _ = matrix
+    file = tmp_path / "results.jsonl"
+    append_rows(file, [made_up_row("one", "LoRA", 1, [True]), made_up_row("one", "LoRAFusion", 1, [True])])
+    assert module.against("LoRA", file) == ["--reference", "LoRA"]
+    append_rows(file, [made_up_row("one", "LoRAFusion", 1, [True]) | {"league": "5"}])
+    assert module.against("LoRA", file) == []
+    assert module.against("LoRAFusion", file) == ["--reference", "LoRAFusion"]
