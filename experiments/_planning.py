@@ -35,8 +35,9 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs(options, entries, check_pool=pool.is_dir()):
         recipe = job.options.recipe
-        groups.setdefault((job.league, recipe.epochs, recipe.modules, recipe.choose, recipe.basis), []).append(job)
-    for (league, epochs, modules, choose, basis), of_group in groups.items():
+        of_rows = job.league, job.options.train_rows, recipe.epochs
+        groups.setdefault((*of_rows, recipe.modules, recipe.choose, recipe.basis), []).append(job)
+    for (league, rows, epochs, modules, choose, basis), of_group in groups.items():
         recipe, tasks = of_group[0].options.recipe, {job.task: job.options.task for job in of_group}
         rank, size, targets = pool_shape(pool, basis)
         settings = Settings(
@@ -49,7 +50,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             path=default_path(),
             device="cpu" if for_cpu() else "accelerator",
         )
-        how: dict[str, Any] = {"train_rows": TRAIN_ROWS[league], "test_rows": options.test_rows}
+        how: dict[str, Any] = {"train_rows": rows, "test_rows": options.test_rows}
         if not shaped:
             how |= load_texts(of_group[0].options)._asdict()
         work = {
@@ -58,7 +59,8 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
         }
         chosen = f"{modules} modules" if choose == "draw" else f"{modules} modules by {choose}"
         within = "" if basis is None else f", in a basis of {basis}"
-        print(f"League {league}, {epochs} epochs, {chosen}{within}")
+        few = "" if rows == TRAIN_ROWS[league] else f" over {rows} rows"
+        print(f"League {league}, {epochs} epochs{few}, {chosen}{within}")
         print(describe(config, list(dict.fromkeys(_name(job.options) for job in of_group)), work, settings))
 
 

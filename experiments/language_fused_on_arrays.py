@@ -68,7 +68,7 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Run what is missing, and write the table of what was asked for."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    settings = [parsed(text) for text in options.settings]
+    settings = list(dict.fromkeys(map(parsed, options.settings)))
     tasks = link_tasks(options.tasks)
     paths = {name: find(name, tasks) for name in options.unseen}
     for path in paths.values():

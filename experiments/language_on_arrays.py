@@ -118,7 +118,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     }
     file = options.out / "rows.jsonl"
     rows = read_rows(file, common)
-    asked = [DIGITAL, *(Setting(bits, error) for error in options.errors for bits in options.bits)]
+    settings = [Setting(bits, error) for error in options.errors for bits in options.bits]
+    asked = [DIGITAL, *dict.fromkeys(settings)]
     have = {setting_of(row) for row in rows}
     missing = [setting for setting in asked if setting not in have]
     if options.plan:

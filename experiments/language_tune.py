@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT
+from _common import ROOT, append_line, read_lines
 from _language import MAIN, MORE, TUNING, find, options_of
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
@@ -68,11 +68,13 @@ class TuneOptions:
 def main(arguments: Sequence[str] = ()) -> None:
     """Run the trials that are missing, and write the table of all."""
     options = tyro.cli(TuneOptions, args=list(arguments), description=__doc__)
+    if unknown := [method for method in options.methods if method not in TRIALS]:
+        raise ValueError(f"no trials of {', '.join(unknown)}: choose of {'; '.join(TRIALS)}")
     tasks = link_tasks(options.tasks)
     make_pools(options.adapters)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "tune.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = read_lines(file)
     for method in options.methods:
         for task in TUNING:
             done = [row["rates"] for row in rows if (row["method"], row["task"]) == (method, task)]
@@ -81,11 +83,9 @@ def main(arguments: Sequence[str] = ()) -> None:
                 continue
             make_room()
             losses = _losses(method, find(task, tasks), options.adapters, todo)
-            rows += [
-                {"method": method, "task": task, "rates": rates, "loss": loss}
-                for rates, loss in zip(todo, losses, strict=True)
-            ]
-            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            for rates, loss in zip(todo, losses, strict=True):
+                append_line(file, {"method": method, "task": task, "rates": rates, "loss": loss})
+            rows = read_lines(file)  # which another process may have added to
             write_text(options.out / "table_tune.md", table_of(rows))
             print(f"{method}, {task}: losses {min(losses):.3f} to {max(losses):.3f}", flush=True)
 

@@ -139,3 +139,39 @@ def test_a_picture_that_fails_leaves_the_one_before(scripts, tmp_path, monkeypat
     with pytest.raises(OSError, match="disk is full"):
         crossbar_pictures.main(["--out", str(tmp_path)])
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("crossbar_tile.png", b"whole")]
+
+
+def test_a_plan_counts_the_rows_that_an_ablation_learns_from(scripts, capsys):
+    _, ablations, _ = scripts
+    task = str(one_block.SMALL / "tasks" / "double_digit")
+    given = ["--base", "t5-small", "--tasks", task, "--groups", "examples", "--examples", "10", "100", "--plan"]
+    ablations.main(given)
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("League")] == [
+        "League 95+5, 20 epochs, 20 modules", "League 95+5, 20 epochs over 10 rows, 20 modules"
+    ]  # fmt: skip
+    hundred, ten = said.split("over 10 rows")
+    assert hundred.splitlines()[1:] != ten.splitlines()[1:]
+
+
+def test_trials_are_added_to_those_of_another_process(scripts, tmp_path, monkeypatch):
+    import language_tune
+
+    file = tmp_path / "tune.jsonl"
+
+    def losses(method, path, adapters, trials):
+        other = {"method": "LoRA", "task": path.name, "rates": {"lr_lora": 1.0}, "loss": 1.0}
+        with file.open("a") as lines:
+            lines.write(json.dumps(other) + "\n")
+        return [2.0] * len(trials)
+
+    for name in ("link_tasks", "make_pools"):
+        monkeypatch.setattr(language_tune, name, lambda folder: folder)
+    monkeypatch.setattr(language_tune, "find", lambda name, folder: Path(name))
+    monkeypatch.setattr(language_tune, "_losses", losses)
+    given = ["--tasks", str(tmp_path), "--out", str(tmp_path), "--methods"]
+    language_tune.main([*given, "coefficients only"])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["method"] for row in rows] == (["LoRA"] + ["coefficients only"] * 9) * 2
+    with pytest.raises(ValueError, match="no trials of zero-shot: choose of LoRAFusion;"):
+        language_tune.main([*given, "zero-shot"])
