@@ -11,10 +11,11 @@ accuracy against energy (energy.png, from the sweep of noise), every row and tra
 command goes on.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -154,20 +155,27 @@ def at(base: CrossbarConfig, sweep: Sweep, point: str) -> CrossbarConfig:
         model = base.device.programming
         if not isinstance(model, Independent | Proportional):
             raise ValueError("the configuration has no programming error of one sigma to sweep")
-        model = dataclasses.replace(model, sigma=jnp.float32(float(point)))
+        model = dataclasses.replace(model, sigma=jnp.float32(_number(sweep, point, float)))
         return dataclasses.replace(base, device=dataclasses.replace(base.device, programming=model))
     if sweep == "adc":
         if base.adc is None:
             raise ValueError("the configuration has no ADC to sweep")
-        return dataclasses.replace(base, adc=dataclasses.replace(base.adc, bits=int(point)))
-    bits = int(point)
-    if 6 % bits:
+        return dataclasses.replace(base, adc=dataclasses.replace(base.adc, bits=_number(sweep, point, int)))
+    bits = _number(sweep, point, int)
+    if bits not in (1, 2, 3, 6):
         raise ValueError(f"cells of {bits} bits do not make up the 6 of a 7-bit weight: give 1, 2, 3 or 6")
     return dataclasses.replace(
         base,
         cell=dataclasses.replace(base.cell, bits=(bits,) * (6 // bits)),
         mapping=dataclasses.replace(base.mapping, weight_bits=7),
     )
+
+
+def _number(sweep: Sweep, point: str, kind: Callable[[str], Any]) -> Any:
+    with contextlib.suppress(ValueError):
+        if (number := kind(point)) >= 0:
+            return number
+    raise ValueError(f"--points {point} is not a point of the sweep {sweep}: give such as {' '.join(_POINTS[sweep])}")
 
 
 def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:

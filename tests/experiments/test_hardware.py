@@ -171,3 +171,14 @@ def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monke
     save_config(edited, config)
     with pytest.raises(ValueError, match="holds other results \\(config was"):
         script.main(given)
+
+
+@pytest.mark.parametrize(("sweep", "point"), [("noise", "x"), ("noise", "-0.1"), ("adc", "6.5"), ("cell", "many")])
+def test_a_point_that_is_not_one_of_the_sweep_is_named(scripts, sweep, point):
+    with pytest.raises(ValueError, match=f"--points {point} is not a point of the sweep {sweep}: give such as "):
+        scripts["hardware_sweeps"].at(_CHIP, sweep, point)
+
+
+def test_cells_of_no_bits_make_up_no_weight(scripts):
+    with pytest.raises(ValueError, match="cells of 0 bits do not make up the 6"):
+        scripts["hardware_sweeps"].at(_CHIP, "cell", "0")
