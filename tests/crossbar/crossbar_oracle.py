@@ -160,7 +160,7 @@ def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
     M, q = np.abs(W), config.mapping.quantile
 
     def largest(block: np.ndarray) -> Any:
-        top = np.quantile(block, q) if q < 1 else block.max()
+        top = (np.quantile(block, q) if q < 1 else 0) or block.max()  # a quantile of zero is no full scale
         return W.dtype.type(top if top > 0 else 1)
 
     full = np.empty_like(W)

@@ -142,7 +142,9 @@ def _ropes(hf: Any, d_head: int) -> dict[str, Rope]:
     """Return the rotary positions of `full_attention`, and of `sliding_attention` if they are other ones."""
     said = hf.rope_parameters
     by_layer = said if "full_attention" in said else {"full_attention": said}
-    return {kind: _rope(fields, d_head, hf.max_position_embeddings) for kind, fields in by_layer.items()}
+    # Some versions of transformers keep the fields of all layers beside those of each kind.
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in by_layer]
+    return {kind: _rope(by_layer[kind], d_head, hf.max_position_embeddings) for kind in kinds}
 
 
 def _rope(fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
