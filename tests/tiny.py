@@ -1,9 +1,9 @@
 """A small T5 of unequal depths and pools for it, for tests that need no pretrained weights."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,13 @@ Ranks = Callable[[int, str, int], int]
 
 def for_tpu(kind: str = "TPU v5 lite", mesh: tuple[int, ...] = ()) -> contextlib.AbstractContextManager[None]:
     """Trace programs for a TPU, or a mesh of several, that is not there."""
-    fields = (kind, 1, "tpu")[: len(dataclasses.fields(AbstractDevice))]  # JAX 0.10.0 has no platform
     axes = tuple(f"axis {i}" for i in range(len(mesh)))
-    return use_abstract_mesh(AbstractMesh(mesh, axes, abstract_device=AbstractDevice(*fields)))
+    return use_abstract_mesh(AbstractMesh(mesh, axes, abstract_device=AbstractDevice(kind, 1, "tpu")))
+
+
+def emitters(on: bool) -> dict[str, Any]:
+    """Options of a compiler that has two kinds of fusions on a CPU. After 0.10 one kind is left, and no option."""
+    return {"xla_cpu_use_fusion_emitters": on} if jax.__version__.startswith("0.10.") else {}
 
 
 @functools.cache

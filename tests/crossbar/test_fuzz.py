@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from crossbar_strategies import build, choices, dtype, inputs, reads, weights
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
@@ -37,9 +38,8 @@ PROPERTIES: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any
 # Matrices and batches that each program runs on.
 DRAWS = 2
 
-# XLA compiles these programs in three fifths of the time without; the fuzzer takes them out. Newer XLAs lack it.
-_IS_0_10 = jax.__version__.startswith("0.10.")
-OPTIONS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False} if _IS_0_10 else {}
+# XLA compiles these programs in three fifths of the time without; the fuzzer takes them out.
+OPTIONS = tiny.emitters(False)
 
 
 def jit(fn: Callable[..., Any]) -> Callable[..., Any]:

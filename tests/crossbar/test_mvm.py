@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorafusion_jax.crossbar import (
@@ -185,7 +186,7 @@ RANDOM = CrossbarConfig(
 def test_a_key_is_a_chip():
     W, x = problem()
     # Only these emitters round one chip as they round several.
-    options = {"xla_cpu_use_fusion_emitters": True}
+    options = tiny.emitters(True)
     chips = jax.jit(jax.vmap(lambda key: program(W, RANDOM, key)), compiler_options=options)(jax.random.split(KEY, 3))
     y = jax.jit(jax.vmap(lambda state: matmul(x, state)))(chips)
     of_key = jax.jit(lambda key: program(W, RANDOM, key), compiler_options=options)

@@ -89,10 +89,13 @@ def test_a_rule_may_name_layers_as_python_does(layers, wanted):
     assert kinds == wanted
     firsts = [part.first for part in parts if isinstance(part, Chip)]
     assert firsts == [wanted.index("arrays")]
-    # A layer is the same chip, however its stack is cut.
+    # A layer is the same chip, however its stack is cut; the last bit is the compiler's.
     whole = dense(program_tree({"q": weight}, {"*": _NOISY}, _KEY)["q"], jnp.float32)
     for layer, kind in enumerate(wanted):
-        _equal(dense(placed, jnp.float32)[layer], whole[layer] if kind == "arrays" else weight[layer])
+        if kind == "arrays":
+            np.testing.assert_allclose(dense(placed, jnp.float32)[layer], whole[layer], rtol=1e-6)
+        else:
+            _equal(dense(placed, jnp.float32)[layer], weight[layer])
 
 
 def test_two_configurations_in_one_stack():

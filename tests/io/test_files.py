@@ -60,7 +60,7 @@ class _Outer:
         ("", r"not JSON \(.*\): restore"),
         ('{"inner": {"sizes": {"a": [NaN]}}}', r"not JSON \(.*\): restore"),
         ('{"name": "\\ud800", "inner": {"sizes": {}}}', r"not JSON \(.*\): restore"),
-        ('{"x": ' + "[" * 1000 + "]" * 1000 + "}", "nested|recursion"),
+        ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested|recursion"),
         ("version https://git-lfs.github.com/spec/v1\noid", "this is a Git LFS pointer, not the file itself: fetch"),
     ],
 )
@@ -102,7 +102,7 @@ def test_an_option_of_a_newer_version_says_which():
         (lambda c: json.dumps(c | {"options": {"recipe": {"epochs": []}}}), r"options\.(base|recipe)"),
         (lambda c: json.dumps(c | {"modules": [[], []]}), "modules is of 2 seeds: wanted of 1, as in"),
         (lambda c: json.dumps(c | {"max_new_tokens": 10**9}), "max_new_tokens is 1000000000: wanted an integer from 1"),
-        (lambda c: '{"options":' * 1000 + "1" + "}" * 1000, "not JSON|nested too deeply"),
+        (lambda c: '{"options":' * 100_000 + "1" + "}" * 100_000, "not JSON|nested too deeply"),
     ],
 )
 def test_a_run_whose_config_is_damaged(tmp_path, change, message):

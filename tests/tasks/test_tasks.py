@@ -282,7 +282,7 @@ def test_hub_id_with_config(monkeypatch):
             '{"input": "\\ud800", "target": "b"}',
             r"test\.jsonl, line 1: not JSON: .*surrogates not allowed",
         ),
-        ("bbh.json", '{"examples": ' + "[" * 5000, r"bbh\.json, line 1: not JSON: .*recursion"),
+        ("bbh.json", '{"examples": ' + "[" * 100_000, r"bbh\.json, line 1: not JSON: .*recursion"),
         ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2: not JSON: Expecting value"),
         ("list.json", "[]", r"list\.json is empty"),
         (

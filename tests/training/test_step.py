@@ -344,7 +344,7 @@ def _steps(state, batch, problem, rates):
 @functools.cache
 def _compiled(path):
     # As products of other sizes are fused, so they round: only these emitters give one seed the bits of several.
-    return jax.jit(_steps, compiler_options={"xla_cpu_use_fusion_emitters": path == "map"})
+    return jax.jit(_steps, compiler_options=tiny.emitters(path == "map"))
 
 
 @pytest.mark.nightly
