@@ -104,7 +104,7 @@ def test_writing_by_hand():
     assert found.energy.low == _exactly(168 * 1.3e-12)
     assert found.energy.typical == _exactly(168 * 41e-12)
     assert found.energy.high == _exactly(168 * 104e-12)
-    assert found.time.low == _exactly(48 * 0.04e-6 / 128)
+    assert found.time.low == _exactly(3 * 0.04e-6)  # 128 arrays at once would be more than the 16, of 3 rows each
     assert found.time.typical == _exactly(48 * 2.74e-6 / 8)
     assert found.time.high == _exactly(48 * 8.52e-6)
     assert found.cycles == Range(1.0, 8.52, 32.0)
@@ -118,6 +118,22 @@ def test_writing_by_hand():
     nothing = write_cost(Counts())
     assert nothing.cells == 0 and nothing.energy == nothing.time == nothing.cycles == Range.of(0.0)
     assert nothing.until_worn is None
+
+
+def test_an_array_alone_is_written_row_by_row():
+    isaac = counts((128, 128), PRESETS["isaac"])
+    assert (isaac.arrays, isaac.rows, isaac.tallest) == (8, 8 * 128, 128)
+    for arrays in (1, 5):
+        time = write_cost(dataclasses.replace(isaac, arrays=arrays, rows=arrays * 128)).time
+        assert (time.low, time.typical) == (_exactly(128 * 0.04e-6), _exactly(128 * 2.74e-6))
+        assert time.high == _exactly(arrays * 128 * 8.52e-6)
+    # Ten of the matrix have 80 arrays: ten turns of eight, or all at once.
+    ten = write_cost(isaac * 10).time
+    assert (ten.low, ten.typical) == (_exactly(128 * 0.04e-6), _exactly(10 * 128 * 2.74e-6))
+    # A tall array among short ones keeps its time.
+    mixed = isaac + counts((2, 16), PRESETS["isaac"]) * 500
+    assert mixed.tallest == 128 and mixed.rows == 8 * 128 + 16 * 500
+    assert write_cost(mixed).time.low == _exactly(128 * 0.04e-6)
 
 
 def test_reading_by_hand():
@@ -172,11 +188,16 @@ def test_costs_add_up_over_layers(name, shapes, times):
     config = _CONFIGS[name]
     each = [counts(shape, config) for shape in shapes]
     together = sum(each, start=Counts()) * times
-    for field in ("energy", "time", "pulses"):
+    for field in ("energy", "pulses"):
         alone = [getattr(write_cost(c), field) for c in each]
         whole = getattr(write_cost(together), field)
         for end in ("low", "typical", "high"):
             assert getattr(whole, end) == pytest.approx(times * sum(getattr(a, end) for a in alone))
+    # Arrays that are written at once take less than one after the other, but not less than any of them alone.
+    alone, whole = [write_cost(c).time for c in each], write_cost(together).time
+    for end in ("low", "typical", "high"):
+        ends = [getattr(time, end) for time in alone]
+        assert max(ends) <= getattr(whole, end) * (1 + 1e-12) and getattr(whole, end) <= times * sum(ends) * (1 + 1e-12)
     reads = [read_energy(c, config) for c in each]
     for component, whole in zip(zip(*reads, strict=True), read_energy(together, config), strict=True):
         assert whole.high == pytest.approx(times * sum(part.high for part in component))

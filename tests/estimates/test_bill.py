@@ -267,7 +267,9 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
                 (a.reads + b.reads * -1) * 5
                 for a, b in ((module.source, bare.source), (module.generated, bare.generated))
             )
-            assert reads == of_source * source + of_target * target
+            # The tallest array is not a sum: no difference has one.
+            wanted = of_source * source + of_target * target
+            assert dataclasses.replace(reads, tallest=0) == dataclasses.replace(wanted, tallest=0)
         else:  # the arrays hold the basis, so whole modules are read digitally
             assert reads.conversions == 0
             once = step_flops(tiny.CONFIG, Shape(5, 16, 8), whole, trainable=0)

@@ -14,6 +14,7 @@ class Counts:
       arrays: tiles x weight slices x polarities.
       cells: cells that hold a weight or a unit column; the rest of an array is neither written nor counted as read.
       rows: rows in use of all arrays; each is driven at a read, and its cells are written at once.
+      tallest: rows in use of the tallest array; the largest one, not the sum, of several matrices.
       conversions: conversions of the ADCs for one input vector.
       additions: additions for one input vector after the conversions: shift-and-add, and removal of unit columns or
         offsets.
@@ -25,6 +26,7 @@ class Counts:
     arrays: int = 0
     cells: int = 0
     rows: int = 0
+    tallest: int = 0
     conversions: int = 0
     additions: int = 0
     sums: int = 0
@@ -32,10 +34,11 @@ class Counts:
     outputs: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
+        sums = {name: count + getattr(other, name) for name, count in vars(self).items()}
+        return Counts(**sums | {"tallest": max(self.tallest, other.tallest)})
 
     def __mul__(self, times: int) -> "Counts":
-        return Counts(**{f.name: getattr(self, f.name) * times for f in dataclasses.fields(self)})
+        return Counts(**{name: count * times for name, count in vars(self).items()} | {"tallest": self.tallest})
 
 
 def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
@@ -59,6 +62,7 @@ def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
         arrays=len(rows) * len(cols) * each,
         cells=d_in * columns * each,
         rows=d_in * len(cols) * each,
+        tallest=max(rows),
         conversions=conversions,
         additions=additions,
         sums=(len(rows) - 1) * d_out,

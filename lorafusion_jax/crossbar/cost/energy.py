@@ -1,8 +1,8 @@
 """Energy, time and wear of writing matrices into arrays, and energy and latency of reading them.
 
-All are linear in the counts of `counts`, so that matrices and layers add up. Joules and seconds, as ranges.
+Energies are linear in the counts of `counts`, so that matrices and layers add up. Joules and seconds, as ranges.
 
-    writing   E = cells E_cell                  t = rows t_row / arrays at once        wear = pulses / endurance
+    writing   E = cells E_cell     t = max(rows / arrays at once, tallest) t_row     wear = pulses / endurance
     reading   array      cells J E_read         J input slices, of s_j bits
               DAC        rows sum_j (2^s_j - 1) E_DAC
               ADC        conversions E_ADC g^(bits - 8)
@@ -28,7 +28,8 @@ class WriteCost(NamedTuple):
       cells: cells written.
       pulses: write-verify pulses of all of them.
       energy: joules.
-      time: seconds; rows of an array are written one after the other, the cells of a row at once.
+      time: seconds; rows of an array are written one after the other, the cells of a row at once, so that no number of
+        arrays takes less than its tallest one.
       cycles: cycles of endurance that each cell uses.
       until_worn: number of such writes until the endurance is used up; None without cells.
     """
@@ -66,11 +67,12 @@ def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int
     """
     cycles = constants["write_pulses"] * (passes if written.cells else 0)
     cells = written.cells * passes
+    in_turn = longest([Range.of(written.rows) / constants["arrays_written_at_once"], Range.of(written.tallest)])
     return WriteCost(
         cells=cells,
         pulses=constants["write_pulses"] * cells,
         energy=constants["cell_write_energy"] * cells,
-        time=constants["row_write_time"] * (written.rows * passes) / constants["arrays_written_at_once"],
+        time=constants["row_write_time"] * in_turn * passes,
         cycles=cycles,
         until_worn=constants["endurance"] / cycles if cells else None,
     )
