@@ -15,6 +15,8 @@ from lorafusion_jax.crossbar import (
     RERAM_CMO_DRIFT,
     RERAM_MILO_2021,
     RERAM_WAN_2022,
+    Cell,
+    CrossbarConfig,
     Device,
     Flicker,
     Independent,
@@ -26,8 +28,10 @@ from lorafusion_jax.crossbar import (
     Relaxation,
     Sinh,
     StuckAt,
+    Tile,
     WriteVerify,
     drift_compensation,
+    program,
 )
 from lorafusion_jax.crossbar.devices.device import realise
 from lorafusion_jax.crossbar.devices.normal_draws import normal
@@ -225,6 +229,18 @@ def test_drift_compensation():
     assert float(after) < 0.5 * float(before)
 
 
+def test_compensation_is_of_the_cells_that_hold_weights():
+    """The last of three rows has an array of its own, whose other row of cells at Gmin drifts most."""
+    drift = PowerLaw(LogLinear(0.02, -0.02))
+    device = Device(drift=drift, time=1e6, compensate=True)
+    weights = jax.random.normal(KEY, (3, 5))
+
+    def scale(tile: Tile) -> jax.Array:
+        return program(weights, CrossbarConfig(cell=Cell(on_off_ratio=10.0), tile=tile, device=device), KEY).scale
+
+    np.testing.assert_allclose(scale(Tile(rows=2, cols=2, partition="full")), scale(Tile(rows=3, cols=5)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "spread"), [("independent", (0.03, 0.03)), ("proportional", (0.015, 0.03))])
 def test_read_noise_of_a_cell(kind, spread):
     model, G = ReadNoise(0.03, kind), cells(0.5, 1.0)
@@ -369,6 +385,7 @@ def test_a_random_device_needs_a_key():
         (lambda: Sinh(scale=0.0), r"Sinh.scale = 0.0: give a number above 0"),
         (lambda: Polynomial(((0.1,), (0.2,))), r"Polynomial.deviation = .* for each of seconds = \(1.0,\)"),
         (lambda: Polynomial(((0.1,),), shift=((0.1,), (0.2,))), r"Polynomial.shift = "),
+        (lambda: Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of coefficients"),
         (lambda: Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)), r"Polynomial.seconds = .*: give rising positive"),
     ],
 )

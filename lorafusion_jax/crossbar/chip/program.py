@@ -158,12 +158,13 @@ def _write(
     if conductances is None:
         wanted, device = g_min + cells / top * (1 - g_min), config.device
         conductances, counts = realise(wanted, device, key, g_min=g_min)
+        used = encoding.cells_in_use(shape, config)
         if counts is not None:
-            used = encoding.cells_in_use(shape, config)
             pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=dtype)
         if device.compensate and device.time is not None:
             fresh, _ = realise(wanted, dataclasses.replace(device, time=None), key, g_min=g_min)
-            scale = scale * drift_compensation(fresh, conductances)
+            # A tile that is smaller than others has cells that no input drives: they are in no current.
+            scale = scale * drift_compensation(*(jnp.where(used, G, 0) for G in (fresh, conductances)))
     elif conductances.shape != cells.shape:
         raise ValueError(
             f"conductances of shape {conductances.shape}: this matrix takes {cells.shape} "

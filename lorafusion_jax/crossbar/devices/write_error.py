@@ -77,7 +77,7 @@ class Polynomial:
         check_bounds(self, "scale", 0)
         for name in ("deviation", "shift"):
             rows = getattr(self, name)
-            if rows is not None and (len(rows) != len(self.seconds) or len({len(row) for row in rows}) != 1):
+            if rows is not None and (len(rows) != len(self.seconds) or not rows[0] or len({*map(len, rows)}) != 1):
                 raise ValueError(
                     f"Polynomial.{name} = {rows}: give one tuple of coefficients, all of one length, for each of "
                     f"seconds = {self.seconds}"
