@@ -115,6 +115,22 @@ def test_lost_bits_by_hand():
     assert raella.lost_bits == pytest.approx([math.log2(512 * top / 63) for top in (3, 3, 15)])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoding": Encoding(kind="offset"), "cell": Cell(on_off_ratio=10.0)},
+        {"encoding": Encoding(two_sided=True), "adc": ADC(bits=8, separate=True)},
+        {"adc": ADC(bits=8, gain_error=0.01)},
+    ],
+    ids=["Gmin", "halves", "gains"],
+)
+def test_real_valued_sums_have_no_lost_bits(changes):
+    config = CrossbarConfig(**{"adc": ADC(bits=8)} | changes)
+    said = explain(config, (128, 128))
+    assert said.lost_bits is None and "not defined: column sums are real-valued" in str(said)
+    assert not program(jnp.ones((128, 128)), config, jax.random.key(0)).plan.integers
+
+
 def test_narrow_modules_share_arrays():
     for shape in [(1024, 16), (16, 1024)]:
         said = explain(PRESETS["isaac"], shape, matrices=20)

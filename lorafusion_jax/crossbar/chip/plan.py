@@ -84,7 +84,7 @@ def choose(
     """
     known = None if limits is None or is_traced((limits, level_units(config))) else np.asarray(limits)
     nonlinear = _nonlinearity(config)
-    integers = perfect and nonlinear is None and _sums_integers(config)
+    integers = perfect and nonlinear is None and sums_integers(config)
     lossless = integers and _is_lossless(config, bounds, known)
     telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
     ties = exact_ties(config, known) if integers else None
@@ -187,7 +187,7 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     return None
 
 
-def _sums_integers(config: CrossbarConfig) -> bool:
+def sums_integers(config: CrossbarConfig) -> bool:
     """Return whether column sums of perfect cells are integers in level units."""
     if config.cell.bits is None or config.dac is None or config.mismatched:
         return False

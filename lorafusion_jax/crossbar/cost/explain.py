@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..chip.chip import Chip
-from ..chip.plan import Plan, worst_case
+from ..chip.plan import Plan, sums_integers, worst_case
 from ..chip.program import program
 from ..config.schema import CrossbarConfig
 from ..mapping import encoding
@@ -142,6 +142,8 @@ def _lost_bits(config: CrossbarConfig, rows: int) -> tuple[float, ...] | None:
         return None
     if config.adc is None:
         return tuple(0.0 for _ in config.cell.bits)
+    if not sums_integers(config):
+        return None
     top = codes(config)[1]
     return tuple(max(0.0, math.log2(bound / top)) for bound in worst_case(config, rows))
 
