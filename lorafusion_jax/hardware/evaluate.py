@@ -193,7 +193,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
 
 def results_path(options: EvaluateOnChipsOptions) -> Path:
     """Return the file that an evaluation on chips writes."""
-    return options.run / f"chips-{Path(options.crossbar or '').stem}.json"
+    return options.run / f"chips-{Path(options.crossbar or '').name}.json"
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

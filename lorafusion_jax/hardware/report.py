@@ -18,7 +18,7 @@ from .program import program
 
 def report_path(options: EvaluateOnChipsOptions) -> Path:
     """Return the file that a report is written to."""
-    return options.run / f"crossbar-{Path(options.crossbar or '').stem}.json"
+    return options.run / f"crossbar-{Path(options.crossbar or '').name}.json"
 
 
 def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on
 from lorafusion_jax.hardware.folder import aged, load_chips, seconds
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.program import program
+from lorafusion_jax.hardware.report import report_path
 from lorafusion_jax.hardware.setup import module_numbers, on_arrays
 from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.hardware.write import program_chips as write_chips
@@ -353,6 +354,13 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
         for lora_in in ("sram", "cells")
     }
     assert noisy["sram"] != noisy["cells"]
+
+
+def test_results_on_other_chips_are_other_files(tmp_path):
+    chips = ("noisy", "noisy.yaml", "chips/error-0.01", "chips/error-0.03")
+    asked = [EvaluateOnChipsOptions(run=tmp_path, crossbar=name) for name in chips]
+    assert len({path(options) for options in asked for path in (results_path, report_path)}) == 8
+    assert results_path(asked[0]) == tmp_path / "chips-noisy.json"
 
 
 def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
