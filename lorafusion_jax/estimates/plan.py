@@ -89,9 +89,27 @@ def plan_table(rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def describe(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> str:
-    """Return a description of how a matrix runs, and its costs; the arguments and errors are those of `plan`."""
-    table = plan_table(plan(config, methods, tasks, settings))
+def describe(
+    config: Architecture,
+    methods: Sequence[str],
+    tasks: Mapping[str, Workload],
+    settings: Settings,
+    *,
+    names: Sequence[str] = (),
+    load_in: str = "full",
+) -> str:
+    """Return a description of how a matrix runs, and its costs; further arguments and errors are those of `plan`.
+
+    Args:
+      config: the base model.
+      methods: names of `estimate.method_names`, several times if runs with other settings cost the same.
+      tasks: name -> workload.
+      settings: settings of all runs.
+      names: names of the rows; by default those of the methods.
+      load_in: what base and pool are held in, as in `FuseOptions`; bytes are counted without it.
+    """
+    rows = plan(config, methods, tasks, settings)
+    table = plan_table([row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)])
     how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
     where = "a CPU" if settings.device == "cpu" else "an accelerator"
     lines = [f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
@@ -100,10 +118,11 @@ def describe(config: Architecture, methods: Sequence[str], tasks: Mapping[str, W
         f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
         for name, work in tasks.items()
     ]
+    fewer = "" if load_in == "full" else f" Base and pool are counted whole: --load-in {load_in} holds them in less."
     return (
         "\n".join(lines) + f"\n\n{table}\n"
         f"{config.dtype} on {where}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a method.\n"
-        "Bytes are those of one program with all its seeds, at its largest batch."
+        f"Bytes are those of one program with all its seeds, at its largest batch.{fewer}"
     )
 
 
@@ -121,7 +140,8 @@ def describe_run(options: FuseOptions) -> str:
     k = recipe.basis if options.control == "none" else None  # a control projects whole modules
     rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k)
     recipe = dataclasses.replace(recipe, modules=len(options.adapters) or min(recipe.modules, size))
-    all_seeds = size if recipe.choose != "draw" else min(len(options.seeds) * recipe.modules, size)
+    drawn = len(options.adapters) or min(len(options.seeds) * recipe.modules, size)
+    all_seeds = drawn if recipe.choose == "draw" else size
     settings = Settings(
         recipe=recipe,
         rank=rank,
@@ -141,7 +161,7 @@ def describe_run(options: FuseOptions) -> str:
         eval_batch=options.eval_batch,
     )
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    return describe(config, [options.method], {task.name: work}, settings)
+    return describe(config, [options.method], {task.name: work}, settings, load_in=options.load_in)
 
 
 def pool_shape(folder: Path, k: int | None = None) -> PoolShape:

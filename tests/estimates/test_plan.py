@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generat
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.estimates.parameters import size
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.estimates.plan import describe, plan, plan_table
+from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion
@@ -35,6 +36,7 @@ from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.tasks import Batch, Example, Task
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
 from lorafusion_jax.training.problem import Frozen, Method, Problem, Projections
@@ -479,6 +481,20 @@ def test_a_plan_is_described():
     assert "lengths given, padded" in out and "| fusion    |    5 |   148,416 |" in out and "2.92 GiB" in out
     table = plan_table(plan(_SMALL, ["lora"], {"a": _work()}, _SETTINGS)).splitlines()
     assert len({len(line) for line in table}) == 1 and table[-1].startswith("| all ")
+
+
+def test_named_modules_are_those_of_every_seed():
+    small = Path(__file__).resolve().parents[2] / "examples" / "small"
+    options = FuseOptions(base="t5-small", pool=str(small / "adapters"), task=str(small / "tasks" / "double_digit"))
+    named = dataclasses.replace(options, adapters=tuple(sorted(p.name for p in (small / "adapters").iterdir()))[:3])
+
+    def pool(options: FuseOptions, *seeds: int) -> str:
+        said = describe_run(dataclasses.replace(options, seeds=seeds, method="coefficients"))
+        return next(line.split("|")[8].strip() for line in said.splitlines() if line.startswith("| coefficients"))
+
+    assert pool(named, 1) == pool(named, 1, 2, 3)
+    drawn = dataclasses.replace(options, recipe=Recipe(modules=3))
+    assert pool(drawn, 1) == pool(named, 1) and pool(drawn, 1, 2, 3) != pool(drawn, 1)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,43 @@ def test_a_plan_counts_the_rows_that_an_ablation_learns_from(scripts, capsys):
     assert hundred.splitlines()[1:] != ten.splitlines()[1:]
 
 
+def _planned(ablations, capsys, *given):
+    """Return the cells of every row of a plan for t5-small, by its name."""
+    task = str(one_block.SMALL / "tasks" / "double_digit")
+    ablations.main(["--base", "t5-small", "--pool", "none", "--tasks", task, *given, "--plan"])
+    said = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")]
+    return said, {name: cells for name, *cells in lines if name not in ("method", "all") and set(name) != {"-"}}
+
+
+def test_a_plan_has_every_row_of_a_matrix_with_numbers_of_its_own(scripts, capsys):
+    _, ablations, _ = scripts
+    options = ablations.AblationOptions()
+    for group in ("controls", "granularity"):
+        said, rows = _planned(ablations, capsys, "--groups", group)
+        assert set(rows) == set(ablations.entries_of(group, options))
+        trained = {name: cells[1] for name, cells in rows.items()}
+        if group == "controls":  # v of 3 x 6 layers, rank 1
+            assert trained["LoRA of equal size"] == f"{18 * (512 + 512):,}"
+            assert rows["random pool"] == rows["LoRAFusion"] and said.count("| all ") == 2
+        else:  # 20 modules, 12 blocks, q and v of 18 attentions, rank 16
+            of_sizes = {"global": 20, "block": 20 * 12, "site": 20 * 36, "rank": 20 * 36 * 16}
+            assert {size: trained[f"coefficients only, {size}"] for size in of_sizes} == {
+                size: f"{count:,}" for size, count in of_sizes.items()
+            }
+
+
+def test_a_plan_says_its_dtype_and_what_few_bits_are_not_counted(scripts, capsys):
+    _, ablations, _ = scripts
+    full, narrow = (
+        _planned(ablations, capsys, "--groups", "bits", "--dtype", dtype) for dtype in ("float32", "bfloat16")
+    )
+    weights = [float(rows["float32"][5].removesuffix(" MiB")) for _, rows in (full, narrow)]
+    assert weights[0] == pytest.approx(2 * weights[1], rel=0.01) and "bfloat16 on a CPU" in narrow[0]
+    for bits in ("int8", "nf4"):
+        assert full[0].count(f"counted whole: --load-in {bits} holds them in less") == 1
+
+
 def test_trials_are_added_to_those_of_another_process(scripts, tmp_path, monkeypatch):
     import language_tune
 
