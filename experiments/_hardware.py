@@ -20,6 +20,7 @@ from _methods import METHODS, Entry
 from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
+from lorafusion_jax.checks import at_least
 from lorafusion_jax.crossbar import CrossbarConfig
 from lorafusion_jax.hardware.calibration import calibrate, looped
 from lorafusion_jax.hardware.chips import redrawn
@@ -236,6 +237,14 @@ def subject(
     )
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
     return Subject(store, options, looped(setup), params, chips, keys)
+
+
+def check(chips: int, **lists: Sequence[Any]) -> None:
+    """Raise ValueError for no chips, or for an option without a value, before anything is computed."""
+    at_least(1, chips=chips)
+    for name, values in lists.items():
+        if not values:
+            raise ValueError(f"no {name}: give at least one with --{name}")
 
 
 def again(recipe: Recipe, epochs: int) -> Recipe:

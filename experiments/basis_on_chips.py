@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import tyro
 from _common import ROOT
-from _hardware import Row, Store, Subject, again, csv_of, slug, subject
+from _hardware import Row, Store, Subject, again, check, csv_of, slug, subject
 from _methods import IN_BASIS, METHODS, Entry
 
 from lorafusion_jax.columns import markdown
@@ -79,12 +79,13 @@ _DEFAULTS = vars(Options())
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    check(options.chips, tasks=options.tasks, seeds=options.seeds, sizes=options.sizes, cases=options.cases)
     _check_earlier(options)
+    config = load_chips(options.crossbar).config
+    for age in {age for case in options.cases for age in ages(case, options)} - {None}:
+        aged(config, age, compensate=True)  # raises ValueError before anything is trained
     store = Store(options.out)
-    settings = dataclasses.asdict(options) | {
-        "config": config_hash(load_chips(options.crossbar).config),
-        "key": options.chip_key,
-    }
+    settings = dataclasses.asdict(options) | {"config": config_hash(config), "key": options.chip_key}
     apart = ("out", "sizes", "cases", "tasks", "crossbar", "chip_key", "earlier")
     store.claim({name: value for name, value in settings.items() if name not in apart})
     there, rows = earlier_rows(options), []

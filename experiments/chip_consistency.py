@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import tyro
 from _common import ROOT, TRAIN_ROWS, recipe_of
-from _hardware import Row, Store, Subject, csv_of, slug, subject
+from _hardware import Row, Store, Subject, check, csv_of, slug, subject
 from _methods import IN_BASIS
 from jaxtyping import Array, Float
 
@@ -70,6 +70,7 @@ class Options:
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    check(options.chips, tasks=options.tasks, seeds=options.seeds)
     store = Store(options.out)
     settings = dataclasses.asdict(options) | {"config": config_hash(load_chips(options.crossbar).config)}
     apart = ("out", "weights", "tasks", "crossbar")

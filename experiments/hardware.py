@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tyro
 from _common import ROOT
-from _hardware import Row, Store, again, csv_of, slug, subject
+from _hardware import Row, Store, again, check, csv_of, slug, subject
 
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import config_hash
@@ -73,11 +73,11 @@ BUDGETS = ("all rows", "a handful")
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    check(options.chips, tasks=options.tasks, seeds=options.seeds)
+    config = load_chips(options.crossbar).config
+    aged(config, options.age, compensate=True)  # raises ValueError before anything is trained
     store = Store(options.out)
-    settings = dataclasses.asdict(options) | {
-        "config": config_hash(load_chips(options.crossbar).config),
-        "key": options.chip_key,
-    }
+    settings = dataclasses.asdict(options) | {"config": config_hash(config), "key": options.chip_key}
     apart = ("out", "tasks", "crossbar", "chip_key")
     store.claim({name: value for name, value in settings.items() if name not in apart})
     rows = []

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _common import ROOT, SMALL
-from _hardware import Row, Store, Subject, again, csv_of, slug, subject
+from _hardware import Row, Store, Subject, again, check, csv_of, slug, subject
 
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, config_hash, load_config
@@ -115,6 +115,7 @@ _AGAIN = "LoRAFusion, trained again"
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    check(options.chips, tasks=options.tasks, seeds=options.seeds, sweeps=options.sweeps)
     if options.points and len(options.sweeps) > 1:
         raise ValueError("--points are those of one sweep: name it with --sweeps")
     base = load_config(options.crossbar)

@@ -51,7 +51,8 @@ class Options:
       its_chip: also train on the chip of each setting, from the beginning.
       seeds: of the fusions, in one program.
       test_rows: evaluate on the first rows of the test set only.
-      calibration_rows: training rows that the ADCs are calibrated on.
+      calibration_rows: training rows that the ADCs are calibrated on, for numbers that are trained digitally; a run
+        that trains on the chip takes 64.
       out: folder of results; what has rows there is not run again.
     """
 

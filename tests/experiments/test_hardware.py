@@ -18,7 +18,8 @@ _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 def scripts():
     sys.path.insert(0, str(_ROOT / "experiments"))
     yield {
-        name: importlib.import_module(name) for name in ("_hardware", "hardware", "hardware_sweeps", "basis_on_chips")
+        name: importlib.import_module(name)
+        for name in ("_hardware", "hardware", "hardware_sweeps", "basis_on_chips", "chip_consistency")
     }
     sys.path.remove(str(_ROOT / "experiments"))
 
@@ -160,7 +161,7 @@ def test_kept_rows_of_the_defaults_are_not_next_to_rows_of_other_settings(script
 
 
 def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monkeypatch):
-    script = importlib.import_module("chip_consistency")
+    script = scripts["chip_consistency"]
     monkeypatch.setattr(script, "task_rows", lambda store, task, options: iter(_rows("digital", [[50]])))
     text = (_ROOT / "examples" / "chip.yaml").read_text()
     (config := tmp_path / "chip.yaml").write_text(text)
@@ -171,6 +172,32 @@ def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monke
     save_config(edited, config)
     with pytest.raises(ValueError, match="holds other results \\(config was"):
         script.main(given)
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "message"),
+    [
+        (("hardware", "hardware_sweeps", "basis_on_chips", "chip_consistency"), given, message)
+        for given, message in (
+            (["--tasks"], "no tasks: give at least one with --tasks"),
+            (["--seeds"], "no seeds: give at least one with --seeds"),
+            (["--chips", "0"], "chips is 0: wanted at least 1"),
+        )
+    ]
+    + [
+        (("hardware_sweeps",), ["--sweeps"], "no sweeps"),
+        (("basis_on_chips",), ["--cases"], "no cases"),
+        (("basis_on_chips",), ["--sizes"], "no sizes"),
+        (("hardware",), ["--age", "1 moon"], "an age of '1 moon'"),
+        (("hardware",), ["--crossbar", "raella"], "an age of 1month, but these cells have no drift model"),
+        (("basis_on_chips",), ["--crossbar", "raella", "--earlier"], "no drift model"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(scripts, names, arguments, message, tmp_path):
+    for name in names:
+        with pytest.raises(ValueError, match=message):
+            scripts[name].main([*arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("sweep", "point"), [("noise", "x"), ("noise", "-0.1"), ("adc", "6.5"), ("cell", "many")])
