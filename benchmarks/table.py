@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _measure import MALLOC, PRODUCT, ROOT, features, met, processor
+from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _DECODER = "fusion_step.py --shape smollm2-135m"
@@ -59,6 +59,7 @@ _FULL = (
     "convert.py",
     "crossbar.py",
 )
+_NEED_PEFT = ("generation.py", "convert.py")  # which compare with nothing else
 _LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}
 _HEAD = ("what", "ratio", "required", "ambition", "")
 
@@ -134,6 +135,9 @@ def _run(command: str) -> dict[str, Any] | None:
     script, *arguments = command.split()
     if "--cores" in arguments and int(arguments[arguments.index("--cores") + 1]) > len(os.sched_getaffinity(0)):
         print(f"  left out: this process may use {len(os.sched_getaffinity(0))} cores", file=sys.stderr)
+        return {"cases": [], "rates": {}}
+    if script in _NEED_PEFT and not has_peft():
+        print("  left out: PyTorch and PEFT are not installed", file=sys.stderr)
         return {"cases": [], "rates": {}}
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, *arguments, "--json"],

@@ -205,6 +205,15 @@ def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, mo
     assert {path.name for path in (tmp_path / "speed").iterdir()} == {"table.md", "cases.json"}
 
 
+def test_scripts_that_compare_with_peft_alone_are_left_out_without_it(benchmarks, monkeypatch):
+    table = benchmarks["table"]
+    monkeypatch.setattr(table, "has_peft", lambda: False)
+    monkeypatch.setattr(table.subprocess, "run", lambda *_, **__: pytest.fail("was run"))
+    for command in table._FULL:
+        if command.startswith(("generation.py", "convert.py")):
+            assert table._run(command) == {"cases": [], "rates": {}}
+
+
 def test_the_table_that_is_kept_can_be_made_again(benchmarks):
     """From its cases, whatever else a file of an earlier form lacks."""
     folder = _ROOT / "docs/results/speed"
