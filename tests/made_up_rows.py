@@ -61,7 +61,7 @@ def row(task, method, seed, correct, option=None, league="95+5", trainable=0):
         "trainable": trainable,
         "steps": steps,
         "forward_rows": 10 * steps,
-        "backward_rows": 10 * steps,
+        "backward_rows": 9 * steps,
         "seconds": 0.01 * steps,
         "config": {"method": method, "recipe": {"lr": 0.02 if "fusion" in method else 0.002, "epochs": 20}},
         "data_sha256": hashlib.sha256(task.encode()).hexdigest(),

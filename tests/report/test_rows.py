@@ -113,6 +113,14 @@ def test_rows_that_are_refused_are_named_and_not_written(changes, message, tmp_p
     assert not path.exists()
 
 
+def test_percents_are_those_of_the_marks_to_a_decimal(tmp_path):
+    rounded = {"correct": "001", "exact_match": 33.3, "option_correct": "110", "option_accuracy": 66.7}
+    append_rows(tmp_path / "results.jsonl", [_changed(**rounded)])
+    for percent, off in (("exact_match", 33.4), ("option_accuracy", 66.6)):
+        with pytest.raises(ValueError, match=f"{percent} is {off}, but .* says"):
+            append_rows(tmp_path / "results.jsonl", [_changed(**rounded | {percent: off})])
+
+
 def test_lines_that_are_no_rows_are_named(tmp_path):
     path = tmp_path / "results.jsonl"
     append_rows(path, _ROWS[:1])

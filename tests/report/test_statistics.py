@@ -52,6 +52,8 @@ def test_the_width_has_its_closed_form():
     assert [found.low, found.high] == pytest.approx([25 - half, 25 + half], abs=0.3)
     assert found.std == 0
     assert summary([np.zeros((3, 10), bool)]) == (0, 0, 0, 0)
+    two = summary([answers, answers])  # each task draws its own items
+    assert [two.low, two.high] == pytest.approx([25 - half / 2**0.5, 25 + half / 2**0.5], abs=0.3)
 
 
 @pytest.mark.parametrize(("seeds", "items", "seed_sd"), [(1, 100, 0.0), (5, 60, 0.0), (8, 60, 0.1)])
@@ -95,6 +97,11 @@ def test_p_agrees_with_the_normal_test_and_is_two_sided():
 def test_a_method_against_itself():
     answers = [np.random.default_rng(6).random((5, 40)) < 0.5]
     assert paired(answers, answers) == (0, 0, 0, 1)
+
+
+def test_tasks_that_cancel_leave_no_difference_but_rounding():
+    won, lost = (np.full((3, 7), True), np.full((3, 10), False)), (np.full((3, 7), False), np.full((3, 10), True))
+    assert paired(won, lost).p == paired(lost, won).p == 1
 
 
 def test_one_seed_stands_for_all():
