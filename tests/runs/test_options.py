@@ -85,7 +85,8 @@ def test_string_tasks_are_open(folder):
     ],
 )
 def test_options_of_a_prompt(prompt, options):
-    assert answer_options(_task([prompt], train=[(prompt, options[0])])) == (options,)
+    for said in (options[0], f" {options[0]}\n"):
+        assert answer_options(_task([prompt], train=[(prompt, said)])) == (options,)
     assert answer_options(_task([prompt], train=[])) == (options,)
 
 
@@ -103,6 +104,8 @@ def test_no_options_in_a_prompt(prompt):
     assert answer_options(_task([prompt])) is None
     closed = _task([prompt], train=[("p", "yes"), ("q", "no")] * 2)
     assert answer_options(closed) == (("no", "yes"),)
+    # Nor where other prompts' options are believed.
+    assert answer_options(_task([prompt], train=[("Options:\n- yes\n- no", "yes")])) is None
 
 
 def test_a_row_without_options_takes_the_labels():

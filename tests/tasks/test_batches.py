@@ -16,6 +16,7 @@ from lorafusion_jax.tasks import (
     batch_orders,
     bucket,
     eval_batches,
+    most_new_tokens,
     pad,
     split,
     train_batches,
@@ -60,6 +61,10 @@ def test_ladder():
     assert widths[-1] == 2048
     for length in range(2049):
         assert bucket(length) == next(width for width in widths if width >= length)
+
+
+def test_an_answer_is_at_most_twice_as_long_as_a_training_target_and_256_tokens():
+    assert [most_new_tokens(longest) for longest in (1, 5, 40, 128, 500)] == [4, 12, 80, 256, 256]
 
 
 @given(st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1), st.integers(0, 3))

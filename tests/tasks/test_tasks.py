@@ -1,5 +1,6 @@
 """Reading tasks, splitting them, drawing modules, tokenising: what arrives, and what bad input is told."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -109,7 +110,10 @@ def test_fingerprint_tells_tasks_apart(tmp_path):
     others = [load_task(tmp_path, prompt="Q: {input}"), load_task(path, need=["train"])]
     _write(path, _rows(4)[::-1])
     others.append(load_task(tmp_path))
-    assert len({both.sha256, *(task.sha256 for task in others)}) == 4
+    others.append(dataclasses.replace(both, train=both.train[:-1], test=(both.train[-1], *both.test)))
+    told = dataclasses.replace(both.test[0], history=(("system", "Be brief."),))
+    others.append(dataclasses.replace(both, test=(told, *both.test[1:])))
+    assert len({both.sha256, *(task.sha256 for task in others)}) == 6
 
 
 def test_prompt_stands_around_every_input(tmp_path):
@@ -368,10 +372,10 @@ def test_missing_part(tmp_path, there, missing):
 
 def test_one_list_too_short_to_divide(tmp_path):
     path = _write(tmp_path / "all.jsonl", _rows(60))
-    with pytest.raises(
-        ValueError, match=r"one list of 60 rows, and 100 to train would leave none to test: ask for fewer"
-    ):
-        load_task(path)
+    for train_rows in (100, 60):
+        message = f"one list of 60 rows, and {train_rows} to train would leave none to test: ask for fewer"
+        with pytest.raises(ValueError, match=message):
+            load_task(path, train_rows=train_rows)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"])
