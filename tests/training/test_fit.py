@@ -14,7 +14,7 @@ from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Encoded, Split
 from lorafusion_jax.training import fit as fit_lib
-from lorafusion_jax.training.fit import Epoch, fit, start
+from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
 from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import PRESETS
 from lorafusion_jax.training.rows import TrainingRows
@@ -89,6 +89,63 @@ def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkey
     assert read == 3 and compiled == 1
     _assert_same(together, state)
     _assert_same(_found(of_whole), _found(epochs))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "stops", "last", "pruned"), [(4, (9, 9), 4, 2), (5, (2, 4), 4, 3), (1, (1, 1), 1, 1)]
+)
+def test_the_loop_prunes_at_half_time_and_ends_when_every_seed_has_stopped(
+    problem, monkeypatch, epochs, stops, last, pruned
+):
+    ended, found = [], []
+
+    def end(state, loss, number, *, optimisation, pruning):
+        ended.append((int(number), pruning, optimisation.steps))
+        return state._replace(stopped=np.array([number >= stop for stop in stops]))
+
+    _without_programs(monkeypatch)
+    monkeypatch.setattr(fit_lib, "_after_epoch", end)
+    recipe = dataclasses.replace(_RECIPE, epochs=epochs, prune=0.5)
+    fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS, after_epoch=found.append)
+    assert ended == [(number, number == pruned, epochs * _STEPS) for number in range(1, last + 1)]
+    assert [epoch.last for epoch in found] == [number == last for number in range(1, last + 1)]
+
+
+@pytest.mark.parametrize("protocol", ["default", "reference"])
+def test_rows_are_shuffled_by_seed_and_epoch_but_not_in_the_papers_protocol(problem, monkeypatch, protocol):
+    trained, validated = _without_programs(monkeypatch)
+    recipe = dataclasses.replace(_RECIPE, protocol=protocol)
+    fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
+    orders = np.array(trained).reshape(3, _STEPS, 2, 2).swapaxes(1, 2).reshape(6, 6)  # of epochs and seeds
+    assert len(np.unique(orders, axis=0)) == (1 if protocol == "reference" else 6)
+    assert (np.sort(orders, axis=1) == np.sort(orders[0])).all()
+    held_out = [int(row[0]) for row in _rows().tokens.inputs[:2]]
+    assert np.array(validated).tolist() == [[held_out] * 2] * 3  # every epoch, for both seeds
+
+
+def _without_programs(patch):
+    """Take no step and evaluate nothing; return the first tokens of the rows that train and that validate."""
+    trained, validated = [], []
+
+    def train(state, batches, *_, **__):
+        trained.append(np.asarray(batches.input_ids)[:, 0, :, 0])
+        return state, {"loss": np.zeros((1, 2))}
+
+    def validate(params, batch, problem):
+        validated.append(np.asarray(batch.input_ids)[:, :, 0])
+        return jnp.zeros(2)
+
+    patch.setattr(fit_lib, "train_seeds", train)
+    patch.setattr(fit_lib, "seed_entropies", validate)
+    return trained, validated
+
+
+def test_a_recipes_rates_are_those_of_every_seed():
+    recipe = dataclasses.replace(_RECIPE, l2=0.25, l1=0.5, lr_coefficients=2.0, lr_magnitudes=4.0)
+    found = recipe_rates(Fusion(), recipe, 3)
+    assert found.l2.tolist() == [0.25] * 3 and found.l1.tolist() == [0.5] * 3
+    assert found.learning_rate["coefficients"].tolist() == [2.0] * 3
+    assert found.learning_rate["magnitudes"].tolist() == [4.0] * 3
 
 
 @pytest.mark.long

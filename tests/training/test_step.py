@@ -18,7 +18,7 @@ from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.loss import objective
 from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import Optimisation, Rates
+from lorafusion_jax.training.recipe import Optimisation, Rates, Recipe
 from lorafusion_jax.training.step import end_epoch, fusion_step, init_state, prune
 
 _MODEL = tiny.t5()
@@ -157,6 +157,8 @@ def test_two_learning_rates_and_coupled_l2_as_torch_adam(start, take):
     state = start
     for number in range(10):
         gradients = _random_like(start.params, number)
+        # So small that Adam's eps shows.
+        gradients["magnitudes"] = jax.tree.map(lambda g: 1e-7 * g, gradients["magnitudes"])
         state, _ = take(state, gradients, rates)
         coefficients.step(gradients["coefficients"])
         for site, adam in magnitudes.items():
@@ -243,6 +245,14 @@ def test_schedules(start, take, optimisation, factor):
 def test_numbers_that_describe_no_training(numbers, message):
     with pytest.raises(ValueError, match=message):
         Optimisation(steps=6, **numbers)
+
+
+def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
+    recipe = Recipe(epochs=16, schedule="constant", warmup=4, clip=0.5, stop_early=True, prune=0.25)
+    settings = {"schedule": "constant", "warmup": 4, "clip": 0.5, "prune": 0.25}
+    assert recipe.optimisation(60) == Optimisation(steps=60, **settings, patience=5, patience_from=3)
+    assert Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
+    assert Recipe(epochs=2).optimisation(9).patience is None
 
 
 def _losses(state, losses, optimisation):
