@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.norms import norms
+from lorafusion_jax.adapters.updates import WeightDecomposed
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.lora import LoRA
@@ -113,6 +114,24 @@ def test_gradients_are_finite_differences(method):
         jax.jit(loss)(jax.tree.map(lambda p, g, sign=sign: p + sign * step * g, params, along)) for sign in (1, -1)
     )
     assert float(ahead - behind) / (2 * step) == pytest.approx(size, rel=0.02)
+
+
+def test_the_norm_of_a_dora_update_counts_as_constant():
+    shapes = (7, 5), (7, 2), (2, 5), (5,), (3, 7), (3, 5)
+    rng = np.random.default_rng(0)
+    W, A, B, m, x, direction = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def value(A, B, m):
+        return jnp.sum(direction * WeightDecomposed(A, B, m)(x, W))
+
+    found = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(A, B, m)
+    W, A, B, m, x, direction = (np.asarray(a, np.float64) for a in (W, A, B, m, x, direction))
+    adapted = W + A @ B
+    norm = np.linalg.norm(adapted, axis=0)
+    of_update = x.T @ (direction * m / norm)
+    wanted = of_update @ B.T, A.T @ of_update, np.sum(x @ adapted * direction / norm, axis=0)
+    for got, of_matrix in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, of_matrix, rtol=1e-4, atol=1e-5)
 
 
 def test_full_fine_tuning_runs_on_its_own_weights():

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
+import tiny
 from jaxtyping import Array, Int
 
+from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.updates import Rescaled
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
 from lorafusion_jax.estimates.bill import CostOptions, bills
@@ -20,13 +22,20 @@ from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.methods import METHODS, find, register
+from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.methods.magnitudes import Magnitudes
+from lorafusion_jax.methods.mean import MeanFusion
+from lorafusion_jax.methods.merge import Merge
 from lorafusion_jax.methods.method import Built, Fused, MethodEntry, Placement, Update
+from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.training.problem import Frozen, Method, Params
 from lorafusion_jax.training.recipe import Recipe
 
 _SMALL = SHAPES["t5-small"]
+_POOL = tiny.pool(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +122,42 @@ def test_an_unknown_method_is_answered_with_those_there_are():
 
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
-def test_the_groups_of_an_entry_are_those_that_its_method_has_rates_for(name):
+def test_the_groups_of_an_entry_are_those_that_its_method_trains(name):
     entry, recipe = METHODS[name], Recipe(modules=2)
     found = trainable_count(entry, _SMALL, recipe, Fused(rank=4, pool=2, targets=("q", "v")))
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
-    if not entry.pool:
-        method = entry.build(Built(config=_SMALL, recipe=recipe, pool=None, modules=0))
-        assert set(entry.groups) <= method.learning_rates(recipe).keys()
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
+def test_every_group_learns_at_its_own_rate_of_the_recipe(name):
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name.startswith("lr_")]
+    recipe = Recipe(**{rate: number + 0.5 for number, rate in enumerate(names)})
+    groups = {"mean": "coefficients", "base": "full"}
+    method = METHODS[name].build(Built(config=_SMALL, recipe=recipe, pool=_POOL, modules=2))
+    assert set(METHODS[name].groups) <= method.learning_rates(recipe).keys()
+    for group, rate in method.learning_rates(recipe).items():
+        assert rate == getattr(recipe, f"lr_{groups.get(group, group)}"), group
+
+
+def test_a_method_is_built_with_the_numbers_of_the_recipe():
+    chosen = {"granularity": "site", "start": "twice", "differentiate_norm": True, "lora_rank": 3, "vera_rank": 5}
+    recipe = Recipe(**chosen, composition="mix", lora_targets=("q",), merge="ties", density=0.3)
+
+    def built(name, recipe=recipe, pool=_POOL):
+        return METHODS[name].build(Built(config=_SMALL, recipe=recipe, pool=pool, modules=2))
+
+    fusion = Fusion(composition="mix", granularity="site", start="twice", differentiate_norm=True)
+    assert built("fusion") == fusion
+    assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
+    assert built("mean-fusion") == MeanFusion(**dataclasses.asdict(fusion))
+    in_basis = built("fusion", Recipe(basis=3, core=True), shared_basis(_POOL, 4))
+    assert in_basis == Fusion(basis=3, core=True)
+    assert built("merge") == Merge(kind="ties", density=0.3)
+    sites = tuple((name, site) for name, site in _SMALL.sites.items() if name.endswith(".q"))
+    assert built("lora") == LoRA(sites=sites, rank=3, alpha=6.0)
+    assert built("dora") == LoRA(sites=sites, rank=3, alpha=6.0, dora=True)
+    assert built("vera") == VeRA(sites=sites, rank=5)
+    assert built("magnitudes") == Magnitudes(tuple(name for name, _ in sites))
 
 
 def test_numbers_are_counted_for_a_pool_that_is_only_shapes():
