@@ -36,6 +36,12 @@ def _somewhere(n, site, layer):
     return 0 if (n == 0 and "decoder" in site) or (n == 2 and site.startswith("encoder") and layer == 2) else 4
 
 
+def _shallow(pool):
+    """The first layer of every stack."""
+    first = {field: {s: w[:1] for s, w in getattr(pool, field).items()} for field in ("A", "B", "rank")}
+    return dataclasses.replace(pool, **first)
+
+
 def _deltas(pool, site, layer):
     return np.asarray(pool.A[site][layer], float) @ np.asarray(pool.B[site][layer], float)
 
@@ -160,6 +166,8 @@ def test_a_core_starts_at_zero_and_acts_where_modules_do():
 
 def test_quantised_directions_have_the_norms_of_what_they_are():
     basis = shared_basis(tiny.pool(4), 8).quantised("int8")
+    for U, V in zip(basis.U.values(), basis.V.values(), strict=True):  # one scale for each direction
+        assert U.scale.shape == (len(U.qvalue), 1, 8) and V.scale.shape == (len(V.qvalue), 8, 1)
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
     terms = _gram(basis)
     adapters, _ = _fuse(c, basis, "block", None, terms, column_norms(terms))
@@ -181,12 +189,22 @@ def test_modules_outside_the_basis_lose_what_it_lacks():
         assert both.kept()[site][:, 4:].max() < basis.kept()[site].min()
     chosen = both.select(["new_1", 0])
     assert chosen.names == ("new_1", "module_0")
-    np.testing.assert_array_equal(chosen.S["encoder.self.q"], both.S["encoder.self.q"][:, jnp.array([5, 0])])
+    for field in ("S", "energy", "rank"):
+        of_all = getattr(both, field)["encoder.self.q"]
+        np.testing.assert_array_equal(getattr(chosen, field)["encoder.self.q"], of_all[:, jnp.array([5, 0])])
     with pytest.raises(ValueError, match="has a module 'module_0' already"):
         extended(basis, pool)
     wide = dataclasses.replace(tiny.pool(1, names="o"), names=("wide",))
     with pytest.raises(ValueError, match=r"no directions at encoder\.self\.o"):
         extended(basis, wide)
+
+
+def test_a_module_has_nothing_at_sites_that_it_lacks():
+    pool, other = tiny.pool(4, _somewhere), dataclasses.replace(tiny.pool(1, names="q", seed=1), names=("new",))
+    assert (shared_basis(pool, 5).kept()["decoder.self.v"][:, 0] == 1).all()  # of nothing, nothing is lost
+    both = extended(shared_basis(pool, 5), other)
+    for field in (both.S, both.energy, both.rank):
+        assert not field["encoder.self.v"][:, 4].any() and field["encoder.self.q"][:, 4].any()
 
 
 def test_directions_of_controls_are_orthonormal_and_keep_less():
@@ -199,6 +217,10 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
             np.testing.assert_allclose(U.T @ U, np.eye(4), atol=1e-5)
             np.testing.assert_allclose(V @ V.T, np.eye(4), atol=1e-5)
             assert control.kept()[site].mean() < own.kept()[site].mean()
+    # Every site, and each of its sides, draws its own.
+    U, V = random_directions(pool, 4, jax.random.key(0))
+    drawn = [*(u[0, :12, 0] for u in U.values()), *(v[0, 0, :12] for v in V.values())]
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 0.95
     W = np.asarray(_KERNELS["encoder.self.q"][1], float)
     first = base_directions(pool, _KERNELS, 1)
     left, right = first[0]["encoder.self.q"][1][:, 0], first[1]["encoder.self.q"][1][0]
@@ -215,6 +237,11 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
         (
             lambda pool: _frozen(Fusion(basis=2), pool),
             "whole modules, .* `shared_basis",
+        ),
+        (lambda pool: _frozen(Fusion(core=True), pool), "whole modules, .* `shared_basis"),
+        (
+            lambda pool: in_directions(pool.select([0]), directions(_shallow(pool), 3)),
+            r"directions at .* for layers, d_in and d_out \(1, 16, 12\): the modules have \(2, 16, 12\)",
         ),
         (
             lambda pool: _frozen(Fusion(basis=4), shared_basis(pool, 3)),

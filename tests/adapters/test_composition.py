@@ -40,8 +40,8 @@ def _somewhere(n, site, layer):
 
 
 def _several(n, site, layer):
-    """Ranks from 0 to 5, another one for every module, site and layer."""
-    return (n + 2 * layer + 3 * ("cross" in site)) % 6
+    """Ranks from 0 to 5, another one for every module, site and layer, and no more than 3 at some sites."""
+    return (n + 2 * layer) % (4 if "cross" in site else 6)
 
 
 def _full(n, site, layer):
@@ -571,6 +571,8 @@ def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits
     for weight in (*small.A.values(), *small.B.values()):
         assert isinstance(weight, qwix.QArray)
         assert jnp.iinfo(weight.qvalue.dtype).bits == bits
+    for A, B in zip(small.A.values(), small.B.values(), strict=True):  # one scale for each rank, along d_in and d_out
+        assert A.scale.shape == (len(A.qvalue), 4, 1, 4) and B.scale.shape == (len(B.qvalue), 4, 4, 1)
     plain_again = dataclasses.replace(
         small, **{f: {s: dense(w, jnp.float32) for s, w in getattr(small, f).items()} for f in ("A", "B")}
     )
@@ -628,7 +630,10 @@ def test_starts():
     c = np.asarray(initial((20, 48), "xavier", key))
     bound = np.sqrt(6 / 68)
     assert np.abs(c).max() <= bound and np.abs(c).max() > 0.99 * bound and abs(c.mean()) < 0.02
+    by_rank = np.abs(initial((20, 48, 4), "xavier", key)).max()
+    assert by_rank <= np.sqrt(6 / (20 + 48 * 4)) < 1.01 * by_rank
     np.testing.assert_array_equal(initial((4, 5), "uniform", key), np.full((4, 5), 0.25, np.float32))
+    np.testing.assert_array_equal(initial((4, 5), "twice", key), np.full((4, 5), 0.5, np.float32))
     np.testing.assert_array_equal(initial((4, 5), "zeros", key), np.zeros((4, 5)))
 
 
@@ -676,6 +681,14 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
             assert np.abs(replaced - np.asarray(weight)).max() > 0.1
             # A module's draw does not depend on what else is in the pool.
             _close(replaced[:, [2]], getattr(alone, field)[site], 1e-6)
+    # But on the matrix, the site, the layer and the key.
+    other, even = jax.jit(random_pool)(pool, jax.random.key(1)), tiny.pool(2, names="v")
+    drawn = jax.jit(random_pool)(even, jax.random.key(0))
+    first = [
+        weights[site][layer, 0].ravel()[:40] for weights in (drawn.A, drawn.B) for site in even.A for layer in (0, 1)
+    ]
+    assert np.abs(np.corrcoef(first) - np.eye(len(first))).max() < 0.7
+    assert np.abs(other.A["encoder.self.v"] - control.A["encoder.self.v"]).max() > 0.1
 
 
 def test_the_random_control_replaces_zeros_of_a_module_too():
