@@ -90,8 +90,8 @@ def test_chips_in_one_program_are_the_single_ones():
     wanted = [_loss(chip.of_seed(jnp.int32(0))) for chip in singles]
     assert wanted[0] != wanted[1]
     np.testing.assert_allclose(found, [wanted[1], wanted[0], wanted[1]], rtol=1e-5)
+    other = dataclasses.replace(_NOISY, device=dataclasses.replace(_DEVICE, time=None))
     with pytest.raises(ValueError, match="differ in plain numbers"):
-        other = dataclasses.replace(_NOISY, device=dataclasses.replace(_DEVICE, time=None))
         program_chips(_GRAPH, _DIGITAL, [rules[0], {_WRITTEN: other}], _KEYS, jnp.arange(2), limits=limits)
 
 
