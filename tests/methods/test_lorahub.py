@@ -16,6 +16,7 @@ from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods import lorahub
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training.problem import SEARCH, Problem
 
 needs_nevergrad = pytest.mark.skipif(
     importlib.util.find_spec("nevergrad") is None, reason="needs nevergrad: pip install -e '.[lorahub]'"
@@ -92,6 +93,15 @@ def test_search_improves_on_its_start_and_says_what_it_tried():
     recommended = lorahub.score(found.weights, **_without_seeds(arguments))
     np.testing.assert_allclose(recommended, found.scores.min(axis=0), atol=1e-6)
     assert (recommended < found.scores[0] - 0.01).all()
+
+
+@needs_nevergrad
+def test_every_evaluation_and_batch_is_read_with_noise_of_its_own(monkeypatch):
+    read, batches = [], []
+    monkeypatch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    monkeypatch.setattr(lorahub, "reads", lambda frozen, *number: batches.append(number) or frozen)
+    lorahub.search(**small_search.small(), evaluations=3)
+    assert read == [(SEARCH, 1), (SEARCH, 2), (SEARCH, 3)] and batches == [(0,), (1,)] * 3
 
 
 @needs_nevergrad

@@ -17,6 +17,7 @@ from lorafusion_jax.methods.lorahub import LORAHUB
 from lorafusion_jax.methods.mean import single_losses
 from lorafusion_jax.methods.method import SearchJob
 from lorafusion_jax.tasks import IGNORED, Batch
+from lorafusion_jax.training.problem import SEARCH, Problem
 from lorafusion_jax.training.recipe import Recipe
 
 _MODULES, _GENERATIONS, _POPULATION = 3, 8, 6
@@ -134,6 +135,23 @@ def _ragged(seeds):
             Batch(ids.astype(np.int32), mask, labels.astype(np.int32), np.broadcast_to(real, (seeds, 4)).copy())
         )
     return batches
+
+
+def test_every_batch_is_read_with_noise_of_its_own(monkeypatch):
+    read = []
+    monkeypatch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    monkeypatch.setattr(mean, "seed_entropies", lambda *_: jnp.zeros(1))
+    single_losses(_ragged(1), _given((1,))["problem"])
+    assert read == [(SEARCH, 0), (SEARCH, 1)]
+
+
+@needs_evosax
+def test_every_generation_is_read_with_noise_of_its_own(monkeypatch):
+    read = []
+    monkeypatch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    monkeypatch.setattr(cma, "score", lambda weights, *_: np.sum(weights**2, axis=1))
+    _search((1,), _given((1,)), generations=3)
+    assert read == [(SEARCH, 1), (SEARCH, 2), (SEARCH, 3)]
 
 
 def test_a_module_without_a_finite_loss_is_never_the_best(monkeypatch):

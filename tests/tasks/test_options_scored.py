@@ -18,6 +18,7 @@ from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.scoring import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training.fit import start
+from lorafusion_jax.training.problem import GENERATION, LOSS, OPTIONS, Problem
 from lorafusion_jax.training.recipe import PRESETS
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
@@ -112,11 +113,22 @@ def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
     assert percents == pytest.approx([100 * np.mean(of_seed) for of_seed in wanted])
 
 
-def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
+def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen, monkeypatch):
     """Batches of another size, fewer rows, and the path from the options of a run."""
     setup, options, params = given
+    read = []
+
+    def record(problem, *number, own=Problem.read):
+        read.append(number)
+        return own(problem, *number)
+
+    monkeypatch.setattr(Problem, "read", record)
     fewer = dataclasses.replace(setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values())))
     seeds, found = evaluate_seeds(fewer, options, params)
     assert seeds == _SEEDS and found.option_correct is not None
     wanted = [[s == row.target for (s, _), row in zip(rows, setup.task.test, strict=True)][:5] for rows in chosen]
     np.testing.assert_array_equal(found.option_correct, wanted)
+    assert [row["option_accuracy"] for row in seed_rows(seeds, found)] == [100 * np.mean(row) for row in wanted]
+    # Every batch, of the rows and of their options, has noise of its own.
+    batches = -(-sum(row.input.count("\n- ") for row in setup.task.test[:5]) // options.eval_batch)
+    assert batches > 1 and read == [(GENERATION, 0), (LOSS, 0), *((OPTIONS, number) for number in range(batches))]

@@ -15,7 +15,7 @@ from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Encoded, Split
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.problem import VALIDATION, Frozen, Problem
 from lorafusion_jax.training.recipe import PRESETS
 from lorafusion_jax.training.rows import TrainingRows
 
@@ -113,7 +113,7 @@ def test_the_loop_prunes_at_half_time_and_ends_when_every_seed_has_stopped(
 
 @pytest.mark.parametrize("protocol", ["default", "reference"])
 def test_rows_are_shuffled_by_seed_and_epoch_but_not_in_the_papers_protocol(problem, monkeypatch, protocol):
-    trained, validated = _without_programs(monkeypatch)
+    trained, validated, read = _without_programs(monkeypatch)
     recipe = dataclasses.replace(_RECIPE, protocol=protocol)
     fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
     orders = np.array(trained).reshape(3, _STEPS, 2, 2).swapaxes(1, 2).reshape(6, 6)  # of epochs and seeds
@@ -121,11 +121,15 @@ def test_rows_are_shuffled_by_seed_and_epoch_but_not_in_the_papers_protocol(prob
     assert (np.sort(orders, axis=1) == np.sort(orders[0])).all()
     held_out = [int(row[0]) for row in _rows().tokens.inputs[:2]]
     assert np.array(validated).tolist() == [[held_out] * 2] * 3  # every epoch, for both seeds
+    assert read == [(VALIDATION, epoch) for epoch in (1, 2, 3)]
 
 
 def _without_programs(patch):
-    """Take no step and evaluate nothing; return the first tokens of the rows that train and that validate."""
-    trained, validated = [], []
+    """Take no step and evaluate nothing.
+
+    Return the first tokens of the rows that train and that validate, and the numbers of the reads that validate.
+    """
+    trained, validated, read = [], [], []
 
     def train(state, batches, *_, **__):
         trained.append(np.asarray(batches.input_ids)[:, 0, :, 0])
@@ -137,7 +141,8 @@ def _without_programs(patch):
 
     patch.setattr(fit_lib, "train_seeds", train)
     patch.setattr(fit_lib, "seed_entropies", validate)
-    return trained, validated
+    patch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    return trained, validated, read
 
 
 def test_a_recipes_rates_are_those_of_every_seed():
