@@ -12,7 +12,9 @@ from lorafusion_jax.crossbar import (
     DAC,
     PRESETS,
     CrossbarConfig,
+    Device,
     Encoding,
+    ReadNoise,
     Tile,
     calibrate_tree,
     calibrated,
@@ -139,6 +141,17 @@ def test_ranges_of_a_model_come_from_data():
     with pytest.warns(UserWarning, match=r"DACs clip more inputs than dac.clip_share: .*a: (4|5)\d\.\d%"):
         rows = site_errors(settled, observe(run, settled, [x]))
     assert [row["site"] for row in rows] == ["a", "b"]
+
+
+def test_every_batch_is_observed_with_noise_of_its_own():
+    weights, x = problem()
+    tree = program_tree({"w": weights}, {"*": CrossbarConfig(device=Device(read_noise=ReadNoise(0.1)))}, KEY)
+
+    def run(tree, batch):
+        return matmul(batch, tree["w"])
+
+    once, twice = (float(observe(run, tree, [x] * batches)[0].error) for batches in (1, 2))
+    assert abs(twice / once - 2) > 1e-3
 
 
 def test_negative_inputs_of_an_unsigned_dac_are_counted():

@@ -148,9 +148,19 @@ def test_full_fine_tuning_runs_on_its_own_weights():
     assert abs(float(own - loss["other's"])) > 0.01
 
 
+def test_lora_starts_from_a_uniform_draw_for_every_site():
+    drawn = _METHODS["lora"].init(Frozen(_BASE), _INDEX, jax.random.key(3))["lora"]["A"]
+    for name, site in _SITES:
+        largest, bound = float(jnp.abs(drawn[name]).max()), site.d_in**-0.5
+        assert 0.95 * bound < largest <= bound
+    assert (drawn["decoder.self.q"] != drawn["decoder.cross.q"]).all()
+
+
 def test_veras_matrices_are_kaiming_uniform():
     method = dataclasses.replace(_METHODS["vera"], rank=500)
     A, B = method.projections(jax.random.key(0))
+    start = method.init(Frozen(_BASE), _INDEX, jax.random.key(3))["vera"]
+    assert all((d == np.float32(0.1)).all() for d in start["d"].values())  # PEFT's
     widest_in, widest_out = (max(getattr(site, d) for _, site in _SITES) for d in ("d_in", "d_out"))
     assert A.shape == (widest_in, 500) and B.shape == (500, widest_out)
     for matrix, fan in ((A, widest_in), (B, 500)):

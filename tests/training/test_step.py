@@ -17,7 +17,7 @@ from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates, Recipe
 from lorafusion_jax.training.step import end_epoch, fusion_step, init_state, prune
 
@@ -166,6 +166,15 @@ def test_two_learning_rates_and_coupled_l2_as_torch_adam(start, take):
     assert state.step == 10
     _close(state.params["coefficients"], coefficients.value, 1e-5)
     _close(state.params["magnitudes"], {site: adam.value for site, adam in magnitudes.items()}, 1e-5)
+
+
+def test_a_step_reads_the_weights_of_its_number(start, take, monkeypatch):
+    read = []
+    monkeypatch.setattr(Frozen, "of_step", lambda frozen, step, graph: read.append(int(step)) or frozen)
+    state = start
+    for _ in range(3):
+        state, _ = take(state, start.params, _rates())
+    assert read == [0, 1, 2]
 
 
 def test_gradients_that_are_not_finite_are_zeroed_and_counted(start, take):
