@@ -257,8 +257,8 @@ def test_numbers_that_describe_no_training(numbers, message):
 
 
 def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
-    recipe = Recipe(epochs=16, schedule="constant", warmup=4, clip=0.5, stop_early=True, prune=0.25)
-    settings = {"schedule": "constant", "warmup": 4, "clip": 0.5, "prune": 0.25}
+    recipe = Recipe(epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25)
+    settings = {"schedule": "cosine", "warmup": 4, "clip": 0.5, "prune": 0.25}
     assert recipe.optimisation(60) == Optimisation(steps=60, **settings, patience=5, patience_from=3)
     assert Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
     assert Recipe(epochs=2).optimisation(9).patience is None
