@@ -309,3 +309,13 @@ def test_configs_of_transformers_4_and_5_describe_the_same_model(case):
     read = FAMILY.read_config(small | old)
     assert read == FAMILY.read_config(small | new)
     assert read.rope.theta == 500.0 and read != FAMILY.read_config(small)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "window", "sliding"),
+    [("llama", 0, ()), ("mistral", 5, (True, False, False, False)), ("phi3", 5, (True,) * 4)],
+)
+def test_only_some_families_have_windows_or_layers_without_them(model_type, window, sliding):
+    layers = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+    config = FAMILY.read_config(_SMALL | {"model_type": model_type, "sliding_window": 5, "layer_types": layers})
+    assert (config.window, config.sliding) == (window, sliding)

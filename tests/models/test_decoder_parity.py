@@ -71,6 +71,7 @@ _LLAMAS = {
     "plain": {"tie_word_embeddings": False},
     "tied": {"tie_word_embeddings": True},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
+    "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
     # Rows are longer than these contexts.
     "dynamic": {
         "max_position_embeddings": 6,
@@ -382,6 +383,14 @@ def test_rope_scalings_and_tied_heads(tmp_path, kind):
     assert ours.config.tied == (kind == "tied")
     _check(_theirs(theirs), ours)
     _check_said(theirs, ours)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "phi3"])
+def test_windows_that_a_family_does_not_read(tmp_path, model_type):
+    """A Llama has no window, and a Phi-3 has one in all layers; transformers reads this Mistral as a Ministral."""
+    changes = {"sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]}
+    folder = _made(tmp_path / "base", model_type, changes)
+    _check(_theirs(_read(folder)), load_base(folder))
 
 
 def test_shards_and_pickles_hold_the_same_model(tmp_path):

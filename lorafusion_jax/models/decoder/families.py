@@ -84,12 +84,13 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
             f"num_attention_heads is {hf.num_attention_heads}: wanted a multiple of num_key_value_heads, "
             f"{hf.num_key_value_heads}"
         )
-    ropes = _ropes(hf, d_head)
+    ropes = _ropes(kind, hf, d_head)
     ends = hf.eos_token_id if hf.eos_token_id is not None else ()
     ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
     if not ends:
         raise ValueError("eos_token_id is missing: wanted the token, or tokens, that end an answer")
-    window = getattr(hf, "sliding_window", None) or 0
+    # A Llama ignores a window, such as that of a Mistral whose weights it has.
+    window = 0 if kind == "llama" else hf.sliding_window or 0
     config = DecoderConfig(
         model_type=kind,
         vocab_size=hf.vocab_size,
@@ -104,7 +105,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         rope=ropes["full_attention"],
         local_rope=ropes.get("sliding_attention"),
         window=window,
-        sliding=_sliding(hf, window),
+        sliding=_sliding(kind, hf, window),
         activation=_ACTIVATIONS[activation],
         fused=kind == "phi3",
         biased=_biased(kind, hf),
@@ -138,23 +139,24 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
         logging.set_verbosity(verbosity)
 
 
-def _ropes(hf: Any, d_head: int) -> dict[str, Rope]:
+def _ropes(kind: str, hf: Any, d_head: int) -> dict[str, Rope]:
     """Return the rotary positions of `full_attention`, and of `sliding_attention` if they are other ones."""
     said = hf.rope_parameters
     by_layer = said if "full_attention" in said else {"full_attention": said}
     # Some versions of transformers keep the fields of all layers beside those of each kind.
-    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in by_layer]
-    return {kind: _rope(by_layer[kind], d_head, hf.max_position_embeddings) for kind in kinds}
+    layers = [layer for layer in ("full_attention", "sliding_attention") if layer in by_layer]
+    return {layer: _rope(kind, by_layer[layer], d_head, hf.max_position_embeddings) for layer in layers}
 
 
-def _rope(fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
+def _rope(kind: str, fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
     fields = structured(dict(fields), _RopeJson, "", own=False)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
         raise ValueError(f"the rope scaling is {scaling!r}, which is not implemented: wanted {', '.join(_SCALINGS)}")
     return Rope(
         theta=float(fields["rope_theta"]),
-        width=int(d_head * fields.get("partial_rotary_factor", 1.0)),
+        # Only a Phi-3 reads the factor.
+        width=int(d_head * fields.get("partial_rotary_factor", 1.0)) if kind == "phi3" else d_head,
         scaling=scaling,
         factor=float(fields.get("factor", 1.0)),
         context=fields.get("original_max_position_embeddings", context) if scaling == "llama3" else context,
@@ -163,12 +165,12 @@ def _rope(fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
     )
 
 
-def _sliding(hf: Any, window: int) -> tuple[bool, ...]:
-    """Return which layers have a sliding window; the config of a Mistral or a Phi-3 speaks of all layers at once."""
+def _sliding(kind: str, hf: Any, window: int) -> tuple[bool, ...]:
+    """Return which layers have a sliding window: all of a Phi-3 and, unless its config says which, of a Mistral."""
     if not window:
         return ()
-    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    kinds = None if kind == "phi3" else getattr(hf, "layer_types", None)
+    return tuple(each == "sliding_attention" for each in kinds or ["sliding_attention"] * hf.num_hidden_layers)
 
 
 def _biased(kind: str, hf: Any) -> tuple[str, ...]:
