@@ -22,6 +22,7 @@ from ..models.architecture import Architecture, Model, kernels, set_matrices
 from ..models.families import family_of
 from ..models.layers import Adapter
 from ..models.weights import Weight, dense
+from .source import split_revision
 
 # (A [r, d_in], B [r, d_out]) by site and layer.
 _Factors = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]
@@ -133,8 +134,9 @@ def _adapter(
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B.T}
         if magnitudes is not None:
             tensors[f"{module}.lora_magnitude_vector"] = np.asarray(magnitudes[site][layer], np.float32)
+    name, revision = split_revision(base)
     fields = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -143,6 +145,7 @@ def _adapter(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
+        "revision": revision,
         # Full paths: a last name alone would also match matrices that the adapter has no tensors for.
         "target_modules": sorted(paths.values()),
         "task_type": family_of(config).task_type,

@@ -12,7 +12,7 @@ from ..files import FileError, read_json, structured
 from . import safetensors as safetensors_map
 from . import torch_pickle
 from .base import OpenedBase
-from .source import inside, resolve, sha256
+from .source import inside, resolve, sha256, split_revision
 
 if TYPE_CHECKING:
     import transformers
@@ -90,9 +90,13 @@ class FolderBase(OpenedBase):
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
+        name, revision = split_revision(self._source)
+        path = Path(name).expanduser()
         try:
             # Not told, transformers may offer on a terminal to run code that the repository brings.
-            return AutoTokenizer.from_pretrained(self._source, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                str(path) if path.exists() else name, revision=revision, trust_remote_code=False
+            )
         except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
                 f"{self._source} gives no tokenizer: wanted a folder or hub id with config.json and tokenizer.json or "

@@ -17,6 +17,12 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Return `owner/name` and the revision, if it has one, of a hub id; a path here as it is, and None."""
+    hub_id = _HUB_ID.fullmatch(source) if is_hub_id(source) else None
+    return (source, None) if hub_id is None else (hub_id[1], hub_id[2])
+
+
 def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
     """Return the local folder of a source; a hub id is fetched from the Hugging Face hub first.
 
@@ -36,18 +42,18 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             raise ValueError(f"{source} is a file: give the folder that holds it")
     except OSError as error:  # a name that is too long
         raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}") from None
-    hub_id = _HUB_ID.fullmatch(source)
-    if hub_id is None:
+    if not is_hub_id(source):
         raise ValueError(
             f"{source!r} is neither a folder here nor a hub id: wanted a path, owner/name or owner/name@rev"
         )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
+    name, revision = split_revision(source)
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                hub_id[1], revision=hub_id[2], allow_patterns=list(patterns) if patterns else None
+                name, revision=revision, allow_patterns=list(patterns) if patterns else None
             )
         )
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from .. import __version__
 from ..columns import escaped, markdown
 from ..files import printable, write_text
-from ..io.source import is_hub_id
+from ..io.source import is_hub_id, split_revision
 from ..models.architecture import Architecture
 from ..report import plot_coefficients, summary
 from .folder import RunFolder
@@ -75,7 +75,7 @@ def _front_matter(options: FuseOptions, *, merged: bool) -> str:
     lines = ["tags:", "- lorafusion", *([] if merged else ["- lora"])]
     lines.append(f"library_name: {'transformers' if merged else 'peft'}")
     if is_hub_id(options.base):  # the hub refuses anything else
-        lines.append(f"base_model: {options.base.partition('@')[0]}")
+        lines.append(f"base_model: {split_revision(options.base)[0]}")
     return "\n".join(["---", *lines, "---", ""])
 
 
@@ -97,7 +97,10 @@ def _code(name: str) -> str:
 def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool) -> str:
     kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
     # A text of JSON is one of Python too, whatever the name holds.
-    of, base = json.dumps(where), json.dumps(printable(_shown(options.base)), ensure_ascii=False)
+    of, (name, revision) = json.dumps(where), split_revision(options.base)
+    base = json.dumps(printable(_shown(name)), ensure_ascii=False)
+    if revision is not None:
+        base += f", revision={json.dumps(printable(revision), ensure_ascii=False)}"
     if merged:
         code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({of})"
     else:

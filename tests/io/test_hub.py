@@ -2,11 +2,14 @@
 
 import datasets
 import hub_server
+import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
 from hub_server import TOKEN
 
+from lorafusion_jax.adapters.updates import LowRank
+from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.hf import load_tokenizer, read_config
 from lorafusion_jax.io.hub import make_repository
 from lorafusion_jax.io.peft.adapter import read_adapter
@@ -37,6 +40,30 @@ def test_bases_tokenizers_and_adapters_come_by_id(hub, small):
     for path, factors in local.factors.items():
         for a, b in zip(fetched.factors[path], factors, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("revision", ["main", hub_server.COMMIT])
+def test_a_base_and_its_tokenizer_come_by_id_and_revision(hub, small, revision):
+    source = f"org/base@{revision}"
+    assert read_config(source) == read_config(small[0])
+    assert load_tokenizer(source).get_vocab() == load_tokenizer(small[0]).get_vocab()
+    with pytest.raises(ValueError, match="org/base@v9 gives no tokenizer"):
+        load_tokenizer("org/base@v9")
+
+
+def test_an_adapter_names_base_and_revision_as_peft_does(small):
+    config = read_config(small[0])
+    adapters = {"encoder.self.q": LowRank(jnp.ones((1, config.d_model, 2)), jnp.ones((1, 2, config.d_model)))}
+    for source, name, revision in (("org/base@main", "org/base", "main"), (str(small[0]), str(small[0]), None)):
+        fields, _ = lora_adapter(config, adapters, base=source)
+        assert (fields["base_model_name_or_path"], fields["revision"]) == (name, revision)
+
+
+def test_a_base_is_found_in_the_home_folder(small, monkeypatch):
+    monkeypatch.setenv("HOME", str(small[0].parent))
+    source = f"~/{small[0].name}"
+    assert read_config(source) == read_config(small[0])
+    assert load_tokenizer(source).get_vocab() == load_tokenizer(small[0]).get_vocab()
 
 
 def test_what_was_fetched_is_there_offline(hub, monkeypatch):

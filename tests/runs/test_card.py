@@ -41,3 +41,16 @@ def test_names_in_a_model_card_are_text(tmp_path):
     rows = [line for line in prose.splitlines() if line.startswith("|")]
     assert len(rows) == 4 and all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
     assert (tmp_path / "coefficients.png").stat().st_size > 1000
+
+
+def test_a_model_card_loads_the_revision_of_the_base(tmp_path):
+    options = FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl", seeds=(1,))
+    run, environment = RunFolder(tmp_path / "run"), {"path": "map", "dtype": "float32", "device": "cpu", "cores": 2}
+    with run.locked():
+        recorded = {"options": options_to_json(options), "modules": [["module"]], "task_sha256": ""}
+        run.write_config(recorded | {"max_new_tokens": 8, "environment": environment | {"versions": {}}})
+    config = lf.read_config(one_block.SMALL / "base")
+    write_card(tmp_path, run, options, 1, config, merged=False, repository=None, coefficients=None)
+    card = (tmp_path / "README.md").read_text()
+    assert "\nbase_model: org/base\n" in card
+    assert 'from_pretrained("org/base", revision="v1.0")' in card
