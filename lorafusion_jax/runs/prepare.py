@@ -23,7 +23,6 @@ from ..models.architecture import Architecture, Model, kernels
 from ..models.weights import Weight
 from ..tasks import (
     LONGEST,
-    SEPARATE_TEXTS,
     Encoded,
     Split,
     Task,
@@ -243,11 +242,16 @@ def load_texts(options: FuseOptions) -> Texts:
     if options.chat and (not config.causal or tokenizer.chat_template is None):
         raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
     if not config.causal:
-        return Texts(tokenizer, SEPARATE_TEXTS)
+        return Texts(tokenizer, TextFormat(vocabulary=config.vocab_size))
     ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
-    if tokenizer.pad_token is None:  # padding is masked by its place, so any token will do
+    # Padding is masked by its place, so any token of the model will do. Some tokenizers have one that the model lacks.
+    pad_id: Any = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
-    return Texts(tokenizer, TextFormat(ends=tuple(ends), chat=options.chat, context=config.longest_row))
+    text_format = TextFormat(
+        ends=tuple(ends), chat=options.chat, context=config.longest_row, vocabulary=config.vocab_size
+    )
+    return Texts(tokenizer, text_format)
 
 
 def tasks_of_seeds(task: Task, options: FuseOptions) -> list[Task]:

@@ -26,11 +26,13 @@ class TextFormat:
       ends: for one text, a prompt that the model continues: the tokens that end an answer. Targets get the first.
       chat: the tokenizer's chat template renders the prompt, with the input as the user's message, and the answer.
       context: most tokens of a prompt and its answer together; None for no limit.
+      vocabulary: number of rows of the model's embedding, which tokenizers may exceed; None for no limit.
     """
 
     ends: tuple[int, ...] = ()
     chat: bool = False
     context: int | None = None
+    vocabulary: int | None = None
 
 
 SEPARATE_TEXTS = TextFormat()
@@ -77,12 +79,13 @@ def encode(
       new_tokens: tokens that will be generated after every prompt at most.
 
     Raises:
-      ValueError: on a text that gives no tokens, a row that is longer than the model's context, and a chat template
-        that fails or does not render the answer as a continuation of the prompt.
+      ValueError: on a text that gives no tokens or one that the model lacks, a row that is longer than the model's
+        context, and a chat template that fails or does not render the answer as a continuation of the prompt.
     """
     if text_format.ends:
         encoded = _continued(tokenizer, examples, text_format)
         _check_context(encoded, examples, text_format.context, new_tokens)
+        _check_vocabulary(tokenizer, encoded, examples, text_format.vocabulary)
         return encoded
 
     def ids(texts: list[str]) -> tuple[np.ndarray, ...]:
@@ -92,10 +95,12 @@ def encode(
                 raise ValueError(_NO_TOKENS.format(text=text))
         return tuple(np.array(row, np.int32) for row in rows)
 
-    return Encoded(
+    encoded = Encoded(
         inputs=ids([example.input for example in examples]),
         labels=ids([example.target for example in examples]),
     )
+    _check_vocabulary(tokenizer, encoded, examples, text_format.vocabulary)
+    return encoded
 
 
 def decode(
@@ -234,6 +239,25 @@ def _check_context(encoded: Encoded, examples: Sequence[Example], context: int |
                 f"row {row + 1}, {_beginning(examples[row].input)}, has {len(prompt)} tokens, and {length} with its "
                 f"answer of up to {length - len(prompt)}: the model's context holds {context}. Shorten the row or take "
                 "it out, ask for fewer examples in the prompt (--shots), or for shorter answers (--max-new-tokens)"
+            )
+
+
+def _check_vocabulary(
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    encoded: Encoded,
+    examples: Sequence[Example],
+    vocabulary: int | None,
+) -> None:
+    """Raise ValueError for the first row with a token that the model's embedding lacks: its logits would be NaN."""
+    if vocabulary is None:
+        return
+    for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
+        largest = max((int(ids.max()) for ids in (prompt, answer) if ids.size), default=0)
+        if largest >= vocabulary:
+            raise ValueError(
+                f"row {row + 1}, {_beginning(examples[row].input)}, has the token "
+                f"{tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, and the model's embedding holds "
+                f"{vocabulary}: take it out of the row, or give a base that was trained with this tokenizer"
             )
 
 

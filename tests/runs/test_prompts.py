@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.models.generate import Sampling
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.apply import (
@@ -203,6 +205,17 @@ def test_a_base_model_answers_without_a_run(base, monkeypatch):
     plain, chat = (_ask(base, monkeypatch, "hot\n\nbold\n", chat=chat) for chat in (False, True))
     assert len(plain) == len(chat) == 2 and plain != chat
     assert _ask(base, monkeypatch, "hot\n\nbold\n", chat=True, stream=True) == chat
+
+
+def test_padding_is_a_token_that_the_model_has(base, monkeypatch, tmp_path):
+    """Some tokenizers have one more token than the model, for padding: NaN in its place would reach whole rows."""
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer = small_llama.make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert tokenizer.pad_token_id == read_config(base).vocab_size
+    text = "hot\nthe bold gold is old\n"
+    assert _ask(tmp_path / "base", monkeypatch, text) == _ask(base, monkeypatch, text)
 
 
 def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):

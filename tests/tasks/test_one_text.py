@@ -15,7 +15,17 @@ from transformers import PreTrainedTokenizerFast
 
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_texts
-from lorafusion_jax.tasks import Example, TextFormat, decode, encode, few_shot, load_task, prompt_overlap, stream_text
+from lorafusion_jax.tasks import (
+    SEPARATE_TEXTS,
+    Example,
+    TextFormat,
+    decode,
+    encode,
+    few_shot,
+    load_task,
+    prompt_overlap,
+    stream_text,
+)
 
 _PLAIN = TextFormat(ends=(END, EOS))
 _CHAT = dataclasses.replace(_PLAIN, chat=True)
@@ -130,6 +140,22 @@ def test_rows_that_the_context_does_not_hold(tokenizer):
         encode(tokenizer, rows, fits, new_tokens=9)
     with pytest.raises(ValueError, match="row 1, 'hot', .* with its answer of up to 65: the model's context holds 20"):
         encode(tokenizer, [Example("hot", "é" * 64)], dataclasses.replace(_PLAIN, context=20))
+
+
+def test_tokens_that_the_model_lacks(tokenizer):
+    rows, kept = [Example("hot", "cold"), Example("the [new] gold", "old")], len(tokenizer)
+    more = small_llama.make_tokenizer()
+    more.add_special_tokens({"additional_special_tokens": ["[new]"]}, replace_extra_special_tokens=False)
+    assert more.convert_tokens_to_ids("[new]") == kept
+    for text_format in (_PLAIN, SEPARATE_TEXTS):
+        fits, lacks = (dataclasses.replace(text_format, vocabulary=size) for size in (kept + 1, kept))
+        assert len(encode(more, rows, fits)) == len(encode(more, rows[:1], lacks)) + 1
+        for row in (rows[1], Example("hot", "old [new]")):
+            with pytest.raises(
+                ValueError,
+                match=rf"row 2, '.*', has the token '\[new\]', number {kept}, and the model's embedding holds {kept}: ",
+            ):
+                encode(more, [rows[0], row], lacks)
 
 
 def test_an_answer_without_tokens():
