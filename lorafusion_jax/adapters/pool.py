@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..crossbar.devices.physical import is_traced
 from ..models.architecture import stack_of
 from ..models.weights import Weight, dense, quantise
 
@@ -113,8 +114,9 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
 def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     """Return a control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
 
-    A module's draw depends only on the key and its name, not on the other modules. Sites that an adapter lacks and
-    ranks beyond its own stay zero.
+    A module's draw depends only on the key, its name and its ranks, not on the other modules: not even on how they pad
+    it, but inside a compiled program, where ranks have no values. Sites that an adapter lacks and ranks beyond its own
+    stay zero.
 
     Args:
       pool: pool of the real modules.
@@ -122,11 +124,14 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     """
 
     def like(a: Array, site: str, purpose: str, axis: int) -> Array:
-        def draw(name: str) -> Array:
+        def draw(n: int, name: str) -> Array:
             drawn = jax.random.fold_in(key, zlib.crc32(f"{purpose} of {site}, {name}".encode()))
-            return jax.random.normal(drawn, (a.shape[0], *a.shape[2:]), a.dtype)
+            own = a.shape[axis] if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
+            shape, room = [a.shape[0], *a.shape[2:]], [(0, 0)] * 3
+            shape[axis - 1], room[axis - 1] = own, (0, a.shape[axis] - own)
+            return jnp.pad(jax.random.normal(drawn, shape, a.dtype), room)
 
-        noise = jnp.stack([draw(name) for name in pool.names], axis=1)
+        noise = jnp.stack([draw(n, name) for n, name in enumerate(pool.names)], axis=1)
         own = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < jnp.expand_dims(pool.rank[site], (2, 3))
         noise = jnp.where(own, noise, 0)
         return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))

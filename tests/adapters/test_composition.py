@@ -691,6 +691,22 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
     assert np.abs(other.A["encoder.self.v"] - control.A["encoder.self.v"]).max() > 0.1
 
 
+def test_a_random_module_does_not_depend_on_how_others_pad_it():
+    pool = tiny.pool(3, lambda n, site, layer: (3, 6, 0 if "cross" in site else 2)[n], names="v")
+    control = random_pool(pool, jax.random.key(0))
+    for n, rank in ((0, 3), (1, 6), (2, 2)):
+        alone = pool.select([n])
+        alone = dataclasses.replace(
+            alone,
+            A={site: a[..., :rank] for site, a in alone.A.items()},
+            B={site: b[:, :, :rank] for site, b in alone.B.items()},
+        )
+        drawn = random_pool(alone, jax.random.key(0))
+        for site in pool.A:
+            np.testing.assert_array_equal(control.A[site][:, [n], :, :rank], drawn.A[site])
+            np.testing.assert_array_equal(control.B[site][:, [n], :rank], drawn.B[site])
+
+
 def test_the_random_control_replaces_zeros_of_a_module_too():
     pool = tiny.pool(2, names="v")
     (site, a), *_ = pool.A.items()
