@@ -6,17 +6,18 @@ Hugging Face stores weights as [d_out, d_in], one tensor per layer; here they ar
 import dataclasses
 import fnmatch
 import functools
+import json
 import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import jax
 import numpy as np
 import qwix
 
-from ..files import FileError
+from ..files import FileError, read_json, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.families import family_of_json
@@ -137,7 +138,8 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
     Args:
       model: plain or quantised weights (written dequantised, in the model's dtype).
       folder: the folder to make.
-      source: the base model that it was loaded from; its configuration and tokenizer are written too.
+      source: the base model that it was loaded from; its configuration, with the dtype of the file, and its tokenizer
+        are written too.
 
     Raises:
       ValueError: the folder exists, or the source has no configuration.
@@ -159,8 +161,16 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
         tensors[names.head] = tensors[names.embedding].copy()
     with new_folder(folder) as partial:
         base.save_texts(partial)
+        _state_dtype(partial / "config.json", model.config.dtype)
         # transformers rejects a file without its format in the metadata.
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+
+
+def _state_dtype(config: Path, dtype: str) -> None:
+    """Let a config.json that states a dtype state this one: transformers loads the weights in it."""
+    content = read_json(config, dict[str, Any], "a Hugging Face model", own=False)
+    if other := [name for name in ("dtype", "torch_dtype") if content.get(name) not in (None, dtype)]:
+        write_text(config, json.dumps(content | dict.fromkeys(other, dtype), indent=2) + "\n")
 
 
 def _check_tensors(

@@ -302,6 +302,15 @@ def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
     np.testing.assert_array_equal(tensors[_V], np.asarray(wanted))
 
 
+@pytest.mark.parametrize(("stated", "dtype"), [("torch_dtype", "float32"), ("dtype", "bfloat16")])
+def test_a_saved_model_states_the_dtype_of_its_file(base, tmp_path, stated, dtype):
+    """transformers 5 loads weights in the dtype that the configuration states."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {stated: "float16"}))
+    save_base(load_base(base, dtype=dtype), tmp_path / "again", base)
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config | {stated: dtype}
+
+
 def test_a_tensor_of_the_base_by_name(base, tmp_path):
     tensor, tensors = base_tensor(base), load_file(base / "model.safetensors")
     np.testing.assert_array_equal(tensor(_V), tensors[_V])
