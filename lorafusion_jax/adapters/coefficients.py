@@ -71,16 +71,32 @@ def expand(
 
 
 def refined(
-    coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity, to: Granularity
+    coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity, to: Granularity, into: Pool | None = None
 ) -> Float[Array, "..."]:
-    """Return the coefficients of a granularity in another one that is as fine or finer (see `GRANULARITIES`)."""
-    if granularity == to:
+    """Return the coefficients of a pool in another granularity that is as fine or finer (see `GRANULARITIES`).
+
+    Args:
+      coefficients: of some modules, in the shape that `pool` gives them.
+      pool: what they are for.
+      granularity: theirs.
+      to: that of the result.
+      into: the pool that gives the result its shape; by default the same. Sites that it lacks are left out, and those
+        that only it has get zeros.
+    """
+    into = pool if into is None else into
+    if granularity == to and (into is pool or to == "global"):
         return coefficients
-    found = jnp.zeros(shape(pool, coefficients.shape[0], to), coefficients.dtype)
-    columns = _columns(pool, to)
+    found = jnp.zeros(shape(into, coefficients.shape[0], to), coefficients.dtype)
+    columns = _columns(into, to)
     for site, spread in expand(coefficients, pool, granularity).items():
+        if site not in columns:
+            continue
         by_column = jnp.swapaxes(spread, 0, 1)
-        found = found.at[:, columns[site]].set(by_column if to == "rank" else by_column[:, :, 0])
+        if granularity == "rank":  # padding may be of another width
+            ranks = min(by_column.shape[2], found.shape[2])
+            found = found.at[:, columns[site], :ranks].set(by_column[:, :, :ranks])
+        else:
+            found = found.at[:, columns[site]].set(by_column if to == "rank" else by_column[:, :, 0])
     return found
 
 

@@ -27,9 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..adapters import coefficients as coefficients_lib
-from ..adapters.basis import SharedBasis
+from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES, Granularity
-from ..adapters.composition import check_mix
 from ..adapters.norms import Gram, gram
 from ..adapters.pool import LoraPool
 from ..checks import at_least
@@ -37,7 +36,7 @@ from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes, with_norms
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling, generate
-from ..models.weights import is_in_arrays
+from ..models.weights import Weight, is_in_arrays
 from ..tasks import Batch
 from ..training.loss import log_likelihood
 from ..training.problem import Frozen, Method, Params
@@ -130,7 +129,15 @@ class TaskBank:
         """Number of tasks that there is room for."""
         return self.tasks.mixes.shape[0] - 1
 
-    def with_task(self, number: int, method: Method, params: Params, modules: Sequence[str | int] = ()) -> "TaskBank":
+    def with_task(
+        self,
+        number: int,
+        method: Method,
+        params: Params,
+        modules: Sequence[str | int] = (),
+        *,
+        sites: Collection[str] | None = None,
+    ) -> "TaskBank":
         """Return the bank with a task in place of the one of this number, if there was one.
 
         Args:
@@ -138,6 +145,8 @@ class TaskBank:
           method: a `Fusion`, or `Magnitudes`.
           params: its trained numbers, of one seed.
           modules: modules that a fusion mixes, in the order of its coefficients: names in the bank's pool, or places.
+          sites: sites of the whole modules that a fusion was trained with, where they are not those of the bank's; by
+            default those of its magnitudes, or else the bank's.
 
         Raises:
           ValueError: no such number; a method, modules, a granularity or magnitudes that the bank cannot hold.
@@ -145,13 +154,14 @@ class TaskBank:
         self._check_number(number)
         if type(method) not in (Fusion, Magnitudes):  # a method that extends them may read its numbers otherwise
             raise ValueError(f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one")
-        index = jnp.zeros(0, jnp.int32)
+        index, own = jnp.zeros(0, jnp.int32), self.frozen.pool
         wanted = "coefficients" if isinstance(method, Fusion) else "magnitudes"
         if wanted not in params:
             given = ", ".join(sorted(params)) or "no numbers"
             raise ValueError(f"a task of {type(method).__name__} with {given}: give its {wanted}")
         if isinstance(method, Fusion):
-            index = self._index(method, params, modules)
+            own = self._own_pool(method, params, sites)
+            index = self._index(method, params, modules, own)
         if extra := params.get("magnitudes", {}).keys() - self.tasks.scales.keys():
             raise ValueError(
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
@@ -164,7 +174,7 @@ class TaskBank:
             frozen.norms is None or params["magnitudes"].keys() - frozen.norms.keys()
         ):
             frozen = with_norms(frozen, kernels(nnx.merge(self.graph, frozen.base)), params["magnitudes"])
-        entry = _entry(self.tasks, frozen, params, index, method=method, granularity=self.granularity)
+        entry = _entry(self.tasks, frozen, params, index, own, method=method, granularity=self.granularity)
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 
     def without_task(self, number: int) -> "TaskBank":
@@ -251,10 +261,32 @@ class TaskBank:
                 "bank of more"
             )
 
-    def _index(self, method: Fusion, params: Params, modules: Sequence[str | int]) -> Int[Array, " N"]:
-        """Return the places of a fusion's modules in the pool, if the bank can hold that fusion."""
+    def _own_pool(self, method: Fusion, params: Params, sites: Collection[str] | None) -> Pool | None:
+        """Return a pool that gives a fusion's coefficients their shape: the bank's, or one of other sites or ranks."""
         pool = self.frozen.pool
-        if pool is None:
+        if not isinstance(pool, LoraPool):
+            return pool
+        own = set(params.get("magnitudes", pool.rank) if sites is None else sites)
+        given = jnp.shape(params["coefficients"])
+        padded = method.granularity == "rank" and len(given) == 3
+        if own == pool.rank.keys() and not (padded and given != coefficients_lib.shape(pool, given[0], "rank")):
+            return pool
+        config = nnx.merge(self.graph, self.frozen.base).config
+        layers = {name: site.layers for name, site in config.sites.items() if name in own}
+        width = given[2] if padded else 0
+        nothing: dict[str, Weight] = {site: jnp.zeros((depth, 0, width, 0)) for site, depth in layers.items()}
+        rank = {site: jnp.zeros((depth, 0), jnp.int32) for site, depth in layers.items()}
+        return LoraPool(A=nothing, B=nothing, rank=rank, names=())
+
+    def _index(
+        self, method: Fusion, params: Params, modules: Sequence[str | int], own: Pool | None
+    ) -> Int[Array, " N"]:
+        """Return the places of a fusion's modules in the pool, if the bank can hold that fusion.
+
+        `own` is what `_own_pool` returns.
+        """
+        pool = self.frozen.pool
+        if pool is None or own is None:
             raise ValueError("the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool")
         index = jnp.array(pool.indices(modules), jnp.int32)
         if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(self.granularity):
@@ -262,12 +294,18 @@ class TaskBank:
                 f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
                 f"{self.granularity}: make the bank with granularity={method.granularity!r}"
             )
-        if isinstance(pool, LoraPool) and method.composition == "mix":
-            check_mix(pool, index)
-        method.check(pool)
-        wanted = coefficients_lib.shape(pool, len(modules), method.granularity)
+        # Modules of other tasks may differ from these in rank.
+        chosen = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={}).select(modules)
+        method.check(chosen)
+        if lacks := sorted({site for site, rank in chosen.rank.items() if np.any(rank)} - own.rank.keys()):
+            raise ValueError(
+                f"the modules adapt {', '.join(lacks)}, and the fusion has no numbers for that: give those of all sites"
+            )
+        wanted = coefficients_lib.shape(own, len(modules), method.granularity)
         if (got := jnp.shape(params["coefficients"])) != wanted:
             raise ValueError(f"coefficients of shape {got} for {len(modules)} modules: wanted {wanted}, of one seed")
+        if method.granularity == "rank" and got[2] < (most := max(int(np.max(r)) for r in chosen.rank.values())):
+            raise ValueError(f"coefficients for {got[2]} ranks of modules of rank {most}: give one for each")
         if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():
             raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
         return index
@@ -301,15 +339,22 @@ def _entry(
     frozen: Frozen,
     params: Params,
     index: Int[Array, " N"],
+    own: Pool | None,
     *,
     method: Fusion | Magnitudes,
     granularity: Granularity,
 ) -> Tasks:
-    """Return a task's numbers as a bank stores them."""
+    """Return a task's numbers as a bank stores them; `own` is the pool that gives its coefficients their shape."""
     entry, pool = _plain(tasks), frozen.pool
     if isinstance(method, Fusion):
-        assert pool is not None and entry.coefficients is not None
-        c = coefficients_lib.refined(params["coefficients"], pool, method.granularity, granularity)
+        assert pool is not None and own is not None and entry.coefficients is not None
+        both = pool
+        if isinstance(pool, LoraPool) and own.rank.keys() != pool.rank.keys():
+            both, params = _at_sites(pool, own, params)
+            frozen = dataclasses.replace(frozen, pool=both)
+        c = coefficients_lib.refined(params["coefficients"], own, method.granularity, method.granularity, both)
+        params = params | {"coefficients": c}
+        c = coefficients_lib.refined(c, both, method.granularity, granularity, pool)
         entry = entry._replace(
             coefficients=entry.coefficients.at[index].set(c), mixes=jnp.array(method.composition == "mix")
         )
@@ -319,6 +364,15 @@ def _entry(
         adapters, _ = method.adapters(params, frozen, index)
         entry = entry._replace(scales=entry.scales | {site: adapter.scale for site, adapter in adapters.items()})
     return entry
+
+
+def _at_sites(pool: LoraPool, own: Pool, params: Params) -> tuple[LoraPool, Params]:
+    """Return a bank's pool, and a task's numbers, at the sites that this pool and the task's own both have."""
+    both = tuple(site for site in pool.sites if site in pool.rank and site in own.rank)
+    A, B, rank = ({site: of_sites[site] for site in both} for of_sites in (pool.A, pool.B, pool.rank))
+    if "magnitudes" in params:  # elsewhere no module of the task acts, and they are the base's own norms
+        params = params | {"magnitudes": {site: params["magnitudes"][site] for site in both}}
+    return dataclasses.replace(pool, A=A, B=B, rank=rank, scaling=None, sites=both), params
 
 
 def _plain(tasks: Tasks) -> Tasks:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
+from ..adapters.pool import LoraPool
 from ..checks import at_least, of_64_bits
 from ..io.pool import open_pool
 from ..methods import find
@@ -175,7 +176,12 @@ class Service:
             )
         number = numbers[name] if name in numbers else min(free)
         of_seed = jax.tree.map(lambda p: p[place], run.params)
-        self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules)
+        sites = None
+        if isinstance(pool, LoraPool) and "magnitudes" not in of_seed:
+            # The run was trained with the modules of all its seeds.
+            of_run = pool.indices(sorted({name for of_each in run.modules for name in of_each} & {*pool.names}))
+            sites = [site for site, rank in pool.rank.items() if np.any(np.asarray(rank)[:, of_run])]
+        self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules, sites=sites)
         self.tasks[name] = Task(number, run)
 
     def remove(self, name: str) -> None:

@@ -243,6 +243,68 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
         _filled(frozen, tasks, granularity="site")
 
 
+def _at(pool, modules, last_names):
+    """Some modules as they are read without the others: without sites and padding that only the others have."""
+    few = pool.select(modules)
+    sites = {site: int(np.max(few.rank[site])) for site in pool.sites if site.rpartition(".")[2] in last_names}
+    return dataclasses.replace(
+        few,
+        A={site: few.A[site][..., :r] for site, r in sites.items()},
+        B={site: few.B[site][:, :, :r] for site, r in sites.items()},
+        rank={site: few.rank[site] for site in sites},
+        sites=tuple(sites),
+    )
+
+
+_LAYOUTS = [("block", True), ("rank", False)]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "magnitudes"),
+    [
+        *_LAYOUTS,
+        *(
+            pytest.param(*layout, marks=pytest.mark.long)
+            for layout in itertools.product(GRANULARITIES, (True, False))
+            if layout not in _LAYOUTS
+        ),
+    ],
+)
+def test_a_task_may_have_other_sites_and_ranks_than_the_modules_beside_it(granularity, magnitudes):
+    """Modules 0 and 1 have no k, and lower ranks than module 2."""
+    ranks = {"q": (4, 3, 6), "v": (4, 3, 6), "k": (0, 0, 5)}
+    pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
+    method = Fusion(granularity=granularity, magnitudes=magnitudes)
+    own = _at(pool, [0, 1], "qv")
+    frozen = method.prepare(Frozen(_BASE, own), kernels(nnx.merge(_GRAPH, _BASE)))
+    params = _params(method, 0, (0, 1), own)
+    problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2))
+    batch = _rows(3)
+    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+
+    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 2, granularity="rank", scaled=tuple(pool.A))
+    sites = None if magnitudes else own.sites
+    bank = bank.with_task(0, method, params, own.names, sites=sites)
+    got = bank.logits(batch, _numbers(0, -1, 0))
+    _close(got[::2], np.asarray(wanted)[::2])
+    # A run that ranked all modules and chose two has numbers for sites which no module of its bank adapts.
+    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, own), 2, granularity="rank", scaled=tuple(pool.A))
+    of_all = _params(method, 0, (0, 1), pool)
+    bank = bank.with_task(0, method, of_all, own.names, sites=None if magnitudes else pool.sites)
+    whole = method.prepare(Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
+    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(of_all, batch, problem.replace(frozen=whole))
+    _close(bank.logits(batch, _numbers(0, 0, 0)), np.asarray(wanted))
+
+
+def test_a_mix_may_lie_beside_modules_of_another_rank():
+    pool = tiny.pool(3, lambda n, site, layer: 6 if n == 2 else 4)
+    method = Fusion(composition="mix", magnitudes=False)
+    params = _params(method, 0, (0, 1), pool)
+    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 1).with_task(0, method, params, [0, 1])
+    own = TaskBank.empty(_GRAPH, Frozen(_BASE, _at(pool, [0, 1], "qv")), 1).with_task(0, method, params, [0, 1])
+    _close(bank.logits(_rows(2), _numbers(0, 0)), np.asarray(own.logits(_rows(2), _numbers(0, 0))))
+
+
 def test_coefficients_alone_take_no_room_for_scales():
     bank = TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 10)
     assert bank.tasks.scales == {} and bank.frozen.gram is None
@@ -419,6 +481,12 @@ def test_what_a_bank_cannot_hold_is_refused():
         TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 0)
     with _raises("no site encoder.self.x to scale: the model has encoder.self.q"):
         TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 1, scaled=["encoder.self.x"])
+    partly = Fusion(), _params(Fusion(), 0) | {"magnitudes": {}}
+    with _raises("the modules adapt decoder.cross.q, .*and the fusion has no numbers for that"):
+        small.with_task(0, *partly, _MODULES)
+    ranks = Fusion(granularity="rank", magnitudes=False)
+    with _raises("coefficients for 3 ranks of modules of rank 4: give one for each"):
+        _filled(Frozen(_BASE, _POOL), [(ranks, {"coefficients": _params(ranks, 0)["coefficients"][:, :, :3]})])
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
     mix = Fusion(composition="mix", magnitudes=False)
     with _raises("different ranks"):

@@ -13,6 +13,7 @@ import one_block
 import pytest
 import small_llama
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import cli
 from lorafusion_jax.io import checkpoint
@@ -269,6 +270,32 @@ def test_a_control_is_served_as_it_answers_alone(runs, write, tmp_path):
     wanted = generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines"))
     rows = [{"run": "control", "input": line} for line in _LINES]
     assert generate_rows(GenerateRunsOptions(runs=(folder,), file=_file(tmp_path, rows))) == wanted
+
+
+@pytest.mark.parametrize("granularity", ["block", pytest.param("site", marks=pytest.mark.long)])
+def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity, small, write, tmp_path):
+    """Modules 1 and 3 adapt queries alone; the run that mixes them has magnitudes, or coefficients, for no others."""
+    pool = tmp_path / "pool"
+    shutil.copytree(small[1], pool)
+    for folder in sorted(pool.iterdir())[1::2]:
+        (weights,) = folder.glob("*.safetensors")
+        kept = {name: tensor for name, tensor in load_file(weights).items() if ".v." not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    norms = {site: np.linalg.norm(kernel, axis=1)[None] for site, kernel in kernels(load_base(small[0])).items()}
+    (tmp_path / "lines").write_text("\n".join(_LINES))
+    folders, wanted = [], []
+    for seed, last in ((_MIXED, "q"), (_OTHER, "qv")):
+        sites = [site for site in _SITES if site[-1] in last]
+        columns = 2 if granularity == "block" else len(sites)
+        params = {"coefficients": 2 * np.asarray(tiny.coefficients((1, 2, columns)))}
+        changes = {"granularity": granularity, "pool": str(pool), "method": "coefficients"}
+        if granularity == "block":
+            params["magnitudes"] = {site: np.float32(1.2) * norms[site] for site in sites}
+            changes["method"] = "fusion"
+        folders.append(write(f"{last}_{granularity}", params, (seed,), **changes))
+        wanted += generate_lines(GenerateOptions(run=folders[-1], file=tmp_path / "lines"))
+    rows = [{"run": folder.name, "input": line} for folder in folders for line in _LINES]
+    assert generate_rows(GenerateRunsOptions(runs=tuple(folders), file=_file(tmp_path, rows))) == wanted
 
 
 def test_a_row_may_hold_marks_that_end_lines_elsewhere(runs, tmp_path):
