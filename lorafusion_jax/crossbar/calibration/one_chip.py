@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
 from ..chip.plan import choose, worst_case
-from ..devices.physical import is_traced
+from ..devices.physical import is_traced, varying_as
 from ..mapping import encoding
 from ..mapping.adc import codes, converter, stacked_units
 from ..read.definition import all_sums, with_mismatch, with_noise
@@ -205,7 +205,8 @@ def _met_by_converters(
     """Return the distribution of |column sum| of every weight slice, the number clipped, and both for inputs."""
     config, key = chip.config, chip.key
     slices = len(config.weight_slices)
-    zeros = jnp.zeros((slices, BINS), x.dtype), jnp.zeros((slices,), x.dtype)
+    histogram, clipped = (varying_as(jnp.zeros(shape, x.dtype), x, chip) for shape in ((slices, BINS), (slices,)))
+    zeros = histogram, clipped
     step = max(1, x.shape[0] // SAMPLES)
     x = x[: step * SAMPLES : step]
     n, limit = reading(x, chip)

@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from .normal_draws import normal
 
@@ -67,6 +67,23 @@ def for_each_cell(name: str, values: Any, shape: tuple[int, ...]) -> Any:
             "for each cell"
         )
     return values
+
+
+def varying_as(value: Num[Array, "..."], *inputs: Any) -> Num[Array, "..."]:
+    """Return a loop's first value as one that differs between devices where any of the inputs does.
+
+    Under `jax.shard_map` the carry of a loop may not begin to differ in the loop.
+
+    Args:
+      value: first value of a carry.
+      inputs: trees of arrays that the loop reads.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return value
+    for leaf in jax.tree.leaves(inputs):
+        data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        value = value + jnp.zeros_like(data, dtype=value.dtype, shape=value.shape)
+    return value
 
 
 def is_traced(tree: Any) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .physical import Physical, check_bounds, for_each_cell, like
+from .physical import Physical, check_bounds, for_each_cell, like, varying_as
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +88,7 @@ def currents(
 
     if wire.relaxation is None:
         # V + drop(I(V)) has eigenvalues from 1 to 1 + 2 radius, real since drop is symmetric; its row sums bound them.
-        slope = jax.jvp(cell, (applied,), (jnp.ones_like(G),))[1]
+        slope = jax.jvp(cell, (applied,), (jnp.ones_like(applied),))[1]
         radius = jnp.max(drop(slope)) / 2
         first = 1 / (1 + radius)
 
@@ -118,7 +118,7 @@ def currents(
         return V, gain * residual + momentum * step, residual, q, iteration + 1
 
     residual = error(applied)
-    start = (applied, first * residual, residual, first, jnp.int32(0))
+    start = (varying_as(applied, residual), first * residual, residual, first, jnp.int32(0))
     V, _, residual, _, _ = jax.lax.while_loop(proceed, improve, start)
     # Not jnp.sum: vmapped to seven axes or more, jaxlib 0.10.2 gets the sum of G V over one of them wrong on CPUs, or
     # crashes (https://github.com/jax-ml/jax/issues/40412).

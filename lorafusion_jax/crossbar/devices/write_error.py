@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .physical import Physical, check_bounds, like, noise, without_gradient
+from .physical import Physical, check_bounds, like, noise, varying_as, without_gradient
 
 
 @jax.tree_util.register_dataclass
@@ -185,6 +185,7 @@ class WriteVerify:
             written = jnp.where(again, write(target, jax.random.fold_in(key, pulse)), G)
             return written, count + again.astype(count.dtype), pulse + 1
 
-        first = write(target, jax.random.fold_in(key, 0))
-        G, count, _ = jax.lax.while_loop(more, rewrite, (first, jnp.ones(target.shape, jnp.int32), jnp.int32(1)))
+        first = varying_as(write(target, jax.random.fold_in(key, 0)), tolerance)
+        once = varying_as(jnp.ones(target.shape, jnp.int32), first)
+        G, count, _ = jax.lax.while_loop(more, rewrite, (first, once, jnp.int32(1)))
         return without_gradient(G, f"what is programmed through write-verify {why}"), count

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..chip.chip import Chip
 from ..config.schema import CrossbarConfig
+from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc import Converter
 from ..mapping.bit_fields import Packed
@@ -70,7 +71,7 @@ def convert_tiles(
         of_tile = _of_tiles(x[:, None], along(jnp.expand_dims, operand), number, own, chip, kernel)
         return y + of_tile * scale[None], None
 
-    zero = jnp.zeros((n.shape[0], 1 if quantise.counts else chip.shape[1]), n.dtype)
+    zero = varying_as(jnp.zeros((n.shape[0], 1 if quantise.counts else chip.shape[1]), n.dtype), n, chip)
     by_tile = along(lambda a, i: jnp.moveaxis(a, i, 0), operand)
     adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, worth))
     return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]

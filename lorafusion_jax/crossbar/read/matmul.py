@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from ..chip.chip import Chip
 from ..chip.plan import loses_nothing, worst_case
 from ..config.schema import CrossbarConfig
-from ..devices.physical import is_moved, is_traced
+from ..devices.physical import is_moved, is_traced, varying_as
 from ..mapping import encoding
 from ..mapping.adc import Converter, converter, level_units
 from .by_kernel import convert_tiles, input_slices
@@ -272,7 +272,7 @@ def _full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Flo
         limit = jnp.where(again, 2 * limit, limit)
         return limit, again & clipped(limit), count + 1
 
-    first = jnp.broadcast_to(jax.lax.stop_gradient(limit), (x.shape[0], 1))
+    first = varying_as(jnp.broadcast_to(jax.lax.stop_gradient(limit), (x.shape[0], 1)), x, chip)
     last, _, _ = jax.lax.while_loop(proceed, halve, (first, clipped(first), jnp.int32(0)))
     return limit * jax.lax.stop_gradient(last / limit)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
+from ...devices.physical import varying_as
 from ...mapping.adc import Converter
 from ...mapping.encoding import split
 from ...mapping.input_slices import digit, significance
@@ -105,7 +106,7 @@ def planes(
 
         return tuple(read(k, total) for k, total in enumerate(totals))
 
-    zero = jnp.zeros((n.shape[0], cells.shape[5]), n.dtype)
+    zero = varying_as(jnp.zeros((n.shape[0], cells.shape[5]), n.dtype), n, cells, adc.scale)
     return jnp.stack(jax.lax.fori_loop(0, n.shape[1] * worth.size, step, (zero,) * cells.shape[0]))
 
 

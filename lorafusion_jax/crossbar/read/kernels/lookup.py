@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
+from ...devices.physical import varying_as
 from ...mapping.adc import Converter
 from ...mapping.bit_fields import Packed, Packing, drive, unpack
 from ...mapping.input_slices import digit, significance
@@ -117,7 +118,8 @@ def lookup(
             def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
                 return tuple(read(w, r, c, total) for w, total in enumerate(totals))
 
-            zero = tuple(jnp.zeros((own.stop - own.start, size, width), n.dtype) for own in members)
+            zeros = (jnp.zeros((own.stop - own.start, size, width), n.dtype) for own in members)
+            zero = tuple(varying_as(of_word, n, cells, adc.scale, noise) for of_word in zeros)
             return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
 
         return jax.lax.map(of_block, jnp.arange(blocks))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ...devices.physical import varying_as
 from ...mapping.adc import Converter
 from ...mapping.input_slices import digit, significance
 from ..conversion_noise import Noise, add_noise
@@ -55,7 +56,7 @@ def loop(
             for k, total in enumerate(totals)
         )
 
-    zero = jnp.zeros((n.shape[0], cells.shape[3]), n.dtype)
+    zero = varying_as(jnp.zeros((n.shape[0], cells.shape[3]), n.dtype), n, cells, adc.scale, occupied, noise)
     return jnp.stack(jax.lax.fori_loop(0, n.shape[1] * worth.size, step, (zero,) * cells.shape[0]))
 
 

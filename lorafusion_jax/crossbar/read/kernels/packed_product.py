@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ...devices.physical import varying_as
 from ...mapping.adc import Converter
 from ...mapping.bit_fields import Packed, Packing, drive, unpack
 from ...mapping.input_slices import digit, significance
@@ -65,5 +66,6 @@ def packed(
         return jax.lax.fori_loop(0, worth.size, step, totals)
 
     shape = (n.shape[0], cells.words.shape[3])
-    zero = tuple(jnp.zeros((own.stop - own.start, *shape), n.dtype) for own in packing.words)
+    zeros = (jnp.zeros((own.stop - own.start, *shape), n.dtype) for own in packing.words)
+    zero = tuple(varying_as(of_word, n, cells, adc.scale, noise) for of_word in zeros)
     return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))

@@ -1,0 +1,103 @@
+"""Reads, calibration and programming under `jax.shard_map`, which checks what differs between devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile, Wire
+
+_TILE, _ADC = Tile(rows=16, cols=12), ADC(bits=6, range="max")
+_PLAIN = CrossbarConfig(tile=_TILE, adc=_ADC)
+_WIRED = dataclasses.replace(_PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4)))
+_FLIPPED = Encoding(kind="offset", unit_column=True, flip=True)
+_CASES = {
+    "definition": (_PLAIN, "definition"),
+    "loop": (_PLAIN, "loop"),
+    "planes": (_PLAIN, "planes"),
+    "packed": (_PLAIN, "packed"),
+    "lookup": (_PLAIN, "lookup"),
+    "row tiles": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="tile"), encoding=_FLIPPED), "loop"),
+    "retries": (dataclasses.replace(_PLAIN, adc=ADC(bits=4, range="granular", retries=2)), "loop"),
+    "noise": (dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))), "loop"),
+    "wires": (_WIRED, None),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 2), ("chips", "inputs"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _chip(config, path=None, seed=0):
+    key = jax.random.key(seed)
+    chip = crossbar.program(jax.random.normal(key, (40, 20)), config, path=path)
+    return crossbar.with_read_key(chip, key) if config.reads_at_random else chip
+
+
+def _inputs():
+    return jax.random.normal(jax.random.key(2), (4, 40))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loop", "packed", "row tiles", "wires"),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("definition", "planes", "lookup", "retries", "noise")
+        ),
+    ],
+)
+def test_chips_and_inputs_may_differ_between_devices(name, mesh):
+    config, path = _CASES[name]
+    chips, x = [_chip(config, path, seed) for seed in (0, 1)], _inputs()
+
+    def read(x, chips):
+        return crossbar.matmul(x, jax.tree.map(lambda leaf: leaf[0], chips))[None]
+
+    shared = jax.shard_map(read, mesh=mesh, in_specs=(P("inputs"), P("chips")), out_specs=P("chips", "inputs"))
+    found = jax.jit(shared)(x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *chips))
+    # Draws belong to an input's place on its device.
+    wanted = [jnp.concatenate([crossbar.matmul(part, chip) for part in (x[:2], x[2:])]) for chip in chips]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(jnp.abs(jnp.stack(wanted)).max()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["loop", "wires"])
+def test_gradients_of_inputs_that_are_shared_out(name, mesh):
+    chip, x = _chip(*_CASES[name]), _inputs()
+    slope = jax.grad(lambda x, chip: jnp.sum(crossbar.matmul(x, chip) ** 2))
+    shared = jax.shard_map(slope, mesh=mesh, in_specs=(P("inputs"), P()), out_specs=P("inputs"))
+    np.testing.assert_allclose(jax.jit(shared)(x, chip), slope(x, chip), rtol=1e-4, atol=1e-3)
+
+
+def test_statistics_of_inputs_that_are_shared_out(mesh):
+    chip, x = _chip(_PLAIN), _inputs()
+
+    def seen(x, chip):
+        return jax.lax.psum(crossbar.probe(x, chip)[1].histogram, "inputs")
+
+    shared = jax.shard_map(seen, mesh=mesh, in_specs=(P("inputs"), P()), out_specs=P())
+    np.testing.assert_array_equal(jax.jit(shared)(x, chip), crossbar.probe(x, chip)[1].histogram)
+
+
+def test_chips_that_devices_verify_on_their_own(mesh):
+    device = Device(programming=Independent(0.05), write_verify=crossbar.WriteVerify(0.03))
+    config, keys = dataclasses.replace(_PLAIN, device=device), jax.random.split(jax.random.key(3), 2)
+    weights = jax.random.normal(jax.random.key(4), (6, 5))
+
+    def written(keys):
+        chip = crossbar.program(weights, config, keys[0])
+        return chip.codes[None], chip.pulses[None]
+
+    codes, pulses = jax.jit(jax.shard_map(written, mesh=mesh, in_specs=P("chips"), out_specs=P("chips")))(keys)
+    for i, key in enumerate(keys):
+        chip = crossbar.program(weights, config, key)
+        np.testing.assert_allclose(codes[i], chip.codes, rtol=1e-5, atol=1e-5)
+        assert pulses[i] == pytest.approx(chip.pulses)
