@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
@@ -113,22 +114,30 @@ def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
     assert percents == pytest.approx([100 * np.mean(of_seed) for of_seed in wanted])
 
 
-def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen, monkeypatch):
+def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
     """Batches of another size, fewer rows, and the path from the options of a run."""
     setup, options, params = given
-    read = []
-
-    def record(problem, *number, own=Problem.read):
-        read.append(number)
-        return own(problem, *number)
-
-    monkeypatch.setattr(Problem, "read", record)
     fewer = dataclasses.replace(setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values())))
     seeds, found = evaluate_seeds(fewer, options, params)
     assert seeds == _SEEDS and found.option_correct is not None
     wanted = [[s == row.target for (s, _), row in zip(rows, setup.task.test, strict=True)][:5] for rows in chosen]
     np.testing.assert_array_equal(found.option_correct, wanted)
     assert [row["option_accuracy"] for row in seed_rows(seeds, found)] == [100 * np.mean(row) for row in wanted]
-    # Every batch, of the rows and of their options, has noise of its own.
-    batches = -(-sum(row.input.count("\n- ") for row in setup.task.test[:5]) // options.eval_batch)
-    assert batches > 1 and read == [(GENERATION, 0), (LOSS, 0), *((OPTIONS, number) for number in range(batches))]
+
+
+def test_every_batch_is_read_with_noise_of_its_own(given, monkeypatch):
+    """Eleven rows, and about three times as many pairs of a row and an option, in batches of four."""
+    setup, _, params = given
+    read, closed = [], answer_options(setup.task)
+    monkeypatch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    for name, shape in (("generate_seeds", (4,)), ("seed_entropies", None), ("seed_likelihoods", ())):
+        monkeypatch.setattr(
+            evaluation,
+            name,
+            lambda params, batch, problem, of_row=shape, **_: np.zeros(
+                (2,) if of_row is None else (2, batch.row_mask.shape[-1], *of_row), int
+            ),
+        )
+    evaluate(setup, params, batch_size=4, options=closed)
+    of_options = [(OPTIONS, number) for number in range(-(-sum(map(len, closed)) // 4))]
+    assert read == [(purpose, number) for number in range(3) for purpose in (GENERATION, LOSS)] + of_options
