@@ -116,6 +116,28 @@ def test_clip_to_the_range_of_the_cell():
     assert float(open_top.max()) > 1.5
 
 
+def test_conductances_are_clipped_after_programming_and_after_drift():
+    def drifted(programmed, change, clip="positive"):
+        device = Device(
+            programming=lambda G, key, time: G + programmed, drift=lambda G, key, time: G + change, time=1.0, clip=clip
+        )
+        return np.unique(realise(cells(0.5), device, KEY, g_min=0.1)[0]).tolist()
+
+    assert drifted(-1.0, 0.25) == [0.25] and drifted(0.0, -1.0) == [0.0]
+    assert drifted(1.0, -0.25, "range") == [0.75] and drifted(0.0, 1.0, "range") == [1.0]
+
+
+def test_a_cell_is_verified_before_it_ages():
+    def programming(G, key, time):
+        return G if time is None else G + 0.25
+
+    verified = Device(programming=programming, write_verify=WriteVerify(0.01, pulses=3), time=1e6)
+    G, pulses = realise(cells(0.5), verified, KEY)
+    assert (G == 0.5).all() and (pulses == 1).all()
+    aged, _ = realise(cells(0.5), dataclasses.replace(verified, write_verify=None), KEY)
+    assert (aged == 0.75).all()
+
+
 def test_write_verify():
     sigma, tolerance = 0.05, 0.02
     device = Device(programming=Independent(sigma), write_verify=WriteVerify(tolerance, pulses=200))
@@ -175,6 +197,7 @@ def test_power_law_statistics():
     model = PowerLaw(0.06, 0.01, start=20.0)
     exponents = -jnp.log(model(cells(0.3, 0.9), KEY, 1e5) / cells(0.3, 0.9)) / math.log((1e5 + 20) / 20)
     assert_normal(exponents, [0.06, 0.06], [0.01, 0.01])
+    assert (PowerLaw(0.0, 0.05)(cells(0.5), KEY, 1e5) <= 0.5).all()  # no cell gains
 
 
 def test_pcm_drift():
@@ -191,6 +214,9 @@ def test_pcm_drift():
     q = np.minimum(0.0088 / G**0.65, 0.2)
     noise = q * math.sqrt(math.log((86_420 + 250e-9) / 500e-9))
     assert_normal(still(cells(*G), KEY, 86_400.0), G, G * noise)
+    # Noise gathers before the first read, too.
+    late = dataclasses.replace(still, start=1e4)
+    assert_normal(late(cells(*G), KEY, 1.0), G, G * q * math.sqrt(math.log(10_001 / 500e-9)))
 
 
 def test_cells_that_do_not_conduct_stay_finite():
@@ -246,6 +272,7 @@ def test_read_noise_of_a_cell(kind, spread):
     model, G = ReadNoise(0.03, kind), cells(0.5, 1.0)
     assert_normal(model.draw(G, KEY), [0.5, 1.0], spread)
     assert float(dataclasses.replace(model, clip=True).draw(cells(0.0), KEY).min()) == 0
+    assert float(dataclasses.replace(model, sigma=2.0).draw(cells(0.5), KEY).min()) < 0
 
 
 def test_sinh():

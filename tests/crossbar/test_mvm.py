@@ -565,6 +565,19 @@ def test_a_quantile_of_zero_is_no_full_scale(scale):
     np.testing.assert_allclose(programmed_weights(program(weights, config)), weights, atol=0.003 / 127)
 
 
+def test_weights_beyond_the_quantile_are_clipped_to_it():
+    weights, _ = problem()
+    top = np.quantile(np.abs(weights), 0.75)
+    found = programmed_weights(program(weights, CrossbarConfig(mapping=Mapping(quantile=0.75))))
+    np.testing.assert_allclose(found, np.clip(weights, -top, top), rtol=0, atol=0.51 * top / 127)
+
+
+def test_rows_of_a_short_tile_lie_next_to_the_converters():
+    weights, _ = problem(d_in=13)
+    cells = program(weights, CrossbarConfig(tile=Tile(rows=10, partition="full")), path="definition").cells
+    assert not cells[:, :, 1, :, :7].any() and cells[:, :, 1, :, 7:].any(axis=(0, 1, 2, 4)).all()
+
+
 @pytest.mark.parametrize("largest", [1e-40, 1e-38, 1e-36])
 def test_weights_whose_code_underflows_are_zeros(largest):
     weights, x = problem()

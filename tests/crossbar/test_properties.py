@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile, calibrated, matmul, probe, program
-from lorafusion_jax.crossbar.mapping.encoding import pulse
+from lorafusion_jax.crossbar.mapping.encoding import partition, pulse
 
 few = settings(max_examples=4, phases=[Phase.generate])
 seeds = st.integers(0, 2**16)
@@ -101,6 +101,14 @@ def quantised(W, x, config):
     top = 2 ** (config.dac.bits - config.dac.signed) - 1
     limit = np.abs(x).max(1, keepdims=True) if config.dac.scaling == "row" else 1.0
     return np.rint(np.float32(x / limit * top)) / top * limit @ (np.rint(np.float32(W / scale * 127)) / 127 * scale)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.sampled_from(["equal", "full"]))
+def test_no_part_of_an_axis_is_larger_than_an_array(size, limit, how):
+    parts = partition(size, limit, how)
+    assert sum(parts) == size and len(parts) == -(-size // limit)
+    assert len(set(parts[:-1])) <= 1 and 0 < min(parts) and max(parts) <= limit
+    assert how == "equal" or all(part == limit for part in parts[:-1])
 
 
 @few

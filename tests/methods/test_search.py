@@ -75,15 +75,23 @@ def test_a_seeds_weights_depend_on_nothing_but_the_seed(searched):
 @needs_evosax
 def test_weights_stay_within_lorahubs_bounds(monkeypatch):
     """The further out the better: the population runs into the bounds and is cut there."""
-    tried = []
+    tried, told, keys = [], [], []
 
     def score(weights, *_, **__):
         tried.append(weights)
         return -np.abs(weights).sum(axis=1)
 
+    class Recorded(cma.load_evosax().CMA_ES):
+        def tell(self, key, population, *rest):
+            told.append(population)
+            keys.append(tuple(jax.random.key_data(key).tolist()))
+            return super().tell(key, population, *rest)
+
     monkeypatch.setattr(cma, "score", score)
+    monkeypatch.setattr(cma, "load_evosax", lambda: SimpleNamespace(CMA_ES=Recorded))
     found = _search((1, 2), _given((1, 2)), generations=30)
-    assert np.abs(tried).max() == lorahub.BOUND
+    assert np.abs(tried).max() == np.abs(told).max() == lorahub.BOUND
+    assert len(set(keys)) == 2 * 30  # of every seed and generation
     np.testing.assert_array_equal(np.abs(found), lorahub.BOUND)
 
 
@@ -102,11 +110,17 @@ def test_the_walk_of_many_weights_does_not_depend_on_the_seeds_beside_it(monkeyp
 
 @needs_evosax
 def test_scores_that_are_not_finite_are_never_the_best(monkeypatch):
-    monkeypatch.setattr(
-        cma, "score", lambda weights, *_, **__: np.where(weights[:, 0] > 0, np.nan, np.sum(weights**2, axis=1))
-    )
+    scores = []
+
+    def score(weights, *_, **__):
+        scores.append(np.where(weights[:, 0] > 0, np.nan, np.sum(weights**2, axis=1)))
+        return scores[-1]
+
+    monkeypatch.setattr(cma, "score", score)
     found = _search((1, 2), _given((1, 2)), generations=10)
-    assert np.isfinite(found).all() and found.any(axis=1).all() and (found[:, 0] <= 0).all()
+    assert np.isnan(scores).any() and (found[:, 0] <= 0).all()
+    best = np.nanmin(np.reshape(scores, (10, 2, _POPULATION)), axis=(0, 2))
+    np.testing.assert_array_equal(np.sum(found**2, axis=1), best)
 
 
 @pytest.mark.parametrize(("generations", "population"), [(0, 16), (5, 3)])
