@@ -164,6 +164,18 @@ def test_of_equal_entries_the_first_are_kept():
         assert np.asarray(lora.A)[:, :4].any(axis=(1, 2)).all(), site
 
 
+def test_entries_that_cancel_count_as_positive():
+    pool = _POOL.select([1, 3])
+    opposite = dataclasses.replace(pool, A={s: jnp.stack([a[:, 0], -a[:, 0]], axis=1) for s, a in pool.A.items()})
+    for site, lora in merge(opposite, jnp.arange(2), jnp.ones(2), "ties", density=1.0).items():
+        assert (lora.A >= 0).all() and ((lora.A > 0) == (pool.A[site][:, 0] != 0)).all()
+
+
+def test_an_svd_has_the_largest_rank_of_the_pool():
+    pool = tiny.pool(2, lambda n, site, layer: 2 if "cross" in site else 4, names="q")
+    assert {lora.A.shape[-1] for lora in merge(pool, jnp.arange(2), jnp.ones(2), "svd").values()} == {4}
+
+
 def test_a_dare_depends_on_key_name_site_and_layer_alone():
     first = _update(kind="dare_linear")
     _same(first, _update(kind="dare_linear"))

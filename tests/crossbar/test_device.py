@@ -33,7 +33,7 @@ from lorafusion_jax.crossbar import (
     drift_compensation,
     program,
 )
-from lorafusion_jax.crossbar.devices.device import realise
+from lorafusion_jax.crossbar.devices.device import depends_on_time, realise
 from lorafusion_jax.crossbar.devices.normal_draws import normal
 
 KEY = jax.random.key(7)
@@ -138,6 +138,21 @@ def test_a_cell_is_verified_before_it_ages():
     assert (aged == 0.75).all()
 
 
+@pytest.mark.parametrize(
+    ("device", "wanted"),
+    [
+        (Device(), False),
+        (Device(programming=Independent(0.1)), False),
+        (Device(programming=PCM_JOSHI_2020), False),
+        (Device(programming=RERAM_WAN_2022), True),
+        (Device(programming=PCM_JOSHI_2020, drift=PCM_DRIFT), True),
+        (Device(programming=lambda G, key, time: G), True),
+    ],
+)
+def test_cells_that_age(device, wanted):
+    assert depends_on_time(device) == wanted
+
+
 def test_write_verify():
     sigma, tolerance = 0.05, 0.02
     device = Device(programming=Independent(sigma), write_verify=WriteVerify(tolerance, pulses=200))
@@ -198,6 +213,9 @@ def test_power_law_statistics():
     exponents = -jnp.log(model(cells(0.3, 0.9), KEY, 1e5) / cells(0.3, 0.9)) / math.log((1e5 + 20) / 20)
     assert_normal(exponents, [0.06, 0.06], [0.01, 0.01])
     assert (PowerLaw(0.0, 0.05)(cells(0.5), KEY, 1e5) <= 0.5).all()  # no cell gains
+    noisy = dataclasses.replace(model, flicker=Flicker())
+    flicker = noisy(cells(0.3, 0.9), KEY, 1e5) / model(cells(0.3, 0.9), KEY, 1e5) - 1
+    assert abs(np.corrcoef(flicker[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
 
 
 def test_pcm_drift():
