@@ -351,9 +351,9 @@ def test_read_noise_is_the_keys(adc):
 @pytest.mark.parametrize("path", [None, "definition"])
 def test_read_noise_has_the_variance_of_its_cells(path, encoding, kind):
     """Of every output, summed in NumPy over slices, polarities, rows and the unit column."""
-    sigma, draws = 0.04, 3000
+    sigma, draws, ratio = 0.04, 3000, 4.0
     config = CrossbarConfig(
-        cell=Cell(bits=(4, 4), on_off_ratio=20.0),
+        cell=Cell(bits=(4, 4), on_off_ratio=ratio),
         encoding=encoding,
         tile=Tile(rows=10, cols=4),
         dac=DAC(bits=4, slice_bits=2, scaling="fixed"),
@@ -366,11 +366,11 @@ def test_read_noise_has_the_variance_of_its_cells(path, encoding, kind):
     y = np.asarray(read(jax.random.split(KEY, draws)), float)
 
     cells = np.asarray(program(W, still, path="definition").cells, float)  # [K, P, R, C, rows, cols + units]
-    G = 1 / 20 + cells / 15 * (19 / 20)
+    G = 1 / ratio + cells / 15 * (1 - 1 / ratio)
     noise = np.full_like(G, sigma) if kind == "independent" else sigma * G
     n = np.rint(np.asarray(x[0], float) * 7)
     power = sum(16.0**j * (np.sign(n) * ((np.abs(n).astype(int) >> 2 * j) & 3)) ** 2 for j in range(2))
-    variance = (noise * 15 / (19 / 20)) ** 2 * 256.0 ** np.arange(2)[:, None, None, None, None, None]
+    variance = (noise * 15 / (1 - 1 / ratio)) ** 2 * 256.0 ** np.arange(2)[:, None, None, None, None, None]
     variance = np.einsum("rx,kprcxo->co", power.reshape(3, 10), variance)
     if encoding.unit_column:
         variance = variance[:, :-1] + variance[:, -1:]
@@ -493,6 +493,15 @@ def test_mismatch_of_converters():
     np.testing.assert_allclose(offset[:, 0], offset[:, 3], atol=0.02)
     correlation = np.corrcoef(offset[:, 0].T)
     assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(len(keys))
+
+
+def test_an_offset_is_added_to_what_the_gain_has_scaled():
+    W, x = problem()
+    state = program(W, CrossbarConfig(adc=given(30.0, bits=16, gain_error=0.5, offset_error=0.5)), KEY)
+    without = dataclasses.replace(state, gain=None)
+    nothing = jnp.zeros_like(x)
+    np.testing.assert_array_equal(matmul(nothing, state), matmul(nothing, without))
+    assert jnp.abs(matmul(x, state) - matmul(x, without)).max() > 0.1 and matmul(nothing, state).any()
 
 
 @pytest.mark.parametrize("encoding", [Encoding(), Encoding(two_sided=True), Encoding(kind="offset"), UNIT])

@@ -105,7 +105,7 @@ def ranked(tmp_path_factory):
     return options, fuse(options)
 
 
-def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
+def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked, monkeypatch):
     options, results = ranked
     setup = prepare(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]
@@ -115,6 +115,13 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
         # 95 rows trained once and ranked once, 5 validated.
         assert (seed["forward_rows"], seed["backward_rows"]) == (195, 190)
     assert any("digit" in name for name in results["seeds"][0]["modules"])  # the task's own character op
+
+    def rows_at_zero(params, batch, problem):
+        assert not params["coefficients"].any()
+        return jnp.full_like(params["coefficients"], float(np.sum(batch.row_mask[0])))
+
+    monkeypatch.setattr(ranking, "coefficient_gradients", rows_at_zero)
+    assert (ranking.gradients_at_zero(setup, options.seeds, batch_size=32) == 95).all()
 
 
 def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
