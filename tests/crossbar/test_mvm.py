@@ -453,6 +453,17 @@ def test_current_limits():
     assert errors[0] < errors[1] < errors[2] < errors[3]
 
 
+def test_currents_are_cut_on_either_side():
+    W, x = problem()
+    tile, dac = Tile(current_limit=0.5), DAC(slice_bits=None, scaling="fixed")
+    state = program(W, CrossbarConfig(cell=Cell(bits=(8,)), dac=dac, tile=tile))
+    G = np.asarray(state.cells, float)[0, :, 0, 0] / 255
+    currents = np.einsum("br,prc->pbc", np.rint(np.asarray(x, float) * 127) / 127, G)
+    assert currents.min() < -0.5 and currents.max() > 0.5
+    positive, negative = np.clip(currents, -0.5, 0.5)
+    np.testing.assert_allclose(matmul(x, state), (positive - negative) * 255 * np.asarray(state.scale), atol=1e-4)
+
+
 def test_nonlinear_cells():
     """One-bit pulses see G at the read voltage; wider ones see less current at part of it, as sinh says."""
     W, x = problem()
