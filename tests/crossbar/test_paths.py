@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from scipy.special import erfinv
 
+from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, ReadNoise
 from lorafusion_jax.crossbar.devices.normal_draws import normal, normal_at
 from lorafusion_jax.crossbar.mapping.adc import Converter
 from lorafusion_jax.crossbar.mapping.bit_fields import FLOAT_BITS, INT_BITS, Packing, certify, extent, pack
-from lorafusion_jax.crossbar.read.conversion_noise import Noise, stream
+from lorafusion_jax.crossbar.read.conversion_noise import Noise, add_noise, deviations, powers, stream
 from lorafusion_jax.crossbar.read.kernels import mosaic as mosaic_module
 from lorafusion_jax.crossbar.read.kernels.bit_planes import planes, to_planes
 from lorafusion_jax.crossbar.read.kernels.lookup import lookup
@@ -237,6 +238,25 @@ def test_noise_alike_in_all_columns():
         operand = pack(g, packing, 1, signed=True)
         more = {"signed": True} if kernel is lookup else {}
         np.testing.assert_array_equal(kernel(x, operand, packing, _adc(), bits, noise=_noise(narrow), **more), expected)
+
+
+@pytest.mark.parametrize("kind", ["independent", "proportional"])
+def test_noise_of_a_cell_in_level_units_counts_gmin(kind):
+    device = Device(read_noise=ReadNoise(0.1, kind))
+    config = CrossbarConfig(cell=Cell(bits=(2, 6), on_off_ratio=4.0), device=device)
+    cells, top = np.random.default_rng(0).uniform(0, 3, (2, 1, 1, 1, 4, 3)), np.reshape([3, 63], (2, 1, 1, 1, 1, 1))
+    of_cells = np.asarray(powers(jnp.asarray(cells, jnp.float32), config))
+    found = np.sqrt(of_cells) * np.reshape(deviations(config, jnp.dtype("float32")), (2, 1, 1, 1, 1, 1))
+    wanted = 0.1 * (0.25 + 0.75 * cells / top if kind == "proportional" else 1) * top / 0.75
+    np.testing.assert_allclose(np.broadcast_to(found, cells.shape), np.broadcast_to(wanted, cells.shape), rtol=1e-5)
+
+
+def test_noise_of_cells_and_of_their_conversion_add_up_as_variances():
+    quiet = Noise(None, jnp.full(_SLICES, 0.3, jnp.float32), stream(jax.random.key(5)))
+    both = quiet._replace(of_adc=jnp.full(_SLICES, 0.8, jnp.float32))
+    sums, where = jnp.zeros((_SLICES, 5, 7)), (jnp.int32(0), (0, 0, 0), 7)
+    of_cells, of_both = (add_noise(sums, jnp.full_like(sums, 4.0), noise, *where) for noise in (quiet, both))
+    np.testing.assert_allclose(of_both, of_cells * np.hypot(0.3 * 2, 0.8) / (0.3 * 2), rtol=1e-5)
 
 
 def test_noise_has_the_columns_variance():
