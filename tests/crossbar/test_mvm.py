@@ -592,10 +592,20 @@ def test_weights_beyond_the_quantile_are_clipped_to_it():
     np.testing.assert_allclose(found, np.clip(weights, -top, top), rtol=0, atol=0.51 * top / 127)
 
 
-def test_rows_of_a_short_tile_lie_next_to_the_converters():
-    weights, _ = problem(d_in=13)
-    cells = program(weights, CrossbarConfig(tile=Tile(rows=10, partition="full")), path="definition").cells
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(kind="offset", unit_column=True, flip=True)])
+def test_rows_of_a_short_tile_lie_next_to_the_converters_and_the_others_are_empty(encoding):
+    weights = jnp.abs(problem(d_in=13)[0])  # whose columns are flipped, if any are
+    config = CrossbarConfig(encoding=encoding, tile=Tile(rows=10, partition="full"))
+    cells = program(weights, config, path="definition").cells[..., :9]
     assert not cells[:, :, 1, :, :7].any() and cells[:, :, 1, :, 7:].any(axis=(0, 1, 2, 4)).all()
+
+
+def test_two_sided_pairs_lie_about_half_of_the_range():
+    config = CrossbarConfig(encoding=Encoding(two_sided=True))
+    cells = program(problem()[0], config, path="definition").cells
+    top = np.reshape(levels(config), (-1, 1, 1, 1, 1)) * np.ones(cells[:, 0].shape)
+    np.testing.assert_array_equal(cells[:, 0] + cells[:, 1], top)
+    assert cells.min() == 0 and (cells <= top[:, None]).all()
 
 
 @pytest.mark.parametrize("largest", [1e-40, 1e-38, 1e-36])
