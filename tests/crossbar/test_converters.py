@@ -211,7 +211,7 @@ def test_ranges_cover_the_unit_column_of_flipped_arrays(bits, ratio, adc):
         errors.append(relative(y, x @ weights))
         of_paths = [probe(x, state)[1].clip_share for state in states if state.plan.path != "product"]
         shares += [float(jnp.max(share)) for share in of_paths]
-        assert explain(config, weights.shape).lost_bits is not None
+        assert (explain(config, weights.shape).lost_bits is None) == (ratio is not None)  # Gmin makes sums real numbers
     assert errors[1] < 1.5 * errors[0] + 0.01
     assert max(shares, default=0) < 0.01
 
