@@ -342,8 +342,9 @@ def test_read_noise_is_the_keys(adc):
     one, again, other = (matmul(x, with_read_key(state, jax.random.key(i))) for i in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert jnp.abs(one - other).max() > 0.05
-    same = matmul(jnp.stack([x[0], x[0]]), with_read_key(state, KEY))
-    assert jnp.abs(same[0] - same[1]).max() > 0.05
+    for each in (state, program(W, config, path="definition")):
+        same = matmul(jnp.stack([x[0], x[0]]), with_read_key(each, KEY))
+        assert jnp.abs(same[0] - same[1]).max() > 0.05
 
 
 @pytest.mark.parametrize("kind", ["independent", pytest.param("proportional", marks=pytest.mark.long)])
