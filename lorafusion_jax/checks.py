@@ -10,11 +10,14 @@ def at_least(least: int, **counts: int | None) -> None:
             raise ValueError(f"{name} is {count}: wanted at least {least}")
 
 
-def of_64_bits(**numbers: int) -> None:
-    """Raise a ValueError that names the first number which is not a signed integer of 64 bits, as seeds must be."""
-    for name, number in numbers.items():
-        if not -(2**63) <= number < 2**63:
-            raise ValueError(f"{name} is {number}: wanted an integer of 64 bits")
+def of_32_bits(**seeds: int) -> None:
+    """Raise a ValueError that names the first seed which is not an unsigned integer of 32 bits.
+
+    `jax.random.key` takes the last 32 bits of others, so that two of them may draw the same numbers.
+    """
+    for name, seed in seeds.items():
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{name} is {seed}: wanted an integer from 0 to {2**32 - 1}")
 
 
 def one_of(choices: Collection[str], **names: str) -> None:

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.pool import LoraPool
-from ..checks import of_64_bits
+from ..checks import of_32_bits
 from ..crossbar import (
     CrossbarConfig,
     Polynomial,
@@ -178,10 +178,10 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
       digital: their digital weights; a folder has its own.
 
     Raises:
-      ValueError: it is none of these; a folder whose key or digital weights are others than these; or a key of more
-        than 64 bits.
+      ValueError: it is none of these; a folder whose key or digital weights are others than these; or a key that is
+        not of 32 bits.
     """
-    of_64_bits(chip_key=key)
+    of_32_bits(chip_key=key)
     folder = Path(name)
     if not (folder / MANIFEST).is_file():
         if folder.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from .. import __version__
-from ..checks import at_least, of_64_bits
+from ..checks import at_least, of_32_bits
 from ..crossbar import (
     Chip,
     Counts,
@@ -73,7 +73,7 @@ def program_chips(options: ProgramOptions) -> Manifest:
     if options.out.exists():  # before hours of programming
         raise ValueError(f"{options.out} exists: give another --out; chips are never written over")
     at_least(1, chips=options.chips)
-    of_64_bits(chip_key=options.chip_key)
+    of_32_bits(chip_key=options.chip_key)
     config = load_config(options.crossbar)
     if options.chips > 1 and not is_random(config):
         raise ValueError(

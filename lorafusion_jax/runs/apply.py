@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Int, Key
 
-from ..checks import at_least, of_64_bits
+from ..checks import at_least, of_32_bits
 from ..files import utf8
 from ..methods import find
 from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
@@ -256,7 +256,7 @@ def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, "
 
 def _answering(options: GenerateOptions) -> _Answering:
     at_least(1, max_new_tokens=options.max_new_tokens, eval_batch=options.eval_batch)
-    of_64_bits(sampling_seed=options.sampling_seed)
+    of_32_bits(sampling_seed=options.sampling_seed)
     if (options.run is None) == (options.base is None):
         raise ValueError("say who answers: a fused run with --run, or a base model as it is with --base")
     if options.run is None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import positions, random_pool, shuffled_pool
-from ..checks import at_least, of_64_bits
+from ..checks import at_least, of_32_bits
 from ..io.hf import load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
@@ -120,7 +120,7 @@ def check(options: FuseOptions) -> None:
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
     for seed in options.seeds:
-        of_64_bits(seed=seed)
+        of_32_bits(seed=seed)
     method, recipe = find(options.method), options.recipe
     if options.pool is None and method.pool:
         raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool
-from ..checks import at_least, of_64_bits
+from ..checks import at_least, of_32_bits
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.fusion import Fusion
@@ -215,10 +215,10 @@ class Service:
 
         Raises:
           ValueError: there is no task of a name, there are not as many names as texts, a text cannot be encoded, a
-            number is below 1, or the seed has more than 64 bits.
+            number is below 1, or the seed is not of 32 bits.
         """
         at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
-        of_64_bits(sampling_seed=sampling_seed)
+        of_32_bits(sampling_seed=sampling_seed)
         if len(texts) != len(names):
             raise ValueError(f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None")
         tasks = {name: None if name is None else self._task(name) for name in dict.fromkeys(names)}
