@@ -273,7 +273,7 @@ def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: r
     lines = [line for line in said.splitlines() if not _NOTES.search(line)]
     if number == signal.SIGKILL:
         sound = process.returncode == -number and not lines
-    elif process.returncode == -number and early:
+    elif early and (process.returncode == -number or "KeyboardInterrupt" in said):
         tally.in_start += 1
         sound = True
     else:
