@@ -241,7 +241,9 @@ def test_chips_hold_every_matrix_that_is_not_digital(digital, base, pool, run, c
     # The head is the embedding, which stays digital.
     matrices = [*config.sites, *(f"pool.{factor}.{site}" for factor in "AB" for site in adapted)]
     assert files == {name for name in matrices if not any(fnmatch(name, rule) for rule in digital)}
-    results = report_on_chips(EvaluateOnChipsOptions(run=run, crossbar=str(chips), calibration_rows=4, test_rows=4))
+    asked = EvaluateOnChipsOptions(run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4)
+    results = report_on_chips(asked)
+    assert (results["method"], results["norm"], results["age"]) == ("fusion", "programmed", None)
     for digital, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
         assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-2)
 

@@ -176,19 +176,20 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 for s, seed in enumerate(on.fused.seeds)
             ]
             bar.update(count)
-    results = {
-        "task": setup.task.name,
+    results = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count, **settings(on, options), "rows": rows}
+    write_json(results_path(options), results)
+    return results
+
+
+def settings(on: Asked, options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return how a run was evaluated, as results record it."""
+    return {
         "method": on.fused.method,
-        "crossbar": options.crossbar,
-        "chips": count,
         "read_noise": options.read_noise,
         "adc_bits": options.adc_bits,
         "norm": options.norm,
         "lora_in": options.lora_in if on.fused.method == "lora" else None,
-        "rows": rows,
     }
-    write_json(results_path(options), results)
-    return results
 
 
 def results_path(options: EvaluateOnChipsOptions) -> Path:

@@ -12,7 +12,7 @@ from ..runs.evaluate import seed_rows
 from ..runs.scoring import evaluate_seeds
 from ..training.problem import Frozen
 from .calibration import calibration_batches, logits_of, looped
-from .evaluate import EvaluateOnChipsOptions, asked, cases
+from .evaluate import EvaluateOnChipsOptions, asked, cases, settings
 from .program import program
 
 
@@ -30,7 +30,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     if len(cases(options)) > 1:
         raise ValueError("a report is of one age, compensated or not: give one of --ages, and not --compensate both")
     on = asked(options)
-    (config,) = on.configs.values()
+    (((age, compensate), config),) = on.configs.items()
     params, chips = on.params, on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
     setup = looped(on.setup)
@@ -56,6 +56,9 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "config": options.crossbar,
         "config_sha256": config_hash(config),
         "digital_weights": list(chips.digital),
+        "age": age,
+        "compensate": compensate,
+        **settings(on, options),
         "chip_key": options.chip_key if chips.manifest is None else chips.manifest["key"],
         "digital": digital,
         "chips": found,
