@@ -176,7 +176,8 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 for s, seed in enumerate(on.fused.seeds)
             ]
             bar.update(count)
-    results = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count, **settings(on, options), "rows": rows}
+    named = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count}
+    results = {**named, **settings(on, options), "rows": rows}
     write_json(results_path(options), results)
     return results
 
