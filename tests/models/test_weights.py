@@ -10,7 +10,7 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.models.architecture import kernels, set_matrices
-from lorafusion_jax.models.weights import Unstacked, dense, matmul, quantise, unstacked
+from lorafusion_jax.models.weights import Unstacked, dense, embed, matmul, quantise, unembed, unstacked
 
 
 def test_bfloat16_products_and_their_gradients():
@@ -31,6 +31,41 @@ def test_bfloat16_products_and_their_gradients():
     np.testing.assert_array_equal(np.asarray(mapped[0], np.float64), x @ w)
     np.testing.assert_array_equal(np.asarray(mapped[1], np.float64), g @ w.T)
     np.testing.assert_array_equal(np.asarray(mapped[2], np.float64), np.einsum("bti,bto->bio", x, g))
+
+
+@pytest.mark.parametrize("batch", [(2, 3), (1, 1), (1,)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_embedding_as_the_head(dtype, batch):
+    rng = np.random.default_rng(0)
+    x, table, g = (rng.integers(-3, 4, shape) for shape in ((*batch, 5), (7, 5), (*batch, 7)))
+
+    @jax.jit
+    def product(x, table, g):
+        y, back = jax.vjp(unembed, x, table)
+        return y, *back(g)
+
+    found = product(*(jnp.asarray(a, dtype) for a in (x, table, g)))
+    wanted = (x @ table.T, g @ table, np.einsum("ni,no->oi", x.reshape(-1, 5), g.reshape(-1, 7)))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(ours, np.float64), theirs)
+
+
+def test_rows_of_an_embedding_and_their_gradients():
+    table = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (7, 5)), jnp.bfloat16)
+    ids = jnp.array([[1, 6, 1], [0, 1, 4]])
+    rows, back = jax.vjp(jax.jit(lambda table: embed(table, ids)), table)
+    np.testing.assert_array_equal(rows, table[ids])
+    (found,) = back(jnp.ones_like(rows))
+    np.testing.assert_array_equal(np.asarray(found[:, 0], int), [1, 3, 0, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_embedding_is_copied_in_float32(rows):
+    table, ids = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    compiled = jax.jit(lambda table, ids: unembed(embed(table, ids), table)).lower(table, ids).compile()
+    found = compiled.memory_analysis()
+    assert found is not None and found.temp_size_in_bytes < 0.75 * 4 * 4096 * 64  # its bits are half as large
 
 
 def test_nf4_is_read_without_a_gather_where_there_is_an_accelerator():

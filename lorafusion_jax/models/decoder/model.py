@@ -22,7 +22,7 @@ from ...crossbar.platform import for_cpu
 from ..architecture import Architecture
 from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
 from ..narrow import held, released
-from ..weights import SUM, dense, matmul
+from ..weights import SUM, embed, matmul, unembed
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
 
@@ -278,7 +278,7 @@ class Decoder(nnx.Module):
         return of_layer
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = jnp.take(self.embedding[...], ids, axis=0).astype(self.config.dtype)
+        x = embed(self.embedding[...], ids).astype(self.config.dtype)
         scale = self.structure.embedding_scale
         # Hugging Face rounds the factor to the dtype of the activations, which matters in bfloat16.
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
@@ -286,7 +286,7 @@ class Decoder(nnx.Module):
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         x, cap = self.norm(x), self.structure.logit_cap
         if self.config.tied:
-            logits = jnp.einsum("btd,vd->btv", x, dense(self.embedding[...], x.dtype))
+            logits = unembed(x, self.embedding[...])
         else:
             logits = matmul(x, self.head.get_value())
         return cap * jnp.tanh(logits / cap) if cap else logits

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..architecture import Architecture
 from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
 from ..narrow import held, released
-from ..weights import SUM, dense, matmul
+from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
 from .feed_forward import FeedForward
@@ -263,14 +263,14 @@ class T5(nnx.Module):
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding[...], ids, axis=0).astype(self.config.dtype)
+        return embed(self.embedding[...], ids).astype(self.config.dtype)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         x = self.decoder_norm(x)
         if self.scale_logits:
             x = x * self.config.d_model**-0.5
         if self.config.tied:
-            return jnp.einsum("btd,vd->btv", x, dense(self.embedding[...], x.dtype))
+            return unembed(x, self.embedding[...])
         return matmul(x, self.head.get_value())
 
     def _scan(self, block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, carry: Any, xs: Any) -> tuple[Any, Any]:
