@@ -216,7 +216,8 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     of, k, generates, dtype, _, steps, rows, source = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
-    settings = Settings(recipe=Recipe(basis=k), rank=RANK, path="vmap", seeds=seeds, device="accelerator")
+    how: Any = {"path": "vmap", "device": "accelerator", "load_in": "nf4" if dtype == "nf4" else "full"}
+    settings = Settings(recipe=Recipe(basis=k), rank=RANK, seeds=seeds, **how)
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(prepared, config, method), weights)
@@ -229,7 +230,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         lowered: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
     else:
         lowered = step_of((state, batch, problem, rates), steps)
-    how: Any = {"update": update, "seeds": seeds, "path": settings.path, "device": settings.device}
+    how |= {"update": update, "seeds": seeds}
     if generates:
         work = evaluation_bytes(config, Shape(rows, source, 0), _NEW, **how)
         shape = Shape(rows, source, _NEW)
@@ -239,7 +240,8 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         work = step_bytes(config, Shape(rows, source, TARGET), trainable=trainable, **how)
         flops = steps * step_flops(config, Shape(rows, source, TARGET), update, trainable=trainable)
         held = state_bytes(trainable)
-    return lowered, weights_bytes(config) + pool_bytes(config, update) + seeds * held + work, seeds * flops
+    held = seeds * held + weights_bytes(config, settings.load_in) + pool_bytes(config, update, settings.load_in)
+    return lowered, held + work, seeds * flops
 
 
 def _of_zeros(config: Architecture, shape: Shape) -> float:

@@ -43,12 +43,14 @@ def main() -> None:
     parser.add_argument("--peak", action="store_true", help="only what has a bar in GiB")
     options = parser.parse_args()
     cases = [peak for name in ("fusion-mix", "fusion-sum") for peak in _peaks(name, options.shape)]
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
     if not options.peak:
         cases += [
             _plan(name, options.shape, dtype, rows)
             for name in _METHODS
-            for dtype in ("float32", "bfloat16")
+            for dtype in dtypes
             for rows in (5, 10)
+            if (name, dtype) != ("full", "nf4")  # which is refused
         ]
     _measure.show(cases, as_json=options.json)
 
@@ -68,7 +70,7 @@ def _peaks(name: str, shape: str) -> list[dict[str, Any]]:
 
 
 def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
-    planned, allocated = _planned(name, config_of(shape, dtype), rows), _allocated(name, shape, dtype, rows)
+    planned, allocated = _planned(name, shape, dtype, rows), _allocated(name, shape, dtype, rows)
     return case(
         f"{shape}, {_METHODS[name]}, {dtype}, batch {rows}: the plan's memory / XLA's, the larger over the smaller",
         max(planned / allocated, allocated / planned),
@@ -79,13 +81,14 @@ def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
     )
 
 
-def _planned(name: str, config: Architecture, rows: int) -> int:
+def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
+    config, load_in = config_of(shape, dtype), "nf4" if dtype == "nf4" else "full"
     update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     batch = Shape(rows, SOURCE, TARGET)
-    needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu")
+    needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu", load_in=load_in)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
-    base = 0 if name == "full" else weights_bytes(config)
-    return base + pool_bytes(config, update) + state_bytes(trainable) + needed
+    base = 0 if name == "full" else weights_bytes(config, load_in)
+    return base + pool_bytes(config, update, load_in) + state_bytes(trainable) + needed
 
 
 def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1) -> int:

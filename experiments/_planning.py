@@ -55,6 +55,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             seeds=len(options.seeds),
             path=default_path(),
             device="cpu" if for_cpu() else "accelerator",
+            load_in=load_in,
         )
         how: dict[str, Any] = {"train_rows": rows, "test_rows": options.test_rows}
         if options.base not in known_shapes():
@@ -68,7 +69,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
         few = "" if rows == TRAIN_ROWS[league] else f" over {rows} rows"
         print(f"League {league}, {recipe.epochs} epochs{few}, {chosen}{within}")
         methods = {job.method: _name(job.options) for job in of_group}
-        print(describe(config, [*methods.values()], work, settings, names=[*methods], load_in=load_in))
+        print(describe(config, [*methods.values()], work, settings, names=[*methods]))
 
 
 def _name(options: Any) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..checks import at_least
 from ..methods import METHODS, find
@@ -11,7 +11,7 @@ from ..models.architecture import Architecture
 from ..training.recipe import Recipe
 from ..training.seeds import Path
 from .flops import forward_flops, generation_flops, step_flops
-from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
+from .memory import Device, LoadIn, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from .parameters import trainable_count
 from .workload import Asked, Shapes, Workload
 
@@ -28,6 +28,7 @@ class Settings:
       seeds: number of seeds of every method that draws anything.
       path: how seeds run: `vmap`, best on accelerators, or `map`, best on a CPU (see `training.seeds`).
       device: kind of device.
+      load_in: what base and pool are held in.
     """
 
     recipe: Recipe = Recipe()
@@ -37,6 +38,7 @@ class Settings:
     seeds: int = 5
     path: Path = "map"
     device: Device = "cpu"
+    load_in: LoadIn = "full"
 
     @property
     def fused(self) -> Fused:
@@ -97,7 +99,8 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
             f"the task has too few training rows for {settings.recipe.shots} examples in a prompt: lower shots"
         )
     batches = work.search if entry.learns in ("trained", "searched") else asked.rows
-    weights, pool = weights_bytes(config), pool_bytes(config, update)
+    weights = weights_bytes(config, settings.load_in)
+    pool = pool_bytes(config, update, settings.load_in)
     state = _seeds(entry, settings) * state_bytes(trainable) if steps else 0
     activations = _activation_bytes(config, entry, work, asked, settings, trainable)
     return Cost(
@@ -202,8 +205,9 @@ def _activation_bytes(
 ) -> int:
     """Return the largest memory of training, search or evaluation in addition to the arguments, for all seeds."""
     update, seeds = entry.update(settings.recipe, settings.fused), _seeds(entry, settings)
-    evaluation = partial(evaluation_bytes, config, update=update, path=settings.path, device=settings.device)
-    step = partial(step_bytes, config, update=update, path=settings.path, device=settings.device, seeds=seeds)
+    how: Any = {"path": settings.path, "device": settings.device, "load_in": settings.load_in}
+    evaluation = partial(evaluation_bytes, config, update=update, **how)
+    step = partial(step_bytes, config, update=update, seeds=seeds, **how)
 
     def asking(shapes: Shapes, new_tokens: int, members: int = 1) -> list[int]:
         return [evaluation(shape, new_tokens=new_tokens, seeds=seeds * members) for shape in set(shapes)]
@@ -212,7 +216,7 @@ def _activation_bytes(
     if entry.learns == "trained":
         needed += [step(shape, trainable=trainable) for shape in set(work.steps)]
         if (ranking := _ranking(entry, settings)) is not None:
-            whole = pool_bytes(config, ranking) if ranking.kind != update.kind else 0
+            whole = pool_bytes(config, ranking, settings.load_in) if ranking.kind != update.kind else 0
             of_pass = partial(step, update=ranking, trainable=ranking.modules)
             needed += [whole + of_pass(shape) for shape in set(work.search)]
     if entry.learns == "searched":

@@ -8,29 +8,37 @@ Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, 
 directions of a basis.
 """
 
+import math
 from typing import Literal
 
 from ..methods.method import Update
 from ..models.architecture import Architecture, Site, targeted
+from ..models.weights import tile_size
 from ..training.seeds import Path
 from .flops import Shape, keys, last_sites, queries, tokens
 from .parameters import size
 
 Device = Literal["cpu", "accelerator"]
+LoadIn = Literal["full", "nf4", "int8"]
 
 _FLOAT32 = 4
+_BITS = {"nf4": 4, "int8": 8}
 # Copies of the trained numbers after the backward pass (gradients, finite gradients and updates, at their peak):
 # measured as 2.4 times the 783 million numbers of FLAN-T5-large.
 _UPDATING = 2.4
 _GROUP = 4  # layers whose norms and fused factors `compose` computes together
 
 
-def weights_bytes(config: Architecture) -> int:
-    """Return the bytes of the base model's weights."""
-    return size(config) * _itemsize(config)
+def weights_bytes(config: Architecture, load_in: LoadIn = "full") -> int:
+    """Return the bytes of the base model's weights, whose matrices and head may be held in few bits."""
+    itemsize = _itemsize(config)
+    matrices = [(s.layers * s.d_out, s.d_in) for s in config.sites.values()]
+    matrices += [] if config.tied else [(config.vocab_size, config.d_model)]
+    whole = sum(columns * length for columns, length in matrices)
+    return (size(config) - whole) * itemsize + sum(_bytes(*matrix, itemsize, load_in) for matrix in matrices)
 
 
-def pool_bytes(config: Architecture, update: Update) -> int:
+def pool_bytes(config: Architecture, update: Update, load_in: LoadIn = "full") -> int:
     """Return the bytes of P modules, whole or in a basis, and the norms' terms, or of VeRA's shared random matrices."""
     frozen = targeted(config, update.targets).values()
     if update.kind == "vera":
@@ -40,7 +48,8 @@ def pool_bytes(config: Architecture, update: Update) -> int:
     modules, cores = (1, update.pool * update.rank**2) if update.kind == "basis" else (update.pool, 0)
     width = modules * update.rank
     terms = update.pair_terms or width
-    return _FLOAT32 * sum(s.layers * (width * (s.d_in + s.d_out) + cores + (terms + 1) * s.d_out) for s in frozen)
+    factors = sum(_bytes(s.layers * width, side, _FLOAT32, load_in) for s in frozen for side in (s.d_in, s.d_out))
+    return factors + _FLOAT32 * sum(s.layers * (cores + (terms + 1) * s.d_out) for s in frozen)
 
 
 def state_bytes(trainable: int) -> int:
@@ -49,7 +58,15 @@ def state_bytes(trainable: int) -> int:
 
 
 def step_bytes(
-    config: Architecture, shape: Shape, update: Update, *, trainable: int, seeds: int, path: Path, device: Device
+    config: Architecture,
+    shape: Shape,
+    update: Update,
+    *,
+    trainable: int,
+    seeds: int,
+    path: Path,
+    device: Device,
+    load_in: LoadIn = "full",
 ) -> int:
     """Return the bytes that a training step of all seeds needs in addition to its arguments.
 
@@ -65,20 +82,31 @@ def step_bytes(
       seeds: number of seeds.
       path: how seeds run.
       device: kind of device.
+      load_in: what the base is held in.
     """
     gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
     kept = _kept(config, shape, update) * _itemsize(config)
     if config.remat == "none":
         kept += _rest(config, shape) * _FLOAT32
     batched = seeds if path == "vmap" else 1
-    needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(config, device)
+    needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(
+        config, device, load_in
+    )
     if update.kind == "full":
         needed = max(needed, int(_UPDATING * batched * gradients))
     return needed + (seeds * state_bytes(trainable) if path == "map" and seeds > 1 else 0)
 
 
 def evaluation_bytes(
-    config: Architecture, shape: Shape, new_tokens: int, update: Update, *, seeds: int, path: Path, device: Device
+    config: Architecture,
+    shape: Shape,
+    new_tokens: int,
+    update: Update,
+    *,
+    seeds: int,
+    path: Path,
+    device: Device,
+    load_in: LoadIn = "full",
 ) -> int:
     """Return the bytes that generating for one batch, or its loss, needs in addition to its arguments.
 
@@ -94,13 +122,15 @@ def evaluation_bytes(
       seeds: number of seeds.
       path: how seeds run.
       device: kind of device.
+      load_in: what the base is held in.
     """
     batched = seeds if path == "vmap" else 1
     needed = _work(config, shape)
     if new_tokens:
         cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config)
         needed = max(needed, cache + _work(config, shape._replace(target=1)))
-    return batched * (needed + _fused(config, update)) + _copies(config, device)
+    bits = config.vocab_size * config.d_model * 2 if device == "cpu" and config.dtype == "bfloat16" else 0
+    return batched * (needed + _fused(config, update)) + bits + _copies(config, device, load_in)
 
 
 def _cache(config: Architecture, shape: Shape) -> int:
@@ -178,11 +208,27 @@ def _factors(site: Site, update: Update) -> int:
     return site.d_in * site.d_out if update.is_dense(site) else 0
 
 
-def _copies(config: Architecture, device: Device) -> int:
-    """Return the bytes of second copies of weights: the bits of a bfloat16 model, or unrolled layers."""
-    if device != "cpu" or not (config.unroll or config.dtype == "bfloat16"):
-        return 0
-    return _itemsize(config) * sum(s.layers * s.d_in * s.d_out for s in config.sites.values())
+def _copies(config: Architecture, device: Device, load_in: LoadIn) -> int:
+    """Return the bytes of second copies of weights.
+
+    A CPU holds the bits of a bfloat16 or NF4 model, and unrolled layers. Of weights in few bits one matrix at a time is
+    dequantised; NF4's codes are copied twice on the way.
+    """
+    numbers = sum(s.layers * s.d_in * s.d_out for s in config.sites.values())
+    itemsize = _itemsize(config)
+    if load_in != "full":
+        of_number = itemsize + (2 if load_in == "nf4" else 0)
+        of_codes = numbers // 2 if device == "cpu" and load_in == "nf4" else 0
+        head = 0 if config.tied else config.vocab_size * config.d_model
+        return max(of_number * head, of_codes + of_number * max(s.d_in * s.d_out for s in config.sites.values()))
+    return itemsize * numbers if device == "cpu" and (config.unroll or config.dtype == "bfloat16") else 0
+
+
+def _bytes(columns: int, length: int, itemsize: int, load_in: LoadIn) -> int:
+    """Return the bytes of columns of a matrix: of plain numbers, or of codes with a scale a tile."""
+    if load_in == "full":
+        return columns * length * itemsize
+    return columns * (math.ceil(length * _BITS[load_in] / 8) + length // tile_size(length) * itemsize)
 
 
 def _itemsize(config: Architecture) -> int:

@@ -96,7 +96,6 @@ def describe(
     settings: Settings,
     *,
     names: Sequence[str] = (),
-    load_in: str = "full",
 ) -> str:
     """Return a description of how a matrix runs, and its costs; further arguments and errors are those of `plan`.
 
@@ -106,7 +105,6 @@ def describe(
       tasks: name -> workload.
       settings: settings of all runs.
       names: names of the rows; by default those of the methods.
-      load_in: what base and pool are held in, as in `FuseOptions`; bytes are counted without it.
     """
     rows = plan(config, methods, tasks, settings)
     table = plan_table([row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)])
@@ -118,11 +116,11 @@ def describe(
         f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
         for name, work in tasks.items()
     ]
-    fewer = "" if load_in == "full" else f" Base and pool are counted whole: --load-in {load_in} holds them in less."
+    held = "" if settings.load_in == "full" else f", base and pool in {settings.load_in}"
     return (
         "\n".join(lines) + f"\n\n{table}\n"
-        f"{config.dtype} on {where}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a method.\n"
-        f"Bytes are those of one program with all its seeds, at its largest batch.{fewer}"
+        f"{config.dtype} on {where}{held}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a "
+        "method.\nBytes are those of one program with all its seeds, at its largest batch."
     )
 
 
@@ -150,6 +148,7 @@ def describe_run(options: FuseOptions) -> str:
         seeds=len(options.seeds),
         path=default_path() if options.path == "auto" else options.path,
         device="cpu" if for_cpu() else "accelerator",
+        load_in=options.load_in,
     )
     task = load_task(options.task, prompt=options.prompt, chat=options.chat, train_rows=options.train_rows)
     work = workload(
@@ -161,7 +160,7 @@ def describe_run(options: FuseOptions) -> str:
         eval_batch=options.eval_batch,
     )
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    return describe(config, [options.method], {task.name: work}, settings, load_in=options.load_in)
+    return describe(config, [options.method], {task.name: work}, settings)
 
 
 def pool_shape(folder: Path, k: int | None = None) -> PoolShape:

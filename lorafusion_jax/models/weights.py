@@ -110,7 +110,7 @@ def unembed(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Floa
     if math.prod(x.shape[:-1]) > 1:
         return _bfloat16_dot(x, plain, 1)
     # For a single row XLA has no kernel, and would convert the whole embedding.
-    of_two = _bfloat16_dot(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), plain, 1)
+    of_two: Array = _bfloat16_dot(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), plain, 1)
     return of_two[:1].reshape(*x.shape[:-1], -1)
 
 

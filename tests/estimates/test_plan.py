@@ -28,13 +28,14 @@ from lorafusion_jax.methods.lorahub import LORAHUB
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.architecture import Architecture, targeted
+from lorafusion_jax.models.architecture import Architecture, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.families import abstract_model
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.models.weights import quantise
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.tasks import Batch, Example, Task
@@ -65,6 +66,7 @@ _DECODER = DecoderConfig(
     unroll=True,
 )
 _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
+_UNROLLED = {"unroll": True, "remat": "none"}
 _SHAPE = Shape(4, 32, 8)
 _RECIPE = Recipe(modules=5, lora_rank=8, vera_rank=24)
 _SETTINGS = Settings(recipe=_RECIPE, rank=8, pool=7)
@@ -124,6 +126,16 @@ def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.Gr
         return graph, Frozen(base, pool, PairTerms(columns, cross, pairs))
     cross = {n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()}
     return graph, Frozen(base, pool, Gram(columns, cross))
+
+
+def _held_in(load_in: str, graph: nnx.GraphDef, frozen: Frozen) -> Frozen:
+    """Returns what is frozen, with base and pool in few bits."""
+    if load_in == "full":
+        return frozen
+    model = nnx.merge(graph, frozen.base)
+    set_matrices(model, {n: quantise(w, load_in, tiled_axis=-2) for n, w in matrices(model).items()})
+    pool = None if frozen.pool is None else frozen.pool.quantised(load_in)
+    return dataclasses.replace(frozen, base=nnx.split(model)[1], pool=pool)
 
 
 def _batch(shape: Shape, *lead: int) -> Batch:
@@ -319,25 +331,27 @@ def test_flops_of_generation(name, config, counted_as):
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "config", "structure"),
+    ("name", "path", "config", "load_in", "structure"),
     [
-        ("fusion-sum", "map", _SCANNED, {}),
-        pytest.param("fusion-basis", "map", _SCANNED, {}, marks=pytest.mark.long),
-        pytest.param("fusion-mix", "vmap", _SCANNED, {"dtype": "bfloat16"}, marks=pytest.mark.nightly),
-        pytest.param(
-            "lora", "map", _SCANNED, {"dtype": "bfloat16", "unroll": True, "remat": "none"}, marks=pytest.mark.nightly
-        ),
-        pytest.param("full", "map", _SCANNED, {}, marks=pytest.mark.long),
-        pytest.param("fusion-sum", "map", _SCANNED_DECODER, {}, marks=pytest.mark.long),
-        pytest.param("lora", "vmap", _SCANNED_DECODER, {"dtype": "bfloat16"}, marks=pytest.mark.long),
-        pytest.param("lora", "map", _SCANNED_DECODER, {"unroll": True, "remat": "none"}, marks=pytest.mark.long),
+        ("fusion-sum", "map", _SCANNED, "full", {}),
+        ("fusion-mix", "map", _SCANNED, "nf4", {}),
+        pytest.param("fusion-basis", "map", _SCANNED, "full", {}, marks=pytest.mark.long),
+        pytest.param("fusion-basis", "map", _SCANNED, "int8", {}, marks=pytest.mark.long),
+        pytest.param("fusion-mix", "vmap", _SCANNED, "full", {"dtype": "bfloat16"}, marks=pytest.mark.nightly),
+        pytest.param("lora", "map", _SCANNED, "full", _UNROLLED | {"dtype": "bfloat16"}, marks=pytest.mark.nightly),
+        pytest.param("full", "map", _SCANNED, "full", {}, marks=pytest.mark.long),
+        pytest.param("fusion-sum", "map", _SCANNED_DECODER, "full", {}, marks=pytest.mark.long),
+        pytest.param("lora", "vmap", _SCANNED_DECODER, "full", {"dtype": "bfloat16"}, marks=pytest.mark.long),
+        pytest.param("lora", "vmap", _SCANNED_DECODER, "int8", {"dtype": "bfloat16"}, marks=pytest.mark.long),
+        pytest.param("lora", "map", _SCANNED_DECODER, "full", _UNROLLED, marks=pytest.mark.long),
     ],
 )
-def test_memory_of_a_step(name, path, config, structure):
+def test_memory_of_a_step(name, path, config, load_in, structure):
     config, shape, seeds, settings = dataclasses.replace(config, **structure), Shape(8, 64, 8), 2, _SETTINGS
     if name == "fusion-basis":
         name, settings = "fusion", Settings(recipe=dataclasses.replace(_RECIPE, basis=48, modules=20), pool=60)
-    _, frozen = _frozen(name, config, settings)
+    graph, frozen = _frozen(name, config, settings)
+    frozen = _held_in(load_in, graph, frozen)
     state, index = _state(name, config, settings, seeds)
     problem, optimisation = _problem(name, config, settings, path), Optimisation(steps=9, clip=1.0)
 
@@ -348,26 +362,28 @@ def test_memory_of_a_step(name, path, config, structure):
     rates = _rates(name, config, seeds)
     compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)
     update, trainable = update_of(name, settings), trained_numbers(config, name, settings)
-    held = pool_bytes(config, update) + seeds * state_bytes(trainable)
+    held = pool_bytes(config, update, load_in) + seeds * state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
-    held += 0 if name == "full" else weights_bytes(config)
-    how = {"trainable": trainable, "seeds": seeds, "path": path, "device": "cpu"}
+    held += 0 if name == "full" else weights_bytes(config, load_in)
+    how = {"trainable": trainable, "seeds": seeds, "path": path, "device": "cpu", "load_in": load_in}
     np.testing.assert_allclose(held + step_bytes(config, shape, update, **how), _bytes(compiled), rtol=0.25)
 
 
 @pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(
-    ("config", "dtype"),
+    ("config", "dtype", "load_in"),
     [
-        (_SCANNED_DECODER, "bfloat16"),
-        pytest.param(_SCANNED, "float32", marks=pytest.mark.long),
-        pytest.param(_SCANNED, "bfloat16", marks=pytest.mark.long),
-        pytest.param(_SCANNED_DECODER, "float32", marks=pytest.mark.long),
+        (_SCANNED_DECODER, "bfloat16", "full"),
+        (_SCANNED_DECODER, "float32", "nf4"),
+        pytest.param(_SCANNED, "float32", "full", marks=pytest.mark.long),
+        pytest.param(_SCANNED, "bfloat16", "int8", marks=pytest.mark.long),
+        pytest.param(_SCANNED_DECODER, "float32", "full", marks=pytest.mark.long),
     ],
 )
-def test_memory_of_generation(config, dtype):
+def test_memory_of_generation(config, dtype, load_in):
     config, shape, seeds, tokens, path = dataclasses.replace(config, dtype=dtype), Shape(32, 96, 8), 2, 8, "vmap"
-    _, frozen = _frozen("lora", config, _SETTINGS)
+    graph, frozen = _frozen("lora", config, _SETTINGS)
+    frozen = _held_in(load_in, graph, frozen)
     state, index = _state("lora", config, _SETTINGS, seeds)
     problem = _problem("lora", config, _SETTINGS, path)
 
@@ -376,8 +392,8 @@ def test_memory_of_generation(config, dtype):
 
     compiled = _compiled(say, state.params, index, frozen, _batch(shape))
     update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
-    needed = evaluation_bytes(config, shape, tokens, update, seeds=seeds, path=path, device="cpu")
-    held = weights_bytes(config) + seeds * trainable * 4
+    needed = evaluation_bytes(config, shape, tokens, update, seeds=seeds, path=path, device="cpu", load_in=load_in)
+    held = weights_bytes(config, load_in) + seeds * trainable * 4
     np.testing.assert_allclose(held + needed, _bytes(compiled), rtol=0.25)
 
 
@@ -473,6 +489,20 @@ def test_batched_seeds_need_more_memory_and_no_more_flops():
     batched = dataclasses.replace(_SETTINGS, path="vmap", device="accelerator")
     one, other = (estimate(_SMALL, "lora", _work(), settings) for settings in (_SETTINGS, batched))
     assert other.activation_bytes > one.activation_bytes and other.training_flops == one.training_flops
+
+
+def test_few_bits_hold_base_and_pool_in_less():
+    def cost(load_in):
+        return estimate(SHAPES["flan-t5-large"], "fusion", _work(), dataclasses.replace(_SETTINGS, load_in=load_in))
+
+    full, int8, nf4 = map(cost, ("full", "int8", "nf4"))
+    assert full.peak_bytes > int8.peak_bytes > nf4.peak_bytes and full.state_bytes == nf4.state_bytes
+    # Of 783 million numbers 33 million are the embedding, which stays whole; every 64 codes have a scale.
+    embedding = 4 * 32128 * 1024
+    assert nf4.weights_bytes == pytest.approx(
+        embedding + (full.weights_bytes - embedding) * (4 / 32 + 1 / 64), rel=1e-3
+    )
+    assert int8.pool_bytes < 0.75 * full.pool_bytes
 
 
 def test_a_plan_is_described():

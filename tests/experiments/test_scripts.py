@@ -180,15 +180,17 @@ def test_a_plan_has_every_row_of_a_matrix_with_numbers_of_its_own(scripts, capsy
             }
 
 
-def test_a_plan_says_its_dtype_and_what_few_bits_are_not_counted(scripts, capsys):
+def test_a_plan_says_its_dtype_and_bits(scripts, capsys):
     _, ablations, _ = scripts
     full, narrow = (
         _planned(ablations, capsys, "--groups", "bits", "--dtype", dtype) for dtype in ("float32", "bfloat16")
     )
     weights = [float(rows["float32"][5].removesuffix(" MiB")) for _, rows in (full, narrow)]
     assert weights[0] == pytest.approx(2 * weights[1], rel=0.01) and "bfloat16 on a CPU" in narrow[0]
+    sizes = [float(full[1][bits][5].removesuffix(" MiB")) for bits in ("float32", "int8", "nf4")]
+    assert sizes == sorted(sizes, reverse=True) and sizes[2] < 0.4 * sizes[0]
     for bits in ("int8", "nf4"):
-        assert full[0].count(f"counted whole: --load-in {bits} holds them in less") == 1
+        assert full[0].count(f"float32 on a CPU, base and pool in {bits}. ") == 1
 
 
 def test_trials_are_added_to_those_of_another_process(scripts, tmp_path, monkeypatch):
