@@ -1,26 +1,28 @@
-"""Memory of a training step: XLA's allocations, compared with bars and with `--plan`. Nothing is computed.
+"""Memory of a training step and of generation: XLA's allocations, compared with bars and `--plan`. Nothing is computed.
 
     python benchmarks/memory.py [--shape flan-t5-large] [--json]
 
-The real step of one seed is compiled from shapes alone, for a source of 128 tokens and a target of 8, in float32 and
-bfloat16, for batches of 5 and 10. A pool of 20 modules of rank 16 on q and v. The bars, in GiB, are those of
-FLAN-T5-large at a batch of 5, also in NF4 and for what seven more seeds add; they count as XLA does: the program's
-arguments, temporaries and results.
+The real step of one seed is compiled from shapes alone, for a source of 128 tokens and a target of 8, in float32,
+bfloat16 and NF4, for batches of 5 and 10, and generation of 32 tokens beside a LoRA for 10 rows. A pool of 20 modules
+of rank 16 on q and v. The bars, in GiB, are those of FLAN-T5-large at a batch of 5, also in NF4 and for what seven more
+seeds add; they count as XLA does: the program's arguments, temporaries and results.
 """
 
 from typing import Any
 
 import _measure
+import jax
 from _measure import case
-from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, config_of, lowered, shapes_of
+from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, lowered, shapes_of
 
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape
-from lorafusion_jax.estimates.memory import pool_bytes, state_bytes, step_bytes, weights_bytes
+from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.architecture import Architecture, targeted
+from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.training.problem import Frozen, Method
 
 _SETTINGS = Settings()
@@ -52,6 +54,7 @@ def main() -> None:
             for rows in (5, 10)
             if (name, dtype) != ("full", "nf4")  # which is refused
         ]
+        cases += [_generation(options.shape, dtype) for dtype in dtypes]
     _measure.show(cases, as_json=options.json)
 
 
@@ -71,14 +74,33 @@ def _peaks(name: str, shape: str) -> list[dict[str, Any]]:
 
 def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
     planned, allocated = _planned(name, shape, dtype, rows), _allocated(name, shape, dtype, rows)
+    return _compared(f"{shape}, {_METHODS[name]}, {dtype}, batch {rows}", planned, allocated)
+
+
+def _compared(what: str, planned: int, allocated: int) -> dict[str, Any]:
     return case(
-        f"{shape}, {_METHODS[name]}, {dtype}, batch {rows}: the plan's memory / XLA's, the larger over the smaller",
+        f"{what}: the plan's memory / XLA's, the larger over the smaller",
         max(planned / allocated, allocated / planned),
         _REQUIRED,
         1.05,
         planned=planned / _GIB,
         allocated=allocated / _GIB,
     )
+
+
+def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
+    config, load_in, rows, new = config_of(shape, dtype), "nf4" if dtype == "nf4" else "full", 10, 32
+    update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
+    needed = evaluation_bytes(
+        config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, path="map", device="cpu", load_in=load_in
+    )
+    planned = weights_bytes(config, load_in) + 4 * trainable + needed
+    base = Frozen(shapes_of(config, dtype).base)
+    state, batch, problem, _ = arguments(config, base, _method("lora", config), (rows, SOURCE))
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
+    generating = jax.jit(generate_seeds, static_argnames="max_new_tokens")
+    allocated = _bytes(generating.lower(state.params, one, problem, max_new_tokens=new))
+    return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", planned, allocated)
 
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
@@ -96,7 +118,11 @@ def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1
     config = config_of(shape, dtype)
     weights = shapes_of(config, dtype)
     weights = weights if name.startswith("fusion") else Frozen(weights.base)
-    found = lowered(config, weights, _method(name, config), rows, seeds=seeds).compile().memory_analysis()
+    return _bytes(lowered(config, weights, _method(name, config), rows, seeds=seeds))
+
+
+def _bytes(program: Any) -> int:
+    found = program.compile().memory_analysis()
     assert found is not None
     returned = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
