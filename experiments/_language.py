@@ -90,6 +90,8 @@ def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -
     return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
 
 
+_COEFFICIENTS = _entry(METHODS["coefficients only"], {"lr_coefficients": 0.05})
+
 # Rows of the table, with the best of the first nine trials of `python experiments/language_tune.py`; bases have
 # LoRAFusion's rates. Of MORE, DoRA, VeRA and the mix have not been tuned: do that before they are run.
 MAIN = {
@@ -100,12 +102,15 @@ MAIN = {
     "LoRAFusion": _entry(METHODS["LoRAFusion"], _FUSION),
     "LoRA": dataclasses.replace(METHODS["LoRA"], rates={"lr_lora": 5e-3}, few_rates={}),
     "random pool": _entry(METHODS["random pool"], _FUSION),
-    "coefficients only": _entry(METHODS["coefficients only"], {"lr_coefficients": 0.05}),
+    "coefficients only": _COEFFICIENTS,
     "magnitudes only": dataclasses.replace(METHODS["magnitudes only"], rates={"lr_magnitudes": 0.2}, few_rates={}),
     "basis, k = 16": _entry(IN_BASIS["basis"], _FUSION, basis=16),
 }
 MORE = {
     "constant answer": METHODS["constant answer"],
+    "coefficients only, random pool": dataclasses.replace(
+        _COEFFICIENTS, control="random", rates={"lr_coefficients": 1.0}
+    ),
     "basis, k = 32": _entry(IN_BASIS["basis"], _FUSION, basis=DIRECTIONS),
     "best 10": _entry(METHODS["LoRAFusion"], _FUSION, modules=10, choose="gradient"),
     "shuffled layers": dataclasses.replace(_entry(METHODS["LoRAFusion"], _FUSION), control="shuffled"),
