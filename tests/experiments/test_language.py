@@ -156,7 +156,7 @@ def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
     counts = {group: len(of) for group, of in jobs.items()}
     assert counts == {
         "main": 9 * 10,
-        "more": 9 * 9,
+        "more": 9 * 10,
         "five": 9 * 7,
         "twenty": 9 * 4,
         "relevance": 4 * 4 * 2,
