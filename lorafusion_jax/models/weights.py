@@ -124,8 +124,8 @@ def _bfloat16_dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: 
     """
     last = x.ndim - 1
     if axis == 0:
-        y = jax.lax.dot_general(x, w, (((last,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    else:
+        y = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    else:  # in this order, or a loop over tokens would keep a transposed copy
         y = jax.lax.dot_general(w, x, (((1,), (last,)), ((), ())), preferred_element_type=jnp.float32)
         y = jnp.moveaxis(y, 0, -1)
     return y.astype(x.dtype)
@@ -138,9 +138,10 @@ def _forward(x: Array, w: Array, axis: int) -> tuple[Array, tuple[Array, Array]]
 def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = factors
     batch = tuple(range(x.ndim - 1))
+    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1 - axis,)), ((), ())), preferred_element_type=jnp.float32)
     first, second = (x, g) if axis == 0 else (g, x)
     of_w = jax.lax.dot_general(first, second, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
-    return _bfloat16_dot(g, w, 1 - axis), of_w.astype(w.dtype)
+    return of_x.astype(x.dtype), of_w.astype(w.dtype)
 
 
 _bfloat16_dot.defvjp(_forward, _backward)
