@@ -177,19 +177,19 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             ]
             bar.update(count)
     named = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count}
-    results = {**named, **settings(on, options), "rows": rows}
+    results = {**named, **settings(on.fused.method, options), "rows": rows}
     write_json(results_path(options), results)
     return results
 
 
-def settings(on: Asked, options: EvaluateOnChipsOptions) -> dict[str, Any]:
-    """Return how a run was evaluated, as results record it."""
+def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return how a run of a method is evaluated, as results record it."""
     return {
-        "method": on.fused.method,
+        "method": method,
         "read_noise": options.read_noise,
         "adc_bits": options.adc_bits,
         "norm": options.norm,
-        "lora_in": options.lora_in if on.fused.method == "lora" else None,
+        "lora_in": options.lora_in if method == "lora" else None,
     }
 
 

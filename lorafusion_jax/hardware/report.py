@@ -58,7 +58,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "digital_weights": list(chips.digital),
         "age": age,
         "compensate": compensate,
-        **settings(on, options),
+        **settings(on.fused.method, options),
         "chip_key": options.chip_key if chips.manifest is None else chips.manifest["key"],
         "digital": digital,
         "chips": found,

@@ -46,7 +46,8 @@ def test_an_embedding_as_the_head(dtype, batch):
 
     found = product(*(jnp.asarray(a, dtype) for a in (x, table, g)))
     wanted = (x @ table.T, g @ table, np.einsum("ni,no->oi", x.reshape(-1, 5), g.reshape(-1, 7)))
-    for ours, theirs in zip(found, wanted, strict=True):
+    mapped = jax.vmap(unembed, in_axes=(0, None))(jnp.asarray(x, dtype)[None], jnp.asarray(table, dtype))
+    for ours, theirs in zip((*found, mapped[0]), (*wanted, wanted[0]), strict=True):
         assert ours.dtype == dtype
         np.testing.assert_array_equal(np.asarray(ours, np.float64), theirs)
 
