@@ -25,6 +25,7 @@ from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.families import abstract_model, family_of, known_shapes
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.runs.options import LoadIn
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.loss import cross_entropy
@@ -41,6 +42,11 @@ CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large", "smol
 # What weights and activations are: `nf4` weights are multiplied in float32.
 Dtype = Literal["float32", "bfloat16", "nf4"]
 Composition = Literal["mix", "sum"]
+
+
+def held_in(dtype: Dtype) -> LoadIn:
+    """Return what base and pool are held in, as plans call it."""
+    return "nf4" if dtype == "nf4" else "full"
 
 
 def config_of(shape: str, dtype: Dtype = "float32") -> Architecture:

@@ -38,6 +38,7 @@ from _model import (
     Dtype,
     arguments,
     config_of,
+    held_in,
     prepared,
     shapes_of,
     step_of,
@@ -216,7 +217,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     of, k, generates, dtype, _, steps, rows, source = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
-    how: Any = {"path": "vmap", "device": "accelerator", "load_in": "nf4" if dtype == "nf4" else "full"}
+    how: Any = {"path": "vmap", "device": "accelerator", "load_in": held_in(dtype)}
     settings = Settings(recipe=Recipe(basis=k), rank=RANK, seeds=seeds, **how)
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
     weights = weights if k is None else _in_basis(weights, k)

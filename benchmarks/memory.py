@@ -13,7 +13,7 @@ from typing import Any
 import _measure
 import jax
 from _measure import case
-from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, lowered, shapes_of
+from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, held_in, lowered, shapes_of
 
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape
@@ -89,7 +89,7 @@ def _compared(what: str, planned: int, allocated: int) -> dict[str, Any]:
 
 
 def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
-    config, load_in, rows, new = config_of(shape, dtype), "nf4" if dtype == "nf4" else "full", 10, 32
+    config, load_in, rows, new = config_of(shape, dtype), held_in(dtype), 10, 32
     update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
     needed = evaluation_bytes(
         config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, path="map", device="cpu", load_in=load_in
@@ -104,7 +104,7 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
 
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
-    config, load_in = config_of(shape, dtype), "nf4" if dtype == "nf4" else "full"
+    config, load_in = config_of(shape, dtype), held_in(dtype)
     update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     batch = Shape(rows, SOURCE, TARGET)
     needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu", load_in=load_in)

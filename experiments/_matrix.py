@@ -17,6 +17,7 @@ from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
 from lorafusion_jax.report import read_rows
 from lorafusion_jax.runs.matrix import Job, run_jobs
+from lorafusion_jax.runs.options import LoadIn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class MatrixOptions:
     epochs: int | None = None
     out: Path = Path("runs/matrix")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    load_in: Literal["full", "nf4", "int8"] = "full"
+    load_in: LoadIn = "full"
     test_rows: int | None = None
     eval_batch: int = 64
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

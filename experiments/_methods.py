@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
+from lorafusion_jax.runs.options import LoadIn
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -24,7 +26,7 @@ class Entry:
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     few_rates: dict[str, float] = dataclasses.field(default_factory=dict)
     train_rows: int | None = None
-    load_in: Literal["full", "nf4", "int8"] | None = None
+    load_in: LoadIn | None = None
 
 
 METHODS = {

@@ -8,10 +8,11 @@ from ..checks import at_least
 from ..methods import METHODS, find
 from ..methods.method import Fused, MethodEntry, Update
 from ..models.architecture import Architecture
+from ..runs.options import LoadIn
 from ..training.recipe import Recipe
 from ..training.seeds import Path
 from .flops import forward_flops, generation_flops, step_flops
-from .memory import Device, LoadIn, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
+from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from .parameters import trainable_count
 from .workload import Asked, Shapes, Workload
 

@@ -14,12 +14,12 @@ from typing import Literal
 from ..methods.method import Update
 from ..models.architecture import Architecture, Site, targeted
 from ..models.weights import tile_size
+from ..runs.options import LoadIn
 from ..training.seeds import Path
 from .flops import Shape, keys, last_sites, queries, tokens
 from .parameters import size
 
 Device = Literal["cpu", "accelerator"]
-LoadIn = Literal["full", "nf4", "int8"]
 
 _FLOAT32 = 4
 _BITS = {"nf4": 4, "int8": 8}
@@ -89,9 +89,8 @@ def step_bytes(
     if config.remat == "none":
         kept += _rest(config, shape) * _FLOAT32
     batched = seeds if path == "vmap" else 1
-    needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update)) + _copies(
-        config, device, load_in
-    )
+    needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update))
+    needed += _copies(config, device, load_in)
     if update.kind == "full":
         needed = max(needed, int(_UPDATING * batched * gradients))
     return needed + (seeds * state_bytes(trainable) if path == "map" and seeds > 1 else 0)

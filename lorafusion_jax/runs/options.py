@@ -9,6 +9,9 @@ import tyro
 from ..methods import METHODS
 from ..training.recipe import PRESETS, Recipe
 
+# What base and pool are held in: whole, or in 4 or 8 bits.
+LoadIn = Literal["full", "nf4", "int8"]
+
 
 def _choice_of_method() -> Any:
     """Return the type of a registered method's name, when the command line is read: with all that are there by then."""
@@ -103,7 +106,7 @@ class FuseOptions:
     test_rows: int | None = None
     eval_batch: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
-    load_in: Literal["full", "nf4", "int8"] = "full"
+    load_in: LoadIn = "full"
     mesh: str | None = None
     distributed: bool = False
     path: Literal["auto", "vmap", "map"] = "auto"
