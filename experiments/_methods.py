@@ -95,20 +95,3 @@ IN_BASIS = {
     ),
     "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}),
 }
-
-# Ideas that were tried, some as methods of their own (`_basis_ideas`); each has rates for one league alone. One epoch
-# less pays for the pass that ranks.
-IDEAS = {
-    "best 10, rank gates": Entry(
-        method="fusion",
-        recipe=BEST | {"granularity": "rank", "epochs": 19},
-        rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.003},
-    ),
-    "vectors on 32 directions": Entry(method="vectors", recipe={"basis": 32}, rates={"lr_vera": 0.1}),
-    "basis and vectors": Entry(
-        method="fusion-vectors",
-        recipe=ALL | {"basis": 32},
-        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_vera": 0.01},
-    ),
-    "whitened": Entry(method="whitened", few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033, "l2": 0.1}),
-}

@@ -18,11 +18,9 @@ from statistics import fmean
 from typing import Any
 
 import _script
-from _basis_ideas import ENTRIES
 from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis
-from _methods import COEFFICIENTS, IDEAS, IN_BASIS, METHODS
+from _methods import COEFFICIENTS, IN_BASIS, METHODS
 
-from lorafusion_jax.methods import register
 from lorafusion_jax.report import write_text
 
 FOLDER = ROOT / "runs" / "tune"
@@ -49,20 +47,6 @@ TRIALS: dict[str, list[dict[str, float]]] = {
     ],
     "LoRA-XS": [{"lr_coefficients": 0.0, "lr_core": r} for r in (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)],
     "mean module": _PAIRS,
-    "best 10, rank gates": [
-        {"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.003, 0.01, 0.03)
-    ],
-    "vectors on 32 directions": [{"lr_vera": r} for r in (3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)],
-    "basis and vectors": [
-        {"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_vera": r}
-        for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
-    ],
-    # Tuned on five examples alone; a third of each, L2 too.
-    "whitened": [
-        {"lr_coefficients": c, "lr_magnitudes": 0.01, "l2": weight}
-        for c in (0.01, 0.03, 0.1)
-        for weight in (0.0, 0.3, 3.0)
-    ],
 }
 
 
@@ -73,7 +57,6 @@ def main(arguments: Sequence[str] = ()) -> None:
     )
     parser.add_argument("--league", choices=list(TRAIN_ROWS), default="95+5", help="rows to learn from")
     options = parser.parse_args(list(arguments))
-    register(*ENTRIES)
     with fresh_folder(FOLDER):
         measured = []
         jobs = [(method, rates) for method in options.methods for rates in _trials(method, options.league)]
@@ -104,7 +87,7 @@ def _trials(method: str, league: League) -> list[dict[str, float]]:
 
 def _trial(method: str, rates: dict[str, float], league: League) -> dict[str, Any]:
     """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
-    entry = dataclasses.replace((METHODS | COEFFICIENTS | IN_BASIS | IDEAS)[method], rates=rates, few_rates=rates)
+    entry = dataclasses.replace((METHODS | COEFFICIENTS | IN_BASIS)[method], rates=rates, few_rates=rates)
     pool = small_pool_in_basis() if "basis" in entry.recipe else SMALL / "adapters"
     with tempfile.TemporaryDirectory() as out:
         found = {

@@ -141,7 +141,6 @@ _FIRST = (
     "crossbar/test_tree.py",
     "faults/test_kills.py",
     "models/test_peft_parity.py",
-    "experiments/test_beyond.py",
     "io/test_hf.py",
     "serving/test_service.py",
     "crossbar/test_fuzz.py",

@@ -11,10 +11,7 @@ from lorafusion_jax.runs.folder import RunFolder
 _ROOT = Path(__file__).resolve().parents[2]
 _SMALL = _ROOT / "examples" / "small"
 # Methods with a learning rate; those that search or merge have none.
-_TRAINED = (
-    *("fusion", "coefficients", "magnitudes", "lora", "dora", "vera", "full", "mean-fusion"),
-    *("vectors", "fusion-vectors", "whitened"),
-)
+_TRAINED = ("fusion", "coefficients", "magnitudes", "lora", "dora", "vera", "full", "mean-fusion")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on(experim
 
 def test_every_trained_method_had_the_same_number_of_trials(experiments):
     common, methods, _, tune = experiments
-    everything = methods.METHODS | methods.COEFFICIENTS | methods.IN_BASIS | methods.IDEAS
+    everything = methods.METHODS | methods.COEFFICIENTS | methods.IN_BASIS
     trained = {name: entry for name, entry in everything.items() if entry.method in _TRAINED}
     assert list(tune.TRIALS) == list(trained)
     assert len({len(trials) for trials in tune.TRIALS.values()}) == 1

@@ -18,8 +18,7 @@ _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 def scripts():
     sys.path.insert(0, str(_ROOT / "experiments"))
     yield {
-        name: importlib.import_module(name)
-        for name in ("_hardware", "hardware", "hardware_sweeps", "basis_on_chips", "chip_consistency")
+        name: importlib.import_module(name) for name in ("_hardware", "hardware", "hardware_sweeps", "basis_on_chips")
     }
     sys.path.remove(str(_ROOT / "experiments"))
 
@@ -161,11 +160,11 @@ def test_kept_rows_of_the_defaults_are_not_next_to_rows_of_other_settings(script
 
 
 def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monkeypatch):
-    script = scripts["chip_consistency"]
-    monkeypatch.setattr(script, "task_rows", lambda store, task, options: iter(_rows("digital", [[50]])))
+    script = scripts["basis_on_chips"]
+    monkeypatch.setattr(script, "task_rows", lambda *given: iter(_rows("digital", [[50]])))
     text = (_ROOT / "examples" / "chip.yaml").read_text()
     (config := tmp_path / "chip.yaml").write_text(text)
-    given = ["--out", str(tmp_path / "out"), "--crossbar", str(config), "--tasks", "t"]
+    given = ["--out", str(tmp_path / "out"), "--crossbar", str(config), "--tasks", "t", "--sizes", "16", "--earlier"]
     script.main(given)
     script.main(given)
     edited = dataclasses.replace(_CHIP, adc=dataclasses.replace(_CHIP.adc, bits=5))
@@ -177,7 +176,7 @@ def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monke
 @pytest.mark.parametrize(
     ("names", "arguments", "message"),
     [
-        (("hardware", "hardware_sweeps", "basis_on_chips", "chip_consistency"), given, message)
+        (("hardware", "hardware_sweeps", "basis_on_chips"), given, message)
         for given, message in (
             (["--tasks"], "no tasks: give at least one with --tasks"),
             (["--seeds"], "no seeds: give at least one with --seeds"),
