@@ -13,7 +13,7 @@ from .readers import Row, read_rows, without_revision
 
 # The plain names, LoraHub's, and those of function-vector data sets.
 _KEYS = (("input", "target"), ("context", "completion"), ("input", "output"))
-_WANTED = "input and target (or output), or context and completion"
+_WANTED = "input and target (or output), or context and completion, with an instruction or without"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def load_task(
     What `source` may be:
 
     * a folder with `train.jsonl` and `test.jsonl`, or LoraHub's `example.jsonl` and `zero_shot.jsonl`, or one
-      of the two where `need` asks for no more; a row holds input and target, or context and completion;
+      of the two where `need` asks for no more; a row holds input and target, or context and completion, and may hold
+      an instruction (Alpaca), which stands in the line before the input or alone;
     * one such file; a JSONL file of any other name;
     * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
     * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024); of
@@ -120,6 +121,9 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {shown(row)}: wanted an object with {_WANTED}")
     keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
+    instruction = row.get("instruction")
+    if keys is None and instruction is not None and not row.keys() & {"input", "context"}:
+        keys = next((keys for keys in _KEYS if keys[1] in row), None)
     if keys is None and "messages" in row:
         if not chat:
             raise ValueError(f"{where} is a conversation, which needs the model's chat template: give --chat")
@@ -127,10 +131,28 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
         return Example(prompt.replace("{input}", asked), answer, tuple(history))
     if keys is None:
         raise ValueError(f"{where} has {some([*row]) or 'no keys'}: wanted {_WANTED}")
-    for key in keys:
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise ValueError(f"{where}: its {key} is {shown(row[key])}: give it a text, or take the row out")
-    return Example(prompt.replace("{input}", row[keys[0]]), row[keys[1]])
+    asked, target = row.get(keys[0]), row[keys[1]]
+    if instruction is not None:
+        asked = _instructed(instruction, keys[0], asked, where)
+    for key, text in zip(keys, (asked, target), strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: its {key} is {shown(text)}: give it a text, or take the row out")
+    return Example(prompt.replace("{input}", asked), target)
+
+
+def _instructed(instruction: Row, key: str, asked: Row, where: str) -> str:
+    """Return an instruction and, in the line after it, its input if there is one."""
+    asked = "" if asked is None else asked
+    for name, text in (("instruction", instruction), (key, asked)):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: its {name} is {shown(text)}: give it a text, or take the row out")
+    texts = [text for text in (instruction, asked) if text.strip()]
+    if not texts:
+        raise ValueError(
+            f"{where}: its instruction is {shown(instruction)}, and its {key} is {shown(asked)}: give one of them a "
+            "text, or take the row out"
+        )
+    return "\n".join(texts)
 
 
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:

@@ -115,7 +115,8 @@ def _first_of_each_input(rows: Rows) -> Rows:
     """Leave out rows whose input came before: a list is divided, and a test row must not be one that trained."""
     seen = set()
     for where, row in rows:
-        text = json.dumps(row.get("input", row) if isinstance(row, dict) else row)
+        asked = {key: row[key] for key in ("instruction", "input") if row.get(key)} if isinstance(row, dict) else None
+        text = json.dumps(asked or row)
         if text not in seen:
             yield where, row
         seen.add(text)

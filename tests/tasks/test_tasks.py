@@ -173,6 +173,40 @@ def test_no_row_of_a_list_is_trained_and_tested_on(tmp_path):
     assert sorted(task.train + task.test, key=lambda example: example.input) == list(_examples(6))
 
 
+@pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
+def test_an_instruction_stands_before_the_input(tmp_path, name):
+    rows = [
+        {"instruction": "Name the opposite.", "input": "hot", "output": "cold"},
+        {"instruction": "Name the opposite.", "input": "tall", "output": "short"},
+        {"instruction": "Name a colour.", "input": "", "output": "red"},
+        {"instruction": "Name an animal.", "output": "cat"},
+        {"instruction": "Name a fruit.", "input": None, "target": "fig"},
+        {"instruction": "", "input": "one two", "output": "two"},
+        {"instruction": None, "input": "three", "target": "four"},
+        {"instruction": "Sort.", "context": "b a", "completion": "a b"},
+    ]
+    lines = name.endswith("l")
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    task = load_task(tmp_path / name, prompt="Q: {input}\nA:", train_rows=2)
+    assert {(example.input, example.target) for example in task.train + task.test} == {
+        ("Q: Name the opposite.\nhot\nA:", "cold"),
+        ("Q: Name the opposite.\ntall\nA:", "short"),
+        ("Q: Name a colour.\nA:", "red"),
+        ("Q: Name an animal.\nA:", "cat"),
+        ("Q: Name a fruit.\nA:", "fig"),
+        ("Q: one two\nA:", "two"),
+        ("Q: three\nA:", "four"),
+        ("Q: Sort.\nb a\nA:", "a b"),
+    }
+
+
+def test_instructions_with_equal_inputs_are_different_rows_of_a_list(tmp_path):
+    rows = [{"instruction": f"Do {i % 3}.", "input": "", "output": f"answer {i}"} for i in range(6)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    task = load_task(tmp_path / "alpaca.json", train_rows=1)
+    assert sorted(example.target for example in task.train + task.test) == ["answer 0", "answer 1", "answer 2"]
+
+
 def test_few_answers_of_a_list_are_options(tmp_path):
     path = _function_vectors(tmp_path / "colour.json", 110, outputs=lambda i: ("red", "green", "blue")[i % 3])
     assert answer_options(load_task(path)) == (("blue", "green", "red"),) * 10
@@ -273,6 +307,19 @@ def test_hub_id_with_config(monkeypatch):
             "test.jsonl",
             '{"question": "a", "target": "b"}',
             r"line 1 has question, target: wanted input and target \(or output\), or context and completion",
+        ),
+        (
+            "test.jsonl",
+            '{"instruction": " ", "input": "", "output": "b"}',
+            r"line 1: its instruction is ' ', and its input is '': give one of them a text, or take the row out",
+        ),
+        ("test.jsonl", '{"instruction": 5, "input": "a", "output": "b"}', r"line 1: its instruction is 5: give it a"),
+        ("test.jsonl", '{"instruction": "a", "input": 5, "output": "b"}', r"line 1: its input is 5: give it a text"),
+        ("test.jsonl", '{"instruction": "a", "output": ""}', r"line 1: its output is '': give it a text"),
+        (
+            "test.jsonl",
+            '{"instruction": "a", "context": "b", "output": "c"}',
+            r"line 1 has instruction, context, output: wanted input and target .*, with an instruction or without",
         ),
         ("test.jsonl", "{}", r"line 1 has no keys: wanted input and target"),
         ("test.jsonl", '["a", "b"]', r"line 1 is \['a', 'b'\]: wanted an object with input and target"),
