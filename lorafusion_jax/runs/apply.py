@@ -136,6 +136,8 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
 def generate_lines(options: GenerateOptions) -> list[str]:
     """Return the answers to the lines of a file or of standard input, by one seed of a run or by a base model.
 
+    A blank line has an empty answer, so that answers and lines have the same numbers.
+
     Raises:
       ValueError: there is no text, the options do not name one model, the run lacks the seed or its method cannot
         answer new text, or a line is longer than the model's context.
@@ -143,7 +145,8 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     answering = _answering(options)
     lines = list(_lines(options))
     texts = load_texts(answering.fused)
-    encoded = answering.encode(texts, lines)
+    places = np.array([place for place, line in enumerate(lines) if line.strip()])
+    encoded = answering.encode(texts, [lines[place] for place in places])
     problem = answering.problem(texts)
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
@@ -154,12 +157,12 @@ def generate_lines(options: GenerateOptions) -> list[str]:
             problem,
             max_new_tokens=answering.new_tokens,
             sampling=options.sampling,
-            row_keys=draw_keys(options.sampling, options.sampling_seed, numbers),
+            row_keys=draw_keys(options.sampling, options.sampling_seed, places[numbers]),
         )
         said = decode(texts.tokenizer, np.asarray(tokens)[0], texts.text_format)
         for number, answer in zip(numbers, said, strict=True):
             if number >= 0:
-                answers[number] = answer
+                answers[places[number]] = answer
     return answers
 
 
@@ -192,6 +195,9 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
                 return
 
     for number, line in enumerate(_lines(options)):
+        if not line.strip():
+            yield iter(())
+            continue
         ((_, batch),) = eval_batches(answering.encode(texts, [line]), 1, pad_id=tokenizer.pad_token_id)
         yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
 
@@ -235,14 +241,14 @@ def _next_token(
 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:
-    """Yield the lines of the text that are not blank, as they can be read."""
+    """Yield the lines of the text, blank ones too, as they can be read."""
     source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8")
     empty, where = True, options.file or "standard input"
     with source as text, utf8(where):
-        for line in (line for read in text for line in read.splitlines() if line.strip()):
+        for line in text:  # U+2028 and its like end no line, as in files of rows
             line.encode()  # in some locales bytes that are not UTF-8 become half characters
-            empty = False
-            yield line
+            empty = empty and not line.strip()
+            yield line.rstrip("\r\n")
     if empty:
         raise ValueError(f"{where} holds no text: give a line for each answer")
 

@@ -202,9 +202,25 @@ def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
 
 
 def test_a_base_model_answers_without_a_run(base, monkeypatch):
-    plain, chat = (_ask(base, monkeypatch, "hot\n\nbold\n", chat=chat) for chat in (False, True))
+    plain, chat = (_ask(base, monkeypatch, "hot\nbold\n", chat=chat) for chat in (False, True))
     assert len(plain) == len(chat) == 2 and plain != chat
-    assert _ask(base, monkeypatch, "hot\n\nbold\n", chat=True, stream=True) == chat
+    assert _ask(base, monkeypatch, "hot\nbold\n", chat=True, stream=True) == chat
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_line_has_an_answer_and_a_blank_line_an_empty_one(base, monkeypatch, stream):
+    hot, bold = _ask(base, monkeypatch, "hot\nbold\n")
+    assert _ask(base, monkeypatch, "\nhot\n \n\nbold", stream=stream) == ["", hot, "", "", bold]
+    draw = functools.partial(_ask, base, monkeypatch, sampling=Sampling(temperature=1.0), stream=stream)
+    assert draw("\nhot\n")[1] == draw("bold\nhot\n")[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_line_breaks_end_a_line(base, monkeypatch, stream):
+    text = "hot\u2028bold\x85bold\x0bbold\x0cbold\x1cbold\ntall\r\n"
+    answers = _ask(base, monkeypatch, text, stream=stream)
+    assert len(answers) == 2
+    assert answers[1:] == _ask(base, monkeypatch, "tall")
 
 
 def test_padding_is_a_token_that_the_model_has(base, monkeypatch, tmp_path):
