@@ -131,7 +131,7 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
         return Example(prompt.replace("{input}", asked), answer, tuple(history))
     if keys is None:
         raise ValueError(f"{where} has {some([*row]) or 'no keys'}: wanted {_WANTED}")
-    asked, target = row.get(keys[0]), row[keys[1]]
+    asked, target = row.get(keys[0], ""), row[keys[1]]
     if instruction is not None:
         asked = _instructed(instruction, keys[0], asked, where)
     for key, text in zip(keys, (asked, target), strict=True):
