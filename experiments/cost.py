@@ -3,8 +3,8 @@
     python experiments/cost.py          # FLAN-T5-small, base, large and SmolLM2-135M on isaac, puma, neurram
     python experiments/cost.py --shapes t5-base --crossbars raella --constants mine.yaml
 
-Written to the folder: table.md (LoRA in cells against LoRAFusion, then every bill), table.csv (one line for each
-quantity of a method, in joules, seconds and counts), and a plot for each shape. No weights are loaded; seconds.
+Written to the folder: table.csv (one line for each quantity of a method, in joules, seconds and counts), and a plot for
+each shape. LoRA in cells against LoRAFusion is printed. No weights are loaded; seconds.
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import Any
 import _script
 import tyro
 
-from lorafusion_jax.crossbar import CONSTANTS, Range, load_config, load_constants
+from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants
 from lorafusion_jax.estimates.bill import (
     Bill,
     Comparison,
@@ -29,7 +29,7 @@ from lorafusion_jax.estimates.bill import (
     price,
     price_once,
 )
-from lorafusion_jax.estimates.bill.show import constants_table, markdown, number, quantity, tables
+from lorafusion_jax.estimates.bill.show import markdown, number, quantity
 from lorafusion_jax.models.families import known_shapes
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
@@ -94,12 +94,6 @@ def main(arguments: Sequence[str] = ()) -> None:
             )
     options.out.mkdir(parents=True, exist_ok=True)
     of_all = "LoRA in cells against LoRAFusion: one new task (low / typical / high)"
-    parts = [markdown({of_all: summary(found)})]
-    for billed in found:
-        headed = tables(billed.bills, billed.once, billed.options)
-        parts += [f"## {billed.options.shape} on {billed.options.crossbar}\n", markdown(headed)]
-    parts += ["## Constants\n", markdown({"Every one with its source": constants_table(constants)})]
-    write_text(options.out / "table.md", "\n".join(parts))
     write_text(options.out / "table.csv", csv_of(found))
     for shape in options.shapes:
         draw([b for b in found if b.options.shape == shape], options.out / f"{shape}.png")
@@ -151,17 +145,26 @@ def csv_of(found: Sequence[Billed]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"])
     for billed in found:
-        for name, bill in billed.bills.items():
-            for what, unit, value in _quantities(bill):
-                writer.writerow([billed.options.shape, billed.options.crossbar, name, what, unit, *_ends(value, unit)])
-        for name, c in billed.against.items():
-            for what, value in c._asdict().items():
-                unit = {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1")
-                against = f"LoRA in cells : {name}"
-                writer.writerow(
-                    [billed.options.shape, billed.options.crossbar, against, what, unit, *_ends(value, unit)]
-                )
+        for name, what, unit, value in _lines(billed):
+            writer.writerow([billed.options.shape, billed.options.crossbar, name, what, unit, *_ends(value, unit)])
     return text.getvalue()
+
+
+def _lines(billed: Billed) -> Iterator[tuple[str, str, str, Range]]:
+    for name, bill in billed.bills.items():
+        for found in _quantities(bill):
+            yield name, *found
+    for name, c in billed.against.items():
+        for what, value in c._asdict().items():
+            yield (
+                f"LoRA in cells : {name}",
+                what,
+                {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1"),
+                value,
+            )
+    for name, standing in billed.once.items():
+        for found in _of_standing(standing):
+            yield f"once: {name}", *found
 
 
 def _ends(value: Range, unit: str) -> list[str]:
@@ -206,10 +209,7 @@ def _drawn(bill: Bill, options: CostOptions, *, of_token: bool) -> Iterator[tupl
 
 def _quantities(bill: Bill) -> Iterator[tuple[str, str, Range]]:
     yield "trained numbers", "1", Range.of(bill.trainable)
-    yield "cells written", "1", Range.of(bill.written.cells)
-    yield "write-verify pulses", "1", bill.written.pulses
-    yield "writing, energy", "J", bill.written.energy
-    yield "writing, time", "s", bill.written.time
+    yield from _of_writing(bill.written)
     yield "cycles of a cell", "1", bill.written.cycles
     if bill.written.until_worn is not None:
         yield "tasks until wear-out", "1", bill.written.until_worn
@@ -224,6 +224,20 @@ def _quantities(bill: Bill) -> Iterator[tuple[str, str, Range]]:
     yield "latency of a generated token, arrays", "s", bill.latency_arrays
     yield "latency of a generated token, digital", "s", bill.latency_digital
     yield "adapters' arrays", "1", Range.of(bill.adapter_arrays)
+
+
+def _of_standing(standing: Once) -> Iterator[tuple[str, str, Range]]:
+    yield "arrays", "1", Range.of(standing.arrays)
+    yield from _of_writing(standing.written)
+    yield "words of tables", "1", Range.of(standing.words)
+    yield "energy of tables", "J", standing.tables
+
+
+def _of_writing(written: WriteCost) -> Iterator[tuple[str, str, Range]]:
+    yield "cells written", "1", Range.of(written.cells)
+    yield "write-verify pulses", "1", written.pulses
+    yield "writing, energy", "J", written.energy
+    yield "writing, time", "s", written.time
 
 
 if __name__ == "__main__":
