@@ -2,9 +2,12 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +140,26 @@ def test_torch_and_peft_are_never_imported():
         if target.partition(".")[0] in ("torch", "peft")
     ]
     assert modules and not found
+
+
+def test_every_library_that_the_package_imports_is_declared():
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(extras[name][0] for name in ("plots", "lorahub", "cma", "wandb"))]
+    declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
+    distributions = importlib.metadata.packages_distributions()
+    imported = {
+        target.partition(".")[0]
+        for name, path in _modules().items()
+        if f"{_PACKAGE}.crossbar.tests" not in name  # not in the wheel
+        for target in _imports(name, path)
+    }
+    undeclared = []
+    for root in sorted(imported - {*sys.stdlib_module_names, _PACKAGE, ""}):
+        libraries = {re.sub("[-_.]+", "-", name).lower() for name in distributions.get(root, [root])}
+        if not libraries & declared:
+            undeclared.append(root)
+    assert {"jax", "numpy"} <= imported and not undeclared
 
 
 def test_imports_run_downwards():
