@@ -2,9 +2,9 @@
 
     python experiments/report.py runs/small_pool/results.jsonl --out runs/small_pool/report
 
-Written: report.html (one file, all inside), table.md and table.tex (methods by tasks, then paired comparisons),
-table.csv, paired.csv, means.png, trainable.png; with more than 8 tasks tasks.csv too. Several files are merged. Where
-they hold both leagues, every file but the page is written for each, with the league in its name.
+Written: report.html (one file, all inside), table.csv (methods by tasks), paired.csv (--reference minus each other
+method), table.tex (both), means.png, trainable.png; with more than 8 tasks tasks.csv too. Several files are merged.
+Where they hold both leagues, every file but the page is written for each, with the league in its name.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from lorafusion_jax.report import (
     csv_text,
     latex,
     main_tables,
-    markdown,
     merge,
     page,
     paired_table,
@@ -47,7 +46,6 @@ def main(arguments: Sequence[str] = ()) -> None:
         tables: dict[str, Table] = dict(zip(("table", "tasks"), main_tables(league), strict=False))
         if len(league.methods) > 1:
             tables["paired"] = paired_table(league, options.reference or best_method(league))
-        write_text(options.out / f"table{suffix}.md", "\n".join(map(markdown, tables.values())))
         write_text(options.out / f"table{suffix}.tex", "\n".join(map(latex, tables.values())))
         for name, table in tables.items():
             write_text(options.out / f"{name}{suffix}.csv", csv_text(table))

@@ -227,7 +227,7 @@ def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_
     rows = [json.loads(line) for line in (tmp_path / "out" / "main.jsonl").read_text().splitlines()]
     assert [(row["method"], row["seed"]) for row in rows] == [("uniform mean", 1), ("LoRAFusion", 1), ("LoRAFusion", 2)]
     assert rows[1]["loss"] < rows[0]["loss"]
-    assert (tmp_path / "out" / "main" / "table.md").exists()
+    assert (tmp_path / "out" / "main" / "table.csv").exists()
     experiment.main([*main, "--plan"])
     assert "0 of 2 programs are missing" in capsys.readouterr().out
 
