@@ -8,11 +8,12 @@ from .plots import plot_accuracy, plot_coefficients, plot_learning_curves
 from .rows import Row, append_rows, done, merge, read_rows
 from .scores import Scores, scores
 from .spread import markdown_table
-from .statistics import Paired, Summary, paired, summary
+from .statistics import OverTasks, Paired, Summary, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table
 
 __all__ = [
     "Column",
+    "OverTasks",
     "Paired",
     "Row",
     "Scores",
@@ -28,6 +29,7 @@ __all__ = [
     "markdown",
     "markdown_table",
     "merge",
+    "over_tasks",
     "page",
     "paired",
     "paired_table",

@@ -9,12 +9,26 @@ import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from .. import columns
 
 EMPTY = "–"
-Kind = Literal["text", "spread", "interval", "percent", "points", "count", "counts", "seconds", "p"]
+Kind = Literal[
+    "text",
+    "spread",
+    "interval",
+    "percent",
+    "points",
+    "nats",
+    "more nats",
+    "nats interval",
+    "count",
+    "counts",
+    "seconds",
+    "p",
+]
 
 
 class Column(NamedTuple):
@@ -126,20 +140,23 @@ def _counts(cell: tuple[int, int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _points(cell: float) -> str:
-    return f"{cell:+.1f}".replace("-", "−") if round(cell, 1) else "0.0"
+def _signed(cell: float, digits: int) -> str:
+    return f"{cell:+.{digits}f}".replace("-", "−") if round(cell, digits) else f"{0:.{digits}f}"
 
 
-def _interval(cell: tuple[float, float]) -> str:
-    return " to ".join(f"{round(end, 1) + 0.0:.1f}".replace("-", "−") for end in cell)
+def _interval(cell: tuple[float, float], digits: int) -> str:
+    return " to ".join(f"{round(end, digits) + 0.0:.{digits}f}".replace("-", "−") for end in cell)
 
 
 _KINDS: dict[str, _Kind] = {
     "text": _Kind(str),
     "spread": _Kind(_spread, ("", " sd")),
-    "interval": _Kind(_interval, (" low", " high")),
+    "interval": _Kind(partial(_interval, digits=1), (" low", " high")),
     "percent": _Kind("{:.1f}".format),
-    "points": _Kind(_points),
+    "points": _Kind(partial(_signed, digits=1)),
+    "nats": _Kind("{:.3f}".format),
+    "more nats": _Kind(partial(_signed, digits=3)),
+    "nats interval": _Kind(partial(_interval, digits=3), (" low", " high")),
     "count": _Kind("{:,.0f}".format),
     "counts": _Kind(_counts, (" min", " max")),
     "seconds": _Kind("{:,.1f}".format),

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool
 
 from .rows import Row
-from .statistics import Paired, Summary, paired, spread, summary
+from .statistics import OverTasks, Paired, Summary, over_tasks, paired, spread, summary
 
 Marks = Literal["correct", "option_correct"]
+Values = Literal["exact_match", "loss"]
 Answers = list[Bool[np.ndarray, "_seeds _items"]]  # one array for each task
 Spread = tuple[float, float | None]  # mean, standard deviation over seeds
 
@@ -52,12 +54,21 @@ class Scores:
 
         A method with a single seed, as zero-shot has, stands for all seeds of the other.
         """
-        seeds, others = (self._seeds(name, self.tasks) for name in (method, other))
-        if len(seeds) > 1 and len(others) > 1:
-            seeds = others = [seed for seed in seeds if seed in others]
+        seeds, others = self._seeds_of_both(method, other)
         if not seeds or not others:
             return None
         return paired(self._answers(method, self.tasks, seeds), self._answers(other, self.tasks, others))
+
+    def loss(self, method: str) -> float | None:
+        """Return the loss on test rows, mean over tasks and seeds; None where a task or a loss is missing."""
+        values = self._values(method, self._seeds(method, self.tasks), "loss")
+        return None if values is None else fmean(values)
+
+    def over_tasks(self, method: str, other: str, of: Values = "exact_match") -> OverTasks | None:
+        """Return a method minus another, with a t interval over the tasks; seeds are those of `paired`."""
+        seeds, others = self._seeds_of_both(method, other)
+        a, b = self._values(method, seeds, of), self._values(other, others, of)
+        return None if a is None or b is None else over_tasks([x - y for x, y in zip(a, b, strict=True)])
 
     def of(self, method: str) -> list[Row]:
         """Return all rows of a method."""
@@ -73,6 +84,19 @@ class Scores:
     def _seeds(self, method: str, tasks: Sequence[str]) -> list[int]:
         """Return the seeds that a method was run with on every task."""
         return sorted(set.intersection(*(set(self._cells.get((method, task), {})) for task in tasks)))
+
+    def _seeds_of_both(self, method: str, other: str) -> tuple[list[int], list[int]]:
+        seeds, others = (self._seeds(name, self.tasks) for name in (method, other))
+        if len(seeds) > 1 and len(others) > 1:
+            seeds = others = [seed for seed in seeds if seed in others]
+        return seeds, others
+
+    def _values(self, method: str, seeds: Sequence[int], of: Values) -> list[float] | None:
+        """Return the mean over seeds for each task, None where a value is missing."""
+        found = [[self._cells[method, task][seed][of] for seed in seeds] for task in self.tasks]
+        if not seeds or any(value is None for values in found for value in values):
+            return None
+        return [fmean(value for value in values if value is not None) for values in found]
 
     def _answers(self, method: str, tasks: Sequence[str], seeds: Sequence[int], marks: Marks = "correct") -> Answers:
         by_task = [[self._cells[method, task][seed][marks] or "" for seed in seeds] for task in tasks]

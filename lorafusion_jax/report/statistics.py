@@ -4,6 +4,9 @@ All seeds answer the same items, so a resample draws seeds, then items, and cros
 bootstrap*, 2007). A seed means the same for every task and is drawn for all of them; each task's items are its own.
 Intervals are percentiles. From few seeds they are somewhat too narrow in what seeds contribute, as any bootstrap of so
 few is; where every answer is right, or every one wrong, they have no width.
+
+All of this is conditional on the tasks, their training rows, the pool and the random modules that were run. How far a
+difference carries over to other tasks, `over_tasks` estimates from the tasks alone.
 """
 
 import functools
@@ -12,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from scipy.special import stdtrit
 
 _RESAMPLES = 10_000
 _CHUNK = 1_000  # resamples drawn at a time: memory
@@ -34,6 +38,14 @@ class Paired(NamedTuple):
     low: float  # of the 95 % interval
     high: float
     p: float  # two-sided
+
+
+class OverTasks(NamedTuple):
+    """Mean over tasks, and what it may be for other tasks of their kind."""
+
+    mean: float
+    low: float  # of the 95 % t interval
+    high: float
 
 
 def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int = 0) -> Summary:
@@ -92,6 +104,18 @@ def paired(
     p = min(1.0, 2 * (int(others) + 1) / (_RESAMPLES + 1))
     mean = np.mean([table.mean() for table in values])
     return Paired(float(100 * mean), float(100 * low), float(100 * high), p)
+
+
+def over_tasks(values: Sequence[float]) -> OverTasks | None:
+    """Return mean and 95 % t interval of one value for each task, such as a difference; None of fewer than two tasks.
+
+    Tasks count as a random sample: a few that differ much give a wide interval, however many items each of them has.
+    """
+    if len(values) < 2:
+        return None
+    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
+    half = stdtrit(len(values) - 1, _TAILS[1]) * error
+    return OverTasks(float(mean), float(mean - half), float(mean + half))
 
 
 def _integers(table: Bool[np.ndarray, "seeds items"]) -> Int[np.ndarray, "seeds items"]:

@@ -13,6 +13,7 @@ _EXAMPLES = {"95+5": "95 + 5 examples", "5": "5 examples"}
 _MEANS = (
     Column("mean", "spread"),
     Column("95 % interval", "interval"),
+    Column("loss", "nats"),
     Column("option accuracy, %", "percent"),
     Column("trainable numbers", "counts"),
     Column("forward rows", "count"),
@@ -23,8 +24,9 @@ _MEANS = (
 def main_tables(scores: Scores) -> list[Table]:
     """Return methods by tasks: exact match (mean ± sample standard deviation over seeds), the tasks' mean, the cost.
 
-    The mean has a 95 % bootstrap interval over seeds and test items. Forward rows and seconds are those of adapting
-    to one task with one seed. More than 8 tasks go to a second table, of tasks by methods.
+    The mean has a 95 % bootstrap interval over seeds and test items. The loss is that of the test rows' answers, nats
+    per token. Forward rows and seconds are those of adapting to one task with one seed. More than 8 tasks go to a
+    second table, of tasks by methods.
     """
     shown = scores.tasks if len(scores.tasks) <= _MOST_TASKS else []
     columns = [Column("method", "text"), *(Column(task, "spread") for task in shown), *_MEANS]
@@ -42,7 +44,10 @@ def main_tables(scores: Scores) -> list[Table]:
 
 
 def paired_table(scores: Scores, reference: str) -> Table:
-    """Return the reference minus every other method: mean of the tasks, 95 % interval and two-sided p.
+    """Return the reference minus every other method, in points of exact match and nats of loss.
+
+    The mean of the tasks has a 95 % bootstrap interval over seeds and items of these very tasks and a two-sided p, and
+    a t interval over the tasks. The loss has a t interval over the tasks alone.
 
     Raises:
       ValueError: the reference is none of the methods.
@@ -53,15 +58,22 @@ def paired_table(scores: Scores, reference: str) -> Table:
     for method in scores.methods:
         if method != reference:
             found = scores.paired(reference, method)
-            lines.append([method, None, None, None] if found is None else [method, found[0], found[1:3], found.p])
+            points, nats = (scores.over_tasks(reference, method, of) for of in ("exact_match", "loss"))
+            difference, interval, p = (None,) * 3 if found is None else (found[0], found[1:3], found.p)
+            loss, of_loss = (None, None) if nats is None else (nats.mean, nats[1:])
+            lines.append([method, difference, interval, None if points is None else points[1:], p, loss, of_loss])
     columns = [
         Column("method", "text"),
         Column("difference", "points"),
         Column("95 % interval", "interval"),
+        Column("over tasks", "interval"),
         Column("p", "p"),
+        Column("loss", "more nats"),
+        Column("loss over tasks", "nats interval"),
     ]
     caption = f"{reference} minus each other method, points of exact match, league of {league_name(scores.league)}"
-    return Table(f"{caption}: same tasks, seeds and test items; p for each comparison by itself", columns, lines)
+    caption += ": same tasks, seeds and test items; p for each comparison by itself; t intervals over tasks"
+    return Table(caption, columns, lines)
 
 
 def best_method(scores: Scores) -> str:
@@ -83,6 +95,7 @@ def _means(scores: Scores, method: str) -> list[Any]:
     return [
         None if found is None else (found.mean, found.std),
         None if found is None else (found.low, found.high),
+        scores.loss(method),
         None if options is None else options[0],
         (min(counts), max(counts)),
         fmean(row["forward_rows"] for row in rows),

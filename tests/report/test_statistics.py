@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorafusion_jax.report import paired, summary
+from lorafusion_jax.report import over_tasks, paired, summary
 
 
 def _answers(rng, seeds, items, *, mean=0.5, item_sd=0.2, seed_sd=0.05):
@@ -124,3 +124,16 @@ def test_one_seed_stands_for_all():
 def test_arrays_that_do_not_fit(a, b, message):
     with pytest.raises(ValueError, match=message):
         paired([np.ones(shape, bool) for shape in a], [np.ones(shape, bool) for shape in b])
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+def test_the_interval_over_tasks_is_students(tasks):
+    values = np.random.default_rng(8).normal(3, 5, tasks)
+    found = over_tasks([*values])
+    oracle = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found is not None
+    assert found == pytest.approx((values.mean(), oracle.low, oracle.high), rel=1e-9)
+
+
+def test_one_task_has_no_interval_over_tasks():
+    assert over_tasks([1.0]) is None and over_tasks([]) is None

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 from made_up_rows import METHODS, TASKS, made_up, row
+from scipy import stats
 
 from lorafusion_jax.report import (
     Column,
@@ -67,17 +68,17 @@ def test_leagues_are_apart_and_what_is_not_there_is_a_dash():
     assert [large.league, small.league] == ["95+5", "5"]
     assert main_tables(large)[0].caption.startswith("Exact match, %, league of 95 + 5 examples")
     assert main_tables(small)[0].caption.startswith("Exact match, %, league of 5 examples")
-    assert main_tables(large)[0].texts[1][9] != "–"
-    assert main_tables(small)[0].texts[1][9] == "–"
+    assert main_tables(large)[0].texts[1][10] != "–"
+    assert main_tables(small)[0].texts[1][10] == "–"
 
 
 def test_a_method_that_lacks_a_task_has_no_mean_and_is_not_compared():
     rows = [r for r in _ROWS if (r["method"], r["task"]) != ("LoRA", "double_digit")]
     (found,) = scores(rows)
     line = next(line for line in main_tables(found)[0].texts if line[0] == "LoRA")
-    assert line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[10] == "36,864"
+    assert line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[11] == "36,864"
     assert best_method(found) == "fusion sum"
-    assert paired_table(found, "fusion sum").texts[12] == ["LoRA", "–", "–", "–"]
+    assert paired_table(found, "fusion sum").texts[12] == ["LoRA", *6 * ["–"]]
 
 
 def test_a_matrix_that_was_interrupted_is_compared_on_the_seeds_of_both():
@@ -93,6 +94,28 @@ def test_a_matrix_that_was_interrupted_is_compared_on_the_seeds_of_both():
     # Zero-shot has one seed, which stands for all five of the other.
     everywhere = [np.mean([r["exact_match"] for r in rows if r["method"] == m]) for m in ("fusion sum", "zero-shot")]
     assert difference["zero-shot"] == pytest.approx(everywhere[0] - everywhere[1])
+
+
+def test_a_comparison_has_its_interval_over_tasks_and_the_loss():
+    rows = [r | {"loss": len(r["task"]) / 10 + (r["method"] == "LoRA") * r["seed"]} for r in _ROWS]
+    line = _records(paired_table(scores(rows)[0], "fusion sum"))["LoRA"]
+    match, loss = (
+        [
+            np.mean([r[of] for r in rows if (r["method"], r["task"]) == ("fusion sum", task)])
+            - np.mean([r[of] for r in rows if (r["method"], r["task"]) == ("LoRA", task)])
+            for task in TASKS
+        ]
+        for of in ("exact_match", "loss")
+    )
+    interval = stats.ttest_1samp(match, 0).confidence_interval(0.95)
+    assert float(line["difference"]) == pytest.approx(np.mean(match), rel=1e-5)
+    ends = [float(line[f"over tasks {end}"]) for end in ("low", "high")]
+    assert ends == pytest.approx([interval.low, interval.high], rel=1e-4)
+    assert float(line["loss"]) == pytest.approx(np.mean(loss)) == -3
+    assert [float(line[f"loss over tasks {end}"]) for end in ("low", "high")] == pytest.approx([-3, -3])
+    # Zero-shot's rows have no loss.
+    assert main_tables(scores(_ROWS)[0])[0].texts[1][9] == "–"
+    assert _records(paired_table(scores(_ROWS)[0], "fusion sum"))["zero-shot"]["loss"] == ""
 
 
 def test_the_reference_is_one_of_the_methods():
