@@ -13,7 +13,7 @@ from typing import Any, Literal
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
-from lorafusion_jax.files import is_object
+from lorafusion_jax.files import check_regular, is_object
 from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder
 
@@ -58,8 +58,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines, none where it is not there; a last line that was cut off is none.
 
     Raises:
-      ValueError: a line is not JSON.
+      ValueError: a line is not JSON, or the path is a pipe or a device.
     """
+    check_regular(file)
     *lines, last = file.read_bytes().split(b"\n") if file.exists() else [b""]
     rows = []
     for number, line in enumerate([*lines, last] if is_object(last) else lines, start=1):

@@ -133,8 +133,10 @@ def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
     """Read a file of JSON lines; a last line that a killed process left without its end is passed over.
 
     Raises:
-      FileError: a line is not JSON, or not of the type.
+      FileError: a line is not JSON, or not of the type, or the path is a pipe or a device.
+      OSError: the file does not exist.
     """
+    check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
     if is_object(last):
         lines.append(last)
@@ -342,6 +344,12 @@ def _is_in(folder: Path, path: Path) -> bool:
     return folder.absolute() in (path.absolute(), *path.absolute().parents)
 
 
+def check_regular(path: Path) -> None:
+    """Raise a FileError for a pipe, a device or a folder in the place of a file: reading one may wait or never end."""
+    if path.exists() and not path.is_file():
+        raise FileError(path, got="a pipe, a device or a folder, not a file", fix="give a file")
+
+
 def check_no_link(path: Path) -> None:
     """Raise a FileError for a link, or another special file, where something is written in place.
 
@@ -349,6 +357,9 @@ def check_no_link(path: Path) -> None:
     """
     if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
         raise FileError(path, got="a link, which could lead out of its folder, or a special file", fix="remove it")
+    if path.is_file() and path.stat().st_nlink > 1:
+        got = "a hard link, so writing to it would change a file elsewhere"
+        raise FileError(path, got=got, fix="copy it to a new file, and give that its name")
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Hub:
       gated: names that nobody was let in to.
       broken: path -> how many bytes to send before the connection breaks, once.
       busy: how many requests to answer with 429 first.
+      answers: path -> status, headers and parts of an answer to give instead; without a Content-Length it is chunked.
       requests: method and path of every request, with its Range.
     """
 
@@ -34,6 +35,7 @@ class Hub:
         self.gated: set[str] = set()
         self.broken: dict[str, int] = {}
         self.busy = 0
+        self.answers: dict[str, tuple[int, dict[str, str], Iterable[bytes]]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.uploaded: dict[str, bytes] = {}
 
@@ -106,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.busy:
             hub.busy -= 1
             return self._send(429, b"slow down", {"Retry-After": "0"})
+        if path in hub.answers:
+            return self._given(*hub.answers[path])
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
@@ -223,6 +227,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
         return b"".join(parts)
+
+    def _given(self, status: int, headers: dict[str, str], parts: Iterable[bytes]) -> None:
+        self.send_response(status)
+        chunked = "Content-Length" not in headers
+        for key, value in (headers | ({"Transfer-Encoding": "chunked"} if chunked else {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client may hang up
+            for part in parts if self.command != "HEAD" else ():
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+            self.wfile.write(b"0\r\n\r\n" if chunked and self.command != "HEAD" else b"")
 
     def _json(self, found: object, status: int = 200) -> None:
         self._send(status, json.dumps(found).encode(), {"Content-Type": "application/json"})

@@ -18,13 +18,14 @@ _PACKAGE = "lorafusion_jax"
 _HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers wandb".split())
 
 # Helpers without imports of their own, which every part but the crossbar may import.
-_ANYWHERE = {"checks", "columns", "files", "interrupts", "progress"}
+_ANYWHERE = {"checks", "columns", "files", "hub_answers", "interrupts", "progress"}
 # What each room may import besides itself and `_ANYWHERE`; later rooms stand on earlier ones.
 _MAY_IMPORT = {
     "crossbar": set(),
     "columns": set(),
     "files": set(),
     "checks": set(),
+    "hub_answers": set(),
     "interrupts": set(),
     "progress": set(),
     "tasks": set(),

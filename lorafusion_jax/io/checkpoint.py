@@ -379,7 +379,7 @@ def _check_files(root: Path, files: Mapping[str, str]) -> None:
     for path in (root / _ARRAYS).rglob("*"):
         if path.is_symlink() and path.is_dir():  # what lies in it would not be compared
             raise FileError(path, got="a link to a folder", fix="copy the whole folder again")
-        if path.is_file() and path.relative_to(root).as_posix() not in files:
+        if not path.is_dir() and path.relative_to(root).as_posix() not in files:
             raise FileError(path, got="the manifest does not list this file", fix="copy the whole folder again")
     for name, digest in files.items():
         path = inside(root, name)

@@ -27,6 +27,7 @@ from .checkpoint import new_folder
 from .gguf.base import GGUFBase
 from .gguf.reader import StoredTensor
 from .hf_folder import FolderBase
+from .source import at_home
 
 if TYPE_CHECKING:
     import transformers
@@ -46,7 +47,7 @@ def open_base(source: str | Path) -> OpenedBase:
     """
     # Imported without PyTorch, transformers warns that there are no models: none are needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_file() or path.suffix == ".gguf":
         return GGUFBase(path)
     return FolderBase(str(source))

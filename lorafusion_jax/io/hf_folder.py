@@ -12,7 +12,7 @@ from ..files import FileError, read_json, structured
 from . import safetensors as safetensors_map
 from . import torch_pickle
 from .base import OpenedBase
-from .source import inside, resolve, sha256, split_revision
+from .source import inside, resolve, sha256
 
 if TYPE_CHECKING:
     import transformers
@@ -90,13 +90,12 @@ class FolderBase(OpenedBase):
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        name, revision = split_revision(self._source)
-        path = Path(name).expanduser()
         try:
+            folder = resolve(self._source, patterns=_TEXTS)
             # Not told, transformers may offer on a terminal to run code that the repository brings.
-            return AutoTokenizer.from_pretrained(
-                str(path) if path.exists() else name, revision=revision, trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            tokenizer.name_or_path = self._source  # for messages
+            return tokenizer
         except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
                 f"{self._source} gives no tokenizer: wanted a folder or hub id with config.json and tokenizer.json or "

@@ -2,19 +2,27 @@
 
 import hashlib
 import mmap
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import hub_answers
 from ..files import FileError, check_lfs, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes of a file's name, characters of its path below a folder
+_LONGEST_REASON = 1000  # characters of an error, whose text a hub may write
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source is `owner/name` or `owner/name@revision` on the hub, and not a path here."""
-    return _HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
+    return _HUB_ID.fullmatch(source) is not None and not at_home(source).exists()
+
+
+def at_home(source: str | Path) -> Path:
+    """Return a path with `~` as the home folder; the name of a user who is not known here stays as it is."""
+    return Path(os.path.expanduser(source))
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
@@ -34,7 +42,7 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
         ValueError: The source is neither a folder nor a hub id that can be fetched. With HF_HUB_OFFLINE
             set, only files in this machine's cache of the hub can be.
     """
-    folder = Path(source).expanduser()
+    folder = at_home(source)
     try:
         if source and folder.is_dir():
             return folder
@@ -47,16 +55,16 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             f"{source!r} is neither a folder here nor a hub id: wanted a path, owner/name or owner/name@rev"
         )
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, revision = split_revision(source)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(patterns) if patterns else None
+        with hub_answers.checked():
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, allow_patterns=list(patterns) if patterns else None
+                )
             )
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # of many kinds: of the HTTP library, and of answers that the hub's did not expect
         raise ValueError(
             f"{source!r} is not a folder here, and fetching it from the hub failed: {_reason(error)}"
         ) from error
@@ -80,8 +88,8 @@ def _reason(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its kind if it has none, as a time-out may have."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the beginning of an error's first line, or its kind if it has none, as a time-out may have."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST_REASON]
 
 
 def inside(folder: Path, name: str) -> Path:

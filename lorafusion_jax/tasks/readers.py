@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, check_lfs, shown, some, utf8
+from .. import hub_answers
+from ..files import FileError, check_lfs, check_regular, shown, some, utf8
 
 Row = Any  # what JSON gives: checked where rows become examples
 # Each with the place it came from, for messages; read as they are asked for, so that a bad one ends it.
@@ -144,6 +145,9 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
 
     try:
         if local:
+            for path in Path(source).rglob("*"):
+                if not path.is_dir():
+                    check_regular(path)
             found = datasets.load_from_disk(source)
             loaded: Any = {"all": found} if isinstance(found, datasets.Dataset) else found
             for part in loaded.values():
@@ -151,7 +155,8 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
         else:
             assert hub_id is not None
             repository, revision, config = hub_id.groups()
-            loaded = datasets.load_dataset(repository, config, revision=revision)
+            with hub_answers.checked():
+                loaded = datasets.load_dataset(repository, config, revision=revision)
         # As they are stored: decoding would open the images and sounds that a row names, also over the network.
         loaded = {split: part.with_format("arrow") for split, part in loaded.items()}
     except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError

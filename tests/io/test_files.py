@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypedDict
 
+import datasets
 import one_block
 import pytest
 import tokenizers
@@ -17,17 +18,18 @@ import transformers
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
+from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
 from lorafusion_jax.io.checkpoint import new_folder, read_arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
-from lorafusion_jax.report import append_rows
+from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.apply import GenerateOptions, generate_lines
 from lorafusion_jax.runs.folder import RunConfig, RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
-from lorafusion_jax.tasks import Example, encode
+from lorafusion_jax.tasks import Example, encode, load_task
 
 _OPTIONS = options_to_json(FuseOptions(base="base", task="task"))
 _CONFIG: dict[str, Any] = {
@@ -300,6 +302,48 @@ def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
         with pytest.raises(FileError, match=f"{path}: a link, which could lead out of its folder, or a special file"):
             append_rows(path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2))
     assert outside.read_text() == ""
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_a_run_with_hard_links_where_it_is_written_in_place_is_refused(name, tmp_path):
+    (outside := tmp_path / "outside").write_text("kept")
+    run = RunFolder(tmp_path / "run")
+    run.folder.mkdir()
+    (run.folder / name).hardlink_to(outside)
+    with pytest.raises(FileError, match=f"{run.folder / name}: a hard link.*copy it to a new file"), run.locked():
+        pass
+    assert outside.read_text() == "kept"
+
+
+def test_rows_are_not_added_to_a_hard_link(tmp_path):
+    (outside := tmp_path / "outside.jsonl").write_text("")
+    (link := tmp_path / "link.jsonl").hardlink_to(outside)
+    with pytest.raises(FileError, match=f"{link}: a hard link"):
+        append_rows(link, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2))
+    assert outside.read_text() == ""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("read", [read_rows, load_chip, lambda path: RunFolder(path.parent).predictions()])
+def test_what_is_no_file_is_not_read(read, kind, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(ValueError, match=f"{path}: .*a pipe, a device or a folder"):
+        read(path)
+
+
+def test_a_saved_data_set_with_a_pipe_is_not_read(tmp_path):
+    datasets.Dataset.from_dict({"input": ["a"], "target": ["b"]}).save_to_disk(tmp_path / "data")
+    (file,) = (tmp_path / "data").glob("*.arrow")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="a pipe, a device or a folder"):
+        load_task(tmp_path / "data", train_rows=0, need=())
 
 
 def test_a_pattern_of_a_tokenizer_that_never_ends_is_refused():

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 from lorafusion_jax.files import check_lfs
 from lorafusion_jax.io import safetensors as safetensors_map
 from lorafusion_jax.io import source
+from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.io.hub import make_repository
+from lorafusion_jax.io.peft.adapter import read_adapter
 
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:fd6a\nsize 1049\n"
 _RESOLVE = """
@@ -99,10 +101,11 @@ def test_a_hub_that_cannot_be_reached_takes_nothing(monkeypatch):
         make_repository("owner/name", private=False)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "", "~nosuchuser/x"])
 def test_neither_folder_nor_hub_id(name):
-    with pytest.raises(ValueError, match="neither a folder here nor a hub id: wanted a path, owner/name"):
-        source.resolve(name, patterns=None)
+    for read in (lambda name: source.resolve(name, patterns=None), read_config, read_adapter):
+        with pytest.raises(ValueError, match="neither a folder here nor a hub id: wanted a path, owner/name"):
+            read(name)
 
 
 def test_a_file_instead_of_a_folder(tmp_path):

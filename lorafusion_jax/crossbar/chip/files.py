@@ -120,6 +120,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file, none of which is larger than its bytes in the file."""
     found, left = {}, path.stat().st_size
+    if not path.is_file():
+        raise ValueError("it is a pipe, a device or a folder: give a file that save_chip wrote")
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name, left = entry.filename.removesuffix(".npy"), left - entry.file_size

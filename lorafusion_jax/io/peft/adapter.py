@@ -17,7 +17,7 @@ from ...files import FileError, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..checkpoint import new_folder
-from ..source import map_file, resolve
+from ..source import at_home, map_file, resolve
 from .config import AdapterError, check_config, scalings
 from .tensors import MAGNITUDE, collect, target_warnings
 
@@ -111,7 +111,7 @@ def _read(
     notes += target_warnings(config, parts)
 
     dora = bool(config.get("use_dora"))
-    local = Path(source).expanduser().is_dir()
+    local = at_home(source).is_dir()
     return PeftAdapter(
         # A link has a name of its own, which `resolve` would not return.
         name=Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2],

@@ -1,0 +1,168 @@
+"""A hub that means harm: names that are paths, answers without an end, and answers that its library cannot take."""
+
+import itertools
+import json
+import time
+
+import datasets
+import hub_server
+import one_block
+import pytest
+from hub_server import COMMIT
+from huggingface_hub import constants
+
+from lorafusion_jax import hub_answers
+from lorafusion_jax.io.hf import load_tokenizer, read_config
+from lorafusion_jax.io.source import resolve
+from lorafusion_jax.tasks import load_task
+
+_INFO = "/api/models/org/base/revision/main"
+_CONFIG = f"/org/base/resolve/{COMMIT}/config.json"
+_TREE = f"/api/models/org/base/tree/{COMMIT}"
+_OUT = "../../../../outside"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return one_block.cut(tmp_path_factory.mktemp("small"))[0]
+
+
+@pytest.fixture
+def hub(base, monkeypatch, tmp_path):
+    """A hub with a base, whose library caches in a folder of its own."""
+    with hub_server.in_place(monkeypatch, tmp_path / "a" / "b" / "c") as found:
+        found.add("org/base", base)
+        yield found
+
+
+def _outside(folder):
+    return list(folder.rglob("*outside*"))
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
+@pytest.mark.parametrize("name", [_OUT, "/nowhere/outside", "..", "a\\b"])
+def test_a_header_that_is_a_path_is_refused(hub, tmp_path, header, name):
+    headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT, "Content-Length": "2"} | {header: f'"{name}"'}
+    hub.answers[_CONFIG] = (200, headers, [b"{}"])
+    with pytest.raises(ValueError, match=f"'org/base' .* the hub sends {header.lower()} .*part of a path"):
+        resolve("org/base", patterns=("config.json",))
+    assert not _outside(tmp_path)
+
+
+def test_a_commit_that_is_a_path_is_refused(hub, tmp_path):
+    info = {"id": "org/base", "sha": _OUT, "siblings": [], "tags": [], "private": False}
+    hub.answers[_INFO] = (200, {"Content-Type": "application/json"}, [json.dumps(info).encode()])
+    for fetch in (read_config, load_tokenizer):
+        with pytest.raises(ValueError, match="org/base.* the hub sends sha '../../../../outside'"):
+            fetch("org/base")
+    assert not _outside(tmp_path)
+
+
+def test_a_digest_in_a_listing_that_is_a_path_is_refused(hub, tmp_path):
+    entry = {"type": "file", "path": "config.json", "size": 2, "oid": 40 * "0", "lfs": {"oid": _OUT, "size": 2}}
+    hub.answers[_TREE] = (200, {}, [json.dumps([entry]).encode()])
+    with pytest.raises(ValueError, match="org/base.* the hub sends oid"):
+        resolve("org/base", patterns=("config.json",))
+    assert not _outside(tmp_path)
+
+
+def test_a_listing_ends(hub):
+    hub.answers[_TREE] = (200, {}, itertools.chain([b"["], itertools.repeat(b" " * (1 << 20))))
+    with pytest.raises(ValueError, match="the hub lists more than 64 MiB"):
+        resolve("org/base", patterns=("config.json",))
+
+
+def test_pages_of_a_listing_end(hub, monkeypatch):
+    monkeypatch.setattr(hub_answers, "LISTED", 1 << 17)
+    headers = {"Link": f'<{constants.ENDPOINT}{_TREE}>; rel="next"', "Content-Length": "2"}
+    hub.answers[_TREE] = (200, headers, [b"[]"])
+    with pytest.raises(ValueError, match="the hub lists more than"):
+        resolve("org/base", patterns=("config.json",))
+
+
+def test_a_file_without_a_size_ends(hub, monkeypatch):
+    monkeypatch.setattr(hub_answers, "UNKNOWN", 1 << 21)
+    hub.answers[_CONFIG] = (200, {"ETag": '"1"', "X-Repo-Commit": COMMIT}, itertools.repeat(b" " * (1 << 20)))
+    with pytest.raises(ValueError, match="a file of more than 2 MiB and does not say how large it is"):
+        resolve("org/base", patterns=("config.json",))
+
+
+def test_compressed_answers_are_refused(hub):
+    hub.answers[_INFO] = (200, {"Content-Encoding": "gzip"}, [b""])
+    with pytest.raises(ValueError, match=r"a compressed answer \(gzip\), which was not asked for"):
+        resolve("org/base", patterns=("config.json",))
+
+
+def _slowly(part: bytes):
+    while True:
+        time.sleep(0.05)
+        yield part
+
+
+@pytest.mark.parametrize("path", [_INFO, _CONFIG])
+def test_slow_answers_end(hub, monkeypatch, path):
+    monkeypatch.setattr(hub_answers, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub_answers, "LONGEST_ANSWER", 0.2)
+    hub.answers[path] = (200, {"ETag": '"1"', "X-Repo-Commit": COMMIT}, _slowly(b" "))
+    with pytest.raises(ValueError, match="the hub (took more than 0.2 s|sends less than 1,000 bytes a second)"):
+        resolve("org/base", patterns=("config.json",))
+
+
+def test_a_busy_hub_cannot_ask_for_a_long_pause(hub, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    hub.answers[_TREE] = (429, {"Retry-After": "1000000000", "ratelimit": '"api";r=0;t=1000000000'}, [])
+    with pytest.raises(ValueError, match="429"):
+        resolve("org/base", patterns=("config.json",))
+    assert max(pauses, default=0) < 600
+
+
+def test_a_commit_of_data_that_is_a_path_is_refused(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "a" / "datasets"))
+    info = {"id": "org/data", "sha": _OUT, "siblings": [], "tags": [], "private": False}
+    hub.repositories["org/data"] = {"train.jsonl": b'{"input": "a", "target": "b"}\n'}
+    for path in ("/api/datasets/org/data", "/api/datasets/org/data/revision/main"):
+        hub.answers[path] = (200, {}, [json.dumps(info).encode()])
+    with pytest.raises(ValueError, match="org/data .* the hub sends sha"):
+        load_task("org/data")
+    assert not _outside(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        (_INFO, (200, {}, [b'{"id": "org/base"}'])),  # AssertionError
+        (_INFO, (200, {}, [b"[]"])),  # TypeError
+        (_INFO, (200, {}, [b"[" * 200_000])),  # RecursionError
+        (_TREE, (200, {}, [b'{"a": 1}'])),
+        (_TREE, (200, {}, [b"[1]"])),
+        (_INFO, (302, {"Location": "ftp://127.0.0.1/x"}, [])),  # UnsupportedProtocol
+        (_INFO, (302, {"Location": _INFO}, [])),  # TooManyRedirects
+        (_CONFIG, (302, {"Location": "ftp://127.0.0.1/x", "ETag": '"1"', "X-Repo-Commit": COMMIT}, [])),
+    ],
+)
+@pytest.mark.parametrize("fetch", [read_config, load_tokenizer])
+def test_answers_that_the_library_cannot_take_are_a_value_error(hub, fetch, path, answer):
+    hub.answers[path] = answer
+    with pytest.raises(ValueError, match="org/base"):
+        fetch("org/base")
+
+
+def test_sessions_of_a_user_are_used(hub, base):
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    made = []
+    before = _http.default_client_factory
+
+    def make():
+        made.append(before())
+        return made[-1]
+
+    huggingface_hub.set_client_factory(make)
+    try:
+        assert read_config("org/base") == read_config(base)
+        assert made
+    finally:
+        huggingface_hub.set_client_factory(before)
