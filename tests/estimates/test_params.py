@@ -127,8 +127,8 @@ def test_counts_are_pefts(targets):
 
 
 @pytest.mark.parametrize("config", ["config.json", "config.transformers5.json"])
-def test_a_folder_with_the_config_of_transformers_4_or_5(config, shared, tmp_path):
-    folder = shared / "goldens" / "fusion" / "t5a" / "base"
+def test_a_folder_with_the_config_of_transformers_4_or_5(config, goldens, tmp_path):
+    folder = goldens / "fusion" / "t5a" / "base"
     (tmp_path / "config.json").write_bytes((folder / config).read_bytes())
     found = counts(shape_config(str(tmp_path)), modules=4)
     from lorafusion_jax.io.hf import load_base

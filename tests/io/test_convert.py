@@ -117,8 +117,8 @@ def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
     _assert_same_pool(read_pool(folders, config), pool)
 
 
-def test_goldens_of_every_kind(shared, tmp_path):
-    golden = shared / "goldens/fusion/t5a"
+def test_goldens_of_every_kind(goldens, tmp_path):
+    golden = goldens / "fusion/t5a"
     names = ["lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora"]
     folders = [str(golden / "adapters" / name) for name in names]
     _convert(golden / "base", folders, out=tmp_path / "pool")
@@ -181,8 +181,8 @@ def test_a_resaved_adapter_is_its_source(base, adapter, tmp_path):
         ConvertedPool(tmp_path / "pool").adapter("other")
 
 
-def test_resaved_goldens(shared, tmp_path):
-    golden = shared / "goldens/fusion/t5a"
+def test_resaved_goldens(goldens, tmp_path):
+    golden = goldens / "fusion/t5a"
     for name in ("rank_alpha_pattern", "dora"):
         source = golden / "adapters" / name
         _convert(golden / "base", [str(source)], out=tmp_path / name)

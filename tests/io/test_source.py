@@ -151,8 +151,8 @@ def test_safetensors_are_views_with_the_library_s_values(tmp_path):
         assert not got[key].flags.owndata and not got[key].flags.writeable
 
 
-def test_safetensors_goldens(shared):
-    paths = sorted((shared / "goldens" / "fusion").glob("*/**/*.safetensors"))
+def test_safetensors_goldens(goldens):
+    paths = sorted((goldens / "fusion").glob("*/**/*.safetensors"))
     assert paths
     for path in paths:
         got, want = safetensors_map.load(path), load_file(path)

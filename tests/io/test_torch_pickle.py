@@ -126,8 +126,8 @@ def _write_tar(path, tensors, storages, views=()):
 _NUMBERS = np.arange(24, dtype=np.float32)
 
 
-def test_golden_equals_its_safetensors(shared):
-    folder = shared / "goldens" / "fusion" / "t5a" / "adapters"
+def test_golden_equals_its_safetensors(goldens):
+    folder = goldens / "fusion" / "t5a" / "adapters"
     got = torch_pickle.load(folder / "lora_0_bin" / "adapter_model.bin")
     want = load_file(folder / "lora_0" / "adapter_model.safetensors")
     assert got.keys() == want.keys()

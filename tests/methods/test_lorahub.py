@@ -45,19 +45,19 @@ def _without_seeds(arguments):
 
 
 @pytest.mark.parametrize("path", ["map", pytest.param("vmap", marks=pytest.mark.long)])
-def test_objective_replays_the_golden_search(shared, path):
-    folder = shared / "goldens" / "fusion" / "t5a"
+def test_objective_replays_the_golden_search(goldens, path):
+    folder = goldens / "fusion" / "t5a"
     arguments = _without_seeds(_golden(folder, path))
-    golden = np.load(folder / "lorahub_nevergrad_seed42.npz")
+    golden = np.load(folder / "lorahub.npz")
     for weights, score in zip(golden["eval_weights"], golden["eval_scores"], strict=True):
         assert lorahub.score(weights[None], **arguments) == pytest.approx([score], abs=1e-4)
 
 
 @needs_nevergrad
-def test_search_walks_as_the_golden_one(shared):
-    folder = shared / "goldens" / "fusion" / "t5a"
+def test_search_walks_as_the_golden_one(goldens):
+    folder = goldens / "fusion" / "t5a"
     found = lorahub.search(**_golden(folder, "map"), evaluations=40)
-    golden = np.load(folder / "lorahub_nevergrad_seed42.npz")
+    golden = np.load(folder / "lorahub.npz")
     # The simplex that COBYLA starts from; later steps rest on differences of scores, whose last digits differ.
     np.testing.assert_allclose(found.tried[:5, 0], golden["eval_weights"][:5], atol=1e-6)
     assert found.scores.min() == pytest.approx(float(golden["final_score"]), abs=0.01)

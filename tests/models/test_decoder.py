@@ -60,9 +60,9 @@ def _logits(graph, base, ids, mask, adapters):
 
 
 @pytest.fixture(scope="module")
-def llama(shared):
+def llama(goldens):
     """The model, its inputs, a fusion of its two adapters, and what PEFT made of it."""
-    folder = shared / "goldens" / "fusion" / "llama"
+    folder = goldens / "fusion" / "llama"
     model = load_base(folder / "base")
     golden = dict(np.load(folder / "pool_factors_lora.npz"))
     pool = read_pool([str(folder / "adapters" / name) for name in ("lora_0", "lora_1")], model.config)
@@ -90,6 +90,16 @@ def _batch(arrays, k):
     )
 
 
+def _first(arrays):
+    return jnp.asarray(arrays["input_ids_0"]), jnp.asarray(arrays["attention_mask_0"] > 0)
+
+
+def _check_logits(logits, arrays, wanted):
+    """Compare the positions that the golden has, where they are no padding."""
+    real = arrays["attention_mask_0"][:, arrays["positions"]] > 0
+    _close(logits[:, arrays["positions"]][real], wanted[real], 1e-4)
+
+
 def _adapters(problem, coefficients):
     return problem.method.adapters({"coefficients": jnp.asarray(coefficients)}, problem.frozen, problem.index)[0]
 
@@ -97,14 +107,16 @@ def _adapters(problem, coefficients):
 @pytest.mark.smoke
 def test_base_logits_loss_and_tokens(llama):
     model, arrays, problem, _ = llama
-    real = arrays["attention_mask_0"] > 0
-    logits = model(jnp.asarray(arrays["input_ids_0"]), jnp.asarray(real))
-    _close(logits[real], arrays["base_logits_0"][real], 1e-4)
+    _check_logits(model(*_first(arrays)), arrays, arrays["base_logits_0"])
     batch = _batch(arrays, 0)
     of_labels = model.label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
     prompt = batch.input_ids.shape[1]
-    predicted = np.asarray(batch.labels) >= 0
-    _close(of_labels[predicted], arrays["base_logits_0"][:, prompt - 1 : -1][predicted], 1e-4)
+    # The first label is predicted at the prompt's end.
+    of_positions = arrays["positions"] - (prompt - 1)
+    among = (of_positions >= 0) & (of_positions < batch.labels.shape[1])
+    assert among.sum() >= 2
+    predicted = np.asarray(batch.labels)[:, of_positions[among]] >= 0
+    _close(of_labels[:, of_positions[among]][predicted], arrays["base_logits_0"][:, among][predicted], 1e-4)
     _close(cross_entropy(of_labels, batch.labels), arrays["base_loss_mean_ce_0"], 1e-5)
     said = _say(problem.graph, problem.frozen.base, {}, batch.input_ids, batch.input_mask, 16)
     np.testing.assert_array_equal(said, arrays["base_greedy_0"][:, prompt:])
@@ -114,9 +126,8 @@ def test_base_logits_loss_and_tokens(llama):
 def test_fused_logits_and_tokens(llama, when):
     model, arrays, problem, golden = llama
     adapters = _adapters(problem, golden["traj_coeff"][0 if when == "init" else -1])
-    real = arrays["attention_mask_0"] > 0
-    logits = model(jnp.asarray(arrays["input_ids_0"]), jnp.asarray(real), adapters)
-    _close(logits[real], golden["logits" if when == "init" else "logits_final"][real], 1e-4)
+    logits = model(*_first(arrays), adapters)
+    _check_logits(logits, arrays, golden["logits" if when == "init" else "logits_final"])
     batch = _batch(arrays, 0)
     said = _say(problem.graph, problem.frozen.base, adapters, batch.input_ids, batch.input_mask, 16)
     np.testing.assert_array_equal(said, golden[f"greedy_{when}"][:, batch.input_ids.shape[1] :])

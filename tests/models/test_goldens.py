@@ -5,7 +5,6 @@ trajectories of 20 steps 1e-4.
 """
 
 import functools
-import json
 from typing import NamedTuple
 
 import jax
@@ -56,6 +55,7 @@ class _Case(NamedTuple):
     batches: tuple[Batch, Batch]
     golden: dict[str, np.ndarray]
     rows: list[tuple[str, int]]  # site and layer of every row of the golden's magnitudes
+    positions: np.ndarray  # those of the golden's logits
 
     def adapters(self, params=None):
         return jax.jit(self.method.adapters)(params or self.params, self.frozen, self.index)[0]
@@ -65,6 +65,10 @@ class _Case(NamedTuple):
         logits, tokens = _say(self.graph, self.frozen.base, self.adapters(params), self.batches[batch])
         real = self.batches[batch].row_mask
         return logits[real], np.asarray(tokens[real])
+
+    def check_logits(self, logits, name, tolerance=1e-4):
+        """Compare the positions that the golden has."""
+        _close(logits[:, self.positions], self.golden[name], tolerance)
 
     def step(self, state, batch, *, l1, l2):
         recipe = PRESETS["reference"]
@@ -95,9 +99,8 @@ class _Case(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def case(shared):
-    goldens = shared / "goldens" / "fusion"
-    readme = json.loads((goldens / "README.json").read_text())
+def case(goldens):
+    goldens = goldens / "fusion"
 
     @functools.cache
     def base(kind):
@@ -108,8 +111,9 @@ def case(shared):
     def make(kind, file="inputs"):
         model, arrays, batches = base(kind)
         graph, weights = nnx.split(model)
+        positions = arrays["positions"]
         if file == "inputs":
-            return _Case(graph, ZeroShot(), Frozen(weights), jnp.arange(0), {}, batches, arrays, [])
+            return _Case(graph, ZeroShot(), Frozen(weights), jnp.arange(0), {}, batches, arrays, [], positions)
         golden = dict(np.load(goldens / kind / f"{file}.npz"))
         names = _LORAS if file.startswith("pool") else [file.removeprefix("single_").removesuffix("_fused")]
         sources = [str(goldens / kind / "adapters" / name) for name in names]
@@ -122,10 +126,8 @@ def case(shared):
         params = method.init(frozen, index, jax.random.key(0))
         if "traj_coeff" in golden:
             params["coefficients"] = jnp.asarray(golden["traj_coeff"][0])
-        paths = readme["files"][f"{kind}/{file}.npz"].get("modules_in_magnitude_order") or []
-        return _Case(
-            graph, method, frozen, index, params, batches, golden, [places(model.config)[path] for path in paths]
-        )
+        rows = [places(model.config)[path] for path in golden.get("modules", ())]
+        return _Case(graph, method, frozen, index, params, batches, golden, rows, positions)
 
     return make
 
@@ -166,7 +168,7 @@ def _close(got, wanted, tolerance, relative=0.0):
 def test_base_logits_and_loss(case, kind):
     base = case(kind)
     logits, _ = base.say()
-    _close(logits, base.golden["base_logits_0"], 1e-4)
+    base.check_logits(logits, "base_logits_0")
     _close(cross_entropy(logits, base.batches[0].labels), base.golden["base_loss_mean_ce_0"], 1e-5)
 
 
@@ -174,33 +176,7 @@ def test_base_logits_and_loss(case, kind):
 @pytest.mark.parametrize("kind", _KINDS)
 def test_base_generates_the_same_tokens(case, kind):
     base = case(kind)
-    said, wanted = base.say()[1], base.golden["base_greedy_0"][:, 1:]
-    if kind == "t5a":
-        # Somewhere the two best logits are 1.9e-4 apart, close to what two implementations differ by: if a row
-        # takes the other way there, the two tokens must be that close.
-        for row in np.flatnonzero((said != wanted).any(axis=1)):
-            position = int(np.argmax(said[row] != wanted[row]))
-            assert _gap(base, row, wanted[row], position, said[row][position]) < 4e-4
-    else:
-        np.testing.assert_array_equal(said, wanted)
-
-
-def _gap(base, row, tokens, position, other):
-    model = nnx.merge(base.graph, base.frozen.base)
-    batch = base.batches[0]
-    decoder = jnp.asarray([model.start_id, *tokens[:position]], jnp.int32)[None]
-    logits = model(batch.input_ids[row][None], batch.input_mask[row][None], decoder)[0, -1]
-    return float(logits[tokens[position]] - logits[other])
-
-
-@pytest.mark.long
-def test_the_gap_of_two_logits_is_that_of_the_golden(case):
-    base = case("t5b")
-    labels, logits = base.golden["labels_0"], base.golden["base_logits_0"]
-    for row, position in ((0, 0), (1, 2)):
-        best = int(np.argmax(logits[row, position]))
-        wanted = logits[row, position][labels[row, position]] - logits[row, position][best]
-        _close(_gap(base, row, labels[row], position, best), wanted, 1e-4)
+    np.testing.assert_array_equal(base.say()[1], base.golden["base_greedy_0"][:, 1:])
 
 
 # One adapter.
@@ -213,10 +189,10 @@ def test_single_adapter(case, name):
     golden, tolerance = single.golden, 2e-4 if name == "rslora" else 1e-4
     assert all(np.all(np.asarray(c) == 1) for c in jax.tree.leaves(single.params["coefficients"]))
     logits, tokens = single.say()
-    _close(logits, golden["logits"], tolerance)
+    single.check_logits(logits, "logits", tolerance)
     _close(cross_entropy(logits, single.batches[0].labels), golden["loss_mean_ce"], 1e-5)
     np.testing.assert_array_equal(tokens, golden["greedy"][:, 1:])
-    _close(single.say(batch=1)[0], golden["logits_batch1"], tolerance)
+    single.check_logits(single.say(batch=1)[0], "logits_batch1", tolerance)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +208,7 @@ def test_a_dora_adapter_keeps_its_magnitudes_where_none_are_trained(case, method
     dora = case("t5a", "single_dora")
     params = method.init(dora.frozen, dora.index, jax.random.key(0))
     logits, tokens = dora._replace(method=method).say(params=params)
-    _close(logits, dora.golden["logits"], 1e-4)
+    dora.check_logits(logits, "logits")
     np.testing.assert_array_equal(tokens, dora.golden["greedy"][:, 1:])
 
 
@@ -242,7 +218,7 @@ def test_merged_adapter(case, name):
     model = nnx.merge(single.graph, single.frozen.base)
     graph, merged = nnx.split(merged_base(model, single.adapters()))
     base = single._replace(graph=graph, method=ZeroShot(), frozen=Frozen(merged), params={})
-    _close(base.say()[0], single.golden["logits_merged"], 2e-4 if name == "rslora" else 1e-4)
+    base.check_logits(base.say()[0], "logits_merged", 2e-4 if name == "rslora" else 1e-4)
 
 
 # A pool, fused.
@@ -254,10 +230,10 @@ def test_fusion_at_the_start(case, kind, file):
     fusion = case(kind, file)
     golden = fusion.golden
     logits, tokens = fusion.say()
-    _close(logits, golden["logits"], 1e-4)
+    fusion.check_logits(logits, "logits")
     _close(cross_entropy(logits, fusion.batches[0].labels), golden["loss_mean_ce"], 1e-5)
     np.testing.assert_array_equal(tokens, golden["greedy_init"][:, 1:])
-    _close(fusion.say(batch=1)[0], golden["logits_batch1"], 1e-4)
+    fusion.check_logits(fusion.say(batch=1)[0], "logits_batch1")
     if fusion.method.magnitudes:
         _close(fusion.by_row(fusion.params["magnitudes"]), golden["mag0"], 1e-5)
 
@@ -288,12 +264,13 @@ def test_twenty_steps_of_the_reference_protocol(case, kind, file):
         _close(metrics["loss"], golden["traj_loss"][number], 1e-4)
         _close(metrics["l1"], golden["traj_l1"][number], 1e-4)
         _close(state.params["coefficients"], golden["traj_coeff"][number + 1], 1e-4)
-        if fusion.method.magnitudes:
-            _close(fusion.by_row(state.params["magnitudes"]), golden["traj_mag"][number + 1], 1e-4)
+        if fusion.method.magnitudes and number + 1 in golden["magnitude_steps"]:
+            (row,) = np.flatnonzero(golden["magnitude_steps"] == number + 1)
+            _close(fusion.by_row(state.params["magnitudes"]), golden["traj_mag"][row], 1e-4)
     logits, tokens = fusion.say(params=state.params)
     np.testing.assert_array_equal(tokens, golden["greedy_final"][:, 1:])
     # Numbers within 1e-4 of the golden's give logits further from its logits than the model's own error.
-    _close(logits, golden["logits_final"], 3e-4)
+    fusion.check_logits(logits, "logits_final", 3e-4)
 
 
 @pytest.mark.parametrize(("kind", "file"), _CASES)
@@ -303,5 +280,5 @@ def test_logits_at_the_end_of_the_goldens_trajectory(case, kind, file):
     if fusion.method.magnitudes:
         params["magnitudes"] = fusion.by_site(fusion.golden["traj_mag"][-1])
     logits, tokens = fusion.say(params=params)
-    _close(logits, fusion.golden["logits_final"], 1e-4)
+    fusion.check_logits(logits, "logits_final")
     np.testing.assert_array_equal(tokens, fusion.golden["greedy_final"][:, 1:])

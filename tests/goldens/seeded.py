@@ -1,0 +1,152 @@
+"""Weights of the goldens' models and adapters, made from a seed instead of stored.
+
+Every tensor has the same bits on every machine and with every version of NumPy. Philox is a counter-based generator
+whose stream of 64-bit words NumPy keeps for good. The sum of a word's four 16-bit parts is an integer that float32
+holds exactly, so a single multiplication rounds.
+"""
+
+import json
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+HERE = Path(__file__).resolve().parent
+# Chosen so that no generated token hangs on a small difference of two logits.
+SEEDS = {"fusion/t5a": 1, "fusion/t5b": 0, "fusion/llama": 0}
+_PREFIX = "base_model.model."
+
+
+def _words(name: str, count: int) -> np.ndarray:
+    return np.random.Philox(key=zlib.crc32(name.encode())).random_raw(count)
+
+
+def normal(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> np.ndarray:
+    """Return a float32 tensor that the name determines: sums of four uniform numbers, close to normal ones."""
+    words = _words(name, int(np.prod(shape)))
+    total = sum(((words >> np.uint64(16 * part)) & np.uint64(0xFFFF)).astype(np.int64) for part in range(4))
+    # A uniform 16-bit integer has the mean 65535 / 2 and the variance (65536^2 - 1) / 12.
+    step = np.float32(std / ((65536**2 - 1) / 3) ** 0.5)
+    return ((total - 2 * 65535).astype(np.float32) * step + np.float32(mean)).reshape(shape)
+
+
+def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+    """Return integers from low to high - 1 that the name determines."""
+    words = _words(name, int(np.prod(shape)))
+    return (low + (words % np.uint64(high - low)).astype(np.int64)).reshape(shape)
+
+
+def matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return [out, in] of every linear map of the blocks of a T5 or a Llama, by Hugging Face's path."""
+    return _t5_matrices(config) if config["model_type"] == "t5" else _llama_matrices(config)
+
+
+def _t5_matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    d, inner, ff = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
+    attention = {"q": (inner, d), "k": (inner, d), "v": (inner, d), "o": (d, inner)}
+    names = ("wi_0", "wi_1") if config["is_gated_act"] else ("wi",)
+    dense = dict.fromkeys(names, (ff, d)) | {"wo": (d, ff)}
+    parts = {"SelfAttention": attention, "EncDecAttention": attention, "DenseReluDense": dense}
+    stacks = {
+        "encoder": (config["num_layers"], ("SelfAttention", "DenseReluDense")),
+        "decoder": (config["num_decoder_layers"], tuple(parts)),
+    }
+    return {
+        f"{stack}.block.{block}.layer.{number}.{part}.{name}": shape
+        for stack, (blocks, layers) in stacks.items()
+        for block in range(blocks)
+        for number, part in enumerate(layers)
+        for name, shape in parts[part].items()
+    }
+
+
+def _llama_matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    d, ff = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    size = d // heads
+    q, kv = heads * size, config["num_key_value_heads"] * size
+    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+    dense = {"gate_proj": (ff, d), "up_proj": (ff, d), "down_proj": (d, ff)}
+    return {
+        f"model.layers.{layer}.{part}.{name}": shape
+        for layer in range(config["num_hidden_layers"])
+        for part, maps in (("self_attn", attention), ("mlp", dense))
+        for name, shape in maps.items()
+    }
+
+
+def base(kind: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the tensors of one of the small models by Hugging Face's names."""
+    # Small queries, since T5 does not scale its scores; logits spread over about 10.
+    shapes = {f"{path}.weight": shape for path, shape in matrices(config).items()}
+    std = {name: 0.05 if name.endswith(".q.weight") else shape[1] ** -0.5 for name, shape in shapes.items()}
+    if config["model_type"] == "t5":
+        d, own = config["d_model"], {"shared.weight": 1.0}
+        blocks = {name.split(".layer.")[0] for name in shapes}
+        norms = {name.rsplit(".", 3)[0] + ".layer_norm.weight" for name in shapes}
+        norms |= {f"{stack}.final_layer_norm.weight" for stack in ("encoder", "decoder")}
+        for block in sorted(name for name in blocks if name.endswith(".0")):
+            name = f"{block}.layer.0.SelfAttention.relative_attention_bias.weight"
+            shapes[name] = (config["relative_attention_num_buckets"], config["num_heads"])
+            std[name] = 0.5
+    else:
+        d, own = config["hidden_size"], {"model.embed_tokens.weight": 1.0}
+        layers = range(config["num_hidden_layers"])
+        norms = {f"model.layers.{i}.{name}.weight" for i in layers for name in _LLAMA_NORMS} | {"model.norm.weight"}
+    if not config["tie_word_embeddings"]:
+        own["lm_head.weight"] = 0.3
+    shapes |= dict.fromkeys(own, (config["vocab_size"], d))
+    seed, std = f"{kind}/{SEEDS[kind]}", std | own
+    tensors = {name: normal(f"{seed}/{name}", shape, std[name]) for name, shape in shapes.items()}
+    return tensors | {name: normal(f"{seed}/{name}", (d,), 0.1, mean=1.0) for name in norms}
+
+
+_LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def adapter(
+    name: str, config: dict[str, Any], shapes: dict[str, tuple[int, int]], std: float = 0.1
+) -> dict[str, np.ndarray]:
+    """Return the tensors of a PEFT adapter of the base's matrices; std is that of lora_B."""
+    tensors = {}
+    for path, (d_out, d_in) in shapes.items():
+        if path.rsplit(".", 1)[1] not in config["target_modules"]:
+            continue
+        patterns = config.get("rank_pattern") or {}  # the first that matches, as in PEFT
+        rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), config["r"])
+        key = f"{_PREFIX}{path}"
+        tensors[f"{key}.lora_A.weight"] = normal(f"{name}/{path}.A", (rank, d_in), d_in**-0.5)
+        tensors[f"{key}.lora_B.weight"] = normal(f"{name}/{path}.B", (d_out, rank), std)
+        if config.get("use_dora"):
+            tensors[f"{key}.lora_magnitude_vector"] = normal(f"{name}/{path}.m", (d_out,), 0.1, mean=0.8)
+    return tensors
+
+
+def unfold(folder: Path) -> Path:
+    """Copy the goldens into a folder, and write there the weights that are not stored. Return the folder."""
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"), dirs_exist_ok=True)
+    for path in folder.glob("*/**/base/config.json"):
+        config = json.loads(path.read_text())
+        kind = path.parent.parent.relative_to(folder).as_posix()
+        if kind.startswith("fusion/"):  # SmolLM2 comes from its package
+            _save(base(kind, config), path.parent / "model.safetensors")
+        for options in sorted(path.parent.parent.glob("adapters/*/adapter_config.json")):
+            if not list(options.parent.glob("adapter_model.*")):
+                name, std = f"{kind}/{options.parent.name}", 0.1 if kind.startswith("fusion/") else 0.01
+                tensors = adapter(name, json.loads(options.read_text()), matrices(config), std)
+                if (stored := options.parent / "magnitudes.npy").exists():
+                    # Those of a real base are close to the norms of its rows, which are not known here.
+                    keys = [key for key in tensors if key.endswith(".lora_magnitude_vector")]
+                    ends = np.cumsum([len(tensors[key]) for key in keys])
+                    rows = np.split(np.load(stored).astype(np.float32), ends[:-1])
+                    tensors |= dict(zip(keys, rows, strict=True))
+                _save(tensors, options.parent / "adapter_model.safetensors")
+    return folder
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
