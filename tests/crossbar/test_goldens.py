@@ -1,9 +1,8 @@
 """CrossSim's and aihwkit's own outputs, and CrossSim's loop in NumPy where there are none."""
 
-import json
-from pathlib import Path
 from typing import Any
 
+import crossbar_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,12 +39,6 @@ NAMES = [
     "c15_bal_singletile_adc8max",
     "c16_bal_310_partmax_adc8max",
 ]
-
-
-def golden(shared: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    with np.load(shared / "goldens" / "crossbar" / f"{name}.npz") as z:
-        arrays = {key: z[key] for key in z.files}
-    return json.loads(str(arrays.pop("meta_json"))), arrays
 
 
 def product(params: dict[str, Any], W: np.ndarray, x: np.ndarray, dtype: Any, path: Any) -> np.ndarray:
@@ -86,28 +79,28 @@ def _by_path(names, alone=()):
 
 
 @pytest.mark.parametrize(("name", "path"), _by_path(NAMES))
-def test_crosssim_product(shared, name, path):
-    meta, z = golden(shared, name)
+def test_crosssim_product(goldens, name, path):
+    _, params, z = crossbar_cases.load(goldens / "crossbar", name)
     top = np.abs(z["y"]).max()
-    y = product(meta["params"], z["W"], z["x"], np.float32, path)
+    y = product(params, z["W"], z["x"], np.float32, path)
     assert y.dtype == np.float32
     np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * top)
     if path is None:  # in float64 the chosen paths are held against CrossSim's loop below
         return
     with jax.enable_x64(True):
-        y = product(meta["params"], z["W"], z["x"], np.float64, path)
+        y = product(params, z["W"], z["x"], np.float64, path)
         assert y.dtype == np.float64
         np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-9 * top)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_crosssim_arrays(shared, name):
-    meta, z = golden(shared, name)
+def test_crosssim_arrays(goldens, name):
+    case, params, z = crossbar_cases.load(goldens / "crossbar", name)
     with jax.enable_x64(True):
-        config, weights = convert(meta["params"], z["W"])
+        config, weights = convert(params, z["W"])
         state = program(jnp.asarray(weights), config, path="definition")
-        g_min, rows = float(config.g_min), meta["tile_input_sizes"][0]
-        assert list(encoding.grid(weights.shape, config)[0]) == meta["tile_input_sizes"]
+        g_min, rows = float(config.g_min), case["tile_input_sizes"][0]
+        assert list(encoding.grid(weights.shape, config)[0]) == case["tile_input_sizes"]
         for i, top in enumerate(encoding.levels(config)):
             G = g_min + np.asarray(state.cells)[i, :, 0, 0, -rows:] / top * (1 - g_min)
             if f"G_s{i}_o" in z:
@@ -123,14 +116,14 @@ def test_crosssim_arrays(shared, name):
             n = encoding.input_codes(jnp.asarray(z["x"].T), jnp.asarray(1.0), config)
             u = encoding.pulses(n, config)[:, 0, :rows] / encoding.pulse(config)
             np.testing.assert_allclose(u, z["x_slices_tile0_col0"], rtol=0, atol=1e-15)
-    if meta["adc_limits"] is not None:
-        np.testing.assert_allclose(adc_limits(meta["params"], rows), meta["adc_limits"], rtol=1e-12)
+    if case["adc_limits"] is not None:
+        np.testing.assert_allclose(adc_limits(params, rows), case["adc_limits"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loop_is_crosssims(shared, name):
-    meta, z = golden(shared, name)
-    y = matmat(meta["params"], z["W"].astype(float), z["x"].astype(float))
+def test_the_loop_is_crosssims(goldens, name):
+    _, params, z = crossbar_cases.load(goldens / "crossbar", name)
+    y = matmat(params, z["W"].astype(float), z["x"].astype(float))
     np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-12 * np.abs(z["y"]).max())
 
 
@@ -315,20 +308,20 @@ def test_programming_models_by_name(name, sigma):
         pytest.param("s03_prog_prop5_noadc", Proportional, marks=pytest.mark.long),
     ],
 )
-def test_programming_noise(shared, name, model):
+def test_programming_noise(goldens, name, model):
     """200 chips: RMS of the error within 3 %, means of single outputs by z-score with both samples' errors."""
-    meta, z = golden(shared, name)
-    config = CrossbarConfig(
-        tile=Tile(cols=None), dac=DAC(scaling="fixed"), device=Device(programming=model(meta["args"]["prog"][1]))
-    )
+    case, params, z = crossbar_cases.load(goldens / "crossbar", name)
+    _, _, quiet = crossbar_cases.load(goldens / "crossbar", "c02_bal_w8s4_in8serial_noadc")
+    sigma = params["xbar"]["device"]["programming_error"]["magnitude"]
+    config = CrossbarConfig(tile=Tile(cols=None), dac=DAC(scaling="fixed"), device=Device(programming=model(sigma)))
     W, x = jnp.asarray(z["W"].T, jnp.float32), jnp.asarray(z["x"].T, jnp.float32)
-    draws = meta["draws"]
+    draws = case["draws"]
 
     @jax.jit
     def read(keys):
         return jax.vmap(lambda key: matmul(x, program(W, config, key)).T)(keys)
 
-    error = np.asarray(read(jax.random.split(jax.random.key(3), draws)), float) - z["y_noiseless"]
+    error = np.asarray(read(jax.random.split(jax.random.key(3), draws)), float) - quiet["y"]
     rms = np.sqrt(np.mean(error**2))
     theirs = np.sqrt(np.mean(z["err_mean"] ** 2 + z["err_std"] ** 2))
     np.testing.assert_allclose(rms / theirs, 1, atol=0.03)
@@ -340,9 +333,9 @@ def test_programming_noise(shared, name, model):
 
 
 @pytest.mark.parametrize("path", [None, "definition"])
-def test_aihwkit(shared, path):
+def test_aihwkit(goldens, path):
     """A tile of aihwkit: real-valued weights scaled per tile, one pulse, and a converter of absolute range."""
-    _, z = golden(shared, "h01_aihwkit_torchinference_8b_tile128")
+    z = dict(np.load(goldens / "aihwkit" / "torch_inference_8b.npz"))
     # Its DAC rounds to 2 / (2^8 - 2) and its ADC to 20 / (2^8 - 2): 254 steps from -b to b are our signed 8 bits.
     with jax.enable_x64(True):
         config = CrossbarConfig(
@@ -354,6 +347,5 @@ def test_aihwkit(shared, path):
         )
         state = program(jnp.asarray(z["W"].T, float), config, path=path)
         y = np.asarray(matmul(jnp.asarray(z["x"], float), state))
-        scale = np.asarray([z[f"tile{r}_scale"][0] for r in range(3)])
-        np.testing.assert_allclose(state.scale, np.broadcast_to(scale[:, None], (3, 64)), rtol=1e-6)
+        np.testing.assert_allclose(state.scale, np.broadcast_to(z["scale"][:, None], (3, 64)), rtol=1e-6)
     np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max())
