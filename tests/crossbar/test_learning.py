@@ -159,6 +159,20 @@ def test_values_have_the_derivatives_of_finite_differences(case):
             np.testing.assert_allclose(along, sum(gradient[name] * at[name] for name in at), rtol=1e-8)
 
 
+@pytest.mark.parametrize("dac", [DAC(bits=4), DAC(bits=4, scaling="fixed", limit=0.5)])
+def test_compensation_cancels_a_drift_that_is_the_same_in_all_cells(dac):
+    """Rounding of inputs, which the derivative passes straight through, has no part in it."""
+    W, x, C = (jnp.asarray(each, jnp.float32) for each in problem())
+
+    def loss(exponent, compensate):
+        device = Device(drift=PowerLaw(exponent), time=1e4, compensate=compensate)
+        return jnp.sum(C * matmul(x, program(W, CrossbarConfig(dac=dac, device=device), CHIP)))
+
+    slope = jax.grad(loss)(jnp.float32(0.05), True)
+    np.testing.assert_allclose(loss(0.1, True), loss(0.0, True), rtol=1e-5)
+    assert abs(slope) < 1e-4 * abs(jax.grad(loss)(jnp.float32(0.05), False))
+
+
 def test_full_scale_has_the_derivative_of_clipping_and_that_of_its_rounding():
     """LSQ (Esser et al. 2020): (round(v) - v) of an input within the range, its sign beyond; times the weights."""
     with jax.enable_x64(True):

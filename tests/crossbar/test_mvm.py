@@ -609,12 +609,36 @@ def test_two_sided_pairs_lie_about_half_of_the_range():
     assert cells.min() == 0 and (cells <= top[:, None]).all()
 
 
-@pytest.mark.parametrize("largest", [1e-40, 1e-38, 1e-36])
-def test_weights_whose_code_underflows_are_zeros(largest):
+@pytest.mark.parametrize("largest", [1e-40, 2e-38, 1e-37, 1e-36])
+def test_weights_whose_code_would_underflow_have_fewer_codes(largest):
+    """Each is right to the smallest normal number; smaller ones are zeros for XLA itself."""
     weights, x = problem()
-    weights = weights.at[:, 2].set(largest)
-    y = matmul(x, program(weights, CrossbarConfig(mapping=Mapping(scale="column"))))
-    assert np.isfinite(y).all() and not y[:, 2].any() and y[:, 1].any()
+    weights = weights.at[:, 2].set(largest * jnp.linspace(-1, 1, 30))
+    chip = program(weights, CrossbarConfig(dac=None, mapping=Mapping(scale="column")))
+    np.testing.assert_allclose(programmed_weights(chip)[:, 2], weights[:, 2], rtol=0, atol=1.2e-38)
+    large = 1e30 * x
+    wanted = np.asarray(large, float) @ np.asarray(programmed_weights(chip), float)
+    np.testing.assert_allclose(matmul(large, chip)[:, 2], wanted[:, 2], rtol=1e-4, atol=1e-6 * largest * 1e30)
+    assert (largest < 1e-38) == (not matmul(large, chip)[:, 2].any())
+
+
+@pytest.mark.parametrize(("of_weights", "of_inputs"), [(1, -120), (118, -40), (-40, 118), (-90, 100), (100, -120)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CrossbarConfig(),
+        CrossbarConfig(dac=None, mapping=Mapping(scale="tile"), tile=Tile(rows=16)),
+        CrossbarConfig(adc=ADC(bits=8, range="max"), mapping=Mapping(scale="column")),
+    ],
+    ids=["product", "tiles", "columns"],
+)
+def test_only_results_out_of_range_are_lost(config, of_weights, of_inputs):
+    """Powers of two on weights and inputs change no bit of a result but its exponent."""
+    rng = np.random.default_rng(0)
+    weights, x = (jnp.asarray(rng.uniform(0.1, 1, shape), jnp.float32) for shape in ((64, 9), (4, 64)))
+    wanted = np.asarray(matmul(x, program(weights, config)), float) * 2.0 ** (of_weights + of_inputs)
+    found = matmul(x * jnp.float32(2.0**of_inputs), program(weights * jnp.float32(2.0**of_weights), config))
+    np.testing.assert_array_equal(np.asarray(found, float), wanted)
 
 
 def test_weights_of_eight_bits_are_programmed_as_float32():

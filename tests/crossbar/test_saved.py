@@ -27,6 +27,7 @@ from lorafusion_jax.crossbar import (
     matmul,
     probe,
     program,
+    program_tree,
     save_chip,
     save_config,
     save_constants,
@@ -55,6 +56,38 @@ def test_a_saved_chip_reads_the_same(name, tmp_path):
     assert loaded.plan == state.plan and jax.tree.structure(loaded) == jax.tree.structure(state)
     np.testing.assert_array_equal(matmul(x, with_read_key(loaded, _KEY)), matmul(x, with_read_key(state, _KEY)))
     assert [file.name for file in tmp_path.iterdir()] == ["chip.npz"]
+
+
+def test_a_saved_chip_keeps_its_name(tmp_path):
+    """By which layers of a model draw different read noise."""
+    device = Device(read_noise=ReadNoise(0.01))
+    chip = program_tree({"blocks.0": jnp.ones((2, 6, 5))}, {"*": CrossbarConfig(device=device)}, _KEY)["blocks.0"]
+    chip = dataclasses.replace(chip, first=3)
+    save_chip(chip, tmp_path / "chip.npz")
+    loaded = load_chip(tmp_path / "chip.npz")
+    assert (loaded.name, loaded.first) == ("blocks.0", 3)
+    assert load_chip(_EARLIER / "packed.npz", _OF_EARLIER["packed"]).name == ""
+
+
+@pytest.mark.parametrize("fields", [{"name": 3}, {"first": "1"}])
+def test_a_name_of_another_type_is_refused(fields, tmp_path):
+    save_chip(program(jnp.ones((4, 2)), CrossbarConfig(), _KEY), tmp_path / "chip.npz")
+    with np.load(tmp_path / "chip.npz") as file:
+        stored = dict(file)
+    meta = json.loads(str(stored["meta_json"])) | fields
+    np.savez(tmp_path / "chip.npz", **stored | {"meta_json": json.dumps(meta)})
+    with pytest.raises(ValueError, match="its name is .* and its first layer .*: program the weights again"):
+        load_chip(tmp_path / "chip.npz")
+
+
+def test_a_chip_of_float64_is_not_read_as_float32(tmp_path):
+    path = tmp_path / "chip.npz"
+    with jax.enable_x64(True):
+        chip = program(jnp.ones((4, 2), jnp.float64), CrossbarConfig())
+        save_chip(chip, path)
+        assert load_chip(path).codes.dtype == jnp.float64
+    with pytest.raises(ValueError, match=r"holds float64, which JAX would make float32: set .*'jax_enable_x64', True"):
+        load_chip(path)
 
 
 def _saved_without_ties(state, folder):

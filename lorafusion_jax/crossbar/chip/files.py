@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,7 +32,7 @@ _DAMAGED += (RecursionError, NotImplementedError, json.JSONDecodeError)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
-    """Write a programmed chip, or a stack of them, to a file without its read key.
+    """Write a programmed chip, or a stack of them, to a file, with its name and without its read key.
 
     Args:
       chip: the chip to write.
@@ -48,6 +49,7 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}
     config = _shared_config(chip)
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
+    meta |= {"name": chip.name, "first": chip.first}
     arrays[_META] = np.array(json.dumps(meta | {"plan": dataclasses.asdict(chip.plan)}))
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
@@ -64,8 +66,8 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
         earlier version wrote the file or if the configuration holds arrays or functions.
 
     Raises:
-      ValueError: the file does not hold a chip or is damaged, the chip has another configuration, or an earlier
-        version made it with an error.
+      ValueError: the file does not hold a chip or is damaged, the chip has another configuration or is of float64
+        where JAX has none, or an earlier version made it with an error.
     """
     try:
         return _load(Path(path), config)
@@ -82,6 +84,11 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if _META not in arrays:
         raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
     meta = json.loads(str(arrays.pop(_META)))
+    if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
+        raise ValueError(
+            f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set "
+            "jax.config.update('jax_enable_x64', True) first, or program the weights again"
+        )
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
     if config is None:
         if meta.get("fields") is None:
@@ -110,8 +117,12 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     for name, wanted in known.items():
         if plan[name] not in wanted:
             raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {wanted}: program the weights again")
+    # Earlier versions left out the name and the number of the first layer.
+    name, first = meta.get("name", ""), meta.get("first", 0)
+    if not isinstance(name, str) or type(first) is not int:
+        raise ValueError(f"its name is {name!r:.40} and its first layer {first!r:.40}: program the weights again")
     structure, values = split_config(config)
-    chip = Chip(**fields, values=[], structure=structure, plan=Plan(**plan))
+    chip = Chip(**fields, values=[], structure=structure, plan=Plan(**plan), name=name, first=first)
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)

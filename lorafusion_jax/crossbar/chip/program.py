@@ -21,7 +21,7 @@ from ..config.structure import split_config
 from ..devices.device import Device, depends_on_time, realise
 from ..devices.drift import drift_compensation
 from ..devices.normal_draws import normal
-from ..devices.physical import is_traced, like
+from ..devices.physical import NUMBER, is_traced, like
 from ..mapping import decoding, encoding
 from ..mapping.adc import codes as adc_codes
 from ..mapping.adc import fixed_limits, stacked_units
@@ -316,7 +316,7 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     if key is None and is_random(drawn):
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
     time = drawn.device.time
-    if isinstance(time, int | float) and time > 0 and not depends_on_time(drawn.device):
+    if isinstance(time, NUMBER) and time > 0 and not depends_on_time(drawn.device):
         raise ValueError(
             f"device.time = {time} changes nothing, because the cells do not depend on time: give device.drift too, "
             "such as PowerLaw(0.05), or leave device.time out"

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ..devices.device import Device
-from ..devices.physical import Physical, is_traced
+from ..devices.physical import NUMBER, Physical, is_traced
 from ..devices.wires import Wire
 
 _MOST_SLICES = 16  # as weights have at most 16 bits
@@ -60,7 +60,7 @@ class Cell:
                     f"at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
                 )
             object.__setattr__(self, "bits", tuple(self.bits))
-        if isinstance(self.on_off_ratio, int | float) and not self.on_off_ratio > 1:
+        if isinstance(self.on_off_ratio, NUMBER) and not self.on_off_ratio > 1:
             raise ValueError(f"cell.on_off_ratio = {self.on_off_ratio}: give Gmax / Gmin > 1, or None for infinite")
 
 
@@ -136,7 +136,7 @@ class DAC:
             raise ValueError(f"dac.quantile = {self.quantile}: give a share of inputs from 0.5 to 1")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"dac.rounding = {self.rounding!r}: choose nearest or stochastic")
-        if isinstance(self.limit, int | float) and not 0 < self.limit < float("inf"):
+        if isinstance(self.limit, NUMBER) and not 0 < self.limit < float("inf"):
             raise ValueError(f"dac.limit = {self.limit}: give the largest |x|, positive and finite")
 
     @property
@@ -203,7 +203,7 @@ class ADC:
             raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, 0 to 1,000")
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and not value >= 0:
+            if isinstance(value, NUMBER) and not value >= 0:
                 raise ValueError(f"adc.{name} = {value}: a standard deviation cannot be negative")
 
 
@@ -234,7 +234,7 @@ class Tile:
                 raise ValueError(f"tile.{name} = {value!r}: give a positive number, or None for no limit")
         if self.partition not in ("equal", "full"):
             raise ValueError(f"tile.partition = {self.partition!r}: choose equal or full")
-        if isinstance(self.current_limit, int | float) and not self.current_limit > 0:
+        if isinstance(self.current_limit, NUMBER) and not self.current_limit > 0:
             raise ValueError(f"tile.current_limit = {self.current_limit}: give a positive current, or None")
 
 

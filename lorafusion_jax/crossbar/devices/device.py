@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .physical import Physical, check_bounds, for_each_cell, like, noise, without_gradient
+from .physical import NUMBER, Physical, check_bounds, for_each_cell, like, noise, without_gradient
 from .write_error import Independent, Polynomial, Proportional, WriteVerify
 
 
@@ -34,7 +34,7 @@ class StuckAt:
     def __post_init__(self):
         check_bounds(self, "low", 0, 1)
         check_bounds(self, "high", 0, 1)
-        if isinstance(self.low, int | float) and isinstance(self.high, int | float) and self.low + self.high > 1:
+        if isinstance(self.low, NUMBER) and isinstance(self.high, NUMBER) and self.low + self.high > 1:
             raise ValueError(f"StuckAt: low + high = {self.low + self.high}: together at most all cells can be stuck")
 
     def __call__(self, G: Float[Array, "..."], key: Array, g_min: Physical) -> Float[Array, "..."]:
@@ -146,7 +146,7 @@ class Device:
     def __post_init__(self):
         for name, wanted in _PARTS.items():
             value = getattr(self, name)
-            if isinstance(value, int | float | str | np.ndarray | jax.Array):
+            if isinstance(value, NUMBER | str | np.ndarray | jax.Array):
                 raise ValueError(f"Device.{name} = {value!r}: give {wanted}, or None where it is absent")
         check_bounds(self, "time", 0)
         if self.clip not in ("positive", "range"):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .physical import Physical, check_bounds, like, noise
+from .physical import NUMBER, Physical, check_bounds, like, noise
 
 # Below this conductance log G is that of a cell which no longer conducts.
 _FLOOR = 1e-7
@@ -33,7 +33,7 @@ class LogLinear:
     high: Physical = 1.0
 
     def __post_init__(self):
-        if isinstance(self.low, int | float) and isinstance(self.high, int | float) and not self.low <= self.high:
+        if isinstance(self.low, NUMBER) and isinstance(self.high, NUMBER) and not self.low <= self.high:
             raise ValueError(f"LogLinear: low = {self.low} is above high = {self.high}: exchange them")
 
     def __call__(self, G: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -18,6 +18,9 @@ else:
     # JAX rebuilds pytrees with placeholders as leaves, which run-time type checks would refuse.
     Physical = Any
 
+# Types of one number whose value is known, as opposed to arrays, tracers and a pytree's placeholders.
+NUMBER = int | float | np.number
+
 
 def check_bounds(
     owner: Any, name: str, low: float | int, high: float | int = float("inf"), *, open_low: bool = False
@@ -34,7 +37,7 @@ def check_bounds(
       ValueError: with the field, its value and the bounds.
     """
     value = getattr(owner, name)
-    if not isinstance(value, int | float) or (low < value if open_low else low <= value) and value <= high:
+    if not isinstance(value, NUMBER) or (low < value if open_low else low <= value) and value <= high:
         return
     bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
     raise ValueError(f"{type(owner).__name__}.{name} = {value}: give a number {bound}, or None where it is absent")

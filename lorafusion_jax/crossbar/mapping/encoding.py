@@ -122,9 +122,11 @@ def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> F
                 col_end += width
             tops.append(jnp.concatenate(per_tile, axis=1))
         scale = jnp.concatenate(tops, axis=0)
-    # The weight of one code must not underflow: weights below that are zeros.
-    least = code_scale(config) * float(jnp.finfo(scale.dtype).tiny)
-    return jnp.where(scale >= least, scale, jnp.ones_like(scale))
+    # The weight of one code must not underflow: it is at least about the smallest normal number, in fewer codes.
+    least = 1.0001 * float(jnp.finfo(scale.dtype).tiny)
+    fewer = code_scale(config) * (scale / jnp.floor(jnp.maximum(scale / least, 1)))
+    scale = jnp.where(scale >= code_scale(config) * least, scale, fewer)
+    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
 
 def levels(config: CrossbarConfig) -> tuple[int, ...]:

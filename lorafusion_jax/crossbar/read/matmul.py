@@ -3,8 +3,8 @@
     y = scale * limit / (2^m - 1) * sum_k 2^(P_k) lsb_k * sum_{r,j} 2^(s j) code[r, k, j]
 
 over row tiles r, weight slices k, input slices j. Straight through DAC, ADC and quantisers, the derivatives are those
-of `x @ W` with W the weights as programmed; the ADC's limits, and all else that a read depends on, get those of a
-read whose ADC clips but does not round.
+of `x @ W` with W the weights as programmed, compensation of drift included; the ADC's limits, and all else that a read
+depends on, get those of a read whose ADC clips but does not round.
 
 Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are
 converted), R row tiles (1 once summed), C column tiles.
@@ -35,6 +35,9 @@ from .kernels.lookup import lookup
 from .kernels.loop import loop
 from .kernels.packed_product import packed
 from .product import product
+
+# Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
+_USUAL = 32
 
 
 def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
@@ -144,12 +147,32 @@ def _multiply(
     quantise = _converter(chip)
     if quantise is not None:
         quantise = quantise._replace(rounds=rounds)
-    y = _by_path(n, quantise, chip) * (limit / encoding.input_top(config))
+    # The factors, one after the other, could leave the range of the dtype where their product is within it.
+    scale, limit, exponents = _within_range(chip.scale, limit)
+    y = _by_path(n, quantise, dataclasses.replace(chip, scale=scale)) * (limit / encoding.input_top(config))
+    for power in exponents:
+        y = y * power
     # Codes are integers on most paths, and counted as such, which NaN cannot be.
     known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
     if config.adc is not None and chip.limits is not None and chip.plan.path == "product":
         known &= loses_nothing(chip.limits, _bounds(chip), config)
     return jnp.where(known, y, jnp.nan)
+
+
+def _within_range(scale: Array, limit: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Return both factors of a read without their powers of two beyond 2^+-_USUAL, and those powers in two halves."""
+
+    def beyond(top: Array) -> Array:
+        exponent = jnp.frexp(jax.lax.stop_gradient(top))[1]
+        return exponent - jnp.clip(exponent, -_USUAL, _USUAL)
+
+    def two_to(exponent: Array) -> Array:
+        return jnp.ldexp(jnp.ones(exponent.shape, scale.dtype), exponent)
+
+    of_scale, of_limit = beyond(jnp.max(scale, axis=0, keepdims=True)), beyond(limit)
+    both = of_scale + of_limit
+    half = both // 2
+    return scale * two_to(-of_scale), limit * two_to(-of_limit), (two_to(half), two_to(both - half))
 
 
 @functools.partial(_read.defjvp, symbolic_zeros=True)
@@ -168,15 +191,20 @@ def _derivative(parts, primals, tangents):
         low = -limit if config.dac.signed else jnp.zeros_like(limit)
         inside, seen = (x >= low) & (x <= limit), jnp.clip(x, low, limit)
 
-    def times(x: Array, codes: Array) -> Array:
-        if chip.scale.shape[0] > 1:
-            return jnp.dot(x, codes * encoding.per_weight(chip.scale, shape, config), precision="highest")
-        return jnp.dot(x, codes, precision="highest") * chip.scale
+    def times(x: Array, codes: Array, scale: Array = chip.scale) -> Array:
+        if scale.shape[0] > 1:
+            return jnp.dot(x, codes * encoding.per_weight(scale, shape, config), precision="highest")
+        return jnp.dot(x, codes, precision="highest") * scale
 
     if is_moved(x_dot):
         terms.append(times(jnp.where(inside, x_dot, 0), chip.codes))
     if "codes" in moved:
         terms.append(times(seen, moved["codes"]))
+    if "scale" in moved and config.dac is not None:
+        # Below, the scale multiplies rounded inputs, but the codes' term has unrounded ones: compensation of drift
+        # moves both, and they have to cancel.
+        rounded = encoding.input_codes(x, limit, config, chip.key) * (limit / encoding.input_top(config))
+        terms.append(times(seen - rounded, chip.codes, moved["scale"]))
     if "input_limit" in moved:
         # y = limit f(x / limit), and f passes the inputs within the range straight through (LSQ, Esser et al. 2020).
         rest = y - times(jnp.where(inside, x, 0), chip.codes)
