@@ -145,6 +145,12 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
     Raises:
       ValueError: the folder exists, or the source has no configuration.
     """
+    with new_folder(folder) as partial:
+        put_base(model, partial, source)
+
+
+def put_base(model: Model, folder: Path, source: str | Path) -> None:
+    """Write the files of `save_base` into an existing folder."""
     from safetensors.numpy import save_file
 
     base = open_base(source)
@@ -160,11 +166,10 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
     # A head that equals the embedding is tied here, but transformers needs it if the configuration is untied.
     if model.config.tied and not said.tied:
         tensors[names.head] = tensors[names.embedding].copy()
-    with new_folder(folder) as partial:
-        base.save_texts(partial)
-        _state_dtype(partial / "config.json", model.config.dtype)
-        # transformers rejects a file without its format in the metadata.
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    base.save_texts(folder)
+    _state_dtype(folder / "config.json", model.config.dtype)
+    # transformers rejects a file without its format in the metadata.
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _state_dtype(config: Path, dtype: str) -> None:

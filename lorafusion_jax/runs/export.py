@@ -11,10 +11,11 @@ from jaxtyping import Array
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
+from ..io.checkpoint import new_folder
 from ..io.export import fused_adapter, lora_adapter, merged_base
-from ..io.hf import save_base
+from ..io.hf import put_base
 from ..io.hub import make_repository, upload
-from ..io.peft.adapter import resave, write_adapter
+from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..methods import find
 from ..models.architecture import Architecture
@@ -94,22 +95,23 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     position = fused.seeds.index(seed)
     of_seed: Params = jax.tree.map(lambda p: p[position], params)
     problem = loaded.problem.replace(index=loaded.problem.index[position])
-    if options.format == "merged":
-        model, adapters, _ = problem.adapted_model(of_seed)
-        save_base(merged_base(model, adapters), options.out, fused.base)
-    else:
-        write_adapter(options.out, *_adapter(problem, of_seed, fused.base))
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
-    write_card(
-        options.out,
-        RunFolder(folder),
-        fused,
-        seed,
-        problem.config,
-        merged=options.format == "merged",
-        repository=options.push,
-        coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
-    )
+    with new_folder(options.out) as partial:
+        if options.format == "merged":
+            model, adapters, _ = problem.adapted_model(of_seed)
+            put_base(merged_base(model, adapters), partial, fused.base)
+        else:
+            put_adapter(partial, *_adapter(problem, of_seed, fused.base))
+        write_card(
+            partial,
+            RunFolder(folder),
+            fused,
+            seed,
+            problem.config,
+            merged=options.format == "merged",
+            repository=options.push,
+            coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
+        )
     return f"seed {seed} of {folder}, {fused.method}"
 
 

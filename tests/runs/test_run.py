@@ -501,6 +501,21 @@ def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path):
         export(dataclasses.replace(of_run, push=None, private=True))
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_path(fused[0]), run)
+    predictions = (run / "predictions.jsonl").read_text()
+    (run / "predictions.jsonl").write_text("{}\n")  # so that the card, which is written last, cannot be made
+    options = ExportOptions(run=run, out=tmp_path / "out", format=form)
+    with pytest.raises(ValueError, match=r"predictions.jsonl, line 1: seed is missing"):
+        export(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (run / "predictions.jsonl").write_text(predictions)
+    export(options)
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
 def test_a_run_is_named_after_its_task_without_revision_and_config():
     for task in ("owner/bench", "owner/bench@v1.0", "owner/bench@refs/pr/1:counting", "tasks/bench.json"):
         assert run_path(FuseOptions(base="base", pool="pool", task=task)) == Path("runs/bench-fusion")

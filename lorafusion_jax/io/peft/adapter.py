@@ -154,15 +154,20 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
     Raises:
         ValueError: The folder exists.
     """
+    with new_folder(folder) as partial:
+        put_adapter(partial, config, tensors)
+
+
+def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write the files of `write_adapter` into an existing folder."""
     from safetensors.numpy import save_file
 
-    with new_folder(folder) as partial:
-        if not isinstance(config, bytes):
-            config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
-        (partial / _CONFIG).write_bytes(config)
-        # PEFT and transformers reject a file without its format in the metadata. The library needs C order.
-        arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
-        save_file(arrays, partial / _SAFETENSORS, metadata={"format": "pt"})
+    if not isinstance(config, bytes):
+        config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
+    (folder / _CONFIG).write_bytes(config)
+    # PEFT and transformers reject a file without its format in the metadata. The library needs C order.
+    arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
+    save_file(arrays, folder / _SAFETENSORS, metadata={"format": "pt"})
 
 
 def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
