@@ -4,7 +4,7 @@ An exception from a signal's handler would come up wherever the main thread is: 
 inside an import, in a destructor that swallows it, or in C++ code that aborts. So a thread of its own waits for
 signals and ends the process without unwinding, as a kill would, which no file of this package suffers from. Folders
 that are being written are removed first. A training loop, whose state is worth saving, asks for the time to save it
-(`hold`).
+(`hold`). A second signal saves what the loop had before its last step, and a third one does not wait for that either.
 """
 
 import atexit
@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +23,10 @@ _watching = False
 # Advice for who waits for a state to be saved, while one is to be saved; the signal that came meanwhile.
 _held: str | None = None
 _asked: int | None = None
+# Saves what there is at a second signal, and is held while it does: who would change it waits for the process's end.
+_save: Callable[[], None] | None = None
+_saving = threading.Lock()
+_twice = False
 
 
 def watch() -> None:
@@ -41,14 +45,17 @@ def watch() -> None:
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
-def hold(advice: str) -> None:
+def hold(advice: str, save: Callable[[], None] | None = None) -> None:
     """Let the next signal wait until `release`, because there is a state that is not saved yet.
 
     Args:
       advice: when the process stops then, and how to go on from what is going to be saved.
+      save: saves what there is now, in another thread, if a second signal comes; None if a second signal is not to
+        wait for anything. Call `hold` without it before anything changes that it reads or writes.
     """
-    global _held
-    _held = advice
+    global _held, _save
+    with _saving:
+        _held, _save = advice, save
 
 
 def asked() -> bool:
@@ -58,8 +65,7 @@ def asked() -> bool:
 
 def release() -> None:
     """End the process if a signal has waited for this, and let the next one end it at once."""
-    global _held
-    _held = None
+    _let_go()
     if _asked is not None:
         _end(_asked)
 
@@ -67,12 +73,17 @@ def release() -> None:
 @contextlib.contextmanager
 def released() -> Iterator[None]:
     """Release what the block holds at its end. After an error the process goes on, to report it."""
-    global _held
     try:
         yield
         release()
     finally:
-        _held = None
+        _let_go()
+
+
+def _let_go() -> None:
+    global _held, _save
+    with _saving:
+        _held = _save = None
 
 
 @contextlib.contextmanager
@@ -87,23 +98,42 @@ def removed(folder: Path) -> Iterator[None]:
 
 def _act(reader: int) -> None:
     """Wait for signals; runs in a thread of its own."""
-    global _asked
+    global _asked, _twice
     while True:
         (number,) = os.read(reader, 1)
         if number not in _NAMES:
             continue
-        if (advice := _held) is None or _asked is not None:
-            _say(f"stopped by {_NAMES[signal.Signals(number)]}")
+        name = _NAMES[signal.Signals(number)]
+        if (advice := _held) is None or _twice or (_asked is not None and _save is None):
+            _say(f"stopped by {name}")
             _end(number)
-        _say(f"{_NAMES[signal.Signals(number)]}: stopping {advice}. Once more stops at once")
+        if _asked is not None:
+            _twice = True
+            _say(f"{name}: saving what there is. Once more stops at once")
+            threading.Thread(target=_save_and_end, args=(number,), daemon=True).start()
+            continue
+        again = "stops at once" if _save is None else "saves the state before it, and stops"
+        _say(f"{name}: stopping {advice}. Once more {again}")
         _asked = number
         if _held is None:  # saved meanwhile, without a look at the signal
             _end(number)
 
 
+def _save_and_end(number: int) -> None:
+    with _saving:
+        if _save is None:  # the main thread saves a newer state, and ends then
+            return
+        try:
+            _save()
+        except Exception as error:
+            _say(f"error: {error}")
+        _say(f"stopped by {_NAMES[signal.Signals(number)]}")
+        _end(number)
+
+
 def _freeze(number: int, frame: object) -> None:
     """Keep the main thread from going on while the other one ends the process."""
-    while _held is None:
+    while _held is None and not _twice:
         threading.Event().wait()
 
 

@@ -126,6 +126,62 @@ def test_the_second_signal_does_not_wait_for_the_state(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+_HELD_TWICE = """
+def save(): %s
+interrupts.hold("after this step; it is saved", save)
+ready()
+%s
+interrupts.hold("after this step; it is saved")
+(folder / "went on").write_text("")
+interrupts.release()
+"""
+_BUSY = "time.sleep(60)"
+
+
+def _signals(process: subprocess.Popen, numbers: list[int]) -> str:
+    """Send signals, each when the line about the one before it is there; return what was said."""
+    said = []
+    with process:
+        assert process.stderr is not None
+        for number in numbers:
+            process.send_signal(number)
+            said.append(process.stderr.readline())
+        said.append(process.stderr.read())  # not `communicate`, which passes over what is buffered
+    return "".join(said)
+
+
+def test_the_second_signal_saves_what_there_was_before_the_step(tmp_path):
+    process = _start(_HELD_TWICE % ("time.sleep(0.5); (folder / 'before').write_text('')", _BUSY), tmp_path)
+    said = _signals(process, [signal.SIGTERM, signal.SIGINT])
+    assert process.returncode == 130
+    assert said.splitlines() == [
+        "SIGTERM: stopping after this step; it is saved. Once more saves the state before it, and stops",
+        "Ctrl-C: saving what there is. Once more stops at once",
+        "stopped by Ctrl-C",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_the_third_signal_does_not_wait_for_what_the_second_one_saves(tmp_path):
+    process = _start(_HELD_TWICE % ("time.sleep(60)", _BUSY), tmp_path)
+    said = _signals(process, [signal.SIGINT] * 3)
+    assert process.returncode == 130 and said.splitlines()[2:] == ["stopped by Ctrl-C"]
+
+
+def test_nothing_changes_while_the_second_signal_saves(tmp_path):
+    step = "while not (folder / 'begun').exists(): time.sleep(0.01)"
+    save = "(folder / 'begun').write_text(''); time.sleep(1); (folder / 'before').write_text('')"
+    process = _start(_HELD_TWICE % (save, step), tmp_path)
+    _signals(process, [signal.SIGINT] * 2)
+    assert process.returncode == 130 and {path.name for path in tmp_path.iterdir()} == {"begun", "before"}
+
+
+def test_an_error_of_what_the_second_signal_saves_is_said(tmp_path):
+    process = _start(_HELD_TWICE % ("raise OSError('the disk is full')", _BUSY), tmp_path)
+    said = _signals(process, [signal.SIGINT] * 2)
+    assert process.returncode == 130 and said.splitlines()[2:] == ["error: the disk is full", "stopped by Ctrl-C"]
+
+
 def test_an_error_while_the_state_is_saved_is_not_hidden(tmp_path):
     code = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").replace("\n", "\n    ")
     process = _start(code, tmp_path)

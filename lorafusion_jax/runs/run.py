@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypedDict
@@ -261,7 +262,11 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     check_losses()  # of the run that is resumed
 
     log = _weights_and_biases(run, options) if options.log and processes.first() else None
-    last_save = time.monotonic()
+    last_save = ended = time.monotonic()
+    several = processes.several()
+    by_epoch, taken = whole_epochs() or several, 0.0  # after which a signal stops, and the seconds of the last one
+    # The next step takes the memory of a state. A copy of all weights and their momenta would be too much to keep.
+    copied = None if several or "base" in find(options.method).groups else jax.jit(partial(jax.tree.map, jnp.copy))
     traced = min(done + 2, options.recipe.epochs) if options.profile else None
     tracing = contextlib.ExitStack()
 
@@ -270,25 +275,39 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             tracing.enter_context(jax.profiler.trace(str(options.profile), create_perfetto_trace=True))
 
     def save(epochs: int, step: int, state: TrainState) -> None:
-        nonlocal last_save
         checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)
-        last_save = time.monotonic()
-        interrupts.release()
 
-    def hold() -> None:
-        when = "epoch" if whole_epochs() or processes.several() else "step"
-        interrupts.hold(f"after this {when}; its state is saved in {run.folder}, and resuming goes on from it")
+    def hold(second: Callable[[], None] | None = None) -> None:
+        when = "epoch" if by_epoch else "step"
+        saved = f"its state is saved in {run.folder}, and resuming goes on from it"
+        interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}", second)
 
     def after_interval(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
+        nonlocal taken, ended
+        if not by_epoch:
+            taken = time.monotonic() - ended
         hold()
-        if interrupts.asked() and not processes.several():  # several only know after an epoch that all are so far
-            rows = list(_step_rows(joined(to_host(metrics)), number, reached, options.seeds))
+        so_far = list(metrics)
+
+        def save_here(state: TrainState) -> None:
+            rows = list(_step_rows(joined(to_host(so_far)), number, reached, options.seeds))
             run.append_metrics(rows)
             save(number - 1, rows[-1]["step"], state)
 
+        if interrupts.asked() and not several:  # several only know after an epoch that all are so far
+            save_here(state)
+            interrupts.release()
+        elif copied is not None:
+            hold(partial(save_here, copied(state)))
+        if not by_epoch:
+            ended = time.monotonic()
+
     def after_epoch(epoch: Epoch) -> None:
-        nonlocal reached, bad
+        nonlocal reached, bad, last_save, taken, ended
         tracing.close()
+        if by_epoch or not taken:
+            taken = time.monotonic() - ended
+        hold()
         rows = list(_metric_rows(epoch, options.seeds))
         run.append_metrics(rows)
         if log is not None:
@@ -299,12 +318,15 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
         if epoch.last or diverged or due or asked:
             save(epoch.number, reached, epoch.state)
+            last_save = time.monotonic()
+            interrupts.release()
             if asked:
                 processes.end("another process of this run was stopped")
-        else:
-            hold()
+        elif copied is not None:
+            hold(partial(save, epoch.number, reached, copied(epoch.state)))
         check_losses()
         before_epoch(epoch.number + 1)
+        ended = time.monotonic()
 
     if not np.all(to_host(state.stopped)):
         how = {"epochs_done": done, "steps_done": reached, "after_interval": after_interval, "after_epoch": after_epoch}

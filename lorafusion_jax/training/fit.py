@@ -130,6 +130,8 @@ def fit(
                 )
                 following = next(intervals, None)  # is put on the device while this one runs
                 metrics.append(of_interval)
+                if not whole_epochs():  # else JAX, on a CPU too, takes up to 32 steps before a stop could be asked for
+                    jax.block_until_ready(of_interval)
                 steps = batches.row_mask.shape[1]
                 left -= steps
                 bar.update(steps)

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -280,6 +281,39 @@ def test_a_stopped_run_has_saved_its_last_step_and_resumes_bit_for_bit(step, fus
         assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
 
 
+@pytest.mark.parametrize("step", [2, 3])  # the end of an epoch, and within one
+def test_a_second_signal_saves_what_there_is_before_the_next_step_and_resumes_bit_for_bit(
+    step, fused, tmp_path, monkeypatch
+):
+    options, results = fused
+    held = []
+
+    def hold(advice: str, second=None) -> None:
+        assert re.match(r"after this step \(the last one took \d+\.\d s\); its state is saved in ", advice)
+        held.extend([second] if second else [])
+
+    def busy(*arguments, **more):
+        if len(held) == step:  # the next step has the memory of the state before it
+            out = train_seeds(*arguments, **more)
+            jax.block_until_ready(out)
+            held[-1]()
+            raise SystemExit(130)
+        return train_seeds(*arguments, **more)
+
+    options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupts, "hold", hold)
+        patch.setattr(fit_lib, "train_seeds", busy)
+        with pytest.raises(SystemExit):
+            fuse(options)
+    folder = tmp_path / "whole"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
+    assert RunFolder(folder).metrics()[-1]["step"] == step
+    assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
+
+
 @pytest.mark.long
 def test_a_run_with_an_epoch_in_one_call_is_saved_after_it_and_resumes_bit_for_bit(fused, tmp_path, monkeypatch):
     options, results = fused
@@ -291,13 +325,14 @@ def test_a_run_with_an_epoch_in_one_call_is_saved_after_it_and_resumes_bit_for_b
     options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
     monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
     with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "hold", advice.append)
-        patch.setattr(interrupts, "asked", lambda: bool(advice))
+        patch.setattr(interrupts, "hold", lambda text, second=None: advice.append(text))
+        patch.setattr(interrupts, "asked", lambda: len(advice) > 2)  # in the second epoch
         patch.setattr(interrupts, "release", release)
         with pytest.raises(SystemExit):
             fuse(options)
     folder = tmp_path / "whole"
-    assert advice == [f"after this epoch; its state is saved in {folder}, and resuming goes on from it"]
+    seconds = re.fullmatch(r"after this epoch \(the last one took (\d+\.\d) s\); its state is .*", advice[-1])
+    assert seconds and float(seconds[1]) > 0
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
     assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
     for name in ("metrics.jsonl", "predictions.jsonl"):

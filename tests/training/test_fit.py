@@ -162,3 +162,18 @@ def test_an_epoch_in_one_call_goes_on_from_any_step(problem, by_step, monkeypatc
     _assert_same(resumed, state)
     _assert_same(rest[0].metrics, {name: values[1:] for name, values in epochs[1].metrics.items()})
     _assert_same(_found(rest[1:]), _found(epochs[2:]))
+
+
+def test_a_step_on_a_cpu_is_done_before_a_stop_can_be_asked_for(problem, monkeypatch):
+    """JAX takes steps ahead of the host, and who stops a run would wait for all of them."""
+    monkeypatch.setattr(fit_lib, "for_cpu", lambda: True)
+    done = []
+
+    def after_interval(epoch, state, metrics):
+        done.append(metrics[-1]["loss"].is_ready())
+
+    rows, state = _rows(), start(problem, _SEEDS)
+    inputs = tuple(np.tile(row, 60) for row in rows.tokens.inputs)
+    wide = TrainingRows(Encoded(inputs, rows.tokens.labels), rows.split, rows.pad_id)
+    fit(problem, wide, state, _RECIPE, _SEEDS, after_interval=after_interval)
+    assert done == [True] * (_STEPS - 1) * _RECIPE.epochs
