@@ -9,7 +9,9 @@ more cores than there are, or the `peft` extra, are left out.
 """
 
 import argparse
+import csv
 import datetime
+import io
 import json
 import os
 import subprocess
@@ -61,13 +63,13 @@ _FULL = (
 )
 _NEED_PEFT = ("generation.py", "convert.py")  # which compare with nothing else
 _LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}
-_HEAD = ("what", "ratio", "required", "ambition", "")
+_HEAD = ("what", "ratio", "required", "ambition", "verdict")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("level", choices=_LEVELS, help="how much is measured")
-    parser.add_argument("--out", type=Path, help="folder for table.md and cases.json")
+    parser.add_argument("--out", type=Path, help="folder for table.csv and cases.json")
     options = parser.parse_args()
     began, cases, rates, failed = time.perf_counter(), [], [], []
     for command in _LEVELS[options.level]:
@@ -83,9 +85,8 @@ def main() -> None:
     tables = [*table(cases), *(["", *rates_table(rates)] if rates else [])]
     print("\n".join([*tables, "", f"{_machine()}, {minutes:.1f} minutes"]))
     if options.out is not None:
-        head = f"`python benchmarks/table.py {options.level}`, {_machine()}, {_today()}, {minutes:.0f} minutes."
         kept = {"level": options.level, "processor": processor(), "features": features(), "date": _today()}
-        _write(options.out, [head, "", *tables, ""], kept | {"rates": rates, "cases": cases})
+        _write(options.out, kept | {"minutes": round(minutes), "rates": rates, "cases": cases})
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
 
@@ -93,6 +94,13 @@ def main() -> None:
 def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table with one row a case, columns aligned."""
     return _markdown([_HEAD, *map(_cells, cases)], numbers=("ratio", "required", "ambition"))
+
+
+def csv_of(cases: Sequence[Mapping[str, Any]]) -> str:
+    """Return the same rows as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_HEAD, *map(_cells, cases)])
+    return text.getvalue()
 
 
 def rates_table(rates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -156,10 +164,10 @@ def _today() -> str:
     return datetime.date.today().isoformat()
 
 
-def _write(folder: Path, page: Sequence[str], found: Mapping[str, Any]) -> None:
-    """Write the table and what it was computed from, each under its name only when it is whole."""
+def _write(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write the table and what it is computed from, each under its name only when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("table.md", "\n".join(page)), ("cases.json", json.dumps(found, indent=1) + "\n")):
+    for name, text in (("table.csv", csv_of(found["cases"])), ("cases.json", json.dumps(found, indent=1) + "\n")):
         partial = folder / f".{name}.partial"
         partial.write_text(text)
         partial.replace(folder / name)

@@ -40,12 +40,6 @@ class Help(Directive):
         return [nodes.literal_block(text, text, language="none")]
 
 
-def _titled(_app, docname: str, source: list[str]) -> None:
-    # The committed tables start with a caption, and a page needs a title.
-    if docname.startswith("results/") and not source[0].startswith("# "):
-        source[0] = f"# {docname.removeprefix('results/')}\n\n{source[0]}"
-
-
 def _as_text(_app, what: str, _name: str, _object, _options, lines: list[str]) -> None:
     # Docstrings are read in an editor more often than here: |x| and [*C L] are no markup in them, and an example is
     # one without a second colon. The pages of modules have introductions of their own.
@@ -65,4 +59,3 @@ def setup(app) -> None:
     app.connect("autodoc-skip-member", _skipped)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
     app.add_directive("help", Help)
-    app.connect("source-read", _titled)

@@ -1,19 +1,21 @@
 """Shared code of the experiments: the embedded small pool, runs on it, and a new folder for results."""
 
 import contextlib
+import csv
 import dataclasses
+import io
 import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
-from lorafusion_jax.files import check_regular, is_object
+from lorafusion_jax.files import check_regular, is_object, write_text
 from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder
 
@@ -52,6 +54,13 @@ def small_pool_in_basis() -> Path:
     if not (folder := ROOT / "runs" / "small_pool_in_basis").exists():
         convert_small_pool(folder, "--basis", str(DIRECTIONS))
     return folder
+
+
+def write_csv(file: Path, lines: Sequence[Sequence[str]]) -> None:
+    """Write the lines of a table, the first one its heading."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(file, text.getvalue())
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

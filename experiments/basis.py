@@ -12,7 +12,8 @@
     mean       the mean of the modules, whole, as one module
 
 LoRAFusion and LoRA are the rows of the main table. Results are rows of OUT/results.jsonl; interrupted, the same command
-goes on. Written to OUT, for each league: table.md and reads.png.
+goes on. Written to OUT, for each league: table.csv, the same rows by task in tasks.csv, what the directions keep in
+kept.csv, and reads.png.
 """
 
 import dataclasses
@@ -22,17 +23,15 @@ from typing import Any, Literal, get_args
 
 import _script
 import tyro
-from _common import DIRECTIONS, ROOT, small_pool_in_basis
+from _common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
 from _matrix import run_matrix
 from _methods import ALL, BEST, IN_BASIS, METHODS, Entry
 from _planning import print_matrix_plan
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax.adapters.basis import SharedBasis
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.io.pool import load_basis
-from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores, write_text
-from lorafusion_jax.report import markdown as table_markdown
+from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores
 from lorafusion_jax.report.figure import colour, plot
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
@@ -95,8 +94,11 @@ def in_basis(k: int, whole: str) -> str:
     return f"k = {k}, {'drawn' if whole == _FUSION else whole}"
 
 
-def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> str:
-    """Return every row with its reads and its differences, the rows by task, and what the directions keep."""
+def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> dict[str, list[list[str]]]:
+    """Return every row with its reads and its differences, the rows by task, and what the directions keep, by name.
+
+    A matrix reads N r columns of A, or k of U.
+    """
     at_most, width = reads(league, _FUSION), next(iter(basis.U.values())).shape[1]
     head = ["", "read of a matrix", f"/ {at_most}", "trained", "exact match, %", "95 % interval"]
     lines = [[*head, f"minus {_FUSION}", f"minus {_BEST}", "minus the same modules, whole"]]
@@ -121,10 +123,7 @@ def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> 
         shares = [100 * norms.mean() for norms in basis.first(k).kept().values()]
         kept.append([f"{k}", f"{k / width:.2f}", f"{min(shares):.0f} to {max(shares):.0f}"])
     ordered = Scores(league.league, [row for name in _in_order(league) for row in league.of(name)])
-    return (
-        f"League {league.league}; d = {width}; {len(basis)} modules of rank {_RANK}; read of a matrix: N r columns of "
-        f"A, or k of U.\n\n{markdown(lines)}\n{table_markdown(main_tables(ordered)[0])}\n{markdown(kept)}"
-    )
+    return {"table": lines, "tasks": main_tables(ordered)[0].texts, "kept": kept}
 
 
 def reads(league: Scores, name: str) -> int:
@@ -220,7 +219,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     basis = load_basis(Path(options.pool))
     for league in scores([*compared, *own]):
         suffix = "" if league.league == "95+5" else f"_{league.league}"
-        write_text(options.out / f"table{suffix}.md", tables(league, basis))
+        for name, lines in tables(league, basis).items():
+            write_csv(options.out / f"{name}{suffix}.csv", lines)
         draw(league, options.out / f"reads{suffix}.png")
 
 

@@ -8,7 +8,7 @@ a task are trained digitally and put there as they are (untouched), on another c
 the very chip (its chip). A month later, with drift compensated, they are read again: as they are, after a few epochs
 more on the aged chip (its chip, all rows), or with numbers that were trained on as many other chips of that age
 (prepared). Earlier rows on the same chips are not computed again: `experiments/hardware.py` has whole modules, with the
-same tasks, seeds and modules. Written to the folder: table.md, rows.csv, and every row and trained number that was
+same tasks, seeds and modules. Written to the folder: table.csv, rows.csv, and every row and trained number that was
 computed here; interrupted, the same command goes on.
 """
 
@@ -25,7 +25,7 @@ import _script
 import jax
 import numpy as np
 import tyro
-from _common import ROOT
+from _common import ROOT, write_csv
 from _hardware import Row, Store, Subject, again, check, csv_of, slug, subject
 from _methods import IN_BASIS, METHODS, Entry
 
@@ -102,10 +102,10 @@ def main(arguments: Sequence[str] = ()) -> None:
             rows += [{"task": task, "fusion": fusion, **row} for row in found]
             print(f"{fusion}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
         jax.clear_caches()  # other sizes are other programs, which take gigabytes
-    text = table([*there, *rows], options)
-    write_text(options.out / "table.md", text)
+    lines = table([*there, *rows], options)
+    write_csv(options.out / "table.csv", lines)
     write_text(options.out / "rows.csv", csv_of([*there, *rows]))
-    print(f"{text}\nwritten to {options.out}")
+    print(f"{markdown(lines)}\nwritten to {options.out}")
 
 
 def task_rows(
@@ -211,8 +211,11 @@ def _check_earlier(options: Options) -> None:
         )
 
 
-def table(rows: Sequence[Row], options: Options) -> str:
-    """Return exact match by case, of the tasks' mean, and what chips take of it."""
+def table(rows: Sequence[Row], options: Options) -> list[list[str]]:
+    """Return exact match by case, of the tasks' mean ± deviation between chips, and what chips take of it.
+
+    Drift of aged chips is compensated.
+    """
     columns = [(case, age) for case in options.cases for age in ages(case, options)]
     said = [case if age is None else f"{case}, {age}" for case, age in columns]
     lines = [["exact match, %", *said, *(f"lost, {name}" for name in said[1:])]]
@@ -220,10 +223,7 @@ def table(rows: Sequence[Row], options: Options) -> str:
         found = [matches(rows, fusion, case, age) for case, age in columns]
         lost = [f"{found[0].mean() - of.mean():.1f}" if len(of) else "" for of in found[1:]]
         lines.append([fusion, *map(_said, found), *lost])
-    return (
-        f"{len(options.tasks)} tasks, {len(options.seeds)} seeds, {options.chips} chips, {options.epochs} epochs; mean "
-        f"± standard deviation between chips; aged chips with drift compensated.\n\n{markdown(lines)}"
-    )
+    return lines
 
 
 def matches(rows: Sequence[Row], fusion: str, case: str, age: str | None) -> np.ndarray:

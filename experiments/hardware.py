@@ -7,7 +7,8 @@
 The pool and the base are written once onto every chip. Fusion of as many steps everywhere is trained digitally and
 put there as it is (untouched), on arrays without noise (noise-blind), on another chip at every step (fresh noise), or
 on the very chip (its chip). A month later the numbers are trained a little more on the chip as it is by then. Written
-to the folder: table.md, rows.csv, hardware.png, every row and trained number; interrupted, the same command goes on.
+to the folder: new.csv and aged.csv (tables of new and aged chips), rows.csv, hardware.png, every row and trained
+number; interrupted, the same command goes on.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import _script
 import jax
 import numpy as np
 import tyro
-from _common import ROOT
+from _common import ROOT, write_csv
 from _hardware import Row, Store, again, check, csv_of, slug, subject
 
 from lorafusion_jax.columns import markdown
@@ -86,11 +87,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         rows += [{"task": task, **row} for row in task_rows(store, task, options)]
         jax.clear_caches()  # the next task has other shapes, and compiled programs take gigabytes
         print(f"{task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
-    text = tables(rows, options)
-    write_text(options.out / "table.md", text)
+    found = tables(rows, options)
+    for name, lines in found.items():
+        write_csv(options.out / f"{name}.csv", lines)
     write_text(options.out / "rows.csv", csv_of(rows))
     draw(rows, options, options.out / "hardware.png")
-    print(f"{text}\nwritten to {options.out}")
+    print("\n".join([*map(markdown, found.values()), f"written to {options.out}"]))
 
 
 def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
@@ -154,21 +156,21 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         yield from scored(f"its chip, {name}", here, options.age, compensate=True)
 
 
-def tables(rows: Sequence[Row], options: Options) -> str:
-    """Return the tables: new chips, and chips of the age."""
+def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
+    """Return the tables by name: new chips, and chips of the age; mean ± standard deviation between chips."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
 
     def spread(case: str, age: str | None = None, compensate: bool | None = None) -> list[str]:
         found = [matches(rows, task, case, age, compensate) for task in tasks]
         mean = np.mean([of_task.mean() for of_task in found])
-        return [*(_said(of_task) for of_task in found), f"**{mean:.1f}**"]
+        return [*(_said(of_task) for of_task in found), f"{mean:.1f}"]
 
     def back(trained: str, untouched: str, digital: str, age: str | None, compensate: bool | None) -> list[str]:
         shares = [won_back(rows, [task], trained, untouched, digital, age, compensate) for task in tasks]
         shares.append(won_back(rows, tasks, trained, untouched, digital, age, compensate))
         return ["-" if share is None else f"{share:.0f}" for share in shares]
 
-    head = [*tasks, "**mean**"]
+    head = [*tasks, "mean"]
     new = [["exact match, %", *head]] + [[f"{case}", *spread(case)] for case in TRAINED]
     new += [[f"won back by {case}, %", *back(case, "untouched", "digital", None, None)] for case in TRAINED[2:]]
     month = [["exact match, %", *head]]
@@ -182,13 +184,7 @@ def tables(rows: Sequence[Row], options: Options) -> str:
         for case in ("noise-blind", "its chip"):
             names = (f"{case}, {budget}", f"untouched, {budget}", f"digital, {budget}")
             month.append([f"won back by {case}, %", *back(*names, options.age, True)])
-    few, again = options.few_rows, options.again_epochs
-    return (
-        f"{options.chips} chips, {len(options.seeds)} seeds; mean ± standard deviation between chips.\n\n"
-        f"New chips, {options.epochs} epochs everywhere\n\n{markdown(new)}\n"
-        f"Chips of {options.age}; again: {again} epochs over all rows, or {options.few_epochs} over {few}\n\n"
-        f"{markdown(month)}"
-    )
+    return {"new": new, "aged": month}
 
 
 def matches(rows: Sequence[Row], task: str, case: str, age: str | None, compensate: bool | None) -> np.ndarray:

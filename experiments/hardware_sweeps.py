@@ -6,9 +6,9 @@
 
 Sweeps: `noise` of programming (share of Gmax), `adc` (bits), `cell` (bits of each cell, for 7-bit weights), `age`.
 Everything else is as in the configuration. Every method is trained with as many steps: digitally and then put on the
-chips, or on the very chip. Written to the folder: table, rows and plot of each sweep (noise.md, noise.csv, noise.png),
-accuracy against energy (energy.png, from the sweep of noise), every row and trained number; interrupted, the same
-command goes on.
+chips, or on the very chip. Written to the folder: table, rows and plot of each sweep (noise_table.csv, noise.csv,
+noise.png), accuracy against energy (energy.csv and energy.png, from the sweep of noise), every row
+and trained number; interrupted, the same command goes on.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, SMALL
+from _common import ROOT, SMALL, write_csv
 from _hardware import Row, Store, Subject, again, check, csv_of, slug, subject
 
 from lorafusion_jax.columns import markdown
@@ -132,15 +132,15 @@ def main(arguments: Sequence[str] = ()) -> None:
             began = time.perf_counter()
             rows += [{"task": task, **row} for row in sweep_rows(store, sweep, task, options)]
             print(f"{sweep}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
-        text = table(rows, sweep)
+        write_csv(options.out / f"{sweep}_table.csv", lines := table(rows))
+        print(markdown(lines))
         if sweep == "noise":
             energy = energies(rows, options)
-            text += f"\n{energy_table(energy)}"
+            write_csv(options.out / "energy.csv", lines := energy_table(energy))
+            print(markdown(lines))
             draw_energy(energy, options.out / "energy.png")
-        write_text(options.out / f"{sweep}.md", text)
         write_text(options.out / f"{sweep}.csv", csv_of(rows))
         draw(rows, sweep, options.out / f"{sweep}.png")
-        print(text)
     print(f"written to {options.out}")
 
 
@@ -252,16 +252,14 @@ def lines_of(rows: Sequence[Row]) -> list[tuple[str, str, bool | None]]:
     return [(f"{line}, compensated" if compensate else line, line, compensate) for line, compensate in found]
 
 
-def table(rows: Sequence[Row], sweep: Sweep) -> str:
-    """Return lines by points, means over tasks, chips and seeds."""
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return exact match in percent, lines by points: means over tasks, chips and seeds."""
     points = list(dict.fromkeys(row["point"] for row in rows))
     body = [
         [label, *(_said(mean(rows, line, point, compensate)) for point in points)]
         for label, line, compensate in lines_of(rows)
     ]
-    tasks = ", ".join(dict.fromkeys(row["task"] for row in rows))
-    caption = f"Exact match in percent against {_LABELS[sweep]}; mean of {tasks}, over chips and seeds"
-    return f"{caption}\n\n{markdown([['', *points], *body])}"
+    return [["", *points], *body]
 
 
 def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
@@ -308,11 +306,11 @@ def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, An
     }
 
 
-def energy_table(energy: dict[str, tuple[float, Any, Any]]) -> str:
-    """Return the methods with accuracy and energy."""
+def energy_table(energy: dict[str, tuple[float, Any, Any]]) -> list[list[str]]:
+    """Return the methods with accuracy and energy (low / typical / high)."""
     head = ["", "exact match, %", "J to learn the task", "J for 1,000 tokens"]
     body = [[name, f"{match:.1f}", _range(learning), _range(task)] for name, (match, learning, task) in energy.items()]
-    return f"Accuracy against energy (low / typical / high)\n\n{markdown([head, *body])}"
+    return [head, *body]
 
 
 def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:

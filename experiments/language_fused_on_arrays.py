@@ -6,7 +6,7 @@
 
 LoRAFusion of all 24 adapters, as in `experiments/language.py`. The seven projections of every layer and all modules are
 written onto one chip of examples/smollm2/chip.yaml, whose ADC ranges are calibrated on training rows. Written to the
-folder: table.md and rows.csv of what was asked for, every row and the runs; interrupted, the same command goes on.
+folder: table.csv and rows.csv of what was asked for, every row and the runs; interrupted, the same command goes on.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import _script
 import jax
 import tyro
-from _common import ROOT
+from _common import ROOT, write_csv
 from _hardware import Row, Store, csv_of, slug
 from _language import MAIN, find, load, options_of
 from _smollm2 import EXAMPLES
@@ -93,10 +93,10 @@ def main(arguments: Sequence[str] = ()) -> None:
             minutes = (time.perf_counter() - began) / 60
             print(f"{task}, {setting}, trained {case}: {mean:.1f} %, {minutes:.1f} min", file=sys.stderr, flush=True)
             jax.clear_caches()  # other settings are other programs
-    text = table(rows, asked, options)
-    write_text(options.out / "table.md", text)
+    lines = table(rows, asked, options)
+    write_csv(options.out / "table.csv", lines)
     write_text(options.out / "rows.csv", csv_of(rows))
-    print(f"{text}\nwritten to {options.out}")
+    print(f"{markdown(lines)}\nwritten to {options.out}")
 
 
 def parsed(text: str) -> Setting:
@@ -144,8 +144,8 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
     return [{name: row[name] for name in ("seed", "exact_match", "loss")} for row in found]
 
 
-def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: Options) -> str:
-    """Return exact match by setting and task: the mean over seeds, and every seed's."""
+def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: Options) -> list[list[str]]:
+    """Return exact match in percent by setting and task: the mean over seeds, and every seed's."""
     lines = [["ADC", "programming error, % of Gmax", "numbers trained", *options.unseen, "mean"]]
     for setting, case in asked:
         cells, means = [], []
@@ -158,7 +158,7 @@ def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: O
         if setting.error is not None:
             where = ["ideal" if setting.bits == "ideal" else f"{setting.bits} bits", f"{100 * setting.error:g}"]
         lines.append([*where, case, *cells, f"{statistics.fmean(means):.1f}"])
-    return f"Exact match in percent on {options.test_rows} test rows, mean (seeds); one chip.\n\n{markdown(lines)}"
+    return lines
 
 
 def _fused(options: FuseOptions) -> Path:

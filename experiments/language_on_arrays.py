@@ -6,8 +6,8 @@
 
 All seven projections of every layer are in the arrays of examples/smollm2/chip.yaml; embedding, tied head, norms and
 attention are digital. ADC ranges are calibrated on text that is not measured, for each error on its own chip. Written
-to OUT: a line of rows.jsonl for each setting, table.md and perplexity.png. Interrupted, the same command goes on with
-the next setting.
+to OUT: a line of rows.jsonl for each setting, perplexity.csv, loss.csv (above the digital model's) and perplexity.png.
+Interrupted, the same command goes on with the next setting.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, append_line, read_lines
+from _common import ROOT, append_line, read_lines, write_csv
 from _smollm2 import EXAMPLES, base
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -43,7 +43,6 @@ from lorafusion_jax.crossbar import (
     with_chips,
 )
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 from lorafusion_jax.runs.prepare import Fused, load_fused
 from lorafusion_jax.runs.run import environment
@@ -129,12 +128,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     for number, row in enumerate(measured(loaded, text, missing, options.chip_key), start=1):
         rows.append(common | row | environment())
         append_line(file, rows[-1])
-        write_text(options.out / "table.md", table(rows))
+        for name, lines in tables(rows).items():
+            write_csv(options.out / f"{name}.csv", lines)
         draw(rows, options.out / "perplexity.png")
         seconds = sum(row["cpu_seconds"].values())
         said = f"perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
         print(f"[{number}/{len(missing)}] {setting_of(row)}: {said}", file=sys.stderr, flush=True)
-    print(f"{table(rows)}\nwritten to {options.out}")
+    print("\n".join([*map(markdown, tables(rows).values()), f"written to {options.out}"]))
 
 
 def load_text(tokenizer: Any, options: Options) -> Text:
@@ -233,31 +233,27 @@ def setting_of(row: Row) -> Setting:
     return Setting(row["bits"], row["error"])
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return perplexities, and losses above the digital model's, errors by bits."""
+def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Return tables of errors by bits of the ADC, by name: perplexities, and losses above the digital model's.
+
+    Losses are in nats per token, ± standard error over windows.
+    """
     by_setting = {setting_of(row): row for row in rows}
     digital = by_setting[DIGITAL]
     errors, bits = axes(rows)
 
-    def cells(said: Any) -> str:
+    def cells(said: Any) -> list[list[str]]:
         found = [[by_setting.get(Setting(b, error)) for b in bits] for error in errors]
         head = ["programming error, % of Gmax", *(b if b == "ideal" else f"{b} bits" for b in bits)]
         lines = zip(errors, found, strict=True)
-        return markdown(
-            [head, *([f"{100 * e:g}", *("-" if row is None else said(row) for row in f)] for e, f in lines)]
-        )
+        return [head, *([f"{100 * e:g}", *("-" if row is None else said(row) for row in f)] for e, f in lines)]
 
     def above(row: Row) -> str:
         differences = np.subtract(row["window_losses"], digital["window_losses"])
         spread = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else np.nan
         return f"{differences.mean():.3f} ± {spread:.3f}"
 
-    return (
-        f"Perplexity on {digital['tokens']:,} tokens by bits of the ADC; the digital model: "
-        f"{np.exp(digital['loss']):.2f}\n\n{cells(lambda row: _perplexity(np.exp(row['loss'])))}\n"
-        "Loss above the digital model's, nats per token, ± standard error over windows\n\n"
-        f"{cells(above)}"
-    )
+    return {"perplexity": cells(lambda row: _perplexity(np.exp(row["loss"]))), "loss": cells(above)}
 
 
 def axes(rows: Sequence[Row]) -> tuple[list[float], list[Bits]]:

@@ -5,7 +5,7 @@
     python experiments/language_pool.py --tasks function_vectors/dataset_files --pool second --out runs/language_second
 
 Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
-the base and of the adapter as it is written; table_pool.md shows them. Interrupted, the same command goes on with the
+the base and of the adapter as it is written; table_pool.csv shows them. Interrupted, the same command goes on with the
 next task. Two processes may share OUT if they are given different --sources.
 """
 
@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
-from _common import ROOT, append_line, read_lines
+from _common import ROOT, append_line, read_lines, write_csv
 from _language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from _smollm2 import HUB_ID, base
 
 from lorafusion_jax import PRESETS, FuseOptions
-from lorafusion_jax.files import write_text
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
@@ -92,31 +91,27 @@ def main(arguments: Sequence[str] = ()) -> None:
         make_room()
         row = _train(name, path, options)
         append_line(file, row)
-        write_text(options.out / "table_pool.md", table_of(read_lines(file), options.pool))
+        write_csv(options.out / "table_pool.csv", table_of(read_lines(file)))
         print(f"[{number}/{len(todo)}] {_line(row)}", flush=True)
 
 
-def table_of(rows: Sequence[dict[str, Any]], pool: str) -> str:
-    """Return a Markdown table of the finished tasks in the order of the sources."""
+def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return a table of the finished tasks in the order of the sources.
+
+    Exact match is in percent on the test rows of each adapter's own task, loss in nats per token.
+    """
     order = {name: place for place, name in enumerate(_FAMILY)}
     lines = [
-        "# The pool of SmolLM2",
-        "",
-        "Exact match in percent on the test rows of each adapter's own task; loss in nats per token. Made by",
-        f"`python experiments/language_pool.py --tasks FOLDER{'' if pool == 'first' else f' --pool {pool}'}`.",
-        "",
-        "| family | task | rows trained | test rows | base | adapter | in the same case | loss, base | adapter |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        ["family", "task", "rows trained", "test rows", "base", "adapter", "in the same case", "loss, base", "adapter"]
     ]
     for row in sorted(rows, key=lambda row: order.get(row["task"], len(order))):
         before, after = row["base"], row["adapter"]
         scores = [before["exact_match"], after["exact_match"], after["same_case"]]
         numbers = [*(f"{score:.1f}" for score in scores), f"{before['loss']:.2f}", f"{after['loss']:.2f}"]
-        cells = [row["family"] or "tuning", row["task"], str(row["train_rows"]), str(row["test_rows"]), *numbers]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append([row["family"] or "tuning", row["task"], str(row["train_rows"]), str(row["test_rows"]), *numbers])
     means = [fmean(row[who]["exact_match"] for row in rows) for who in ("base", "adapter")]
-    lines.append(f"| **mean** | {len(rows)} tasks | | | {means[0]:.1f} | {means[1]:.1f} | | | |")
-    return "\n".join(lines) + "\n"
+    lines.append(["mean", f"{len(rows)} tasks", "", "", *(f"{mean:.1f}" for mean in means), "", "", ""])
+    return lines
 
 
 def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:

@@ -5,7 +5,7 @@
 
 A trial trains as a row of the table does, but for two passes, and is scored by its loss on 100 test rows of the tuning
 tasks. Bases and choices of modules have the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the
-same command goes on. OUT/table_tune.md shows all trials; `_language.py` has the best of the first nine.
+same command goes on. OUT/table_tune.csv shows all trials; `_language.py` has the best of the first nine.
 """
 
 import dataclasses
@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, append_line, read_lines
+from _common import ROOT, append_line, read_lines, write_csv
 from _language import MAIN, MORE, TUNING, find, options_of
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
 
-from lorafusion_jax.files import write_text
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import with_targets
 from lorafusion_jax.tasks import Split, batch_orders, train_batches
@@ -87,13 +86,13 @@ def main(arguments: Sequence[str] = ()) -> None:
             for rates, loss in zip(todo, losses, strict=True):
                 append_line(file, {"method": method, "task": task, "rates": rates, "loss": loss})
             rows = read_lines(file)  # which another process may have added to
-            write_text(options.out / "table_tune.md", table_of(rows))
+            write_csv(options.out / "table_tune.csv", table_of(rows))
             print(f"{method}, {task}: losses {min(losses):.3f} to {max(losses):.3f}", flush=True)
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of all trials, with an arrow at each method's lowest mean loss of both tasks."""
-    lines = [f"| method | rates | {' | '.join(TUNING)} | mean loss |", "|---|---|" + "---:|" * (len(TUNING) + 1)]
+def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return a table of all trials, with an arrow at each method's lowest mean loss of both tasks."""
+    lines = [["method", "rates", *TUNING, "mean loss", "best"]]
     loss = {(row["method"], row["task"], json.dumps(row["rates"])): row["loss"] for row in rows}
     for method, trials in TRIALS.items():
         keys = [[(method, task, json.dumps(rates)) for task in TUNING] for rates in trials]
@@ -103,9 +102,9 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
         means = [fmean(of_trial) for of_trial in losses]
         for i, rates in enumerate(trials):
             said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-            numbers = " | ".join(f"{found:.3f}" for found in (*losses[i], means[i]))
-            lines.append(f"| {method} | {said} | {numbers}{' ←' if i == int(np.nanargmin(means)) else ''} |")
-    return "\n".join(lines) + "\n"
+            numbers = [f"{found:.3f}" for found in (*losses[i], means[i])]
+            lines.append([method, said, *numbers, "←" if i == int(np.nanargmin(means)) else ""])
+    return lines
 
 
 def _losses(method: str, path: Path, adapters: Path, trials: Sequence[dict[str, float]]) -> list[float]:

@@ -4,7 +4,7 @@
     python experiments/tune.py --methods LoRA DoRA
     python experiments/tune.py --league 5            # five examples: every rate a third of those tried on 95
 
-writes runs/tune/results.json and runs/tune/table.md. What it found is in `_methods.py`.
+writes runs/tune/results.json and runs/tune/table.csv. What it found is in `_methods.py`.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from statistics import fmean
 from typing import Any
 
 import _script
-from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis
+from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis, write_csv
 from _methods import COEFFICIENTS, IN_BASIS, METHODS
 
+from lorafusion_jax.columns import markdown
 from lorafusion_jax.report import write_text
 
 FOLDER = ROOT / "runs" / "tune"
@@ -62,22 +63,21 @@ def main(arguments: Sequence[str] = ()) -> None:
         jobs = [(method, rates) for method in options.methods for rates in _trials(method, options.league)]
         for number, (method, rates) in enumerate(jobs, start=1):
             measured.append(_trial(method, rates, options.league))
-            print(f"[{number}/{len(jobs)}] {_line(measured[-1])}", file=sys.stderr, flush=True)
-        table = table_of(measured)
+            print(f"[{number}/{len(jobs)}] {', '.join(_line(measured[-1]))}", file=sys.stderr, flush=True)
+        lines = table_of(measured)
         write_text(FOLDER / "results.json", json.dumps({"seeds": SEEDS, "trials": measured}, indent=1) + "\n")
-        write_text(FOLDER / "table.md", table)
-    print(f"{table}\nwritten to {FOLDER}")
+        write_csv(FOLDER / "table.csv", lines)
+    print(f"{markdown(lines, left=(0, 1))}\nwritten to {FOLDER}")
 
 
-def table_of(measured: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of all trials, with an arrow at the best of each method (the first of equals)."""
+def table_of(measured: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return a table of all trials, with an arrow at the best of each method (the first of equals)."""
     best: dict[str, dict[str, Any]] = {}
     for trial in measured:
         leader = best.setdefault(trial["method"], trial)
         best[trial["method"]] = max(leader, trial, key=lambda t: t["exact_match"])
-    lines = [f"| method | rates | {' | '.join(TASKS)} | mean |", "|---|---|" + "---:|" * (len(TASKS) + 1)]
-    lines += [f"{_line(trial)}{' ←' if trial is best[trial['method']] else ''} |" for trial in measured]
-    return "\n".join(lines) + "\n"
+    lines = [[*_line(trial), "←" if trial is best[trial["method"]] else ""] for trial in measured]
+    return [["method", "rates", *TASKS, "mean", "best"], *lines]
 
 
 def _trials(method: str, league: League) -> list[dict[str, float]]:
@@ -105,10 +105,10 @@ def _trial(method: str, rates: dict[str, float], league: League) -> dict[str, An
     }
 
 
-def _line(trial: dict[str, Any]) -> str:
+def _line(trial: dict[str, Any]) -> list[str]:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in trial["rates"].items())
     scores = [fmean(task["exact_match"]) for task in trial["tasks"].values()]
-    return f"| {trial['method']} | {rates} | {' | '.join(f'{s:.1f}' for s in (*scores, trial['exact_match']))}"
+    return [trial["method"], rates, *(f"{score:.1f}" for score in (*scores, trial["exact_match"]))]
 
 
 if __name__ == "__main__":

@@ -73,9 +73,8 @@ def test_a_plan_has_a_table_for_each_basis(scripts, monkeypatch, capsys, tmp_pat
 
 def test_a_table_gives_reads_and_differences_to_the_same_modules(scripts, league):
     _, basis = scripts
-    text = basis.tables(league, shared_basis(tiny.pool(3), 12), sizes=(8, 12))
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    by_name = {of[0]: of[1:] for of in cells[:7]}
+    found = basis.tables(league, shared_basis(tiny.pool(3), 12), sizes=(8, 12))
+    by_name = {of[0]: of[1:] for of in found["table"]}
     assert by_name["LoRA"][:2] == ["16", "0.05"]
     assert by_name["LoRAFusion"][:4] == ["320", "1.00", "7", "50.0"]
     assert by_name["best 10"][:2] == ["160", "0.50"]
@@ -88,7 +87,7 @@ def test_a_table_gives_reads_and_differences_to_the_same_modules(scripts, league
         "k = 16, best 10": ["-10.0", "-20.0", "-20.0"],
         "k = 8, drawn": ["-30.0", "-40.0", "-30.0"],
     }
-    assert cells[-1] == ["12", "0.75", "100 to 100"]  # as many directions as N r
+    assert found["kept"][-1] == ["12", "0.75", "100 to 100"]  # as many directions as N r
 
 
 def test_a_plot_is_drawn_of_the_rows_that_are_there(scripts, league, tmp_path):
@@ -107,7 +106,7 @@ def test_whole_modules_are_shown_on_the_tasks_and_seeds_that_were_run(scripts, m
     monkeypatch.setattr(basis, "small_pool_in_basis", lambda: tmp_path / "none")
     monkeypatch.setattr(basis, "run_matrix", lambda options, entries: own)
     monkeypatch.setattr(basis, "load_basis", lambda folder: None)
-    monkeypatch.setattr(basis, "tables", lambda league, of: shown.append(league) or "")
+    monkeypatch.setattr(basis, "tables", lambda league, of: shown.append(league) or {})
     monkeypatch.setattr(basis, "draw", lambda league, path: None)
     given = ["--out", str(tmp_path), "--main", str(main)]
     basis.main(given)

@@ -177,7 +177,7 @@ def test_the_table_says_which_bars_are_met(benchmarks):
     )
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["what", "ratio", "required", "ambition", ""]
+    assert cells[0] == ["what", "ratio", "required", "ambition", "verdict"]
     assert cells[2:] == [
         ["low", "1.1", "≤ 1.15", "≤ 1.08", "met"],
         ["high", "1.1", "≥ 1.15", "", "missed"],
@@ -193,16 +193,16 @@ def test_a_table_is_kept_with_what_it_was_computed_from(benchmarks, tmp_path, mo
     with pytest.raises(SystemExit, match="^failed: padding.py$"):
         table.main()  # what ran is printed and written all the same
     said = capsys.readouterr().out
-    page = (tmp_path / "speed/table.md").read_text()
-    assert "| one  |     2 |      ≤ 1 |          | missed |" in said and "missed" in page
+    assert "| one  |     2 |      ≤ 1 |          | missed  |" in said
+    assert (tmp_path / "speed/table.csv").read_text().splitlines()[1] == "one,2,≤ 1,,missed"
     kept = json.loads((tmp_path / "speed/cases.json").read_text())
     assert kept["cases"][0]["computed_from"] == {"seconds": 3.0}
     # Data about the processor and its speed are kept next to it.
-    assert all(feature in page for feature in (*kept["features"], kept["processor"]))
+    assert all(feature in said for feature in (*kept["features"], kept["processor"]))
     (rates,) = kept["rates"]
     assert (rates["processor"], rates["gflops"]) == (ran["processor"], ran["rates"])
-    assert "| XLA float32 | NumPy float32 |" in said and "| Some CPU, 1 core |         115 |           132 |" in page
-    assert {path.name for path in (tmp_path / "speed").iterdir()} == {"table.md", "cases.json"}
+    assert "| XLA float32 | NumPy float32 |" in said and "| Some CPU, 1 core |         115 |           132 |" in said
+    assert {path.name for path in (tmp_path / "speed").iterdir()} == {"table.csv", "cases.json"}
 
 
 def test_scripts_that_compare_with_peft_alone_are_left_out_without_it(benchmarks, monkeypatch):
@@ -217,8 +217,8 @@ def test_scripts_that_compare_with_peft_alone_are_left_out_without_it(benchmarks
 def test_the_table_that_is_kept_can_be_made_again(benchmarks):
     """From its cases, whatever else a file of an earlier form lacks."""
     folder = _ROOT / "docs/results/speed"
-    lines = benchmarks["table"].table(json.loads((folder / "cases.json").read_text())["cases"])
-    assert "\n".join(lines) in (folder / "table.md").read_text()
+    cases = json.loads((folder / "cases.json").read_text())["cases"]
+    assert benchmarks["table"].csv_of(cases) == (folder / "table.csv").read_text()
 
 
 def test_features_are_those_that_decide_about_speed(benchmarks, monkeypatch):

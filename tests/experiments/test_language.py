@@ -215,7 +215,7 @@ def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_
     language_tune.main([*of, "--methods", "coefficients only"])
     trials = [json.loads(line) for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()]
     assert len({trial["loss"] for trial in trials}) == len(trials) == 9
-    assert (tmp_path / "out" / "table_tune.md").read_text().count("←") == 1
+    assert (tmp_path / "out" / "table_tune.csv").read_text().count("←") == 1
 
     for name in ("LoRAFusion", "uniform mean"):
         entry = language.MAIN[name]
