@@ -1,8 +1,8 @@
 """Read PyTorch's `.bin` files without PyTorch: tensors only, nothing in the file is executed.
 
-`torch.save` has written three containers: a zip archive since 1.6, before that a sequence of pickles followed by the
-raw storages, and at first a tar archive. In each, a pickle rebuilds tensors as strided views of storages. Here the
-whole pickle is first read as plain descriptions (see `pickles`); views of the file are made afterwards.
+`torch.save` has written a zip archive since 1.6, and before that a sequence of pickles followed by the raw storages. In
+both, a pickle rebuilds tensors as strided views of storages. Here the whole pickle is first read as plain descriptions
+(see `pickles`); views of the file are made afterwards. The tar archives of PyTorch before 0.1.10 are refused.
 """
 
 import math
@@ -54,14 +54,8 @@ _DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# Names that a pickle may contain, and the number type of each. The tar container names the class of each tensor,
-# such as torch.FloatTensor.
-_TYPES = {
-    f"{module}.{name}": dtype
-    for module in ("torch", "torch.cuda")
-    for storage, dtype in _STORAGES.items()
-    for name in (storage, storage.replace("Storage", "Tensor"))
-}
+# Names that a pickle may contain, and the number type of each.
+_TYPES = {f"{module}.{name}": dtype for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()}
 _TYPES |= {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
 _TYPES["torch.storage.UntypedStorage"] = _DTYPES["uint8"]
 _TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
@@ -70,7 +64,6 @@ _PARAMETER = "torch._utils._rebuild_parameter"
 _NAMES = {*_TYPES, *_TENSOR, _TYPED_TENSOR, _PARAMETER}
 _MAX_PICKLE = 1 << 26
 _MAX_DIMENSIONS = 8
-_MAX_TENSORS = 1 << 16
 # Limits on repeated elements. Tied weights share a storage under up to four names, and a stride of 0 repeats elements.
 # Small files may repeat them more often.
 _MAX_REPEATS, _SMALL = 8, 1 << 20
@@ -105,7 +98,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
         if data[:2] == b"PK":
             content, storages = _read_zip(path, data)
         elif data[257:262] == b"ustar":
-            content, storages = _read_tar(data)
+            raise Refused(
+                "a tar archive, as PyTorch before 0.1.10 wrote them: load it there and save it as safetensors"
+            )
         else:
             content, storages = _read_legacy(data)
         views = dict(_flat(content))
@@ -156,13 +151,11 @@ class _Cursor:
     Attributes:
         data: The file, or the pickle of a zip archive.
         at: The next byte.
-        tensors: In the tar container, the tensor of each persistent id; in the others an id stands for a storage.
         dtypes: The number type of every storage that a pickle has referred to.
     """
 
     data: bytes | mmap.mmap
     at: int = 0
-    tensors: Mapping[str, _View] | None = None
     dtypes: dict[str, np.dtype] = field(default_factory=dict)
 
     def pickle(self) -> Any:
@@ -183,9 +176,7 @@ class _Cursor:
         start, self.at = self.at, end
         return memoryview(self.data)[start:end]
 
-    def _persistent(self, pid: Any) -> _Storage | _View:
-        if self.tensors is not None:
-            return self.tensors[_key(pid)]
+    def _persistent(self, pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) not in (5, 6):
             raise TypeError("a storage is described by 5 or 6 values")
         tag, kind, key, _location, numel, *view = pid
@@ -210,7 +201,8 @@ def _call(name: str, arguments: tuple) -> _View:
     metadata = arguments[6] if len(arguments) > 6 else None
     if metadata.items if type(metadata) is Dict else metadata:
         raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
-    _check_dimensions(len(size))
+    if len(size) > _MAX_DIMENSIONS:
+        raise Refused(f"a tensor has {len(size)} dimensions: wanted at most {_MAX_DIMENSIONS}")
     return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
 
 
@@ -220,20 +212,9 @@ def _dtype(kind: Any) -> np.dtype:
     return _TYPES[kind.name]
 
 
-def _check_dimensions(count: int) -> None:
-    if count > _MAX_DIMENSIONS:
-        raise Refused(f"a tensor has {count} dimensions: wanted at most {_MAX_DIMENSIONS}")
-
-
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{_shown(value)} is not a number of elements")
-    return value
-
-
-def _count(value: Any) -> int:
-    if _size(value) > _MAX_TENSORS:
-        raise Refused(f"it claims to hold {value:,} tensors: wanted at most {_MAX_TENSORS:,}")
     return value
 
 
@@ -315,38 +296,3 @@ def _read_legacy(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     content = file.pickle()
     keys = file.pickle()
     return content, {_key(key): file.storage(file.dtypes[_key(key)]) for key in keys}
-
-
-def _read_tar(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
-    starts = _tar_members(data)
-    file = _Cursor(data, starts["storages"])
-    dtypes, storages = {}, {}
-    for _ in range(_count(file.pickle())):
-        key, _location, kind = file.pickle()
-        dtypes[_key(key)] = dtype = _dtype(kind)
-        storages[_key(key)] = file.storage(dtype)
-    for key, root, start, numel in file.pickle():
-        dtypes[_key(key)] = dtype = dtypes[_key(root)]
-        start, end = (_size(n) * dtype.itemsize for n in (start, start + numel))
-        storages[_key(key)] = storages[_key(root)][start:end]
-
-    file, tensors = _Cursor(data, starts["tensors"]), {}
-    for _ in range(_count(file.pickle())):
-        key, storage, _type = file.pickle()
-        (ndim,) = file.struct("<i4x")
-        _check_dimensions(ndim)
-        *shape, offset = file.struct(f"<{2 * ndim + 1}q")
-        dtype = dtypes[_key(storage)]
-        run = _Storage(_key(storage), dtype, 0, len(storages[_key(storage)]) // dtype.itemsize)
-        tensors[_key(key)] = _call(_TENSOR[0], (run, offset, shape[:ndim], shape[ndim:]))
-    return _Cursor(data, starts["pickle"], tensors).pickle(), storages
-
-
-def _tar_members(data: mmap.mmap) -> dict[str, int]:
-    """Return the position of each member's content. Python's tarfile is not used: a file can make it read forever."""
-    members, at = {}, 0
-    while at + 512 <= len(data) and data[at]:
-        name, size = (data[at + start : at + end].partition(b"\0")[0] for start, end in ((0, 100), (124, 136)))
-        members[name.decode()] = at + 512
-        at += 512 + -(-_size(int(size, 8)) // 512) * 512
-    return members
