@@ -10,7 +10,7 @@ import numpy as np
 
 from ..files import FileError, read_json, structured
 from . import safetensors as safetensors_map
-from . import torch_pickle
+from . import tokenizer_bounds, torch_pickle
 from .base import OpenedBase
 from .source import inside, resolve, sha256
 
@@ -92,10 +92,14 @@ class FolderBase(OpenedBase):
 
         try:
             folder = resolve(self._source, patterns=_TEXTS)
+            tokenizer_bounds.check_added(folder)
             # Not told, transformers may offer on a terminal to run code that the repository brings.
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            tokenizer_bounds.check_growth(tokenizer)
             tokenizer.name_or_path = self._source  # for messages
             return tokenizer
+        except FileError:
+            raise
         except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
                 f"{self._source} gives no tokenizer: wanted a folder or hub id with config.json and tokenizer.json or "

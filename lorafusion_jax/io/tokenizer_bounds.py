@@ -1,0 +1,88 @@
+"""Bounds of a tokenizer's files: added tokens, which cost time and memory to load, and steps that lengthen texts."""
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..files import FileError
+
+if TYPE_CHECKING:
+    import transformers
+
+MOST_ADDED = 100_000  # of tokens that are added to a vocabulary; each takes 0.1 ms and 4 kB
+MOST_GROWTH = 1_000  # bytes that a byte of a text may become
+MOST_STEPS = 100  # of a normaliser, a pre-tokenizer, a post-processor or a decoder
+
+_FIX = "give a base with a sound tokenizer"
+_OF_PYTHON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+class _Added(msgspec.Struct):
+    """The part of tokenizer.json that is checked before it is loaded; the vocabulary is passed over."""
+
+    added_tokens: list[msgspec.Raw] | None = None
+
+
+def check_added(folder: Path) -> None:
+    """Raise a FileError if a tokenizer's files add too many tokens."""
+    if (path := folder / "tokenizer.json").is_file():
+        try:
+            added = msgspec.json.decode(path.read_bytes(), type=_Added).added_tokens or []
+        except (ValueError, RecursionError) as error:
+            raise FileError(path, got=f"not a tokenizer ({error})", fix=_FIX) from None
+        _check_count(path, "added_tokens", len(added))
+    for path in (folder / name for name in _OF_PYTHON):
+        try:
+            found = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (ValueError, RecursionError):  # an error of transformers, too
+            continue
+        if isinstance(found, dict):
+            _check_count(path, "its fields", len(found))
+            for field, value in found.items():
+                if isinstance(value, dict | list):
+                    _check_count(path, field, len(value))
+            if isinstance(number := found.get("extra_ids"), int | float):
+                _check_count(path, "extra_ids", number)
+
+
+def _check_count(path: Path, field: str, count: int | float) -> None:
+    if count > MOST_ADDED:
+        raise FileError(path, field=field, got=f"{count:,}", wanted=f"at most {MOST_ADDED:,}", fix=_FIX)
+
+
+def check_growth(tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
+    """Raise a ValueError if the steps of a tokenizer may lengthen texts without a bound."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part = getattr(backend, name, None)
+        steps = [] if part is None else _steps(json.loads(part.__getstate__()))
+        growth = math.prod(map(_growth, steps))
+        if len(steps) > MOST_STEPS or growth > MOST_GROWTH:
+            raise ValueError(
+                f"its {name} has {len(steps):,} steps, which may make texts {growth:.0f} times as long: wanted at most "
+                f"{MOST_STEPS} steps and {MOST_GROWTH:,} times"
+            )
+
+
+def _steps(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    inner = [part.get(name, []) for name in ("normalizers", "pretokenizers", "processors", "decoders")]
+    of_template = [{"type": "Piece"} for piece in part.get("single", []) if part["type"] == "TemplateProcessing"]
+    return [part, *of_template, *(step for parts in inner for each in parts for step in _steps(each))]
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """Return how many bytes a step may make of a byte. Steps that change nothing the second time count as one."""
+    if step["type"] == "Replace":
+        content, pattern = len(step["content"].encode()), step["pattern"].get("String", "")
+        return max(1.0, content / len(pattern.encode())) if pattern else 1.0 + content  # a regex may match nothing
+    if step["type"] == "Precompiled":
+        # A trie, behind its size, and texts that end in a NUL.
+        charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
+        texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
+        return 1.0 + max(map(len, texts.split(b"\0")))
+    return {"ByteLevel": 2.0, "BertNormalizer": 3.0, "Metaspace": 4.0}.get(step["type"], 1.0)

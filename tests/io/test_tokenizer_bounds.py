@@ -1,0 +1,78 @@
+"""Tokenizers that mean harm: more added tokens than load, and steps that lengthen a text without a bound."""
+
+import json
+
+import one_block
+import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from lorafusion_jax.files import FileError
+from lorafusion_jax.io.hf import load_tokenizer
+
+
+@pytest.fixture
+def base(tmp_path):
+    return one_block.cut(tmp_path)[0]
+
+
+def _added(number):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    return {"content": f"<{number}>", **flags}
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_adds_too_many_tokens_is_refused_before_it_is_loaded(base, file):
+    content = json.loads((base / file).read_text())
+    if file == "tokenizer.json":
+        content["added_tokens"] = [{"id": 1000 + n, **_added(n)} for n in range(300_000)]
+    else:
+        content["added_tokens_decoder"] = {str(1000 + n): _added(n) for n in range(300_000)}
+    (base / file).write_text(json.dumps(content))
+    with pytest.raises(FileError, match=f"{file}: added_tokens.* is 300,000: wanted at most 100,000"):
+        load_tokenizer(base)
+
+
+def test_extra_ids_of_t5_are_bounded(base):
+    content = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(content | {"extra_ids": 10**9}))
+    with pytest.raises(FileError, match=r"tokenizer_config\.json: extra_ids is 1,000,000,000: wanted at most"):
+        load_tokenizer(base)
+
+
+@pytest.mark.parametrize(
+    ("part", "of_part"),
+    [
+        ("normalizer", normalizers.Sequence([normalizers.Replace("a", "aa")] * 28)),
+        ("normalizer", normalizers.Sequence([normalizers.Sequence([normalizers.Replace("a", "aa")] * 14)] * 2)),
+        ("normalizer", normalizers.Replace(Regex(""), "x" * 2000)),
+        ("normalizer", normalizers.Sequence([normalizers.ByteLevel()] * 28)),
+        ("normalizer", normalizers.Sequence([normalizers.Prepend("x")] * 1000)),
+        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(use_regex=False)] * 28)),
+        ("decoder", decoders.Sequence([decoders.Replace("a", "aa")] * 28)),
+        ("post_processor", processors.TemplateProcessing(single=["$A"] * 1000, pair="$A $B", special_tokens=[])),
+    ],
+)
+def test_steps_that_lengthen_texts_without_a_bound_are_refused(base, part, of_part):
+    raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    setattr(raw, part, of_part)
+    raw.save(str(base / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"{base} gives no tokenizer: .* its {part} has .* steps"):
+        load_tokenizer(base)
+
+
+def test_steps_of_honest_tokenizers_are_taken(base):
+    """Those of Llama 2, XLNet and SmolLM2, in `tokenizers`."""
+    raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    raw.normalizer = normalizers.Sequence(
+        [
+            normalizers.Prepend("▁"),
+            *(normalizers.Replace(*pair) for pair in ((" ", "▁"), ("``", '"'), ("''", '"'))),
+            *(normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()),
+            normalizers.Replace(Regex(" {2,}"), "▁"),
+        ]
+    )
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0)])
+    raw.save(str(base / "tokenizer.json"))
+    assert load_tokenizer(base).get_vocab()["b"] == 1
