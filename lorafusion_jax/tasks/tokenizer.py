@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int, Int32
 
+from ..files import shown
+from . import chat_template
 from .data import Example
 
 if TYPE_CHECKING:
@@ -179,8 +181,9 @@ def _rendered(
     whole = _chat(tokenizer, [*messages, {"role": "assistant", "content": example.target}])
     if not whole.startswith(prompt):
         raise ValueError(
-            f"the chat template renders {_beginning(example.input)} with its answer as {whole!r}, which does not begin "
-            f"with the prompt for the answer, {prompt!r}: leave out --chat, and write the format into --prompt"
+            f"the chat template renders {_beginning(example.input)} with its answer as {shown(whole)}, which does not "
+            f"begin with the prompt for the answer, {shown(prompt)}: leave out --chat, and write the format into "
+            "--prompt"
         )
     return prompt, whole
 
@@ -192,8 +195,8 @@ def _chat(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except Exception as error:  # a template may raise anything; most raise jinja2's errors
+        return chat_template.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    except ValueError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
 

@@ -127,6 +127,33 @@ def test_templates_that_cannot_tell_an_answer_from_its_prompt(template, message)
         encode(tokenizer, [Example("hot", "cold")], _CHAT)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x' | center(10**10) }}",
+        "{{ '%10000000000d' | format(1) }}",
+        "{{ messages | tojson(indent=10**9) }}",
+        "{% for a in range(10**5) %}{% for b in range(10**5) %}{% for c in range(10**5) %}{% endfor %}{% endfor %}"
+        "{% endfor %}",
+        "{% set x = namespace(s='x') %}{% for a in range(99999) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}",
+        "{{ 'x' * 10**8 }}",
+    ],
+)
+def test_a_template_that_takes_too_much_is_refused_and_the_next_is_rendered(body):
+    hostile = small_llama.make_tokenizer(chat_template=body)
+    with pytest.raises(ValueError, match="the chat template rejects messages of user"):
+        encode(hostile, [Example("hot", "")], _CHAT)
+    assert len(encode(small_llama.make_tokenizer(), [Example("hot", "cold")], _CHAT)) == 1
+
+
+def test_a_long_row_is_rendered():
+    text = "hot " * 50_000
+    tokenizer = small_llama.make_tokenizer(chat_template="{{ messages[0]['content'] | trim }}")
+    (row,) = encode(tokenizer, [Example(text, "")], _CHAT).inputs
+    assert row.tolist() == _tokens(tokenizer, text.strip())
+
+
 def test_rows_that_the_context_does_not_hold(tokenizer):
     rows = [Example("hot", "cold"), Example("the cold bold gold is old, " * 20, "cold")]
     tokens = len(encode(tokenizer, rows, _PLAIN).inputs[1])
