@@ -219,9 +219,14 @@ def printable(text: str) -> str:
     """Return a text for a terminal: characters that would control it, or turn its direction, are spelled out."""
 
     def shows(c: str) -> bool:
-        return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNING
+        return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and c not in _TURNING
 
     return "".join(c if shows(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """Return a text for a terminal as `printable` does, with line breaks spelled out too."""
+    return printable(text).replace("\n", "\\n")
 
 
 @contextlib.contextmanager
@@ -231,6 +236,14 @@ def utf8(where: str | Path) -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise FileError(where, got=f"not UTF-8 text ({error})", fix="save it as UTF-8") from None
+
+
+def check_name(name: str) -> None:
+    """Raise a FileError for a name of a file that is not UTF-8: no JSON file of this package could hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FileError(shown(name), got="a name that is not UTF-8 text", fix="rename it") from None
 
 
 def _from_text(kind: type, value: Any) -> Any:

@@ -13,6 +13,15 @@ def test_columns_are_as_wide_as_their_widest_cell():
     assert plain(_LINES, left=(1,)).splitlines() == ["  name  count", "     a  1,000", "longer  2"]
 
 
+def test_a_cell_stays_on_its_line_of_a_terminal():
+    lines = [["name", "count"], ["a\nb", "1"], ["c\x1b[2K\u2028d", "2"]]
+    assert [line.split() for line in plain(lines).splitlines()] == [
+        ["name", "count"],
+        [r"a\nb", "1"],
+        [r"c\x1b[2K\u2028d", "2"],
+    ]
+
+
 def test_a_markdown_table_is_ruled_by_the_alignment_of_its_columns():
     assert markdown(_LINES) == "| name   | count |\n| ------ | ----: |\n| a      | 1,000 |\n| longer |     2 |\n"
 

@@ -37,12 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Call a command, and turn errors about its input into one message on stderr and exit code 2."""
-    interrupts.watch()
-    try:
-        command(list(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, OSError) as error:
-        from ..files import printable
+    from ..files import check_name, printable
 
+    interrupts.watch()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        for argument in arguments:
+            check_name(argument)
+        command(arguments)
+    except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..columns import plain
-from ..files import printable
+from ..files import one_line
 from ..io.convert import ConvertOptions, convert
 from ..io.pool import ConvertedPool
 from .parsing import parse
@@ -43,7 +43,7 @@ def report(manifest: Mapping[str, Any]) -> str:
     notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
     lines = [f"{count} x {note}" for note, count in notes.items()]
     lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
-    return printable("\n".join([plain(rows), *lines]))
+    return "\n".join([plain(rows), *map(one_line, lines)])
 
 
 def basis_report(folder: Path) -> str:
@@ -60,7 +60,7 @@ def basis_report(folder: Path) -> str:
     for n, name in enumerate(basis.names):
         if len(basis) > len(pool.names) and name in pool.names:  # it was projected on a basis of others
             kept, all_of_it = (sum(part[site][:, n].sum() for site in basis.sites) for part in (inside, whole))
-            lines.append(f"{name}: the basis keeps {_percent(kept, all_of_it)} of its squared norm")
+            lines.append(f"{one_line(name)}: the basis keeps {_percent(kept, all_of_it)} of its squared norm")
     lines.append(f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}")
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..estimates.plan import describe_run
-from ..files import printable
+from ..files import one_line
 from ..hardware.fuse import fuse
 from ..io import processes
 from ..runs.options import FuseOptions
@@ -89,4 +89,4 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
         f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers, "
         f"{results['test_rows']:,} test rows"
     )
-    return printable(f"{head}\n{score_table(results['seeds'])}\nwritten to {folder}")
+    return f"{one_line(head)}\n{score_table(results['seeds'])}\nwritten to {one_line(str(folder))}"

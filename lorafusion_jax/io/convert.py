@@ -14,13 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import __version__
-from ..files import utf8
+from ..files import check_name, utf8
 from ..models.architecture import linear_shapes
 from ..progress import progress
 from .basis import add_basis, add_projected
 from .checkpoint import new_folder
 from .hf import base_tensor, open_base, read_config
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
+from .peft.config import KnownBase
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe, save_adapter
 from .pool.folder import ConvertedPool, write_manifest
@@ -78,6 +79,8 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     """
     _check_basis(options)
     sources = _sources(options)
+    for source in (options.base or "", str(options.out or ""), *sources):
+        check_name(source)
     if options.out is None and not options.dry_run:
         raise ValueError("say where to write the pool: --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
@@ -127,13 +130,13 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
     if options.base is None:
         raise ValueError("say which base model the adapters were trained on: --base FOLDER_OR_HUB_ID")
-    config = read_config(options.base)
+    config, base = read_config(options.base), KnownBase(options.base, open_base(options.base).config())
     shapes, tensor = linear_shapes(config), base_tensor(options.base)
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor)
+            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=base)
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)

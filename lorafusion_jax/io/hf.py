@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import qwix
 
-from ..files import FileError, read_json, write_text
+from ..files import FileError, read_json, shown, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.families import family_of_json
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import transformers
 
 _ROWS = 1024  # that are copied at a time: a tensor that is dequantised is never whole in memory
+_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _Q8_0_TILE = 32  # numbers of a row that share a scale in a GGUF file's Q8_0
 
 
@@ -267,10 +268,19 @@ def _release(tensor: Tensor) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
+def _check_head(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError if a configuration names a class of transformers with another head than a language model's."""
+    named = raw.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if any(name.endswith(_HEADS) for name in names):
+        raise ValueError(f"architectures is {shown(named)}, a model whose head gives no texts: give the language model")
+
+
 def _family(base: OpenedBase) -> tuple[Family, Architecture]:
     """Return the family of a base model and the structure that its configuration describes."""
     raw = base.config()
     try:
+        _check_head(raw)
         family = family_of_json(raw)
         return family, family.read_config(raw)
     except FileError as error:

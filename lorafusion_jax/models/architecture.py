@@ -308,6 +308,7 @@ class Family:
       name: name of the family.
       members: names of its models, for messages.
       model_types: values of `model_type` in a config.json that `read_config` accepts, or rejects with a reason.
+      names: regular expression that is in names of models, in small letters -> the `model_type`s of such models.
       config: the family's dataclass.
       read_config: function from the content of a config.json to the structure; raises ValueError without naming the
         file.
@@ -321,6 +322,7 @@ class Family:
     name: str
     members: str
     model_types: tuple[str, ...]
+    names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     config: type[Architecture]
     read_config: Callable[[Mapping[str, Any]], Architecture]
     model: Callable[..., Model]

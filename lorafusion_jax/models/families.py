@@ -41,6 +41,21 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
     raise ValueError(f"model_type is {kind!r}: wanted a {members}")
 
 
+def types_of_name(name: str) -> set[str]:
+    """Return the `model_type`s that a model of this name may have; none if the name does not show any.
+
+    Only the last part of a path or hub id counts.
+    """
+    last = last_part(name)
+    patterns = [item for family in FAMILIES.values() for item in family.names.items()]
+    return {kind for pattern, kinds in patterns if re.search(pattern, last) for kind in kinds}
+
+
+def last_part(name: str) -> str:
+    """Return the last part of a path or hub id in small letters, without a revision."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].partition("@")[0].lower()
+
+
 def family_with(path: str) -> Family | None:
     """Return the family whose known sizes have a linear map at this Hugging Face module path; None for no family."""
     for family in FAMILIES.values():

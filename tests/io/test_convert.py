@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_llama
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.cli import main
@@ -418,6 +420,43 @@ def test_two_adapters_of_one_name(base, adapter, tmp_path):
         read_pool([first, str(again)], read_config(base))
 
 
+def _renamed(folder: str | Path) -> str:
+    """Rename a folder to a name that is not UTF-8."""
+    other = os.fsencode(folder) + b"\xff"
+    os.rename(folder, other)
+    return os.fsdecode(other)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_path, skip_bad, monkeypatch):
+    message = r"\\udcff'?: a name that is not UTF-8 text: rename it"
+    folder, other = _renamed(adapter("one")), adapter("two")
+    out = tmp_path / "pool"
+    _refused(message, base, [other, folder], out=out, skip_bad=skip_bad)
+    _refused(message, base, [other], out=Path(f"{out}\udcff"))
+    with pytest.raises(ValueError, match=message):
+        open_pool(tmp_path, str(base)).load()
+    monkeypatch.chdir(folder)
+    _refused(message, base, ["."], out=out)
+    _refused(message, _renamed(base), [other], out=out)
+    assert not [path for path in tmp_path.iterdir() if "pool" in path.name]
+
+
+def test_a_command_refuses_arguments_that_are_not_utf8(base, adapter, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", "--base", str(base), "--adapters", _renamed(adapter("one")), "--out", str(tmp_path / "pool")])
+    assert caught.value.code == 2
+    assert r"one\udcff': a name that is not UTF-8 text: rename it" in capsys.readouterr().err
+
+
+def test_names_with_line_breaks_stay_on_their_lines_of_the_report(base, adapter, tmp_path, capsys):
+    one, bad = adapter("a\nb  10  2"), adapter("c\nd", bias="all")
+    out = _printed(capsys, base, [one, bad], "--skip-bad", "--dry-run")
+    lines = out.splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith(r"a\nb  10  2 ") and lines[3].startswith("left out") and r"c\nd" in lines[3]
+
+
 def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool/precious").write_text("kept")
@@ -478,6 +517,87 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     _refused("differs from the base's shared.weight", base, [other], dry_run=True)
     pool = read_pool([same], read_config(base), base_tensor=base_tensor(base))
     _assert_same_pool(load_pool(tmp_path / "pool"), pool)
+
+
+def _notes_on_the_base(base, adapter, theirs) -> list[str]:
+    folder = adapter(f"one{len(list(base.parent.iterdir()))}", base_model_name_or_path=theirs)
+    notes = _convert(base, [folder], dry_run=True)["adapters"][0]["notes"]
+    return [note for note in notes if "trained on" in note]
+
+
+@pytest.mark.parametrize(
+    "theirs", ["google/mt5-large", "/models/mT5-base/", "umt5-small", "meta-llama/Llama-3.2-1B", "me/my_qwen2.5@main"]
+)
+def test_an_adapter_of_another_family_is_refused_by_its_base_s_name(base, adapter, tmp_path, theirs):
+    folder = adapter("one", base_model_name_or_path=theirs)
+    message = rf"_config\.json: it was trained on '{theirs}', and the base is '{base}', a model of another family"
+    _refused(message, base, [folder], out=tmp_path / "pool")
+    assert not (tmp_path / "pool").exists()
+    with pytest.raises(ValueError, match=message):
+        open_pool(tmp_path, str(base)).load(["one"])
+    manifest = _convert(base, [adapter("two"), folder], dry_run=True, skip_bad=True)
+    assert [entry["name"] for entry in manifest["adapters"]] == ["two"]
+
+
+@pytest.mark.parametrize(
+    "theirs", ["google/flan-t5-large", "./our-model", "/data/checkpoint-500", "me/bert512", "me/t5-to-llama"]
+)
+def test_a_fork_is_used_with_a_note_that_has_both_names(base, adapter, theirs):
+    (note,) = _notes_on_the_base(base, adapter, theirs)
+    assert repr(theirs) in note and repr(str(base)) in note
+
+
+def test_the_same_base_needs_no_note(base, adapter):
+    for theirs in (str(base), "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5):
+        assert not _notes_on_the_base(base, adapter, theirs)
+
+
+def test_a_base_that_says_what_it_is_made_from_is_of_that_family_too(base, adapter):
+    (base / "config.json").write_text(json.dumps(_SIZES | {"_name_or_path": "google/mt5-small"}))
+    (note,) = _notes_on_the_base(base, adapter, "google/mt5-large")
+    assert "'google/mt5-large'" in note
+
+
+@pytest.mark.parametrize(
+    ("named", "kind", "same"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "llama", True),
+        ("Qwen/Qwen3-4B", "qwen2", True),
+        ("google/gemma-2b", "gemma2", True),
+        ("HuggingFaceTB/SmolLM2-135M", "llama", True),
+        ("me/Qwen-LLaMAfied", "llama", True),
+        ("unsloth/phi-4", "llama", True),
+        ("me/my-ollama-model", "qwen2", True),
+        ("saves/llama-factory", "qwen2", True),
+        ("Qwen/Qwen2.5-0.5B", "llama", False),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "qwen2", False),
+        ("mistralai/Mistral-7B-v0.1", "qwen3", False),
+        ("google/gemma-3-1b-it", "llama", False),
+    ],
+)
+def test_families_of_decoders_are_told_apart_by_name(tmp_path, named, kind, same):
+    folder = small_llama.make(tmp_path / "model", model_type=kind)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
+    path, (d_in, d_out) = next(iter(linear_shapes(read_config(folder)).items()))
+    tensors = {f"{path}.lora_A.weight": np.ones((2, d_in)), f"{path}.lora_B.weight": np.ones((d_out, 2))}
+    write_adapter(tmp_path / "one", config, tensors)
+    if same:
+        (entry,) = _convert(folder, [str(tmp_path / "one")], dry_run=True)["adapters"]
+        assert any(named in note for note in entry["notes"])
+    else:
+        _refused("a model of another family", folder, [str(tmp_path / "one")], dry_run=True)
+
+
+def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
+    head = np.random.default_rng(0).standard_normal((2, 8), np.float32)
+    save_file({"classification_head.out_proj.weight": head}, base / "model.safetensors")
+    extra = {"base_model.model.classification_head.out_proj.weight": head}
+    folder = adapter("one", extra=extra, task_type="SEQ_CLS", modules_to_save=["classification_head"])
+    _refused(r"task_type SEQ_CLS .*: retrain it as a language model", base, [folder], out=tmp_path / "pool")
+    (base / "config.json").write_text(json.dumps(_SIZES | {"architectures": ["T5ForSequenceClassification"]}))
+    message = r"config\.json: architectures is \['T5ForSequenceClassification'\], .*: give the language model"
+    _refused(message, base, [folder], out=tmp_path / "pool")
+    assert not (tmp_path / "pool").exists()
 
 
 def test_a_damaged_pool(base, adapter, tmp_path):

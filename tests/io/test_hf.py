@@ -197,6 +197,14 @@ def test_the_defaults_of_old_configurations(tmp_path):
     assert config == wanted
 
 
+@pytest.mark.parametrize("none", [-1, None])
+def test_no_token_for_padding_is_never_a_token(tmp_path, none):
+    config = read_config(_write_config(tmp_path / "base", pad_token_id=none))
+    assert config == read_config(_write_config(tmp_path / "base"))
+    config = read_config(_write_config(tmp_path / "base", pad_token_id=none, decoder_start_token_id=2))
+    assert (config.pad_id, config.start_id) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("own", "generation", "ends"),
     [
@@ -488,6 +496,9 @@ def test_transformers_agrees(tmp_path, fields, safe):
 def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to the offer that transformers makes on a terminal
     base = shutil.copytree(_EMBEDDED, tmp_path / "base")
+    before, path = read_config(base), base / "config.json"
+    auto_map = {"auto_map": {"AutoConfig": "theirs.Theirs", "AutoModelForSeq2SeqLM": "theirs.Theirs"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
     config = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     code = f"""import pathlib
@@ -496,6 +507,8 @@ from transformers import PreTrainedTokenizerFast
 class Theirs(PreTrainedTokenizerFast): ...
 """
     (base / "theirs.py").write_text(code)
+    assert read_config(base) == before
+    assert load_base(base).config.sites == before.sites
     assert load_tokenizer(base)("ab").input_ids
     assert not (tmp_path / "ran").exists()
 

@@ -311,6 +311,13 @@ def test_configs_of_transformers_4_and_5_describe_the_same_model(case):
     assert read.rope.theta == 500.0 and read != FAMILY.read_config(small)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_minus_one_is_no_token_for_padding(model_type):
+    fields = _SMALL | {"model_type": model_type, "auto_map": {"AutoConfig": "theirs.Theirs"}}
+    config = FAMILY.read_config(fields | {"pad_token_id": -1})
+    assert config == FAMILY.read_config(fields | {"pad_token_id": 1})  # the end token
+
+
 @pytest.mark.parametrize(
     ("model_type", "window", "sliding"),
     [("llama", 0, ()), ("mistral", 5, (True, False, False, False)), ("phi3", 5, (True,) * 4)],

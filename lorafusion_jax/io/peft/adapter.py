@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ...files import FileError, structured
+from ...files import FileError, check_name, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..checkpoint import new_folder
 from ..source import at_home, map_file, resolve
-from .config import AdapterError, check_config, scalings
+from .config import AdapterError, KnownBase, check_base, check_config, scalings
 from .tensors import MAGNITUDE, collect, target_warnings
 
 _CONFIG = "adapter_config.json"
@@ -65,6 +65,7 @@ def read_adapter(
     *,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     base_tensor: Callable[[str], np.ndarray] | None = None,
+    base: KnownBase | None = None,
 ) -> PeftAdapter:
     """Read and check an adapter. Anything unsupported that would change its output is an error.
 
@@ -74,13 +75,14 @@ def read_adapter(
         base_tensor: Function from a Hugging Face name (also a tied one) to the base's tensor; raises KeyError on a
             name that the base lacks. Full weights in the adapter are compared with it: if equal they are ignored,
             otherwise they are an error.
+        base: The base model, to be compared with the one that the adapter names.
 
     Raises:
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer. The
             message contains the adapter's name, the reason and what to do.
     """
     try:
-        return _read(source, shapes, base_tensor)
+        return _read(source, shapes, base_tensor, base)
     except Exception as error:
         # The checks raise AdapterError or ValueError. Any other error that a file causes also ends this adapter only;
         # the traceback keeps the cause.
@@ -95,8 +97,13 @@ def _read(
     source: str,
     shapes: Mapping[str, tuple[int, int]] | None,
     base_tensor: Callable[[str], np.ndarray] | None,
+    base: KnownBase | None,
 ) -> PeftAdapter:
     folder = resolve(source, patterns=(_CONFIG, _SAFETENSORS, _BIN))
+    # A link has a name of its own, which `resolve` would not return.
+    local = at_home(source).is_dir()
+    name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
+    check_name(name)
     config_text, config = read_config_file(folder)
     notes = list(check_config(config, where=str(folder / _CONFIG), compare_saved=base_tensor is not None))
     weights = _weights_file(folder, notes)
@@ -109,12 +116,12 @@ def _read(
     scaling, warnings = scalings(config, ranks, where=where)
     notes += [f"warning: {warning}" for warning in warnings]
     notes += target_warnings(config, parts)
+    if base is not None:
+        notes += check_base(config, base, where=str(folder / _CONFIG))
 
     dora = bool(config.get("use_dora"))
-    local = at_home(source).is_dir()
     return PeftAdapter(
-        # A link has a name of its own, which `resolve` would not return.
-        name=Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2],
+        name=name,
         source=source,
         weights=weights,
         config=config,

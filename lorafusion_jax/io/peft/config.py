@@ -6,12 +6,14 @@ low-rank update can and are therefore refused.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...files import shown, some
+from ...models.families import last_part, types_of_name
 from .patterns import Pattern, PatternError, Steps, Text
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
@@ -25,6 +27,7 @@ _IDLE = (
     "layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
     "merge_weights monteclora_config peft_version revision runtime_config task_type velora_config"
 ).split()
+_HUB_ID = re.compile(r"([a-z0-9][\w.-]*)/[\w.-]+(?:@.+)?")
 # Fields that are read, and two whose defaults PEFT writes into every file.
 _KNOWN = (
     "alpha_pattern base_model_name_or_path bias init_lora_weights lora_alpha modules_to_save peft_type r "
@@ -45,6 +48,18 @@ _OTHER_FORWARD = {
 }
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+
+
+class KnownBase(NamedTuple):
+    """The base model that adapters are read for.
+
+    Attributes:
+        source: Folder, hub id or GGUF file.
+        config: The content of its config.json.
+    """
+
+    source: str
+    config: Mapping[str, Any]
 
 
 class AdapterError(ValueError):
@@ -92,6 +107,33 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     _check_types(config, where)
     _check_numbers(config, where)
     return tuple(_notes(config))
+
+
+def check_base(config: Mapping[str, Any], base: KnownBase, *, where: str) -> tuple[str, ...]:
+    """Compare the base that an adapter names with the one that it is read for; return a note if the names differ.
+
+    Shapes alone do not show the base: adapters of one family often fit models of another.
+
+    Raises:
+        AdapterError: By its name, the adapter's base is of another family.
+    """
+    theirs = config.get("base_model_name_or_path")
+    if not isinstance(theirs, str) or not theirs.strip():
+        return ()
+    kind = base.config.get("model_type")
+    # A fork's config may hold the name of the model that it is made from.
+    names = [name for name in (base.source, base.config.get("_name_or_path")) if isinstance(name, str)]
+    possible = types_of_name(theirs)
+    if possible and not possible & {kind}.union(*map(types_of_name, names)):
+        raise AdapterError(
+            f"{where}: it was trained on {shown(theirs)}, and the base is {shown(base.source)}, a model of another "
+            f"family ({shown(kind)}): give the base that the adapter was trained on, or, if the name misleads, "
+            "correct base_model_name_or_path"
+        )
+    owners = {owned[1] for name in (theirs, base.source) if (owned := _HUB_ID.fullmatch(name.lower()))}
+    if last_part(theirs) == last_part(base.source) and len(owners) < 2:  # a path here has no owner
+        return ()
+    return (f"warning: trained on {shown(theirs)}, and the base is {shown(base.source)}: do they belong together?",)
 
 
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], *, where: str) -> tuple[dict[str, float], list[str]]:

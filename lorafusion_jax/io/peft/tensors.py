@@ -149,7 +149,7 @@ def _reason_to_ignore(
         if fragment in key:
             raise AdapterError(f"{where}: {key} is {meaning}: retrain as plain LoRA on linear modules")
     name = _WRAPPERS.sub("", key)
-    kind = "a module trained in full"
+    task, kind = config.get("task_type"), "a module trained in full"
     if name.endswith("bias"):
         kind = "a trained bias"
     elif name.split(".")[-2:][0] in _EMBEDDINGS:
@@ -160,7 +160,6 @@ def _reason_to_ignore(
     try:
         base = base_tensor(name)
     except KeyError:
-        task = config.get("task_type")
         head = f" (task_type {task} trains a head of its own)" if task in _HEADS else ""
         raise AdapterError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
     with np.errstate(over="ignore", invalid="ignore"):
@@ -169,6 +168,10 @@ def _reason_to_ignore(
         raise AdapterError(
             f"{got}, and it differs from the base's {name} {list(base.shape)}: it cannot be mixed; "
             "retrain without it, or give the base that it was trained with"
+        )
+    if task in _HEADS and kind == "a module trained in full":
+        raise AdapterError(
+            f"{got}, and task_type {task} names a model with a head of its own: retrain it as a language model"
         )
     return "equal to the base's"
 

@@ -16,9 +16,9 @@ from ...files import FileError, read_json, structured
 from ...models.architecture import Architecture
 from ...models.families import recorded_config
 from ..checkpoint import write_json
-from ..hf import base_tensor, read_config
+from ..hf import base_tensor, open_base, read_config
 from ..peft.adapter import PeftAdapter, read_adapter, read_config_file
-from ..peft.config import check_config
+from ..peft.config import KnownBase, check_config
 from .adapter_files import Entry, check_entry, load_adapter
 from .basis import describe_basis, read_basis
 from .stack import Dtype, Stack, read_pool
@@ -189,7 +189,8 @@ class AdapterFolders:
         """Read the adapters chosen by name or index, or all; the errors are those of `read_pool`."""
         names = self.names if chosen is None else [self.names[index] for index in positions(self.names, chosen)]
         sources = [str(self.folder / name) for name in names]
-        return read_pool(sources, self.config, base_tensor=base_tensor(self._base), dtype=dtype)
+        base = KnownBase(self._base, open_base(self._base).config())
+        return read_pool(sources, self.config, base_tensor=base_tensor(self._base), base=base, dtype=dtype)
 
     def basis(self, k: int | None = None) -> SharedBasis:
         """Raise a ValueError: a basis is beside a converted pool."""

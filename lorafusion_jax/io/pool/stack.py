@@ -16,6 +16,7 @@ from ...adapters.pool import LoraPool
 from ...models.architecture import Architecture, linear_shapes, places
 from ..buffers import aligned_zeros
 from ..peft.adapter import AdapterError, PeftAdapter, read_adapter
+from ..peft.config import KnownBase
 from ..peft.tensors import MAGNITUDE
 
 Dtype = Literal["float32", "bfloat16"]
@@ -36,6 +37,7 @@ def read_pool(
     config: Architecture,
     *,
     base_tensor: Callable[[str], np.ndarray] | None = None,
+    base: KnownBase | None = None,
     dtype: Dtype = "float32",
 ) -> LoraPool:
     """Read adapters of PEFT straight into a pool, without a converted pool on disk.
@@ -44,6 +46,7 @@ def read_pool(
       sources: a list of folders or hub ids; their last parts are the names.
       config: of the base model.
       base_tensor: as in `peft.read_adapter`.
+      base: the base model; adapters that name a model of another family are refused.
       dtype: of the pool's arrays.
 
     Raises:
@@ -53,7 +56,7 @@ def read_pool(
         raise ValueError(f"sources is {str(sources)!r}, a single adapter: wanted a list, read_pool([{str(sources)!r}])")
     # One after the other: what is left of reading is Python, which threads do not share out.
     shapes = linear_shapes(config)
-    adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor) for source in sources]
+    adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base) for source in sources]
     stack = Stack([adapter.name for adapter in adapters], [rank_table(a, config) for a in adapters], config, dtype)
     for number, adapter in enumerate(adapters):
         stack.fill(number, adapter)

@@ -3,7 +3,7 @@
 from ..architecture import Family
 from .checkpoint import CHECKPOINT
 from .config import DecoderConfig
-from .families import MODEL_TYPES, read_config
+from .families import MODEL_TYPES, NAMES, read_config
 from .gguf import GGUF
 from .model import Decoder
 from .shapes import SHAPES
@@ -14,6 +14,7 @@ FAMILY = Family(
     name="decoder",
     members="Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) or Phi-3",
     model_types=MODEL_TYPES,
+    names=NAMES,
     config=DecoderConfig,
     read_config=read_config,
     model=Decoder,

@@ -14,6 +14,13 @@ from ..architecture import Layers, Size
 from .config import DecoderConfig, Rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+# A Mistral is often published as a Llama, also in every GGUF file. Names of tools are not those of models.
+NAMES = {
+    r"(?<!o)llama(?!.?(factory|cpp))|smollm": ("llama",),
+    "mistral": ("mistral", "llama"),
+    "qwen": ("qwen2", "qwen3"),
+    "gemma": ("gemma2", "gemma3_text"),
+}
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SCALINGS = ("default", "linear", "dynamic", "llama3")
@@ -117,8 +124,8 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         attention_cap=(hf.attn_logit_softcapping or 0.0) if kind == "gemma2" else 0.0,
         logit_cap=(hf.final_logit_softcapping or 0.0) if gemma else 0.0,
         tied=hf.tie_word_embeddings,
-        # Many models have no token for padding. Padding is masked by its place, so any token will do.
-        pad_id=ends[0] if hf.pad_token_id is None else hf.pad_token_id,
+        # Many models have no token for padding, written as null or -1. It is masked by its place: any token will do.
+        pad_id=ends[0] if hf.pad_token_id is None or hf.pad_token_id < 0 else hf.pad_token_id,
         eos_id=ends,
     )
     return structured(dataclasses.asdict(config), DecoderConfig, "")

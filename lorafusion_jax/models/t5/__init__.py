@@ -11,6 +11,7 @@ FAMILY = Family(
     name="t5",
     members="T5 1.0, T5 1.1, FLAN-T5 or mT5",
     model_types=("t5", "mt5", "umt5"),
+    names={r"(?<![a-z\d])(by|code)?t5(?!\d)": ("t5",), r"(?<![a-z\d])u?mt5(?!\d)": ("mt5", "umt5")},
     config=T5Config,
     read_config=read_config,
     model=T5,

@@ -37,7 +37,7 @@ class _Json:
     relative_attention_num_buckets: Size = 32
     relative_attention_max_distance: Size = 128
     layer_norm_epsilon: float = 1e-6
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] = 1
     decoder_start_token_id: int | None = None
 
@@ -135,6 +135,7 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
     said = structured(raw, _Json, "", own=False)
     t5 = said.model_type == "t5"
     tied = t5 if said.tie_word_embeddings is None else said.tie_word_embeddings
+    pad_id = max(said.pad_token_id or 0, 0)  # -1 is written where there is none; padding is masked by its place
     return T5Config(
         vocab_size=said.vocab_size,
         d_model=said.d_model,
@@ -150,9 +151,9 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
         buckets=said.relative_attention_num_buckets,
         max_distance=said.relative_attention_max_distance,
         eps=said.layer_norm_epsilon,
-        pad_id=said.pad_token_id,
+        pad_id=pad_id,
         eos_id=said.eos_token_id,
-        start_id=said.pad_token_id if said.decoder_start_token_id is None else said.decoder_start_token_id,
+        start_id=pad_id if said.decoder_start_token_id is None else said.decoder_start_token_id,
     )
 
 
