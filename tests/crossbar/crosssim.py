@@ -3,6 +3,7 @@
 What CrossSim has and this package lacks raises Inexpressible, so that no golden is ever compared with another model.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -27,12 +28,100 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.crossbar.mapping.encoding import partition
 
+Params = dict[str, Any]
+
 BALANCED, BITSLICED, OFFSET = 1, 2, 3
 CALIBRATED, MAX, GRANULAR = 1, 2, 3
 
 
 class Inexpressible(Exception):
     """CrossSim can be asked for this, the crossbar model cannot."""
+
+
+def parameters(**changes: Any) -> Params:
+    """Return what a product depends on; `core__rows_max=64` changes params["core"]["rows_max"]."""
+    off = {"enable": False, "model": "IdealDevice", "magnitude": 0.0}
+    params: Params = {
+        "core": {
+            "style": 2,
+            "rows_max": 128,
+            "cols_max": 0,
+            "weight_bits": 8,
+            "balanced": {"style": 1, "interleaved_posneg": False, "subtract_current_in_xbar": True},
+            "bit_sliced": {"style": 1, "num_slices": 4},
+            "offset": {"style": 1},
+            "mapping": {
+                "weights": {
+                    "clipping": True,
+                    "min": None,
+                    "max": None,
+                    "percentile": 1.0,
+                    "row_partition_strategy": 2,
+                    "col_partition_strategy": 2,
+                },
+                "inputs": {"mvm": {"clipping": False, "min": -1.0, "max": 1.0, "percentile": None}},
+            },
+        },
+        "simulation": {"Niters_max_parasitics": 100, "Verr_th_mvm": 1e-3, "relaxation_gamma": 1.0},
+        "xbar": {
+            "device": {
+                "cell_bits": 0,
+                "Rmin": 1000.0,
+                "Rmax": 10000.0,
+                "time": 0,
+                "infinite_on_off_ratio": True,
+                "clip_conductance": False,
+                "read_noise": dict(off),
+                "programming_error": dict(off),
+                "drift_error": dict(off),
+                "nonlinear_IV": dict(off),
+            },
+            "array": {
+                "Icol_max": 0,
+                "parasitics": {
+                    "enable": False,
+                    "Rp_row": 0.0,
+                    "Rp_col": 0.0,
+                    "Rp_row_terminal": 0.0,
+                    "Rp_col_terminal": 0.0,
+                    "current_from_input": True,
+                },
+            },
+            "adc": {
+                "mvm": {
+                    "model": "IdealADC",
+                    "bits": 0,
+                    "signed": True,
+                    "stochastic_rounding": False,
+                    "adc_per_ibit": True,
+                    "calibrated_range": [],
+                    "adc_range_option": 1,
+                }
+            },
+            "dac": {
+                "mvm": {
+                    "model": "SignMagnitudeDAC",
+                    "bits": 8,
+                    "input_bitslicing": True,
+                    "signed": True,
+                    "slice_size": 1,
+                }
+            },
+        },
+    }
+    return changed(params, **changes)
+
+
+def changed(params: Params, **changes: Any) -> Params:
+    params = copy.deepcopy(params)
+    for path, value in changes.items():
+        *nodes, leaf = path.split("__")
+        at = params
+        for node in nodes:
+            at = at[node]
+        assert leaf in at, path
+        at[leaf] = value
+    return params
 
 
 def require(met: bool, what: str) -> None:
