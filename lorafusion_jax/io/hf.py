@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import qwix
 
@@ -104,13 +105,10 @@ def load_base(
     slots = names.slots(model)
     _check_tensors(base.place, tensors, slots, names, tied=config.tied)
     for slot in slots:
-        if quantise == "int8" and slot.transposed and any(_in_int8(tensors[name]) for name in slot.names):
-            slot.variable.set_value(_gather_int8(base.place, slot, tensors, dtype))
-            continue
-        weights = jax.device_put(_gather(base.place, slot, tensors, dtype))
         if quantise and slot.transposed:
-            weights = linear.quantise(weights, quantise, tiled_axis=-2)
-        slot.variable.set_value(weights)
+            slot.variable.set_value(_gather_quantised(base.place, slot, tensors, dtype, quantise))
+        else:
+            slot.variable.set_value(jax.device_put(_gather(base.place, slot, tensors, dtype)))
     return model
 
 
@@ -216,27 +214,32 @@ def _gather(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str) 
     return weights
 
 
-def _gather_int8(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> qwix.QArray:
-    """Return a slot's matrices in 8 bits: with the file's codes and scales where it holds Q8_0, else quantised."""
+def _gather_quantised(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qtype: str) -> qwix.QArray:
+    """Return a slot's matrices in few bits, quantised one by one: the whole stack is never in memory in full.
+
+    In 8 bits, matrices that a file holds in Q8_0 keep its codes and scales.
+    """
     shape = slot.variable.shape
-    codes = aligned_zeros(shape, np.int8)
+    stored = qtype == "int8" and any(_in_int8(tensors[name]) for name in slot.names)
+    tile = _Q8_0_TILE if stored else linear.tile_size(shape[-2])
+    codes = aligned_zeros(shape, np.int8 if qtype == "int8" else jnp.uint4 if qtype == "nf4" else jnp.int4)
     # The scales are float16 in the file, and a product with a code is exact in float32.
-    scales = aligned_zeros((*shape[:-2], shape[-2] // _Q8_0_TILE, shape[-1]), np.float32)
+    scales = aligned_zeros((*shape[:-2], shape[-2] // tile, shape[-1]), np.float32 if stored else dtype)
     layers = zip(codes, scales, strict=True) if slot.stacked else [(codes, scales)]
     for name, (code, scale) in zip(slot.names, layers, strict=True):
         tensor = tensors[name]
-        if _in_int8(tensor):
-            stored, steps = tensor.codes()
-            copy_transposed(stored, code)
+        if stored and _in_int8(tensor):
+            file_codes, steps = tensor.codes()
+            copy_transposed(file_codes, code)
             copy_transposed(steps, scale)
             _check_finite(place, name, scale)
             _release(tensor)
         else:
             plain = aligned_zeros(code.shape, dtype)
             _copy(place, name, tensor, plain, transposed=True)
-            quantised = linear.quantise(jax.device_put(plain), "int8", tiled_axis=-2, tile=_Q8_0_TILE)
+            quantised = linear.quantise(jax.device_put(plain), qtype, tiled_axis=-2, tile=tile)
             code[...], scale[...] = np.asarray(quantised.qvalue), np.asarray(quantised.scale)
-    return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype="int8")
+    return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype=qtype)
 
 
 def _in_int8(tensor: Tensor) -> TypeGuard[StoredTensor]:

@@ -17,10 +17,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, open_base, read_config, save_base
+from lorafusion_jax.models import weights
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.models.weights import QUANTISED_TYPES, dense
+from lorafusion_jax.models.weights import QUANTISED_TYPES, dense, quantise
 
 _JSON = {
     "model_type": "t5",
@@ -278,6 +279,23 @@ def test_quantised_as_it_loads(base, qtype):
     x = np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 3))
     close = np.abs(_run(quantised, *x) - _run(plain, *x)).max() / np.abs(_run(plain, *x)).max()
     assert 0 < close < {"nf4": 0.5, "int4": 0.5, "int8": 0.05}[qtype]
+
+
+def test_no_stack_is_in_memory_in_full_while_it_is_quantised(base, monkeypatch):
+    """The float32 copy of a stack, and what XLA needs to quantise it, were the peak of loading."""
+    whole, shapes = load_base(base), []
+
+    def counted(weight, *arguments, **options):
+        shapes.append(weight.shape)
+        return quantise(weight, *arguments, **options)
+
+    monkeypatch.setattr(weights, "quantise", counted)
+    quantised = load_base(base, quantise="nf4")
+    assert shapes and all(len(shape) == 2 for shape in shapes)
+    for site, kernel in kernels(quantised).items():
+        at_once = quantise(kernels(whole)[site], "nf4", tiled_axis=-2)
+        assert jax.tree.structure(kernel) == jax.tree.structure(at_once)
+        np.testing.assert_array_equal(dense(kernel, "float32"), dense(at_once, "float32"))
 
 
 def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
