@@ -38,6 +38,7 @@ class MatrixOptions:
       load_in: hold base and pool in 4 or 8 bits.
       test_rows: evaluate on the first rows only.
       eval_batch: rows in a batch of generation.
+      retry_failed: also run what ran out of memory before, which OUT/failed.jsonl lists.
       plan: print what the matrix needs, and run nothing.
     """
 
@@ -54,6 +55,7 @@ class MatrixOptions:
     load_in: LoadIn = "full"
     test_rows: int | None = None
     eval_batch: int = 64
+    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -61,11 +63,11 @@ def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
     """Run what is missing of a matrix, and return its file of rows.
 
     Raises:
-      ValueError: an unknown method, no task, a pool of fewer modules than are asked for, or rows of other settings; and
-        as `fuse` does.
+      ValueError: an unknown method, no task, a pool of fewer modules than are asked for, or rows of other settings;
+        every job ran out of memory; and as `fuse` does.
     """
     file = options.out / "results.jsonl"
-    run_jobs(jobs(options, entries), file, fuse, root=ROOT)
+    run_jobs(jobs(options, entries), file, fuse, root=ROOT, retry_failed=options.retry_failed)
     return file
 
 

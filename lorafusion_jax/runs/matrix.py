@@ -1,22 +1,30 @@
-"""A matrix of runs, such as tasks by methods: every result is a row of one JSONL file, and none is run twice."""
+"""A matrix of runs, such as tasks by methods: every result is a row of one JSONL file, and none is run twice.
+
+A job that runs out of memory has no result. It is a line of `failed.jsonl` next to that file, and is not tried again.
+"""
 
 import dataclasses
+import gc
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-from ..files import structured
+import jax
+
+from ..files import printable, read_lines, structured
 from ..methods import find
 from ..report import append_rows, done, read_rows
+from ..report.rows import append_lines
 from .folder import RunFolder
 from .options import FuseOptions
 from .run import options_to_json, run_path, with_targets
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile")
+_LONGEST_ERROR = 500
 
 
 class Job(NamedTuple):
@@ -37,19 +45,40 @@ class Job(NamedTuple):
     drawn: tuple[str, ...] = ()
 
 
+class _Failed(TypedDict):
+    """A job that ran out of memory; the settings are those of `settings_of`."""
+
+    task: str
+    method: str
+    league: str
+    seeds: list[int]
+    config: dict[str, Any]
+    error: str
+
+
 def run_jobs(
-    jobs: Iterable[Job], file: Path, run: Callable[[FuseOptions], Mapping[str, Any]], *, root: Path | None = None
+    jobs: Iterable[Job],
+    file: Path,
+    run: Callable[[FuseOptions], Mapping[str, Any]],
+    *,
+    root: Path | None = None,
+    retry_failed: bool = False,
 ) -> None:
     """Run the jobs whose rows are not in a file yet, and add their rows.
+
+    A job that runs out of memory is added to `failed.jsonl` in the file's folder, and the others are run. Later calls
+    leave it out, if it has the same seeds and settings.
 
     Args:
       jobs: jobs, in the order to run them.
       file: file of rows (see `report`).
       run: function that runs the options of a job, such as `lorafusion_jax.fuse`.
       root: paths inside this folder are written relative to it, so that rows of two checkouts are alike.
+      retry_failed: also run what ran out of memory before.
 
     Raises:
-      ValueError: before anything is run: a method cannot be used here, or the file has rows of other settings.
+      ValueError: before anything is run: a method cannot be used here, or the file has rows of other settings; and at
+        the end, if no job has a row because all ran out of memory.
     """
     todo = list(jobs)
     for job in todo:
@@ -64,16 +93,49 @@ def run_jobs(
             drawn = () if seed in job.options.seeds else job.drawn
             where = f"{file}: {', '.join(of)}, seed {seed}"
             check_same(row["config"], job.options, where, root=root, drawn=drawn)
+    failures = file.with_name("failed.jsonl")
+    failed = [] if retry_failed or not failures.exists() else [_without_error(f) for f in read_lines(failures, _Failed)]
     began = time.perf_counter()
+    left_out = 0
     for number, job in enumerate(todo, start=1):
         seeds = job.options.seeds if find(job.options.method).seeded else job.options.seeds[:1]
         if {(*job[:3], seed) for seed in seeds} <= have:
             continue
-        results = run(job.options)
-        append_rows(file, [row for row in _rows(job, results, root) if (*job[:3], row["seed"]) not in have])
-        minutes = (time.perf_counter() - began) / 60
-        said = f"{job.task}, {job.method}, {job.league}: {results['exact_match']:.1f} %"
-        print(f"[{number}/{len(todo)}] {said}, {minutes:.1f} min", file=sys.stderr, flush=True)
+        of = ", ".join(job[:3])
+        failure = _failure(job, root)
+        if _without_error(failure) in failed:
+            left_out += 1
+            continue
+        try:
+            results = run(job.options)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            failure["error"] = printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__
+            append_lines(failures, [json.dumps(failure).encode() + b"\n"])
+            left_out += 1
+            print(f"[{number}/{len(todo)}] {of}: out of memory ({failure['error']})", file=sys.stderr, flush=True)
+        else:
+            append_rows(file, [row for row in _rows(job, results, root) if (*job[:3], row["seed"]) not in have])
+            minutes = (time.perf_counter() - began) / 60
+            said = f"{of}: {results['exact_match']:.1f} %, {minutes:.1f} min"
+            print(f"[{number}/{len(todo)}] {said}", file=sys.stderr, flush=True)
+        gc.collect()  # the error's traceback held the arrays of the run
+    if left_out:
+        said = f"{left_out} of {len(todo)} jobs ran out of memory ({failures}): --retry-failed runs them again"
+        if not file.exists():
+            raise ValueError(f"{said}, and no other job has a result")
+        print(said, file=sys.stderr, flush=True)
+
+
+def _failure(job: Job, root: Path | None) -> dict[str, Any]:
+    """Return the line of a job that ran out of memory, without the error."""
+    shared = {"seeds": list(job.options.seeds), "config": settings_of(job.options, root), "error": ""}
+    return {"task": job.task, "method": job.method, "league": job.league, **shared}
+
+
+def _without_error(failure: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in failure.items() if name != "error"}
 
 
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import one_block
 import pytest
 from made_up_rows import row as made_up_row
@@ -134,6 +135,65 @@ def test_the_league_of_five_has_five_rows_and_more_epochs(matrix, options):
     assert (plenty.train_rows, few.train_rows) == (100, 5)
     assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
     assert plenty.name != few.name
+
+
+_OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n1 more line")
+
+
+@pytest.mark.parametrize("error", [_OUT_OF_MEMORY, MemoryError()], ids=lambda error: type(error).__name__)
+def test_a_job_that_runs_out_of_memory_fails_alone_and_is_tried_again_only_if_asked(
+    matrix, options, monkeypatch, capsys, tmp_path, error
+):
+    module, entries = matrix
+    ran, fuse = [], module.fuse
+
+    def run(options):
+        ran.append(options.method)
+        if options.method == "mean":
+            raise error
+        return fuse(options)
+
+    monkeypatch.setattr(module, "fuse", run)
+    few = dataclasses.replace(options, methods=("zero-shot", "uniform mean", "constant answer"), out=tmp_path)
+    file = module.run_matrix(few, entries)
+    assert ran == ["zero-shot", "mean", "constant"]
+    assert {row["method"] for row in read_rows(file)} == {"zero-shot", "constant answer"}
+    said = capsys.readouterr().err
+    assert f"[2/3] double_digit, uniform mean, 95+5: out of memory ({str(error).partition(chr(10))[0] or 'Mem'}" in said
+    assert "1 of 3 jobs ran out of memory" in said and "--retry-failed" in said
+    (failed,) = map(json.loads, (tmp_path / "failed.jsonl").read_text().splitlines())
+    assert (failed["method"], failed["seeds"], failed["config"]["test_rows"]) == ("uniform mean", [1, 2], 5)
+
+    ran.clear()
+    module.run_matrix(few, entries)
+    assert not ran and "1 of 3 jobs ran out of memory" in capsys.readouterr().err
+    # One seed is another job, and so is one that is retried.
+    module.run_matrix(dataclasses.replace(few, seeds=(1,)), entries)
+    assert ran == ["mean"]
+    monkeypatch.setattr(module, "fuse", fuse)
+    module.run_matrix(dataclasses.replace(few, retry_failed=True), entries)
+    assert {row["seed"] for row in read_rows(file) if row["method"] == "uniform mean"} == {1, 2}
+    assert "out of memory" not in capsys.readouterr().err.splitlines()[-1]
+    module.run_matrix(few, entries)
+    assert "out of memory" not in capsys.readouterr().err
+
+
+def test_other_errors_of_jax_end_a_matrix_and_so_does_one_without_any_result(matrix, options, monkeypatch, tmp_path):
+    module, entries = matrix
+
+    def run(options):
+        raise error
+
+    monkeypatch.setattr(module, "fuse", run)
+    error = jax.errors.JaxRuntimeError("INTERNAL: a fault")
+    one = dataclasses.replace(options, methods=("uniform mean",), out=tmp_path)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        module.run_matrix(one, entries)
+    assert not (tmp_path / "failed.jsonl").exists()
+    error = _OUT_OF_MEMORY
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 of 1 jobs ran out of memory .* and no other job has a result"):
+            module.run_matrix(one, entries)
 
 
 def test_what_cannot_be_run(matrix, options, tmp_path, monkeypatch):
