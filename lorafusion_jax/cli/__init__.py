@@ -1,6 +1,7 @@
 """The command line: `lorafusion SUBCOMMAND --help`. One file a subcommand, whose `main` takes the arguments."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     From then on Ctrl-C and SIGTERM end the process (see `interrupts`).
     """
+    _open_streams()
     interrupts.watch()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -39,6 +41,7 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
     """Call a command, and turn errors about its input into one message on stderr and exit code 2."""
     from ..files import check_name, printable
 
+    _open_streams()
     interrupts.watch()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -48,6 +51,13 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _open_streams() -> None:
+    """Open nothing for standard streams that are closed: the next file that is opened would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def _description() -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ import msgspec
 import numpy as np
 
 from .. import __version__, interrupts
+from ..files import writing
 from ..io import checkpoint, processes
 from ..io.hf import read_config
 from ..methods import find
@@ -238,6 +240,13 @@ def _train(
     return on_mesh(params, setup.config, of_seeds=True), steps
 
 
+def _stop_trace() -> None:
+    try:
+        jax.profiler.stop_trace()
+    except (OSError, RuntimeError) as error:  # training is worth more than the trace
+        _note(f"the trace for --profile could not be written: {error}")
+
+
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
     state, done, reached = start(setup.problem, options.seeds, begin), 0, 0
     steps = checkpoint.steps(run.checkpoints)
@@ -269,10 +278,16 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     copied = None if several or "base" in find(options.method).groups else jax.jit(partial(jax.tree.map, jnp.copy))
     traced = min(done + 2, options.recipe.epochs) if options.profile else None
     tracing = contextlib.ExitStack()
+    if options.profile:  # JAX would only find at the end of the epoch that it cannot write there
+        with writing(options.profile):
+            options.profile.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.profile):
+                pass
 
     def before_epoch(number: int) -> None:
         if number == traced:
-            tracing.enter_context(jax.profiler.trace(str(options.profile), create_perfetto_trace=True))
+            jax.profiler.start_trace(str(options.profile), create_perfetto_trace=True)
+            tracing.callback(_stop_trace)
 
     def save(epochs: int, step: int, state: TrainState) -> None:
         checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)

@@ -1,5 +1,7 @@
 """`lorafusion generate` as it is typed: a base model without a run, and drawn tokens that are printed as they come."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,21 @@ def test_streamed_text_is_the_printed_text_piece_by_piece(base, tmp_path, capsys
     assert out.text == printed
     assert all(later.startswith(earlier) for earlier, later in zip(out.flushed, out.flushed[1:], strict=False))
     assert len(out.flushed) > 8
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_standard_stream_that_is_closed_is_an_empty_one(base, stream, tmp_path, monkeypatch):
+    (tmp_path / "lines").write_text("hot\n")
+    monkeypatch.setattr(sys, stream, None)  # as Python has it then
+    file = [] if stream == "stdin" else ["--file", str(tmp_path / "lines")]
+    cli.main(["generate", "--base", str(base), "--max-new-tokens", "2", *file])
+    getattr(sys, stream).close()
+
+
+def test_files_do_not_get_the_numbers_of_closed_streams():
+    code = "import sys; from lorafusion_jax import cli; cli.main([]); sys.exit(open('/dev/null').fileno() < 3)"
+    command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

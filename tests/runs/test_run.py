@@ -23,6 +23,7 @@ import one_block
 import pytest
 
 from lorafusion_jax import interrupts
+from lorafusion_jax.files import WriteError
 from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer
@@ -153,6 +154,12 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
         calls = Counter(event.get("name") for event in json.load(file)["traceEvents"])
     # Two steps of 95 rows by 48; a call may be counted on several levels.
     assert calls["PjitFunction(train_seeds)"] == 2 * calls["PjitFunction(_after_epoch)"] > 0
+
+
+def test_a_profile_that_cannot_be_written_ends_a_run_before_it_trains(fused, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=f"{tmp_path / 'file' / 'profile'} cannot be written"):
+        fuse(dataclasses.replace(fused[0], out=tmp_path, profile=tmp_path / "file" / "profile"))
 
 
 @pytest.mark.accelerator
