@@ -31,7 +31,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import tyro
 from _common import ROOT
-from _language import DIRECTIONS, MAIN, MORE, SOURCES, TRAIN_ROWS, UNSEEN, find, load, options_of
+from _language import (
+    DIRECTIONS,
+    EVALUATED_ROWS,
+    MAIN,
+    MORE,
+    SOURCES,
+    TRAIN_ROWS,
+    UNSEEN,
+    find,
+    options_of,
+    trained_pairs,
+    unseen,
+)
 from _methods import Entry
 from _smollm2 import EXAMPLES, HUB_ID, base
 from report import main as report
@@ -52,13 +64,9 @@ Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
 
 UNSEEN_TASKS = tuple(name for tasks in UNSEEN.values() for name in tasks)
 # Tasks with a family of at least four modules in the pool, which a dose of relevant ones is drawn from.
-RELEVANCE = {
-    "lowercase_last_letter": "letters",
-    "prev_item": "words",
-    "person-sport": "knowledge",
-    "alphabetically_first_3": "extraction",
-}
+RELEVANCE = {"prev_item": "words", "person-sport": "knowledge"}
 DOSES = ("0", "1", "2", "all")
+_ROWS = {"five": 5, "twenty": 20}  # to learn from; in the other groups 100
 # Pools that are made of adapters, the base and the tasks, linked: rows of any OUT and machine name the same files.
 FOLDER = ROOT / "runs" / "smollm2"
 _SHIPPED = EXAMPLES / "adapters"
@@ -74,7 +82,7 @@ class LanguageOptions:
 
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
-      unseen: names of the tasks to run; by default all, and in the groups of relevance the four of a large family.
+      unseen: names of the tasks to run; by default all, and in the groups of relevance the two of a large family.
       groups: rows to run; all by default.
       methods: names of rows of these groups; all by default.
       seeds: each orders the rows, and draws modules where some are drawn.
@@ -104,10 +112,11 @@ def main(arguments: Sequence[str] = ()) -> None:
             "python experiments/language_pool.py trains them"
         )
     tasks = link_tasks(options.tasks)
-    paths = {name: find(name, tasks) for name in options.unseen}
-    for path in paths.values():
-        load(path)
-    for group in options.groups:
+    of_groups = {
+        group: unseen_tasks(options.unseen, tasks, options.adapters, _ROWS.get(group, TRAIN_ROWS))
+        for group in options.groups
+    }
+    for group, paths in of_groups.items():
         file = options.out / f"{group}.jsonl"
         jobs = [job for job in jobs_of(group, options, paths) if not options.methods or job.method in options.methods]
         if options.plan:
@@ -124,6 +133,22 @@ def main(arguments: Sequence[str] = ()) -> None:
         draw(scores(rows)[0], options.out / "relevance.png")
 
 
+def unseen_tasks(names: Sequence[str], tasks: Path, adapters: Path, train_rows: int = TRAIN_ROWS) -> dict[str, Path]:
+    """Return unseen tasks by name, without the test pairs that they or a pool's adapters were trained on.
+
+    Raises:
+      ValueError: an adapter was trained on more than 5 % of a task's test pairs.
+    """
+    trained = trained_pairs(sorted(path.name for path in adapters.iterdir() if path.is_dir()), tasks)
+    out = pool_of(adapters, "_unseen") / str(train_rows)
+    found = {name: unseen(find(name, tasks), trained, out, train_rows) for name in names}
+    for name, task in found.items():
+        if task.left_out:
+            what = f"left out {task.left_out} of the first {EVALUATED_ROWS} test pairs"
+            print(f"{name}: {what}, which are training pairs, ignoring case", file=sys.stderr)
+    return {name: task.path for name, task in found.items()}
+
+
 def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> Iterator[Job]:
     """Yield the programs of a group, task by task."""
     for task, path in paths.items():
@@ -136,10 +161,11 @@ def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> I
             for method in ("few-shot prompt", *_TRAINED):
                 # Of a single batch of the same rows, only LoRA and prompts draw anything.
                 seeds = options.seeds if method in ("few-shot prompt", "LoRA") else options.seeds[:1]
-                yield _job(task, method, MAIN[method], path, dataclasses.replace(options, seeds=seeds), train_rows=5)
+                few = dataclasses.replace(options, seeds=seeds)
+                yield _job(task, method, MAIN[method], path, few, train_rows=_ROWS[group])
         elif group == "twenty":
             for method in (_FUSION, "random pool", "magnitudes only", "LoRA"):
-                yield _job(task, f"{method}, 20 examples", MAIN[method], path, options, train_rows=20)
+                yield _job(task, f"{method}, 20 examples", MAIN[method], path, options, train_rows=_ROWS[group])
         elif task in RELEVANCE:
             yield from _relevance(group, task, path, options)
 
@@ -287,7 +313,8 @@ def draw(league: Scores, path: Path) -> None:
                     means = [summary.mean for summary in points.values()]
                     around = [[s.mean - s.low for s in points.values()], [s.high - s.mean for s in points.values()]]
                     axes.errorbar(x, means, around, fmt="o-", color=colour(i), elinewidth=1, label=labels[i - 1])
-            axes.set_title(f"{task}\n({RELEVANCE[task]})" if task else "mean of tasks", fontsize=9)
+            family = f"\n({RELEVANCE[task]})" if task in RELEVANCE else ""
+            axes.set_title(f"{task}{family}" if task else "mean of tasks", fontsize=9)
             axes.set_xticks(range(len(DOSES)), DOSES)
         panels[0].set_ylabel("exact match, %, with 95 % interval")
         figure.supxlabel("relevant modules of ten", fontsize=10)

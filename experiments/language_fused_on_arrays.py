@@ -1,8 +1,8 @@
-"""Fused tasks of SmolLM2 on simulated arrays: trained digitally and written there as they are, or trained on that chip.
+"""Fused tasks of SmolLM2 on simulated arrays: trained digitally, on the very chip, or on another chip of its kind.
 
     python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0 ideal-0.01 ideal-0.03
     python experiments/language_fused_on_arrays.py --tasks FOLDER --settings 8-0 6-0 5-0        # ADCs, perfect cells
-    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0.01 --its-chip
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0.03 --its-chip --other-chip
 
 LoRAFusion of all 24 adapters, as in `experiments/language.py`. The seven projections of every layer and all modules are
 written onto one chip of examples/smollm2/chip.yaml, whose ADC ranges are calibrated on training rows. Written to the
@@ -23,9 +23,9 @@ import jax
 import tyro
 from _common import ROOT, write_csv
 from _hardware import Row, Store, csv_of, slug
-from _language import MAIN, find, load, options_of
+from _language import MAIN, options_of
 from _smollm2 import EXAMPLES
-from language import link_tasks, linked_base, make_pools, pool_of
+from language import link_tasks, linked_base, make_pools, pool_of, unseen_tasks
 from language_on_arrays import DIGITAL, Setting, config_of
 
 from lorafusion_jax import FuseOptions, fuse
@@ -37,7 +37,7 @@ from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.options import OnArrays
 
 ADAPTERS = EXAMPLES / "adapters"
-Case = Literal["digitally", "on the chip"]
+Case = Literal["digitally", "on another chip", "on the chip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class Options:
       unseen: names of the tasks to fuse for.
       settings: bits of the ADC, or `ideal`, and standard deviation of the programming error as a share of Gmax: 8-0.01.
       its_chip: also train on the chip of each setting, from the beginning.
+      other_chip: also train on another chip of each setting, in as many steps: the control of `its_chip`.
       seeds: of the fusions, in one program.
       test_rows: evaluate on the first rows of the test set only.
       calibration_rows: training rows that the ADCs are calibrated on, for numbers that are trained digitally; a run
@@ -57,11 +58,12 @@ class Options:
     """
 
     tasks: Path
-    unseen: tuple[str, ...] = ("lowercase_last_letter", "person-sport")
+    unseen: tuple[str, ...] = ("sentiment", "person-sport")
     settings: tuple[str, ...] = ("ideal-0", "ideal-0.01", "ideal-0.03", "ideal-0.05", "ideal-0.1")
     its_chip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    other_chip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     seeds: tuple[int, ...] = (1, 2, 3)
-    test_rows: int = 40
+    test_rows: int = 100
     calibration_rows: int = 16
     out: Path = ROOT / "runs" / "language_fused_on_arrays"
 
@@ -70,16 +72,15 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Run what is missing, and write the table of what was asked for."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     settings = list(dict.fromkeys(map(parsed, options.settings)))
-    tasks = link_tasks(options.tasks)
-    paths = {name: find(name, tasks) for name in options.unseen}
-    for path in paths.values():
-        load(path)
+    paths = unseen_tasks(options.unseen, link_tasks(options.tasks), ADAPTERS)
     make_pools(ADAPTERS)
     store = Store(options.out)
     store.claim({name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
     asked: list[tuple[Setting, Case]] = [(DIGITAL, "digitally")]
     for setting in settings:
         asked.append((setting, "digitally"))
+        if options.other_chip and setting.error:
+            asked.append((setting, "on another chip"))
         if options.its_chip:
             asked.append((setting, "on the chip"))
     rows = []
@@ -129,18 +130,20 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
         name=task,
     )
     rows: dict[str, Any] = {"test_rows": options.test_rows, "eval_batch": options.test_rows}
-    if case == "on the chip":
-        arrays = OnArrays(crossbar=str(_config_file(setting, options)), noise="chip")
-        on_chip = dataclasses.replace(digital, name=f"{task}-{said(setting)}", arrays=arrays, **rows)
-        found = fuse(on_chip)["seeds"]
+    crossbar = "" if setting == DIGITAL else str(_config_file(setting, options))
+    if setting == DIGITAL:
+        found = evaluate_run(EvaluateOptions(run=_fused(digital), **rows))
+    elif case == "on the chip":
+        arrays = OnArrays(crossbar=crossbar, noise="chip")
+        found = fuse(dataclasses.replace(digital, name=f"{task}-{said(setting)}", arrays=arrays, **rows))["seeds"]
     else:
-        run = _fused(digital)
-        if setting == DIGITAL:
-            found = evaluate_run(EvaluateOptions(run=run, **rows))
-        else:
-            crossbar, calibration = str(_config_file(setting, options)), options.calibration_rows
-            on_chips = EvaluateOnChipsOptions(run=run, crossbar=crossbar, calibration_rows=calibration, **rows)
-            found = evaluate_on_chips(on_chips)["rows"]
+        trained = digital
+        if case == "on another chip":
+            arrays = OnArrays(crossbar=crossbar, noise="chip", chip=1)  # rows are of chip 0
+            trained = dataclasses.replace(digital, name=f"{task}-{said(setting)}-other", arrays=arrays)
+        calibration = options.calibration_rows
+        on_chips = EvaluateOnChipsOptions(run=_fused(trained), crossbar=crossbar, calibration_rows=calibration, **rows)
+        found = evaluate_on_chips(on_chips)["rows"]
     return [{name: row[name] for name in ("seed", "exact_match", "loss")} for row in found]
 
 
@@ -162,8 +165,9 @@ def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: O
 
 
 def _fused(options: FuseOptions) -> Path:
+    """Train a run, and return its folder; its own evaluation, which nobody reads, is of one row."""
     assert options.name is not None
-    fuse(options)
+    fuse(dataclasses.replace(options, test_rows=1, eval_batch=1))
     return options.out / options.name
 
 

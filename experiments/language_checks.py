@@ -1,0 +1,153 @@
+"""Check what the page on real language rests on: leaked test pairs, the random pool, and differences between tasks.
+
+    python experiments/language_checks.py --tasks FOLDER
+    python experiments/language_checks.py --tasks FOLDER --rows docs/results/language/main.jsonl --out runs/clean
+
+Printed: the pairs of each task that something was trained on; the updates of the pool's modules next to those of random
+ones; and with --rows, how two methods differ on each task, with and without those pairs. Without them, the report of
+`experiments/report.py` is written to OUT.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import _script
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _common import ROOT
+from _language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, trained_pairs
+from language import LanguageOptions, make_pools, pool_of
+from report import main as report
+
+from lorafusion_jax.adapters.pool import LoraPool, random_pool
+from lorafusion_jax.columns import markdown
+from lorafusion_jax.io.pool import open_pool
+from lorafusion_jax.models.weights import dense
+from lorafusion_jax.report import Row, append_rows, merge, scores
+from lorafusion_jax.tasks import load_task
+
+# Tasks of earlier rows that a source has too many pairs of.
+_SEEN = ("lowercase_last_letter", "alphabetically_first_3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the checks.
+
+    Attributes:
+      tasks: folder of the function-vector data sets, also in subfolders.
+      adapters: folder of the pool's adapters.
+      train_rows: rows that the tasks were learned from.
+      rows: files of result rows.
+      methods: two methods of these rows to compare, task by task.
+      out: folder of the report on rows without leaked pairs; the first method is its reference.
+    """
+
+    tasks: Path
+    adapters: Path = LanguageOptions.adapters
+    train_rows: int = TRAIN_ROWS
+    rows: tuple[Path, ...] = ()
+    methods: tuple[str, str] = ("LoRAFusion", "random pool")
+    out: Path = ROOT / "runs" / "language_checks"
+
+
+class Leaks(NamedTuple):
+    """Shares of a task's test pairs that trained it or a source, the source with most, and which of those evaluated."""
+
+    own: float
+    share: float
+    source: str
+    evaluated: list[bool]
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print the checks."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    trained = trained_pairs(sorted(path.name for path in options.adapters.iterdir() if path.is_dir()), options.tasks)
+    names = [*(name for tasks in UNSEEN.values() for name in tasks), *_SEEN]
+    found = {name: leaks(find(name, options.tasks), trained, options.train_rows) for name in names}
+    head = ["task", "its own, %", "most of a source, %", "source", f"of the first {EVALUATED_ROWS}"]
+    lines = [
+        [name, f"{100 * of.own:.1f}", f"{100 * of.share:.1f}", of.source if of.share else "-", str(sum(of.evaluated))]
+        for name, of in found.items()
+    ]
+    print(f"Test pairs that are training pairs too, ignoring case\n\n{markdown([head, *lines])}")
+    make_pools(options.adapters)
+    print(updates(open_pool(pool_of(options.adapters)).load()))
+    if options.rows:
+        rows = [row for row in merge(options.rows) if row["task"] in found and row["method"] in options.methods]
+        print(f"{' minus '.join(options.methods)}\n\n{by_task(rows)}")
+        clean = [
+            without(row, found[row["task"]].evaluated)
+            for row in merge(options.rows)
+            if row["task"] in found and found[row["task"]].share <= MOST_SHARED
+        ]
+        print(f"The same without these pairs\n\n{by_task([row for row in clean if row['method'] in options.methods])}")
+        file = options.out / "rows.jsonl"
+        file.unlink(missing_ok=True)
+        append_rows(file, clean)
+        report([str(file), "--out", str(options.out), "--reference", options.methods[0]])
+
+
+def leaks(path: Path, trained: dict[str, set[tuple[str, str]]], train_rows: int) -> Leaks:
+    """Return which test pairs of a task are training pairs too."""
+    task = load_task(path, train_rows=train_rows)
+    own, pairs = set(map(pair, task.train)), [*map(pair, task.test)]
+    shares = {name: sum(pair in rows for pair in pairs) / len(pairs) for name, rows in trained.items()}
+    source = max(shares, key=lambda name: shares[name])
+    known = own.union(*trained.values())
+    evaluated = [pair in known for pair in pairs[:EVALUATED_ROWS]]
+    return Leaks(sum(pair in own for pair in pairs) / len(pairs), shares[source], source, evaluated)
+
+
+def without(row: Row, leaked: Sequence[bool]) -> Row:
+    """Return a row without the test rows that leaked; its loss, which is of all of them, is left out too."""
+    correct = "".join(mark for mark, of in zip(row["correct"], leaked, strict=True) if not of)
+    clean: Row = {**row, "correct": correct, "exact_match": 100 * correct.count("1") / len(correct)}
+    return {**clean, "option_correct": None, "option_accuracy": None, "loss": None if any(leaked) else row["loss"]}
+
+
+def by_task(rows: Sequence[Row]) -> str:
+    """Return the difference of two methods on each task, and whether the tasks differ by more than chance."""
+    (league,) = scores(rows)
+    lines, differences, errors = [["task", "difference", "95 % interval"]], [], []
+    for task in league.tasks:
+        (of_task,) = scores([row for row in rows if row["task"] == task])
+        found = of_task.paired(*of_task.methods[:2])
+        assert found is not None
+        differences.append(found.difference)
+        errors.append((found.high - found.low) / (2 * 1.96))
+        lines.append([task, f"{found.difference:+.1f}", f"{found.low:.1f} to {found.high:.1f}"])
+    weights = np.array(errors) ** -2.0
+    mean = np.average(differences, weights=weights)
+    Q = float(np.sum(weights * (differences - mean) ** 2))
+    return f"{markdown(lines)}\nCochran's Q = {Q:.1f} on {len(differences) - 1} degrees of freedom\n"
+
+
+def updates(pool: LoraPool) -> str:
+    """Return norms and stable ranks of the modules' updates, and of random modules with the same norms of A and B."""
+    lines = [["mean over modules and matrices", "trained", "random", "ratio"]]
+    both = [singular_values(of) for of in (pool, random_pool(pool, jax.random.key(0)))]
+    norms = [np.sqrt(np.sum(values**2, axis=-1)) for values in both]
+    ranks = [norm**2 / values[..., 0] ** 2 for norm, values in zip(norms, both, strict=True)]
+    for name, (trained, drawn) in (("norm of the update", norms), ("stable rank of the update", ranks)):
+        cells = [np.mean(trained), np.mean(drawn), np.mean(trained / drawn)]
+        lines.append([name, *(f"{cell:.2f}" for cell in cells)])
+    return markdown(lines)
+
+
+def singular_values(pool: LoraPool) -> np.ndarray:
+    """Return those of every update [layers * modules * sites, r], from the largest on."""
+    found = []
+    for site in pool.A:
+        A, B = (np.asarray(dense(of[site], jnp.float32)) for of in (pool.A, pool.B))
+        found.append(np.linalg.svd(np.linalg.qr(A).R @ B, compute_uv=False))
+    return np.concatenate([values.reshape(-1, values.shape[-1]) for values in found])
+
+
+if __name__ == "__main__":
+    _script.run(main)
