@@ -28,12 +28,11 @@ from _smollm2 import EXAMPLES
 from language import link_tasks, linked_base, make_pools, pool_of, unseen_tasks
 from language_on_arrays import DIGITAL, Setting, config_of
 
-from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import save_config
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.report import write_text
-from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.options import OnArrays
 
 ADAPTERS = EXAMPLES / "adapters"
@@ -130,20 +129,25 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
         name=task,
     )
     rows: dict[str, Any] = {"test_rows": options.test_rows, "eval_batch": options.test_rows}
-    crossbar = "" if setting == DIGITAL else str(_config_file(setting, options))
+    trained = dataclasses.replace(digital, **rows)
     if setting == DIGITAL:
-        found = evaluate_run(EvaluateOptions(run=_fused(digital), **rows))
-    elif case == "on the chip":
-        arrays = OnArrays(crossbar=crossbar, noise="chip")
-        found = fuse(dataclasses.replace(digital, name=f"{task}-{said(setting)}", arrays=arrays, **rows))["seeds"]
+        found = fuse(trained)["seeds"]
     else:
-        trained = digital
-        if case == "on another chip":
-            arrays = OnArrays(crossbar=crossbar, noise="chip", chip=1)  # rows are of chip 0
-            trained = dataclasses.replace(digital, name=f"{task}-{said(setting)}-other", arrays=arrays)
-        calibration = options.calibration_rows
-        on_chips = EvaluateOnChipsOptions(run=_fused(trained), crossbar=crossbar, calibration_rows=calibration, **rows)
-        found = evaluate_on_chips(on_chips)["rows"]
+        crossbar, calibration = str(_config_file(setting, options)), options.calibration_rows
+        if case != "digitally":
+            other = case == "on another chip"  # rows are of chip 0; what a run says of chip 1 is not read
+            arrays = OnArrays(crossbar=crossbar, noise="chip", chip=int(other))
+            name = f"{task}-{said(setting)}{'-other' if other else ''}"
+            trained = dataclasses.replace(
+                trained, name=name, arrays=arrays, test_rows=1 if other else options.test_rows
+            )
+        results = fuse(trained)
+        if case == "on the chip":
+            found = results["seeds"]
+        else:
+            run = options.out / "runs" / str(trained.name)
+            on_chips = EvaluateOnChipsOptions(run=run, crossbar=crossbar, calibration_rows=calibration, **rows)
+            found = evaluate_on_chips(on_chips)["rows"]
     return [{name: row[name] for name in ("seed", "exact_match", "loss")} for row in found]
 
 
@@ -162,13 +166,6 @@ def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: O
             where = ["ideal" if setting.bits == "ideal" else f"{setting.bits} bits", f"{100 * setting.error:g}"]
         lines.append([*where, case, *cells, f"{statistics.fmean(means):.1f}"])
     return lines
-
-
-def _fused(options: FuseOptions) -> Path:
-    """Train a run, and return its folder; its own evaluation, which nobody reads, is of one row."""
-    assert options.name is not None
-    fuse(dataclasses.replace(options, test_rows=1, eval_batch=1))
-    return options.out / options.name
 
 
 def _config_file(setting: Setting, options: Options) -> Path:

@@ -340,3 +340,62 @@ def test_a_fused_task_is_measured_on_arrays_as_it_is_and_trained_there(
         on_arrays.main([*given, "--settings", "8"])
     with pytest.raises(ValueError, match=r"holds other results \(test_rows was 6, is 7\)"):
         on_arrays.main([*given[:-3], "7", *given[-2:]])
+
+
+def test_rows_are_compared_without_the_pairs_that_leaked(scripts, experiment, tmp_path):
+    import language_checks
+
+    path = _words(tmp_path / "new.json", [(f"Word {i}", f"Answer {i}") for i in range(200)])
+    task = scripts[0].load_task(path, train_rows=100)
+    known = {(row.input.lower(), row.target.lower()) for row in task.test[:3]}
+    found = language_checks.leaks(path, {"other": set(), "source": known}, 100)
+    assert (found.own, found.share, found.source) == (0, 0.03, "source")
+    assert found.evaluated == [True] * 3 + [False] * 97
+    one = row("new", "LoRA", 1, [True] * 4 + [False] * 96, trainable=1)
+    clean = language_checks.without(one, found.evaluated)
+    assert clean["exact_match"] == pytest.approx(100 / 97) and clean["correct"] == "1" + 96 * "0"
+    assert clean["loss"] is None and language_checks.without(one, [False] * 100)["loss"] == one["loss"]
+
+
+def test_differences_of_tasks_beyond_chance(scripts, experiment):
+    import language_checks
+
+    rng = random.Random(0)
+
+    def rows(task, share):
+        both = [[rng.random() < part for _ in range(400)] for part in (share, 0.5)]
+        return [row(task, method, 1, marks, trainable=1) for method, marks in zip(("a", "b"), both, strict=True)]
+
+    def Q(shares):
+        text = language_checks.by_task([r for i, share in enumerate(shares) for r in rows(f"task {i}", share)])
+        assert text.count("| task ") == len(shares) + 1 and f"on {len(shares) - 1} degrees of freedom" in text
+        return float(text.partition("Q = ")[2].split()[0])
+
+    # Chi-squared with five degrees of freedom exceeds 15.1 once in a hundred draws.
+    assert Q([0.5] * 6) < 15.1 < Q([0.2, 0.8] * 3)
+
+
+def test_a_random_module_has_the_norms_of_its_factors_and_another_rank(scripts, experiment):
+    import jax.numpy as jnp
+    import language_checks
+    import numpy as np
+
+    from lorafusion_jax import LoraPool
+
+    rng = np.random.default_rng(0)
+    A, B = rng.normal(size=(2, 3, 64, 1)), rng.normal(size=(2, 3, 1, 48))
+    # Four equal columns and rows: a product of rank one, with 4 x 4 times the norm.
+    pool = LoraPool(
+        A={"q": jnp.asarray(np.tile(A, 4), jnp.float32)},
+        B={"q": jnp.asarray(np.tile(B, (4, 1)), jnp.float32)},
+        rank={"q": jnp.full((2, 3), 4)},
+        names=("a", "b", "c"),
+    )
+    values = language_checks.singular_values(pool)
+    assert values.shape == (6, 4)
+    products = 4 * A[..., 0].reshape(6, 64, 1) * B.reshape(6, 1, 48)
+    np.testing.assert_allclose(values[:, 0], np.linalg.norm(products, axis=(1, 2)), rtol=1e-4)
+    norm, rank = (
+        [cell.strip() for cell in line.split("|")[2:5]] for line in language_checks.updates(pool).split("\n")[2:4]
+    )
+    assert rank[0] == "1.00" and 2 < float(rank[1]) < 4 and float(norm[2]) > 1.5
