@@ -9,7 +9,7 @@ from _model import RANK, hf_config
 
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.architecture import Architecture, linear_shapes
-from lorafusion_jax.models.families import family_of
+from lorafusion_jax.models.registry import family_of
 
 _DIFFERENT = 20
 

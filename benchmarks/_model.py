@@ -22,7 +22,7 @@ from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
-from lorafusion_jax.models.families import abstract_model, family_of, known_shapes
+from lorafusion_jax.models.registry import abstract_model, family_of, known_shapes
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.runs.options import LoadIn

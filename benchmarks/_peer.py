@@ -17,7 +17,7 @@ from flax import nnx
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.models.architecture import Architecture, Model, stack_of
-from lorafusion_jax.models.families import family_of
+from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.problem import Frozen

@@ -24,7 +24,7 @@ from flax import nnx
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.models.architecture import Architecture
 from lorafusion_jax.models.decoder import DecoderConfig
-from lorafusion_jax.models.families import abstract_model, family_of
+from lorafusion_jax.models.registry import abstract_model, family_of
 
 _PAGE = 4096
 _KINDS = ("float32", "nf4", "int8")

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from _measure import ROOT, case, in_turns, of_turns
 
 from lorafusion_jax.hardware.calibration import looped
+from lorafusion_jax.hardware.chips import on_every_chip
 from lorafusion_jax.hardware.folder import load_chips
-from lorafusion_jax.hardware.lanes import on_every_chip
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import Setup, prepare
-from lorafusion_jax.tasks import batch_orders, train_intervals
+from lorafusion_jax.tasks import batch_orders, train_step_batches
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
@@ -72,7 +72,7 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     assert on_all.split is not None
     recipe = FuseOptions(base="", task="").recipe
     orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
-    batches = next(train_intervals(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
+    batches = next(train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
     context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
     with context():
         problem = on_all.problem.replace(path="map")

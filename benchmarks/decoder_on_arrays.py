@@ -25,7 +25,7 @@ from _measure import ROOT, case, in_turns, of_turns
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.mapping.encoding import grid
-from lorafusion_jax.models.families import known_shapes
+from lorafusion_jax.models.registry import known_shapes
 from lorafusion_jax.models.weights import matmul
 
 _SHAPE = "smollm2-135m"

@@ -41,11 +41,11 @@ from _model import (
 )
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.text_tables import markdown
 
 _K = 32  # directions of the shared basis
 _ROWS, _NEW = 10, 32  # of generation

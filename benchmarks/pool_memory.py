@@ -36,7 +36,7 @@ from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_basis, load_pool
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.families import family_of, known_shapes
+from lorafusion_jax.models.registry import family_of, known_shapes
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import PRESETS

@@ -11,7 +11,7 @@ from typing import Any
 
 import lorafusion_jax as lf
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.hardware.write import ProgramOptions, program_chips
+from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.runs.options import OnArrays
 
 EXAMPLES = Path(__file__).parent
@@ -27,7 +27,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
     # Two independent draws of imperfect arrays, written once for every task. Matrices that a pattern of `digital` names
     # (as in "*.ff.*") stay digital.
     chips, config = out / "chips", EXAMPLES / "chip.yaml"
-    manifest = program_chips(
+    manifest = write_chips(
         ProgramOptions(base=BASE, pool=POOL, crossbar=str(config), chips=2, digital=digital, out=chips)
     )
     print(f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip")

@@ -16,11 +16,11 @@ from typing import Literal, get_args
 
 import _script
 import tyro
-from _common import ROOT
-from _matrix import against, run_matrix
-from _methods import COEFFICIENTS, METHODS, Entry
-from _planning import print_matrix_plan
-from report import main as report
+from lab.common import ROOT
+from lab.matrix import against, run_matrix
+from lab.methods import COEFFICIENTS, METHODS, Entry
+from lab.planning import print_matrix_plan
+from results_page import main as report
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax.adapters.merges import MergeKind

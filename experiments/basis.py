@@ -23,10 +23,10 @@ from typing import Any, Literal, get_args
 
 import _script
 import tyro
-from _common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
-from _matrix import run_matrix
-from _methods import ALL, BEST, IN_BASIS, METHODS, Entry
-from _planning import print_matrix_plan
+from lab.common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
+from lab.matrix import run_matrix
+from lab.methods import ALL, BEST, IN_BASIS, METHODS, Entry
+from lab.planning import print_matrix_plan
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax.adapters.basis import SharedBasis

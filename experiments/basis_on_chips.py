@@ -25,14 +25,14 @@ import _script
 import jax
 import numpy as np
 import tyro
-from _common import ROOT, write_csv
-from _hardware import Row, Store, Subject, again, check, csv_of, slug, subject
-from _methods import IN_BASIS, METHODS, Entry
+from lab.common import ROOT, write_csv
+from lab.hardware import Row, Store, Subject, again, check, csv_of, slug, subject
+from lab.methods import IN_BASIS, METHODS, Entry
 
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import CrossbarConfig, config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
+from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.problem import Params
 
 Case = Literal["digital", "untouched", "fresh noise", "its chip", "its chip, all rows", "prepared"]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import _script
 import tyro
-from _common import ROOT
-from _matrix import MatrixOptions, against, run_matrix
-from _methods import METHODS
-from _planning import print_matrix_plan
-from report import main as report
+from lab.common import ROOT
+from lab.matrix import MatrixOptions, against, run_matrix
+from lab.methods import METHODS
+from lab.planning import print_matrix_plan
+from results_page import main as report
 
 from lorafusion_jax.tasks import load_task, prompt_overlap, write_lorahub_split
 

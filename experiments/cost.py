@@ -30,7 +30,7 @@ from lorafusion_jax.estimates.bill import (
     price_once,
 )
 from lorafusion_jax.estimates.bill.show import markdown, number, quantity
-from lorafusion_jax.models.families import known_shapes
+from lorafusion_jax.models.registry import known_shapes
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 

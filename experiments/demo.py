@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import _script
-from _common import ROOT, convert_small_pool, fresh_folder, fuse_small
-from _methods import METHODS
+from lab.common import ROOT, convert_small_pool, fresh_folder, fuse_small
+from lab.methods import METHODS
 
 from lorafusion_jax import PRESETS, load_pool, load_run
 from lorafusion_jax.adapters.coefficients import column_names

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import _script
-from _common import ROOT, fresh_folder
-from _language import MAIN, PROMPT, options_of
-from _smollm2 import EXAMPLES, base
+from lab.common import ROOT, fresh_folder
+from lab.language import MAIN, PROMPT, options_of
+from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import fuse
 from lorafusion_jax.report import markdown_table, plot_accuracy, write_text
@@ -24,7 +24,7 @@ from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo-llm"
 TITLE = "the -ing form of verbs"
-# Rows of `_language.MAIN`, and what they are.
+# Rows of `lab.language.MAIN`, and what they are.
 METHODS = {
     "zero-shot": "the base as it is, which is not told what is wanted",
     "few-shot prompt": "the base, with five examples in every prompt",

@@ -22,15 +22,15 @@ import _script
 import jax
 import numpy as np
 import tyro
-from _common import ROOT, write_csv
-from _hardware import Row, Store, again, check, csv_of, slug, subject
+from lab.common import ROOT, write_csv
+from lab.hardware import Row, Store, again, check, csv_of, slug, subject
 
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
 from lorafusion_jax.runs.options import OnArrays
+from lorafusion_jax.text_tables import markdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

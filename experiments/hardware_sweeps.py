@@ -24,16 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, SMALL, write_csv
-from _hardware import Row, Store, Subject, again, check, csv_of, slug, subject
+from lab.common import ROOT, SMALL, write_csv
+from lab.hardware import Row, Store, Subject, again, check, csv_of, slug, subject
 
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, config_hash, load_config
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.text_tables import markdown
 
 Sweep = Literal["noise", "adc", "cell", "age"]
 

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import tyro
-from _common import ROOT
-from _language import (
+from lab.common import ROOT
+from lab.language import (
     DIRECTIONS,
     EVALUATED_ROWS,
     MAIN,
@@ -44,8 +44,8 @@ from _language import (
     trained_pairs,
     unseen,
 )
-from _methods import Entry
-from _smollm2 import EXAMPLES, HUB_ID, base
+from lab.methods import Entry
+from lab.smollm2 import EXAMPLES, HUB_ID, base
 from report import main as report
 
 from lorafusion_jax import fuse, read_config
@@ -58,7 +58,6 @@ from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.report import Scores, done, read_rows, scores
 from lorafusion_jax.report.figure import colour, plot
-from lorafusion_jax.runs.matrix import Job, run_jobs
 
 Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
 

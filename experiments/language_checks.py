@@ -18,17 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT
-from _language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, trained_pairs
+from lab.common import ROOT
+from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, trained_pairs
 from language import LanguageOptions, make_pools, pool_of
 from report import main as report
 
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.report import Row, append_rows, merge, scores
 from lorafusion_jax.tasks import load_task
+from lorafusion_jax.text_tables import markdown
 
 # Tasks of earlier rows that a source has too many pairs of.
 _SEEN = ("lowercase_last_letter", "alphabetically_first_3")

@@ -21,19 +21,20 @@ from typing import Annotated, Any, Literal
 import _script
 import jax
 import tyro
-from _common import ROOT, write_csv
-from _hardware import Row, Store, csv_of, slug
-from _language import MAIN, options_of
-from _smollm2 import EXAMPLES
+from lab.common import ROOT, write_csv
+from lab.hardware import Row, Store, csv_of, slug
+from lab.language import MAIN, options_of
+from lab.smollm2 import EXAMPLES
 from language import link_tasks, linked_base, make_pools, pool_of, unseen_tasks
 from language_on_arrays import DIGITAL, Setting, config_of
 
 from lorafusion_jax import fuse
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import save_config
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.options import OnArrays
+from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
+from lorafusion_jax.text_tables import markdown
 
 ADAPTERS = EXAMPLES / "adapters"
 Case = Literal["digitally", "on another chip", "on the chip"]

@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, append_line, read_lines, write_csv
-from _smollm2 import EXAMPLES, base
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import FuseOptions
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import (
     CrossbarConfig,
     Independent,
@@ -44,8 +43,9 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.report.figure import colour, plot
-from lorafusion_jax.runs.prepare import Fused, load_fused
+from lorafusion_jax.runs.prepare import LoadedModel, load_model
 from lorafusion_jax.runs.run import environment
+from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.loss import log_likelihood
 
 TEXTS, CALIBRATION = EXAMPLES / "text", "calibration.txt"
@@ -107,7 +107,7 @@ class Text(NamedTuple):
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or say what it takes."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    loaded = load_fused(FuseOptions(base=str(base()), task="", method="zero-shot"))
+    loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
     text = load_text(loaded.tokenizer, options)
     common = {
         "tokens": text.windows[:, 1:].size,
@@ -174,7 +174,7 @@ def read_rows(file: Path, common: Row) -> list[Row]:
     return rows
 
 
-def measured(loaded: Fused, text: Text, settings: Sequence[Setting], chip_key: int) -> Iterator[Row]:
+def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_key: int) -> Iterator[Row]:
     """Yield a row for each setting, calibrated once for each error: what columns sum up to does not depend on ADCs."""
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     key = jax.random.fold_in(jax.random.key(chip_key), 0)

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
-from _common import ROOT, append_line, read_lines, write_csv
-from _language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
-from _smollm2 import HUB_ID, base
+from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
+from lab.smollm2 import HUB_ID, base
 
 from lorafusion_jax import PRESETS, FuseOptions
 from lorafusion_jax.io.export import lora_adapter
@@ -33,8 +33,8 @@ from lorafusion_jax.runs.evaluate import evaluate, seed_rows
 from lorafusion_jax.runs.prepare import Setup, load_texts, prepare
 from lorafusion_jax.runs.run import environment, with_targets
 from lorafusion_jax.tasks import Encoded, answer_options, batch_orders, encode, split, train_batches
+from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import Epoch, fit, start
-from lorafusion_jax.training.programs import make_room
 
 SEED, BATCH = 1, 16
 # Padded tokens that a training step takes in a second, and seconds for the rest of a task: compiling and evaluating.

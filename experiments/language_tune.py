@@ -20,18 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, append_line, read_lines, write_csv
-from _language import MAIN, MORE, TUNING, find, options_of
+from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.language import MAIN, MORE, TUNING, find, options_of
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
 
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import with_targets
 from lorafusion_jax.tasks import Split, batch_orders, train_batches
+from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import fit, recipe_rates, start
 from lorafusion_jax.training.loss import seed_entropies
 from lorafusion_jax.training.problem import LOSS
-from lorafusion_jax.training.programs import make_room
 
 # On the embedded pool coefficients are tuned at 0.3 in place of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]

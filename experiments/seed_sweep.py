@@ -19,8 +19,8 @@ import _script
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _common import ROOT, SMALL, recipe_of
-from _methods import METHODS
+from lab.common import ROOT, SMALL, recipe_of
+from lab.methods import METHODS
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.report import write_text
@@ -89,7 +89,7 @@ def _repeated(setup: Setup, times: int) -> Setup:
     """Return the setup with all its seeds `times` over, one set behind the other."""
     assert setup.split is not None
     return dataclasses.replace(
-        setup.posing(index=jnp.tile(setup.problem.index, (times, 1))),
+        setup.with_problem(index=jnp.tile(setup.problem.index, (times, 1))),
         modules=setup.modules * times,
         split=Split(*(np.tile(rows, (times, 1)) for rows in setup.split)),
     )

@@ -4,7 +4,7 @@
     python experiments/tune.py --methods LoRA DoRA
     python experiments/tune.py --league 5            # five examples: every rate a third of those tried on 95
 
-writes runs/tune/results.json and runs/tune/table.csv. What it found is in `_methods.py`.
+writes runs/tune/results.json and runs/tune/table.csv. What it found is in `lab/methods.py`.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from statistics import fmean
 from typing import Any
 
 import _script
-from _common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis, write_csv
-from _methods import COEFFICIENTS, IN_BASIS, METHODS
+from lab.common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis, write_csv
+from lab.methods import COEFFICIENTS, IN_BASIS, METHODS
 
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.report import write_text
+from lorafusion_jax.text_tables import markdown
 
 FOLDER = ROOT / "runs" / "tune"
 TASKS = ("reverse_starcon", "rotr_next")

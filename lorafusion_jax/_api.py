@@ -1,6 +1,7 @@
 """The public names of the package."""
 
 from . import crossbar
+from ._fuse import fuse
 from .adapters.basis import SharedBasis, shared_basis
 from .adapters.composition import compose
 from .adapters.norms import Gram, column_norms, gram
@@ -8,7 +9,6 @@ from .adapters.pool import LoraPool, random_pool, shuffled_pool
 from .adapters.updates import LowRank, Modules
 from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
 from .files import FileError
-from .hardware.fuse import fuse
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
 from .io.pool import load_basis, load_pool, read_pool

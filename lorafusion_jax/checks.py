@@ -10,7 +10,7 @@ def at_least(least: int, **counts: int | None) -> None:
             raise ValueError(f"{name} is {count}: wanted at least {least}")
 
 
-def of_32_bits(**seeds: int) -> None:
+def check_uint32(**seeds: int) -> None:
     """Raise a ValueError that names the first seed which is not an unsigned integer of 32 bits.
 
     `jax.random.key` takes the last 32 bits of others, so that two of them may draw the same numbers.

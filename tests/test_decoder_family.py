@@ -15,6 +15,7 @@ import pytest
 import small_llama
 from safetensors.numpy import save_file
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.bill.activity import activities
@@ -24,9 +25,8 @@ from lorafusion_jax.estimates.memory import weights_bytes
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.report import report_on_chips
-from lorafusion_jax.hardware.write import ProgramOptions, program_chips
+from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, load_tokenizer, read_config
 from lorafusion_jax.io.pool import load_pool, read_pool
@@ -235,7 +235,7 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
 )
 def test_chips_hold_every_matrix_that_is_not_digital(digital, base, pool, run, config, tmp_path):
     chips = tmp_path / "chips"
-    program_chips(ProgramOptions(base=str(base), pool=str(pool), out=chips, crossbar="isaac", digital=digital))
+    write_chips(ProgramOptions(base=str(base), pool=str(pool), out=chips, crossbar="isaac", digital=digital))
     files = {path.stem for path in (chips / "chip_0").iterdir()}
     adapted = [site for site in config.sites if site.rpartition(".")[2] in _ADAPTED]
     # The head is the embedding, which stays digital.

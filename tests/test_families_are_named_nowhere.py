@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.models.families import FAMILIES, known_shapes
+from lorafusion_jax.models.registry import FAMILIES, known_shapes
 
 _PACKAGE = Path(__file__).resolve().parent.parent / "lorafusion_jax"
 _OF_FAMILIES = {_PACKAGE / "models" / "families.py"}.union(

@@ -18,11 +18,12 @@ _PACKAGE = "lorafusion_jax"
 _HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers wandb".split())
 
 # Helpers without imports of their own, which every part but the crossbar may import.
-_ANYWHERE = {"checks", "columns", "files", "hub_answers", "interrupts", "progress"}
+_ANYWHERE = {"checks", "files", "hub_answers", "interrupts", "platform", "progress", "text_tables"}
 # What each room may import besides itself and `_ANYWHERE`; later rooms stand on earlier ones.
 _MAY_IMPORT = {
     "crossbar": set(),
-    "columns": set(),
+    "text_tables": set(),
+    "platform": set(),
     "files": set(),
     "checks": set(),
     "hub_answers": set(),
@@ -39,7 +40,8 @@ _MAY_IMPORT = {
     "serving": {"models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "hardware": {"crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "estimates": {"crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
-    "cli": {"crossbar", "io", "training", "runs", "serving", "hardware", "estimates"},
+    "_fuse": {"runs", "hardware"},
+    "cli": {"_fuse", "crossbar", "io", "training", "runs", "serving", "hardware", "estimates"},
 }
 
 _PROBE = """

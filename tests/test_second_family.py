@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from second_family import FAMILY, Pair, PairConfig
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.bill.activity import activities
@@ -28,15 +29,14 @@ from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.report import report_on_chips
-from lorafusion_jax.hardware.write import ProgramOptions, program_chips
+from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool, read_pool
 from lorafusion_jax.models.architecture import kernels, linear_shapes, places
-from lorafusion_jax.models.families import FAMILIES
 from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.registry import FAMILIES
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
@@ -212,7 +212,7 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
 
 @pytest.mark.nightly
 def test_chips_hold_every_matrix(base, pool, run, tmp_path):
-    manifest = program_chips(ProgramOptions(base=str(base), pool=str(pool), out=tmp_path / "chips", crossbar="isaac"))
+    manifest = write_chips(ProgramOptions(base=str(base), pool=str(pool), out=tmp_path / "chips", crossbar="isaac"))
     assert list(manifest["modules"]) == ["adapter_0", "adapter_1", "adapter_2"]
     files = {path.stem for path in (tmp_path / "chips" / "chip_0").iterdir()}
     assert files == {*_CONFIG.sites, "head", *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED)}

@@ -24,8 +24,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..crossbar.devices.physical import is_traced
 from ..models.weights import Weight, dense, is_in_arrays, map_layers
+from ..platform import is_traced
 from .basis import SharedBasis
 from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, squared_columns
 from .pool import LoraPool

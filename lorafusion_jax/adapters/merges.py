@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..crossbar.devices.physical import is_traced
 from ..models.weights import Weight, dense, map_layers
+from ..platform import is_traced
 from .composition import compose
 from .norms import product
 from .pool import LoraPool

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..crossbar.devices.physical import is_traced
 from ..models.architecture import stack_of
 from ..models.weights import Weight, dense, quantise
+from ..platform import is_traced
 
 
 @jax.tree_util.register_dataclass

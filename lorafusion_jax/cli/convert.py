@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..columns import plain
 from ..files import one_line
 from ..io.convert import ConvertOptions, convert
 from ..io.pool import ConvertedPool
+from ..text_tables import plain
 from .parsing import parse
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..columns import markdown
 from ..crossbar import (
     CONSTANTS,
     Constants,
@@ -23,6 +22,7 @@ from ..estimates.bill.show import constants_table, sentences, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
 from ..files import write_text, writing
+from ..text_tables import markdown
 from .parsing import parse
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import plain
-from ..hardware.write import ProgramOptions, program_chips
+from ..hardware.write import ProgramOptions, write_chips
+from ..text_tables import plain
 from .parsing import parse
 
 GROUPS = {
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
             "`lorafusion evaluate --crossbar`"
         )
     options = parse(ProgramOptions, rest, "crossbar program", groups=GROUPS)
-    print(programmed_report(program_chips(options)))
+    print(programmed_report(write_chips(options)))
     print(f"written to {options.out}")
 
 

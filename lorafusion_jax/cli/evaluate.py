@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..columns import plain
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips, report_path
-from ..runs.apply import evaluate_run
-from ..serving.apply import EvaluateRunsOptions, evaluate_runs
+from ..runs.predict import evaluate_run
+from ..serving.predict import EvaluateRunsOptions, evaluate_runs
+from ..text_tables import plain
 from .parsing import parse, part_of
 from .scores import loss, score_table
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from .._fuse import fuse
 from ..estimates.plan import describe_run
 from ..files import one_line
-from ..hardware.fuse import fuse
 from ..io import processes
 from ..runs.options import FuseOptions
 from ..runs.run import run_path

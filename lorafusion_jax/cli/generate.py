@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import printable
-from ..runs.apply import GenerateOptions, generate_lines, stream_lines
-from ..serving.apply import GenerateRunsOptions, generate_rows
+from ..runs.predict import GenerateOptions, generate_lines, stream_lines
+from ..serving.predict import GenerateRunsOptions, generate_rows
 from .parsing import parse, part_of
 
 

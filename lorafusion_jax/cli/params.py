@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from ..columns import markdown
 from ..estimates.params import counts, shape_config
+from ..text_tables import markdown
 from .parsing import parse
 
 

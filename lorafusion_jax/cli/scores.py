@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import plain
+from ..text_tables import plain
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..checks import at_least
 from ..methods import METHODS, find
-from ..methods.method import Fused, MethodEntry, Update
+from ..methods.method import MethodEntry, PlannedPool, Update
 from ..models.architecture import Architecture
 from ..runs.options import LoadIn
 from ..training.recipe import Recipe
@@ -14,7 +14,7 @@ from ..training.seeds import Path
 from .flops import forward_flops, generation_flops, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from .parameters import trainable_count
-from .workload import Asked, Shapes, Workload
+from .workload import EvaluationShapes, Shapes, Workload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Settings:
     load_in: LoadIn = "full"
 
     @property
-    def fused(self) -> Fused:
+    def fused(self) -> PlannedPool:
         """The modules that a method fuses."""
-        return Fused(self.rank, self.pool or self.recipe.modules, self.targets, self.device == "accelerator")
+        return PlannedPool(self.rank, self.pool or self.recipe.modules, self.targets, self.device == "accelerator")
 
 
 class Cost(NamedTuple):
@@ -195,14 +195,19 @@ def _training_flops(
     return entry.evaluations(recipe, recipe.modules) * once
 
 
-def _evaluation_flops(config: Architecture, asked: Asked, new_tokens: int, update: Update) -> float:
+def _evaluation_flops(config: Architecture, asked: EvaluationShapes, new_tokens: int, update: Update) -> float:
     """Return the FLOPs of generation, of the loss and of the options; each of these programs reads the source."""
     generated = sum(generation_flops(config, s._replace(target=new_tokens), update) for s in asked.rows)
     return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
 
 
 def _activation_bytes(
-    config: Architecture, entry: MethodEntry, work: Workload, asked: Asked, settings: Settings, trainable: int
+    config: Architecture,
+    entry: MethodEntry,
+    work: Workload,
+    asked: EvaluationShapes,
+    settings: Settings,
+    trainable: int,
 ) -> int:
     """Return the largest memory of training, search or evaluation in addition to the arguments, for all seeds."""
     update, seeds = entry.update(settings.recipe, settings.fused), _seeds(entry, settings)

@@ -9,15 +9,15 @@ from flax import nnx
 
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
-from ..methods.method import Built, Fused, MethodEntry
+from ..methods.method import Built, MethodEntry, PlannedPool
 from ..models.architecture import Architecture, targeted
-from ..models.families import abstract_model
+from ..models.registry import abstract_model
 from ..training.problem import Frozen
 from ..training.recipe import Recipe
 
 
 @functools.lru_cache
-def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, modules: Fused) -> dict[str, int]:
+def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, modules: PlannedPool) -> dict[str, int]:
     """Return how many numbers of one seed a method trains or searches, by group.
 
     The method itself is asked: its numbers are made for a model and a pool that are shapes.
@@ -59,7 +59,7 @@ def _base(config: Architecture) -> nnx.State:
     return nnx.state(abstract_model(config))
 
 
-def _pool(config: Architecture, modules: Fused, count: int, k: int | None) -> Pool:
+def _pool(config: Architecture, modules: PlannedPool, count: int, k: int | None) -> Pool:
     adapted, rank = targeted(config, modules.targets), modules.rank
     names = tuple(map(str, range(count)))
     ranks = {name: jnp.full((site.layers, count), rank, jnp.int32) for name, site in adapted.items()}

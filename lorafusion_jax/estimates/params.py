@@ -7,9 +7,9 @@ from pathlib import Path
 from ..checks import at_least
 from ..io.hf import read_config
 from ..methods import METHODS
-from ..methods.method import WITH_CORE, Fused
+from ..methods.method import WITH_CORE, PlannedPool
 from ..models.architecture import Architecture
-from ..models.families import known_shapes
+from ..models.registry import known_shapes
 from ..training.recipe import Recipe
 from .parameters import trainable_count
 
@@ -42,7 +42,7 @@ def counts(
     at_least(1, modules=modules, rank=rank, vera_rank=vera_rank, **({} if basis is None else {"basis": basis}))
     maps = None if targets is None else tuple(targets)
     recipe = Recipe(modules=modules, lora_rank=rank, vera_rank=vera_rank, lora_targets=maps)
-    fused, found = Fused(rank=rank, pool=modules, targets=maps), {}
+    fused, found = PlannedPool(rank=rank, pool=modules, targets=maps), {}
     for entry in METHODS.values():
         asked = {} if entry.title is None else {entry.title.format(rank=rank, vera_rank=vera_rank): recipe}
         if entry.basis_title is not None and basis is not None:

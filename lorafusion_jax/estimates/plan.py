@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..columns import markdown
-from ..crossbar.platform import for_cpu
 from ..io.pool import open_pool
 from ..models.architecture import Architecture
-from ..models.families import known_shapes
+from ..models.registry import known_shapes
+from ..platform import for_cpu
 from ..runs.options import FuseOptions
 from ..runs.prepare import check, load_texts
 from ..tasks import load_task
+from ..text_tables import markdown
 from ..training.seeds import default_path
 from .estimate import Cost, Settings, estimate, seeds_of
 from .params import shape_config

@@ -36,7 +36,7 @@ Lengths = Literal["given", "tokenised", "estimated from characters"]
 Shapes = tuple[Shape, ...]
 
 
-class Asked(NamedTuple):
+class EvaluationShapes(NamedTuple):
     """Batches of an evaluation: the test rows, and each row with each of its options, if it has any."""
 
     rows: Shapes
@@ -62,8 +62,8 @@ class Workload:
     search: Shapes
     validation: Shape
     epochs: int
-    test: Asked
-    few_shot: Asked | None
+    test: EvaluationShapes
+    few_shot: EvaluationShapes | None
     new_tokens: int
     lengths: Lengths
 
@@ -152,8 +152,9 @@ def uniform(
     orders = batch_orders(rows.train, batch_size=recipe.batch_size)
     search = tuple(Shape(orders.shape[2], *widths) for _ in range(orders.shape[1]))
 
-    def asked(width: int) -> Asked:
-        return Asked(*(_even(count, eval_batch, width, widths[1]) for count in (test_rows, options * test_rows)))
+    def asked(width: int) -> EvaluationShapes:
+        counts = (test_rows, options * test_rows)
+        return EvaluationShapes(*(_even(count, eval_batch, width, widths[1]) for count in counts))
 
     return Workload(
         steps=search * recipe.epochs,
@@ -175,9 +176,9 @@ def _even(rows: int, most: int, source: int, target: int) -> Shapes:
 
 def _asked(
     task: Task, options: Sequence[Sequence[str]] | None, tokenizer: Any, text_format: TextFormat, eval_batch: int
-) -> Asked:
+) -> EvaluationShapes:
     rows = _encode(task.test, tokenizer, text_format)
-    asked = Asked(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
+    asked = EvaluationShapes(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
     if options is None:
         return asked
     pairs = zip(task.test, options, strict=True)

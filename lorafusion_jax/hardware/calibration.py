@@ -15,6 +15,9 @@ from ..tasks import Batch, Encoded, eval_batches
 from ..training.loss import batch_logits
 from ..training.problem import Frozen, Method, Params, Problem
 
+# Training rows that ADCs are calibrated on.
+CALIBRATION_ROWS = 64
+
 
 def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Frozen:
     """Return a chip whose ADC ranges cover the sums of the training rows, with every seed's numbers.
@@ -54,4 +57,4 @@ def looped(setup: Setup) -> Setup:
     """Return the setup with a loop over layers: reads compile slowly, and unrolled ones as often as layers."""
     model = nnx.merge(setup.problem.graph, setup.problem.frozen.base)
     model.config = dataclasses.replace(model.config, unroll=False)
-    return setup.posing(graph=nnx.split(model)[0])
+    return setup.with_problem(graph=nnx.split(model)[0])

@@ -1,7 +1,7 @@
 """Several chips in one program, and chips that are drawn again at every step.
 
-A fusion runs on one chip (`program`), each seed of a program on one of several (`program_chips`), or, to
-become robust on any chip, every training step on another one (`redrawn`).
+A fusion runs on one chip (`program`), each seed of a program on one of several (`stack_chips`; `on_every_chip` makes
+one seed of each seed and chip), or, to become robust on any chip, every training step on another one (`redrawn`).
 
 Axis letters: C chips, S seeds.
 """
@@ -9,18 +9,24 @@ Axis letters: C chips, S seeds.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..adapters.norms import PairTerms
 from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
 from ..models.weights import reads
-from ..training.problem import Frozen
+from ..runs.prepare import Setup
+from ..tasks import Split
+from ..training.problem import Frozen, Params
+from .calibration import CALIBRATION_ROWS, calibrate
 from .program import Norms, program
+
+_Tree = TypeVar("_Tree")
 
 # A new chip at every step, or at every other one.
 Steps = Literal["every", "other"]
@@ -112,7 +118,7 @@ def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: S
     )
 
 
-def program_chips(
+def stack_chips(
     graph: nnx.GraphDef,
     digital: Frozen,
     rules: Sequence[Rules],
@@ -144,6 +150,47 @@ def program_chips(
     values = jax.tree.map(lambda *of_chips: jnp.stack(of_chips), *(values for _, values in split))
     weights = _program_all(digital, values, keys, limits, modules, structures=split[0][0], graph=graph, norm=norm)
     return ChipPerSeed(**_fields(weights), chip_of_seed=of_seed)
+
+
+def on_every_chip(
+    setup: Setup,
+    params: Params,
+    rules: Rules,
+    keys: Array,
+    *,
+    modules: Int[Array, " P"] | None,
+    norm: Norms,
+    calibration_rows: int = CALIBRATION_ROWS,
+) -> Setup:
+    """Return the setup of S seeds on C chips: C * S seeds, each with a chip.
+
+    ADC ranges are calibrated on the first chip, and are those of all.
+
+    Args:
+      setup: digital, with a loop over layers.
+      params: of its seeds, which the ranges are to cover.
+      rules: of all chips (see `program`).
+      keys: [C], of the chips.
+      modules: the numbers that the pool's modules have on the chips.
+      norm: weights that the magnitudes' norms are computed from.
+      calibration_rows: training rows that the ranges are calibrated on.
+    """
+    problem = setup.problem
+    first = program(problem.graph, problem.frozen, rules, keys[0], modules=modules, norm=norm)
+    limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
+    count, seeds = len(keys), len(problem.index)
+    chip_of_seed = jnp.repeat(jnp.arange(count), seeds)
+    frozen = stack_chips(
+        problem.graph, problem.frozen, [rules] * count, keys, chip_of_seed, limits=limits, modules=modules, norm=norm
+    )
+    split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
+    on_all = setup.with_problem(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
+    return dataclasses.replace(on_all, split=split)
+
+
+def for_every_chip(tree: _Tree, count: int) -> _Tree:
+    """Return leaves of S seeds again for each of `count` chips."""
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * count), tree)
 
 
 def limits_of(frozen: Frozen) -> Limits:

@@ -22,16 +22,16 @@ from ..methods.lora import LoRA
 from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..progress import progress
-from ..runs.apply import EvaluateOptions, load_to_evaluate
 from ..runs.evaluate import evaluate
 from ..runs.options import FuseOptions, OnArrays
+from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup
 from ..training.problem import Params
-from .calibration import looped
+from .calibration import CALIBRATION_ROWS, looped
+from .chips import for_every_chip, on_every_chip
 from .folder import Chips, aged, load_chips
-from .lanes import for_every_chip, on_every_chip
+from .on_arrays import check, module_numbers, without_merged_pool
 from .program import Norms
-from .setup import CALIBRATION_ROWS, check, module_numbers, without_merged_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class EvaluateOnChipsOptions(EvaluateOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """A run to evaluate, and the chips to evaluate it on.
 
     Attributes:
@@ -107,7 +107,7 @@ class Asked:
     configs: dict[tuple[str | None, bool | None], CrossbarConfig]
 
 
-def asked(options: EvaluateOnChipsOptions) -> Asked:
+def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     """Load the run and the chips that the options name.
 
     Raises:
@@ -129,7 +129,7 @@ def asked(options: EvaluateOnChipsOptions) -> Asked:
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
         numbers = None
-    return Asked(without_merged_pool(setup), fused, params, chips, count, numbers, configs)
+    return EvaluationRequest(without_merged_pool(setup), fused, params, chips, count, numbers, configs)
 
 
 def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     model = nnx.merge(problem.graph, problem.frozen.base)
     used = {site: kernel for site, kernel in kernels(model).items() if site in A}
     frozen = dataclasses.replace(problem.frozen, pool=pool, gram=jax.jit(gram)(pool, used))
-    return setup.posing(frozen=frozen, method=as_it_is, index=index), {"coefficients": jnp.ones((seeds, 1))}
+    return setup.with_problem(frozen=frozen, method=as_it_is, index=index), {"coefficients": jnp.ones((seeds, 1))}
 
 
 def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:

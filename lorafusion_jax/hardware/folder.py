@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.pool import LoraPool
-from ..checks import of_32_bits
+from ..checks import check_uint32
 from ..crossbar import (
     CrossbarConfig,
     Polynomial,
@@ -37,7 +37,7 @@ from ..crossbar import (
 from ..files import FileError, read_json
 from ..models.architecture import matrices
 from ..models.weights import dense
-from ..runs.prepare import Fused
+from ..runs.prepare import LoadedModel
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
 BASIS = "shared basis"  # its name among the modules of a manifest
@@ -126,7 +126,7 @@ class Chips:
         there = list(pool if self.manifest is None else self.manifest["modules"])
         return jnp.array([there.index(name) for name in modules], jnp.int32)
 
-    def check(self, fused: Fused) -> None:
+    def check(self, fused: LoadedModel) -> None:
         """Raise an error if the run's base or modules differ from those on the chips, or the key now draws other chips.
 
         Raises:
@@ -151,7 +151,7 @@ class Chips:
                 )
         self._check_drawn(fused)
 
-    def _check_drawn(self, fused: Fused) -> None:
+    def _check_drawn(self, fused: LoadedModel) -> None:
         """Draw one weight of chip 0 again, and compare it with the arrays as they were written."""
         folder = Path(self.name) / "chip_0"
         base = matrices(nnx.merge(fused.problem.graph, fused.problem.frozen.base))
@@ -181,7 +181,7 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
       ValueError: it is none of these; a folder whose key or digital weights are others than these; or a key that is
         not of 32 bits.
     """
-    of_32_bits(chip_key=key)
+    check_uint32(chip_key=key)
     folder = Path(name)
     if not (folder / MANIFEST).is_file():
         if folder.is_dir():
@@ -198,7 +198,7 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     return Chips(config, tuple(manifest["digital"]), jax.random.key(manifest["key"]), manifest, name)
 
 
-def digests(fused: Fused) -> dict[str, Any]:
+def digests(fused: LoadedModel) -> dict[str, Any]:
     """Return the SHA-256 of the base model's matrices, and of every loaded module or the shared basis, as float32."""
     model = nnx.merge(fused.problem.graph, fused.problem.frozen.base)
     base = hashlib.sha256()

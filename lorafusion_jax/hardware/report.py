@@ -46,7 +46,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()
-            seeds, scores = evaluate_seeds(setup.posing(frozen=frozen), on.fused, params)
+            seeds, scores = evaluate_seeds(setup.with_problem(frozen=frozen), on.fused, params)
             seconds = {"program": calibrated - began, "evaluate": time.perf_counter() - calibrated}
             found.append({"chip": chip, "seeds": seed_rows(seeds, scores), "seconds": seconds, "matrices": rows})
             sites = _sites(frozen)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from .. import __version__
-from ..checks import at_least, of_32_bits
+from ..checks import at_least, check_uint32
 from ..crossbar import (
     Chip,
     Counts,
@@ -25,7 +25,7 @@ from ..io.checkpoint import new_folder, write_json
 from ..io.pool import open_pool
 from ..progress import progress
 from ..runs.options import FuseOptions
-from ..runs.prepare import load_fused
+from ..runs.prepare import load_model
 from ..training.recipe import Recipe
 from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip, digests
 from .program import program
@@ -63,7 +63,7 @@ class ProgramOptions:
     digital: tuple[str, ...] = ()
 
 
-def program_chips(options: ProgramOptions) -> Manifest:
+def write_chips(options: ProgramOptions) -> Manifest:
     """Write the folder (see `folder`), and return its manifest.
 
     Raises:
@@ -73,7 +73,7 @@ def program_chips(options: ProgramOptions) -> Manifest:
     if options.out.exists():  # before hours of programming
         raise ValueError(f"{options.out} exists: give another --out; chips are never written over")
     at_least(1, chips=options.chips)
-    of_32_bits(chip_key=options.chip_key)
+    check_uint32(chip_key=options.chip_key)
     config = load_config(options.crossbar)
     if options.chips > 1 and not is_random(config):
         raise ValueError(
@@ -83,7 +83,7 @@ def program_chips(options: ProgramOptions) -> Manifest:
     pool = open_pool(options.pool)
     names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
     recipe = Recipe(modules=len(names), basis=options.basis)
-    fused = load_fused(FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe))
+    fused = load_model(FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe))
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[Chip]()
         with progress("chips", options.chips) as bar:

@@ -19,8 +19,8 @@ from ..adapters.composition import check_mix
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank, WeightDecomposed
 from ..models.architecture import Architecture, Model, kernels, set_matrices
-from ..models.families import family_of
 from ..models.layers import Adapter
+from ..models.registry import family_of
 from ..models.weights import Weight, dense
 from .source import split_revision
 

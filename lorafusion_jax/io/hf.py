@@ -21,7 +21,7 @@ import qwix
 from ..files import FileError, read_json, shown, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
-from ..models.families import family_of_json
+from ..models.registry import family_of_json
 from .base import OpenedBase, Tensor
 from .buffers import aligned_zeros, copy_transposed
 from .checkpoint import new_folder

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from ..training.problem import Frozen, Method, Params
 from ..training.recipe import Recipe
-from .method import MethodEntry, Placement, Update
+from .method import CostLayout, MethodEntry, Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ ENTRIES = (
         build=lambda built: FullFineTuning(),
         update=lambda recipe, modules: Update(kind="full", targets=recipe.lora_targets),
         groups=("base",),
-        placements=lambda billed: {
-            "full fine-tuning": Placement(installed_words=billed.counts["base"] - billed.base, passes=1)
+        cost_layouts=lambda billed: {
+            "full fine-tuning": CostLayout(installed_words=billed.counts["base"] - billed.base, passes=1)
         },
     ),
 )

@@ -21,10 +21,11 @@ from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..checks import one_of
 from ..models.architecture import Site
-from ..models.weights import Weight, for_cpu, is_in_arrays
+from ..models.weights import Weight, is_in_arrays
+from ..platform import for_cpu
 from ..training.problem import Frozen, Method, Params
 from ..training.recipe import Recipe
-from .method import WITH_CORE, Billed, Built, Fused, MethodEntry, Placement, Update, fused, module
+from .method import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, Update, fused, module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,12 +231,12 @@ def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True)
     return fusion
 
 
-def _update(recipe: Recipe, modules: Fused, *, magnitudes: bool) -> Update:
+def _update(recipe: Recipe, modules: PlannedPool, *, magnitudes: bool) -> Update:
     return fused(recipe, modules, recipe.composition, magnitudes=magnitudes)
 
 
-def placement(modules: int, rank: int, words: int) -> Placement:
-    """Return the placement of a pool with separate arrays for each module, and N + d_out numbers in memory per site.
+def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
+    """Return the layout of a pool with separate arrays for each module, and N + d_out numbers in memory per site.
 
     The tables are the norm's terms, A_n^T W and ||W||^2.
 
@@ -248,7 +249,7 @@ def placement(modules: int, rank: int, words: int) -> Placement:
     def matrices(site: Site) -> list[tuple[int, int]]:
         return module(rank)(site) * modules
 
-    return Placement(
+    return CostLayout(
         installed_words=words,
         matrices=matrices,
         macs=lambda site: modules * (rank + site.d_out) + site.d_out,
@@ -259,14 +260,14 @@ def placement(modules: int, rank: int, words: int) -> Placement:
     )
 
 
-def _basis_placement(billed: Billed, k: int) -> Placement:
-    """Return the placement of k shared directions in arrays, with the mixed core in memory.
+def _basis_cost_layout(billed: Billed, k: int) -> CostLayout:
+    """Return the layout of k shared directions in arrays, with the mixed core in memory.
 
     Putting a task in place mixes its core from the table of all S_n once, on top of a trained one if there is one. The
     norm's terms are U^T W and ||W||^2.
     """
     N = billed.recipe.modules
-    return Placement(
+    return CostLayout(
         installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"] + billed.counts.get("core", 0),
         installed_macs=billed.adapted * N * k**2,
         matrices=module(k),
@@ -278,16 +279,16 @@ def _basis_placement(billed: Billed, k: int) -> Placement:
     )
 
 
-def _placements(billed: Billed) -> dict[str, Placement]:
+def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     """Return the two layouts: the modules' A next to each other along columns, their B along rows, add up in the array.
 
     The second layout can be read by a sum alone. A basis has one layout.
     """
     if (k := billed.recipe.basis) is not None:
         title = _BASIS_TITLE.format(basis=k) + (WITH_CORE if billed.recipe.core else "")
-        return {title: _basis_placement(billed, k)}
+        return {title: _basis_cost_layout(billed, k)}
     N, r = billed.recipe.modules, billed.rank
-    own = placement(N, r, sum(billed.counts.values()))
+    own = cost_layout(N, r, sum(billed.counts.values()))
     together = dataclasses.replace(own, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out)
     return {"LoRAFusion": own, "LoRAFusion, side by side": together}
 
@@ -303,7 +304,7 @@ _FUSION = MethodEntry(
     pool=True,
     in_basis=True,
     groups=("coefficients", "magnitudes"),
-    placements=_placements,
+    cost_layouts=_cost_layouts,
 )
 ENTRIES = (
     _FUSION,
@@ -316,6 +317,6 @@ ENTRIES = (
         build=partial(build, magnitudes=False),
         update=partial(_update, magnitudes=False),
         groups=("coefficients",),
-        placements=lambda billed: {},
+        cost_layouts=lambda billed: {},
     ),
 )

@@ -15,7 +15,7 @@ from ..models.weights import Weight
 from ..training.problem import Frozen, Method, Params
 from ..training.recipe import Recipe
 from .magnitudes import with_norms
-from .method import Billed, Built, MethodEntry, Placement, Update, module
+from .method import Billed, Built, CostLayout, MethodEntry, Update, module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,13 @@ def _build(built: Built, *, dora: bool) -> LoRA:
     return LoRA(sites=built.sites, rank=rank, alpha=2.0 * rank, dora=dora)
 
 
-def _in_cells(billed: Billed) -> Placement:
-    return Placement(
+def _in_cells(billed: Billed) -> CostLayout:
+    return CostLayout(
         installed_words=0, matrices=module(billed.rank), macs=lambda site: site.d_out, stays_in="arrays", passes=1
     )
 
 
-def _lora_placements(billed: Billed) -> dict[str, Placement]:
+def _lora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     r, cells = billed.rank, _in_cells(billed)
     sram = dataclasses.replace(
         cells,
@@ -95,7 +95,7 @@ def _lora_placements(billed: Billed) -> dict[str, Placement]:
     return {"LoRA in cells": cells, "LoRA in cells, every step": every_step, "LoRA in SRAM": sram}
 
 
-def _dora_placements(billed: Billed) -> dict[str, Placement]:
+def _dora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     cells = dataclasses.replace(
         _in_cells(billed),
         installed_words=billed.counts["magnitudes"],
@@ -113,7 +113,7 @@ ENTRIES = (
         build=partial(_build, dora=False),
         update=lambda recipe, modules: Update(kind="lora", rank=recipe.lora_rank, targets=recipe.lora_targets),
         groups=("lora",),
-        placements=_lora_placements,
+        cost_layouts=_lora_cost_layouts,
     ),
     MethodEntry(
         name="dora",
@@ -122,6 +122,6 @@ ENTRIES = (
         build=partial(_build, dora=True),
         update=lambda recipe, modules: Update(kind="dora", rank=recipe.lora_rank, targets=recipe.lora_targets),
         groups=("lora", "magnitudes"),
-        placements=_dora_placements,
+        cost_layouts=_dora_cost_layouts,
     ),
 )

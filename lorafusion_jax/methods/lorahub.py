@@ -30,8 +30,8 @@ from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.problem import SEARCH, Params, Problem
 from ..training.recipe import Recipe
-from .fusion import Fusion, placement
-from .method import Billed, Built, MethodEntry, Placement, SearchJob, fused
+from .fusion import Fusion, cost_layout
+from .method import Billed, Built, CostLayout, MethodEntry, SearchJob, fused
 
 BOUND = 1.5
 L1 = 0.05
@@ -207,9 +207,9 @@ def _search(job: SearchJob) -> tuple[Params, int]:
     return {"coefficients": jnp.asarray(found.weights, jnp.float32)}, count
 
 
-def _placements(billed: Billed) -> dict[str, Placement]:
+def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     N, r = billed.recipe.modules, billed.rank
-    pool = placement(N, r, sum(billed.counts.values()))
+    pool = cost_layout(N, r, sum(billed.counts.values()))
     unscaled = {"macs": lambda site: N * (2 * r + site.d_out), "words": lambda site: N, "tables": lambda site: 0}
     return {"LoraHub": dataclasses.replace(pool, **unscaled)}
 
@@ -227,6 +227,6 @@ ENTRIES = (
         check=_check,
         search=_search,
         evaluations=lambda recipe, modules: recipe.evaluations,
-        placements=_placements,
+        cost_layouts=_cost_layouts,
     ),
 )

@@ -18,7 +18,7 @@ WITH_CORE = ", with a core"  # ends the title of a fusion in a basis that trains
 
 UpdateKind = Literal["none", "magnitudes", "mix", "sum", "basis", "lora", "dora", "vera", "full"]
 Matrix = tuple[int, int]
-Place = Literal["arrays", "memory"]
+Storage = Literal["arrays", "memory"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Update:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Placement of a method's adapters in hardware, and the digital work of a token.
+class CostLayout:
+    """CostLayout of a method's adapters, and the digital work of a token.
 
     Attributes:
       installed_words: words that are written to memory, or read there, to put the finished task in place.
@@ -82,8 +82,8 @@ class Placement:
     macs: Callable[[Site], int] = lambda site: 0
     words: Callable[[Site], int] = lambda site: 0
     tables: Callable[[Site], int] = lambda site: 0
-    trains_in: Place = "memory"
-    stays_in: Place = "memory"
+    trains_in: Storage = "memory"
+    stays_in: Storage = "memory"
     passes: int = 0
     shared: bool = False
 
@@ -109,7 +109,7 @@ class Built(NamedTuple):
         return tuple(targeted(self.config, self.recipe.lora_targets, "lora_targets").items())
 
 
-class Fused(NamedTuple):
+class PlannedPool(NamedTuple):
     """The modules in a plan.
 
     Attributes:
@@ -190,13 +190,13 @@ class MethodEntry:
       evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
         modules.
       at_once: number of evaluations of each seed that run at once.
-      placements: its placements in hardware, by a title for the bill; empty if it is not billed.
+      cost_layouts: its layouts in hardware, by a title for the bill; empty if it is not billed.
     """
 
     name: str
     help: str
     build: Callable[[Built], Method]
-    update: Callable[[Recipe, Fused], Update]
+    update: Callable[[Recipe, PlannedPool], Update]
     title: str | None = None
     basis_title: str | None = None
     pool: bool = False
@@ -210,7 +210,7 @@ class MethodEntry:
     search: Callable[[SearchJob], tuple[Params, int]] | None = None
     evaluations: Callable[[Recipe, int], int] = lambda recipe, modules: 0
     at_once: Callable[[Recipe], int] = lambda recipe: 1
-    placements: Callable[[Billed], dict[str, Placement]] = lambda billed: {}
+    cost_layouts: Callable[[Billed], dict[str, CostLayout]] = lambda billed: {}
 
     @property
     def counted(self) -> bool:
@@ -223,7 +223,7 @@ def module(rank: int) -> Callable[[Site], list[Matrix]]:
     return lambda site: [(site.d_in, rank), (rank, site.d_out)]
 
 
-def fused(recipe: Recipe, modules: Fused, kind: UpdateKind, *, magnitudes: bool = False) -> Update:
+def fused(recipe: Recipe, modules: PlannedPool, kind: UpdateKind, *, magnitudes: bool = False) -> Update:
     """Return the update of a method that fuses the recipe's number of modules, a sum in the recipe's basis."""
     rank = modules.rank
     if kind == "sum" and recipe.basis is not None:

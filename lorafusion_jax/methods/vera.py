@@ -14,7 +14,7 @@ from ..models.architecture import Site
 from ..models.weights import Weight
 from ..training.problem import Frozen, Method, Params, Projections
 from ..training.recipe import Recipe
-from .method import Billed, MethodEntry, Placement, Update, module
+from .method import Billed, CostLayout, MethodEntry, Update, module
 
 _START = 0.1  # initial value of d, as in PEFT
 _PROJECTION_KEY = 0  # the matrices are the same in every run, as in PEFT
@@ -73,9 +73,9 @@ class VeRA(Method):
         }, {}
 
 
-def _placements(billed: Billed) -> dict[str, Placement]:
+def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     rank = billed.recipe.vera_rank
-    placement = Placement(
+    layout = CostLayout(
         installed_words=sum(billed.counts.values()),
         matrices=module(rank),
         macs=lambda site: rank + 2 * site.d_out,
@@ -84,7 +84,7 @@ def _placements(billed: Billed) -> dict[str, Placement]:
         stays_in="arrays",
         shared=True,
     )
-    return {"VeRA": placement}
+    return {"VeRA": layout}
 
 
 ENTRIES = (
@@ -95,6 +95,6 @@ ENTRIES = (
         build=lambda built: VeRA(sites=built.sites, rank=built.recipe.vera_rank),
         update=lambda recipe, modules: Update(kind="vera", rank=recipe.vera_rank, targets=recipe.lora_targets),
         groups=("vera",),
-        placements=_placements,
+        cost_layouts=_cost_layouts,
     ),
 )

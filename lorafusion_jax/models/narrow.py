@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from ..crossbar.platform import for_cpu
+from ..platform import for_cpu
 
 _HALF_BYTES = (jnp.int4, jnp.uint4)
 
@@ -43,15 +43,15 @@ def from_bits(tree: Any) -> Any:
     return jax.tree.map(lambda a: _read(a.bits, a.numbers) if _is_bits(a) else a, tree, is_leaf=_is_bits)
 
 
-def held(numbers: Array) -> Array:
+def pack(numbers: Array) -> Array:
     """Return an array in the type in which a loop on a CPU can update it in place: bits in place of bfloat16."""
     if numbers.dtype == jnp.bfloat16 and for_cpu():
         return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
     return numbers
 
 
-def released(array: Array) -> Array:
-    """Return the original of an array from `held`, or of a part of it."""
+def unpack(array: Array) -> Array:
+    """Return the original of an array from `pack`, or of a part of it."""
     return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
 
 

@@ -20,8 +20,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from .. import crossbar
 from ..crossbar import Chip, Segments, is_chip, map_layers, programmed_weights, reads, scan_layers
-from ..crossbar.devices.physical import is_traced
-from ..crossbar.platform import for_cpu
+from ..platform import for_cpu, is_traced
 from .narrow import from_bits, kept, to_bits
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Weight",
     "dense",
     "embed",
-    "for_cpu",
     "is_in_arrays",
     "is_unstacked",
     "map_layers",

@@ -1,9 +1,9 @@
-"""Result rows, their statistics, and the tables, plots and pages made from them."""
+"""Result rows, their statistics, and the tables and plots made from them."""
+
 
 from ..files import write_text
 from .comparison import plot_against_trainable, plot_means
 from .formats import Column, Table, csv_text, html_table, latex, markdown
-from .page import page, save_plots
 from .plots import plot_accuracy, plot_coefficients, plot_learning_curves
 from .rows import Row, append_rows, done, merge, read_rows
 from .scores import Scores, scores
@@ -30,7 +30,6 @@ __all__ = [
     "markdown_table",
     "merge",
     "over_tasks",
-    "page",
     "paired",
     "paired_table",
     "plot_accuracy",
@@ -39,7 +38,6 @@ __all__ = [
     "plot_learning_curves",
     "plot_means",
     "read_rows",
-    "save_plots",
     "scores",
     "summary",
     "write_text",

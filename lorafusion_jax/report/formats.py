@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from .. import columns
+from .. import text_tables
 
 EMPTY = "–"
 Kind = Literal[
@@ -66,8 +66,8 @@ class Table:
 
 def markdown(table: Table) -> str:
     """Return the caption and a table with columns in line."""
-    lines = [[*map(columns.escaped, line)] for line in table.texts]
-    return f"{columns.escaped(table.caption)}\n\n{columns.markdown(lines)}"
+    lines = [[*map(text_tables.escaped, line)] for line in table.texts]
+    return f"{text_tables.escaped(table.caption)}\n\n{text_tables.markdown(lines)}"
 
 
 def csv_text(table: Table) -> str:

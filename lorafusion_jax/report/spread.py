@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..columns import escaped, markdown
+from ..text_tables import escaped, markdown
 
 _KEYS = ("task", "method", "seed", "exact_match", "trainable", "seconds")
 MEAN = "mean"

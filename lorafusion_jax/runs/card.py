@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Float
 
 from .. import __version__
-from ..columns import escaped, markdown
 from ..files import printable, write_text
 from ..io.source import is_hub_id, split_revision
 from ..models.architecture import Architecture
 from ..report import plot_coefficients, summary
+from ..text_tables import escaped, markdown
 from .folder import RunFolder
 from .options import FuseOptions
 

@@ -22,7 +22,7 @@ from ..models.architecture import Architecture
 from ..training.problem import Params, Problem
 from .card import write_card
 from .folder import RunFolder
-from .prepare import load_fused, with_modules
+from .prepare import load_model, with_modules
 from .run import load_run
 
 
@@ -91,7 +91,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    loaded = with_modules(load_fused(fused), fused, config["modules"])
+    loaded = with_modules(load_model(fused), fused, config["modules"])
     position = fused.seeds.index(seed)
     of_seed: Params = jax.tree.map(lambda p: p[position], params)
     problem = loaded.problem.replace(index=loaded.problem.index[position])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import positions, random_pool, shuffled_pool
-from ..checks import at_least, of_32_bits
+from ..checks import at_least, check_uint32
 from ..io.hf import load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
@@ -42,7 +42,7 @@ from ..training.seeds import Path as SeedPath
 from ..training.seeds import default_path
 from .options import FuseOptions, OnArrays
 
-AnyFused = TypeVar("AnyFused", bound="Fused")
+AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
 _CONTROL_KEY = 0
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
@@ -63,7 +63,7 @@ class Texts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
+class LoadedModel:
     """A model and the modules that are fused onto it, without a task.
 
     Attributes:
@@ -78,7 +78,7 @@ class Fused:
     tokenizer: Any
     text_format: TextFormat
 
-    def posing(self: AnyFused, **changes: Any) -> AnyFused:
+    def with_problem(self: AnyLoaded, **changes: Any) -> AnyLoaded:
         """Return the same with a problem that has other fields."""
         return dataclasses.replace(self, problem=self.problem.replace(**changes))
 
@@ -89,7 +89,7 @@ class Fused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup(Fused):
+class Setup(LoadedModel):
     """All inputs of a run's computation.
 
     Attributes:
@@ -120,7 +120,7 @@ def check(options: FuseOptions) -> None:
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
     for seed in options.seeds:
-        of_32_bits(seed=seed)
+        check_uint32(seed=seed)
     method, recipe = find(options.method), options.recipe
     if options.pool is None and method.pool:
         raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
@@ -218,7 +218,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
     if method.answers == "examples" and texts.text_format.context is not None:
         for shown in shown_to_seeds(task, options):  # raises ValueError for a prompt that is too long
             encode_shown(texts, shown, len(test), new_tokens)
-    fused = load_fused(options, path, texts)
+    fused = load_model(options, path, texts)
     rows = None
     if method.learns != "untrained" and (to_train or there > 0):
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
@@ -278,7 +278,7 @@ def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encod
     return found if text_format.ends else Encoded(tuple(ids[-LONGEST:] for ids in found.inputs), found.labels)
 
 
-def load_fused(options: FuseOptions, path: SeedPath | None = None, texts: Texts | None = None) -> Fused:
+def load_model(options: FuseOptions, path: SeedPath | None = None, texts: Texts | None = None) -> LoadedModel:
     """Load the model and the modules of the options, without the task.
 
     Args:
@@ -309,7 +309,7 @@ def load_fused(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
         index=_index(modules, {name: i for i, name in enumerate(names)}),
         path=path or (default_path() if options.path == "auto" else options.path),
     )
-    return Fused(problem=problem, modules=modules, tokenizer=texts.tokenizer, text_format=texts.text_format)
+    return LoadedModel(problem=problem, modules=modules, tokenizer=texts.tokenizer, text_format=texts.text_format)
 
 
 def _frozen(
@@ -331,7 +331,7 @@ def _frozen(
     return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config)
 
 
-def with_whole_modules(loaded: AnyFused, options: FuseOptions) -> AnyFused:
+def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
     """Return a model that was loaded with modules in a basis with the same modules in whole, to rank them.
 
     Raises:
@@ -348,10 +348,10 @@ def with_whole_modules(loaded: AnyFused, options: FuseOptions) -> AnyFused:
     whole = dataclasses.replace(options, recipe=recipe, control="none")  # a control has other directions alone
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     method, frozen = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
-    return loaded.posing(method=method, frozen=frozen)
+    return loaded.with_problem(method=method, frozen=frozen)
 
 
-def with_modules(loaded: AnyFused, options: FuseOptions, of_seeds: Sequence[Sequence[str]]) -> AnyFused:
+def with_modules(loaded: AnyLoaded, options: FuseOptions, of_seeds: Sequence[Sequence[str]]) -> AnyLoaded:
     """Return the loaded model with the modules that the run fused.
 
     Raises:
@@ -365,7 +365,7 @@ def with_modules(loaded: AnyFused, options: FuseOptions, of_seeds: Sequence[Sequ
     position = {name: i for i, name in enumerate(loaded.modules[0])}
     if missing := sorted({name for names in wanted for name in names} - position.keys()):
         raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
-    return dataclasses.replace(loaded.posing(index=_index(wanted, position)), modules=wanted)
+    return dataclasses.replace(loaded.with_problem(index=_index(wanted, position)), modules=wanted)
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:

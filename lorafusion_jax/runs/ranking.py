@@ -34,7 +34,7 @@ def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch
     chosen = most_descent(gradient, keep)
     names = [[modules[i] for i in row] for modules, row in zip(setup.modules, chosen.tolist(), strict=True)]
     index = np.take_along_axis(to_host(setup.problem.index), chosen, axis=1)
-    asked = setup.posing(index=on_mesh(jnp.asarray(index), of_seeds=True))
+    asked = setup.with_problem(index=on_mesh(jnp.asarray(index), of_seeds=True))
     return dataclasses.replace(asked, modules=tuple(map(tuple, names)))
 
 

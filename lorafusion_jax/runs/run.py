@@ -25,10 +25,10 @@ from ..io.hf import read_config
 from ..methods import find
 from ..methods.method import SearchJob
 from ..tasks import without_revision
+from ..training.compiled import make_room
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import make_mesh, on_mesh, to_host
 from ..training.problem import Params
-from ..training.programs import make_room
 from ..training.step import TrainState
 from .evaluate import Evaluation, seed_rows
 from .folder import Environment, RunConfig, RunFolder
@@ -44,7 +44,7 @@ _BAD_STEPS = 20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
-class Placed(NamedTuple):
+class HardwareSetup(NamedTuple):
     """A run on hardware.
 
     Attributes:
@@ -70,21 +70,21 @@ class _Reached(TypedDict):
 
 
 # Puts a run on hardware: (digital setup, options, numbers to start from).
-Place = Callable[[Setup, FuseOptions, Params], Placed]
+SetUpHardware = Callable[[Setup, FuseOptions, Params], HardwareSetup]
 
 
-def run(options: FuseOptions, place: Place | None = None) -> dict[str, Any]:
+def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, Any]:
     """Run what the options ask for, and return the results as they are in results.json.
 
     Args:
       options: of the run.
-      place: puts it on the hardware that the options name; None for a digital run.
+      set_up: puts it on the hardware that the options name; None for a digital run.
 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
-    if (options.arrays.crossbar is None) != (place is None):
+    if (options.arrays.crossbar is None) != (set_up is None):
         raise ValueError("options with a crossbar and what puts a run on it go together: use `lorafusion_jax.fuse`")
     options = with_targets(options)
     make_room()
@@ -93,7 +93,7 @@ def run(options: FuseOptions, place: Place | None = None) -> dict[str, Any]:
             stack.enter_context(processes.joined())
         if options.mesh is not None:
             stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
-        return _run(options, place)
+        return _run(options, set_up)
 
 
 def with_targets(options: FuseOptions) -> FuseOptions:
@@ -104,7 +104,7 @@ def with_targets(options: FuseOptions) -> FuseOptions:
     return dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, lora_targets=targets))
 
 
-def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
+def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     find(options.method).check(options.recipe)
     if options.log:
         _load_wandb()
@@ -120,9 +120,9 @@ def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
         setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
     config = _config(options, setup)
-    placed = Placed(setup, lambda params: setup)
-    if place is not None:
-        placed = place(setup, options, begin or start(setup.problem, options.seeds).params)
+    hardware = HardwareSetup(setup, lambda params: setup)
+    if set_up is not None:
+        hardware = set_up(setup, options, begin or start(setup.problem, options.seeds).params)
     processes.barrier("every process has read what is there")
     with run.locked():
         if recorded is None:
@@ -131,7 +131,7 @@ def _run(options: FuseOptions, place: Place | None) -> dict[str, Any]:
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
-        return _complete(run, placed, options, config, begin)
+        return _complete(run, hardware, options, config, begin)
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
@@ -178,16 +178,16 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
 
 def _complete(
     run: RunFolder,
-    placed: Placed,
+    hardware: HardwareSetup,
     options: FuseOptions,
     config: RunConfig,
     begin: dict[str, Any] | None,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    setup = placed.training
+    setup = hardware.training
     params, steps = _train(run, setup, options, begin)
     trained = time.perf_counter()
-    seeds, evaluation = evaluate_seeds(placed.tested(params), options, params)
+    seeds, evaluation = evaluate_seeds(hardware.tested(params), options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
     counts = trainable_count(setup) if find(options.method).counted else {}

@@ -26,7 +26,7 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
     if method.answers == "examples":
         return options.seeds, _few_shot(setup, options)
     seeds = options.seeds if method.seeded else options.seeds[:1]
-    asked = setup if method.seeded else setup.posing(index=setup.problem.index[:1])
+    asked = setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
     return seeds, evaluate(asked, params, batch_size=options.eval_batch, options=answer_options(setup.task))
 
 
@@ -47,7 +47,7 @@ def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
     found = []
     for shown in shown_to_seeds(setup.task, options):
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
-        asked = dataclasses.replace(setup.posing(index=setup.problem.index[:1]), task=shown, test=test)
+        asked = dataclasses.replace(setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test)
         found.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed, stop=stop))
     scored = [one.option_correct for one in found if one.option_correct is not None]
     losses = [one.loss for one in found if one.loss is not None]

@@ -15,16 +15,16 @@ from jaxtyping import Float, Int
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool
-from ..checks import at_least, of_32_bits
+from ..checks import at_least, check_uint32
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.fusion import Fusion
 from ..methods.method import Built
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
-from ..runs.apply import draw_keys
 from ..runs.options import FuseOptions
-from ..runs.prepare import load_fused, module_names
+from ..runs.predict import draw_keys
+from ..runs.prepare import load_model, module_names
 from ..runs.run import load_run
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
 from ..training.problem import Method, Params
@@ -127,7 +127,7 @@ class Service:
             # Modules that no run mixes with each other may differ in rank.
             recipe = dataclasses.replace(options.recipe, composition="sum", core=False)
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
-        fused = load_fused(options)
+        fused = load_model(options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
         frozen, self._config = fused.problem.frozen, fused.config
         if frozen.pool is not None:  # a control's own names are not those by which runs know what it replaces
@@ -218,7 +218,7 @@ class Service:
             number is below 1, or the seed is not of 32 bits.
         """
         at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
-        of_32_bits(sampling_seed=sampling_seed)
+        check_uint32(sampling_seed=sampling_seed)
         if len(texts) != len(names):
             raise ValueError(f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None")
         tasks = {name: None if name is None else self._task(name) for name in dict.fromkeys(names)}

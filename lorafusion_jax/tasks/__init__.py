@@ -3,13 +3,13 @@
 from .batches import (
     IGNORED,
     Batch,
-    Interval,
+    StepBatch,
     bucket,
     eval_batches,
     most_new_tokens,
     pad,
     train_batches,
-    train_intervals,
+    train_step_batches,
 )
 from .bbh import prompt_overlap, write_lorahub_split
 from .data import Example, Task, load_task
@@ -29,7 +29,7 @@ __all__ = [
     "Encoded",
     "Example",
     "ExactMatch",
-    "Interval",
+    "StepBatch",
     "Protocol",
     "Split",
     "Task",
@@ -52,7 +52,7 @@ __all__ = [
     "split",
     "stream_text",
     "train_batches",
-    "train_intervals",
+    "train_step_batches",
     "without_revision",
     "write_lorahub_split",
 ]

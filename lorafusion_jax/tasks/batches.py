@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         )
 
 
-class Interval(NamedTuple):
+class StepBatch(NamedTuple):
     """Batches of consecutive steps in arrays of one width, for one program.
 
     Attributes:
@@ -111,18 +111,18 @@ def train_batches(encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], 
       orders: row numbers, -1 for a row that only fills up the batch (`batch_orders` makes them).
       pad_id: the tokenizer's padding token.
     """
-    for interval in train_intervals(encoded, orders, pad_id=pad_id):
+    for interval in train_step_batches(encoded, orders, pad_id=pad_id):
         yield Batch(*(leaf[:, 0] for leaf in interval.batches))
 
 
-def train_intervals(
+def train_step_batches(
     encoded: Encoded,
     orders: Int32[np.ndarray, "seeds steps B"],
     *,
     pad_id: int,
     length: int = 1,
     first_step: int = 0,
-) -> Iterator[Interval]:
+) -> Iterator[StepBatch]:
     """Yield the batches of all seeds, `length` steps at a time, from `first_step` on.
 
     The width of a step holds the longest row that any seed has in it. The widths to choose from follow from
@@ -142,10 +142,10 @@ def train_intervals(
         end = first_step - first_step % length + length
         own, rows = of_step[first_step:end], orders[:, first_step:end]
         if len(shapes) == 1 or length == 1:
-            yield Interval(table.take(rows, *own[0]))
+            yield StepBatch(table.take(rows, *own[0]))
         else:
             batches = table.take(rows, *map(max, zip(*shapes, strict=True)))
-            yield Interval(batches, tuple(shapes), np.array([shapes.index(shape) for shape in own], np.int32))
+            yield StepBatch(batches, tuple(shapes), np.array([shapes.index(shape) for shape in own], np.int32))
         first_step = end
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from ..models.weights import for_cpu
+from ..platform import for_cpu
 from ..progress import progress
-from ..tasks import Batch, Interval, batch_orders, train_batches, train_intervals
+from ..tasks import Batch, StepBatch, batch_orders, train_batches, train_step_batches
 from .loss import seed_entropies
 from .mesh import on_mesh, to_host
 from .problem import VALIDATION, Method, Params, Problem
@@ -117,7 +117,7 @@ def fit(
     first_step = max(steps_done, epochs_done * per_epoch)
     length = per_epoch if whole_epochs() else 1
     intervals = map(
-        _placed, train_intervals(rows.tokens, orders, pad_id=rows.pad_id, length=length, first_step=first_step)
+        _placed, train_step_batches(rows.tokens, orders, pad_id=rows.pad_id, length=length, first_step=first_step)
     )
     following = next(intervals, None)
     with progress("train", orders.shape[1], first_step) as bar:
@@ -181,9 +181,9 @@ def train_seeds(
       batches: leaves [seeds, steps, B, ...].
       problem: of all seeds.
       rates: of every seed.
-      shape_of: as in `Interval`.
+      shape_of: as in `StepBatch`.
       optimisation: as in `fusion_step`.
-      shapes: as in `Interval`.
+      shapes: as in `StepBatch`.
 
     Returns:
       The state after the last step, and name -> [steps, seeds], the metrics of `fusion_step`.
@@ -236,7 +236,7 @@ def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
     )
 
 
-def _placed(interval: Interval) -> Interval:
+def _placed(interval: StepBatch) -> StepBatch:
     """Return an interval whose batches are on the mesh or the accelerator, or on their way there."""
     batches = on_mesh(interval.batches, of_seeds=True)
     # A CPU takes NumPy's arrays at once.

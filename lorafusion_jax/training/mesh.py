@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..models.architecture import Architecture, Split
-from ..models.families import abstract_model
-from ..models.weights import for_cpu
+from ..models.registry import abstract_model
+from ..platform import for_cpu
 
 _Tree = TypeVar("_Tree")
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import PartitionSpec
 
-from ..models.weights import for_cpu
+from ..platform import for_cpu
 
 Path = Literal["vmap", "map"]
 AXIS = "seeds_of_a_device"  # of the batched path, for collectives of a device's seeds

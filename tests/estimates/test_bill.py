@@ -17,7 +17,6 @@ import yaml
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.cli import main
-from lorafusion_jax.columns import markdown
 from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Encoding, Range, Tile
 from lorafusion_jax.estimates.bill import CostOptions, activities, bills, comparisons, installed_once, price
 from lorafusion_jax.estimates.bill.show import constants_table, number, quantity
@@ -25,6 +24,7 @@ from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, step_fl
 from lorafusion_jax.estimates.params import counts as trainable_counts
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.text_tables import markdown
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]

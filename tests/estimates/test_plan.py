@@ -31,8 +31,8 @@ from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.architecture import Architecture, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.decoder.config import Rope
-from lorafusion_jax.models.families import abstract_model
 from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.models.weights import quantise

@@ -23,10 +23,10 @@ _SHARE = {"LoRA": 0.3, "LoRAFusion": 0.5, "best 10": 0.6, "k = 16, best 10": 0.4
 def scripts():
     sys.path.insert(0, str(_EXPERIMENTS))
     try:
-        import _common
         import basis
+        from lab import common
 
-        yield _common, basis
+        yield common, basis
     finally:
         sys.path.remove(str(_EXPERIMENTS))
 

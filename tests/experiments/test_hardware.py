@@ -18,13 +18,14 @@ _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 def scripts():
     sys.path.insert(0, str(_ROOT / "experiments"))
     yield {
-        name: importlib.import_module(name) for name in ("_hardware", "hardware", "hardware_sweeps", "basis_on_chips")
+        name: importlib.import_module(name)
+        for name in ("lab.hardware", "hardware", "hardware_sweeps", "basis_on_chips")
     }
     sys.path.remove(str(_ROOT / "experiments"))
 
 
 def test_results_are_computed_once_and_settings_are_kept_apart(scripts, tmp_path):
-    store, calls = scripts["_hardware"].Store(tmp_path / "out"), []
+    store, calls = scripts["lab.hardware"].Store(tmp_path / "out"), []
 
     def compute():
         calls.append(1)
@@ -90,7 +91,7 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(s
     of_whole = _rows("digital", [[60, 40, 0]]) + _rows("untouched", [[40, 40, 0], [30, 30, 0], [0, 0, 0]])
     for compensate, match in ((False, 0), (True, 20)):
         of_whole += _rows("untouched", [[match] * 3] * 3, age="1month", compensate=compensate)
-    file.write_text(scripts["_hardware"].csv_of(of_whole))
+    file.write_text(scripts["lab.hardware"].csv_of(of_whole))
     options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
     rows = script.earlier_rows(options)
     assert len(rows) == 2 + 2 * 2 * 2
@@ -100,7 +101,7 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(s
     # What was written is read again, and no row counts twice.
     rows += inside
     written = tmp_path / "written.csv"
-    written.write_text(scripts["_hardware"].csv_of(rows))
+    written.write_text(scripts["lab.hardware"].csv_of(rows))
     assert script.earlier_rows(dataclasses.replace(options, earlier=(file, written))) == rows
     assert script.table(rows, options)[1:] == [
         ["whole modules", "50.0", "35.0 ± 7.1", "20.0 ± 0.0", "15.0", "30.0"],
@@ -146,7 +147,7 @@ def test_earlier_rows_count_only_where_no_chip_seed_or_age_is_missing(scripts, t
     script, file = scripts["basis_on_chips"], tmp_path / "rows.csv"
     of_whole = _rows("digital", [[60, 40]]) + _rows("untouched", [[40, 40], [30, 30]])
     of_whole += _rows("untouched", [[20, 20], [20, 20]], age="1month", compensate=True)
-    file.write_text(scripts["_hardware"].csv_of(of_whole))
+    file.write_text(scripts["lab.hardware"].csv_of(of_whole))
     options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
     assert len(script.earlier_rows(options)) == 2 + 2 * 2 * 2
     assert script.earlier_rows(dataclasses.replace(options, seeds=(0, 1, 2))) == []

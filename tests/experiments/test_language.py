@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import small_llama
+from lab.jobs import run_jobs, settings_of
 from made_up_rows import row
 
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.report import append_rows
-from lorafusion_jax.runs.matrix import run_jobs, settings_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,10 +20,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
-    import _language
     import language_pool
+    from lab import language
 
-    return _language, language_pool
+    return language, language_pool
 
 
 def _colours(path: Path, rows: int, first: int = 0) -> Path:

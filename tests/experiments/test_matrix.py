@@ -22,12 +22,11 @@ def matrix():
     """The experiments' module, imported as its scripts see it, and methods that are quick."""
     sys.path.insert(0, str(_EXPERIMENTS))
     try:
-        import _matrix
-        import _methods
+        from lab import matrix, methods
 
         chosen = ("zero-shot", "constant answer", "uniform mean", "coefficients only")
-        entries = {name: _methods.METHODS[name] for name in chosen}
-        yield _matrix, {name: dataclasses.replace(entry, recipe=_QUICK) for name, entry in entries.items()}
+        entries = {name: methods.METHODS[name] for name in chosen}
+        yield matrix, {name: dataclasses.replace(entry, recipe=_QUICK) for name, entry in entries.items()}
     finally:
         sys.path.remove(str(_EXPERIMENTS))
 

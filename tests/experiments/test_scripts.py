@@ -20,11 +20,11 @@ _TASK = one_block.SMALL / "tasks" / "rotr_next"
 def scripts():
     sys.path.insert(0, str(_EXPERIMENTS))
     try:
-        import _common
         import ablations
         import seed_sweep
+        from lab import common
 
-        yield _common, ablations, seed_sweep
+        yield common, ablations, seed_sweep
     finally:
         sys.path.remove(str(_EXPERIMENTS))
 

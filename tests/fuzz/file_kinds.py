@@ -30,7 +30,7 @@ from lorafusion_jax.io import checkpoint
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.peft.adapter import read_adapter, resave
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
-from lorafusion_jax.models.families import abstract_model
+from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions

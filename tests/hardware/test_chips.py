@@ -13,6 +13,7 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
@@ -33,22 +34,20 @@ from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar.config.structure import split_config
 from lorafusion_jax.hardware import evaluate as evaluate_lib
 from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.chips import Redrawn, limits_of, program_chips, redrawn
+from lorafusion_jax.hardware.chips import Redrawn, limits_of, redrawn, stack_chips
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from lorafusion_jax.hardware.folder import aged, load_chips, seconds
-from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax.hardware.on_arrays import module_numbers, on_arrays
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.report import report_path
-from lorafusion_jax.hardware.setup import module_numbers, on_arrays
-from lorafusion_jax.hardware.write import ProgramOptions
-from lorafusion_jax.hardware.write import program_chips as write_chips
+from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import matrices
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.evaluate import Evaluation
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions, OnArrays
+from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.training.loss import objective
@@ -85,14 +84,14 @@ def test_chips_in_one_program_are_the_single_ones():
     rules = [{_WRITTEN: aged(converted, age)} for age in ("0", "1h")]
     singles = [program(_GRAPH, _DIGITAL, of_chip, key, norm="ideal") for of_chip, key in zip(rules, _KEYS, strict=True)]
     limits = limits_of(singles[0])
-    both = program_chips(_GRAPH, _DIGITAL, rules, _KEYS, jnp.array([1, 0, 1]), limits=limits)
+    both = stack_chips(_GRAPH, _DIGITAL, rules, _KEYS, jnp.array([1, 0, 1]), limits=limits)
     found = [_loss(both.of_seed(jnp.int32(number))) for number in range(3)]
     wanted = [_loss(chip.of_seed(jnp.int32(0))) for chip in singles]
     assert wanted[0] != wanted[1]
     np.testing.assert_allclose(found, [wanted[1], wanted[0], wanted[1]], rtol=1e-5)
     other = dataclasses.replace(_NOISY, device=dataclasses.replace(_DEVICE, time=None))
     with pytest.raises(ValueError, match="differ in plain numbers"):
-        program_chips(_GRAPH, _DIGITAL, [rules[0], {_WRITTEN: other}], _KEYS, jnp.arange(2), limits=limits)
+        stack_chips(_GRAPH, _DIGITAL, [rules[0], {_WRITTEN: other}], _KEYS, jnp.arange(2), limits=limits)
 
 
 _OF_TWO_MODELS = [

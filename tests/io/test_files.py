@@ -25,9 +25,9 @@ from lorafusion_jax.io.checkpoint import new_folder, read_arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
 from lorafusion_jax.report import append_rows, read_rows
-from lorafusion_jax.runs.apply import GenerateOptions, generate_lines
 from lorafusion_jax.runs.folder import RunConfig, RunFolder
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.tasks import Example, encode, load_task
 

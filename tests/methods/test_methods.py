@@ -10,17 +10,17 @@ import one_block
 import pytest
 from safetensors.numpy import load_file
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.methods import lorahub, mean
-from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks import load_task, split
 from lorafusion_jax.training import fit

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from jaxtyping import Array, Int
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.updates import Rescaled
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
@@ -20,14 +21,13 @@ from lorafusion_jax.estimates.parameters import trainable_count
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.methods import METHODS, find, register
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.mean import MeanFusion
 from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.methods.method import Built, Fused, MethodEntry, Placement, Update
+from lorafusion_jax.methods.method import Built, CostLayout, MethodEntry, PlannedPool, Update
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.options import FuseOptions
@@ -65,8 +65,8 @@ GAINS = MethodEntry(
     build=lambda built: Gains(tuple((name, site.layers, site.d_out) for name, site in built.sites)),
     update=lambda recipe, modules: Update(kind="magnitudes", targets=recipe.lora_targets),
     groups=("gains",),
-    placements=lambda billed: {
-        "gains": Placement(
+    cost_layouts=lambda billed: {
+        "gains": CostLayout(
             installed_words=sum(billed.counts.values()), macs=lambda site: site.d_out, words=lambda site: 1
         )
     },
@@ -124,7 +124,7 @@ def test_an_unknown_method_is_answered_with_those_there_are():
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
 def test_the_groups_of_an_entry_are_those_that_its_method_trains(name):
     entry, recipe = METHODS[name], Recipe(modules=2)
-    found = trainable_count(entry, _SMALL, recipe, Fused(rank=4, pool=2, targets=("q", "v")))
+    found = trainable_count(entry, _SMALL, recipe, PlannedPool(rank=4, pool=2, targets=("q", "v")))
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
 
 

@@ -9,7 +9,7 @@ from lorafusion_jax.estimates.parameters import size
 from lorafusion_jax.estimates.params import counts, shape_config
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.decoder.shapes import SHAPES
-from lorafusion_jax.models.families import recorded_config
+from lorafusion_jax.models.registry import recorded_config
 
 # Numbers of parameters that the models' pages on the Hugging Face hub show.
 _SIZES = {

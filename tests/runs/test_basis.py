@@ -11,23 +11,23 @@ import one_block
 import pytest
 import qwix
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.hardware.fuse import fuse
-from lorafusion_jax.hardware.write import ProgramOptions, program_chips
+from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.checkpoint import new_folder
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.prepare import check, load_fused, with_whole_modules
+from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
+from lorafusion_jax.runs.prepare import check, load_model, with_whole_modules
 from lorafusion_jax.runs.run import run_path
-from lorafusion_jax.serving.apply import EvaluateRunsOptions, evaluate_runs
+from lorafusion_jax.serving.predict import EvaluateRunsOptions, evaluate_runs
 from lorafusion_jax.training.recipe import PRESETS
 
 _TASK = sorted((one_block.SMALL / "tasks").iterdir())[0]
@@ -93,7 +93,7 @@ def test_runs_in_a_basis_share_a_bank_and_chips(fused, small, tmp_path):
     fuse(whole)
     with pytest.raises(ValueError, match="fuses whole modules, and .* a basis of 16 directions"):
         evaluate_runs(EvaluateRunsOptions(runs=(run_path(options), run_path(whole))))
-    manifest = program_chips(
+    manifest = write_chips(
         ProgramOptions(base=str(small[0]), pool=str(small[1]), basis=16, crossbar="ideal", out=tmp_path / "chips")
     )
     assert list(manifest["modules"]) == ["shared basis"]
@@ -135,7 +135,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(small, tmp_path):
         assert fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
     assert chosen["gradient"] == chosen["basis-gradient"]
     control = _options((small[0], whole), tmp_path, choose="gradient", basis=48, control="random")
-    ranked = with_whole_modules(load_fused(control), control).problem.frozen.pool
+    ranked = with_whole_modules(load_model(control), control).problem.frozen.pool
     np.testing.assert_array_equal(ranked.A["encoder.self.q"], load_pool(whole).A["encoder.self.q"])
     shutil.rmtree(whole / "adapters")
     options = _options((small[0], whole), tmp_path, name="alone", choose="basis-gradient", epochs=1, basis=48)
@@ -143,9 +143,9 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(small, tmp_path):
 
 
 def test_controls_project_the_modules_on_other_directions(small, tmp_path):
-    own = load_fused(_options(small, tmp_path)).problem.frozen.pool
+    own = load_model(_options(small, tmp_path)).problem.frozen.pool
     for control in ("random", "shuffled", "svd"):
-        pool = load_fused(_options(small, tmp_path, control=control)).problem.frozen.pool
+        pool = load_model(_options(small, tmp_path, control=control)).problem.frozen.pool
         assert (pool.names, pool.k) == (own.names, 16)
         for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
             assert pool.kept()[site].sum() < own.kept()[site].sum()
@@ -170,7 +170,7 @@ def test_new_modules_join_a_basis_that_is_there(small, tmp_path, capsys):
     assert more.names == (*there.names, new.name)
     np.testing.assert_array_equal(more.U["encoder.self.q"], there.U["encoder.self.q"])
     options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
-    assert load_fused(options).problem.frozen.pool.names == (there.names[0], new.name)
+    assert load_model(options).problem.frozen.pool.names == (there.names[0], new.name)
     ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
     with pytest.raises(ValueError, match="only its part in the basis"):
         fuse(ranked)
@@ -208,14 +208,14 @@ def test_options_that_contradict_a_basis_are_refused(small, tmp_path, changes, m
 
 def test_a_pool_without_such_a_basis_says_how_to_make_one(small, tmp_path):
     with pytest.raises(ValueError, match=r"24 directions, and 25 are asked for: .* convert --basis 25"):
-        load_fused(_options(small, tmp_path, basis=25))
+        load_model(_options(small, tmp_path, basis=25))
     base, adapters = one_block.cut(tmp_path)
     with pytest.raises(ValueError, match=r"adapters of PEFT, .* `lorafusion convert --basis 16`"):
-        load_fused(_options((base, adapters), tmp_path))
+        load_model(_options((base, adapters), tmp_path))
     bare, other = tmp_path / "bare", tmp_path / "other"
     shutil.copytree(small[1], bare, ignore=shutil.ignore_patterns("basis"))
     with pytest.raises(ValueError, match=r"has no shared basis: .* convert --basis 16 --out"):
-        load_fused(_options((base, bare), tmp_path))
+        load_model(_options((base, bare), tmp_path))
     with pytest.raises(ValueError, match="rank of at most 48"):
         convert(ConvertOptions(out=bare, basis=49))
     assert not (bare / "basis").exists()
@@ -248,5 +248,5 @@ def test_seeds_a_mesh_and_4_bits(small, tmp_path):
         assert got["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
     in_4_bits = dataclasses.replace(both, name="nf4", load_in="nf4")
     assert fuse(in_4_bits)["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=0.2)
-    frozen = load_fused(in_4_bits).problem.frozen
+    frozen = load_model(in_4_bits).problem.frozen
     assert all(isinstance(u, qwix.QArray) for u in frozen.pool.U.values())

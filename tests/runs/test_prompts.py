@@ -15,13 +15,15 @@ import pytest
 import small_llama
 from flax import nnx
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.models.generate import Sampling
 from lorafusion_jax.runs import evaluate as evaluation
-from lorafusion_jax.runs.apply import (
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.predict import (
     EvaluateOptions,
     GenerateOptions,
     evaluate_run,
@@ -29,8 +31,6 @@ from lorafusion_jax.runs.apply import (
     load_to_evaluate,
     stream_lines,
 )
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_texts, prepare
 from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.tasks import Example, encode

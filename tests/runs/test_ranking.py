@@ -11,11 +11,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.hardware.fuse import fuse
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs import ranking
-from lorafusion_jax.runs.apply import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.training.loss import objective

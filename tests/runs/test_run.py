@@ -23,18 +23,18 @@ import one_block
 import pytest
 
 from lorafusion_jax import interrupts
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.files import WriteError
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
 from lorafusion_jax.models.generate import GREEDY
 from lorafusion_jax.runs import run as run_module
-from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.evaluate import _generate_seeds
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks.batches import MOST_SHAPES, eval_batches
@@ -175,7 +175,7 @@ def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
 
 def test_vmapped_seeds_share_the_position_of_the_token_that_they_generate(small):
     setup = prepare(_options(small, Path("unused")))
-    of_seeds = setup.posing(path="vmap").problem
+    of_seeds = setup.with_problem(path="vmap").problem
     params = start(of_seeds, (1, 2)).params
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
     how = {"max_new_tokens": 4, "sampling": GREEDY, "row_keys": None}

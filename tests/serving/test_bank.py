@@ -31,7 +31,7 @@ from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.models import families
+from lorafusion_jax.models import registry
 from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, quantise
@@ -417,7 +417,7 @@ _LLAMA = {
 @pytest.mark.long
 def test_a_decoder_answers_for_mixed_tasks_as_for_each_alone():
     """Prompts of different lengths are padded on the left inside the model, and rows keep their tasks."""
-    family = families.family_of_json(_LLAMA)
+    family = registry.family_of_json(_LLAMA)
     config = family.read_config(_LLAMA)
     graph, base = nnx.split(family.model(config, rngs=nnx.Rngs(0)))
     pool = tiny.pool(2, names=("q_proj", "v_proj"), config=config)

@@ -21,12 +21,12 @@ from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods import find
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.generate import Sampling
-from lorafusion_jax.runs.apply import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.run import options_to_json
-from lorafusion_jax.serving.apply import EvaluateRunsOptions, GenerateRunsOptions, evaluate_runs, generate_rows
 from lorafusion_jax.serving.bank import _generate
+from lorafusion_jax.serving.predict import EvaluateRunsOptions, GenerateRunsOptions, evaluate_runs, generate_rows
 from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks import draw_modules
 from lorafusion_jax.training.recipe import PRESETS

@@ -20,7 +20,7 @@ from lorafusion_jax.tasks import (
     pad,
     split,
     train_batches,
-    train_intervals,
+    train_step_batches,
 )
 
 _PAD = 0
@@ -124,7 +124,7 @@ def test_train_batches(pairs, batch_size, reference):
 def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch_size, length, first_step):
     encoded, orders = _epochs(pairs, batch_size, reference=False)
     batches = list(train_batches(encoded, orders, pad_id=_PAD))
-    intervals = list(train_intervals(encoded, orders, pad_id=_PAD, length=length, first_step=first_step))
+    intervals = list(train_step_batches(encoded, orders, pad_id=_PAD, length=length, first_step=first_step))
     steps = [interval.batches.row_mask.shape[1] for interval in intervals]
     ends = (first_step + np.cumsum(steps)).tolist()
     assert all(end % length == 0 for end in ends[:-1]) and max([0, *steps]) <= length

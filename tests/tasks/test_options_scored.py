@@ -103,7 +103,7 @@ def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
     setup, options, params = given
     closed = answer_options(setup.task)
     assert closed is not None and {len(of_row) for of_row in closed} == {2, 3, 4}
-    found = evaluate(setup.posing(path=path), params, batch_size=7, options=closed)
+    found = evaluate(setup.with_problem(path=path), params, batch_size=7, options=closed)
     assert found.option_correct is not None
     wanted = [[said == row.target for (said, _), row in zip(rows, setup.task.test, strict=True)] for rows in chosen]
     assert min(margin for rows in chosen for _, margin in rows) > 1e-3  # no tie that rounding decides

@@ -14,9 +14,9 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.hardware.fuse import fuse
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.runs.options import FuseOptions

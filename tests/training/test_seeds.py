@@ -43,7 +43,7 @@ def _trained(small, pairs, path):
     place = np.array([options.seeds.index(seed) for seed in seeds])
     assert setup.split is not None
     rows = Split(setup.split.train[place], setup.split.validation[place])
-    setup = dataclasses.replace(setup.posing(index=setup.problem.index[place]), split=rows)
+    setup = dataclasses.replace(setup.with_problem(index=setup.problem.index[place]), split=rows)
     rates = recipe_rates(setup.problem.method, _RECIPE, len(pairs))
     of_group = dict(zip(("coefficients", "magnitudes"), zip(*(rate for _, rate in pairs), strict=True), strict=True))
     learning_rate = rates.learning_rate | {group: jnp.asarray(of_group[group], jnp.float32) for group in of_group}

@@ -16,7 +16,7 @@ from ...methods.method import Matrix, Update, module
 from ...models.architecture import Architecture, Site, stack_of, targeted
 from ..flops import Shape, forward_flops, keys, step_flops, tokens
 from ..workload import Workload, uniform
-from .methods import Method, base_matrices, methods
+from .methods import BilledMethod, base_matrices, methods
 from .options import CostOptions
 
 _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three
@@ -131,7 +131,12 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
 
 
 def _activity(
-    name: str, method: Method, config: Architecture, crossbar: CrossbarConfig, options: CostOptions, work: Workload
+    name: str,
+    method: BilledMethod,
+    config: Architecture,
+    crossbar: CrossbarConfig,
+    options: CostOptions,
+    work: Workload,
 ) -> Activity:
     adapted = _adapted(method, config)
     place = _shared if method.shared else _standing
@@ -157,12 +162,12 @@ def _activity(
     )
 
 
-def _adapted(method: Method, config: Architecture) -> Mapping[str, Site]:
+def _adapted(method: BilledMethod, config: Architecture) -> Mapping[str, Site]:
     return {} if method.update.kind == "full" else targeted(config, method.update.targets)
 
 
 def _training(
-    method: Method, config: Architecture, crossbar: CrossbarConfig, work: Workload, evaluations: int
+    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, work: Workload, evaluations: int
 ) -> tuple[Work, Work]:
     """Return the work of the base's passes and the work that the method adds, until the task is learned."""
     if method.searched:
@@ -178,7 +183,7 @@ def _training(
 
 
 def _passes(
-    method: Method, config: Architecture, crossbar: CrossbarConfig, steps: Counter[Shape], forward: Counter[Shape]
+    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, steps: Counter[Shape], forward: Counter[Shape]
 ) -> tuple[Work, Work]:
     """Return the work of the base, and the work that a method adds, of training steps and of forward passes alone."""
     none, update, adapted = Update(kind="none"), method.update, _adapted(method, config)
@@ -217,7 +222,7 @@ def _passes(
 
 
 def _token(
-    method: Method,
+    method: BilledMethod,
     config: Architecture,
     crossbar: CrossbarConfig,
     adapted: Mapping[str, Site],
@@ -247,7 +252,7 @@ def _token(
 
 
 def _stages(
-    method: Method, config: Architecture, adapted: Mapping[str, Site]
+    method: BilledMethod, config: Architecture, adapted: Mapping[str, Site]
 ) -> dict[frozenset[tuple[Matrix, ...]], int]:
     """Return the stages of a generated token: in every layer one stage after the other, then the head."""
     chains: dict[tuple[str, str], set[tuple[Matrix, ...]]] = {}

@@ -3,15 +3,15 @@
 import dataclasses
 
 from ...methods import METHODS
-from ...methods.method import Billed, Fused, Matrix, MethodEntry, Placement, Update
+from ...methods.method import Billed, CostLayout, Matrix, MethodEntry, PlannedPool, Update
 from ...models.architecture import Architecture, targeted
 from ..parameters import trainable_count
 from .options import CostOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(Placement):
-    """A method in one of its placements.
+class BilledMethod(CostLayout):
+    """A method in one of its layouts.
 
     Attributes:
       update: arithmetic of its update.
@@ -23,11 +23,11 @@ class Method(Placement):
     update: Update
     trainable: int
     searched: bool
-    ranking: "Method | None" = None
+    ranking: "BilledMethod | None" = None
 
 
-def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, Method]:
-    """Return every placement of every method by its title; LoRAFusion, which the others are compared with, comes last.
+def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, BilledMethod]:
+    """Return every layout of every method by its title; LoRAFusion, which the others are compared with, comes last.
 
     Args:
       config: the base model.
@@ -37,7 +37,7 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     Raises:
       ValueError: the model lacks one of the targets.
     """
-    modules = Fused(options.rank, options.modules, options.targets)
+    modules = PlannedPool(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
     adapted = sum(site.layers for site in targeted(config, options.targets).values())
     cores = (False, True) if options.core else (False,)
@@ -47,10 +47,10 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
         for recipe in (options.recipe, *(in_bases if entry.basis_title is not None else ())):
             counts = trainable_count(entry, config, recipe, modules)
             billed = Billed(recipe, options.rank, counts, steps, base, adapted)
-            for title, placement in entry.placements(billed).items():
-                found[title] = Method(
-                    **vars(placement),
-                    update=_placed(entry.update(recipe, modules), placement),
+            for title, layout in entry.cost_layouts(billed).items():
+                found[title] = BilledMethod(
+                    **vars(layout),
+                    update=_placed(entry.update(recipe, modules), layout),
                     trainable=sum(counts.values()),
                     searched=entry.learns == "searched",
                     ranking=_ranking(entry, title, billed, options),
@@ -58,18 +58,18 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     return found
 
 
-def _ranking(entry: MethodEntry, title: str, billed: Billed, options: CostOptions) -> Method | None:
+def _ranking(entry: MethodEntry, title: str, billed: Billed, options: CostOptions) -> BilledMethod | None:
     """Return the pass over whole modules that ranks a pool; it is digital where the arrays hold a basis alone."""
     if options.stored == options.modules or not entry.pool or entry.learns != "trained":
         return None
     recipe = dataclasses.replace(options.recipe, modules=options.stored)
-    placement = entry.placements(billed._replace(recipe=recipe)).get(title, Placement(installed_words=0))
-    update = entry.update(recipe, Fused(options.rank, options.stored, options.targets))
-    return Method(**vars(placement), update=_placed(update, placement), trainable=0, searched=False)
+    layout = entry.cost_layouts(billed._replace(recipe=recipe)).get(title, CostLayout(installed_words=0))
+    update = entry.update(recipe, PlannedPool(options.rank, options.stored, options.targets))
+    return BilledMethod(**vars(layout), update=_placed(update, layout), trainable=0, searched=False)
 
 
-def _placed(update: Update, placement: Placement) -> Update:
-    return dataclasses.replace(update, in_arrays=placement.trains_in == "arrays")
+def _placed(update: Update, layout: CostLayout) -> Update:
+    return dataclasses.replace(update, in_arrays=layout.trains_in == "arrays")
 
 
 def base_matrices(config: Architecture) -> list[tuple[Matrix, int]]:

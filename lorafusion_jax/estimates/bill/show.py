@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ... import columns
+from ... import text_tables
 from ...crossbar import Constants, Range, WriteCost
 from ...report.formats import EMPTY
 from .bill import Bill, Once
@@ -143,7 +143,7 @@ def constants_table(constants: Constants) -> list[list[str]]:
 
 def markdown(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
     """Return tables with their captions; ranges are low / typical / high."""
-    return "\n".join(f"{caption}\n\n{columns.markdown(lines)}" for caption, lines in found.items())
+    return "\n".join(f"{caption}\n\n{text_tables.markdown(lines)}" for caption, lines in found.items())
 
 
 def _written(p: WriteCost) -> list[str]:

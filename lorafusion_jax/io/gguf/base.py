@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import write_text
-from ...models.families import gguf_layout
+from ...models.registry import gguf_layout
 from ..base import OpenedBase
 from .reader import StoredTensor, read_gguf
 from .tokenizer import build_tokenizer

@@ -63,25 +63,25 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
     Raises:
       ValueError: the metadata lack the tokens, or ask for a tokenizer that is not implemented.
     """
-    told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    tokens, model = told.get("tokens", []), told.get("model")
+    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    tokens, model = metadata.get("tokens", []), metadata.get("model")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if not tokens or len(vocabulary) < len(tokens):
         raise ValueError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, {len(vocabulary)} of them different")
     if model not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model is {model!r}, which is not implemented: wanted gpt2 or llama")
-    kinds = told.get("token_type", [_NORMAL] * len(tokens))
-    for key, found in {"token_type": kinds, "scores": told.get("scores", kinds)}.items():
+    kinds = metadata.get("token_type", [_NORMAL] * len(tokens))
+    for key, found in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
         if len(found) != len(tokens):
             raise ValueError(f"tokenizer.ggml.{key} holds {len(found)} numbers, and tokens {len(tokens)} tokens")
     special: dict[str, str | None] = {}
     for name in ("bos", "eos", "unknown", "padding"):
-        number = told.get(f"{name}_token_id")
+        number = metadata.get(f"{name}_token_id")
         if number is not None and number >= len(tokens):
             raise ValueError(f"the {name} token is {number}, and tokenizer.ggml.tokens holds {len(tokens)}")
         special[name] = None if number is None else tokens[number]
     try:
-        return _built(told, vocabulary, kinds, special)
+        return _built(metadata, vocabulary, kinds, special)
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises bare ones, on merges of unknown tokens for example
@@ -89,15 +89,15 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
 
 
 def _built(
-    told: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], named: Mapping[str, str | None]
+    metadata: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], named: Mapping[str, str | None]
 ) -> "transformers.PreTrainedTokenizerFast":
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    if told["model"] == "gpt2":
-        tokenizer, adds_bos = _byte_level(told, vocabulary)
+    if metadata["model"] == "gpt2":
+        tokenizer, adds_bos = _byte_level(metadata, vocabulary)
     else:
-        tokenizer, adds_bos = _sentence_piece(told, vocabulary, kinds, named["unknown"]), True
+        tokenizer, adds_bos = _sentence_piece(metadata, vocabulary, kinds, named["unknown"]), True
     for kind in (_CONTROL, _USER_DEFINED):
         special = kind == _CONTROL
         tokenizer.add_tokens(
@@ -108,8 +108,8 @@ def _built(
             ]
         )
     bos, eos = named["bos"], named["eos"]
-    first = [bos] if bos and told.get("add_bos_token", adds_bos) else []
-    last = [eos] if eos and told.get("add_eos_token", False) else []
+    first = [bos] if bos and metadata.get("add_bos_token", adds_bos) else []
+    last = [eos] if eos and metadata.get("add_eos_token", False) else []
     if first or last:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*first, "$A", *last],
@@ -122,24 +122,24 @@ def _built(
         eos_token=eos,
         unk_token=named["unknown"],
         pad_token=named["padding"] or eos,
-        chat_template=told.get("tokenizer.chat_template"),
+        chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
 
 
-def _byte_level(told: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple["tokenizers.Tokenizer", bool]:
+def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple["tokenizers.Tokenizer", bool]:
     """Return byte-pair merges on bytes that are written as letters, and whether texts begin with BOS."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    name = told.get("pre", "default")
+    name = metadata.get("pre", "default")
     if name not in _SPLITTINGS:
         raise ValueError(
             f"tokenizer.ggml.pre is {name!r}, which is not implemented: wanted one of {', '.join(_SPLITTINGS)}"
         )
     splitting = _SPLITTINGS[name]
-    if "merges" not in told:
+    if "merges" not in metadata:
         raise ValueError("the metadata lack tokenizer.ggml.merges: fetch the file again")
-    tokenizer = Tokenizer(models.BPE(vocabulary, _pairs(told["merges"]), ignore_merges=splitting.whole_words))
+    tokenizer = Tokenizer(models.BPE(vocabulary, _pairs(metadata["merges"]), ignore_merges=splitting.whole_words))
     if splitting.normalised:
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
@@ -151,19 +151,19 @@ def _byte_level(told: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple["t
 
 
 def _sentence_piece(
-    told: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], unknown: str | None
+    metadata: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], unknown: str | None
 ) -> "tokenizers.Tokenizer":
     """Return SentencePiece's byte-pair merges on characters, with bytes for characters that are not tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    if "merges" in told:
-        merges = _pairs(told["merges"])
-    elif "scores" in told:
-        merges = _merges_of_scores(vocabulary, told["scores"], kinds)
+    if "merges" in metadata:
+        merges = _pairs(metadata["merges"])
+    elif "scores" in metadata:
+        merges = _merges_of_scores(vocabulary, metadata["scores"], kinds)
     else:
         raise ValueError("the metadata lack tokenizer.ggml.scores, and merges instead of them: fetch the file again")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = told.get("add_space_prefix", True)
+    prefixed = metadata.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefixed else spaces
     words = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...files import shown, some
-from ...models.families import last_part, types_of_name
+from ...models.registry import last_part, types_of_name
 from .patterns import Pattern, PatternError, Steps, Text
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.

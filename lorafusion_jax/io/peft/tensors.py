@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...files import shown, some
-from ...models.families import family_with
+from ...models.registry import family_with
 from .config import AdapterError
 from .patterns import Pattern, PatternError, Steps, Text
 

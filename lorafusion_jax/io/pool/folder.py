@@ -14,7 +14,7 @@ from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
 from ...files import FileError, read_json, structured
 from ...models.architecture import Architecture
-from ...models.families import recorded_config
+from ...models.registry import recorded_config
 from ..checkpoint import write_json
 from ..hf import base_tensor, open_base, read_config
 from ..peft.adapter import PeftAdapter, read_adapter, read_config_file

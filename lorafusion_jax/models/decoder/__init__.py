@@ -3,8 +3,8 @@
 from ..architecture import Family
 from .checkpoint import CHECKPOINT
 from .config import DecoderConfig
-from .families import MODEL_TYPES, NAMES, read_config
 from .gguf import GGUF
+from .hf_config import MODEL_TYPES, NAMES, read_config
 from .model import Decoder
 from .shapes import SHAPES
 

@@ -18,10 +18,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ...crossbar.platform import for_cpu
+from ...platform import for_cpu
 from ..architecture import Architecture
 from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
-from ..narrow import held, released
+from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
         x, cache = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
         room = [(0, 0)] * 4 + [(0, length - 1)]
         keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
-        return self._logits(x[:, -1:])[:, 0], Cache(held(keys), held(values))
+        return self._logits(x[:, -1:])[:, 0], Cache(pack(keys), pack(values))
 
     def decode_token(
         self,
@@ -222,11 +222,11 @@ class Decoder(nnx.Module):
             def into(new: Cache) -> Cache:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal cache
-                update, (keys, values) = jax.lax.dynamic_update_slice, (held(a)[None] for a in new)
+                update, (keys, values) = jax.lax.dynamic_update_slice, (pack(a)[None] for a in new)
                 keys = update(cache.keys, keys, (number, 0, 0, 0, column))
                 values = update(cache.values, values, (number, 0, 0, column, 0))
                 cache = Cache(keys, values)
-                return Cache(*(released(jax.lax.dynamic_index_in_dim(a, number, keepdims=False)) for a in cache))
+                return Cache(*(unpack(jax.lax.dynamic_index_in_dim(a, number, keepdims=False)) for a in cache))
 
             x, _ = layer(x, contexts(local), adapters, into)
             return (x, cache), None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ...crossbar.platform import for_cpu
+from ...platform import for_cpu
 from ..layers import Adapters, Base, Linear
 
 

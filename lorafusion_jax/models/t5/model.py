@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
 from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
-from ..narrow import held, released
+from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
@@ -214,7 +214,7 @@ class T5(nnx.Module):
         def empty(of_source: Array, axis: int) -> Array:
             shape = list(of_source.shape)
             shape[axis] = length
-            return held(jnp.zeros(shape, encoded.dtype))
+            return pack(jnp.zeros(shape, encoded.dtype))
 
         _, cross = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder"))
         return Cache(*map(empty, cross, positions_of_cache()), *cross)
@@ -244,14 +244,14 @@ class T5(nnx.Module):
             def put(cache: Array, column: Array, axis: int) -> Array:
                 start = [number, *[0] * column.ndim]
                 start[axis] = position
-                return jax.lax.dynamic_update_slice(cache, held(column)[None], start)
+                return jax.lax.dynamic_update_slice(cache, pack(column)[None], start)
 
             def into(key: Array, value: Array) -> tuple[Array, Array]:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal keys, values
                 keys, values = map(put, (keys, values), (key, value), axes)
                 own_keys, own_values = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (keys, values))
-                return released(own_keys), released(own_values)
+                return unpack(own_keys), unpack(own_values)
 
             x = layer.decode_token(x, into, cross, mask, cross_mask, bias, adapters)
             return (x, keys, values), None

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .formats import Column, Table
-from .rows import Row
-from .tables import league_name
+from lorafusion_jax.report.formats import Column, Table
+from lorafusion_jax.report.rows import Row
+from lorafusion_jax.report.tables import league_name
 
 _MOST_VALUES = 6  # of one setting that are listed
 

@@ -1,4 +1,4 @@
-"""experiments/report.py: from files of rows to a folder with page, tables and plots."""
+"""experiments/results_page.py: from files of rows to a folder with page, tables and plots."""
 
 import runpy
 import sys
@@ -9,7 +9,7 @@ from made_up_rows import made_up
 
 from lorafusion_jax.report import append_rows
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "report.py"
+_SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "results_page.py"
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def report(monkeypatch):
     monkeypatch.syspath_prepend(str(_SCRIPT.parent))
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["results_page.py", *map(str, arguments)])
         runpy.run_path(str(_SCRIPT), run_name="__main__")
 
     return run
@@ -45,7 +45,7 @@ def test_the_script_writes_all(report, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
-    [(["--help"], 0, "python experiments/report.py runs/"), (["none.jsonl", "--out", "out"], 2, "none.jsonl")],
+    [(["--help"], 0, "python experiments/results_page.py runs/"), (["none.jsonl", "--out", "out"], 2, "none.jsonl")],
 )
 def test_the_script_helps_and_names_errors(arguments, code, said, report, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

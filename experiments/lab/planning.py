@@ -5,21 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _common import TRAIN_ROWS
-from _matrix import MatrixOptions, jobs
-from _methods import Entry
-
-from lorafusion_jax.crossbar.platform import for_cpu
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.estimates.plan import describe, pool_shape
 from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.methods.method import WITH_CORE
-from lorafusion_jax.models.families import known_shapes
-from lorafusion_jax.runs.matrix import Job
+from lorafusion_jax.models.registry import known_shapes
+from lorafusion_jax.platform import for_cpu
 from lorafusion_jax.runs.prepare import load_texts
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.training.seeds import default_path
+
+from .common import TRAIN_ROWS
+from .jobs import Job
+from .matrix import MatrixOptions, jobs
+from .methods import Entry
 
 # Numbers of a recipe that FLOPs or bytes depend on; a composition is a part of the method's name.
 _COUNTED = (

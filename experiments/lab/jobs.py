@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 
-from ..files import printable, read_lines, structured
-from ..methods import find
-from ..report import append_rows, done, read_rows
-from ..report.rows import append_lines
-from .folder import RunFolder
-from .options import FuseOptions
-from .run import options_to_json, run_path, with_targets
+from lorafusion_jax.files import printable, read_lines, structured
+from lorafusion_jax.methods import find
+from lorafusion_jax.report import append_rows, done, read_rows
+from lorafusion_jax.report.rows import append_lines
+from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile")

@@ -12,15 +12,12 @@ from ..methods import find
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions
 from ..runs.prepare import Setup
-from ..runs.run import Placed
+from ..runs.run import HardwareSetup
 from ..training.problem import Frozen, Params
-from .calibration import calibrate, looped
+from .calibration import CALIBRATION_ROWS, calibrate, looped
 from .chips import redrawn
 from .folder import STEP_CHIPS, Chips, aged, load_chips
 from .program import program
-
-# Training rows that ADCs are calibrated on.
-CALIBRATION_ROWS = 64
 
 
 def check(setup: Setup, options: FuseOptions) -> None:
@@ -32,7 +29,7 @@ def check(setup: Setup, options: FuseOptions) -> None:
         raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
 
 
-def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
+def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSetup:
     """Return the setups of a run for training and for evaluation on its calibrated chip.
 
     Args:
@@ -72,9 +69,9 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> Placed:
 
     def tested(trained: Params) -> Setup:
         # Again, on what the trained numbers bring to the converters.
-        return setup.posing(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
+        return setup.with_problem(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
 
-    return Placed(setup.posing(frozen=training), tested)
+    return HardwareSetup(setup.with_problem(frozen=training), tested)
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:
@@ -91,5 +88,5 @@ def without_merged_pool(setup: Setup) -> Setup:
     """Return the setup without modules that are in no array: what is read is the module that a merge made of them."""
     problem = setup.problem
     if isinstance(problem.method, Merge) and problem.method.kind != "cat":
-        return setup.posing(frozen=dataclasses.replace(problem.frozen, pool=None, gram=None))
+        return setup.with_problem(frozen=dataclasses.replace(problem.frozen, pool=None, gram=None))
     return setup

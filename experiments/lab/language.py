@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _methods import IN_BASIS, METHODS, Entry
-from _smollm2 import EXAMPLES
-
 from lorafusion_jax import PRESETS, FuseOptions
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.tasks import Example, Task, find_task, load_task
+
+from .methods import IN_BASIS, METHODS, Entry
+from .smollm2 import EXAMPLES
 
 PROMPT = "Q: {input}\nA:"
 TRAIN_ROWS, TEST_ROWS, LEAST_TEST_ROWS = 100, 200, 75

@@ -3,7 +3,7 @@
 import pytest
 
 from lorafusion_jax.checks import at_least
-from lorafusion_jax.columns import markdown, plain
+from lorafusion_jax.text_tables import markdown, plain
 
 _LINES = [["name", "count"], ["a", "1,000"], ["longer", "2"]]
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from _methods import Entry
-
 from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
 from lorafusion_jax.files import check_regular, is_object, write_text
 from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder
+
+from .methods import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small"

@@ -15,28 +15,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import SMALL, TRAIN_ROWS, League, convert_small_pool, recipe_of, small_pool_in_basis
-from _methods import METHODS, Entry
 from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.checks import at_least
 from lorafusion_jax.crossbar import CrossbarConfig
 from lorafusion_jax.hardware.calibration import calibrate, looped
-from lorafusion_jax.hardware.chips import redrawn
+from lorafusion_jax.hardware.chips import for_every_chip, on_every_chip, redrawn
 from lorafusion_jax.hardware.evaluate import lora_in_cells
 from lorafusion_jax.hardware.folder import STEP_CHIPS, Chips
-from lorafusion_jax.hardware.lanes import for_every_chip, on_every_chip
+from lorafusion_jax.hardware.on_arrays import CALIBRATION_ROWS, module_numbers
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.setup import CALIBRATION_ROWS, module_numbers
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.methods import find
-from lorafusion_jax.runs.apply import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.evaluate import evaluate
+from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.prepare import Setup
 from lorafusion_jax.tasks import split
 from lorafusion_jax.training.fit import fit, start
 from lorafusion_jax.training.problem import Params
+
+from .common import SMALL, TRAIN_ROWS, League, convert_small_pool, recipe_of, small_pool_in_basis
+from .methods import METHODS, Entry
 
 Row = dict[str, Any]
 
@@ -139,7 +139,7 @@ class Subject:
         chip = calibrate(self.setup, begin, chip, rows=CALIBRATION_ROWS)
         key = jax.random.fold_in(self.chips.key, STEP_CHIPS)
         fresh = redrawn(chip, problem.frozen, rules, key, steps="every", norm="ideal")
-        return self.setup.posing(frozen=fresh)
+        return self.setup.with_problem(frozen=fresh)
 
     def train_on_fresh_chips(self, config: CrossbarConfig, recipe: Recipe) -> Params:
         """Return numbers of every seed [S], trained on another chip at every step."""

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from _common import ROOT, TRAIN_ROWS, League, recipe_of
-from _methods import Entry
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
 from lorafusion_jax.report import read_rows
-from lorafusion_jax.runs.matrix import Job, run_jobs
 from lorafusion_jax.runs.options import LoadIn
+
+from .common import ROOT, TRAIN_ROWS, League, recipe_of
+from .jobs import Job, run_jobs
+from .methods import Entry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..runs.options import FuseOptions
-from ..runs.run import run
-from .setup import on_arrays
+from .hardware.on_arrays import on_arrays
+from .runs.options import FuseOptions
+from .runs.run import run
 
 
 def fuse(options: FuseOptions) -> dict[str, Any]:

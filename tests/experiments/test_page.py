@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from lab.page import page
 from made_up_rows import made_up, row
 
-from lorafusion_jax.report import page, plot_means, scores
+from lorafusion_jax.report import plot_means, scores
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (

@@ -1,6 +1,6 @@
 """Make a report of result rows: an HTML page, tables, plots.
 
-    python experiments/report.py runs/small_pool/results.jsonl --out runs/small_pool/report
+    python experiments/results_page.py runs/small_pool/results.jsonl --out runs/small_pool/report
 
 Written: report.html (one file, all inside), table.csv (methods by tasks), paired.csv (--reference minus each other
 method), table.tex (both), means.png, trainable.png; with more than 8 tasks tasks.csv too. Several files are merged.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _script
+from lab.page import page, save_plots
 
 from lorafusion_jax.report import (
     Table,
@@ -20,9 +21,7 @@ from lorafusion_jax.report import (
     latex,
     main_tables,
     merge,
-    page,
     paired_table,
-    save_plots,
     scores,
     write_text,
 )

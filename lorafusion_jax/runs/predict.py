@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Int, Key
 
-from ..checks import at_least, of_32_bits
+from ..checks import at_least, check_uint32
 from ..files import utf8
 from ..methods import find
 from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
@@ -22,7 +22,7 @@ from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, strea
 from ..training.problem import Params, Problem
 from .evaluate import generate_seeds, seed_rows
 from .options import FuseOptions
-from .prepare import Setup, Texts, load_fused, load_texts, prepare, with_modules
+from .prepare import Setup, Texts, load_model, load_texts, prepare, with_modules
 from .run import load_run
 from .scoring import evaluate_seeds
 
@@ -110,7 +110,7 @@ class _Answering:
 
     def problem(self, texts: Texts) -> Problem:
         """Load the model, with an index of the seed alone."""
-        loaded = with_modules(load_fused(self.fused, texts=texts), self.fused, self.modules)
+        loaded = with_modules(load_model(self.fused, texts=texts), self.fused, self.modules)
         return loaded.problem.replace(index=loaded.problem.index[self.position])
 
 
@@ -262,7 +262,7 @@ def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, "
 
 def _answering(options: GenerateOptions) -> _Answering:
     at_least(1, max_new_tokens=options.max_new_tokens, eval_batch=options.eval_batch)
-    of_32_bits(sampling_seed=options.sampling_seed)
+    check_uint32(sampling_seed=options.sampling_seed)
     if (options.run is None) == (options.base is None):
         raise ValueError("say who answers: a fused run with --run, or a base model as it is with --base")
     if options.run is None:
