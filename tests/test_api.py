@@ -1,9 +1,13 @@
 """The public names, and what they are enough for."""
 
+import importlib
+import pkgutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import one_block
+import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
@@ -13,6 +17,15 @@ def test_every_public_name_is_there_and_documented():
     assert len(set(lf.__all__)) == len(lf.__all__)
     for name in lf.__all__:
         assert getattr(lf, name).__doc__ or name == "PRESETS", name
+
+
+def test_no_submodule_takes_the_place_of_a_public_name():
+    for module in pkgutil.walk_packages(lf.__path__, "lorafusion_jax."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    with pytest.raises(ValueError, match="seeds"):
+        lf.fuse(lf.FuseOptions(base="base", task="task", seeds=()))
+    assert all(type(getattr(lf, name)) is not type(importlib) or name == "crossbar" for name in lf.__all__)
 
 
 def test_a_public_name_is_looked_up_once():

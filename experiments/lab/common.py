@@ -19,7 +19,7 @@ from lorafusion_jax.runs.folder import RunFolder
 
 from .methods import Entry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small"
 # Of the embedded pool's shared basis: the first ones are smaller bases.
 DIRECTIONS = 48

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
