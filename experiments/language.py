@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             "python experiments/language_pool.py trains them"
         )
     tasks = link_tasks(options.tasks)
-    of_groups = {
+    of_groups: dict[Group, dict[str, Path]] = {
         group: unseen_tasks(options.unseen, tasks, options.adapters, _ROWS.get(group, TRAIN_ROWS))
         for group in options.groups
     }
