@@ -1,8 +1,9 @@
-"""experiments/bbh.py on real BIG-Bench Hard tasks: the whole path, with a random base that reads bytes."""
+"""experiments/bbh.py on tasks in the form of BIG-Bench Hard's: the whole path, with a random base that reads bytes."""
 
 import sys
 from pathlib import Path
 
+import bbh_rows
 import byte_base
 import one_block
 import pytest
@@ -24,12 +25,12 @@ def bbh():
 
 
 @pytest.fixture(scope="module")
-def arguments(shared, tmp_path_factory):
+def arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bbh")
     like, pool = one_block.cut(folder / "small")
     base = byte_base.make(folder / "base", like)
-    data = shared / "data"
-    tasks = ["--bbh", str(data / "bbh"), "--split", str(data / "lorahub_bbh_split.json")]
+    rows, split = bbh_rows.write(folder / "data")
+    tasks = ["--bbh", str(rows), "--split", str(split)]
     sizes = ["--modules", "2", "--epochs", "1", "--test-rows", "4", "--seeds", "1", "2"]
     where = ["--base", str(base), "--pool", str(pool), "--out", str(folder / "out")]
     return folder / "out", [*where, *tasks, *sizes, "--tasks", "boolean_expressions", "object_counting"]

@@ -59,38 +59,6 @@ def test_every_relation_has_two_tasks(scripts):
     )
 
 
-def test_the_published_tasks_are_there_and_long_enough(scripts, shared):
-    language, _ = scripts
-    folder = shared / "data" / "function_vectors"
-    if not folder.is_dir():
-        pytest.skip("needs the function-vector data sets in ../shared/data/function_vectors")
-    for name in {name for pool in language.POOLS.values() for family in pool.values() for name in family}:
-        path = language.find(name, folder)
-        task = language.load(path, language.source_rows(path))
-        assert len(task.train) >= 100
-    for name in (*language.TUNING, *(name for tasks in language.UNSEEN.values() for name in tasks)):
-        task = language.load(language.find(name, folder))
-        assert len(task.train) == 100 and task.train[0].input.startswith("Q: ") and task.train[0].input.endswith("\nA:")
-
-
-def test_unseen_tasks_share_next_to_nothing_with_the_pool(scripts, shared, tmp_path):
-    language, _ = scripts
-    folder = shared / "data" / "function_vectors"
-    if not folder.is_dir():
-        pytest.skip("needs the function-vector data sets in ../shared/data/function_vectors")
-    trained = language.trained_pairs((name for family in language.SOURCES.values() for name in family), folder)
-    left_out = {}
-    for name in (name for tasks in language.UNSEEN.values() for name in tasks):
-        found = language.unseen(language.find(name, folder), trained, tmp_path)
-        left_out[name] = found.left_out
-        assert (found.path.parent == tmp_path) == (found.left_out > 0)
-    assert {name: count for name, count in left_out.items() if count} == {"prev_item": 33}
-    kept = language.load(tmp_path / "prev_item")
-    assert (len(kept.train), len(kept.test)) == (100, 79)
-    with pytest.raises(ValueError, match=r"lowercase_last_letter is not unseen: 62% .* of capitalize_last_letter"):
-        language.unseen(language.find("lowercase_last_letter", folder), trained, tmp_path)
-
-
 def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{"input": word, "output": answer} for word, answer in pairs]))

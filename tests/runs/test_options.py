@@ -1,7 +1,8 @@
-"""Which answers rows could have: BIG-Bench Hard's own, and prompts written for the purpose."""
+"""Which answers rows could have: in the form of BIG-Bench Hard's rows, and in others."""
 
 from pathlib import Path
 
+import bbh_rows
 import pytest
 
 from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task, write_lorahub_split
@@ -17,9 +18,10 @@ _LABELS = {
     "sports_understanding": ("no", "yes"),
     "web_of_lies": ("No", "Yes"),
 }
-_OPEN = {"dyck_languages", "multistep_arithmetic_two", "object_counting", "word_sorting"}
+_LETTERS = {"date_understanding": (6, 2), "movie_recommendation": (4, 4), "ruin_names": (3, 2, 2)}
+_OPEN = {"dyck_languages", "object_counting", "word_sorting"}
 # Test rows whose target is none of the letters: commas in names broke their lists of options.
-_MALFORMED = {"movie_recommendation": [0], "ruin_names": [62, 144]}
+_MALFORMED = {"movie_recommendation": [0], "ruin_names": [1]}
 
 
 def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
@@ -29,10 +31,9 @@ def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
 
 
 @pytest.fixture(scope="module")
-def bbh(shared, tmp_path_factory):
+def bbh(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bbh")
-    data = shared / "data"
-    return [load_task(task) for task in write_lorahub_split(data / "bbh", data / "lorahub_bbh_split.json", folder)]
+    return [load_task(task) for task in write_lorahub_split(*bbh_rows.write(folder), folder / "split")]
 
 
 def _letters(count):
@@ -40,7 +41,7 @@ def _letters(count):
 
 
 def test_every_task_of_bbh(bbh):
-    assert len(bbh) == 27
+    assert {task.name for task in bbh} == {*_LABELS, *_LETTERS, *_OPEN}
     for task in bbh:
         options = answer_options(task)
         if task.name in _OPEN:
@@ -50,9 +51,7 @@ def test_every_task_of_bbh(bbh):
         if task.name in _LABELS:
             assert set(options) == {_LABELS[task.name]}, task.name
         else:
-            # Counted in another way: how often a line starts with a bracket.
-            lines = [example.input.count("\n(") for example in task.test]
-            assert options == tuple(map(_letters, lines)), task.name
+            assert options == tuple(map(_letters, _LETTERS[task.name])), task.name
         outside = [row for row, example in enumerate(task.test) if example.target not in options[row]]
         assert outside == _MALFORMED.get(task.name, []), task.name
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import bbh_rows
 import pytest
 
 from lorafusion_jax.tasks import Example, Task, load_task, prompt_overlap, write_lorahub_split
@@ -49,33 +50,30 @@ def write(tmp_path):
     return run
 
 
-def test_all_tasks_are_lorahubs_byte_for_byte(shared, tmp_path):
-    bbh, index = shared / "data" / "bbh", shared / "data" / "lorahub_bbh_split.json"
-    folders = write_lorahub_split(bbh, index, tmp_path)
-    published = json.loads(index.read_text(encoding="utf-8"))
-    assert folders == [tmp_path / name for name in published]
-    assert len(folders) == 27
+def test_every_task_is_written_as_its_digest_says(tmp_path):
+    folders = write_lorahub_split(*bbh_rows.write(tmp_path), tmp_path / "out")
+    assert folders == [tmp_path / "out" / name for name in bbh_rows.TASKS]
     overlaps = {}
     for folder in folders:
-        for part in ("example", "zero_shot"):
-            content = (folder / f"{part}.jsonl").read_bytes()
-            assert hashlib.sha256(content).hexdigest() == published[folder.name][f"sha256_{part}"], folder.name
+        rows, trained = bbh_rows.TASKS[folder.name][1], bbh_rows.TRAIN_ROWS
+        for part, numbers in (("example", range(trained)), ("zero_shot", range(trained, len(rows)))):
+            written = (folder / f"{part}.jsonl").read_text(encoding="utf-8")
+            assert written == "\n".join(bbh_rows.lines(folder.name, numbers)), folder.name
         task = load_task(folder)
-        assert len(task.train) == 100
-        trained = {example.input: example.target for example in task.train}
+        answers = {example.input: example.target for example in task.train}
         overlaps |= {
-            (task.name, row): (task.test[row].target, trained[task.test[row].input]) for row in prompt_overlap(task)
+            (task.name, row): (task.test[row].target, answers[task.test[row].input]) for row in prompt_overlap(task)
         }
     assert overlaps == {
-        ("causal_judgement", 32): ("Yes", "No"),  # the same prompt, with the other answer
-        ("sports_understanding", 15): ("yes", "yes"),
-        ("sports_understanding", 146): ("no", "no"),
+        ("sports_understanding", 1): ("no", "no"),
+        ("causal_judgement", 1): ("Yes", "No"),  # the same prompt, with the other answer
     }
 
 
-def test_ruin_names_has_no_line_break_before_its_cue(shared, tmp_path):
-    bbh, index = shared / "data" / "bbh", shared / "data" / "lorahub_bbh_split.json"
-    folders = write_lorahub_split(bbh, index, tmp_path, names=["ruin_names", "snarks"])
+def test_a_separator_may_be_empty(tmp_path):
+    folders = write_lorahub_split(
+        *bbh_rows.write(tmp_path), tmp_path / "out", names=["ruin_names", "movie_recommendation"]
+    )
     odd, plain = (load_task(folder).test[0].input for folder in folders)
     assert odd.endswith("A:") and not odd.endswith("\nA:")
     assert plain.endswith("\nA:")

@@ -1,13 +1,13 @@
 """Reading tasks, splitting them, drawing modules, tokenising: what arrives, and what bad input is told."""
 
 import dataclasses
-import hashlib
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import bbh_rows
 import datasets
 import numpy as np
 import pyarrow
@@ -124,29 +124,23 @@ def test_prompt_stands_around_every_input(tmp_path):
         load_task(path, prompt="Q: {}")
 
 
-def test_bbh_files_load(shared):
-    files = sorted((shared / "data" / "bbh").glob("*.json"))
-    assert len(files) == 27
-    for file in files:
-        rows = json.loads(file.read_text(encoding="utf-8"))["examples"]
-        task = load_task(file)
-        assert task.name == file.stem
-        assert len(task.train) == 100
-        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(
-            (row["input"], row["target"]) for row in rows
-        )
+def test_bbh_files_load(tmp_path):
+    folder, _ = bbh_rows.write(tmp_path)
+    for name, (_, rows) in bbh_rows.TASKS.items():
+        task = load_task(folder / f"{name}.json", train_rows=bbh_rows.TRAIN_ROWS)
+        assert task.name == name
+        assert len(task.train) == bbh_rows.TRAIN_ROWS
+        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(rows)
 
 
-def test_bbh_prompt_gives_the_bytes_of_lorahubs_folders(shared, tmp_path):
-    published = json.loads((shared / "data" / "lorahub_bbh_split.json").read_text(encoding="utf-8"))
-    for name, parts in published.items():
-        bbh = json.loads((shared / "data" / "bbh" / f"{name}.json").read_text(encoding="utf-8"))["examples"]
-        path = _write(tmp_path / "test.jsonl", [bbh[i] for i in parts["example"]])
-        prompt = f"{parts['prefix'][0]}Q: {{input}}{parts['sep']}A:"
+def test_bbh_prompt_gives_the_rows_of_lorahubs_folders(tmp_path):
+    for name, (prefix, rows) in bbh_rows.TASKS.items():
+        examples = [{"input": question, "target": answer} for question, answer in rows]
+        path = _write(tmp_path / "test.jsonl", examples)
+        prompt = f"{prefix}Q: {{input}}{bbh_rows.separator(name)}A:"
         task = load_task(path, prompt=prompt, need=["test"])
-        rows = [{"context": example.input, "completion": example.target} for example in task.test]
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        assert hashlib.sha256(text.encode()).hexdigest() == parts["sha256_example"], name
+        written = [{"context": example.input, "completion": example.target} for example in task.test]
+        assert [json.dumps(row, ensure_ascii=False) for row in written] == bbh_rows.lines(name, range(len(rows)))
 
 
 def _function_vectors(path, count, outputs=lambda i: f"answer {i}"):
@@ -225,16 +219,6 @@ def test_a_task_is_found_by_its_name_in_any_subfolder(tmp_path):
     _write(tmp_path / "next_item.jsonl", _rows(3))
     with pytest.raises(ValueError, match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one"):
         find_task(tmp_path, "next_item")
-
-
-def test_published_function_vectors(shared):
-    folder = shared / "data" / "function_vectors"
-    if not folder.is_dir():
-        pytest.skip("needs the function-vector data sets in ../shared/data/function_vectors")
-    capital, sport = (load_task(find_task(folder, name)) for name in ("country-capital", "person-sport"))
-    assert (len(capital.train), len(capital.test)) == (100, 97)
-    assert Example("Afghanistan", "Kabul") in capital.train + capital.test
-    assert answer_options(sport) == (("baseball", "basketball", "football", "hockey", "soccer"),) * len(sport.test)
 
 
 def test_datasets_folder(tmp_path):
