@@ -3,12 +3,10 @@
     python benchmarks/padding.py [--tasks bbh/*.json] [--tokenizer google/flan-t5-large] [--json]
 
 Training of one seed and of five that share a program (95 rows, batches of 10, 20 epochs), and evaluation of every test
-row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose tasks are the
-default where LORAFUSION_SHARED names the folder that holds them; else the embedded tasks are. Without a tokenizer
-lengths are estimated from characters.
+row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose files --tasks takes;
+the embedded tasks are the default. Without a tokenizer lengths are estimated from characters.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,9 +43,6 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
     options = parser.parse_args()
     sources, source = options.tasks, options.tokenizer
-    if not sources:
-        bbh = Path(os.environ.get("LORAFUSION_SHARED", "nowhere")) / "data/bbh"
-        sources = sorted(bbh.glob("*.json"))
     if not sources:
         sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
     tokenizer = load_tokenizer(source) if source else None

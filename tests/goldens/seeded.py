@@ -136,7 +136,7 @@ def unfold(folder: Path) -> Path:
             _save(base(kind, config), path.parent / "model.safetensors")
         for options in sorted(path.parent.parent.glob("adapters/*/adapter_config.json")):
             if not list(options.parent.glob("adapter_model.*")):
-                name, std = f"{kind}/{options.parent.name}", 0.1 if kind.startswith("fusion/") else 0.01
+                name, std = f"{kind}/{options.parent.name}", 0.1 if kind.startswith("fusion/") else 0.025
                 tensors = adapter(name, json.loads(options.read_text()), matrices(config), std)
                 if (stored := options.parent / "magnitudes.npy").exists():
                     # Those of a real base are close to the norms of its rows, which are not known here.
