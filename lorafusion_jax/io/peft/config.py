@@ -11,15 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 
 from ...files import shown, some
 from ...models.registry import last_part, types_of_name
-from .patterns import Pattern, PatternError, Steps, Text
+from .patterns import Clock, PatternError, check, compiled
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
 _PATTERN = r"(.*\.)?({})$"
 _OLD_PATTERN = r".*\.{}$"
-_MAX_KEYS = 2_000
+_MAX_KEYS, _MAX_CHARACTERS = 2_000, 200_000
 
 # Fields that do not affect a trained adapter's output, or whose content the tensors show more reliably.
 _IDLE = (
@@ -162,11 +163,10 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
     rank_patterns, alpha_patterns = _compile(_PATTERN, rank_of), _compile(_PATTERN, alpha_of)
     # A file with a version in it (0.18 and later) was trained by the current rule.
     old_patterns = None if config.get("peft_version") else _old_patterns([*rank_of, *alpha_of])
-    found, warnings, steps = {}, [], Steps()
+    found, warnings, clock = {}, [], Clock()
     for path, rank in ranks.items():
-        text = Text(path, steps)
-        r = rank_of.get(_first_match(rank_patterns, text), default_rank)
-        alpha = alpha_of.get(_first_match(alpha_patterns, text), default_alpha)
+        r = rank_of.get(_first_match(rank_patterns, path, clock), default_rank)
+        alpha = alpha_of.get(_first_match(alpha_patterns, path, clock), default_alpha)
         if rank != r:
             raise AdapterError(
                 f"{where}: {path} has rank {rank} in the tensors, but r and rank_pattern of adapter_config.json "
@@ -174,7 +174,7 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
             )
         found[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
         if old_patterns:
-            key = _first_match(old_patterns, text)
+            key = _first_match(old_patterns, path, clock)
             old_rank, old_alpha = rank_of.get(key, default_rank), alpha_of.get(key, default_alpha)
             if (old_rank, old_alpha) != (r, alpha):
                 warnings.append(
@@ -184,11 +184,11 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
     return found, warnings
 
 
-def _compile(rule: str, keys: Iterable[str]) -> dict[str, Pattern]:
-    return {key: Pattern(rule.format(key)) for key in keys}
+def _compile(rule: str, keys: Iterable[str]) -> dict[str, regex.Pattern]:
+    return {key: compiled(rule.format(key)) for key in keys}
 
 
-def _old_patterns(keys: Sequence[str]) -> dict[str, Pattern] | None:
+def _old_patterns(keys: Sequence[str]) -> dict[str, regex.Pattern] | None:
     """Return the patterns of the rule up to PEFT 0.13, or None if a key is not valid under that rule."""
     try:
         return _compile(_OLD_PATTERN, keys)
@@ -196,8 +196,8 @@ def _old_patterns(keys: Sequence[str]) -> dict[str, Pattern] | None:
         return None
 
 
-def _first_match(patterns: Mapping[str, Pattern], text: Text) -> str | None:
-    return next((key for key, pattern in patterns.items() if pattern.match(text)), None)
+def _first_match(patterns: Mapping[str, regex.Pattern], path: str, clock: Clock) -> str | None:
+    return next((key for key, pattern in patterns.items() if clock.match(pattern, path)), None)
 
 
 def _foreign_format(config: Mapping[str, Any]) -> str | None:
@@ -257,9 +257,14 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
             raise AdapterError(f"{where}: {field} has {len(patterns):,} keys: wanted at most {_MAX_KEYS:,}")
         for key in patterns:
             try:
-                Pattern(_PATTERN.format(key))
+                check(_PATTERN.format(key))
             except PatternError as error:
                 raise AdapterError(f"{where}: {field} has the key {shown(key)}, not a pattern: {error}") from None
+    if (length := sum(map(len, (*ranks, *alphas)))) > _MAX_CHARACTERS:
+        raise AdapterError(
+            f"{where}: the keys of rank_pattern and alpha_pattern have {length:,} characters: wanted at most "
+            f"{_MAX_CHARACTERS:,}"
+        )
     for r in (config.get("r", 8), *ranks.values()):
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise AdapterError(f"{where}: r or rank_pattern holds {shown(r)}: wanted a positive integer")

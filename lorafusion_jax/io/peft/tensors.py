@@ -10,7 +10,7 @@ import numpy as np
 from ...files import shown, some
 from ...models.registry import family_with
 from .config import AdapterError
-from .patterns import Pattern, PatternError, Steps, Text
+from .patterns import Clock, PatternError, compiled
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
 _FACTOR = re.compile(
@@ -76,8 +76,8 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
         return []
     if isinstance(targets, str):
         try:
-            pattern, steps = Pattern(targets), Steps()
-            strays = [path for path in paths if not pattern.fullmatch(Text(path, steps))]
+            pattern, clock = compiled(targets), Clock()
+            strays = [path for path in paths if not clock.fullmatch(pattern, path)]
         except PatternError as error:
             return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors are used"]
         idle = []
