@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
+# Characters of a row's texts: 128,000 tokens have about half as many, and each token takes up to 300 bytes here.
+LONGEST_ROW = 1 << 20
 _SHOWN = 40  # characters of a text in a message
 _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
 
@@ -82,8 +84,10 @@ def encode(
 
     Raises:
       ValueError: on a text that gives no tokens or one that the model lacks, a row that is longer than the model's
-        context, and a chat template that fails or does not render the answer as a continuation of the prompt.
+        context or than `LONGEST_ROW`, and a chat template that fails or does not render the answer as a continuation
+        of the prompt.
     """
+    _check_characters(examples)
     if text_format.ends:
         encoded = _continued(tokenizer, examples, text_format)
         _check_context(encoded, examples, text_format.context, new_tokens)
@@ -229,6 +233,17 @@ def _open_ended(
             length -= 1
         rows.append(row[:length])
     return rows
+
+
+def _check_characters(examples: Sequence[Example]) -> None:
+    """Raise ValueError for the first row whose texts would take too much memory as tokens."""
+    for row, example in enumerate(examples, start=1):
+        texts = (example.input, example.target, *(content for _, content in example.history))
+        if (length := sum(map(len, texts))) > LONGEST_ROW:
+            raise ValueError(
+                f"row {row}, {_beginning(example.input)}, has {length:,} characters: wanted at most {LONGEST_ROW:,}. "
+                "Shorten the row or take it out"
+            )
 
 
 def _check_context(encoded: Encoded, examples: Sequence[Example], context: int | None, new_tokens: int) -> None:

@@ -663,6 +663,19 @@ def test_metadata_of_another_type_are_refused(tmp_path, folders, key, held, mess
         load_tokenizer(_close(writer))
 
 
+@pytest.mark.parametrize("arrays", [1, 4])
+def test_arrays_that_take_far_more_memory_than_the_file_are_refused(tmp_path, arrays):
+    file, count = tmp_path / "model.gguf", 2_000_000 // arrays
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, arrays)
+    for number in range(arrays):
+        key = f"x.{number}".encode()
+        content += struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 2, count)
+        content += np.full(count, 1000, np.uint16).tobytes()
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.gguf: .*its arrays hold .* numbers, far more than a vocabulary"):
+        read_gguf(file)
+
+
 @pytest.mark.parametrize("shape", [(2**62, 2**62, 2, 32), (0, 2**62), (2**40,)])
 def test_shapes_that_no_file_holds_are_refused(tmp_path, shape):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")

@@ -169,6 +169,14 @@ def test_rows_that_the_context_does_not_hold(tokenizer):
         encode(tokenizer, [Example("hot", "é" * 64)], dataclasses.replace(_PLAIN, context=20))
 
 
+@pytest.mark.parametrize("text_format", [SEPARATE_TEXTS, _PLAIN, _CHAT])
+def test_rows_of_millions_of_characters_are_refused(tokenizer, text_format):
+    text = "cold " * 300_000
+    for row in (Example(text, "hot"), Example("cold " * 5, text), Example("cold " * 5, "hot", (("user", text),))):
+        with pytest.raises(ValueError, match=r"row 2, 'cold .*', has 1,500,0\d\d characters: wanted at most 1,048,576"):
+            encode(tokenizer, [Example("hot", "cold"), row], text_format)
+
+
 def test_tokens_that_the_model_lacks(tokenizer):
     rows, kept = [Example("hot", "cold"), Example("the [new] gold", "old")], len(tokenizer)
     more = small_llama.make_tokenizer()

@@ -21,7 +21,10 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
-_MOST_VALUES = 10_000_000  # of an array, which take up to eight times their bytes in Python
+_MOST_VALUES = 10_000_000  # of an array; texts take up to eight times their bytes in Python
+# Numbers in lists take up to 44 bytes in Python: more than these would take over four times the file. A vocabulary of
+# 256,000 tokens has two for each.
+_FEW_NUMBERS, _BYTES_OF_FILE = 1_000_000, 11
 _AGAIN = "fetch the file again"
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -184,6 +187,7 @@ class _Header:
 
     def __init__(self, path: Path):
         self.path, self.data, self.at = path, map_file(path), 0
+        self._listed = 0
 
     def truncated(self, reason: str) -> ValueError:
         return ValueError(f"{self.path}: truncated or damaged, {reason} ({len(self.data):,}): fetch the file again")
@@ -228,6 +232,9 @@ class _Header:
             return self.texts(count)
         if inner not in _SCALARS:
             raise self.truncated(f"an array holds values of type {inner}")
+        self._listed += count
+        if self._listed > max(_FEW_NUMBERS, len(self.data) // _BYTES_OF_FILE):
+            raise self.truncated(f"its arrays hold {self._listed:,} numbers, far more than a vocabulary")
         return list(self.numbers(_SCALARS[inner], count))
 
     def place(self) -> tuple[str, tuple[int, ...], int, int]:
