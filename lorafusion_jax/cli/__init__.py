@@ -2,11 +2,13 @@
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
 from .. import interrupts
 
+_BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 # Each subcommand is a module of this folder.
 COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     interrupts.watch()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_description())
+        run(lambda _: print(_description()), [])
         return
     name, *rest = arguments
     if name not in COMMANDS:
@@ -38,17 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:
-    """Call a command, and turn errors about its input into one message on stderr and exit code 2."""
+    """Call a command, and turn errors about its input into one message on stderr and exit code 2.
+
+    If the reader of its output ends first, so does the command, without a message.
+    """
     from ..files import check_name, printable
 
     _open_streams()
     interrupts.watch()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        for argument in arguments:
-            check_name(argument)
-        command(arguments)
+        try:
+            for argument in arguments:
+                check_name(argument)
+            command(arguments)
+        finally:
+            sys.stdout.flush()  # fails here if the reader of a pipe has ended, not while Python ends
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            # As `| head` is, so that there is nobody to tell. What is left in the buffer goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(_BROKEN_PIPE)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
@@ -58,6 +70,13 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+
+
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
 def _description() -> str:

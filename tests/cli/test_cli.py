@@ -1,7 +1,9 @@
 """The commands as they are typed, on the embedded pool and on its first adapters cut to one block."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,3 +170,18 @@ def test_the_originals_command_line_runs(tmp_path, monkeypatch):
     recipe = config["options"]["recipe"]
     assert (recipe["composition"], recipe["lr_coefficients"], recipe["protocol"]) == ("mix", 0.02, "reference")
     assert config["options"]["load_in"] == "nf4"
+
+
+_PRINTS = "import sys; from lorafusion_jax import cli; cli.run(lambda _: print('x' * int(sys.argv[1])), [])"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-m", "lorafusion_jax.cli", "--help"], ["-c", _PRINTS, "1"], ["-c", _PRINTS, "1000000"]]
+)
+def test_a_command_ends_without_a_message_where_the_reader_of_its_output_has_ended(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as output:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
