@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..files import FileError, structured
+from ..files import FileError, shown, structured
 from . import decoder, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
@@ -38,7 +38,7 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
         if kind in family.model_types:
             return family
     members = "; ".join(family.members for family in FAMILIES.values())
-    raise ValueError(f"model_type is {kind!r}: wanted a {members}")
+    raise ValueError(f"model_type is {shown(kind)}: wanted a {members}")
 
 
 def types_of_name(name: str) -> set[str]:
@@ -76,7 +76,7 @@ def gguf_layout(architecture: str | None) -> GGUFLayout:
         if architecture in layout.architectures:
             return layout
     known = ", ".join(name for layout in layouts for name in layout.architectures)
-    raise ValueError(f"general.architecture is {architecture!r}: wanted one of {known}")
+    raise ValueError(f"general.architecture is {shown(architecture)}: wanted one of {known}")
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:

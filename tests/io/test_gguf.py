@@ -698,6 +698,16 @@ def test_other_architectures_are_refused_by_name(tmp_path):
         read_config(file)
 
 
+@pytest.mark.parametrize("key", ["general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"])
+def test_messages_about_large_texts_are_short(tmp_path, folders, key):
+    writer = _writer(folders["llama"], tmp_path / "model.gguf")
+    writer.kv_data[0].pop(key, None)
+    writer.add_string(key, "x" * 100_000)
+    with pytest.raises(ValueError, match=f"model.gguf: .*{key} is 'xxx.*: wanted ") as caught:
+        load_tokenizer(_close(writer))
+    assert len(str(caught.value)) < 1_000
+
+
 def test_ends_parts_and_adapters_are_refused(tmp_path, folders):
     def changed(name, change):
         writer = _writer(folders["llama"], tmp_path / f"{name}.gguf")

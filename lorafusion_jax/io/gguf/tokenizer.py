@@ -6,6 +6,8 @@ Source: llama.cpp's src/llama-vocab.cpp for what the names mean; Hugging Face's 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...files import shown
+
 if TYPE_CHECKING:
     import tokenizers
     import transformers
@@ -69,7 +71,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
     if not tokens or len(vocabulary) < len(tokens):
         raise ValueError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, {len(vocabulary)} of them different")
     if model not in ("gpt2", "llama"):
-        raise ValueError(f"tokenizer.ggml.model is {model!r}, which is not implemented: wanted gpt2 or llama")
+        raise ValueError(f"tokenizer.ggml.model is {shown(model)}, which is not implemented: wanted gpt2 or llama")
     kinds = metadata.get("token_type", [_NORMAL] * len(tokens))
     for key, found in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
         if len(found) != len(tokens):
@@ -134,7 +136,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> tupl
     name = metadata.get("pre", "default")
     if name not in _SPLITTINGS:
         raise ValueError(
-            f"tokenizer.ggml.pre is {name!r}, which is not implemented: wanted one of {', '.join(_SPLITTINGS)}"
+            f"tokenizer.ggml.pre is {shown(name)}, which is not implemented: wanted one of {', '.join(_SPLITTINGS)}"
         )
     splitting = _SPLITTINGS[name]
     if "merges" not in metadata:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
 
-from ...files import structured
+from ...files import shown, structured
 from ..architecture import Layers, Size
 from .config import DecoderConfig, Rope
 
@@ -80,7 +80,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     gemma = kind in ("gemma2", "gemma3_text")
     activation = hf.hidden_activation if gemma else hf.hidden_act
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"the activation is {activation!r}: wanted {' or '.join(_ACTIVATIONS)}")
+        raise ValueError(f"the activation is {shown(activation)}: wanted {' or '.join(_ACTIVATIONS)}")
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is set: wanted a causal language model")
     if kind == "gemma3_text" and hf.attn_logit_softcapping:
@@ -159,7 +159,9 @@ def _rope(kind: str, fields: Mapping[str, Any], d_head: int, context: int) -> Ro
     fields = structured(dict(fields), _RopeJson, "", own=False)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
-        raise ValueError(f"the rope scaling is {scaling!r}, which is not implemented: wanted {', '.join(_SCALINGS)}")
+        raise ValueError(
+            f"the rope scaling is {shown(scaling)}, which is not implemented: wanted {', '.join(_SCALINGS)}"
+        )
     return Rope(
         theta=float(fields["rope_theta"]),
         # Only a Phi-3 reads the factor.
