@@ -1,11 +1,12 @@
 """The main table on BIG-Bench Hard, on LoraHub's split of its 27 tasks.
 
-    python experiments/bbh.py --base google/flan-t5-large --pool POOL --bbh BIG-Bench-Hard/bbh --split split.json
+    python experiments/bbh.py --base google/flan-t5-large --pool POOL --bbh BIG-Bench-Hard/bbh
     python experiments/bbh.py --base google/flan-t5-large --pool POOL --data data_bbh      # LoraHub's own folder
     python experiments/bbh.py --base flan-t5-large --data data_bbh --plan                  # what it needs
 
-The split is an index of rows by task, with a digest of every file (docs/reference/bbh.md); data_bbh is the folder of
-LoraHub's repository. Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
+The benchmark's JSON files are split by an index of rows that comes with the package. data_bbh is the folder of
+LoraHub's release 0.1 and holds the same rows (docs/reference/bbh.md). Results are rows of OUT/results.jsonl;
+interrupted, the same command goes on.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from lab.methods import METHODS
 from lab.planning import print_matrix_plan
 from results_page import main as report
 
-from lorafusion_jax.tasks import load_task, prompt_overlap, write_lorahub_split
+from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, load_task, lorahub_tasks, prompt_overlap, write_lorahub_split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +29,14 @@ class BBHOptions(MatrixOptions):
     """Options of the matrix.
 
     Attributes:
-      bbh: folder of BIG-Bench Hard's JSON files, to be split by `split`.
-      split: index file of the split.
-      data: folder of tasks that are split already, LoraHub's data_bbh, instead of both.
+      bbh: folder of BIG-Bench Hard's JSON files, to be split as LoraHub did.
+      data: folder of tasks that are split already, LoraHub's data_bbh, instead.
       tasks: names of tasks; all by default.
       out: folder of results.jsonl, the runs, and the split.
     """
 
     pool: str = "pool"
     bbh: Path | None = None
-    split: Path | None = None
     data: Path | None = None
     tasks: tuple[str, ...] = ()
     out: Path = ROOT / "runs" / "bbh"
@@ -60,14 +59,16 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def _folders(options: BBHOptions) -> list[Path]:
-    if options.data is not None and options.bbh is None and options.split is None:
-        there = sorted(path for path in options.data.iterdir() if path.is_dir())
+    if options.data is not None and options.bbh is None:
+        there = lorahub_tasks(options.data)
         if unknown := set(options.tasks) - {path.name for path in there}:
             raise ValueError(f"{options.data} has no task {', '.join(sorted(unknown))}")
         return [path for path in there if not options.tasks or path.name in options.tasks]
-    if options.data is None and options.bbh is not None and options.split is not None:
-        return write_lorahub_split(options.bbh, options.split, options.out / "data_bbh", options.tasks or None)
-    raise ValueError("say where the tasks are: --bbh with --split, or --data alone")
+    if options.data is None and options.bbh is not None:
+        return write_lorahub_split(options.bbh, options.out / "data_bbh", options.tasks or None)
+    raise ValueError(
+        f"say where the tasks are: --bbh with {BBH_DATA}, or --data with LoraHub's data_bbh ({LORAHUB_DATA}, unpacked)"
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from lorafusion_jax.crossbar import save_config
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.options import OnArrays
-from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.text_tables import markdown
 
 ADAPTERS = EXAMPLES / "adapters"

@@ -45,7 +45,8 @@ class ConvertOptions:
       base: folder, hub id or GGUF file of the base model that the adapters were trained on; not needed for the basis of
         a pool that is there.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
-      adapters_file: a text file with one more folder or hub id a line; # begins a comment.
+      adapters_file: a text file with one more folder or hub id a line; # begins a comment. `lorahub` is the list of
+        LoraHub's 196 adapters of FLAN-T5-large, which comes with the package.
       out: folder to write, which must not exist; not needed for a dry run. Without adapters, the converted pool to
         which the basis is added.
       basis: also make a shared basis of so many directions from all modules: the pool can then be fused at a fraction
@@ -114,12 +115,14 @@ def _add_basis(options: ConvertOptions, folder: Path) -> None:
 
 
 def _sources(options: ConvertOptions) -> list[str]:
-    sources = list(options.adapters)
-    if options.adapters_file is not None:
-        if not options.adapters_file.is_file():
-            raise ValueError(f"{options.adapters_file}: no such file: wanted a list of adapters, one a line")
-        with utf8(options.adapters_file):
-            lines = options.adapters_file.read_text(encoding="utf-8").splitlines()
+    sources, file = list(options.adapters), options.adapters_file
+    if file is not None:
+        if not file.is_file() and str(file) == "lorahub":
+            file = Path(__file__).with_name("lorahub_adapters.txt")
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file: wanted a list of adapters, one a line, or lorahub for LoraHub's")
+        with utf8(file):
+            lines = file.read_text(encoding="utf-8").splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]
     if not sources and (options.basis is None or options.out is None):
         raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")

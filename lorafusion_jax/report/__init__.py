@@ -1,6 +1,5 @@
 """Result rows, their statistics, and the tables and plots made from them."""
 
-
 from ..files import write_text
 from .comparison import plot_against_trainable, plot_means
 from .formats import Column, Table, csv_text, html_table, latex, markdown

@@ -11,7 +11,7 @@ from .batches import (
     train_batches,
     train_step_batches,
 )
-from .bbh import prompt_overlap, write_lorahub_split
+from .bbh import BBH_DATA, LORAHUB_DATA, lorahub_tasks, prompt_overlap, write_lorahub_split
 from .data import Example, Task, load_task
 from .few_shot import BETWEEN_EXAMPLES, few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
@@ -21,9 +21,11 @@ from .readers import find_task, without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text
 
 __all__ = [
+    "BBH_DATA",
     "BETWEEN_EXAMPLES",
     "IGNORED",
     "LONGEST",
+    "LORAHUB_DATA",
     "SEPARATE_TEXTS",
     "Batch",
     "Encoded",
@@ -46,6 +48,7 @@ __all__ = [
     "few_shot",
     "find_task",
     "load_task",
+    "lorahub_tasks",
     "most_new_tokens",
     "pad",
     "prompt_overlap",

@@ -3,7 +3,8 @@
 The index is JSON, `{task: {"example": rows, "zero_shot": rows, "prefix": [text], "sep": text, "sha256_example": text,
 "sha256_zero_shot": text}}`: which rows of `task.json`, counted from 0, train and test, in their order; the prompt,
 prefix + "Q: " + input + sep + "A:"; and the digest of each file. `sep` is a line break for all tasks but ruin_names, in
-whose prompts LoraHub has the "A:" directly behind the last option.
+whose prompts LoraHub has the "A:" directly behind the last option. LoraHub's own is `lorahub_split.json`, next to this
+file.
 """
 
 import hashlib
@@ -18,6 +19,10 @@ from ..files import FileError, read_json, shown, write_bytes
 from .data import Task, as_example
 from .readers import Row, read_rows
 
+LORAHUB_DATA = "https://github.com/sail-sg/lorahub/releases/download/0.1/data_bbh.zip"
+BBH_DATA = "the folder bbh of https://github.com/suzgunmirac/BIG-Bench-Hard"
+
+_INDEX = Path(__file__).with_name("lorahub_split.json")
 _PARTS: tuple[Literal["example", "zero_shot"], ...] = ("example", "zero_shot")  # LoraHub's: train and test
 
 
@@ -30,7 +35,9 @@ class _Entry(TypedDict):
     sha256_zero_shot: str
 
 
-def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] | None = None) -> list[Path]:
+def write_lorahub_split(
+    bbh: Path, out: Path, names: Sequence[str] | None = None, *, index: Path = _INDEX
+) -> list[Path]:
     """Write each task's `example.jsonl`, 100 rows that train, and `zero_shot.jsonl`, which test, as LoraHub has them.
 
     Every file is checked against its digest before the first is written. A file that is there already and is
@@ -38,9 +45,9 @@ def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] 
 
     Args:
       bbh: folder with the benchmark's JSON files (`bbh` of github.com/suzgunmirac/BIG-Bench-Hard).
-      index: file that says which rows belong to which part.
       out: folder to write to, a folder for each task, as in LoraHub's `data_bbh`; `load_task` reads them.
       names: of the tasks; by default all of the index.
+      index: file that says which rows belong to which part; by default LoraHub's, which comes with the package.
 
     Returns:
       The folders of the tasks.
@@ -59,8 +66,8 @@ def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] 
         source = bbh / f"{name}.json"
         if not source.is_file():
             raise ValueError(
-                f"{source} does not exist: give the folder bbh of github.com/suzgunmirac/BIG-Bench-Hard, "
-                "which has a JSON file for each task"
+                f"{source} does not exist: give {BBH_DATA}, which has a JSON file for each task, or use "
+                f"LoraHub's own files, data_bbh of its release 0.1 ({LORAHUB_DATA})"
             )
         rows = list(read_rows(source)["all"])
         for part in _PARTS:
@@ -70,6 +77,23 @@ def write_lorahub_split(bbh: Path, index: Path, out: Path, names: Sequence[str] 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, contents[path])
     return [out / name for name in chosen]
+
+
+def lorahub_tasks(data: Path) -> list[Path]:
+    """Return the folders of the tasks in LoraHub's own folder, `data_bbh`.
+
+    Raises:
+      ValueError: there is no such folder, or no task in it; the message says where the data come from.
+    """
+    found = sorted(path for path in data.iterdir() if (path / "example.jsonl").is_file()) if data.is_dir() else []
+    if not found:
+        got = "has no task" if data.is_dir() else "does not exist"
+        raise ValueError(
+            f"{data} {got}: wanted LoraHub's data_bbh, which has a folder for each task with example.jsonl and "
+            f"zero_shot.jsonl. It is in LoraHub's release 0.1 ({LORAHUB_DATA}); the same rows are made from "
+            f"{BBH_DATA}, which has a JSON file for each task (--bbh)"
+        )
+    return found
 
 
 def prompt_overlap(task: Task) -> tuple[int, ...]:
@@ -110,7 +134,7 @@ def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple
         raise ValueError(
             f"{source.stem}, {part}.jsonl: its rows have the sha256 {digest[:12]}..., and LoraHub's have "
             f"{wanted[:12]}...: {source} is probably another version of the benchmark's file; "
-            "take that of github.com/suzgunmirac/BIG-Bench-Hard, unchanged"
+            f"take that of {BBH_DATA}, unchanged"
         )
     return content
 

@@ -9,6 +9,7 @@ import one_block
 import pytest
 
 from lorafusion_jax.report import read_rows
+from lorafusion_jax.tasks import write_lorahub_split
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +30,9 @@ def arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bbh")
     like, pool = one_block.cut(folder / "small")
     base = byte_base.make(folder / "base", like)
-    rows, split = bbh_rows.write(folder / "data")
-    tasks = ["--bbh", str(rows), "--split", str(split)]
+    rows, index = bbh_rows.write(folder / "rows")
+    write_lorahub_split(rows, folder / "data_bbh", index=index)
+    tasks = ["--data", str(folder / "data_bbh")]
     sizes = ["--modules", "2", "--epochs", "1", "--test-rows", "4", "--seeds", "1", "2"]
     where = ["--base", str(base), "--pool", str(pool), "--out", str(folder / "out")]
     return folder / "out", [*where, *tasks, *sizes, "--tasks", "boolean_expressions", "object_counting"]
@@ -67,7 +69,11 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--bbh": None}, r"say where the tasks are: --bbh with --split, or --data alone"),
+        (
+            {"--data": None},
+            r"say where the tasks are: --bbh with .*BIG-Bench-Hard, or --data with .*0\.1/data_bbh\.zip",
+        ),
+        ({"--data": ["data_bbh"]}, r"data_bbh does not exist: .*/releases/download/0\.1/data_bbh\.zip"),
         ({"--tasks": ["no_such_task"]}, "no_such_task"),
         ({"--methods": ["LoRAFuson"]}, r"no method LoRAFuson: choose of zero-shot; "),
         ({"--modules": ["5"], "--methods": ["LoRAFusion"]}, r"holds 4 modules, and 5 are to be drawn"),

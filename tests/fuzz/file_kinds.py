@@ -121,7 +121,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         checkpoint.load(store.parent)
 
     def of_lorahub() -> None:
-        write_lorahub_split(bbh.parent, split, out)
+        write_lorahub_split(bbh.parent, out, index=split)
         shutil.rmtree(out)
 
     def gguf_base(file: Path) -> None:

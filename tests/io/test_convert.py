@@ -478,6 +478,18 @@ def test_the_list_of_adapters(base, adapter, tmp_path):
     _refused("say where to write the pool: --out FOLDER, or --dry-run", base, [one])
 
 
+def test_the_list_of_lorahubs_adapters_comes_with_the_package(base, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    _refused(
+        r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3", base, [], adapters_file=Path("lorahub"), dry_run=True
+    )
+    everything = {"adapters_file": Path("lorahub"), "skip_bad": True, "dry_run": True}
+    _refused(r"none of 196 adapters can be used; the first: .*_separated_facts_3", base, [], **everything)
+    (tmp_path / "lorahub").write_text("mine\n")
+    _refused(r"'mine' is neither a folder here nor a hub id", base, [], adapters_file=Path("lorahub"), dry_run=True)
+
+
 def test_casting(base, adapter, tmp_path):
     folder = adapter("one")
     _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")

@@ -33,7 +33,8 @@ def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
 @pytest.fixture(scope="module")
 def bbh(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bbh")
-    return [load_task(task) for task in write_lorahub_split(*bbh_rows.write(folder), folder / "split")]
+    rows, index = bbh_rows.write(folder)
+    return [load_task(task) for task in write_lorahub_split(rows, folder / "split", index=index)]
 
 
 def _letters(count):

@@ -6,7 +6,7 @@ import json
 import bbh_rows
 import pytest
 
-from lorafusion_jax.tasks import Example, Task, load_task, prompt_overlap, write_lorahub_split
+from lorafusion_jax.tasks import Example, Task, load_task, lorahub_tasks, prompt_overlap, write_lorahub_split
 
 _PREFIX = "Count.\n\n"
 _EXAMPLES = [{"input": f"Wie groß ist {i}?", "target": str(i)} for i in range(6)]
@@ -45,13 +45,14 @@ def write(tmp_path):
             index = {"counting": _entry(), "measuring": _entry(sep="", example=[3])}
         path = tmp_path / "index.json"
         path.write_text(index if isinstance(index, str) else json.dumps(index), encoding="utf-8")
-        return write_lorahub_split(bbh, path, tmp_path / "out", **arguments)
+        return write_lorahub_split(bbh, tmp_path / "out", index=path, **arguments)
 
     return run
 
 
 def test_every_task_is_written_as_its_digest_says(tmp_path):
-    folders = write_lorahub_split(*bbh_rows.write(tmp_path), tmp_path / "out")
+    rows, index = bbh_rows.write(tmp_path)
+    folders = write_lorahub_split(rows, tmp_path / "out", index=index)
     assert folders == [tmp_path / "out" / name for name in bbh_rows.TASKS]
     overlaps = {}
     for folder in folders:
@@ -71,9 +72,9 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
 
 
 def test_a_separator_may_be_empty(tmp_path):
-    folders = write_lorahub_split(
-        *bbh_rows.write(tmp_path), tmp_path / "out", names=["ruin_names", "movie_recommendation"]
-    )
+    rows, index = bbh_rows.write(tmp_path)
+    names = ["ruin_names", "movie_recommendation"]
+    folders = write_lorahub_split(rows, tmp_path / "out", names, index=index)
     odd, plain = (load_task(folder).test[0].input for folder in folders)
     assert odd.endswith("A:") and not odd.endswith("\nA:")
     assert plain.endswith("\nA:")
@@ -143,7 +144,10 @@ def _lacking(key):
         ),
         ({"counting": _entry(zero_shot=[-1])}, r"counting\.zero_shot\[0\] is -1: wanted an integer of 0 or more"),
         ({"counting": _entry() | {"zero_shot": ["1"]}}, r"counting\.zero_shot\[0\] is '1': wanted an integer"),
-        ({"lost": _entry()}, r"lost\.json does not exist: give the folder bbh of github\.com/suzgunmirac/"),
+        (
+            {"lost": _entry()},
+            r"lost\.json does not exist: give the folder bbh of https://github\.com/suzgunmirac/.*/0\.1/data_bbh\.zip",
+        ),
     ],
 )
 def test_bad_index(write, tmp_path, index, message):
@@ -158,7 +162,7 @@ def test_another_version_of_the_benchmark_is_noticed_before_anything_is_written(
     with pytest.raises(
         ValueError,
         match=rf"counting, {part}\.jsonl: its rows have the sha256 \w{{12}}\.\.\., and LoraHub's have \w{{12}}\.\.\.: "
-        r".*counting\.json is probably another version of the benchmark's file; take that of github",
+        r".*counting\.json is probably another version of the benchmark's file; take that of the folder bbh of https://github",
     ):
         write(examples=changed)
     assert not (tmp_path / "out").exists()
@@ -176,7 +180,35 @@ def test_unknown_task(write):
 
 def test_missing_index(tmp_path):
     with pytest.raises(ValueError, match=r"no\.json: no such file: wanted the JSON file that lists the rows"):
-        write_lorahub_split(tmp_path, tmp_path / "no.json", tmp_path)
+        write_lorahub_split(tmp_path, tmp_path, index=tmp_path / "no.json")
+
+
+def test_the_package_has_lorahubs_index(tmp_path):
+    """Rows like the benchmark's, but not its own: LoraHub's digests and numbers are compared with them."""
+    rows = [{"input": f"not ( True ) and {i} is", "target": "False"} for i in range(250)]
+    for name in ("boolean_expressions", "snarks"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": rows[:200]}))
+    with pytest.raises(ValueError, match=r"boolean_expressions, example: the index wants row 2\d\d of .*rows 0 to 199"):
+        write_lorahub_split(tmp_path, tmp_path / "out", ["boolean_expressions"])
+    with pytest.raises(
+        ValueError, match=r"snarks, example\.jsonl: its rows have the sha256 .*, and LoraHub's have \w{12}"
+    ):
+        write_lorahub_split(tmp_path, tmp_path / "out", ["snarks"])
+    with pytest.raises(ValueError, match=r"has no task none: it has boolean_expressions, .*, word_sorting"):
+        write_lorahub_split(tmp_path, tmp_path / "out", ["none"])
+
+
+def test_lorahubs_own_folder(tmp_path):
+    where = r"release 0\.1 \(https://github\.com/sail-sg/lorahub/releases/.*/data_bbh\.zip\); .*BIG-Bench-Hard.*--bbh"
+    with pytest.raises(ValueError, match=rf"data_bbh does not exist: wanted LoraHub's data_bbh, .*{where}"):
+        lorahub_tasks(tmp_path / "data_bbh")
+    for name in ("snarks", "navigate"):
+        (tmp_path / "data_bbh" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"data_bbh has no task: .*{where}"):
+        lorahub_tasks(tmp_path / "data_bbh")
+    for name in ("snarks", "navigate"):
+        (tmp_path / "data_bbh" / name / "example.jsonl").write_text('{"context": "a", "completion": "b"}')
+    assert [path.name for path in lorahub_tasks(tmp_path / "data_bbh")] == ["navigate", "snarks"]
 
 
 def test_overlap_is_of_prompts_alone():
