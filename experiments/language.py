@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import tyro
 from lab.common import ROOT
+from lab.jobs import Job, run_jobs
 from lab.language import (
     DIRECTIONS,
     EVALUATED_ROWS,
@@ -46,7 +47,7 @@ from lab.language import (
 )
 from lab.methods import Entry
 from lab.smollm2 import EXAMPLES, HUB_ID, base
-from report import main as report
+from results_page import main as report
 
 from lorafusion_jax import fuse, read_config
 from lorafusion_jax.adapters.pool import random_pool

@@ -21,7 +21,7 @@ import tyro
 from lab.common import ROOT
 from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, trained_pairs
 from language import LanguageOptions, make_pools, pool_of
-from report import main as report
+from results_page import main as report
 
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.io.pool import open_pool
