@@ -5,7 +5,7 @@
 
 Printed: the pairs of each task that something was trained on; the updates of the pool's modules next to those of random
 ones; and with --rows, how two methods differ on each task, with and without those pairs. Without them, the report of
-`experiments/report.py` is written to OUT.
+`experiments/results_page.py` is written to OUT.
 """
 
 import dataclasses

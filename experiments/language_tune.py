@@ -5,7 +5,7 @@
 
 A trial trains as a row of the table does, but for two passes, and is scored by its loss on 100 test rows of the tuning
 tasks. Bases and choices of modules have the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the
-same command goes on. OUT/table_tune.csv shows all trials; `_language.py` has the best of the first nine.
+same command goes on. OUT/table_tune.csv shows all trials; `lab/language.py` has the best of the first nine.
 """
 
 import dataclasses
