@@ -1,6 +1,7 @@
 """What a base model's files are asked for, be they a Hugging Face folder or a GGUF file."""
 
 import abc
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,3 +49,10 @@ class OpenedBase(abc.ABC):
     @abc.abstractmethod
     def save_texts(self, folder: Path) -> None:
         """Write config.json and the tokenizer's files as a Hugging Face folder holds them."""
+
+
+def release(tensor: Tensor) -> None:
+    """Unmap the pages of a file whose tensor was read, which would count as memory of this process."""
+    owner = tensor.base.obj if isinstance(tensor.base, memoryview) else tensor.base
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)

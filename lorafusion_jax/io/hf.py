@@ -7,7 +7,6 @@ import dataclasses
 import fnmatch
 import functools
 import json
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,9 +21,10 @@ from ..files import FileError, read_json, shown, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.registry import family_of_json
-from .base import OpenedBase, Tensor
+from .base import OpenedBase, Tensor, release
 from .buffers import aligned_zeros, copy_transposed
 from .checkpoint import new_folder
+from .digests import tensor_digest
 from .gguf.base import GGUFBase
 from .gguf.reader import StoredTensor
 from .hf_folder import FolderBase
@@ -93,23 +93,22 @@ def load_base(
       ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
         not floats, not finite or of another shape than the configuration gives.
     """
-    base = open_base(source)
-    tensors = base.tensors()
-    family, config = _family(base)
-    names = family.checkpoint
-    config = dataclasses.replace(config, dtype=dtype)
-    if names.head in tensors:
-        tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
-        config = dataclasses.replace(config, tied=tied)
-    model = family.abstract(config)
-    slots = names.slots(model)
-    _check_tensors(base.place, tensors, slots, names, tied=config.tied)
+    base, tensors, model, slots = _opened(source, dtype)
     for slot in slots:
         if quantise and slot.transposed:
             slot.variable.set_value(_gather_quantised(base.place, slot, tensors, dtype, quantise))
         else:
             slot.variable.set_value(jax.device_put(_gather(base.place, slot, tensors, dtype)))
     return model
+
+
+def base_digest(source: str | Path) -> str:
+    """Return the SHA-256 of a base model's tensors as its files hold them (see `tensor_digest`); errors: `load_base`'s.
+
+    Only tensors that the model reads count, so copies and formats make no difference.
+    """
+    _, tensors, _, slots = _opened(source, "float32")
+    return tensor_digest({name: tensors[name] for slot in slots for name in slot.names})
 
 
 def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
@@ -178,6 +177,22 @@ def _state_dtype(config: Path, dtype: str) -> None:
         write_text(config, json.dumps(content | dict.fromkeys(other, dtype), indent=2) + "\n")
 
 
+def _opened(source: str | Path, dtype: str) -> tuple[OpenedBase, Mapping[str, Tensor], Model, list[Slot]]:
+    """Return a base's files, its tensors, which are checked but not read, the model without weights, and its slots."""
+    base = open_base(source)
+    tensors = base.tensors()
+    family, config = _family(base)
+    names = family.checkpoint
+    config = dataclasses.replace(config, dtype=dtype)
+    if names.head in tensors:
+        tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
+        config = dataclasses.replace(config, tied=tied)
+    model = family.abstract(config)
+    slots = names.slots(model)
+    _check_tensors(base.place, tensors, slots, names, tied=config.tied)
+    return base, tensors, model, slots
+
+
 def _check_tensors(
     place: Path, tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool
 ) -> None:
@@ -233,7 +248,7 @@ def _gather_quantised(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dt
             copy_transposed(file_codes, code)
             copy_transposed(steps, scale)
             _check_finite(place, name, scale)
-            _release(tensor)
+            release(tensor)
         else:
             plain = aligned_zeros(code.shape, dtype)
             _copy(place, name, tensor, plain, transposed=True)
@@ -256,19 +271,12 @@ def _copy(place: Path, name: str, tensor: Tensor, out: np.ndarray, transposed: b
                 out[rows] = tensor[rows]
     # Checked after the cast: a finite float64 may overflow float32. Takes 0.2 ns a number in float32, 0.9 in bfloat16.
     _check_finite(place, name, out)
-    _release(tensor)
+    release(tensor)
 
 
 def _check_finite(place: Path, name: str, numbers: np.ndarray) -> None:
     if not np.isfinite(numbers).all():
         raise ValueError(f"{place}: {name} holds NaN or infinity in {numbers.dtype}: fetch the weights again")
-
-
-def _release(tensor: Tensor) -> None:
-    """Unmap the pages of a file that has been copied, which would count as memory of this process."""
-    owner = tensor.base.obj if isinstance(tensor.base, memoryview) else tensor.base
-    if isinstance(owner, mmap.mmap):
-        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def _check_head(raw: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ..models.architecture import Architecture
 from ..training.problem import Params, Problem
 from .card import write_card
 from .folder import RunFolder
-from .prepare import load_model, with_modules
+from .prepare import load_model, of_run
 from .run import load_run
 
 
@@ -91,7 +91,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    loaded = with_modules(load_model(fused), fused, config["modules"])
+    loaded = of_run(load_model(fused), fused, folder, config)
     position = fused.seeds.index(seed)
     of_seed: Params = jax.tree.map(lambda p: p[position], params)
     problem = loaded.problem.replace(index=loaded.problem.index[position])
@@ -101,7 +101,8 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             model, adapters, _ = problem.adapted_model(of_seed)
             put_base(merged_base(model, adapters), partial, fused.base)
         else:
-            put_adapter(partial, *_adapter(problem, of_seed, fused.base))
+            # As it was given: an absolute path would name folders of this machine.
+            put_adapter(partial, *_adapter(problem, of_seed, config["options"].base))
         write_card(
             partial,
             RunFolder(folder),

@@ -22,6 +22,7 @@ import msgspec
 
 from ..files import FileError, check_no_link, read_json, read_lines, shown, structured, write_text, writing
 from ..io import checkpoint, processes
+from ..io.digests import Digests
 from ..methods import METHODS
 from ..training.seeds import Path as SeedPath
 from .options import FuseOptions
@@ -42,14 +43,24 @@ class Environment(TypedDict):
     versions: dict[str, str]
 
 
+class Folders(TypedDict, total=False):
+    """Absolute paths of what the options name by relative ones, which elsewhere may look like hub ids."""
+
+    base: str
+    pool: str
+    task: str
+
+
 class RunConfig(TypedDict):
-    """What `config.json` holds."""
+    """What `config.json` holds; digests and folders came later than the rest."""
 
     options: FuseOptions
     modules: list[list[str]]  # of each seed
     task_sha256: str
     max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     environment: Environment
+    digests: NotRequired[Digests]
+    folders: NotRequired[Folders]
 
 
 class SeedResults(TypedDict):

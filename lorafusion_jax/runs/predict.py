@@ -21,8 +21,9 @@ from ..models.layers import Adapters
 from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, stream_text
 from ..training.problem import Params, Problem
 from .evaluate import generate_seeds, seed_rows
+from .folder import RunConfig
 from .options import FuseOptions
-from .prepare import Setup, Texts, load_model, load_texts, prepare, with_modules
+from .prepare import Setup, Texts, load_model, load_texts, of_run, prepare
 from .run import load_run
 from .scoring import evaluate_seeds
 
@@ -91,14 +92,14 @@ class _Answering:
 
     Attributes:
       fused: options of the run.
-      modules: names of the modules of each seed.
+      run: folder and config of the run; None for a base model.
       params: trained numbers of the seed.
       position: position of the seed among the run's.
       new_tokens: most tokens of an answer.
     """
 
     fused: FuseOptions
-    modules: Sequence[Sequence[str]]
+    run: tuple[Path, RunConfig] | None
     params: Params
     position: int
     new_tokens: int
@@ -110,7 +111,9 @@ class _Answering:
 
     def problem(self, texts: Texts) -> Problem:
         """Load the model, with an index of the seed alone."""
-        loaded = with_modules(load_model(self.fused, texts=texts), self.fused, self.modules)
+        loaded = load_model(self.fused, texts=texts)
+        if self.run is not None:
+            loaded = of_run(loaded, self.fused, *self.run)
         return loaded.problem.replace(index=loaded.problem.index[self.position])
 
 
@@ -130,7 +133,7 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
     fused = dataclasses.replace(fused, recipe=recipe, **rows)
-    return with_modules(prepare(fused, to_train=False), fused, config["modules"]), fused, params
+    return of_run(prepare(fused, to_train=False), fused, options.run, config), fused, params
 
 
 def generate_lines(options: GenerateOptions) -> list[str]:
@@ -269,7 +272,7 @@ def _answering(options: GenerateOptions) -> _Answering:
         if options.seed is not None:
             raise ValueError("--seed is of a run, and a base model has none: leave it out")
         fused = FuseOptions(base=str(options.base), task="", method="zero-shot", chat=options.chat)
-        return _Answering(fused, [[]], {}, 0, options.max_new_tokens or _NEW_TOKENS)
+        return _Answering(fused, None, {}, 0, options.max_new_tokens or _NEW_TOKENS)
     if options.chat:
         raise ValueError("a run puts text into the chat template if it was fused so: leave out --chat")
     fused, params, config = load_run(options.run)
@@ -282,4 +285,5 @@ def _answering(options: GenerateOptions) -> _Answering:
         raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
     position = fused.seeds.index(seed)
     of_seed = jax.tree.map(lambda p: p[position], params)
-    return _Answering(fused, config["modules"], of_seed, position, options.max_new_tokens or config["max_new_tokens"])
+    new_tokens = options.max_new_tokens or config["max_new_tokens"]
+    return _Answering(fused, (options.run, config), of_seed, position, new_tokens)

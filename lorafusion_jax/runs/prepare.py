@@ -1,8 +1,12 @@
 """Preparation of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
+import functools
+import hashlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,9 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
-from ..adapters.pool import positions, random_pool, shuffled_pool
+from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
 from ..checks import at_least, check_uint32
-from ..io.hf import load_base, load_tokenizer, read_config
+from ..io import processes
+from ..io.digests import Digests, PoolDigests, pool_digests
+from ..io.hf import base_digest, load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
 from ..methods.fusion import check_basis
@@ -40,6 +46,7 @@ from ..training.problem import Frozen, Method, Problem
 from ..training.rows import TrainingRows
 from ..training.seeds import Path as SeedPath
 from ..training.seeds import default_path
+from .folder import RunConfig
 from .options import FuseOptions, OnArrays
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
@@ -71,12 +78,14 @@ class LoadedModel:
       modules: names of the modules of each seed.
       tokenizer: tokenizer of the base model.
       text_format: how it reads prompts and answers.
+      pool_digests: digests of the pool as it was read.
     """
 
     problem: Problem
     modules: tuple[tuple[str, ...], ...]
     tokenizer: Any
     text_format: TextFormat
+    pool_digests: PoolDigests
 
     def with_problem(self: AnyLoaded, **changes: Any) -> AnyLoaded:
         """Return the same with a problem that has other fields."""
@@ -301,7 +310,7 @@ def load_model(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
     graph, base = nnx.split(model)
     base = on_mesh(base, model.config)
     nnx.update(model, base)
-    method, frozen = _frozen(model, base, options, stored, names, modules)
+    method, frozen, found = _frozen(model, base, options, stored, names, modules)
     problem = Problem(
         graph=graph,
         method=method,
@@ -309,7 +318,7 @@ def load_model(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
         index=_index(modules, {name: i for i, name in enumerate(names)}),
         path=path or (default_path() if options.path == "auto" else options.path),
     )
-    return LoadedModel(problem=problem, modules=modules, tokenizer=texts.tokenizer, text_format=texts.text_format)
+    return LoadedModel(problem, modules, texts.tokenizer, texts.text_format, found)
 
 
 def _frozen(
@@ -319,16 +328,16 @@ def _frozen(
     stored: ConvertedPool | AdapterFolders | None,
     names: Sequence[str],
     modules: Sequence[Sequence[str]],
-) -> tuple[Method, Frozen]:
-    """Return the method of the options, and the base with the named modules of a pool prepared for it."""
-    pool = None
+) -> tuple[Method, Frozen, PoolDigests]:
+    """Return the method of the options, base and named modules of a pool prepared for it, and the modules' digests."""
+    pool, found = None, PoolDigests({}, None)
     if stored is not None:
         with sharding.loading():
-            pool = _load_pool(stored, names, options, kernels(model))
+            pool, found = _load_pool(stored, names, options, kernels(model))
         pool = on_mesh(pool, model.config)
     built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
     method = find(options.method).build(built)
-    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config)
+    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config), found
 
 
 def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
@@ -347,7 +356,7 @@ def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
     recipe = dataclasses.replace(options.recipe, basis=None, core=False)
     whole = dataclasses.replace(options, recipe=recipe, control="none")  # a control has other directions alone
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
-    method, frozen = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
+    method, frozen, _ = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
     return loaded.with_problem(method=method, frozen=frozen)
 
 
@@ -366,6 +375,62 @@ def with_modules(loaded: AnyLoaded, options: FuseOptions, of_seeds: Sequence[Seq
     if missing := sorted({name for names in wanted for name in names} - position.keys()):
         raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
     return dataclasses.replace(loaded.with_problem(index=_index(wanted, position)), modules=wanted)
+
+
+def digests(loaded: LoadedModel, options: FuseOptions) -> Digests:
+    """Return the digests of the base and the modules that a run fuses, as they are on the disk."""
+    modules, basis = loaded.pool_digests
+    used = {name for names in loaded.modules for name in names}
+    of_used = {name: digest for name, digest in modules.items() if name in used}
+    return {"base": base_digest(options.base), "modules": of_used, "basis": basis}
+
+
+def check_digests(folder: Path, recorded: Digests | None, now: Digests, options: FuseOptions) -> None:
+    """Raise a ValueError if a run was fused with other tensors of base or modules; note it if none were recorded.
+
+    Args:
+      folder: the run's.
+      recorded: digests that it has recorded; None in runs of older versions.
+      now: those of what was loaded to use the run.
+      options: of the run.
+    """
+    if recorded is None:
+        _note_unrecorded(folder)
+        return
+    of_pool = f"the pool {options.pool}"
+    pairs: list[tuple[str, str, str | None]] = [(f"the base {options.base}", recorded["base"], now["base"])]
+    if basis := recorded.get("basis"):
+        pairs.append((f"the shared basis of {of_pool}", basis, now.get("basis")))
+    for name, digest in recorded["modules"].items():
+        pairs.append((f"{name} of {of_pool}", digest, now["modules"].get(name)))
+    for what, was, is_ in pairs:
+        if was != is_:
+            here = f"has {is_[:12]}" if is_ else "was not read"
+            raise ValueError(
+                f"{folder} was fused with other weights: {what} had the SHA-256 {was[:12]} then, and {here} now. "
+                "Restore those weights, or fuse the run again with these"
+            )
+
+
+def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig) -> AnyLoaded:
+    """Return the loaded model with the modules of a run.
+
+    Raises:
+      ValueError: base or pool is not what the run fused, as in `check_digests` and `with_modules`.
+    """
+    found = with_modules(loaded, options, config["modules"])
+    check_digests(folder, config.get("digests"), digests(found, options), options)
+    return found
+
+
+@functools.cache
+def _note_unrecorded(folder: Path) -> None:
+    if processes.first():
+        print(
+            f"note: {folder} is of an older version and has no digests of its base and pool: nothing shows whether "
+            "these are still the weights that it was fused with",
+            file=sys.stderr,
+        )
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
@@ -407,16 +472,17 @@ def module_names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -
 
 def _load_pool(
     stored: ConvertedPool | AdapterFolders, names: Sequence[str], options: FuseOptions, kernels: Mapping[str, Weight]
-) -> Pool:
-    """Return the named modules, or the control that replaces them, in the form that the options ask for."""
+) -> tuple[Pool, PoolDigests]:
+    """Return the named modules, or the control that replaces them, in the form that the options ask for.
+
+    The digests are of the modules as they were read: a control's own numbers differ in their last bits between devices.
+    """
     k, key = options.recipe.basis, jax.random.key(_CONTROL_KEY)
-    if options.control == "none":
-        pool = stored.load(names) if k is None else stored.basis(k).select(names)
-    elif k is None:
-        control = random_pool if options.control == "random" else shuffled_pool
-        pool = control(stored.load(names), key)
-    else:
+    if k is not None and options.control != "none":
         whole = stored.load()
+        found = pool_digests(whole)
+        # Its directions are made of all modules.
+        found = PoolDigests(found.modules, hashlib.sha256("".join(found.modules.values()).encode()).hexdigest())
         if options.control == "random":
             of = random_directions(whole, k, key)
         elif options.control == "shuffled":
@@ -424,4 +490,9 @@ def _load_pool(
         else:
             of = base_directions(whole, kernels, k)
         pool = in_directions(whole.select(names), of)
-    return pool if options.load_in == "full" else pool.quantised(options.load_in)
+    else:
+        pool = stored.load(names) if k is None else stored.basis(k).select(names)
+        found = pool_digests(pool)
+        if options.control != "none" and isinstance(pool, LoraPool):
+            pool = (random_pool if options.control == "random" else shuffled_pool)(pool, key)
+    return (pool if options.load_in == "full" else pool.quantised(options.load_in)), found

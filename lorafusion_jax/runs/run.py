@@ -21,7 +21,9 @@ import numpy as np
 from .. import __version__, interrupts
 from ..files import writing
 from ..io import checkpoint, processes
+from ..io.digests import Digests
 from ..io.hf import read_config
+from ..io.source import is_hub_id
 from ..methods import find
 from ..methods.method import SearchJob
 from ..tasks import without_revision
@@ -31,9 +33,9 @@ from ..training.mesh import make_mesh, on_mesh, to_host
 from ..training.problem import Params
 from ..training.step import TrainState
 from .evaluate import Evaluation, seed_rows
-from .folder import Environment, RunConfig, RunFolder
+from .folder import Environment, Folders, RunConfig, RunFolder
 from .options import FuseOptions
-from .prepare import Setup, check, prepare, trainable_count, with_modules, with_whole_modules
+from .prepare import Setup, check, check_digests, digests, prepare, trainable_count, with_modules, with_whole_modules
 from .ranking import choose_by_gradient
 from .scoring import evaluate_seeds
 
@@ -119,7 +121,8 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     if options.recipe.choose != "draw":
         setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
-    config = _config(options, setup)
+    found = digests(setup, options)
+    config = _config(options, setup, found)
     hardware = HardwareSetup(setup, lambda params: setup)
     if set_up is not None:
         hardware = set_up(setup, options, begin or start(setup.problem, options.seeds).params)
@@ -131,6 +134,7 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
+            check_digests(run.folder, recorded.get("digests"), found, options)
         return _complete(run, hardware, options, config, begin)
 
 
@@ -166,7 +170,7 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     """
     run = RunFolder(Path(folder))
     config = run.config()
-    options = config["options"]
+    options = _located(Path(folder), config)
     if find(options.method).learns == "untrained":
         return options, {}, config
     final = run.checkpoints / "final"
@@ -174,6 +178,22 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
     params, _ = checkpoint.load(final, metadata=_Steps)
     return options, jax.tree.map(jnp.asarray, params), config
+
+
+def _located(folder: Path, config: RunConfig) -> FuseOptions:
+    """Return a run's options with absolute paths in place of relative ones."""
+    options, folders = config["options"], config.get("folders")
+    if folders is None and is_hub_id(options.base):
+        _note(
+            f"note: {folder} is of an older version, and there is no folder {options.base} here: its base is taken for "
+            "one of the hub. If it was a folder, go to where its path leads there"
+        )
+    for name, path in (folders or {}).items():
+        given = Path(getattr(options, name) or "").expanduser()
+        # A project that was moved whole has its files only where the given paths lead from its new place.
+        if not given.is_absolute() and (Path(str(path)).exists() or not given.exists()):
+            options = dataclasses.replace(options, **{name: path})
+    return options
 
 
 def _complete(
@@ -441,14 +461,25 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
             }
 
 
-def _config(options: FuseOptions, setup: Setup) -> RunConfig:
+def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
     return {
         "options": options,
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
         "max_new_tokens": setup.max_new_tokens,
         "environment": Environment(path=setup.problem.path, dtype=options.dtype, **environment()),
+        "digests": found,
+        "folders": _folders(options),
     }
+
+
+def _folders(options: FuseOptions) -> Folders:
+    found = Folders()
+    for name in ("base", "pool", "task"):
+        given = getattr(options, name)
+        if given and not Path(given).expanduser().is_absolute() and Path(given).exists():
+            found[name] = os.path.abspath(given)
+    return found
 
 
 def environment() -> dict[str, Any]:

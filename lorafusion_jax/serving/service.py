@@ -16,6 +16,7 @@ from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool
 from ..checks import at_least, check_uint32
+from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.fusion import Fusion
@@ -24,7 +25,7 @@ from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..runs.options import FuseOptions
 from ..runs.predict import draw_keys
-from ..runs.prepare import load_model, module_names
+from ..runs.prepare import check_digests, digests, load_model, module_names
 from ..runs.run import load_run
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
 from ..training.problem import Method, Params
@@ -43,6 +44,7 @@ class FusedRun(NamedTuple):
       params: its trained numbers, leaves with a leading axis of seeds.
       modules: names of the modules that each seed fused.
       max_new_tokens: most tokens of an answer.
+      digests: digests of its base and modules; None in runs of older versions.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class FusedRun(NamedTuple):
     params: Params
     modules: tuple[tuple[str, ...], ...]
     max_new_tokens: int
+    digests: Digests | None
 
     @classmethod
     def read(cls, folder: str | Path) -> "FusedRun":
@@ -65,7 +68,8 @@ class FusedRun(NamedTuple):
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
                 "magnitudes or without, or of magnitudes alone"
             )
-        return cls(Path(folder), options, params, tuple(map(tuple, config["modules"])), config["max_new_tokens"])
+        modules = tuple(map(tuple, config["modules"]))
+        return cls(Path(folder), options, params, modules, config["max_new_tokens"], config.get("digests"))
 
     def method(self, config: Architecture, pool: Pool | None) -> Method:
         """Return the run's method on a pool that holds its modules."""
@@ -108,7 +112,8 @@ class Service:
           modules: names of further modules of the pool, for runs that are added later.
 
         Raises:
-          ValueError: there is no run; runs differ in base, pool, control or precision; the pool lacks a module.
+          ValueError: there is no run; runs differ in base, pool, control or precision; the pool lacks a module; base or
+            modules have other weights than a run was fused with.
         """
         if not runs:
             raise ValueError("no runs: give at least one, whose base and pool are loaded")
@@ -128,6 +133,9 @@ class Service:
             recipe = dataclasses.replace(options.recipe, composition="sum", core=False)
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
         fused = load_model(options)
+        self._digests = digests(fused, options)
+        for run in runs:
+            check_digests(run.folder, run.digests, self._digests, options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
         frozen, self._config = fused.problem.frozen, fused.config
         if frozen.pool is not None:  # a control's own names are not those by which runs know what it replaces
@@ -157,7 +165,8 @@ class Service:
 
         Raises:
           ValueError: the bank is full; the run lacks the seed, has another base, pool or precision, modules that were
-            not loaded, or numbers that the bank cannot hold (see `TaskBank.with_task`).
+            not loaded, or numbers that the bank cannot hold (see `TaskBank.with_task`); or other
+            weights than it was fused with.
         """
         self._check_shares(run)
         place, pool = run.position(seed), self.bank.frozen.pool
@@ -174,6 +183,7 @@ class Service:
                 f"{run.folder} fuses {missing}, which the bank lacks: give these modules, or the run, when the service "
                 "is made"
             )
+        check_digests(run.folder, run.digests, self._digests, run.options)
         number = numbers[name] if name in numbers else min(free)
         of_seed = jax.tree.map(lambda p: p[place], run.params)
         sites = None

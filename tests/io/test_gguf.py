@@ -21,7 +21,15 @@ from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
-from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, open_base, read_config, save_base
+from lorafusion_jax.io.hf import (
+    base_digest,
+    base_tensor,
+    load_base,
+    load_tokenizer,
+    open_base,
+    read_config,
+    save_base,
+)
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.weights import dense
@@ -305,6 +313,14 @@ def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
     assert got.keys() == wanted.keys()
     for path, variable in wanted.items():
         np.testing.assert_array_equal(got[path].get_value(), variable.get_value(), str(path))
+
+
+def test_the_digest_of_a_file_is_that_of_the_folder_unless_it_holds_other_numbers(tmp_path, folders):
+    for name, folder in folders.items():
+        assert base_digest(_close(_writer(folder, tmp_path / f"{name}.gguf"))) == base_digest(folder)
+    coded = _close(_writer(folders["llama"], tmp_path / "coded.gguf", lambda name: "Q8_0"))
+    again = _close(_writer(folders["llama"], tmp_path / "again.gguf", lambda name: "Q8_0"))
+    assert base_digest(coded) == base_digest(again) != base_digest(folders["llama"])
 
 
 def test_further_values_of_older_and_newer_files(tmp_path, folders):

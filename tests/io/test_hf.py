@@ -16,7 +16,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, open_base, read_config, save_base
+from lorafusion_jax.io.hf import (
+    base_digest,
+    base_tensor,
+    load_base,
+    load_tokenizer,
+    open_base,
+    read_config,
+    save_base,
+)
 from lorafusion_jax.models import weights
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.generate import generate
@@ -151,7 +159,8 @@ def test_golden_logits_and_texts(goldens, kind):
 @pytest.mark.smoke
 @pytest.mark.parametrize("layout", ["bin", "sharded safetensors", "sharded bin"])
 def test_every_layout_of_files_gives_the_same_model(base, tmp_path, layout):
-    _assert_same_model(load_base(_lay_out(base, tmp_path / "other", layout)), load_base(base))
+    _assert_same_model(load_base(other := _lay_out(base, tmp_path / "other", layout)), load_base(base))
+    assert base_digest(other) == base_digest(base)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "sharded bin"])

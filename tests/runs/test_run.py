@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import one_block
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import interrupts
 from lorafusion_jax._fuse import fuse
@@ -37,6 +38,7 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks.batches import MOST_SHAPES, eval_batches
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
@@ -399,6 +401,117 @@ def test_evaluate_and_generate_agree_with_the_run(fused):
     text.write_text("a")
     with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
         generate_lines(GenerateOptions(run=folder, file=text, seed=7))
+
+
+def _with_base(source: Path, folder: Path, number: float) -> Path:
+    """Write a copy of a base whose embeddings are multiplied by a number."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    changed = (tensors["shared.weight"] * number).astype(tensors["shared.weight"].dtype)
+    save_file(tensors | {"shared.weight": changed}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def moved(fused, small, tmp_path):
+    """A run whose base and pool are copies that can be changed; the arguments are those of `_with_base`."""
+    options, _ = fused
+    run = tmp_path / "runs" / "whole"
+    shutil.copytree(run_path(options), run)
+    shutil.copytree(small[1], tmp_path / "pool")
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= {"base": str(_with_base(small[0], tmp_path / "base", 1)), "pool": str(tmp_path / "pool")}
+    (run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lines").write_text("a b")
+    options = dataclasses.replace(options, out=tmp_path / "runs", base=str(tmp_path / "base"))
+    return run, dataclasses.replace(options, pool=str(tmp_path / "pool"), resume=True)
+
+
+def _uses(run: Path, options: FuseOptions) -> dict:
+    def resumed():
+        (run / "results.json").unlink(missing_ok=True)
+        return fuse(options)
+
+    return {
+        "evaluate": lambda: evaluate_run(EvaluateOptions(run=run)),
+        "generate": lambda: generate_lines(GenerateOptions(run=run, file=run.parents[1] / "lines")),
+        "export": lambda: export(ExportOptions(run=run, out=run.parents[1] / "out")),
+        "serve": lambda: Service([FusedRun.read(run)], capacity=1),
+        "resume": resumed,
+    }
+
+
+@pytest.mark.parametrize("use", ["evaluate", "generate", "export", "serve", "resume"])
+def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, small):
+    run, options = moved
+    called = _uses(run, options)[use]
+    base, pool = Path(options.base), Path(str(options.pool))
+    _with_base(small[0], base, 1.5)
+    with pytest.raises(ValueError, match=rf"{run} was fused with other weights: the base {base} had the SHA-256 "):
+        called()
+    _with_base(small[0], base, 1)
+    first, *_, last = sorted(pool.iterdir())
+    shutil.copyfile(first / "adapter_model.safetensors", last / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then, and"
+    ):
+        called()
+    assert not (run.parents[1] / "out").exists()
+
+
+def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, small, capsys):
+    run, options = moved
+    config = json.loads((run / "config.json").read_text())
+    assert set(config["digests"]) == {"base", "modules", "basis"} and set(config["digests"]["modules"]) == {
+        name for names in config["modules"] for name in names
+    }
+    tensors = load_file(Path(options.base) / "model.safetensors")
+    backwards = {name: tensors[name] for name in sorted(tensors, reverse=True)}
+    save_file(backwards | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, run / "model.safetensors")
+    shutil.move(run / "model.safetensors", Path(options.base) / "model.safetensors")
+    for changes in ({"dtype": "bfloat16"}, {"load_in": "nf4"}):
+        (run / "config.json").write_text(json.dumps(config | {"options": config["options"] | changes}))
+        assert len(generate_lines(GenerateOptions(run=run, file=run.parents[1] / "lines"))) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_without_digests_is_used_with_a_note(moved, capsys):
+    run, options = moved
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("digests", "folders")}))
+    service = Service([FusedRun.read(run)], capacity=1)
+    service.add("one", FusedRun.read(run))
+    assert capsys.readouterr().err.count(f"note: {run} is of an older version and has no digests of its base") == 1
+
+
+def test_a_base_that_was_named_by_a_relative_path_is_found_from_another_folder(fused, small, tmp_path, monkeypatch):
+    options, _ = fused
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    shutil.copytree(small[0], there / "owner" / "name")
+    elsewhere.mkdir()
+    monkeypatch.chdir(there)
+    options = dataclasses.replace(options, base="owner/name", method="zero-shot", pool=None, out=Path("runs"))
+    fuse(options)
+    run = there / "runs" / "whole"
+    monkeypatch.chdir(elsewhere)
+    assert load_run(run)[0].base == str(there / "owner" / "name")
+    evaluate_run(EvaluateOptions(run=run))
+    there.rename(tmp_path / "moved")  # the whole project
+    monkeypatch.chdir(tmp_path / "moved")
+    assert load_run("runs/whole")[0].base == "owner/name"
+    evaluate_run(EvaluateOptions(run=Path("runs/whole")))
+
+
+def test_an_older_run_whose_base_may_have_been_a_relative_path_gives_a_note(moved, tmp_path, capsys):
+    run, _ = moved
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["base"] = "owner/name"
+    (run / "config.json").write_text(json.dumps(config))
+    assert load_run(run)[0].base == "owner/name" and capsys.readouterr().err == ""
+    del config["folders"]
+    (run / "config.json").write_text(json.dumps(config))
+    load_run(run)
+    assert "there is no folder owner/name here: its base is taken for one of the hub" in capsys.readouterr().err
 
 
 def test_generating_needs_no_task(fused, tmp_path):

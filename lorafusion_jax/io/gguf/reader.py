@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
+import ml_dtypes
 import numpy as np
 from msgspec import Meta
 
@@ -26,6 +27,7 @@ _MOST_VALUES = 10_000_000  # of an array; texts take up to eight times their byt
 # 256,000 tokens has two for each.
 _FEW_NUMBERS, _BYTES_OF_FILE = 1_000_000, 11
 _AGAIN = "fetch the file again"
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -80,6 +82,17 @@ class StoredTensor:
     def stored(self) -> int:
         """Number of bytes in the file."""
         return self._blocks.nbytes
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of what `as_stored` returns, as in other files, or the name of a quantised type."""
+        return str(self.dtype if self._offset else _PLAIN.get(self.kind, self.kind))
+
+    def as_stored(self, rows: slice) -> np.ndarray:
+        """Return some of the rows in the file's dtype, or the bytes of quantised blocks (of a vector all of them)."""
+        if self.kind in _PLAIN:
+            return self[rows].astype(self.stored_dtype)
+        return self._stored(rows) if len(self.shape) > 1 else self._blocks
 
     def changed(self, heads: int, offset: float) -> "StoredTensor":
         """Return the tensor as Hugging Face's files hold it (see `architecture.Stored`)."""
