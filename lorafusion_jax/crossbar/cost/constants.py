@@ -118,8 +118,9 @@ CONSTANTS = Constants(
                 "of one conversion of 8 bits",
             ),
             "adc_growth": Constant(
-                "1", 2.0, 2.0, 4.0,
-                "[S] Walden: E = FoM 2^ENOB; high: [R] where noise limits",
+                "1", 1.27, 2.0, 4.0,
+                "low: [S] puma-simulator: power and time in proportion to the bits, so (9/8)^2; [S] Walden: "
+                "E = FoM 2^ENOB; high: [R] where noise limits",
                 "what one more bit multiplies a conversion's energy by",
             ),
             "adc_time": Constant(
