@@ -311,16 +311,6 @@ def test_calibrating_again_after_a_range_that_loses_nothing():
     np.testing.assert_array_equal(matmul(x, again), matmul(x, state))
 
 
-def test_fewer_inputs_of_a_large_matrix_are_counted(monkeypatch):
-    """An input brings 7 bits x 3 row tiles x 9 columns to the ADCs of a slice."""
-    one_chip = importlib.import_module("lorafusion_jax.crossbar.calibration.one_chip")
-    monkeypatch.setattr(one_chip, "CONVERSIONS", 20 * 7 * 3 * 9)
-    W, x = problem(30, 9, 64)
-    seen = probe(x, program(W, CrossbarConfig(adc=ADC(bits=6), tile=Tile(rows=10))))[1]
-    assert seen.histogram.sum(axis=-1).tolist() == [16 * 7 * 3 * 9] * 4  # every fourth input
-    assert seen.inputs.sum() == 64 * 30
-
-
 def test_granular_steps_of_whole_sums_warn_where_they_clip():
     W, x = problem(128, 9, 16)
     wide, narrow = (CrossbarConfig(adc=ADC(bits=bits, range="granular", convert="sum")) for bits in (14, 8))

@@ -15,24 +15,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
 from ..chip.plan import choose, worst_case
 from ..devices.physical import is_traced, varying_as
 from ..mapping import encoding
 from ..mapping.adc import codes, converter, stacked_units
-from ..read.definition import all_sums, with_mismatch, with_noise
+from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
 from ..read.matmul import check_inputs, matmul, reading
 
-# Resolution of the distribution of |current|: 1 / BINS of an array's largest possible current.
-BINS = 4096
-# Number of inputs of one read that enter the distributions, evenly spread. Results and errors use all inputs.
-SAMPLES = 256
-# Conversions of a weight slice from which on fewer inputs are counted, but at least some: each takes 50 ns on a CPU.
+# Bins of the distribution of |current|, from 2^-32 of an array's largest one on, and of |x|, from 2^-128 on; and their
+# number for each power of two, so that edges are 0.5 % and 1 % apart.
+BINS, _OF_SUMS, _LEAST_SUM = 4096, 128, 32
+INPUT_BINS, _OF_INPUTS, _LEAST_INPUT = 16384, 64, 128
+# Number of steps of 1, 2, 4, ... levels that whole sums are tried with.
+STEPS = 48
+# Number of conversions of a weight slice that each read puts into bins, at 50 ns each on a CPU, but at least some of
+# every input. Everything else is computed for all conversions.
 CONVERSIONS, _FEWEST = 2**20, 16
-# Bins of the distribution of |x| for each power of two, from 2^-_LEAST on: their edges are 1 % apart.
-_OCTAVE, _LEAST = 64, 32
+# Numbers in the sums that are computed at once.
+_AT_ONCE = 2**21
 
 
 @jax.tree_util.register_dataclass
@@ -41,17 +44,20 @@ class Statistics:
     """Sums over conversions and outputs; two of them add up with `jax.tree.map(jnp.add, a, b)`.
 
     Attributes:
-      histogram: [K, BINS] conversions by |column sum|, up to the worst case of the configuration.
+      histogram: [K, BINS] conversions by log2 |column sum|, up to the worst case of the configuration; zeros are in the
+        first bin. Estimated from conversions of every input that are drawn at random, where there are many.
+      errors: [K, STEPS] squared errors of sums that are read in steps of 1, 2, 4, ... levels, where they are integers.
       clipped: [K] conversions beyond the range.
-      inputs: [BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
+      inputs: [INPUT_BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
       clipped_inputs: inputs beyond the DAC's range.
       signal: sum of squares of x @ W.
       error: sum of squares of y - x @ W.
     """
 
     histogram: Float[Array, "*N K bins"]
+    errors: Float[Array, "*N K steps"]
     clipped: Float[Array, "*N K"]
-    inputs: Float[Array, "*N bins"]
+    inputs: Float[Array, "*N input_bins"]
     clipped_inputs: Float[Array, "*N"]
     signal: Float[Array, "*N"]
     error: Float[Array, "*N"]
@@ -84,6 +90,10 @@ def probe(
 
     Before calibration the result is that of an ideal ADC, with each input vector's largest |x| as the DAC's range.
 
+    All conversions of all inputs are computed. Errors, clipped conversions and inputs are counted completely. The
+    distribution of sums has about a million conversions of each weight slice: where there are more, as many of every
+    input, drawn at random with a fixed key.
+
     Args:
       x: inputs.
       chip: the chip to read.
@@ -108,12 +118,12 @@ def probe(
     reference = batch @ held
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
     unnamed = dataclasses.replace(chip, name="", first=0)
-    histogram, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
-    return y.astype(dtype), Statistics(histogram, clipped, inputs, clipped_inputs, signal, error)
+    histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
+    return y.astype(dtype), Statistics(histogram, errors, clipped, inputs, clipped_inputs, signal, error)
 
 
 def calibrated(chip: Chip, statistics: Statistics) -> Chip:
-    """Return the chip with converter ranges that cover `quantile` of the observed inputs or conversions.
+    """Return the chip with converter ranges that cover `quantile` of the observed inputs or sums that are not zero.
 
     The range of a `calibrated` DAC is set first. The sums at the ADCs depend on it, so that they need another probe.
 
@@ -128,7 +138,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
       statistics: statistics of probing reads.
 
     Raises:
-      ValueError: the statistics contain no conversion.
+      ValueError: the statistics contain no conversion, or inputs too large for a range.
     """
     if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
         return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
@@ -138,21 +148,24 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
         return dataclasses.replace(chip, input_limit=_input_limit(statistics.inputs, dac.quantile))
     if adc is None or adc.range != "calibrated" or chip.plan.path == "product":
         return chip
-    seen = jnp.cumsum(statistics.histogram, axis=-1)
-    if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
+    met = jnp.sum(statistics.histogram, axis=-1)
+    if not is_traced(met) and not bool(jnp.all(met > 0)):
         raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
-    dtype = statistics.histogram.dtype
-    bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
+    dtype, top = statistics.histogram.dtype, codes(config)[1]
     if chip.plan.ties is not None:
-        lsb = _whole_steps(statistics.histogram, bound, codes(config)[1])
+        lsb = jnp.exp2(jnp.argmin(statistics.errors[..., : _steps(chip)], axis=-1).astype(dtype))
     else:
-        reached = jnp.sum(seen < adc.quantile * seen[..., -1:], axis=-1) + 1
-        lsb = reached.astype(dtype) / BINS * jnp.broadcast_to(bound, reached.shape) / codes(config)[1]
-        base = jnp.max(lsb, axis=-1, keepdims=True)
+        bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
+        reached = _reached(statistics.histogram, adc.quantile)
+        edge = bound * jnp.exp2(reached / _OF_SUMS - _LEAST_SUM)
+        # A slice that met only zeros gets the range of the widest.
+        base = jnp.max(jnp.where(reached > 1, edge, 0), axis=-1, keepdims=True)
+        base = jnp.where(base > 0, base, jnp.max(bound))
+        edge = jnp.where(reached > 1, edge, base)
         # 1e-3: a ratio that is a power of two up to rounding stays one.
-        lsb = base * jnp.exp2(jnp.ceil(jnp.log2(lsb / base) - 1e-3))
+        lsb = base / top * jnp.exp2(jnp.ceil(jnp.log2(edge / base) - 1e-3))
     units = stacked_units(config, dtype)
-    top = (lsb * codes(config)[1] / jnp.broadcast_to(units, lsb.shape))[..., None, :]
+    top = (lsb * top / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
     chip = dataclasses.replace(chip, limits=limits.astype(chip.codes.dtype))
     if is_traced(limits) or not chip.plan.integers:
@@ -167,22 +180,36 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
 
 
 def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
-    """Return the upper edge of the bin that holds the `quantile` of the inputs; 1 if it is the bin of zero."""
-    seen = jnp.cumsum(inputs, axis=-1)
-    if not is_traced(seen) and not bool(jnp.all(seen[..., -1] > 0)):
-        raise ValueError("calibration saw no input: probe the arrays with some inputs first")
-    reached = jnp.sum(seen < quantile * seen[..., -1:], axis=-1) + 1
-    edge = jnp.exp2(reached.astype(inputs.dtype) / _OCTAVE - _LEAST)
+    """Return the upper edge of the bin that holds the `quantile` of the inputs that are not zero; 1 without any."""
+    reached = _reached(inputs, quantile)
+    if not is_traced(inputs):
+        if not bool(jnp.all(jnp.sum(inputs, axis=-1) > 0)):
+            raise ValueError("calibration saw no input: probe the arrays with some inputs first")
+        if bool(jnp.any((reached == 2) | (reached == INPUT_BINS))):
+            raise ValueError(
+                f"calibration saw inputs below 2^-{_LEAST_INPUT}, above 2^{_LEAST_INPUT} or infinite: scale them, or "
+                "choose dac.scaling = 'row'"
+            )
+    edge = jnp.exp2(reached / _OF_INPUTS - _LEAST_INPUT)
     return jnp.where(reached > 1, edge, jnp.ones_like(edge))
 
 
-def _whole_steps(histogram: Float[Array, "*N K bins"], bound: Float[Array, " K"], top: int) -> Float[Array, "*N K"]:
-    """Return the steps of 1, 2, 4, ... levels that quantise integer sums with the least squared error."""
-    sums = jnp.round((jnp.arange(BINS, dtype=bound.dtype) + 0.5)[None] / BINS * bound[:, None])
-    steps = 2.0 ** jnp.arange(32, dtype=bound.dtype)[:, None, None]
-    read = steps * jnp.clip(jnp.round(sums[None] / steps), 0, top)
-    errors = jnp.einsum("...kb,skb->...ks", histogram, jnp.square(read - sums[None]), precision="highest")
-    return steps[:, 0, 0][jnp.argmin(errors, axis=-1)]
+def _reached(histogram: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
+    """Return the number of bins up to the `quantile` of what is not in the first one; 1 if all is in it."""
+    seen = jnp.cumsum(histogram.at[..., 0].set(0), axis=-1)
+    return jnp.sum(seen < quantile * seen[..., -1:], axis=-1).astype(histogram.dtype) + 1
+
+
+def _bins(sizes: Float[Array, "*B"], number: int, octave: int, least: int) -> Int[Array, "*B"]:
+    """Return the bins of sizes, `octave` for each power of two from 2^-least on; the first also has what is smaller."""
+    return jnp.clip(jnp.floor(jnp.log2(sizes) * octave) + least * octave, 0, number - 1).astype(jnp.int32)
+
+
+def _steps(chip: Chip) -> int:
+    """Return the number of steps of 1, 2, 4, ... levels up to one that covers all possible sums."""
+    rows = max(encoding.grid(chip.matrix_shape, chip.config)[0])
+    share = max(worst_case(chip.config, rows)) / codes(chip.config)[1]
+    return min(STEPS, 1 + max(0, math.ceil(math.log2(share))))
 
 
 def _extent(chip: Chip) -> tuple[Array | float, ...]:
@@ -201,79 +228,118 @@ def _extent(chip: Chip) -> tuple[Array | float, ...]:
 @functools.partial(jax.jit, inline=True)
 def _met_by_converters(
     x: Float[Array, "B d_in"], chip: Chip
-) -> tuple[Float[Array, "K bins"], Float[Array, " K"], Float[Array, " bins"], Float[Array, ""]]:
-    """Return the distribution of |column sum| of every weight slice, the number clipped, and both for inputs."""
-    config, key = chip.config, chip.key
-    slices = len(config.weight_slices)
-    histogram, clipped = (varying_as(jnp.zeros(shape, x.dtype), x, chip) for shape in ((slices, BINS), (slices,)))
-    zeros = histogram, clipped
-    step = max(1, x.shape[0] // SAMPLES)
-    x = x[: step * SAMPLES : step]
+) -> tuple[
+    Float[Array, "K bins"], Float[Array, "K steps"], Float[Array, " K"], Float[Array, " input_bins"], Float[Array, ""]
+]:
+    """Return the first fields of `Statistics`."""
+    config = chip.config
     n, limit = reading(x, chip)
-    inputs, outside = jnp.zeros((BINS,), x.dtype), jnp.zeros((), x.dtype)
+    inputs, outside = jnp.zeros((INPUT_BINS,), x.dtype), jnp.zeros((), x.dtype)
     if config.dac is not None:
         passed = jnp.abs(x) if config.dac.signed else jnp.maximum(x, 0)
-        octaves = jnp.log2(jnp.maximum(passed, 2.0**-_LEAST)) + _LEAST
-        at = jnp.clip(octaves * _OCTAVE, 0, BINS - 1).astype(jnp.int32)
-        inputs = inputs.at[at.reshape(-1)].add(jnp.ones((), x.dtype))
+        at = jnp.maximum(_bins(passed, INPUT_BINS, _OF_INPUTS, _LEAST_INPUT), (passed > 0).astype(jnp.int32))
+        inputs = jnp.zeros((INPUT_BINS,), jnp.int32).at[at.reshape(-1)].add(1).astype(x.dtype)
         beyond = (jnp.abs(x) > limit) | ((x < 0) if not config.dac.signed else False)
         outside = jnp.sum(beyond, dtype=x.dtype)
-    if config.adc is None or chip.plan.path == "product":
-        return *zeros, inputs, outside
-    n = n[:: max(1, math.ceil(len(n) / _counted(chip)))]
-    keys = None if key is None else jax.random.split(key, len(n))
-    bound = jnp.stack([jnp.asarray(b, x.dtype) for b in _extent(chip)])
+    return *_of_conversions(n, chip), inputs, outside
+
+
+def _of_conversions(
+    n: Float[Array, "B d_in"], chip: Chip
+) -> tuple[Float[Array, "K bins"], Float[Array, "K steps"], Float[Array, " K"]]:
+    """Return the distribution of |column sum| of every weight slice, its errors in whole steps, and those clipped."""
+    config, key, dtype = chip.config, chip.key, n.dtype
+    slices = len(config.weight_slices)
+    none = varying_as(jnp.zeros((), dtype), n, chip)
+    zeros = (none + jnp.zeros((slices, BINS), dtype), none + jnp.zeros((slices, STEPS), dtype))
+    zeros = (*zeros, none + jnp.zeros((slices,), dtype))
+    if config.adc is None or chip.plan.path == "product" or len(n) == 0:
+        return zeros
+    rows, _ = encoding.grid(chip.matrix_shape, config)
+    columns = None
+    if chip.cells is None:  # as [R, rows, K S], so that all sums of a row tile are one product
+        columns = columns_of(chip)
+        columns = columns.reshape(-1, slices, *columns.shape[1:]).transpose(2, 3, 1, 0, 4)
+        columns = columns.reshape(*columns.shape[:2], -1)
+    tiles = encoding.split(n, rows, axis=1, front=True)
+    of_group = functools.partial(_sums, chip=chip, columns=columns)
+    size = math.prod(jax.eval_shape(of_group, tiles[:1], None if key is None else key[None])[0].shape)
+    at_once = _AT_ONCE // size
+    if chip.cells is not None:
+        at_once = min(at_once, BUDGET // input_bytes(chip.cells, config))
+    at_once = min(max(1, at_once), len(n))
+    groups = math.ceil(len(n) / at_once)
+    tiles = jnp.pad(tiles, ((0, groups * at_once - len(n)), (0, 0), (0, 0)))
+    known = (jnp.arange(len(tiles)) < len(n)).astype(dtype)
+    keys = None if key is None else jax.random.split(key, (groups, at_once))
+    drawing = jax.random.split(jax.random.key(0), groups)
+    conversions = size // slices
+    drawn = max(_FEWEST, CONVERSIONS // len(n))
+    bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
     quantise = None if chip.limits is None else converter(chip.limits, config, chip.plan.ties)
+    top, steps = codes(config)[1], jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
 
-    def of_one(total: tuple[Array, Array], one: tuple[Array, Array | None]) -> tuple[tuple[Array, Array], None]:
-        sums, used = _sums(*one, chip)
-        at = jnp.clip(jnp.abs(sums) / bound[:, None, None, None] * BINS, 0, BINS - 1).astype(jnp.int32)
-        counted = jnp.broadcast_to(used, sums.shape[1:]).reshape(-1)
-        histogram = jax.vmap(lambda row, bins: row.at[bins].add(counted))(total[0], at.reshape(slices, -1))
-        clipped = total[1]
+    def add(total: tuple[Array, ...], group: tuple[Any, ...]) -> tuple[Any, None]:
+        histogram, errors, clipped, seen = total
+        tiles, known, keys, drawing = group
+        sums, used = of_group(tiles, keys)  # [R, _J, at_once, K, S]
+        counted = known[None, None, :, None, None] * used[:, None, None, None]  # [R, 1, at_once, 1, S]
+        sizes = jnp.abs(sums)
+
+        def squares(step: Array) -> Float[Array, " K"]:
+            levels, inverse = (jnp.ldexp(jnp.ones((), dtype), each) for each in (step, -step))
+            off = jnp.minimum(jnp.round(sizes * inverse), top) * levels - sizes
+            return jnp.sum(jnp.square(off) * counted, axis=(0, 1, 2, 4))
+
+        if len(steps):
+            errors = errors.at[:, : len(steps)].add(jax.lax.map(squares, steps).T)
         if quantise is not None:
-            of_sums = jnp.broadcast_to(quantise.scale.T[:, None, :, None], sums.shape)
+            of_sums = jnp.broadcast_to(quantise.scale[:, None, None, :, None], sums.shape)
             beyond = quantise.clips(quantise.scaled(sums, of_sums))
-            clipped = clipped + jnp.sum(jnp.where(beyond, used, 0).reshape(slices, -1), axis=1)
-        return (histogram, clipped), None
+            clipped = clipped + jnp.sum(jnp.where(beyond, counted, 0), axis=(0, 1, 2, 4))
+        counted = jnp.broadcast_to(counted, (*sums.shape[:3], 1, sums.shape[4]))
+        seen = seen + jnp.sum(counted)
+        sizes, counted = (a.transpose(3, 2, 0, 1, 4).reshape(a.shape[3], at_once, -1) for a in (sizes, counted))
+        if drawn < conversions:
+            places = jax.random.randint(drawing, (1, at_once, drawn), 0, conversions)
+            sizes, counted = (jnp.take_along_axis(a, places, axis=2) for a in (sizes, counted))
+        at = _bins(sizes / bound[:, None, None], BINS, _OF_SUMS, _LEAST_SUM).reshape(slices, -1)
+        histogram = jax.vmap(lambda row, bins: row.at[bins].add(counted.reshape(-1)))(histogram, at)
+        return (histogram, errors, clipped, seen), None
 
-    return *jax.lax.scan(of_one, zeros, (n, keys))[0], inputs, outside
-
-
-def _counted(chip: Chip) -> int:
-    """Return how many inputs bring about `CONVERSIONS` of each weight slice, at least a few."""
-    config = chip.config
-    slices = 1 if config.converts_sums else len(config.input_slices)
-    of_one = slices * len(encoding.grid(chip.matrix_shape, config)[0]) * chip.shape[-1]
-    return max(_FEWEST, CONVERSIONS // of_one)
+    parts = (tiles.reshape(groups, at_once, *tiles.shape[1:]), known.reshape(groups, at_once), keys, drawing)
+    (histogram, errors, clipped, seen), _ = jax.lax.scan(add, (*zeros, none), parts)
+    if drawn < conversions:
+        histogram = histogram * (seen / jnp.sum(histogram[0]))
+    return histogram, errors, clipped
 
 
 def _sums(
-    n: Float[Array, " d_in"], key: Array | None, chip: Chip
-) -> tuple[Float[Array, "K _J R S"], Float[Array, "R S"]]:
-    """Return every sum at the ADCs for one input vector, and 1 for those of columns in use."""
-    config = chip.config
-    rows, _ = encoding.grid(chip.matrix_shape, config)
-    tiles = encoding.split(n, rows, axis=0, front=True)
-    worth = jnp.asarray(encoding.pulse_significance(config), n.dtype)
-    if chip.cells is not None:
-        sums = all_sums(tiles, chip.cells, key, config)  # [J, K, R, C, P, cols]
+    tiles: Float[Array, "b R rows"], keys: Array | None, chip: Chip, columns: Float[Array, "R rows _all"] | None
+) -> tuple[Float[Array, "R _J b K S"], Float[Array, "R S"]]:
+    """Return every sum at the ADCs for some input vectors, and 1 for those of columns in use."""
+    config, dtype = chip.config, tiles.dtype
+    worth = jnp.asarray(encoding.pulse_significance(config), dtype)
+    if (cells := chip.cells) is None:
+        pulses = encoding.pulses(tiles, config)  # [J, b, R, rows]
+        sums = jnp.einsum("jbri,rix->rjbx", pulses, columns, precision="highest")
+        sums = sums.reshape(*sums.shape[:3], len(config.weight_slices), -1)
+        if config.converts_sums:
+            sums = jnp.einsum("j,rjbks->rbks", worth, sums, precision="highest")[:, None]
+        return sums, jnp.ones((sums.shape[0], sums.shape[4]), dtype)
+
+    def of_one(codes: Array, key: Array | None) -> Array:
+        sums = all_sums(codes, cells, key, config)  # [J, K, R, C, P, cols]
         if config.converts_sums:
             sums = jnp.tensordot(worth, sums, ((0,), (0,)))[None]
-        sums = with_noise(with_mismatch(sums, chip), config, key)
-        cols = jnp.asarray(np.any(encoding.cells_in_use(chip.matrix_shape, config), axis=2), n.dtype)  # [R, C, cols]
-        if config.encoding.unit_column:
-            cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), n.dtype)], axis=2)
-        used = jnp.broadcast_to(cols[:, :, None], sums.shape[2:]).reshape(len(rows), -1)
-        sums = sums.swapaxes(0, 1).reshape(*sums.shape[1::-1], len(rows), -1)
-    else:
-        sums = jnp.einsum("jri,krio->kjro", encoding.pulses(tiles, config), columns_of(chip))
-        polarities = sums.reshape(-1, len(config.weight_slices), *sums.shape[1:])
-        sums = jnp.concatenate(list(polarities), axis=3)
-        if config.converts_sums:
-            sums = jnp.tensordot(worth, sums, ((0,), (1,)))[:, None]
-        used = jnp.ones(sums.shape[2:], n.dtype)
-    return sums, used
+        return with_noise(with_mismatch(sums, chip), config, key)
+
+    sums = jax.vmap(of_one)(tiles, keys).transpose(3, 1, 0, 2, 4, 5, 6)
+    cols = jnp.asarray(np.any(encoding.cells_in_use(chip.matrix_shape, config), axis=2), dtype)  # [R, C, cols]
+    if config.encoding.unit_column:
+        cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), dtype)], axis=2)
+    used = jnp.broadcast_to(cols[:, :, None], (cols.shape[0], *sums.shape[4:]))
+    return sums.reshape(*sums.shape[:4], -1), used.reshape(len(used), -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

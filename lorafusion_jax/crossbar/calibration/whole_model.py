@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from ..chip.chip import Chip, chips_in, reads, with_chips
 from ..devices.physical import is_traced
-from .one_chip import BINS, Statistics, calibrated
+from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated
 
 # (weights, batch) -> an array that depends on every product, such as logits.
 Run = Callable[[Any, Any], Array]
@@ -101,8 +101,8 @@ def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Stati
 
 def _zeros(leaf: Chip) -> Statistics:
     lead, dtype, slices = leaf.shape[:-2], leaf.codes.dtype, len(leaf.config.weight_slices)
-    of_conversions = {"histogram": (slices, BINS), "clipped": (slices,)}
-    shapes = of_conversions | {"inputs": (BINS,), "clipped_inputs": (), "signal": (), "error": ()}
+    of_conversions = {"histogram": (slices, BINS), "errors": (slices, STEPS), "clipped": (slices,)}
+    shapes = of_conversions | {"inputs": (INPUT_BINS,), "clipped_inputs": (), "signal": (), "error": ()}
     return Statistics(**{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()})
 
 

@@ -107,7 +107,8 @@ class DAC:
         data) or `row` (the largest |x| of each input vector, divided out and multiplied back digitally). Inputs
         beyond it are clipped, and so are negative inputs of an unsigned DAC.
       limit: full scale for `fixed`.
-      quantile: share of |x| that a calibrated full scale covers; negative inputs of an unsigned DAC count as zero.
+      quantile: share of the |x| above zero that a calibrated full scale covers; negative inputs of an unsigned DAC are
+        zeros.
       clip_share: share of clipped inputs above which statistics warn.
       rounding: to the `nearest` code, or `stochastic`: up or down at random, right on average.
     """
@@ -162,7 +163,7 @@ class ADC:
         of the ADC is one level of one cell at the smallest input), or `given` in `limits`.
       convert: after every input slice (`slice`), or once after an analogue shift-and-add (`sum`).
       separate: with `differential`, convert the positive and the negative column separately and subtract digitally.
-      quantile: share of |current| that a calibrated range covers.
+      quantile: share of the |current| above zero that a calibrated range covers, where sums are not integers.
       clip_share: share of clipped conversions above which statistics warn.
       limits: [K, 2] lowest and highest current of each weight slice, or [R, K, 2] with those of each row tile, for
         range `given`; may be learned.

@@ -1,0 +1,207 @@
+"""Calibration of converters: what data it looks at, the steps and ranges that it chooses, and what it reports."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    Proportional,
+    Tile,
+    calibrated,
+    flax,
+    matmul,
+    probe,
+    program,
+    programmed_weights,
+)
+
+KEY = jax.random.key(5)
+ONE = CrossbarConfig(cell=Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
+REAL = dataclasses.replace(ONE, device=Device(programming=Proportional(0.05)))
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+
+
+def settled(chip, x):
+    chip = calibrated(chip, probe(x, chip)[1])
+    return chip if chip.limits is not None or chip.config.adc is None else calibrated(chip, probe(x, chip)[1])
+
+
+def ratio(x, chip):
+    """Signal to noise, in dB, of a read against the weights as programmed."""
+    wanted = np.asarray(x, float) @ np.asarray(programmed_weights(chip), float)
+    error = np.asarray(matmul(x, chip), float) - wanted
+    return 10 * np.log10(np.square(wanted).sum() / np.square(error).sum())
+
+
+# Every vector counts.
+
+
+@pytest.mark.parametrize("images", [63, 64])
+def test_a_convolution_is_calibrated_on_all_positions(images):
+    """As many images as make a fixed stride through the positions meet one column, which is empty."""
+    layer = nnx.Conv(1, 8, (5, 5), rngs=nnx.Rngs(0))
+    picture = np.zeros((images, 28, 28, 1), np.float32)
+    picture[:, 8:20, 8:20] = np.random.default_rng(0).uniform(size=(images, 12, 12, 1))
+    model = flax.calibrate(flax.convert(layer, {"*": CrossbarConfig(adc=ADC(bits=8))}, KEY), [jnp.asarray(picture)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = flax.site_errors(model, [jnp.asarray(picture)])
+    assert row["sqnr"] > 30
+    wanted = layer(picture)
+    assert np.abs(model(picture) - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("config", [ONE, REAL], ids=["whole", "real"])
+def test_sequences_are_calibrated_on_all_their_tokens(config):
+    """The first token of each of 256 sequences is small."""
+    x = (0.3 * normal(256, 9, 40)).at[:, 0].multiply(0.02)
+    chip = settled(program(normal(40, 6), config, KEY), x)
+    seen = probe(x, chip)[1]
+    assert float(seen.clip_share.max()) < 0.01 and float(seen.sqnr) > 30
+    assert float(seen.histogram.sum()) == 256 * 9 * 6
+
+
+@pytest.mark.parametrize("vectors", [300, 5000])
+@pytest.mark.parametrize("config", [ONE, REAL], ids=["whole", "real"])
+def test_clipped_conversions_of_all_vectors_are_counted(config, vectors):
+    """Ranges of small vectors clip most conversions of the last ten, which are large."""
+    weights, x = normal(40, 6), (0.01 * normal(vectors, 40)).at[-10:].multiply(60)
+    chip = settled(program(weights, config, KEY), x[:-10])
+    share = float(probe(x, chip)[1].clip_share[0])
+    of_last = float(probe(x[-10:], chip)[1].clip_share[0])
+    assert of_last > 0.5 and float(probe(x[:-10], chip)[1].clip_share[0]) < 1e-3
+    np.testing.assert_allclose(share, of_last * 10 / vectors, atol=1e-3, rtol=0.05)
+
+
+def test_few_large_vectors_of_many_decide_the_step():
+    """Four of 4,096: whole sums take the step with the least squared error on all of them."""
+    weights, x = normal(40, 6), (0.005 * normal(4096, 40)).at[jnp.arange(4) * 1000 + 17].multiply(60)
+    chip = settled(program(weights, ONE), x)
+    assert float(probe(x, chip)[1].clip_share[0]) < 0.001
+    assert ratio(x, chip) > best_step(x, chip) - 0.05
+
+
+def test_a_sample_of_the_sums_stands_for_all():
+    """9.4 million conversions, of which a million are put into bins: the counts are of all, the range of the sample."""
+    x = normal(4096, 256)
+    chip = program(normal(256, 64), dataclasses.replace(REAL, dac=DAC(bits=8), adc=ADC(bits=8, quantile=0.99)), KEY)
+    seen = probe(x, chip)[1]
+    np.testing.assert_allclose(seen.histogram.sum(), 4096 * 7 * 2 * 64, rtol=1e-5)
+    share = probe(x, calibrated(chip, seen))[1].clip_share
+    np.testing.assert_allclose(share, 0.01, rtol=0.2)
+
+
+# The steps of whole sums, and the ranges of others.
+
+
+def best_step(x, chip):
+    """The best signal to noise of all steps, by reading with each."""
+    top = 127
+    unit = 127 * 127  # levels of a cell at the largest input
+    found = []
+    for exponent in range(24):
+        high = 2.0**exponent * top / unit
+        limits = jnp.asarray([[[-high, high]]], jnp.float32)
+        found.append(ratio(x, dataclasses.replace(chip, limits=limits)))
+    return max(found)
+
+
+@pytest.mark.parametrize("rows", [64, 512, 4096])
+def test_the_step_is_the_best_one_also_next_to_outliers(rows):
+    """One large weight and one large input make the usual sums small, against the worst case."""
+    weights, x = normal(rows, 8).at[3, 2].set(60), normal(32, rows).at[:, 3].set(0).at[5, 7].set(50)
+    config = dataclasses.replace(ONE, dac=DAC(bits=8, slice_bits=None), tile=Tile(rows=None))
+    chip = settled(program(weights, config), x)
+    assert ratio(x, chip) > best_step(x, chip) - 0.01
+
+
+def test_ranges_of_real_sums_follow_them_however_small_they_are():
+    """Within two bins of the quantile, where the worst case is a hundred times as large."""
+    weights, x = normal(4096, 8).at[3, 2].set(60), normal(32, 4096).at[:, 3].set(0).at[5, 7].set(50)
+    config = dataclasses.replace(REAL, dac=DAC(bits=8, slice_bits=None), adc=ADC(bits=8), tile=Tile(rows=None))
+    chip = program(weights, config, KEY)
+    seen = probe(x, chip)[1]
+    covered = calibrated(chip, seen)
+    assert float(covered.limits.max()) < 4096 / 100
+    assert 0 < float(probe(x, covered)[1].clip_share[0]) <= 1e-3 or ratio(x, covered) > 30
+
+
+def test_a_slice_that_meets_only_zeros_has_a_range():
+    config = CrossbarConfig(adc=ADC(bits=8), device=Device(programming=Proportional(0.05)))
+    chip = program(0.01 * jnp.abs(normal(40, 6)).at[0, 0].set(100), config, KEY)
+    x = normal(50, 40).at[:, 0].set(0)
+    limits = settled(chip, x).limits
+    assert np.isfinite(limits).all() and float(limits.max() / limits[..., 1].min()) <= 2**10
+
+
+# Full scale of the inputs.
+
+
+def of_inputs(x, **fields):
+    config = CrossbarConfig(dac=DAC(scaling="calibrated", **fields))
+    chip = program(normal(x.shape[-1], 6), config)
+    return settled(chip, x)
+
+
+@pytest.mark.parametrize("share", [1, 4, 40])
+def test_full_scale_covers_inputs_that_are_mostly_zeros(share):
+    """Of 4,096 inputs a few are not zero."""
+    x = jnp.zeros(4096).at[jnp.arange(share) * 100 + 5].set(100.0).reshape(64, 64)
+    chip = of_inputs(x)
+    np.testing.assert_allclose(chip.input_limit, 100, rtol=0.02)
+    wanted = x @ programmed_weights(chip)
+    np.testing.assert_allclose(matmul(x, chip), wanted, rtol=0, atol=0.02 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("exponent", [-120, -60, -33, 33, 60, 120])
+def test_full_scale_covers_inputs_of_any_size(exponent):
+    x = normal(20, 30) * jnp.float32(2.0**exponent)
+    chip = of_inputs(x, quantile=1.0)
+    assert 1 <= float(chip.input_limit) / float(jnp.abs(x).max()) < 1.02
+
+
+@pytest.mark.parametrize("size", [np.inf, 1e-50])
+def test_inputs_without_a_full_scale_are_refused(size):
+    with jax.enable_x64(True):
+        x = jnp.full((3, 4), size)
+        chip = program(jnp.ones((4, 2)), CrossbarConfig(dac=DAC(scaling="calibrated")))
+        with pytest.raises(ValueError, match="saw inputs below 2.-128, above 2.128 or infinite: scale them"):
+            calibrated(chip, probe(x, chip)[1])
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(kind="offset", unit_column=True, flip=True)])
+@pytest.mark.parametrize("path", ["definition", "loop"])
+def test_the_statistics_are_those_of_every_conversion(encoding, path):
+    """Against sums by hand, of tiles of unequal height, in groups that do not divide the batch."""
+    config = CrossbarConfig(
+        cell=Cell(bits=(4, 4)),
+        encoding=encoding,
+        mapping=Mapping(weight_bits=8),
+        dac=DAC(bits=4, slice_bits=None, scaling="fixed"),
+        adc=ADC(bits=6),
+        tile=Tile(rows=10, partition="full"),
+        device=Device(programming=Independent(0.02)),
+    )
+    weights, x = normal(25, 7), jnp.clip(normal(11, 25), -1, 1)
+    ways = [probe(x, program(weights, config, KEY, path=each))[1] for each in (path, "definition")]
+    for one, other in zip(*map(jax.tree.leaves, ways), strict=True):
+        np.testing.assert_allclose(np.atleast_1d(one).sum(-1), np.atleast_1d(other).sum(-1), rtol=1e-3)
+    columns = 7 + encoding.unit_column
+    assert ways[0].histogram.sum(axis=-1).tolist() == [11 * 3 * columns] * 2
+    assert float(ways[0].inputs.sum()) == 11 * 25
