@@ -58,13 +58,14 @@ def test_a_convolution_is_calibrated_on_all_positions(images):
     layer = nnx.Conv(1, 8, (5, 5), rngs=nnx.Rngs(0))
     picture = np.zeros((images, 28, 28, 1), np.float32)
     picture[:, 8:20, 8:20] = np.random.default_rng(0).uniform(size=(images, 12, 12, 1))
-    model = flax.calibrate(flax.convert(layer, {"*": CrossbarConfig(adc=ADC(bits=8))}, KEY), [jnp.asarray(picture)])
+    config = dataclasses.replace(ONE, dac=DAC(bits=8, slice_bits=None))
+    model = flax.calibrate(flax.convert(layer, {"*": config}, KEY), [jnp.asarray(picture)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (row,) = flax.site_errors(model, [jnp.asarray(picture)])
     assert row["sqnr"] > 30
     wanted = layer(picture)
-    assert np.abs(model(picture) - wanted).max() < 0.03 * np.abs(wanted).max()
+    assert np.linalg.norm(model(picture) - wanted) < 0.05 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("config", [ONE, REAL], ids=["whole", "real"])
@@ -132,14 +133,15 @@ def test_the_step_is_the_best_one_also_next_to_outliers(rows):
 
 
 def test_ranges_of_real_sums_follow_them_however_small_they_are():
-    """Within two bins of the quantile, where the worst case is a hundred times as large."""
+    """Their quantile, to a bin, where the worst case is far larger; zeros have no part in it."""
     weights, x = normal(4096, 8).at[3, 2].set(60), normal(32, 4096).at[:, 3].set(0).at[5, 7].set(50)
-    config = dataclasses.replace(REAL, dac=DAC(bits=8, slice_bits=None), adc=ADC(bits=8), tile=Tile(rows=None))
-    chip = program(weights, config, KEY)
-    seen = probe(x, chip)[1]
-    covered = calibrated(chip, seen)
-    assert float(covered.limits.max()) < 4096 / 100
-    assert 0 < float(probe(x, covered)[1].clip_share[0]) <= 1e-3 or ratio(x, covered) > 30
+    x = jnp.concatenate([x, jnp.zeros((3000, 4096))])
+    adc = ADC(bits=8, quantile=0.9)
+    config = dataclasses.replace(REAL, dac=DAC(bits=8, slice_bits=None), adc=adc, tile=Tile(rows=None))
+    chip = settled(program(weights, config, KEY), x)
+    codes = np.rint(np.asarray(x[:32]) / np.abs(x[:32]).max(axis=1, keepdims=True) * 127)
+    sums = np.abs(codes @ np.asarray(chip.codes, float)) / 127**2
+    assert 1 <= float(chip.limits.max()) / np.quantile(sums, 0.9, method="inverted_cdf") < 1.012
 
 
 def test_a_slice_that_meets_only_zeros_has_a_range():
