@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from lorafusion_jax.files import FileError
+from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.hf import load_tokenizer
 
 
@@ -38,6 +39,13 @@ def test_extra_ids_of_t5_are_bounded(base):
     (base / "tokenizer_config.json").write_text(json.dumps(content | {"extra_ids": 10**9}))
     with pytest.raises(FileError, match=r"tokenizer_config\.json: extra_ids is 1,000,000,000: wanted at most"):
         load_tokenizer(base)
+
+
+def test_a_gguf_file_with_too_many_special_tokens_is_refused():
+    tokens = [f"<{number}>" for number in range(300_000)]
+    held = {"model": "gpt2", "tokens": tokens, "token_type": [3] * len(tokens), "merges": []}
+    with pytest.raises(ValueError, match="token_type makes 300,000 tokens special: wanted at most 100,000"):
+        build_tokenizer({f"tokenizer.ggml.{key}": value for key, value in held.items()})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import shown
+from ..tokenizer_bounds import MOST_ADDED
 
 if TYPE_CHECKING:
     import tokenizers
@@ -76,6 +77,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
     for key, found in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
         if len(found) != len(tokens):
             raise ValueError(f"tokenizer.ggml.{key} holds {len(found)} numbers, and tokens {len(tokens)} tokens")
+    if (added := sum(kind in (_CONTROL, _USER_DEFINED) for kind in kinds)) > MOST_ADDED:
+        raise ValueError(f"tokenizer.ggml.token_type makes {added:,} tokens special: wanted at most {MOST_ADDED:,}")
     special: dict[str, str | None] = {}
     for name in ("bos", "eos", "unknown", "padding"):
         number = metadata.get(f"{name}_token_id")
