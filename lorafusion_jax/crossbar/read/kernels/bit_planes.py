@@ -1,11 +1,17 @@
-"""Column sums by counting bits.
+"""Column sums by counting bits: the fastest for single input vectors, as in models that generate token by token.
 
 The bits of the cells' levels and of the input slices lie 32 rows to a word. A conversion is then
 
     S = sum_{i, t} 2^(i + t) (#(positive & cell bit i & input bit t) - #(negative & ...))
 
 with population counts, all fused with the ADC by XLA. Fast where the processor counts the bits of a whole vector at
-once (AVX512_VPOPCNTDQ); right everywhere.
+once (AVX512_VPOPCNTDQ); right everywhere. Milliseconds of one such core (AMD EPYC) for a matrix on the arrays of
+examples/smollm2/chip.yaml with a 6-bit ADC, here and by the path `packed`:
+
+    576 x 1536      1 vector: 0.7, 3.5      16: 7.9, 9.8      128: 62, 61
+    576 x 32        1 vector: 0.08, 0.16    16: 0.96, 0.29    128: 6.3, 1.4
+
+A plan does not depend on the number of vectors, so matrices of few columns are read this way in batches too.
 
 Axis letters: B batch, K weight slices, I bits of a cell, R row tiles, Q words of 32 rows.
 """

@@ -1,4 +1,4 @@
-"""The whole chain of a read in one Pallas kernel, which Mosaic compiles for a TPU.
+"""The whole chain of a read in one Pallas kernel for a TPU: compiled by Mosaic, not run on one.
 
 Input slices are made, multiplied, converted, and shifted and added in the memory next to the units: of a read only
 input codes, cells, and sums of codes cross the large memory. Elsewhere, and on a mesh, which cannot split a kernel,
