@@ -306,7 +306,7 @@ MUTANTS = (
     ),
     Mutant(
         "serving: a row's run and its rows change places",
-        "serving/apply.py",
+        "serving/predict.py",
         "[number for rows, numbers in blocks for number in numbers for _ in rows.inputs]",
         "[number for rows, numbers in blocks for _ in rows.inputs for number in numbers]",
         ("serving/test_service.py",),
