@@ -114,15 +114,15 @@ MUTANTS = (
     Mutant(
         "calibration: choose the widest error instead of the least",
         "crossbar/calibration/one_chip.py",
-        "jnp.argmin(errors, axis=-1)",
-        "jnp.argmax(errors, axis=-1)",
+        "jnp.argmin(statistics.errors",
+        "jnp.argmax(statistics.errors",
         ("crossbar/test_converters.py", "crossbar/test_reads.py", "crossbar/test_tree.py"),
     ),
     Mutant(
         "calibration: the range of the inputs ends one bin early",
         "crossbar/calibration/one_chip.py",
-        "reached = jnp.sum(seen < quantile * seen[..., -1:], axis=-1) + 1",
-        "reached = jnp.sum(seen < quantile * seen[..., -1:], axis=-1)",
+        "axis=-1).astype(histogram.dtype) + 1",
+        "axis=-1).astype(histogram.dtype)",
         ("crossbar/test_converters.py", "crossbar/test_tree.py", "crossbar/test_reads.py"),
     ),
     Mutant(
