@@ -32,6 +32,8 @@ class BBHOptions(MatrixOptions):
       bbh: folder of BIG-Bench Hard's JSON files, to be split as LoraHub did.
       data: folder of tasks that are split already, LoraHub's data_bbh, instead.
       tasks: names of tasks; all by default.
+      methods: rows of the table; by default all but full fine-tuning, whose seeds are one program of ten times the
+        memory of the others: ask for it alone, with one seed.
       out: folder of results.jsonl, the runs, and the split.
     """
 
@@ -39,6 +41,7 @@ class BBHOptions(MatrixOptions):
     bbh: Path | None = None
     data: Path | None = None
     tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "full fine-tuning")
     out: Path = ROOT / "runs" / "bbh"
 
 

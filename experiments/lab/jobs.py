@@ -23,7 +23,10 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
 
 # Options of a run that do not affect its results.
-_BOOKKEEPING = ("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile")
+_BOOKKEEPING = (
+    *("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile"),
+    *("coordinator", "processes", "process"),
+)
 _LONGEST_ERROR = 500
 
 

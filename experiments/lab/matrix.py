@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
+from lorafusion_jax.estimates.plan import MachineName
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
 from lorafusion_jax.report import read_rows
@@ -41,6 +42,7 @@ class MatrixOptions:
       eval_batch: rows in a batch of generation.
       retry_failed: also run what ran out of memory before, which OUT/failed.jsonl lists.
       plan: print what the matrix needs, and run nothing.
+      plan_for: plan for this machine instead of the one that the script runs on.
     """
 
     base: str
@@ -58,6 +60,11 @@ class MatrixOptions:
     eval_batch: int = 64
     retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
+
+    def __post_init__(self):
+        if self.plan_for is not None and not self.plan:
+            raise ValueError(f"--for {self.plan_for} names the machine of a plan: add --plan, or leave it out")
 
 
 def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:

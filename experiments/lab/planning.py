@@ -7,14 +7,12 @@ from typing import Any
 
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.estimates.plan import describe, pool_shape
+from lorafusion_jax.estimates.plan import describe, machine, pool_shape
 from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.methods.method import WITH_CORE
 from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.platform import for_cpu
 from lorafusion_jax.runs.prepare import load_texts
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.training.seeds import default_path
 
 from .common import TRAIN_ROWS
 from .jobs import Job
@@ -38,7 +36,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
       ValueError: as `run_matrix` does.
     """
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    pool = Path(options.pool)
+    pool, where = Path(options.pool), machine(options.plan_for)
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs(options, entries, check_pool=pool.is_dir()):
         numbers = (getattr(job.options.recipe, name) for name in _COUNTED)
@@ -53,8 +51,8 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             # Those that any seed draws: at most as many as all of them together.
             pool=min(len(options.seeds) * recipe.modules, size) if recipe.choose == "draw" else size,
             seeds=len(options.seeds),
-            path=default_path(),
-            device="cpu" if for_cpu() else "accelerator",
+            path=where.path,
+            device=where.device,
             load_in=load_in,
         )
         how: dict[str, Any] = {"train_rows": rows, "test_rows": options.test_rows}
@@ -69,7 +67,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
         few = "" if rows == TRAIN_ROWS[league] else f" over {rows} rows"
         print(f"League {league}, {recipe.epochs} epochs{few}, {chosen}{within}")
         methods = {job.method: _name(job.options) for job in of_group}
-        print(describe(config, [*methods.values()], work, settings, names=[*methods]))
+        print(describe(config, [*methods.values()], work, settings, names=[*methods], capacity=where.capacity))
 
 
 def _name(options: Any) -> str:

@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from .._fuse import fuse
-from ..estimates.plan import describe_run
+from ..estimates.plan import MachineName, describe_run
 from ..files import one_line
 from ..io import processes
 from ..runs.options import FuseOptions
@@ -35,15 +37,17 @@ class FuseCommand(FuseOptions, Preset):
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
       lorafusion fuse --preset reference --base base --pool pool --task task
       lorafusion fuse --base google/flan-t5-large --pool pool --basis 32 --task bbh/snarks.json
-      lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan
+      lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan --for h100
       lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
 
     Attributes:
       plan: print what the run needs (FLOPs, memory), and run nothing. The base may be the name of a shape, such as
         flan-t5-large, whose weights are not needed.
+      plan_for: plan for this machine instead of the one that the command runs on.
     """
 
     plan: bool = False
+    plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
 
 
 GROUPS = {
@@ -64,8 +68,8 @@ GROUPS = {
     ),
     "hardware": ("crossbar", "noise", "chip", "chip_key", "digital", "age", "norm"),
     "run": (
-        "seeds", "out", "name", "plan", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds", "path", "mesh",
-        "distributed", "profile",
+        "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds",
+        "path", "mesh", "distributed", "coordinator", "processes", "process", "profile",
     ),
 }  # fmt: skip
 
@@ -76,8 +80,10 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(FuseCommand, arguments, "fuse", groups=GROUPS, defaults=vars(recipe))
     options = FuseOptions(**{field.name: getattr(command, field.name) for field in dataclasses.fields(FuseOptions)})
     if command.plan:
-        print(describe_run(options))
+        print(describe_run(options, command.plan_for))
         return
+    if command.plan_for is not None:
+        raise ValueError(f"--for {command.plan_for} names the machine of a plan: add --plan, or leave it out")
     results = fuse(options)
     if processes.first():
         print(report(results, run_path(options)))

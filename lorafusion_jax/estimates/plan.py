@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..io.pool import open_pool
 from ..models.architecture import Architecture
@@ -13,10 +13,41 @@ from ..runs.options import FuseOptions
 from ..runs.prepare import check, load_texts
 from ..tasks import load_task
 from ..text_tables import markdown
+from ..training.seeds import Path as SeedPath
 from ..training.seeds import default_path
 from .estimate import Cost, Settings, estimate, seeds_of
+from .memory import Device
 from .params import shape_config
 from .workload import Shapes, Workload, workload
+
+
+class Machine(NamedTuple):
+    """A machine to plan for.
+
+    Attributes:
+      device: kind of device.
+      path: how seeds run there by default.
+      capacity: bytes of the device's memory, as its maker states them; None if they are not known.
+    """
+
+    device: Device
+    path: SeedPath
+    capacity: int | None = None
+
+
+# H100 SXM: 80 GB (NVIDIA's data sheet). TPU v5e: 16 GB a chip (Google Cloud's "TPU v5e").
+MachineName = Literal["h100", "v5e", "cpu"]
+_PROCESS = "0.8 to 1.2 GiB"
+_MACHINES: dict[MachineName, Machine] = {
+    "h100": Machine("accelerator", "vmap", 80 * 10**9),
+    "v5e": Machine("accelerator", "vmap", 16 * 10**9),
+    "cpu": Machine("cpu", "map"),
+}
+
+
+def machine(name: MachineName | None) -> Machine:
+    """Return a machine by its name; this one without a name."""
+    return _MACHINES[name] if name else Machine("cpu" if for_cpu() else "accelerator", default_path())
 
 
 class PoolShape(NamedTuple):
@@ -96,6 +127,7 @@ def describe(
     settings: Settings,
     *,
     names: Sequence[str] = (),
+    capacity: int | None = None,
 ) -> str:
     """Return a description of how a matrix runs, and its costs; further arguments and errors are those of `plan`.
 
@@ -105,9 +137,10 @@ def describe(
       tasks: name -> workload.
       settings: settings of all runs.
       names: names of the rows; by default those of the methods.
+      capacity: bytes of the device's memory; rows that need more are named.
     """
     rows = plan(config, methods, tasks, settings)
-    table = plan_table([row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)])
+    rows = [row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)]
     how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
     where = "a CPU" if settings.device == "cpu" else "an accelerator"
     lines = [f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
@@ -118,14 +151,30 @@ def describe(
     ]
     held = "" if settings.load_in == "full" else f", base and pool in {settings.load_in}"
     return (
-        "\n".join(lines) + f"\n\n{table}\n"
+        "\n".join(lines) + f"\n\n{plan_table(rows)}\n"
         f"{config.dtype} on {where}{held}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a "
-        "method.\nBytes are those of one program with all its seeds, at its largest batch."
+        "method.\nBytes are those of one program with all its seeds, at its largest batch. "
+        + _besides(rows, settings, capacity)
     )
 
 
-def describe_run(options: FuseOptions) -> str:
-    """Return a description of the cost of a run.
+def _besides(rows: Sequence[Row], settings: Settings, capacity: int | None) -> str:
+    """Return what is needed besides the programs, and which of them need more memory than there is."""
+    if settings.device == "cpu":
+        # Measured on FLAN-T5-large's shape (docs/results/bbh.md).
+        return (
+            f"The process takes {_PROCESS} more:\nPython, libraries, compiled programs and freed memory that it keeps."
+        )
+    said = "What an accelerator holds besides was not measured."
+    if capacity is None:
+        return said
+    over = [row.method for row in rows if row.cost.peak_bytes > capacity]
+    fits = f"More than that need: {'; '.join(over)}." if over else "All rows fit."
+    return f"{said}\nThe device has {_bytes(capacity)}. {fits}"
+
+
+def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
+    """Return a description of the cost of a run, on this machine or a named one.
 
     The base may be the name of a shape, such as flan-t5-large; lengths are then estimated from characters. A pool that
     does not exist counts as LoraHub's adapters: 196 of rank 16, on the family's own choice of linear maps.
@@ -134,7 +183,7 @@ def describe_run(options: FuseOptions) -> str:
       ValueError: options contradict each other, files cannot be read, or a basis has more directions than a matrix.
     """
     check(options)
-    recipe = options.recipe
+    where, recipe = machine(name), options.recipe
     k = recipe.basis if options.control == "none" else None  # a control projects whole modules
     rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k)
     recipe = dataclasses.replace(recipe, modules=len(options.adapters) or min(recipe.modules, size))
@@ -146,8 +195,8 @@ def describe_run(options: FuseOptions) -> str:
         targets=targets,
         pool=all_seeds,
         seeds=len(options.seeds),
-        path=default_path() if options.path == "auto" else options.path,
-        device="cpu" if for_cpu() else "accelerator",
+        path=where.path if options.path == "auto" else options.path,
+        device=where.device,
         load_in=options.load_in,
     )
     task = load_task(options.task, prompt=options.prompt, chat=options.chat, train_rows=options.train_rows)
@@ -160,7 +209,7 @@ def describe_run(options: FuseOptions) -> str:
         eval_batch=options.eval_batch,
     )
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    return describe(config, [options.method], {task.name: work}, settings)
+    return describe(config, [options.method], {task.name: work}, settings, capacity=where.capacity)
 
 
 def pool_shape(folder: Path, k: int | None = None) -> PoolShape:

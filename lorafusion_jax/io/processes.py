@@ -49,11 +49,19 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them.
+def joined(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> Iterator[None]:
+    """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them, or the arguments do.
 
     Call it before JAX initialises its backend. If another process is lost, or if only this one fails, it ends within
-    20 s with a message and the exit code EX_TEMPFAIL (75).
+    20 s with a message and the exit code EX_TEMPFAIL (75). A process that has called `jax.distributed.initialize` is
+    left as it is.
+
+    Args:
+      coordinator: host:port on which process 0 listens; None where the cluster describes it.
+      processes: number of processes.
+      process: number of this one.
 
     Raises:
       ValueError: JAX finds no cluster here, or it cannot be reached.
@@ -61,11 +69,11 @@ def joined() -> Iterator[None]:
     if not jax.distributed.is_initialized():
         jax.config.update("jax_enable_preemption_service", False)  # it would note a SIGTERM, and go on
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(coordinator, processes, process)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"--distributed: JAX cannot join other processes here ({error}): start them with Slurm, Open MPI or "
-                "GKE, or on a TPU slice"
+                "GKE, on a TPU slice, or by hand with --coordinator, --processes and --process"
             ) from None
     over = threading.Event()
     # JAX's client aborts at once when process 0, its coordinator, is lost.

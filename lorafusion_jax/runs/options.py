@@ -78,8 +78,11 @@ class FuseOptions:
       dtype: dtype of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
       mesh: divide the run over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
-      distributed: this process is one of several, started by Slurm, Open MPI or GKE or on a TPU slice; --mesh covers
-        all their devices.
+      distributed: this process is one of several, started by Slurm, Open MPI or GKE, on a TPU slice or by hand; --mesh
+        covers all their devices.
+      coordinator: host:port on which process 0 listens, for processes that are started by hand.
+      processes: number of processes that are started by hand.
+      process: number of this one, from 0.
       path: how seeds run: batched, or one after the other; by default the faster way on the platform.
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).
@@ -109,6 +112,9 @@ class FuseOptions:
     load_in: LoadIn = "full"
     mesh: str | None = None
     distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
     path: Literal["auto", "vmap", "map"] = "auto"
     resume: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None

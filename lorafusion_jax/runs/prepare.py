@@ -168,6 +168,18 @@ def check(options: FuseOptions) -> None:
         )
     if options.distributed and options.mesh is None:
         raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
+    by_hand = (options.coordinator, options.processes, options.process)
+    if by_hand != (None, None, None):
+        if None in by_hand or not options.distributed:
+            raise ValueError(
+                "--coordinator, --processes and --process start processes by hand: give all three, with --distributed"
+            )
+        assert options.processes is not None and options.process is not None
+        at_least(1, processes=options.processes)
+        if not 0 <= options.process < options.processes:
+            raise ValueError(
+                f"--process {options.process} of --processes {options.processes}: give 0 to {options.processes - 1}"
+            )
     if not 0 <= recipe.prune < 1:
         raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
     if recipe.prune and not {"coefficients", "magnitudes"} <= set(method.groups):

@@ -40,7 +40,10 @@ from .ranking import choose_by_gradient
 from .scoring import evaluate_seeds
 
 # Options that may differ between a run and its resumption.
-_FREE_TO_CHANGE = ("resume", "log", "save_seconds", "profile", "out", "name", "mesh", "distributed")
+_FREE_TO_CHANGE = (
+    *("resume", "log", "save_seconds", "profile", "out", "name"),
+    *("mesh", "distributed", "coordinator", "processes", "process"),
+)
 # Steps without a finite loss in any seed after which training stops.
 _BAD_STEPS = 20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
@@ -92,7 +95,7 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     make_room()
     with contextlib.ExitStack() as stack:
         if options.distributed:
-            stack.enter_context(processes.joined())
+            stack.enter_context(processes.joined(options.coordinator, options.processes, options.process))
         if options.mesh is not None:
             stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
         return _run(options, set_up)

@@ -513,6 +513,19 @@ def test_a_plan_is_described():
     assert len({len(line) for line in table}) == 1 and table[-1].startswith("| all ")
 
 
+def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
+    small = Path(__file__).resolve().parents[2] / "examples" / "small"
+    options = FuseOptions(base="flan-t5-large", task=str(small / "tasks" / "double_digit"), seeds=(1, 2), method="full")
+    here, cpu, h100, v5e = (describe_run(options, name) for name in (None, "cpu", "h100", "v5e"))
+    assert here in (cpu, h100, v5e) or "batched (vmap)" in here
+    assert "lax.map" in cpu and "float32 on a CPU" in cpu and "The process takes" in cpu
+    assert "batched (vmap)" in h100 and "float32 on an accelerator" in h100
+    assert "The device has 74.51 GiB. All rows fit." in h100
+    assert "The device has 14.90 GiB. More than that need: full." in v5e
+    lora = describe_run(dataclasses.replace(options, method="lora", dtype="bfloat16"), "v5e")
+    assert "All rows fit." in lora
+
+
 def test_named_modules_are_those_of_every_seed():
     small = Path(__file__).resolve().parents[2] / "examples" / "small"
     options = FuseOptions(base="t5-small", pool=str(small / "adapters"), task=str(small / "tasks" / "double_digit"))

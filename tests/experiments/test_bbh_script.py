@@ -66,6 +66,16 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(bbh, arguments, capsys):
         assert count in said
 
 
+def test_full_fine_tuning_runs_only_where_it_is_named(bbh, arguments, capsys):
+    given = [*arguments[1]]
+    given[given.index("--pool") + 1], given[given.index("--base") + 1] = "none", "flan-t5-large"
+    bbh.main([*given, "--plan", "--for", "h100"])
+    said = capsys.readouterr().out
+    assert "| LoRA " in said and "full fine-tuning" not in said and "The device has 74.51 GiB" in said
+    with pytest.raises(ValueError, match="--for h100 names the machine of a plan: add --plan"):
+        bbh.main([*given, "--for", "h100"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

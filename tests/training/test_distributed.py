@@ -52,10 +52,14 @@ def _environment(devices: int, process: int | None = None, port: int = 0) -> dic
     return os.environ | xla | (cluster if process is not None else {})
 
 
-def _start_two(command: list[str]) -> list[subprocess.Popen]:
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def _start_two(command: list[str]) -> list[subprocess.Popen]:
+    port = _free_port()
     return [
         subprocess.Popen(command, env=_environment(2, process, port), stdout=-1, stderr=-1, text=True)
         for process in range(2)
@@ -154,6 +158,40 @@ def test_several_processes_without_a_cluster_or_a_mesh_are_refused(small, tmp_pa
         with pytest.raises(SystemExit, match="2"):
             main(_command(small, tmp_path, *more)[3:])
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_processes_that_are_started_by_hand_make_one_run(small, alone, tmp_path):
+    command = _command(small, tmp_path, "--distributed", "--mesh", "seed=4")
+    by_hand = ["--coordinator", f"localhost:{_free_port()}", "--processes", "2", "--process"]
+    both = [
+        subprocess.Popen([*command, *by_hand, str(process)], env=_environment(2), stdout=-1, stderr=-1, text=True)
+        for process in range(2)
+    ]
+    (printed, said), (silent, _) = (process.communicate(timeout=240) for process in both)
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "written to" in printed and "written to" not in silent
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
+
+
+_BY_HAND = ("--coordinator", "localhost:1", "--processes", "2", "--process")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--coordinator", "localhost:1"], "give all three, with --distributed"),
+        (["--distributed", "--mesh", "seed=4", "--processes", "2", "--process", "0"], "give all three"),
+        ([*_BY_HAND, "0"], "give all three, with --distributed"),
+        (["--distributed", "--mesh", "seed=4", *_BY_HAND, "2"], "--process 2 of --processes 2: give 0 to 1"),
+    ],
+)
+def test_a_part_of_what_starts_processes_by_hand_is_refused(small, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(_command(small, tmp_path, *more)[3:])
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
