@@ -37,7 +37,7 @@ class Machine(NamedTuple):
 
 # H100 SXM: 80 GB (NVIDIA's data sheet). TPU v5e: 16 GB a chip (Google Cloud's "TPU v5e").
 MachineName = Literal["h100", "v5e", "cpu"]
-_PROCESS = "0.8 to 1.2 GiB"
+_PROCESS = "about 0.9 GiB"
 _MACHINES: dict[MachineName, Machine] = {
     "h100": Machine("accelerator", "vmap", 80 * 10**9),
     "v5e": Machine("accelerator", "vmap", 16 * 10**9),
