@@ -157,7 +157,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     else:
         bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
         reached = _reached(statistics.histogram, adc.quantile)
-        edge = bound * jnp.exp2(reached / _OF_SUMS - _LEAST_SUM)
+        edge = jnp.broadcast_to(bound, reached.shape) * jnp.exp2(reached / _OF_SUMS - _LEAST_SUM)
         # A slice that met only zeros gets the range of the widest.
         base = jnp.max(jnp.where(reached > 1, edge, 0), axis=-1, keepdims=True)
         base = jnp.where(base > 0, base, jnp.max(bound))
