@@ -249,6 +249,12 @@ def test_no_flicker_has_gathered_within_the_first_read():
     np.testing.assert_array_equal(drift(cells(0.4), KEY, 1e-8), still(cells(0.4), KEY, 1e-8))
 
 
+def test_flicker_gathers_with_the_logarithm_of_time():
+    flicker = Flicker(magnitude=0.01, exponent=0.5, largest=0.015, read_time=1.0)
+    found = flicker.deviation(jnp.array([1.0, 0.64, 0.01]), jnp.array(99.0))
+    np.testing.assert_allclose(found, np.array([0.01, 0.0125, 0.015]) * math.sqrt(math.log(50)), rtol=1e-6)
+
+
 def test_relaxation():
     assert_normal(
         RERAM_CMO_DRIFT(cells(0.4, 0.8), KEY, 3600.0),

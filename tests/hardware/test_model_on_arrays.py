@@ -37,7 +37,7 @@ from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, is_in_arrays
-from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.loss import objective, seed_entropies
 from lorafusion_jax.training.problem import Frozen, Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.step import fusion_step, init_state
@@ -273,6 +273,16 @@ def test_chips_are_an_axis_of_the_model():
 
 
 # Read noise.
+
+
+def test_every_seed_reads_with_noise_of_its_own():
+    method = Fusion()
+    problem = _problem(method, _in_arrays(_WRITTEN, "read noise"))
+    problem = problem.replace(index=jnp.stack([problem.index] * 2))
+    params, batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), (_params(method), tiny.batch()))
+    losses = seed_entropies(params, batch, problem)
+    assert losses[0] != losses[1]
+    np.testing.assert_array_equal(seed_entropies(params, batch, problem), losses)
 
 
 @pytest.mark.long
