@@ -57,9 +57,16 @@ def _check_count(path: Path, field: str, count: int | float) -> None:
 
 def check_growth(tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
     """Raise a ValueError if the steps of a tokenizer may lengthen texts without a bound."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        part = getattr(backend, name, None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    parts = {
+        "normalizer": backend.normalizer,
+        "pre_tokenizer": backend.pre_tokenizer,
+        "post_processor": backend.post_processor,
+        "decoding": backend.decoder,
+    }
+    for name, part in parts.items():
         steps = [] if part is None else _steps(json.loads(part.__getstate__()))
         growth = math.prod(map(_growth, steps))
         if len(steps) > MOST_STEPS or growth > MOST_GROWTH:

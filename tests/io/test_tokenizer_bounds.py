@@ -65,7 +65,7 @@ def test_steps_that_lengthen_texts_without_a_bound_are_refused(base, part, of_pa
     raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     setattr(raw, part, of_part)
     raw.save(str(base / "tokenizer.json"))
-    with pytest.raises(ValueError, match=f"{base} gives no tokenizer: .* its {part} has .* steps"):
+    with pytest.raises(ValueError, match=f"{base} gives no tokenizer: .* its {part[:5]}.* has .* steps"):
         load_tokenizer(base)
 
 
