@@ -1,4 +1,4 @@
-"""Importing is quick and touches no device, and imports inside the package only run downwards."""
+"""Importing loads nothing heavy and touches no device, and imports inside the package only run downwards."""
 
 import ast
 import graphlib
@@ -45,17 +45,14 @@ _MAY_IMPORT = {
 }
 
 _PROBE = """
-import importlib, json, sys, time
+import importlib, json, sys
 def probe(names):
-    start = time.process_time()
     for name in names:
         module = importlib.import_module(name)
         for public in getattr(module, "__all__", ()):  # the package loads its public names when they are asked for
             getattr(module, public)
-    seconds = time.process_time() - start
     from jax._src import xla_bridge
     return {
-        "seconds": seconds,
         "backend": xla_bridge.backends_are_initialized(),
         "roots": sorted({name.partition(".")[0] for name in sys.modules}),
     }
@@ -65,7 +62,7 @@ print(json.dumps([probe([package]), probe(modules)]))
 
 
 def _probe(*modules: str) -> list[dict]:
-    """Import the package, then the modules, in a fresh interpreter: seconds taken, backend started, modules loaded."""
+    """Import the package, then the modules, in a fresh interpreter: backend started, modules loaded."""
     command = [sys.executable, "-W", "error", "-c", _PROBE, _PACKAGE, *modules]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -117,15 +114,11 @@ def _own_modules(imported: Iterator[str], modules: dict[str, Path]) -> Iterator[
 
 
 @pytest.mark.smoke
-def test_import_is_quick_and_no_module_starts_a_backend_or_loads_heavy_libraries():
+def test_no_module_starts_a_backend_or_loads_heavy_libraries():
     probes = _probe(*(name for name in _modules() if not name.endswith("__main__")))
     for probe in probes:
         assert not probe["backend"]
         assert not _HEAVY & set(probe["roots"])
-    seconds = [probes[0]["seconds"]]
-    while seconds[-1] >= 3 and len(seconds) < 3:  # a cold disk or a busy machine: best of three
-        seconds.append(_probe()[0]["seconds"])
-    assert min(seconds) < 3
 
 
 def test_a_command_handles_signals_before_it_loads_anything_heavy():
