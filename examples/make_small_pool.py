@@ -355,7 +355,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], seed: int, minutes: float) -> str:
-    """Return the page that says what was made, how, and how well it answers."""
+    """Return the page on how the pool was made and how accurate it is."""
     tasks = split()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model())))
     use = dict.fromkeys(tasks.tuning, "tuning") | dict.fromkeys(tasks.unseen, "measurement")
@@ -363,7 +363,7 @@ def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], s
         "# The embedded small pool",
         "",
         "A small T5, 28 LoRA adapters of it as PEFT folders, and tasks to fuse them for: string tasks made of",
-        "a position op and a character op (`../string_tasks.py`). It is there to be small and quick; it is not",
+        "a position op and a character op (`../string_tasks.py`). It is meant to be small and quick; it is not",
         "FLAN-T5, and the tasks are not BIG-Bench Hard.",
         "",
         f"Made in {minutes:.1f} minutes on {os.cpu_count()} CPU cores by",
@@ -374,21 +374,21 @@ def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], s
         f"{parameters:,} parameters in float16.",
         f"  Trained for {BASE_STEPS:,} steps of {BASE_BATCH} rows on {len(tasks.base)} tasks, 20 single ops and "
         "12 pairs, and",
-        f"  stopped early: it answers {base:.1%} of their test rows.",
+        f"  stopped early. It answers {base:.1%} of their test rows.",
         f"* `adapters/`: rank {RANK} on q and v, alpha {ALPHA}, trained for {POOL_STEPS} steps of {POOL_BATCH} rows "
         "each, on",
         f"  other pairs; the first {BIN_ADAPTERS} as `adapter_model.bin`, the others as `adapter_model.safetensors`.",
         f"* `tasks/`: further pairs, with {TRAIN_ROWS} rows to fuse with and {TEST_ROWS} to measure on. Their ops "
         "all occur in the",
-        "  pool, except `mirror`, which neither the base nor any adapter has met.",
+        "  pool, except `mirror`, on which neither the base nor any adapter was trained.",
         "",
-        f"Exact match of greedy generation on {TEST_ROWS} test rows, the base alone on the tasks to fuse for:",
+        f"Exact match of greedy generation on {TEST_ROWS} test rows. The base alone, on the tasks to fuse for:",
         "",
         "| task | for | base alone |",
         "|---|---|---|",
         *(f"| {task.name} | {use.get(task, 'out of reach')} | {value:.1%} |" for task, value in zero_shot.items()),
         "",
-        "and the base with each adapter on that adapter's own task:",
+        "The base with each adapter, on the adapter's task:",
         "",
         "| adapter | on its own task |",
         "|---|---|",

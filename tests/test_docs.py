@@ -1,4 +1,4 @@
-"""The Markdown pages: links lead to files and headings, and commands have the options that they are shown with."""
+"""The Markdown pages: links lead to files and headings, commands have the options shown, and the prose is plain."""
 
 import contextlib
 import functools
@@ -19,6 +19,40 @@ _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _COMMAND = re.compile(r"\blorafusion (crossbar program|[a-z]+)\b([^`#\n]*)")
 _HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
+
+# Pages and folders without the habits below. Add a folder when its pages are rewritten.
+_PLAIN = (
+    "docs/guides",
+    "docs/reference",
+    "docs/start.md",
+    "docs/index.md",
+    "CONTRIBUTING.md",
+    "examples/small/README.md",
+    "examples/smollm2/README.md",
+)
+# Phrases that make readers stop, each with a better one.
+_HABITS = {
+    r"\bof (?:its|their|your|our|his) own\b": "its own ..., separate, another",
+    r"\bthat (?:is|are|was|were) (?:already )?there\b": "existing",
+    r"\b(?:in|takes?|took) (?:the )?place of\b": "instead of; replaces",
+    r"\bbesides?\b": "next to; in addition to",
+    r"\bfor want of\b|\blest\b": "because there is no; so that ... not",
+    r"\bc(?:ome|omes|ame) of\b|\bwhat c(?:ome|omes|ame)\b": "the effect; the given value",
+    r"\bthe rest\b": "the others",
+    r"\brows (?:that )?(?:train|validate|test)\b": "training rows; rows are used for training",
+    r"\bno \w+ that\b": "a verb with not",
+    r"\bof which\b|\bwhichever\b": "a second sentence",
+    r"\b(?:says?|said|knows?|wants?|wanted|asks?|promises?)\b": "contains, returns, requires, shows",
+    r"\banswers? for\b": "serves; the answer to",
+    r"\bgo(?:es)? on\b|\bwent on\b": "continues",
+    r"\bwrit(?:es|ten|e) over\b": "overwrites",
+    r"\bnext to nothing\b": "hardly",
+}
+# Hits that are good English, by page.
+_ALLOWED: dict[str, tuple[str, ...]] = {
+    "CONTRIBUTING.md": ("The entry says how",),
+    "docs/index.md": ("want the paper's experiment", "want evidence"),
+}
 
 
 def _anchors(text: str) -> set[str]:
@@ -59,6 +93,43 @@ def test_a_link_to_a_missing_file_or_heading_is_found(tmp_path):
         "```\n# Here\n[i](not_a_link.md)\n```\n"
     )
     assert _broken(page) == ["gone.png", "other.md#again-2", "#here"]
+
+
+def _prose(text: str) -> str:
+    """Return a page's text on one line, without comments and code."""
+    text = re.sub(r"<!--.*?-->", "", _FENCE.sub("", text), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", _CODE.sub("`...`", text))
+
+
+def _habits(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
+    """Return the hits of the habits, each with the words around it and with a better phrase."""
+    prose = _prose(text)
+    for phrase in allowed:
+        prose = prose.replace(phrase, "")
+    return [
+        f"...{prose[max(0, hit.start() - 40) : hit.end() + 40]}... (better: {better})"
+        for habit, better in _HABITS.items()
+        for hit in re.finditer(habit, prose, re.IGNORECASE)
+    ]
+
+
+def _plain_pages() -> list[Path]:
+    found = (_ROOT / name for name in _PLAIN)
+    return [page for path in found for page in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]
+
+
+@pytest.mark.parametrize("page", _plain_pages(), ids=lambda page: page.relative_to(_ROOT).as_posix())
+def test_prose_is_plain_english(page):
+    assert _habits(page.read_text(), _ALLOWED.get(page.relative_to(_ROOT).as_posix(), ())) == []
+
+
+def test_habits_are_found_in_prose_only():
+    text = "A page\nof its\nown `that is there`.\n\n```text\nthe rest\n```\n<!-- lest -->\nIt says no.\n"
+    assert [hit.partition(" (better")[0] for hit in _habits(text)] == [
+        "...A page of its own `...`. It says no. ...",
+        "...A page of its own `...`. It says no. ...",
+    ]
+    assert _habits("Ask the owner: who wants it?", ("Ask the owner", "wants it")) == []
 
 
 @functools.cache
