@@ -23,7 +23,9 @@ _HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
 # Pages and folders without the habits below. Add a folder when its pages are rewritten.
 _PLAIN = (
     "docs/guides",
+    "docs/concepts",
     "docs/reference",
+    "docs/results",
     "docs/start.md",
     "docs/index.md",
     "CONTRIBUTING.md",
