@@ -31,7 +31,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
 _AFTER_README = "after the README"
-_NIGHTLY = ("flax.md", "decoders.md", "serving.md")  # what they show has tests of its own
+_NIGHTLY = ("flax.md", "flax_training.md", "python.md", "decoders.md", "serving.md")  # what they show has tests of its own
 _LONG = ("cost.md", "crossbar.md", "crossbar_devices.md")
 
 
