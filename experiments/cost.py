@@ -190,11 +190,11 @@ def draw(found: Sequence[Billed], path: Path) -> None:
                 axis.set_xscale("log")
                 axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
                 axis.grid(visible=True, axis="x")
-                axis.set_xlabel("J for a generated token and its source" if of_token else "J until a task is learned")
+                axis.set_xlabel("energy of a token with its source, J" if of_token else "energy to learn a task, J")
             axes[0][column].set_title(billed.options.crossbar)
         axes[0][0].invert_yaxis()
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        figure.suptitle(f"{found[0].options.shape}: low, typical, high", x=0.01, ha="left", size=12)
+        figure.suptitle(f"{found[0].options.shape}: typical energy, with low and high ends", x=0.01, ha="left", size=12)
 
     plot(path, (4.2 * len(found), 7.5), on)
 

@@ -322,7 +322,9 @@ def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:
             for axis, of in zip(axes, joules, strict=True):
                 axis.hlines(match, of.low, of.high, color=colour(i), linewidth=1.5)
                 axis.plot(of.typical, match, "o", color=colour(i), label=name)
-        for axis, label in zip(axes, ("J to learn the task", "J for 1,000 generated tokens"), strict=True):
+        for axis, label in zip(
+            axes, ("energy to learn the task, J", "energy of 1,000 generated tokens, J"), strict=True
+        ):
             axis.set_xscale("log")
             axis.set_xlabel(label)
             axis.set_ylim(bottom=0)

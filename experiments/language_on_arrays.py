@@ -263,27 +263,36 @@ def axes(rows: Sequence[Row]) -> tuple[list[float], list[Bits]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw perplexity against the bits, a line for each error."""
+    """Draw perplexity against the ADC's bits, a line for each error, and against the error, a line for each ADC."""
     errors, bits = axes(rows)
+    found = {setting_of(row): np.exp(row["loss"]) for row in rows}
+    of_bits = {
+        "perfect cells" if error == 0 else f"error {100 * error:g} %": [found.get(Setting(b, error)) for b in bits]
+        for error in errors
+    }
+    of_errors = {
+        "ideal ADC" if b == "ideal" else f"ADC of {b} bits": [found.get(Setting(b, error)) for error in errors]
+        for b in bits
+    }
 
     def on(figure: Any) -> None:
-        axis = figure.subplots()
-        for i, error in enumerate(errors):
-            found = sorted((row for row in rows if row["error"] == error), key=lambda row: _place(row["bits"]))
-            places = [bits.index(row["bits"]) for row in found]
-            label = "perfect cells" if error == 0 else f"programming error {100 * error:g} %"
-            axis.plot(
-                places, [np.exp(row["loss"]) for row in found], "o-", markersize=4, color=colour(i + 1), label=label
-            )
-        digital = next(row for row in rows if setting_of(row) == DIGITAL)
-        axis.axhline(np.exp(digital["loss"]), linestyle=":", color="black", label="digital")
-        axis.set_xticks(range(len(bits)), [str(b) for b in bits])
-        axis.set_yscale("log")
-        axis.set_xlabel("bits of the ADC")
-        axis.set_ylabel("perplexity")
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+        left, right = figure.subplots(1, 2, sharey=True)
+        left.set_xticks(range(len(bits)), [str(b) for b in bits])
+        left.set_xlabel("bits of the ADC")
+        left.set_ylabel("perplexity")
+        right.set_xticks(range(len(errors)), [f"{100 * error:g}" for error in errors])
+        right.set_xlabel("programming error, % of Gmax")
+        for panel, lines in ((left, of_bits), (right, of_errors)):
+            for i, (label, values) in enumerate(lines.items()):
+                places = [place for place, value in enumerate(values) if value is not None]
+                if len(places) > 1:  # a single point is part of the other panel's lines
+                    heights = [values[place] for place in places]
+                    panel.plot(places, heights, "o-", markersize=4, color=colour(i + 1), label=label)
+            panel.axhline(found[DIGITAL], linestyle=":", color="black", label="digital")
+            panel.set_yscale("log")
+            panel.legend()
 
-    plot(path, (8.0, 4.5), on)
+    plot(path, (9.0, 4.0), on)
 
 
 def print_plan(missing: Sequence[Setting], tokens: int) -> None:
