@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from string_tasks import CHARACTER_OPS, LETTERS, MAX_LETTERS, MAX_OUTPUT, POSITION_OPS, Task, draw, split
 
 from lorafusion_jax.adapters.updates import LowRank
-from lorafusion_jax.io.checkpoint import new_folder
+from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.io.hf import save_base
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.generate import generate

@@ -26,7 +26,8 @@ from lorafusion_jax.hardware.evaluate import lora_in_cells
 from lorafusion_jax.hardware.folder import STEP_CHIPS, Chips
 from lorafusion_jax.hardware.on_arrays import CALIBRATION_ROWS, module_numbers
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io import arrays
+from lorafusion_jax.io.folders import write_json
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.evaluate import evaluate
 from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
@@ -73,8 +74,8 @@ class Store:
         """Return trained numbers by name, computed only once."""
         folder = self.folder / "numbers" / name
         if not folder.exists():
-            checkpoint.save(folder, compute(), {})
-        return jax.tree.map(jnp.asarray, checkpoint.load(folder)[0])
+            arrays.save(folder, compute(), {})
+        return jax.tree.map(jnp.asarray, arrays.load(folder, what="trained numbers")[0])
 
     def pool(self) -> Path:
         """Return the embedded pool, converted only once."""
@@ -269,5 +270,5 @@ def slug(name: str) -> str:
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.partial")
-    checkpoint.write_json(partial, content)
+    write_json(partial, content)
     partial.replace(file)

@@ -15,7 +15,7 @@ from ..adapters.norms import gram
 from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
-from ..io.checkpoint import write_json
+from ..io.folders import write_json
 from ..methods import find
 from ..methods.fusion import Fusion
 from ..methods.lora import LoRA

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
-from ..io.checkpoint import write_json
+from ..io.folders import write_json
 from ..progress import progress
 from ..runs.evaluate import seed_rows
 from ..runs.scoring import evaluate_seeds

@@ -21,7 +21,7 @@ from ..crossbar import (
     save_config,
     write_cost,
 )
-from ..io.checkpoint import new_folder, write_json
+from ..io.folders import new_folder, write_json
 from ..io.pool import open_pool
 from ..progress import progress
 from ..runs.options import FuseOptions

@@ -18,7 +18,7 @@ from ..files import check_name, utf8
 from ..models.architecture import linear_shapes
 from ..progress import progress
 from .basis import add_basis, add_projected
-from .checkpoint import new_folder
+from .folders import new_folder
 from .hf import base_tensor, open_base, read_config
 from .peft.adapter import AdapterError, PeftAdapter, read_adapter
 from .peft.config import KnownBase
@@ -28,7 +28,7 @@ from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
-_PACKAGES = ("jax", "orbax-checkpoint", "numpy", "safetensors")
+_PACKAGES = ("jax", "numpy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)
-            entry, tree = describe(adapter, config)
+            entry = describe(adapter, config)
         except AdapterError as error:
             if not options.skip_bad:
                 advice = "Nothing was written; --skip-bad leaves out such adapters and lists them."
@@ -152,7 +152,7 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
             continue
         entry["folder"] = f"adapters/{len(adapters):04d}"
         if folder is not None:
-            entry |= save_adapter(folder / entry["folder"], adapter, tree)
+            entry["files"] = save_adapter(folder / entry["folder"], adapter)
         adapters[adapter.name] = entry
     if not adapters:
         raise AdapterError(f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}")

@@ -21,10 +21,11 @@ from ..files import FileError, read_json, shown, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.registry import family_of_json
+from . import safetensors
 from .base import OpenedBase, Tensor, release
 from .buffers import aligned_zeros, copy_transposed
-from .checkpoint import new_folder
 from .digests import tensor_digest
+from .folders import new_folder
 from .gguf.base import GGUFBase
 from .gguf.reader import StoredTensor
 from .hf_folder import FolderBase
@@ -149,25 +150,19 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
 
 def put_base(model: Model, folder: Path, source: str | Path) -> None:
     """Write the files of `save_base` into an existing folder."""
-    from safetensors.numpy import save_file
-
     base = open_base(source)
     family, said = _family(base)
     names, tensors = family.checkpoint, {}
     for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
         layers = weights if slot.stacked else weights[None]
-        tensors |= {
-            name: np.ascontiguousarray(layer.T if slot.transposed else layer)
-            for name, layer in zip(slot.names, layers, strict=True)
-        }
+        tensors |= {name: layer.T if slot.transposed else layer for name, layer in zip(slot.names, layers, strict=True)}
     # A head that equals the embedding is tied here, but transformers needs it if the configuration is untied.
     if model.config.tied and not said.tied:
         tensors[names.head] = tensors[names.embedding].copy()
     base.save_texts(folder)
     _state_dtype(folder / "config.json", model.config.dtype)
-    # transformers rejects a file without its format in the metadata.
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save(folder / "model.safetensors", tensors)
 
 
 def _state_dtype(config: Path, dtype: str) -> None:

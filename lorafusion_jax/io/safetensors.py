@@ -1,9 +1,11 @@
-"""Safetensors files as NumPy views of the mapped file, without a copy."""
+"""Safetensors files, read as NumPy views of the mapped file, without a copy."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import ArrayLike
 
 from ..files import FileError, shown
 from .source import map_file
@@ -59,3 +61,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         raise FileError(path, got=f"truncated or corrupt ({error})", fix=_AGAIN) from error
     return tensors
+
+
+def save(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
+    """Write arrays of any device to a safetensors file."""
+    from safetensors.numpy import save_file
+
+    # The library needs C order; PEFT and transformers reject a file without its format in the metadata.
+    save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path, metadata={"format": "pt"})

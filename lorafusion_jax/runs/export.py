@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
-from ..io.checkpoint import new_folder
 from ..io.export import fused_adapter, lora_adapter, merged_base
+from ..io.folders import new_folder
 from ..io.hf import put_base
 from ..io.hub import make_repository, upload
 from ..io.peft.adapter import put_adapter, resave

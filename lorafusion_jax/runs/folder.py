@@ -2,7 +2,8 @@
 
     runs/NAME/config.json         options, environment, modules by seed
     runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
-    runs/NAME/checkpoints/        step_000123: the whole state, to go on from; final: the trained numbers
+    runs/NAME/checkpoints/        step_000123: the whole state, to go on from; private (see `io.checkpoint`)
+    runs/NAME/final/              the trained numbers (see `io.arrays`)
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
 
@@ -21,8 +22,9 @@ from typing import Annotated, Any, NotRequired, TextIO, TypedDict
 import msgspec
 
 from ..files import FileError, check_no_link, read_json, read_lines, shown, structured, write_text, writing
-from ..io import checkpoint, processes
+from ..io import processes
 from ..io.digests import Digests
+from ..io.folders import remove_partial
 from ..methods import METHODS
 from ..training.seeds import Path as SeedPath
 from .options import FuseOptions
@@ -113,7 +115,7 @@ class RunFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints, self.final = folder / "checkpoints", folder / "final"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -134,7 +136,7 @@ class RunFolder:
                 lock = stack.enter_context(open(self.folder / ".lock", "a+"))
                 self._lock(lock)
                 for folder in (self.folder, self.checkpoints):
-                    checkpoint.remove_partial(folder)
+                    remove_partial(folder)
             yield
 
     def _lock(self, file: TextIO) -> None:

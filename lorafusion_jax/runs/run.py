@@ -20,8 +20,9 @@ import numpy as np
 
 from .. import __version__, interrupts
 from ..files import writing
-from ..io import checkpoint, processes
+from ..io import arrays, checkpoint, processes
 from ..io.digests import Digests
+from ..io.folders import stored_by_orbax
 from ..io.hf import read_config
 from ..io.source import is_hub_id
 from ..methods import find
@@ -46,6 +47,7 @@ _FREE_TO_CHANGE = (
 )
 # Steps without a finite loss in any seed after which training stops.
 _BAD_STEPS = 20
+_FINAL = "the trained numbers of a run"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
@@ -176,10 +178,11 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     options = _located(Path(folder), config)
     if find(options.method).learns == "untrained":
         return options, {}, config
-    final = run.checkpoints / "final"
-    if not final.is_dir():
+    if not run.final.is_dir():
+        if (run.checkpoints / "final").is_dir():
+            raise stored_by_orbax(run.checkpoints / "final", f"--run {folder}")
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
-    params, _ = checkpoint.load(final, metadata=_Steps)
+    params, _ = arrays.load(run.final, metadata=_Steps, what=_FINAL)
     return options, jax.tree.map(jnp.asarray, params), config
 
 
@@ -240,11 +243,10 @@ def _train(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[int]]:
     """Return the trained numbers and the steps that each seed took."""
-    final = run.checkpoints / "final"
     method = find(options.method)
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds)
-    saved = checkpoint.load_newest([final], metadata=_Steps, note=_note) if final.exists() else None
+    saved = arrays.load_sound(run.final, metadata=_Steps, what=_FINAL, note=_note)
     if saved is not None:
         params, metadata = saved
         return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
@@ -259,7 +261,7 @@ def _train(
         state = _fit(run, setup, options, begin)
         params = state.best if options.recipe.stop_early else state.params
         steps = to_host(state.step).tolist()
-    checkpoint.save(final, to_host(params), {"steps": steps})
+    arrays.save(run.final, to_host(params), {"steps": steps})
     return on_mesh(params, setup.config, of_seeds=True), steps
 
 

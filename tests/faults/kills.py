@@ -124,14 +124,14 @@ def _of_pool(printed: str, out: Path) -> Any:
 
 
 def _of_run(printed: str, out: Path) -> Any:
-    from lorafusion_jax.io import checkpoint
+    from lorafusion_jax.io import arrays, checkpoint
 
     run = out / "run"
     results = json.loads((run / "results.json").read_text())
     del results["seconds"]
     files = [(run / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl")]
-    steps = [checkpoint.load(path) for path in checkpoint.steps(run / "checkpoints")[-1:]]
-    return [results, files, _bits([checkpoint.load(run / "checkpoints" / "final")[0], steps[0][0]])]
+    newest = checkpoint.load_newest(checkpoint.steps(run / "checkpoints"), note=print)
+    return [results, files, _bits([arrays.load(run / "final", what="trained numbers")[0], newest and newest[0]])]
 
 
 def _of_sweep(printed: str, out: Path) -> Any:

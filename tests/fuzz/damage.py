@@ -56,8 +56,6 @@ _HOSTILE: tuple[Any, ...] = (
 
 def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
     """Return the content of a file with one to three faults; nine of ten keep its format."""
-    if not suffix and content.startswith(b"{"):  # orbax's files of metadata
-        suffix = ".json"
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         structured = _STRUCTURED.get(suffix)
         try:

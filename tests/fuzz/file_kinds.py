@@ -26,7 +26,7 @@ import lorafusion_jax as lf
 from lorafusion_jax.crossbar import load_chip, load_config, save_chip, save_config
 from lorafusion_jax.crossbar.cost.constants import load_constants, save_constants
 from lorafusion_jax.hardware.folder import load_chips
-from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io import arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.peft.adapter import read_adapter, resave
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
@@ -67,6 +67,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     """Write a sound file of every kind below a folder."""
     base, adapters = one_block.cut(folder, adapters=2)
     pool, out = folder / "converted", folder / "out"
+    basis = pool / "basis"
     sources = tuple(map(str, sorted(adapters.iterdir())))
     convert(ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4))
     entry = ConvertedPool(pool).manifest["adapters"][0]
@@ -92,8 +93,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
     split = _written(folder / "split.json", {"task": _split(bbh)})
     saved = folder / "saved"
     datasets.Dataset.from_list(json.loads(task.read_text())).save_to_disk(saved)
-    store = run.checkpoints / "final" / "arrays"
-    (data,) = (path for path in (store / "state" / "d").iterdir())
 
     def resealed() -> None:
         manifest = json.loads((pool / "manifest.json").read_text())
@@ -110,15 +109,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
                 manifest.pop("sha256", None)
                 write_manifest(pool, manifest)
 
-    def stored() -> None:
-        path = store.parent / "manifest.json"
-        manifest = json.loads(path.read_text())
+    def stored(at: Path) -> None:
+        manifest = json.loads((at / "manifest.json").read_text())
         for name in manifest["files"]:
-            manifest["files"][name] = hashlib.sha256((store.parent / name).read_bytes()).hexdigest()
-        path.write_text(json.dumps(manifest))
-
-    def final() -> None:
-        checkpoint.load(store.parent)
+            manifest["files"][name] = hashlib.sha256((at / name).read_bytes()).hexdigest()
+        (at / "manifest.json").write_text(json.dumps(manifest))
 
     def of_lorahub() -> None:
         write_lorahub_split(bbh.parent, out, index=split)
@@ -141,14 +136,14 @@ def kinds(folder: Path) -> dict[str, Kind]:
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
         "pool manifest, not signed": Kind(pool / "manifest.json", lambda: lf.load_pool(pool)),
-        "pool keys": Kind(first / "keys.json", whole_pool, resealed),
+        "pool adapter weights": Kind(first / "adapter_model.safetensors", whole_pool, resealed),
         "pool adapter config": Kind(first / "adapter_config.json", whole_pool, resealed),
-        "basis manifest": Kind(pool / "basis" / "manifest.json", lambda: lf.load_basis(pool)),
-        "checkpoint manifest": Kind(store.parent / "manifest.json", final),
-        "checkpoint tree": Kind(store / "state" / "_METADATA", final, stored),
-        "checkpoint of orbax": Kind(store / "_CHECKPOINT_METADATA", final, stored),
-        "checkpoint store": Kind(store / "state" / "manifest.ocdbt", final, stored),
-        "checkpoint data": Kind(data, final, stored),
+        "basis manifest": Kind(basis / "manifest.json", lambda: lf.load_basis(pool)),
+        "basis arrays": Kind(basis / "arrays.safetensors", lambda: lf.load_basis(pool), lambda: stored(basis)),
+        "final manifest": Kind(run.final / "manifest.json", lambda: lf.load_run(run.folder)),
+        "final arrays": Kind(
+            run.final / "arrays.safetensors", lambda: lf.load_run(run.folder), lambda: stored(run.final)
+        ),
         "T5 config": Kind(base / "config.json", lambda: abstract_model(lf.read_config(base))),
         "decoder config": Kind(decoder, lambda: abstract_model(lf.read_config(decoder.parent))),
         "generation config": Kind(base / "generation_config.json", lambda: lf.read_config(base)),
@@ -340,7 +335,7 @@ def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
         results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
         run.write_results(results | {"seconds": {"train": 1.0}, "environment": environment})
     (run.folder / ".lock").unlink()
-    checkpoint.save(run.checkpoints / "final", {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3]})
+    arrays.save(run.final, {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3]})
 
 
 def _write_chips(folder: Path) -> Path:

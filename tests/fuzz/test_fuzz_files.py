@@ -4,13 +4,21 @@ import file_kinds
 import pytest
 
 _NAMES = (
-    *("pool manifest", "pool manifest, not signed", "pool keys", "pool adapter config", "basis manifest"),
-    *("checkpoint manifest", "T5 config", "decoder config", "generation config", "base index", "base weights"),
+    *("pool manifest", "pool manifest, not signed", "pool adapter weights", "pool adapter config", "basis manifest"),
+    *(
+        "basis arrays",
+        "final manifest",
+        "final arrays",
+        "T5 config",
+        "decoder config",
+        "generation config",
+        "base index",
+        "base weights",
+    ),
     *("adapter config", "adapter weights", "adapter pickle", "tokenizer", "chip arrays", "crossbar config"),
     *("run config", "run results", "run metrics", "run predictions", "chips manifest", "chips config"),
     *("cost constants", "result rows", "task list", "task rows", "bbh task", "bbh split", "tokenizer config"),
-    *("checkpoint tree", "checkpoint of orbax", "checkpoint store", "checkpoint data", "GGUF, byte level"),
-    *("GGUF, pieces", "data set state", "data set info", "data set rows"),
+    *("GGUF, byte level", "GGUF, pieces", "data set state", "data set info", "data set rows"),
 )
 
 
@@ -25,7 +33,7 @@ def sandbox(tmp_path_factory):
     return kinds, root
 
 
-_SLOWEST = ("pool keys", "pool adapter config", "cost constants")
+_SLOWEST = ("pool adapter weights", "pool adapter config", "cost constants")
 
 
 @pytest.mark.parametrize("name", _NAMES)

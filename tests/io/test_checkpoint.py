@@ -1,11 +1,8 @@
 """Checkpoints: exact round trips, every damage noticed by name, and nothing lost when a save is killed."""
 
-import hashlib
 import json
-import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +12,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pyarrow
 import pytest
-import tensorstore
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
-from lorafusion_jax.io.ocdbt import most_decoded
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +41,17 @@ def _assert_equal(got, want):
         np.testing.assert_array_equal(a, np.asarray(b))
 
 
+def _loaded(folder, abstract=None):
+    """Load a single folder; damage is an error instead of a note."""
+
+    def refuse(note: str) -> None:
+        raise ValueError(note)
+
+    found = checkpoint.load_newest([folder], abstract, note=refuse)
+    assert found is not None
+    return found
+
+
 @pytest.fixture
 def saved(tmp_path):
     checkpoint.save(tmp_path / "saved", _state(0.5), {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]})
@@ -54,19 +59,19 @@ def saved(tmp_path):
 
 
 def test_a_tree_and_its_metadata_come_back_exactly(saved):
-    tree, metadata = checkpoint.load(saved, _state())
+    tree, metadata = _loaded(saved, _state())
     _assert_equal(tree, _state(0.5))
     assert metadata == {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]}
 
 
 def test_shapes_alone_say_what_to_load(saved):
     abstract = jax.eval_shape(_state)
-    tree, _ = checkpoint.load(saved, abstract)
+    tree, _ = _loaded(saved, abstract)
     _assert_equal(tree, _state(0.5))
 
 
 def test_without_an_abstract_tree_come_dicts_and_lists(saved):
-    tree, _ = checkpoint.load(saved)
+    tree, _ = _loaded(saved)
     assert tree["params"]["m"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(tree["params"]["coefficients"], np.full((2, 3), 0.5))
     assert tree["moments"][0].tolist() == [True, False] and tree["step"] == 7
@@ -77,7 +82,7 @@ def test_arrays_spread_over_devices_are_saved_whole(tmp_path):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seed"))
     spread = jax.device_put(jnp.arange(8.0), sharding)
     checkpoint.save(tmp_path / "saved", {"spread": spread}, {})
-    tree, _ = checkpoint.load(tmp_path / "saved")
+    tree, _ = _loaded(tmp_path / "saved")
     np.testing.assert_array_equal(tree["spread"], np.arange(8.0))
 
 
@@ -91,12 +96,12 @@ def test_every_file_is_guarded(saved):
         flipped = content[:middle] + bytes([content[middle] ^ 1 if content else 0]) + content[middle + 1 :]
         (saved / name).write_bytes(flipped)
         with pytest.raises(ValueError, match=f"{name}: damaged or altered"):
-            checkpoint.load(saved)
+            _loaded(saved)
         (saved / name).unlink()
         with pytest.raises(ValueError, match=f"{name}: no such file, though the manifest lists it"):
-            checkpoint.load(saved)
+            _loaded(saved)
         (saved / name).write_bytes(content)
-    checkpoint.load(saved)
+    _loaded(saved)
 
 
 @pytest.mark.parametrize(
@@ -111,18 +116,18 @@ def test_every_file_is_guarded(saved):
 def test_another_tree_is_refused(saved, change, message):
     state = _state()
     with pytest.raises(ValueError, match=message):
-        checkpoint.load(saved, state._replace(params=state.params | change))
+        _loaded(saved, state._replace(params=state.params | change))
 
 
 def test_a_folder_without_or_with_a_broken_manifest(saved, tmp_path):
     with pytest.raises(ValueError, match=r": not a complete checkpoint: it has no manifest\.json"):
-        checkpoint.load(tmp_path)
+        _loaded(tmp_path)
     (saved / "manifest.json").write_text('{"metadata": ')
     with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):
-        checkpoint.load(saved)
+        _loaded(saved)
     (saved / "manifest.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list, not an object"):
-        checkpoint.load(saved)
+        _loaded(saved)
 
 
 def test_what_exists_is_not_overwritten(saved):
@@ -143,7 +148,7 @@ def test_the_last_steps_are_kept(tmp_path):
     for step in (5, 20, 1_000_000):
         checkpoint.save_step(tmp_path / "checkpoints", step, _state(step), {"step": step}, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000020", "step_1000000"]
-    assert checkpoint.load(checkpoint.steps(tmp_path / "checkpoints")[-1])[1] == {"step": 1_000_000}
+    assert _loaded(checkpoint.steps(tmp_path / "checkpoints")[-1])[1] == {"step": 1_000_000}
 
 
 def _without_manifest(folder: Path) -> None:
@@ -215,112 +220,6 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(damage, two_
     assert checkpoint.load_newest(checkpoint.steps(folder), note=notes.append) is None and len(notes) == 2
 
 
-def _resealed(folder: Path, **arrays: str) -> None:
-    """Write the digests of a folder's files as they are now, as somebody who means harm would."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["arrays"] |= arrays
-    for name in manifest["files"]:
-        manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    path.write_text(json.dumps(manifest))
-
-
-# orbax changes the dtype to the one that is asked for.
-@pytest.mark.parametrize(("claim", "abstract"), [("int64[4]", True), ("int64[2, 3]", False), ("int32[3]", False)])
-def test_a_store_that_holds_other_arrays_than_its_manifest_says(claim, abstract, two_steps, tmp_path):
-    shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
-    _resealed(tmp_path / "saved", x=claim)
-    dtype, _, shape = claim.partition("[")
-    wanted = {"x": np.zeros(json.loads(f"[{shape}"), dtype)} if abstract else None
-    with pytest.raises(ValueError, match=rf"x is int64\[3\]: wanted {re.escape(claim)}; restore it from a copy"):
-        checkpoint.load(tmp_path / "saved", wanted)
-
-
-def test_a_store_of_huge_arrays_is_refused_before_it_is_read(two_steps, tmp_path):
-    folder = tmp_path / "saved"
-    shutil.copytree(two_steps / "step_000002", folder)
-    base = f"file://{folder}/arrays/state/"
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    described = json.loads(store.read("x/zarr.json").result().value)
-    store.write("x/zarr.json", json.dumps(described | {"shape": [10**13]}).encode()).result()
-    _relisted(folder)
-    with pytest.raises(ValueError, match=rf"{folder}: arrays of 10,000,000,000,000 numbers in files of [\d,]+ bytes"):
-        checkpoint.load(folder)
-
-
-def test_a_store_whose_keys_are_far_larger_than_its_files_is_refused_before_it_is_opened(two_steps, tmp_path):
-    folder = tmp_path / "saved"
-    shutil.copytree(two_steps / "step_000002", folder)
-    shutil.rmtree(folder / "arrays" / "state")
-    config = {"max_inline_value_bytes": 1 << 20, "max_decoded_node_bytes": 1 << 30}
-    base = f"file://{folder}/arrays/state/"
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base, "config": config}).result()
-    with tensorstore.Transaction() as writes:
-        for n in range(80):
-            store.with_transaction(writes).write(f"x{n}", bytes(1 << 20)).result()
-    _relisted(folder)
-    with pytest.raises(ValueError, match=rf"{folder}: keys of up to ([\d,]+) bytes in files of [\d,]+ bytes") as caught:
-        checkpoint.load(folder)
-    keys, files = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", str(caught.value))[:2])
-    assert keys >= 80 << 20 and keys > 1000 * files
-
-
-@pytest.mark.parametrize("level", [1, 19])
-@pytest.mark.parametrize("size", [1, 300, 70_000, 400_000])
-def test_the_bound_on_a_node_of_a_store_is_close(size, level, tmp_path):
-    content = np.random.default_rng(0).integers(0, 3, size, np.uint8).tobytes()
-    frame = pyarrow.Codec("zstd", compression_level=level).compress(content, asbytes=True)
-    skipped = struct.pack("<II", 0x184D2A53, 5) + b"12345"
-    node = b"\x0c\xdb\x20\xde" + struct.pack("<Q", 18 + len(skipped + frame)) + b"\0\1" + skipped + frame + b"crc!"
-    (tmp_path / "file").write_bytes(bytes(2**18 - 1) + node + b"\x0c\xdb\x20\xde" + b"\xff" * 8)
-    assert size <= most_decoded(tmp_path / "file") < size + 2**17
-
-
-def test_a_store_with_a_link_to_a_folder_is_refused(two_steps, tmp_path):
-    shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
-    (tmp_path / "saved" / "arrays" / "more").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}/saved/arrays/more: a link to a folder"):
-        checkpoint.load(tmp_path / "saved")
-
-
-def _relisted(folder: Path) -> None:
-    """Write the names and digests of the files of a folder's arrays as they are now."""
-    path = folder / "manifest.json"
-    files = (file.relative_to(folder).as_posix() for file in (folder / "arrays").rglob("*") if file.is_file())
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": dict.fromkeys(files)}))
-    _resealed(folder)
-
-
-# Metadata of an array that lies in a folder of its own, which is not there.
-_IN_FOLDERS = """
-{
-    "tree_metadata": {"('weights',)": {
-        "key_metadata": [{"key": "weights", "key_type": 2}],
-        "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": false}
-    }},
-    "use_ocdbt": false, "use_zarr3": true, "store_array_data_equal_to_fill_value": true, "custom_metadata": null
-}
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("state/_METADATA", "{}"),
-        ("state/_METADATA", _IN_FOLDERS),
-        ("state/manifest.ocdbt", "x"),
-        ("_CHECKPOINT_METADATA", '{"custom_metadata": 1}'),
-    ],
-)
-def test_a_store_that_orbax_cannot_read(name, content, two_steps, tmp_path, caplog):
-    shutil.copytree(two_steps / "step_000002", tmp_path / "saved")
-    (tmp_path / "saved" / "arrays" / name).write_text(content)
-    _resealed(tmp_path / "saved")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/saved/arrays: orbax cannot read it \(\w+: .*restore it from"):
-        checkpoint.load(tmp_path / "saved")
-    assert not caplog.records
-
-
 class _Step(TypedDict):
     step: int
 
@@ -352,7 +251,7 @@ def test_a_step_of_a_time_before_versions_is_loaded(two_steps, tmp_path):
     manifest = json.loads(path.read_text())
     del manifest["versions"]
     path.write_text(json.dumps(manifest))
-    assert checkpoint.load(tmp_path / "step_000002")[1] == {"step": 2}
+    assert _loaded(tmp_path / "step_000002")[1] == {"step": 2}
 
 
 def test_a_sound_step_of_another_run_is_not_passed_over(two_steps):
@@ -365,11 +264,10 @@ _KILLED = """
 import os, pathlib, signal, sys
 import numpy as np
 import lorafusion_jax as lf
-from lorafusion_jax.io import checkpoint
-from lorafusion_jax.io.ocdbt import most_decoded
+from lorafusion_jax.io import checkpoint, folders
 folder = pathlib.Path(sys.argv[1])
 checkpoint.save_step(folder, 1, {"x": np.ones(3)}, {}, keep=1)
-checkpoint._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # after everything was written
+folders._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # after everything was written
 checkpoint.save_step(folder, 2, {"x": np.zeros(3)}, {}, keep=1)
 """
 
@@ -379,6 +277,6 @@ def test_a_killed_save_leaves_the_one_before(tmp_path):
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint.steps(tmp_path) == [tmp_path / "step_000001"]
-    np.testing.assert_array_equal(checkpoint.load(tmp_path / "step_000001")[0]["x"], np.ones(3))
+    np.testing.assert_array_equal(_loaded(tmp_path / "step_000001")[0]["x"], np.ones(3))
     checkpoint.save_step(tmp_path, 2, {"x": np.zeros(3)}, {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]

@@ -1,5 +1,6 @@
 """From adapters of PEFT to a pool on disk and back: exact, complete or not at all, every damage noticed."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,10 +18,11 @@ import small_llama
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.cli import main
+from lorafusion_jax.files import FileError
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import base_tensor, read_config
 from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave, write_adapter
-from lorafusion_jax.io.pool import ConvertedPool, load_pool, open_pool, read_pool
+from lorafusion_jax.io.pool import ConvertedPool, load_basis, load_pool, open_pool, read_pool
 from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.models.architecture import linear_shapes, places
 
@@ -239,7 +241,7 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
     config_hash = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     assert manifest["base"]["config_sha256"] == config_hash
     assert manifest["base"]["config"]["num_decoder_layers"] == 2
-    assert {"jax", "orbax-checkpoint", "lorafusion-jax", "python"} <= manifest["versions"].keys()
+    assert {"jax", "safetensors", "lorafusion-jax", "python"} <= manifest["versions"].keys()
     files = {f"{e['folder']}/{name}" for e in manifest["adapters"] for name in e["files"]}
     on_disk = {p.relative_to(tmp_path / "pool").as_posix() for p in (tmp_path / "pool").rglob("*") if p.is_file()}
     assert files | {"manifest.json"} == on_disk
@@ -361,20 +363,34 @@ def _edit_manifest(folder, change, *, sign):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1), "encoder.self.q has ranks .1, 2, 2. in the"),
-        (lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8), "encoder.self.q has ranks .8, 2, 2. in the"),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1),
+            r"encoder.self.q is {'rank': \[1, 2, 2\].*} in the manifest: wanted {'rank': \[2, 2, 2\].*}, as in adapter",
+        ),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8),
+            r"encoder.self.q is {'rank': \[8, 2, 2\].*} in the manifest: wanted {'rank': \[2, 2, 2\]",
+        ),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 900_000),
+            r"(of [\d,]+ bytes, and the manifest says [\d,]+ numbers|is {'rank': \[900000, 2, 2\])",
+        ),
         (
             lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1),
             r"rank\[0\] is -1: wanted an integer from 0 to",
         ),
-        (lambda e: e["sites"]["encoder.self.q"]["rank"].append(2), "has ranks .2, 2, 2, 2. in the manifest"),
+        (
+            lambda e: e["sites"]["encoder.self.q"]["rank"].append(2),
+            r"encoder.self.q is ranks \[2, 2, 2, 2\]: wanted one for each layer of its base",
+        ),
         (
             lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, 99.0),
-            "scalings are not those of adapter_co",
+            r"'scaling': \[99.0, 1.5, 1.5\]} in the manifest: wanted .*as in adapter_model.safetensors and ad",
         ),
-        (lambda e: e["sites"].pop("encoder.self.q"), "the manifest lists other sites than its arrays are of"),
-        (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no keys.json"),
-        (lambda e: e["files"].pop("arrays/_CHECKPOINT_METADATA"), "METADATA: the manifest does not list this file"),
+        (lambda e: e["sites"].pop("encoder.self.q"), "encoder.self.q is 'absent' in the manifest: wanted {"),
+        (lambda e: e["sites"].update(new=e["sites"]["encoder.self.q"]), "new is ranks .2, 2, 2.: wanted one for each"),
+        (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
+        (lambda e: e.update(dora=True), "dora is True in the manifest: wanted False"),
         (lambda e: e["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
         (lambda e: e.update(folder="../../etc"), "'../../etc' is not a file inside this folder"),
     ],
@@ -512,7 +528,10 @@ def test_casting(base, adapter, tmp_path):
 def test_dtypes_that_change_between_layers(base, adapter, tmp_path):
     factor = {f"base_model.model.{_Q}.lora_A.weight": np.ones((2, 8), np.float16)}
     folder = adapter("mixed", extra=factor)
-    _refused("encoder.self.q mixes float16 and float32: choose one dtype", base, [folder], dry_run=True)
+    assert _convert(base, [folder], out=tmp_path / "pool")["adapters"][0]["dtype"] == "float16, float32"
+    _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([folder], read_config(base)))
+    again = ConvertedPool(tmp_path / "pool").adapter("mixed").factors[_Q]
+    assert [factor.dtype for factor in again] == [np.float16, np.float32]
     assert _convert(base, [folder], dry_run=True, dtype="float32")["adapters"][0]["dtype"] == "float32"
 
 
@@ -615,7 +634,7 @@ def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
 def test_a_damaged_pool(base, adapter, tmp_path):
     folder = tmp_path / "pool"
     _convert(base, [adapter("one"), adapter("two")], out=folder)
-    for name in ("adapter_config.json", "keys.json", *ConvertedPool(folder).manifest["adapters"][1]["files"]):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = folder / "adapters/0001" / name
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"more")
@@ -623,14 +642,41 @@ def test_a_damaged_pool(base, adapter, tmp_path):
             load_pool(folder)
         assert load_pool(folder, chosen=["one"]).names == ("one",)
         path.write_bytes(content)
-    (folder / "adapters/0001/keys.json").unlink()
-    with pytest.raises(ValueError, match=r"0001/keys\.json: no such file, though the manifest lists it"):
+    (folder / "adapters/0001/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"0001/adapter_model\.safetensors: no such file, though the man"):
         load_pool(folder)
     with pytest.raises(ValueError, match=r": not a converted pool: it has no manifest\.json"):
         load_pool(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no adapters: it is not the manifest of a converted pool"):
         open_pool(tmp_path)
+
+
+def test_a_pool_of_an_older_version_names_the_commit_that_reads_it(base, adapter, tmp_path):
+    """Its arrays were orbax's, and its manifest listed them."""
+    folder = tmp_path / "pool"
+    _convert(base, [adapter("one")], out=folder)
+    arrays = folder / "adapters/0000/arrays/state"
+    arrays.mkdir(parents=True)
+    (arrays / "manifest.ocdbt").write_bytes(b"\x0c\xdb\x3a\x2a")
+    (folder / "adapters/0000/adapter_model.safetensors").unlink()
+    listed = {"arrays": {"encoder.self.q/A": "float32[3, 2, 8]"}, "files": {"arrays/state/manifest.ocdbt": "0"}}
+    _edit_manifest(folder, lambda manifest: manifest["adapters"][0].update(listed), sign=True)
+    message = rf"^{folder}: stored by orbax.* commit 49e672b, whose `lorafusion export --pool {folder} --adapter NAME`"
+    for read in (load_pool, load_basis, open_pool):
+        with pytest.raises(FileError, match=message):
+            read(folder)
+
+
+def test_an_adapter_of_a_pool_is_one_that_peft_loads(base, adapter, tmp_path):
+    one = adapter("one")
+    _convert(base, [one], out=tmp_path / "pool")
+    again = tmp_path / "pool/adapters/0000"
+    assert (again / "adapter_config.json").read_bytes() == (Path(one) / "adapter_config.json").read_bytes()
+    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (again, Path(one)))
+    assert got.keys() == want.keys() and all(got[key].tobytes() == want[key].tobytes() for key in want)
+    by_us = read_pool([str(again)], read_config(base))
+    _assert_same_pool(load_pool(tmp_path / "pool"), dataclasses.replace(by_us, names=("one",)))
 
 
 def test_a_pool_of_another_base(base, adapter, tmp_path):

@@ -17,8 +17,8 @@ from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
 from lorafusion_jax.hardware.write import ProgramOptions, write_chips
-from lorafusion_jax.io.checkpoint import new_folder
 from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
 from lorafusion_jax.models.architecture import kernels

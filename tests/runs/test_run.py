@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import interrupts
 from lorafusion_jax._fuse import fuse
-from lorafusion_jax.files import WriteError
+from lorafusion_jax.files import FileError, WriteError
 from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
@@ -83,7 +83,7 @@ def fused(small, tmp_path_factory) -> tuple[FuseOptions, dict]:
 def test_a_run_writes_what_it_promises(fused):
     options, results = fused
     folder = run_path(options)
-    for name in ("config.json", "metrics.jsonl", "predictions.jsonl", "results.json", "checkpoints/final"):
+    for name in ("config.json", "metrics.jsonl", "predictions.jsonl", "results.json", "final"):
         assert (folder / name).exists()
     assert json.loads((folder / "results.json").read_text()) == results
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
@@ -110,8 +110,8 @@ def test_training_without_a_finite_loss_stops_and_says_what_to_try(whole, small,
     assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
     with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
         fuse(dataclasses.replace(options, resume=True))
-    best = checkpoint.load(checkpoint.steps(folder / "checkpoints")[-1])[0]["best"]
-    assert all(np.isfinite(p).all() for p in jax.tree.leaves(best))
+    newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
+    assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_the_reference_protocol_runs(small, tmp_path):
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training", "damage"])
+@pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training", "damage", "an older version"])
 def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys):
     options, results = fused
     shutil.copytree(run_path(options), tmp_path / "whole")
@@ -226,20 +226,27 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys)
     assert steps == ["step_000004", "step_000006"]
     (folder / "checkpoints" / ".step_000005.partial").mkdir()  # what a killed process leaves
     if killed_after == "damage":
-        (folder / "checkpoints" / "final" / "manifest.json").write_text("{")
+        (folder / "final" / "manifest.json").write_text("{")
         (folder / "checkpoints" / "step_000006" / "manifest.json").unlink()
+    elif killed_after == "an older version":  # whose trained numbers orbax stored; states are as they were
+        (folder / "final").rename(folder / "checkpoints" / "final")
+        message = rf"final: stored by orbax.* commit 49e672b, whose `lorafusion export --run {folder}` writes it"
+        with pytest.raises(FileError, match=message):
+            load_run(folder)
+        assert RunFolder(folder).config()["options"].seeds == options.seeds and RunFolder(folder).metrics()
     elif killed_after != "training":
-        shutil.rmtree(folder / "checkpoints" / "final")
+        shutil.rmtree(folder / "final")
     if killed_after == "a step":
         shutil.rmtree(folder / "checkpoints" / "step_000006")
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"step": 6, "epo')
     resumed = fuse(dataclasses.replace(options, out=tmp_path, resume=True))
-    said, there = capsys.readouterr().err, {path.name for path in (folder / "checkpoints").iterdir()}
+    said = capsys.readouterr().err
+    there = {path.name for path in [*folder.glob("final*"), *(folder / "checkpoints").iterdir()]}
     aside = {"final.damaged", "step_000006.damaged"} if killed_after == "damage" else set()
     assert there == {"step_000004", "step_000006", "final"} | aside
     assert all(f"It is kept as {name}" in said for name in aside)
-    reached = {"a step": 4, "the last epoch": 6, "training": None, "damage": 4}[killed_after]
+    reached = {"a step": 4, "training": None, "damage": 4}.get(killed_after, 6)
     assert said.count("going on from step") == (reached is not None)
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
     assert _without_clock(resumed) == _without_clock(results)

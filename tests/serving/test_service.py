@@ -16,7 +16,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import cli
-from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io import arrays
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods import find
 from lorafusion_jax.models.architecture import kernels
@@ -60,7 +60,7 @@ def write(small, tmp_path_factory):
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         RunFolder(folder).write_config(config)
-        checkpoint.save(folder / "checkpoints" / "final", params, {"steps": [1] * len(seeds)})
+        arrays.save(folder / "final", params, {"steps": [1] * len(seeds)})
         return folder
 
     return write_run

@@ -6,7 +6,7 @@ only warns; here anything that would change the result is an error that names it
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ import numpy as np
 from ...files import FileError, check_name, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
-from ..checkpoint import new_folder
+from ..folders import new_folder
 from ..source import at_home, map_file, resolve
 from .config import AdapterError, KnownBase, check_base, check_config, scalings
 from .tensors import MAGNITUDE, collect, target_warnings
 
-_CONFIG = "adapter_config.json"
-_SAFETENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
 _MAX_CONFIG = 1 << 20
 _LONGEST_REASON = 2_000
@@ -36,7 +36,7 @@ class PeftAdapter:
     Attributes:
         name: The last part of its source, without a revision.
         source: The folder or hub id that it was read from.
-        weights: The file, or in a converted pool the folder, that holds the tensors.
+        weights: The file that holds the tensors.
         config: The content of adapter_config.json.
         config_text: The bytes of that file.
         factors: (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model.
@@ -66,6 +66,7 @@ def read_adapter(
     shapes: Mapping[str, tuple[int, int]] | None = None,
     base_tensor: Callable[[str], np.ndarray] | None = None,
     base: KnownBase | None = None,
+    compared: Collection[str] | None = None,
 ) -> PeftAdapter:
     """Read and check an adapter. Anything unsupported that would change its output is an error.
 
@@ -76,13 +77,15 @@ def read_adapter(
             name that the base lacks. Full weights in the adapter are compared with it: if equal they are ignored,
             otherwise they are an error.
         base: The base model, to be compared with the one that the adapter names.
+        compared: Keys of tensors that are not applied because they equalled the base's when the adapter was written
+            into a pool; given instead of `base_tensor`.
 
     Raises:
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer. The
             message contains the adapter's name, the reason and what to do.
     """
     try:
-        return _read(source, shapes, base_tensor, base)
+        return _read(source, shapes, base_tensor, base, compared)
     except Exception as error:
         # The checks raise AdapterError or ValueError. Any other error that a file causes also ends this adapter only;
         # the traceback keeps the cause.
@@ -98,17 +101,20 @@ def _read(
     shapes: Mapping[str, tuple[int, int]] | None,
     base_tensor: Callable[[str], np.ndarray] | None,
     base: KnownBase | None,
+    compared: Collection[str] | None,
 ) -> PeftAdapter:
-    folder = resolve(source, patterns=(_CONFIG, _SAFETENSORS, _BIN))
+    folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN))
     # A link has a name of its own, which `resolve` would not return.
     local = at_home(source).is_dir()
     name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
     check_name(name)
     config_text, config = read_config_file(folder)
-    notes = list(check_config(config, where=str(folder / _CONFIG), compare_saved=base_tensor is not None))
+    compares = base_tensor is not None or compared is not None
+    notes = list(check_config(config, where=str(folder / CONFIG), compare_saved=compares))
     weights = _weights_file(folder, notes)
     where = str(weights)
     tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
+    kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
     parts, ignored = collect(tensors, config, where=where, shapes=shapes, base_tensor=base_tensor)
     notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
 
@@ -117,7 +123,7 @@ def _read(
     notes += [f"warning: {warning}" for warning in warnings]
     notes += target_warnings(config, parts)
     if base is not None:
-        notes += check_base(config, base, where=str(folder / _CONFIG))
+        notes += check_base(config, base, where=str(folder / CONFIG))
 
     dora = bool(config.get("use_dora"))
     return PeftAdapter(
@@ -130,7 +136,7 @@ def _read(
         scaling=scaling,
         magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()} if dora else None,
         keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
-        kept={key: tensors[key] for key in ignored},
+        kept=kept | {key: tensors[key] for key in ignored},
         notes=tuple(notes),
     )
 
@@ -141,11 +147,17 @@ def resave(adapter: PeftAdapter, folder: Path) -> None:
     Raises:
         ValueError: The folder exists.
     """
+    with new_folder(folder) as partial:
+        put_again(adapter, partial)
+
+
+def put_again(adapter: PeftAdapter, folder: Path) -> None:
+    """Write the files of `resave` into an existing folder."""
     tensors = dict(adapter.kept)
     for path, keys in adapter.keys.items():
         arrays = adapter.factors[path] + ((adapter.magnitude[path],) if adapter.magnitude else ())
         tensors |= zip(keys, arrays, strict=True)
-    write_adapter(folder, adapter.config_text, tensors)
+    put_adapter(folder, adapter.config_text, tensors)
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
@@ -167,14 +179,10 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
 
 def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
     """Write the files of `write_adapter` into an existing folder."""
-    from safetensors.numpy import save_file
-
     if not isinstance(config, bytes):
         config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
-    (folder / _CONFIG).write_bytes(config)
-    # PEFT and transformers reject a file without its format in the metadata. The library needs C order.
-    arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
-    save_file(arrays, folder / _SAFETENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_bytes(config)
+    safetensors_map.save(folder / WEIGHTS, tensors)
 
 
 def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
@@ -184,9 +192,9 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
         AdapterError: There is none, or it is too large.
         FileError: It is not a JSON object.
     """
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder} has no {_CONFIG}: wanted the folder that PEFT's save_pretrained wrote")
+        raise AdapterError(f"{folder} has no {CONFIG}: wanted the folder that PEFT's save_pretrained wrote")
     data = map_file(path)
     if len(data) > _MAX_CONFIG:
         raise AdapterError(f"{path}: has {len(data):,} bytes: wanted at most {_MAX_CONFIG:,}")
@@ -200,11 +208,11 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _weights_file(folder: Path, notes: list[str]) -> Path:
-    if (folder / _SAFETENSORS).is_file():
+    if (folder / WEIGHTS).is_file():
         if (folder / _BIN).is_file():
-            notes.append(f"ignored: {_BIN}, because {_SAFETENSORS} is next to it")
-        return folder / _SAFETENSORS
+            notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
+        return folder / WEIGHTS
     if (folder / _BIN).is_file():
         return folder / _BIN
     foreign = [f" ({file} is {name}'s)" for file, name in _FOREIGN_FILES.items() if (folder / file).exists()]
-    raise AdapterError(f"{folder} has neither {_SAFETENSORS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")
+    raise AdapterError(f"{folder} has neither {WEIGHTS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")

@@ -1,15 +1,12 @@
 """Pools of adapters on disk: converted ones, and folders of PEFT adapter folders.
 
     manifest.json                        what there is, where it came from, a SHA-256 of every other file and of itself
-    adapters/0000/arrays                 orbax: site -> A [L, r, d_in], B [L, d_out, r] (DoRA: magnitude [L, d_out])
-    adapters/0000/adapter_config.json    PEFT's configuration, byte for byte
-    adapters/0000/keys.json              how its file spelt the tensors' names
+    adapters/0000/                       an adapter that PEFT can load:
+        adapter_config.json              its configuration, byte for byte
+        adapter_model.safetensors        its tensors, under the names that its file gave them
     basis/                               a shared basis of the modules, where one was made (see `pool.basis`)
 
-Factors, dtype and scaling stay as read, in PEFT's layouts, so that an adapter can be saved again exactly;
-layers without an adapter are zeros of rank 0, smaller ranks are padded. In a `LoraPool` the scaling is in B.
-
-Axis letters: L layer, r rank.
+In a `LoraPool` the scaling is in B, layers without an adapter are zeros of rank 0, and smaller ranks are padded.
 """
 
 from .folder import AdapterFolders, ConvertedPool, load_basis, load_pool, open_pool

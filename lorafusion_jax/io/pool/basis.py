@@ -1,7 +1,7 @@
 """A pool's shared basis on disk, in the folder `basis` beside the adapters: loading it reads no module.
 
-    basis/manifest.json    k, the modules and what they were made of, the base, ranks, a SHA-256 of every file
-    basis/arrays           orbax: U, V, S and energy by site (see `adapters.basis.SharedBasis`)
+    basis/manifest.json         k, the modules and what they were made of, the base, ranks, a SHA-256 of the file
+    basis/arrays.safetensors    U, V, S and energy by site (see `adapters.basis.SharedBasis`): `U/encoder.self.q`, ...
 
 The modules of a basis may be more than those of the pool that it is beside: others were projected on its directions.
 """
@@ -16,12 +16,14 @@ import msgspec
 import numpy as np
 
 from ...adapters.basis import SharedBasis
-from ...files import FileError
+from ...files import FileError, shown
 from ...models.architecture import Architecture
-from ..checkpoint import read_arrays, read_metadata, save
+from .. import arrays
+from ..folders import MANIFEST, RESTORE, read_manifest
 
 FOLDER = "basis"
 _FIELDS = ("U", "V", "S", "energy")
+_WHAT = "a shared basis"
 
 
 class Description(TypedDict):
@@ -48,7 +50,7 @@ def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], 
     tree = {field: {s: np.asarray(a) for s, a in getattr(basis, field).items()} for field in _FIELDS}
     rank = {site: np.asarray(rank).tolist() for site, rank in basis.rank.items()}
     metadata = {"k": basis.k, "modules": {name: made_of[name] for name in basis.names}, "rank": rank, "base": base}
-    save(folder / FOLDER, tree, metadata)
+    arrays.save(folder / FOLDER, tree, metadata)
 
 
 def describe_basis(folder: Path, k: int | None = None) -> Description:
@@ -57,11 +59,11 @@ def describe_basis(folder: Path, k: int | None = None) -> Description:
     Raises:
       ValueError: there is no basis, or one of fewer than k directions.
     """
-    if not (folder / FOLDER / "manifest.json").is_file():
+    if not (folder / FOLDER / MANIFEST).is_file():
         raise ValueError(
             f"{folder} has no shared basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
         )
-    _, description = read_metadata(folder / FOLDER, Description)
+    _, description = read_manifest(folder / FOLDER, Description, _WHAT)
     if k is not None and k > description["k"]:
         raise ValueError(
             f"{folder} has a shared basis of {description['k']} directions, and {k} are asked for: ask for fewer, or "
@@ -90,13 +92,13 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
                 f"{folder / FOLDER} is the basis of another pool: {name} had other weights when it was made. "
                 f"Move it away, and make one with `lorafusion convert --basis {description['k']} --out {folder}`"
             )
-    record, _ = read_metadata(folder / FOLDER, Description)
-    tree = read_arrays(folder / FOLDER, record, _shapes(folder / FOLDER, description, config))
-    arrays: dict[str, dict[str, Any]] = {
+    tree, _ = arrays.load(folder / FOLDER, metadata=Description, what=_WHAT)
+    _check_shapes(folder / FOLDER, tree, description, config)
+    fields: dict[str, dict[str, Any]] = {
         field: {site: jnp.asarray(a) for site, a in tree[field].items()} for field in _FIELDS
     }
     basis = SharedBasis(
-        **arrays,
+        **fields,
         rank={site: jnp.asarray(rank, jnp.int32) for site, rank in description["rank"].items()},
         names=tuple(description["modules"]),
         sites=tuple(site for site in config.sites if site in description["rank"]),
@@ -104,16 +106,22 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
     return basis if k is None else basis.first(k)
 
 
-def _shapes(folder: Path, description: Description, config: Architecture) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Return the shapes of the arrays of a basis, or raise a FileError if it is of another base."""
+def _check_shapes(folder: Path, tree: Mapping[str, Any], description: Description, config: Architecture) -> None:
+    """Raise a FileError if the arrays of a basis are not those of its description, or are of another base."""
     k, modules = description["k"], len(description["modules"])
-    found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {field: {} for field in _FIELDS}
+    wanted = {}
     for name, rank in description["rank"].items():
         site = config.sites.get(name)
         if site is None or [len(row) for row in rank] != [modules] * site.layers:
-            got, wanted = f"ranks of {len(rank)} layers", "those of each of its modules in every layer of its base"
-            raise FileError(folder, field=name, got=got, wanted=wanted, fix="it is of another base, or was edited")
+            got, needed = f"ranks of {len(rank)} layers", "those of each of its modules in every layer of its base"
+            raise FileError(folder, field=name, got=got, wanted=needed, fix="it is of another base, or was edited")
         shapes = {"U": (site.d_in, k), "V": (k, site.d_out), "S": (modules, k, k), "energy": (modules,)}
-        for field, shape in shapes.items():
-            found[field][name] = jax.ShapeDtypeStruct((site.layers, *shape), np.float32)
-    return found
+        wanted |= {f"{field}/{name}": f"float32{[site.layers, *shape]}" for field, shape in shapes.items()}
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{a.dtype}{list(a.shape)}"
+        for path, a in jax.tree.leaves_with_path(tree)
+    }
+    for path in {**wanted, **found}:
+        if found.get(path) != wanted.get(path):
+            got, needed = found.get(path, "absent"), wanted.get(path, "no such array")
+            raise FileError(folder, field=shown(path), got=got, wanted=needed, fix=RESTORE)

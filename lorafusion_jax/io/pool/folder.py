@@ -15,11 +15,11 @@ from ...adapters.pool import LoraPool, positions
 from ...files import FileError, read_json, structured
 from ...models.architecture import Architecture
 from ...models.registry import recorded_config
-from ..checkpoint import write_json
+from ..folders import stored_by_orbax, write_json
 from ..hf import base_tensor, open_base, read_config
 from ..peft.adapter import PeftAdapter, read_adapter, read_config_file
 from ..peft.config import KnownBase, check_config
-from .adapter_files import Entry, check_entry, load_adapter
+from .adapter_files import Entry, check_entry, check_size, load_adapter
 from .basis import describe_basis, read_basis
 from .stack import Dtype, Stack, read_pool
 
@@ -100,6 +100,8 @@ class ConvertedPool:
         entries = self.manifest["adapters"]
         if chosen is not None:
             entries = [entries[index] for index in positions(self.names, chosen)]
+        for entry in entries:
+            check_size(self.folder, entry, self.config)
         stack = Stack([entry["name"] for entry in entries], [entry["sites"] for entry in entries], self.config, dtype)
 
         def fill(number: int) -> None:
@@ -268,6 +270,9 @@ def _read_manifest(path: Path) -> Manifest:
     raw = read_json(path, dict[str, Any], "a converted pool")
     if "adapters" not in raw:
         raise FileError(path, got="lists no adapters", fix="it is not the manifest of a converted pool")
+    entries = raw["adapters"] if isinstance(raw["adapters"], list) else []
+    if any(isinstance(entry, dict) and "arrays" in entry for entry in entries):
+        raise stored_by_orbax(path.parent, f"--pool {path.parent} --adapter NAME")
     if _DIGEST not in raw:
         got = "states no SHA-256 of itself (it was edited, or is of an older version)"
         raise FileError(path, got=got, fix="convert the adapters again")

@@ -1,0 +1,227 @@
+"""How a folder is written: under a temporary name, renamed once it is complete, with the SHA-256 of each of its files.
+
+Several processes (see `processes`) call these functions together. The first one makes, renames and removes folders.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from .. import __version__, interrupts
+from ..files import FileError, T, read_json, structured, write_text, writing
+from . import processes
+from .source import inside, sha256
+
+# The last commit that reads pools and trained numbers stored by orbax.
+_LAST_WITH_ORBAX = "49e672b"
+MANIFEST = "manifest.json"
+RESTORE = "restore it from a copy"
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` holds: metadata of the writer's choice, and the SHA-256 of each file by its path."""
+
+    metadata: dict[str, Any]
+    files: dict[str, str]
+    versions: NotRequired[dict[str, str]]
+    arrays: NotRequired[dict[str, str]]  # of a state: "float32[2, 3]" by the path in the tree
+
+
+class Sound(NamedTuple):
+    """A folder whose files have the digests of its manifest."""
+
+    folder: Path
+    manifest: Manifest
+    metadata: Any
+
+
+def stored_by_orbax(what: Path, export: str) -> FileError:
+    """Return the error for what an older version stored, with the options of `lorafusion export` that it needs."""
+    got = "stored by orbax, as older versions did"
+    fix = f"the last version that reads it is commit {_LAST_WITH_ORBAX}, whose `lorafusion export {export}` writes it"
+    return FileError(what, got=got, fix=f"{fix} as an adapter of PEFT")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which is renamed to `folder` once the block has ended without an error.
+
+    The remains of an earlier attempt that was killed are removed.
+
+    Raises:
+      ValueError: the folder exists, or another process is writing it.
+      WriteError: the disk is full, read-only or gone.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists: give a new folder, or remove it first")
+    with writing(folder.parent):
+        yield from _new_folder(folder)
+
+
+def _new_folder(folder: Path) -> Iterator[Path]:
+    partial = folder.with_name(f".{folder.name}.partial")
+    lock = _claimed(partial) if processes.first() else None
+    processes.barrier(f"{folder.name} is there")
+    try:
+        with interrupts.removed(partial) if lock is not None else contextlib.nullcontext():
+            yield partial
+            if lock is not None:
+                partial.rename(folder)
+        processes.barrier(f"{folder.name} is whole")
+    except BaseException:
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _claimed(partial: Path) -> int:
+    """Empty a folder, or make it, and return its locked descriptor: a process that is killed leaves no lock."""
+    if partial.is_symlink():  # what it leads to is not ours to empty
+        partial.unlink()
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = os.path.samestat(os.fstat(lock), partial.stat())
+    except (BlockingIOError, FileNotFoundError):
+        alone = False
+    if not alone:  # another process writes it, or has just renamed it
+        os.close(lock)
+        raise ValueError(f"{partial} is being written by another process: wait for it, or give another folder")
+    for path in partial.iterdir():
+        _remove(path)
+    return lock
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove from a folder what a process that was killed had not written whole; the caller keeps others out."""
+    for partial in folder.glob(".*.partial"):
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with one entry a line, but lists of numbers on one line."""
+    # A JSON string never holds a line break, so the pattern cannot match inside one.
+    numbers = re.compile(r"\[\n\s*([-+.\deE][-+.\deE,\s]*?)\s*\]")
+    text = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1))
+    write_text(path, f"{text}\n")
+
+
+@contextlib.contextmanager
+def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> Iterator[Path]:
+    """Yield a new folder, as `new_folder` does, that gets a manifest and its name once everything is on the disk.
+
+    Args:
+      folder: the folder to make.
+      metadata: anything that JSON can hold.
+      **fields: other fields of the manifest.
+
+    Raises:
+      ValueError: the folder exists.
+      WriteError: the disk is full, read-only or gone.
+    """
+    with new_folder(folder) as partial:
+        yield partial
+        if processes.first():
+            names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
+            files, versions = {name: sha256(partial / name) for name in names}, {"lorafusion-jax": __version__}
+            write_json(partial / MANIFEST, {"metadata": metadata, "versions": versions, **fields, "files": files})
+            for path in partial.rglob("*"):
+                _flush(path)
+    with writing(folder.parent):
+        _flush(folder.parent)
+
+
+def read_manifest(folder: Path, metadata: type[T] | Any, what: str) -> tuple[Manifest, T]:
+    """Return the manifest that `sealed_folder` wrote, and its metadata as an object of a type.
+
+    Args:
+      folder: the folder.
+      metadata: the type.
+      what: kind of the folder, for the message if it has no manifest.
+
+    Raises:
+      FileError: the folder has no manifest, or another one.
+    """
+    manifest = read_json(folder / MANIFEST, Manifest, what)
+    return manifest, structured(manifest["metadata"], metadata, folder / MANIFEST, whole=manifest)
+
+
+def check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise a FileError that names the first of some files that is missing or has another SHA-256."""
+    for name, digest in files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise FileError(path, got="no such file, though the manifest lists it", fix="copy the whole folder again")
+        if sha256(path) != digest:
+            raise FileError(path, got="damaged or altered, its SHA-256 is not the manifest's", fix=RESTORE)
+
+
+def newest_sound(
+    folders: Sequence[Path], metadata: type[T] | Any, what: str, *, note: Callable[[str], None]
+) -> Sound | None:
+    """Return the last folder that is sound, or None if none is.
+
+    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written
+    again. One whose manifest another version wrote is not damaged, although this version cannot read it.
+
+    Args:
+      folders: folders that `sealed_folder` wrote, oldest first.
+      metadata: the type of their metadata.
+      what: kind of the folders, for messages.
+      note: called with one line for each damaged folder.
+
+    Raises:
+      FileError: another version wrote the newest folder.
+    """
+    damaged: list[tuple[Path, Path, FileError]] = []
+    sound = None
+    for folder in reversed(folders):
+        try:
+            manifest, described = read_manifest(folder, metadata, what)
+            check_files(folder, manifest["files"])
+        except FileError as error:
+            if error.version:
+                raise
+            damaged.append((folder, _aside(folder), error))
+        else:
+            sound = Sound(folder, manifest, described)
+            break
+    processes.barrier("every process has looked for damage")
+    for folder, aside, error in damaged:
+        note(f"note: {error}. It is kept as {aside.name}")
+        if processes.first():
+            folder.rename(aside)
+    return sound
+
+
+def _aside(folder: Path) -> Path:
+    """Return a free name for a damaged folder."""
+    names = (f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    return next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
