@@ -295,7 +295,7 @@ def test_no_kind_of_bad_adapter_stops_the_others(base, adapter, tmp_path):
         "targets": json.dumps({"peft_type": "LORA", "r": 2, "target_modules": 5}),
         "alpha": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 10**400}),
         "repeat": json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": {"q{99999999999}": 2}}),
-        "reference": json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": {r"\1q": 2}}),
+        "reference": json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": {r"\9q": 2}}),
         "bytes": b"\xff\xfe\x00{",
     }
     for name, text in bad.items():
