@@ -24,7 +24,6 @@ import numpy as np
 from _measure import ROOT, case, in_turns, of_turns
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar.mapping.encoding import grid
 from lorafusion_jax.models.registry import known_shapes
 from lorafusion_jax.models.weights import matmul
 
@@ -106,7 +105,7 @@ def crosssim_loop(x: np.ndarray, chip: crossbar.Chip) -> Callable[[], np.ndarray
     tops = np.asarray(chip.limits)[0, :, 1].tolist()
     magnitude = config.dac.magnitude_bits
     steps = 2.0**config.adc.bits - 2
-    ends = np.cumsum((0, *grid(chip.matrix_shape, config)[0]))
+    ends = np.cumsum((0, *chip.geometry.rows))
     cells = [
         [
             np.ascontiguousarray((np.sign(codes) * (np.abs(codes) // 2 ** (width * i) % 2**width))[a:b].T, np.float32)

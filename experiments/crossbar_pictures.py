@@ -57,7 +57,8 @@ def tile() -> Any:
     config = CrossbarConfig(adc=ADC(bits=6, range="granular"))
     state = crossbar.program(weights, config, path="definition")
     x = _normal(1, (1, 12))
-    sent = np.asarray(pulses(input_codes(x, jnp.max(jnp.abs(x)), config)[0], config))  # [J, rows]
+    codes = input_codes(x, jnp.max(jnp.abs(x)), state.geometry, config)
+    sent = np.asarray(pulses(codes[0], state.geometry))  # [J, rows]
     cells = np.asarray(state.cells)[:, :, 0, 0]  # [K, P, rows, cols]
     sums = np.einsum("jr,kpro,p->kjo", sent, cells, [1, -1])
 

@@ -66,14 +66,14 @@ MUTANTS = (
     ),
     Mutant(
         "crossbar: one code too few at the bottom of the ADC",
-        "crossbar/mapping/adc.py",
+        "crossbar/mapping/adc/quantiser.py",
         "return jnp.clip(scaled, self.qmin, self.qmax)",
         "return jnp.clip(scaled, self.qmin + 1, self.qmax)",
         ("crossbar/test_converters.py", "crossbar/test_mvm.py"),
     ),
     Mutant(
         "crossbar: round ties of the ADC to odd",
-        "crossbar/mapping/adc.py",
+        "crossbar/mapping/adc/quantiser.py",
         "jnp.where((abs(twice) == span) & odd,",
         "jnp.where((abs(twice) == span) & ~odd,",
         ("crossbar/test_converters.py", "crossbar/test_mvm.py"),

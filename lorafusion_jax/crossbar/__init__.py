@@ -35,6 +35,7 @@ from .devices.write_error import (
     Proportional,
     WriteVerify,
 )
+from .mapping.geometry import Geometry
 from .read.matmul import matmul
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Encoding",
     "Explanation",
     "Flicker",
+    "Geometry",
     "Independent",
     "LogLinear",
     "Mapping",

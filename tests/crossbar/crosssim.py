@@ -18,6 +18,7 @@ from lorafusion_jax.crossbar import (
     CrossbarConfig,
     Device,
     Encoding,
+    Geometry,
     Independent,
     Mapping,
     Polynomial,
@@ -26,7 +27,6 @@ from lorafusion_jax.crossbar import (
     Tile,
     Wire,
 )
-from lorafusion_jax.crossbar.mapping.encoding import partition
 
 Params = dict[str, Any]
 
@@ -187,9 +187,10 @@ def sizes(core: dict[str, Any], size: int, axis: str) -> tuple[int, ...]:
 
 
 def strategy(core: dict[str, Any], W: np.ndarray, rows: tuple[int, ...], cols: tuple[int, ...]) -> Any:
-    limits = core["rows_max"] or None, core["cols_max"] or None
     for how in ("equal", "full"):
-        if (partition(W.shape[1], limits[0], how), partition(W.shape[0], limits[1], how)) == (rows, cols):
+        tile = Tile(rows=core["rows_max"] or None, cols=core["cols_max"] or None, partition=how)
+        geometry = Geometry.of(W.T.shape, CrossbarConfig(tile=tile))
+        if (geometry.rows, geometry.cols) == (rows, cols):
             return how
     raise Inexpressible(f"arrays of {rows} rows and {cols} columns")
 

@@ -47,6 +47,11 @@ def untyped(cls, **values):
     return part
 
 
+def measured(one=0.5):
+    """Return conductances of the cells of `W`, one of which is `one`."""
+    return jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32).at[0, 0, 0, 0, 2, 3].set(one)
+
+
 def given(*limits, **others):
     return ADC(range="given", limits=limits, **others)
 
@@ -117,7 +122,7 @@ def given(*limits, **others):
         (lambda: Wire(iterations=0), r"Wire.iterations = 0"),
     ],
 )
-def test_parts(make, message):
+def test_parts_with_values_that_no_crossbar_has_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -160,7 +165,7 @@ def test_parts(make, message):
         ({"adc": given(*((0.0, 0.0),) * 4)}, r"ADC range .* is empty"),
     ],
 )
-def test_parts_that_do_not_fit(parts, message):
+def test_parts_that_do_not_fit_together_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         CrossbarConfig(**parts)
 
@@ -180,7 +185,7 @@ NOISY = Device(programming=Independent(0.1))
         (W.at[0].set(-jnp.inf), r"5 of 30 weights are NaN or infinite"),
     ],
 )
-def test_weights(weights, message):
+def test_bad_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         program(weights, CrossbarConfig())
 
@@ -224,20 +229,7 @@ def test_a_random_chip_needs_a_key(config):
     assert program(W, config, jax.random.key(0)).shape == (6, 5)
 
 
-def test_measured_conductances_do_not_excuse_converters_from_a_key():
-    config = CrossbarConfig(adc=ADC(range="max", gain_error=0.1))
-    measured = jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32)
-    with pytest.raises(ValueError, match="give the chip's key"):
-        program(W, config, conductances=measured)
-
-
-def test_conductances_of_another_shape():
-    message = r"conductances of shape \(4, 1, 1, 1, 6, 5\): this matrix takes \(4, 2, 1, 1, 6, 5\)"
-    with pytest.raises(ValueError, match=message):
-        program(W, CrossbarConfig(), conductances=jnp.ones((4, 1, 1, 1, 6, 5), jnp.float32))
-
-
-def test_ranges_of_another_number_of_tiles():
+def test_ranges_of_another_number_of_tiles_are_refused():
     limits = np.tile(np.asarray([-3.0, 3.0]), (2, 4, 1))
     config = CrossbarConfig(tile=Tile(rows=2), adc=ADC(range="given", limits=limits))
     with pytest.raises(ValueError, match=r"ADC limits of 2 row tiles, but .* 3"):
@@ -257,12 +249,12 @@ def test_ranges_of_another_number_of_tiles():
         (CrossbarConfig(tile=Tile(current_limit=1.0), adc=ADC(range="max")), "loop", r"column currents are limited"),
     ],
 )
-def test_paths_that_are_not_exact(config, path, message):
+def test_paths_that_are_not_exact_are_refused(config, path, message):
     with pytest.raises(ValueError, match=message):
         program(W, config, path=path)
 
 
-def test_inputs():
+def test_bad_inputs_are_refused():
     x = jnp.ones((3, 7), jnp.float32)
     config = CrossbarConfig()
     with pytest.raises(ValueError, match=r"x of shape \(3, 7\) meets arrays of \(6, 5\): its last axis must be 6"):
@@ -274,10 +266,13 @@ def test_inputs():
     noisy = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.1)))
     with pytest.raises(ValueError, match="again for every read: give it a key"):
         matmul(x[:, :6], program(W, noisy))
+    for read in (matmul, probe):
+        with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
+            inspect.unwrap(read)(jnp.ones((2, 6), jnp.int32), program(W, config))
 
 
 @pytest.mark.parametrize("path", [None, "definition"])
-def test_an_uncalibrated_adc(path):
+def test_an_adc_is_read_only_once_it_is_calibrated(path):
     config = CrossbarConfig(adc=ADC(bits=4))
     state = program(W, config, path=path)
     x = jnp.ones((3, 6), jnp.float32)
@@ -329,7 +324,7 @@ def test_swept_values_and_placeholders_pass():
         ),
     ],
 )
-def test_arrays_of_another_configuration(programmed, read, message):
+def test_arrays_of_another_configuration_are_not_read(programmed, read, message):
     state, x = program(W, programmed), jnp.ones((2, 6), jnp.float32)
     key = jax.random.key(0)
 
@@ -341,7 +336,7 @@ def test_arrays_of_another_configuration(programmed, read, message):
             multiply(x, state)
 
 
-def test_calibration_with_another_configuration():
+def test_calibration_with_another_configuration_is_refused():
     config = CrossbarConfig(adc=ADC(bits=4))
     state = program(W, config)
     _, statistics = probe(jnp.ones((3, 6), jnp.float32), state)
@@ -350,7 +345,7 @@ def test_calibration_with_another_configuration():
     calibrated(with_config(state, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5))), statistics)
 
 
-def test_what_a_chip_may_be_read_with():
+def test_a_chip_is_read_with_other_settings_of_a_read():
     """The size of read noise, warnings, swept values, and functions, which cannot be compared."""
     x, key = jnp.ones((2, 6), jnp.float32), jax.random.key(0)
 
@@ -366,36 +361,34 @@ def test_what_a_chip_may_be_read_with():
 
 
 @pytest.mark.parametrize(
-    "value, message",
+    ("config", "key", "conductances", "message"),
     [
-        (40.0, r"conductances from 0 to 40: give fractions of Gmax, .* divide microsiemens by the Gmax"),
-        (-0.1, r"conductances from -0.1 to 0: give fractions"),
-        (NAN, r"conductances from nan to nan: give fractions of Gmax, finite"),
-        (INF, r"conductances from 0 to inf"),
+        (
+            CrossbarConfig(),
+            None,
+            measured()[:, :1],
+            r"of shape \(4, 1, 1, 1, 6, 5\): this matrix takes \(4, 2, 1, 1, 6, 5\)",
+        ),
+        (CrossbarConfig(), None, measured(40.0), r"from 0.5 to 40: .* microsiemens by the Gmax"),
+        (CrossbarConfig(), None, measured(-0.1), r"from -0.1 to 0.5: give fractions of Gmax"),
+        (CrossbarConfig(), None, measured(NAN), r"from nan to nan: give fractions of Gmax, finite"),
+        (CrossbarConfig(), None, measured(INF), r"conductances from 0.5 to inf"),
+        (CrossbarConfig(adc=ADC(range="max", gain_error=0.1)), None, measured(), "give the chip's key"),
+        (
+            CrossbarConfig(device=Device(drift=PCM_DRIFT, time=1e6)),
+            jax.random.key(0),
+            measured(),
+            r"device.time = 1000000.0 would add drift: set device.time=None",
+        ),
     ],
+    ids=["shape", "microsiemens", "negative", "NaN", "infinite", "no key", "drift"],
 )
-def test_conductances_that_are_not_fractions(value, message):
-    measured = jnp.zeros((4, 2, 1, 1, 6, 5), jnp.float32).at[0, 0, 0, 0, 2, 3].set(value)
+def test_measured_conductances_that_no_array_has_are_refused(config, key, conductances, message):
     with pytest.raises(ValueError, match=message):
-        program(W, CrossbarConfig(), conductances=measured)
+        program(W, config, key, conductances=conductances)
 
 
-def test_conductances_do_not_drift_silently():
-    config = CrossbarConfig(device=Device(drift=PCM_DRIFT, time=1e6))
-    measured = jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32)
-    with pytest.raises(ValueError, match=r"device.time = 1000000.0 would add drift: set device.time=None"):
-        program(W, config, jax.random.key(0), conductances=measured)
-
-
-def test_inputs_that_are_not_floating_point():
-    config = CrossbarConfig()
-    with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
-        inspect.unwrap(matmul)(jnp.ones((2, 6), jnp.int32), program(W, config))
-    with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
-        inspect.unwrap(probe)(jnp.ones((2, 6), jnp.int32), program(W, config))
-
-
-def test_keys_of_another_number_than_the_arrays():
+def test_keys_of_another_number_than_the_arrays_are_refused():
     chip = program(W, CrossbarConfig(device=Device(read_noise=ReadNoise(0.1))))
     with pytest.raises(ValueError, match=r"keys of shape \(2,\) for arrays of \(6, 5\): give one key"):
         with_read_key(chip, jax.random.split(jax.random.key(0), 2))

@@ -87,7 +87,7 @@ def test_cells_are_those_that_programming_writes(config, shape):
         jax.random.key(1),
     )
     K, P, R, C, _, cols = cells.shape
-    used = crossbar.mapping.encoding.cells_in_use(shape, small)
+    used = crossbar.Geometry.of(shape, small).cells_in_use
     unit = K * P * C * shape[0] * (cols - used.shape[3])
     found = counts(shape, small)
     assert found.arrays == K * P * R * C

@@ -55,7 +55,7 @@ def assert_normal(draws, mean, deviation) -> None:
     assert np.abs((z**4).mean(1) - 3).max() < 5 * math.sqrt(96 / n)
 
 
-def test_independent_and_proportional():
+def test_errors_are_independent_of_the_conductance_or_proportional_to_it():
     G = np.asarray(LEVELS)
     assert_normal(Independent(0.05)(cells(*LEVELS), KEY), G, np.full(4, 0.05))
     assert_normal(Proportional(0.1)(cells(*LEVELS), KEY), G, 0.1 * G)
@@ -70,7 +70,7 @@ def test_independent_and_proportional():
         (RERAM_CMO_2025, lambda g: 0.0112185391 + 0.01129027418 * 88.19 * g, 88.19),
     ],
 )
-def test_published_programming_errors(model, microsiemens, g_max):
+def test_published_programming_errors_have_the_spread_of_their_formula(model, microsiemens, g_max):
     G = np.asarray(LEVELS)
     assert_normal(model(cells(*LEVELS), KEY), G, microsiemens(G) / g_max)
 
@@ -149,11 +149,11 @@ def test_a_cell_is_verified_before_it_ages():
         (Device(programming=lambda G, key, time: G), True),
     ],
 )
-def test_cells_that_age(device, wanted):
+def test_cells_age_where_a_model_depends_on_time(device, wanted):
     assert depends_on_time(device) == wanted
 
 
-def test_write_verify():
+def test_cells_are_written_until_they_are_within_the_tolerance():
     sigma, tolerance = 0.05, 0.02
     device = Device(programming=Independent(sigma), write_verify=WriteVerify(tolerance, pulses=200))
     G, pulses = jax.jit(realise)(cells(0.5), device, KEY)
@@ -178,14 +178,14 @@ def test_cells_that_exhaust_their_pulses_stay_outside():
     assert abs(float(jnp.mean(outside)) - left) < 5 * math.sqrt(left * (1 - left) / N)
 
 
-def test_neurram_pulses():
+def test_neurrams_tolerance_takes_as_many_pulses_as_it_reports():
     """A single pulse of 17 % and an acceptance of +-1 uS of 40 take the 8.5 pulses that NeuRRAM reports."""
     device = Device(programming=Independent(0.1694), write_verify=WriteVerify(1 / 40, pulses=400))
     _, pulses = realise(cells(0.6), device, KEY)
     assert float(jnp.mean(pulses.astype(jnp.float32))) == pytest.approx(8.52, rel=0.03)
 
 
-def test_stuck_cells():
+def test_as_many_cells_are_stuck_as_are_said_to_be():
     G, _ = realise(cells(0.5), Device(stuck=StuckAt(low=0.1, high=0.03)), KEY, g_min=0.05)
     for value, share in ((0.05, 0.1), (1.0, 0.03), (0.5, 0.87)):
         found = float(jnp.mean(jnp.isclose(G, value)))
@@ -208,7 +208,7 @@ def test_drift_follows_programming_and_time():
     np.testing.assert_allclose(fresh, 0.6, rtol=1e-6)
 
 
-def test_power_law_statistics():
+def test_exponents_of_a_power_law_have_their_mean_and_spread():
     model = PowerLaw(0.06, 0.01, start=20.0)
     exponents = -jnp.log(model(cells(0.3, 0.9), KEY, 1e5) / cells(0.3, 0.9)) / math.log((1e5 + 20) / 20)
     assert_normal(exponents, [0.06, 0.06], [0.01, 0.01])
@@ -218,7 +218,7 @@ def test_power_law_statistics():
     assert abs(np.corrcoef(flicker[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
 
 
-def test_pcm_drift():
+def test_pcm_drifts_as_in_aihwkit():
     """Exponents of aihwkit's model at each conductance, and its 1/f noise for cells whose exponents do not vary."""
     G = np.asarray((0.02, 0.1, 0.5, 1.0))
     nu = np.clip(-0.0155 * np.log(G) + 0.0244, 0.049, 0.1)
@@ -255,7 +255,7 @@ def test_flicker_gathers_with_the_logarithm_of_time():
     np.testing.assert_allclose(found, np.array([0.01, 0.0125, 0.015]) * math.sqrt(math.log(50)), rtol=1e-6)
 
 
-def test_relaxation():
+def test_conductances_relax_as_published():
     assert_normal(
         RERAM_CMO_DRIFT(cells(0.4, 0.8), KEY, 3600.0),
         np.asarray([0.4, 0.8]) - 0.08900206 * math.log(3600) / 88.19,
@@ -265,7 +265,7 @@ def test_relaxation():
     assert_normal(at_start, [0.4], [0.02])
 
 
-def test_drift_compensation():
+def test_drift_compensation_restores_the_mean():
     G = jax.random.uniform(KEY, (2, 64, 32))
     device = Device(drift=PowerLaw(0.05), time=1e6)
     later, _ = realise(G, device, KEY)
@@ -292,14 +292,14 @@ def test_compensation_is_of_the_cells_that_hold_weights():
 
 
 @pytest.mark.parametrize(("kind", "spread"), [("independent", (0.03, 0.03)), ("proportional", (0.015, 0.03))])
-def test_read_noise_of_a_cell(kind, spread):
+def test_read_noise_of_a_cell_has_its_spread_and_may_be_clipped(kind, spread):
     model, G = ReadNoise(0.03, kind), cells(0.5, 1.0)
     assert_normal(model.draw(G, KEY), [0.5, 1.0], spread)
     assert float(dataclasses.replace(model, clip=True).draw(cells(0.0), KEY).min()) == 0
     assert float(dataclasses.replace(model, sigma=2.0).draw(cells(0.5), KEY).min()) < 0
 
 
-def test_sinh():
+def test_a_nonlinear_cell_has_the_current_of_sinh():
     iv = Sinh(read_voltage=0.5, scale=0.25)
     v, G = jnp.linspace(-1, 1, 9)[:, None], jnp.linspace(0, 1, 5)[None, :]
     np.testing.assert_allclose(iv(v, G), np.asarray(G) * np.sinh(2 * np.asarray(v)) / np.sinh(2), rtol=1e-5, atol=1e-7)
@@ -440,6 +440,6 @@ def test_a_random_device_needs_a_key():
         (lambda: Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)), r"Polynomial.seconds = .*: give rising positive"),
     ],
 )
-def test_bad_values(make, message):
+def test_values_that_no_device_has_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -957,13 +957,3 @@ def test_any_leading_axes_are_a_batch(case: tuple[str | None, dict[str, Any]]):
             wanted = y[: int(np.prod(shape))].reshape(found.shape)
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(y).max() + 1e-30)
         tally(path, "within tolerance")
-
-
-@pytest.mark.parametrize("bad", ["microsiemens", "negative", "NaN"])
-def test_conductances_that_no_cell_can_have_are_refused(bad: str):
-    config = CrossbarConfig()
-    W = weights({**dict.fromkeys(("d_in", "d_out"), 4), "seed": 0, "weights": "normal", "float64": False})
-    G = oracle.program(W, config).cells / 3
-    G = {"microsiemens": 40 * G, "negative": G - 0.1, "NaN": np.where(G == G.max(), np.nan, G)}[bad]
-    with pytest.raises(ValueError, match="conductance"):
-        program(jnp.asarray(W), config, conductances=jnp.asarray(G, jnp.float32))

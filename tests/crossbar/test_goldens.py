@@ -78,7 +78,7 @@ def _by_path(names, alone=()):
 
 
 @pytest.mark.parametrize(("name", "path"), _by_path(NAMES))
-def test_crosssim_product(goldens, name, path):
+def test_products_are_those_of_crosssim(goldens, name, path):
     _, params, z = crossbar_cases.load(goldens / "crossbar", name)
     top = np.abs(z["y"]).max()
     y = product(params, z["W"], z["x"], np.float32, path)
@@ -93,14 +93,14 @@ def test_crosssim_product(goldens, name, path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_crosssim_arrays(goldens, name):
+def test_arrays_are_those_of_crosssim(goldens, name):
     case, params, z = crossbar_cases.load(goldens / "crossbar", name)
     with jax.enable_x64(True):
         config, weights = convert(params, z["W"])
         state = program(jnp.asarray(weights), config, path="definition")
         g_min, rows = float(config.g_min), case["tile_input_sizes"][0]
-        assert list(encoding.grid(weights.shape, config)[0]) == case["tile_input_sizes"]
-        for i, top in enumerate(encoding.levels(config)):
+        assert list(state.geometry.rows) == case["tile_input_sizes"]
+        for i, top in enumerate(state.geometry.levels):
             G = g_min + np.asarray(state.cells)[i, :, 0, 0, -rows:] / top * (1 - g_min)
             if f"G_s{i}_o" in z:
                 theirs = z[f"G_s{i}_o"]  # all stored in float32
@@ -112,8 +112,8 @@ def test_crosssim_arrays(goldens, name):
                 np.testing.assert_allclose(G[1], z[f"G_s{i}_n"].T, rtol=0, atol=1e-7)
         np.testing.assert_allclose(state.codes * state.scale, z["W_eff"].T, rtol=0, atol=1e-7 * np.abs(z["W"]).max())
         if "x_slices_tile0_col0" in z:
-            n = encoding.input_codes(jnp.asarray(z["x"].T), jnp.asarray(1.0), config)
-            u = encoding.pulses(n, config)[:, 0, :rows] / encoding.pulse(config)
+            n = encoding.input_codes(jnp.asarray(z["x"].T), jnp.asarray(1.0), state.geometry, config)
+            u = encoding.pulses(n, state.geometry)[:, 0, :rows] / state.geometry.pulse
             np.testing.assert_allclose(u, z["x_slices_tile0_col0"], rtol=0, atol=1e-15)
     if case["adc_limits"] is not None:
         np.testing.assert_allclose(adc_limits(params, rows), case["adc_limits"], rtol=1e-12)
@@ -236,7 +236,7 @@ _BY_DEFINITION = {"current limit", *(name for name in CASES if name.startswith("
 
 
 @pytest.mark.parametrize(("name", "path"), _by_path(CASES, _BY_DEFINITION))
-def test_further_products(goldens, name, path):
+def test_products_of_further_parameters_are_those_of_crosssim(goldens, name, path):
     params = parameters(**CASES[name])
     rng = np.random.default_rng(5)
     W, x = rng.normal(size=(12, 55)), rng.uniform(-1, 1, (55, 4))
@@ -273,7 +273,7 @@ def test_unsliced_offset_has_no_gain_error(bits, expected):
         ({"xbar__device__programming_error": {"enable": True, "model": "SONOS", "magnitude": 1}}, "SONOS"),
     ],
 )
-def test_what_crosssim_has_alone(changes, what):
+def test_what_crosssim_has_alone_is_refused(changes, what):
     params = parameters(**changes)
     if what == "terminals":
         params = changed(params, xbar__array__parasitics__Rp_row=1.0)
@@ -282,7 +282,7 @@ def test_what_crosssim_has_alone(changes, what):
 
 
 @pytest.mark.parametrize("name, sigma", [("NormalIndependentDevice", 0.05), ("PCMJoshi", None), ("RRAMWan", None)])
-def test_programming_models_by_name(name, sigma):
+def test_programming_models_have_the_spread_of_crosssims(name, sigma):
     """The spread of many cells against CrossSim's formula in uS."""
     error = {"enable": True, "model": name, "magnitude": 0.05}
     params = parameters(xbar__device__programming_error=error, xbar__device__Rmin=1e6 / 20, xbar__device__Rmax=1e6)
@@ -301,7 +301,7 @@ def test_programming_models_by_name(name, sigma):
         pytest.param("s03_prog_prop5_noadc", Proportional, marks=pytest.mark.long),
     ],
 )
-def test_programming_noise(goldens, name, model):
+def test_programming_errors_are_those_of_crosssim(goldens, name, model):
     """200 chips: RMS of the error within 3 %, means of single outputs by z-score with both samples' errors."""
     case, params, z = crossbar_cases.load(goldens / "crossbar", name)
     _, _, quiet = crossbar_cases.load(goldens / "crossbar", "c02_bal_w8s4_in8serial_noadc")
@@ -326,7 +326,7 @@ def test_programming_noise(goldens, name, model):
 
 
 @pytest.mark.parametrize("path", [None, "definition"])
-def test_aihwkit(goldens, path):
+def test_a_tile_is_that_of_aihwkit(goldens, path):
     """A tile of aihwkit: real-valued weights scaled per tile, one pulse, and a converter of absolute range."""
     z = dict(np.load(goldens / "aihwkit" / "torch_inference_8b.npz"))
     # Its DAC rounds to 2 / (2^8 - 2) and its ADC to 20 / (2^8 - 2): 254 steps from -b to b are our signed 8 bits.

@@ -48,7 +48,7 @@ def array(rows: int, cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("shape", [(12, 9), (5, 14), (1, 1)])
 @pytest.mark.parametrize("row, column", [(1e-4, 3e-4), (2e-2, 5e-3), (0.5, 0.3)])
-def test_nodal_analysis(shape, row, column):
+def test_currents_are_those_of_nodal_analysis(shape, row, column):
     v, G = array(*shape)
     with jax.enable_x64(True):
         wire = Wire(row_resistance=row, column_resistance=column, **TIGHT)
@@ -56,7 +56,7 @@ def test_nodal_analysis(shape, row, column):
         np.testing.assert_allclose(y, nodal(v, G, row, column), rtol=1e-8, atol=1e-10)
 
 
-def test_a_full_array_in_float32():
+def test_a_full_array_is_right_in_float32():
     v, G = array(128, 128)
     v = np.abs(v)
     wire = Wire(row_resistance=1e-3, column_resistance=1e-3)
@@ -87,7 +87,7 @@ def test_one_cell_sees_the_wire_on_its_way(r, j):
     np.testing.assert_allclose(y, np.eye(5)[j] / resistance, rtol=1e-9)
 
 
-def test_reciprocity():
+def test_an_array_and_its_transpose_are_reciprocal():
     _, G = array(8, 5)
     row, column = 0.01, 0.03
     with jax.enable_x64(True):
@@ -204,7 +204,7 @@ def test_resistances_are_swept_by_vmap():
         np.testing.assert_allclose(y, currents(v, G, Wire(row_resistance=R, column_resistance=R)), atol=2e-5)
 
 
-def test_nonlinear_cells():
+def test_nonlinear_cells_have_the_currents_of_nodal_analysis():
     v, G = array(6, 5)
     row, column, iv = 0.02, 0.03, Sinh(read_voltage=0.5)
     r, j = np.arange(1, 7), np.arange(1, 6)
@@ -248,6 +248,6 @@ def test_a_compiled_product_of_nonlinear_cells_is_right_every_time(size):
         ("iterations", 0, r"Wire.iterations = 0: give the most iterations, 1 to 1,000,000"),
     ],
 )
-def test_bad_wires(field, value, message):
+def test_bad_wires_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         Wire(**{field: value})

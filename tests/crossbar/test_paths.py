@@ -1,12 +1,10 @@
-"""Every exact path of a read against 64-bit arithmetic, and against every other, bit for bit.
+"""Every exact path of a read against 64-bit arithmetic, and against every other.
 
-The oracle is NumPy: each slice's column sums in int64, the ADC's scaling in float32 as an ADC here does it, codes
-added in float64.
+The oracle is NumPy: column sums of every tile and pair of slices in int64, and their codes in float64, which are exact
+for ties too. Weights and inputs are integers, so that digits and input codes follow from them.
 """
 
-import functools
-import itertools
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,174 +12,176 @@ import numpy as np
 import pytest
 from scipy.special import erfinv
 
-from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, ReadNoise
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Geometry,
+    Independent,
+    Mapping,
+    ReadNoise,
+    Tile,
+    matmul,
+    program,
+    with_read_key,
+)
 from lorafusion_jax.crossbar.devices.normal_draws import normal, normal_at
-from lorafusion_jax.crossbar.mapping.adc import Converter
-from lorafusion_jax.crossbar.mapping.bit_fields import FLOAT_BITS, INT_BITS, Packing, certify, extent, pack
+from lorafusion_jax.crossbar.mapping.adc.quantiser import Converter
+from lorafusion_jax.crossbar.mapping.bit_fields import FLOAT_BITS, INT_BITS, Packing, certify
 from lorafusion_jax.crossbar.read.conversion_noise import Noise, add_noise, deviations, powers, stream
 from lorafusion_jax.crossbar.read.kernels import mosaic as mosaic_module
-from lorafusion_jax.crossbar.read.kernels.bit_planes import planes, to_planes
 from lorafusion_jax.crossbar.read.kernels.lookup import lookup
 from lorafusion_jax.crossbar.read.kernels.loop import loop
-from lorafusion_jax.crossbar.read.kernels.mosaic import mosaic
-from lorafusion_jax.crossbar.read.kernels.packed_product import packed
 
-_BATCH, _TILES, _ROWS, _COLS, _SLICES, _BITS = 6, 2, 40, 70, 4, 2
+_BATCH, _TILES, _ROWS, _COLS, _SLICES = 6, 2, 40, 70, 4
+_PATHS = ("definition", "loop", "lookup", "planes", "packed", "mosaic")
+# Currents of the highest code: half of the codes are ties in slices 0 and 2, and sums of slice 3 clip.
+_LIMITS = (62.0, 20.5, 124.0, 9.25)
 
 
-def _cells(kind: str, rows: int = _ROWS) -> np.ndarray:
-    """[K, R, rows, cols] signed levels of 2-bit cells."""
-    shape, top = (_SLICES, _TILES, rows, _COLS), 2**_BITS - 1
-    rng = np.random.default_rng(0)
+def crossbar(bits: int = 1, *, signed: bool = True, signed_sums: bool = True, rows: int = _ROWS) -> CrossbarConfig:
+    """Four slices of 2 bits, whose codes are those of integer weights up to 255 (127), and an ADC that loses bits."""
+    return CrossbarConfig(
+        encoding=Encoding(kind="differential" if signed_sums else "offset"),
+        mapping=Mapping(weight_bits=9 if signed_sums else 8),
+        tile=Tile(rows=rows, cols=None),
+        dac=DAC(bits=8, slice_bits=bits, signed=signed, scaling="fixed"),
+        adc=ADC(bits=6, range="given", limits=tuple((-top if signed_sums else 0.0, top) for top in _LIMITS)),
+    )
+
+
+def weights(kind: str, rows: int = _ROWS, cols: int = _COLS, top: int = 255) -> np.ndarray:
+    """Return integer weights of two tiles, the largest of which is `top`."""
+    shape, rng = (_TILES * rows, cols), np.random.default_rng(0)
     if kind == "largest":
         return np.full(shape, top)
     if kind == "alternating":
-        return top * (-1) ** np.add.outer(np.arange(rows) // 3, np.arange(_COLS)) + np.zeros(shape, int)
+        return top * (-1) ** np.add.outer(np.arange(shape[0]) // 3, np.arange(cols))
     if kind == "one row":
-        return np.where(np.arange(rows)[:, None] == 7, -top, 0) + np.zeros(shape, int)
-    cells = rng.integers(-top, top + 1, shape)
-    if kind == "empty slices":
-        cells[1:3], cells[3, 1] = 0, 0
-    return cells
+        return np.where(np.arange(shape[0])[:, None] == 7, -top, 0) + np.zeros(shape, int)
+    q = rng.integers(-top, top + 1, shape)
+    if kind == "empty slices":  # of the second tile, all but the lowest
+        q[rows:] = np.sign(q[rows:]) * (abs(q[rows:]) % 4)
+    q[0, 0] = top
+    return q
 
 
-def _codes(signed: bool, kind: str, rows: int = _ROWS) -> np.ndarray:
-    top = 127 if signed else 255
+def inputs(kind: str, *, signed: bool = True, rows: int = _ROWS, batch: int = _BATCH) -> np.ndarray:
+    """Return integer inputs, up to the largest code."""
+    top, shape = 127 if signed else 255, (batch, _TILES * rows)
     if kind == "random":
-        return np.random.default_rng(1).integers(-top if signed else 0, top + 1, (_BATCH, _TILES, rows))
-    codes = np.full((_BATCH, _TILES, rows), top)
-    return codes * (-1) ** (np.arange(rows) // 3) if signed else codes
+        return np.random.default_rng(1).integers(-top if signed else 0, top + 1, shape)
+    return np.full(shape, top) * (-1) ** (np.arange(shape[1]) // 3) if signed else np.full(shape, top)
 
 
-def _slices(n: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
+def _digits(codes: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
     starts = np.cumsum([0, *bits[:-1]])
-    return np.stack([np.sign(n) * ((np.abs(n) >> s) % 2**b) for s, b in zip(starts, bits, strict=True)])
+    return np.stack([np.sign(codes) * ((abs(codes) >> s) % 2**b) for s, b in zip(starts, bits, strict=True)])
 
 
-def _oracle(n: np.ndarray, cells: np.ndarray, adc: Converter, bits: tuple[int, ...]) -> np.ndarray:
-    sums = np.einsum("jbri,krio->rjkbo", _slices(n, bits), cells)
-    scaled = sums.astype(np.float32) * np.asarray(adc.scale)[:, None, None]
-    codes = np.clip(np.rint(scaled), adc.qmin, adc.qmax)
+def _steps(config: CrossbarConfig) -> np.ndarray:
+    """Return the levels of one code of every weight slice."""
+    highest = 31 if config.encoding.kind == "differential" else 63
+    return np.asarray(_LIMITS) * 3 * (2 ** config.dac.slices[0] - 1) / highest
+
+
+def oracle(n: np.ndarray, q: np.ndarray, config: CrossbarConfig) -> np.ndarray:
+    """Return the product of integers, conversion by conversion."""
+    offset, bits, steps = config.encoding.kind == "offset", config.dac.slices, _steps(config)
+    u, g = _digits(n, bits), _digits(q + 128 * offset, (2,) * _SLICES)
+    sums = np.einsum(
+        "jbti,ktio->kjtbo", u.reshape(*u.shape[:2], _TILES, -1), g.reshape(_SLICES, _TILES, -1, g.shape[2])
+    )
+    codes = np.clip(np.rint(sums / steps[:, None, None, None, None]), *((0, 63) if offset else (-31, 31)))
     worth = 2.0 ** np.cumsum([0, *bits[:-1]])
-    return np.einsum("j,rjkbo->kbo", worth, codes.astype(np.float64))
+    return (
+        np.einsum("k,j,kjtbo->bo", 4.0 ** np.arange(_SLICES) * steps, worth, codes) - 128 * offset * n.sum(1)[:, None]
+    )
 
 
-def _adc(signed_sums: bool = True) -> Converter:
-    inv_lsb = jnp.asarray([0.5, 1.5, 0.31, 2.75], jnp.float32)  # ties of every kind among them
-    return Converter(inv_lsb, -31 if signed_sums else 0, 31)
+def as_read(n: np.ndarray, q: np.ndarray, config: CrossbarConfig, path: str, dtype=jnp.float32, key=None) -> np.ndarray:
+    """Return the product as a path reads it."""
+    chip = program(jnp.asarray(q, dtype), config, jax.random.key(0), path=path)
+    top = 127 if config.dac.signed else 255
+    return np.asarray(matmul(jnp.asarray(n, dtype) / top, with_read_key(chip, key))) * top
 
 
-def _packing(cells: np.ndarray, top: int, signed: bool, word_bits: int, variances: np.ndarray | None = None) -> Packing:
-    low, high = extent(jnp.asarray(cells, jnp.float32), top, signed=signed)
-    spans = tuple(int(s) for s in np.max(np.asarray(high - low), axis=(1, 2)))
-    most = () if variances is None else tuple(int(v) for v in np.max(top**2 * np.sum(variances, 2), axis=(1, 2)))
-    packing = certify(spans, word_bits, most)
-    assert packing is not None
-    return packing
+def assert_same_codes(found: np.ndarray, wanted: np.ndarray, config: CrossbarConfig, message: str = "") -> None:
+    least = np.min(4.0 ** np.arange(_SLICES) * _steps(config))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=least / 4, err_msg=message)
 
 
-# Programs are shared by all cells and codes, but for those that pack cells into words as their sums allow.
-@functools.cache
-def _unpacked(bits: tuple[int, ...], signed: bool, signed_sums: bool) -> dict[str, Callable[..., jax.Array]]:
-    adc = _adc(signed_sums)
-    return {
-        "loop": jax.jit(lambda x, g: loop(x, g, adc, bits)),
-        "loop of occupied planes": jax.jit(lambda x, g: loop(x, g, adc, bits, jnp.any(g != 0, axis=(2, 3)))),
-        "lookup of real cells": jax.jit(lambda x, g: lookup(x, g, None, adc, bits, signed=signed)),
-        "planes": jax.jit(lambda x, g: planes(x, to_planes(g, _BITS), adc, bits, signed=signed)),
-        "mosaic": jax.jit(lambda x, g: mosaic(x, g.astype(jnp.int8), adc, bits, signed=signed)),
-        "mosaic of real cells": jax.jit(lambda x, g: mosaic(x, g, adc, bits, signed=signed)),
-    }
-
-
-@functools.cache
-def _packed(
-    bits: tuple[int, ...], signed: bool, signed_sums: bool, in_float: Packing, in_int: Packing
-) -> dict[str, Callable[..., jax.Array]]:
-    adc, top = _adc(signed_sums), 2 ** max(bits) - 1
-    return {
-        "packed": jax.jit(lambda x, g: packed(x, pack(g, in_float, top, signed=signed), in_float, adc, bits)),
-        "lookup": jax.jit(
-            lambda x, g: lookup(x, pack(g, in_int, top, signed=signed), in_int, adc, bits, signed=signed)
-        ),
-    }
-
-
-def _check_paths(n: np.ndarray, cells: np.ndarray, bits: tuple[int, ...], *, signed: bool, signed_sums: bool = True):
-    expected = _oracle(n, cells, _adc(signed_sums), bits)
-    assert np.any(expected)
-    packings = (_packing(cells, 2 ** max(bits) - 1, signed, size) for size in (FLOAT_BITS, INT_BITS))
-    paths = _unpacked(bits, signed, signed_sums) | _packed(bits, signed, signed_sums, *packings)
-    for path, read in paths.items():
-        found = read(jnp.asarray(n, jnp.float32), jnp.asarray(cells, jnp.float32))
-        np.testing.assert_array_equal(found, expected, err_msg=path)
+def check_paths(n: np.ndarray, q: np.ndarray, config: CrossbarConfig, paths: tuple[str, ...] = _PATHS) -> None:
+    wanted = oracle(n, q, config)
+    assert wanted.any()
+    for path in paths:
+        assert_same_codes(as_read(n, q, config, path), wanted, config, path)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("kind", ["random", "largest", "alternating", "one row", "empty slices"])
 def test_exact_paths_agree_with_64_bit_arithmetic(signed: bool, kind: str):
-    for inputs in ("random", "largest"):
-        _check_paths(_codes(signed, inputs), _cells(kind), (1,) * 7 if signed else (1,) * 8, signed=signed)
+    for of_inputs in ("random", "largest"):
+        check_paths(inputs(of_inputs, signed=signed), weights(kind), crossbar(signed=signed))
 
 
 @pytest.mark.parametrize(
     ("bits", "signed"),
     [
-        ((2, 2, 2, 1), True),
-        pytest.param((2, 2, 2, 2), False, marks=pytest.mark.long),
-        pytest.param((4, 3), True, marks=pytest.mark.long),
+        (2, True),
+        pytest.param(2, False, marks=pytest.mark.long),
+        pytest.param(4, True, marks=pytest.mark.long),
     ],
 )
-def test_wide_input_slices(bits: tuple[int, ...], signed: bool):
-    _check_paths(_codes(signed, "random", rows=9), _cells("random", rows=9), bits, signed=signed)
+def test_input_slices_of_several_bits_are_exact_on_every_path(bits: int, signed: bool):
+    paths = _PATHS if bits == 2 else ("definition", "loop", "packed", "mosaic")
+    n, q = inputs("random", signed=signed, rows=9), weights("random", rows=9)
+    check_paths(n, q, crossbar(bits, signed=signed, rows=9), paths)
 
 
-def test_unsigned_sums_and_codes():
-    cells = np.abs(_cells("random"))
-    _check_paths(_codes(False, "random"), cells, (1,) * 8, signed=False, signed_sums=False)
+def test_sums_that_are_never_negative_are_exact_on_every_path():
+    check_paths(inputs("random", signed=False), weights("random", top=127), crossbar(signed=False, signed_sums=False))
 
 
 @pytest.mark.parametrize("batch", [1, 5, 300])
-def test_lookup_at_any_batch_and_width(batch: int):
+def test_tables_are_exact_at_any_batch_and_width(batch: int):
     """The sizes of chunks and tables follow from the batch; the last chunk and block are padded."""
-    cells = _cells("random")[..., :67]
-    n = np.random.default_rng(2).integers(0, 256, (batch, _TILES, _ROWS))
-    packing = _packing(cells, 1, False, INT_BITS)
-    operand = pack(jnp.asarray(cells, jnp.float32), packing, 1, signed=False)
-    found = lookup(jnp.asarray(n, jnp.float32), operand, packing, _adc(), (1,) * 8, signed=False)
-    np.testing.assert_array_equal(found, _oracle(n, cells, _adc(), (1,) * 8))
+    check_paths(
+        inputs("random", signed=False, batch=batch), weights("random", cols=67), crossbar(signed=False), ("lookup",)
+    )
 
 
+@pytest.mark.usefixtures("own_programs")
 @pytest.mark.parametrize(("batch", "cols", "slices_together"), [(1, 1, True), (33, 130, False), (300, 600, True)])
 def test_mosaic_at_any_batch_and_width(batch: int, cols: int, slices_together: bool, monkeypatch: pytest.MonkeyPatch):
-    """Blocks follow from the sizes; the last ones are padded."""
+    """Blocks follow from the sizes; the last ones are padded. Real cells give the codes of the same cells in bytes."""
     if not slices_together:
         monkeypatch.setattr(mosaic_module, "_BLOCK_BYTES", 2**17)
-    rng = np.random.default_rng(2)
-    cells, n = rng.integers(-3, 4, (_SLICES, _TILES, 5, cols)), rng.integers(0, 256, (batch, _TILES, 5))
-    expected = _oracle(n, cells, _adc(), (1,) * 8)
-    for g in (jnp.asarray(cells, jnp.int8), jnp.asarray(cells, jnp.float32)):
-        assert (mosaic_module._block(g, batch)[0] == _SLICES) == slices_together
-        found = mosaic(jnp.asarray(n, jnp.float32), g, _adc(), (1,) * 8, signed=False)
-        np.testing.assert_array_equal(found, expected)
+    config = crossbar(signed=False, rows=5)
+    n, q = inputs("random", signed=False, rows=5, batch=batch), weights("random", rows=5, cols=cols)
+    real = dataclasses.replace(config, device=Device(programming=Independent(0.0)))
+    for each, dtype in ((config, jnp.int8), (real, jnp.float32)):
+        chip = program(jnp.asarray(q, jnp.float32), each, jax.random.key(0), path="mosaic")
+        assert chip.columns.dtype == dtype
+        assert (mosaic_module._block(chip.columns, batch)[0] == _SLICES) == slices_together
+        wanted = oracle(n, q, config) if each is config else as_read(n, q, real, "loop")  # which rounds ties by chance
+        assert_same_codes(as_read(n, q, each, "mosaic"), wanted, config)
 
 
-def test_three_slices_share_a_word_where_bounds_allow_and_would_be_wrong_where_they_do_not():
+def test_slices_share_a_word_where_the_sums_of_the_columns_allow():
     """The certificate is one of columns: random cells pass three to a float32 word, the worst case must not."""
-    three = _packing(_cells("random"), 1, False, FLOAT_BITS)
-    assert [word for word, _, _ in three.fields[:3]] == [0, 0, 0]
-    worst, n = _cells("largest", rows=300), _codes(False, "largest", rows=300)
-    refused = _packing(worst, 1, False, FLOAT_BITS)
-    assert [word for word, _, _ in refused.fields] == [0, 0, 1, 1]
 
-    expected = _oracle(n, worst, _adc(), (1,) * 8)
+    def words(q: np.ndarray, config: CrossbarConfig) -> list[int]:
+        return [word for word, _, _ in program(jnp.asarray(q, jnp.float32), config, path="packed").plan.packing.fields]
 
-    def read(packing: Packing) -> np.ndarray:
-        operand = pack(jnp.asarray(worst, jnp.float32), packing, 1, signed=False)
-        return np.asarray(packed(jnp.asarray(n, jnp.float32), operand, packing, _adc(), (1,) * 8))
-
-    np.testing.assert_array_equal(read(refused), expected)
-    assert np.any(read(three) != expected)  # 900 does not fit the field
+    config, tall = crossbar(signed=False), crossbar(signed=False, rows=300)
+    assert words(weights("random"), config)[:3] == [0, 0, 0]
+    worst, n = weights("largest", rows=300), inputs("largest", signed=False, rows=300)
+    assert words(worst, tall) == [0, 0, 1, 1]  # 900 does not fit a field of a third
+    check_paths(n, worst, tall, ("packed",))
 
 
 def test_a_span_fills_its_field_to_the_last_code():
@@ -192,52 +192,36 @@ def test_a_span_fills_its_field_to_the_last_code():
 
 
 def test_real_cells_agree_to_rounding():
+    """A step of 1 / 4,096 level: a sum that is off by more than a float32's rounding has another code."""
     rng = np.random.default_rng(3)
-    cells = _cells("random") + 0.1 * rng.standard_normal((_SLICES, _TILES, _ROWS, _COLS))
-    n, adc = _codes(True, "random"), _adc()._replace(rounds=False)
-    x, g = jnp.asarray(n, jnp.float32), jnp.asarray(cells, jnp.float32)
-    a, b = loop(x, g, adc, (1,) * 7), lookup(x, g, None, adc, (1,) * 7, signed=True)
+    g = jnp.asarray(rng.uniform(-3, 3, (_SLICES, _TILES, _ROWS, _COLS)), jnp.float32)
+    x = jnp.asarray(rng.integers(-127, 128, (_BATCH, _TILES, _ROWS)), jnp.float32)
+    plain = Converter(jnp.asarray([0.5, 1.5, 0.31, 2.75], jnp.float32), -31, 31, rounds=False)
+    a, b = loop(x, g, plain, (1,) * 7), lookup(x, g, None, plain, (1,) * 7, signed=True)
     np.testing.assert_allclose(a, b, atol=1e-6 * np.max(np.abs(a)))
-    # A step of 1 / 4,096 level: a sum that is off by more than a float32's rounding has another code.
     fine = Converter(jnp.full(_SLICES, 4096, jnp.float32), -(2**20), 2**20)
-    a, b = loop(x, g, fine, (7,)), mosaic(x, g, fine, (7,), signed=True)
+    a, b = loop(x, g, fine, (7,)), mosaic_module.mosaic(x, g, fine, (7,), signed=True)
     np.testing.assert_allclose(a, b, rtol=0, atol=8)
     assert np.max(np.abs(a)) > 2**19
 
 
-def _noise(variance: np.ndarray) -> Noise:
-    return Noise(jnp.asarray(variance, jnp.float32), jnp.full(_SLICES, 0.3, jnp.float32), stream(jax.random.key(5)))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("signed", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_noisy_reads_are_the_same_on_every_path(signed: bool):
-    bits = (2, 2, 2, 1) if signed else (1,) * 8
-    cells, n = _cells("random"), _codes(signed, "random")
-    variance, top = cells**2, 2 ** max(bits) - 1
-    x, g, noise = jnp.asarray(n, jnp.float32), jnp.asarray(cells, jnp.float32), _noise(variance)
-    expected = loop(x, g, _adc(), bits, noise=noise)
-    assert np.mean(np.asarray(expected) != _oracle(n, cells, _adc(), bits)) > 0.5
-    np.testing.assert_array_equal(lookup(x, g, None, _adc(), bits, signed=signed, noise=noise), expected)
-    for kernel, size in ((lookup, INT_BITS), (packed, FLOAT_BITS)):
-        packing = _packing(cells, top, signed, size, variance)
-        operand = pack(g, packing, top, signed=signed, variances=jnp.asarray(variance, jnp.float32))
-        more = {"signed": signed} if kernel is lookup else {}
-        found = kernel(x, operand, packing, _adc(), bits, noise=noise, **more)
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_noise_alike_in_all_columns():
-    cells, n, bits = _cells("random"), _codes(True, "random"), (1,) * 7
-    x, g = jnp.asarray(n, jnp.float32), jnp.asarray(cells, jnp.float32)
-    narrow = np.full((_SLICES, _TILES, _ROWS, 1), 2)
-    expected = loop(x, g, _adc(), bits, noise=_noise(np.broadcast_to(narrow, cells.shape)))
-    np.testing.assert_array_equal(loop(x, g, _adc(), bits, noise=_noise(narrow)), expected)
-    for kernel, size in ((lookup, INT_BITS), (packed, FLOAT_BITS)):
-        packing = _packing(cells, 1, True, size)
-        operand = pack(g, packing, 1, signed=True)
-        more = {"signed": True} if kernel is lookup else {}
-        np.testing.assert_array_equal(kernel(x, operand, packing, _adc(), bits, noise=_noise(narrow), **more), expected)
+@pytest.mark.parametrize(
+    ("kind", "bits", "signed"),
+    [
+        ("independent", 1, True),
+        pytest.param("proportional", 1, False, marks=pytest.mark.long),
+        pytest.param("proportional", 2, True, marks=pytest.mark.nightly),
+    ],
+)
+def test_noise_is_the_same_on_every_path(kind: str, bits: int, signed: bool):
+    """One variance for all columns, or one for each."""
+    quiet = crossbar(bits, signed=signed)
+    config = dataclasses.replace(quiet, device=Device(read_noise=ReadNoise(0.1, kind)))
+    n, q = inputs("random", signed=signed), weights("random")
+    loops, *others = (as_read(n, q, config, path, key=jax.random.key(5)) for path in ("loop", "lookup", "packed"))
+    assert np.mean(np.abs(loops - oracle(n, q, quiet)) > 3) > 0.5
+    for found in others:
+        assert_same_codes(found, loops, config)
 
 
 @pytest.mark.parametrize("kind", ["independent", "proportional"])
@@ -245,8 +229,9 @@ def test_noise_of_a_cell_in_level_units_counts_gmin(kind):
     device = Device(read_noise=ReadNoise(0.1, kind))
     config = CrossbarConfig(cell=Cell(bits=(2, 6), on_off_ratio=4.0), device=device)
     cells, top = np.random.default_rng(0).uniform(0, 3, (2, 1, 1, 1, 4, 3)), np.reshape([3, 63], (2, 1, 1, 1, 1, 1))
-    of_cells = np.asarray(powers(jnp.asarray(cells, jnp.float32), config))
-    found = np.sqrt(of_cells) * np.reshape(deviations(config, jnp.dtype("float32")), (2, 1, 1, 1, 1, 1))
+    geometry = Geometry.of((4, 3), config)
+    of_cells = np.asarray(powers(jnp.asarray(cells, jnp.float32), geometry, config))
+    found = np.sqrt(of_cells) * np.reshape(deviations(geometry, config, jnp.dtype("float32")), (2, 1, 1, 1, 1, 1))
     wanted = 0.1 * (0.25 + 0.75 * cells / top if kind == "proportional" else 1) * top / 0.75
     np.testing.assert_allclose(np.broadcast_to(found, cells.shape), np.broadcast_to(wanted, cells.shape), rtol=1e-5)
 
@@ -259,18 +244,16 @@ def test_noise_of_cells_and_of_their_conversion_add_up_as_variances():
     np.testing.assert_allclose(of_both, of_cells * np.hypot(0.3 * 2, 0.8) / (0.3 * 2), rtol=1e-5)
 
 
-def test_noise_has_the_columns_variance():
-    """Without rounding and clipping the error of a read is normal, with variance sum_r,j 4^j u^2 v."""
-    cells, n, bits = _cells("random"), _codes(True, "random"), (1,) * 7
-    adc = Converter(jnp.ones(_SLICES, jnp.float32), -(10**6), 10**6, rounds=False)
-    x, g = jnp.asarray(n, jnp.float32), jnp.asarray(cells, jnp.float32)
-    keys = jax.random.split(jax.random.key(6), 400)
-    one = _noise(cells**2)
-    draws = jax.vmap(lambda key: loop(x, g, adc, bits, noise=one._replace(words=stream(key))))(keys)
-    error = np.asarray(draws) - _oracle(n, cells, adc._replace(qmin=-(10**9), qmax=10**9), bits)
-    power = np.einsum("j,jbri->bri", 4.0 ** np.arange(7), _slices(n, bits) ** 2)
-    deviation = 0.3 * np.sqrt(np.einsum("bri,krio->kbo", power, cells**2))
-    z = error / deviation
+def test_noise_is_normal_and_has_the_columns_variance():
+    """With an ADC of many steps the error of a read is normal, with variance sum_k,r,j 16^k 4^j u^2 v."""
+    adc = ADC(bits=16, range="given", limits=((-float(_ROWS), float(_ROWS)),) * _SLICES)
+    config = dataclasses.replace(crossbar(), adc=adc, device=Device(read_noise=ReadNoise(0.1, "proportional")))
+    n, q = inputs("random"), weights("random")
+    chip, x = program(jnp.asarray(q, jnp.float32), config, path="loop"), jnp.asarray(n, jnp.float32) / 127
+    draws = jax.vmap(lambda key: matmul(x, with_read_key(chip, key)))(jax.random.split(jax.random.key(6), 400))
+    power = np.einsum("j,jbi->bi", 4.0 ** np.arange(7), _digits(n, (1,) * 7) ** 2)
+    v = np.einsum("k,kio->io", 16.0 ** np.arange(_SLICES), (0.1 * _digits(q, (2,) * _SLICES)) ** 2)
+    z = (np.asarray(draws) * 127 - n @ q) / np.sqrt(power @ v)
     count = z.size
     assert abs(z.mean()) < 4 / np.sqrt(count)
     assert abs(z.var() - 1) < 4 * np.sqrt(2 / count)
@@ -337,30 +320,21 @@ def test_draws_do_not_depend_on_how_a_batch_is_split():
     np.testing.assert_array_equal(whole[1:3, 2:5], part)
 
 
-def test_under_vmap_over_chips():
-    chips = np.stack([_cells("random"), np.flip(_cells("random"), 1)])
-    n, bits = _codes(True, "random"), (1,) * 7
-    packing = _packing(np.concatenate(chips, axis=1), 1, True, INT_BITS)
-
-    def read(g: jax.Array) -> jax.Array:
-        operand = pack(g, packing, 1, signed=True)
-        return lookup(jnp.asarray(n, jnp.float32), operand, packing, _adc(), bits, signed=True)
-
-    found = jax.jit(jax.vmap(read))(jnp.asarray(chips, jnp.float32))
-    for one, cells in itertools.zip_longest(found, chips):
-        np.testing.assert_array_equal(one, _oracle(n, cells, _adc(), bits))
+def test_chips_of_a_stack_are_exact_under_vmap():
+    q, n, config = np.stack([weights("random"), np.flip(weights("random"), 0)]), inputs("random"), crossbar()
+    chips = jax.vmap(lambda W: program(W, config, path="lookup"))(jnp.asarray(q, jnp.float32))
+    found = jax.jit(jax.vmap(matmul, (None, 0)))(jnp.asarray(n, jnp.float32) / 127, chips)
+    for one, of_chip in zip(np.asarray(found) * 127, q, strict=True):
+        assert_same_codes(one, oracle(n, of_chip, config), config)
 
 
-def test_in_float64():
+def test_paths_are_exact_in_float64():
+    n, q, config = inputs("random", signed=False), weights("random"), crossbar(signed=False)
     with jax.enable_x64(True):
-        n, cells, bits = _codes(False, "random"), _cells("random"), (1,) * 8
-        packing, adc = _packing(cells, 1, False, INT_BITS), _adc()._replace(scale=jnp.asarray([0.5, 1.5, 0.25, 2.75]))
-        assert adc.scale.dtype == jnp.float64
-        x, g = jnp.asarray(n, jnp.float64), jnp.asarray(cells, jnp.float64)
-        expected = loop(x, g, adc, bits)
-        found = lookup(x, pack(g, packing, 1, signed=False), packing, adc, bits, signed=False)
-        assert found.dtype == jnp.float64
-        np.testing.assert_array_equal(found, expected)
+        for path in ("loop", "lookup"):
+            found = as_read(n, q, config, path, jnp.float64)
+            assert found.dtype == np.float64
+            np.testing.assert_allclose(found, oracle(n, q, config), rtol=1e-13, atol=1e-6)
 
 
 def test_a_step_of_the_loop_slices_one_plane():

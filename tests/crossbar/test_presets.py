@@ -104,7 +104,7 @@ def test_lossy_presets_lose_some(name, least, most):
 
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
 @pytest.mark.parametrize("config", [*PRESETS.values(), FULL], ids=[*PRESETS, "everything"])
-def test_round_trip(tmp_path, config, suffix):
+def test_a_configuration_is_loaded_as_it_was_saved(tmp_path, config, suffix):
     path = tmp_path / "folder" / f"crossbar{suffix}"
     save_config(config, path)
     assert load_config(path) == config
@@ -244,7 +244,7 @@ def test_offset_and_analogue_configurations_round_trip(tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["isaac", "puma", "neurram"])
-def test_weights_and_inputs_of_sixteen_bits(name, dtype):
+def test_presets_read_weights_and_inputs_of_sixteen_bits(name, dtype):
     config = PRESETS[name]
     weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)
     x = jax.random.normal(jax.random.key(1), (5, 40)).astype(dtype)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import crossbar_oracle
+import crossbar_problems
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,19 @@ from crossbar_strategies import ENCODINGS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Mapping, Tile, calibrated, matmul, probe, program
-from lorafusion_jax.crossbar.mapping.encoding import partition, pulse
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Geometry,
+    Mapping,
+    Tile,
+    calibrated,
+    matmul,
+    probe,
+    program,
+)
 
 few = settings(max_examples=4, phases=[Phase.generate])
 seeds = st.integers(0, 2**16)
@@ -56,20 +69,19 @@ UNTILED = st.sampled_from(["matrix", "column"])
 
 
 def problem(seed, config, d_in=30, d_out=9, batch=3):
-    rng = np.random.default_rng(seed)
-    W, x = rng.normal(size=(d_in, d_out)), rng.uniform(-1, 1, (batch, d_in))
-    x = x if config.signed_inputs else np.abs(x)
-    return jnp.asarray(W, jnp.float32), jnp.asarray(x, jnp.float32)
+    W, x = crossbar_problems.problem(d_in, d_out, batch, seed=seed)
+    return W, x if config.signed_inputs else jnp.abs(x)
 
 
 def converting(config, bits=6, clip=0.4, **others):
     """Return the crossbar with an ADC whose steps are the same power of two of a level in every slice."""
-    lsb = 2.0 ** np.floor(np.log2(max(1.0, clip * 13 * pulse(config) * 3 / 2 ** (bits - 1))))
+    pulse = Geometry.of((30, 9), config).pulse
+    lsb = 2.0 ** np.floor(np.log2(max(1.0, clip * 13 * pulse * 3 / 2 ** (bits - 1))))
     adc = ADC(bits=bits, range="max", **others)
     signed = dataclasses.replace(config, adc=adc).signed_sums
     top = lsb * (2 ** (bits - 1) - 1 if signed else 2**bits - 1)
     g_min = 0.0 if config.cell.on_off_ratio is None else 1 / config.cell.on_off_ratio
-    limits = [(1 - g_min) * top / (pulse(config) * (2**p - 1)) for p in config.weight_slices]
+    limits = [(1 - g_min) * top / (pulse * (2**p - 1)) for p in config.weight_slices]
     given = tuple((-a if signed else 0.0, a) for a in limits)
     return dataclasses.replace(config, adc=dataclasses.replace(adc, range="given", limits=given))
 
@@ -83,29 +95,9 @@ def assert_same_codes(y, wanted):
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
-def quantised(W, x, config):
-    """Return the product of rounded weights and rounded inputs, in float64."""
-    W, x = np.asarray(W, float), np.asarray(x, float)
-    scale = np.abs(W).max()
-    if config.mapping.scale == "column":
-        scale = np.abs(W).max(0)
-    elif config.mapping.scale == "tile":
-        height, width = config.tile.rows or len(W), config.tile.cols or W.shape[1]
-        sizes = [np.full(-(-n // m), m) for n, m in ((len(W), height), (W.shape[1], width))]
-        parts = [np.repeat(np.arange(len(s)), s)[:n] for s, n in zip(sizes, W.shape, strict=True)]
-        scale = np.zeros_like(W)
-        for r in set(parts[0]):
-            for c in set(parts[1]):
-                block = np.ix_(parts[0] == r, parts[1] == c)
-                scale[block] = np.abs(W[block]).max()
-    top = 2 ** (config.dac.bits - config.dac.signed) - 1
-    limit = np.abs(x).max(1, keepdims=True) if config.dac.scaling == "row" else 1.0
-    return np.rint(np.float32(x / limit * top)) / top * limit @ (np.rint(np.float32(W / scale * 127)) / 127 * scale)
-
-
 @given(st.integers(1, 300), st.integers(1, 40), st.sampled_from(["equal", "full"]))
 def test_no_part_of_an_axis_is_larger_than_an_array(size, limit, how):
-    parts = partition(size, limit, how)
+    parts = Geometry.of((size, 1), CrossbarConfig(tile=Tile(rows=limit, partition=how))).rows
     assert sum(parts) == size and len(parts) == -(-size // limit)
     assert len(set(parts[:-1])) <= 1 and 0 < min(parts) and max(parts) <= limit
     assert how == "equal" or all(part == limit for part in parts[:-1])
@@ -116,7 +108,8 @@ def test_no_part_of_an_axis_is_larger_than_an_array(size, limit, how):
 def test_without_an_adc_only_rounding_is_lost(choice, seed):
     config = crossbar(choice, partition="full")
     W, x = problem(seed, config)
-    wanted = quantised(W, x, config)
+    W, x = np.asarray(W), np.asarray(x)
+    wanted = crossbar_oracle.read(crossbar_oracle.program(W, config), x, config, None).y
     for path in ("product", "definition"):
         np.testing.assert_allclose(product(W, x, config, path), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
@@ -195,7 +188,7 @@ def test_order_of_arrays_changes_nothing(choice, scale, order, seed):
 
 @few
 @given(choices(), st.sampled_from([0.25, 2.0, 8.0]), seeds)
-def test_signs_and_powers_of_two(choice, factor, seed):
+def test_signs_and_powers_of_two_carry_through(choice, factor, seed):
     config = converting(crossbar(choice, ratio=choice["ratio"] if choice["encoding"] in SUBTRACTED else None))
     W, x = problem(seed, config)
     y = product(W, x, config)

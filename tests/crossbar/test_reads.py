@@ -1,11 +1,13 @@
 """What a converter may do at every read: noise, stochastic rounding, ranges from data, reads at half the voltage."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossbar_problems import problem
 
 from lorafusion_jax.crossbar import (
     ADC,
@@ -14,6 +16,7 @@ from lorafusion_jax.crossbar import (
     CrossbarConfig,
     Device,
     Encoding,
+    Geometry,
     ReadNoise,
     Tile,
     calibrate_tree,
@@ -35,14 +38,7 @@ from lorafusion_jax.crossbar.mapping import encoding
 
 KEY = jax.random.key(5)
 FLIP = Encoding(kind="offset", unit_column=True, flip=True)
-
-
-def problem(d_in=40, d_out=6, batch=8):
-    rng = np.random.default_rng(2)
-    return (
-        jnp.asarray(rng.normal(size=(d_in, d_out)), jnp.float32),
-        jnp.asarray(rng.uniform(-1, 1, (batch, d_in)), jnp.float32),
-    )
+problem = functools.partial(problem, d_in=40, d_out=6, batch=8, seed=2)
 
 
 def reads(x, chip, count):
@@ -199,7 +195,8 @@ def test_at_half_the_voltage_the_largest_input_is_rounded_from_a_tie():
     config = CrossbarConfig(dac=DAC(bits=8), adc=ADC(retries=1))
     x = np.random.default_rng(1).normal(size=(100, 4)).astype(np.float32)
     limit = 2 * np.abs(x).max(axis=1, keepdims=True)
-    codes = jax.jit(encoding.input_codes, static_argnums=2)(x, limit, config)
+    geometry = Geometry.of((4, 1), config)
+    codes = jax.jit(encoding.input_codes, static_argnums=2)(x, limit, geometry, config)
     np.testing.assert_array_equal(codes, np.rint(x / limit * np.float32(127)))
     assert (np.abs(codes).max(axis=1) == 64).all()
 
@@ -207,7 +204,7 @@ def test_at_half_the_voltage_the_largest_input_is_rounded_from_a_tie():
 @pytest.mark.parametrize("path", ["definition", pytest.param("loop", marks=pytest.mark.long)])
 def test_noise_below_zero_does_not_repeat_a_read(path):
     """Few inputs in a range that holds every sum: the same read as without retries, draw by draw."""
-    weights, x = problem(24, 5)
+    weights, x = problem(d_in=24, d_out=5)
     x = jnp.where(jnp.arange(24) % 8 == 0, abs(x), 0)
     config = CrossbarConfig(
         encoding=Encoding(kind="offset"),

@@ -70,14 +70,14 @@ def test_chips_and_inputs_may_differ_between_devices(name, mesh):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["loop", "wires"])
-def test_gradients_of_inputs_that_are_shared_out(name, mesh):
+def test_gradients_of_inputs_on_several_devices_are_those_on_one(name, mesh):
     chip, x = _chip(*_CASES[name]), _inputs()
     slope = jax.grad(lambda x, chip: jnp.sum(crossbar.matmul(x, chip) ** 2))
     shared = jax.shard_map(slope, mesh=mesh, in_specs=(P("inputs"), P()), out_specs=P("inputs"))
     np.testing.assert_allclose(jax.jit(shared)(x, chip), slope(x, chip), rtol=1e-4, atol=1e-3)
 
 
-def test_statistics_of_inputs_that_are_shared_out(mesh):
+def test_statistics_of_inputs_on_several_devices_add_up(mesh):
     chip, x = _chip(_PLAIN), _inputs()
 
     def seen(x, chip):
@@ -87,7 +87,7 @@ def test_statistics_of_inputs_that_are_shared_out(mesh):
     np.testing.assert_array_equal(jax.jit(shared)(x, chip), crossbar.probe(x, chip)[1].histogram)
 
 
-def test_chips_that_devices_verify_on_their_own(mesh):
+def test_devices_verify_the_cells_of_their_own_chips(mesh):
     device = Device(programming=Independent(0.05), write_verify=crossbar.WriteVerify(0.03))
     config, keys = dataclasses.replace(_PLAIN, device=device), jax.random.split(jax.random.key(3), 2)
     weights = jax.random.normal(jax.random.key(4), (6, 5))

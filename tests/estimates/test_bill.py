@@ -66,7 +66,8 @@ def test_a_basis_has_at_most_its_share_of_the_arrays_of_whole_modules(preset):
         assert basis <= own * k / (N * r)
         rounded = 0
         for shape, axis in (((1024, N * r), 1), ((N * r, 1024), 0)):
-            tiles = crossbar.mapping.encoding.grid(shape, crossbar_config)
+            geometry = crossbar.Geometry.of(shape, crossbar_config)
+            tiles = (geometry.rows, geometry.cols)
             share = math.ceil(len(tiles[axis]) * k / (N * r))
             rounded += 144 * crossbar.counts(shape, crossbar_config).arrays // len(tiles[axis]) * share
         assert basis <= rounded <= together < own
@@ -91,7 +92,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
     def written(stack: jax.Array) -> tuple[int, int]:
         """Arrays and cells of stacked matrices: those of the array that stands for a weight or a unit column."""
         L, K, P, R, C, _, _ = write(stack).shape
-        used = crossbar.mapping.encoding.cells_in_use(stack.shape[1:], config)
+        used = crossbar.Geometry.of(stack.shape[1:], config).cells_in_use
         with_unit = np.concatenate([used, used[..., :1]], axis=-1)
         return L * K * P * R * C, L * K * P * int(with_unit.sum())
 

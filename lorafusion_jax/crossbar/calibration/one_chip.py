@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
-from ..chip.plan import choose, worst_case
+from ..chip.plan import choose
 from ..devices.physical import is_traced, varying_as
 from ..mapping import encoding
-from ..mapping.adc import codes, converter, stacked_units
+from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
 from ..read.matmul import check_inputs, matmul, reading
 
@@ -142,16 +142,16 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     """
     if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
         return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
-    config = chip.config
+    geometry, config = chip.geometry, chip.config
     adc, dac = config.adc, config.dac
     if dac is not None and dac.scaling == "calibrated" and chip.input_limit is None:
         return dataclasses.replace(chip, input_limit=_input_limit(statistics.inputs, dac.quantile))
-    if adc is None or adc.range != "calibrated" or chip.plan.path == "product":
+    if adc is None or geometry.code_range is None or adc.range != "calibrated" or chip.plan.path == "product":
         return chip
     met = jnp.sum(statistics.histogram, axis=-1)
     if not is_traced(met) and not bool(jnp.all(met > 0)):
         raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
-    dtype, top = statistics.histogram.dtype, codes(config)[1]
+    dtype, top = statistics.histogram.dtype, geometry.code_range[1]
     if chip.plan.ties is not None:
         lsb = jnp.exp2(jnp.argmin(statistics.errors[..., : _steps(chip)], axis=-1).astype(dtype))
     else:
@@ -164,16 +164,14 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
         edge = jnp.where(reached > 1, edge, base)
         # 1e-3: a ratio that is a power of two up to rounding stays one.
         lsb = base / top * jnp.exp2(jnp.ceil(jnp.log2(edge / base) - 1e-3))
-    units = stacked_units(config, dtype)
+    units = stacked_units(geometry, config, dtype)
     top = (lsb * top / jnp.broadcast_to(units, lsb.shape))[..., None, :]
     limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
     chip = dataclasses.replace(chip, limits=limits.astype(chip.codes.dtype))
     if is_traced(limits) or not chip.plan.integers:
         return chip
-    rows = max(encoding.grid(chip.matrix_shape, config)[0])
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
-    bounds, columns = worst_case(config, rows), chip.shape[-1]
-    plans = [choose(config, bounds, one[None], rows=rows, columns=columns, perfect=True) for one in known]
+    plans = [choose(geometry, config, one[None], perfect=True) for one in known]
     if all(plan.path == "product" for plan in plans) and chip.plan.path != "definition":
         return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
     return chip
@@ -207,18 +205,17 @@ def _bins(sizes: Float[Array, "*B"], number: int, octave: int, least: int) -> In
 
 def _steps(chip: Chip) -> int:
     """Return the number of steps of 1, 2, 4, ... levels up to one that covers all possible sums."""
-    rows = max(encoding.grid(chip.matrix_shape, chip.config)[0])
-    share = max(worst_case(chip.config, rows)) / codes(chip.config)[1]
+    assert chip.geometry.code_range is not None
+    share = max(chip.geometry.bounds) / chip.geometry.code_range[1]
     return min(STEPS, 1 + max(0, math.ceil(math.log2(share))))
 
 
 def _extent(chip: Chip) -> tuple[Array | float, ...]:
     """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
-    config = chip.config
-    rows = max(encoding.grid(chip.matrix_shape, config)[0])
-    full, levels = rows * encoding.converted_top(config), encoding.levels(config)
+    geometry, config = chip.geometry, chip.config
+    full, levels = geometry.tallest * geometry.converted_top, geometry.levels
     # Sums of flipped columns stay below half of it, unless cells are off their targets.
-    bounds = worst_case(config, rows) if chip.plan.integers else [top * full for top in levels]
+    bounds = geometry.bounds if chip.plan.integers else [top * full for top in levels]
     return tuple(
         bound + top * full * config.g_min / (1 - config.g_min) for bound, top in zip(bounds, levels, strict=True)
     )
@@ -248,20 +245,19 @@ def _of_conversions(
     n: Float[Array, "B d_in"], chip: Chip
 ) -> tuple[Float[Array, "K bins"], Float[Array, "K steps"], Float[Array, " K"]]:
     """Return the distribution of |column sum| of every weight slice, its errors in whole steps, and those clipped."""
-    config, key, dtype = chip.config, chip.key, n.dtype
-    slices = len(config.weight_slices)
+    geometry, config, key, dtype = chip.geometry, chip.config, chip.key, n.dtype
+    slices = len(geometry.levels)
     none = varying_as(jnp.zeros((), dtype), n, chip)
     zeros = (none + jnp.zeros((slices, BINS), dtype), none + jnp.zeros((slices, STEPS), dtype))
     zeros = (*zeros, none + jnp.zeros((slices,), dtype))
-    if config.adc is None or chip.plan.path == "product" or len(n) == 0:
+    if geometry.code_range is None or chip.plan.path == "product" or len(n) == 0:
         return zeros
-    rows, _ = encoding.grid(chip.matrix_shape, config)
     columns = None
     if chip.cells is None:  # as [R, rows, K S], so that all sums of a row tile are one product
         columns = columns_of(chip)
         columns = columns.reshape(-1, slices, *columns.shape[1:]).transpose(2, 3, 1, 0, 4)
         columns = columns.reshape(*columns.shape[:2], -1)
-    tiles = encoding.split(n, rows, axis=1, front=True)
+    tiles = encoding.split(n, geometry.rows, axis=1, front=True)
     of_group = functools.partial(_sums, chip=chip, columns=columns)
     size = math.prod(jax.eval_shape(of_group, tiles[:1], None if key is None else key[None])[0].shape)
     at_once = _AT_ONCE // size
@@ -276,8 +272,8 @@ def _of_conversions(
     conversions = size // slices
     drawn = max(_FEWEST, CONVERSIONS // len(n))
     bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
-    quantise = None if chip.limits is None else converter(chip.limits, config, chip.plan.ties)
-    top, steps = codes(config)[1], jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
+    quantise = None if chip.limits is None else converter(chip.limits, geometry, config, chip.plan.ties)
+    top, steps = geometry.code_range[1], jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
 
     def add(total: tuple[Array, ...], group: tuple[Any, ...]) -> tuple[Any, None]:
         histogram, errors, clipped, seen = total
@@ -318,10 +314,10 @@ def _sums(
     tiles: Float[Array, "b R rows"], keys: Array | None, chip: Chip, columns: Float[Array, "R rows _all"] | None
 ) -> tuple[Float[Array, "R _J b K S"], Float[Array, "R S"]]:
     """Return every sum at the ADCs for some input vectors, and 1 for those of columns in use."""
-    config, dtype = chip.config, tiles.dtype
-    worth = jnp.asarray(encoding.pulse_significance(config), dtype)
+    geometry, config, dtype = chip.geometry, chip.config, tiles.dtype
+    worth = jnp.asarray(geometry.input_significance, dtype)
     if (cells := chip.cells) is None:
-        pulses = encoding.pulses(tiles, config)  # [J, b, R, rows]
+        pulses = encoding.pulses(tiles, geometry)  # [J, b, R, rows]
         sums = jnp.einsum("jbri,rix->rjbx", pulses, columns, precision="highest")
         sums = sums.reshape(*sums.shape[:3], len(config.weight_slices), -1)
         if config.converts_sums:
@@ -329,13 +325,13 @@ def _sums(
         return sums, jnp.ones((sums.shape[0], sums.shape[4]), dtype)
 
     def of_one(codes: Array, key: Array | None) -> Array:
-        sums = all_sums(codes, cells, key, config)  # [J, K, R, C, P, cols]
+        sums = all_sums(codes, cells, key, geometry, config)  # [J, K, R, C, P, cols]
         if config.converts_sums:
             sums = jnp.tensordot(worth, sums, ((0,), (0,)))[None]
-        return with_noise(with_mismatch(sums, chip), config, key)
+        return with_noise(with_mismatch(sums, chip), geometry, config, key)
 
     sums = jax.vmap(of_one)(tiles, keys).transpose(3, 1, 0, 2, 4, 5, 6)
-    cols = jnp.asarray(np.any(encoding.cells_in_use(chip.matrix_shape, config), axis=2), dtype)  # [R, C, cols]
+    cols = jnp.asarray(np.any(geometry.cells_in_use, axis=2), dtype)  # [R, C, cols]
     if config.encoding.unit_column:
         cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), dtype)], axis=2)
     used = jnp.broadcast_to(cols[:, :, None], (cols.shape[0], *sums.shape[4:]))

@@ -18,6 +18,7 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, check_same, split_config
 from ..mapping import decoding, encoding
 from ..mapping.bit_fields import Packed
+from ..mapping.geometry import Geometry
 from .plan import Plan
 
 
@@ -46,6 +47,7 @@ class Chip:
       pulses: mean write-verify pulses per cell, or None.
       values: the arrays among the configuration's values, each with the leading axes of the stack.
       structure: the rest of the configuration: plain numbers, bits, sizes.
+      geometry: tiles, levels and bounds of one matrix, which follow from its shape and the structure.
       plan: how a read is computed, and why.
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
@@ -74,6 +76,7 @@ class Chip:
     pulses: Float[Array, "*N"] | None
     values: list[Any]
     structure: Structure = dataclasses.field(metadata={"static": True})
+    geometry: Geometry = dataclasses.field(metadata={"static": True})
     plan: Plan = dataclasses.field(metadata={"static": True})
     key: Any = None
     tap: Any = None
@@ -84,10 +87,9 @@ class Chip:
         shape = getattr(self.codes, "shape", None)
         if not isinstance(shape, tuple) or len(shape) < 2:
             return "Chip(...)"  # a pytree being rebuilt with placeholders
-        config = self.config
-        tiles = math.prod(map(len, encoding.grid(shape[-2:], config)))
-        polarities = 2 if config.encoding.kind == "differential" else 1
-        arrays = math.prod(shape[:-2]) * tiles * len(config.weight_slices) * polarities
+        geometry = self.geometry
+        tiles = len(geometry.rows) * len(geometry.cols)
+        arrays = math.prod(shape[:-2]) * tiles * len(geometry.levels) * geometry.polarities
         name = f"{self.name!r}, " if self.name else ""
         return f"Chip({name}shape={shape}, arrays={arrays}, path={self.plan.path!r})"
 
@@ -129,7 +131,8 @@ def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
     structure, values = split_config(config)
     lead = chip.shape[:-2]
     values = [v if v.shape[: len(lead)] == lead else jnp.broadcast_to(v, (*lead, *v.shape)) for v in values]
-    return dataclasses.replace(chip, structure=structure, values=values, **fields)
+    geometry = Geometry.of(chip.matrix_shape, config)
+    return dataclasses.replace(chip, structure=structure, values=values, geometry=geometry, **fields)
 
 
 def with_read_key(chip: Chip, key: Array | None) -> Chip:
@@ -179,22 +182,22 @@ def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
     """Return the weights as programmed: the matrix of a read with ideal converters."""
 
     def of_one(chip: Chip) -> Array:
-        return chip.codes * encoding.per_weight(chip.scale, chip.matrix_shape, chip.config)
+        return chip.codes * encoding.per_weight(chip.scale, chip.geometry)
 
     return over_stack(of_one, chip.shape[:-2])(chip)
 
 
 def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
     """Return the columns that multiply the inputs in the arrays: flipped ones as stored, unit columns last."""
-    config = chip.config
+    config, geometry = chip.config, chip.geometry
     if chip.plan.packing is not None or chip.plan.path == "planes":  # perfect cells, which follow from the codes
-        cells, _ = encoding.to_arrays(encoding.digits(chip.codes, config), config)
-        return decoding.columns(cells, chip.matrix_shape, config)
+        cells, _ = encoding.to_arrays(encoding.digits(chip.codes, geometry, config), geometry, config)
+        return decoding.columns(cells, geometry, config)
     assert isinstance(chip.columns, jax.Array)
     columns = chip.columns.astype(chip.codes.dtype)
     if chip.flipped is None or chip.units is None:
         return columns
-    return decoding.as_stored(columns, chip.units, chip.flipped, chip.matrix_shape, config)
+    return decoding.as_stored(columns, chip.units, chip.flipped, geometry)
 
 
 def is_chip(leaf: Any) -> bool:

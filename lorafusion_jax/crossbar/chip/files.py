@@ -17,6 +17,7 @@ from ..config.files import config_hash, from_json, has_hash, to_json
 from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
+from ..mapping.geometry import Geometry
 from .chip import Chip, reconfigured
 from .plan import Path as PathOfRead
 from .plan import Plan, exact_ties
@@ -103,12 +104,12 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
     if packed:
         fields["columns"] = Packed(**packed)
-    plan = dict(meta["plan"])
+    geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
     if "ties" not in plan:  # written before plans had it
         if fault := _earlier_fault(config, plan):
             raise ValueError(f"it was written by an earlier version, {fault}: program the weights again")
         limits = stored.get("limits")
-        exact = exact_ties(config, None if limits is None else np.asarray(limits))
+        exact = exact_ties(geometry, config, None if limits is None else np.asarray(limits))
         plan["ties"] = exact if plan["integers"] else None
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
@@ -122,7 +123,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if not isinstance(name, str) or type(first) is not int:
         raise ValueError(f"its name is {name!r:.40} and its first layer {first!r:.40}: program the weights again")
     structure, values = split_config(config)
-    chip = Chip(**fields, values=[], structure=structure, plan=Plan(**plan), name=name, first=first)
+    chip = Chip(**fields, values=[], structure=structure, geometry=geometry, plan=Plan(**plan), name=name, first=first)
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)

@@ -17,12 +17,14 @@ from ..config.schema import CrossbarConfig
 from ..devices.physical import is_traced
 from ..mapping import encoding
 from ..mapping.bit_fields import FLOAT_BITS, INT_BITS, Packed, certify, extent, pack, pack_codes
+from ..mapping.geometry import Geometry
 from .plan import Plan
 
 
 def pack_columns(
     columns: Float[Array, "k R rows _cols"],
     variance: Float[Array, "k R rows _cols"] | None,
+    geometry: Geometry,
     config: CrossbarConfig,
     plan: Plan,
     *,
@@ -35,44 +37,46 @@ def pack_columns(
     Args:
       columns: integers.
       variance: variance of read noise; integers, or one column for all.
+      geometry: of the matrix.
       config: configuration of the crossbar.
       plan: the plan, to which the packing is added.
       asked: the plan's path was requested by the caller.
     """
     squares = None if variance is None or variance.shape[3] == 1 else variance
-    low, high = extent(columns, encoding.converted_top(config), signed=config.signed_inputs)
-    most = None if squares is None else encoding.converted_top(config) ** 2 * jnp.sum(squares, axis=2)
-    plan = _certified(plan, high - low, most, columns.shape[2], config, asked=asked)
+    top, signed = geometry.converted_top, config.signed_inputs
+    low, high = extent(columns, top, signed=signed)
+    most = None if squares is None else top**2 * jnp.sum(squares, axis=2)
+    plan = _certified(plan, high - low, most, geometry, config, asked=asked)
     if plan.packing is None:
         return columns, variance, plan
-    packed = pack(columns, plan.packing, encoding.converted_top(config), signed=config.signed_inputs, variances=squares)
+    packed = pack(columns, plan.packing, top, signed=signed, variances=squares)
     return packed, variance if squares is None else None, plan
 
 
 def pack_pairs(
-    codes: Float[Array, "d_in d_out"], rows: tuple[int, ...], config: CrossbarConfig, plan: Plan, *, asked: bool
+    codes: Float[Array, "d_in d_out"], geometry: Geometry, config: CrossbarConfig, plan: Plan, *, asked: bool
 ) -> tuple[Packed | Array, Plan]:
     """Return perfect differential weights in words, as `pack_columns` does.
 
     Args:
       codes: weight codes.
-      rows: rows of every row tile.
+      geometry: of the matrix.
       config: configuration of the crossbar.
       plan: the plan, to which the packing is added.
       asked: the plan's path was requested by the caller.
     """
-    top, signed = encoding.converted_top(config), config.signed_inputs
-    tiles = encoding.split(codes, rows, 0, front=True)
+    top, signed = geometry.converted_top, config.signed_inputs
+    tiles = encoding.split(codes, geometry.rows, 0, front=True)
 
     def span(tile: Float[Array, "rows d_out"]) -> Float[Array, "K d_out"]:
-        low, high = extent(encoding.digits(tile, config)[:, None], top, signed=signed)
+        low, high = extent(encoding.digits(tile, geometry, config)[:, None], top, signed=signed)
         return (high - low)[:, 0]
 
     spans = jnp.moveaxis(jax.lax.map(span, tiles), 0, 1)
-    plan = _certified(plan, spans, None, max(rows), config, asked=asked)
+    plan = _certified(plan, spans, None, geometry, config, asked=asked)
     packing = plan.packing
     if packing is None:
-        return encoding.split(encoding.digits(codes, config), rows, 1, front=True), plan
+        return encoding.split(encoding.digits(codes, geometry, config), geometry.rows, 1, front=True), plan
     return pack_codes(tiles, config.weight_slices, packing, top, signed=signed), plan
 
 
@@ -80,7 +84,7 @@ def _certified(
     plan: Plan,
     spans: Float[Array, "k R _cols"],
     most: Float[Array, "k R _cols"] | None,
-    rows: int,
+    geometry: Geometry,
     config: CrossbarConfig,
     *,
     asked: bool,
@@ -91,13 +95,13 @@ def _certified(
       plan: a plan with a path.
       spans: difference of the largest and the least sum of every column.
       most: largest sum of its variances, or None.
-      rows: rows of the largest tile.
+      geometry: of the matrix.
       config: configuration of the crossbar.
       asked: the plan's path was requested by the caller.
     """
-    count, top = len(spans), encoding.converted_top(config)
+    count, top, rows = len(spans), geometry.converted_top, geometry.tallest
     if is_traced((spans, most)):
-        level = np.asarray([*encoding.levels(config)] * (count // len(config.weight_slices)))
+        level = np.asarray(geometry.levels * (count // len(geometry.levels)))
         span = level * rows * top * (1 + (config.signed_inputs or config.encoding.kind == "differential"))
         squares = level**2 * rows * top**2
     else:

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_traced
-from ..mapping import encoding
-from ..mapping.adc import Ties, are_power_steps, codes, level_units
+from ..mapping.adc.quantiser import Ties, are_power_steps, level_units
 from ..mapping.bit_fields import Packing
+from ..mapping.geometry import Geometry
 from ..platform import for_cpu, for_one_tpu
 
 Path = Literal["definition", "product", "loop", "lookup", "planes", "packed", "mosaic"]
@@ -59,40 +59,36 @@ class Plan:
 
 
 def choose(
+    geometry: Geometry,
     config: CrossbarConfig,
-    bounds: tuple[float, ...],
     limits: Array | np.ndarray | None,
     *,
-    rows: int,
-    columns: int,
     perfect: bool,
     path: Path | None = None,
 ) -> Plan:
     """Return the fastest exact path.
 
     Args:
+      geometry: of the matrix.
       config: configuration of the crossbar.
-      bounds: largest possible |column sum| in one conversion of each weight slice, in level units.
       limits: [1 or R, K, 2] ADC ranges; traced ones count as unknown.
-      rows: number of rows of the tallest tile.
-      columns: number of columns of the matrix.
       perfect: all cells are at their target levels.
       path: use this path.
 
     Raises:
       ValueError: the requested path would not be exact.
     """
-    known = None if limits is None or is_traced((limits, level_units(config))) else np.asarray(limits)
+    known = None if limits is None or is_traced((limits, level_units(geometry, config))) else np.asarray(limits)
     nonlinear = _nonlinearity(config)
     integers = perfect and nonlinear is None and sums_integers(config)
-    lossless = integers and _is_lossless(config, bounds, known)
+    lossless = integers and _is_lossless(geometry, config, known)
     telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
-    ties = exact_ties(config, known) if integers else None
+    ties = exact_ties(geometry, config, known) if integers else None
     plan = functools.partial(Plan, integers=integers, ties=ties)
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
     countable = _is_countable(config)
-    fits = config.dac is not None and encoding.converted_top(config) <= _BYTE and rows <= _TALL
+    fits = config.dac is not None and geometry.converted_top <= _BYTE and geometry.tallest <= _TALL
     if path is not None:
         if path == "product" and not telescopes:
             raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
@@ -124,7 +120,7 @@ def choose(
         return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
     if not for_cpu():
         return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
-    if narrow and integers and countable and columns < _WIDE and _counts_vectors():
+    if narrow and integers and countable and geometry.shape[1] < _WIDE and _counts_vectors():
         why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"
         return plan("planes", why)
     if narrow:
@@ -143,11 +139,11 @@ def _is_countable(config: CrossbarConfig) -> bool:
     return not config.draws_at_conversion
 
 
-def exact_ties(config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
+def exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
     """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
     if config.adc is None or config.draws_at_conversion:
         return None
-    powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, config))
+    powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, geometry, config))
     return "shift" if powers else "divide"
 
 
@@ -197,33 +193,24 @@ def sums_integers(config: CrossbarConfig) -> bool:
     return config.cell.on_off_ratio is None or subtracted  # else Gmin reaches the ADC
 
 
-def _is_lossless(config: CrossbarConfig, bounds: tuple[float, ...], limits: np.ndarray | None) -> bool:
+def _is_lossless(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> bool:
     """Return whether every possible (integer) column sum has a separate code that represents it exactly."""
     adc = config.adc
-    if adc is None or config.draws_at_conversion:
+    if adc is None or geometry.code_range is None or config.draws_at_conversion:
         return False
     if adc.range == "granular":
-        return max(bounds) <= codes(config)[1]
-    return limits is not None and bool(loses_nothing(limits, bounds, config))
+        return max(geometry.bounds) <= geometry.code_range[1]
+    return limits is not None and bool(loses_nothing(limits, geometry, config))
 
 
 def loses_nothing(
-    limits: np.ndarray | Float[Array, "_R K 2"], bounds: tuple[float, ...], config: CrossbarConfig
+    limits: np.ndarray | Float[Array, "_R K 2"], geometry: Geometry, config: CrossbarConfig
 ) -> np.bool_ | Bool[Array, ""]:
-    """Return whether ADCs with these limits have a code for every integer sum within the bounds."""
+    """Return whether ADCs with these limits have a code for every possible integer sum."""
     xp = jnp if isinstance(limits, jax.Array) else np
-    top = codes(config)[1]
-    inv_lsb = top / (limits[..., 1] * xp.asarray(level_units(config), limits.dtype)[None])
+    assert geometry.code_range is not None
+    top = geometry.code_range[1]
+    inv_lsb = top / (limits[..., 1] * xp.asarray(level_units(geometry, config), limits.dtype)[None])
     step = xp.round(inv_lsb)
     whole = (step >= 1) & (abs(inv_lsb - step) < 1e-6 * step)
-    return xp.all(whole & (xp.asarray(bounds, limits.dtype)[None] * step <= top))
-
-
-def worst_case(config: CrossbarConfig, rows: int) -> tuple[float, ...]:
-    """Return the largest possible |column sum| of one conversion, for any weights and inputs."""
-    largest = encoding.converted_top(config)
-    half = 2 if config.encoding.flip else 1
-    # The unit column of flipped arrays holds ones, and is not flipped.
-    return tuple(
-        float(max(rows * top * largest / half, rows * largest * (half - 1))) for top in encoding.levels(config)
-    )
+    return xp.all(whole & (xp.asarray(geometry.bounds, limits.dtype)[None] * step <= top))

@@ -23,13 +23,13 @@ from ..devices.drift import drift_compensation
 from ..devices.normal_draws import normal
 from ..devices.physical import NUMBER, is_traced, like
 from ..mapping import decoding, encoding
-from ..mapping.adc import codes as adc_codes
-from ..mapping.adc import fixed_limits, stacked_units
+from ..mapping.adc.quantiser import fixed_limits, stacked_units
+from ..mapping.geometry import Geometry
 from ..read.conversion_noise import powers
 from ..read.kernels.bit_planes import pair_planes, to_planes
 from .chip import Chip
 from .pack_columns import pack_columns, pack_pairs
-from .plan import Path, Plan, choose, worst_case
+from .plan import Path, Plan, choose
 
 # Purposes of a chip's key in addition to those of `device.realise`.
 _GAIN, _OFFSET = 16, 17
@@ -91,39 +91,37 @@ def program(
     _check(weights, config, key, conductances)
     if jnp.finfo(weights.dtype).bits < 32:
         weights = weights.astype(jnp.float32)
-    dtype, shape = weights.dtype, (weights.shape[0], weights.shape[1])
+    geometry = Geometry.of(weights.shape, config)
     # Rounding has no useful gradient: weights get theirs only from `_straight_through`.
     fixed = jax.lax.stop_gradient(weights)
-    scale = encoding.full_scale(fixed, config) / encoding.code_scale(config)
-    codes = encoding.weight_codes(fixed, scale, config)
+    scale = encoding.full_scale(fixed, geometry, config) / geometry.code_scale
+    codes = encoding.weight_codes(fixed, scale, geometry, config)
 
     perfect = conductances is None and not _has_errors(config)
-    rows, _ = encoding.grid(shape, config)
-    limits = fixed_limits(config, rows, dtype)
-    _warn_of_clipping(config, max(rows))
-    bounds = worst_case(config, max(rows))
-    plan = choose(config, bounds, limits, rows=max(rows), columns=shape[1], perfect=perfect, path=path)
+    limits = fixed_limits(geometry, config, weights.dtype)
+    _warn_of_clipping(geometry, config)
+    plan = choose(geometry, config, limits, perfect=perfect, path=path)
 
     # Perfect pairs of cells are read as signed digits, so that the two cells are not stored separately.
     signed = config.encoding.kind == "differential" and not config.converts_each
     quiet = config.device.read_noise is None and not config.mismatched
     paired = perfect and signed and quiet and plan.path != "definition"
     written = _Written(codes, scale, None, None, None)
-    slices = encoding.digits(codes, config)
+    slices = encoding.digits(codes, geometry, config)
     if not paired and (not perfect or config.device.read_noise is not None or plan.path != "product"):
-        cells, flipped = encoding.to_arrays(slices, config)
+        cells, flipped = encoding.to_arrays(slices, geometry, config)
         written = written._replace(cells=cells, flipped=flipped)
     if not perfect:
-        written = _write(written, config, key, conductances, plan)
-    gain, offset = _mismatch(written.cells, config, key)
+        written = _write(written, geometry, config, key, conductances, plan)
+    gain, offset = _mismatch(written.cells, geometry, config, key)
     if paired:
-        laid = _lay_out_pairs(codes, slices, config, plan, asked=path is not None)
+        laid = _lay_out_pairs(codes, slices, geometry, config, plan, asked=path is not None)
     else:
-        laid = _lay_out(written, slices, gain, config, plan, asked=path is not None)
+        laid = _lay_out(written, slices, gain, geometry, config, plan, asked=path is not None)
     occupied = None
     if laid.plan.path == "loop" and laid.plan.integers and not config.draws_at_conversion:
         occupied = jnp.any(laid.columns != 0, axis=(2, 3))
-    real = weights / encoding.per_weight(jax.lax.stop_gradient(written.scale), shape, config)
+    real = weights / encoding.per_weight(jax.lax.stop_gradient(written.scale), geometry)
     by_cell = laid.plan.path == "definition"
     structure, values = split_config(config)
     return Chip(
@@ -137,28 +135,34 @@ def program(
         flipped=written.flipped,
         gain=gain if by_cell else None,
         offset=offset,
-        limits=None if limits is None else jnp.asarray(limits, dtype),
+        limits=None if limits is None else jnp.asarray(limits, weights.dtype),
         input_limit=like(config.dac.limit, weights) if config.dac and config.dac.scaling == "fixed" else None,
         pulses=written.pulses,
         values=values,
         structure=structure,
+        geometry=geometry,
         plan=laid.plan,
     )
 
 
 def _write(
-    target: _Written, config: CrossbarConfig, key: Array | None, conductances: Array | None, plan: Plan
+    target: _Written,
+    geometry: Geometry,
+    config: CrossbarConfig,
+    key: Array | None,
+    conductances: Array | None,
+    plan: Plan,
 ) -> _Written:
     """Return cells at the time of the read, modelled or measured, given their targets."""
     cells, codes, scale, pulses = target.cells, target.codes, target.scale, None
     assert cells is not None
-    dtype, shape = codes.dtype, (codes.shape[0], codes.shape[1])
+    dtype = codes.dtype
     g_min = like(config.g_min, codes)
-    top = jnp.asarray(encoding.levels(config), dtype)[:, None, None, None, None, None]
+    top = jnp.asarray(geometry.levels, dtype)[:, None, None, None, None, None]
     if conductances is None:
         wanted, device = g_min + cells / top * (1 - g_min), config.device
         conductances, counts = realise(wanted, device, key, g_min=g_min)
-        used = encoding.cells_in_use(shape, config)
+        used = geometry.cells_in_use
         if counts is not None:
             pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=dtype)
         if device.compensate and device.time is not None:
@@ -171,12 +175,12 @@ def _write(
             "[weight slices, polarities, row tiles, column tiles, rows, columns]"
         )
     cells = (conductances.astype(dtype) - g_min) / (1 - g_min) * top
-    codes = decoding.programmed_codes(cells, target.flipped, shape, _as_held(config, plan))
+    codes = decoding.programmed_codes(cells, target.flipped, geometry, _as_held(config, plan))
     return target._replace(codes=codes, scale=scale, cells=cells, pulses=pulses)
 
 
 def _mismatch(
-    cells: Float[Array, "K P R C rows cols"] | None, config: CrossbarConfig, key: Array | None
+    cells: Float[Array, "K P R C rows cols"] | None, geometry: Geometry, config: CrossbarConfig, key: Array | None
 ) -> tuple[Float[Array, "K _P R C cols"] | None, Float[Array, "K _P R C cols"] | None]:
     """Return the gain and the offset of each column's ADC, or None without such errors."""
     gain = offset = None
@@ -189,7 +193,7 @@ def _mismatch(
         gain = 1 + like(config.adc.gain_error, cells) * drawn
     if config.adc.offset_error is not None:
         drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, cells.dtype)
-        scale_of_slices = stacked_units(config, cells.dtype)[:, None, None, None, None]
+        scale_of_slices = stacked_units(geometry, config, cells.dtype)[:, None, None, None, None]
         offset = like(config.adc.offset_error, cells) * drawn * scale_of_slices
     return gain, offset
 
@@ -197,27 +201,28 @@ def _mismatch(
 def _lay_out_pairs(
     codes: Float[Array, "d_in d_out"],
     slices: Float[Array, "K d_in d_out"],
+    geometry: Geometry,
     config: CrossbarConfig,
     plan: Plan,
     *,
     asked: bool,
 ) -> _Columns:
     """Return perfect differential weights, as signed digits."""
-    rows, _ = encoding.grid(codes.shape, config)
     if plan.path == "product":
         return _Columns(plan)
     if plan.path == "planes":
-        return _Columns(plan, pair_planes(codes, rows, config.weight_slices))
+        return _Columns(plan, pair_planes(codes, geometry.rows, config.weight_slices))
     if plan.integers and plan.path != "mosaic":
-        columns, plan = pack_pairs(codes, rows, config, plan, asked=asked)
+        columns, plan = pack_pairs(codes, geometry, config, plan, asked=asked)
         return _Columns(plan, columns)
-    return _Columns(plan, _as_bytes(encoding.split(slices, rows, 1, front=True), config, plan))
+    return _Columns(plan, _as_bytes(encoding.split(slices, geometry.rows, 1, front=True), geometry, plan))
 
 
 def _lay_out(
     written: _Written,
     slices: Float[Array, "K d_in d_out"],
     gain: Array | None,
+    geometry: Geometry,
     config: CrossbarConfig,
     plan: Plan,
     *,
@@ -225,53 +230,51 @@ def _lay_out(
 ) -> _Columns:
     """Return columns of any cells, with the variances of their read noise."""
     cells, flipped = written.cells, written.flipped
-    shape = (written.codes.shape[0], written.codes.shape[1])
-    rows, _ = encoding.grid(shape, config)
     variance = units = None
     if cells is not None and config.device.read_noise is not None and plan.path != "definition":
-        variance = decoding.column_variances(powers(cells, config), shape, config, gain)
+        variance = decoding.column_variances(powers(cells, geometry, config), geometry, config, gain)
     if plan.path == "definition":
         return _Columns(plan)
     if plan.path == "product":
-        return _Columns(plan, variance=None if variance is None else _telescoped(variance, rows, config))
+        return _Columns(plan, variance=None if variance is None else _telescoped(variance, geometry, config))
     if cells is None:
-        columns = encoding.split(slices, rows, 1, front=True)
+        columns = encoding.split(slices, geometry.rows, 1, front=True)
     else:
         # The cells' values reach the gradient through the codes.
-        columns = decoding.columns(jax.lax.stop_gradient(cells), shape, config, gain)
+        columns = decoding.columns(jax.lax.stop_gradient(cells), geometry, config, gain)
     if flipped is not None:
-        columns, units = decoding.unflipped(columns, flipped, shape, config)
+        columns, units = decoding.unflipped(columns, flipped, geometry)
     # Squares of halves, and of levels with Gmin, are not integers.
     whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
     if plan.path == "planes":
         columns = to_planes(columns, max(config.weight_slices))
     elif plan.path == "mosaic":
-        columns = _as_bytes(columns, config, plan)
+        columns = _as_bytes(columns, geometry, plan)
     elif plan.integers and (variance is None or variance.shape[3] == 1 or (flipped is None and whole_squares)):
-        columns, variance, plan = pack_columns(columns, variance, config, plan, asked=asked)
+        columns, variance, plan = pack_columns(columns, variance, geometry, config, plan, asked=asked)
     elif plan.path == "packed":
         raise ValueError("path='packed' has no room for this noise: leave path out")
     return _Columns(plan, columns, units, variance)
 
 
 def _as_bytes(
-    columns: Float[Array, "k R rows _cols"], config: CrossbarConfig, plan: Plan
+    columns: Float[Array, "k R rows _cols"], geometry: Geometry, plan: Plan
 ) -> Float[Array, "k R rows _cols"] | Int8[Array, "k R rows _cols"]:
     """Return integers as bytes, which are multiplied with bytes, where both factors always fit."""
-    fit = max(*encoding.levels(config), encoding.converted_top(config)) < 2**7
+    fit = max(*geometry.levels, geometry.converted_top) < 2**7
     return columns.astype(jnp.int8) if plan.integers and fit else columns
 
 
 def _telescoped(
-    variance: Float[Array, "K R rows _cols"], rows: tuple[int, ...], config: CrossbarConfig
+    variance: Float[Array, "K R rows _cols"], geometry: Geometry, config: CrossbarConfig
 ) -> Float[Array, "_rows _cols"]:
     """Return the variances of weight codes, given those of every slice's columns."""
-    worth = jnp.asarray(encoding.significance(config), variance.dtype)
+    worth = jnp.asarray(geometry.significance, variance.dtype)
     if config.device.read_noise is not None and config.device.read_noise.kind == "independent":
-        levels = jnp.asarray(encoding.levels(config), variance.dtype)
+        levels = jnp.asarray(geometry.levels, variance.dtype)
         worth = worth * levels / (1 - like(config.g_min, variance))
     of_codes = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
-    return encoding.join(of_codes, rows, 0, front=True)
+    return encoding.join(of_codes, geometry.rows, 0, front=True)
 
 
 @jax.custom_jvp
@@ -344,12 +347,12 @@ def _check_conductances(conductances: Array, config: CrossbarConfig) -> None:
         )
 
 
-def _warn_of_clipping(config: CrossbarConfig, rows: int) -> None:
+def _warn_of_clipping(geometry: Geometry, config: CrossbarConfig) -> None:
     """Warn if an ADC of range `granular` clips sums of evenly spread digits and inputs at one standard deviation."""
-    if config.adc is None or config.adc.range != "granular" or not config.converts_sums:
+    if geometry.code_range is None or config.adc is None or config.adc.range != "granular" or not config.converts_sums:
         return
-    top = adc_codes(config)[1]
-    usual = math.sqrt(rows) * max(encoding.levels(config)) * encoding.input_top(config) / 3
+    rows, top = geometry.tallest, geometry.code_range[1]
+    usual = math.sqrt(rows) * max(geometry.levels) * geometry.input_top / 3
     if usual > top:
         warnings.warn(
             f"adc.range='granular' with convert='sum' covers {top:,} levels where sums of {rows} rows are usually "

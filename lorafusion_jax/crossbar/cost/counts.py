@@ -3,7 +3,7 @@
 import dataclasses
 
 from ..config.schema import CrossbarConfig
-from ..mapping import encoding
+from ..mapping.geometry import Geometry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,10 @@ class Counts:
 def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
     """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
     d_in, d_out = shape
-    rows, cols = encoding.grid(shape, config)
+    geometry = Geometry.of(shape, config)
+    rows, cols = geometry.rows, geometry.cols
     slices = len(config.weight_slices)
-    each = slices * (2 if config.encoding.kind == "differential" else 1)
+    each = slices * geometry.polarities
     columns = d_out + (len(cols) if config.encoding.unit_column else 0)
 
     conversions = additions = 0
@@ -62,7 +63,7 @@ def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
         arrays=len(rows) * len(cols) * each,
         cells=d_in * columns * each,
         rows=d_in * len(cols) * each,
-        tallest=max(rows),
+        tallest=geometry.tallest,
         conversions=conversions,
         additions=additions,
         sums=(len(rows) - 1) * d_out,

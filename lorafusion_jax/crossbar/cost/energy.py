@@ -15,7 +15,7 @@ docs/guides/cost.md explains them, and lists effects that are not modelled.
 from typing import NamedTuple
 
 from ..config.schema import ADC, DAC, CrossbarConfig
-from ..mapping import encoding
+from ..mapping.geometry import Geometry
 from .constants import CONSTANTS, Constants
 from .counts import Counts
 from .ranges import Range, longest, total
@@ -118,7 +118,7 @@ def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Cons
       ValueError: the DAC or the ADC is ideal.
     """
     dac, adc = _converters(config)
-    columns = max(encoding.grid(shape, config)[1]) + config.encoding.unit_column
+    columns = max(Geometry.of(shape, config).cols) + config.encoding.unit_column
     sharing = constants["columns_per_adc"]
     turns = Range(*(min(float(columns), most) for most in (sharing.low, sharing.typical, sharing.high)))
     conversion = constants["adc_time"] * turns * (2 if config.converts_each else 1)

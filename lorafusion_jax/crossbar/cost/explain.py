@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..chip.chip import Chip
-from ..chip.plan import Plan, sums_integers, worst_case
+from ..chip.plan import Plan, sums_integers
 from ..chip.program import program
 from ..config.schema import CrossbarConfig
-from ..mapping import encoding
-from ..mapping.adc import codes
+from ..mapping.geometry import Geometry
 from .counts import counts
 
 
@@ -101,12 +100,12 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
         raise ValueError(f"shape {shape!r} with matrices = {matrices!r}: give (d_in, d_out) and a count, all 1 or more")
     d_in, d_out = shape
     config, plan = (what.config, what.plan) if isinstance(what, Chip) else (what, _plan(what, (d_in, d_out)))
-    rows, cols = encoding.grid((d_in, d_out), config)
-    tiles, array = (len(rows), len(cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
-    each = len(config.weight_slices) * (2 if config.encoding.kind == "differential" else 1)
+    geometry = Geometry.of((d_in, d_out), config)
+    tiles, array = (len(geometry.rows), len(geometry.cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
 
     together = (d_in, matrices * d_out) if d_out <= d_in else (matrices * d_in, d_out)
-    shared = math.prod(map(len, encoding.grid(together, config)))
+    of_all = Geometry.of(together, config)
+    shared = len(of_all.rows) * len(of_all.cols)
     shared_array = config.tile.rows or together[0], config.tile.cols or together[1]
 
     taken = counts((d_in, d_out), config)
@@ -118,14 +117,14 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
         array=array,
         weight_slices=config.cell.bits or (),
         input_slices=config.dac.slices if config.dac else (),
-        polarities=2 if config.encoding.kind == "differential" else 1,
+        polarities=geometry.polarities,
         arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         matrices=matrices,
-        shared_arrays=shared * each,
+        shared_arrays=shared * len(geometry.levels) * geometry.polarities,
         shared_utilisation=math.prod(together) / (shared * math.prod(shared_array)),
         conversions=taken.conversions,
-        lost_bits=_lost_bits(config, max(rows)),
+        lost_bits=_lost_bits(geometry, config),
     )
 
 
@@ -137,15 +136,15 @@ def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     return plans[0]
 
 
-def _lost_bits(config: CrossbarConfig, rows: int) -> tuple[float, ...] | None:
+def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:
     if config.cell.bits is None or config.dac is None:
         return None
-    if config.adc is None:
+    if geometry.code_range is None:
         return tuple(0.0 for _ in config.cell.bits)
     if not sums_integers(config):
         return None
-    top = codes(config)[1]
-    return tuple(max(0.0, math.log2(bound / top)) for bound in worst_case(config, rows))
+    top = geometry.code_range[1]
+    return tuple(max(0.0, math.log2(bound / top)) for bound in geometry.bounds)
 
 
 def _bits(slices: tuple[int, ...], none: str) -> str:

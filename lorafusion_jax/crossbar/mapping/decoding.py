@@ -12,19 +12,21 @@ from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
 from . import encoding
-from .adc import Converter
+from .adc.quantiser import Converter
+from .geometry import Geometry
 
 
-def kappa(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+def kappa(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return Gmin in the level units of every weight slice."""
     g_min = jnp.asarray(config.g_min, dtype)
-    return g_min / (1 - g_min) * jnp.asarray(encoding.levels(config), dtype)
+    return g_min / (1 - g_min) * jnp.asarray(geometry.levels, dtype)
 
 
 def recover(
     columns: Float[Array, "K *S cols"],
     ones: Float[Array, "*#S 1"],
     flipped: Bool[Array, "K *#S _cols"] | None,
+    geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "K *S _cols"]:
     """Return the values of columns in offset encoding; their weighted sum over K is the signed result.
@@ -33,18 +35,19 @@ def recover(
       columns: measured sums, Gmin included; the unit column, if any, is last.
       ones: sum of the inputs.
       flipped: columns that are stored inverted.
+      geometry: of the matrix.
       config: configuration of the crossbar.
     """
     shape = (-1, *[1] * (columns.ndim - 1))
-    gmin = kappa(config, columns.dtype).reshape(shape)
-    zero = jnp.asarray(encoding.zero_digits(config), columns.dtype).reshape(shape)
+    gmin = kappa(geometry, config, columns.dtype).reshape(shape)
+    zero = jnp.asarray(geometry.zero_digits, columns.dtype).reshape(shape)
     if not config.encoding.unit_column:
         return columns - (gmin + zero) * ones[None]
     values, unit = columns[..., :-1], columns[..., -1:]
     if flipped is None:  # the unit column holds the zero digits and the same Gmin
         return values - unit
     ones = unit / (1 + gmin)
-    top = jnp.asarray(encoding.levels(config), columns.dtype).reshape(shape)
+    top = jnp.asarray(geometry.levels, columns.dtype).reshape(shape)
     values = values - gmin * ones
     return jnp.where(flipped, top * ones - values, values) - zero * ones
 
@@ -52,30 +55,24 @@ def recover(
 def programmed_codes(
     cells: Float[Array, "K P R C rows cols"],
     flipped: Bool[Array, "K R C _cols"] | None,
-    shape: tuple[int, int],
+    geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "d_in d_out"]:
     """Return the weight codes of cells: the sums of a perfect read."""
     if config.encoding.kind == "differential":
         slices = cells[:, 0] - cells[:, 1]
     else:
-        columns = cells[:, 0] + kappa(config, cells.dtype)[:, None, None, None, None]
+        columns = cells[:, 0] + kappa(geometry, config, cells.dtype)[:, None, None, None, None]
         ones = jnp.ones((1, 1, 1, 1), cells.dtype)
-        slices = recover(columns, ones, None if flipped is None else flipped[:, :, :, None], config)
-    weights = jnp.asarray(encoding.significance(config), cells.dtype)
+        slices = recover(columns, ones, None if flipped is None else flipped[:, :, :, None], geometry, config)
+    weights = jnp.asarray(geometry.significance, cells.dtype)
     codes = jnp.einsum("k,krcio->rcio", weights, slices, precision="highest")
-    return matrix(codes, shape, config)
-
-
-def matrix(arrays: Float[Array, "R C rows cols"], shape: tuple[int, int], config: CrossbarConfig) -> Array:
-    """Return the [d_in, d_out] matrix whose tiles these are."""
-    rows, cols = encoding.grid(shape, config)
-    return encoding.join(encoding.join(jnp.moveaxis(arrays, 1, 2), rows, 0, front=True), cols, 1)
+    return encoding.join(encoding.join(jnp.moveaxis(codes, 1, 2), geometry.rows, 0, front=True), geometry.cols, 1)
 
 
 def columns(
     cells: Float[Array, "K P R C rows cols"],
-    shape: tuple[int, int],
+    geometry: Geometry,
     config: CrossbarConfig,
     gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
@@ -85,22 +82,22 @@ def columns(
 
     Args:
       cells: in level units.
-      shape: of the matrix.
+      geometry: of the matrix.
       config: of the crossbar.
       gain: of every conversion.
     """
     if config.encoding.kind == "differential" and not config.converts_each:
         converted = (cells[:, 0] - cells[:, 1])[:, None]
     else:
-        converted = cells + kappa(config, cells.dtype)[:, None, None, None, None, None]
+        converted = cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
     if gain is not None:
         converted = converted * gain[..., None, :]
-    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(converted, 1, 0))), shape, config)
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(converted, 1, 0))), geometry, config)
 
 
 def column_variances(
     variances: Float[Array, "K P R C rows _cols"],
-    shape: tuple[int, int],
+    geometry: Geometry,
     config: CrossbarConfig,
     gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
@@ -112,46 +109,43 @@ def column_variances(
         variances = (variances[:, 0] + variances[:, 1])[:, None]
     if gain is not None:
         variances = variances * jnp.square(gain)[..., None, :]
-    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), shape, config)
+    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), geometry, config)
 
 
 def unflipped(
     columns: Float[Array, "K R rows _cols"],
     flipped: Bool[Array, "K R C cols"],
-    shape: tuple[int, int],
-    config: CrossbarConfig,
+    geometry: Geometry,
 ) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
     """Return the columns, with flipped ones negated, and the unit columns.
 
     The ADC is symmetric, so that a negated column has the negated codes: those of all row tiles can be added up
     before the unit columns complete them (see `recover_flipped`).
     """
-    return columns[..., : shape[1]] * _signs(flipped, shape, config, columns.dtype), columns[..., shape[1] :]
+    d_out = geometry.shape[1]
+    return columns[..., :d_out] * _signs(flipped, geometry, columns.dtype), columns[..., d_out:]
 
 
 def as_stored(
     columns: Float[Array, "K R rows d_out"],
     units: Float[Array, "K R rows C"],
     flipped: Bool[Array, "K R C cols"],
-    shape: tuple[int, int],
-    config: CrossbarConfig,
+    geometry: Geometry,
 ) -> Float[Array, "K R rows _cols"]:
     """Undo `unflipped`."""
-    return jnp.concatenate([columns * _signs(flipped, shape, config, columns.dtype), units], axis=3)
+    return jnp.concatenate([columns * _signs(flipped, geometry, columns.dtype), units], axis=3)
 
 
-def _signs(
-    flipped: Bool[Array, "K R C cols"], shape: tuple[int, int], config: CrossbarConfig, dtype: jnp.dtype
-) -> Float[Array, "K R 1 d_out"]:
+def _signs(flipped: Bool[Array, "K R C cols"], geometry: Geometry, dtype: jnp.dtype) -> Float[Array, "K R 1 d_out"]:
     """Return -1 for columns that are stored inverted, else 1."""
-    _, cols = encoding.grid(shape, config)
-    return 1 - 2 * encoding.join(flipped, cols, 2).astype(dtype)[:, :, None]
+    return 1 - 2 * encoding.join(flipped, geometry.cols, 2).astype(dtype)[:, :, None]
 
 
 def recover_flipped(
     columns: Float[Array, "K B C cols"],
     units: Float[Array, "K R B C"],
     flipped: Bool[Array, "K R C cols"],
+    geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "K B C cols"]:
     """Return the result of `recover` summed over row tiles, given the sums of `unflipped` columns over them.
@@ -160,19 +154,20 @@ def recover_flipped(
       columns: sums over row tiles, flipped ones negated.
       units: sums of each tile's unit column.
       flipped: columns that are stored inverted.
+      geometry: of the matrix.
       config: configuration of the crossbar.
     """
-    gmin = kappa(config, columns.dtype)
-    top, zero = (jnp.asarray(of(config), columns.dtype) for of in (encoding.levels, encoding.zero_digits))
+    gmin = kappa(geometry, config, columns.dtype)
+    top, zero = (jnp.asarray(of, columns.dtype) for of in (geometry.levels, geometry.zero_digits))
     top, zero, gmin = (v[:, None, None, None] for v in (top, zero, gmin))
     share = jnp.where(flipped, top + gmin, -gmin) - zero
     return columns + jnp.einsum("krbc,krco->kbco", units / (1 + gmin), share, precision="highest")
 
 
 def _side_by_side(
-    converted: Float[Array, "k R C rows cols"], shape: tuple[int, int], config: CrossbarConfig
+    converted: Float[Array, "k R C rows cols"], geometry: Geometry, config: CrossbarConfig
 ) -> Float[Array, "k R rows _cols"]:
-    _, cols = encoding.grid(shape, config)
+    cols = geometry.cols
     if converted.shape[4] == 1 < max(cols):
         return converted[:, :, 0]
     if not config.encoding.unit_column:
@@ -187,7 +182,7 @@ def finish(
     ones: Float[Array, "#A 1 1"],
     quantise: Converter | None,
     flipped: Bool[Array, "K R C _cols"] | None,
-    shape: tuple[int, int],
+    geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "A d_out"]:
     """Return the weighted sum over weight slices, in weight codes times input codes.
@@ -197,28 +192,27 @@ def finish(
       ones: sums of the inputs, for the terms that are removed digitally.
       quantise: the ADC.
       flipped: columns that are stored inverted.
-      shape: shape of the matrix.
+      geometry: of the matrix.
       config: configuration of the crossbar.
     """
     lsb = None if quantise is None else quantise.lsb
     if config.encoding.kind == "offset" and (flipped is not None or not config.encoding.unit_column):
         if lsb is not None:
             total = total * lsb.T[:, :, None, None]
-        return weigh(recover(total, ones, flipped, config), None, shape, config)
+        return weigh(recover(total, ones, flipped, geometry, config), None, geometry)
     if config.encoding.unit_column:
         total = total[..., :-1] - total[..., -1:]
-    return weigh(total, lsb, shape, config)
+    return weigh(total, lsb, geometry)
 
 
 def weigh(
-    slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, shape: tuple[int, int], config: CrossbarConfig
+    slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, geometry: Geometry
 ) -> Float[Array, "A d_out"]:
     """Return the sum over weight slices, each times the value of its level (or of its code, given `lsb`)."""
-    worth = jnp.asarray(encoding.significance(config), slices.dtype)[None]
+    worth = jnp.asarray(geometry.significance, slices.dtype)[None]
     if lsb is not None:
         worth = worth * lsb
     # Powers of two times integers add up exactly in any order; what is left is one factor.
     shares = (worth / worth[:, :1]).T[:, :, None, None]
     whole = sum(share * of_slice for share, of_slice in zip(shares, slices, strict=True))
-    _, cols = encoding.grid(shape, config)
-    return encoding.join(whole * worth[:, 0, None, None], cols, axis=1)
+    return encoding.join(whole * worth[:, 0, None, None], geometry.cols, axis=1)

@@ -1,7 +1,6 @@
 """Encoding of weights as cells and of inputs as pulses, in integers.
 
-Level units: a cell holds g in 0 .. 2^p - 1 (p its bits), an input slice u with |u| <= 2^s - 1, so that a perfect
-array's column sums are integers. With B weight bits and M the full scale,
+With B weight bits, p bits of a slice, s bits of an input slice and M the full scale,
 
     differential:  q = round(w / M (2^(B-1) - 1)); the base-2^p digits of |q| go to the positive or negative array
     offset:        the digits of q + 2^(B-1)
@@ -12,40 +11,15 @@ The rules are those of CrossSim 3.2 (Sandia). Slices run from the least signific
 Axis letters: B batch, K weight slices, J input slices, P polarities, R row tiles, C column tiles.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
+from .geometry import Geometry
 
 # Purpose of a read's key, in addition to the numbers of its row tiles.
 _ROUNDING = 2**31
-
-
-def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
-    """Return the lengths of the parts into which arrays of `limit` cut an axis.
-
-    Args:
-      size: length of the axis.
-      limit: the largest part; None for one part.
-      how: `equal` or `full` (see `Tile`).
-    """
-    if limit is None or size <= limit:
-        return (size,)
-    parts = math.ceil(size / limit)
-    step = round(size / parts) if how == "equal" else limit
-    if size - (parts - 1) * step > limit:  # rounding down left more than an array for the last part
-        step = math.ceil(size / parts)
-    return (*[step] * (parts - 1), size - (parts - 1) * step)
-
-
-def grid(shape: tuple[int, ...], config: CrossbarConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the rows of every row tile and the columns of every column tile of a [d_in, d_out] matrix."""
-    tile = config.tile
-    return partition(shape[0], tile.rows, tile.partition), partition(shape[1], tile.cols, tile.partition)
 
 
 def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -> Array:
@@ -82,20 +56,9 @@ def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) ->
     return jnp.concatenate(cut, axis=axis)
 
 
-def cells_in_use(shape: tuple[int, ...], config: CrossbarConfig) -> Bool[np.ndarray, "R C rows cols"]:
-    """Return which cells of the arrays hold a weight."""
-    rows, cols = grid(shape, config)
-    row = np.arange(max(rows)) >= max(rows) - np.asarray(rows)[:, None]
-    col = np.arange(max(cols)) < np.asarray(cols)[:, None]
-    return row[:, None, :, None] & col[None, :, None, :]
-
-
-def converted_top(config: CrossbarConfig) -> int:
-    """Return the largest |u| of one conversion: of an input slice, or of all that are summed before the ADC."""
-    return input_top(config) if config.converts_sums else pulse(config)
-
-
-def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[Array, "_R _cols"]:
+def full_scale(
+    weights: Float[Array, "d_in d_out"], geometry: Geometry, config: CrossbarConfig
+) -> Float[Array, "_R _cols"]:
     """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out]."""
 
     def largest(values: Array, axis: tuple[int, ...]) -> Array:
@@ -111,12 +74,11 @@ def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> F
     elif config.mapping.scale == "column":
         scale = largest(magnitude, (0,))
     else:
-        rows, cols = grid(weights.shape, config)
         tops, row_end = [], 0
-        for height in rows:
+        for height in geometry.rows:
             band, row_end, col_end = magnitude[row_end : row_end + height], row_end + height, 0
             per_tile = []
-            for width in cols:
+            for width in geometry.cols:
                 top = largest(band[:, col_end : col_end + width], (0, 1))
                 per_tile.append(jnp.broadcast_to(top, (1, width)))
                 col_end += width
@@ -124,75 +86,45 @@ def full_scale(weights: Float[Array, "d_in d_out"], config: CrossbarConfig) -> F
         scale = jnp.concatenate(tops, axis=0)
     # The weight of one code must not underflow: it is at least about the smallest normal number, in fewer codes.
     least = 1.0001 * float(jnp.finfo(scale.dtype).tiny)
-    fewer = code_scale(config) * (scale / jnp.floor(jnp.maximum(scale / least, 1)))
-    scale = jnp.where(scale >= code_scale(config) * least, scale, fewer)
+    fewer = geometry.code_scale * (scale / jnp.floor(jnp.maximum(scale / least, 1)))
+    scale = jnp.where(scale >= geometry.code_scale * least, scale, fewer)
     return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
 
-def levels(config: CrossbarConfig) -> tuple[int, ...]:
-    """Return the highest level, 2^p - 1, of every weight slice; 1 for an analogue cell."""
-    return tuple(2**bits - 1 for bits in config.weight_slices)
-
-
-def significance(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return the value of one level of every weight slice, in weight codes."""
-    if config.cell.bits is None:
-        return (1.0 if config.encoding.kind == "differential" else 2.0,)
-    bits = config.cell.bits
-    return tuple(2.0 ** sum(bits[:k]) for k in range(len(bits)))
-
-
-def pulse(config: CrossbarConfig) -> int:
-    """Return the largest |u| of one input slice, 2^s - 1, which drives a row at full voltage; 1 for an ideal DAC."""
-    return 1 if config.dac is None else 2 ** config.dac.slices[0] - 1
-
-
-def input_top(config: CrossbarConfig) -> int:
-    """Return the largest |n| of an input code, 2^m - 1; 1 for an ideal DAC."""
-    return 1 if config.dac is None else 2**config.dac.magnitude_bits - 1
-
-
-def code_scale(config: CrossbarConfig) -> float:
-    """Return the integer that full scale M maps to: 2^(B-1) - 1, or 1 for real-valued weights."""
-    return 1.0 if config.mapping.weight_bits is None else 2.0 ** (config.mapping.weight_bits - 1) - 1
-
-
-def offset(config: CrossbarConfig) -> float:
-    """Return the offset that `offset` encoding adds to every weight code: 2^(B-1), or 1 for real-valued weights."""
-    return 1.0 if config.mapping.weight_bits is None else 2.0 ** (config.mapping.weight_bits - 1)
-
-
-def per_weight(scale: Float[Array, "_R _cols"], shape: tuple[int, ...], config: CrossbarConfig) -> Array:
+def per_weight(scale: Float[Array, "_R _cols"], geometry: Geometry) -> Array:
     """Return `scale` in a shape that broadcasts to a [d_in, d_out] matrix."""
     if scale.shape[0] == 1:
         return scale
-    rows, _ = grid(shape, config)
-    return jnp.concatenate([jnp.broadcast_to(scale[r], (n, scale.shape[1])) for r, n in enumerate(rows)])
+    bands = [jnp.broadcast_to(scale[r], (height, scale.shape[1])) for r, height in enumerate(geometry.rows)]
+    return jnp.concatenate(bands)
 
 
 def weight_codes(
-    weights: Float[Array, "d_in d_out"], scale: Float[Array, "_R _cols"], config: CrossbarConfig
+    weights: Float[Array, "d_in d_out"], scale: Float[Array, "_R _cols"], geometry: Geometry, config: CrossbarConfig
 ) -> Float[Array, "d_in d_out"]:
     """Return the signed weight codes q: integers, or w / M in [-1, 1] for real-valued weights.
 
     Args:
       weights: the matrix.
       scale: the weight of one code, M / (2^(B-1) - 1).
+      geometry: of the matrix.
       config: of the crossbar.
     """
-    codes = weights / per_weight(scale, weights.shape, config)
+    codes = weights / per_weight(scale, geometry)
     if config.mapping.weight_bits is not None:
         codes = jnp.round(codes)
-    top = code_scale(config)
+    top = geometry.code_scale
     return codes if config.mapping.quantile == 1 else jnp.clip(codes, -top, top)
 
 
-def digits(codes: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[Array, "K d_in d_out"]:
+def digits(
+    codes: Float[Array, "rows d_out"], geometry: Geometry, config: CrossbarConfig
+) -> Float[Array, "K rows d_out"]:
     """Return the digits of every weight slice: signed for differential encoding, 0 .. 2^p - 1 for offset."""
     if config.cell.bits is None:
         return (codes if config.encoding.kind == "differential" else (codes + 1) / 2)[None]
     if config.encoding.kind == "offset":
-        magnitude, sign = codes + offset(config), None
+        magnitude, sign = codes + geometry.offset, None
     else:
         magnitude, sign = jnp.abs(codes), jnp.sign(codes)
     whole = magnitude.astype(jnp.int32)
@@ -203,11 +135,11 @@ def digits(codes: Float[Array, "d_in d_out"], config: CrossbarConfig) -> Float[A
 
 
 def to_arrays(
-    slices: Float[Array, "K d_in d_out"], config: CrossbarConfig
+    slices: Float[Array, "K d_in d_out"], geometry: Geometry, config: CrossbarConfig
 ) -> tuple[Float[Array, "K P R C rows cols"], Bool[Array, "K R C _cols"] | None]:
     """Return the target level of every cell of the arrays, a unit column last, and which columns are flipped."""
-    rows, cols = grid(slices.shape[1:], config)
-    top = jnp.asarray(levels(config), slices.dtype)
+    rows, cols = geometry.rows, geometry.cols
+    top = jnp.asarray(geometry.levels, slices.dtype)
     if config.encoding.kind == "differential":
         if config.encoding.two_sided:
             half = top[:, None, None] / 2
@@ -222,48 +154,29 @@ def to_arrays(
     if config.encoding.flip:
         full = jnp.asarray(rows, slices.dtype)[None, :, None, None] * top[:, None, None, None]
         flipped = 2 * jnp.sum(arrays[:, 0], axis=3) > full
-        inverted = flipped[:, :, :, None, :] & cells_in_use(slices.shape[1:], config)[None]
+        inverted = flipped[:, :, :, None, :] & geometry.cells_in_use[None]
         arrays = jnp.where(inverted, top[:, None, None, None, None] - arrays[:, 0], arrays[:, 0])[:, None]
     if config.encoding.unit_column:
-        unit = jnp.asarray(unit_levels(config), slices.dtype)[:, None, None, None, None, None]
+        unit = jnp.asarray(geometry.unit_levels, slices.dtype)[:, None, None, None, None, None]
         arrays = jnp.concatenate([arrays, jnp.broadcast_to(unit, (*arrays.shape[:5], 1))], axis=5)
     return arrays, flipped
 
 
-def zero_digits(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return the digits of a weight of zero: the offset of `offset` encoding, slice by slice."""
-    if config.encoding.kind == "differential":
-        return tuple(0.0 for _ in config.weight_slices)
-    if config.cell.bits is None:
-        return (0.5,)
-    starts = [sum(config.cell.bits[:k]) for k in range(len(config.cell.bits))]
-    zero = int(offset(config))
-    return tuple(float((zero >> s) & (2**b - 1)) for s, b in zip(starts, config.cell.bits, strict=True))
-
-
-def unit_levels(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return the level of the unit column's cells in every slice.
-
-    Flipped columns need the plain sum of the inputs in every slice, so all hold 1 (ISAAC). Otherwise the column
-    holds a weight of zero (CrossSim).
-    """
-    return tuple(1.0 for _ in config.weight_slices) if config.encoding.flip else zero_digits(config)
-
-
 def input_codes(
-    x: Float[Array, "B d_in"], limit: Array, config: CrossbarConfig, key: Array | None = None
+    x: Float[Array, "B d_in"], limit: Array, geometry: Geometry, config: CrossbarConfig, key: Array | None = None
 ) -> Float[Array, "B d_in"]:
     """Return the signed input codes n; for an ideal DAC x / limit itself.
 
     Args:
       x: inputs.
       limit: full scale, a scalar or [B, 1].
+      geometry: of the matrix.
       config: with the DAC.
       key: of the read, for stochastic rounding.
     """
     if config.dac is None:
         return x / limit
-    top = float(input_top(config))
+    top = float(geometry.input_top)
     if config.adc is not None and config.adc.retries:
         # XLA multiplies by the reciprocal of what is broadcast. At half the voltage the largest code is an exact tie,
         # which that would break.
@@ -276,17 +189,12 @@ def input_codes(
     return jnp.clip(whole, -top if config.dac.signed else 0.0, top)
 
 
-def pulses(codes: Float[Array, "*B d"], config: CrossbarConfig) -> Float[Array, "J *B d"]:
+def pulses(codes: Float[Array, "*B d"], geometry: Geometry) -> Float[Array, "J *B d"]:
     """Return the input slices u of input codes."""
-    if config.dac is None:
+    slices = geometry.input_slices
+    if slices is None:
         return codes[None]
     whole, sign = jnp.abs(codes).astype(jnp.int32), jnp.sign(codes)
-    starts = [sum(config.dac.slices[:j]) for j in range(len(config.dac.slices))]
-    found = [(whole >> start) & (2**bits - 1) for start, bits in zip(starts, config.dac.slices, strict=True)]
+    starts = [sum(slices[:j]) for j in range(len(slices))]
+    found = [(whole >> start) & (2**bits - 1) for start, bits in zip(starts, slices, strict=True)]
     return jnp.stack(found).astype(codes.dtype) * sign[None]
-
-
-def pulse_significance(config: CrossbarConfig) -> tuple[float, ...]:
-    """Return the value of one level of every input slice, in units of the smallest."""
-    bits = config.input_slices
-    return tuple(2.0 ** sum(bits[:j]) for j in range(len(bits)))

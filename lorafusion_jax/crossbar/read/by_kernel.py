@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..chip.chip import Chip
-from ..config.schema import CrossbarConfig
 from ..devices.physical import varying_as
 from ..mapping import encoding
-from ..mapping.adc import Converter
+from ..mapping.adc.quantiser import Converter
 from ..mapping.bit_fields import Packed
 from ..mapping.decoding import finish, recover_flipped, weigh
 from .conversion_noise import Noise, deviations, of_conversions, stream
@@ -49,7 +48,7 @@ def convert_tiles(
       chip: to read.
       kernel: that makes the conversions.
     """
-    rows, _ = encoding.grid(chip.matrix_shape, chip.config)
+    rows = chip.geometry.rows
     tiles = encoding.split(n, rows, axis=1, front=True)
     if chip.flipped is not None:  # negated columns
         quantise = quantise._replace(qmin=-quantise.qmax)
@@ -77,13 +76,6 @@ def convert_tiles(
     return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 
 
-def input_slices(config: CrossbarConfig) -> tuple[int, ...] | None:
-    """Return the bits of every input slice that is converted; None for an ideal DAC."""
-    if config.dac is None:
-        return None
-    return (config.dac.magnitude_bits,) if config.converts_sums else config.dac.slices
-
-
 def _of_tiles(
     tiles: Float[Array, "B R rows"],
     operand: _Operand,
@@ -93,12 +85,12 @@ def _of_tiles(
     kernel: Kernel,
 ) -> Float[Array, "B _d_out"]:
     """Return the product of row tiles of one scale, which begin with this number."""
-    config, shape = chip.config, chip.matrix_shape
+    geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]
     each, columns, units, variance = 2 if config.converts_each else 1, operand.columns, operand.units, operand.variance
     adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
     of_units = variance
     if units is not None and variance is not None and variance.shape[3] > 1:
-        variance, of_units = variance[..., : shape[1]], variance[..., shape[1] :]
+        variance, of_units = variance[..., :d_out], variance[..., d_out:]
     noise = _noise(variance, 2 * number, columns, chip, tiles.dtype)
     total = kernel(tiles, columns, adc, operand.occupied, noise)
     if adc.counts:
@@ -108,16 +100,15 @@ def _of_tiles(
         return clipped[:, None]
     if each == 2:
         total = total[: len(total) // 2] - total[len(total) // 2 :]
-    _, cols = encoding.grid(shape, config)
-    whole = encoding.split(total[..., : shape[1]], cols, axis=2)
+    whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
     if units is not None and operand.flipped is not None:
         lsb = quantise.lsb[0, :, None, None, None]
         measured = _unit_sums(tiles, units, of_units, number, adc, chip) * lsb
-        return weigh(recover_flipped(whole * lsb, measured, operand.flipped, config), None, shape, config)
+        return weigh(recover_flipped(whole * lsb, measured, operand.flipped, geometry, config), None, geometry)
     if config.encoding.unit_column:
-        whole = jnp.concatenate([whole, total[..., shape[1] :, None]], axis=3)
+        whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
     ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
-    return finish(whole, ones, quantise, chip.flipped, shape, config)
+    return finish(whole, ones, quantise, chip.flipped, geometry, config)
 
 
 def _unit_sums(
@@ -129,7 +120,7 @@ def _unit_sums(
     chip: Chip,
 ) -> Float[Array, "K R B C"]:
     """Return the measurement of every array's unit column, in codes."""
-    slices = input_slices(chip.config)
+    slices = chip.geometry.converted_slices
 
     def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
         x, units, variance, r = tile
@@ -144,12 +135,12 @@ def _unit_sums(
 
 def _noise(variance: Array | None, number: Array | int, columns: Any, chip: Chip, dtype: jnp.dtype) -> Noise | None:
     """Return the noise of columns, whose stream has this number."""
-    config = chip.config
+    geometry, config = chip.geometry, chip.config
     if not config.draws_at_conversion or chip.key is None:
         return None
     each = 2 if config.converts_each else 1
     words = stream(jax.random.fold_in(chip.key, number))
-    scale, of_adc = deviations(config, dtype), of_conversions(config, dtype)
+    scale, of_adc = deviations(geometry, config, dtype), of_conversions(geometry, config, dtype)
     if variance is None and not isinstance(columns, Packed):  # quiet cells
         variance = jnp.zeros((*columns.shape[:3], 1), dtype)
     elif variance is None and columns.variances is None:

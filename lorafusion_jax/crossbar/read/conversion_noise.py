@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal_at
 from ..devices.physical import like
-from ..mapping import encoding
-from ..mapping.adc import stacked_units
+from ..mapping.adc.quantiser import stacked_units
 from ..mapping.decoding import kappa
+from ..mapping.geometry import Geometry
 
 
 class Noise(NamedTuple):
@@ -42,18 +42,20 @@ class Noise(NamedTuple):
     of_adc: Float[Array, " K"] | None = None
 
 
-def powers(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
+def powers(
+    cells: Float[Array, "K P R C rows cols"], geometry: Geometry, config: CrossbarConfig
+) -> Float[Array, "K P R C rows _cols"]:
     """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1 for all columns alike."""
     assert config.device.read_noise is not None
     if config.device.read_noise.kind == "independent":
         return jnp.ones_like(cells[..., :1])
-    return jnp.square(cells + kappa(config, cells.dtype)[:, None, None, None, None, None])
+    return jnp.square(cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None])
 
 
-def deviations(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+def deviations(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return the standard deviation of a cell whose power is 1, in the level units of every weight slice."""
     noise = config.device.read_noise
-    top = jnp.asarray(encoding.levels(config), dtype)
+    top = jnp.asarray(geometry.levels, dtype)
     if noise is None:
         return jnp.zeros_like(top)
     sigma = jnp.asarray(noise.sigma, dtype)
@@ -64,11 +66,11 @@ def deviations(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     )
 
 
-def of_conversions(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"] | None:
+def of_conversions(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"] | None:
     """Return the standard deviation of a conversion, in the level units of every weight slice; None for none."""
     if config.adc is None or config.adc.noise is None:
         return None
-    return stacked_units(config, dtype) * jnp.asarray(config.adc.noise, dtype)
+    return stacked_units(geometry, config, dtype) * jnp.asarray(config.adc.noise, dtype)
 
 
 def stream(key: PRNGKeyArray) -> UInt32[Array, "2"]:

@@ -19,8 +19,9 @@ from ..devices.normal_draws import normal
 from ..devices.physical import for_each_cell, like
 from ..devices.wires import currents
 from ..mapping import encoding
-from ..mapping.adc import Converter
+from ..mapping.adc.quantiser import Converter
 from ..mapping.decoding import finish
+from ..mapping.geometry import Geometry
 from ..platform import for_cpu
 from .conversion_noise import of_conversions
 
@@ -37,6 +38,7 @@ def column_sums(
     g: Float[Array, "P rows cols"],
     top: Float[Array, ""],
     key: PRNGKeyArray | None,
+    geometry: Geometry,
     config: CrossbarConfig,
     *,
     integers: bool = False,
@@ -48,6 +50,7 @@ def column_sums(
       g: the cells of each polarity.
       top: the highest level, 2^p - 1.
       key: of this read's noise.
+      geometry: of the matrix.
       config: of the crossbar.
       integers: both factors are, unless noise is drawn.
 
@@ -68,7 +71,7 @@ def column_sums(
             return jnp.dot(u.astype(held), (g[0] - g[1]).astype(held), **how)[None]
         sums = jnp.einsum("r,prc->pc", u.astype(held), g.astype(held), **how)
         return sums + g_min * top / (1 - g_min) * jnp.sum(u)
-    v, conductance = u / encoding.pulse(config), g_min + g / top * (1 - g_min)
+    v, conductance = u / geometry.pulse, g_min + g / top * (1 - g_min)
     if tile.wire is not None:
         wire = tile.wire
         current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
@@ -80,7 +83,7 @@ def column_sums(
         current = jnp.einsum("r,prc->pc", v, conductance, precision="highest")
     if tile.current_limit is not None:
         current = jnp.clip(current, -like(tile.current_limit, g), like(tile.current_limit, g))
-    sums = current * (encoding.pulse(config) * top / (1 - g_min))
+    sums = current * (geometry.pulse * top / (1 - g_min))
     return (sums[0] - sums[1])[None] if subtract else sums
 
 
@@ -88,6 +91,7 @@ def all_sums(
     codes: Float[Array, "R rows"],
     cells: Float[Array, "K P R C rows cols"],
     key: PRNGKeyArray | None,
+    geometry: Geometry,
     config: CrossbarConfig,
     *,
     integers: bool = False,
@@ -98,18 +102,19 @@ def all_sums(
       codes: input codes, cut into row tiles.
       cells: in level units.
       key: of the read noise; every tile and pair of slices draws its own.
+      geometry: of the matrix.
       config: of the crossbar.
       integers: codes and cells are.
     """
-    pulses = encoding.pulses(codes, config)  # [J, R, rows]
-    tops = jnp.asarray(encoding.levels(config), codes.dtype)
+    pulses = encoding.pulses(codes, geometry)  # [J, R, rows]
+    tops = jnp.asarray(geometry.levels, codes.dtype)
     keys = None
     if key is not None:
         slices, _, row_tiles, column_tiles = cells.shape[:4]
         keys = jax.random.split(key, (len(config.input_slices), slices, row_tiles, column_tiles))
 
     def tile(u: Array, g: Array, top: Array, key: Array | None) -> Array:
-        return column_sums(u, g, top, key, config, integers=integers)
+        return column_sums(u, g, top, key, geometry, config, integers=integers)
 
     along_key = None if keys is None else 0
     slices, _, row_tiles, column_tiles = cells.shape[:4]
@@ -167,6 +172,7 @@ def _tile_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig
 def shift_and_add(
     sums: Float[Array, "J K R C _P cols"],
     convert: Callable[[Array], Array] | None,
+    geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "K R C _P cols"]:
     """Return the sum over input slices, converted before or after it.
@@ -174,9 +180,10 @@ def shift_and_add(
     Args:
       sums: of every conversion, in level units.
       convert: the ADC, from sums [..., K, R, C, P, cols] to codes; None for an ideal one.
+      geometry: of the matrix.
       config: of the crossbar.
     """
-    weights = jnp.asarray(encoding.pulse_significance(config), sums.dtype)
+    weights = jnp.asarray(geometry.input_significance, sums.dtype)
     if convert is not None and config.adc is not None and config.adc.convert == "slice":
         return jnp.einsum("j,jkrcpo->krcpo", weights, convert(sums))
     total = jnp.einsum("j,jkrcpo->krcpo", weights, sums)
@@ -185,16 +192,15 @@ def shift_and_add(
 
 def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B _d_out"]:
     """Return weights times input codes; see `convert_tiles` for a converter that counts."""
-    config, cells, key = chip.config, chip.cells, chip.key
-    rows, _ = encoding.grid(chip.matrix_shape, config)
+    geometry, config, cells, key = chip.geometry, chip.config, chip.cells, chip.key
     assert cells is not None
-    tiles = encoding.split(n, rows, axis=1, front=True)
+    tiles = encoding.split(n, geometry.rows, axis=1, front=True)
     keys = None if key is None else jax.random.split(key, n.shape[0])
 
     def of_one(codes: Array, key: Array | None) -> Array:
-        sums = all_sums(codes, cells, key, config, integers=chip.plan.integers)
+        sums = all_sums(codes, cells, key, geometry, config, integers=chip.plan.integers)
         convert = None if quantise is None else _of_conversions(quantise, chip, key)
-        total = shift_and_add(sums, convert, config)
+        total = shift_and_add(sums, convert, geometry, config)
         if quantise is not None and quantise.counts:
             return jnp.sum(total).reshape(1)
         total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
@@ -202,7 +208,7 @@ def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
         one_range = quantise is None or quantise.scale.shape[0] == 1
         if chip.flipped is None and chip.scale.shape[0] == 1 and one_range:
             total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
-        return jnp.sum(finish(total, ones, quantise, chip.flipped, chip.matrix_shape, config) * chip.scale, axis=0)
+        return jnp.sum(finish(total, ones, quantise, chip.flipped, geometry, config) * chip.scale, axis=0)
 
     over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
     return over_inputs(tiles, keys)
@@ -225,10 +231,10 @@ def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Ar
 
 
 def with_noise(
-    sums: Float[Array, "*J K R C P cols"], config: CrossbarConfig, key: Array | None
+    sums: Float[Array, "*J K R C P cols"], geometry: Geometry, config: CrossbarConfig, key: Array | None
 ) -> Float[Array, "*J K R C P cols"]:
     """Return the sums to convert, with the noise of their conversion, for one input vector's key."""
-    deviation = of_conversions(config, sums.dtype)
+    deviation = of_conversions(geometry, config, sums.dtype)
     if deviation is None or key is None:
         return sums
     drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
@@ -240,6 +246,6 @@ def _of_conversions(quantise: Converter, chip: Chip, key: Array | None) -> Calla
 
     def convert(sums: Array) -> Array:
         scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
-        return quantise(with_noise(with_mismatch(sums, chip), chip.config, key), scale)
+        return quantise(with_noise(with_mismatch(sums, chip), chip.geometry, chip.config, key), scale)
 
     return convert

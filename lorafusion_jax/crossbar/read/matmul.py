@@ -22,12 +22,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..chip.chip import Chip
-from ..chip.plan import loses_nothing, worst_case
+from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved, is_traced, varying_as
 from ..mapping import encoding
-from ..mapping.adc import Converter, converter, level_units
-from .by_kernel import convert_tiles, input_slices
+from ..mapping.adc.quantiser import Converter, converter, level_units
+from .by_kernel import convert_tiles
 from .conversion_noise import Noise
 from .definition import definition
 from .kernels.bit_planes import planes
@@ -142,20 +142,20 @@ def _multiply(
     x: Float[Array, "B d_in"], limit: Float[Array, ""] | Float[Array, "B 1"], chip: Chip, *, rounds: bool
 ) -> Float[Array, "B d_out"]:
     """Return the product as the arrays and their converters compute it; without `rounds`, ADCs only clip."""
-    config = chip.config
-    n = encoding.input_codes(x, limit, config, chip.key)
+    geometry, config = chip.geometry, chip.config
+    n = encoding.input_codes(x, limit, geometry, config, chip.key)
     quantise = _converter(chip)
     if quantise is not None:
         quantise = quantise._replace(rounds=rounds)
     # The factors, one after the other, could leave the range of the dtype where their product is within it.
     scale, limit, exponents = _within_range(chip.scale, limit)
-    y = _by_path(n, quantise, dataclasses.replace(chip, scale=scale)) * (limit / encoding.input_top(config))
+    y = _by_path(n, quantise, dataclasses.replace(chip, scale=scale)) * (limit / geometry.input_top)
     for power in exponents:
         y = y * power
     # Codes are integers on most paths, and counted as such, which NaN cannot be.
     known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
     if config.adc is not None and chip.limits is not None and chip.plan.path == "product":
-        known &= loses_nothing(chip.limits, _bounds(chip), config)
+        known &= loses_nothing(chip.limits, geometry, config)
     return jnp.where(known, y, jnp.nan)
 
 
@@ -180,7 +180,7 @@ def _derivative(parts, primals, tangents):
     x, leaves = primals
     x_dot, leaves_dot = tangents
     chip = parts.chip(leaves)
-    config, shape = chip.config, chip.matrix_shape
+    geometry, config = chip.geometry, chip.config
     moved = {name: dot for name, dot in zip(parts.names, leaves_dot, strict=True) if is_moved(dot)}
     _check_moved(moved, config)
     y = _read(parts, x, leaves)
@@ -193,7 +193,7 @@ def _derivative(parts, primals, tangents):
 
     def times(x: Array, codes: Array, scale: Array = chip.scale) -> Array:
         if scale.shape[0] > 1:
-            return jnp.dot(x, codes * encoding.per_weight(scale, shape, config), precision="highest")
+            return jnp.dot(x, codes * encoding.per_weight(scale, geometry), precision="highest")
         return jnp.dot(x, codes, precision="highest") * scale
 
     if is_moved(x_dot):
@@ -203,7 +203,7 @@ def _derivative(parts, primals, tangents):
     if "scale" in moved and config.dac is not None:
         # Below, the scale multiplies rounded inputs, but the codes' term has unrounded ones: compensation of drift
         # moves both, and they have to cancel.
-        rounded = encoding.input_codes(x, limit, config, chip.key) * (limit / encoding.input_top(config))
+        rounded = encoding.input_codes(x, limit, geometry, config, chip.key) * (limit / geometry.input_top)
         terms.append(times(seen - rounded, chip.codes, moved["scale"]))
     if "input_limit" in moved:
         # y = limit f(x / limit), and f passes the inputs within the range straight through (LSQ, Esser et al. 2020).
@@ -246,27 +246,23 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
 
 def _check_limits(chip: Chip, config: CrossbarConfig) -> None:
     """Raise an error for ADC ranges, set after programming, that the arrays cannot be read with."""
-    limits, slices = chip.limits, len(config.weight_slices)
+    limits, geometry = chip.limits, chip.geometry
     if config.adc is None or limits is None:
         return
-    row_tiles = len(encoding.grid(chip.matrix_shape, config)[0])
+    slices, row_tiles = len(geometry.levels), len(geometry.rows)
     if limits.shape not in {(1, slices, 2), (row_tiles, slices, 2)}:
         raise ValueError(
             f"chip.limits of shape {limits.shape}: give one range for all row tiles, (1, {slices}, 2), or "
             f"({row_tiles}, {slices}, 2)"
         )
     # Units of a configuration's arrays are traced inside a transformation even where the chip is not.
-    if chip.plan.path != "product" or is_traced((limits, level_units(config))):
+    if chip.plan.path != "product" or is_traced((limits, level_units(geometry, config))):
         return
-    if not loses_nothing(np.asarray(limits), _bounds(chip), config):
+    if not loses_nothing(np.asarray(limits), geometry, config):
         raise ValueError(
             "chip.limits lose bits, but these arrays were put into one product since their ADC lost none: program "
             "them with path='loop', or with adc.range='given' and these limits"
         )
-
-
-def _bounds(chip: Chip) -> tuple[float, ...]:
-    return worst_case(chip.config, max(encoding.grid(chip.matrix_shape, chip.config)[0]))
 
 
 def reading(
@@ -274,7 +270,7 @@ def reading(
 ) -> tuple[Float[Array, "B d_in"], Float[Array, ""] | Float[Array, "B 1"]]:
     """Return the input codes of a read, and the input that the highest of them stands for."""
     limit = _full_scale(x, chip)
-    return encoding.input_codes(x, limit, chip.config, chip.key), limit
+    return encoding.input_codes(x, limit, chip.geometry, chip.config, chip.key), limit
 
 
 def _full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Float[Array, "B 1"]:
@@ -289,7 +285,7 @@ def _full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Flo
     counting, retries = quantise._replace(counts=True), config.adc.retries
 
     def clipped(limit: Float[Array, "B 1"]) -> Bool[Array, "B 1"]:
-        return _by_path(encoding.input_codes(x, limit, config, chip.key), counting, chip) > 0
+        return _by_path(encoding.input_codes(x, limit, chip.geometry, config, chip.key), counting, chip) > 0
 
     def proceed(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         _, again, count = carry
@@ -306,7 +302,7 @@ def _full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Flo
 
 
 def _converter(chip: Chip) -> Converter | None:
-    return None if chip.limits is None else converter(chip.limits, chip.config, chip.plan.ties)
+    return None if chip.limits is None else converter(chip.limits, chip.geometry, chip.config, chip.plan.ties)
 
 
 def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B _d_out"]:
@@ -316,7 +312,7 @@ def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) 
         return product(n, chip)
     if plan.path == "definition":
         return definition(n, quantise, chip)
-    slices = input_slices(chip.config)
+    slices = chip.geometry.converted_slices
 
     def kernel(tiles: Array, columns: Any, adc: Converter, occupied: Array | None, noise: Noise | None) -> Array:
         if slices is None or plan.path == "loop":

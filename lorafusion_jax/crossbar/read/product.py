@@ -16,13 +16,13 @@ from .conversion_noise import root
 
 def product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
     """Return weights times input codes; read noise, a sum of draws over slices and rows, is one for each output."""
-    config, shape, key = chip.config, chip.matrix_shape, chip.key
+    geometry, config, key = chip.geometry, chip.config, chip.key
     tiled = chip.scale.shape[0] > 1
-    per_weight = encoding.per_weight(chip.scale, shape, config)
+    per_weight = encoding.per_weight(chip.scale, geometry)
     y = jnp.dot(n, chip.codes * per_weight if tiled else chip.codes, precision="highest")
     noise = config.device.read_noise
     if noise is not None and chip.variance is not None and key is not None:
-        _, cols = encoding.grid(shape, config)
+        cols, d_out = geometry.cols, geometry.shape[1]
         variance, unit = chip.variance, jnp.ones((1, 1), n.dtype)
         if tiled:
             # Over the largest scale, since the square of a small one is zero in float32.
@@ -32,13 +32,13 @@ def product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
                 starts = np.cumsum((0, *cols[:-1]))
                 per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
             variance = variance * jnp.square(per_weight)
-        worth = jnp.square(jnp.asarray(encoding.pulse_significance(config), n.dtype))
-        power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, config)))
+        worth = jnp.square(jnp.asarray(geometry.input_significance, n.dtype))
+        power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, geometry)))
         spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
-        outputs = shape[1] + (len(cols) if config.encoding.unit_column else 0)
+        outputs = d_out + (len(cols) if config.encoding.unit_column else 0)
         drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
         if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
-            drawn, units = drawn[:, : shape[1]], drawn[:, shape[1] :]
-            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=shape[1])
+            drawn, units = drawn[:, :d_out], drawn[:, d_out:]
+            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=d_out)
         y = y + drawn * unit
     return y if tiled else y * chip.scale

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from ...devices.physical import varying_as
-from ...mapping.adc import Converter
+from ...mapping.adc.quantiser import Converter
 from ...mapping.encoding import split
 from ...mapping.input_slices import digit, significance
 

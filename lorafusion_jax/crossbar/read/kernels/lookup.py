@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
 from ...devices.physical import varying_as
-from ...mapping.adc import Converter
+from ...mapping.adc.quantiser import Converter
 from ...mapping.bit_fields import Packed, Packing, drive, unpack
 from ...mapping.input_slices import digit, significance
 from ..conversion_noise import Noise, add_noise, alike

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ...devices.physical import varying_as
-from ...mapping.adc import Converter
+from ...mapping.adc.quantiser import Converter
 from ...mapping.input_slices import digit, significance
 from ..conversion_noise import Noise, add_noise
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ...devices.physical import varying_as
-from ...mapping.adc import Converter
+from ...mapping.adc.quantiser import Converter
 from ...mapping.bit_fields import Packed, Packing, drive, unpack
 from ...mapping.input_slices import digit, significance
 from ..conversion_noise import Noise, add_noise, alike

@@ -2,7 +2,7 @@
 
     code = clip(round(S / lsb), qmin, qmax),  round half to even
 
-S is a column's sum in level units (see `mapping.encoding`). Signed sums have 2^b - 1 codes about zero, others 2^b from
+S is a column's sum in level units (see `mapping.geometry`). Signed sums have 2^b - 1 codes about zero, others 2^b from
 zero. One unit of current is one cell at Gmax under a full-scale pulse: limits are given in it.
 """
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..config.schema import CrossbarConfig
-from ..devices.physical import is_traced
-from . import encoding
+from ...config.schema import CrossbarConfig
+from ...devices.physical import is_traced
+from ..geometry import Geometry
 
 
 class Converter(NamedTuple):
@@ -78,26 +78,17 @@ class Converter(NamedTuple):
         return sums * self.qmax / scale if self.divides else sums * scale
 
 
-def level_units(config: CrossbarConfig) -> tuple[Any, ...]:
+def level_units(geometry: Geometry, config: CrossbarConfig) -> tuple[Any, ...]:
     """Return the level units in one unit of the current that is converted, for every weight slice."""
-    return tuple(encoding.converted_top(config) * top / (1 - config.g_min) for top in encoding.levels(config))
+    return tuple(geometry.converted_top * top / (1 - config.g_min) for top in geometry.levels)
 
 
-def stacked_units(config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+def stacked_units(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return `level_units` as an array."""
-    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(config)])
+    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(geometry, config)])
 
 
-def codes(config: CrossbarConfig) -> tuple[int, int]:
-    """Return the lowest and the highest code."""
-    assert config.adc is not None
-    if config.signed_sums:
-        top = 2 ** (config.adc.bits - 1) - 1
-        return -top, top
-    return 0, 2**config.adc.bits - 1
-
-
-def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype) -> Array | np.ndarray | None:
+def fixed_limits(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Array | np.ndarray | None:
     """Return the limits that follow from the configuration; None where they are calibrated from data.
 
     `max` is the rows of each tile. Where columns are flipped it is the largest current that one of them or the unit
@@ -105,15 +96,15 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
     the highest code times one level.
 
     Args:
+      geometry: of the matrix.
       config: of the crossbar.
-      rows: of every row tile.
       dtype: of the limits.
 
     Returns:
       [1 or R, K, 2]; a NumPy array where nothing in it is traced.
     """
-    adc = config.adc
-    if adc is None or adc.range == "calibrated":
+    adc, rows = config.adc, geometry.rows
+    if adc is None or geometry.code_range is None or adc.range == "calibrated":
         return None
     if adc.range == "given":
         given = (jnp if is_traced(adc.limits) else np).asarray(adc.limits, dtype)
@@ -125,18 +116,18 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
         return given[None] if given.ndim == 2 else given
     if adc.range == "max":
         heights = (max(rows),) if len(set(rows)) == 1 else rows
-        shares = [1.0] * len(config.weight_slices)
+        shares = [1.0] * len(geometry.levels)
         if config.encoding.flip:
-            cells = [max(0.5, 1 / level) for level in encoding.levels(config)]
+            cells = [max(0.5, 1 / level) for level in geometry.levels]
             shares = [config.g_min + (1 - config.g_min) * share for share in cells]
         stacked = jnp if is_traced(shares) else np
         top = stacked.asarray([[height * share for share in shares] for height in heights], dtype)
     else:
-        units = level_units(config)
+        highest, units = geometry.code_range[1], level_units(geometry, config)
         if any(isinstance(unit, jax.Array) for unit in units):
-            top = jnp.stack([codes(config)[1] / jnp.asarray(unit, dtype) for unit in units])[None]
+            top = jnp.stack([highest / jnp.asarray(unit, dtype) for unit in units])[None]
         else:
-            top = np.asarray([[codes(config)[1] / unit for unit in units]], dtype)
+            top = np.asarray([[highest / unit for unit in units]], dtype)
     stack = jnp.stack if isinstance(top, jax.Array) else np.stack
     return stack([-top if config.signed_sums else 0 * top, top], axis=-1)
 
@@ -146,16 +137,18 @@ def fixed_limits(config: CrossbarConfig, rows: tuple[int, ...], dtype: jnp.dtype
 Ties = Literal["shift", "divide"] | None
 
 
-def converter(limits: Float[Array, "_R K 2"], config: CrossbarConfig, ties: Ties) -> Converter:
+def converter(limits: Float[Array, "_R K 2"], geometry: Geometry, config: CrossbarConfig, ties: Ties) -> Converter:
     """Return the quantiser that covers `limits`.
 
     Args:
       limits: of every weight slice.
+      geometry: of the matrix.
       config: of the crossbar.
       ties: how they are kept exact.
     """
-    qmin, qmax = codes(config)
-    span = limits[..., 1] * stacked_units(config, limits.dtype)[None]
+    assert geometry.code_range is not None
+    qmin, qmax = geometry.code_range
+    span = limits[..., 1] * stacked_units(geometry, config, limits.dtype)[None]
     if ties is None:
         return Converter(qmax / span, qmin, qmax)
     if ties == "divide":
@@ -168,8 +161,10 @@ def converter(limits: Float[Array, "_R K 2"], config: CrossbarConfig, ties: Ties
     return Converter(1 / (step + rounding), qmin, qmax)
 
 
-def are_power_steps(limits: np.ndarray, config: CrossbarConfig) -> bool:
+def are_power_steps(limits: np.ndarray, geometry: Geometry, config: CrossbarConfig) -> bool:
     """Return whether every step of known `limits` is a power of two levels."""
-    steps = limits[..., 1] * np.asarray([float(unit) for unit in level_units(config)]) / codes(config)[1]
+    assert geometry.code_range is not None
+    units = np.asarray([float(unit) for unit in level_units(geometry, config)])
+    steps = limits[..., 1] * units / geometry.code_range[1]
     exponents = np.log2(steps)
     return bool(np.allclose(exponents, np.round(exponents), atol=1e-6))

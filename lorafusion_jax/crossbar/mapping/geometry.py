@@ -1,0 +1,144 @@
+"""The geometry of a matrix on arrays: everything that its shape and the structure of its configuration decide.
+
+Level units: a cell holds g in 0 .. 2^p - 1 (p its bits), an input slice u with |u| <= 2^s - 1, so that a perfect
+array's column sums are integers. Slices run from the least significant.
+
+Axis letters: R row tiles, C column tiles.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+from jaxtyping import Bool
+
+from ..config.schema import CrossbarConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Tiles, levels and bounds of a matrix on arrays. They are plain numbers: a static part of a chip.
+
+    Attributes:
+      rows: rows of every row tile.
+      cols: columns of every column tile, without a unit column.
+      polarities: 2 for differential encoding, else 1.
+      code_scale: integer that full scale maps to: 2^(B-1) - 1 for weights of B bits, or 1 for real-valued ones.
+      offset: offset that `offset` encoding adds to every weight code: 2^(B-1), or 1 for real-valued weights.
+      levels: highest level, 2^p - 1, of every weight slice; 1 for an analogue cell.
+      significance: value of one level of every weight slice, in weight codes.
+      zero_digits: digits of a weight of zero: the offset of `offset` encoding, slice by slice.
+      unit_levels: level of the unit column's cells in every slice. Flipped columns need the plain sum of the inputs in
+        every slice, so all hold 1 (ISAAC). Otherwise the column holds a weight of zero (CrossSim).
+      input_slices: bits of every input slice; None for an ideal DAC.
+      converted_slices: bits of every input slice that is converted, one where all are summed before the ADC; None for
+        an ideal DAC.
+      input_significance: value of one level of every input slice, in units of the smallest.
+      input_top: largest |n| of an input code, 2^m - 1; 1 for an ideal DAC.
+      pulse: largest |u| of one input slice, 2^s - 1, which drives a row at full voltage; 1 for an ideal DAC.
+      converted_top: largest |u| of one conversion: of an input slice, or of all that are summed before the ADC.
+      bounds: largest possible |column sum| of one conversion of every weight slice, for any weights and inputs.
+      code_range: lowest and highest code of the ADC; None for an ideal one.
+    """
+
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    polarities: int
+    code_scale: float
+    offset: float
+    levels: tuple[int, ...]
+    significance: tuple[float, ...]
+    zero_digits: tuple[float, ...]
+    unit_levels: tuple[float, ...]
+    input_slices: tuple[int, ...] | None
+    converted_slices: tuple[int, ...] | None
+    input_significance: tuple[float, ...]
+    input_top: int
+    pulse: int
+    converted_top: int
+    bounds: tuple[float, ...]
+    code_range: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], config: CrossbarConfig) -> "Geometry":
+        """Return the geometry of a [d_in, d_out] matrix."""
+        tile, encoding, adc, dac = config.tile, config.encoding, config.adc, config.dac
+        rows = partition(shape[0], tile.rows, tile.partition)
+        half = 0 if config.mapping.weight_bits is None else config.mapping.weight_bits - 1
+        offset, levels = 2.0**half, tuple(2**bits - 1 for bits in config.weight_slices)
+        if config.cell.bits is None:
+            significance, middle = (1.0 if encoding.kind == "differential" else 2.0,), (0.5,)
+        else:
+            significance = _values(config.cell.bits)
+            middle = tuple(float(int(offset // worth) & top) for worth, top in zip(significance, levels, strict=True))
+        zero_digits = middle if encoding.kind == "offset" else tuple(0.0 for _ in levels)
+        input_top = 1 if dac is None else 2**dac.magnitude_bits - 1
+        pulse = 1 if dac is None else 2 ** dac.slices[0] - 1
+        converted_top = input_top if config.converts_sums else pulse
+        # A flipped column sums at most half of its levels. Its unit column holds ones, and is not flipped.
+        halves, unit = (2, 1) if encoding.flip else (1, 0)
+        driven = max(rows) * converted_top
+        code_range = None
+        if adc is not None:
+            top = 2 ** (adc.bits - config.signed_sums) - 1
+            code_range = (-top if config.signed_sums else 0, top)
+        return cls(
+            rows=rows,
+            cols=partition(shape[1], tile.cols, tile.partition),
+            polarities=2 if encoding.kind == "differential" else 1,
+            code_scale=max(1.0, offset - 1),
+            offset=offset,
+            levels=levels,
+            significance=significance,
+            zero_digits=zero_digits,
+            unit_levels=tuple(1.0 for _ in levels) if encoding.flip else zero_digits,
+            input_slices=None if dac is None else dac.slices,
+            converted_slices=None if dac is None else (dac.magnitude_bits,) if config.converts_sums else dac.slices,
+            input_significance=_values(config.input_slices),
+            input_top=input_top,
+            pulse=pulse,
+            converted_top=converted_top,
+            bounds=tuple(float(max(driven * top / halves, driven * unit)) for top in levels),
+            code_range=code_range,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix: (d_in, d_out)."""
+        return sum(self.rows), sum(self.cols)
+
+    @property
+    def tallest(self) -> int:
+        """Rows of the tallest row tile."""
+        return max(self.rows)
+
+    @property
+    def cells_in_use(self) -> Bool[np.ndarray, "R C rows cols"]:
+        """Which cells of the arrays hold a weight."""
+        rows, cols = np.asarray(self.rows), np.asarray(self.cols)
+        row = np.arange(max(rows)) >= max(rows) - rows[:, None]
+        col = np.arange(max(cols)) < cols[:, None]
+        return row[:, None, :, None] & col[None, :, None, :]
+
+
+def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
+    """Return the lengths of the parts into which arrays of `limit` cut an axis.
+
+    Args:
+      size: length of the axis.
+      limit: the largest part; None for one part.
+      how: `equal` or `full` (see `Tile`).
+    """
+    if limit is None or size <= limit:
+        return (size,)
+    parts = math.ceil(size / limit)
+    step = round(size / parts) if how == "equal" else limit
+    if size - (parts - 1) * step > limit:  # rounding down left more than an array for the last part
+        step = math.ceil(size / parts)
+    return (*[step] * (parts - 1), size - (parts - 1) * step)
+
+
+def _values(slices: tuple[int, ...]) -> tuple[float, ...]:
+    """Return the value of one level of every slice, in levels of the first."""
+    return tuple(2.0**start for start in itertools.accumulate(slices[:-1], initial=0))
