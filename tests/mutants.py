@@ -129,9 +129,9 @@ MUTANTS = (
     ),
     Mutant(
         "cost: energy of a 7-bit ADC for one of 8",
-        "crossbar/cost/energy.py",
-        'constants["adc_growth"] ** (adc.bits - 8)',
-        'constants["adc_growth"] ** (adc.bits - 7)',
+        "crossbar/mapping/adc/sar.py",
+        'constants["adc_growth"] ** (bits - 8)',
+        'constants["adc_growth"] ** (bits - 7)',
         ("crossbar/test_cost.py",),
     ),
     # Adapters

@@ -17,11 +17,11 @@ from .config.files import config_hash, has_hash, load_config, save_config
 from .config.presets import PRESETS
 from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, deterministic
 from .config.structure import Structure, split_config
-from .cost.constants import CONSTANTS, Constant, Constants, load_constants, save_constants
+from .cost.constants import CONSTANTS, Constants, load_constants, save_constants
 from .cost.counts import Counts, counts
 from .cost.energy import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
 from .cost.explain import Explanation, explain
-from .cost.ranges import Range
+from .cost.ranges import Constant, Range
 from .devices.device import Device, ReadNoise, Sinh, StuckAt
 from .devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
 from .devices.wires import Wire
@@ -35,6 +35,7 @@ from .devices.write_error import (
     Proportional,
     WriteVerify,
 )
+from .mapping.adc import Architecture, register_adc
 from .mapping.geometry import Geometry
 from .read.matmul import matmul
 
@@ -49,6 +50,7 @@ __all__ = [
     "RERAM_CMO_DRIFT",
     "RERAM_MILO_2021",
     "RERAM_WAN_2022",
+    "Architecture",
     "Cell",
     "Chip",
     "Constant",
@@ -105,6 +107,7 @@ __all__ = [
     "read_energy",
     "read_latency",
     "reads",
+    "register_adc",
     "save_chip",
     "save_config",
     "save_constants",

@@ -141,7 +141,7 @@ def _is_countable(config: CrossbarConfig) -> bool:
 
 def exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
     """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
-    if config.adc is None or config.draws_at_conversion:
+    if config.adc is None or config.distorts or config.draws_at_conversion:
         return None
     powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, geometry, config))
     return "shift" if powers else "divide"
@@ -171,6 +171,8 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     """Return the reason why single cells are needed instead of one product per slice, or None."""
     if config.adc is not None and config.adc.offset_error is not None:
         return "every column's ADC has its offset"
+    if config.distorts:
+        return "its ADC has a transfer curve of its own"
     if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
         return "flipped columns are recovered tile by tile, each with its noise"
     if config.adc is not None and config.encoding.flip and not config.signed_sums and config.draws_at_conversion:
@@ -196,7 +198,7 @@ def sums_integers(config: CrossbarConfig) -> bool:
 def _is_lossless(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> bool:
     """Return whether every possible (integer) column sum has a separate code that represents it exactly."""
     adc = config.adc
-    if adc is None or geometry.code_range is None or config.draws_at_conversion:
+    if adc is None or geometry.code_range is None or config.distorts or config.draws_at_conversion:
         return False
     if adc.range == "granular":
         return max(geometry.bounds) <= geometry.code_range[1]

@@ -44,7 +44,7 @@ _MODELS: dict[str, tuple[type, ...]] = {
     "drift": (PowerLaw, Relaxation),
     "iv": (Sinh,),
 }
-_LATER = {"adc": ("noise", "retries"), "dac": ("quantile", "clip_share", "rounding")}
+_LATER = {"adc": ("noise", "retries", "architecture"), "dac": ("quantile", "clip_share", "rounding")}
 _WHAT = "a configuration is"
 _UNIONS = (typing.Union, types.UnionType)
 _PUBLISHED: dict[str, dict[str, Any]] = {

@@ -18,6 +18,7 @@ import numpy as np
 from ..devices.device import Device
 from ..devices.physical import NUMBER, Physical, is_traced
 from ..devices.wires import Wire
+from ..mapping.adc import ARCHITECTURES
 
 _MOST_SLICES = 16  # as weights have at most 16 bits
 # Types of a limit other than tracers and a pytree's placeholders.
@@ -152,7 +153,7 @@ class DAC:
         return (*[step] * (total // step), *([total % step] if total % step else []))
 
 
-@_register("bits", "range", "convert", "separate", "quantile", "clip_share", "retries")
+@_register("bits", "range", "convert", "separate", "quantile", "clip_share", "retries", "architecture")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ADC:
     """Conversion of column currents to numbers.
@@ -173,6 +174,8 @@ class ADC:
         input (aihwkit's `out_noise`).
       retries: limit on repeated reads of an input vector. If a conversion exceeds the highest code, the vector is read
         again at half the voltage (aihwkit's iterative bound management).
+      architecture: name of the kind of ADC (see `register_adc`): `sar` and `ramp` are ideal quantisers, with energies
+        and latencies of their own.
     """
 
     bits: int = 8
@@ -186,6 +189,7 @@ class ADC:
     offset_error: Physical = None
     noise: Physical = None
     retries: int = 0
+    architecture: str = "sar"
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
@@ -202,6 +206,9 @@ class ADC:
             object.__setattr__(self, "limits", _tuples(self.limits))
         if not isinstance(self.retries, int) or not 0 <= self.retries <= 1_000:
             raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, 0 to 1,000")
+        if self.architecture not in ARCHITECTURES:
+            choices = ", ".join(ARCHITECTURES)
+            raise ValueError(f"adc.architecture = {self.architecture!r}: choose {choices}, or call register_adc before")
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             if isinstance(value, NUMBER) and not value >= 0:
@@ -345,6 +352,11 @@ class CrossbarConfig:
     def mismatched(self) -> bool:
         """Return whether every column's ADC has a different gain or offset."""
         return self.adc is not None and (self.adc.gain_error is not None or self.adc.offset_error is not None)
+
+    @property
+    def distorts(self) -> bool:
+        """Return whether the ADC is of an architecture with a transfer curve of its own."""
+        return self.adc is not None and ARCHITECTURES[self.adc.architecture].transfer is not None
 
     @property
     def draws_at_conversion(self) -> bool:

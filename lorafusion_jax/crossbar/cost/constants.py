@@ -13,56 +13,43 @@ from typing import Any, Literal
 import yaml
 
 from ..config.tables import kind_of, read_table, shown, write_text
-from .ranges import Range
+from ..mapping.adc import ARCHITECTURES
+from .ranges import Constant, Range
 
 Level = Literal["low", "typical", "high"]
 
-_SI = {"fJ": 1e-15, "pJ": 1e-12, "ns": 1e-9, "us": 1e-6, "1": 1.0}
 _WHAT = "constants are"
 _FIELDS = ("unit", "low", "typical", "high", "source")
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
-    """One constant.
+class Constants:
+    """All constants, by name.
 
     Attributes:
-      unit: of the three values: fJ, pJ, ns, us, or 1 for a pure number.
-      low: low value.
-      typical: typical value.
-      high: high value.
-      source: source of all three values.
-      meaning: explanation in words.
+      table: the constants; those of an ADC architecture that it lacks have their defaults.
     """
-
-    unit: str
-    low: float | int
-    typical: float | int
-    high: float | int
-    source: str
-    meaning: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Constants:
-    """All constants, by name."""
 
     table: Mapping[str, Constant]
 
     def __getitem__(self, name: str) -> Range:
         """Return a constant in joules, seconds or as a pure number."""
-        constant = self.table[name]
-        return Range(constant.low, constant.typical, constant.high) * _SI[constant.unit]
+        return (self.table[name] if name in self.table else of_architectures()[name]).range
 
     def pinned(self, level: Level, *names: str) -> "Constants":
         """Return the constants with the named ones (all without names) fixed at one of their three values."""
+        table = of_architectures() | dict(self.table)
 
         def pin(constant: Constant) -> Constant:
             value = getattr(constant, level)
             return dataclasses.replace(constant, low=value, typical=value, high=value)
 
-        names = names or tuple(self.table)
-        return Constants(MappingProxyType({n: pin(c) if n in names else c for n, c in self.table.items()}))
+        return Constants(MappingProxyType({n: pin(c) if n in (names or table) else c for n, c in table.items()}))
+
+
+def of_architectures() -> dict[str, Constant]:
+    """Return the constants that ADC architectures bring along."""
+    return {name: constant for each in ARCHITECTURES.values() for name, constant in each.constants.items()}
 
 
 CONSTANTS = Constants(
@@ -177,6 +164,8 @@ def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
 def load_constants(path: Path) -> Constants:
     """Return the table in a file that `save_constants` wrote: every constant with unit, three values and source.
 
+    Constants of ADC architectures may be missing, and then have their defaults.
+
     Raises:
       ValueError: the file is missing or cannot be read, a constant is missing or unknown or has another unit, a value
         is not a positive number, or values do not rise. The message has the constant's name and what was wanted.
@@ -187,12 +176,13 @@ def load_constants(path: Path) -> Constants:
     found = read_table(path, kind)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {shown(found)}: wanted a table of constants by name")
+    known = {**CONSTANTS.table, **of_architectures()}
     if missing := [name for name in CONSTANTS.table if name not in found]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: wanted every one of {', '.join(CONSTANTS.table)}")
-    if unknown := [name for name in found if name not in CONSTANTS.table]:
-        raise ValueError(f"{path}: {shown(unknown)} unknown: choose from {', '.join(CONSTANTS.table)}")
+    if unknown := [name for name in found if name not in known]:
+        raise ValueError(f"{path}: {shown(unknown)} unknown: choose from {', '.join(known)}")
     return Constants(
-        MappingProxyType({name: _constant(found[name], name, c, path) for name, c in CONSTANTS.table.items()})
+        MappingProxyType({name: _constant(found[name], name, c, path) for name, c in known.items() if name in found})
     )
 
 

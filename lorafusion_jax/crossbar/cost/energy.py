@@ -5,7 +5,7 @@ Energies are linear in the counts of `counts`, so that matrices and layers add u
     writing   E = cells E_cell     t = max(rows / arrays at once, tallest) t_row     wear = pulses / endurance
     reading   array      cells J E_read         J input slices, of s_j bits
               DAC        rows sum_j (2^s_j - 1) E_DAC
-              ADC        conversions E_ADC g^(bits - 8)
+              ADC        conversions E_conversion(bits), of its architecture (`mapping.adc`)
               shift-add  additions E_add
               digital    sums E_add + outputs E_MAC + (inputs + outputs) E_word
 
@@ -15,6 +15,7 @@ docs/guides/cost.md explains them, and lists effects that are not modelled.
 from typing import NamedTuple
 
 from ..config.schema import ADC, DAC, CrossbarConfig
+from ..mapping.adc import ARCHITECTURES
 from ..mapping.geometry import Geometry
 from .constants import CONSTANTS, Constants
 from .counts import Counts
@@ -91,7 +92,7 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
     """
     dac, adc = _converters(config)
     drive = sum(2**bits - 1 for bits in dac.slices)
-    conversion = constants["adc_energy"] * constants["adc_growth"] ** (adc.bits - 8)
+    conversion = ARCHITECTURES[adc.architecture].energy(adc.bits, constants)
     return ReadEnergy(
         array=constants["cell_read_energy"] * (reads.cells * len(dac.slices)),
         dac=constants["dac_energy"] * (reads.rows * drive),
@@ -104,7 +105,7 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
 
 
 def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
-    """Return the seconds of one matrix-vector product; all arrays work at once, and each column group shares one ADC.
+    """Return the seconds of one matrix-vector product; all arrays work at once, each with its own ADCs.
 
     While the sums of an input slice are converted, the next slice is read. If slices are summed before the ADC
     (`adc.convert="sum"`), conversion starts after the last slice.
@@ -119,9 +120,7 @@ def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Cons
     """
     dac, adc = _converters(config)
     columns = max(Geometry.of(shape, config).cols) + config.encoding.unit_column
-    sharing = constants["columns_per_adc"]
-    turns = Range(*(min(float(columns), most) for most in (sharing.low, sharing.typical, sharing.high)))
-    conversion = constants["adc_time"] * turns * (2 if config.converts_each else 1)
+    conversion = ARCHITECTURES[adc.architecture].time(adc.bits, columns, constants) * (2 if config.converts_each else 1)
     read, slices = constants["array_read_time"], len(dac.slices)
     return read * slices + conversion if adc.convert == "sum" else longest([read, conversion]) * slices
 

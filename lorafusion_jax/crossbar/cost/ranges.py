@@ -1,7 +1,9 @@
-"""A quantity that is known as a range, and its arithmetic."""
+"""A quantity that is known as a range, its arithmetic, and constants with their units and sources."""
 
 import dataclasses
 from collections.abc import Iterable
+
+_SI = {"fJ": 1e-15, "pJ": 1e-12, "ns": 1e-9, "us": 1e-6, "1": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,32 @@ class Range:
     def __pow__(self, exponent: int) -> "Range":
         ends = self.low**exponent, self.high**exponent
         return Range(min(ends), self.typical**exponent, max(ends))
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """One constant.
+
+    Attributes:
+      unit: of the three values: fJ, pJ, ns, us, or 1 for a pure number.
+      low: low value.
+      typical: typical value.
+      high: high value.
+      source: source of all three values.
+      meaning: explanation in words.
+    """
+
+    unit: str
+    low: float | int
+    typical: float | int
+    high: float | int
+    source: str
+    meaning: str
+
+    @property
+    def range(self) -> Range:
+        """The values in joules, seconds or as pure numbers."""
+        return Range(self.low, self.typical, self.high) * _SI[self.unit]
 
 
 def total(ranges: Iterable[Range]) -> Range:

@@ -1,11 +1,13 @@
-"""The ADC: a uniform quantiser with one range for each weight slice.
+"""The codes of an ADC: a uniform quantiser with one range for each weight slice.
 
-    code = clip(round(S / lsb), qmin, qmax),  round half to even
+    code = clip(round(f(S / lsb)), qmin, qmax),  round half to even
 
-S is a column's sum in level units (see `mapping.geometry`). Signed sums have 2^b - 1 codes about zero, others 2^b from
-zero. One unit of current is one cell at Gmax under a full-scale pulse: limits are given in it.
+S is a column's sum in level units (see `mapping.geometry`), and f the transfer curve of the architecture, if it has
+one. Signed sums have 2^b - 1 codes about zero, others 2^b from zero. One unit of current is one cell at Gmax under a
+full-scale pulse: limits are given in it.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from ...config.schema import CrossbarConfig
 from ...devices.physical import is_traced
 from ..geometry import Geometry
+from . import ARCHITECTURES
 
 
 class Converter(NamedTuple):
@@ -34,6 +37,7 @@ class Converter(NamedTuple):
       rounds: False for the smooth surrogate, which only clips.
       counts: return 1 for a sum beyond the highest code and 0 for another in place of its code. Noise below zero, which
         an unsigned converter clips too, would not be less at half the voltage.
+      transfer: transfer curve of the architecture, or None (see `Architecture`).
     """
 
     scale: Float[Array, "*_R K"]
@@ -42,6 +46,7 @@ class Converter(NamedTuple):
     divides: bool = False
     rounds: bool = True
     counts: bool = False
+    transfer: Callable[..., Any] | None = None
 
     @property
     def lsb(self) -> Float[Array, "*_R K"]:
@@ -75,7 +80,8 @@ class Converter(NamedTuple):
 
     def scaled(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return sums in units of a code, neither rounded nor clipped."""
-        return sums * self.qmax / scale if self.divides else sums * scale
+        scaled = sums * self.qmax / scale if self.divides else sums * scale
+        return scaled if self.transfer is None else self.transfer(scaled, self.qmin, self.qmax)
 
 
 def level_units(geometry: Geometry, config: CrossbarConfig) -> tuple[Any, ...]:
@@ -150,7 +156,8 @@ def converter(limits: Float[Array, "_R K 2"], geometry: Geometry, config: Crossb
     qmin, qmax = geometry.code_range
     span = limits[..., 1] * stacked_units(geometry, config, limits.dtype)[None]
     if ties is None:
-        return Converter(qmax / span, qmin, qmax)
+        transfer = None if config.adc is None else ARCHITECTURES[config.adc.architecture].transfer
+        return Converter(qmax / span, qmin, qmax, transfer=transfer)
     if ties == "divide":
         return Converter(span, qmin, qmax, divides=True)
     step = span / qmax
