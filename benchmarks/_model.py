@@ -19,7 +19,7 @@ from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.registry import abstract_model, family_of, known_shapes
@@ -28,10 +28,12 @@ from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.runs.options import LoadIn
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.problem import Frozen, Method, Problem
-from lorafusion_jax.training.recipe import PRESETS, Rates
-from lorafusion_jax.training.seeds import Path, default_path
+from lorafusion_jax.training.method import Method
+from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.recipe import Rates
+from lorafusion_jax.training.seeds import SeedMode, default_seed_mode
 from lorafusion_jax.training.step import TrainState, init_state
 
 BATCH, SOURCE, TARGET = 5, 128, 8
@@ -155,7 +157,7 @@ def arguments(
     size: tuple[int, int] = (BATCH, SOURCE),
     *,
     seeds: int = 1,
-    path: Path = "map",
+    seed_mode: SeedMode = "sequential",
 ) -> tuple[TrainState, Batch, Problem, Rates]:
     """Return the arguments of the step of some seeds as shapes; `size` is that of input ids."""
     count, source = size
@@ -166,7 +168,7 @@ def arguments(
             method=method,
             frozen=weights,
             index=jnp.zeros((seeds, MODULES), jnp.int32),
-            path=path,
+            seed_mode=seed_mode,
         )
         batch = Batch(
             input_ids=jnp.zeros((seeds, count, source), jnp.int32),
@@ -218,7 +220,7 @@ class Step:
             method=Fusion(composition=composition, start="uniform"),
             frozen=weights,
             index=jnp.tile(jnp.arange(MODULES), (seeds, 1)),
-            path=default_path(),
+            seed_mode=default_seed_mode(),
         )
         self.batches = jax.tree.map(lambda a: a[:, None], batch_of(config, seeds=seeds))  # of one step
         self.optimisation = recipe.optimisation(steps=1000)

@@ -16,12 +16,12 @@ from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.models.architecture import Architecture, Model, stack_of
 from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.problem import Frozen
-from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.frozen import Frozen
 
 
 def peft_model(config: Architecture, base: nnx.State, dtype: Dtype, *, dora: bool = True) -> Any:

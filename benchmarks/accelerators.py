@@ -45,7 +45,7 @@ from _model import (
 )
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from lorafusion_jax import Recipe, crossbar
+from lorafusion_jax import FusionRecipe, crossbar
 from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.crossbar.read import definition
@@ -55,8 +55,8 @@ from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, targeted
 from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.mesh import AXES, shardings
-from lorafusion_jax.training.problem import Frozen
 
 _GIB, _K = 2**30, 32
 _NEW = 32  # tokens that are generated
@@ -217,12 +217,12 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     of, k, generates, dtype, _, steps, rows, source = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
-    how: Any = {"path": "vmap", "device": "accelerator", "load_in": held_in(dtype)}
-    settings = Settings(recipe=Recipe(basis=k), rank=RANK, seeds=seeds, **how)
+    how: Any = {"seed_mode": "batched", "device": "accelerator", "load_in": held_in(dtype)}
+    settings = Settings(recipe=FusionRecipe(basis=k), rank=RANK, seeds=seeds, **how)
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(prepared, config, method), weights)
-    state, batch, problem, rates = arguments(config, weights, method, (rows, source), seeds=seeds, path="vmap")
+    state, batch, problem, rates = arguments(config, weights, method, (rows, source), seeds=seeds, seed_mode="batched")
     state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
     if generates:

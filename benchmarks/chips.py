@@ -21,6 +21,7 @@ from _measure import ROOT, case, in_turns, of_turns
 from lorafusion_jax.hardware.calibration import looped
 from lorafusion_jax.hardware.chips import on_every_chip
 from lorafusion_jax.hardware.folder import load_chips
+from lorafusion_jax.methods.fusion import FusionRecipe
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import Setup, prepare
 from lorafusion_jax.tasks import batch_orders, train_step_batches
@@ -70,12 +71,12 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     first = start(setup.problem, (1,)).params
     on_all = on_every_chip(setup, first, chips.rules(), keys, modules=None, norm="ideal")
     assert on_all.split is not None
-    recipe = FuseOptions(base="", task="").recipe
+    recipe = FusionRecipe()
     orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
     batches = next(train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
     context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
     with context():
-        problem = on_all.problem.replace(path="map")
+        problem = on_all.problem.replace(seed_mode="sequential")
         of_seeds = (start(problem, (1,) * count), batches, problem.index, recipe_rates(problem.method, recipe, count))
         state, batches, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
         problem = problem.replace(index=index, frozen=on_mesh(problem.frozen))

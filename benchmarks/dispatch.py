@@ -20,7 +20,7 @@ import numpy as np
 from _measure import case
 from _model import BATCH, CHOICES, MODULES, SOURCE, TARGET, Step, config_of, frozen
 
-from lorafusion_jax import Recipe
+from lorafusion_jax import FusionRecipe
 from lorafusion_jax.tasks import Encoded, Split
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
@@ -60,7 +60,7 @@ def _host_seconds(step: Step, steps: int, *, whole: bool) -> float:
     count, at = BATCH * steps, []
     row = (np.full(SOURCE, 2, np.int32),) * (count + 1), (np.full(TARGET, 2, np.int32),) * (count + 1)
     split = Split(np.arange(count, dtype=np.int32)[None], np.full((1, 1), count, np.int32))
-    rows, recipe = TrainingRows(Encoded(*row), split, pad_id=0), Recipe(epochs=_EPOCHS, batch_size=BATCH)
+    rows, recipe = TrainingRows(Encoded(*row), split, pad_id=0), FusionRecipe(epochs=_EPOCHS, batch_size=BATCH)
 
     def after(epoch: Epoch) -> None:
         at.append(time.thread_time())

@@ -35,6 +35,7 @@ from _model import (
 )
 
 from lorafusion_jax.estimates.flops import Shape, Update, step_flops
+from lorafusion_jax.methods.fused import MixUpdate, SumUpdate
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.
@@ -175,8 +176,8 @@ def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
     return case(
         f"{_where(options)} {dtype} {count} seeds in one program / {count} single steps: mix, scanned",
         of_turns(seconds["all"], count * seconds["one"]),
-        1.0 if runs["all"].problem.path == "map" else 0.6 if count == 8 else None,
-        path=runs["all"].problem.path,
+        1.0 if runs["all"].problem.seed_mode == "sequential" else 0.6 if count == 8 else None,
+        path=runs["all"].problem.seed_mode,
         seconds=_median(seconds["all"]),
         single_seconds=_median(seconds["one"]),
         rounds=options.rounds,
@@ -212,8 +213,9 @@ def _operations(options: Any, composition: Any, structure: str) -> float:
     config = unrolled(config_of(options.shape)) if structure == "unrolled" else config_of(options.shape)
     batch = Shape(BATCH, SOURCE, TARGET)
     rank = options.basis if composition == "basis" else RANK
-    update = Update(kind=composition, rank=rank, modules=MODULES, pool=options.pool, magnitudes=True)
-    base = step_flops(unrolled(config_of(options.shape)), batch, Update(kind="none"), trainable=0)
+    kind = MixUpdate if composition == "mix" else SumUpdate
+    update = kind(rank=rank, modules=MODULES, pool=options.pool, magnitudes=True)
+    base = step_flops(unrolled(config_of(options.shape)), batch, Update(), trainable=0)
     return step_flops(config, batch, update, trainable=0) / base
 
 

@@ -31,7 +31,9 @@ from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.problem import Frozen, Method, Problem
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.method import Method
+from lorafusion_jax.training.problem import Problem
 
 _NEW = 32
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -134,7 +136,9 @@ def _ours(config: Any, weights: Frozen, batch: Batch) -> dict[str, Callable[[], 
 
     def run(method: Method, params: Any, weights: Frozen, new: int = _NEW) -> Callable[[], np.ndarray]:
         seeds = jax.tree.map(lambda a: a[None], params)
-        problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=index[None], path="map")
+        problem = Problem(
+            graph=graph_of(config), method=method, frozen=weights, index=index[None], seed_mode="sequential"
+        )
         return lambda: np.asarray(generate_seeds(seeds, one, problem, max_new_tokens=new)[0])
 
     runs = {"beside": run(method, params, weights), "merged": run(ZeroShot(), {}, Frozen(merged))}

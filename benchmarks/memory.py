@@ -19,14 +19,15 @@ from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_
 from lorafusion_jax.estimates.flops import Shape
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.architecture import Architecture, targeted
 from lorafusion_jax.runs.evaluate import generate_seeds
-from lorafusion_jax.training.problem import Frozen, Method
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.method import Method
 
 _SETTINGS = Settings()
-assert (_SETTINGS.recipe.modules, _SETTINGS.rank) == (MODULES, RANK)
+assert (FusionRecipe.modules, _SETTINGS.rank) == (MODULES, RANK)
 _METHODS = {
     "fusion-sum": "LoRAFusion",
     "fusion-mix": "LoRAFusion, mix",
@@ -92,7 +93,7 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     config, load_in, rows, new = config_of(shape, dtype), held_in(dtype), 10, 32
     update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
     needed = evaluation_bytes(
-        config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, path="map", device="cpu", load_in=load_in
+        config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
     )
     planned = weights_bytes(config, load_in) + 4 * trainable + needed
     base = Frozen(shapes_of(config, dtype).base)
@@ -107,7 +108,9 @@ def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
     config, load_in = config_of(shape, dtype), held_in(dtype)
     update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     batch = Shape(rows, SOURCE, TARGET)
-    needed = step_bytes(config, batch, update, trainable=trainable, seeds=1, path="map", device="cpu", load_in=load_in)
+    needed = step_bytes(
+        config, batch, update, trainable=trainable, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
+    )
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     base = 0 if name == "full" else weights_bytes(config, load_in)
     return base + pool_bytes(config, update, load_in) + state_bytes(trainable) + needed

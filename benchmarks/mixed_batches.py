@@ -28,7 +28,9 @@ from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.problem import Frozen, Params, Problem
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.method import Params
+from lorafusion_jax.training.problem import Problem
 
 _SOURCE, _NEW = 16, 16
 _BATCHES = (64, 256)

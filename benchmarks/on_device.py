@@ -41,8 +41,9 @@ from _model import (
 )
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.estimates.flops import Shape, Update, step_flops
+from lorafusion_jax.estimates.flops import Shape, step_flops
 from lorafusion_jax.files import write_text
+from lorafusion_jax.methods.fused import MixUpdate
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.text_tables import markdown
@@ -139,7 +140,7 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         runs["peer"] = peer
     seconds = in_turns(runs, options.rounds)
     trainable = sum(p[0].size for p in jax.tree.leaves(runs["mix"].state.params))
-    update = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
+    update = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
     flops = step_flops(config, Shape(BATCH, SOURCE, TARGET), update, trainable=trainable)
     cases = [
         case(f"a step: {name} / mix", of_turns(seconds[name], seconds["mix"]), None, milliseconds=_ms(seconds[name]))

@@ -17,6 +17,7 @@ from _measure import ROOT, case
 
 from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
 from lorafusion_jax.io.hf import load_tokenizer
+from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -30,7 +31,6 @@ from lorafusion_jax.tasks import (
     train_batches,
 )
 from lorafusion_jax.tasks.batches import MOST_SHAPES
-from lorafusion_jax.training.recipe import PRESETS
 
 _REQUIRED = 0.70
 _EVAL_BATCH = 64

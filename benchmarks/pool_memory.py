@@ -34,12 +34,12 @@ from lorafusion_jax.io.basis import add_basis
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_basis, load_pool
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.registry import family_of, known_shapes
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
-from lorafusion_jax.training.problem import Frozen, Problem
-from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.problem import Problem
 
 _BAR = 8 * 2**30
 # Of a basis of FLAN-T5-large: seconds on two cores and bytes to make it, bytes of it in memory.
@@ -119,7 +119,7 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     batches = jax.tree.map(lambda a: a[:, None], batch_of(model.config, (BATCH, SOURCE, TARGET)))  # of one step
     del model, pool, used
     method = Fusion(composition="mix")
-    problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(count)[None], path="map")
+    problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(count)[None], seed_mode="sequential")
     recipe = dataclasses.replace(PRESETS["default"], schedule="constant")
     state, rates = start(problem, (0,)), recipe_rates(method, recipe, 1)
     losses = []

@@ -27,13 +27,14 @@ from _step_time import Rates, step_seconds
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import Recipe, Update
+from lorafusion_jax import FusionRecipe
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers
 from lorafusion_jax.estimates.flops import Shape, step_flops
+from lorafusion_jax.methods.fused import MixUpdate
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
-_UPDATE = Update(kind="mix", rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
+_UPDATE = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
 _SHAPE = Shape(BATCH, SOURCE, TARGET)
 
 
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def _trainable(shape: str) -> int:
-    settings = Settings(recipe=Recipe(modules=MODULES), rank=RANK)
+    settings = Settings(recipe=FusionRecipe(modules=MODULES), rank=RANK)
     return trained_numbers(config_of(shape), "fusion", settings)
 
 

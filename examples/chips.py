@@ -19,8 +19,8 @@ SMALL = EXAMPLES / "small"
 BASE, POOL = str(SMALL / "base"), str(SMALL / "adapters")
 
 
-# Small, so that it takes a few minutes on a CPU. The defaults of `lf.Recipe()` give better scores.
-RECIPE = lf.Recipe(modules=5, epochs=5)
+# Small, so that it takes a few minutes on a CPU. The defaults of `lf.FusionRecipe()` give better scores.
+RECIPE = lf.FusionRecipe(modules=5, epochs=5)
 
 
 def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, float]:
@@ -28,7 +28,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
     # (as in "*.ff.*") stay digital.
     chips, config = out / "chips", EXAMPLES / "chip.yaml"
     manifest = write_chips(
-        ProgramOptions(base=BASE, pool=POOL, crossbar=str(config), chips=2, digital=digital, out=chips)
+        ProgramOptions(base=BASE, pool=POOL, crossbar=str(config), chips=2, keep_digital=digital, out=chips)
     )
     print(f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip")
 
@@ -43,7 +43,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
         scores[f"digital numbers on chip {row['chip']} after {row['age']}"] = row["exact_match"]
 
     # Coefficients and magnitudes trained with chip 0 in the forward pass, and evaluated on it.
-    arrays = OnArrays(crossbar=str(chips), noise="chip", chip=0)
+    arrays = OnArrays(crossbar=str(chips), train_chip="chip", chip=0)
     trained = lf.fuse(dataclasses.replace(options, arrays=arrays, name="chip"))
     scores["trained on chip 0"] = trained["exact_match"]
     for name, score in scores.items():

@@ -1,7 +1,8 @@
 """Add a method of your own, and compare it: python examples/your_own_method.py
 
 The method here trains one factor per matrix: y = g x W. A method is a frozen dataclass that makes its numbers and turns
-them into adapters, and an entry that names it. Registered, it is in runs, counts, plans and bills.
+them into adapters, a recipe with options of its own, and an entry that names both. Registered, it is in runs, in
+`lorafusion fuse --method gains --help`, in counts, plans and bills.
 """
 
 import dataclasses
@@ -12,37 +13,59 @@ from typing import Any
 import jax.numpy as jnp
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.updates import Rescaled
-from lorafusion_jax.methods.method import MethodEntry, Update
-from lorafusion_jax.training.problem import Method
 
 SMALL = Path(__file__).parent / "small"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GainsRecipe(lf.TargetedRecipe):
+    """The numbers that a user may choose: those of every method, of one that adapts some maps, and its own.
+
+    Attributes:
+      lr_gains: learning rate of the factors.
+      first_gain: value that all factors start from.
+    """
+
+    lr_gains: float = 0.02
+    first_gain: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
-class Gains(Method):
+class Gains(lf.Method):
     """One factor for each matrix; `sites` has name, number of layers and outputs of the adapted linear maps."""
 
     sites: tuple[tuple[str, int, int], ...]
+    first: float = 1.0
 
-    def learning_rates(self, recipe):  # one for each group of numbers
-        return {"gains": 0.02}
+    def learning_rates(self, recipe: Any):  # one for each group of numbers
+        return {"gains": recipe.lr_gains}
 
-    def init(self, frozen, index, key):  # the numbers that are trained, in groups; they start at the base
-        return {"gains": {name: jnp.ones(layers) for name, layers, _ in self.sites}}
+    def init(self, frozen, index, key):  # the numbers that are trained, in groups; by default they start at the base
+        return {"gains": {name: jnp.full(layers, self.first) for name, layers, _ in self.sites}}
 
     def adapters(self, params, frozen, index):  # what the model reads next to its kernels, and metrics
         gains = params["gains"]
-        return {name: Rescaled(jnp.tile(gains[name][:, None], (1, d_out))) for name, _, d_out in self.sites}, {}
+        return {name: lf.Rescaled(jnp.tile(gains[name][:, None], (1, d_out))) for name, _, d_out in self.sites}, {}
 
 
-GAINS = MethodEntry(
+def build(built):
+    return Gains(tuple((name, site.layers, site.d_out) for name, site in built.sites), built.recipe.first_gain)
+
+
+def layouts(billed):  # what a task of the method takes in hardware, for bills
+    words = sum(billed.counts.values())
+    return {"gains": lf.CostLayout(installed_words=words, macs=lambda site: site.d_out, words=lambda site: 1)}
+
+
+GAINS = lf.MethodEntry(
     name="gains",
     help="train one factor for each matrix",
-    title="gains",  # of its row in `lorafusion params`
-    build=lambda built: Gains(tuple((name, site.layers, site.d_out) for name, site in built.sites)),
-    update=lambda recipe, modules: Update(kind="magnitudes", targets=recipe.lora_targets),  # its arithmetic, for plans
+    title="gains from {first_gain:g}",  # of its row in `lorafusion params`
+    build=build,
+    recipe=GainsRecipe,
+    update=lambda recipe, modules: lf.Update(targets=recipe.lora_targets),  # its matrix products, for plans: none
     groups=("gains",),
+    cost_layouts=layouts,
 )
 
 

@@ -33,7 +33,7 @@ from lorafusion_jax.crossbar import CrossbarConfig, config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
 from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.problem import Params
+from lorafusion_jax.training.method import Params
 
 Case = Literal["digital", "untouched", "fresh noise", "its chip", "its chip, all rows", "prepared"]
 _WHOLE = "whole modules"

@@ -124,8 +124,12 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     arrays = OnArrays(crossbar=options.crossbar, chip_key=options.chip_key)
     numbers = {
         "untouched": on.params,
-        "noise-blind": on.trained(f"{task}-blind", arrays=dataclasses.replace(arrays, noise="none"), recipe=recipe),
-        "fresh noise": on.trained(f"{task}-fresh", arrays=dataclasses.replace(arrays, noise="fresh"), recipe=recipe),
+        "noise-blind": on.trained(
+            f"{task}-blind", arrays=dataclasses.replace(arrays, train_chip="none"), recipe=recipe
+        ),
+        "fresh noise": on.trained(
+            f"{task}-fresh", arrays=dataclasses.replace(arrays, train_chip="fresh"), recipe=recipe
+        ),
         "its chip": store.numbers(f"{task}-chip", lambda: on.train_on_chips(new, recipe)),
     }
     for case, params in numbers.items():
@@ -145,7 +149,7 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         blind = on.trained(
             slug(f"{task}-blind-{name}"),
             start_from=on.options.out / f"{task}-blind",
-            arrays=dataclasses.replace(arrays, noise="none"),
+            arrays=dataclasses.replace(arrays, train_chip="none"),
             **more,
         )
         yield from scored(f"noise-blind, {name}", blind, options.age, compensate=True)

@@ -136,7 +136,7 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
         crossbar, calibration = str(_config_file(setting, options)), options.calibration_rows
         if case != "digitally":
             other = case == "on another chip"  # rows are of chip 0; what a run says of chip 1 is not read
-            arrays = OnArrays(crossbar=crossbar, noise="chip", chip=int(other))
+            arrays = OnArrays(crossbar=crossbar, train_chip="chip", chip=int(other))
             name = f"{task}-{said(setting)}{'-other' if other else ''}"
             trained = dataclasses.replace(
                 trained, name=name, arrays=arrays, test_rows=1 if other else options.test_rows

@@ -26,7 +26,7 @@ from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from lab.smollm2 import HUB_ID, base
 
-from lorafusion_jax import PRESETS, FuseOptions
+from lorafusion_jax import FuseOptions, LoRARecipe
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
@@ -128,8 +128,7 @@ def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:
 def fuse_options(path: Path, options: Options) -> FuseOptions:
     """Return the options of the run that trains a task's adapter."""
     rows = source_rows(path)
-    recipe = dataclasses.replace(
-        PRESETS["default"],
+    recipe = LoRARecipe(
         epochs=SOURCE_ROWS[rows],
         batch_size=BATCH,
         lr_lora=options.lr,

@@ -30,8 +30,8 @@ from lorafusion_jax.runs.run import with_targets
 from lorafusion_jax.tasks import Split, batch_orders, train_batches
 from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import fit, recipe_rates, start
+from lorafusion_jax.training.frozen import LOSS
 from lorafusion_jax.training.loss import seed_entropies
-from lorafusion_jax.training.problem import LOSS
 
 # On the embedded pool coefficients are tuned at 0.3 in place of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]

@@ -78,11 +78,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     seconds = time.perf_counter() - began
     options.out.mkdir(parents=True, exist_ok=True)
     summary = dataclasses.asdict(options) | {"exact_match": scores.tolist(), "loss": losses.tolist()}
-    summary |= {"seconds": seconds, "path": setup.problem.path}
+    summary |= {"seconds": seconds, "seed_mode": setup.problem.seed_mode}
     write_text(options.out / "sweep.json", json.dumps(summary, default=str, indent=1) + "\n")
     _plot(scores, options)
     print(_table(scores, options))
-    print(f"{len(entries)} runs as one program ({setup.problem.path}) in {seconds:.0f} s; written to {options.out}")
+    print(
+        f"{len(entries)} runs as one program ({setup.problem.seed_mode}) in {seconds:.0f} s; written to {options.out}"
+    )
 
 
 def _repeated(setup: Setup, times: int) -> Setup:

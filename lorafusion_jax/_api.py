@@ -6,18 +6,24 @@ from .adapters.basis import SharedBasis, shared_basis
 from .adapters.composition import compose
 from .adapters.norms import Gram, column_norms, gram
 from .adapters.pool import LoraPool, random_pool, shuffled_pool
-from .adapters.updates import LowRank, Modules
+from .adapters.updates import LowRank, Modules, Rescaled
 from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
 from .files import FileError
 from .io.export import merged_base
 from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
 from .io.pool import load_basis, load_pool, read_pool
 from .methods import METHODS, register
-from .methods.fusion import Fusion
-from .methods.lora import LoRA
-from .methods.merge import Merge
-from .methods.method import MethodEntry, Update
-from .methods.untrained import ZeroShot
+from .methods.cma import CMARecipe
+from .methods.full import FullRecipe
+from .methods.fusion import PRESETS, CoefficientsRecipe, Fusion, FusionRecipe
+from .methods.lora import DoRARecipe, LoRA, LoRARecipe
+from .methods.lorahub import LoraHubRecipe
+from .methods.magnitudes import MagnitudesRecipe
+from .methods.merge import Merge, MergeRecipe
+from .methods.method import CostLayout, MethodEntry, Update
+from .methods.recipes import BasisRecipe, PoolRecipe, TargetedRecipe
+from .methods.untrained import FewShotRecipe, ZeroShot
+from .methods.vera import VeRARecipe
 from .models.architecture import Architecture, Site, kernels, places
 from .models.generate import Sampling, generate
 from .models.weights import matmul, quantise
@@ -26,9 +32,11 @@ from .runs.run import load_run
 from .serving.bank import TaskBank
 from .serving.service import FusedRun, Service
 from .tasks import Batch
+from .training.frozen import Frozen
 from .training.loss import objective
-from .training.problem import Frozen, Method, Problem
-from .training.recipe import PRESETS, Optimisation, Rates, Recipe
+from .training.method import Method
+from .training.problem import Problem
+from .training.recipe import Optimisation, Rates, Recipe
 from .training.seeds import over_seeds
 from .training.step import TrainState, fusion_step, init_state
 
@@ -36,33 +44,49 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "Architecture",
+    "BasisRecipe",
     "Batch",
+    "CMARecipe",
     "Chip",
+    "CoefficientsRecipe",
+    "CostLayout",
     "CrossbarConfig",
+    "DoRARecipe",
+    "FewShotRecipe",
     "FileError",
     "Frozen",
+    "FullRecipe",
     "FuseOptions",
     "FusedRun",
     "Fusion",
+    "FusionRecipe",
     "Gram",
     "LoRA",
+    "LoRARecipe",
+    "LoraHubRecipe",
     "LoraPool",
     "LowRank",
+    "MagnitudesRecipe",
     "Merge",
+    "MergeRecipe",
     "Method",
     "MethodEntry",
     "Modules",
     "Optimisation",
+    "PoolRecipe",
     "Problem",
     "Rates",
     "Recipe",
+    "Rescaled",
     "Sampling",
     "Service",
     "SharedBasis",
     "Site",
+    "TargetedRecipe",
     "TaskBank",
     "TrainState",
     "Update",
+    "VeRARecipe",
     "ZeroShot",
     "base_tensor",
     "column_norms",

@@ -13,18 +13,19 @@ from lorafusion_jax.methods.lorahub import LORAHUB
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.problem import Problem
 
 SITE = "decoder.self.v"
 _CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)
 
 
-def arguments(model, pool, batches, *, seeds, path="map"):
+def arguments(model, pool, batches, *, seeds, seed_mode="sequential"):
     graph, base = nnx.split(model)
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
     index = jnp.tile(jnp.arange(len(pool)), (len(seeds), 1))
     frozen = Frozen(base, pool, gram(pool, used))
-    problem = Problem(graph=graph, method=LORAHUB, frozen=frozen, index=index, path=path)
+    problem = Problem(graph=graph, method=LORAHUB, frozen=frozen, index=index, seed_mode=seed_mode)
     return {"batches": batches, "problem": problem, "seeds": seeds}
 
 

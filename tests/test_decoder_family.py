@@ -1,6 +1,5 @@
 """A small Llama goes through every command: what works for T5 works for a decoder-only model."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 import small_llama
 from safetensors.numpy import save_file
 
@@ -38,7 +38,6 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run
 from lorafusion_jax.training.mesh import partition, rules
-from lorafusion_jax.training.recipe import PRESETS
 
 _ADAPTED = ("q_proj", "o_proj", "down_proj")
 _SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
@@ -116,11 +115,11 @@ def asked(base, pool, tasks, tmp_path_factory) -> Callable[..., FuseOptions]:
     out = tmp_path_factory.mktemp("runs")
 
     def options(name: str, task: str = "closed", **changes) -> FuseOptions:
-        recipe = dataclasses.replace(PRESETS["default"], **_QUICK | changes.pop("recipe", {}))
+        recipe = _QUICK | changes.pop("recipe", {})
         values = {"base": str(base), "task": str(tasks / task), "seeds": (1,), "out": out, "name": name}
         if METHODS[changes.get("method", "fusion")].pool:
             values["pool"] = str(pool)
-        return FuseOptions(**values | changes, recipe=recipe)
+        return recipes.options(recipe, **values | changes)
 
     return options
 
@@ -235,7 +234,7 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
 )
 def test_chips_hold_every_matrix_that_is_not_digital(digital, base, pool, run, config, tmp_path):
     chips = tmp_path / "chips"
-    write_chips(ProgramOptions(base=str(base), pool=str(pool), out=chips, crossbar="isaac", digital=digital))
+    write_chips(ProgramOptions(base=str(base), pool=str(pool), out=chips, crossbar="isaac", keep_digital=digital))
     files = {path.stem for path in (chips / "chip_0").iterdir()}
     adapted = [site for site in config.sites if site.rpartition(".")[2] in _ADAPTED]
     # The head is the embedding, which stays digital.

@@ -154,7 +154,10 @@ def _unknown(text: str) -> list[str]:
         if not _help(subcommand):
             unknown.append(subcommand)
         shown = re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)
-        unknown += [f"{subcommand} {name}" for name in shown if not re.search(rf"{name}\b(?!-)", _help(subcommand))]
+        # The options of `fuse` depend on its method.
+        method = re.search(r" --method [a-z][a-z-]*", rest) if subcommand == "fuse" else None
+        text_of = _help(subcommand + (method[0] if method else ""))
+        unknown += [f"{subcommand} {name}" for name in shown if not re.search(rf"{name}\b(?!-)", text_of)]
     return unknown
 
 

@@ -41,7 +41,7 @@ _MAY_IMPORT = {
     "hardware": {"crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "estimates": {"crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
     "_fuse": {"runs", "hardware"},
-    "cli": {"_fuse", "crossbar", "io", "training", "runs", "serving", "hardware", "estimates"},
+    "cli": {"_fuse", "crossbar", "io", "training", "methods", "runs", "serving", "hardware", "estimates"},
 }
 
 _PROBE = """

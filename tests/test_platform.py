@@ -11,7 +11,7 @@ from lorafusion_jax.models.narrow import to_bits
 from lorafusion_jax.models.weights import dense, matmul, quantise
 from lorafusion_jax.platform import for_cpu
 from lorafusion_jax.training.mesh import AXES
-from lorafusion_jax.training.seeds import default_path
+from lorafusion_jax.training.seeds import default_seed_mode
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,9 +34,9 @@ def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
         text = program.lower(x, w, nf4).as_text()
         return {name for name in ("bitcast_convert", "gather") if f"stablehlo.{name}" in text}
 
-    assert operations() == {"bitcast_convert", "gather"} and default_path() == "map"
+    assert operations() == {"bitcast_convert", "gather"} and default_seed_mode() == "sequential"
     with tiny.for_tpu():
-        assert operations() == set() and default_path() == "vmap"
+        assert operations() == set() and default_seed_mode() == "batched"
     assert operations() == {"bitcast_convert", "gather"}  # neither trace is taken for the other
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from second_family import FAMILY, Pair, PairConfig
@@ -34,15 +35,14 @@ from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_pool, read_pool
+from lorafusion_jax.methods.fusion import FusionRecipe
 from lorafusion_jax.models.architecture import kernels, linear_shapes, places
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.registry import FAMILIES
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run
 from lorafusion_jax.training.mesh import partition, rules
-from lorafusion_jax.training.recipe import PRESETS
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 _CONFIG = PairConfig(vocab_size=66, d_model=8, d_ff=12, reader_layers=2, writer_layers=3)
@@ -99,18 +99,18 @@ def fused(base, pool, tmp_path_factory):
 
     def run(name: str, **options) -> Path:
         recipe = {"modules": 2, "epochs": 1, "batch_size": 32, "max_new_tokens": 4} | options.pop("recipe", {})
-        asked = FuseOptions(
+        asked = recipes.options(
+            recipe,
             **{
                 "base": str(base),
                 "pool": str(pool),
                 "task": str(_SMALL / "tasks" / "double_digit"),
                 "seeds": (1, 2),
-                "recipe": PRESETS["default"].__class__(**recipe),
                 "test_rows": 4,
                 "out": out,
                 "name": name,
             }
-            | options
+            | options,
         )
         fuse(asked)
         return out / name
@@ -257,11 +257,11 @@ def test_parameters_and_flops_are_the_model_s():
     of_target = 3 * (2 * 8 * 8 + 2 * 8 * 12) + 8 * 66
     attention = 3 * 2 * source * target * 8
     wanted = 2 * rows * (source * of_source + target * of_target + attention)
-    assert forward_flops(_CONFIG, shape, Update(kind="none")) == wanted
+    assert forward_flops(_CONFIG, shape, Update()) == wanted
 
 
 def test_a_plan_has_a_row_for_each_method():
-    recipe = PRESETS["default"].__class__(modules=2, epochs=1)
+    recipe = FusionRecipe(modules=2, epochs=1)
     work = uniform(recipe, source=8, target=4, train_rows=20, test_rows=8)
     rows = plan(_CONFIG, ["zero-shot", "fusion", "lora", "full"], {"task": work}, Settings(recipe=recipe, rank=2))
     assert [row.method for row in rows] == ["zero-shot", "fusion", "lora", "full"]

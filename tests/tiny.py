@@ -16,7 +16,7 @@ from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.frozen import Frozen
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
 

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafusion_jax import PRESETS, FuseOptions, Recipe, fuse
+from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.files import check_regular, is_object, write_text
+from lorafusion_jax.methods import find
+from lorafusion_jax.methods.recipes import recipe_of as recipe_with
 from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder
 
@@ -92,10 +94,15 @@ TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}
 EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
 
 
-def recipe_of(entry: Entry, base: Recipe = PRESETS["default"], *, league: League = "95+5") -> Recipe:
-    """Return the recipe of a row of a table."""
-    rates = (league == "5" and entry.few_rates) or entry.rates
-    return dataclasses.replace(base, **({"epochs": EPOCHS[league]} | entry.recipe | rates))
+def recipe_of(entry: Entry, *, league: League = "95+5", **defaults: Any) -> Recipe:
+    """Return the recipe of a row of a table; it has those of the default numbers that its method has.
+
+    Raises:
+      TypeError: the entry has a number that its method does not have.
+    """
+    kind, rates = find(entry.method).recipe, (league == "5" and entry.few_rates) or entry.rates
+    shared = recipe_with(kind, {"epochs": EPOCHS[league]} | defaults)
+    return dataclasses.replace(shared, **entry.recipe | rates)
 
 
 def fuse_small(

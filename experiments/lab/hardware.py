@@ -34,7 +34,7 @@ from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.prepare import Setup
 from lorafusion_jax.tasks import split
 from lorafusion_jax.training.fit import fit, start
-from lorafusion_jax.training.problem import Params
+from lorafusion_jax.training.method import Params
 
 from .common import SMALL, TRAIN_ROWS, League, convert_small_pool, recipe_of, small_pool_in_basis
 from .methods import METHODS, Entry
@@ -250,7 +250,7 @@ def check(chips: int, **lists: Sequence[Any]) -> None:
 
 def again(recipe: Recipe, epochs: int) -> Recipe:
     """Return the recipe of training again, at half the rates."""
-    halved = {name: getattr(recipe, name) / 2 for name in ("lr_coefficients", "lr_magnitudes")}
+    halved = {name: getattr(recipe, name) / 2 for name in ("lr_coefficients", "lr_magnitudes") if hasattr(recipe, name)}
     return dataclasses.replace(recipe, epochs=epochs, **halved)
 
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 
-from lorafusion_jax.files import printable, read_lines, structured
+from lorafusion_jax.files import printable, read_lines
 from lorafusion_jax.methods import find
 from lorafusion_jax.report import append_rows, done, read_rows
 from lorafusion_jax.report.rows import append_lines
-from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.folder import RunFolder, read_options
+from lorafusion_jax.runs.old_names import RENAMED, new_options
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
 
@@ -85,7 +86,7 @@ def run_jobs(
     """
     todo = list(jobs)
     for job in todo:
-        find(job.options.method).check(job.options.recipe)
+        find(job.options.method).check()
     rows = read_rows(file) if file.exists() else []
     have = done(rows)
     of_any = {job[:3]: job for job in todo}
@@ -97,7 +98,7 @@ def run_jobs(
             where = f"{file}: {', '.join(of)}, seed {seed}"
             check_same(row["config"], job.options, where, root=root, drawn=drawn)
     failures = file.with_name("failed.jsonl")
-    failed = [] if retry_failed or not failures.exists() else [_without_error(f) for f in read_lines(failures, _Failed)]
+    failed = [] if retry_failed or not failures.exists() else [_renamed(f) for f in read_lines(failures, _Failed)]
     began = time.perf_counter()
     left_out = 0
     for number, job in enumerate(todo, start=1):
@@ -141,6 +142,11 @@ def _without_error(failure: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in failure.items() if name != "error"}
 
 
+def _renamed(failure: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded failure by the names of this version, without the error."""
+    return _without_error(failure) | {"config": new_options(failure["config"])}
+
+
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:
     """Return, as JSON, all settings of a result other than its seed; paths inside the root are relative to it."""
     values = options_to_json(with_targets(options))
@@ -168,12 +174,12 @@ def check_same(
       drawn: options that may differ, as each seed draws them.
       more: settings of a row other than its options.
     """
-    fields = {field.name for field in dataclasses.fields(FuseOptions)}
-    before = structured({name: value for name, value in was.items() if name in fields}, FuseOptions, where)
+    known = {field.name for field in dataclasses.fields(FuseOptions)} | RENAMED.keys()
+    before = read_options({name: value for name, value in was.items() if name in known}, where)
     old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
     old, new = old | {name: was.get(name) for name in more}, new | more
-    if different := [name for name in new if name not in drawn and old[name] != new[name]]:
-        changes = "; ".join(f"{name} was {old[name]}, is {new[name]}" for name in different)
+    if different := [name for name in new if name not in drawn and old.get(name) != new[name]]:
+        changes = "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in different)
         raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafusion_jax import PRESETS, FuseOptions
+from lorafusion_jax import FuseOptions
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.tasks import Example, Task, find_task, load_task
 
+from .common import recipe_of
 from .methods import IN_BASIS, METHODS, Entry
 from .smollm2 import EXAMPLES
 
@@ -151,12 +152,7 @@ def options_of(
       adapters: names of modules to fuse, in place of all.
       run: other options, such as `out` and `name`.
     """
-    recipe = dataclasses.replace(
-        PRESETS["default"],
-        **{"lora_rank": 8} | entry.recipe | entry.rates,
-        epochs=EPOCHS[train_rows],
-        max_new_tokens=NEW_TOKENS,
-    )
+    numbers: dict[str, Any] = {"lora_rank": 8, "epochs": EPOCHS[train_rows], "max_new_tokens": NEW_TOKENS}
     return FuseOptions(
         base=str(base),
         pool=str(pool) if find_method(entry.method).pool else None,
@@ -165,7 +161,7 @@ def options_of(
         method=entry.method,
         control=entry.control,
         adapters=adapters,
-        recipe=recipe,
+        recipe=recipe_of(entry, **numbers),
         seeds=seeds,
         train_rows=train_rows,
         test_rows=EVALUATED_ROWS,

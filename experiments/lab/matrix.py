@@ -105,7 +105,7 @@ def against(method: str, file: Path) -> list[str]:
 def _fuse_options(
     options: MatrixOptions, task: str, name: str, method: str, league: League, entry: Entry
 ) -> FuseOptions:
-    recipe = recipe_of(entry, dataclasses.replace(PRESETS["default"], modules=options.modules), league=league)
+    recipe = recipe_of(entry, league=league, modules=options.modules)
     return FuseOptions(
         base=options.base,
         pool=options.pool if find(entry.method).pool else None,

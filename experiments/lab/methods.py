@@ -83,14 +83,14 @@ IN_BASIS = {
     ),
     "basis and core": Entry(
         method="fusion",
-        recipe=ALL | {"basis": 32, "core": True},
+        recipe=ALL | {"basis": 32, "train_core": True},
         rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_core": 5e-4},
     ),
     # Cores alone: the coefficients stay at zero.
     "LoRA-XS": Entry(
         method="coefficients",
         control="svd",
-        recipe={"basis": 32, "core": True, "start": "zeros", "modules": 1},
+        recipe={"basis": 32, "train_core": True, "start": "zeros", "modules": 1},
         rates={"lr_coefficients": 0.0, "lr_core": 2e-3},
     ),
     "mean module": Entry(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}),

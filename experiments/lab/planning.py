@@ -9,21 +9,19 @@ from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.estimates.plan import describe, machine, pool_shape
 from lorafusion_jax.estimates.workload import workload
+from lorafusion_jax.methods.fusion import CoefficientsRecipe, choice_of
 from lorafusion_jax.methods.method import WITH_CORE
+from lorafusion_jax.methods.recipes import basis_of, modules_of
+from lorafusion_jax.methods.untrained import FewShotRecipe
 from lorafusion_jax.models.registry import known_shapes
 from lorafusion_jax.runs.prepare import load_texts
 from lorafusion_jax.tasks import load_task
+from lorafusion_jax.training.recipe import Recipe
 
 from .common import TRAIN_ROWS
 from .jobs import Job
 from .matrix import MatrixOptions, jobs
 from .methods import Entry
-
-# Numbers of a recipe that FLOPs or bytes depend on; a composition is a part of the method's name.
-_COUNTED = (
-    *("modules", "choose", "basis", "core", "granularity", "epochs", "batch_size", "max_new_tokens"),
-    *("lora_rank", "lora_targets", "vera_rank", "evaluations", "generations", "population", "shots"),
-)
 
 
 def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> None:
@@ -39,37 +37,42 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
     pool, where = Path(options.pool), machine(options.plan_for)
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs(options, entries, check_pool=pool.is_dir()):
-        numbers = (getattr(job.options.recipe, name) for name in _COUNTED)
-        groups.setdefault((job.league, job.options.train_rows, job.options.load_in, *numbers), []).append(job)
-    for (league, rows, load_in, *_), of_group in groups.items():
-        recipe, tasks = of_group[0].options.recipe, {job.task: job.options.task for job in of_group}
-        rank, size, targets = pool_shape(pool, recipe.basis)
+        recipe = job.options.recipe
+        # Methods without a pool are planned next to those that fuse the matrix' number of modules.
+        fused = (modules_of(recipe) or options.modules, choice_of(recipe), basis_of(recipe), _has_core(recipe))
+        work = (recipe.epochs, recipe.batch_size, recipe.max_new_tokens)
+        groups.setdefault((job.league, job.options.train_rows, job.options.load_in, fused, work), []).append(job)
+    for (league, rows, load_in, (modules, choose, basis, core), (epochs, *_)), of_group in groups.items():
+        tasks = {job.task: job.options.task for job in of_group}
+        of_method = {job.method: job.options for job in of_group}
+        recipes = [options.recipe for options in of_method.values()]
+        rank, size, targets = pool_shape(pool, basis)
         settings = Settings(
-            recipe=recipe,
             rank=rank,
             targets=targets,
             # Those that any seed draws: at most as many as all of them together.
-            pool=min(len(options.seeds) * recipe.modules, size) if recipe.choose == "draw" else size,
+            pool=min(len(options.seeds) * modules, size) if choose == "draw" else size,
             seeds=len(options.seeds),
-            path=where.path,
+            seed_mode=where.seed_mode,
             device=where.device,
             load_in=load_in,
         )
         how: dict[str, Any] = {"train_rows": rows, "test_rows": options.test_rows}
         if options.base not in known_shapes():
             how |= load_texts(of_group[0].options)._asdict()
+        prompted = next((recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)), recipes[0])
         work = {
-            name: workload(load_task(task), recipe, eval_batch=options.eval_batch, **how)
+            name: workload(load_task(task), prompted, eval_batch=options.eval_batch, **how)
             for name, task in tasks.items()
         }
-        chosen = f"{recipe.modules} modules" + ("" if recipe.choose == "draw" else f" by {recipe.choose}")
-        within = "" if recipe.basis is None else f", in a basis of {recipe.basis}{WITH_CORE if recipe.core else ''}"
+        chosen = f"{modules} modules" + ("" if choose == "draw" else f" by {choose}")
+        within = "" if basis is None else f", in a basis of {basis}{WITH_CORE if core else ''}"
         few = "" if rows == TRAIN_ROWS[league] else f" over {rows} rows"
-        print(f"League {league}, {recipe.epochs} epochs{few}, {chosen}{within}")
-        methods = {job.method: _name(job.options) for job in of_group}
-        print(describe(config, [*methods.values()], work, settings, names=[*methods], capacity=where.capacity))
+        print(f"League {league}, {epochs} epochs{few}, {chosen}{within}")
+        methods = [options.method for options in of_method.values()]
+        shown: Any = {"names": [*of_method], "recipes": recipes, "capacity": where.capacity}
+        print(describe(config, methods, work, settings, **shown))
 
 
-def _name(options: Any) -> str:
-    mixed = options.recipe.composition == "mix" and options.method in ("fusion", "coefficients")
-    return f"{options.method}-mix" if mixed else options.method
+def _has_core(recipe: Recipe) -> bool:
+    return isinstance(recipe, CoefficientsRecipe) and recipe.train_core

@@ -55,7 +55,7 @@ class CostCommand(CostOptions):
 
 GROUPS = {
     "data and base": ("shape", "train_rows", "source", "target", "tokens_per_task"),
-    "fusion": ("modules", "pool_size", "rank", "targets", "bases", "core"),
+    "fusion": ("modules", "pool_size", "rank", "targets", "bases", "train_core"),
     "training": ("epochs", "batch_size"),
     "baseline": ("vera_rank", "evaluations"),
     "hardware": ("crossbar", "constants", "save_constants"),

@@ -9,7 +9,7 @@ from .parsing import parse
 
 GROUPS = {
     "data and base": ("base", "pool"),
-    "hardware": ("crossbar", "chips", "digital", "chip_key"),
+    "hardware": ("crossbar", "chips", "keep_digital", "chip_key"),
     "run": ("out",),
 }
 

@@ -11,10 +11,14 @@ from .._fuse import fuse
 from ..estimates.plan import MachineName, describe_run
 from ..files import one_line
 from ..io import processes
-from ..runs.options import FuseOptions
+from ..methods import METHODS, fields_of, find, having
+from ..methods.fusion import PRESETS
+from ..methods.method import MethodEntry
+from ..methods.recipes import recipe_of
+from ..runs.options import FuseOptions, not_an_option, options_with, plain
 from ..runs.run import run_path
-from ..training.recipe import PRESETS
-from .parsing import parse, peek
+from ..training.recipe import Recipe
+from .parsing import given, parse, peek
 from .scores import score_table
 
 
@@ -33,12 +37,14 @@ class Preset:
 class FuseCommand(FuseOptions, Preset):
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
 
+    Shown are the options of the method fusion, or of another one: `lorafusion fuse --method lora --help`.
+
     Examples:
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
       lorafusion fuse --preset reference --base base --pool pool --task task
       lorafusion fuse --base google/flan-t5-large --pool pool --basis 32 --task bbh/snarks.json
       lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan --for h100
-      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
+      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --train-chip chip --chip 3
 
     Attributes:
       plan: print what the run needs (FLOPs, memory), and run nothing. The base may be the name of a shape, such as
@@ -50,35 +56,21 @@ class FuseCommand(FuseOptions, Preset):
     plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
 
 
-GROUPS = {
-    "data and base": (
-        "base", "pool", "task", "prompt", "chat", "train_rows", "test_rows", "dtype", "load_in",
-    ),
-    "fusion": (
-        "method", "modules", "choose", "adapters", "composition", "basis", "granularity", "start", "control",
-        "core", "differentiate_norm",
-    ),
-    "training": (
-        "epochs", "batch_size", "lr_coefficients", "lr_magnitudes", "lr_core", "schedule", "warmup", "l2", "l1", "clip",
-        "prune", "stop_early", "protocol", "start_from",
-    ),
-    "baseline": (
-        "lora_rank", "lora_targets", "vera_rank", "lr_lora", "lr_vera", "lr_full", "shots", "merge", "density",
-        "evaluations", "generations", "population",
-    ),
-    "hardware": ("crossbar", "noise", "chip", "chip_key", "digital", "age", "norm"),
-    "run": (
-        "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds",
-        "path", "mesh", "distributed", "coordinator", "processes", "process", "profile",
-    ),
-}  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked(Preset):
+    """What the other options depend on."""
+
+    method: str = FuseOptions.method
 
 
 def main(arguments: Sequence[str]) -> None:
     """Fuse, and print the results; with `--plan`, print only the estimated cost."""
-    recipe = PRESETS[peek(Preset, arguments).preset]
-    command = parse(FuseCommand, arguments, "fuse", groups=GROUPS, defaults=vars(recipe))
-    options = FuseOptions(**{field.name: getattr(command, field.name) for field in dataclasses.fields(FuseOptions)})
+    asked = peek(_Asked, arguments)
+    entry = find(asked.method)
+    _refuse_others(arguments, entry)
+    recipe = recipe_of(entry.recipe, vars(PRESETS[asked.preset]))
+    command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
+    options = plain(command)
     if command.plan:
         print(describe_run(options, command.plan_for))
         return
@@ -87,6 +79,41 @@ def main(arguments: Sequence[str]) -> None:
     results = fuse(options)
     if processes.first():
         print(report(results, run_path(options)))
+
+
+def _command(entry: MethodEntry) -> type[FuseCommand]:
+    """Return the command's options for one method: its own, and the names of all that are registered by now."""
+    names = "; ".join(f"{name}, {each.help}" for name, each in METHODS.items())
+    method = Annotated[Literal[tuple(METHODS)], tyro.conf.arg(help=f"how the task is learned: {names}")]
+    named: Any = ("method", method, dataclasses.field(default=entry.name))
+    bases, doc = (FuseCommand, options_with(entry.recipe)), {"__doc__": FuseCommand.__doc__}
+    return dataclasses.make_dataclass("FuseCommand", [named], bases=bases, namespace=doc, frozen=True, kw_only=True)
+
+
+def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
+    """Return the options by the title that the help text shows them under: those of a method have its name."""
+    common = [field.name for field in dataclasses.fields(Recipe) if field.name != "max_new_tokens"]
+    own = [name for name in fields_of(entry) if name not in (*common, "max_new_tokens")]
+    return {
+        "data and base": (
+            "base", "pool", "task", "prompt", "chat", "train_rows", "test_rows", "dtype", "load_in",
+        ),
+        "method": ("method", "adapters", "control"),
+        f"method {entry.name}": own,
+        "training": (*common, "start_from"),
+        "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm"),
+        "run": (
+            "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds",
+            "seed_mode", "mesh", "distributed", "coordinator", "processes", "process", "profile",
+        ),
+    }  # fmt: skip
+
+
+def _refuse_others(arguments: Sequence[str], entry: MethodEntry) -> None:
+    """Raise ValueError for an option of other methods than the one that is asked for."""
+    for option in given(arguments):
+        if having(option) and option not in fields_of(entry):
+            raise ValueError(f"--{option.replace('_', '-')} is {not_an_option(option, entry.name)}")
 
 
 def report(results: Mapping[str, Any], folder: Path) -> str:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
+
+from ..runs.old_names import RENAMED, VALUES
 
 Options = TypeVar("Options")
 
@@ -31,7 +34,8 @@ def parse(
     """
     import tyro
 
-    groups = groups or {}
+    _refuse_old_names(arguments, [field for field, _, _ in flat_fields(options)])
+    groups = {title: names for title, names in (groups or {}).items() if names}
     shown = _shown(options, groups, defaults or {})
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
     prefixes = (tyro.conf.OmitArgPrefixes,)
@@ -48,6 +52,22 @@ def peek(options: type[Options], arguments: Sequence[str]) -> Options:
 
     found, _ = tyro.cli(options, args=list(arguments), return_unknown_args=True, add_help=False)
     return found
+
+
+def given(arguments: Sequence[str]) -> list[str]:
+    """Return the names of the options that arguments give, as names of fields."""
+    names = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    return [name.replace("-", "_") for name in names]
+
+
+def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
+    """Raise ValueError for the old spelling of an option, with the new one."""
+    for name in given(arguments):
+        new = RENAMED.get(name, name)
+        if name not in options and new in options:
+            values = ", ".join(f"{old} is {now}" for old, now in VALUES.get(new, {}).items())
+            said = f" ({values})" if values else ""
+            raise ValueError(f"--{name} is now --{new.replace('_', '-')}{said}: write it so")
 
 
 def part_of(command: Any, options: type[Options], flag: str) -> Options:
@@ -98,7 +118,8 @@ def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
 def _documented(options: type) -> str:
     """Return the lines that describe the options, including those of parent classes and nested dataclasses."""
     hints = typing.get_type_hints(options, include_extras=True)
-    classes = [*reversed(options.__mro__), *filter(None, map(_dataclass, hints.values()))]
+    nested = filter(None, map(_dataclass, hints.values()))
+    classes = [*reversed(options.__mro__), *(each for inner in nested for each in reversed(inner.__mro__))]
     docs = (inspect.cleandoc(vars(each).get("__doc__") or "") for each in classes if dataclasses.is_dataclass(each))
     return "\n".join(doc.partition("\nAttributes:\n")[2] for doc in docs)
 
@@ -122,4 +143,4 @@ def _dataclass(hint: Any) -> type | None:
 
 
 def _attribute(title: str) -> str:
-    return title.replace(" ", "_")
+    return re.sub(r"\W", "_", title)  # a method's name may have hyphens

@@ -3,9 +3,10 @@
 A multiplication and an addition count as two operations. Matrix products are counted, and so is the optimiser, which is
 elementwise. Other elementwise operations are not; for this reason XLA's own count is a few percent higher.
 
-Axis letters: B batch, S source, T target, N modules of a fusion, P modules in memory, r rank, k directions of a basis.
+Axis letters: B batch, S source, T target.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..methods.method import Update
@@ -57,10 +58,9 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
     norms again for every token. (Compilers leave out what the prompt's pass through the last block of an unrolled model
     computes other than keys and values; it is counted.)
     """
-    again, rows, source, target = 0, *shape
-    if update.kind == "dora":
-        there = targeted(config, update.targets).values()
-        again = sum(site.layers * _prepare(site, update) for site in there if "target" in site.reads)
+    rows, source, target = shape
+    there = [site for site in _adapted(config, update) if "target" in site.reads]
+    again = sum(site.layers * update.repeat(site) for site in there)
     unread = 4 * sum(
         stack.layers * rows * source * target * attention.heads * attention.d_head
         for stack in config.stacks.values()
@@ -83,7 +83,7 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
         backward += products - _last_products(config, shape) + attention + updates
     elif config.remat == "dots" and not config.unroll:
         backward += attention / 2  # the scores; XLA removes the recomputation if layers are unrolled
-    if config.unroll and update.kind != "full":
+    if config.unroll and not update.trains_base:
         backward -= _first_layers(config, shape)
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
 
@@ -122,63 +122,21 @@ def _first_layers(config: Architecture, shape: Shape) -> float:
 
 def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: bool = True) -> float:
     """Return the FLOPs of the updates of all sites, forward."""
-    if update.kind in ("none", "full"):
-        return 0.0
     total = 0
-    for site in targeted(config, update.targets).values():
-        of_token = update.width(site) * (site.d_in + site.d_out) + _core(update)
+    for site in _adapted(config, update):
+        of_token = update.width(site) * (site.d_in + site.d_out) + update.core(site)
         total += site.layers * 2 * tokens(site.reads, shape) * of_token
-        total += site.layers * _prepare(site, update) if prepare else 0
+        total += site.layers * update.prepare(site) if prepare else 0
     return float(total)
-
-
-def _prepare(site: Site, update: Update) -> int:
-    """Return the FLOPs of one matrix before any token: fused factors, and the norm of its columns."""
-    d_in, d_out, r = site.d_in, site.d_out, update.rank
-    k = update.modules * r
-    if update.kind == "dora":
-        return 2 * r * d_in * d_out + 2 * r * r * (d_in + d_out)
-    if update.kind == "mix":
-        factors = 2 * update.pool * r * (d_in + d_out)
-        return factors + (2 * update.pool * r * d_out + 2 * r * r * (d_in + d_out) if update.magnitudes else 0)
-    if update.kind == "basis":
-        mixed = 2 * r * r * (update.modules + (0 if update.in_arrays and not update.magnitudes else d_out))
-        return mixed + (_norm(r, d_in, d_out) if update.magnitudes else 0)
-    of_pairs = 2 * update.pair_terms * d_out
-    if update.is_dense(site):
-        return 2 * k * d_in * d_out + of_pairs
-    if of_pairs:
-        return of_pairs
-    return _norm(k, d_in, d_out) if update.kind == "sum" and update.magnitudes else 0
-
-
-def _norm(k: int, d_in: int, d_out: int) -> int:
-    """Return the FLOPs of the columns' norms of a product of rank k, in the order that `squared_columns` uses."""
-    return 2 * k * min(k * (d_in + d_out), d_in * d_out)
-
-
-def _core(update: Update) -> int:
-    """Return the multiply-adds of a token with the core between directions in arrays."""
-    return update.rank**2 if update.kind == "basis" and update.in_arrays else 0
 
 
 def _gradients(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of the gradients of the trained numbers, given the gradients of the outputs."""
-    if update.kind == "full":
+    if update.trains_base:
         return _products(config, shape) + _head(config, shape)
-    if update.kind in ("none", "magnitudes", "vera"):
-        return 0.0
-    total = 0
-    for site in targeted(config, update.targets).values():
-        count, d_in, d_out = tokens(site.reads, shape), site.d_in, site.d_out
-        if update.kind == "mix":
-            total += site.layers * 2 * update.pool * update.rank * (d_in + d_out)
-        if update.kind == "basis":
-            # Of the core, or of the core's product with V, and then of the coefficients.
-            of_core = count * _core(update) if update.in_arrays else update.rank * d_out * (count + update.rank)
-            total += site.layers * 2 * (of_core + update.modules * update.rank**2)
-        elif update.is_dense(site):
-            total += site.layers * 2 * (count + update.modules * update.rank) * d_in * d_out
-        elif update.kind != "sum":
-            total += site.layers * 2 * count * update.rank * (d_in + d_out)
-    return float(total)
+    of_sites = (site.layers * update.gradients(site, tokens(site.reads, shape)) for site in _adapted(config, update))
+    return float(sum(of_sites))
+
+
+def _adapted(config: Architecture, update: Update) -> Iterable[Site]:
+    return () if update.trains_base else targeted(config, update.targets).values()

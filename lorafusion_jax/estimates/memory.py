@@ -4,18 +4,18 @@ The formulas follow XLA's allocations for the programs of `fit.train_seeds` and 
 tests compare them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
 (`narrow.py`). On an accelerator this copy is left out; no such device was measured.
 
-Axis letters: B batch, S source, T target, V vocabulary, N modules of a fusion, P modules in memory, r rank, k
-directions of a basis.
+Axis letters: B batch, S source, T target, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from ..methods.method import Update
 from ..models.architecture import Architecture, Site, targeted
 from ..models.weights import tile_size
 from ..runs.options import LoadIn
-from ..training.seeds import Path
+from ..training.seeds import SeedMode
 from .flops import Shape, keys, last_sites, queries, tokens
 from .parameters import size
 
@@ -26,7 +26,6 @@ _BITS = {"nf4": 4, "int8": 8}
 # Copies of the trained numbers after the backward pass (gradients, finite gradients and updates, at their peak):
 # measured as 2.4 times the 783 million numbers of FLAN-T5-large.
 _UPDATING = 2.4
-_GROUP = 4  # layers whose norms and fused factors `compose` computes together
 
 
 def weights_bytes(config: Architecture, load_in: LoadIn = "full") -> int:
@@ -39,17 +38,11 @@ def weights_bytes(config: Architecture, load_in: LoadIn = "full") -> int:
 
 
 def pool_bytes(config: Architecture, update: Update, load_in: LoadIn = "full") -> int:
-    """Return the bytes of P modules, whole or in a basis, and the norms' terms, or of VeRA's shared random matrices."""
-    frozen = targeted(config, update.targets).values()
-    if update.kind == "vera":
-        return _FLOAT32 * update.rank * (max(s.d_in for s in frozen) + max(s.d_out for s in frozen))
-    if update.kind not in ("mix", "sum", "basis"):
-        return 0
-    modules, cores = (1, update.pool * update.rank**2) if update.kind == "basis" else (update.pool, 0)
-    width = modules * update.rank
-    terms = update.pair_terms or width
-    factors = sum(_bytes(s.layers * width, side, _FLOAT32, load_in) for s in frozen for side in (s.d_in, s.d_out))
-    return factors + _FLOAT32 * sum(s.layers * (cores + (terms + 1) * s.d_out) for s in frozen)
+    """Return the bytes of a method's frozen matrices, such as a pool's, and of the terms that are kept with them."""
+    sites = _adapted(config, update)
+    width = update.frozen_width()
+    factors = sum(_bytes(s.layers * width, side, _FLOAT32, load_in) for s in sites for side in (s.d_in, s.d_out))
+    return factors + _FLOAT32 * update.frozen_numbers(sites)
 
 
 def state_bytes(trainable: int) -> int:
@@ -64,7 +57,7 @@ def step_bytes(
     *,
     trainable: int,
     seeds: int,
-    path: Path,
+    seed_mode: SeedMode,
     device: Device,
     load_in: LoadIn = "full",
 ) -> int:
@@ -80,20 +73,20 @@ def step_bytes(
       update: the method's update of the adapted matrices.
       trainable: number of trained numbers of one seed.
       seeds: number of seeds.
-      path: how seeds run.
+      seed_mode: how seeds run.
       device: kind of device.
       load_in: what the base is held in.
     """
-    gradients = trainable * _FLOAT32 * (1 if update.kind == "full" else 3)
+    gradients = trainable * _FLOAT32 * (1 if update.trains_base else 3)
     kept = _kept(config, shape, update) * _itemsize(config)
     if config.remat == "none":
         kept += _rest(config, shape) * _FLOAT32
-    batched = seeds if path == "vmap" else 1
+    batched = seeds if seed_mode == "batched" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update))
     needed += _copies(config, device, load_in)
-    if update.kind == "full":
+    if update.trains_base:
         needed = max(needed, int(_UPDATING * batched * gradients))
-    return needed + (seeds * state_bytes(trainable) if path == "map" and seeds > 1 else 0)
+    return needed + (seeds * state_bytes(trainable) if seed_mode == "sequential" and seeds > 1 else 0)
 
 
 def evaluation_bytes(
@@ -103,7 +96,7 @@ def evaluation_bytes(
     update: Update,
     *,
     seeds: int,
-    path: Path,
+    seed_mode: SeedMode,
     device: Device,
     load_in: LoadIn = "full",
 ) -> int:
@@ -119,11 +112,11 @@ def evaluation_bytes(
       new_tokens: length of the cache; 0 if only the loss is computed.
       update: the method's update of the adapted matrices.
       seeds: number of seeds.
-      path: how seeds run.
+      seed_mode: how seeds run.
       device: kind of device.
       load_in: what the base is held in.
     """
-    batched = seeds if path == "vmap" else 1
+    batched = seeds if seed_mode == "batched" else 1
     needed = _work(config, shape)
     if new_tokens:
         cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config)
@@ -155,10 +148,9 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
     # The last product of a block is part of the next one's input, so it is not kept itself.
     last = last_sites(config).values()
     total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
-    if update.kind not in ("none", "magnitudes", "full"):
-        for site in targeted(config, update.targets).values():
-            width = update.width(site)
-            total += tokens(site.reads, shape) * site.layers * (width + site.d_out if width else 0)
+    for site in _adapted(config, update):
+        width = update.width(site)
+        total += tokens(site.reads, shape) * site.layers * (width + site.d_out if width else 0)
     return total
 
 
@@ -183,28 +175,12 @@ def _work(config: Architecture, shape: Shape) -> int:
 
 
 def _fused(config: Architecture, update: Update) -> int:
-    """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients.
-
-    In a basis, the modules of all layers are read at once: N cores, and the product of their sum with V. Pair terms
-    need no module.
-    """
-    frozen = targeted(config, update.targets).values()
-    if update.kind == "basis":
-        k = update.rank
-        return _FLOAT32 * 2 * sum(s.layers * k * (update.modules * k + s.d_out) for s in frozen)
-    if update.kind not in ("mix", "sum"):
-        return 0
-    modules = update.pool if update.kind == "mix" else update.modules
-    read = [s for s in frozen if not update.pair_terms or update.is_dense(s)]
-    group = max((min(s.layers, _GROUP) * modules * update.rank * (s.d_in + 2 * s.d_out) for s in read), default=0)
-    factors = sum(s.layers * _factors(s, update) for s in frozen)
-    return _FLOAT32 * 2 * (group + factors)
+    """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients."""
+    return _FLOAT32 * 2 * update.working_numbers(_adapted(config, update))
 
 
-def _factors(site: Site, update: Update) -> int:
-    if update.kind == "mix":
-        return update.rank * (site.d_in + site.d_out)
-    return site.d_in * site.d_out if update.is_dense(site) else 0
+def _adapted(config: Architecture, update: Update) -> Sequence[Site]:
+    return () if update.trains_base else tuple(targeted(config, update.targets).values())
 
 
 def _copies(config: Architecture, device: Device, load_in: LoadIn) -> int:

@@ -10,9 +10,10 @@ from flax import nnx
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
 from ..methods.method import Built, MethodEntry, PlannedPool
+from ..methods.recipes import basis_of, modules_of
 from ..models.architecture import Architecture, targeted
 from ..models.registry import abstract_model
-from ..training.problem import Frozen
+from ..training.frozen import Frozen
 from ..training.recipe import Recipe
 
 
@@ -25,24 +26,26 @@ def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, mo
     Args:
       entry: of the method.
       config: of the base model.
-      recipe: of the run.
+      recipe: of the run, of the class that the entry names.
       modules: rank and targets of the modules that are fused.
 
     Raises:
       ValueError: a target that the model does not have, or a basis of more directions than a matrix has.
     """
-    if entry.in_basis and recipe.basis is not None:
+    if (k := basis_of(recipe)) is not None:
         for name, site in targeted(config, modules.targets).items():
-            check_width(recipe.basis, name, site.d_in, site.d_out)
+            check_width(k, name, site.d_in, site.d_out)
     if not entry.counted:
         return {}
 
+    count = modules_of(recipe)
+
     def start(base: nnx.State) -> dict:
-        pool = _pool(config, modules, recipe.modules, recipe.basis if entry.in_basis else None) if entry.pool else None
-        method = entry.build(Built(config=config, recipe=recipe, pool=pool, modules=recipe.modules))
+        pool = _pool(config, modules, count, k) if entry.pool else None
+        method = entry.build(Built(config=config, recipe=recipe, pool=pool, modules=count))
         kernels = {name: jnp.zeros((site.layers, site.d_in, site.d_out)) for name, site in config.sites.items()}
         frozen = method.prepare(Frozen(base, pool), kernels)
-        return method.init(frozen, jnp.arange(recipe.modules if entry.pool else 0), jax.random.key(0))
+        return method.init(frozen, jnp.arange(count), jax.random.key(0))
 
     params = jax.eval_shape(start, _base(config))
     return {group: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for group, tree in params.items()}

@@ -8,9 +8,9 @@ from ..checks import at_least
 from ..io.hf import read_config
 from ..methods import METHODS
 from ..methods.method import WITH_CORE, PlannedPool
+from ..methods.recipes import recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
-from ..training.recipe import Recipe
 from .parameters import trainable_count
 
 
@@ -41,14 +41,15 @@ def counts(
     """
     at_least(1, modules=modules, rank=rank, vera_rank=vera_rank, **({} if basis is None else {"basis": basis}))
     maps = None if targets is None else tuple(targets)
-    recipe = Recipe(modules=modules, lora_rank=rank, vera_rank=vera_rank, lora_targets=maps)
+    numbers = {"modules": modules, "lora_rank": rank, "vera_rank": vera_rank, "lora_targets": maps}
     fused, found = PlannedPool(rank=rank, pool=modules, targets=maps), {}
     for entry in METHODS.values():
-        asked = {} if entry.title is None else {entry.title.format(rank=rank, vera_rank=vera_rank): recipe}
+        recipe = recipe_of(entry.recipe, numbers)
+        asked = {} if entry.title is None else {entry.title.format(**vars(recipe)): recipe}
         if entry.basis_title is not None and basis is not None:
-            title = entry.basis_title.format(basis=basis)
-            asked[title] = dataclasses.replace(recipe, basis=basis)
-            asked[title + WITH_CORE] = dataclasses.replace(recipe, basis=basis, core=True)
+            for core in (False, True):
+                in_basis = recipe_of(entry.recipe, vars(recipe) | {"basis": basis, "train_core": core})
+                asked[entry.basis_title.format(basis=basis) + (WITH_CORE if core else "")] = in_basis
         found |= {title: sum(trainable_count(entry, config, of, fused).values()) for title, of in asked.items()}
     return found
 

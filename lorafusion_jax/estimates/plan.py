@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..io.pool import open_pool
+from ..methods.fusion import choice_of
+from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..platform import for_cpu
@@ -13,8 +15,8 @@ from ..runs.options import FuseOptions
 from ..runs.prepare import check, load_texts
 from ..tasks import load_task
 from ..text_tables import markdown
-from ..training.seeds import Path as SeedPath
-from ..training.seeds import default_path
+from ..training.recipe import Recipe
+from ..training.seeds import SeedMode, default_seed_mode
 from .estimate import Cost, Settings, estimate, seeds_of
 from .memory import Device
 from .params import shape_config
@@ -26,12 +28,12 @@ class Machine(NamedTuple):
 
     Attributes:
       device: kind of device.
-      path: how seeds run there by default.
+      seed_mode: how seeds run there by default.
       capacity: bytes of the device's memory, as its maker states them; None if they are not known.
     """
 
     device: Device
-    path: SeedPath
+    seed_mode: SeedMode
     capacity: int | None = None
 
 
@@ -39,15 +41,15 @@ class Machine(NamedTuple):
 MachineName = Literal["h100", "v5e", "cpu"]
 _PROCESS = "about 0.9 GiB"
 _MACHINES: dict[MachineName, Machine] = {
-    "h100": Machine("accelerator", "vmap", 80 * 10**9),
-    "v5e": Machine("accelerator", "vmap", 16 * 10**9),
-    "cpu": Machine("cpu", "map"),
+    "h100": Machine("accelerator", "batched", 80 * 10**9),
+    "v5e": Machine("accelerator", "batched", 16 * 10**9),
+    "cpu": Machine("cpu", "sequential"),
 }
 
 
 def machine(name: MachineName | None) -> Machine:
     """Return a machine by its name; this one without a name."""
-    return _MACHINES[name] if name else Machine("cpu" if for_cpu() else "accelerator", default_path())
+    return _MACHINES[name] if name else Machine("cpu" if for_cpu() else "accelerator", default_seed_mode())
 
 
 class PoolShape(NamedTuple):
@@ -78,7 +80,14 @@ class Row(NamedTuple):
     cost: Cost
 
 
-def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workload], settings: Settings) -> list[Row]:
+def plan(
+    config: Architecture,
+    methods: Sequence[str],
+    tasks: Mapping[str, Workload],
+    settings: Settings,
+    *,
+    recipes: Sequence[Recipe] = (),
+) -> list[Row]:
     """Return the cost of every method for all tasks and seeds.
 
     Args:
@@ -86,6 +95,7 @@ def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workl
       methods: names of `estimate.method_names`.
       tasks: name -> workload.
       settings: settings of all runs.
+      recipes: recipes of the methods, in their order; by default that of the settings.
 
     Raises:
       ValueError: there are no methods or no tasks, or `estimate` raises it.
@@ -93,7 +103,8 @@ def plan(config: Architecture, methods: Sequence[str], tasks: Mapping[str, Workl
     if not tasks or not methods:
         raise ValueError(f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each")
     rows = []
-    for method in methods:
+    for method, recipe in zip(methods, recipes or [settings.recipe] * len(methods), strict=True):
+        settings = dataclasses.replace(settings, recipe=recipe)
         costs = [estimate(config, method, work, settings) for work in tasks.values()]
         seeds = seeds_of(method, settings)
         all_runs = {
@@ -127,6 +138,7 @@ def describe(
     settings: Settings,
     *,
     names: Sequence[str] = (),
+    recipes: Sequence[Recipe] = (),
     capacity: int | None = None,
 ) -> str:
     """Return a description of how a matrix runs, and its costs; further arguments and errors are those of `plan`.
@@ -137,11 +149,12 @@ def describe(
       tasks: name -> workload.
       settings: settings of all runs.
       names: names of the rows; by default those of the methods.
+      recipes: recipes of the methods, in their order; by default that of the settings.
       capacity: bytes of the device's memory; rows that need more are named.
     """
-    rows = plan(config, methods, tasks, settings)
+    rows = plan(config, methods, tasks, settings, recipes=recipes)
     rows = [row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)]
-    how = "batched (vmap)" if settings.path == "vmap" else "one after the other (lax.map)"
+    how = "batched" if settings.seed_mode == "batched" else "one after the other"
     where = "a CPU" if settings.device == "cpu" else "an accelerator"
     lines = [f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
     lines += [
@@ -184,18 +197,19 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     """
     check(options)
     where, recipe = machine(name), options.recipe
-    k = recipe.basis if options.control == "none" else None  # a control projects whole modules
+    k = basis_of(recipe) if options.control == "none" else None  # a control projects whole modules
     rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k)
-    recipe = dataclasses.replace(recipe, modules=len(options.adapters) or min(recipe.modules, size))
-    drawn = len(options.adapters) or min(len(options.seeds) * recipe.modules, size)
-    all_seeds = drawn if recipe.choose == "draw" else size
+    modules = len(options.adapters) or min(modules_of(recipe), size)
+    recipe = recipe_of(type(recipe), vars(recipe) | {"modules": modules})
+    drawn = len(options.adapters) or min(len(options.seeds) * modules, size)
+    all_seeds = drawn if choice_of(recipe) == "draw" else size
     settings = Settings(
         recipe=recipe,
         rank=rank,
         targets=targets,
-        pool=all_seeds,
+        pool=all_seeds or None,
         seeds=len(options.seeds),
-        path=where.path if options.path == "auto" else options.path,
+        seed_mode=where.seed_mode if options.seed_mode == "auto" else options.seed_mode,
         device=where.device,
         load_in=options.load_in,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..checks import at_least
+from ..methods.untrained import FewShotRecipe
 from ..tasks import (
     LONGEST,
     SEPARATE_TEXTS,
@@ -82,7 +83,7 @@ def workload(
 
     Args:
       task: the texts.
-      recipe: numbers of the training.
+      recipe: numbers of the training; examples of few-shot prompts are as many as its own, else the default.
       tokenizer: the base model's; without one, lengths are estimated from characters.
       text_format: how the base model reads prompts and answers.
       train_rows: train and validate on no more rows than this.
@@ -104,8 +105,8 @@ def workload(
         "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
     }
     shapes = {name: _shapes(train_batches(train, order, pad_id=0)) for name, order in orders.items()}
-    enough = recipe.shots <= min(train_rows, len(task.train))
-    prompted = few_shot(task, recipe.shots, _SEED) if enough else None
+    enough = (shots := _shots(recipe)) <= min(train_rows, len(task.train))
+    prompted = few_shot(task, shots, _SEED) if enough else None
     options = answer_options(task)
     longest = max(len(row) for row in train.labels)
     # Other methods need no examples in the prompt, so their length is no reason to refuse the plan.
@@ -135,7 +136,7 @@ def uniform(
     """Return the workload of a task whose rows all have the same length.
 
     Args:
-      recipe: numbers of the training.
+      recipe: numbers of the training; examples of few-shot prompts are as many as its own, else the default.
       source: tokens of an input.
       target: tokens of an answer.
       train_rows: number of rows to train and validate on.
@@ -147,7 +148,7 @@ def uniform(
       ValueError: a number is too small.
     """
     at_least(1, source=source, target=target, train_rows=train_rows, test_rows=test_rows, eval_batch=eval_batch)
-    widths, prompted = (bucket(source), bucket(target)), source + recipe.shots * (source + target)
+    widths, prompted = (bucket(source), bucket(target)), source + _shots(recipe) * (source + target)
     rows = split(train_rows, (_SEED,), limit=train_rows)
     orders = batch_orders(rows.train, batch_size=recipe.batch_size)
     search = tuple(Shape(orders.shape[2], *widths) for _ in range(orders.shape[1]))
@@ -166,6 +167,10 @@ def uniform(
         new_tokens=recipe.max_new_tokens or most_new_tokens(target),
         lengths="given",
     )
+
+
+def _shots(recipe: Recipe) -> int:
+    return recipe.shots if isinstance(recipe, FewShotRecipe) else FewShotRecipe.shots
 
 
 def _even(rows: int, most: int, source: int, target: int) -> Shapes:

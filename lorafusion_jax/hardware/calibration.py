@@ -12,8 +12,10 @@ from jaxtyping import Array
 from ..crossbar import calibrate_tree
 from ..runs.prepare import Setup
 from ..tasks import Batch, Encoded, eval_batches
+from ..training.frozen import Frozen
 from ..training.loss import batch_logits
-from ..training.problem import Frozen, Method, Params, Problem
+from ..training.method import Method, Params
+from ..training.problem import Problem
 
 # Training rows that ADCs are calibrated on.
 CALIBRATION_ROWS = 64

@@ -22,7 +22,8 @@ from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
 from ..models.weights import reads
 from ..runs.prepare import Setup
 from ..tasks import Split
-from ..training.problem import Frozen, Params
+from ..training.frozen import Frozen
+from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate
 from .program import Norms, program
 

@@ -26,7 +26,7 @@ from ..runs.evaluate import evaluate
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup
-from ..training.problem import Params
+from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, looped
 from .chips import for_every_chip, on_every_chip
 from .folder import Chips, aged, load_chips
@@ -53,7 +53,7 @@ class EvaluateOnChipsOptions(EvaluateOptions):
         configuration says.
       read_noise: standard deviation of the read noise as a share of Gmax, in place of the configuration's.
       adc_bits: bits of the ADC, in place of the configuration's.
-      digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers; a
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers; a
         folder has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
       lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into `cells` of its own.
@@ -69,7 +69,7 @@ class EvaluateOnChipsOptions(EvaluateOptions):
     compensate: Literal["on", "off", "both"] | None = None
     read_noise: float | None = None
     adc_bits: int | None = None
-    digital: tuple[str, ...] = ()
+    keep_digital: tuple[str, ...] = ()
     norm: Norms = OnArrays.norm
     lora_in: Literal["sram", "cells"] = "sram"
     chip_key: int = 0
@@ -115,7 +115,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     """
     assert options.crossbar is not None
     at_least(1, chips=options.chips, calibration_rows=options.calibration_rows)
-    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.digital)
+    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config = _overridden(chips.config, options)
     configs = {(age, compensate): aged(config, age, compensate=compensate) for age, compensate in cases(options)}
     count = options.chips or chips.count or 1

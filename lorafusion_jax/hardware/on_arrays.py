@@ -13,7 +13,8 @@ from ..methods.merge import Merge
 from ..runs.options import FuseOptions
 from ..runs.prepare import Setup
 from ..runs.run import HardwareSetup
-from ..training.problem import Frozen, Params
+from ..training.frozen import Frozen
+from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate, looped
 from .chips import redrawn
 from .folder import STEP_CHIPS, Chips, aged, load_chips
@@ -44,11 +45,11 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     check(setup, options)
     asked = options.arrays
     assert asked.crossbar is not None
-    chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.digital)
+    chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
     chips.check(setup)
     config = aged(chips.config, asked.age)
-    if asked.noise in ("fresh", "both") and not is_random(config):
-        raise ValueError(f"programming is not random in {chips.name}: train with --noise chip or --noise none")
+    if asked.train_chip in ("fresh", "both") and not is_random(config):
+        raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
     setup = looped(without_merged_pool(setup))
     graph, digital = setup.problem.graph, setup.problem.frozen
 
@@ -60,11 +61,11 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 
     chip = calibrated(config)
     training = chip
-    if asked.noise == "none":
+    if asked.train_chip == "none":
         training = calibrated(deterministic(config))
-    elif asked.noise != "chip":
+    elif asked.train_chip != "chip":
         key = jax.random.fold_in(chips.key, STEP_CHIPS)
-        steps = "every" if asked.noise == "fresh" else "other"
+        steps = "every" if asked.train_chip == "fresh" else "other"
         training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
 
     def tested(trained: Params) -> Setup:

@@ -19,7 +19,7 @@ from ..adapters.pool import LoraPool
 from ..crossbar import Rules, chips_in, program_tree
 from ..models.architecture import Model, kernels, matrices, set_matrices
 from ..models.weights import dense
-from ..training.problem import Frozen
+from ..training.frozen import Frozen
 
 # Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
 Norms = Literal["programmed", "ideal"]

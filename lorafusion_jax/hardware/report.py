@@ -10,7 +10,7 @@ from ..io.folders import write_json
 from ..progress import progress
 from ..runs.evaluate import seed_rows
 from ..runs.scoring import evaluate_seeds
-from ..training.problem import Frozen
+from ..training.frozen import Frozen
 from .calibration import calibration_batches, logits_of, looped
 from .evaluate import EvaluateOnChipsOptions, asked, cases, settings
 from .program import program

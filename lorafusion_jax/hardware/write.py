@@ -23,10 +23,10 @@ from ..crossbar import (
 )
 from ..io.folders import new_folder, write_json
 from ..io.pool import open_pool
+from ..methods.fusion import FusionRecipe
 from ..progress import progress
 from ..runs.options import FuseOptions
 from ..runs.prepare import load_model
-from ..training.recipe import Recipe
 from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip, digests
 from .program import program
 
@@ -50,7 +50,7 @@ class ProgramOptions:
       basis: write the first so many directions of the pool's shared basis in place of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.
-      digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers.
     """
 
     base: str
@@ -60,7 +60,7 @@ class ProgramOptions:
     basis: int | None = None
     chips: int = 1
     chip_key: int = 0
-    digital: tuple[str, ...] = ()
+    keep_digital: tuple[str, ...] = ()
 
 
 def write_chips(options: ProgramOptions) -> Manifest:
@@ -79,10 +79,10 @@ def write_chips(options: ProgramOptions) -> Manifest:
         raise ValueError(
             f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: one is enough"
         )
-    chips = Chips(config, options.digital, jax.random.key(options.chip_key), None, options.crossbar)
+    chips = Chips(config, options.keep_digital, jax.random.key(options.chip_key), None, options.crossbar)
     pool = open_pool(options.pool)
     names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
-    recipe = Recipe(modules=len(names), basis=options.basis)
+    recipe = FusionRecipe(modules=len(names), basis=options.basis)
     fused = load_model(FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe))
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[Chip]()
@@ -102,7 +102,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
             "modules": found["modules"],
             "config": options.crossbar,
             "config_sha256": config_hash(config),
-            "digital": list(options.digital),
+            "digital": list(options.keep_digital),
             "key": options.chip_key,
             "chips": options.chips,
             "one_chip": _report(leaves),

@@ -1,5 +1,7 @@
 """The methods that can be trained or compared, by name. A new one is a file, and a line here."""
 
+import dataclasses
+
 from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
 from .method import MethodEntry
 
@@ -27,6 +29,16 @@ def find(name: str) -> MethodEntry:
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def having(number: str) -> list[str]:
+    """Return the names of the methods whose recipe has a number of this name."""
+    return [name for name, entry in METHODS.items() if number in fields_of(entry)]
+
+
+def fields_of(entry: MethodEntry) -> list[str]:
+    """Return the names of all numbers of a method's recipe."""
+    return [field.name for field in dataclasses.fields(entry.recipe)]
 
 
 register(

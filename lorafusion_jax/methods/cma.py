@@ -6,6 +6,7 @@ Axis letters: N modules of a seed.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -17,15 +18,36 @@ from jaxtyping import Array, Float
 
 from ..progress import progress
 from ..tasks import Batch
+from ..training.frozen import SEARCH
 from ..training.mesh import on_mesh, to_host
-from ..training.problem import SEARCH, Params, Problem
-from ..training.recipe import Recipe
+from ..training.method import Params
+from ..training.problem import Problem
 from ..training.step import standard_promotion
+from .fused import fused
 from .lorahub import BOUND, build, recorder, score
-from .method import MethodEntry, SearchJob, fused
+from .method import MethodEntry, SearchJob
+from .recipes import PoolRecipe
 
 _SEARCH = 1  # purpose of a seed's key; 0 is the start of training
 _DEVIATION = 0.3  # standard deviation of the first generation about zero, a fifth of the bound
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CMARecipe(PoolRecipe):
+    """Recipe of CMA-ES.
+
+    Attributes:
+      generations: number of generations.
+      population: members of a generation.
+    """
+
+    generations: int = 40
+    population: int = 16
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no search can use."""
+        super().check()
+        check_population(self.generations, self.population)
 
 
 def search(
@@ -113,11 +135,6 @@ def load_evosax() -> ModuleType:
     return algorithms
 
 
-def _check(recipe: Recipe) -> None:
-    check_population(recipe.generations, recipe.population)
-    load_evosax()
-
-
 def _search(job: SearchJob) -> tuple[Params, int]:
     recipe, batches = job.recipe, list(job.rows.once(job.recipe.batch_size))
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _SEARCH) for seed in job.seeds])
@@ -138,11 +155,12 @@ ENTRIES = (
         name="cma",
         help="search LoraHub's weights by CMA-ES",
         build=build,
+        recipe=CMARecipe,
         update=lambda recipe, modules: fused(recipe, modules, "mix"),
         pool=True,
         learns="searched",
         groups=("coefficients",),
-        check=_check,
+        check=load_evosax,
         search=_search,
         evaluations=lambda recipe, modules: recipe.generations * recipe.population,
         at_once=lambda recipe: recipe.population,

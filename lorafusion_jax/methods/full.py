@@ -7,9 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ..training.problem import Frozen, Method, Params
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
 from ..training.recipe import Recipe
 from .method import CostLayout, MethodEntry, Update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullRecipe(Recipe):
+    """Recipe of full fine-tuning.
+
+    Attributes:
+      lr_full: learning rate of all weights.
+    """
+
+    lr_full: float = 2e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +31,7 @@ class FullFineTuning(Method):
     Group `base`: path in the model's state -> weight (see `Problem.adapted_model`).
     """
 
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+    def learning_rates(self, recipe: Any) -> dict[str, float]:
         """Return the rate of all weights."""
         return {"base": recipe.lr_full}
 
@@ -41,7 +53,8 @@ ENTRIES = (
         help="train every weight of the base model",
         title="full fine-tuning",
         build=lambda built: FullFineTuning(),
-        update=lambda recipe, modules: Update(kind="full", targets=recipe.lora_targets),
+        recipe=FullRecipe,
+        update=lambda recipe, modules: Update(trains_base=True),
         groups=("base",),
         cost_layouts=lambda billed: {
             "full fine-tuning": CostLayout(installed_words=billed.counts["base"] - billed.base, passes=1)

@@ -6,7 +6,7 @@ Axis letters: L layer, N modules of a fusion, r rank, k directions of a basis.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,117 @@ from ..checks import one_of
 from ..models.architecture import Site
 from ..models.weights import Weight, is_in_arrays
 from ..platform import for_cpu
-from ..training.problem import Frozen, Method, Params
-from ..training.recipe import Recipe
-from .method import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, Update, fused, module
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
+from ..training.recipe import Optimisation, Recipe
+from .fused import FusedUpdate, fused
+from .method import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, module
+from .recipes import BasisRecipe
+
+Choose = Literal["draw", "gradient", "basis-gradient"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoefficientsRecipe(BasisRecipe):
+    """Recipe of a fusion that trains coefficients.
+
+    Attributes:
+      choose: choice of the modules: `draw` them by seed, or rank the whole pool by one backward pass over the training
+        rows at zero coefficients, `gradient`; with a basis that ranks whole modules, and `basis-gradient` ranks them
+        inside it.
+      composition: combination of the modules: `sum` is sum c A B, `mix` is (sum c A)(sum c B).
+      train_core: also train a matrix [basis, basis] at every site, added to the mixed modules.
+      granularity: coefficients of a module: one (`global`), or one for each `block`, each `site` (adapted matrix) or
+        each `rank` of a site.
+      start: initial coefficients: 1 / N (`uniform`), 2 / N (`twice`), `zeros`, or drawn as in the paper's code
+        (`xavier`).
+      differentiate_norm: let gradients flow through the magnitudes' norm.
+      lr_coefficients: learning rate of the coefficients.
+      lr_core: learning rate of the matrices in a basis.
+      l2: share of the coefficients that is added to their gradient.
+      l1: weight of mean |c| in the objective.
+    """
+
+    choose: Choose = "draw"
+    composition: Composition = "sum"
+    train_core: bool = False
+    granularity: Granularity = "block"
+    start: Start = "uniform"
+    differentiate_norm: bool = False
+    lr_coefficients: float = 0.1
+    lr_core: float = 2e-3
+    l2: float = 0.0
+    l1: float = 0.0
+
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """L1 and L2 of the coefficients."""
+        return self.l1, self.l2
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no training of the method can use."""
+        super().check()
+        check_basis(self)
+        if self.basis is None:
+            for given, option in (
+                (self.train_core, "--train-core"),
+                (self.choose == "basis-gradient", "--choose basis-gradient"),
+            ):
+                if given:
+                    raise ValueError(f"{option} is of a fusion in a shared basis: {SAY_BASIS}")
+        if self.choose != "draw" and self.composition != "sum":
+            raise ValueError(
+                "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
+                "leave out --choose, or use the composition sum"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusionRecipe(CoefficientsRecipe):
+    """Recipe of LoRAFusion.
+
+    Attributes:
+      lr_magnitudes: learning rate of the magnitudes.
+      prune: share of the smallest magnitudes that are set to zero at half time and kept there.
+    """
+
+    lr_magnitudes: float = 0.01
+    prune: float = 0.0
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no training of the method can use."""
+        super().check()
+        if not 0 <= self.prune < 1:
+            raise ValueError(f"prune is {self.prune}: wanted a share of the magnitudes, from 0 to below 1")
+
+    def optimisation(self, steps: int) -> Optimisation:
+        """Return the static part of the optimisation over `steps` steps."""
+        return dataclasses.replace(super().optimisation(steps), prune=self.prune)
+
+
+SAY_BASIS = "say of how many directions with --basis"
+PRESETS = {
+    "default": FusionRecipe(),
+    # The protocol of the paper's published code, in every number.
+    "reference": FusionRecipe(
+        composition="mix",
+        start="xavier",
+        lr_coefficients=0.02,
+        lr_magnitudes=0.005,
+        l2=1e-5,
+        l1=5e-4,
+        schedule="constant",
+        clip=None,
+        stop_early=True,
+        protocol="reference",
+        max_new_tokens=256,
+    ),
+}
+
+
+def choice_of(recipe: Recipe) -> Choose:
+    """Return how the modules of a run are chosen: drawn, unless its method can rank them and the recipe says so."""
+    return recipe.choose if isinstance(recipe, CoefficientsRecipe) else "draw"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +174,12 @@ class Fusion(Method):
             )
         check_basis(self)
 
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
-        """Return the rates of coefficients, magnitudes and cores."""
-        return {
-            "coefficients": recipe.lr_coefficients,
-            "magnitudes": recipe.lr_magnitudes,
-            "core": recipe.lr_core,
-        }
+    def learning_rates(self, recipe: Any) -> dict[str, float]:
+        """Return the rates of coefficients, magnitudes if they are trained, and cores."""
+        rates = {"coefficients": recipe.lr_coefficients}
+        if self.magnitudes:
+            rates["magnitudes"] = recipe.lr_magnitudes
+        return rates | {"core": recipe.lr_core}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with the directions that are used, and the pool's Gram terms.
@@ -169,7 +276,7 @@ class Fusion(Method):
         return acting
 
 
-def check_basis(asked: Fusion | Recipe) -> None:
+def check_basis(asked: Fusion | CoefficientsRecipe) -> None:
     """Raise ValueError if a fusion in a shared basis is asked for what only whole modules have."""
     if asked.basis is None:
         return
@@ -223,7 +330,7 @@ def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True)
         start=recipe.start,
         magnitudes=magnitudes,
         basis=recipe.basis,
-        core=recipe.core,
+        core=recipe.train_core,
         differentiate_norm=recipe.differentiate_norm,
     )
     assert built.pool is not None
@@ -231,8 +338,10 @@ def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True)
     return fusion
 
 
-def _update(recipe: Recipe, modules: PlannedPool, *, magnitudes: bool) -> Update:
-    return fused(recipe, modules, recipe.composition, magnitudes=magnitudes)
+def update(recipe: CoefficientsRecipe, modules: PlannedPool, *, magnitudes: bool) -> FusedUpdate:
+    """Return the update of a fusion by its recipe."""
+    alike = recipe.granularity != "rank"
+    return fused(recipe, modules, recipe.composition, magnitudes=magnitudes, alike=alike)
 
 
 def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
@@ -285,7 +394,7 @@ def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     The second layout can be read by a sum alone. A basis has one layout.
     """
     if (k := billed.recipe.basis) is not None:
-        title = _BASIS_TITLE.format(basis=k) + (WITH_CORE if billed.recipe.core else "")
+        title = _BASIS_TITLE.format(basis=k) + (WITH_CORE if billed.recipe.train_core else "")
         return {title: _basis_cost_layout(billed, k)}
     N, r = billed.recipe.modules, billed.rank
     own = cost_layout(N, r, sum(billed.counts.values()))
@@ -300,7 +409,8 @@ _FUSION = MethodEntry(
     title="LoRAFusion",
     basis_title=_BASIS_TITLE,
     build=build,
-    update=partial(_update, magnitudes=True),
+    recipe=FusionRecipe,
+    update=partial(update, magnitudes=True),
     pool=True,
     in_basis=True,
     groups=("coefficients", "magnitudes"),
@@ -315,7 +425,8 @@ ENTRIES = (
         title="LoRAFusion, coefficients only",
         basis_title=None,
         build=partial(build, magnitudes=False),
-        update=partial(_update, magnitudes=False),
+        recipe=CoefficientsRecipe,
+        update=partial(update, magnitudes=False),
         groups=("coefficients",),
         cost_layouts=lambda billed: {},
     ),

@@ -10,12 +10,76 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..adapters.updates import LowRank, WeightDecomposed
+from ..checks import at_least
 from ..models.architecture import Site
 from ..models.weights import Weight
-from ..training.problem import Frozen, Method, Params
-from ..training.recipe import Recipe
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
 from .magnitudes import with_norms
 from .method import Billed, Built, CostLayout, MethodEntry, Update, module
+from .recipes import TargetedRecipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRARecipe(TargetedRecipe):
+    """Recipe of LoRA.
+
+    Attributes:
+      lora_rank: rank of the new module, whose alpha is twice that.
+      lr_lora: learning rate of the module's matrices.
+    """
+
+    lora_rank: int = 16
+    lr_lora: float = 2e-3
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no training of the method can use."""
+        super().check()
+        at_least(1, lora_rank=self.lora_rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRARecipe(LoRARecipe):
+    """Recipe of DoRA.
+
+    Attributes:
+      lr_magnitudes: learning rate of the magnitudes.
+    """
+
+    lr_magnitudes: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankUpdate(Update):
+    """Update by one new module, x A B.
+
+    Attributes:
+      rank: rank of the module.
+    """
+
+    rank: int = 16
+
+    def width(self, site: Site) -> int:
+        """Return the rank."""
+        return self.rank
+
+    def gradients(self, site: Site, tokens: int) -> int:
+        """Return the FLOPs of the gradients of A and B."""
+        return 2 * tokens * self.rank * (site.d_in + site.d_out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightDecomposedUpdate(LowRankUpdate):
+    """Update of DoRA, which has norms of the columns too."""
+
+    def prepare(self, site: Site) -> int:
+        """Return the FLOPs of the norms."""
+        r, d_in, d_out = self.rank, site.d_in, site.d_out
+        return 2 * r * d_in * d_out + 2 * r * r * (d_in + d_out)
+
+    def repeat(self, site: Site) -> int:
+        """Return the FLOPs of the norms: a layer computes them for every token."""
+        return self.prepare(site)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +100,10 @@ class LoRA(Method):
     alpha: float = 32.0
     dora: bool = False
 
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+    def learning_rates(self, recipe: Any) -> dict[str, float]:
         """Return the rates of A and B, and of DoRA's magnitudes."""
-        return {"lora": recipe.lr_lora, "magnitudes": recipe.lr_magnitudes}
+        rates = {"lora": recipe.lr_lora}
+        return rates | {"magnitudes": recipe.lr_magnitudes} if self.dora else rates
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights, for DoRA with ||W|| of every column."""
@@ -109,18 +174,20 @@ ENTRIES = (
     MethodEntry(
         name="lora",
         help="train one new low-rank module",
-        title="LoRA, rank {rank}",
+        title="LoRA, rank {lora_rank}",
         build=partial(_build, dora=False),
-        update=lambda recipe, modules: Update(kind="lora", rank=recipe.lora_rank, targets=recipe.lora_targets),
+        recipe=LoRARecipe,
+        update=lambda recipe, modules: LowRankUpdate(rank=recipe.lora_rank, targets=recipe.lora_targets),
         groups=("lora",),
         cost_layouts=_lora_cost_layouts,
     ),
     MethodEntry(
         name="dora",
         help="train one new low-rank module, and magnitudes",
-        title="DoRA, rank {rank}",
+        title="DoRA, rank {lora_rank}",
         build=partial(_build, dora=True),
-        update=lambda recipe, modules: Update(kind="dora", rank=recipe.lora_rank, targets=recipe.lora_targets),
+        recipe=DoRARecipe,
+        update=lambda recipe, modules: WeightDecomposedUpdate(rank=recipe.lora_rank, targets=recipe.lora_targets),
         groups=("lora", "magnitudes"),
         cost_layouts=_dora_cost_layouts,
     ),

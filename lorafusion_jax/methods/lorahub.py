@@ -23,15 +23,19 @@ import numpy as np
 from jaxtyping import Float
 
 from ..adapters.basis import Pool
+from ..checks import at_least
 from ..models.weights import reads
 from ..progress import progress
 from ..tasks import Batch
+from ..training.frozen import SEARCH
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
-from ..training.problem import SEARCH, Params, Problem
-from ..training.recipe import Recipe
+from ..training.method import Params
+from ..training.problem import Problem
+from .fused import fused
 from .fusion import Fusion, cost_layout
-from .method import Billed, Built, CostLayout, MethodEntry, SearchJob, fused
+from .method import Billed, Built, CostLayout, MethodEntry, SearchJob
+from .recipes import PoolRecipe
 
 BOUND = 1.5
 L1 = 0.05
@@ -39,6 +43,22 @@ L1 = 0.05
 LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
 
 _MOST_EVALUATIONS = 50  # a module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraHubRecipe(PoolRecipe):
+    """Recipe of LoraHub's search.
+
+    Attributes:
+      evaluations: number of evaluations.
+    """
+
+    evaluations: int = 40
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no search can use."""
+        super().check()
+        at_least(1, evaluations=self.evaluations)
 
 
 class Search(NamedTuple):
@@ -196,10 +216,6 @@ def _build(built: Built) -> Fusion:
     return build(built)
 
 
-def _check(recipe: Recipe) -> None:
-    load_nevergrad()
-
-
 def _search(job: SearchJob) -> tuple[Params, int]:
     count, batches = job.recipe.evaluations, list(job.rows.once(job.recipe.batch_size))
     with progress("search", count) as bar:
@@ -220,11 +236,12 @@ ENTRIES = (
         help="search one weight for each module without gradients",
         title="LoraHub",
         build=_build,
+        recipe=LoraHubRecipe,
         update=lambda recipe, modules: fused(recipe, modules, "mix"),
         pool=True,
         learns="searched",
         groups=("coefficients",),
-        check=_check,
+        check=load_nevergrad,
         search=_search,
         evaluations=lambda recipe, modules: recipe.evaluations,
         cost_layouts=_cost_layouts,

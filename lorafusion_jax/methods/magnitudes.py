@@ -10,9 +10,21 @@ from jaxtyping import Array, Int
 from ..adapters.norms import norms
 from ..adapters.updates import Rescaled
 from ..models.weights import Weight
-from ..training.problem import Frozen, Method, Params
-from ..training.recipe import Recipe
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
 from .method import Built, MethodEntry, Update
+from .recipes import TargetedRecipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagnitudesRecipe(TargetedRecipe):
+    """Recipe of magnitudes alone.
+
+    Attributes:
+      lr_magnitudes: learning rate of the magnitudes.
+    """
+
+    lr_magnitudes: float = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Magnitudes(Method):
 
     sites: tuple[str, ...] | None = None
 
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+    def learning_rates(self, recipe: Any) -> dict[str, float]:
         """Return the rate of the magnitudes."""
         return {"magnitudes": recipe.lr_magnitudes}
 
@@ -64,7 +76,8 @@ ENTRIES = (
         help="train the magnitudes of the base's own matrices, alone",
         title="LoRAFusion, magnitudes only",
         build=_build,
-        update=lambda recipe, modules: Update(kind="magnitudes", targets=recipe.lora_targets),
+        recipe=MagnitudesRecipe,
+        update=lambda recipe, modules: Update(targets=recipe.lora_targets),
         groups=("magnitudes",),
     ),
 )

@@ -17,12 +17,15 @@ from ..adapters.coefficients import expand
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..tasks import IGNORED, Batch
+from ..training.frozen import SEARCH, Frozen
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
-from ..training.problem import SEARCH, Frozen, Params, Problem
-from ..training.recipe import Recipe
-from .fusion import Fusion, build
-from .method import MethodEntry, SearchJob, fused
+from ..training.method import Params
+from ..training.problem import Problem
+from .fused import fused
+from .fusion import Fusion, FusionRecipe, build, update
+from .method import MethodEntry, SearchJob
+from .recipes import BasisRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class MeanFusion(Fusion):
     start `uniform` is that of N modules at 1 / N each.
     """
 
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+    def learning_rates(self, recipe: Any) -> dict[str, float]:
         """Return the rates of a fusion, that of its coefficients for the mean's."""
         rates = super().learning_rates(recipe)
         return {"mean": rates.pop("coefficients")} | rates
@@ -105,6 +108,7 @@ ENTRIES = (
         name="mean",
         help="weigh all modules alike",
         build=lambda built: Fusion(granularity="global", magnitudes=False),
+        recipe=BasisRecipe,
         update=lambda recipe, modules: fused(recipe, modules, "sum"),
         pool=True,
         in_basis=True,
@@ -114,7 +118,8 @@ ENTRIES = (
         name="mean-fusion",
         help="train coefficients of the modules' mean, and magnitudes",
         build=partial(build, kind=MeanFusion),
-        update=lambda recipe, modules: fused(recipe, modules, "sum", magnitudes=True),
+        recipe=FusionRecipe,
+        update=partial(update, magnitudes=True),
         pool=True,
         in_basis=True,
         groups=("magnitudes", "mean"),
@@ -123,6 +128,7 @@ ENTRIES = (
         name="single",
         help="take the module of least training loss",
         build=lambda built: Fusion(granularity="global", magnitudes=False),
+        recipe=BasisRecipe,
         update=lambda recipe, modules: fused(recipe, modules, "sum"),
         pool=True,
         in_basis=True,

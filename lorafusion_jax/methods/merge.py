@@ -13,8 +13,24 @@ from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank
 from ..checks import one_of
-from ..training.problem import Frozen, Method, Params
-from .method import Built, MethodEntry, fused
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
+from .fused import fused
+from .method import Built, MethodEntry
+from .recipes import PoolRecipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeRecipe(PoolRecipe):
+    """Recipe of a merge.
+
+    Attributes:
+      merge: PEFT's rule, with all modules at 1 / N.
+      density: share of the entries that ties, dare and magnitude_prune keep.
+    """
+
+    merge: MergeKind = "linear"
+    density: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +117,7 @@ ENTRIES = (
         name="merge",
         help="combine the modules by one of PEFT's rules",
         build=_build,
+        recipe=MergeRecipe,
         # Made once, it counts as the mix whose rank it has.
         update=lambda recipe, modules: fused(recipe, modules, "mix"),
         pool=True,

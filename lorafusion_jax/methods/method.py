@@ -4,64 +4,75 @@ Letters: N modules of a fusion, P modules in memory, r rank, k directions of a b
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ..adapters.basis import Pool
-from ..adapters.norms import pairs_are_smaller
 from ..models.architecture import Architecture, Site, targeted
-from ..training.problem import Method, Params, Problem
+from ..training.method import Method, Params
+from ..training.problem import Problem
 from ..training.recipe import Recipe
 from ..training.rows import TrainingRows
 
 WITH_CORE = ", with a core"  # ends the title of a fusion in a basis that trains a core too
 
-UpdateKind = Literal["none", "magnitudes", "mix", "sum", "basis", "lora", "dora", "vera", "full"]
 Matrix = tuple[int, int]
 Storage = Literal["arrays", "memory"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """The arithmetic of a method at every adapted matrix.
+    """The arithmetic of a method at every adapted matrix, which FLOPs, bytes and energy are counted from.
+
+    This class is the update of a method without matrix products, such as a scale of the columns. A method with products
+    has a subclass, which tells its own.
 
     Attributes:
-      kind: `mix` and `sum` fuse modules, `basis` sums them in a shared basis; `lora`, `dora` and `vera` are one new
-        module each.
-      rank: rank of one module; of a basis, the number k of its directions.
-      modules: N, the number of modules.
-      pool: P, the number of modules that any seed fuses; `mix` reads all of them.
-      magnitudes: the fusion has magnitudes.
       targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
-      in_arrays: the modules or directions stay in arrays: a sum is never formed as a matrix, and every token is
-        multiplied by a basis' core.
-      pair_terms: number of inner products for each column that a sum's norms come from (`adapters.norms.PairTerms`);
-        0 if they come from the modules.
+      in_arrays: the method's frozen matrices stay in arrays while it is trained.
+      trains_base: every weight of the base model is trained, and there are no adapters.
     """
 
-    kind: UpdateKind
-    rank: int = 16
-    modules: int = 1
-    pool: int = 1
-    magnitudes: bool = False
     targets: tuple[str, ...] | None = None
     in_arrays: bool = False
-    pair_terms: int = 0
+    trains_base: bool = False
 
     def width(self, site: Site) -> int:
         """Return the number of values per token between the two products of the update; 0 if it has no products."""
-        if self.kind in ("none", "magnitudes", "full") or self.is_dense(site):
-            return 0
-        return self.rank * (self.modules if self.kind == "sum" else 1)
+        return 0
 
-    def is_dense(self, site: Site) -> bool:
-        """Return whether the sum is formed as a whole matrix (see `adapters.updates.Dense`)."""
-        return self.kind == "sum" and not self.in_arrays and self.modules * self.rank >= site.d_in
+    def core(self, site: Site) -> int:
+        """Return the multiply-adds of a token between the two products."""
+        return 0
+
+    def prepare(self, site: Site) -> int:
+        """Return the FLOPs of one matrix before any token: fused factors, and the norms of its columns."""
+        return 0
+
+    def repeat(self, site: Site) -> int:
+        """Return those of these FLOPs that the model computes again for every generated token."""
+        return 0
+
+    def gradients(self, site: Site, tokens: int) -> int:
+        """Return the FLOPs of the gradients of one matrix' trained numbers, given the gradients of its outputs."""
+        return 0
+
+    def frozen_width(self) -> int:
+        """Return the columns of A (and rows of B) of all frozen modules at a matrix, which may be held in few bits."""
+        return 0
+
+    def frozen_numbers(self, sites: Sequence[Site]) -> int:
+        """Return how many other numbers stay in memory for all adapted matrices, such as terms of norms."""
+        return 0
+
+    def working_numbers(self, sites: Sequence[Site]) -> int:
+        """Return how many numbers of modules and fused factors a pass holds at once."""
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostLayout:
-    """CostLayout of a method's adapters, and the digital work of a token.
+    """Places of a method's adapters, and the digital work of a token.
 
     Attributes:
       installed_words: words that are written to memory, or read there, to put the finished task in place.
@@ -93,13 +104,13 @@ class Built(NamedTuple):
 
     Attributes:
       config: structure of the base model.
-      recipe: recipe of the run.
+      recipe: recipe of the run, of the class that the entry names.
       pool: pool of the modules that any seed draws; None for a method without one.
       modules: number of modules of a seed.
     """
 
     config: Architecture
-    recipe: Recipe
+    recipe: Any
     pool: Pool | None
     modules: int
 
@@ -129,7 +140,7 @@ class Billed(NamedTuple):
     """Numbers that a bill is computed from.
 
     Attributes:
-      recipe: recipe of the task.
+      recipe: recipe of the task, of the class that the entry names.
       rank: rank of one module.
       counts: number of numbers that the method trains, by group.
       steps: number of training steps.
@@ -137,7 +148,7 @@ class Billed(NamedTuple):
       adapted: number of matrices that the modules adapt.
     """
 
-    recipe: Recipe
+    recipe: Any
     rank: int
     counts: Mapping[str, int]
     steps: int
@@ -151,7 +162,7 @@ class SearchJob(NamedTuple):
     Attributes:
       problem: problem of all seeds.
       rows: rows to search on.
-      recipe: recipe of the run.
+      recipe: recipe of the run, of the class that the entry names.
       seeds: seeds of the run.
       modules: names of the modules, by seed.
       record: function that takes rows for the run's metrics.
@@ -159,7 +170,7 @@ class SearchJob(NamedTuple):
 
     problem: Problem
     rows: TrainingRows
-    recipe: Recipe
+    recipe: Any
     seeds: tuple[int, ...]
     modules: tuple[tuple[str, ...], ...]
     record: Callable[[Iterable[Mapping[str, Any]]], None]
@@ -173,8 +184,10 @@ class MethodEntry:
       name: name, as in `lorafusion fuse --method NAME`.
       help: one line about it.
       build: function that returns the trained method.
+      recipe: class of its recipe: the common numbers and its own, which are the options of `lorafusion fuse --method
+        NAME` and the fields of `recipe` in config.json.
       update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
-      title: title in a table of counts, with {rank} and {vera_rank}; None if it has no row.
+      title: title in a table of counts, with numbers of its recipe such as {lora_rank}; None if it has no row.
       basis_title: title of its row in a shared basis of {basis} directions; None if it has no such row.
       pool: it fuses a pool.
       in_basis: it can fuse modules in a shared basis.
@@ -184,8 +197,7 @@ class MethodEntry:
       answers: source of answers: the `model`, the model with `examples` in the prompt, or `nothing` but the training
         rows.
       seeded: seeds differ.
-      check: raises ValueError, before anything is loaded, for a recipe that the method cannot use or a library that is
-        not installed.
+      check: raises ValueError, before anything is loaded, for a library that is not installed.
       search: for a method that is searched: function that returns its numbers and the number of steps of each seed.
       evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
         modules.
@@ -196,7 +208,8 @@ class MethodEntry:
     name: str
     help: str
     build: Callable[[Built], Method]
-    update: Callable[[Recipe, PlannedPool], Update]
+    update: Callable[[Any, PlannedPool], Update]
+    recipe: type[Recipe] = Recipe
     title: str | None = None
     basis_title: str | None = None
     pool: bool = False
@@ -206,10 +219,10 @@ class MethodEntry:
     counts: bool = True
     answers: Literal["model", "examples", "nothing"] = "model"
     seeded: bool = True
-    check: Callable[[Recipe], None] = lambda recipe: None
+    check: Callable[[], object] = lambda: None
     search: Callable[[SearchJob], tuple[Params, int]] | None = None
-    evaluations: Callable[[Recipe, int], int] = lambda recipe, modules: 0
-    at_once: Callable[[Recipe], int] = lambda recipe: 1
+    evaluations: Callable[[Any, int], int] = lambda recipe, modules: 0
+    at_once: Callable[[Any], int] = lambda recipe: 1
     cost_layouts: Callable[[Billed], dict[str, CostLayout]] = lambda billed: {}
 
     @property
@@ -221,21 +234,3 @@ class MethodEntry:
 def module(rank: int) -> Callable[[Site], list[Matrix]]:
     """Return the A and B of one module at a site."""
     return lambda site: [(site.d_in, rank), (rank, site.d_out)]
-
-
-def fused(recipe: Recipe, modules: PlannedPool, kind: UpdateKind, *, magnitudes: bool = False) -> Update:
-    """Return the update of a method that fuses the recipe's number of modules, a sum in the recipe's basis."""
-    rank = modules.rank
-    if kind == "sum" and recipe.basis is not None:
-        kind, rank = "basis", recipe.basis
-    P, one_each = modules.pool, kind == "sum" and recipe.granularity != "rank"
-    in_pairs = modules.accelerator and magnitudes and one_each and pairs_are_smaller(P, rank)
-    return Update(
-        kind=kind,
-        rank=rank,
-        modules=recipe.modules,
-        pool=P,
-        magnitudes=magnitudes,
-        targets=modules.targets,
-        pair_terms=P * (P + 1) // 2 + P if in_pairs else 0,
-    )

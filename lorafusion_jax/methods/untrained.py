@@ -5,8 +5,27 @@ from typing import Any
 
 from jaxtyping import Array, Int
 
-from ..training.problem import Frozen, Method, Params
+from ..checks import at_least
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
+from ..training.recipe import Recipe
 from .method import MethodEntry, Update
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotRecipe(Recipe):
+    """Recipe of a few-shot prompt.
+
+    Attributes:
+      shots: number of examples in the prompt.
+    """
+
+    shots: int = 5
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no prompt can have."""
+        super().check()
+        at_least(1, shots=self.shots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +47,7 @@ _ZERO_SHOT = MethodEntry(
     name="zero-shot",
     help="ask the base model as it is",
     build=lambda built: ZeroShot(),
-    update=lambda recipe, modules: Update(kind="none"),
+    update=lambda recipe, modules: Update(),
     learns="untrained",
     seeded=False,
 )
@@ -38,6 +57,7 @@ ENTRIES = (
         _ZERO_SHOT,
         name="few-shot",
         help="ask the base model with examples in the prompt",
+        recipe=FewShotRecipe,
         answers="examples",
         seeded=True,
     ),

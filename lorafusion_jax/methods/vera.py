@@ -2,22 +2,68 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ..adapters.updates import LowRank
+from ..checks import at_least
 from ..models.architecture import Site
 from ..models.weights import Weight
-from ..training.problem import Frozen, Method, Params, Projections
-from ..training.recipe import Recipe
+from ..training.frozen import Frozen
+from ..training.method import Method, Params
 from .method import Billed, CostLayout, MethodEntry, Update, module
+from .recipes import TargetedRecipe
 
 _START = 0.1  # initial value of d, as in PEFT
 _PROJECTION_KEY = 0  # the matrices are the same in every run, as in PEFT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRARecipe(TargetedRecipe):
+    """Recipe of VeRA.
+
+    Attributes:
+      vera_rank: rank of the random matrices.
+      lr_vera: learning rate of the vectors.
+    """
+
+    vera_rank: int = 128
+    lr_vera: float = 0.03
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no training of the method can use."""
+        super().check()
+        at_least(1, vera_rank=self.vera_rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedUpdate(Update):
+    """Update by random matrices that all sites share, between trained vectors.
+
+    Attributes:
+      rank: rank of the matrices.
+    """
+
+    rank: int = 128
+
+    def width(self, site: Site) -> int:
+        """Return the rank."""
+        return self.rank
+
+    def frozen_numbers(self, sites: Sequence[Site]) -> int:
+        """Return how many numbers the random matrices have."""
+        return self.rank * (max(s.d_in for s in sites) + max(s.d_out for s in sites))
+
+
+class Projections(NamedTuple):
+    """Random matrices; a site uses the first rows of A and the first columns of B."""
+
+    A: Float[Array, "*C widest_in r"]
+    B: Float[Array, "*C r widest_out"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,13 +82,13 @@ class VeRA(Method):
     sites: tuple[tuple[str, Site], ...]
     rank: int = 128
 
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
+    def learning_rates(self, recipe: Any) -> dict[str, float]:
         """Return the rate of both vectors."""
         return {"vera": recipe.lr_vera}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with the random matrices."""
-        return dataclasses.replace(frozen, projections=self.projections(jax.random.key(_PROJECTION_KEY)))
+        return dataclasses.replace(frozen, prepared=self.projections(jax.random.key(_PROJECTION_KEY)))
 
     def projections(self, key: Array) -> Projections:
         """Return the random matrices, Kaiming uniform as PEFT draws them."""
@@ -64,8 +110,7 @@ class VeRA(Method):
         self, params: Params, frozen: Frozen, index: Int[Array, " N"]
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return the low-rank adapters; no metrics."""
-        assert frozen.projections is not None
-        A, B = frozen.projections
+        A, B = frozen.prepared
         d, b = params["vera"]["d"], params["vera"]["b"]
         return {
             name: LowRank(A[None, : site.d_in] * d[name][:, None], B[None, :, : site.d_out] * b[name][:, None])
@@ -93,7 +138,8 @@ ENTRIES = (
         help="train two vectors for each matrix, between random matrices",
         title="VeRA, rank {vera_rank}",
         build=lambda built: VeRA(sites=built.sites, rank=built.recipe.vera_rank),
-        update=lambda recipe, modules: Update(kind="vera", rank=recipe.vera_rank, targets=recipe.lora_targets),
+        recipe=VeRARecipe,
+        update=lambda recipe, modules: SharedUpdate(rank=recipe.vera_rank, targets=recipe.lora_targets),
         groups=("vera",),
         cost_layouts=_cost_layouts,
     ),

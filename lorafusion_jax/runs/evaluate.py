@@ -13,9 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ..models.generate import GREEDY, Sampling, generate
 from ..progress import progress
 from ..tasks import Batch, Encoded, Task, TextFormat, decode, encode, eval_batches, exact_match
+from ..training.frozen import GENERATION, LOSS, OPTIONS
 from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
-from ..training.problem import GENERATION, LOSS, OPTIONS, Params, Problem
+from ..training.method import Params
+from ..training.problem import Problem
 from ..training.seeds import AXIS
 from .prepare import Setup
 
@@ -193,7 +195,7 @@ def _generate_seeds(
             row_mask=batch.row_mask,
             sampling=sampling,
             row_keys=row_keys,
-            axis=AXIS if problem.path == "vmap" else None,
+            axis=AXIS if problem.seed_mode == "batched" else None,
         )
 
     return problem.over_seeds(one_seed, (params,), (batch, row_keys))

@@ -19,7 +19,8 @@ from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..methods import find
 from ..models.architecture import Architecture
-from ..training.problem import Params, Problem
+from ..training.method import Params
+from ..training.problem import Problem
 from .card import write_card
 from .folder import RunFolder
 from .prepare import load_model, of_run

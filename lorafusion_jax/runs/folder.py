@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TextIO, TypedDict
+from typing import Annotated, Any, NotRequired, TextIO, TypedDict, get_type_hints
 
 import msgspec
 
@@ -26,8 +26,10 @@ from ..io import processes
 from ..io.digests import Digests
 from ..io.folders import remove_partial
 from ..methods import METHODS
-from ..training.seeds import Path as SeedPath
-from .options import FuseOptions
+from ..training.recipe import Recipe
+from ..training.seeds import SeedMode
+from .old_names import new_options, new_record
+from .options import FuseOptions, options_with, plain
 
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
@@ -38,7 +40,7 @@ _RESULTS = "results.json"
 class Environment(TypedDict):
     """Where a run was begun: how its seeds run, dtype, device, number of cores, versions of packages."""
 
-    path: SeedPath
+    seed_mode: SeedMode
     dtype: str
     device: str
     cores: int
@@ -110,6 +112,9 @@ class _Step(TypedDict):
     step: int
 
 
+_typed_dict: Any = TypedDict  # called with fields that are only known when a run is read
+
+
 class RunFolder:
     """The files of one run. Writers hold its lock (`locked`)."""
 
@@ -163,12 +168,11 @@ class RunFolder:
           FileError: the folder is not a run, or its configuration is damaged or of a newer version.
         """
         path = self.folder / _CONFIG
-        config = read_json(path, RunConfig, "a run")
-        if (method := config["options"].method) not in METHODS:
-            fix = "register it first, or restore the file from a copy"
-            raise FileError(
-                path, field="options.method", got=shown(method), wanted=f"one of {', '.join(METHODS)}", fix=fix
-            )
+        raw = new_record(read_json(path, dict[str, Any], "a run"))
+        kind = _options_class(raw.get("options"), path, "options.")
+        fields: Any = get_type_hints(RunConfig, include_extras=True) | {"options": kind}
+        config: RunConfig = structured(raw, _typed_dict("RunConfig", fields), path)
+        config["options"] = plain(config["options"])
         if len(config["modules"]) != len(config["options"].seeds):
             got, wanted = f"of {len(config['modules'])} seeds", f"of {len(config['options'].seeds)}, as in the options"
             raise FileError(
@@ -183,7 +187,9 @@ class RunFolder:
           FileError: they are damaged.
         """
         path = self.folder / _RESULTS
-        return read_json(path, Results, "a complete run", own=False) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return structured(new_record(read_json(path, dict[str, Any], "a complete run")), Results, path, own=False)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all lines of the metrics, but for a last one that a killed process left unfinished.
@@ -229,6 +235,25 @@ class RunFolder:
         if (self.folder / _METRICS).is_file():
             kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
             _write(self.folder / _METRICS, "".join(kept))
+
+
+def read_options(raw: Any, where: str | Path) -> FuseOptions:
+    """Return the options of a run from JSON, of this version or an earlier one.
+
+    Raises:
+      FileError: they are not such options, or of a method that is not registered.
+    """
+    raw = new_options(raw)
+    return plain(structured(raw, _options_class(raw, where), where))
+
+
+def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOptions]:
+    """Return the class of options that JSON is of, by its method."""
+    method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
+    if isinstance(method, str) and method not in METHODS:
+        fix, wanted = "register it first, or restore the file from a copy", f"one of {', '.join(METHODS)}"
+        raise FileError(where, field=f"{prefix}method", got=shown(method), wanted=wanted, fix=fix)
+    return options_with(METHODS[method].recipe if isinstance(method, str) else Recipe)
 
 
 def _finite(value: Any) -> Any:

@@ -1,24 +1,19 @@
 """Options of a run: the command line, the saved configuration, and the presets."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..methods import METHODS
-from ..training.recipe import PRESETS, Recipe
+from ..methods import METHODS, fields_of, having
+from ..methods.method import MethodEntry
+from ..methods.recipes import recipe_of
+from ..training.recipe import Recipe
 
 # What base and pool are held in: whole, or in 4 or 8 bits.
 LoadIn = Literal["full", "nf4", "int8"]
-
-
-def _choice_of_method() -> Any:
-    """Return the type of a registered method's name, when the command line is read: with all that are there by then."""
-    return Literal[tuple(METHODS)]
-
-
-_HELP = "how the task is learned: " + "; ".join(f"{name}, {entry.help}" for name, entry in METHODS.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,20 +23,21 @@ class OnArrays:
     Attributes:
       crossbar: train with every frozen matrix in arrays: a folder that `lorafusion crossbar program` wrote, a preset
         or a .yaml or .json file; by default digitally.
-      noise: noise in training: `chip` for the chip itself, calibrated; `fresh` for another chip at every step, which
-        gives a fusion that is robust on any chip; `both` in turn; `none` for only the bits of cells and converters.
-      chip: number of the chip for evaluation, and for training unless noise is fresh or none.
+      train_chip: arrays in training: `chip` for the chip itself, calibrated; `fresh` for another chip at every step,
+        which gives a fusion that is robust on any chip; `both` in turn; `none` for only the bits of cells and
+        converters.
+      chip: number of the chip for evaluation, and for training unless it trains on fresh ones or none.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
-      digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
       age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
     """
 
     crossbar: str | None = None
-    noise: Literal["chip", "fresh", "both", "none"] = "fresh"
+    train_chip: Literal["chip", "fresh", "both", "none"] = "fresh"
     chip: int = 0
     chip_key: int = 0
-    digital: tuple[str, ...] = ()
+    keep_digital: tuple[str, ...] = ()
     age: str | None = None
     norm: Literal["ideal", "programmed"] = "ideal"
 
@@ -53,7 +49,7 @@ class FuseOptions:
     Examples:
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
       lorafusion fuse --preset reference --base base --pool pool --task task
-      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --noise chip --chip 3
+      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --train-chip chip --chip 3
 
     Attributes:
       base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
@@ -67,7 +63,8 @@ class FuseOptions:
         basis they are the directions, drawn or of shuffled modules, on which the modules are projected. `svd`, with a
         basis alone, takes the leading singular directions of the base's own matrices.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
-      recipe: every number of fusion and training; `--preset reference` starts from those of the paper's code.
+      recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
+        may have numbers that both share, other than the defaults.
       arrays: simulated arrays; by default the run is digital.
       prompt: template of the model's input, with {input}.
       chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
@@ -83,7 +80,7 @@ class FuseOptions:
       coordinator: host:port on which process 0 listens, for processes that are started by hand.
       processes: number of processes that are started by hand.
       process: number of this one, from 0.
-      path: how seeds run: batched, or one after the other; by default the faster way on the platform.
+      seed_mode: how seeds run: batched, or one after the other (sequential); by default the faster way on the platform.
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).
       log: write metrics to Weights & Biases too (WANDB_MODE=offline works).
@@ -98,10 +95,10 @@ class FuseOptions:
     seeds: tuple[int, ...] = (1,)
     name: str | None = None
     out: Path = Path("runs")
-    method: Annotated[str, tyro.conf.arg(constructor_factory=_choice_of_method, help=_HELP)] = "fusion"
+    method: str = "fusion"
     control: Literal["none", "random", "shuffled", "svd"] = "none"
     adapters: tuple[str, ...] = ()
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = PRESETS["default"]
+    recipe: Recipe = Recipe()
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
     prompt: str | None = None
     chat: bool = False
@@ -115,9 +112,53 @@ class FuseOptions:
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
-    path: Literal["auto", "vmap", "map"] = "auto"
+    seed_mode: Literal["auto", "batched", "sequential"] = "auto"
     resume: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     log: bool = False
     save_seconds: float = 30.0
     profile: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.method in METHODS:
+            object.__setattr__(self, "recipe", _recipe_for(METHODS[self.method], self.recipe))
+
+
+def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
+    """Return a recipe in the class of a method.
+
+    Raises:
+      ValueError: the recipe has a number that the method does not have, other than its default.
+    """
+    if type(recipe) is entry.recipe:
+        return recipe
+    own = fields_of(entry)
+    for field in dataclasses.fields(recipe):
+        if field.name not in own and getattr(recipe, field.name) != field.default:
+            raise ValueError(f"{field.name} is {not_an_option(field.name, entry.name)}")
+    return recipe_of(entry.recipe, vars(recipe))
+
+
+def not_an_option(number: str, method: str) -> str:
+    """Return a text about a number of other methods than the one that was asked for."""
+    others = having(number)
+    kind = "the method" if len(others) == 1 else "the methods"
+    return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"
+
+
+@functools.cache
+def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
+    """Return the options of runs with recipes of a class, whose fields are options of the command line too."""
+    shown = Annotated[recipe, tyro.conf.arg(name="")]
+    named: Any = ("recipe", shown, dataclasses.field(default=recipe()))
+    return dataclasses.make_dataclass("FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True)
+
+
+def plain(options: FuseOptions) -> FuseOptions:
+    """Return options of the class `FuseOptions` itself, which are equal to others of the same values.
+
+    What msgspec reads leaves defaults to the class, so the parts are made again with values for all their fields.
+    """
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(FuseOptions)}
+    parts = {name: dataclasses.replace(values[name]) for name in ("recipe", "arrays")}
+    return FuseOptions(**values | parts)

@@ -19,7 +19,8 @@ from ..methods import find
 from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
 from ..models.layers import Adapters
 from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, stream_text
-from ..training.problem import Params, Problem
+from ..training.method import Params
+from ..training.problem import Problem
 from .evaluate import generate_seeds, seed_rows
 from .folder import RunConfig
 from .options import FuseOptions

@@ -23,8 +23,10 @@ from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
-from ..methods.fusion import check_basis
+from ..methods.fusion import SAY_BASIS, choice_of
 from ..methods.method import Built
+from ..methods.recipes import basis_of, modules_of
+from ..methods.untrained import FewShotRecipe
 from ..models.architecture import Architecture, Model, kernels
 from ..models.weights import Weight
 from ..tasks import (
@@ -41,11 +43,12 @@ from ..tasks import (
     split,
 )
 from ..training import mesh as sharding
+from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
-from ..training.problem import Frozen, Method, Problem
+from ..training.method import Method
+from ..training.problem import Problem
 from ..training.rows import TrainingRows
-from ..training.seeds import Path as SeedPath
-from ..training.seeds import default_path
+from ..training.seeds import SeedMode, default_seed_mode
 from .folder import RunConfig
 from .options import FuseOptions, OnArrays
 
@@ -141,19 +144,18 @@ def check(options: FuseOptions) -> None:
         raise ValueError(
             f"the method {options.method} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in"
         )
-    counts = {name: getattr(recipe, name) for name in ("epochs", "batch_size", "lora_rank", "vera_rank", "shots")}
-    counts |= {"max_new_tokens": recipe.max_new_tokens, "test_rows": options.test_rows}
-    at_least(1, **counts, eval_batch=options.eval_batch)
-    recipe.optimisation(1)  # raises ValueError for what no training has
+    at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch)
+    recipe.check()
     for name, value in (vars(options) | vars(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}: wanted a finite number, as config.json holds no other")
-    _check_basis(options)
-    if recipe.choose != "draw":
-        if method.learns != "trained" or "coefficients" not in method.groups or recipe.composition != "sum":
+    if options.control == "svd" and basis_of(recipe) is None:
+        raise ValueError(f"--control svd is of a fusion in a shared basis: {SAY_BASIS}")
+    if choice_of(recipe) != "draw":
+        if "coefficients" not in method.groups:
             raise ValueError(
-                "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
-                "leave out --choose, or use the method fusion or coefficients and the composition sum"
+                f"the method {options.method} has no coefficients of single modules, whose gradient would choose them: "
+                "leave out --choose, or use the method fusion or coefficients"
             )
         if options.adapters:
             raise ValueError("--adapters names the modules already: leave it out, or --choose")
@@ -163,8 +165,8 @@ def check(options: FuseOptions) -> None:
         raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
     if options.arrays.crossbar is None and options.arrays != OnArrays():
         raise ValueError(
-            "--noise, --chip, --chip-key, --digital, --age and --norm are of simulated arrays, and there are none: say "
-            "which with --crossbar, or leave them out"
+            "--train-chip, --chip, --chip-key, --keep-digital, --age and --norm are of simulated arrays, and there are "
+            "none: say which with --crossbar, or leave them out"
         )
     if options.distributed and options.mesh is None:
         raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
@@ -180,36 +182,18 @@ def check(options: FuseOptions) -> None:
             raise ValueError(
                 f"--process {options.process} of --processes {options.processes}: give 0 to {options.processes - 1}"
             )
-    if not 0 <= recipe.prune < 1:
-        raise ValueError(f"prune is {recipe.prune}: wanted a share of the magnitudes, from 0 to below 1")
-    if recipe.prune and not {"coefficients", "magnitudes"} <= set(method.groups):
+    if recipe.optimisation(1).prune and not {"coefficients", "magnitudes"} <= set(method.groups):
         raise ValueError(
             f"the method {options.method} does not prune: only a fusion with magnitudes does. Leave out --prune"
         )
 
 
-def _check_basis(options: FuseOptions) -> None:
-    recipe = options.recipe
-    if recipe.basis is not None:
-        check_basis(recipe)
-        if not find(options.method).in_basis:
-            raise ValueError(f"the method {options.method} reads whole modules, not a shared basis: leave out --basis")
-        return
-    for given, option in (
-        (recipe.core, "--core"),
-        (recipe.choose == "basis-gradient", "--choose basis-gradient"),
-        (options.control == "svd", "--control svd"),
-    ):
-        if given:
-            raise ValueError(f"{option} is of a fusion in a shared basis: say of how many directions with --basis")
-
-
-def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: bool = True) -> Setup:
+def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train: bool = True) -> Setup:
     """Load the base, pool and task of the options, and make each seed's draws.
 
     Args:
       options: options of the run.
-      path: the path of a run that is resumed; by default the options' own, or the faster one here.
+      seed_mode: the mode of a run that is resumed; by default the options' own, or the faster one here.
       to_train: the method is going to be trained, so the task must have training rows.
 
     Raises:
@@ -226,7 +210,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
         need=("train", "test") if needs_training_rows else ("test",),
     )
     there = min(len(task.train), options.train_rows)
-    if method.answers == "examples" and recipe.shots > there:
+    if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
         raise ValueError(
             f"{recipe.shots} examples for the prompts of {task.name}, but only {there} training rows are used: "
             "ask for fewer --shots"
@@ -239,7 +223,7 @@ def prepare(options: FuseOptions, path: SeedPath | None = None, *, to_train: boo
     if method.answers == "examples" and texts.text_format.context is not None:
         for shown in shown_to_seeds(task, options):  # raises ValueError for a prompt that is too long
             encode_shown(texts, shown, len(test), new_tokens)
-    fused = load_model(options, path, texts)
+    fused = load_model(options, seed_mode, texts)
     rows = None
     if method.learns != "untrained" and (to_train or there > 0):
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
@@ -285,6 +269,7 @@ def tasks_of_seeds(task: Task, options: FuseOptions) -> list[Task]:
 def shown_to_seeds(task: Task, options: FuseOptions) -> list[Task]:
     """Return the task with examples in its prompts, which each seed draws from the rows it would train on."""
     of_seeds = zip(options.seeds, tasks_of_seeds(task, options), strict=True)
+    assert isinstance(options.recipe, FewShotRecipe)
     return [few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
 
 
@@ -299,12 +284,12 @@ def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encod
     return found if text_format.ends else Encoded(tuple(ids[-LONGEST:] for ids in found.inputs), found.labels)
 
 
-def load_model(options: FuseOptions, path: SeedPath | None = None, texts: Texts | None = None) -> LoadedModel:
+def load_model(options: FuseOptions, seed_mode: SeedMode | None = None, texts: Texts | None = None) -> LoadedModel:
     """Load the model and the modules of the options, without the task.
 
     Args:
       options: options of the run.
-      path: as in `prepare`.
+      seed_mode: as in `prepare`.
       texts: what `load_texts` returns for the options, if it has been called.
 
     Raises:
@@ -328,7 +313,7 @@ def load_model(options: FuseOptions, path: SeedPath | None = None, texts: Texts 
         method=method,
         frozen=frozen,
         index=_index(modules, {name: i for i, name in enumerate(names)}),
-        path=path or (default_path() if options.path == "auto" else options.path),
+        seed_mode=seed_mode or (default_seed_mode() if options.seed_mode == "auto" else options.seed_mode),
     )
     return LoadedModel(problem, modules, texts.tokenizer, texts.text_format, found)
 
@@ -365,7 +350,8 @@ def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
             f"{options.pool} has no whole module {missing[0]}, only its part in the basis, so it cannot be ranked: "
             "rank inside the basis with --choose basis-gradient"
         )
-    recipe = dataclasses.replace(options.recipe, basis=None, core=False)
+    recipe: Any = options.recipe
+    recipe = dataclasses.replace(recipe, basis=None, train_core=False)
     whole = dataclasses.replace(options, recipe=recipe, control="none")  # a control has other directions alone
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     method, frozen, _ = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
@@ -379,7 +365,7 @@ def with_modules(loaded: AnyLoaded, options: FuseOptions, of_seeds: Sequence[Seq
       ValueError: the pool no longer has these modules, or the seeds now draw others.
     """
     wanted = tuple(map(tuple, of_seeds))
-    if options.recipe.choose == "draw" and loaded.modules != wanted:
+    if choice_of(options.recipe) == "draw" and loaded.modules != wanted:
         raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
     if loaded.modules == wanted:
         return loaded
@@ -463,14 +449,12 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     if options.adapters:
         names = positions(there, [int(a) if a.isdecimal() and a not in there else a for a in options.adapters])
         drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
-    elif options.recipe.choose != "draw":
-        if not 1 <= options.recipe.modules <= len(there):
-            raise ValueError(
-                f"{options.recipe.modules} modules to be chosen from a pool of {len(there)}: ask for 1 to {len(there)}"
-            )
+    elif choice_of(options.recipe) != "draw":
+        if not 1 <= (count := modules_of(options.recipe)) <= len(there):
+            raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: ask for 1 to {len(there)}")
         drawn = tuple(tuple(there) for _ in options.seeds)
     else:
-        count = min(options.recipe.modules, len(there))
+        count = min(modules_of(options.recipe), len(there))
         drawn = tuple(draw_modules(there, count, seed) for seed in options.seeds)
     used = {name for names in drawn for name in names}
     return [name for name in there if name in used], drawn
@@ -478,7 +462,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
 
 def module_names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -> tuple[str, ...]:
     """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
-    k = options.recipe.basis
+    k = basis_of(options.recipe)
     return stored.names if k is None or options.control != "none" else tuple(stored.basis_modules(k))
 
 
@@ -489,7 +473,7 @@ def _load_pool(
 
     The digests are of the modules as they were read: a control's own numbers differ in their last bits between devices.
     """
-    k, key = options.recipe.basis, jax.random.key(_CONTROL_KEY)
+    k, key = basis_of(options.recipe), jax.random.key(_CONTROL_KEY)
     if k is not None and options.control != "none":
         whole = stored.load()
         found = pool_digests(whole)

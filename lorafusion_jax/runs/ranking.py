@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from ..tasks import Batch
 from ..training.fit import start
+from ..training.frozen import SEARCH
 from ..training.loss import objective
 from ..training.mesh import on_mesh, to_host
-from ..training.problem import SEARCH, Params, Problem, per_seed
+from ..training.method import Params
+from ..training.problem import Problem, per_seed
 from .prepare import Setup
 
 

@@ -26,12 +26,14 @@ from ..io.folders import stored_by_orbax
 from ..io.hf import read_config
 from ..io.source import is_hub_id
 from ..methods import find
+from ..methods.fusion import choice_of
 from ..methods.method import SearchJob
+from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..tasks import without_revision
 from ..training.compiled import make_room
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import make_mesh, on_mesh, to_host
-from ..training.problem import Params
+from ..training.method import Params
 from ..training.step import TrainState
 from .evaluate import Evaluation, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder
@@ -105,14 +107,15 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
 
 def with_targets(options: FuseOptions) -> FuseOptions:
     """Return the options as a run records them: with the family's own targets where none are given."""
-    if options.recipe.lora_targets is not None:
+    recipe = options.recipe
+    if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
         return options
     targets = read_config(options.base).targets
-    return dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, lora_targets=targets))
+    return dataclasses.replace(options, recipe=dataclasses.replace(recipe, lora_targets=targets))
 
 
 def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
-    find(options.method).check(options.recipe)
+    find(options.method).check()
     if options.log:
         _load_wandb()
     run = RunFolder(run_path(options))
@@ -122,8 +125,8 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     if recorded is not None and (done := run.results()) is not None:
         _note(f"{run.folder} is complete: nothing to resume")
         return dict(done)
-    setup = prepare(options, path=recorded["environment"]["path"] if recorded else None)
-    if options.recipe.choose != "draw":
+    setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None)
+    if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     begin = _start_params(setup, options)
     found = digests(setup, options)
@@ -148,9 +151,9 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> S
     if recorded is not None:
         return with_modules(setup, options, recorded["modules"])
     recipe = options.recipe
-    in_whole = recipe.basis is not None and recipe.choose == "gradient"
+    in_whole = basis_of(recipe) is not None and choice_of(recipe) == "gradient"
     ranked = with_whole_modules(setup, options) if in_whole else setup
-    chosen = choose_by_gradient(ranked, options.seeds, keep=recipe.modules, batch_size=recipe.batch_size)
+    chosen = choose_by_gradient(ranked, options.seeds, keep=modules_of(recipe), batch_size=recipe.batch_size)
     return with_modules(setup, options, chosen.modules)
 
 
@@ -446,7 +449,7 @@ def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, in
     if method.search is not None:
         return method.evaluations(recipe, setup.problem.index.shape[1]) * train, 0
     epochs = steps // -(-train // min(recipe.batch_size, train))
-    ranking = 0 if recipe.choose == "draw" else train
+    ranking = 0 if choice_of(recipe) == "draw" else train
     return epochs * (train + validation) + ranking, epochs * train + ranking
 
 
@@ -472,7 +475,7 @@ def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
         "max_new_tokens": setup.max_new_tokens,
-        "environment": Environment(path=setup.problem.path, dtype=options.dtype, **environment()),
+        "environment": Environment(seed_mode=setup.problem.seed_mode, dtype=options.dtype, **environment()),
         "digests": found,
         "folders": _folders(options),
     }

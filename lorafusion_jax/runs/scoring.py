@@ -6,7 +6,7 @@ import numpy as np
 
 from ..methods import find
 from ..tasks import BETWEEN_EXAMPLES, answer_options, constant_answer, exact_match
-from ..training.problem import Params
+from ..training.method import Params
 from .evaluate import Evaluation, evaluate
 from .options import FuseOptions
 from .prepare import Setup, Texts, encode_shown, shown_to_seeds, tasks_of_seeds

@@ -38,8 +38,9 @@ from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling, generate
 from ..models.weights import Weight, is_in_arrays
 from ..tasks import Batch
+from ..training.frozen import Frozen
 from ..training.loss import log_likelihood
-from ..training.problem import Frozen, Method, Params
+from ..training.method import Method, Params
 from .rows import RowAdapter, RowCores, RowModules
 
 

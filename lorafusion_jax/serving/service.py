@@ -19,8 +19,9 @@ from ..checks import at_least, check_uint32
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..methods import find
-from ..methods.fusion import Fusion
+from ..methods.fusion import CoefficientsRecipe, Fusion
 from ..methods.method import Built
+from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..runs.options import FuseOptions
@@ -28,7 +29,7 @@ from ..runs.predict import draw_keys
 from ..runs.prepare import check_digests, digests, load_model, module_names
 from ..runs.run import load_run
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
-from ..training.problem import Method, Params
+from ..training.method import Method, Params
 from .bank import TaskBank
 
 # What all runs of one bank have in common.
@@ -130,7 +131,7 @@ class Service:
                 raise ValueError(f"{options.pool} is not the pool that was fused: it has no {missing}")
             names = tuple(name for name in there if name in used)
             # Modules that no run mixes with each other may differ in rank.
-            recipe = dataclasses.replace(options.recipe, composition="sum", core=False)
+            recipe = recipe_of(CoefficientsRecipe, vars(options.recipe) | {"composition": "sum", "train_core": False})
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
         fused = load_model(options)
         self._digests = digests(fused, options)
@@ -314,8 +315,8 @@ class Service:
 
     def _check_shares(self, run: FusedRun) -> None:
         first = self._first
-        if find(run.options.method).pool and run.options.recipe.basis != first.options.recipe.basis:
-            here, there = (_in_words(of.options.recipe.basis) for of in (run, first))
+        if find(run.options.method).pool and basis_of(run.options.recipe) != basis_of(first.options.recipe):
+            here, there = (_in_words(basis_of(of.options.recipe)) for of in (run, first))
             raise ValueError(
                 f"{run.folder} fuses {here}, and {first.folder} {there}: one bank has one form of its modules. Serve "
                 "them apart, or fuse one of them again as the other"

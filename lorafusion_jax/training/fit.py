@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool, Int
 from ..platform import for_cpu
 from ..progress import progress
 from ..tasks import Batch, StepBatch, batch_orders, train_batches, train_step_batches
+from .frozen import VALIDATION
 from .loss import seed_entropies
 from .mesh import on_mesh, to_host
-from .problem import VALIDATION, Method, Params, Problem
+from .method import Method, Params
+from .problem import Problem
 from .recipe import Optimisation, Rates, Recipe
 from .rows import TrainingRows
 from .seeds import over_seeds
@@ -73,7 +75,7 @@ def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None
     """
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
     params = on_mesh(params, problem.config, of_seeds=True)
-    state = _start(on_mesh(keys, of_seeds=True), params, problem.replace(path="vmap"))
+    state = _start(on_mesh(keys, of_seeds=True), params, problem.replace(seed_mode="batched"))
     return on_mesh(state, problem.config, of_seeds=True)
 
 
@@ -143,7 +145,7 @@ def fit(
                 validation_loss,
                 np.int32(number),
                 optimisation=optimisation,
-                pruning=recipe.prune > 0 and number == (recipe.epochs + 1) // 2,
+                pruning=optimisation.prune > 0 and number == (recipe.epochs + 1) // 2,
             )
             metrics, validation_loss, stopped = to_host((metrics, validation_loss, state.stopped))
             after_epoch(
@@ -220,7 +222,7 @@ def _after_epoch(
         state = end_epoch(state, loss, number, optimisation)
         return prune(state, optimisation.prune) if pruning else state
 
-    return over_seeds(end_of_seed, "vmap")((state, loss), number)
+    return over_seeds(end_of_seed, "batched")((state, loss), number)
 
 
 def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
@@ -229,10 +231,11 @@ def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
     def of_seeds(value: float) -> Array:
         return jnp.full(seeds, value, jnp.float32)
 
+    l1, l2 = recipe.penalties
     return Rates(
         learning_rate={group: of_seeds(rate) for group, rate in method.learning_rates(recipe).items()},
-        l2=of_seeds(recipe.l2),
-        l1=of_seeds(recipe.l1),
+        l2=of_seeds(l2),
+        l1=of_seeds(l1),
     )
 
 

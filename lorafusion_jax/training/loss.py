@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..tasks.batches import IGNORED, Batch
-from .problem import Params, Problem, per_seed
+from .method import Params
+from .problem import Problem, per_seed
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:

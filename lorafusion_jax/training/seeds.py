@@ -8,31 +8,31 @@ from jax.sharding import PartitionSpec
 
 from ..platform import for_cpu
 
-Path = Literal["vmap", "map"]
-AXIS = "seeds_of_a_device"  # of the batched path, for collectives of a device's seeds
+SeedMode = Literal["batched", "sequential"]
+AXIS = "seeds_of_a_device"  # of the batched mode, for collectives of a device's seeds
 
 
-def default_path() -> Path:
+def default_seed_mode() -> SeedMode:
     """Return how seeds run best on this platform.
 
-    Accelerators read the base weights once for all seeds (`vmap`). On a CPU a batched program measures
-    slower than its seeds in turn (`map`): caches hold one seed's activations, not all of them.
+    Accelerators read the base weights once for all seeds (`batched`). On a CPU a batched program measures
+    slower than its seeds in turn (`sequential`): caches hold one seed's activations, not all of them.
     """
-    return "map" if for_cpu() else "vmap"
+    return "sequential" if for_cpu() else "batched"
 
 
-def over_seeds(fn: Callable[..., Any], path: Path) -> Callable[..., Any]:
+def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode) -> Callable[..., Any]:
     """Return `fn(seeds, shared)` mapped over the leading axis of every array in `seeds`.
 
     On a mesh (see `training.mesh`) every device maps seeds of its own, and none waits for another's.
 
     Args:
       fn: of (one seed's arrays, what all seeds share).
-      path: `vmap` (results within 1e-5 of single runs) or `map` (equal to them bit for bit).
+      seed_mode: `batched` (results within 1e-5 of single runs) or `sequential` (equal to them bit for bit).
     """
 
     def mapped(seeds: Any, shared: Any) -> Any:
-        if path == "vmap":
+        if seed_mode == "batched":
             return jax.vmap(fn, in_axes=(0, None), axis_name=AXIS)(seeds, shared)
         return jax.lax.map(lambda seed: fn(seed, shared), seeds)
 

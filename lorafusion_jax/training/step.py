@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..tasks.batches import Batch
 from .loss import objective
-from .problem import Params, Problem
+from .method import Params
+from .problem import Problem
 from .recipe import Optimisation, Rates
 
 

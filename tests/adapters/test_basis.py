@@ -24,7 +24,7 @@ from lorafusion_jax.adapters.norms import column_norms, gram
 from lorafusion_jax.adapters.updates import InBasis, LowRank
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.frozen import Frozen
 
 _MODEL = tiny.t5()
 _KERNELS = kernels(_MODEL)

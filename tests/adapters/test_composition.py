@@ -25,7 +25,8 @@ from lorafusion_jax.methods.merge import Merge
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.tasks import draw_modules
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.seeds import over_seeds
 from lorafusion_jax.training.step import fusion_step, init_state
@@ -607,8 +608,8 @@ def test_seeds_together_equal_seeds_alone(composition):
         return {s: a(x, k) for s in adapters for a, k in [(_layer(adapters[s], 0), _KERNELS[s][0])]}
 
     single = [jax.jit(of_seed)((index[s], keys[s]), frozen) for s in (0, 1)]
-    batched = jax.jit(over_seeds(of_seed, "vmap"))((index, keys), frozen)
-    mapped = jax.jit(over_seeds(of_seed, "map"))((index, keys), frozen)
+    batched = jax.jit(over_seeds(of_seed, "batched"))((index, keys), frozen)
+    mapped = jax.jit(over_seeds(of_seed, "sequential"))((index, keys), frozen)
     for site in pool.A:
         for s in (0, 1):
             _close(batched[site][s], single[s][site])

@@ -17,7 +17,7 @@ from lorafusion_jax.adapters.composition import compose
 from lorafusion_jax.adapters.merges import MergeKind, check_merge, dare_masks, merge
 from lorafusion_jax.adapters.pool import shuffled_pool
 from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.frozen import Frozen
 
 _KINDS = get_args(MergeKind)
 _INDEX = (3, 0, 2)

@@ -90,7 +90,10 @@ def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
         (["--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
         (["--chips", "0"], "chips is 0: wanted at least 1"),
         (["--compensate", "both", "--report"], "a report is of one age, compensated or not: give one of --ages"),
-        (["--digital", "embedding", "--report"], "the rule 'embedding' matches no weight: there are decoder.cross.k"),
+        (
+            ["--keep-digital", "embedding", "--report"],
+            "the rule 'embedding' matches no weight: there are decoder.cross.k",
+        ),
     ],
 )
 def test_evaluation_on_arrays_says_what_is_wrong(run, arguments, message, capsys):
@@ -113,7 +116,7 @@ def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
     cli.main(["export", "--run", str(run), "--format", "merged", "--out", str(tmp_path / "merged")])
     again = tmp_path / "again"
     # The merged model says without a pool what the run says with it.
-    zero = [*_FUSE, "--base", str(tmp_path / "merged"), *_QUICK, "--method", "zero-shot"]
+    zero = [*_FUSE, "--base", str(tmp_path / "merged"), *_QUICK[2:], "--method", "zero-shot"]
     cli.main([*zero, "--out", str(again), "--name", "z"])
     said, wanted = (
         [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:5]

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from lorafusion_jax.cli import fuse, main
-from lorafusion_jax.runs.options import PRESETS, FuseOptions
+from lorafusion_jax.methods.fusion import PRESETS, FusionRecipe
+from lorafusion_jax.methods.lora import DoRARecipe, LoRARecipe
+from lorafusion_jax.runs.options import FuseOptions
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 
@@ -34,8 +36,8 @@ def test_options_without_arguments_are_the_defaults(asked):
 
 
 def test_options_in_every_group_reach_the_run(asked):
-    options = asked("--pool", "p", "--lr-lora", "0.5", "--age", "1day", "--from", "run", "--seeds", "3", "4")
-    assert (options.pool, options.recipe.lr_lora, options.arrays.age) == ("p", 0.5, "1day")
+    options = asked("--method", "lora", "--lr-lora", "0.5", "--age", "1day", "--from", "run", "--seeds", "3", "4")
+    assert (options.method, options.recipe.lr_lora, options.arrays.age) == ("lora", 0.5, "1day")
     assert (options.start_from, options.seeds) == (Path("run"), (3, 4))
 
 
@@ -45,6 +47,20 @@ def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
     # An option that repeats the default recipe's number overrides the preset's all the same.
     changed = asked("--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1")
     assert changed.recipe == dataclasses.replace(reference, composition="sum", lr_coefficients=0.1)
+
+
+def test_a_preset_gives_every_method_those_of_its_numbers_that_the_method_has(asked):
+    reference = PRESETS["reference"]
+    dora = asked("--preset", "reference", "--method", "dora", "--lora-rank", "4").recipe
+    shared = {name: value for name, value in vars(reference).items() if hasattr(dora, name)}
+    assert dora == DoRARecipe(**shared, lora_rank=4) and shared.keys() >= {"lr_magnitudes", "protocol", "clip"}
+
+
+def test_a_recipe_of_another_method_is_taken_only_without_numbers_of_its_own():
+    options = FuseOptions(base="b", task="t", method="lora", recipe=FusionRecipe(epochs=3))
+    assert options.recipe == LoRARecipe(epochs=3)
+    with pytest.raises(ValueError, match="modules is an option of the methods fusion, .* not of lora"):
+        FuseOptions(base="b", task="t", method="lora", recipe=FusionRecipe(modules=3))
 
 
 def test_a_plan_says_what_a_run_needs_and_runs_nothing(capsys, tmp_path):

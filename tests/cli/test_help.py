@@ -15,15 +15,15 @@ from lorafusion_jax.cli import COMMANDS, cost, evaluate, fuse, generate, main, p
 from lorafusion_jax.cli.parsing import flat_fields
 from lorafusion_jax.hardware.write import ProgramOptions
 from lorafusion_jax.io.convert import ConvertOptions
+from lorafusion_jax.methods import METHODS, fields_of
+from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.runs.export import ExportOptions
-from lorafusion_jax.runs.options import PRESETS
 
 _EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 # The options of an experiment that has a dataclass of them.
 _SCRIPTS = {
     "ablations": "AblationOptions",
     "bbh": "BBHOptions",
-    "beyond": "BeyondOptions",
     "cost": "Options",
     "hardware": "Options",
     "hardware_sweeps": "Options",
@@ -45,6 +45,7 @@ _SPELLINGS = {
     "shape": ("model",),
     "plan": ("dry",),
 }
+_NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}
 _SUBCOMMANDS = [*(name for name in COMMANDS if name != "crossbar"), "crossbar program"]
 
 
@@ -62,7 +63,7 @@ def _boxes(subcommand: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in _help(subcommand).splitlines():
         # Boxes are drawn only where the output is UTF-8.
-        if title := re.match(r"(?:╭─| ) ?((?:\w+ )*)options\b(?: ─.*|\s*)$", line):
+        if title := re.match(r"(?:╭─| ) ?((?:[\w-]+ )*)options\b(?: ─.*|\s*)$", line):
             found[title[1].strip()] = []
         elif option := re.match(r"(?:│ |  )(?:-h, )?--([a-z][a-z0-9-]*)", line):
             list(found.values())[-1].append(option[1])
@@ -94,16 +95,43 @@ def test_every_help_text_describes_every_option(subcommand):
 
 def test_fuse_shows_its_options_in_groups_and_the_common_ones_first():
     boxes = _boxes("fuse")
-    assert list(boxes) == ["", "data and base", "fusion", "training", "baseline", "hardware", "run"]
+    assert list(boxes) == ["", "data and base", "method", "method fusion", "training", "hardware", "run"]
     assert boxes[""] == ["help", "preset"]
     first = [options[0] for options in list(boxes.values())[1:]]
-    assert first == ["base", "method", "epochs", "lora-rank", "crossbar", "seeds"]
+    assert first == ["base", "method", "modules", "epochs", "crossbar", "seeds"]
     assert list(_boxes("evaluate")) == ["", "data and base", "hardware"]
 
 
-def test_every_option_of_fuse_has_a_group():
-    grouped = [name for names in fuse.GROUPS.values() for name in names]
-    assert sorted([*grouped, "preset"]) == sorted(name for name, _, _ in flat_fields(fuse.FuseCommand))
+@pytest.mark.parametrize("method", METHODS)
+def test_fuse_shows_the_options_of_the_method_that_is_asked_for(method):
+    boxes = _boxes(f"fuse --method {method}")
+    numbers = {option.replace("-", "_") for box in boxes.values() for option in box} & _NUMBERS
+    assert numbers == set(fields_of(METHODS[method]))
+    assert all(boxes.values()) and len(boxes[""]) == 2  # every other option has a group
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("fuse --path map", "--path is now --seed-mode (vmap is batched, map is sequential)"),
+        ("fuse --noise=chip", "--noise is now --train-chip"),
+        ("fuse --core", "--core is now --train-core"),
+        ("cost --core", "--core is now --train-core"),
+        ("fuse --digital head", "--digital is now --keep-digital"),
+        ("evaluate --digital head", "--digital is now --keep-digital"),
+        ("crossbar program --digital head", "--digital is now --keep-digital"),
+    ],
+)
+def test_the_old_name_of_an_option_is_refused_with_the_new_one(command, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert message in capsys.readouterr().err
+
+
+def test_an_option_of_another_method_is_refused_with_the_methods_that_have_it(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fuse", "--base", "base", "--task", "task", "--lora-rank", "4"])
+    assert "--lora-rank is an option of the methods lora, dora, not of fusion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("preset", "composition"), [("default", "sum"), ("reference", "mix")])
@@ -145,6 +173,7 @@ def _every_option() -> list[tuple[str, str, Any]]:
         patch.syspath_prepend(str(_EXPERIMENTS))
         for script, name in _SCRIPTS.items():
             commands[f"{script}.py"] = getattr(importlib.import_module(script), name)
+    commands |= {f"fuse --method {name}": entry.recipe for name, entry in METHODS.items()}
     return [(command, name, type_) for command, of in commands.items() for name, type_, _ in flat_fields(of)]
 
 
@@ -176,7 +205,7 @@ def test_a_name_means_one_kind_of_value():
 
 
 def test_options_of_several_values_have_plural_names():
-    apart = {"digital", "lr_coefficients", "lr_magnitudes"}  # an adjective; rates of a sweep, named as in fuse
+    apart = {"keep_digital", "lr_coefficients", "lr_magnitudes"}  # an adjective; rates of a sweep, named as in fuse
     several = {name for _, name, type_ in _every_option() if _kind(type_) is tuple} - apart
     assert sorted(name for name in several if not name.endswith("s")) == []
     assert {"seeds", "adapters", "tasks", "ages"} <= several

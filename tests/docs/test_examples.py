@@ -14,12 +14,12 @@ from lorafusion_jax.methods import METHODS
 # The settings that the README's run has in tests, whose compiled programs are then there already.
 _LIKE_THE_README = {
     "task": str(one_block.SMALL / "tasks" / "double_digit"),
-    "recipe": lf.Recipe(modules=4, epochs=1),
+    "recipe": lf.FusionRecipe(modules=4, epochs=1),
     "seeds": (1, 2),
     "train_rows": 20,
     "test_rows": 4,
 }
-_RECIPE = lf.Recipe(modules=3, epochs=1, batch_size=50, max_new_tokens=8)
+_RECIPE = lf.FusionRecipe(modules=3, epochs=1, batch_size=50, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_flax_model_on_crossbars_keeps_its_accuracy_with_an_adc_of_eight_bits(
 @pytest.mark.nightly
 def test_a_method_of_ones_own_is_registered_and_run(example, tmp_path):
     try:
-        scores = example("your_own_method").main(tmp_path, **_LIKE_THE_README)
+        scores = example("your_own_method").main(tmp_path, **_LIKE_THE_README | {"recipe": lf.Recipe(epochs=1)})
     finally:
         METHODS.pop("gains", None)
     assert set(scores) == {"zero-shot", "gains", "magnitudes"}

@@ -22,6 +22,8 @@ from lorafusion_jax.estimates.bill import CostOptions, activities, bills, compar
 from lorafusion_jax.estimates.bill.show import constants_table, number, quantity
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, step_flops
 from lorafusion_jax.estimates.params import counts as trainable_counts
+from lorafusion_jax.methods.fused import SumUpdate
+from lorafusion_jax.methods.lora import LowRankUpdate
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.text_tables import markdown
@@ -183,7 +185,7 @@ def test_training_by_hand():
     of = {activity.method: activity for activity in activities(tiny.CONFIG, config, options)}
     step, steps = Shape(5, 16, 8), 3 * 4  # 19 rows of 20 train
     validation = Shape(1, 16, 8)
-    none, lora = Update(kind="none"), Update(kind="lora", rank=4)
+    none, lora = Update(), LowRankUpdate(rank=4)
 
     def products(shape: Shape) -> float:
         found = 2.0 * shape.rows * shape.target * 16 * 48
@@ -232,7 +234,7 @@ def test_training_by_hand():
 def test_a_trained_core_adds_its_numbers_and_their_updates():
     """Its gradient is that of the mixed core, which the coefficients need anyway; a token reads one core."""
     options = dataclasses.replace(
-        _OPTIONS, modules=2, rank=4, bases=(3,), core=True, train_rows=20, batch_size=5, epochs=3
+        _OPTIONS, modules=2, rank=4, bases=(3,), train_core=True, train_rows=20, batch_size=5, epochs=3
     )
     of = {activity.method: activity for activity in activities(tiny.CONFIG, CrossbarConfig(adc=ADC()), options)}
     plain, cored = of["LoRAFusion, basis of 3"], of["LoRAFusion, basis of 3, with a core"]
@@ -253,7 +255,7 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
         {activity.method: activity for activity in activities(tiny.CONFIG, config, asked)}
         for asked in (options, dataclasses.replace(options, pool_size=5))
     )
-    none, whole = Update(kind="none"), Update(kind="sum", rank=4, modules=5, magnitudes=True)
+    none, whole = Update(), SumUpdate(rank=4, modules=5, magnitudes=True)
     source, target = 4 * 5 * 16, 4 * 5 * 8  # tokens of four batches
     base = drawn["LoRA in cells"].base_training
     for name in ("LoRAFusion", "LoRAFusion, basis of 3"):

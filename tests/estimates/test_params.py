@@ -20,7 +20,7 @@ from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.frozen import Frozen
 
 _LARGE = {
     "LoRAFusion": 148_416,

@@ -15,8 +15,8 @@ from flax import nnx
 
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.serving.bank import TaskBank
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.problem import Frozen
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}

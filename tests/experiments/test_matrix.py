@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lorafusion_jax.report import append_rows, done, read_rows
 
 _EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 _TASK = one_block.SMALL / "tasks" / "double_digit"
+_OLD = Path(__file__).resolve().parents[1] / "old_version" / "results.jsonl"
 _QUICK = {"batch_size": 48, "max_new_tokens": 8}
 
 
@@ -75,7 +77,7 @@ def test_every_result_is_a_row_and_none_is_run_twice(matrix, options, monkeypatc
     assert "[4/4] double_digit, coefficients only, 95+5:" in capsys.readouterr().err
     for row in rows:
         assert len(row["correct"]) == 5 and row["option_correct"] is None
-        assert row["config"]["recipe"]["modules"] == 2
+        assert row["config"]["recipe"].get("modules") == (2 if row["config"]["pool"] else None)
         trained = row["method"] == "coefficients only"
         assert row["trainable"] == (2 * 2 if trained else 0)  # modules times blocks
         assert (row["forward_rows"], row["backward_rows"]) == ((100, 95) if trained else (0, 0))
@@ -115,6 +117,21 @@ def test_rows_of_other_settings_are_no_part_of_a_matrix(matrix, options, monkeyp
         with pytest.raises(ValueError, match=message):
             module.run_matrix(dataclasses.replace(options, **changes), entries)
     assert not ran and file.read_bytes() == before
+
+
+def test_rows_of_an_old_version_are_a_part_of_the_matrix(matrix, tmp_path, monkeypatch):
+    """They have numbers of all methods in one recipe, and old names of options."""
+    import small_pool
+
+    ran = _counted(matrix[0], monkeypatch)
+    shutil.copy(_OLD, tmp_path)
+    task = str(small_pool.SMALL / "tasks" / "swapends_prev")
+    chosen = small_pool.SmallPoolOptions(tasks=(task,), methods=("LoRA", "LoRAFusion"), seeds=(1,), out=tmp_path)
+    matrix[0].run_matrix(chosen, small_pool.METHODS)
+    assert not ran and (tmp_path / "results.jsonl").read_bytes() == _OLD.read_bytes()
+    fewer = dataclasses.replace(chosen, modules=5)
+    with pytest.raises(ValueError, match=r"LoRAFusion, 95\+5, seed 1 .* \(modules was 20, is 5\)"):
+        matrix[0].run_matrix(fewer, small_pool.METHODS)
 
 
 def test_more_seeds_are_more_rows(matrix, options):

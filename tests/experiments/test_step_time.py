@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lorafusion_jax.estimates.flops import Shape, Update, step_flops
+from lorafusion_jax.estimates.flops import Shape, step_flops
+from lorafusion_jax.methods.fused import MixUpdate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 try:
@@ -15,7 +16,7 @@ try:
 finally:
     sys.path.pop(0)
 
-_UPDATE = Update(kind="mix", modules=2, pool=2, magnitudes=True)
+_UPDATE = MixUpdate(modules=2, pool=2, magnitudes=True)
 _SHAPE = Shape(5, 12, 4)
 _RATES = Rates(flops=1e9, bandwidth=1e6, latency=1e-3)
 

@@ -302,7 +302,7 @@ def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
 
 def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
     environment = {
-        "path": "map",
+        "seed_mode": "sequential",
         "dtype": "float32",
         "device": "cpu",
         "cores": 2,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
+import recipes
 import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -46,13 +47,13 @@ from lorafusion_jax.models.architecture import matrices
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.runs.evaluate import Evaluation
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions, OnArrays
+from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.problem import Frozen, Problem
-from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.problem import Problem
 
 _ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
 _DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)
@@ -175,19 +176,15 @@ def small(tmp_path_factory):
 
 
 def _programming(folder, **changes):
-    values = {"crossbar": str(folder / "noisy.yaml"), "out": folder / "two", "digital": _NOT_WRITTEN} | changes
+    values = {"crossbar": str(folder / "noisy.yaml"), "out": folder / "two", "keep_digital": _NOT_WRITTEN} | changes
     return ProgramOptions(base=str(folder / "base"), pool=str(folder / "pool"), **values)
 
 
 def _fusing(folder, name, **changes):
     recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4}
     values = {"seeds": (1, 2), "test_rows": 5, "out": folder / "runs", "name": name, "pool": str(folder / "pool")}
-    return FuseOptions(
-        base=str(folder / "base"),
-        task=str(one_block.SMALL / "tasks" / "double_digit"),
-        recipe=dataclasses.replace(PRESETS["default"], **recipe),
-        **(values | changes),
-    )
+    task = str(one_block.SMALL / "tasks" / "double_digit")
+    return recipes.options(recipe, base=str(folder / "base"), task=task, **(values | changes))
 
 
 def _weights_of(chips, number):
@@ -207,13 +204,13 @@ def fused(small):
 
 @pytest.mark.long
 def test_a_folder_holds_the_chips_that_its_key_draws(small):
-    written = write_chips(_programming(small, out=small / "all", chips=2, chip_key=7, digital=()))
+    written = write_chips(_programming(small, out=small / "all", chips=2, chip_key=7, keep_digital=()))
     manifest = json.loads((small / "all" / "manifest.json").read_text())
     assert manifest == json.loads(json.dumps(written))
     assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(p.name for p in (small / "pool").iterdir())
     cells = [_weights_of(small / "all", n) for n in (0, 1)]
     assert not np.array_equal(*cells)
-    again = write_chips(_programming(small, out=small / "again", chips=2, chip_key=7, digital=()))
+    again = write_chips(_programming(small, out=small / "again", chips=2, chip_key=7, keep_digital=()))
     assert again["one_chip"] == manifest["one_chip"]
     for n in (0, 1):
         np.testing.assert_array_equal(_weights_of(small / "again", n), cells[n])
@@ -240,9 +237,9 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small):
         ({}, "two exists: give another --out; chips are never written over"),
         ({"out": small / "new", "chips": 0}, "chips is 0: wanted at least 1"),
         ({"out": small / "new", "crossbar": "isaac", "chips": 2}, "programming is not random in isaac, so 2 chips"),
-        ({"out": small / "new", "digital": ("nowhere.*",)}, "the rule 'nowhere.\\*' matches no weight"),
-        ({"out": small / "new", "digital": ("*",)}, "the digital weights '\\*' are all there are"),
-        ({"out": small / "new", "digital": ("**",)}, "the digital weights '\\*\\*', '\\*' leave none for arrays"),
+        ({"out": small / "new", "keep_digital": ("nowhere.*",)}, "the rule 'nowhere.\\*' matches no weight"),
+        ({"out": small / "new", "keep_digital": ("*",)}, "the digital weights '\\*' are all there are"),
+        ({"out": small / "new", "keep_digital": ("**",)}, "the digital weights '\\*\\*', '\\*' leave none for arrays"),
         ({"out": small / "new", "chip_key": 2**32}, "chip_key is 4294967296: wanted an integer from 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -258,7 +255,7 @@ def test_a_run_on_chips_of_a_folder(small, fused):
     assert len(losses) == 2 * 2 * 2
     assert losses["1s", False, 0, 1] != losses["1s", False, 1, 1]
     # A chip of the same key from the configuration is the same chip, with modules in other places or alone.
-    configured = {"crossbar": str(small / "noisy.yaml"), "chip_key": 7, "digital": _NOT_WRITTEN}
+    configured = {"crossbar": str(small / "noisy.yaml"), "chip_key": 7, "keep_digital": _NOT_WRITTEN}
     alone = _on_chips(fused, ages=("1s",), compensate="off", **configured)
     for row in alone["rows"]:
         assert row["loss"] == pytest.approx(losses["1s", False, 0, row["seed"]], rel=1e-4)
@@ -304,7 +301,7 @@ def test_what_chips_cannot_do(small, fused, changes, message):
 @pytest.mark.accelerator
 @pytest.mark.nightly
 def test_a_fusion_trained_on_its_chip(small, fused):
-    options = _fusing(small, "chip", arrays=OnArrays(crossbar=str(small / "two"), noise="chip", chip=1))
+    options = _fusing(small, "chip", arrays=OnArrays(crossbar=str(small / "two"), train_chip="chip", chip=1))
     trained = [row["loss"] for row in fuse(options)["seeds"]]
     rows = _on_chips(options, crossbar=str(small / "two"))["rows"]
     assert [row["loss"] for row in rows if row["chip"] == 1] == pytest.approx(trained, rel=1e-4)
@@ -322,7 +319,7 @@ def test_what_a_run_trains_on(small, fused):
     setup, params = prepare(fused), load_run(run_path(fused))[1]
 
     def asked(noise):
-        options = dataclasses.replace(fused, arrays=OnArrays(crossbar=str(small / "two"), noise=noise, chip=1))
+        options = dataclasses.replace(fused, arrays=OnArrays(crossbar=str(small / "two"), train_chip=noise, chip=1))
         placed = on_arrays(setup, options, params)
         return placed.training.problem.frozen, placed.tested(params).problem.frozen
 
@@ -345,9 +342,9 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small):
     options = _fusing(small, "lora", method="lora", pool=None)
     wanted = [row["loss"] for row in fuse(options)["seeds"]]
     for lora_in in ("sram", "cells"):
-        rows = _on_chips(options, crossbar="ideal", lora_in=lora_in, digital=_NOT_WRITTEN)["rows"]
+        rows = _on_chips(options, crossbar="ideal", lora_in=lora_in, keep_digital=_NOT_WRITTEN)["rows"]
         assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-4)
-    configured = {"crossbar": str(small / "noisy.yaml"), "digital": _NOT_WRITTEN}
+    configured = {"crossbar": str(small / "noisy.yaml"), "keep_digital": _NOT_WRITTEN}
     noisy = {
         lora_in: [row["loss"] for row in _on_chips(options, lora_in=lora_in, **configured)["rows"]]
         for lora_in in ("sram", "cells")
@@ -363,7 +360,7 @@ def test_results_on_other_chips_are_other_files(tmp_path):
 
 
 def test_options_of_chips_without_chips_are_refused(small, fused, capsys):
-    for noise in (OnArrays(noise="chip"), OnArrays(age="1h")):
+    for noise in (OnArrays(train_chip="chip"), OnArrays(age="1h")):
         with pytest.raises(ValueError, match="are of simulated arrays, and there are none: say which with --crossbar"):
             fuse(dataclasses.replace(fused, name="without", arrays=noise))
     assert not (small / "runs" / "without").exists()
@@ -412,7 +409,7 @@ def test_methods_without_a_frozen_model_have_no_place_on_arrays(small):
         options = _fusing(small, f"no-{method}", method=method, pool=None, arrays=OnArrays(crossbar="isaac"))
         with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
             fuse(options)
-    fresh = _fusing(small, "no-noise", arrays=OnArrays(crossbar="isaac", noise="fresh"))
+    fresh = _fusing(small, "no-noise", arrays=OnArrays(crossbar="isaac", train_chip="fresh"))
     with pytest.raises(ValueError, match="programming is not random in isaac"):
         fuse(fresh)
     assert load_chips("isaac").config == ARRAYS["isaac"]

@@ -37,8 +37,9 @@ from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, is_in_arrays
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import objective, seed_entropies
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 

@@ -21,7 +21,7 @@ from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.layers import Linear
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.frozen import Frozen
 
 _MODEL = tiny.t5()
 _INDEX = [3, 0, 2]

@@ -36,7 +36,7 @@ _CONFIG: dict[str, Any] = {
     "modules": [[]],
     "task_sha256": "",
     "max_new_tokens": 8,
-    "environment": {"path": "map", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}},
+    "environment": {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}},
 }
 
 

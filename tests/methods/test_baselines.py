@@ -18,8 +18,9 @@ from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.problem import Problem
 
 _MODEL = T5(tiny.CONFIG, rngs=nnx.Rngs(0))
 _GRAPH, _BASE = nnx.split(_MODEL)
@@ -34,7 +35,7 @@ def _problem(method, frozen, index=_INDEX):
 def _frozen(method) -> Frozen:
     projections = method.projections(jax.random.key(0)) if isinstance(method, VeRA) else None
     adapted = {name: kernels(_MODEL)[name] for name, _ in _SITES}
-    return Frozen(_BASE, norms=norms(adapted), projections=projections)
+    return Frozen(_BASE, norms=norms(adapted), prepared=projections)
 
 
 def _moved(params, seed=1):

@@ -16,14 +16,15 @@ from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods import lorahub
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.problem import SEARCH, Problem
+from lorafusion_jax.training.frozen import SEARCH
+from lorafusion_jax.training.problem import Problem
 
 needs_nevergrad = pytest.mark.skipif(
     importlib.util.find_spec("nevergrad") is None, reason="needs nevergrad: pip install -e '.[lorahub]'"
 )
 
 
-def _golden(folder, path):
+def _golden(folder, seed_mode):
     model = load_base(folder / "base")
     sources = [str(folder / "adapters" / f"lora_{n}") for n in range(4)]
     pool = read_pool(sources, model.config, base_tensor=base_tensor(folder / "base"))
@@ -37,17 +38,17 @@ def _golden(folder, path):
         )
         for k in (0, 1)
     ]
-    return small_search.arguments(model, pool, batches, seeds=(42,), path=path)
+    return small_search.arguments(model, pool, batches, seeds=(42,), seed_mode=seed_mode)
 
 
 def _without_seeds(arguments):
     return {name: value for name, value in arguments.items() if name != "seeds"}
 
 
-@pytest.mark.parametrize("path", ["map", pytest.param("vmap", marks=pytest.mark.long)])
-def test_objective_replays_the_golden_search(goldens, path):
+@pytest.mark.parametrize("seed_mode", ["sequential", pytest.param("batched", marks=pytest.mark.long)])
+def test_objective_replays_the_golden_search(goldens, seed_mode):
     folder = goldens / "fusion" / "t5a"
-    arguments = _without_seeds(_golden(folder, path))
+    arguments = _without_seeds(_golden(folder, seed_mode))
     golden = np.load(folder / "lorahub.npz")
     for weights, score in zip(golden["eval_weights"], golden["eval_scores"], strict=True):
         assert lorahub.score(weights[None], **arguments) == pytest.approx([score], abs=1e-4)
@@ -56,7 +57,7 @@ def test_objective_replays_the_golden_search(goldens, path):
 @needs_nevergrad
 def test_search_walks_as_the_golden_one(goldens):
     folder = goldens / "fusion" / "t5a"
-    found = lorahub.search(**_golden(folder, "map"), evaluations=40)
+    found = lorahub.search(**_golden(folder, "sequential"), evaluations=40)
     golden = np.load(folder / "lorahub.npz")
     # The simplex that COBYLA starts from; later steps rest on differences of scores, whose last digits differ.
     np.testing.assert_allclose(found.tried[:5, 0], golden["eval_weights"][:5], atol=1e-6)

@@ -1,6 +1,5 @@
 """Every method as a run: what it reports, what it counts, that it is loaded, evaluated and exported as it was."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import one_block
 import pytest
+import recipes
 from safetensors.numpy import load_file
 
 from lorafusion_jax._fuse import fuse
@@ -24,7 +24,6 @@ from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evalua
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks import load_task, split
 from lorafusion_jax.training import fit
-from lorafusion_jax.training.recipe import PRESETS
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SEEDS = (1, 2)
@@ -59,7 +58,6 @@ def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> Fus
     recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4, "vera_rank": 8}
     recipe |= {"evaluations": 4, "generations": 2, "population": 4, "shots": 2}
     recipe |= {"merge": "cat"} if method == "cat" else {}
-    recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
     values = {
         "base": str(small[0]),
         "pool": str(small[1]),
@@ -70,7 +68,7 @@ def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> Fus
         "method": "merge" if method == "cat" else method,
         "test_rows": 5,
     }
-    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+    return recipes.options(recipe, **values | changes)
 
 
 def _count_rows(patch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -321,7 +319,9 @@ def test_arrays_hold_what_a_run_reads(runs):
         options, results, _ = runs(method)
         # Of the base, the values alone are in arrays: every kind of matrix is a program of its own.
         digital = ("head", "*.ff.*", "*.q", "*.k", "*.o")
-        asked = EvaluateOnChipsOptions(run=run_path(options), crossbar="isaac", calibration_rows=4, digital=digital)
+        asked = EvaluateOnChipsOptions(
+            run=run_path(options), crossbar="isaac", calibration_rows=4, keep_digital=digital
+        )
         found = report_on_chips(asked)
         for digital, row in zip(found["digital"], results["seeds"], strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
@@ -341,7 +341,6 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     cases += [
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
         ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
-        ("magnitudes", {"prune": 0.1}, "the method magnitudes does not prune"),
         ("cma", {"population": 3}, "2 generations of 3: wanted"),
         ("merge", {"density": 0.0}, "a density of 0"),
         (

@@ -9,10 +9,11 @@ from flax import nnx
 
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.methods.vera import VeRA
+from lorafusion_jax.methods.vera import Projections, VeRA
 from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.problem import Frozen, Problem, Projections
+from lorafusion_jax.training.problem import Problem
 
 pytestmark = pytest.mark.peft
 
@@ -86,7 +87,7 @@ def _frozen(folder, model, kind):
         norms = {n: jnp.linalg.norm(kernels(base)[n], axis=1) for n, _ in _SITES}
         return graph, Frozen(weights, norms=norms)
     shared = (jnp.asarray(getattr(model.base_model, at)["default"].numpy().T) for at in ("vera_A", "vera_B"))
-    return graph, Frozen(weights, projections=Projections(*shared))
+    return graph, Frozen(weights, prepared=Projections(*shared))
 
 
 def _close(ours, theirs):
@@ -114,7 +115,7 @@ def test_starts_and_counts(folder, kind):
             assert all(0.8 * bounds[n] < np.abs(A[n]).max() <= bounds[n] for n in bounds)
     else:
         drawn = method.projections(jax.random.key(0))
-        for ours, peft in zip(drawn, frozen.projections, strict=True):
+        for ours, peft in zip(drawn, frozen.prepared, strict=True):
             assert ours.shape == peft.shape
             np.testing.assert_allclose(np.abs(ours).max(), np.abs(peft).max(), rtol=0.02)
     _close(params, theirs)

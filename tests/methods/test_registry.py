@@ -1,19 +1,20 @@
-"""The registry: a new method is a file and a line, and is then run, counted, planned and billed."""
+"""The registry: a new method is a file and a line, and is then run, shown, counted, planned and billed."""
 
 import dataclasses
-from typing import Any
+import re
+import runpy
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
 import tiny
-from jaxtyping import Array, Int
+from recipes import recipe
 
 from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.updates import Rescaled
+from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.estimate import Settings
@@ -21,97 +22,91 @@ from lorafusion_jax.estimates.parameters import trainable_count
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
-from lorafusion_jax.methods import METHODS, find, register
+from lorafusion_jax.methods import METHODS, fields_of, find, register
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.mean import MeanFusion
 from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.methods.method import Built, CostLayout, MethodEntry, PlannedPool, Update
+from lorafusion_jax.methods.method import Built, PlannedPool
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.training.problem import Frozen, Method, Params
+from lorafusion_jax.runs.run import load_run
 from lorafusion_jax.training.recipe import Recipe
 
 _SMALL = SHAPES["t5-small"]
 _POOL = tiny.pool(2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gains(Method):
-    """One factor for each matrix of some sites."""
-
-    sites: tuple[tuple[str, int, int], ...]
-    rate: float = 0.05
-
-    def learning_rates(self, recipe: Recipe) -> dict[str, float]:
-        return {"gains": self.rate}
-
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        return {"gains": {name: jnp.ones(layers) for name, layers, _ in self.sites}}
-
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        gains = params["gains"]
-        return {name: Rescaled(jnp.tile(gains[name][:, None], (1, d_out))) for name, _, d_out in self.sites}, {}
-
-
-GAINS = MethodEntry(
-    name="gains",
-    help="train one factor for each matrix",
-    title="gains",
-    build=lambda built: Gains(tuple((name, site.layers, site.d_out) for name, site in built.sites)),
-    update=lambda recipe, modules: Update(kind="magnitudes", targets=recipe.lora_targets),
-    groups=("gains",),
-    cost_layouts=lambda billed: {
-        "gains": CostLayout(
-            installed_words=sum(billed.counts.values()), macs=lambda site: site.d_out, words=lambda site: 1
-        )
-    },
-)
-
-
 @pytest.fixture
 def gains():
-    register(GAINS)
-    yield
+    """The example's method, which trains one factor for each matrix and has options of its own."""
+    example = types.SimpleNamespace(**runpy.run_path(str(one_block.SMALL.parent / "your_own_method.py")))
+    register(example.GAINS)
+    yield example
     del METHODS["gains"]
 
 
 @pytest.mark.usefixtures("gains")
-def test_a_new_method_is_run_and_does_not_touch_the_recipe(tmp_path):
+def test_a_new_method_is_run_with_options_of_its_own(tmp_path, capsys):
     base, _ = one_block.cut(tmp_path / "small")
-    recipe = Recipe(epochs=2, batch_size=48, max_new_tokens=8)
-    options = FuseOptions(
-        base=str(base),
-        task=str(one_block.SMALL / "tasks" / "double_digit"),
-        method="gains",
-        recipe=recipe,
-        out=tmp_path,
-        test_rows=5,
-    )
-    results = fuse(options)
-    assert results["trainable_by_group"] == {"gains": 6}  # q and v of one encoder layer and, twice, of a decoder layer
-    assert results["seeds"][0]["steps"] == 4
+    task = str(one_block.SMALL / "tasks" / "double_digit")
+    quick = ["--epochs", "2", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "5", "--out", str(tmp_path)]
+    own = ["--method", "gains", "--first-gain", "0.5", "--lr-gains", "0"]
+    main(["fuse", "--base", str(base), "--task", task, *own, *quick])
+    # q and v of one encoder layer and, twice, of a decoder layer.
+    assert "gains, 6 trainable numbers" in capsys.readouterr().out
+    options, params, _ = load_run(tmp_path / "double_digit-gains")
+    assert (options.recipe.first_gain, options.recipe.lr_gains, options.recipe.epochs) == (0.5, 0.0, 2)
+    assert all((gain == 0.5).all() for gain in params["gains"].values())
+
+
+def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
+    for arguments, shown, hidden in (
+        (["--method", "gains"], ("--first-gain", "--lr-gains", "value that all factors start from"), "--modules"),
+        ([], ("--modules", "gains, train one factor for each"), "--first-gain"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main(["fuse", *arguments, "--help"])
+        out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert all(text in out for text in shown) and hidden not in out
+    with pytest.raises(SystemExit, match="2"):
+        main(["fuse", "--base", "b", "--task", "t", "--first-gain", "2"])
+    assert "--first-gain is an option of the method gains, not of fusion" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("gains")
-def test_a_new_method_is_counted_planned_and_billed():
+def test_a_new_method_is_counted_planned_and_billed(capsys):
     matrices = 2 * 6 + 4 * 6
-    assert counts(_SMALL)["gains"] == matrices
+    main(["params", "--shape", "t5-small"])
+    assert re.search(rf"\| gains from 1 +\| +{matrices} \|", capsys.readouterr().out)
+    assert counts(_SMALL)["gains from 1"] == matrices
+    main(
+        [
+            "fuse",
+            "--base",
+            "t5-small",
+            "--task",
+            str(one_block.SMALL / "tasks" / "sort_next2"),
+            "--method",
+            "gains",
+            "--plan",
+        ]
+    )
+    assert re.search(rf"\| gains +\| +1 \| +{matrices} \|", capsys.readouterr().out)
     work = {"task": uniform(Recipe(), source=64, target=8, test_rows=10)}
     row = plan(_SMALL, ["gains"], work, Settings())[0]
     assert row.cost.trainable == matrices and row.cost.training_flops > row.cost.evaluation_flops
+    main(["cost", "--shape", "t5-small"])
+    assert "| gains " in capsys.readouterr().out
     bill = bills(_SMALL, CROSSBARS["isaac"], CostOptions())["gains"]
     assert bill.trainable == matrices and bill.written.energy.typical == 0 < bill.install.typical
 
 
-@pytest.mark.usefixtures("gains")
-def test_a_name_that_is_taken_is_refused():
+def test_a_name_that_is_taken_is_refused(gains):
     with pytest.raises(ValueError, match="there is a method 'gains' already: give this one another name"):
-        register(GAINS)
+        register(gains.GAINS)
 
 
 def test_an_unknown_method_is_answered_with_those_there_are():
@@ -123,34 +118,35 @@ def test_an_unknown_method_is_answered_with_those_there_are():
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
 def test_the_groups_of_an_entry_are_those_that_its_method_trains(name):
-    entry, recipe = METHODS[name], Recipe(modules=2)
-    found = trainable_count(entry, _SMALL, recipe, PlannedPool(rank=4, pool=2, targets=("q", "v")))
+    entry = METHODS[name]
+    found = trainable_count(entry, _SMALL, recipe(name, modules=2), PlannedPool(rank=4, pool=2, targets=("q", "v")))
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
 def test_every_group_learns_at_its_own_rate_of_the_recipe(name):
-    names = [field.name for field in dataclasses.fields(Recipe) if field.name.startswith("lr_")]
-    recipe = Recipe(**{rate: number + 0.5 for number, rate in enumerate(names)})
+    rates = [number for number in fields_of(METHODS[name]) if number.startswith("lr_")]
+    chosen = recipe(name, **{rate: number + 0.5 for number, rate in enumerate(rates)})
     groups = {"mean": "coefficients", "base": "full"}
-    method = METHODS[name].build(Built(config=_SMALL, recipe=recipe, pool=_POOL, modules=2))
-    assert set(METHODS[name].groups) <= method.learning_rates(recipe).keys()
-    for group, rate in method.learning_rates(recipe).items():
-        assert rate == getattr(recipe, f"lr_{groups.get(group, group)}"), group
+    found = METHODS[name].build(Built(config=_SMALL, recipe=chosen, pool=_POOL, modules=2)).learning_rates(chosen)
+    assert set(METHODS[name].groups) <= found.keys() and len(rates) == len(found)
+    for group, rate in found.items():
+        assert rate == getattr(chosen, f"lr_{groups.get(group, group)}"), group
 
 
 def test_a_method_is_built_with_the_numbers_of_the_recipe():
     chosen = {"granularity": "site", "start": "twice", "differentiate_norm": True, "lora_rank": 3, "vera_rank": 5}
-    recipe = Recipe(**chosen, composition="mix", lora_targets=("q",), merge="ties", density=0.3)
+    chosen |= {"composition": "mix", "lora_targets": ("q",), "merge": "ties", "density": 0.3}
 
-    def built(name, recipe=recipe, pool=_POOL):
-        return METHODS[name].build(Built(config=_SMALL, recipe=recipe, pool=pool, modules=2))
+    def built(name, pool=_POOL, **numbers):
+        of = recipe(name, **(numbers or chosen))
+        return METHODS[name].build(Built(config=_SMALL, recipe=of, pool=pool, modules=2))
 
     fusion = Fusion(composition="mix", granularity="site", start="twice", differentiate_norm=True)
     assert built("fusion") == fusion
     assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
     assert built("mean-fusion") == MeanFusion(**dataclasses.asdict(fusion))
-    in_basis = built("fusion", Recipe(basis=3, core=True), shared_basis(_POOL, 4))
+    in_basis = built("fusion", shared_basis(_POOL, 4), basis=3, train_core=True)
     assert in_basis == Fusion(basis=3, core=True)
     assert built("merge") == Merge(kind="ties", density=0.3)
     sites = tuple((name, site) for name, site in _SMALL.sites.items() if name.endswith(".q"))

@@ -13,12 +13,12 @@ from flax import nnx
 
 from lorafusion_jax.methods import cma, find, lorahub, mean
 from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.lorahub import LORAHUB
+from lorafusion_jax.methods.lorahub import LORAHUB, LoraHubRecipe
 from lorafusion_jax.methods.mean import single_losses
 from lorafusion_jax.methods.method import SearchJob
 from lorafusion_jax.tasks import IGNORED, Batch
-from lorafusion_jax.training.problem import SEARCH, Problem
-from lorafusion_jax.training.recipe import Recipe
+from lorafusion_jax.training.frozen import SEARCH
+from lorafusion_jax.training.problem import Problem
 
 _MODULES, _GENERATIONS, _POPULATION = 3, 8, 6
 
@@ -172,14 +172,14 @@ def test_a_module_without_a_finite_loss_is_never_the_best(monkeypatch):
     losses = np.array([[np.nan, 2.0, 1.0], [np.inf, np.nan, 3.0]])
     monkeypatch.setattr(mean, "single_losses", lambda *_: losses)
     rows = SimpleNamespace(once=lambda size: iter(()))
-    job = SearchJob(None, rows, Recipe(), (1, 2), (("a", "b", "c"),) * 2, record=lambda rows: None)
+    job = SearchJob(None, rows, LoraHubRecipe(), (1, 2), (("a", "b", "c"),) * 2, record=lambda rows: None)
     params, _ = find("single").search(job)
     np.testing.assert_array_equal(params["coefficients"], [[0, 0, 1], [0, 0, 1]])
 
 
-@pytest.mark.parametrize("path", ["map", "vmap"])
-def test_losses_of_single_modules_are_those_of_merged_kernels(path):
-    batches, problem = _ragged(2), _given((1, 2))["problem"].replace(path=path)
+@pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
+def test_losses_of_single_modules_are_those_of_merged_kernels(seed_mode):
+    batches, problem = _ragged(2), _given((1, 2))["problem"].replace(seed_mode=seed_mode)
     problem = problem.replace(index=jnp.array([[2, 0], [1, 2]]))  # some of the pool's modules, in an order of its own
     got = single_losses(batches, problem.replace(method=Fusion(granularity="global", magnitudes=False)))
     assert np.ptp(got) > 0.1

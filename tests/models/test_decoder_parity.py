@@ -26,8 +26,9 @@ from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, Model, kernels
 from lorafusion_jax.models.generate import generate
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.problem import Frozen, Params
+from lorafusion_jax.training.method import Params
 
 pytestmark = pytest.mark.peft
 

@@ -17,15 +17,17 @@ from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, places
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.problem import Frozen, Method, Problem
-from lorafusion_jax.training.recipe import PRESETS, Rates
+from lorafusion_jax.training.method import Method
+from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.recipe import Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 
 _KINDS = ("t5a", "t5b")

@@ -21,7 +21,7 @@ from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.training.problem import Frozen
+from lorafusion_jax.training.frozen import Frozen
 
 pytestmark = pytest.mark.peft
 

@@ -23,7 +23,8 @@ from lorafusion_jax.adapters.norms import gram, pair_terms
 from lorafusion_jax.adapters.updates import WeightDecomposed
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 

@@ -10,6 +10,7 @@ import numpy as np
 import one_block
 import pytest
 import qwix
+import recipes
 
 from lorafusion_jax._fuse import fuse
 from lorafusion_jax.adapters.basis import shared_basis
@@ -28,7 +29,6 @@ from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import check, load_model, with_whole_modules
 from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.serving.predict import EvaluateRunsOptions, evaluate_runs
-from lorafusion_jax.training.recipe import PRESETS
 
 _TASK = sorted((one_block.SMALL / "tasks").iterdir())[0]
 
@@ -45,14 +45,13 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
 
 def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
     recipe = {"epochs": 2, "batch_size": 32, "modules": 2, "max_new_tokens": 8, "basis": 16}
-    recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
     values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "out": out, "test_rows": 5}
-    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+    return recipes.options(recipe, **values | changes)
 
 
 @pytest.fixture(scope="module")
 def fused(small, tmp_path_factory) -> tuple[FuseOptions, dict]:
-    options = _options(small, tmp_path_factory.mktemp("runs"), name="in_basis", core=True)
+    options = _options(small, tmp_path_factory.mktemp("runs"), name="in_basis", train_core=True)
     return options, fuse(options)
 
 
@@ -82,7 +81,7 @@ def test_runs_in_a_basis_share_a_bank_and_chips(fused, small, tmp_path):
     """A core and none in one batch; the same run on ideal arrays that a folder of chips holds."""
     options, results = fused
     other = dataclasses.replace(
-        options, name="other", method="coefficients", recipe=dataclasses.replace(options.recipe, core=False)
+        options, name="other", method="coefficients", recipe=dataclasses.replace(options.recipe, train_core=False)
     )
     of_other = fuse(other)
     rows = evaluate_runs(EvaluateRunsOptions(runs=(run_path(options), run_path(other))))
@@ -194,9 +193,8 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(small, tmp_path):
     [
         ({"composition": "mix"}, "a mix in a shared basis"),
         ({"granularity": "rank"}, "every rank of a module"),
-        ({"basis": 0}, "0 directions: wanted at least 1"),
-        ({"method": "lora"}, "reads whole modules, not a shared basis: leave out --basis"),
-        ({"basis": None, "core": True}, "--core is of a fusion in a shared basis"),
+        ({"basis": 0}, "basis is 0: wanted at least 1"),
+        ({"basis": None, "train_core": True}, "--train-core is of a fusion in a shared basis"),
         ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient is of a fusion in a shared basis"),
         ({"basis": None, "control": "svd"}, "--control svd is of a fusion in a shared basis"),
     ],
@@ -239,7 +237,7 @@ def test_a_pool_without_such_a_basis_says_how_to_make_one(small, tmp_path):
 @pytest.mark.nightly
 def test_seeds_a_mesh_and_4_bits(small, tmp_path):
     """Seeds that share a program are those alone, on one device or four; 4 bits train too."""
-    both = _options(small, tmp_path, name="both", seeds=(1, 2), epochs=1, core=True)
+    both = _options(small, tmp_path, name="both", seeds=(1, 2), epochs=1, train_core=True)
     wanted = fuse(both)
     alone = fuse(dataclasses.replace(both, name="alone", seeds=(2,)))
     assert alone["seeds"][0]["loss"] == wanted["seeds"][1]["loss"]

@@ -18,7 +18,10 @@ _HOSTILE = '<img src=x onerror=run()> [free](http:evil) `|*"); import os; #\n# A
 def test_names_in_a_model_card_are_text(tmp_path):
     prompt = "````\n<script>\n```{input}"
     options = FuseOptions(base=_HOSTILE, pool="pool", task=f"{_HOSTILE}.jsonl", seeds=(1,), prompt=prompt)
-    run, environment = RunFolder(tmp_path / "run"), {"path": "map", "dtype": "float32", "device": "cpu", "cores": 2}
+    run, environment = (
+        RunFolder(tmp_path / "run"),
+        {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2},
+    )
     with run.locked():
         recorded = {"options": options_to_json(options), "modules": [[_HOSTILE, "$\\frac$"]], "task_sha256": _HOSTILE}
         run.write_config(recorded | {"max_new_tokens": 8, "environment": environment | {"versions": {}}})
@@ -45,7 +48,10 @@ def test_names_in_a_model_card_are_text(tmp_path):
 
 def test_a_model_card_loads_the_revision_of_the_base(tmp_path):
     options = FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl", seeds=(1,))
-    run, environment = RunFolder(tmp_path / "run"), {"path": "map", "dtype": "float32", "device": "cpu", "cores": 2}
+    run, environment = (
+        RunFolder(tmp_path / "run"),
+        {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2},
+    )
     with run.locked():
         recorded = {"options": options_to_json(options), "modules": [["module"]], "task_sha256": ""}
         run.write_config(recorded | {"max_new_tokens": 8, "environment": environment | {"versions": {}}})

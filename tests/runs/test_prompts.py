@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 import small_llama
 from flax import nnx
 
@@ -34,7 +35,6 @@ from lorafusion_jax.runs.predict import (
 from lorafusion_jax.runs.prepare import load_texts, prepare
 from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.tasks import Example, encode
-from lorafusion_jax.training.recipe import PRESETS
 
 _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
 
@@ -60,9 +60,8 @@ def task(tmp_path_factory) -> Path:
 
 def _options(base: Path, task: Path, out: Path, **changes) -> FuseOptions:
     recipe = {"epochs": 2, "batch_size": 6, "lora_rank": 2, "lr_lora": 0.05, "max_new_tokens": 6, "shots": 2}
-    recipe |= {name: changes.pop(name) for name in [*changes] if name in recipe}
     values = {"base": str(base), "task": str(task), "out": out, "method": "lora", "save_seconds": 0.0}
-    return FuseOptions(**values | changes, recipe=dataclasses.replace(PRESETS["default"], **recipe))
+    return recipes.options(recipe, **values | changes)
 
 
 @pytest.fixture(scope="module")

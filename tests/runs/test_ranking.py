@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
+import recipes
 import tiny
 from flax import nnx
 
@@ -20,7 +21,6 @@ from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.training.loss import objective
 from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import PRESETS
 
 _MODEL = tiny.t5()
 _GRAPH, _BASE = nnx.split(_MODEL)
@@ -51,7 +51,7 @@ def test_the_gradient_that_ranks_equals_finite_differences(frozen):
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
     batch = jax.tree.map(lambda a: jnp.asarray(a)[None], tiny.batch())
     seeds = jax.tree.map(lambda a: a[None], params)
-    problem = _problem(method, frozen, _INDEX[None]).replace(path="map")
+    problem = _problem(method, frozen, _INDEX[None]).replace(seed_mode="sequential")
     got = ranking.coefficient_gradients(seeds, batch, problem)[0]
     # At c = 0 magnitudes rescale nothing, and their norm counts as constant: the oracle goes without them.
     loss = _losses(frozen, _PLAIN)
@@ -84,7 +84,6 @@ def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
 
 def _options(out: Path, **changes) -> FuseOptions:
     recipe = {"choose": "gradient", "modules": 3, "epochs": 1, "batch_size": 32, "max_new_tokens": 8}
-    recipe |= {name: changes.pop(name) for name in list(changes) if name in recipe or name == "composition"}
     values = {
         "base": str(out / "base"),
         "pool": str(out / "pool"),
@@ -94,7 +93,7 @@ def _options(out: Path, **changes) -> FuseOptions:
         "name": "ranked",
         "test_rows": 5,
     }
-    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+    return recipes.options(recipe, **values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
     ("changes", "message"),
     [
         ({"composition": "mix"}, "of a mix it is zero"),
-        ({"method": "lorahub"}, "use the method fusion or coefficients"),
+        ({"method": "mean-fusion"}, "use the method fusion or coefficients"),
         ({"adapters": ("double_next",)}, "--adapters names the modules already"),
         ({"modules": 5}, "5 modules to be chosen from a pool of 4"),
     ],

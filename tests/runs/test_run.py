@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import one_block
 import pytest
+import recipes
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import interrupts
@@ -29,6 +30,8 @@ from lorafusion_jax.files import FileError, WriteError
 from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
+from lorafusion_jax.methods.fusion import PRESETS
+from lorafusion_jax.methods.lorahub import LoraHubRecipe
 from lorafusion_jax.models.generate import GREEDY
 from lorafusion_jax.runs import run as run_module
 from lorafusion_jax.runs.evaluate import _generate_seeds
@@ -43,7 +46,7 @@ from lorafusion_jax.tasks.batches import MOST_SHAPES, eval_batches
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
 from lorafusion_jax.training.loss import seed_entropies
-from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.recipe import Recipe
 
 _TASK = sorted((one_block.SMALL / "tasks").iterdir())[0]
 
@@ -56,7 +59,6 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
 def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
     # The programs are those of tests/methods/test_methods.py.
     recipe = {"epochs": 3, "batch_size": 48, "modules": 2, "max_new_tokens": 8}
-    recipe |= {k: changes.pop(k) for k in list(changes) if hasattr(PRESETS["default"], k)}
     values = {
         "base": str(small[0]),
         "pool": str(small[1]),
@@ -66,7 +68,7 @@ def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
         "test_rows": 5,
         "save_seconds": 0.0,
     }
-    return FuseOptions(**(values | changes), recipe=dataclasses.replace(PRESETS["default"], **recipe))
+    return recipes.options(recipe, **values | changes)
 
 
 def _without_clock(results: dict) -> dict:
@@ -168,16 +170,16 @@ def test_a_profile_that_cannot_be_written_ends_a_run_before_it_trains(fused, tmp
 @pytest.mark.long
 def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
     options, _ = fused
-    fuse(dataclasses.replace(options, path="vmap", out=tmp_path, name="vmap"))
+    fuse(dataclasses.replace(options, seed_mode="batched", out=tmp_path, name="batched"))
     _, mapped, _ = load_run(run_path(options))
-    _, batched, _ = load_run(tmp_path / "vmap")
+    _, batched, _ = load_run(tmp_path / "batched")
     for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(batched), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_vmapped_seeds_share_the_position_of_the_token_that_they_generate(small):
     setup = prepare(_options(small, Path("unused")))
-    of_seeds = setup.with_problem(path="vmap").problem
+    of_seeds = setup.with_problem(seed_mode="batched").problem
     params = start(of_seeds, (1, 2)).params
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
     how = {"max_new_tokens": 4, "sampling": GREEDY, "row_keys": None}
@@ -497,7 +499,8 @@ def test_a_base_that_was_named_by_a_relative_path_is_found_from_another_folder(f
     shutil.copytree(small[0], there / "owner" / "name")
     elsewhere.mkdir()
     monkeypatch.chdir(there)
-    options = dataclasses.replace(options, base="owner/name", method="zero-shot", pool=None, out=Path("runs"))
+    asked = {"base": "owner/name", "method": "zero-shot", "pool": None, "out": Path("runs")}
+    options = dataclasses.replace(options, **asked, recipe=Recipe(max_new_tokens=8))
     fuse(options)
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
@@ -568,14 +571,18 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
         ({"control": "random", "load_in": "nf4"}, "full precision"),
         (
-            {"method": "lorahub", "recipe": dataclasses.replace(options.recipe, evaluations=1000)},
+            {"method": "lorahub", "recipe": LoraHubRecipe(modules=2, evaluations=1000)},
             "1000 evaluations for 2",
         ),
         ({"recipe": dataclasses.replace(options.recipe, epochs=0)}, "epochs is 0: wanted at least 1"),
         ({"recipe": dataclasses.replace(options.recipe, prune=1.5)}, "prune is 1.5"),
         (
-            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
+            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "mean-fusion"},
             "does not prune",
+        ),
+        (
+            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
+            "prune is an option of the methods fusion, mean-fusion, not of coefficients",
         ),
         ({"recipe": dataclasses.replace(options.recipe, max_new_tokens=0)}, "max_new_tokens is 0: wanted at least 1"),
         ({"recipe": dataclasses.replace(options.recipe, clip=-1.0)}, "clip is -1.0: wanted a norm above 0"),
@@ -584,7 +591,7 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         ({"save_seconds": math.inf}, "save_seconds is inf: wanted a finite number"),
         ({"recipe": dataclasses.replace(options.recipe, clip=math.inf)}, "clip is inf: wanted a finite number"),
         ({"base": str(tmp_path)}, "config.json"),
-        ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "0 modules"),
+        ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "modules is 0: wanted at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             fuse(dataclasses.replace(new, **changes))

@@ -37,8 +37,9 @@ from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.serving.bank import TaskBank, _entry, _generate, _replaced
 from lorafusion_jax.serving.rows import RowModules
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import batch_logits, log_likelihood
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.problem import Problem
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 # Module 0 has nothing in the decoder.

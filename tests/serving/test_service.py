@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import one_block
 import pytest
+import recipes
 import small_llama
 import tiny
 from safetensors.numpy import load_file, save_file
@@ -22,14 +23,12 @@ from lorafusion_jax.methods import find
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.generate import Sampling
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.serving.bank import _generate
 from lorafusion_jax.serving.predict import EvaluateRunsOptions, GenerateRunsOptions, evaluate_runs, generate_rows
 from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks import draw_modules
-from lorafusion_jax.training.recipe import PRESETS
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
@@ -49,13 +48,15 @@ def write(small, tmp_path_factory):
     names = sorted(folder.name for folder in small[1].iterdir())
 
     def write_run(name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes) -> Path:
-        recipe = {name: changes.pop(name) for name in list(changes) if hasattr(PRESETS["default"], name)}
-        recipe = dataclasses.replace(PRESETS["default"], modules=2, **recipe)
         values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "seeds": seeds}
-        options = FuseOptions(**(values | {"test_rows": 6, "train_rows": 20} | changes), recipe=recipe)
+        options = recipes.options({"modules": 2}, **values | {"test_rows": 6, "train_rows": 20} | changes)
         drawn = [draw_modules(names, 2, seed) if find(options.method).pool else () for seed in seeds]
-        environment = {"path": "map", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
-        config = {"options": options_to_json(options), "modules": drawn, "max_new_tokens": recipe.max_new_tokens or 8}
+        environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
+        config = {
+            "options": options_to_json(options),
+            "modules": drawn,
+            "max_new_tokens": options.recipe.max_new_tokens or 8,
+        }
         config |= {"task_sha256": "", "environment": environment}
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from lorafusion_jax.io.export import merged_base
+from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
 from lorafusion_jax.runs.options import FuseOptions
@@ -19,8 +20,8 @@ from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.scoring import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training.fit import start
-from lorafusion_jax.training.problem import GENERATION, LOSS, OPTIONS, Problem
-from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.frozen import GENERATION, LOSS, OPTIONS
+from lorafusion_jax.training.problem import Problem
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)
@@ -98,12 +99,12 @@ def chosen(given):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", ["map", pytest.param("vmap", marks=pytest.mark.nightly)])
-def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
+@pytest.mark.parametrize("seed_mode", ["sequential", pytest.param("batched", marks=pytest.mark.nightly)])
+def test_the_likeliest_option_is_that_of_a_loop(seed_mode, given, chosen):
     setup, options, params = given
     closed = answer_options(setup.task)
     assert closed is not None and {len(of_row) for of_row in closed} == {2, 3, 4}
-    found = evaluate(setup.with_problem(path=path), params, batch_size=7, options=closed)
+    found = evaluate(setup.with_problem(seed_mode=seed_mode), params, batch_size=7, options=closed)
     assert found.option_correct is not None
     wanted = [[said == row.target for (said, _), row in zip(rows, setup.task.test, strict=True)] for rows in chosen]
     assert min(margin for rows in chosen for _, margin in rows) > 1e-3  # no tie that rounding decides
@@ -115,7 +116,7 @@ def test_the_likeliest_option_is_that_of_a_loop(path, given, chosen):
 
 
 def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
-    """Batches of another size, fewer rows, and the path from the options of a run."""
+    """Batches of another size, fewer rows, and the mode from the options of a run."""
     setup, options, params = given
     fewer = dataclasses.replace(setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values())))
     seeds, found = evaluate_seeds(fewer, options, params)

@@ -10,13 +10,13 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Encoded, Split
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
-from lorafusion_jax.training.problem import VALIDATION, Frozen, Problem
-from lorafusion_jax.training.recipe import PRESETS
+from lorafusion_jax.training.frozen import VALIDATION, Frozen
+from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.rows import TrainingRows
 
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
@@ -33,7 +33,7 @@ def problem():
     used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
     frozen = Frozen(nnx.state(model), pool, jax.jit(gram)(pool, used))
     index = jnp.array([[0, 1], [2, 1]])
-    return Problem(graph=nnx.graphdef(model), method=Fusion(), frozen=frozen, index=index, path="map")
+    return Problem(graph=nnx.graphdef(model), method=Fusion(), frozen=frozen, index=index, seed_mode="sequential")
 
 
 def _rows():

@@ -9,11 +9,11 @@ import numpy as np
 import one_block
 import pytest
 
+from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.tasks import Split
 from lorafusion_jax.training.fit import fit, recipe_rates, start
-from lorafusion_jax.training.recipe import PRESETS
 
 pytestmark = pytest.mark.usefixtures("fusion_emitters")
 
@@ -27,7 +27,7 @@ def small(tmp_path_factory):
     return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
-def _trained(small, pairs, path):
+def _trained(small, pairs, seed_mode):
     """Return the last state of seeds at (rate of coefficients, rate of magnitudes), an entry for each pair."""
     base, pool = small
     seeds = tuple(seed for seed, _ in pairs)
@@ -37,7 +37,7 @@ def _trained(small, pairs, path):
         task=str(one_block.SMALL / "tasks" / "double_digit"),
         seeds=tuple(dict.fromkeys(seeds)),
         recipe=_RECIPE,
-        path=path,
+        seed_mode=seed_mode,
     )
     setup = prepare(options)
     place = np.array([options.seeds.index(seed) for seed in seeds])
@@ -59,14 +59,14 @@ def _entry(state, number):
 @pytest.fixture(scope="module")
 def swept(small):
     pairs = list(itertools.product(_SEEDS, _RATES))
-    return pairs, _trained(small, pairs, "map")
+    return pairs, _trained(small, pairs, "sequential")
 
 
 @pytest.mark.nightly
 def test_seeds_and_rates_equal_runs_of_their_own(small, swept):
     pairs, together = swept
     for number, pair in enumerate(pairs):
-        alone = _trained(small, [pair], "map")
+        alone = _trained(small, [pair], "sequential")
         for a, b in zip(jax.tree.leaves(_entry(together, number)), jax.tree.leaves(_entry(alone, 0)), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -82,7 +82,7 @@ def test_rates_are_the_recipes_own_where_none_are_given(small, swept):
         task=str(one_block.SMALL / "tasks" / "double_digit"),
         seeds=(2,),
         recipe=recipe,
-        path="map",
+        seed_mode="sequential",
     )
     setup = prepare(options)
     own = fit(setup.problem, setup.rows, start(setup.problem, (2,)), recipe, (2,))
@@ -105,6 +105,6 @@ def test_each_entry_goes_its_own_way(swept):
 @pytest.mark.nightly
 def test_batched_entries_equal_mapped_ones(small, swept):
     pairs, together = swept
-    batched = _trained(small, pairs, "vmap")
+    batched = _trained(small, pairs, "batched")
     for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(batched.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)

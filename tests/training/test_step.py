@@ -11,13 +11,14 @@ from flax import nnx
 
 from lorafusion_jax.adapters.coefficients import present
 from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import step as step_lib
+from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.problem import Frozen, Problem
+from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates, Recipe
 from lorafusion_jax.training.step import end_epoch, fusion_step, init_state, prune
 
@@ -257,7 +258,7 @@ def test_numbers_that_describe_no_training(numbers, message):
 
 
 def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
-    recipe = Recipe(epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25)
+    recipe = FusionRecipe(epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25)
     settings = {"schedule": "cosine", "warmup": 4, "clip": 0.5, "prune": 0.25}
     assert recipe.optimisation(60) == Optimisation(steps=60, **settings, patience=5, patience_from=3)
     assert Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
@@ -361,9 +362,9 @@ def _steps(state, batch, problem, rates):
 
 
 @functools.cache
-def _compiled(path):
+def _compiled(seed_mode):
     # As products of other sizes are fused, so they round: only these emitters give one seed the bits of several.
-    return jax.jit(_steps, compiler_options=tiny.emitters(path == "map"))
+    return jax.jit(_steps, compiler_options=tiny.emitters(seed_mode == "sequential"))
 
 
 @pytest.mark.nightly
@@ -373,20 +374,22 @@ def test_seeds_together_equal_seeds_alone(problem):
     batches = [tiny.batch(seed=s) for s in (0, 1)]
     stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
 
-    def run(path, seeds):
+    def run(seed_mode, seeds):
         state, metrics = stack(*(states[s] for s in seeds)), []
-        of_all = problem.replace(index=index[jnp.array(seeds)], path=path)
+        of_all = problem.replace(index=index[jnp.array(seeds)], seed_mode=seed_mode)
         for _ in range(3):
-            state, m = _compiled(path)(state, stack(*(batches[s] for s in seeds)), of_all, _rates(l2=1e-5, l1=5e-4))
+            state, m = _compiled(seed_mode)(
+                state, stack(*(batches[s] for s in seeds)), of_all, _rates(l2=1e-5, l1=5e-4)
+            )
             metrics.append(m)
         return state, metrics
 
-    together = run("map", (0, 1))
+    together = run("sequential", (0, 1))
     for s in (0, 1):
-        _equal(jax.tree.map(lambda a: a[0], run("map", (s,))), jax.tree.map(lambda a, s=s: a[s], together))
+        _equal(jax.tree.map(lambda a: a[0], run("sequential", (s,))), jax.tree.map(lambda a, s=s: a[s], together))
     assert together[1][-1]["loss"][0] != together[1][-1]["loss"][1]
     assert np.all(np.asarray(together[1][-1]["loss"]) < np.asarray(together[1][0]["loss"]))
-    batched = run("vmap", (0, 1))
+    batched = run("batched", (0, 1))
     _close(batched[0].params, together[0].params, 1e-5)
     _close([m["loss"] for m in batched[1]], [m["loss"] for m in together[1]], 1e-5)
 

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from ...crossbar import Counts, CrossbarConfig, counts
 from ...methods.method import Matrix, Update, module
+from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, Site, stack_of, targeted
+from ...training.recipe import Recipe
 from ..flops import Shape, forward_flops, keys, step_flops, tokens
 from ..workload import Workload, uniform
 from .methods import BilledMethod, base_matrices, methods
@@ -95,7 +97,11 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
       ValueError: the model lacks one of the targets.
     """
     work = uniform(
-        options.recipe, source=options.source, target=options.target, train_rows=options.train_rows, test_rows=1
+        recipe_of(Recipe, options.numbers),
+        source=options.source,
+        target=options.target,
+        train_rows=options.train_rows,
+        test_rows=1,
     )
     found = methods(config, options, steps=len(work.steps))
     return [_activity(name, method, config, crossbar, options, work) for name, method in found.items()]
@@ -142,9 +148,9 @@ def _activity(
     place = _shared if method.shared else _standing
     adapters = place(adapted, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
     written = adapters
-    if method.update.kind == "full":
+    if method.update.trains_base:
         written = _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
-    base_training, update_training = _training(method, config, crossbar, work, options.evaluations)
+    base_training, update_training = _training(method, config, crossbar, work)
     row = Shape(1, options.source, options.target)
     return Activity(
         method=name,
@@ -163,15 +169,15 @@ def _activity(
 
 
 def _adapted(method: BilledMethod, config: Architecture) -> Mapping[str, Site]:
-    return {} if method.update.kind == "full" else targeted(config, method.update.targets)
+    return {} if method.update.trains_base else targeted(config, method.update.targets)
 
 
 def _training(
-    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, work: Workload, evaluations: int
+    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, work: Workload
 ) -> tuple[Work, Work]:
     """Return the work of the base's passes and the work that the method adds, until the task is learned."""
-    if method.searched:
-        return _passes(method, config, crossbar, Counter(), Counter(work.search * evaluations))
+    if method.evaluations:
+        return _passes(method, config, crossbar, Counter(), Counter(work.search * method.evaluations))
     found = [_passes(method, config, crossbar, Counter(work.steps), Counter({work.validation: work.epochs}))]
     if method.ranking is not None:
         found.append(_passes(method.ranking, config, crossbar, Counter(work.search), Counter()))
@@ -186,13 +192,13 @@ def _passes(
     method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, steps: Counter[Shape], forward: Counter[Shape]
 ) -> tuple[Work, Work]:
     """Return the work of the base, and the work that a method adds, of training steps and of forward passes alone."""
-    none, update, adapted = Update(kind="none"), method.update, _adapted(method, config)
+    none, update, adapted = Update(), method.update, _adapted(method, config)
     base_flops = sum(n * step_flops(config, shape, none, trainable=0) for shape, n in steps.items())
     base_flops += sum(n * forward_flops(config, shape, none) for shape, n in forward.items())
     flops = sum(n * step_flops(config, shape, update, trainable=method.trainable) for shape, n in steps.items())
     flops += sum(n * forward_flops(config, shape, update) for shape, n in forward.items()) - base_flops
     base_reads = update_reads = Counts()
-    if update.kind != "full":
+    if not update.trains_base:
         for shape, n in (steps + forward).items():
             base_reads += _read(config.sites, lambda site: [(site.d_in, site.d_out)], crossbar, shape) * n
             base_flops -= n * sum(
@@ -208,7 +214,7 @@ def _passes(
                     for site in adapted.values()
                 )
     macs = flops / 2
-    if method.searched:  # the arrays' outputs are mixed, where `estimates.flops` counts mixing the weights
+    if method.evaluations:  # the arrays' outputs are mixed, where `estimates.flops` counts mixing the weights
         macs = float(
             sum(
                 n * tokens(site.reads, shape) * site.layers * method.macs(site)

@@ -4,6 +4,7 @@ import dataclasses
 
 from ...methods import METHODS
 from ...methods.method import Billed, CostLayout, Matrix, MethodEntry, PlannedPool, Update
+from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, targeted
 from ..parameters import trainable_count
 from .options import CostOptions
@@ -16,13 +17,13 @@ class BilledMethod(CostLayout):
     Attributes:
       update: arithmetic of its update.
       trainable: number of trained numbers.
-      searched: the method searches without gradients.
+      evaluations: number of times that a search without gradients passes the training rows; 0 if the method trains.
       ranking: the method with all modules of the pool, in one backward pass that ranks them; None without such a pass.
     """
 
     update: Update
     trainable: int
-    searched: bool
+    evaluations: int
     ranking: "BilledMethod | None" = None
 
 
@@ -40,11 +41,12 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     modules = PlannedPool(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
     adapted = sum(site.layers for site in targeted(config, options.targets).values())
-    cores = (False, True) if options.core else (False,)
-    in_bases = [dataclasses.replace(options.recipe, basis=k, core=core) for k in options.bases for core in cores]
+    cores = (False, True) if options.train_core else (False,)
+    in_bases = [{"basis": k, "train_core": core} for k in options.bases for core in cores]
     found = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
-        for recipe in (options.recipe, *(in_bases if entry.basis_title is not None else ())):
+        for more in ({}, *(in_bases if entry.basis_title is not None else ())):
+            recipe = recipe_of(entry.recipe, options.numbers | more)
             counts = trainable_count(entry, config, recipe, modules)
             billed = Billed(recipe, options.rank, counts, steps, base, adapted)
             for title, layout in entry.cost_layouts(billed).items():
@@ -52,7 +54,7 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
                     **vars(layout),
                     update=_placed(entry.update(recipe, modules), layout),
                     trainable=sum(counts.values()),
-                    searched=entry.learns == "searched",
+                    evaluations=entry.evaluations(recipe, options.modules) if entry.learns == "searched" else 0,
                     ranking=_ranking(entry, title, billed, options),
                 )
     return found
@@ -62,10 +64,10 @@ def _ranking(entry: MethodEntry, title: str, billed: Billed, options: CostOption
     """Return the pass over whole modules that ranks a pool; it is digital where the arrays hold a basis alone."""
     if options.stored == options.modules or not entry.pool or entry.learns != "trained":
         return None
-    recipe = dataclasses.replace(options.recipe, modules=options.stored)
+    recipe = recipe_of(entry.recipe, options.numbers | {"modules": options.stored})
     layout = entry.cost_layouts(billed._replace(recipe=recipe)).get(title, CostLayout(installed_words=0))
     update = entry.update(recipe, PlannedPool(options.rank, options.stored, options.targets))
-    return BilledMethod(**vars(layout), update=_placed(update, layout), trainable=0, searched=False)
+    return BilledMethod(**vars(layout), update=_placed(update, layout), trainable=0, evaluations=0)
 
 
 def _placed(update: Update, layout: CostLayout) -> Update:

@@ -1,8 +1,11 @@
 """Assumptions of a bill: the base model, the arrays, the pool and the new task."""
 
 import dataclasses
+from typing import Any
 
 from ...checks import at_least
+from ...methods.lorahub import LoraHubRecipe
+from ...methods.vera import VeRARecipe
 from ...training.recipe import Recipe
 
 
@@ -17,7 +20,7 @@ class CostOptions:
       pool_size: number of modules that are ranked by one backward pass over the training rows, to choose those that are
         fused; by default there are no more than these, and none is ranked.
       bases: numbers of directions of shared bases (`lorafusion convert --basis`); each has a bill.
-      core: bill every basis with a trained core (`lorafusion fuse --core`) too.
+      train_core: bill every basis with a trained core (`lorafusion fuse --train-core`) too.
       rank: rank of every module, and of LoRA and DoRA.
       vera_rank: rank of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
@@ -35,9 +38,9 @@ class CostOptions:
     modules: int = 20
     pool_size: int | None = None
     bases: tuple[int, ...] = (16, 32)
-    core: bool = False
+    train_core: bool = False
     rank: int = 16
-    vera_rank: int = Recipe.vera_rank
+    vera_rank: int = VeRARecipe.vera_rank
     targets: tuple[str, ...] | None = None
     crossbar: str = "isaac"
     tokens_per_task: int = 1000
@@ -46,7 +49,7 @@ class CostOptions:
     batch_size: int = Recipe.batch_size
     source: int = 128
     target: int = 8
-    evaluations: int = Recipe.evaluations
+    evaluations: int = LoraHubRecipe.evaluations
 
     def __post_init__(self):
         numbers = ("modules", "rank", "vera_rank", "tokens_per_task", "epochs", "train_rows", "batch_size")
@@ -68,14 +71,14 @@ class CostOptions:
         return self.modules if self.pool_size is None else self.pool_size
 
     @property
-    def recipe(self) -> Recipe:
-        """The recipe with these numbers."""
-        return Recipe(
-            modules=self.modules,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lora_rank=self.rank,
-            lora_targets=self.targets,
-            vera_rank=self.vera_rank,
-            evaluations=self.evaluations,
-        )
+    def numbers(self) -> dict[str, Any]:
+        """Numbers of recipes by name; a method has those that its own recipe has."""
+        return {
+            "modules": self.modules,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lora_rank": self.rank,
+            "lora_targets": self.targets,
+            "vera_rank": self.vera_rank,
+            "evaluations": self.evaluations,
+        }

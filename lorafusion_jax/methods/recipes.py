@@ -1,0 +1,69 @@
+"""Parts of recipes that several methods share, and a recipe made of numbers that have another one's names."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ..checks import at_least
+from ..training.recipe import Recipe
+
+OneRecipe = TypeVar("OneRecipe", bound=Recipe)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolRecipe(Recipe):
+    """Recipe of a method that fuses modules of a pool.
+
+    Attributes:
+      modules: number of modules of the pool that a seed fuses; all of a smaller pool.
+    """
+
+    modules: int = 20
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no training of the method can use."""
+        super().check()
+        at_least(1, modules=self.modules)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasisRecipe(PoolRecipe):
+    """Recipe of a method that fuses modules, whole or in a shared basis.
+
+    Attributes:
+      basis: fuse the modules in the first so many directions of the pool's stored basis (`lorafusion convert --basis`);
+        None for whole modules.
+    """
+
+    basis: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no training of the method can use."""
+        super().check()
+        at_least(1, basis=self.basis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetedRecipe(Recipe):
+    """Recipe of a method without a pool, which adapts linear maps of the base model.
+
+    Attributes:
+      lora_targets: the linear maps that are adapted, wherever they occur; by default the model family's own choice.
+    """
+
+    lora_targets: tuple[str, ...] | None = None
+
+
+def modules_of(recipe: Recipe) -> int:
+    """Return the number of modules that a seed fuses; 0 of a method without a pool."""
+    return recipe.modules if isinstance(recipe, PoolRecipe) else 0
+
+
+def basis_of(recipe: Recipe) -> int | None:
+    """Return the number of directions of the shared basis that modules are fused in; None for none."""
+    return recipe.basis if isinstance(recipe, BasisRecipe) else None
+
+
+def recipe_of(kind: type[OneRecipe], numbers: Mapping[str, Any]) -> OneRecipe:
+    """Return a recipe of a class with those of the numbers that it has, such as `vars` of another recipe."""
+    return kind(**{field.name: numbers[field.name] for field in dataclasses.fields(kind) if field.name in numbers})

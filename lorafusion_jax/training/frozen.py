@@ -1,0 +1,49 @@
+"""The weights that no step changes, and the noise that seeds, steps and other purposes read them with."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..adapters.basis import Pool
+from ..adapters.norms import Gram, PairTerms
+from ..models.weights import reads, unstacked
+
+# Purposes of reads of arrays other than training: the first of the numbers that determine the noise.
+VALIDATION, SEARCH, GENERATION, LOSS, OPTIONS = range(5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Weights that no step changes.
+
+    A subclass may give each seed or each step other weights: `hardware.chips` does.
+
+    Attributes:
+      base: the base model's weights.
+      pool: of modules, for methods that fuse: whole, or in a shared basis.
+      gram: the pool's Gram terms on the base, or its pair terms.
+      norms: site -> [L, d_out], ||W|| of every column of the sites that a method without a pool rescales.
+      prepared: whatever else the method computes once (`Method.prepare`), such as random matrices: any pytree.
+    """
+
+    base: nnx.State
+    pool: Pool | None = None
+    gram: Gram | PairTerms | None = None
+    norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
+    prepared: Any = None
+
+    def unstacked(self) -> "Frozen":
+        """Return the weights with those of the base model as generation reads them fastest: `weights.unstacked`."""
+        return dataclasses.replace(self, base=unstacked(self.base))
+
+    def of_seed(self, number: Int[Array, ""]) -> "Frozen":
+        """Return the weights of one seed of a program, by its position: read with noise of its own."""
+        return reads(self, number)
+
+    def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> "Frozen":
+        """Return the weights of one training step: read with noise of its own."""
+        return reads(self, step)
