@@ -4,6 +4,7 @@ import dataclasses
 
 from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
 from .method import MethodEntry
+from .recipes import PoolRecipe
 
 METHODS: dict[str, MethodEntry] = {}
 
@@ -12,11 +13,15 @@ def register(*entries: MethodEntry) -> None:
     """Add methods to the registry: runs, counts, plans and bills then have them.
 
     Raises:
-      ValueError: a name is taken.
+      ValueError: a name is taken, or the recipe of a method that fuses a pool has no number of modules.
     """
     for entry in entries:
         if entry.name in METHODS:
             raise ValueError(f"there is a method {entry.name!r} already: give this one another name")
+        if entry.pool and not issubclass(entry.recipe, PoolRecipe):
+            raise ValueError(
+                f"the method {entry.name} fuses a pool: let {entry.recipe.__name__} inherit from PoolRecipe"
+            )
         METHODS[entry.name] = entry
 
 

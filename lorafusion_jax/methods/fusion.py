@@ -412,7 +412,6 @@ _FUSION = MethodEntry(
     recipe=FusionRecipe,
     update=partial(update, magnitudes=True),
     pool=True,
-    in_basis=True,
     groups=("coefficients", "magnitudes"),
     cost_layouts=_cost_layouts,
 )

@@ -111,7 +111,6 @@ ENTRIES = (
         recipe=BasisRecipe,
         update=lambda recipe, modules: fused(recipe, modules, "sum"),
         pool=True,
-        in_basis=True,
         learns="given",
     ),
     MethodEntry(
@@ -121,7 +120,6 @@ ENTRIES = (
         recipe=FusionRecipe,
         update=partial(update, magnitudes=True),
         pool=True,
-        in_basis=True,
         groups=("magnitudes", "mean"),
     ),
     MethodEntry(
@@ -131,7 +129,6 @@ ENTRIES = (
         recipe=BasisRecipe,
         update=lambda recipe, modules: fused(recipe, modules, "sum"),
         pool=True,
-        in_basis=True,
         learns="searched",
         counts=False,
         search=_search,

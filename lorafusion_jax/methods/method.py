@@ -190,7 +190,6 @@ class MethodEntry:
       title: title in a table of counts, with numbers of its recipe such as {lora_rank}; None if it has no row.
       basis_title: title of its row in a shared basis of {basis} directions; None if it has no such row.
       pool: it fuses a pool.
-      in_basis: it can fuse modules in a shared basis.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
       groups: groups of the numbers that it trains.
       counts: the numbers that it finds count as trained.
@@ -213,7 +212,6 @@ class MethodEntry:
     title: str | None = None
     basis_title: str | None = None
     pool: bool = False
-    in_basis: bool = False
     learns: Literal["trained", "searched", "given", "untrained"] = "trained"
     groups: tuple[str, ...] = ()
     counts: bool = True

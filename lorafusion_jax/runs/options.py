@@ -148,7 +148,14 @@ def not_an_option(number: str, method: str) -> str:
 
 @functools.cache
 def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
-    """Return the options of runs with recipes of a class, whose fields are options of the command line too."""
+    """Return the options of runs with recipes of a class, whose fields are options of the command line too.
+
+    Raises:
+      ValueError: a field has the name of an option that every run has.
+    """
+    common = {field.name for part in (FuseOptions, OnArrays) for field in dataclasses.fields(part)}
+    if taken := sorted(common & {field.name for field in dataclasses.fields(recipe)}):
+        raise ValueError(f"{recipe.__name__} has a field {taken[0]}, which is an option of every run: rename the field")
     shown = Annotated[recipe, tyro.conf.arg(name="")]
     named: Any = ("recipe", shown, dataclasses.field(default=recipe()))
     return dataclasses.make_dataclass("FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True)

@@ -109,6 +109,16 @@ def test_a_name_that_is_taken_is_refused(gains):
         register(gains.GAINS)
 
 
+def test_a_recipe_that_cannot_be_used_is_refused(gains, capsys):
+    with pytest.raises(ValueError, match="fuses a pool: let GainsRecipe inherit from PoolRecipe"):
+        register(dataclasses.replace(gains.GAINS, name="pooled", pool=True))
+    wrong = dataclasses.make_dataclass("WrongRecipe", [("seeds", int, 1)], bases=(Recipe,), frozen=True, kw_only=True)
+    METHODS["gains"] = dataclasses.replace(gains.GAINS, recipe=wrong)
+    with pytest.raises(SystemExit, match="2"):
+        main(["fuse", "--base", "b", "--task", "t", "--method", "gains"])
+    assert "WrongRecipe has a field seeds, which is an option of every run" in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match="no method 'gains': choose one of fusion, coefficients"):
         find("gains")
