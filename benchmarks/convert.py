@@ -35,7 +35,6 @@ _REPEATS = 7
 _CONVERT = """
 import pathlib, sys, time
 import tqdm
-from orbax.checkpoint import v1
 from lorafusion_jax.io.convert import ConvertOptions, convert
 
 def memory(field):

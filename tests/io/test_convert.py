@@ -668,7 +668,7 @@ def test_a_pool_of_an_older_version_names_the_commit_that_reads_it(base, adapter
             read(folder)
 
 
-def test_an_adapter_of_a_pool_is_one_that_peft_loads(base, adapter, tmp_path):
+def test_an_adapter_of_a_pool_has_the_files_of_its_source(base, adapter, tmp_path):
     one = adapter("one")
     _convert(base, [one], out=tmp_path / "pool")
     again = tmp_path / "pool/adapters/0000"
