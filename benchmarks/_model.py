@@ -19,7 +19,9 @@ from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.io.hf import read_config
+from lorafusion_jax.methods.full import FullFineTuning, FullRecipe
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
+from lorafusion_jax.methods.lora import LoRA, LoRARecipe
 from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.registry import abstract_model, family_of, known_shapes
@@ -39,6 +41,8 @@ from lorafusion_jax.training.step import TrainState, init_state
 BATCH, SOURCE, TARGET = 5, 128, 8
 MODULES, RANK = 20, 16
 _RECIPE = PRESETS["default"]
+# Of methods that are no fusion.
+_RECIPES = {LoRA: LoRARecipe(), FullFineTuning: FullRecipe()}
 CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
 
 # What weights and activations are: `nf4` weights are multiplied in float32.
@@ -178,7 +182,7 @@ def arguments(
         )
         of_seed = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))
         state = of_seed(problem.index, jax.random.split(jax.random.key(0), seeds))
-        return state, batch, problem, recipe_rates(method, _RECIPE, seeds)
+        return state, batch, problem, recipe_rates(method, _RECIPES.get(type(method), _RECIPE), seeds)
 
     return jax.eval_shape(drawn, weights)
 

@@ -80,6 +80,8 @@ class _Numbers(FusionRecipe):
     lora_rank: int = 16
     vera_rank: int = 128
     lora_targets: tuple[str, ...] | None = None
+    lr_lora: float = 2e-3
+    lr_full: float = 2e-4
 
 
 _RECIPE = _Numbers(modules=5, lora_rank=8, vera_rank=24)
