@@ -184,7 +184,7 @@ def test_every_method_runs(method, done, config):
     if METHODS[method].title is not None:
         targets = _ADAPTED if METHODS[method].pool else None
         found = counts(config, modules=2, rank=_RANK, vera_rank=3, basis=None, targets=targets)
-        assert results["trainable"] == found[METHODS[method].title.format(rank=_RANK, vera_rank=3)]
+        assert results["trainable"] == found[METHODS[method].title.format(lora_rank=_RANK, vera_rank=3)]
 
 
 @pytest.mark.parametrize(
