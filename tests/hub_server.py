@@ -233,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         chunked = "Content-Length" not in headers
         for key, value in (headers | ({"Transfer-Encoding": "chunked"} if chunked else {})).items():
             self.send_header(key, value)
+        self.send_header("Connection", "close")  # or the client may send its next request on it
         self.end_headers()
         self.close_connection = True
         with contextlib.suppress(OSError):  # the client may hang up

@@ -1,7 +1,7 @@
 """Trees of arrays that others may read, such as the trained numbers of a run: a safetensors file and a manifest.
 
     FOLDER/manifest.json         metadata, versions, SHA-256 of the file
-    FOLDER/arrays.safetensors    each array by its path in the tree, such as `coefficients/encoder.q`
+    FOLDER/arrays.safetensors    each array by its path in the tree, such as `magnitudes/SITE`
 
 Damage is found by the digest, and a file from a stranger can hold no more than its own size.
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -117,10 +118,8 @@ def test_a_signal_to_one_process_saves_the_step_of_all(small, alone, tmp_path):
     both[1].send_signal(signal.SIGTERM)
     (_, other), (_, said) = (process.communicate(timeout=60) for process in both)
     assert both[1].returncode == 143, said
-    assert said.endswith(
-        f"SIGTERM: stopping after this epoch; its state is saved in {out / 'run'}, and resuming goes on from it. "
-        "Once more stops at once\n"
-    )
+    saved = rf"its state is saved in {out / 'run'}, and resuming goes on from it\. Once more stops at once\n\Z"
+    assert re.search(rf"SIGTERM: stopping after this epoch \(the last one took [\d.]+ s\); {saved}", said), said
     assert both[0].returncode == os.EX_TEMPFAIL, other
     assert "error: another process of this run was stopped: start all processes again with --resume" in other
     assert "Traceback" not in other + said

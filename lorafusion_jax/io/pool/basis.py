@@ -1,9 +1,9 @@
-"""A pool's shared basis on disk, in the folder `basis` beside the adapters: loading it reads no module.
+"""A pool's shared basis on disk, in the folder `basis` next to the adapters: loading it reads no module.
 
     basis/manifest.json         k, the modules and what they were made of, the base, ranks, a SHA-256 of the file
-    basis/arrays.safetensors    U, V, S and energy by site (see `adapters.basis.SharedBasis`): `U/encoder.self.q`, ...
+    basis/arrays.safetensors    U, V, S and energy by site (see `adapters.basis.SharedBasis`): `U/SITE`, ...
 
-The modules of a basis may be more than those of the pool that it is beside: others were projected on its directions.
+The modules of a basis may be more than those of the pool next to it: the others were projected on its directions.
 """
 
 from collections.abc import Mapping

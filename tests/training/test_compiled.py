@@ -10,7 +10,7 @@ from lorafusion_jax.training import compiled
 @pytest.fixture
 def limit(tmp_path, monkeypatch):
     file = tmp_path / "max_map_count"
-    monkeypatch.setattr(programs, "_LIMIT", file)
+    monkeypatch.setattr(compiled, "_LIMIT", file)
     return file
 
 
