@@ -1,8 +1,6 @@
-"""Files in and out. Every JSON file is read here, as the type that it holds; what is written is complete or absent.
+"""Files in and out: JSON is read as the type that it must have, and written files are complete or absent.
 
-The types are dataclasses and TypedDicts, which msgspec decodes: it loads in 5 ms, where pydantic takes 47, and depends
-on nothing. A value of another type, a missing field and, in a file that this package wrote, an unknown one are a
-`FileError`, which names them.
+The types are dataclasses and TypedDicts. msgspec decodes them: it is imported in 5 ms, pydantic in 47.
 """
 
 import contextlib
@@ -45,35 +43,30 @@ class FileError(ValueError):
     """A file cannot be used.
 
     Attributes:
-      file: its path, and the number of the line in a file of lines; empty where only the caller knows it.
-      field: the field, such as `options.recipe.epochs`; empty where the whole file is meant.
-      got: what it is; of a whole file, what is wrong with it.
-      wanted: what it should be; empty where `got` says so.
+      file: path, with the number of the line in a file of lines; empty until the caller adds it with `at`.
+      field: a field such as `options.recipe.epochs`; empty for the whole file.
+      got: the field's value, or the fault of the whole file.
+      expected: description of valid values; may be empty.
       fix: how to fix it.
-      version: the version that wrote the file, where it is another one and the file says so; else empty.
+      version: the version that wrote the file, if it is another one; else empty.
     """
 
-    def __init__(self, file: str | Path, *, got: str, fix: str, field: str = "", wanted: str = "", version: str = ""):
-        self.file, self.field, self.got, self.wanted, self.fix = str(file), field, got, wanted, fix
+    def __init__(self, file: str | Path, *, got: str, fix: str, field: str = "", expected: str = "", version: str = ""):
+        self.file, self.field, self.got, self.expected, self.fix = str(file), field, got, expected, fix
         self.version = version
+        place = f"{self.file}: " if self.file else ""
         found = f"{field} is {got}" if field else got
+        needed = f"expected {expected}; " if expected else ""
         other = f" (written by version {version}, this is {__version__})" if version else ""
-        super().__init__(
-            f"{f'{file}: ' if self.file else ''}{found}: {f'wanted {wanted}; ' if wanted else ''}{fix}{other}"
-        )
+        super().__init__(f"{place}{found}: {needed}{fix}{other}")
 
     def at(self, file: str | Path) -> "FileError":
         """Return the same fault of this file."""
-        return FileError(file, field=self.field, got=self.got, wanted=self.wanted, fix=self.fix, version=self.version)
+        return FileError(file, **{name: value for name, value in vars(self).items() if name != "file"})
 
 
 class WriteError(OSError):
-    """A folder cannot be written to; what it held before is as it was.
-
-    Attributes:
-      folder: the folder.
-      errno: number of the operating system's error.
-    """
+    """A folder cannot be written to; its files are unchanged."""
 
     def __init__(self, folder: Path, number: int):
         super().__init__(number, os.strerror(number))
@@ -84,14 +77,14 @@ class WriteError(OSError):
         why, fix = (_OF_WRITING | _OF_READING_TOO)[self.errno]
         return (
             f"{self.folder} cannot be written: {why} ({self.strerror}): {fix}, or give another folder. "
-            "What was saved before is as it was"
+            "Files that were saved before are unchanged"
         )
 
 
 _NO_LOCKS = "its file system has no locks, which keep two processes apart", "mount it with locks"
 _FORBIDDEN = "that is not permitted", "change its owner or mode"
 _GONE = "it is gone", "make or mount it again"
-# Errors of the operating system: what is wrong, how to fix it. Reading does not raise these ...
+# Cause and remedy of the operating system's errors. Reading does not raise these ...
 _OF_WRITING = {
     errno.ENOSPC: ("the disk is full", "free some of it"),
     errno.EDQUOT: ("the quota is used up", "remove files there, or raise the quota"),
@@ -99,7 +92,7 @@ _OF_WRITING = {
     errno.EFBIG: ("a file would be larger than allowed", "raise the limit (ulimit -f)"),
     errno.ENOLCK: _NO_LOCKS,
 }
-# ... and these also come from other folders that are read meanwhile.
+# ... but it raises these, perhaps for another folder.
 _OF_READING_TOO = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
@@ -116,25 +109,24 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
     Args:
       path: the file.
       kind: a dataclass, a TypedDict, or a type made of them.
-      what: kind of the folder that the file makes, such as "a converted pool", for the message if it is missing.
-      own: this package wrote the file, so a field that `kind` lacks is an error.
+      what: kind of the folder, such as "a converted pool", for the message if the file is missing.
+      own: if true, this package wrote the file, and a field that `kind` lacks is an error.
 
     Raises:
-      FileError: the file is missing, not JSON, too large, nested too deeply, a Git LFS pointer, or not of the type.
+      FileError: the file is missing, not JSON, too large, nested too deeply, a Git LFS pointer, or of another type.
     """
     if not path.is_file():
         raise FileError(path.parent, got=f"not {what}", fix=f"it has no {path.name}")
     if (size := path.stat().st_size) > _LARGEST:
-        raise FileError(path, got=f"has {size:,} bytes", wanted=f"at most {_LARGEST:,}", fix="restore it from a copy")
+        raise FileError(path, got=f"has {size:,} bytes", expected=f"at most {_LARGEST:,}", fix="restore it from a copy")
     return decode(path.read_bytes(), kind, path, own=own)
 
 
 def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
-    """Read a file of JSON lines; a last line that a killed process left without its end is passed over.
+    """Read a file of JSON lines, without a last line that a killed process left incomplete.
 
     Raises:
-      FileError: a line is not JSON, or not of the type, or the path is a pipe or a device.
-      OSError: the file does not exist.
+      FileError: a line is not JSON or of another type, or the path is a pipe or a device.
     """
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
@@ -147,7 +139,7 @@ def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
 def decode(
     content: bytes, kind: type[T] | Any, where: str | Path, *, own: bool = True, fix: str = "restore it from a copy"
 ) -> T:
-    """Return the JSON in some bytes as an object of a type; errors are `read_json`'s, and say how to `fix` them."""
+    """Return the JSON in some bytes as an object of a type; raises `read_json`'s errors."""
     if content.startswith(_LFS_POINTER):
         raise _pointer(where)
     try:
@@ -166,21 +158,16 @@ def structured(
     fix: str = "restore it from a copy",
     whole: Any = None,
 ) -> T:
-    """Return what JSON gave as an object of a type.
+    """Return decoded JSON as an object of a type; raises `read_json`'s errors.
 
-    Other arguments and errors are those of `decode`.
-
-    Args:
-      raw: what JSON gave.
-      whole: what `raw` is a part of, if that says which version wrote the file.
+    `whole` is the JSON that contains `raw` and the version that wrote the file; by default `raw`.
     """
     try:
         found = msgspec.convert(raw, kind, dec_hook=_from_text)
-        # What `found` was not made of is unknown.
         unknown = next(_beyond(raw, msgspec.to_builtins(found, enc_hook=str)), None) if own else None
     except RecursionError:
         raise FileError(where, got="nested too deeply", fix=fix) from None
-    except UnicodeEncodeError as error:  # of half a character
+    except UnicodeEncodeError as error:  # half a character
         raise FileError(where, got=f"not UTF-8 text ({error})", fix=fix) from None
     except msgspec.ValidationError:
         field, value, hint = _fault(raw, kind)
@@ -189,7 +176,7 @@ def structured(
         if not field:
             got = f"holds {_KINDS[type(raw)]}, not {_described(hint)}"
             raise FileError(where, got=got, fix=fix, version=version) from None
-        raise FileError(where, field=field, got=got, wanted=_described(hint), fix=fix, version=version) from None
+        raise FileError(where, field=field, got=got, expected=_described(hint), fix=fix, version=version) from None
     if unknown is not None:
         fix = f"remove it, or {fix}"
         raise FileError(where, field=unknown, got="unknown", fix=fix, version=_other_version(whole or raw))
@@ -197,7 +184,7 @@ def structured(
 
 
 def is_object(line: bytes) -> bool:
-    """Return whether a line is a JSON object: one that was cut off lacks its last brace."""
+    """Return whether a line is a JSON object; one that was cut off is not."""
     try:
         return isinstance(msgspec.json.decode(line), dict)
     except (ValueError, RecursionError):
@@ -205,18 +192,18 @@ def is_object(line: bytes) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return the text of a value of a file for a message, shortened because files may nest lists very deeply."""
+    """Return a value of a file as text for a message, shortened."""
     return _SPELL.repr(value)
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first of many names of a file as text for a message."""
+    """Return the first 20 of a file's names as text for a message."""
     first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
     return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def printable(text: str) -> str:
-    """Return a text for a terminal: characters that would control it, or turn its direction, are spelled out."""
+    """Return a text with escapes for the characters that control a terminal or turn its direction."""
 
     def shows(c: str) -> bool:
         return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and c not in _TURNING
@@ -225,13 +212,13 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text for a terminal as `printable` does, with line breaks spelled out too."""
+    """Return a text as `printable` does, with line breaks escaped too."""
     return printable(text).replace("\n", "\\n")
 
 
 @contextlib.contextmanager
 def utf8(where: str | Path) -> Iterator[None]:
-    """Raise a FileError of `where` for text in the block that is not UTF-8."""
+    """Raise a FileError of `where` if text in the block is not UTF-8."""
     try:
         yield
     except UnicodeError as error:
@@ -239,7 +226,7 @@ def utf8(where: str | Path) -> Iterator[None]:
 
 
 def check_name(name: str) -> None:
-    """Raise a FileError for a name of a file that is not UTF-8: no JSON file of this package could hold it."""
+    """Raise a FileError for a file name that is not UTF-8, because JSON cannot hold it."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -253,7 +240,7 @@ def _from_text(kind: type, value: Any) -> Any:
 
 
 def _beyond(raw: Any, found: Any, field: str = "") -> Iterator[str]:
-    """Yield the fields of JSON that an object which was made of it lacks."""
+    """Yield the fields of JSON that the object made from it lacks."""
     if isinstance(raw, dict) and isinstance(found, dict):
         for name, value in raw.items():
             inner = f"{field}.{name}".lstrip(".")
@@ -264,7 +251,7 @@ def _beyond(raw: Any, found: Any, field: str = "") -> Iterator[str]:
 
 
 def _fault(value: Any, hint: Any, field: str = "") -> tuple[str, Any, Any]:
-    """Return the first field that is not of its type, its value and the type."""
+    """Return the first field with a value of another type, the value and the type."""
     for name, inner, of_inner in _parts(value, hint):
         if inner is _MISSING:
             return f"{field}{name}".lstrip("."), inner, of_inner
@@ -276,12 +263,12 @@ def _fault(value: Any, hint: Any, field: str = "") -> tuple[str, Any, Any]:
 
 
 def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, value and type of every field or item that a value should have by its type."""
+    """Yield name, value and type of each field or item that a value of a type should have."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     for option in _options(hint):
         origin, inner = typing.get_origin(option), typing.get_args(option)
-        if isinstance(value, dict) and _is_structure(option):
+        if isinstance(value, dict) and (dataclasses.is_dataclass(option) or typing.is_typeddict(option)):
             needed = _needed(option)
             for name, of_field in typing.get_type_hints(option, include_extras=True).items():
                 if typing.get_origin(of_field) in (typing.Required, typing.NotRequired):
@@ -292,10 +279,6 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from ((f".{name}", each, inner[1]) for name, each in value.items())
         elif isinstance(value, list) and origin in (list, tuple):
             yield from ((f"[{n}]", each, inner[0]) for n, each in enumerate(value))
-
-
-def _is_structure(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or typing.is_typeddict(hint)
 
 
 def _needed(kind: Any) -> frozenset[str]:
@@ -310,7 +293,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _described(hint: Any) -> str:
-    """Return a type in words."""
+    """Return the description of a type for a message."""
     options = _options(hint)
     if len(options) > 1:
         return " or ".join(map(_described, options))
@@ -321,11 +304,11 @@ def _described(hint: Any) -> str:
         return meta.description or f"{_described(inner[0])}{bounds}"
     if origin is Literal:
         return " or ".join(map(repr, inner))
-    return _WORDS.get(hint) or ("a list" if origin in (list, tuple) else "a path" if hint is Path else "an object")
+    return _WORDS.get(hint) or ("a list" if origin in (list, tuple) else "an object")
 
 
 def _other_version(raw: Any) -> str:
-    """Return which version wrote a file, where it says so and this is another one; else nothing."""
+    """Return the version that wrote a file if it is recorded and is another one; else an empty text."""
     for place in ("versions", "environment"):
         raw = raw.get(place, raw) if isinstance(raw, dict) else {}
         raw = raw.get("versions", raw) if isinstance(raw, dict) else {}
@@ -335,9 +318,9 @@ def _other_version(raw: Any) -> str:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn faults of the disk, while a block writes into a folder, into a WriteError that says what to do.
+    """Raise faults of the disk, while a block writes into a folder, as a WriteError.
 
-    Those of libraries that raise errors of their own (tensorstore, safetensors) are found by the code in their message.
+    tensorstore and safetensors raise other errors, whose messages contain the system's code.
     """
     try:
         yield
@@ -347,27 +330,22 @@ def writing(folder: Path) -> Iterator[None]:
         found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
         code = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
         name = getattr(error, "filename", None)
-        here = not folder.exists() or (name is not None and _is_in(folder, Path(os.fsdecode(name))))
+        here = not folder.exists() or (
+            name is not None and Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute())
+        )
         if code in _OF_WRITING or (code in _OF_READING_TOO and here):
             raise WriteError(folder, code) from error
         raise
 
 
-def _is_in(folder: Path, path: Path) -> bool:
-    return folder.absolute() in (path.absolute(), *path.absolute().parents)
-
-
 def check_regular(path: Path) -> None:
-    """Raise a FileError for a pipe, a device or a folder in the place of a file: reading one may wait or never end."""
+    """Raise a FileError for a pipe, a device or a folder, because reading one may never end."""
     if path.exists() and not path.is_file():
         raise FileError(path, got="a pipe, a device or a folder, not a file", fix="give a file")
 
 
 def check_no_link(path: Path) -> None:
-    """Raise a FileError for a link, or another special file, where something is written in place.
-
-    It could lead out of a folder that somebody else has filled.
-    """
+    """Raise a FileError for a link or a special file where a file is written in place."""
     if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
         raise FileError(path, got="a link, which could lead out of its folder, or a special file", fix="remove it")
     if path.is_file() and path.stat().st_nlink > 1:
@@ -379,12 +357,12 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let a function write a file under a temporary name, and rename the file once it is complete.
 
     Raises:
-      WriteError: the disk is full, read-only or gone; the file is what it was before.
+      WriteError: the disk is full, read-only or gone; the file is unchanged.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # so that two processes do not share it
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another one for each process
     with writing(path.parent):
         try:
-            partial.unlink(missing_ok=True)  # a link, perhaps, which would be followed
+            partial.unlink(missing_ok=True)  # a link would be followed
             writer(partial)
             partial.replace(path)
         except BaseException:
@@ -404,7 +382,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_lfs(path: Path) -> None:
-    """Raise a FileError if the file is a Git LFS pointer instead of the content."""
+    """Raise a FileError if the file is a Git LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise _pointer(path)

@@ -170,4 +170,4 @@ def _check_fields(response: Any) -> None:
 
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"the hub sends {what} {name[:120]!r}, which would be part of a path: wanted a hash")
+        raise ValueError(f"the hub sends {what} {name[:120]!r}, which would be part of a path: expected a hash")

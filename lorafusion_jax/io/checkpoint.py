@@ -100,12 +100,12 @@ def _read(folder: Path, manifest: Manifest, abstract: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     if abstract is not None:
-        wanted, got = _signature(abstract), manifest.get("arrays", {})
-        for path in {**wanted, **got}:
-            if wanted.get(path) != got.get(path):
-                found, needed = got.get(path, "absent"), wanted.get(path, "no such array")
+        expected, got = _signature(abstract), manifest.get("arrays", {})
+        for path in {**expected, **got}:
+            if expected.get(path) != got.get(path):
+                found, needed = got.get(path, "absent"), expected.get(path, "no such array")
                 fix = "it was saved by a run of another configuration"
-                raise FileError(folder, field=path, got=found, wanted=needed, fix=fix)
+                raise FileError(folder, field=path, got=found, expected=needed, fix=fix)
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     return ocp.load(str((folder / _ARRAYS).absolute()), abstract)
 

@@ -120,7 +120,7 @@ def _sources(options: ConvertOptions) -> list[str]:
         if not file.is_file() and str(file) == "lorahub":
             file = Path(__file__).with_name("lorahub_adapters.txt")
         if not file.is_file():
-            raise ValueError(f"{file}: no such file: wanted a list of adapters, one a line, or lorahub for LoraHub's")
+            raise ValueError(f"{file}: no such file: expected a list of adapters, one a line, or lorahub for LoraHub's")
         with utf8(file):
             lines = file.read_text(encoding="utf-8").splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]

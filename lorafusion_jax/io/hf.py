@@ -201,7 +201,7 @@ def _check_tensors(
         raise ValueError(f"{place}: the model has no place for {_some(unexpected)}: {advice}")
     for name, shape in shapes.items():
         if tensors[name].dtype.kind in "biuc":
-            raise ValueError(f"{place}: {name} has dtype {tensors[name].dtype}: wanted floats; save it unquantised")
+            raise ValueError(f"{place}: {name} has dtype {tensors[name].dtype}: expected floats; save it unquantised")
         if tensors[name].shape != shape:
             raise ValueError(f"{place}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
     for name in layout.copies:

@@ -102,8 +102,8 @@ class FolderBase(OpenedBase):
             raise
         except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
-                f"{self._source} gives no tokenizer: wanted a folder or hub id with config.json and tokenizer.json or "
-                f"spiece.model. From transformers: {error}"
+                f"{self._source} gives no tokenizer: expected a folder or hub id with config.json and tokenizer.json "
+                f"or spiece.model. From transformers: {error}"
             ) from error
 
     def save_texts(self, folder: Path) -> None:
@@ -140,4 +140,4 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
                     got = f"does not hold {tensor}, though {index.name} lists it"
                     raise FileError(path, got=got, fix="fetch it again")
             return {tensor: shards[path][tensor] for tensor, path in zip(files, paths, strict=True)}
-    raise ValueError(f"{folder} has no weights: wanted {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
+    raise ValueError(f"{folder} has no weights: expected {_SAFETENSORS} or {_BIN}, whole or in shards with an index")

@@ -45,6 +45,6 @@ def _asked(name: str, ask: Callable[[], _T], then: str = "") -> _T:
         return ask()
     except Exception as error:  # of many kinds: of the HTTP library where the hub cannot be reached
         raise ValueError(
-            f"the hub did not take {name}: {first_line(error)} (wanted owner/name of an account that you may write to, "
-            f"and its token by `hf auth login` or in HF_TOKEN){then}"
+            f"the hub did not take {name}: {first_line(error)} (expected owner/name of an account that you may write "
+            f"to, and its token by `hf auth login` or in HF_TOKEN){then}"
         ) from error

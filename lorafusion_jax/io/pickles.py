@@ -91,7 +91,7 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if not 0 <= count <= _MAX_STRING:
-            raise Refused(f"its pickle has a string of {count:,} bytes: wanted at most {_MAX_STRING:,}")
+            raise Refused(f"its pickle has a string of {count:,} bytes: expected at most {_MAX_STRING:,}")
         part = self.data[self.at : self.at + count]
         if len(part) < count:
             raise EOFError("it ends in the middle of its pickle")

@@ -49,9 +49,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 
 @contextlib.contextmanager
-def joined(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> Iterator[None]:
+def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
     """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them, or the arguments do.
 
     Call it before JAX initialises its backend. If another process is lost, or if only this one fails, it ends within

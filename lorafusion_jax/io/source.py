@@ -52,7 +52,7 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
         raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}") from None
     if not is_hub_id(source):
         raise ValueError(
-            f"{source!r} is neither a folder here nor a hub id: wanted a path, owner/name or owner/name@rev"
+            f"{source!r} is neither a folder here nor a hub id: expected a path, owner/name or owner/name@rev"
         )
     import huggingface_hub
 

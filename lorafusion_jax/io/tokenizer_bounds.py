@@ -52,7 +52,7 @@ def check_added(folder: Path) -> None:
 
 def _check_count(path: Path, field: str, count: int | float) -> None:
     if count > MOST_ADDED:
-        raise FileError(path, field=field, got=f"{count:,}", wanted=f"at most {MOST_ADDED:,}", fix=_FIX)
+        raise FileError(path, field=field, got=f"{count:,}", expected=f"at most {MOST_ADDED:,}", fix=_FIX)
 
 
 def check_growth(tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
@@ -71,8 +71,8 @@ def check_growth(tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
         growth = math.prod(map(_growth, steps))
         if len(steps) > MOST_STEPS or growth > MOST_GROWTH:
             raise ValueError(
-                f"its {name} has {len(steps):,} steps, which may make texts {growth:.0f} times as long: wanted at most "
-                f"{MOST_STEPS} steps and {MOST_GROWTH:,} times"
+                f"its {name} has {len(steps):,} steps, which may make texts {growth:.0f} times as long: expected at "
+                f"most {MOST_STEPS} steps and {MOST_GROWTH:,} times"
             )
 
 

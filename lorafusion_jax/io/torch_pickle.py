@@ -202,7 +202,7 @@ def _call(name: str, arguments: tuple) -> _View:
     if metadata.items if type(metadata) is Dict else metadata:
         raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
     if len(size) > _MAX_DIMENSIONS:
-        raise Refused(f"a tensor has {len(size)} dimensions: wanted at most {_MAX_DIMENSIONS}")
+        raise Refused(f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}")
     return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
 
 
@@ -235,10 +235,10 @@ def _kind(value: Any) -> str:
 
 def _flat(content: Any) -> Iterator[tuple[str, _View]]:
     if type(content) is not Dict:
-        raise Refused(f"holds a {_kind(content)}: wanted a dict of tensors")
+        raise Refused(f"holds a {_kind(content)}: expected a dict of tensors")
     for key, value in content.items:
         if type(key) is not str or type(value) is not _View:
-            raise Refused(f"entry {_shown(key)} holds a {_kind(value)}: wanted a flat dict of tensors by name")
+            raise Refused(f"entry {_shown(key)} holds a {_kind(value)}: expected a flat dict of tensors by name")
         yield key, value
 
 
@@ -268,7 +268,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     }
     content = _member(members[names[0]], data)
     if len(content) > _MAX_PICKLE:
-        raise Refused(f"its pickle has {len(content):,} bytes: wanted at most {_MAX_PICKLE:,}")
+        raise Refused(f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}")
     return _Cursor(bytes(content)).pickle(), storages
 
 

@@ -88,5 +88,5 @@ def recorded_config(base: Mapping[str, Any]) -> Architecture:
     name = base.get("family", next(iter(FAMILIES)))
     if name not in FAMILIES:
         fix = "a newer version wrote it, or it was edited"
-        raise FileError("", field="family", got=repr(name), wanted=f"one of {', '.join(FAMILIES)}", fix=fix)
+        raise FileError("", field="family", got=repr(name), expected=f"one of {', '.join(FAMILIES)}", fix=fix)
     return structured(base["config"], FAMILIES[name].config, "")

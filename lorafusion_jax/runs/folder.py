@@ -176,7 +176,7 @@ class RunFolder:
         if len(config["modules"]) != len(config["options"].seeds):
             got, wanted = f"of {len(config['modules'])} seeds", f"of {len(config['options'].seeds)}, as in the options"
             raise FileError(
-                self.folder / _CONFIG, field="modules", got=got, wanted=wanted, fix="restore it from a copy"
+                self.folder / _CONFIG, field="modules", got=got, expected=wanted, fix="restore it from a copy"
             )
         return config
 
@@ -252,7 +252,7 @@ def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOp
     method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
     if isinstance(method, str) and method not in METHODS:
         fix, wanted = "register it first, or restore the file from a copy", f"one of {', '.join(METHODS)}"
-        raise FileError(where, field=f"{prefix}method", got=shown(method), wanted=wanted, fix=fix)
+        raise FileError(where, field=f"{prefix}method", got=shown(method), expected=wanted, fix=fix)
     return options_with(METHODS[method].recipe if isinstance(method, str) else Recipe)
 
 

@@ -110,7 +110,7 @@ def _read_index(index: Path) -> dict[str, _Entry]:
         raise FileError(index, got="holds no tasks", fix="it is not LoraHub's index")
     for name in entries:
         if name != Path(name).name or name == "..":  # folders of this name are written
-            raise FileError(index, field=shown(name), got="a path", wanted="the name of a task", fix="refused")
+            raise FileError(index, field=shown(name), got="a path", expected="the name of a task", fix="refused")
     return entries
 
 

@@ -107,10 +107,10 @@ def test_every_file_is_guarded(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"coefficients": jnp.ones((2, 4))}, r"params/coefficients is float32\[2, 3\]: wanted float32\[2, 4\]"),
-        ({"m": jnp.ones(4)}, r"params/m is bfloat16\[4\]: wanted float32\[4\]"),
-        ({"new": jnp.ones(1)}, r"params/new is absent: wanted float32\[1\]"),
-        ({"m": {}}, r"params/m is bfloat16\[4\]: wanted no such array"),
+        ({"coefficients": jnp.ones((2, 4))}, r"params/coefficients is float32\[2, 3\]: expected float32\[2, 4\]"),
+        ({"m": jnp.ones(4)}, r"params/m is bfloat16\[4\]: expected float32\[4\]"),
+        ({"new": jnp.ones(1)}, r"params/new is absent: expected float32\[1\]"),
+        ({"m": {}}, r"params/m is bfloat16\[4\]: expected no such array"),
     ],
 )
 def test_another_tree_is_refused(saved, change, message):
@@ -229,7 +229,7 @@ class _Step(TypedDict):
     [
         ({"compression": "zstd"}, "compression is unknown: remove it"),
         ({"metadata": {"step": 2, "clock": 1.0}}, "clock is unknown: remove it"),
-        ({"files": []}, r"files is \[\]: wanted an object"),
+        ({"files": []}, r"files is \[\]: expected an object"),
     ],
 )
 def test_a_step_that_a_newer_version_wrote_is_not_damaged(change, message, two_steps, tmp_path):

@@ -365,11 +365,11 @@ def _edit_manifest(folder, change, *, sign):
     [
         (
             lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1),
-            r"encoder.self.q is {'rank': \[1, 2, 2\].*} in the manifest: wanted {'rank': \[2, 2, 2\].*}, as in adapter",
+            r"encoder.self.q is {'rank': \[1, 2, 2\].*} in the manifest: expected {.rank.: \[2, 2, 2\].*}, as in",
         ),
         (
             lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8),
-            r"encoder.self.q is {'rank': \[8, 2, 2\].*} in the manifest: wanted {'rank': \[2, 2, 2\]",
+            r"encoder.self.q is {'rank': \[8, 2, 2\].*} in the manifest: expected {'rank': \[2, 2, 2\]",
         ),
         (
             lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 900_000),
@@ -377,20 +377,23 @@ def _edit_manifest(folder, change, *, sign):
         ),
         (
             lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1),
-            r"rank\[0\] is -1: wanted an integer from 0 to",
+            r"rank\[0\] is -1: expected an integer from 0 to",
         ),
         (
             lambda e: e["sites"]["encoder.self.q"]["rank"].append(2),
-            r"encoder.self.q is ranks \[2, 2, 2, 2\]: wanted one for each layer of its base",
+            r"encoder.self.q is ranks \[2, 2, 2, 2\]: expected one for each layer of its base",
         ),
         (
             lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, 99.0),
-            r"'scaling': \[99.0, 1.5, 1.5\]} in the manifest: wanted .*as in adapter_model.safetensors and ad",
+            r"'scaling': \[99.0, 1.5, 1.5\]} in the manifest: expected .*as in adapter_model.safetensors and ad",
         ),
-        (lambda e: e["sites"].pop("encoder.self.q"), "encoder.self.q is 'absent' in the manifest: wanted {"),
-        (lambda e: e["sites"].update(new=e["sites"]["encoder.self.q"]), "new is ranks .2, 2, 2.: wanted one for each"),
+        (lambda e: e["sites"].pop("encoder.self.q"), "encoder.self.q is 'absent' in the manifest: expected {"),
+        (
+            lambda e: e["sites"].update(new=e["sites"]["encoder.self.q"]),
+            "new is ranks .2, 2, 2.: expected one for each",
+        ),
         (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
-        (lambda e: e.update(dora=True), "dora is True in the manifest: wanted False"),
+        (lambda e: e.update(dora=True), "dora is True in the manifest: expected False"),
         (lambda e: e["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
         (lambda e: e.update(folder="../../etc"), "'../../etc' is not a file inside this folder"),
     ],
@@ -420,10 +423,12 @@ def test_a_manifest_without_a_digest_says_to_convert_again(base, adapter, tmp_pa
 
 def test_one_name_in_place_of_a_list_is_refused(base, adapter, tmp_path):
     folder = adapter("one")
-    with pytest.raises(ValueError, match=rf"'{folder}', a single adapter: wanted a list, read_pool\(\['{folder}'\]\)"):
+    with pytest.raises(
+        ValueError, match=rf"'{folder}', a single adapter: expected a list, read_pool\(\['{folder}'\]\)"
+    ):
         read_pool(folder, read_config(base))
     _convert(base, [folder], out=tmp_path / "pool")
-    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: wanted a list, chosen=\['one'\]"):
+    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]"):
         load_pool(tmp_path / "pool", chosen="one")
 
 
@@ -713,7 +718,7 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
     assert open_pool(folder).names == plain.names
     with pytest.raises(ValueError, match="which are read for a base model: give its base"):
         open_pool(folder).load()
-    with pytest.raises(ValueError, match=r"nothing is not a pool: wanted a folder that `lorafusion convert` wrote"):
+    with pytest.raises(ValueError, match=r"nothing is not a pool: expected a folder that `lorafusion convert` wrote"):
         open_pool(tmp_path / "nothing")
 
 

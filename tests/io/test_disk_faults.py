@@ -118,7 +118,7 @@ def test_the_last_sound_checkpoint_stays(error, faults, tmp_path):
         assert (
             _ADVICE[error] in said
             and said.startswith(str(folder))
-            and said.endswith("What was saved before is as it was")
+            and said.endswith("Files that were saved before are unchanged")
         )
         if checkpoint.steps(folder)[-1].name == "step_000002":  # it was whole when the last folder was flushed
             shutil.rmtree(folder / "step_000002")

@@ -53,9 +53,12 @@ class _Outer:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"name": 5}', "inner is missing: wanted an object; restore"),
-        ('{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}', r"inner\.sizes\.b\[1\] is 'x': wanted an integer; restore"),
-        ('{"inner": {"sizes": []}}', r"inner\.sizes is \[\]: wanted an object"),
+        ('{"name": 5}', "inner is missing: expected an object; restore"),
+        (
+            '{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}',
+            r"inner\.sizes\.b\[1\] is 'x': expected an integer; restore",
+        ),
+        ('{"inner": {"sizes": []}}', r"inner\.sizes is \[\]: expected an object"),
         ('{"inner": {"sizes": {}, "colour": 1}}', r"inner\.colour is unknown: remove it, or restore"),
         ("[]", "holds a list, not an object: restore"),
         ("", r"not JSON \(.*\): restore"),
@@ -98,11 +101,17 @@ def test_an_option_of_a_newer_version_says_which():
         (lambda c: "", "not JSON"),
         (lambda c: json.dumps(c)[:40], "not JSON"),
         (lambda c: "[]", "holds a list, not an object"),
-        (lambda c: json.dumps({k: v for k, v in c.items() if k != "options"}), "options is missing: wanted an object"),
+        (
+            lambda c: json.dumps({k: v for k, v in c.items() if k != "options"}),
+            "options is missing: expected an object",
+        ),
         (lambda c: json.dumps(c | {"options": c["options"] | {"new": 1}}), r"options\.new is unknown"),
         (lambda c: json.dumps(c | {"options": {"recipe": {"epochs": []}}}), r"options\.(base|recipe)"),
-        (lambda c: json.dumps(c | {"modules": [[], []]}), "modules is of 2 seeds: wanted of 1, as in"),
-        (lambda c: json.dumps(c | {"max_new_tokens": 10**9}), "max_new_tokens is 1000000000: wanted an integer from 1"),
+        (lambda c: json.dumps(c | {"modules": [[], []]}), "modules is of 2 seeds: expected of 1, as in"),
+        (
+            lambda c: json.dumps(c | {"max_new_tokens": 10**9}),
+            "max_new_tokens is 1000000000: expected an integer from 1",
+        ),
         (lambda c: '{"options":' * 100_000 + "1" + "}" * 100_000, "not JSON|nested too deeply"),
     ],
 )
@@ -144,21 +153,24 @@ def pool(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(adapters=5), "adapters is 5: wanted a list"),
-        (lambda m: m.update(adapters=[]), r"adapters is \[\]: wanted a list"),
-        (lambda m: m["adapters"].append(7), r"adapters\[2\] is 7: wanted an object"),
+        (lambda m: m.update(adapters=5), "adapters is 5: expected a list"),
+        (lambda m: m.update(adapters=[]), r"adapters is \[\]: expected a list"),
+        (lambda m: m["adapters"].append(7), r"adapters\[2\] is 7: expected an object"),
         (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
-        (lambda m: m["adapters"][0].update(sites={}), r"adapters\[0\]\.sites is {}: wanted an object"),
-        (lambda m: m["adapters"][0]["files"].update(x=[]), r"adapters\[0\]\.files\.x is \[\]: wanted a text"),
+        (lambda m: m["adapters"][0].update(sites={}), r"adapters\[0\]\.sites is {}: expected an object"),
+        (lambda m: m["adapters"][0]["files"].update(x=[]), r"adapters\[0\]\.files\.x is \[\]: expected a text"),
         (lambda m: m["adapters"][0].update(folder="x" * 300), "is not a file inside this folder"),
         (lambda m: m["adapters"][0].update(folder="a\0b"), "is not a file inside this folder"),
         (lambda m: m["adapters"][1].update(folder=m["adapters"][0]["folder"]), "two adapters of one folder"),
-        (lambda m: m["base"].update(family="mamba"), "family is 'mamba': wanted one of t5, decoder"),
-        (lambda m: m["base"]["config"].update(d_model=0), "d_model is 0: wanted an integer from 1 to 10,000,000"),
-        (lambda m: m["base"]["config"].update(num_layers=10**9), "num_layers is 1000000000: wanted an integer from 1"),
+        (lambda m: m["base"].update(family="mamba"), "family is 'mamba': expected one of t5, decoder"),
+        (lambda m: m["base"]["config"].update(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
+        (
+            lambda m: m["base"]["config"].update(num_layers=10**9),
+            "num_layers is 1000000000: expected an integer from 1",
+        ),
         (lambda m: m["base"]["config"].update(new=1), "new is unknown"),
         (lambda m: m["base"]["config"].update(d_model=10**6), r"of [\d,]+ bytes, and the manifest says [\d,]+ numbers"),
-        (lambda m: m["base"]["config"].update(d_kv=7), r"modules do not fit; first .*: wanted \[r, "),
+        (lambda m: m["base"]["config"].update(d_kv=7), r"modules do not fit; first .*: expected \[r, "),
     ],
 )
 def test_a_signed_manifest_of_a_pool_is_not_believed(pool, tmp_path, change, message):
@@ -175,19 +187,19 @@ def test_a_signed_manifest_of_a_pool_is_not_believed(pool, tmp_path, change, mes
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"d_model": 0}, "d_model is 0: wanted an integer from 1 to 10,000,000"),
-        ({"d_ff": [8]}, r"d_ff is \[8\]: wanted an integer"),
-        ({"num_layers": 10**9}, "num_layers is 1000000000: wanted an integer from 1 to 10,000"),
-        ({"eos_token_id": {"a": 1}}, r"eos_token_id is \{'a': 1\}: wanted an integer or a list or null"),
-        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small': wanted a number"),
+        ({"d_model": 0}, "d_model is 0: expected an integer from 1 to 10,000,000"),
+        ({"d_ff": [8]}, r"d_ff is \[8\]: expected an integer"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000: expected an integer from 1 to 10,000"),
+        ({"eos_token_id": {"a": 1}}, r"eos_token_id is \{'a': 1\}: expected an integer or a list or null"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small': expected a number"),
         ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),
         (
             {"model_type": "llama", "num_hidden_layers": 10**9},
-            "num_hidden_layers is 1000000000: wanted an int",
+            "num_hidden_layers is 1000000000: expected an int",
         ),
-        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads is 0: wanted an integer from 1"),
-        ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act is \['silu'\]: wanted a text"),
-        ({"model_type": "llama", "rope_scaling": 3}, "rope_scaling is 3: wanted an object"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads is 0: expected an integer from 1"),
+        ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act is \['silu'\]: expected a text"),
+        ({"model_type": "llama", "rope_scaling": 3}, "rope_scaling is 3: expected an object"),
     ],
 )
 def test_a_base_whose_configuration_is_damaged(pool, tmp_path, fields, message):

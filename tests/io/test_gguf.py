@@ -523,8 +523,8 @@ def test_sentence_piece_bytes_special_tokens_and_the_space_before():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model is 'bert', which is not implemented: wanted gpt2 or llama"),
-        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking', which is not implemented: wanted one of default, gpt-2"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert', which is not implemented: expected gpt2 or llama"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking', which is not implemented: expected one of default, gpt-2"),
         ({"merges": None}, "the metadata lack tokenizer.ggml.merges: fetch the file again"),
         ({"model": "llama", "merges": None}, "the metadata lack tokenizer.ggml.scores, and merges instead of them"),
         ({"tokens": ["a", "a"]}, "tokenizer.ggml.tokens holds 2 tokens, 1 of them different"),
@@ -595,8 +595,8 @@ def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
             read_config(file)
     for start, message in {
         b"PK\3\4": r"is not a GGUF file: it begins with b'PK\\x03\\x04', not with b'GGUF'",
-        b"GGUF\1\0\0\0": "is a GGUF file that is of version 1: wanted version 2 or 3, little-endian",
-        b"GGUF\0\0\0\3": "is a GGUF file that is big-endian: wanted version 2 or 3",
+        b"GGUF\1\0\0\0": "is a GGUF file that is of version 1: expected version 2 or 3, little-endian",
+        b"GGUF\0\0\0\3": "is a GGUF file that is big-endian: expected version 2 or 3",
     }.items():
         file.write_bytes(start + content[len(start) :])
         with pytest.raises(ValueError, match=f"^{file} {message}"):
@@ -630,7 +630,7 @@ def _kind(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kinds": _kind("Q5_0")}, r"blk\.0\.ffn_up\.weight is stored as Q5_0, which is not read: wanted one of F32"),
+        ({"kinds": _kind("Q5_0")}, r"blk\.0\.ffn_up\.weight is stored as Q5_0, which is not read: expected one of F32"),
         ({"drop": ("model.layers.1.mlp.up_proj.weight",)}, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"feed_forward_length": 64}, r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], not \[64, 64\]"),
         (
@@ -639,18 +639,18 @@ def _kind(kind):
         ),
         ({"block_count": 1}, r"the model has no place for model\.layers\.1\."),
         ({"context_length": None}, r"the metadata lack llama\.context_length: fetch the file again"),
-        ({"attention__head_count_kv": [2, 1]}, r"llama\.attention\.head_count_kv is a list: wanted one number for all"),
-        ({"attention__value_length": 8}, r"llama\.attention\.key_length is 16 and value_length is 8: wanted one width"),
+        ({"attention__head_count_kv": [2, 1]}, r"llama\.attention\.head_count_kv is a list: \w+ one number for all"),
+        ({"attention__value_length": 8}, r"llama\.attention\.key_length is 16 and value_length is 8: \w+ one width"),
         ({"expert_count": 8}, r"llama\.expert_count is 8, which is not implemented for llama"),
         ({"logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not implemented for llama"),
-        ({"rope__scaling__type": "yarn"}, r"the rope scaling is yarn, which is not implemented: wanted linear, or the"),
-        ({"attention__head_count": 0}, r"llama\.attention\.head_count is 0: wanted an integer from 1 to 10,000,000"),
-        ({"attention__head_count_kv": 0.5}, r"llama\.attention\.head_count_kv is 0\.5: wanted an integer from 1 to 10"),
-        ({"attention__head_count": True}, r"llama\.attention\.head_count is True: wanted a number of 0 or more"),
-        ({"block_count": "two"}, r"llama\.block_count is 'two': wanted a number of 0 or more"),
-        ({"rope__freq_base": float("nan")}, r"llama\.rope\.freq_base is nan: wanted a number of 0 or more"),
-        ({"rope__scaling__type": 1}, r"llama\.rope\.scaling\.type is 1: wanted a text"),
-        ({"rope__dimension_count": 8}, r"llama\.rope\.dimension_count is 8: wanted the width of a head, 16"),
+        ({"rope__scaling__type": "yarn"}, r"the rope scaling is yarn, which is not implemented: \w+ linear, or the"),
+        ({"attention__head_count": 0}, r"llama\.attention\.head_count is 0: \w+ an integer from 1 to 10,000,000"),
+        ({"attention__head_count_kv": 0.5}, r"llama\.attention\.head_count_kv is 0\.5: \w+ an integer from 1 to 10"),
+        ({"attention__head_count": True}, r"llama\.attention\.head_count is True: \w+ a number of 0 or more"),
+        ({"block_count": "two"}, r"llama\.block_count is 'two': \w+ a number of 0 or more"),
+        ({"rope__freq_base": float("nan")}, r"llama\.rope\.freq_base is nan: \w+ a number of 0 or more"),
+        ({"rope__scaling__type": 1}, r"llama\.rope\.scaling\.type is 1: \w+ a text"),
+        ({"rope__dimension_count": 8}, r"llama\.rope\.dimension_count is 8: \w+ the width of a head, 16"),
     ],
 )
 def test_files_that_are_refused(tmp_path, folders, arguments, message):
@@ -662,10 +662,10 @@ def test_files_that_are_refused(tmp_path, folders, arguments, message):
 @pytest.mark.parametrize(
     ("key", "held", "message"),
     [
-        ("general.alignment", 0, r"general\.alignment is 0: wanted an integer of 1 or more; fetch the file again"),
-        ("split.count", "3", r"split\.count is '3': wanted an integer"),
-        ("tokenizer.ggml.tokens", "ab", r"tokenizer\.ggml\.tokens is 'ab': wanted a list"),
-        ("tokenizer.ggml.bos_token_id", "1", r"tokenizer\.ggml\.bos_token_id is '1': wanted an integer of 0 or more"),
+        ("general.alignment", 0, r"general\.alignment is 0: expected an integer of 1 or more; fetch the file again"),
+        ("split.count", "3", r"split\.count is '3': expected an integer"),
+        ("tokenizer.ggml.tokens", "ab", r"tokenizer\.ggml\.tokens is 'ab': expected a list"),
+        ("tokenizer.ggml.bos_token_id", "1", r"tokenizer\.ggml\.bos_token_id is '1': expected an integer of 0 or more"),
         ("tokenizer.ggml.unknown_token_id", 4000, r"the unknown token is 4000, and tokenizer\.ggml\.tokens holds 262"),
         ("tokenizer.ggml.token_type", [1, 1], r"tokenizer\.ggml\.token_type holds 2 numbers, and tokens 262 tokens"),
     ],
@@ -704,13 +704,13 @@ def test_shapes_that_no_file_holds_are_refused(tmp_path, shape):
 def test_a_token_that_is_too_long_to_be_cut_everywhere_is_refused():
     longest = {"tokenizer.ggml.tokens": ["a", "a" * 300], "tokenizer.ggml.scores": [0.0, 1.0]}
     told = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": [1, 1]}
-    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.tokens holds one of 300 characters: wanted at most 255"):
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.tokens holds one of 300 characters: expected at most 255"):
         build_tokenizer(longest | told)
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):
     file = _close(gguf.GGUFWriter(tmp_path / "model.gguf", "mamba"))
-    with pytest.raises(ValueError, match=r"general\.architecture is 'mamba': wanted one of llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"general\.architecture is 'mamba': \w+ one of llama, qwen2, qwen3"):
         read_config(file)
 
 
@@ -719,7 +719,7 @@ def test_messages_about_large_texts_are_short(tmp_path, folders, key):
     writer = _writer(folders["llama"], tmp_path / "model.gguf")
     writer.kv_data[0].pop(key, None)
     writer.add_string(key, "x" * 100_000)
-    with pytest.raises(ValueError, match=f"model.gguf: .*{key} is 'xxx.*: wanted ") as caught:
+    with pytest.raises(ValueError, match=rf"model.gguf: .*{key} is 'xxx.*: \w+ ") as caught:
         load_tokenizer(_close(writer))
     assert len(str(caught.value)) < 1_000
 
@@ -736,12 +736,12 @@ def test_ends_parts_and_adapters_are_refused(tmp_path, folders):
     eos = "tokenizer.ggml.eos_token_id"
     with pytest.raises(ValueError, match=r"the eos token is 4000, and tokenizer\.ggml\.tokens holds 262"):
         read_config(changed("end", set_value(eos, 4000)))
-    with pytest.raises(ValueError, match="eos_token_id is missing: wanted the token, or tokens, that end an answer"):
+    with pytest.raises(ValueError, match=r"eos_token_id is missing: \w+ the token, or tokens, that end an answer"):
         read_config(changed("none", lambda held, writer: held.pop(eos)))
     with pytest.raises(ValueError, match=r"is one of 3 parts: merge them with llama\.cpp's `llama-gguf-split --merge`"):
         read_config(changed("part", lambda held, writer: writer.add_uint16("split.count", 3)))
     file = _close(_writer(folders["llama"], tmp_path / "embedding.gguf", drop=("model.embed_tokens.weight",)))
-    with pytest.raises(ValueError, match=r"the tensors lack token_embd\.weight: wanted a model, not an adapter"):
+    with pytest.raises(ValueError, match=r"the tensors lack token_embd\.weight: \w+ a model, not an adapter"):
         read_config(file)
 
 
@@ -751,7 +751,7 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folde
     held = writer.tensors[0]["rope_freqs.weight"]
     held.tensor = np.ascontiguousarray(change(held.tensor))
     held.shape, held.nbytes = held.tensor.shape, held.tensor.nbytes
-    message = r"rope_freqs\.weight (has shape \[31\]: wanted \[32\]|are not those of a rope scaling llama3)"
+    message = r"rope_freqs\.weight (has shape \[31\]: \w+ \[32\]|are not those of a rope scaling llama3)"
     with pytest.raises(ValueError, match=message):
         read_config(_close(writer))
 
@@ -759,5 +759,5 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folde
 def test_longrope_is_refused(tmp_path, folders):
     writer = _writer(folders["phi3"], tmp_path / "model.gguf")
     writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
-    with pytest.raises(ValueError, match="the rope scaling is longrope, which is not implemented: wanted linear"):
+    with pytest.raises(ValueError, match=r"the rope scaling is longrope, which is not implemented: \w+ linear"):
         read_config(_close(writer))

@@ -113,7 +113,7 @@ def test_repeats_that_take_memory_when_they_are_compiled_are_refused(text):
         ("(?s:q)", "sets flags"),
         ("(?#[)q{e<=1}(?#])", "sets flags or has a comment"),
         ("(q", "missing"),
-        ("q" * 20_000, "has 20,000 characters: wanted at most 10,000"),
+        ("q" * 20_000, "has 20,000 characters: expected at most 10,000"),
         ("qü", "characters beyond ASCII"),
         # Approximate matches, which `re` reads as text.
         ("q{e<=1}", "a { that begins no repeat"),

@@ -291,7 +291,7 @@ def test_state_of_the_training_is_ignored(write):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3': wanted 'LORA'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3': expected 'LORA'"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
         ({"peft_type": ...}, "no peft_type among its fields"),
         ({"peft_type": None, "model_class": "T5", "config": {"x": 1}}, "AdapterHub"),
@@ -322,32 +322,32 @@ def test_state_of_the_training_is_ignored(write):
         ({"init_lora_weights": "loftq"}, "LoftQ changes the base.*no path_initial_model.*retrain"),
         (
             {"init_lora_weights": "new"},
-            "init_lora_weights is 'new', which is unknown.*wanted true, false, or",
+            "init_lora_weights is 'new', which is unknown.*expected true, false, or",
         ),
-        ({"r": 0}, "r or rank_pattern holds 0: wanted a positive integer"),
-        ({"r": "4"}, "r or rank_pattern holds '4': wanted a positive integer"),
-        ({"rank_pattern": {"q": 2.5}}, "r or rank_pattern holds 2.5: wanted a positive integer"),
-        ({"lora_alpha": None}, "lora_alpha or alpha_pattern holds None: wanted a number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha or alpha_pattern holds inf: wanted a number"),
-        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: wanted numbers by module name"),
+        ({"r": 0}, "r or rank_pattern holds 0: expected a positive integer"),
+        ({"r": "4"}, "r or rank_pattern holds '4': expected a positive integer"),
+        ({"rank_pattern": {"q": 2.5}}, "r or rank_pattern holds 2.5: expected a positive integer"),
+        ({"lora_alpha": None}, "lora_alpha or alpha_pattern holds None: expected a number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha or alpha_pattern holds inf: expected a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected numbers by module name"),
         ({"alpha_pattern": {"(q": 1}}, r"alpha_pattern has the key '\(q', not a pattern"),
-        ({"target_modules": 5}, "target_modules is 5: wanted names of modules, or one pattern"),
-        ({"target_modules": True}, "target_modules is True: wanted names"),
-        ({"target_modules": [1]}, r"target_modules is \[1\]: wanted names"),
-        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}: wanted names"),
-        ({"use_rslora": "false"}, "use_rslora is 'false': wanted true or false"),
-        ({"use_dora": 3}, "use_dora is 3: wanted true or false"),
-        ({"lora_alpha": 10**400}, r"lora_alpha or alpha_pattern holds 10000.*\.\.\..*: wanted a number that float32"),
-        ({"lora_alpha": 1e308}, "lora_alpha or alpha_pattern holds 1e.308: wanted a number that float32 holds"),
-        ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern holds nan: wanted a number"),
+        ({"target_modules": 5}, "target_modules is 5: expected names of modules, or one pattern"),
+        ({"target_modules": True}, "target_modules is True: expected names"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]: expected names"),
+        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}: expected names"),
+        ({"use_rslora": "false"}, "use_rslora is 'false': expected true or false"),
+        ({"use_dora": 3}, "use_dora is 3: expected true or false"),
+        ({"lora_alpha": 10**400}, r"lora_alpha or alpha_pattern holds 10000.*\.\.\..*: expected a number that float32"),
+        ({"lora_alpha": 1e308}, "lora_alpha or alpha_pattern holds 1e.308: expected a number that float32 holds"),
+        ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern holds nan: expected a number"),
         ({"rank_pattern": {"q{99999999999}": 4}}, "rank_pattern has the key .*repetition number is too large"),
         ({"rank_pattern": {"q{e<=1}": 4}}, "rank_pattern has the key .*a { that begins no repeat"),
-        ({"alpha_pattern": {f"{n}" * 60: 8 for n in range(1000, 2000)}}, "have 240,000 characters: wanted at most"),
+        ({"alpha_pattern": {f"{n}" * 60: 8 for n in range(1000, 2000)}}, "have 240,000 characters: expected at most"),
         ({"rank_pattern": {"(" * 4000 + ")" * 4000: 4}}, "rank_pattern has the key .*not a pattern: .*recursion"),
-        ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: wanted at most"),
+        ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: expected at most"),
         ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\], which is unknown"),
         ({"modules_to_save": ["x" * 5000] * 50}, r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full"),
-        ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: wanted at most 1,048,576"),
+        ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: expected at most 1,048,576"),
     ],
 )
 def test_configurations_refused_by_name(write, fields, message):
@@ -390,7 +390,7 @@ def test_missing_files(write, tmp_path):
     (tmp_path / "adapter" / "adapters.safetensors").write_bytes(b"x")
     _refused(folder, r"nor adapter_model\.bin \(adapters\.safetensors is MLX's\)")
     os.remove(os.path.join(folder, "adapter_config.json"))
-    _refused(folder, r"has no adapter_config\.json: wanted the folder that PEFT's save_pretrained wrote")
+    _refused(folder, r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote")
 
 
 @pytest.mark.parametrize(
@@ -488,23 +488,23 @@ def test_tensors_refused_by_name(write, extra, message):
         (
             "lora_A",
             np.ones(24, np.float32),
-            r"lora_A.weight \[24\].*wanted 2 dimensions.*DeepSpeed ZeRO-3.*gather",
+            r"lora_A.weight \[24\].*expected 2 dimensions.*DeepSpeed ZeRO-3.*gather",
         ),
         ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
-        ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: wanted floats"),
+        ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: expected floats"),
         ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
         ("lora_B", np.full((10, 4), np.inf, ml_dtypes.bfloat16), "q.lora_B.weight holds NaN or infinity"),
         (
             "lora_A",
             np.ones((3, 6), np.float32),
-            r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: wanted",
+            r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected",
         ),
         (
             "lora_A",
             np.ones((4, 7), np.float32),
             r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]",
         ),
-        ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: wanted \[r, 6\] and \[10, r\]"),
+        ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: expected \[r, 6\] and \[10, r\]"),
     ],
 )
 def test_factors_of_the_wrong_kind_or_shape(write, kind, array, message):
@@ -522,7 +522,7 @@ def test_factors_of_the_wrong_kind_or_shape(write, kind, array, message):
 )
 def test_names_of_tensors_are_bounded(write, name, spelt):
     folder = write(_TENSORS | {name: np.ones((4, 6), np.float32)})
-    _refused(folder, rf"a tensor is named {spelt}: wanted at most 400 printable characters")
+    _refused(folder, rf"a tensor is named {spelt}: expected at most 400 printable characters")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RuntimeError("y" * 10_000), ValueError("z")])
@@ -551,9 +551,9 @@ def test_dora_without_or_with_wrong_magnitudes(write):
     message = f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"
     _refused(write(_TENSORS | one, use_dora=True), message)
     wrong = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(9, np.float32) for path in (_Q, _V)}
-    _refused(write(_TENSORS | wrong, use_dora=True), r"lora_magnitude_vector has shape \[9\]: wanted \[10\]")
+    _refused(write(_TENSORS | wrong, use_dora=True), r"lora_magnitude_vector has shape \[9\]: expected \[10\]")
     square = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones((1, 10), np.float32) for path in (_Q, _V)}
-    _refused(write(_TENSORS | square, use_dora=True), r"lora_magnitude_vector \[1, 10\].*wanted 1 dimension")
+    _refused(write(_TENSORS | square, use_dora=True), r"lora_magnitude_vector \[1, 10\].*expected 1 dimension")
 
 
 def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
@@ -614,7 +614,7 @@ def test_full_weights_that_differ_are_refused(write, fields, key, array, message
 
 def test_a_file_without_lora(write):
     tensors = {"shared.weight": _EMBEDDING}
-    _refused(write(tensors), "has no lora_A and lora_B: wanted the weights", base_tensor=_base_tensor)
+    _refused(write(tensors), "has no lora_A and lora_B: expected the weights", base_tensor=_base_tensor)
 
 
 # The way back.

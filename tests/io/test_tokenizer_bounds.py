@@ -30,21 +30,21 @@ def test_a_tokenizer_that_adds_too_many_tokens_is_refused_before_it_is_loaded(ba
     else:
         content["added_tokens_decoder"] = {str(1000 + n): _added(n) for n in range(300_000)}
     (base / file).write_text(json.dumps(content))
-    with pytest.raises(FileError, match=f"{file}: added_tokens.* is 300,000: wanted at most 100,000"):
+    with pytest.raises(FileError, match=f"{file}: added_tokens.* is 300,000: expected at most 100,000"):
         load_tokenizer(base)
 
 
 def test_extra_ids_of_t5_are_bounded(base):
     content = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(content | {"extra_ids": 10**9}))
-    with pytest.raises(FileError, match=r"tokenizer_config\.json: extra_ids is 1,000,000,000: wanted at most"):
+    with pytest.raises(FileError, match=r"tokenizer_config\.json: extra_ids is 1,000,000,000: expected at most"):
         load_tokenizer(base)
 
 
 def test_a_gguf_file_with_too_many_special_tokens_is_refused():
     tokens = [f"<{number}>" for number in range(300_000)]
     held = {"model": "gpt2", "tokens": tokens, "token_type": [3] * len(tokens), "merges": []}
-    with pytest.raises(ValueError, match="token_type makes 300,000 tokens special: wanted at most 100,000"):
+    with pytest.raises(ValueError, match="token_type makes 300,000 tokens special: expected at most 100,000"):
         build_tokenizer({f"tokenizer.ggml.{key}": value for key, value in held.items()})
 
 

@@ -257,7 +257,7 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\nq\1"
 _PAIRS = b"](" + (_X + b"N\x86") * 50_000 + b"eq\0"
 _LARGE = {
     "a deep key": (_entry(b")" + b"\x85" * 150_000), "entry <tuple> holds a NoneType"),
-    "deep": (_entry(_X, b"}" + b"U\1y}" * 150_000 + b"s" * 150_000), "'x' holds a dict: wanted a flat"),
+    "deep": (_entry(_X, b"}" + b"U\1y}" * 150_000 + b"s" * 150_000), "'x' holds a dict: expected a flat"),
     "a far memo": (_entry(_X, b"Nr" + struct.pack("<I", 250_000_000)), "'x' holds a NoneType"),
     "pairs": (_entry(_X, b"(" + _PAIRS + _ORDERED_DICT + b"h\1h\0\x85R" * 20_000 + b"t"), "'x' holds a tuple"),
     "opcodes": (_entry(_X, b"(" + b"}" * (1 << 21) + b"t"), "more than 1,048,576 opcodes"),
@@ -401,9 +401,9 @@ def test_a_view_cannot_leave_its_storage(tmp_path, size, stride, offset, numel):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "holds a list: wanted a dict of tensors"),
-        ({"epoch": 3}, "entry 'epoch' holds a int: wanted a flat dict"),
-        ({"state": {"x": 1}}, "entry 'state' holds a dict: wanted a flat dict"),
+        ([1, 2], "holds a list: expected a dict of tensors"),
+        ({"epoch": 3}, "entry 'epoch' holds a int: expected a flat dict"),
+        ({"state": {"x": 1}}, "entry 'state' holds a dict: expected a flat dict"),
         ({7: _tensor(_storage("FloatStorage", "0", 1), 0, (1,), (1,))}, "entry 7 holds a tensor"),
         ({"x": _tensor(_storage("FloatStorage", "0", 1), 0, (1,), (1,), {"neg": True})}, "resolve_neg"),
         ({"x": _tensor(_storage("FloatStorage", "1", 1), 0, (1,), (1,))}, "truncated or corrupt"),

@@ -264,7 +264,7 @@ def test_generation_follows_the_logits_of_labels(model_type):
         ({"num_key_value_heads": 3}, "num_attention_heads is 4: wanted a multiple of num_key_value_heads, 3"),
         ({"eos_token_id": None}, "eos_token_id is missing: wanted the token, or tokens, that end an answer"),
         ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised by awq: give the unquantised"),
-        ({"hidden_size": "wide"}, "hidden_size is 'wide': wanted an integer from 1 to 10,000,000"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide': expected an integer from 1 to 10,000,000"),
     ],
 )
 def test_what_the_decoder_lacks_is_refused_by_name(changes, message, capfd):

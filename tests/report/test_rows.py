@@ -89,18 +89,18 @@ def test_processes_that_append_at_once_wait_for_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": "1"}, "seed is '1': wanted a count"),
-        ({"seed": True}, "seed is True: wanted a count"),
-        ({"steps": -1}, "steps is -1: wanted a count"),
-        ({"task": " "}, "task is ' ': wanted a name"),
-        ({"league": "100"}, r"league is '100': wanted '95\+5' or '5'"),
-        ({"correct": ""}, "correct is '': wanted a 0 or 1 for each of at least one test row"),
-        ({"correct": "0120"}, "correct is '0120': wanted a 0 or 1"),
+        ({"seed": "1"}, "seed is '1': expected a count"),
+        ({"seed": True}, "seed is True: expected a count"),
+        ({"steps": -1}, "steps is -1: expected a count"),
+        ({"task": " "}, "task is ' ': expected a name"),
+        ({"league": "100"}, r"league is '100': expected '95\+5' or '5'"),
+        ({"correct": ""}, "correct is '': expected a 0 or 1 for each of at least one test row"),
+        ({"correct": "0120"}, "correct is '0120': expected a 0 or 1"),
         ({"exact_match": 99.0}, r"exact_match is 99.0, but correct says \d+"),
         ({"option_correct": None}, "only one of option_accuracy and option_correct is null"),
         ({"option_correct": "1", "option_accuracy": 100}, "1 test rows in option_correct, 8 in correct"),
-        ({"data_sha256": "abc"}, "data_sha256 is 'abc': wanted 64 hexadecimal digits"),
-        ({"seconds": float("nan")}, "seconds is nan: wanted seconds"),
+        ({"data_sha256": "abc"}, "data_sha256 is 'abc': expected 64 hexadecimal digits"),
+        ({"seconds": float("nan")}, "seconds is nan: expected seconds"),
         ({"colour": "red"}, "colour is unknown: .*; what describes the run belongs into config"),
         ({"config": {"rate": float("inf")}}, "JSON cannot hold it: Out of range float"),
         ({"config": {"folder": object()}}, "JSON cannot hold it: Object of type object"),
@@ -126,7 +126,7 @@ def test_lines_that_are_no_rows_are_named(tmp_path):
     append_rows(path, _ROWS[:1])
     for line, message in [
         ("[]", "line 2: holds a list, not an object"),
-        ('{"task": "easy"}', "line 2: method is missing: wanted a name"),
+        ('{"task": "easy"}', "line 2: method is missing: expected a name"),
         (json.dumps(_changed(loss=float("nan"))), "line 2: not JSON"),
         ("", "line 2: not JSON"),
     ]:

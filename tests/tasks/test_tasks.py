@@ -626,7 +626,9 @@ def test_no_examples_encode_to_nothing(tokenizer_folder):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: wanted a folder or hub id with config.json"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id with config.json"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer .*: give a base with a sound tokenizer"):

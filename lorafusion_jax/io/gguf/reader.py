@@ -151,7 +151,7 @@ def read_gguf(path: Path) -> Content:
     (version,) = header.numbers("I")
     if version not in _VERSIONS:
         kind = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
-        raise ValueError(f"{path} is a GGUF file that is {kind}: wanted version 2 or 3, little-endian")
+        raise ValueError(f"{path} is a GGUF file that is {kind}: expected version 2 or 3, little-endian")
     tensors, keys = header.numbers("Q", 2)
     metadata: dict[str, Any] = {}
     for _ in range(keys):
@@ -180,7 +180,7 @@ def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, sta
     title = known[kind].name if kind in known else f"type {kind}"
     if title not in _TYPES:
         raise ValueError(
-            f"{header.path}: {name} is stored as {title}, which is not read: wanted one of {', '.join(_TYPES)}; "
+            f"{header.path}: {name} is stored as {title}, which is not read: expected one of {', '.join(_TYPES)}; "
             "quantise the model anew with llama.cpp's `llama-quantize`"
         )
     block, size = GGML_QUANT_SIZES[known[kind]]

@@ -72,13 +72,13 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
     if not tokens or len(vocabulary) < len(tokens):
         raise ValueError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, {len(vocabulary)} of them different")
     if model not in ("gpt2", "llama"):
-        raise ValueError(f"tokenizer.ggml.model is {shown(model)}, which is not implemented: wanted gpt2 or llama")
+        raise ValueError(f"tokenizer.ggml.model is {shown(model)}, which is not implemented: expected gpt2 or llama")
     kinds = metadata.get("token_type", [_NORMAL] * len(tokens))
     for key, found in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
         if len(found) != len(tokens):
             raise ValueError(f"tokenizer.ggml.{key} holds {len(found)} numbers, and tokens {len(tokens)} tokens")
     if (added := sum(kind in (_CONTROL, _USER_DEFINED) for kind in kinds)) > MOST_ADDED:
-        raise ValueError(f"tokenizer.ggml.token_type makes {added:,} tokens special: wanted at most {MOST_ADDED:,}")
+        raise ValueError(f"tokenizer.ggml.token_type makes {added:,} tokens special: expected at most {MOST_ADDED:,}")
     special: dict[str, str | None] = {}
     for name in ("bos", "eos", "unknown", "padding"):
         number = metadata.get(f"{name}_token_id")
@@ -139,7 +139,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> tupl
     name = metadata.get("pre", "default")
     if name not in _SPLITTINGS:
         raise ValueError(
-            f"tokenizer.ggml.pre is {shown(name)}, which is not implemented: wanted one of {', '.join(_SPLITTINGS)}"
+            f"tokenizer.ggml.pre is {shown(name)}, which is not implemented: expected one of {', '.join(_SPLITTINGS)}"
         )
     splitting = _SPLITTINGS[name]
     if "merges" not in metadata:
@@ -188,7 +188,7 @@ def _merges_of_scores(vocabulary: dict[str, int], scores: list[float], kinds: li
     """
     normal = {token: scores[number] for token, number in vocabulary.items() if kinds[number] == _NORMAL}
     if (longest := max(map(len, normal), default=0)) > _LONGEST:
-        raise ValueError(f"tokenizer.ggml.tokens holds one of {longest:,} characters: wanted at most {_LONGEST}")
+        raise ValueError(f"tokenizer.ggml.tokens holds one of {longest:,} characters: expected at most {_LONGEST}")
     found = [
         (-score, -cut, token[:cut], token[cut:])
         for token, score in normal.items()

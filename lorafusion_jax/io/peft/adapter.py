@@ -194,10 +194,10 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder} has no {CONFIG}: wanted the folder that PEFT's save_pretrained wrote")
+        raise AdapterError(f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote")
     data = map_file(path)
     if len(data) > _MAX_CONFIG:
-        raise AdapterError(f"{path}: has {len(data):,} bytes: wanted at most {_MAX_CONFIG:,}")
+        raise AdapterError(f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}")
     text = bytes(data)
     fix = "fetch the file again"
     try:

@@ -64,7 +64,7 @@ class KnownBase(NamedTuple):
 
 
 class AdapterError(ValueError):
-    """An adapter cannot be used. The message names the file and key, what came, what was wanted and how to fix it."""
+    """An adapter cannot be used. The message names the file and key, what came, what was expected and how to fix it."""
 
 
 def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool = False) -> tuple[str, ...]:
@@ -84,9 +84,9 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     """
     foreign = _foreign_format(config)
     if foreign:
-        raise AdapterError(f"{where}: {foreign}: wanted a LoRA adapter saved by PEFT (peft_type LORA)")
+        raise AdapterError(f"{where}: {foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)")
     if config["peft_type"] != "LORA":
-        raise AdapterError(f"{where}: peft_type is {shown(config['peft_type'])}: wanted 'LORA'")
+        raise AdapterError(f"{where}: peft_type is {shown(config['peft_type'])}: expected 'LORA'")
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
@@ -234,27 +234,27 @@ def _check_init(config: Mapping[str, Any], where: str) -> None:
         )
     raise AdapterError(
         f"{where}: init_lora_weights is {shown(init)}, which is unknown and may change the base weights: "
-        f"wanted true, false, or one of {', '.join(_BASE_KEPT)}"
+        f"expected true, false, or one of {', '.join(_BASE_KEPT)}"
     )
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
     for field in ("use_dora", "use_rslora"):
         if config.get(field) not in (None, False, True):
-            raise AdapterError(f"{where}: {field} is {shown(config[field])}: wanted true or false")
+            raise AdapterError(f"{where}: {field} is {shown(config[field])}: expected true or false")
     targets = config.get("target_modules")
     names = targets if isinstance(targets, list) else [] if targets is None else [targets]
     if not all(isinstance(name, str) for name in names):
-        raise AdapterError(f"{where}: target_modules is {shown(targets)}: wanted names of modules, or one pattern")
+        raise AdapterError(f"{where}: target_modules is {shown(targets)}: expected names of modules, or one pattern")
 
 
 def _check_numbers(config: Mapping[str, Any], where: str) -> None:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(patterns, dict):
-            raise AdapterError(f"{where}: {field} is {shown(patterns)}: wanted numbers by module name")
+            raise AdapterError(f"{where}: {field} is {shown(patterns)}: expected numbers by module name")
         if len(patterns) > _MAX_KEYS:
-            raise AdapterError(f"{where}: {field} has {len(patterns):,} keys: wanted at most {_MAX_KEYS:,}")
+            raise AdapterError(f"{where}: {field} has {len(patterns):,} keys: expected at most {_MAX_KEYS:,}")
         for key in patterns:
             try:
                 check(_PATTERN.format(key))
@@ -262,18 +262,18 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
                 raise AdapterError(f"{where}: {field} has the key {shown(key)}, not a pattern: {error}") from None
     if (length := sum(map(len, (*ranks, *alphas)))) > _MAX_CHARACTERS:
         raise AdapterError(
-            f"{where}: the keys of rank_pattern and alpha_pattern have {length:,} characters: wanted at most "
+            f"{where}: the keys of rank_pattern and alpha_pattern have {length:,} characters: expected at most "
             f"{_MAX_CHARACTERS:,}"
         )
     for r in (config.get("r", 8), *ranks.values()):
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise AdapterError(f"{where}: r or rank_pattern holds {shown(r)}: wanted a positive integer")
+            raise AdapterError(f"{where}: r or rank_pattern holds {shown(r)}: expected a positive integer")
     limit = float(np.finfo(np.float32).max)
     for alpha in (config.get("lora_alpha", 8), *alphas.values()):
         # Compared as it is: JSON holds integers that no float does.
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -limit <= alpha <= limit:
             raise AdapterError(
-                f"{where}: lora_alpha or alpha_pattern holds {shown(alpha)}: wanted a number that float32 holds"
+                f"{where}: lora_alpha or alpha_pattern holds {shown(alpha)}: expected a number that float32 holds"
             )
 
 

@@ -73,7 +73,7 @@ def check(text: str) -> None:
         PatternError: The text is not a pattern, is too long, or has parts that are not supported here.
     """
     if len(text) > _MAX_LENGTH:
-        raise PatternError(f"it has {len(text):,} characters: wanted at most {_MAX_LENGTH:,}")
+        raise PatternError(f"it has {len(text):,} characters: expected at most {_MAX_LENGTH:,}")
     if not text.isascii():
         raise PatternError("it has characters beyond ASCII")
     try:

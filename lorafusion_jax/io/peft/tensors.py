@@ -110,11 +110,11 @@ def _sort(
     parts: dict[str, Part] = {}
     ignored = {}
     if len(tensors) > _MAX_TENSORS:
-        raise AdapterError(f"{where} holds {len(tensors):,} tensors: wanted at most {_MAX_TENSORS:,}")
+        raise AdapterError(f"{where} holds {len(tensors):,} tensors: expected at most {_MAX_TENSORS:,}")
     for key, array in tensors.items():
         if len(key) > _MAX_NAME or not key.isprintable():
             raise AdapterError(
-                f"{where}: a tensor is named {shown(key)}: wanted at most {_MAX_NAME} printable characters"
+                f"{where}: a tensor is named {shown(key)}: expected at most {_MAX_NAME} printable characters"
             )
         match = _FACTOR.fullmatch(key)
         if match is None:
@@ -131,7 +131,7 @@ def _sort(
         _check_array(where, key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
         part[match["kind"]] = key, array
     if not parts:
-        raise AdapterError(f"{where} has no lora_A and lora_B: wanted the weights of a LoRA adapter")
+        raise AdapterError(f"{where} has no lora_A and lora_B: expected the weights of a LoRA adapter")
     return parts, ignored
 
 
@@ -181,11 +181,11 @@ def _check_array(where: str, key: str, array: np.ndarray, *, ndim: int) -> None:
         return
     got = f"{where}: {key} {list(array.shape)} of dtype {array.dtype}"
     if array.ndim > 2:
-        raise AdapterError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; wanted linear modules")
+        raise AdapterError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; expected linear modules")
     if array.dtype.kind in "biuc":
-        raise AdapterError(f"{got}: wanted floats; save the adapter without quantisation")
+        raise AdapterError(f"{got}: expected floats; save the adapter without quantisation")
     raise AdapterError(
-        f"{got}: wanted {ndim} dimensions, none empty; probably shards of DeepSpeed ZeRO-3 or FSDP: "
+        f"{got}: expected {ndim} dimensions, none empty; probably shards of DeepSpeed ZeRO-3 or FSDP: "
         "gather the parameters, then save again"
     )
 
@@ -207,11 +207,11 @@ def _check_pairs(where: str, parts: Mapping[str, Part], *, dora: bool) -> None:
         if a.shape[0] != b.shape[1]:
             raise AdapterError(
                 f"{where}: {key_a} {list(a.shape)} has rank {a.shape[0]}, {key_b} {list(b.shape)} has rank "
-                f"{b.shape[1]}: wanted [r, d_in] and [d_out, r]; save again"
+                f"{b.shape[1]}: expected [r, d_in] and [d_out, r]; save again"
             )
         if dora and part[MAGNITUDE][1].shape != b.shape[:1]:
             key, magnitude = part[MAGNITUDE]
-            raise AdapterError(f"{where}: {key} has shape {list(magnitude.shape)}: wanted [{b.shape[0]}]")
+            raise AdapterError(f"{where}: {key} has shape {list(magnitude.shape)}: expected [{b.shape[0]}]")
 
 
 def _check_shapes(
@@ -224,7 +224,7 @@ def _check_shapes(
     (key_a, a), (key_b, b) = parts[path]["lora_A"], parts[path]["lora_B"]
     if path in shapes:
         d_in, d_out = shapes[path]
-        got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: wanted [r, {d_in}] and [{d_out}, r]"
+        got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: expected [r, {d_in}] and [{d_out}, r]"
     else:
         near = difflib.get_close_matches(path, shapes, n=1, cutoff=0)
         got = f"{key_a}: the base has no linear module {path} (nearest: {', '.join(near)})"

@@ -69,8 +69,8 @@ def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:
     for name, row in entry["sites"].items():
         site = base.sites.get(name)
         if site is None or {len(row["rank"]), len(row["scaling"])} != {site.layers}:
-            got, wanted = f"ranks {shown(row['rank'])}", "one for each layer of its base"
-            raise FileError(folder, field=name, got=got, wanted=wanted, fix=_AGAIN)
+            got, expected = f"ranks {shown(row['rank'])}", "one for each layer of its base"
+            raise FileError(folder, field=name, got=got, expected=expected, fix=_AGAIN)
 
 
 def check_size(pool: Path, entry: Entry, base: Architecture) -> None:
@@ -98,7 +98,7 @@ def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
     found = rank_table(adapter, base) | {"dora": adapter.magnitude is not None}
     for name in {**found, **stated}:
         if stated.get(name) != found.get(name):
-            got, wanted = (shown(values.get(name, "absent")) for values in (stated, found))
-            got, wanted = f"{got} in the manifest", f"{wanted}, as in {WEIGHTS} and {CONFIG}"
-            raise FileError(folder, field=name, got=got, wanted=wanted, fix=_AGAIN)
+            got, expected = (shown(values.get(name, "absent")) for values in (stated, found))
+            got, expected = f"{got} in the manifest", f"{expected}, as in {WEIGHTS} and {CONFIG}"
+            raise FileError(folder, field=name, got=got, expected=expected, fix=_AGAIN)
     return dataclasses.replace(adapter, name=entry["name"], source=entry["source"], notes=tuple(entry["notes"]))

@@ -109,19 +109,19 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
 def _check_shapes(folder: Path, tree: Mapping[str, Any], description: Description, config: Architecture) -> None:
     """Raise a FileError if the arrays of a basis are not those of its description, or are of another base."""
     k, modules = description["k"], len(description["modules"])
-    wanted = {}
+    expected = {}
     for name, rank in description["rank"].items():
         site = config.sites.get(name)
         if site is None or [len(row) for row in rank] != [modules] * site.layers:
             got, needed = f"ranks of {len(rank)} layers", "those of each of its modules in every layer of its base"
-            raise FileError(folder, field=name, got=got, wanted=needed, fix="it is of another base, or was edited")
+            raise FileError(folder, field=name, got=got, expected=needed, fix="it is of another base, or was edited")
         shapes = {"U": (site.d_in, k), "V": (k, site.d_out), "S": (modules, k, k), "energy": (modules,)}
-        wanted |= {f"{field}/{name}": f"float32{[site.layers, *shape]}" for field, shape in shapes.items()}
+        expected |= {f"{field}/{name}": f"float32{[site.layers, *shape]}" for field, shape in shapes.items()}
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{a.dtype}{list(a.shape)}"
         for path, a in jax.tree.leaves_with_path(tree)
     }
-    for path in {**wanted, **found}:
-        if found.get(path) != wanted.get(path):
-            got, needed = found.get(path, "absent"), wanted.get(path, "no such array")
-            raise FileError(folder, field=shown(path), got=got, wanted=needed, fix=RESTORE)
+    for path in {**expected, **found}:
+        if found.get(path) != expected.get(path):
+            got, needed = found.get(path, "absent"), expected.get(path, "no such array")
+            raise FileError(folder, field=shown(path), got=got, expected=needed, fix=RESTORE)

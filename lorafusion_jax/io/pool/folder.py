@@ -96,7 +96,7 @@ class ConvertedPool:
     def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
         """Load the pool; arguments and errors are those of `load_pool`."""
         if isinstance(chosen, str):
-            raise ValueError(f"chosen is {chosen!r}, a single adapter: wanted a list, chosen=[{chosen!r}]")
+            raise ValueError(f"chosen is {chosen!r}, a single adapter: expected a list, chosen=[{chosen!r}]")
         entries = self.manifest["adapters"]
         if chosen is not None:
             entries = [entries[index] for index in positions(self.names, chosen)]
@@ -167,7 +167,7 @@ class AdapterFolders:
         self.names = tuple(sorted(path.parent.name for path in self.folder.glob("*/adapter_config.json")))
         if not self.names:
             raise ValueError(
-                f"{folder} is not a pool: wanted a folder that `lorafusion convert` wrote, or one that holds "
+                f"{folder} is not a pool: expected a folder that `lorafusion convert` wrote, or one that holds "
                 "PEFT adapter folders"
             )
 

@@ -53,7 +53,9 @@ def read_pool(
       ValueError: an adapter cannot be used, or not next to the others; or `sources` is a single one.
     """
     if isinstance(sources, str | Path):
-        raise ValueError(f"sources is {str(sources)!r}, a single adapter: wanted a list, read_pool([{str(sources)!r}])")
+        raise ValueError(
+            f"sources is {str(sources)!r}, a single adapter: expected a list, read_pool([{str(sources)!r}])"
+        )
     # One after the other: what is left of reading is Python, which threads do not share out.
     shapes = linear_shapes(config)
     adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base) for source in sources]
