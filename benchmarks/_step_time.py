@@ -11,7 +11,7 @@ and another one in the backward pass. Work that is not split (norms and the fusi
 import dataclasses
 
 from lorafusion_jax.estimates.flops import Shape, step_flops, tokens
-from lorafusion_jax.methods.method import Update
+from lorafusion_jax.methods.entry import Update
 from lorafusion_jax.models.architecture import Architecture
 
 _ITEM = {"float32": 4, "bfloat16": 2}

@@ -14,13 +14,13 @@ from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_bas
 from .io.pool import load_basis, load_pool, read_pool
 from .methods import METHODS, register
 from .methods.cma import CMARecipe
+from .methods.entry import CostLayout, MethodEntry, Update
 from .methods.full import FullRecipe
 from .methods.fusion import PRESETS, CoefficientsRecipe, Fusion, FusionRecipe
 from .methods.lora import DoRARecipe, LoRA, LoRARecipe
 from .methods.lorahub import LoraHubRecipe
 from .methods.magnitudes import MagnitudesRecipe
 from .methods.merge import Merge, MergeRecipe
-from .methods.method import CostLayout, MethodEntry, Update
 from .methods.recipes import BasisRecipe, PoolRecipe, TargetedRecipe
 from .methods.untrained import FewShotRecipe, ZeroShot
 from .methods.vera import VeRARecipe

@@ -50,6 +50,7 @@ import beartype  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import one_block  # noqa: E402
 import seeded  # noqa: E402
 from jax._src import compiler  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
@@ -236,6 +237,12 @@ def optimised_by_llvm() -> Iterator[None]:
     """Where programs run for longer than LLVM takes: those of a real language model need two thirds of the CPU time."""
     with _compiled_with(xla_backend_optimization_level=2) if _IS_0_10 else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a base of one block in either stack, and of four adapters for it, which no test changes."""
+    return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,20 @@
-"""Recipes of any method, and options with one, from numbers that several methods share."""
+"""Recipes of any method, options with one, and runs on the cut base and pool, which files so compile once."""
 
+from pathlib import Path
 from typing import Any
+
+import one_block
 
 from lorafusion_jax.methods import METHODS, fields_of
 from lorafusion_jax.methods.recipes import recipe_of
+from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.training.recipe import Recipe
 
+TASK = one_block.SMALL / "tasks" / "double_digit"
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}
+_QUICK = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4, "vera_rank": 8}
 
 
 def recipe(method: str = "fusion", **numbers: Any) -> Recipe:
@@ -19,3 +26,15 @@ def options(numbers: dict[str, Any], **values: Any) -> FuseOptions:
     """Options of a run, whose recipe is of those of the numbers that its method has; values may be numbers too."""
     numbers = numbers | {name: values.pop(name) for name in [*values] if name in _NUMBERS}
     return FuseOptions(**values, recipe=recipe(values.get("method", "fusion"), **numbers))
+
+
+def small_run(small: tuple[Path, Path], out: Path, **changes: Any) -> FuseOptions:
+    """Options of a short run on a base and a pool, such as those of the fixture `small`."""
+    base, pool = map(str, small)
+    values = {"base": base, "pool": pool, "task": str(TASK), "seeds": (1, 2), "out": out, "test_rows": 5}
+    return options(_QUICK, **values | changes)
+
+
+def answers(run: FuseOptions, seed: int) -> list[str]:
+    """What a seed of a run answered to the test rows."""
+    return [row["prediction"] for row in RunFolder(run_path(run)).predictions() if row["seed"] == seed]

@@ -17,6 +17,9 @@ from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.training.loss import objective
+from lorafusion_jax.training.method import Method, Params
+from lorafusion_jax.training.problem import Problem
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
 
@@ -67,11 +70,22 @@ def pool(
     return LoraPool(A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules)))
 
 
-def frozen(model: T5) -> Frozen:
-    """The model with a pool of three modules of rank 4, of which the first has nothing in the decoder."""
-    modules = pool(3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
+def frozen(model: T5, modules: LoraPool | None = None) -> Frozen:
+    """The model with a pool: by default three modules of rank 4, of which the first has nothing in the decoder."""
+    modules = modules or pool(3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
     used = {site: kernel for site, kernel in kernels(model).items() if site in modules.A}
     return Frozen(nnx.state(model), modules, jax.jit(gram)(modules, used))
+
+
+def problem(method: Method, weights: Frozen, index: Any = (2, 0), config: T5Config = CONFIG, **more: Any) -> Problem:
+    """A problem of the small T5; by default of a seed that fuses two of three modules."""
+    graph, _ = _drawn(config, 0)
+    return Problem(graph=graph, method=method, frozen=weights, index=jnp.asarray(index, jnp.int32), **more)
+
+
+def loss(params: Params, of: Problem) -> jax.Array:
+    """The training loss on a batch."""
+    return objective(params, batch(), of, jnp.float32(0))[0]
 
 
 def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: int = 7, target: int = 5) -> Batch:

@@ -9,8 +9,8 @@ from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.estimates.plan import describe, machine, pool_shape
 from lorafusion_jax.estimates.workload import workload
+from lorafusion_jax.methods.entry import WITH_CORE
 from lorafusion_jax.methods.fusion import CoefficientsRecipe, choice_of
-from lorafusion_jax.methods.method import WITH_CORE
 from lorafusion_jax.methods.recipes import basis_of, modules_of
 from lorafusion_jax.methods.untrained import FewShotRecipe
 from lorafusion_jax.models.registry import known_shapes

@@ -12,8 +12,8 @@ from ..estimates.plan import MachineName, describe_run
 from ..files import one_line
 from ..io import processes
 from ..methods import METHODS, fields_of, find, having
+from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
-from ..methods.method import MethodEntry
 from ..methods.recipes import recipe_of
 from ..runs.options import FuseOptions, not_an_option, options_with, plain
 from ..runs.run import run_path

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ..checks import at_least
 from ..methods import METHODS, find
+from ..methods.entry import MethodEntry, PlannedPool, Update
 from ..methods.fusion import choice_of
-from ..methods.method import MethodEntry, PlannedPool, Update
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..runs.options import LoadIn

@@ -9,7 +9,7 @@ Axis letters: B batch, S source, T target.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..methods.method import Update
+from ..methods.entry import Update
 from ..models.architecture import Architecture, Attention, Parts, Site, Stack, stack_of, targeted
 
 # Operations per trained number and step: Adam with bias correction, the check for non-finite gradients, their norm and

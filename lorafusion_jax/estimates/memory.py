@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from ..methods.method import Update
+from ..methods.entry import Update
 from ..models.architecture import Architecture, Site, targeted
 from ..models.weights import tile_size
 from ..runs.options import LoadIn

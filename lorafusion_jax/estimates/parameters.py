@@ -9,7 +9,7 @@ from flax import nnx
 
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
-from ..methods.method import Built, MethodEntry, PlannedPool
+from ..methods.entry import Built, MethodEntry, PlannedPool
 from ..methods.recipes import basis_of, modules_of
 from ..models.architecture import Architecture, targeted
 from ..models.registry import abstract_model
@@ -35,7 +35,7 @@ def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, mo
     if (k := basis_of(recipe)) is not None:
         for name, site in targeted(config, modules.targets).items():
             check_width(k, name, site.d_in, site.d_out)
-    if not entry.counted:
+    if not entry.groups:
         return {}
 
     count = modules_of(recipe)

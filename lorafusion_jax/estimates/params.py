@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checks import at_least
 from ..io.hf import read_config
 from ..methods import METHODS
-from ..methods.method import WITH_CORE, PlannedPool
+from ..methods.entry import WITH_CORE, PlannedPool
 from ..methods.recipes import recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes

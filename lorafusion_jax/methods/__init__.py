@@ -3,7 +3,7 @@
 import dataclasses
 
 from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
-from .method import MethodEntry
+from .entry import MethodEntry
 from .recipes import PoolRecipe
 
 METHODS: dict[str, MethodEntry] = {}

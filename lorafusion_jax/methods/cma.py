@@ -7,25 +7,21 @@ Axis letters: N modules of a seed.
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..checks import at_least
 from ..progress import progress
-from ..tasks import Batch
-from ..training.frozen import SEARCH
-from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
-from ..training.problem import Problem
 from ..training.step import standard_promotion
+from .entry import MethodEntry, SearchJob, load_optional
 from .fused import fused
-from .lorahub import BOUND, build, recorder, score
-from .method import MethodEntry, SearchJob
+from .lorahub import BOUND, Objective, build, objective_of, recorder
 from .recipes import PoolRecipe
 
 _SEARCH = 1  # purpose of a seed's key; 0 is the start of training
@@ -38,22 +34,21 @@ class CMARecipe(PoolRecipe):
 
     Attributes:
       generations: number of generations.
-      population: members of a generation.
+      population: members of a generation, at least 4.
     """
 
     generations: int = 40
     population: int = 16
 
     def check(self) -> None:
-        """Raise ValueError for numbers that no search can use."""
         super().check()
-        check_population(self.generations, self.population)
+        at_least(4, population=self.population)
 
 
 def search(
-    batches: Sequence[Batch],
-    problem: Problem,
+    objective: Objective,
     keys: Array,
+    modules: int,
     *,
     generations: int,
     population: int,
@@ -61,29 +56,19 @@ def search(
 ) -> Float[np.ndarray, "seeds N"]:
     """Return the best weights of all generations of each seed, within LoraHub's bounds.
 
-    One program evaluates all members of all seeds' generations, as if members were further seeds.
-
     Args:
-      batches: batches of every seed's rows, leaves with a leading axis of seeds.
-      problem: problem of all seeds; its method is `lorahub.LORAHUB`.
+      objective: function of weights [seeds * population, N], and of the number of the generation.
       keys: PRNG keys of the seeds.
+      modules: N.
       generations: number of generations.
-      population: members of a generation, at least 4.
+      population: members of a generation.
       after_generation: called with its number, from 1, and the best score of every seed so far.
-
-    Raises:
-      ValueError: evosax is not installed, or the population is too small.
     """
-    check_population(generations, population)
-    seeds, modules = problem.index.shape
+    seeds = len(keys)
     with _promotions():
         strategy = load_evosax().CMA_ES(population_size=population, solution=jnp.zeros(modules))
         settings = strategy.default_params.replace(std_init=jnp.asarray(_DEVIATION))
         states = [strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings) for key in keys]
-    spread = functools.partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), population, axis=0))
-    members = [spread(batch) for batch in batches]
-    index = jnp.asarray(np.repeat(to_host(problem.index), population, axis=0))
-    of_members = problem.replace(index=on_mesh(index, of_seeds=True))
     best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
     for number in range(1, generations + 1):
         # One seed at a time: in a batch, the last bits of a search, and soon all of it, depend on the other seeds.
@@ -91,7 +76,7 @@ def search(
         with _promotions():
             drawn = [strategy.ask(key[0], state, settings) for key, state in zip(now, states, strict=True)]
         tried = np.clip(np.stack([np.asarray(generation, float) for generation, _ in drawn]), -BOUND, BOUND)
-        flat = score(tried.reshape(-1, modules), members, of_members.read(SEARCH, number))
+        flat = objective(number, tried.reshape(-1, modules))
         scores = np.where(np.isfinite(flat), flat, np.inf).reshape(seeds, population)
         with _promotions():
             states = [
@@ -107,14 +92,6 @@ def search(
     return best
 
 
-def check_population(generations: int, population: int) -> None:
-    """Raise ValueError for numbers of generations or members that CMA-ES cannot use."""
-    if generations < 1 or population < 4:
-        raise ValueError(
-            f"{generations} generations of {population}: wanted at least 1 generation, and at least 4 members of it"
-        )
-
-
 @contextlib.contextmanager
 def _promotions() -> Iterator[None]:
     """Let evosax's own arithmetic promote dtypes and ranks, which JAX's strict modes do not allow."""
@@ -122,32 +99,22 @@ def _promotions() -> Iterator[None]:
         yield
 
 
-def load_evosax() -> ModuleType:
-    """Return the optional dependency's algorithms.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    try:
-        from evosax import algorithms
-    except ModuleNotFoundError as error:
-        raise ValueError(f"CMA-ES needs {error.name}, which is not installed: pip install -e '.[cma]'") from error
-    return algorithms
+load_evosax = partial(load_optional, "evosax.algorithms", extra="cma", needed_by="CMA-ES")
 
 
 def _search(job: SearchJob) -> tuple[Params, int]:
-    recipe, batches = job.recipe, list(job.rows.once(job.recipe.batch_size))
+    generations, population = job.recipe.generations, job.recipe.population
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _SEARCH) for seed in job.seeds])
-    with progress("search", recipe.generations) as bar:
+    with progress("search", generations) as bar:
         found = search(
-            batches,
-            job.problem,
+            objective_of(job, population),
             keys,
-            generations=recipe.generations,
-            population=recipe.population,
+            job.problem.index.shape[1],
+            generations=generations,
+            population=population,
             after_generation=recorder(job, bar),
         )
-    return {"coefficients": jnp.asarray(found, jnp.float32)}, recipe.generations
+    return {"coefficients": jnp.asarray(found, jnp.float32)}, generations
 
 
 ENTRIES = (

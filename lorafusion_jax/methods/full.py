@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
+from ..training.method import Adapted, Index, Method, Params
 from ..training.recipe import Recipe
-from .method import CostLayout, MethodEntry, Update
+from .entry import CostLayout, MethodEntry, Update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,18 +32,13 @@ class FullFineTuning(Method):
     """
 
     def learning_rates(self, recipe: Any) -> dict[str, float]:
-        """Return the rate of all weights."""
         return {"base": recipe.lr_full}
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return the pretrained weights."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         by_path, _ = jax.tree.flatten_with_path(frozen.base)
         return {"base": {jax.tree_util.keystr(path): weight.astype(jnp.float32) for path, weight in by_path}}
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return no adapters."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         return {}, {}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..adapters.norms import pairs_are_smaller
 from ..adapters.updates import Composition
 from ..models.architecture import Site
-from .method import PlannedPool, Update
+from .entry import PlannedPool, Update
 from .recipes import PoolRecipe, basis_of
 
 _GROUP = 4  # layers whose norms and fused factors `compose` computes together
@@ -33,15 +33,12 @@ class FusedUpdate(Update):
     magnitudes: bool = False
 
     def width(self, site: Site) -> int:
-        """Return the number of values per token between the two products."""
         return self.rank
 
     def frozen_width(self) -> int:
-        """Return the columns of A of all modules."""
         return self.pool * self.rank
 
     def frozen_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers the terms of the columns' norms are."""
         return sum(s.layers * (self._terms() + 1) * s.d_out for s in sites)
 
     def _terms(self) -> int:
@@ -53,17 +50,14 @@ class MixUpdate(FusedUpdate):
     """Update by (sum c A)(sum c B)."""
 
     def prepare(self, site: Site) -> int:
-        """Return the FLOPs of mixing the factors, and of the norms."""
         d_in, d_out, r = site.d_in, site.d_out, self.rank
         factors = 2 * self.pool * r * (d_in + d_out)
         return factors + (2 * self.pool * r * d_out + 2 * r * r * (d_in + d_out) if self.magnitudes else 0)
 
     def gradients(self, site: Site, tokens: int) -> int:
-        """Return the FLOPs of the gradients of the factors and of the coefficients."""
         return 2 * (self.pool + tokens) * self.rank * (site.d_in + site.d_out)
 
     def working_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers of modules a group of layers reads, and of mixed factors."""
         factors = sum(s.layers * self.rank * (s.d_in + s.d_out) for s in sites)
         return _group(sites, self.pool * self.rank) + factors
 
@@ -80,7 +74,6 @@ class SumUpdate(FusedUpdate):
     pair_terms: int = 0
 
     def width(self, site: Site) -> int:
-        """Return the number of values per token between the products; 0 where the sum is one matrix."""
         return 0 if self.is_dense(site) else self.rank * self.modules
 
     def is_dense(self, site: Site) -> bool:
@@ -88,7 +81,6 @@ class SumUpdate(FusedUpdate):
         return not self.in_arrays and self.modules * self.rank >= site.d_in
 
     def prepare(self, site: Site) -> int:
-        """Return the FLOPs of forming the sum, and of the norms."""
         k, of_pairs = self.modules * self.rank, 2 * self.pair_terms * site.d_out
         if self.is_dense(site):
             return 2 * k * site.d_in * site.d_out + of_pairs
@@ -97,11 +89,10 @@ class SumUpdate(FusedUpdate):
         return _norm(k, site) if self.magnitudes else 0
 
     def gradients(self, site: Site, tokens: int) -> int:
-        """Return the FLOPs of the gradient of a whole matrix; that of narrow products is a part of theirs."""
+        # The gradients of narrow products are a part of backpropagation.
         return 2 * (tokens + self.modules * self.rank) * site.d_in * site.d_out if self.is_dense(site) else 0
 
     def working_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers of modules a group of layers reads, and of whole matrices. Pair terms read none."""
         read = [s for s in sites if not self.pair_terms or self.is_dense(s)]
         whole = sum(s.layers * s.d_in * s.d_out for s in sites if self.is_dense(s))
         return _group(read, self.modules * self.rank) + whole
@@ -118,32 +109,26 @@ class BasisUpdate(FusedUpdate):
     """
 
     def core(self, site: Site) -> int:
-        """Return the multiply-adds of a token with the core between directions in arrays."""
         return self.rank**2 if self.in_arrays else 0
 
     def prepare(self, site: Site) -> int:
-        """Return the FLOPs of mixing the cores, and of the norms."""
         k = self.rank
         mixed = 2 * k * k * (self.modules + (0 if self.in_arrays and not self.magnitudes else site.d_out))
         return mixed + (_norm(k, site) if self.magnitudes else 0)
 
     def gradients(self, site: Site, tokens: int) -> int:
-        """Return the FLOPs of the gradient of the core, or of its product with V, and then of the coefficients."""
         k = self.rank
         of_core = tokens * self.core(site) if self.in_arrays else k * site.d_out * (tokens + k)
         return 2 * (of_core + self.modules * k**2)
 
     def frozen_width(self) -> int:
-        """Return the number of directions."""
         return self.rank
 
     def frozen_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers the terms of the norms and all modules' cores are."""
         cores = sum(s.layers * self.pool * self.rank**2 for s in sites)
         return cores + super().frozen_numbers(sites)
 
     def working_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers the N cores of all layers, which are read at once, and their sum's product are."""
         return sum(s.layers * self.rank * (self.modules * self.rank + s.d_out) for s in sites)
 
 
@@ -161,20 +146,10 @@ def fused(
 ) -> FusedUpdate:
     """Return the update of a method that fuses the recipe's number of modules, a sum in the recipe's basis.
 
-    Args:
-      recipe: recipe of the method.
-      modules: modules of the plan.
-      composition: combination of the modules.
-      magnitudes: the fusion has magnitudes.
-      alike: the ranks of a module have one coefficient.
+    `alike` means that the ranks of a module have one coefficient.
     """
-    P = modules.pool
-    shared: dict[str, Any] = {
-        "modules": recipe.modules,
-        "pool": P,
-        "magnitudes": magnitudes,
-        "targets": modules.targets,
-    }
+    P, targets = modules.pool, modules.targets
+    shared: dict[str, Any] = {"modules": recipe.modules, "pool": P, "magnitudes": magnitudes, "targets": targets}
     if composition == "mix":
         return MixUpdate(rank=modules.rank, **shared)
     if (k := basis_of(recipe)) is not None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
@@ -20,14 +20,13 @@ from ..adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pa
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..checks import one_of
-from ..models.architecture import Site
 from ..models.weights import Weight, is_in_arrays
 from ..platform import for_cpu
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
+from ..training.method import Adapted, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
+from .entry import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, module
 from .fused import FusedUpdate, fused
-from .method import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, module
 from .recipes import BasisRecipe
 
 Choose = Literal["draw", "gradient", "basis-gradient"]
@@ -67,24 +66,18 @@ class CoefficientsRecipe(BasisRecipe):
 
     @property
     def penalties(self) -> tuple[float, float]:
-        """L1 and L2 of the coefficients."""
         return self.l1, self.l2
 
     def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
         super().check()
         check_basis(self)
-        if self.basis is None:
-            for given, option in (
-                (self.train_core, "--train-core"),
-                (self.choose == "basis-gradient", "--choose basis-gradient"),
-            ):
-                if given:
-                    raise ValueError(f"{option} is of a fusion in a shared basis: {SAY_BASIS}")
+        in_basis = {"--train-core": self.train_core, "--choose basis-gradient": self.choose == "basis-gradient"}
+        if self.basis is None and (given := [option for option, is_given in in_basis.items() if is_given]):
+            raise ValueError(f"{given[0]} needs a shared basis: {GIVE_BASIS}")
         if self.choose != "draw" and self.composition != "sum":
             raise ValueError(
-                "the gradient at zero coefficients chooses modules of a fusion that is a sum (of a mix it is zero): "
-                "leave out --choose, or use the composition sum"
+                "the gradient at zero coefficients cannot choose modules of a mix, because it is zero: leave out "
+                "--choose, or use the composition sum"
             )
 
 
@@ -101,17 +94,15 @@ class FusionRecipe(CoefficientsRecipe):
     prune: float = 0.0
 
     def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
         super().check()
         if not 0 <= self.prune < 1:
-            raise ValueError(f"prune is {self.prune}: wanted a share of the magnitudes, from 0 to below 1")
+            raise ValueError(f"prune is {self.prune}: give a share of the magnitudes, from 0 to below 1")
 
     def optimisation(self, steps: int) -> Optimisation:
-        """Return the static part of the optimisation over `steps` steps."""
         return dataclasses.replace(super().optimisation(steps), prune=self.prune)
 
 
-SAY_BASIS = "say of how many directions with --basis"
+GIVE_BASIS = "give its number of directions with --basis"
 PRESETS = {
     "default": FusionRecipe(),
     # The protocol of the paper's published code, in every number.
@@ -132,7 +123,7 @@ PRESETS = {
 
 
 def choice_of(recipe: Recipe) -> Choose:
-    """Return how the modules of a run are chosen: drawn, unless its method can rank them and the recipe says so."""
+    """Return how the modules of a run are chosen: drawn, unless its recipe has another choice."""
     return recipe.choose if isinstance(recipe, CoefficientsRecipe) else "draw"
 
 
@@ -141,8 +132,8 @@ class Fusion(Method):
     """LoRAFusion: coefficients mix the frozen pool, magnitudes rescale the adapted columns.
 
     Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]; `core`, site ->
-    [L, k, k]. A DoRA pool's own magnitudes are the start of the trained ones, and stay unchanged if only coefficients
-    are trained.
+    [L, k, k]. Trained magnitudes start from those of a DoRA pool, which stay unchanged if only coefficients are
+    trained. Metrics: `floored_norms`, columns whose norm was floored.
 
     Attributes:
       composition: `mix` or `sum` (see `adapters.composition`).
@@ -163,7 +154,6 @@ class Fusion(Method):
     differentiate_norm: bool = False
 
     def __post_init__(self) -> None:
-        # A name of no choice would be taken for another one.
         one_of(get_args(Composition), composition=self.composition)
         one_of(GRANULARITIES, granularity=self.granularity)
         one_of(get_args(Start), start=self.start)
@@ -175,7 +165,6 @@ class Fusion(Method):
         check_basis(self)
 
     def learning_rates(self, recipe: Any) -> dict[str, float]:
-        """Return the rates of coefficients, magnitudes if they are trained, and cores."""
         rates = {"coefficients": recipe.lr_coefficients}
         if self.magnitudes:
             rates["magnitudes"] = recipe.lr_magnitudes
@@ -185,9 +174,6 @@ class Fusion(Method):
         """Return the frozen weights with the directions that are used, and the pool's Gram terms.
 
         On accelerators a sum of whole modules has pair terms instead, unless these would take more memory.
-
-        Raises:
-          ValueError: as `check` does.
         """
         pool = frozen.pool
         assert pool is not None
@@ -200,32 +186,26 @@ class Fusion(Method):
         return dataclasses.replace(frozen, pool=pool, gram=jax.jit(gram)(pool, used))
 
     def _in_pairs(self, pool: LoraPool) -> bool:
-        """Return whether norms come from inner products of modules. A CPU keeps the bits of the other way."""
+        """Return whether norms come from inner products of modules. CPUs use the other way, which keeps its bits."""
         if for_cpu() or not self.magnitudes or self.composition == "mix" or self.granularity == "rank":
             return False
         ranks = (jax.tree.leaves(b)[0].shape[2] for b in pool.B.values())
         return not is_in_arrays((pool.A, pool.B)) and pairs_are_smaller(len(pool), min(ranks))
 
     def check(self, pool: Pool) -> None:
-        """Raise ValueError if this fusion cannot use the pool."""
         if isinstance(pool, SharedBasis):
             check_basis(dataclasses.replace(self, basis=self.basis or pool.k))
             if self.basis is not None:
                 pool.first(self.basis)
         elif self.basis is not None or self.core:
             raise ValueError(
-                "the pool is of whole modules, and the fusion is in a shared basis: give it one, of "
+                "the fusion is in a shared basis, and the pool has whole modules: make a basis with "
                 f"`shared_basis(pool, k)` or `lorafusion convert --basis {self.basis or 32}`"
             )
         elif self.composition == "mix":
             check_mix(pool)
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return coefficients and, if they are trained, magnitudes: those of the base, or of a DoRA pool.
-
-        Raises:
-          ValueError: there is no pool, or a mix cannot use it (see `composition.check_mix`).
-        """
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         pool, terms = _pool_of(frozen)
         if self.composition == "mix" and not isinstance(pool, SharedBasis):
             check_mix(pool, index)
@@ -239,10 +219,7 @@ class Fusion(Method):
             params["core"] = {site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32) for site, s in pool.S.items()}
         return params
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the fused adapters; metrics: `floored_norms`, columns whose norm was floored."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         pool, terms = _pool_of(frozen)
         spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
         magnitudes = params.get("magnitudes", pool.magnitude)
@@ -255,16 +232,12 @@ class Fusion(Method):
             adapters, floored = compose(pool, index, spread, self.composition, **how)
         return adapters, {"floored_norms": floored}
 
-    def as_fusion(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Array], Composition] | None:
-        """Return coefficients and composition; None in a basis, and of a method that makes its own adapters of them."""
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> tuple[dict[str, Array], Composition] | None:
         if not isinstance(frozen.pool, LoraPool) or type(self).adapters is not Fusion.adapters:
             return None
         return coefficients_lib.expand(params["coefficients"], frozen.pool, self.granularity), self.composition
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return the coefficients that affect a module, and the columns that any module adapts."""
+    def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         pool, _ = _pool_of(frozen)
         acting: Params = {"coefficients": coefficients_lib.present(pool, index, self.granularity)}
         adapted = _adapted(pool, index)
@@ -277,20 +250,20 @@ class Fusion(Method):
 
 
 def check_basis(asked: Fusion | CoefficientsRecipe) -> None:
-    """Raise ValueError if a fusion in a shared basis is asked for what only whole modules have."""
+    """Raise ValueError for a fusion in a shared basis with an option that needs whole modules."""
     if asked.basis is None:
         return
     if asked.basis < 1:
-        raise ValueError(f"a basis of {asked.basis} directions: wanted at least 1")
+        raise ValueError(f"expected a basis of at least 1 direction, got {asked.basis}")
     if asked.composition == "mix":
         raise ValueError(
-            "a mix in a shared basis: a basis holds sums of modules, whose factors are not mixed one by one. "
-            "Use the composition sum, or leave out the basis"
+            "a mix in a shared basis is not possible, because the factors of single modules are not stored: use the "
+            "composition sum, or leave out the basis"
         )
     if asked.granularity == "rank":
         raise ValueError(
-            "coefficients for every rank of a module, in a shared basis, which has no ranks of its modules: use the "
-            "granularity global, block or site"
+            "coefficients for every rank of a module are not possible in a shared basis: use the granularity global, "
+            "block or site"
         )
 
 
@@ -300,29 +273,20 @@ def _pool_of(frozen: Frozen) -> tuple[Pool, Gram | PairTerms]:
     return frozen.pool, frozen.gram
 
 
-def _adapted(pool: Pool, index: Int[Array, " N"]) -> dict[str, Array]:
+def _adapted(pool: Pool, index: Index) -> dict[str, Array]:
     """Return, by site, the layers [L] that any of the chosen modules adapts."""
     return {site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()}
 
 
-def _magnitudes(magnitudes: dict[str, Array], frozen: Frozen, index: Int[Array, " N"]) -> dict[str, Array]:
-    """Return the magnitudes, but ||W|| in layers that none of the chosen modules adapts: no value tells those apart."""
+def _magnitudes(magnitudes: dict[str, Array], frozen: Frozen, index: Index) -> dict[str, Array]:
+    """Return the magnitudes, with ||W|| in layers that none of the chosen modules adapts."""
     pool, terms = _pool_of(frozen)
     adapted, norms = _adapted(pool, index), column_norms(terms)
     return {s: jnp.where(adapted[s][:, None], m.astype(norms[s].dtype), norms[s]) for s, m in magnitudes.items()}
 
 
 def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True) -> Fusion:
-    """Return the fusion of a recipe.
-
-    Args:
-      built: recipe and pool.
-      kind: which fusion.
-      magnitudes: train them too.
-
-    Raises:
-      ValueError: it cannot use the pool.
-    """
+    """Return the fusion of a recipe; ValueError if it cannot use the pool."""
     recipe = built.recipe
     fusion = kind(
         composition=recipe.composition,
@@ -354,13 +318,9 @@ def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
       rank: r.
       words: total of trained numbers.
     """
-
-    def matrices(site: Site) -> list[tuple[int, int]]:
-        return module(rank)(site) * modules
-
     return CostLayout(
         installed_words=words,
-        matrices=matrices,
+        matrices=lambda site: module(rank)(site) * modules,
         macs=lambda site: modules * (rank + site.d_out) + site.d_out,
         words=lambda site: modules + site.d_out,
         tables=lambda site: (modules * rank + 1) * site.d_out,
@@ -372,8 +332,8 @@ def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
 def _basis_cost_layout(billed: Billed, k: int) -> CostLayout:
     """Return the layout of k shared directions in arrays, with the mixed core in memory.
 
-    Putting a task in place mixes its core from the table of all S_n once, on top of a trained one if there is one. The
-    norm's terms are U^T W and ||W||^2.
+    Installing a task mixes its core once from the table of all S_n, and adds a trained core. The norm's terms are U^T W
+    and ||W||^2.
     """
     N = billed.recipe.modules
     return CostLayout(

@@ -7,16 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from ..adapters.updates import LowRank, WeightDecomposed
-from ..checks import at_least
 from ..models.architecture import Site
 from ..models.weights import Weight
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
+from ..training.method import Adapted, Index, Method, Params
+from .entry import Billed, Built, CostLayout, MethodEntry, Update, module
 from .magnitudes import with_norms
-from .method import Billed, Built, CostLayout, MethodEntry, Update, module
 from .recipes import TargetedRecipe
 
 
@@ -31,11 +30,6 @@ class LoRARecipe(TargetedRecipe):
 
     lora_rank: int = 16
     lr_lora: float = 2e-3
-
-    def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
-        super().check()
-        at_least(1, lora_rank=self.lora_rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +54,9 @@ class LowRankUpdate(Update):
     rank: int = 16
 
     def width(self, site: Site) -> int:
-        """Return the rank."""
         return self.rank
 
     def gradients(self, site: Site, tokens: int) -> int:
-        """Return the FLOPs of the gradients of A and B."""
         return 2 * tokens * self.rank * (site.d_in + site.d_out)
 
 
@@ -73,13 +65,11 @@ class WeightDecomposedUpdate(LowRankUpdate):
     """Update of DoRA, which has norms of the columns too."""
 
     def prepare(self, site: Site) -> int:
-        """Return the FLOPs of the norms."""
         r, d_in, d_out = self.rank, site.d_in, site.d_out
         return 2 * r * d_in * d_out + 2 * r * r * (d_in + d_out)
 
     def repeat(self, site: Site) -> int:
-        """Return the FLOPs of the norms: a layer computes them for every token."""
-        return self.prepare(site)
+        return self.prepare(site)  # a layer computes the norms for every token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +79,7 @@ class LoRA(Method):
     Groups: `lora`, A uniform within d_in ** -0.5, and B zeros; for DoRA also `magnitudes`, site -> [L, d_out].
 
     Attributes:
-      sites: which linear maps, with their shapes.
+      sites: adapted linear maps.
       rank: r.
       alpha: dW = alpha / r * A B.
       dora: train the magnitudes as well: y = m / ||W + dW|| * x (W + dW), the norm taken as constant.
@@ -101,16 +91,13 @@ class LoRA(Method):
     dora: bool = False
 
     def learning_rates(self, recipe: Any) -> dict[str, float]:
-        """Return the rates of A and B, and of DoRA's magnitudes."""
         rates = {"lora": recipe.lr_lora}
         return rates | {"magnitudes": recipe.lr_magnitudes} if self.dora else rates
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        """Return the frozen weights, for DoRA with ||W|| of every column."""
         return with_norms(frozen, kernels, [name for name, _ in self.sites]) if self.dora else frozen
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return random A and zero B for every site, and the columns' norms as magnitudes."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         keys = jax.random.split(key, len(self.sites))
         bounds = {name: site.d_in**-0.5 for name, site in self.sites}
         A = {
@@ -124,10 +111,7 @@ class LoRA(Method):
             params["magnitudes"] = {name: frozen.norms[name] for name, _ in self.sites}
         return params
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the adapters, the scaling folded into B; no metrics."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         A, B = params["lora"]["A"], params["lora"]["B"]
         B = {site: b * (self.alpha / self.rank) for site, b in B.items()}
         if self.dora:

@@ -4,7 +4,7 @@ The modules are mixed as A' = sum_n w_n A_n, B' = sum_n w_n B_n, and w scores
 
     (sum over batches of the mean cross-entropy) / rows + 0.05 mean |w|
 
-nevergrad's NGOpt proposes weights within +-1.5, zeros first, and is told the score.
+nevergrad's NGOpt proposes weights within +-1.5, zeros first, and gets their scores.
 
 Source: Huang et al., "LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition" (2023), and
 its code.
@@ -15,15 +15,15 @@ Axis letters: N modules of a seed.
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..adapters.basis import Pool
-from ..checks import at_least
 from ..models.weights import reads
 from ..progress import progress
 from ..tasks import Batch
@@ -32,17 +32,19 @@ from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
+from .entry import Billed, Built, CostLayout, MethodEntry, SearchJob, load_optional
 from .fused import fused
 from .fusion import Fusion, cost_layout
-from .method import Billed, Built, CostLayout, MethodEntry, SearchJob
 from .recipes import PoolRecipe
 
 BOUND = 1.5
 L1 = 0.05
 
 LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
+# The scores of weights [seeds, N], from the number of the evaluation, which determines the noise of reads.
+Objective = Callable[[int, np.ndarray], np.ndarray]
 
-_MOST_EVALUATIONS = 50  # a module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
+_MOST_EVALUATIONS = 50  # per module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,19 +57,14 @@ class LoraHubRecipe(PoolRecipe):
 
     evaluations: int = 40
 
-    def check(self) -> None:
-        """Raise ValueError for numbers that no search can use."""
-        super().check()
-        at_least(1, evaluations=self.evaluations)
-
 
 class Search(NamedTuple):
     """Weights that were tried, in order, and the recommended ones.
 
     Attributes:
-      weights: the recommendation.
-      tried: every proposal.
-      scores: the objective there.
+      weights: recommended weights.
+      tried: all proposals.
+      scores: values of the objective.
     """
 
     weights: Float[np.ndarray, "seeds N"]
@@ -76,27 +73,17 @@ class Search(NamedTuple):
 
 
 def search(
-    batches: Sequence[Batch],
-    problem: Problem,
+    objective: Objective,
     seeds: Sequence[int],
+    modules: int,
     *,
-    evaluations: int = 40,
+    evaluations: int,
     after_evaluation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
 ) -> Search:
-    """Search the weights of all seeds side by side: every batch is one program for all of them.
+    """Search the weights of all seeds in parallel.
 
-    Args:
-      batches: of every seed's rows, leaves with a leading axis of seeds.
-      problem: of all seeds; its method is `LORAHUB`.
-      seeds: of the optimisers, one for each row of the problem's index.
-      evaluations: of the objective, at most 50 a module.
-      after_evaluation: called with the number of the evaluation, from 1, and the score of every seed.
-
-    Raises:
-      ValueError: nevergrad is not installed, or so many evaluations cannot be had.
+    `after_evaluation` is called with the number of the evaluation, from 1, and the score of every seed.
     """
-    modules = problem.index.shape[1]
-    check_evaluations(evaluations, modules)
     nevergrad = load_nevergrad()
     tried, scores, optimisers = [], [], []
     try:
@@ -105,75 +92,17 @@ def search(
             warnings.filterwarnings("ignore", module="scipy|nevergrad")
             optimisers += [_optimiser(nevergrad, modules, evaluations, seed) for seed in seeds]
             for number in range(1, evaluations + 1):
-                asked = [optimiser.ask() for optimiser in optimisers]
-                tried.append(np.stack([candidate.value for candidate in asked]))
-                scores.append(score(tried[-1], batches, problem.read(SEARCH, number)))
-                _tell(optimisers, asked, scores[-1])
+                candidates = [optimiser.ask() for optimiser in optimisers]
+                tried.append(np.stack([candidate.value for candidate in candidates]))
+                scores.append(objective(number, tried[-1]))
+                _tell(optimisers, candidates, scores[-1])
                 after_evaluation(number, scores[-1])
             weights = np.stack([optimiser.provide_recommendation().value for optimiser in optimisers])
     finally:
-        # Their threads end with the optimisers; alive, they would keep an interrupted Python from exiting.
+        # Their threads end with the optimisers; alive, they would keep an interrupted Python from exiting. So the frame
+        # of this function, which a traceback keeps, must not have another name for one of them.
         optimisers.clear()
     return Search(weights, np.stack(tried), np.stack(scores))
-
-
-def score(
-    weights: Float[np.ndarray, "seeds N"], batches: Sequence[Batch], problem: Problem
-) -> Float[np.ndarray, " seeds"]:
-    """Return the objective of every seed at its weights.
-
-    Args:
-      weights: of every seed's modules.
-      batches: of every seed's rows, leaves with a leading axis of seeds.
-      problem: of all seeds; its method is `LORAHUB`.
-
-    Raises:
-      ValueError: as `check_lorahub` does.
-    """
-    if problem.frozen.pool is not None:
-        check_lorahub(problem.frozen.pool)
-    params = on_mesh({"coefficients": jnp.asarray(weights, jnp.float32)}, of_seeds=True)
-    losses = []
-    for number, batch in enumerate(batches):
-        read = problem.replace(frozen=reads(problem.frozen, number))
-        losses.append(to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), read)))
-    rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
-    return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(np.abs(weights), axis=1)
-
-
-def check_lorahub(pool: Pool) -> None:
-    """Raise ValueError where LoraHub's objective is not defined on the pool."""
-    if pool.magnitude is not None:
-        raise ValueError(
-            "LoraHub's weights scale plain LoRAs, and weights of zero stand for the base, but a DoRA adapter has "
-            "magnitudes as well: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
-        )
-
-
-def check_evaluations(evaluations: int, modules: int) -> None:
-    """Raise ValueError on a number of evaluations that a search over `modules` weights cannot have."""
-    if not 1 <= evaluations <= _MOST_EVALUATIONS * modules:
-        raise ValueError(
-            f"{evaluations} evaluations for {modules} modules: wanted 1 to {_MOST_EVALUATIONS * modules}, that is "
-            f"at most {_MOST_EVALUATIONS} a module"
-        )
-
-
-def load_nevergrad() -> ModuleType:
-    """Return the optional dependency.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import nevergrad
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"LoraHub's search needs {error.name}, which is not installed: pip install -e '.[lorahub]'"
-        ) from error
-    return nevergrad
 
 
 def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int) -> Any:
@@ -183,13 +112,38 @@ def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int)
     return optimiser
 
 
-def _tell(optimisers: Sequence[Any], asked: Sequence[Any], scores: np.ndarray) -> None:
-    for optimiser, candidate, value in zip(optimisers, asked, scores, strict=True):
-        optimiser.tell(candidate, float(value))
+def _tell(optimisers: Sequence[Any], candidates: Sequence[Any], scores: np.ndarray) -> None:
+    for optimiser, candidate, value in zip(optimisers, candidates, scores.tolist(), strict=True):
+        optimiser.tell(candidate, value)
+
+
+def objective_of(job: SearchJob, members: int = 1) -> Objective:
+    """Return LoraHub's objective on the rows of a job, for so many members of each seed in one program."""
+    spread = partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), members, axis=0))
+    batches = [spread(batch) for batch in job.rows.once(job.recipe.batch_size)]
+    index = on_mesh(jnp.asarray(spread(to_host(job.problem.index))), of_seeds=True)
+    problem = job.problem.replace(index=index)
+    return lambda number, weights: score(weights, batches, problem.read(SEARCH, number))
+
+
+def score(
+    weights: Float[np.ndarray, "seeds N"], batches: Sequence[Batch], problem: Problem
+) -> Float[np.ndarray, " seeds"]:
+    """Return LoraHub's objective of every seed, given batches with a leading axis of seeds."""
+    params = on_mesh({"coefficients": jnp.asarray(weights, jnp.float32)}, of_seeds=True)
+    losses = []
+    for number, batch in enumerate(batches):
+        read = problem.replace(frozen=reads(problem.frozen, number))
+        losses.append(to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), read)))
+    rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
+    return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(np.abs(weights), axis=1)
+
+
+load_nevergrad = partial(load_optional, "nevergrad", extra="lorahub", needed_by="LoraHub's search")
 
 
 def recorder(job: SearchJob, bar: Any) -> Callable[[int, np.ndarray], None]:
-    """Return what records the score of every seed after each round of a search, and moves its bar."""
+    """Return a function that records the scores of all seeds after a round of a search, and moves its bar."""
 
     def record(number: int, scores: np.ndarray) -> None:
         pairs = zip(job.seeds, scores.tolist(), strict=True)
@@ -200,26 +154,32 @@ def recorder(job: SearchJob, bar: Any) -> Callable[[int, np.ndarray], None]:
 
 
 def build(built: Built) -> Fusion:
-    """Return what LoraHub's weights are weights of.
+    """Return the mix that LoraHub's weights belong to.
 
     Raises:
-      ValueError: as `check_lorahub` and `check_mix` do.
+      ValueError: the modules cannot be mixed, or have magnitudes.
     """
     assert built.pool is not None
-    check_lorahub(built.pool)
+    if built.pool.magnitude is not None:
+        raise ValueError(
+            "LoraHub's weights scale plain LoRAs, and weights of zero stand for the base, but a DoRA adapter has "
+            "magnitudes as well: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
+        )
     LORAHUB.check(built.pool)
     return LORAHUB
 
 
 def _build(built: Built) -> Fusion:
-    check_evaluations(built.recipe.evaluations, built.modules)
+    evaluations, most = built.recipe.evaluations, _MOST_EVALUATIONS * built.modules
+    if evaluations > most:
+        raise ValueError(f"expected at most {most} evaluations for {built.modules} modules, got {evaluations}")
     return build(built)
 
 
 def _search(job: SearchJob) -> tuple[Params, int]:
-    count, batches = job.recipe.evaluations, list(job.rows.once(job.recipe.batch_size))
+    count, modules = job.recipe.evaluations, job.problem.index.shape[1]
     with progress("search", count) as bar:
-        found = search(batches, job.problem, job.seeds, evaluations=count, after_evaluation=recorder(job, bar))
+        found = search(objective_of(job), job.seeds, modules, evaluations=count, after_evaluation=recorder(job, bar))
     return {"coefficients": jnp.asarray(found.weights, jnp.float32)}, count
 
 

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from ..adapters.norms import norms
 from ..adapters.updates import Rescaled
 from ..models.weights import Weight
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
-from .method import Built, MethodEntry, Update
+from ..training.method import Adapted, Index, Method, Params
+from .entry import Built, MethodEntry, Update
 from .recipes import TargetedRecipe
 
 
@@ -34,34 +34,28 @@ class Magnitudes(Method):
     Group `magnitudes`: site -> [L, d_out], from ||W||.
 
     Attributes:
-      sites: which linear maps; None for all.
+      sites: names of the linear maps; None for all.
     """
 
     sites: tuple[str, ...] | None = None
 
     def learning_rates(self, recipe: Any) -> dict[str, float]:
-        """Return the rate of the magnitudes."""
         return {"magnitudes": recipe.lr_magnitudes}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        """Return the frozen weights with ||W|| of every column."""
         return with_norms(frozen, kernels, self.sites)
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return the columns' norms."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         assert frozen.norms is not None
         return {"magnitudes": frozen.norms}
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return what rescales the sites; no metrics."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         assert frozen.norms is not None
         return {site: Rescaled(m / frozen.norms[site]) for site, m in params["magnitudes"].items()}, {}
 
 
 def with_norms(frozen: Frozen, kernels: Mapping[str, Weight], sites: Iterable[str] | None) -> Frozen:
-    """Return the frozen weights with ||W|| of every column of some sites; None for all."""
+    """Return the frozen weights with ||W|| of every column of some sites; None for all sites."""
     adapted = {name: kernels[name] for name in (kernels if sites is None else sites)}
     return dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..adapters.coefficients import expand
 from ..adapters.pool import LoraPool
@@ -20,65 +20,56 @@ from ..tasks import IGNORED, Batch
 from ..training.frozen import SEARCH, Frozen
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
-from ..training.method import Params
+from ..training.method import Adapted, Index, Params
 from ..training.problem import Problem
+from .entry import MethodEntry, SearchJob
 from .fused import fused
 from .fusion import Fusion, FusionRecipe, build, update
-from .method import MethodEntry, SearchJob
 from .recipes import BasisRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanFusion(Fusion):
-    """A control of LoRAFusion: one module, the mean of the N, with coefficients and magnitudes of its own.
+    """A control of LoRAFusion: one module, the mean of the N, with its coefficients and magnitudes.
 
-    Groups: `mean`, its coefficients in the shape of the granularity without the axis N; otherwise as `Fusion`. The
-    start `uniform` is that of N modules at 1 / N each.
+    Groups: `mean`, its coefficients in the shape of the granularity without the axis N; otherwise as `Fusion`. It
+    starts where the fusion of N modules does.
     """
 
     def learning_rates(self, recipe: Any) -> dict[str, float]:
-        """Return the rates of a fusion, that of its coefficients for the mean's."""
         rates = super().learning_rates(recipe)
         return {"mean": rates.pop("coefficients")} | rates
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return the numbers of a fusion, its coefficients added up over the modules."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         params = super().init(frozen, index, key)
         return {"mean": jnp.sum(params.pop("coefficients"), axis=0)} | params
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the adapters and metrics of the fusion that gives every module an N-th of the coefficients."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         return super().adapters(_alike(params, len(index)), frozen, index)
 
-    def as_fusion(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Array], Composition] | None:
-        """Return the fusion that gives every module an N-th of the coefficients; None in a basis."""
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> tuple[dict[str, Array], Composition] | None:
         if not isinstance(frozen.pool, LoraPool):
             return None
         return expand(_alike(params, len(index))["coefficients"], frozen.pool, self.granularity), self.composition
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return the coefficients that affect any module, and the columns that any module adapts."""
+    def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         acting = super().trainable(_alike(params, len(index)), frozen, index)
         return {"mean": jnp.any(acting.pop("coefficients"), axis=0)} | acting
 
 
 def _alike(params: Params, modules: int) -> Params:
-    """Return the numbers of the fusion of N modules that is the mean's."""
+    """Return the numbers of the fusion that gives each of N modules an N-th of the coefficients."""
     others, mean = dict(params), params["mean"]
     del others["mean"]
     return others | {"coefficients": jnp.broadcast_to(mean / modules, (modules, *mean.shape))}
 
 
 def single_losses(batches: Sequence[Batch], problem: Problem) -> Float[np.ndarray, "seeds N"]:
-    """Return every module's training loss by itself, in nats per token.
+    """Return the training loss of every module alone, in nats per token.
 
     Args:
-      batches: of every seed's rows, leaves with a leading axis of seeds.
-      problem: of all seeds; its method is a fusion whose coefficients are one for each module.
+      batches: batches of every seed's rows, leaves with a leading axis of seeds.
+      problem: problem of all seeds; its method is a fusion with one coefficient for each module.
     """
     seeds, modules = problem.index.shape
     total, targets = np.zeros((seeds, modules)), np.zeros(seeds)
@@ -103,16 +94,17 @@ def _search(job: SearchJob) -> tuple[Params, int]:
     return {"coefficients": jax.nn.one_hot(best, losses.shape[1])}, losses.shape[1]
 
 
+_MEAN = MethodEntry(
+    name="mean",
+    help="weigh all modules alike",
+    build=lambda built: Fusion(granularity="global", magnitudes=False),
+    recipe=BasisRecipe,
+    update=lambda recipe, modules: fused(recipe, modules, "sum"),
+    pool=True,
+    learns="given",
+)
 ENTRIES = (
-    MethodEntry(
-        name="mean",
-        help="weigh all modules alike",
-        build=lambda built: Fusion(granularity="global", magnitudes=False),
-        recipe=BasisRecipe,
-        update=lambda recipe, modules: fused(recipe, modules, "sum"),
-        pool=True,
-        learns="given",
-    ),
+    _MEAN,
     MethodEntry(
         name="mean-fusion",
         help="train coefficients of the modules' mean, and magnitudes",
@@ -122,15 +114,11 @@ ENTRIES = (
         pool=True,
         groups=("magnitudes", "mean"),
     ),
-    MethodEntry(
+    dataclasses.replace(
+        _MEAN,
         name="single",
         help="take the module of least training loss",
-        build=lambda built: Fusion(granularity="global", magnitudes=False),
-        recipe=BasisRecipe,
-        update=lambda recipe, modules: fused(recipe, modules, "sum"),
-        pool=True,
         learns="searched",
-        counts=False,
         search=_search,
         evaluations=lambda recipe, modules: modules,
     ),

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..adapters.basis import Pool
 from ..adapters.coefficients import expand
@@ -14,9 +14,9 @@ from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank
 from ..checks import one_of
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
+from ..training.method import Adapted, Index, Method, Params
+from .entry import Built, MethodEntry
 from .fused import fused
-from .method import Built, MethodEntry
 from .recipes import PoolRecipe
 
 
@@ -35,16 +35,16 @@ class MergeRecipe(PoolRecipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge(Method):
-    """A merge of the modules, made once: every weight is the same, and nothing is trained.
+    """A merge of the modules, made once: every weight is the same, and nothing is trained or counted.
 
-    Group `merged`: A and B of the result; `cat` reads the pool where it lies, and its group is `weights` [N]. None
-    of these numbers counts.
+    Group `merged`: A and B of the result; `cat` reads the pool itself, and its group is `weights` [N]. The key of
+    `init` draws the masks of dare.
 
     Attributes:
-      kind: the rule (see `adapters.merges`).
+      kind: rule (see `adapters.merges`).
       density: share of the entries that ties, dare and magnitude_prune keep.
-      weight: of every module; None for 1 / N.
-      rank: of the result of an svd; None for the largest of the pool.
+      weight: weight of every module; None for 1 / N.
+      rank: rank of the result of an svd; None for the largest of the pool.
     """
 
     kind: MergeKind
@@ -55,16 +55,14 @@ class Merge(Method):
     def __post_init__(self) -> None:
         one_of(get_args(MergeKind), kind=self.kind)
         if not 0 < self.density <= 1:
-            raise ValueError(f"a density of {self.density}: wanted a share of the entries to keep, above 0 and up to 1")
+            raise ValueError(f"density is {self.density}: give the share of entries to keep, above 0 and up to 1")
         if self.rank is not None and (self.rank < 1 or not self.kind.endswith("svd")):
-            raise ValueError(f"rank {self.rank} for {self.kind}: wanted 1 or more, and only an svd chooses its rank")
+            raise ValueError(f"rank is {self.rank} for {self.kind}: give at least 1 for an svd, None for other rules")
 
     def check(self, pool: Pool) -> None:
-        """Raise ValueError where this merge cannot use the pool."""
         check_merge(_whole(pool), self.kind)
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return the merged module; the key draws the masks of dare."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         weights = jnp.full(index.shape[0], 1 / index.shape[0] if self.weight is None else self.weight)
         if self.kind == "cat":
             return {"weights": weights}
@@ -72,36 +70,27 @@ class Merge(Method):
         factors = {site: lora for site, lora in merged.items() if isinstance(lora, LowRank)}
         return {"merged": {"A": {s: m.A for s, m in factors.items()}, "B": {s: m.B for s, m in factors.items()}}}
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the merged module, whose gradient is zero; no metrics."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         if self.kind == "cat":
             return self._merge(frozen, index, jax.lax.stop_gradient(params["weights"]), None), {}
         A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
         return {site: LowRank(A[site], B[site]) for site in A}, {}
 
-    def as_fusion(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Array], Composition] | None:
-        """Return the weights of a `cat`, which is a sum; None of the others."""
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> tuple[dict[str, Array], Composition] | None:
         if self.kind != "cat":
             return None
         return expand(params["weights"], _whole(frozen.pool), "global"), "sum"
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return that no number counts."""
+    def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
 
-    def _merge(
-        self, frozen: Frozen, index: Int[Array, " N"], weights: Float[Array, " N"], key: Array | None
-    ) -> dict[str, Any]:
+    def _merge(self, frozen: Frozen, index: Index, weights: Float[Array, " N"], key: Array | None) -> dict[str, Any]:
         return merge(_whole(frozen.pool), index, weights, self.kind, density=self.density, rank=self.rank, key=key)
 
 
 def _whole(pool: Pool | None) -> LoraPool:
     if not isinstance(pool, LoraPool):
-        raise ValueError("a merge needs a pool of whole modules, not in a shared basis: Frozen(base, pool)")
+        raise ValueError("a merge needs a pool of whole modules: give Frozen(base, pool) a LoraPool")
     return pool
 
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..checks import at_least
 from ..training.recipe import Recipe
 
 OneRecipe = TypeVar("OneRecipe", bound=Recipe)
@@ -20,11 +19,6 @@ class PoolRecipe(Recipe):
 
     modules: int = 20
 
-    def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
-        super().check()
-        at_least(1, modules=self.modules)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BasisRecipe(PoolRecipe):
@@ -36,11 +30,6 @@ class BasisRecipe(PoolRecipe):
     """
 
     basis: int | None = None
-
-    def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
-        super().check()
-        at_least(1, basis=self.basis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +44,15 @@ class TargetedRecipe(Recipe):
 
 
 def modules_of(recipe: Recipe) -> int:
-    """Return the number of modules that a seed fuses; 0 of a method without a pool."""
+    """Return the number of modules that a seed fuses; 0 for a method without a pool."""
     return recipe.modules if isinstance(recipe, PoolRecipe) else 0
 
 
 def basis_of(recipe: Recipe) -> int | None:
-    """Return the number of directions of the shared basis that modules are fused in; None for none."""
+    """Return the number of directions of the shared basis; None for whole modules."""
     return recipe.basis if isinstance(recipe, BasisRecipe) else None
 
 
 def recipe_of(kind: type[OneRecipe], numbers: Mapping[str, Any]) -> OneRecipe:
-    """Return a recipe of a class with those of the numbers that it has, such as `vars` of another recipe."""
+    """Return a recipe of a class with its fields from numbers such as the `vars` of another recipe."""
     return kind(**{field.name: numbers[field.name] for field in dataclasses.fields(kind) if field.name in numbers})

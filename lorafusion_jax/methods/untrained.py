@@ -1,15 +1,13 @@
 """Baselines that train nothing: the unchanged base model, the same with examples in its prompt, a constant answer."""
 
 import dataclasses
-from typing import Any
 
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from ..checks import at_least
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
+from ..training.method import Adapted, Index, Method, Params
 from ..training.recipe import Recipe
-from .method import MethodEntry, Update
+from .entry import MethodEntry, Update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,30 +20,21 @@ class FewShotRecipe(Recipe):
 
     shots: int = 5
 
-    def check(self) -> None:
-        """Raise ValueError for numbers that no prompt can have."""
-        super().check()
-        at_least(1, shots=self.shots)
-
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Method):
     """The unchanged base model: nothing is trained."""
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return no numbers."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         return {}
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return no adapters."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         return {}, {}
 
 
 _ZERO_SHOT = MethodEntry(
     name="zero-shot",
-    help="ask the base model as it is",
+    help="use the base model unchanged",
     build=lambda built: ZeroShot(),
     update=lambda recipe, modules: Update(),
     learns="untrained",
@@ -56,7 +45,7 @@ ENTRIES = (
     dataclasses.replace(
         _ZERO_SHOT,
         name="few-shot",
-        help="ask the base model with examples in the prompt",
+        help="use the base model with examples in the prompt",
         recipe=FewShotRecipe,
         answers="examples",
         seeded=True,

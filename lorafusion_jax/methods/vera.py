@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ..adapters.updates import LowRank
-from ..checks import at_least
 from ..models.architecture import Site
 from ..models.weights import Weight
 from ..training.frozen import Frozen
-from ..training.method import Method, Params
-from .method import Billed, CostLayout, MethodEntry, Update, module
+from ..training.method import Adapted, Index, Method, Params
+from .entry import Billed, CostLayout, MethodEntry, Update, module
 from .recipes import TargetedRecipe
 
 _START = 0.1  # initial value of d, as in PEFT
@@ -34,11 +33,6 @@ class VeRARecipe(TargetedRecipe):
     vera_rank: int = 128
     lr_vera: float = 0.03
 
-    def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
-        super().check()
-        at_least(1, vera_rank=self.vera_rank)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedUpdate(Update):
@@ -51,11 +45,9 @@ class SharedUpdate(Update):
     rank: int = 128
 
     def width(self, site: Site) -> int:
-        """Return the rank."""
         return self.rank
 
     def frozen_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers the random matrices have."""
         return self.rank * (max(s.d_in for s in sites) + max(s.d_out for s in sites))
 
 
@@ -75,7 +67,7 @@ class VeRA(Method):
     Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation" (2024), and PEFT.
 
     Attributes:
-      sites: which linear maps, with their shapes.
+      sites: adapted linear maps.
       rank: r.
     """
 
@@ -83,11 +75,9 @@ class VeRA(Method):
     rank: int = 128
 
     def learning_rates(self, recipe: Any) -> dict[str, float]:
-        """Return the rate of both vectors."""
         return {"vera": recipe.lr_vera}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        """Return the frozen weights with the random matrices."""
         return dataclasses.replace(frozen, prepared=self.projections(jax.random.key(_PROJECTION_KEY)))
 
     def projections(self, key: Array) -> Projections:
@@ -101,15 +91,11 @@ class VeRA(Method):
         )
         return Projections(A, B)
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
-        """Return d at 0.1 and b at zero."""
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         d = {name: jnp.full((site.layers, self.rank), _START) for name, site in self.sites}
         return {"vera": {"d": d, "b": {name: jnp.zeros((site.layers, site.d_out)) for name, site in self.sites}}}
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return the low-rank adapters; no metrics."""
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         A, B = frozen.prepared
         d, b = params["vera"]["d"], params["vera"]["b"]
         return {

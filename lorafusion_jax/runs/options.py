@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..methods import METHODS, fields_of, having
-from ..methods.method import MethodEntry
+from ..methods.entry import MethodEntry
 from ..methods.recipes import recipe_of
 from ..training.recipe import Recipe
 

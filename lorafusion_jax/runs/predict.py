@@ -279,7 +279,7 @@ def _answering(options: GenerateOptions) -> _Answering:
     fused, params, config = load_run(options.run)
     if find(fused.method).answers != "model":
         raise ValueError(
-            f"{options.run} is of the method {fused.method}, which answers rows of its task: use `lorafusion evaluate`"
+            f"{options.run} is of the method {fused.method}, which needs rows of its task: use `lorafusion evaluate`"
         )
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:

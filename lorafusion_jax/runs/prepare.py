@@ -23,8 +23,8 @@ from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
-from ..methods.fusion import SAY_BASIS, choice_of
-from ..methods.method import Built
+from ..methods.entry import Built
+from ..methods.fusion import GIVE_BASIS, choice_of
 from ..methods.recipes import basis_of, modules_of
 from ..methods.untrained import FewShotRecipe
 from ..models.architecture import Architecture, Model, kernels
@@ -150,7 +150,7 @@ def check(options: FuseOptions) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}: wanted a finite number, as config.json holds no other")
     if options.control == "svd" and basis_of(recipe) is None:
-        raise ValueError(f"--control svd is of a fusion in a shared basis: {SAY_BASIS}")
+        raise ValueError(f"--control svd needs a shared basis: {GIVE_BASIS}")
     if choice_of(recipe) != "draw":
         if "coefficients" not in method.groups:
             raise ValueError(

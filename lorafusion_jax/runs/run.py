@@ -26,8 +26,8 @@ from ..io.folders import stored_by_orbax
 from ..io.hf import read_config
 from ..io.source import is_hub_id
 from ..methods import find
+from ..methods.entry import SearchJob
 from ..methods.fusion import choice_of
-from ..methods.method import SearchJob
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..tasks import without_revision
 from ..training.compiled import make_room
@@ -219,7 +219,7 @@ def _complete(
     seeds, evaluation = evaluate_seeds(hardware.tested(params), options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = trainable_count(setup) if find(options.method).counted else {}
+    counts = trainable_count(setup) if find(options.method).groups else {}
     results = {
         "task": setup.task.name,
         "method": options.method,

@@ -19,8 +19,8 @@ from ..checks import at_least, check_uint32
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..methods import find
+from ..methods.entry import Built
 from ..methods.fusion import CoefficientsRecipe, Fusion
-from ..methods.method import Built
 from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling

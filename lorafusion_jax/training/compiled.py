@@ -1,7 +1,7 @@
 """Compiled programs of a long process, such as a matrix of runs.
 
-On a CPU every program that JAX compiles takes several mappings of memory; Linux allows a process 65,530 of them by
-default. Past that LLVM ends the process, or whatever asks for memory next fails.
+On a CPU every program takes several mappings of memory. At Linux's limit, by default 65,530 mappings, LLVM ends the
+process or the next allocation fails.
 """
 
 from pathlib import Path
@@ -13,10 +13,7 @@ _MAPPINGS = Path("/proc/self/maps")
 
 
 def make_room() -> bool:
-    """Forget all compiled programs where the process has taken more than half of its mappings; say if it did.
-
-    What is needed again is compiled again, or read from JAX's persistent cache where that is on.
-    """
+    """Forget all compiled programs if the process has more than half of its mappings; return whether it did."""
     if not (_LIMIT.is_file() and _MAPPINGS.is_file()):
         return False
     with _MAPPINGS.open("rb") as file:

@@ -30,12 +30,12 @@ class Epoch(NamedTuple):
 
     Attributes:
       number: number of the epoch, from 1.
-      state: state after it.
+      state: state after the epoch.
       stopped: seeds that have stopped.
-      metrics: name -> [steps, seeds], metrics of its steps.
-      validation_loss: of each seed on its own validation rows, nats per token.
-      first_step: number of steps before those.
-      last: it was the last epoch, or every seed has stopped.
+      metrics: name -> [steps, seeds], metrics of the steps.
+      validation_loss: loss of each seed on its validation rows, nats per token.
+      first_step: number of steps before the epoch.
+      last: training ends with this epoch.
     """
 
     number: int
@@ -59,20 +59,13 @@ def joined(intervals: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarra
 def whole_epochs() -> bool:
     """Return whether one call takes all steps of an epoch, as on accelerators, or one step, as on a CPU.
 
-    A small step on an accelerator may take less time than the host needs to start it. On a CPU it does not, and a run
-    that is stopped can be saved after every call.
+    An accelerator may take a small step faster than the host starts it. A run on a CPU can be saved after every step.
     """
     return not for_cpu()
 
 
 def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
-    """Return the initial state of all seeds, each with its own key.
-
-    Args:
-      problem: problem of all seeds.
-      seeds: seeds of the run.
-      params: as in `init_state`, leaves [seeds].
-    """
+    """Return the initial state of all seeds, each with its own key; `params` as in `init_state`, leaves [seeds]."""
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
     params = on_mesh(params, problem.config, of_seeds=True)
     state = _start(on_mesh(keys, of_seeds=True), params, problem.replace(seed_mode="batched"))
@@ -96,7 +89,7 @@ def fit(
 
     Args:
       problem: problem of all seeds.
-      rows: rows to train and validate on.
+      rows: rows of the task.
       state: state to continue from.
       recipe: recipe of the training.
       seeds: seeds that order the rows.
@@ -132,7 +125,7 @@ def fit(
                 )
                 following = next(intervals, None)  # is put on the device while this one runs
                 metrics.append(of_interval)
-                if not whole_epochs():  # else JAX, on a CPU too, takes up to 32 steps before a stop could be asked for
+                if not whole_epochs():  # otherwise JAX runs up to 32 steps ahead, and a stop would wait for them
                     jax.block_until_ready(of_interval)
                 steps = batches.row_mask.shape[1]
                 left -= steps
@@ -178,14 +171,7 @@ def train_seeds(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take the fusion steps of an interval with every seed, each on its own batches and at its own rates.
 
-    Args:
-      state: before the first step.
-      batches: leaves [seeds, steps, B, ...].
-      problem: of all seeds.
-      rates: of every seed.
-      shape_of: as in `StepBatch`.
-      optimisation: as in `fusion_step`.
-      shapes: as in `StepBatch`.
+    Leaves of `batches` are [seeds, steps, B, ...]; `shape_of` and `shapes` are those of `StepBatch`.
 
     Returns:
       The state after the last step, and name -> [steps, seeds], the metrics of `fusion_step`.
@@ -240,7 +226,7 @@ def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
 
 
 def _placed(interval: StepBatch) -> StepBatch:
-    """Return an interval whose batches are on the mesh or the accelerator, or on their way there."""
+    """Return an interval whose batches are being copied to the mesh or the accelerator."""
     batches = on_mesh(interval.batches, of_seeds=True)
     # A CPU takes NumPy's arrays at once.
     return interval._replace(batches=jax.device_put(batches) if whole_epochs() else batches)

@@ -24,10 +24,10 @@ class Frozen:
 
     Attributes:
       base: the base model's weights.
-      pool: of modules, for methods that fuse: whole, or in a shared basis.
+      pool: modules, whole or in a shared basis, for methods that fuse.
       gram: the pool's Gram terms on the base, or its pair terms.
       norms: site -> [L, d_out], ||W|| of every column of the sites that a method without a pool rescales.
-      prepared: whatever else the method computes once (`Method.prepare`), such as random matrices: any pytree.
+      prepared: other pytree that the method computes once (`Method.prepare`), such as random matrices.
     """
 
     base: nnx.State
@@ -37,13 +37,13 @@ class Frozen:
     prepared: Any = None
 
     def unstacked(self) -> "Frozen":
-        """Return the weights with those of the base model as generation reads them fastest: `weights.unstacked`."""
+        """Return the weights with the base model's layers as generation reads them fastest (`weights.unstacked`)."""
         return dataclasses.replace(self, base=unstacked(self.base))
 
     def of_seed(self, number: Int[Array, ""]) -> "Frozen":
-        """Return the weights of one seed of a program, by its position: read with noise of its own."""
+        """Return the weights of one seed of a program, by its position, with separate read noise."""
         return reads(self, number)
 
     def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> "Frozen":
-        """Return the weights of one training step: read with noise of its own."""
+        """Return the weights of one training step, with separate read noise."""
         return reads(self, step)

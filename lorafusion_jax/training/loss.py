@@ -19,7 +19,7 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
 
 
 def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, " B"]:
-    """Return the log-probability of every row's labels, those that are -100 left out, in nats and float32."""
+    """Return the log-probability of every row's labels other than -100, in nats and float32."""
     real = labels != IGNORED
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probs, jnp.where(real, labels, 0)[:, :, None], axis=-1)[:, :, 0]

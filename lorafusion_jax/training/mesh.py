@@ -1,8 +1,8 @@
 """A run on a mesh of devices: seeds over its axis `seed`, matrices over its axis `model`.
 
-The mesh is ambient (`jax.set_mesh`): `seeds.over_seeds` gives every device its own seeds, and `rules` says where arrays
-are. Matrices are split as in Megatron-LM (Shoeybi et al., 2019): the first of a chain by columns, and the last, which
-takes what those return, by rows. So attention and feed-forward layer each sum over devices once.
+The mesh is ambient (`jax.set_mesh`): `seeds.over_seeds` gives every device its own seeds, and `rules` places arrays.
+Matrices are split as in Megatron-LM (Shoeybi et al., 2019): the first of a chain by columns, the last by rows, so
+attention and feed-forward layer each sum over devices once.
 """
 
 import contextlib
@@ -25,16 +25,12 @@ _Tree = TypeVar("_Tree")
 AXES = ("seed", "model")
 
 _SPLIT = {"columns": (None, "model"), "rows": ("model", None)}
-# A pattern in an array's path -> axes of its last dimensions.
+# Pattern in an array's path -> axes of its last dimensions.
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 def make_mesh(asked: str, seeds: int) -> Mesh:
-    """Return the mesh that an option describes.
-
-    Args:
-      asked: sizes of its axes, such as `seed=4,model=2`; an axis that is not named has size 1.
-      seeds: number of seeds of the run.
+    """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds.
 
     Raises:
       ValueError: an axis or size is not valid, there are too few devices, several processes have more devices than the
@@ -51,16 +47,16 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
             f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple of "
             f"{sizes['seed']} seeds, or a smaller axis"
         )
-    wanted, there = sizes["seed"] * sizes["model"], jax.device_count()
-    if wanted > there:
-        forced = f"; on a CPU XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes its cores so many"
-        raise ValueError(f"--mesh {asked} asks for {wanted} devices: there are {there}" + (forced if for_cpu() else ""))
-    if jax.process_count() > 1 and wanted < there:
+    size, there = sizes["seed"] * sizes["model"], jax.device_count()
+    if size > there:
+        forced = f"; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={size} gives JAX {size} devices"
+        raise ValueError(f"--mesh {asked} needs {size} devices, got {there}" + (forced if for_cpu() else ""))
+    if jax.process_count() > 1 and size < there:
         raise ValueError(
-            f"--mesh {asked} asks for {wanted} of the {there} devices of {jax.process_count()} processes: use them all"
+            f"--mesh {asked} uses {size} of the {there} devices of {jax.process_count()} processes: use them all"
         )
     shape = tuple(sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:wanted])
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:size])
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,7 +108,7 @@ def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool =
     Args:
       tree: tree of arrays; with several processes, the same in each.
       config: structure of the model; None if no matrix is split, as in batches.
-      of_seeds: they have a leading axis of seeds.
+      of_seeds: the arrays have a leading axis of seeds.
 
     Raises:
       ValueError: the mesh does not divide a dimension.
@@ -140,14 +136,7 @@ def shardings(tree: Any, config: Architecture | None = None, *, of_seeds: bool =
 
 
 def partition(name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False) -> PartitionSpec:
-    """Return the partition of an array.
-
-    Args:
-      name: its path in the tree, such as `pool/A/first.map`.
-      dimensions: number of its dimensions.
-      rules: as `rules` returns them.
-      of_seeds: the first of them is the seeds'.
-    """
+    """Return the partition of an array by its path, such as `pool/A/first.map`, and its number of dimensions."""
     last = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
     first = ("seed",) if of_seeds else ()
     between = (None,) * (dimensions - len(first) - len(last))

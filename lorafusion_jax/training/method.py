@@ -16,6 +16,10 @@ from .frozen import Frozen
 from .recipe import Recipe
 
 Params = dict[str, Any]
+# Modules of the pool that a seed fuses; a method without a pool ignores them.
+Index = Int[Array, " N"]
+# Adapters by site, and metrics about them.
+Adapted = tuple[dict[str, Any], dict[str, Array]]
 
 
 @runtime_checkable
@@ -23,31 +27,25 @@ class Method(Protocol):
     """The map from trainable numbers to adapters.
 
     A method is a frozen dataclass: hashable, a static part of a problem. Its numbers are a dictionary of groups, each
-    with a learning rate of its own. `index` [N] selects the modules of the pool that a seed fuses; a method without a
-    pool ignores it. A class that inherits from this one has all but `init` and `adapters` already.
+    with its learning rate. A class that inherits from this one only has to add `init` and `adapters`.
     """
 
-    def init(self, frozen: Frozen, index: Int[Array, " N"], key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         """Return the numbers that training starts from, by group."""
         ...
 
-    def adapters(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         """Return the adapters for the model, by site, and metrics about them."""
         ...
 
-    def trainable(self, params: Params, frozen: Frozen, index: Int[Array, " N"]) -> Params:
-        """Return, in the shape of `params`, which numbers act on anything: the others are not counted.
-
-        By default all do.
-        """
+    def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
+        """Return, in the shape of `params`, which numbers act on anything and are counted. By default all do."""
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
     def as_fusion(
-        self, params: Params, frozen: Frozen, index: Int[Array, " N"]
+        self, params: Params, frozen: Frozen, index: Index
     ) -> tuple[dict[str, Float[Array, "_L N _k"]], Composition] | None:
-        """Return coefficients by site and the composition of the fusion of whole modules that the numbers are.
+        """Return coefficients by site and composition, if the numbers are a fusion of whole modules.
 
         An export then writes the modules' own matrices. By default None: it writes the adapters.
         """
@@ -58,10 +56,5 @@ class Method(Protocol):
         return {}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        """Return the frozen weights with what the method computes once from them. By default nothing is added.
-
-        Args:
-          frozen: base and pool.
-          kernels: of the base model, by site.
-        """
+        """Return the frozen weights with terms that are computed once from base, pool and kernels (by site)."""
         return frozen

@@ -24,14 +24,14 @@ from .seeds import SeedMode, over_seeds
 class Problem:
     """Everything that a loss depends on, other than the trained numbers and a batch.
 
-    A pytree: `frozen` and `index` are arrays, the rest is structure. Another structure is another program.
+    A pytree: `frozen` and `index` are arrays, the other fields are structure, for which a program is compiled.
 
     Attributes:
-      graph: the model's structure, of `nnx.split(model)`.
-      method: what is trained.
-      frozen: what is not.
-      index: [N], the modules of the pool that are fused; for several seeds [seeds, N].
-      seed_mode: how several seeds run.
+      graph: structure of the model, from `nnx.split(model)`.
+      method: trained method.
+      frozen: weights that are not trained.
+      index: [N], modules of the pool that are fused; for several seeds [seeds, N].
+      seed_mode: mode of several seeds.
     """
 
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
@@ -42,7 +42,7 @@ class Problem:
 
     @property
     def config(self) -> Architecture:
-        """The structure of the model."""
+        """Structure of the model."""
         return nnx.merge(self.graph, self.frozen.base).config
 
     def replace(self, **changes: Any) -> "Problem":
@@ -50,7 +50,7 @@ class Problem:
         return dataclasses.replace(self, **changes)
 
     def read(self, purpose: int, number: int) -> "Problem":
-        """Return the problem whose arrays, if there are any, are read with the noise of this purpose and number."""
+        """Return the problem whose crossbar arrays are read with the noise of this purpose and number."""
         return self.replace(frozen=reads(self.frozen, purpose, number))
 
     def init(self, key: Array) -> Params:
@@ -62,12 +62,9 @@ class Problem:
         return self.method.trainable(params, self.frozen, self.index)
 
     def over_seeds(self, fn: Callable[..., Any], of_seeds: tuple[Any, ...], shared: Any = ()) -> Any:
-        """Return `fn(problem of one seed, *its own arrays, *shared)` of every seed.
+        """Return `fn(problem of one seed, *arrays of the seed, *shared)` for every seed.
 
-        Args:
-          fn: of one seed.
-          of_seeds: trees whose leaves have a leading axis of seeds.
-          shared: trees that all seeds share.
+        The leaves of `of_seeds` have a leading axis of seeds.
         """
 
         def one_seed(seed: tuple[Any, ...], everything: tuple[Frozen, Any]) -> Any:
@@ -80,7 +77,7 @@ class Problem:
     def adapted_model(self, params: Params) -> tuple[Model, dict[str, Any], dict[str, Array]]:
         """Return the model of one seed, the adapters to call it with, and metrics about them.
 
-        Weights in the group `base`, by path, take the place of the frozen ones.
+        Weights in the group `base`, by path, replace the frozen ones.
         """
         adapters, metrics = self.method.adapters(params, self.frozen, self.index)
         weights = self.frozen.base
@@ -93,8 +90,7 @@ class Problem:
 def per_seed(of_batch: Callable[[Params, Any, Problem], Any]) -> Callable[[Params, Any, Problem], Any]:
     """Return `of_batch(params, batch, problem)` of one seed as one jitted program for all seeds.
 
-    Params, batch and the problem's index have a leading axis of seeds: each seed has a batch of its own, and reads
-    arrays with noise of its own.
+    Params, batch and the problem's index have a leading axis of seeds. Each seed has separate read noise.
     """
 
     def of_seeds(params: Params, batch: Any, problem: Problem) -> Any:

@@ -1,6 +1,6 @@
-"""A recipe: the numbers of a training that all methods share. Every method adds its own in its file.
+"""A recipe, the numbers of a training, in three parts.
 
-What of a recipe a step is compiled for, and what may be swept, are here too.
+`Optimisation` is what a step is compiled for, `Rates` can be swept, and `Recipe` has all numbers that methods share.
 """
 
 import dataclasses
@@ -19,16 +19,13 @@ class Optimisation:
     """Static settings of the training.
 
     Attributes:
-      steps: in all; the schedule's length.
-      schedule: of the learning rates: `constant`, or `cosine` to zero.
+      steps: length of the schedule.
+      schedule: learning rates over the steps: `constant`, or `cosine` to zero.
       warmup: steps of linear warm-up.
       clip: global norm above which gradients are scaled down; None for never.
       patience: epochs without a better validation loss after which a seed stops; None for never.
-      patience_from: epochs before which none is counted.
+      patience_from: first epoch that is counted.
       prune: share of the smallest magnitudes that are set to zero at half time and kept there.
-
-    Raises:
-      ValueError: there is no such schedule, the warm-up has fewer steps than 0, or the norm to clip at is not above 0.
     """
 
     steps: int
@@ -43,15 +40,15 @@ class Optimisation:
         one_of(get_args(Schedule), schedule=self.schedule)
         at_least(0, warmup=self.warmup)
         if self.clip is not None and not self.clip > 0:  # a negative norm would turn the gradients around
-            raise ValueError(f"clip is {self.clip}: wanted a norm above 0, or None for no clipping")
+            raise ValueError(f"clip is {self.clip}: give a norm above 0, or None for no clipping")
 
 
 class Rates(NamedTuple):
     """The part of the optimisation that may be swept as arrays.
 
     Attributes:
-      learning_rate: by group of trainable numbers.
-      l2: added to the coefficients' gradient as l2 * c (coupled, as torch's Adam does).
+      learning_rate: learning rate of each group of trainable numbers.
+      l2: share of the coefficients that is added to their gradient (coupled, as torch's Adam does).
       l1: weight of mean |c| in the objective.
     """
 
@@ -86,15 +83,14 @@ class Recipe:
 
     @property
     def penalties(self) -> tuple[float, float]:
-        """L1 and L2 of the coefficients, of a method that has some."""
+        """L1 and L2 of the coefficients; zero for a method without coefficients."""
         return 0.0, 0.0
 
     def check(self) -> None:
-        """Raise ValueError for numbers that no training of the method can use."""
-        at_least(1, epochs=self.epochs, batch_size=self.batch_size)
-        if self.max_new_tokens is not None:
-            at_least(1, max_new_tokens=self.max_new_tokens)
-        self.optimisation(1)  # raises ValueError for what no training has
+        """Raise ValueError for numbers that training cannot use. Whole numbers, except `warmup`, are at least 1."""
+        at_least(0, warmup=self.warmup)
+        at_least(1, **{name: value for name, value in vars(self).items() if type(value) is int and name != "warmup"})
+        self.optimisation(1)  # raises ValueError for settings without a meaning
 
     def optimisation(self, steps: int) -> Optimisation:
         """Return the static part of the optimisation over `steps` steps."""

@@ -7,12 +7,12 @@ from ..tasks import Batch, Encoded, Split, batch_orders, train_batches
 
 
 class TrainingRows(NamedTuple):
-    """Training rows, and which of them each seed uses.
+    """Rows of a task, and those that each seed uses.
 
     Attributes:
-      tokens: of all rows.
-      split: which rows train and which validate, by seed.
-      pad_id: the token that fills up a batch.
+      tokens: tokens of all rows.
+      split: training and validation rows of each seed.
+      pad_id: token that fills up a batch.
     """
 
     tokens: Encoded

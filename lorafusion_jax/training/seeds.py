@@ -13,10 +13,10 @@ AXIS = "seeds_of_a_device"  # of the batched mode, for collectives of a device's
 
 
 def default_seed_mode() -> SeedMode:
-    """Return how seeds run best on this platform.
+    """Return the faster mode on this platform.
 
-    Accelerators read the base weights once for all seeds (`batched`). On a CPU a batched program measures
-    slower than its seeds in turn (`sequential`): caches hold one seed's activations, not all of them.
+    Accelerators read the base weights once for all seeds (`batched`). On a CPU `sequential` measures faster, because
+    caches hold one seed's activations.
     """
     return "sequential" if for_cpu() else "batched"
 
@@ -24,10 +24,10 @@ def default_seed_mode() -> SeedMode:
 def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode) -> Callable[..., Any]:
     """Return `fn(seeds, shared)` mapped over the leading axis of every array in `seeds`.
 
-    On a mesh (see `training.mesh`) every device maps seeds of its own, and none waits for another's.
+    On a mesh (see `training.mesh`) every device maps its seeds without waiting for other devices.
 
     Args:
-      fn: of (one seed's arrays, what all seeds share).
+      fn: function of one seed's arrays and of the arrays that all seeds share.
       seed_mode: `batched` (results within 1e-5 of single runs) or `sequential` (equal to them bit for bit).
     """
 
@@ -39,8 +39,7 @@ def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode) -> Callable[..., Any
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return mapped
-    # The compiler partitions what lies on the axis `model`, if anything does: a program that it has no part in
-    # computes the same bits as on one device.
+    # The compiler partitions the axis `model`. Without that axis, the program has the bits of one device.
     by_hand = {axis for axis, size in mesh.shape.items() if axis == "seed" or size == 1}
     of_seeds, whole = PartitionSpec("seed"), PartitionSpec()
     return jax.shard_map(mapped, in_specs=(of_seeds, whole), out_specs=of_seeds, axis_names=by_hand, check_vma=False)

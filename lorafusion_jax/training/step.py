@@ -1,6 +1,6 @@
-"""The fusion step: `(state, batch) -> (state, metrics)`, pure, to be jitted and mapped over seeds.
+"""The fusion step: a pure function to be jitted and mapped over seeds.
 
-Early stopping and pruning are masks in the state, so that seeds that share a program may differ in them.
+Early stopping and pruning are masks in the state, because seeds of one program may differ in them.
 
 Axis letters: N adapters, B batch, S source, T target.
 """
@@ -52,15 +52,15 @@ def standard_promotion() -> Any:
 def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
     """Return the state that training of one seed starts from.
 
-    No array occurs in it twice, nor is one of `params` or of the problem, so that a step may be given its memory.
+    Arrays are copied, so the state's buffers can be donated.
 
     Args:
-      problem: of the seed.
-      key: of what the method draws.
-      params: numbers to start from in place of the method's own: all of its groups, or some.
+      problem: problem of the seed.
+      key: key of the method's draws.
+      params: groups of numbers to start from, instead of the method's.
 
     Raises:
-      ValueError: `params` has a group that the method does not have, or other shapes.
+      ValueError: the method lacks a group of `params`, or its shapes differ.
     """
     own: Params = jax.tree.map(jnp.copy, problem.init(key))  # some methods start from frozen weights
     params = own if params is None else own | _like(params, own)
@@ -88,16 +88,9 @@ def fusion_step(
     """Take one step of one seed, with the weights that its problem has for this step.
 
     Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
-    Adam; pruned magnitudes stay zero; a stopped seed stays as it is.
+    Adam; pruned magnitudes stay zero; a stopped seed does not change.
 
     `optimisation` is structure: `jax.jit(fusion_step, static_argnames="optimisation")`.
-
-    Args:
-      state: before the step.
-      batch: of the seed.
-      problem: of the seed.
-      rates: a learning rate for each group of numbers, L2 and L1.
-      optimisation: how. Hashable; another one is another program.
 
     Returns:
       The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
@@ -108,8 +101,8 @@ def fusion_step(
     """
     if missing := state.params.keys() - rates.learning_rate.keys():
         raise ValueError(
-            f"no learning rate for {', '.join(sorted(missing))}: there is one for "
-            f"{', '.join(sorted(rates.learning_rate)) or 'no group'}; put it into Rates.learning_rate"
+            f"no learning rate for {', '.join(sorted(missing))}, only for "
+            f"{', '.join(sorted(rates.learning_rate)) or 'no group'}: add it to Rates.learning_rate"
         )
     problem = problem.replace(frozen=problem.frozen.of_step(state.step, problem.graph))
     (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, batch, problem, rates.l1)
@@ -133,7 +126,7 @@ def fusion_step(
 def prune(state: TrainState, share: float) -> TrainState:
     """Return the state with the smallest `share` of all magnitudes at zero, ranked over all entries.
 
-    They stay there, and so do Adam's moments; the best parameters so far, not pruned, are forgotten.
+    They and their Adam moments stay zero. The best parameters so far, which are not pruned, are forgotten.
     """
     magnitudes = state.params["magnitudes"]
     flat = jnp.concatenate([jnp.abs(m).ravel() for m in jax.tree.leaves(magnitudes)])
@@ -211,12 +204,10 @@ def _like(params: Params, own: Params) -> Params:
     """Return copies of given numbers in the types of a method's own."""
     for group, values in params.items():
         if group not in own:
-            raise ValueError(
-                f"numbers to start from have the group {group!r}: the method has {', '.join(own) or 'none'}"
-            )
-        given, wanted = (jax.tree.map(jnp.shape, numbers) for numbers in (values, own[group]))
-        if given != wanted:
-            raise ValueError(f"numbers to start from have {group} of the shapes {given}: wanted {wanted}")
+            raise ValueError(f"no group {group!r} to start from: the method has {', '.join(own) or 'none'}")
+        given, shapes = (jax.tree.map(jnp.shape, numbers) for numbers in (values, own[group]))
+        if given != shapes:
+            raise ValueError(f"numbers to start from: expected {group} of the shapes {shapes}, got {given}")
     return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), params, {group: own[group] for group in params})
 
 

@@ -28,23 +28,18 @@ def test_it_starts_where_a_uniform_fusion_does():
 
 
 def test_its_update_is_the_mean_of_the_modules_times_one_coefficient():
-    c = tiny.coefficients((5,))
-    adapters = _adapters(MeanFusion(magnitudes=False), {"mean": c})
-    merged, base, pool = kernels(merged_base(_MODEL, adapters)), kernels(_MODEL), _FROZEN.pool
-    alike = tiny.coefficient_of(np.tile(np.asarray(c) / 3, (3, 1)), pool, "block")
-    for (site, layer), wanted in tiny.updates(pool, [2, 0, 1], alike, "sum").items():
-        np.testing.assert_allclose(merged[site][layer] - base[site][layer], wanted, atol=1e-5)
-
-
-def test_it_is_the_fusion_with_an_nth_of_its_coefficient():
     method, c = MeanFusion(magnitudes=False), tiny.coefficients((5,))
+    merged, base = kernels(merged_base(_MODEL, _adapters(method, {"mean": c}))), kernels(_MODEL)
+    alike = tiny.coefficient_of(np.tile(np.asarray(c) / 3, (3, 1)), _FROZEN.pool, "block")
+    for (site, layer), wanted in tiny.updates(_FROZEN.pool, [2, 0, 1], alike, "sum").items():
+        np.testing.assert_allclose(merged[site][layer] - base[site][layer], wanted, atol=1e-5)
     spread, composition = method.as_fusion({"mean": c}, _FROZEN, _INDEX)
     same = Fusion(magnitudes=False).as_fusion({"coefficients": jnp.tile(c / 3, (3, 1))}, _FROZEN, _INDEX)
     assert composition == same[1] == "sum"
     assert jax.tree.map(jnp.array_equal, spread, same[0]) == dict.fromkeys(spread, True)
 
 
-def test_a_fusion_that_makes_its_own_adapters_is_not_taken_for_a_plain_one():
+def test_a_fusion_with_other_adapters_is_not_exported_as_a_plain_one():
     class Squared(Fusion):
         def adapters(self, params, frozen, index):
             return super().adapters(params | {"coefficients": params["coefficients"] ** 2}, frozen, index)
@@ -60,5 +55,5 @@ def test_it_trains_one_row_of_coefficients_where_a_module_acts(granularity, acti
     params = method.init(_FROZEN, _INDEX, _KEY)
     of_all = method.trainable(params, _FROZEN, _INDEX)
     assert jax.tree.map(jnp.shape, of_all) == jax.tree.map(jnp.shape, params) and bool(jnp.all(of_all["mean"]))
-    only = method.trainable(params, _FROZEN, jnp.array([0]))  # it has nothing in the decoder
+    only = method.trainable(params, _FROZEN, jnp.array([0]))  # a module without decoder sites
     assert only["mean"].tolist() == acting

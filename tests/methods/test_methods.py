@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import one_block
 import pytest
 import recipes
 from safetensors.numpy import load_file
@@ -25,7 +24,6 @@ from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks import load_task, split
 from lorafusion_jax.training import fit
 
-_TASK = one_block.SMALL / "tasks" / "double_digit"
 _SEEDS = (1, 2)
 _ADAPT, _VALIDATE = 95, 5  # of 100 rows
 
@@ -54,21 +52,11 @@ def _cases(methods):
 
 
 def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> FuseOptions:
-    """As in tests/runs/test_run.py, and smaller; `cat` is the method merge with that rule."""
-    recipe = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4, "vera_rank": 8}
-    recipe |= {"evaluations": 4, "generations": 2, "population": 4, "shots": 2}
-    recipe |= {"merge": "cat"} if method == "cat" else {}
-    values = {
-        "base": str(small[0]),
-        "pool": str(small[1]),
-        "task": str(_TASK),
-        "seeds": _SEEDS,
-        "out": out,
-        "name": method,
-        "method": "merge" if method == "cat" else method,
-        "test_rows": 5,
-    }
-    return recipes.options(recipe, **values | changes)
+    """`cat` is the method merge with that rule."""
+    values = {"evaluations": 4, "generations": 2, "population": 4, "shots": 2, "name": method, "method": method}
+    return recipes.small_run(
+        small, out, **values | ({"method": "merge", "merge": "cat"} if method == "cat" else {}) | changes
+    )
 
 
 def _count_rows(patch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -87,11 +75,6 @@ def _count_rows(patch: pytest.MonkeyPatch) -> dict[str, int]:
     for module in (fit, lorahub, mean):
         patch.setattr(module, "seed_entropies", counting(module.seed_entropies, "forward"))
     return counted
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -178,21 +161,21 @@ def test_the_best_single_module_is_the_one_of_least_loss(runs):
 
 @pytest.mark.parametrize("method", [pytest.param("few-shot", marks=pytest.mark.long), "constant"])
 def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
-    rows = load_task(_TASK).train
+    rows = load_task(recipes.TASK).train
     (own,) = split(len(rows), (1,), limit=5).train
     folders = {}
     for name, changed in (("others", set(range(len(rows))) - set(own.tolist())), ("own", set(own.tolist()))):
         folders[name] = tmp_path / name
-        shutil.copytree(_TASK, folders[name])
+        shutil.copytree(recipes.TASK, folders[name])
         lines = [
             {"context": row.input, "completion": "z" if i in changed else row.target} for i, row in enumerate(rows)
         ]
         (folders[name] / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = {}
-    for name, task in {"as it is": _TASK, **folders}.items():
+    for name, task in {"as it is": recipes.TASK, **folders}.items():
         options = _options(small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name)
         (row,) = fuse(options)["seeds"]
-        said[name] = row["loss"], [line["prediction"] for line in RunFolder(run_path(options)).predictions()]
+        said[name] = row["loss"], recipes.answers(options, 1)
     assert said["others"] == said["as it is"] != said["own"]
     if method == "constant":
         assert set(said["own"][1]) == {"z"}
@@ -244,9 +227,7 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
     zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
     (row,) = fuse(zero)["seeds"]
     assert row["loss"] == pytest.approx(results["seeds"][1]["loss"], rel=1e-4)
-    said, wanted = (RunFolder(run_path(of)).predictions() for of in (zero, options))
-    wanted = [line["prediction"] for line in wanted if line["seed"] == 2]
-    assert [line["prediction"] for line in said] == wanted
+    assert recipes.answers(zero, 1) == recipes.answers(options, 2)
 
 
 @pytest.fixture(scope="module")
@@ -269,12 +250,8 @@ def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_aga
     options = _options(small, tmp_path, method, pool=str(pool), lr_coefficients=0.0, lr_magnitudes=0.0)
     found = fuse(options)
     assert found["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=1e-5)
-    said, again = (
-        [line["prediction"] for line in RunFolder(run_path(of)).predictions() if line["seed"] == 1]
-        for of in (was, options)
-    )
-    assert said == again
-    # And what is exported of it is that adapter.
+    assert recipes.answers(options, 1) == recipes.answers(was, 1)
+    # And its export is that adapter.
     export(ExportOptions(out=tmp_path / "again", run=run_path(options)))
     first, second = (
         load_file(folder / "adapter_model.safetensors") for folder in (was.out / "exported", tmp_path / "again")
@@ -292,20 +269,20 @@ def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, do
     assert not run_path(options).exists()
 
 
-def test_what_cannot_be_exported_or_asked(runs, tmp_path):
+def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
     (tmp_path / "text").write_text("double then digit : a b c")
     for method in ("zero-shot", "few-shot", "constant"):
         with pytest.raises(ValueError, match=f"of the method {method}, which trains nothing"):
             _exported(runs, method, "adapter", tmp_path)
     for method in ("few-shot", "constant"):
         folder = run_path(runs(method)[0])
-        with pytest.raises(ValueError, match=f"of the method {method}, which answers rows of its task"):
+        with pytest.raises(ValueError, match=f"of the method {method}, which needs rows of its task"):
             generate_lines(GenerateOptions(run=folder, file=tmp_path / "text"))
     assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.nightly
-def test_all_weights_are_no_adapter(runs, tmp_path):
+def test_full_fine_tuning_is_not_exported_as_an_adapter(runs, tmp_path):
     with pytest.raises(ValueError, match="fine-tuned all weights, .* export it with --format merged"):
         _exported(runs, "full", "adapter", tmp_path)
     assert not (tmp_path / "adapter").exists()
@@ -341,8 +318,8 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     cases += [
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
         ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
-        ("cma", {"population": 3}, "2 generations of 3: wanted"),
-        ("merge", {"density": 0.0}, "a density of 0"),
+        ("cma", {"population": 3}, "population is 3: "),
+        ("merge", {"density": 0.0}, "density is 0.0: give"),
         (
             "few-shot",
             {"shots": 6, "train_rows": 5},

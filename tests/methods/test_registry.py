@@ -23,12 +23,12 @@ from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
 from lorafusion_jax.methods import METHODS, fields_of, find, register
+from lorafusion_jax.methods.entry import Built, PlannedPool
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.mean import MeanFusion
 from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.methods.method import Built, PlannedPool
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.options import FuseOptions

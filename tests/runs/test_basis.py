@@ -192,11 +192,11 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(small, tmp_path):
     ("changes", "message"),
     [
         ({"composition": "mix"}, "a mix in a shared basis"),
-        ({"granularity": "rank"}, "every rank of a module"),
+        ({"granularity": "rank"}, "every rank of a module are not possible in a shared basis"),
         ({"basis": 0}, "basis is 0: wanted at least 1"),
-        ({"basis": None, "train_core": True}, "--train-core is of a fusion in a shared basis"),
-        ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient is of a fusion in a shared basis"),
-        ({"basis": None, "control": "svd"}, "--control svd is of a fusion in a shared basis"),
+        ({"basis": None, "train_core": True}, "--train-core needs a shared basis"),
+        ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient needs a shared basis"),
+        ({"basis": None, "control": "svd"}, "--control svd needs a shared basis"),
     ],
 )
 def test_options_that_contradict_a_basis_are_refused(small, tmp_path, changes, message):

@@ -572,7 +572,7 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
         ({"control": "random", "load_in": "nf4"}, "full precision"),
         (
             {"method": "lorahub", "recipe": LoraHubRecipe(modules=2, evaluations=1000)},
-            "1000 evaluations for 2",
+            "expected at most 100 evaluations for 2 modules, got 1000",
         ),
         ({"recipe": dataclasses.replace(options.recipe, epochs=0)}, "epochs is 0: wanted at least 1"),
         ({"recipe": dataclasses.replace(options.recipe, prune=1.5)}, "prune is 1.5"),
@@ -585,7 +585,7 @@ def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
             "prune is an option of the methods fusion, mean-fusion, not of coefficients",
         ),
         ({"recipe": dataclasses.replace(options.recipe, max_new_tokens=0)}, "max_new_tokens is 0: wanted at least 1"),
-        ({"recipe": dataclasses.replace(options.recipe, clip=-1.0)}, "clip is -1.0: wanted a norm above 0"),
+        ({"recipe": dataclasses.replace(options.recipe, clip=-1.0)}, "clip is -1.0: give a norm above 0"),
         ({"seeds": (1, 2**32)}, "seed is 4294967296: wanted an integer from 0 to 4294967295"),
         ({"test_rows": 0}, "test_rows is 0: wanted at least 1"),
         ({"save_seconds": math.inf}, "save_seconds is inf: wanted a finite number"),

@@ -166,7 +166,7 @@ def test_the_table(name, dimensions, of_seeds, spec):
         ("seed=3", "2 seeds cannot be shared out evenly over --mesh seed=3: give a multiple of 3"),
         (
             "seed=2,model=4",
-            "asks for 8 devices: there are 4; on a CPU XLA_FLAGS=--xla_force_host_platform_device_count=8",
+            "needs 8 devices, got 4; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8",
         ),
         ("model=4", "--mesh model=4 does not divide vocab_size, which is 66"),
         ("model=3", "--mesh model=3 does not divide num_heads, which is 4"),

@@ -101,9 +101,9 @@ def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
 def test_numbers_to_start_from_that_do_not_fit_are_refused(problem, start):
     c = start.params["coefficients"]
     for given, message in (
-        ({"lora": c}, "have the group 'lora': the method has coefficients, magnitudes"),
-        ({"coefficients": c[:1]}, r"have coefficients of the shapes \(1, 5\): wanted \(2, 5\)"),
-        ({"magnitudes": {}}, "have magnitudes of the shapes {}: wanted {'"),
+        ({"lora": c}, "no group 'lora' to start from: the method has coefficients, magnitudes"),
+        ({"coefficients": c[:1]}, r"expected coefficients of the shapes \(2, 5\), got \(1, 5\)"),
+        ({"magnitudes": {}}, "expected magnitudes of the shapes .*, got {}"),
     ):
         with pytest.raises(ValueError, match=message):
             init_state(problem, jax.random.key(0), given)
@@ -112,8 +112,8 @@ def test_numbers_to_start_from_that_do_not_fit_are_refused(problem, start):
 def test_a_group_without_a_learning_rate_is_refused(problem, start):
     rates = _rates()
     for there, message in (
-        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: there is one for coefficients; put it"),
-        ({}, "no learning rate for coefficients, magnitudes: there is one for no group"),
+        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes, only for coefficients: add it"),
+        ({}, "no learning rate for coefficients, magnitudes, only for no group"),
     ):
         with pytest.raises(ValueError, match=message):
             fusion_step(
@@ -246,7 +246,7 @@ def test_schedules(start, take, optimisation, factor):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"clip": -1.0}, "clip is -1.0: wanted a norm above 0, or None for no clipping"),
+        ({"clip": -1.0}, "clip is -1.0: give a norm above 0, or None for no clipping"),
         ({"clip": 0.0}, "clip is 0.0"),
         ({"clip": np.nan}, "clip is nan"),
         ({"warmup": -1}, "warmup is -1: wanted at least 0"),

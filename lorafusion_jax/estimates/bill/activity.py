@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ...crossbar import Counts, CrossbarConfig, counts
-from ...methods.method import Matrix, Update, module
+from ...methods.entry import Matrix, Update, module
 from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, Site, stack_of, targeted
 from ...training.recipe import Recipe

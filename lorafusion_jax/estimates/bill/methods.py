@@ -3,7 +3,7 @@
 import dataclasses
 
 from ...methods import METHODS
-from ...methods.method import Billed, CostLayout, Matrix, MethodEntry, PlannedPool, Update
+from ...methods.entry import Billed, CostLayout, Matrix, MethodEntry, PlannedPool, Update
 from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, targeted
 from ..parameters import trainable_count

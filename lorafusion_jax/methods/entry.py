@@ -1,10 +1,13 @@
-"""A method as users choose it: its entry in the registry, with the data for runs, counts, plans and bills.
+"""Entries of the registry of methods, with the data for runs, counts, plans and bills.
 
 Letters: N modules of a fusion, P modules in memory, r rank, k directions of a basis.
 """
 
 import dataclasses
+import importlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from ..adapters.basis import Pool
@@ -24,8 +27,7 @@ Storage = Literal["arrays", "memory"]
 class Update:
     """The arithmetic of a method at every adapted matrix, which FLOPs, bytes and energy are counted from.
 
-    This class is the update of a method without matrix products, such as a scale of the columns. A method with products
-    has a subclass, which tells its own.
+    This class itself has no matrix products, like a scale of the columns. A method with products has a subclass.
 
     Attributes:
       targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
@@ -50,7 +52,7 @@ class Update:
         return 0
 
     def repeat(self, site: Site) -> int:
-        """Return those of these FLOPs that the model computes again for every generated token."""
+        """Return the FLOPs of `prepare` that the model repeats for every generated token."""
         return 0
 
     def gradients(self, site: Site, tokens: int) -> int:
@@ -62,11 +64,11 @@ class Update:
         return 0
 
     def frozen_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many other numbers stay in memory for all adapted matrices, such as terms of norms."""
+        """Return the count of other numbers that stay in memory for all adapted matrices, such as terms of norms."""
         return 0
 
     def working_numbers(self, sites: Sequence[Site]) -> int:
-        """Return how many numbers of modules and fused factors a pass holds at once."""
+        """Return the count of numbers of modules and fused factors that a pass holds at once."""
         return 0
 
 
@@ -75,15 +77,15 @@ class CostLayout:
     """Places of a method's adapters, and the digital work of a token.
 
     Attributes:
-      installed_words: words that are written to memory, or read there, to put the finished task in place.
-      installed_macs: digital multiply-adds of that.
+      installed_words: words that are written to memory, or read there, to install the finished task.
+      installed_macs: digital multiply-adds of the installation.
       matrices: function from a site to the matrices of its adapter, A before B.
       macs: digital multiply-adds of a token at a site, at inference.
-      words: words read from memory for them.
+      words: words read from memory for a token.
       tables: words of precomputed terms at a site, kept for all tasks, that every pass of training reads.
       trains_in: where the adapters are while they are trained.
       stays_in: where they are afterwards.
-      passes: number of times that their cells are written for the task.
+      passes: number of times that the cells are written for the task.
       shared: all sites read the same matrices.
     """
 
@@ -187,12 +189,11 @@ class MethodEntry:
       recipe: class of its recipe: the common numbers and its own, which are the options of `lorafusion fuse --method
         NAME` and the fields of `recipe` in config.json.
       update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
-      title: title in a table of counts, with numbers of its recipe such as {lora_rank}; None if it has no row.
-      basis_title: title of its row in a shared basis of {basis} directions; None if it has no such row.
+      title: title in a table of counts, with numbers of its recipe such as {lora_rank}; None for no row.
+      basis_title: title of its row in a shared basis of {basis} directions; None for no row.
       pool: it fuses a pool.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
-      groups: groups of the numbers that it trains.
-      counts: the numbers that it finds count as trained.
+      groups: groups of the numbers that it trains or searches, which are counted.
       answers: source of answers: the `model`, the model with `examples` in the prompt, or `nothing` but the training
         rows.
       seeded: seeds differ.
@@ -214,7 +215,6 @@ class MethodEntry:
     pool: bool = False
     learns: Literal["trained", "searched", "given", "untrained"] = "trained"
     groups: tuple[str, ...] = ()
-    counts: bool = True
     answers: Literal["model", "examples", "nothing"] = "model"
     seeded: bool = True
     check: Callable[[], object] = lambda: None
@@ -223,12 +223,24 @@ class MethodEntry:
     at_once: Callable[[Any], int] = lambda recipe: 1
     cost_layouts: Callable[[Billed], dict[str, CostLayout]] = lambda billed: {}
 
-    @property
-    def counted(self) -> bool:
-        """Return whether there are trained numbers to count."""
-        return self.learns in ("trained", "searched") and self.counts
-
 
 def module(rank: int) -> Callable[[Site], list[Matrix]]:
     """Return the A and B of one module at a site."""
     return lambda site: [(site.d_in, rank), (rank, site.d_out)]
+
+
+def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:
+    """Return an optional dependency.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{needed_by} needs {str(error.name).partition('.')[0]}, which is not installed: "
+            f"pip install -e '.[{extra}]'"
+        ) from error
