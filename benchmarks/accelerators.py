@@ -50,7 +50,7 @@ from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.crossbar.read import definition
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
-from lorafusion_jax.estimates.flops import Shape, generation_flops, keys, step_flops
+from lorafusion_jax.estimates.flops import Shape, generation_flops, row_tokens, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, targeted
@@ -248,7 +248,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
 def _of_zeros(config: Architecture, shape: Shape) -> float:
     """Return the FLOPs of zeros in attention from single tokens, which is one product for all heads."""
     return 4.0 * sum(
-        stack.layers * shape.rows * shape.target * keys(attention, shape) * width * (attention.heads - 1)
+        stack.layers * shape.rows * shape.target * row_tokens(attention, shape) * width * (attention.heads - 1)
         for stack in config.stacks.values()
         for attention in stack.attentions
         for width in [attention.heads * attention.d_head]

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..crossbar import (
-    CONSTANTS,
-    Constants,
-    Range,
-    ReadEnergy,
-    WriteCost,
-    load_config,
-    load_constants,
-    save_constants,
+from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants, save_constants
+from ..estimates.bill import (
+    Bill,
+    Comparison,
+    CostOptions,
+    Once,
+    activities,
+    comparisons,
+    installed_once,
+    price,
+    price_once,
 )
-from ..estimates.bill import Bill, CostOptions, activities, comparisons, installed_once, price, price_once
 from ..estimates.bill.show import constants_table, sentences, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
@@ -50,7 +51,7 @@ class CostCommand(CostOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.json is not None and self.json.suffix != ".json":
-            raise ValueError(f"json is {self.json}: wanted a file ending in .json")
+            raise ValueError(f"json is {self.json}: expected a file ending in .json")
 
 
 GROUPS = {
@@ -64,11 +65,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the bill, and write the requested files.
-
-    Raises:
-      ValueError: a shape, target, preset or table of constants cannot be used. It is raised before files are written.
-    """
+    """Print the bill, and write the requested files; before that, raise ValueError for what cannot be used."""
     options = parse(CostCommand, arguments, "cost", groups=GROUPS)
     config, crossbar = shape_config(options.shape), load_config(options.crossbar)
     options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)
@@ -83,10 +80,15 @@ def main(arguments: Sequence[str]) -> None:
             save_constants(options.save_constants, constants)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        content = _content(options, constants, bills)
-        content["once"] = {name: _plain(o._asdict()) for name, o in once.items()}
-        content["LoRA in cells over"] = {name: _plain(c._asdict()) for name, c in against.items()}
-        write_text(options.json, json.dumps(content, indent=2) + "\n")
+        files = ("constants", "save_constants", "json")
+        content = {
+            "options": {name: value for name, value in vars(options).items() if name not in files},
+            "constants": {name: vars(constant) for name, constant in constants.table.items()},
+            "methods": {n: bill._asdict() | {"learning": bill.learning} for n, bill in bills.items()},
+            "once": once,
+            "LoRA in cells over": against,
+        }
+        write_text(options.json, json.dumps(_plain(content), indent=2) + "\n")
 
     print(
         f"One new task on {options.shape}, {options.modules} modules of rank {options.rank}, in arrays like "
@@ -98,24 +100,10 @@ def main(arguments: Sequence[str]) -> None:
     print(f"\nConstants\n\n{markdown(constants_table(constants))}", end="")
 
 
-def _content(options: CostOptions, constants: Constants, bills: dict[str, Bill]) -> dict[str, Any]:
-    """Return options, constants and bills for JSON; ranges are [low, typical, high], in joules and seconds.
-
-    An end that is infinite, such as a break-even that never comes, is null.
-    """
-    files = ("constants", "save_constants", "json")
-    return {
-        "options": {name: value for name, value in vars(options).items() if name not in files},
-        "constants": {name: vars(constant) for name, constant in constants.table.items()},
-        "methods": {name: _plain(bill._asdict()) | {"learning": _plain(bill.learning)} for name, bill in bills.items()},
-    }
-
-
 def _plain(value: Any) -> Any:
+    """Return a value for JSON; ranges are [low, typical, high], in joules and seconds, and null if infinite."""
     if isinstance(value, Range):
         return [None if math.isinf(end) else end for end in (value.low, value.typical, value.high)]
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, WriteCost | ReadEnergy):
-        return _plain(value._asdict())
-    return value
+    if isinstance(value, Bill | Comparison | Once | ReadEnergy | WriteCost):
+        value = value._asdict()
+    return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value

@@ -15,7 +15,7 @@ from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
 from .flops import forward_flops, generation_flops, step_flops
 from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from .parameters import trainable_count
+from .params import trainable_count
 from .workload import EvaluationShapes, Shapes, Workload
 
 
@@ -29,9 +29,9 @@ class Settings:
       targets: the linear maps that they adapt; None for the family's own choice.
       pool: number of modules in memory (those that any seed draws); None for those of one seed.
       seeds: number of seeds of every method that draws anything.
-      seed_mode: how seeds run: `batched`, best on accelerators, or `sequential`, best on a CPU (see `training.seeds`).
+      seed_mode: how seeds run (see `training.seeds`).
       device: kind of device.
-      load_in: what base and pool are held in.
+      load_in: precision of base and pool.
     """
 
     recipe: Recipe = Recipe()
@@ -61,20 +61,20 @@ class Cost(NamedTuple):
       weights_bytes: the base's weights.
       pool_bytes: the modules and the terms of their norms.
       state_bytes: trained numbers, Adam's moments and the best numbers so far, of all seeds.
-      activation_bytes: ranking, training or evaluation, whichever takes most, at the batch that takes most. Whole
+      activation_bytes: ranking, training or evaluation, the most that any of them takes at its largest batch. Whole
         modules that are read to be ranked, and are fused in a basis, count here.
       peak_bytes: the sum of these bytes.
     """
 
-    trainable: int
-    forward_flops: float
-    training_flops: float
-    evaluation_flops: float
-    weights_bytes: int
-    pool_bytes: int
-    state_bytes: int
-    activation_bytes: int
-    peak_bytes: int
+    trainable: int = 0
+    forward_flops: float = 0.0
+    training_flops: float = 0.0
+    evaluation_flops: float = 0.0
+    weights_bytes: int = 0
+    pool_bytes: int = 0
+    state_bytes: int = 0
+    activation_bytes: int = 0
+    peak_bytes: int = 0
 
 
 def estimate(config: Architecture, method: str, work: Workload, settings: Settings) -> Cost:
@@ -89,35 +89,34 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
     Raises:
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
     """
-    check(method, settings)
+    _check(method, settings)
     update, trainable = update_of(method, settings), trained_numbers(config, method, settings)
     entry, recipe = _of(method, settings)
     if entry.answers == "nothing":
-        return Cost(0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0)
-    steps = entry.learns == "trained"
+        return Cost()
     asked = work.few_shot if entry.answers == "examples" else work.test
     if asked is None:
         raise ValueError(f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots")
     batches = work.search if entry.learns in ("trained", "searched") else asked.rows
-    weights = weights_bytes(config, settings.load_in)
-    pool = pool_bytes(config, update, settings.load_in)
-    state = _seeds(entry, settings) * state_bytes(trainable) if steps else 0
-    activations = _activation_bytes(config, entry, recipe, work, asked, settings, trainable)
+    generated = sum(generation_flops(config, s._replace(target=work.new_tokens), update) for s in asked.rows)
+    scored = sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
+    parts = {
+        "weights_bytes": weights_bytes(config, settings.load_in),
+        "pool_bytes": pool_bytes(config, update, settings.load_in),
+        "state_bytes": seeds_of(method, settings) * state_bytes(trainable) if entry.learns == "trained" else 0,
+        "activation_bytes": _activation_bytes(config, entry, recipe, work, asked, settings, trainable),
+    }
     return Cost(
         trainable=trainable,
         forward_flops=max(forward_flops(config, shape, update) for shape in set(batches)),
         training_flops=_training_flops(config, entry, recipe, work, settings, trainable),
-        evaluation_flops=_evaluation_flops(config, asked, work.new_tokens, update),
-        weights_bytes=weights,
-        pool_bytes=pool,
-        state_bytes=state,
-        activation_bytes=activations,
-        peak_bytes=weights + pool + state + activations,
+        evaluation_flops=generated + scored,  # each of these programs reads the source
+        peak_bytes=sum(parts.values()),
+        **parts,
     )
 
 
-def check(method: str, settings: Settings) -> None:
-    """Raise ValueError for an unknown method, or settings that are not valid."""
+def _check(method: str, settings: Settings) -> None:
     if method not in method_names():
         raise ValueError(f"no method {method!r}: choose one of {', '.join(method_names())}")
     _, recipe = _of(method, settings)
@@ -132,7 +131,7 @@ def check(method: str, settings: Settings) -> None:
 
 def seeds_of(method: str, settings: Settings) -> int:
     """Return the number of seeds of a method: one if it draws nothing."""
-    return _seeds(_of(method, settings)[0], settings)
+    return settings.seeds if _of(method, settings)[0].seeded else 1
 
 
 def update_of(method: str, settings: Settings) -> Update:
@@ -149,26 +148,18 @@ def trained_numbers(config: Architecture, method: str, settings: Settings) -> in
 
 def method_names() -> tuple[str, ...]:
     """Return the names that can be planned: all methods, and fusions with a composition in the name."""
-    composed = [name for name, entry in METHODS.items() if _is_composed(entry)]
+    composed = [n for n, entry in METHODS.items() if entry.learns == "trained" and "coefficients" in entry.groups]
     return (*METHODS, *(f"{name}-{composition}" for name in composed for composition in ("mix", "sum")))
-
-
-def _is_composed(entry: MethodEntry) -> bool:
-    return entry.learns == "trained" and "coefficients" in entry.groups
 
 
 def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     """Return a method by a name of `method_names()`, and its recipe, with its composition."""
     numbers = vars(settings.recipe)
-    if method in METHODS:
-        return METHODS[method], recipe_of(METHODS[method].recipe, numbers)
-    name, _, composition = method.rpartition("-")
-    entry = find(name)
-    return entry, recipe_of(entry.recipe, numbers | {"composition": composition})
-
-
-def _seeds(entry: MethodEntry, settings: Settings) -> int:
-    return settings.seeds if entry.seeded else 1
+    if method not in METHODS:
+        method, _, composition = method.rpartition("-")
+        numbers = numbers | {"composition": composition}
+    entry = find(method)
+    return entry, recipe_of(entry.recipe, numbers)
 
 
 def _ranking(entry: MethodEntry, recipe: Recipe, settings: Settings) -> Update | None:
@@ -193,12 +184,6 @@ def _training_flops(
     return entry.evaluations(recipe, modules_of(recipe)) * once
 
 
-def _evaluation_flops(config: Architecture, asked: EvaluationShapes, new_tokens: int, update: Update) -> float:
-    """Return the FLOPs of generation, of the loss and of the options; each of these programs reads the source."""
-    generated = sum(generation_flops(config, s._replace(target=new_tokens), update) for s in asked.rows)
-    return generated + sum(forward_flops(config, shape, update) for shape in (*asked.rows, *asked.options))
-
-
 def _activation_bytes(
     config: Architecture,
     entry: MethodEntry,
@@ -209,13 +194,14 @@ def _activation_bytes(
     trainable: int,
 ) -> int:
     """Return the largest memory of training, search or evaluation in addition to the arguments, for all seeds."""
-    update, seeds = entry.update(recipe, settings.fused(recipe)), _seeds(entry, settings)
+    update, seeds = entry.update(recipe, settings.fused(recipe)), settings.seeds if entry.seeded else 1
     how: Any = {"seed_mode": settings.seed_mode, "device": settings.device, "load_in": settings.load_in}
-    evaluation = partial(evaluation_bytes, config, update=update, **how)
     step = partial(step_bytes, config, update=update, seeds=seeds, **how)
 
     def asking(shapes: Shapes, new_tokens: int, members: int = 1) -> list[int]:
-        return [evaluation(shape, new_tokens=new_tokens, seeds=seeds * members) for shape in set(shapes)]
+        return [
+            evaluation_bytes(config, shape, new_tokens, update, seeds=seeds * members, **how) for shape in set(shapes)
+        ]
 
     needed = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
     if entry.learns == "trained":

@@ -6,7 +6,9 @@ elementwise. Other elementwise operations are not; for this reason XLA's own cou
 Axis letters: B batch, S source, T target.
 """
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..methods.entry import Update
@@ -30,14 +32,24 @@ def tokens(reads: Parts, shape: Shape) -> int:
     return shape.rows * sum(getattr(shape, part) for part in reads)
 
 
-def queries(stack: Stack, shape: Shape) -> int:
-    """Return the number of tokens of a row that run through a stack."""
-    return tokens(stack.reads, shape._replace(rows=1))
+def row_tokens(of: Stack | Attention, shape: Shape) -> int:
+    """Return the number of tokens of a row that run through a stack, or that an attention attends to."""
+    return tokens(of.reads, shape._replace(rows=1))
 
 
-def keys(attention: Attention, shape: Shape) -> int:
-    """Return the number of tokens of a row that an attention attends to."""
-    return tokens(attention.reads, shape._replace(rows=1))
+def adapted(config: Architecture, update: Update) -> Mapping[str, Site]:
+    """Return the sites with an adapter."""
+    return {} if update.trains_base else targeted(config, update.targets)
+
+
+def products(sites: Iterable[Site], shape: Shape) -> int:
+    """Return the FLOPs of multiplying the tokens of a batch by the matrices of sites."""
+    return sum(2 * tokens(site.reads, shape) * site.layers * site.d_in * site.d_out for site in sites)
+
+
+def head_flops(config: Architecture, shape: Shape) -> int:
+    """Return the FLOPs of the logits of every target token."""
+    return 2 * shape.rows * shape.target * math.prod(config.head)
 
 
 def last_sites(config: Architecture) -> dict[str, Site]:
@@ -47,7 +59,8 @@ def last_sites(config: Architecture) -> dict[str, Site]:
 
 def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of making the adapters and running the model once."""
-    return _products(config, shape) + _head(config, shape) + _attention(config, shape) + _updates(config, shape, update)
+    plain = products(config.sites.values(), shape) + head_flops(config, shape)
+    return plain + _attention(config, shape) + _updates(config, shape, update)
 
 
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
@@ -59,8 +72,8 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
     computes other than keys and values; it is counted.)
     """
     rows, source, target = shape
-    there = [site for site in _adapted(config, update) if "target" in site.reads]
-    again = sum(site.layers * update.repeat(site) for site in there)
+    sites = [site for site in adapted(config, update).values() if "target" in site.reads]
+    again = sum(site.layers * update.repeat(site) for site in sites)
     unread = 4 * sum(
         stack.layers * rows * source * target * attention.heads * attention.d_head
         for stack in config.stacks.values()
@@ -76,11 +89,14 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
     The backward pass has one product for every product with a frozen weight, for the gradient of the activations. Full
     fine-tuning adds the gradients of the weights. Each of an attention's two products has two in the backward pass.
     """
-    products, attention = _products(config, shape), _attention(config, shape)
-    updates = _updates(config, shape, update, prepare=False)
-    backward = products + _head(config, shape) + 2 * attention + updates + _gradients(config, shape, update)
+    matrices, attention = products(config.sites.values(), shape), _attention(config, shape)
+    updates, head = _updates(config, shape, update, prepare=False), head_flops(config, shape)
+    sites = adapted(config, update).values()
+    gradients = sum(site.layers * update.gradients(site, tokens(site.reads, shape)) for site in sites)
+    backward = matrices + head + 2 * attention + updates + (matrices + head if update.trains_base else gradients)
     if config.remat == "full":
-        backward += products - _last_products(config, shape) + attention + updates
+        # No gradient needs the results of the blocks' last products.
+        backward += matrices - products(last_sites(config).values(), shape) + attention + updates
     elif config.remat == "dots" and not config.unroll:
         backward += attention / 2  # the scores; XLA removes the recomputation if layers are unrolled
     if config.unroll and not update.trains_base:
@@ -88,55 +104,28 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
 
 
-def _products(config: Architecture, shape: Shape) -> float:
-    return float(sum(2 * tokens(s.reads, shape) * s.layers * s.d_in * s.d_out for s in config.sites.values()))
-
-
-def _head(config: Architecture, shape: Shape) -> float:
-    return 2.0 * shape.rows * shape.target * config.d_model * config.vocab_size
-
-
 def _attention(config: Architecture, shape: Shape) -> float:
     return 4.0 * sum(
-        stack.layers * shape.rows * queries(stack, shape) * keys(attention, shape) * attention.heads * attention.d_head
+        stack.layers * tokens(stack.reads, shape) * row_tokens(attention, shape) * attention.heads * attention.d_head
         for stack in config.stacks.values()
         for attention in stack.attentions
     )
 
 
-def _last_products(config: Architecture, shape: Shape) -> float:
-    """Return the FLOPs of the last products of the blocks, whose results no gradient needs."""
-    last = last_sites(config).values()
-    return float(sum(2 * tokens(s.reads, shape) * s.layers * s.d_in * s.d_out for s in last))
-
-
-def _first_layers(config: Architecture, shape: Shape) -> float:
+def _first_layers(config: Architecture, shape: Shape) -> int:
     """Return the FLOPs of the gradient into the embeddings, which is not needed and only computed in a loop."""
     first: dict[str, str] = {}
-    total = 0
     for name, site in config.sites.items():
-        if site.stage == first.setdefault(stack_of(name), site.stage):
-            total += 2 * tokens(site.reads, shape) * site.d_in * site.d_out
-    return float(total)
+        first.setdefault(stack_of(name), site.stage)
+    sites = (site for name, site in config.sites.items() if site.stage == first[stack_of(name)])
+    return products((dataclasses.replace(site, layers=1) for site in sites), shape)
 
 
 def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: bool = True) -> float:
     """Return the FLOPs of the updates of all sites, forward."""
     total = 0
-    for site in _adapted(config, update):
+    for site in adapted(config, update).values():
         of_token = update.width(site) * (site.d_in + site.d_out) + update.core(site)
         total += site.layers * 2 * tokens(site.reads, shape) * of_token
         total += site.layers * update.prepare(site) if prepare else 0
     return float(total)
-
-
-def _gradients(config: Architecture, shape: Shape, update: Update) -> float:
-    """Return the FLOPs of the gradients of the trained numbers, given the gradients of the outputs."""
-    if update.trains_base:
-        return _products(config, shape) + _head(config, shape)
-    of_sites = (site.layers * update.gradients(site, tokens(site.reads, shape)) for site in _adapted(config, update))
-    return float(sum(of_sites))
-
-
-def _adapted(config: Architecture, update: Update) -> Iterable[Site]:
-    return () if update.trains_base else targeted(config, update.targets).values()

@@ -3,21 +3,18 @@
 The formulas follow XLA's allocations for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU; the
 tests compare them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
 (`narrow.py`). On an accelerator this copy is left out; no such device was measured.
-
-Axis letters: B batch, S source, T target, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 from ..methods.entry import Update
-from ..models.architecture import Architecture, Site, targeted
+from ..models.architecture import Architecture
 from ..models.weights import tile_size
 from ..runs.options import LoadIn
 from ..training.seeds import SeedMode
-from .flops import Shape, keys, last_sites, queries, tokens
-from .parameters import size
+from .flops import Shape, adapted, last_sites, row_tokens, tokens
+from .params import size
 
 Device = Literal["cpu", "accelerator"]
 
@@ -39,8 +36,7 @@ def weights_bytes(config: Architecture, load_in: LoadIn = "full") -> int:
 
 def pool_bytes(config: Architecture, update: Update, load_in: LoadIn = "full") -> int:
     """Return the bytes of a method's frozen matrices, such as a pool's, and of the terms that are kept with them."""
-    sites = _adapted(config, update)
-    width = update.frozen_width()
+    sites, width = tuple(adapted(config, update).values()), update.frozen_width()
     factors = sum(_bytes(s.layers * width, side, _FLOAT32, load_in) for s in sites for side in (s.d_in, s.d_out))
     return factors + _FLOAT32 * update.frozen_numbers(sites)
 
@@ -65,22 +61,10 @@ def step_bytes(
 
     These are the values that the backward pass keeps of every layer, the gradients, the working memory of one layer,
     and the fused factors. They are needed for all seeds if these are batched, else for one. In the second case the new
-    state of all seeds cannot overwrite the old one, and is added.
-
-    Args:
-      config: the base model.
-      shape: shape of one seed's batch.
-      update: the method's update of the adapted matrices.
-      trainable: number of trained numbers of one seed.
-      seeds: number of seeds.
-      seed_mode: how seeds run.
-      device: kind of device.
-      load_in: what the base is held in.
+    state of all seeds cannot overwrite the old one, and is added. Shape and trained numbers are those of one seed.
     """
     gradients = trainable * _FLOAT32 * (1 if update.trains_base else 3)
-    kept = _kept(config, shape, update) * _itemsize(config)
-    if config.remat == "none":
-        kept += _rest(config, shape) * _FLOAT32
+    kept = _kept(config, shape, update)
     batched = seeds if seed_mode == "batched" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update))
     needed += _copies(config, device, load_in)
@@ -100,28 +84,18 @@ def evaluation_bytes(
     device: Device,
     load_in: LoadIn = "full",
 ) -> int:
-    """Return the bytes that generating for one batch, or its loss, needs in addition to its arguments.
+    """Return the bytes that generating for one batch, or its loss (no new tokens), needs in addition to its arguments.
 
     The logits of the loss are those of all labels; generation has those of one token, and a cache. A causal model
     updates it in place. Otherwise it holds the source's keys and values once and the target's twice, because the scan
     over layers writes a new copy of the target's for every token.
-
-    Args:
-      config: the base model.
-      shape: shape of the batch.
-      new_tokens: length of the cache; 0 if only the loss is computed.
-      update: the method's update of the adapted matrices.
-      seeds: number of seeds.
-      seed_mode: how seeds run.
-      device: kind of device.
-      load_in: what the base is held in.
     """
     batched = seeds if seed_mode == "batched" else 1
     needed = _work(config, shape)
     if new_tokens:
         cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config)
         needed = max(needed, cache + _work(config, shape._replace(target=1)))
-    bits = config.vocab_size * config.d_model * 2 if device == "cpu" and config.dtype == "bfloat16" else 0
+    bits = 2 * math.prod(config.head) if device == "cpu" and config.dtype == "bfloat16" else 0
     return batched * (needed + _fused(config, update)) + bits + _copies(config, device, load_in)
 
 
@@ -141,34 +115,33 @@ def _cache(config: Architecture, shape: Shape) -> int:
 
 
 def _kept(config: Architecture, shape: Shape, update: Update) -> int:
-    """Return the number of values that the backward pass keeps: every layer's input, and most products."""
-    total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in config.stacks.values())
+    """Return the bytes that the backward pass keeps: every layer's input, and most products.
+
+    If nothing is recomputed, these are followed by norms, attention weights and gates in float32.
+    """
+    stacks, itemsize = config.stacks.values(), _itemsize(config)
+    total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in stacks)
     if config.remat == "full":
-        return total
+        return total * itemsize
     # The last product of a block is part of the next one's input, so it is not kept itself.
     last = last_sites(config).values()
     total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
-    for site in _adapted(config, update):
+    for site in adapted(config, update).values():
         width = update.width(site)
         total += tokens(site.reads, shape) * site.layers * (width + site.d_out if width else 0)
-    return total
-
-
-def _rest(config: Architecture, shape: Shape) -> int:
-    """Return the number of further float32 values kept if nothing is recomputed: norms, attention weights, gates."""
-    total = 0
-    for stack in config.stacks.values():
-        met = tokens(stack.reads, shape)
-        scores = sum(attention.heads * keys(attention, shape) for attention in stack.attentions)
-        total += stack.layers * met * (scores + stack.elementwise)
-    return total
+    others = 0
+    if config.remat == "none":
+        for stack in stacks:
+            scores = sum(attention.heads * row_tokens(attention, shape) for attention in stack.attentions)
+            others += stack.layers * tokens(stack.reads, shape) * (scores + stack.elementwise)
+    return total * itemsize + others * _FLOAT32
 
 
 def _work(config: Architecture, shape: Shape) -> int:
     """Return the bytes of the logits and their gradient, and of one layer's attention and feed-forward."""
     logits = 2 * shape.rows * shape.target * config.vocab_size
     stacks = config.stacks.values()
-    longest = max(queries(stack, shape) for stack in stacks)
+    longest = max(row_tokens(stack, shape) for stack in stacks)
     heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
     of_token = _FLOAT32 * heads * longest + _itemsize(config) * max(stack.d_ff for stack in stacks)
     return _FLOAT32 * logits + 2 * shape.rows * longest * of_token
@@ -176,11 +149,7 @@ def _work(config: Architecture, shape: Shape) -> int:
 
 def _fused(config: Architecture, update: Update) -> int:
     """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients."""
-    return _FLOAT32 * 2 * update.working_numbers(_adapted(config, update))
-
-
-def _adapted(config: Architecture, update: Update) -> Sequence[Site]:
-    return () if update.trains_base else tuple(targeted(config, update.targets).values())
+    return _FLOAT32 * 2 * update.working_numbers(tuple(adapted(config, update).values()))
 
 
 def _copies(config: Architecture, device: Device, load_in: LoadIn) -> int:
@@ -194,7 +163,7 @@ def _copies(config: Architecture, device: Device, load_in: LoadIn) -> int:
     if load_in != "full":
         of_number = itemsize + (2 if load_in == "nf4" else 0)
         of_codes = numbers // 2 if device == "cpu" and load_in == "nf4" else 0
-        head = 0 if config.tied else config.vocab_size * config.d_model
+        head = 0 if config.tied else math.prod(config.head)
         return max(of_number * head, of_codes + of_number * max(s.d_in * s.d_out for s in config.sites.values()))
     return itemsize * numbers if device == "cpu" and (config.unroll or config.dtype == "bfloat16") else 0
 

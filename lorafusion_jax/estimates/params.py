@@ -1,17 +1,26 @@
-"""Number of trained numbers of each method on a base model, without any weights; shapes of common models."""
+"""Counts of a model's numbers and of those that each method trains, from shapes alone; shapes of common models."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..adapters.basis import Pool, SharedBasis, check_width
+from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..io.hf import read_config
 from ..methods import METHODS
-from ..methods.entry import WITH_CORE, PlannedPool
-from ..methods.recipes import recipe_of
-from ..models.architecture import Architecture
-from ..models.registry import known_shapes
-from .parameters import trainable_count
+from ..methods.entry import WITH_CORE, Built, MethodEntry, PlannedPool
+from ..methods.recipes import basis_of, modules_of, recipe_of
+from ..models.architecture import Architecture, targeted
+from ..models.registry import abstract_model, known_shapes
+from ..training.frozen import Frozen
+from ..training.recipe import Recipe
 
 
 def counts(
@@ -25,21 +34,13 @@ def counts(
 ) -> dict[str, int]:
     """Return how many numbers each method trains.
 
-    LoRAFusion's coefficients are one for each module and block. In a shared basis there are as many, and a core adds
-    basis^2 numbers for each adapted matrix.
-
-    Args:
-      config: the base model.
-      modules: that are fused.
-      rank: of LoRA and DoRA.
-      vera_rank: of VeRA, whose two random matrices all sites share.
-      basis: number of directions of a shared basis; None for no rows of one.
-      targets: the linear maps that are adapted.
+    LoRAFusion has one coefficient for each module and block. In a shared basis there are as many, and a core adds
+    basis^2 numbers for each adapted matrix. Without a basis there are no rows of one.
 
     Raises:
       ValueError: a count below one, a target that the model does not have, or more directions than a matrix has.
     """
-    at_least(1, modules=modules, rank=rank, vera_rank=vera_rank, **({} if basis is None else {"basis": basis}))
+    at_least(1, modules=modules, rank=rank, vera_rank=vera_rank, basis=basis)
     maps = None if targets is None else tuple(targets)
     numbers = {"modules": modules, "lora_rank": rank, "vera_rank": vera_rank, "lora_targets": maps}
     fused, found = PlannedPool(rank=rank, pool=modules, targets=maps), {}
@@ -69,3 +70,64 @@ def shape_config(shape: str) -> Architecture:
         )
     config = read_config(shape)
     return dataclasses.replace(config, tied=config.presumed_tied)
+
+
+@functools.lru_cache
+def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, modules: PlannedPool) -> dict[str, int]:
+    """Return how many numbers of one seed a method trains or searches, by group.
+
+    The method itself makes its numbers, for a model and a pool that are shapes. The recipe is of the entry's class.
+
+    Raises:
+      ValueError: a target that the model does not have, or a basis of more directions than a matrix has.
+    """
+    if (k := basis_of(recipe)) is not None:
+        for name, site in targeted(config, modules.targets).items():
+            check_width(k, name, site.d_in, site.d_out)
+    if not entry.counted:
+        return {}
+
+    count = modules_of(recipe)
+
+    def start(base: nnx.State) -> dict:
+        pool = _pool(config, modules, count, k) if entry.pool else None
+        method = entry.build(Built(config=config, recipe=recipe, pool=pool, modules=count))
+        kernels = {name: jnp.zeros((site.layers, site.d_in, site.d_out)) for name, site in config.sites.items()}
+        frozen = method.prepare(Frozen(base, pool), kernels)
+        return method.init(frozen, jnp.arange(count), jax.random.key(0))
+
+    params = jax.eval_shape(start, _base(config))
+    return {group: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for group, tree in params.items()}
+
+
+def size(config: Architecture) -> int:
+    """Return how many numbers the model has."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_base(config)))
+
+
+@functools.cache
+def _base(config: Architecture) -> nnx.State:
+    """Return the shapes of the model's weights."""
+    return nnx.state(abstract_model(config))
+
+
+def _pool(config: Architecture, modules: PlannedPool, count: int, k: int | None) -> Pool:
+    adapted, rank = targeted(config, modules.targets), modules.rank
+    names = tuple(map(str, range(count)))
+    ranks = {name: jnp.full((site.layers, count), rank, jnp.int32) for name, site in adapted.items()}
+    if k is None:
+        return LoraPool(
+            A={name: jnp.zeros((site.layers, count, site.d_in, rank)) for name, site in adapted.items()},
+            B={name: jnp.zeros((site.layers, count, rank, site.d_out)) for name, site in adapted.items()},
+            rank=ranks,
+            names=names,
+        )
+    return SharedBasis(
+        U={name: jnp.zeros((site.layers, site.d_in, k)) for name, site in adapted.items()},
+        V={name: jnp.zeros((site.layers, k, site.d_out)) for name, site in adapted.items()},
+        S={name: jnp.zeros((site.layers, count, k, k)) for name, site in adapted.items()},
+        energy={name: jnp.zeros((site.layers, count)) for name, site in adapted.items()},
+        rank=ranks,
+        names=names,
+        sites=tuple(adapted),
+    )

@@ -39,7 +39,6 @@ class Machine(NamedTuple):
 
 # H100 SXM: 80 GB (NVIDIA's data sheet). TPU v5e: 16 GB a chip (Google Cloud's "TPU v5e").
 MachineName = Literal["h100", "v5e", "cpu"]
-_PROCESS = "about 0.9 GiB"
 _MACHINES: dict[MachineName, Machine] = {
     "h100": Machine("accelerator", "batched", 80 * 10**9),
     "v5e": Machine("accelerator", "batched", 16 * 10**9),
@@ -93,7 +92,7 @@ def plan(
     Args:
       config: the base model.
       methods: names of `estimate.method_names`.
-      tasks: name -> workload.
+      tasks: workloads by name.
       settings: settings of all runs.
       recipes: recipes of the methods, in their order; by default that of the settings.
 
@@ -107,13 +106,12 @@ def plan(
         settings = dataclasses.replace(settings, recipe=recipe)
         costs = [estimate(config, method, work, settings) for work in tasks.values()]
         seeds = seeds_of(method, settings)
-        all_runs = {
-            "forward_flops": max(cost.forward_flops for cost in costs),
-            "training_flops": seeds * sum(cost.training_flops for cost in costs),
-            "evaluation_flops": seeds * sum(cost.evaluation_flops for cost in costs),
-        }
-        largest = max(costs, key=lambda cost: cost.peak_bytes)
-        rows.append(Row(method, seeds * len(costs), largest._replace(**all_runs)))
+        cost = max(costs, key=lambda cost: cost.peak_bytes)._replace(
+            forward_flops=max(cost.forward_flops for cost in costs),
+            training_flops=seeds * sum(cost.training_flops for cost in costs),
+            evaluation_flops=seeds * sum(cost.evaluation_flops for cost in costs),
+        )
+        rows.append(Row(method, seeds * len(costs), cost))
     return rows
 
 
@@ -121,10 +119,9 @@ def plan_table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of the rows and their sum."""
     head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak"
     lines: list[list[str]] = [[*head.split(",")]]
-    for method, runs, cost in rows:
-        flops = (cost.forward_flops, cost.training_flops, cost.evaluation_flops)
-        held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes, cost.peak_bytes)
-        lines.append([method, f"{runs:,}", f"{cost.trainable:,}", *map(_flops, flops), *map(_bytes, held)])
+    for method, runs, (trainable, *numbers) in rows:
+        flops, held = map(_flops, numbers[:3]), map(_bytes, numbers[3:])
+        lines.append([method, f"{runs:,}", f"{trainable:,}", *flops, *held])
     total = [sum(row.cost.training_flops for row in rows), sum(row.cost.evaluation_flops for row in rows)]
     peak = _bytes(max(row.cost.peak_bytes for row in rows))
     lines.append(["all", f"{sum(row.runs for row in rows):,}", "", "", *map(_flops, total), "", "", "", "", peak])
@@ -145,45 +142,39 @@ def describe(
 
     Args:
       config: the base model.
-      methods: names of `estimate.method_names`, several times if runs with other settings cost the same.
-      tasks: name -> workload.
+      methods: names of methods, several times if runs with other settings cost the same.
+      tasks: workloads by name.
       settings: settings of all runs.
       names: names of the rows; by default those of the methods.
-      recipes: recipes of the methods, in their order; by default that of the settings.
+      recipes: as in `plan`.
       capacity: bytes of the device's memory; rows that need more are named.
     """
     rows = plan(config, methods, tasks, settings, recipes=recipes)
     rows = [row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)]
     how = "batched" if settings.seed_mode == "batched" else "one after the other"
-    where = "a CPU" if settings.device == "cpu" else "an accelerator"
     lines = [f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
     lines += [
         f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
         f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
         for name, work in tasks.items()
     ]
+    where = "a CPU" if settings.device == "cpu" else "an accelerator"
     held = "" if settings.load_in == "full" else f", base and pool in {settings.load_in}"
+    if settings.device == "cpu":
+        # Measured on FLAN-T5-large's shape (docs/results/bbh.md).
+        more = "The process takes about 0.9 GiB more:\n"
+        more += "Python, libraries, compiled programs and freed memory that it keeps."
+    else:
+        more = "What else an accelerator holds was not measured."
+        if capacity is not None:
+            over = [row.method for row in rows if row.cost.peak_bytes > capacity]
+            fits = f"More than that need: {'; '.join(over)}." if over else "All rows fit."
+            more += f"\nThe device has {_bytes(capacity)}. {fits}"
     return (
         "\n".join(lines) + f"\n\n{plan_table(rows)}\n"
         f"{config.dtype} on {where}{held}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a "
-        "method.\nBytes are those of one program with all its seeds, at its largest batch. "
-        + _besides(rows, settings, capacity)
+        f"method.\nBytes are those of one program with all its seeds, at its largest batch. {more}"
     )
-
-
-def _besides(rows: Sequence[Row], settings: Settings, capacity: int | None) -> str:
-    """Return what is needed besides the programs, and which of them need more memory than there is."""
-    if settings.device == "cpu":
-        # Measured on FLAN-T5-large's shape (docs/results/bbh.md).
-        return (
-            f"The process takes {_PROCESS} more:\nPython, libraries, compiled programs and freed memory that it keeps."
-        )
-    said = "What an accelerator holds besides was not measured."
-    if capacity is None:
-        return said
-    over = [row.method for row in rows if row.cost.peak_bytes > capacity]
-    fits = f"More than that need: {'; '.join(over)}." if over else "All rows fit."
-    return f"{said}\nThe device has {_bytes(capacity)}. {fits}"
 
 
 def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
@@ -227,11 +218,7 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
 
 
 def pool_shape(folder: Path, k: int | None = None) -> PoolShape:
-    """Return the shape of a pool; of LoraHub's if there is no such folder.
-
-    Args:
-      folder: the pool's.
-      k: number of directions in which its modules are fused; None for whole modules.
+    """Return the shape of a pool whose modules are fused whole or in k directions; LoraHub's without such a folder.
 
     Raises:
       ValueError: the pool has no shared basis of so many directions.
@@ -250,14 +237,14 @@ def _batches(shapes: Shapes) -> str:
     return f"{len(shapes):,} batches of {rows} rows, {source} source and {target} target tokens"
 
 
-def _flops(count: float) -> str:
+def _flops(count: float | int) -> str:
     for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count:.0f}"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float | int) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"

@@ -54,7 +54,7 @@ class Workload:
       validation: the batch at the end of every epoch.
       epochs: number of epochs.
       test: batches of evaluation.
-      few_shot: batches of evaluation with examples in every prompt; None if there are too few rows for that.
+      few_shot: the same with examples in every prompt; None if there are too few rows for that.
       new_tokens: limit of generated tokens for a row.
       lengths: source of the token lengths.
     """
@@ -81,14 +81,8 @@ def workload(
 ) -> Workload:
     """Return the workload of a seed on a task; other seeds have the same rows in other orders.
 
-    Args:
-      task: the texts.
-      recipe: numbers of the training; examples of few-shot prompts are as many as its own, else the default.
-      tokenizer: the base model's; without one, lengths are estimated from characters.
-      text_format: how the base model reads prompts and answers.
-      train_rows: train and validate on no more rows than this.
-      test_rows: evaluate on the first rows of the test set only.
-      eval_batch: rows in a batch of evaluation.
+    Without the base model's tokenizer, lengths are estimated from characters. A recipe without few-shot prompts counts
+    as one with the default number of examples.
 
     Raises:
       ValueError: there are no rows to train or to evaluate on.
@@ -133,16 +127,9 @@ def uniform(
     options: int = 0,
     eval_batch: int = 64,
 ) -> Workload:
-    """Return the workload of a task whose rows all have the same length.
+    """Return the workload of a task whose rows all have the same numbers of source and target tokens.
 
-    Args:
-      recipe: numbers of the training; examples of few-shot prompts are as many as its own, else the default.
-      source: tokens of an input.
-      target: tokens of an answer.
-      train_rows: number of rows to train and validate on.
-      test_rows: number of rows to evaluate on.
-      options: number of options of every test row, 0 for none.
-      eval_batch: rows in a batch of evaluation.
+    `options` is the number of options of every test row.
 
     Raises:
       ValueError: a number is too small.
@@ -188,9 +175,7 @@ def _asked(
         return asked
     pairs = zip(task.test, options, strict=True)
     answered = [dataclasses.replace(example, target=option) for example, of_row in pairs for option in of_row]
-    labels = _encode(answered, tokenizer, text_format).labels
-    inputs = tuple(row for row, of_row in zip(rows.inputs, options, strict=True) for _ in of_row)
-    scored = Encoded(inputs, labels)
+    scored = _encode(answered, tokenizer, text_format)
     return asked._replace(options=_shapes(batch for _, batch in eval_batches(scored, eval_batch, pad_id=0)))
 
 

@@ -1,7 +1,6 @@
 """Trainable counts: the published sizes, the code that trains, and PEFT."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import nnx
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.params import counts, shape_config
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion
@@ -52,8 +52,13 @@ _UNEQUAL = T5Config(vocab_size=32, d_model=24, d_kv=4, d_ff=40, num_heads=4, num
 _COUNTS = {"modules": 5, "rank": 3, "vera_rank": 7, "basis": 6}
 
 
-def test_flan_t5_large():
+def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
     assert counts(SHAPES["flan-t5-large"]) == _LARGE
+    main(["params", "--shape", "flan-t5-large", "--modules", "20", "--rank", "16"])
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
+    assert head == ["method", "trainable numbers", "of flan-t5-large"]
+    assert rows[0] == ["LoRAFusion", "148,416", "0.01895 %"]
+    assert [tuple(row[:2]) for row in rows] == [(name, f"{count:,}") for name, count in _LARGE.items()]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -100,17 +105,9 @@ def test_counts_are_pefts(targets):
     import peft
     import transformers
 
-    config = transformers.T5Config(
-        vocab_size=32,
-        d_model=24,
-        d_kv=4,
-        d_ff=40,
-        num_heads=4,
-        num_layers=3,
-        num_decoder_layers=2,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
+    sizes = {name: getattr(_UNEQUAL, name) for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads")}
+    sizes |= {"num_layers": _UNEQUAL.num_layers, "num_decoder_layers": _UNEQUAL.num_decoder_layers}
+    config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
     def trained(adapter=None) -> int:
         model = transformers.T5ForConditionalGeneration(config)
@@ -140,21 +137,19 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(config, goldens, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": "flan-t5-huge"}, "no shape 'flan-t5-huge': choose one of flan-t5-small, .*, or give the folder"),
         ({"targets": ("q", "q_proj")}, "targets are q q_proj: choose of q k v o wi_0 wi_1 wo"),
         ({"targets": ()}, "targets are none"),
-        ({"modules": 0}, "modules is 0: wanted at least 1"),
+        ({"modules": 0}, "modules is 0"),
         ({"rank": -1}, "rank is -1"),
         ({"basis": 0}, "basis is 0"),
         ({"basis": 1025}, "1025 directions, but encoder.self.q is 1024 x 1024: ask for at most 1024"),
     ],
 )
-def test_what_cannot_be_counted(changes, message):
+def test_models_and_numbers_without_counts_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        counts(shape_config(changes.pop("shape", "flan-t5-large")), **changes)
+        counts(SHAPES["flan-t5-large"], **changes)
 
 
-def test_another_kind_of_model_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="model_type is 'bert'"):
-        shape_config(str(tmp_path))
+def test_unknown_shapes_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no shape 'flan-t5-huge': choose one of flan-t5-small"):
+        shape_config("flan-t5-huge")

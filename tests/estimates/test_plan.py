@@ -1,35 +1,32 @@
-"""The plan of a matrix of runs, held to what XLA says of the programs that run; nothing is computed."""
+"""The plan of a matrix of runs, compared with XLA's analysis of the programs that run; nothing is computed."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_block
 import pytest
+import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.basis import SharedBasis
-from lorafusion_jax.adapters.coefficients import shape
-from lorafusion_jax.adapters.norms import Gram, PairTerms
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.estimate import Settings, estimate, method_names, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from lorafusion_jax.estimates.parameters import size
-from lorafusion_jax.estimates.params import counts
+from lorafusion_jax.estimates.params import counts, size
 from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fused import BasisUpdate, SumUpdate
 from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.methods.lorahub import LORAHUB
-from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.untrained import FewShotRecipe, ZeroShot
-from lorafusion_jax.methods.vera import Projections, SharedUpdate, VeRA
-from lorafusion_jax.models.architecture import Architecture, matrices, set_matrices, targeted
+from lorafusion_jax.methods.vera import SharedUpdate
+from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.generate import generate
@@ -71,6 +68,7 @@ _DECODER = DecoderConfig(
 _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
 _UNROLLED = {"unroll": True, "remat": "none"}
 _SHAPE = Shape(4, 32, 8)
+_TASK = str(one_block.SMALL / "tasks" / "double_digit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,60 +90,45 @@ _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes a
 
 def _method(name: str, config: Architecture) -> Method:
     adapted = tuple(targeted(config, None).items())
-    composition = "mix" if name.endswith("mix") else "sum"
-    return {
-        "zero-shot": ZeroShot(),
-        "lorahub": LORAHUB,
-        "lora": LoRA(sites=adapted, rank=8),
-        "dora": LoRA(sites=adapted, rank=8, dora=True),
-        "vera": VeRA(sites=adapted, rank=24),
-        "magnitudes": Magnitudes(),
-        "full": FullFineTuning(),
-    }.get(name) or Fusion(composition=composition, magnitudes=name.startswith("fusion"))
+    alone = {"zero-shot": ZeroShot(), "full": FullFineTuning(), "lora": LoRA(sites=adapted, rank=8)}
+    alone["dora"] = LoRA(sites=adapted, rank=8, dora=True)
+    return alone.get(name) or Fusion(composition="mix" if name.endswith("mix") else "sum")
 
 
 @cache
 def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.GraphDef, Frozen]:
-    """Returns the model's structure and what is frozen, all zeros."""
+    """Return the model's structure and its frozen arrays, all zeros."""
     graph, base = nnx.split(abstract_model(config))
     base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
-    adapted = targeted(config, None)
-    columns = {n: jnp.zeros((s.layers, s.d_out)) for n, s in adapted.items()}
-    if name in ("dora", "magnitudes"):
-        return graph, Frozen(base, norms=columns)
-    if name == "vera":
-        width = max(site.d_out for site in adapted.values())
-        return graph, Frozen(base, prepared=Projections(jnp.zeros((config.d_model, 24)), jnp.zeros((24, width))))
-    if name in ("zero-shot", "lora", "full"):
-        return graph, Frozen(base)
-    modules, r, k = settings.pool or settings.recipe.modules, settings.rank, settings.recipe.basis
-    if k is not None:
-        basis = SharedBasis(
-            U={n: jnp.zeros((s.layers, s.d_in, k)) for n, s in adapted.items()},
-            V={n: jnp.zeros((s.layers, k, s.d_out)) for n, s in adapted.items()},
-            S={n: jnp.zeros((s.layers, modules, k, k)) for n, s in adapted.items()},
-            energy={n: jnp.zeros((s.layers, modules)) for n, s in adapted.items()},
-            rank={n: jnp.full((s.layers, modules), r) for n, s in adapted.items()},
-            names=tuple(map(str, range(modules))),
-            sites=tuple(adapted),
-        )
-        return graph, Frozen(base, basis, Gram(columns, {n: jnp.zeros(v.shape) for n, v in basis.V.items()}))
-    pool = LoraPool(
-        A={n: jnp.zeros((s.layers, modules, s.d_in, r)) for n, s in adapted.items()},
-        B={n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()},
-        rank={n: jnp.full((s.layers, modules), r) for n, s in adapted.items()},
-        names=tuple(map(str, range(modules))),
-    )
-    if settings.device == "accelerator":
-        cross = {n: jnp.zeros((s.layers, modules, s.d_out)) for n, s in adapted.items()}
-        pairs = {n: jnp.zeros((s.layers, modules * (modules + 1) // 2, s.d_out)) for n, s in adapted.items()}
-        return graph, Frozen(base, pool, PairTerms(columns, cross, pairs))
-    cross = {n: jnp.zeros((s.layers, modules, r, s.d_out)) for n, s in adapted.items()}
-    return graph, Frozen(base, pool, Gram(columns, cross))
+    pool, modules, r, k = None, settings.pool or settings.recipe.modules, settings.rank, settings.recipe.basis
+    shapes = {n: (s.layers, modules, s.d_in, s.d_out) for n, s in targeted(config, None).items()}
+    rank = {n: jnp.full((L, N), r) for n, (L, N, *_) in shapes.items()}
+    names = tuple(map(str, range(modules)))
+    if name.startswith("fusion") and k is None:
+        A = {n: jnp.zeros((L, N, d_in, r)) for n, (L, N, d_in, _) in shapes.items()}
+        B = {n: jnp.zeros((L, N, r, d_out)) for n, (L, N, _, d_out) in shapes.items()}
+        pool = LoraPool(A=A, B=B, rank=rank, names=names)
+    elif name.startswith("fusion"):
+        U = {n: jnp.zeros((L, d_in, k)) for n, (L, _, d_in, _) in shapes.items()}
+        V = {n: jnp.zeros((L, k, d_out)) for n, (L, *_, d_out) in shapes.items()}
+        S = {n: jnp.zeros((L, N, k, k)) for n, (L, N, *_) in shapes.items()}
+        energy = {n: jnp.zeros((L, N)) for n, (L, N, *_) in shapes.items()}
+        pool = SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(shapes))
+
+    def prepare() -> list[jax.Array]:
+        prepared = _method(name, config).prepare(Frozen(base, pool), kernels(nnx.merge(graph, base)))
+        trees.append(jax.tree.structure(prepared))
+        return jax.tree.leaves(prepared)
+
+    trees = []
+    with tiny.for_tpu() if settings.device == "accelerator" else nullcontext():
+        leaves = jax.eval_shape(prepare)
+    prepared = trees[0].unflatten([jnp.zeros(a.shape, a.dtype) for a in leaves])
+    return graph, dataclasses.replace(prepared, base=base, pool=pool)
 
 
 def _held_in(load_in: str, graph: nnx.GraphDef, frozen: Frozen) -> Frozen:
-    """Returns what is frozen, with base and pool in few bits."""
+    """Return frozen arrays with base and pool in few bits."""
     if load_in == "full":
         return frozen
     model = nnx.merge(graph, frozen.base)
@@ -171,7 +154,7 @@ def _state(name: str, config: Architecture, settings: Settings, seeds: int):
 
 
 def _problem(name: str, config: Architecture, settings: Settings, seed_mode: str = "batched"):
-    """Returns the problem of some weights and modules."""
+    """Return the problem of some weights and modules."""
     graph, _ = _frozen(name, config, settings)
     method = _method(name, config)
     return lambda frozen, index: Problem(graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode)
@@ -186,7 +169,7 @@ def _of_one(tree):
 
 
 def _compiled(fn, first, *rest, donate: bool = False):
-    """Returns the compiled program of `fn(first, *rest)`, whose arrays pass as leaves: types are checked of tracers."""
+    """Return the compiled program of `fn(first, *rest)`, whose arrays pass as leaves: types are checked of tracers."""
     leaves, tree = jax.tree.flatten(first)
     others, rest_tree = jax.tree.flatten(rest)
 
@@ -207,7 +190,7 @@ def _bytes(compiled) -> int:
 
 
 def _step(name: str, config: Architecture, settings: Settings):
-    """Returns the real step of one seed, compiled."""
+    """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
     state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
     problem, optimisation = _problem(name, config, settings), Optimisation(steps=9, clip=1.0)
@@ -218,50 +201,39 @@ def _step(name: str, config: Architecture, settings: Settings):
     return _compiled(step, state, _batch(_SHAPE), index, frozen, _of_one(_rates(name, config, 1)))
 
 
+_LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize(
-    ("name", "config"),
+    ("name", "config", "changes", "tolerance"),
     [
-        pytest.param("fusion-sum", _SMALL, marks=pytest.mark.long),
-        pytest.param("fusion-mix", _SMALL, marks=pytest.mark.long),
-        pytest.param("lora", _SMALL, marks=pytest.mark.long),
-        pytest.param("full", _SMALL, marks=pytest.mark.long),
-        ("fusion-sum", _DECODER),
-        pytest.param("full", _DECODER, marks=pytest.mark.long),
+        pytest.param("fusion-sum", _SMALL, {}, 0.1, marks=_LONG),
+        pytest.param("fusion-mix", _SMALL, {}, 0.1, marks=_LONG),
+        pytest.param("lora", _SMALL, {}, 0.1, marks=_LONG),
+        pytest.param("full", _SMALL, {}, 0.1, marks=_LONG),
+        ("fusion-sum", _DECODER, {}, 0.1),
+        pytest.param("full", _DECODER, {}, 0.1, marks=_LONG),
+        ("fusion", _SMALL, {"recipe": dataclasses.replace(_RECIPE, basis=32)}, 0.02),
+        # A sum that is formed as a matrix.
+        ("fusion-sum", _SMALL, {"rank": 32}, 0.1),
+        # Norms from pair terms, as accelerators compute them.
+        ("fusion-sum", _SMALL, {"device": "accelerator"}, 0.03),
+        pytest.param("fusion-sum", _SMALL, {"device": "accelerator", "rank": 32}, 0.1, marks=_LONG),
     ],
 )
-def test_flops_of_a_step(name, config):
-    trainable = trained_numbers(config, name, _SETTINGS)
-    found = step_flops(config, _SHAPE, update_of(name, _SETTINGS), trainable=trainable)
-    np.testing.assert_allclose(found, _flops(_step(name, config, _SETTINGS)), rtol=0.1)
-
-
-def test_flops_of_a_step_in_a_basis():
-    settings = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, basis=32))
-    update = update_of("fusion", settings)
-    assert isinstance(update, BasisUpdate) and update.width(_SMALL.sites["encoder.self.q"]) == 32
-    found = step_flops(_SMALL, _SHAPE, update, trainable=trained_numbers(_SMALL, "fusion", settings))
-    np.testing.assert_allclose(found, _flops(_step("fusion", _SMALL, settings)), rtol=0.02)
-
-
-def test_flops_of_a_sum_that_is_formed_as_a_matrix():
-    settings = dataclasses.replace(_SETTINGS, rank=32)
-    update = update_of("fusion-sum", settings)
-    found = step_flops(_SMALL, _SHAPE, update, trainable=trained_numbers(_SMALL, "fusion-sum", settings))
-    assert all(update.is_dense(site) for site in targeted(_SMALL, ("q", "v")).values())
-    np.testing.assert_allclose(found, _flops(_step("fusion-sum", _SMALL, settings)), rtol=0.1)
-
-
-@pytest.mark.parametrize("rank", [8, pytest.param(32, marks=pytest.mark.long)])
-def test_a_step_whose_norms_come_from_pair_terms(rank):
-    """As accelerators compute it, compiled for a CPU: factors of low rank, and a sum that is formed as a matrix."""
-    settings = dataclasses.replace(_SETTINGS, rank=rank, device="accelerator")
-    update, trainable = update_of("fusion-sum", settings), trained_numbers(_SMALL, "fusion-sum", settings)
-    compiled, (_, frozen) = _step("fusion-sum", _SMALL, settings), _frozen("fusion-sum", _SMALL, settings)
-    np.testing.assert_allclose(
-        step_flops(_SMALL, _SHAPE, update, trainable=trainable), _flops(compiled), rtol=0.03 if rank == 8 else 0.1
-    )
-    modules = sum(a.nbytes for a in jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram)))
-    assert pool_bytes(_SMALL, update) == modules
+def test_flops_of_a_step(name, config, changes, tolerance):
+    settings = dataclasses.replace(_SETTINGS, **changes)
+    update, trainable = update_of(name, settings), trained_numbers(config, name, settings)
+    found = step_flops(config, _SHAPE, update, trainable=trainable)
+    np.testing.assert_allclose(found, _flops(_step(name, config, settings)), rtol=tolerance)
+    if "recipe" in changes:
+        assert isinstance(update, BasisUpdate) and update.width(config.sites["encoder.self.q"]) == 32
+    elif "rank" in changes:
+        assert all(update.is_dense(site) for site in targeted(config, ("q", "v")).values())
+    if "device" in changes:
+        _, frozen = _frozen(name, config, settings)
+        arrays = jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram))
+        assert pool_bytes(config, update) == sum(a.nbytes for a in arrays)
 
 
 def test_pair_terms_are_planned_where_a_run_prepares_them():
@@ -416,9 +388,9 @@ def test_memory_of_generation(config, dtype, load_in):
     np.testing.assert_allclose(held + needed, _bytes(compiled), rtol=0.25)
 
 
-@pytest.mark.parametrize("config", [SHAPES["flan-t5-large"], SHAPES["t5-small"], _SMALL])
-@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wo")])
-def test_trainable_numbers_are_those_of_params(config, targets):
+@pytest.mark.parametrize("config", [SHAPES["t5-small"], _SMALL])
+def test_trainable_numbers_are_those_of_params(config):
+    targets = ("q", "k", "v", "o", "wo")
     recipe = _Numbers(modules=11, lora_rank=6, vera_rank=30, lora_targets=targets)
     settings = Settings(recipe=recipe, targets=targets)
     wanted = counts(config, modules=11, rank=6, vera_rank=30, targets=targets)
@@ -428,11 +400,11 @@ def test_trainable_numbers_are_those_of_params(config, targets):
     assert trained_numbers(config, "mean", settings) == trained_numbers(config, "zero-shot", settings) == 0
 
 
-@pytest.mark.parametrize("granularity", ["global", "block", "site", "rank"])
-def test_trainable_coefficients_are_those_of_the_pool(granularity):
-    _, frozen = _frozen("coefficients", _SMALL, _SETTINGS)
+@pytest.mark.parametrize(("granularity", "columns"), [("global", 1), ("block", 3), ("site", 8), ("rank", 8 * 8)])
+def test_trainable_coefficients_by_granularity(granularity, columns):
+    """Two encoder layers with q and v, a decoder layer with two attentions, rank 8."""
     settings = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, granularity=granularity))
-    assert trained_numbers(_SMALL, "coefficients", settings) == np.prod(shape(frozen.pool, 5, granularity))
+    assert trained_numbers(_SMALL, "coefficients", settings) == 5 * columns
 
 
 def test_a_workload_has_the_batches_of_training_and_evaluation():
@@ -487,12 +459,8 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
     work, recipe = _work(), dataclasses.replace(_RECIPE, basis=12)
 
     def cost(**changes):
-        return estimate(
-            _SMALL,
-            "fusion",
-            work,
-            dataclasses.replace(_SETTINGS, pool=60, recipe=dataclasses.replace(recipe, **changes)),
-        )
+        settings = dataclasses.replace(_SETTINGS, pool=60, recipe=dataclasses.replace(recipe, **changes))
+        return estimate(_SMALL, "fusion", work, settings)
 
     drawn, whole, inside = cost(), cost(choose="gradient"), cost(choose="basis-gradient")
     for ranked, (kind, rank) in ((whole, (SumUpdate, 8)), (inside, (BasisUpdate, 12))):
@@ -524,7 +492,7 @@ def test_few_bits_hold_base_and_pool_in_less():
     assert int8.pool_bytes < 0.75 * full.pool_bytes
 
 
-def test_a_plan_is_described():
+def test_a_plan_describes_its_runs_and_costs():
     out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=Recipe()))
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other." in out
     assert "lengths given, padded" in out and "| fusion    |    5 |   148,416 |" in out and "2.92 GiB" in out
@@ -533,8 +501,7 @@ def test_a_plan_is_described():
 
 
 def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
-    small = Path(__file__).resolve().parents[2] / "examples" / "small"
-    options = FuseOptions(base="flan-t5-large", task=str(small / "tasks" / "double_digit"), seeds=(1, 2), method="full")
+    options = FuseOptions(base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full")
     here, cpu, h100, v5e = (describe_run(options, name) for name in (None, "cpu", "h100", "v5e"))
     assert here in (cpu, h100, v5e) or "batched" in here
     assert "one after the other" in cpu and "float32 on a CPU" in cpu and "The process takes" in cpu
@@ -546,13 +513,13 @@ def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
 
 
 def test_named_modules_are_those_of_every_seed():
-    small = Path(__file__).resolve().parents[2] / "examples" / "small"
-    options = FuseOptions(base="t5-small", pool=str(small / "adapters"), task=str(small / "tasks" / "double_digit"))
-    named = dataclasses.replace(options, adapters=tuple(sorted(p.name for p in (small / "adapters").iterdir()))[:3])
+    adapters = one_block.SMALL / "adapters"
+    options = FuseOptions(base="t5-small", pool=str(adapters), task=_TASK)
+    named = dataclasses.replace(options, adapters=tuple(sorted(p.name for p in adapters.iterdir()))[:3])
 
     def pool(options: FuseOptions, *seeds: int) -> str:
-        said = describe_run(dataclasses.replace(options, seeds=seeds, method="coefficients"))
-        return next(line.split("|")[8].strip() for line in said.splitlines() if line.startswith("| coefficients"))
+        described = describe_run(dataclasses.replace(options, seeds=seeds, method="coefficients"))
+        return next(line.split("|")[8].strip() for line in described.splitlines() if line.startswith("| coefficients"))
 
     assert pool(named, 1) == pool(named, 1, 2, 3)
     drawn = dataclasses.replace(options, recipe=FusionRecipe(modules=3))
@@ -563,29 +530,25 @@ def test_named_modules_are_those_of_every_seed():
     ("method", "changes", "message"),
     [
         ("lorra", {}, "no method 'lorra': choose one of fusion, coefficients"),
-        ("fusion", {"rank": 0}, "rank is 0: wanted at least 1"),
-        ("lora", {"recipe": Recipe(epochs=0)}, "epochs is 0: wanted at least 1"),
+        ("fusion", {"rank": 0}, "rank is 0"),
+        ("lora", {"recipe": Recipe(epochs=0)}, "epochs is 0"),
         ("fusion", {"pool": 2}, "a pool of 2 for seeds that draw 5 modules each"),
         ("fusion", {"targets": ("q", "x")}, "targets are q x: choose of q k v o wi_0 wi_1 wo"),
-        (
-            "fusion",
-            {"recipe": FusionRecipe(modules=5, basis=129)},
-            "129 directions, but .* is 128 x 128: ask for at most 128",
-        ),
+        ("fusion", {"recipe": FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
         ("mean", {"recipe": FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
-        ("fusion", {"recipe": FusionRecipe(modules=5, basis=0)}, "basis is 0: wanted at least 1"),
+        ("fusion", {"recipe": FusionRecipe(modules=5, basis=0)}, "basis is 0"),
         ("fusion-mix", {"recipe": FusionRecipe(modules=5, basis=4)}, "a mix in a shared basis"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(method, changes, message):
+def test_methods_and_settings_that_cannot_be_planned_are_refused(method, changes, message):
     with pytest.raises(ValueError, match=message):
         estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
 
 
-def test_no_rows_or_tasks_are_refused():
+def test_a_plan_without_rows_or_tasks_is_refused():
     with pytest.raises(ValueError, match="t has no test rows: there is nothing to evaluate"):
         workload(Task("t", (Example("a", "b"),), (), "-"), _RECIPE)
-    with pytest.raises(ValueError, match="test_rows is 0: wanted at least 1"):
+    with pytest.raises(ValueError, match="test_rows is 0"):
         _work(test_rows=0)
     with pytest.raises(ValueError, match="a plan of 1 methods for 0 tasks: give at least one of each"):
         plan(_SMALL, ["lora"], {}, _SETTINGS)

@@ -18,8 +18,7 @@ from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.estimate import Settings
-from lorafusion_jax.estimates.parameters import trainable_count
-from lorafusion_jax.estimates.params import counts
+from lorafusion_jax.estimates.params import counts, trainable_count
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
 from lorafusion_jax.methods import METHODS, fields_of, find, register

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from lorafusion_jax.estimates.parameters import size
-from lorafusion_jax.estimates.params import counts, shape_config
+from lorafusion_jax.estimates.params import counts, shape_config, size
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.decoder.shapes import SHAPES
 from lorafusion_jax.models.registry import recorded_config

@@ -16,7 +16,7 @@ from ...methods.entry import Matrix, Update, module
 from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, Site, stack_of, targeted
 from ...training.recipe import Recipe
-from ..flops import Shape, forward_flops, keys, step_flops, tokens
+from ..flops import Shape, adapted, forward_flops, head_flops, products, row_tokens, step_flops, tokens
 from ..workload import Workload, uniform
 from .methods import BilledMethod, base_matrices, methods
 from .options import CostOptions
@@ -39,7 +39,7 @@ class Work(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """What is there before any task.
+    """Matrices and tables that exist before any task.
 
     Attributes:
       counts: counts of the matrices in arrays.
@@ -59,7 +59,7 @@ class Activity:
     Attributes:
       method: name of the method.
       trainable: number of trained numbers.
-      written: cells of the task's own matrices, all of which a programming pass writes.
+      written: cells of the task's own matrices; a programming pass writes them all.
       passes: programming passes for the task; 0 if the task writes no cells.
       installed_words: words that putting the finished task in place writes to memory or reads there.
       installed_macs: digital multiply-adds of that.
@@ -86,12 +86,7 @@ class Activity:
 
 
 def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
-    """Return the counts of every method for one task.
-
-    Args:
-      config: the base model.
-      crossbar: the arrays.
-      options: the other assumptions; the shape and arrays in it are not used.
+    """Return the counts of every method for one task; the shape and arrays in the options are not used.
 
     Raises:
       ValueError: the model lacks one of the targets.
@@ -113,26 +108,23 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
     Tables are the norm's terms: A_n^T W of whole modules, U^T W of a basis, and ||W||^2. A basis has all S_n too, whose
     own computation is left out.
     """
-    adapted, P, r = targeted(config, options.targets), options.stored, options.rank
+    sites, P, r = targeted(config, options.targets), options.stored, options.rank
 
-    def norm_terms(rank: int) -> dict[str, int]:
-        sites = adapted.values()
-        return {
-            "words": sum(site.layers * (rank + 1) * site.d_out for site in sites),
-            "macs": sum(site.layers * (rank + 1) * site.d_in * site.d_out for site in sites),
-        }
+    def standing(rank: int, matrices: Counts, cores: int = 0) -> Standing:
+        """Return matrices with the terms of the norms of updates of a rank."""
+        terms = [(site.layers * (rank + 1) * site.d_out, site.d_in) for site in sites.values()]
+        words, macs = sum(count for count, _ in terms), sum(count * d_in for count, d_in in terms)
+        return Standing(matrices, words + cores, macs)
 
-    matrices = sum(site.layers for site in adapted.values())
-    own, together = _standing(adapted, module(r), crossbar) * P, _standing(adapted, module(P * r), crossbar)
     found = {
-        "base": Standing(_sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))),
-        f"pool of {P}, each module on its own": Standing(own, **norm_terms(P * r)),
-        f"pool of {P}, side by side": Standing(together, **norm_terms(P * r)),
-        "VeRA's random matrices": Standing(_shared(adapted, module(options.vera_rank), crossbar)),
+        "base": Standing(_of_base(config, crossbar)),
+        f"pool of {P}, each module on its own": standing(P * r, _standing(sites, module(r), crossbar) * P),
+        f"pool of {P}, side by side": standing(P * r, _standing(sites, module(P * r), crossbar)),
+        "VeRA's random matrices": Standing(_shared(sites, module(options.vera_rank), crossbar)),
     }
+    cores = sum(site.layers for site in sites.values()) * P
     for k in options.bases:
-        basis = Standing(_standing(adapted, module(k), crossbar), **norm_terms(k))
-        found[f"basis of {k} of {P} modules"] = basis._replace(words=basis.words + matrices * P * k**2)
+        found[f"basis of {k} of {P} modules"] = standing(k, _standing(sites, module(k), crossbar), cores * k**2)
     return found
 
 
@@ -144,12 +136,10 @@ def _activity(
     options: CostOptions,
     work: Workload,
 ) -> Activity:
-    adapted = _adapted(method, config)
+    sites = adapted(config, method.update)
     place = _shared if method.shared else _standing
-    adapters = place(adapted, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
-    written = adapters
-    if method.update.trains_base:
-        written = _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
+    adapters = place(sites, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
+    written = _of_base(config, crossbar) if method.update.trains_base else adapters
     base_training, update_training = _training(method, config, crossbar, work)
     row = Shape(1, options.source, options.target)
     return Activity(
@@ -162,14 +152,10 @@ def _activity(
         adapters=adapters,
         base_training=base_training,
         update_training=update_training,
-        source=_token(method, config, crossbar, adapted, row, generated=False),
-        generated=_token(method, config, crossbar, adapted, row, generated=True),
-        stages=_stages(method, config, adapted),
+        source=_token(method, config, crossbar, row, generated=False),
+        generated=_token(method, config, crossbar, row, generated=True),
+        stages=_stages(method, config),
     )
-
-
-def _adapted(method: BilledMethod, config: Architecture) -> Mapping[str, Site]:
-    return {} if method.update.trains_base else targeted(config, method.update.targets)
 
 
 def _training(
@@ -192,56 +178,42 @@ def _passes(
     method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, steps: Counter[Shape], forward: Counter[Shape]
 ) -> tuple[Work, Work]:
     """Return the work of the base, and the work that a method adds, of training steps and of forward passes alone."""
-    none, update, adapted = Update(), method.update, _adapted(method, config)
-    base_flops = sum(n * step_flops(config, shape, none, trainable=0) for shape, n in steps.items())
-    base_flops += sum(n * forward_flops(config, shape, none) for shape, n in forward.items())
-    flops = sum(n * step_flops(config, shape, update, trainable=method.trainable) for shape, n in steps.items())
-    flops += sum(n * forward_flops(config, shape, update) for shape, n in forward.items()) - base_flops
+    none, update, sites = Update(), method.update, adapted(config, method.update)
+
+    def flops(update: Update, trainable: int) -> float:
+        trained = sum(n * step_flops(config, shape, update, trainable=trainable) for shape, n in steps.items())
+        return trained + sum(n * forward_flops(config, shape, update) for shape, n in forward.items())
+
+    base_flops = flops(none, 0)
+    update_flops = flops(update, method.trainable) - base_flops
     base_reads = update_reads = Counts()
     if not update.trains_base:
         for shape, n in (steps + forward).items():
-            base_reads += _read(config.sites, lambda site: [(site.d_in, site.d_out)], crossbar, shape) * n
-            base_flops -= n * sum(
-                2 * tokens(site.reads, shape) * site.layers * site.d_in * site.d_out for site in config.sites.values()
-            )
+            base_reads += _read(config.sites, _kernel, crossbar, shape) * n
+            base_flops -= n * products(config.sites.values(), shape)
             if not config.tied:
                 base_reads += counts(config.head, crossbar) * (n * shape.rows * shape.target)
-                base_flops -= n * 2 * shape.rows * shape.target * math.prod(config.head)
+                base_flops -= n * head_flops(config, shape)
             if method.trains_in == "arrays":
-                update_reads += _read(adapted, method.matrices, crossbar, shape) * n
-                flops -= n * sum(
-                    2 * tokens(site.reads, shape) * site.layers * update.width(site) * (site.d_in + site.d_out)
-                    for site in adapted.values()
-                )
-    macs = flops / 2
+                update_reads += _read(sites, method.matrices, crossbar, shape) * n
+                update_flops -= 2 * n * _of_tokens(sites, lambda s: update.width(s) * (s.d_in + s.d_out), shape)
+    macs = update_flops / 2
     if method.evaluations:  # the arrays' outputs are mixed, where `estimates.flops` counts mixing the weights
-        macs = float(
-            sum(
-                n * tokens(site.reads, shape) * site.layers * method.macs(site)
-                for shape, n in forward.items()
-                for site in adapted.values()
-            )
-        )
-    tables = sum(site.layers * method.tables(site) for site in adapted.values())
+        macs = float(sum(n * _of_tokens(sites, method.macs, shape) for shape, n in forward.items()))
+    tables = sum(site.layers * method.tables(site) for site in sites.values())
     words = _OPTIMISER_WORDS * method.trainable * steps.total() + tables * (steps + forward).total()
     return Work(base_reads, base_flops / 2, 0), Work(update_reads, macs, words)
 
 
 def _token(
-    method: BilledMethod,
-    config: Architecture,
-    crossbar: CrossbarConfig,
-    adapted: Mapping[str, Site],
-    row: Shape,
-    *,
-    generated: bool,
+    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, row: Shape, *, generated: bool
 ) -> Work:
     """Return the work of one token of a row, read or generated."""
-    one = Shape(1, 0, 1) if generated else Shape(1, 1, 0)
-    reads = _read(config.sites, lambda site: [(site.d_in, site.d_out)], crossbar, one)
+    one, sites = Shape(1, 0, 1) if generated else Shape(1, 1, 0), adapted(config, method.update)
+    reads = _read(config.sites, _kernel, crossbar, one)
     # Scores and the weighted sum of values, for every position that an attention attends to.
     macs = words = sum(
-        2 * stack.layers * keys(attention, row) * attention.heads * attention.d_head
+        2 * stack.layers * row_tokens(attention, row) * attention.heads * attention.d_head
         for stack in config.stacks.values()
         if ("target" if generated else "source") in stack.reads
         for attention in stack.attentions
@@ -251,22 +223,19 @@ def _token(
     elif generated:
         reads += counts(config.head, crossbar)
     if method.stays_in == "arrays":
-        reads += _read(adapted, method.matrices, crossbar, one)
-    macs += sum(tokens(site.reads, one) * site.layers * method.macs(site) for site in adapted.values())
-    words += sum(tokens(site.reads, one) * site.layers * method.words(site) for site in adapted.values())
-    return Work(reads, macs, words)
+        reads += _read(sites, method.matrices, crossbar, one)
+    return Work(reads, macs + _of_tokens(sites, method.macs, one), words + _of_tokens(sites, method.words, one))
 
 
-def _stages(
-    method: BilledMethod, config: Architecture, adapted: Mapping[str, Site]
-) -> dict[frozenset[tuple[Matrix, ...]], int]:
+def _stages(method: BilledMethod, config: Architecture) -> dict[frozenset[tuple[Matrix, ...]], int]:
     """Return the stages of a generated token: in every layer one stage after the other, then the head."""
+    sites = adapted(config, method.update)
     chains: dict[tuple[str, str], set[tuple[Matrix, ...]]] = {}
     for name, site in config.sites.items():
         if "target" in site.reads:
             stage = chains.setdefault((stack_of(name), site.stage), set())
             stage.add(((site.d_in, site.d_out),))
-            if name in adapted and method.stays_in == "arrays":
+            if name in sites and method.stays_in == "arrays":
                 stage.add(tuple(method.matrices(site)[:2]))
     stages: Counter[frozenset[tuple[Matrix, ...]]] = Counter()
     for (stack, _), stage in chains.items():
@@ -276,32 +245,41 @@ def _stages(
     return dict(stages)
 
 
+def _kernel(site: Site) -> list[Matrix]:
+    return [(site.d_in, site.d_out)]
+
+
+def _of_tokens(sites: Mapping[str, Site], work: Callable[[Site], int], shape: Shape) -> int:
+    """Return the work at all sites for a batch, from that of one token at one matrix."""
+    return sum(tokens(site.reads, shape) * site.layers * work(site) for site in sites.values())
+
+
 def _read(
-    of: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig, shape: Shape
+    sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig, shape: Shape
 ) -> Counts:
     """Return the counts of reading the sites' matrices with every token of a batch that they multiply."""
-    return _sum(
-        counts(matrix, crossbar) * (n * site.layers * tokens(site.reads, shape))
-        for site in of.values()
-        for matrix, n in Counter(matrices(site)).items()
-    )
+    return _sum(_standing({"": site}, matrices, crossbar) * tokens(site.reads, shape) for site in sites.values())
 
 
 def _standing(
-    adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig
+    sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig
 ) -> Counts:
     """Return the counts of the sites' matrices, each in separate arrays."""
     return _sum(
         counts(matrix, crossbar) * (n * site.layers)
-        for site in adapted.values()
+        for site in sites.values()
         for matrix, n in Counter(matrices(site)).items()
     )
 
 
-def _shared(adapted: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
+def _shared(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
     """Return the counts of shared matrices that are large enough for every site."""
-    widest = Site(1, max(site.d_in for site in adapted.values()), max(site.d_out for site in adapted.values()))
+    widest = Site(1, max(site.d_in for site in sites.values()), max(site.d_out for site in sites.values()))
     return _sum(counts(matrix, crossbar) for matrix in matrices(widest))
+
+
+def _of_base(config: Architecture, crossbar: CrossbarConfig) -> Counts:
+    return _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
 
 
 def _sum(of: Iterable[Counts]) -> Counts:

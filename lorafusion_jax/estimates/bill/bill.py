@@ -20,7 +20,7 @@ from .options import CostOptions
 
 
 class Once(NamedTuple):
-    """Cost of what is there before any task.
+    """Cost of the matrices and tables that exist before any task.
 
     Attributes:
       arrays: number of arrays.
@@ -71,22 +71,11 @@ class Bill(NamedTuple):
         """Energy until the task is learned and installed."""
         return self.install + self.update + self.base
 
-    @property
-    def task(self) -> Range:
-        """Energy of the task: learning it, and its tokens."""
-        return self.learning + self.inference
-
 
 def bills(
     config: Architecture, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
 ) -> dict[str, Bill]:
-    """Return the bill of every method, by its name.
-
-    Args:
-      config: the base model.
-      crossbar: the arrays.
-      options: the other assumptions; the shape and arrays in it are not used.
-      constants: constants of devices, converters and digital logic.
+    """Return the bill of every method, by its name; the shape and arrays in the options are not used.
 
     Raises:
       ValueError: `activities` or `read_energy` raises it.
@@ -96,7 +85,7 @@ def bills(
 
 
 def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS) -> Bill:
-    """Return the bill of one method from its counts; the arguments are those of `bills`."""
+    """Return the bill of one method from its counts."""
     written = write_cost(activity.written, constants, passes=activity.passes)
     source, generated = (token_energy(work, crossbar, constants) for work in (activity.source, activity.generated))
     per_token = generated.total + source.total * (options.source / options.target)
@@ -119,7 +108,7 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
 
 
 def price_once(standing: Standing, constants: Constants = CONSTANTS) -> Once:
-    """Return the cost of what is there before any task."""
+    """Return the cost of matrices and tables that exist before any task."""
     tables = _shared_macs(constants) * standing.macs + constants["word_energy"] * standing.words
     return Once(standing.counts.arrays, write_cost(standing.counts, constants), standing.words, tables)
 

@@ -1,9 +1,10 @@
 """Comparison of LoRA written into cells with LoRAFusion: savings per task, and tokens until break-even."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ...crossbar import CONSTANTS, Constants, Counts, CrossbarConfig, Range
 from .activity import Activity, Work
@@ -11,6 +12,7 @@ from .bill import price, token_energy
 from .options import CostOptions
 
 _WRITING = ("cell_write_energy",)
+_LEVELS: tuple[Literal["low", "typical", "high"], ...] = ("low", "typical", "high")
 
 
 class Comparison(NamedTuple):
@@ -39,50 +41,38 @@ class Comparison(NamedTuple):
     break_even: Range
 
 
-def compare(
-    lora: Activity,
-    fusion: Activity,
-    crossbar: CrossbarConfig,
-    options: CostOptions,
-    constants: Constants = CONSTANTS,
-) -> Comparison:
-    """Return the comparison of a method that writes cells with one that reads more.
+def comparisons(
+    found: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
+) -> dict[str, Comparison]:
+    """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool, and by its bases."""
+    lora, layouts = found["LoRA in cells"], [name for name in found if name.startswith("LoRAFusion")]
+    return {name: _compare(lora, found[name], crossbar, options, constants) for name in layouts}
 
-    Args:
-      lora: the method that writes cells for the task.
-      fusion: the method that writes no cells.
-      crossbar: the arrays.
-      options: lengths of a row.
-      constants: constants of devices, converters and digital logic.
-    """
-    rest = [name for name in constants.table if name not in _WRITING]
+
+def _compare(
+    lora: Activity, fusion: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants
+) -> Comparison:
+    """Return the comparison of a method that writes cells with one that reads more."""
+    others = [name for name in constants.table if name not in _WRITING]
     ends: dict[tuple[str, str], tuple[float, float, float, float]] = {}
-    for writing in ("low", "typical", "high"):
-        for other in ("low", "typical", "high"):
-            fixed = constants.pinned(writing, *_WRITING).pinned(other, *rest)
-            a, b = (price(each, crossbar, options, fixed) for each in (lora, fusion))
-            ends[writing, other] = (
-                a.install.typical / b.install.typical,
-                (a.install + a.update).typical / (b.install + b.update).typical,
-                a.learning.typical / b.learning.typical,
-                a.written.energy.typical / a.learning.typical,
-            )
-    cells = [Range(*(ends[writing, "typical"][i] for writing in ("low", "typical", "high"))) for i in range(3)]
-    every = [sorted(found[i] for found in ends.values()) for i in (2, 3)]
-    ratio, share = (
-        Range(found[0], ends["typical", "typical"][i], found[-1]) for i, found in zip((2, 3), every, strict=True)
+    for writing, other in itertools.product(_LEVELS, _LEVELS):
+        fixed = constants.pinned(writing, *_WRITING).pinned(other, *others)
+        a, b = (price(each, crossbar, options, fixed) for each in (lora, fusion))
+        ends[writing, other] = (
+            a.install.typical / b.install.typical,
+            (a.install + a.update).typical / (b.install + b.update).typical,
+            a.learning.typical / b.learning.typical,
+            a.written.energy.typical / a.learning.typical,
+        )
+    over_cells = zip(*(ends[level, "typical"] for level in _LEVELS), strict=True)
+    install, with_update, learning, _ = itertools.starmap(Range, over_cells)
+    _, _, ratio, share = (
+        Range(min(values), typical, max(values))
+        for typical, *values in zip(ends["typical", "typical"], *ends.values(), strict=True)
     )
     extra = _extra(lora, fusion, crossbar, options, constants)
     saved = _difference(*(price(each, crossbar, options, constants).install for each in (lora, fusion)))
-    return Comparison(
-        install=cells[0],
-        with_update=cells[1],
-        learning=cells[2],
-        learning_all=ratio,
-        writing_share=share,
-        extra_per_token=extra,
-        break_even=_quotient(saved, extra),
-    )
+    return Comparison(install, with_update, learning, ratio, share, extra, _quotient(saved, extra))
 
 
 def _extra(
@@ -114,11 +104,3 @@ def _quotient(a: Range, b: Range) -> Range:
     """Return a quotient that is infinite where the divisor is zero."""
     ends = (a.low, b.high), (a.typical, b.typical), (a.high, b.low)
     return Range(*(above / below if below else math.inf for above, below in ends))
-
-
-def comparisons(
-    found: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
-) -> dict[str, Comparison]:
-    """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool, and by its bases."""
-    lora, layouts = found["LoRA in cells"], [name for name in found if name.startswith("LoRAFusion")]
-    return {name: compare(lora, found[name], crossbar, options, constants) for name in layouts}

@@ -6,7 +6,7 @@ from ...methods import METHODS
 from ...methods.entry import Billed, CostLayout, Matrix, MethodEntry, PlannedPool, Update
 from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, targeted
-from ..parameters import trainable_count
+from ..params import trainable_count
 from .options import CostOptions
 
 

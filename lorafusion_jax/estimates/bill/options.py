@@ -56,12 +56,12 @@ class CostOptions:
         at_least(1, **{name: getattr(self, name) for name in (*numbers, "source", "target", "evaluations")})
         if self.stored < self.modules:
             raise ValueError(
-                f"a pool of {self.pool_size} modules, of which {self.modules} are fused: it needs at least as many"
+                f"pool_size is {self.pool_size}: expected at least {self.modules}, the number of modules that are fused"
             )
         for k in self.bases:
             if not 1 <= k <= self.stored * self.rank:
                 raise ValueError(
-                    f"a basis of {k} directions: wanted 1 to {self.stored * self.rank}, the rank of the sum of "
+                    f"a basis of {k} directions: expected 1 to {self.stored * self.rank}, the rank of the sum of "
                     f"{self.stored} modules of rank {self.rank}"
                 )
 

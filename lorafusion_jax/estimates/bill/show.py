@@ -105,7 +105,7 @@ def sentences(
         arrays = [bills[name].adapter_arrays for name in (f"LoRAFusion, basis of {k}", *_LAYOUTS)]
         lines.append(
             f"A basis of {k} for {options.modules} modules of rank {options.rank}, k / (N r) = "
-            f"{k / (options.modules * options.rank):.3g}: {arrays[0]:,} arrays in place of {arrays[1]:,}, or of "
+            f"{k / (options.modules * options.rank):.3g}: {arrays[0]:,} arrays instead of {arrays[1]:,}, or of "
             f"{arrays[2]:,} side by side."
         )
     for name, c in found.items():
