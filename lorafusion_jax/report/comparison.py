@@ -49,7 +49,7 @@ def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
 def plot_against_trainable(scores: Scores, path: Path, *, title: str = "") -> None:
     """Draw mean exact match, with its 95 % interval, against trainable numbers: every method a point with its name.
 
-    The axis is logarithmic; methods that train nothing stand on a place of their own left of it.
+    The axis is logarithmic; methods that train nothing stand to its left.
 
     Raises:
       ValueError: no method has every task; matplotlib is not installed.

@@ -46,7 +46,7 @@ def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ValueError(f"plots need {error.name}, which is not installed: pip install -e '.[plots]'") from error
-    # Not pyplot: a figure of its own draws with Agg and leaves no state behind.
+    # Not pyplot: a separate figure draws with Agg and leaves no state behind.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)  # which can measure texts before they are drawn

@@ -1,7 +1,7 @@
 """A table as Markdown, CSV, LaTeX and HTML.
 
-A column knows what its cells are, so that readers get "44.8 ± 1.5" and CSV gets two numbers. An empty cell is a dash,
-and nothing in CSV.
+The kind of a column determines how its cells are written: "44.8 ± 1.5" for readers, two numbers in CSV. An empty cell
+is a dash, and nothing in CSV.
 """
 
 import csv
@@ -10,37 +10,23 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from .. import text_tables
 
 EMPTY = "–"
-Kind = Literal[
-    "text",
-    "spread",
-    "interval",
-    "percent",
-    "points",
-    "nats",
-    "more nats",
-    "nats interval",
-    "count",
-    "counts",
-    "seconds",
-    "p",
-]
 
 
 class Column(NamedTuple):
-    """A heading, and what the cells below are: a key of `_KINDS`."""
+    """A heading, and the kind of the cells below: a key of `_KINDS`."""
 
     name: str
-    kind: Kind
+    kind: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, lines of as many cells (None: empty), and what the table is of. The first column names the lines."""
+    """Columns, lines of as many cells (None: empty), and a caption. The first column names the lines."""
 
     caption: str
     columns: Sequence[Column]
@@ -54,11 +40,9 @@ class Table:
     @property
     def texts(self) -> list[list[str]]:
         """Headings, then the cells of every line, as they are read."""
+        kinds = [_KINDS[column.kind] for column in self.columns]
         cells = [
-            [
-                EMPTY if cell is None else _KINDS[column.kind].text(cell)
-                for column, cell in zip(self.columns, line, strict=True)
-            ]
+            [EMPTY if cell is None else kind.text(cell) for kind, cell in zip(kinds, line, strict=True)]
             for line in self.lines
         ]
         return [[column.name for column in self.columns], *cells]
@@ -74,12 +58,12 @@ def csv_text(table: Table) -> str:
     """Return CSV with numbers as they are: a column for each number of a cell, lines ended by a newline."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column.name + part for column in table.columns for part in _KINDS[column.kind].parts])
+    parts = [_KINDS[column.kind].parts for column in table.columns]
+    writer.writerow([column.name + part for column, of in zip(table.columns, parts, strict=True) for part in of])
     for line in table.lines:
         numbers: list[Any] = []
-        for column, cell in zip(table.columns, line, strict=True):
-            parts = _KINDS[column.kind].parts
-            numbers += [None] * len(parts) if cell is None else [cell] if len(parts) == 1 else cell
+        for of, cell in zip(parts, line, strict=True):
+            numbers += [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
         writer.writerow([f"{number:.6g}" if isinstance(number, float) else number for number in numbers])
     return text.getvalue()
 
@@ -88,23 +72,20 @@ def latex(table: Table) -> str:
     """Return a table for LaTeX with the booktabs package."""
     first, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in table.texts]
     alignment = "".join("l" if column.kind == "text" else "r" for column in table.columns)
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex(table.caption)}}}",
-            rf"\begin{{tabular}}{{{alignment}}}",
-            r"\toprule",
-            first,
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    body = "\n".join(lines)
+    return rf"""% needs \usepackage{{booktabs}}
+\begin{{table}}
+\centering
+\caption{{{_latex(table.caption)}}}
+\begin{{tabular}}{{{alignment}}}
+\toprule
+{first}
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\end{{table}}
+"""
 
 
 def html_table(table: Table) -> str:

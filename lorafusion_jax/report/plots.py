@@ -23,7 +23,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
     """Draw exact match per task and method as bars, with the seeds as dots and their spread.
 
     Raises:
-      ValueError: as `markdown_table` does; matplotlib is not installed.
+      ValueError: as for `markdown_table`; matplotlib is not installed.
     """
     methods, scores = seed_scores(rows, apart)
     width = 0.84 / len(methods)
@@ -63,14 +63,8 @@ def plot_learning_curves(
 ) -> None:
     """Draw the loss against the step, a panel a task: every seed as a thin line, their mean as a thick one.
 
-    The axis of the loss is logarithmic.
-
-    Args:
-      metrics: task -> method -> lines of metrics.jsonl; those with `key` count. A method without any
-        has no curve, but keeps its colour from the methods behind it, as in the plot of accuracy.
-      path: of the PNG.
-      key: what is drawn.
-      title: above all panels.
+    The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method; those with `key`
+    are drawn. A method without any has no curve, but takes a colour, as in the plot of accuracy.
 
     Raises:
       ValueError: there is nothing to draw; matplotlib is not installed.
@@ -79,7 +73,7 @@ def plot_learning_curves(
     curves = {task: {m: _curves(lines, key) for m, lines in by_method.items()} for task, by_method in metrics.items()}
     drawn = [m for m in methods if any(by_method.get(m) for by_method in curves.values())]
     if not drawn:
-        raise ValueError(f"no learning curves: wanted lines with step, seed and {key}")
+        raise ValueError(f"no learning curves: give lines with step, seed and {key}")
     columns = min(len(curves), 3 if len(curves) <= 6 else 4)
     rows = math.ceil(len(curves) / columns)
 
@@ -118,10 +112,8 @@ def plot_coefficients(
       ValueError: the names do not fit the coefficients; matplotlib is not installed.
     """
     if coefficients.shape != (len(modules), len(columns)):
-        raise ValueError(
-            f"coefficients are {list(coefficients.shape)}, names are for {[len(modules), len(columns)]}: wanted a "
-            "name for every row and column"
-        )
+        names = [len(modules), len(columns)]
+        raise ValueError(f"expected names for every row and column of {list(coefficients.shape)}, got {names}")
     order = np.argsort(-np.abs(coefficients).sum(axis=1))
     shown, names = coefficients[order], [modules[int(i)] for i in order]
     limit = float(np.abs(shown).max()) or 1.0

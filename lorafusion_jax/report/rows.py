@@ -1,7 +1,7 @@
 """Rows of a results file: JSON lines, one for each task, method, league and seed, that only ever grows.
 
-A process that is killed while it appends leaves a last line without its end. Readers pass over it, and who appends
-next removes it, so an interrupted matrix goes on with the rows that `done` does not name.
+A process that is killed while it appends leaves a last line without its end. Readers ignore that line, and the next
+append removes it, so an interrupted matrix continues with the rows that `done` does not name.
 """
 
 import fcntl
@@ -35,7 +35,7 @@ class Row(TypedDict):
     seed: _Count
     exact_match: float  # percent, of `correct`
     option_accuracy: float | None  # percent, of `option_correct`
-    loss: float | None  # null also where it was not finite, which JSON cannot say
+    loss: float | None  # null also where it was not finite
     correct: _Marks
     option_correct: _Marks | None
     trainable: _Count
@@ -44,26 +44,24 @@ class Row(TypedDict):
     backward_rows: _Count
     seconds: Annotated[float, msgspec.Meta(ge=0, description="seconds")]
     config: dict[str, Any]
-    data_sha256: Annotated[
-        str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")
-    ]  # of rows
+    data_sha256: _Digest  # of the task's rows
     versions: dict[str, str]
     device: _Name
     cores: _Count
 
 
 def key(row: Mapping[str, Any]) -> Key:
-    """Return what a row is the result of: task, method, league, seed."""
+    """Return task, method, league and seed of a row, which identify it."""
     return row["task"], row["method"], row["league"], row["seed"]
 
 
 def done(rows: Iterable[Mapping[str, Any]]) -> set[Key]:
-    """Return the task, method, league and seed of every row: what need not run again."""
+    """Return the key of every row: these results need not be computed again."""
     return {key(row) for row in rows}
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file; a last line that was cut off is none.
+    """Return the rows of a file, without a last line that was cut off.
 
     Raises:
       ValueError: a line is not a row; the message names file, line and fault.
@@ -73,10 +71,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a file, which is made if it is not there, and return when they are on disk.
+    """Add rows to a file, which is made if it does not exist, and return when they are on disk.
 
-    Processes that append at the same time wait for each other. What the file held stays as it is, but for a last
-    line that was cut off, which goes. A loss that is not finite is written as null.
+    Processes that append at the same time wait for each other. Only a last line that was cut off is removed. A loss
+    that is not finite is written as null.
 
     Raises:
       ValueError: a row lacks a key or has a wrong value, or the file is a link; nothing is written.
@@ -93,7 +91,8 @@ def append_lines(path: Path, lines: Sequence[bytes]) -> None:
         check_no_link(path)
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            last = _last_line(file.fileno())
+            file.seek(0)
+            last = file.read().rpartition(b"\n")[2]  # empty if the last line has its end
             if is_object(last):
                 lines = [b"\n", *lines]
             elif last:
@@ -121,9 +120,9 @@ def merge(files: Sequence[Path]) -> list[Row]:
                 )
             kept, origin = merged.setdefault(key(row), (row, path))
             if kept != row:
-                differing = ", ".join(name for name in Row.__annotations__ if kept[name] != row[name])
+                differing = ", ".join(field for field in Row.__annotations__ if kept[field] != row[field])
                 raise ValueError(
-                    f"{_name(row)} has two results, in {origin} and {path}, which differ in {differing}: remove one"
+                    f"{name(row)} has two results, in {origin} and {path}, which differ in {differing}: remove one"
                 )
     return [row for row, _ in merged.values()]
 
@@ -136,19 +135,11 @@ def _line(row: Mapping[str, Any], where: str) -> bytes:
     try:
         return json.dumps(checked, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}, {_name(row)}: JSON cannot hold it: {error}") from error
+        raise ValueError(f"{where}, {name(row)}: JSON cannot hold it: {error}") from error
 
 
-def _last_line(descriptor: int) -> bytes:
-    """Return what lies behind the last newline of a file: nothing, unless its last line has no end."""
-    size, tail = os.fstat(descriptor).st_size, b""
-    while b"\n" not in tail and len(tail) < size:
-        length = min(65536, size - len(tail))
-        tail = os.pread(descriptor, length, size - len(tail) - length) + tail
-    return tail.rpartition(b"\n")[2]
-
-
-def _name(row: Mapping[str, Any]) -> str:
+def name(row: Mapping[str, Any]) -> str:
+    """Return the same in words."""
     return f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"
 
 
@@ -156,14 +147,13 @@ def _checked(row: dict[str, Any], where: str) -> Row:
     structured(row, Row, where, fix="fix the row; what describes the run belongs into config")
     for percent, marks in (("exact_match", "correct"), ("option_accuracy", "option_correct")):
         if (row[percent] is None) != (row[marks] is None):
-            raise FileError(where, got=f"only one of {percent} and {marks} is null", fix="wanted both or none")
+            raise FileError(where, got=f"only one of {percent} and {marks} is null", fix="give both or neither")
         if row[marks] is not None:
             share = 100 * row[marks].count("1") / len(row[marks])
             if abs(share - row[percent]) > 0.051:  # percent may be rounded to a decimal
-                raise FileError(
-                    where, field=percent, got=f"{row[percent]}, but {marks} says {share:.2f}", fix="fix the row"
-                )
+                got = f"{row[percent]}, but {marks} gives {share:.2f}"
+                raise FileError(where, field=percent, got=got, fix="fix the row")
     if row["option_correct"] is not None and len(row["option_correct"]) != len(row["correct"]):
         lengths = f"{len(row['option_correct'])} test rows in option_correct, {len(row['correct'])} in correct"
-        raise FileError(where, got=lengths, fix="wanted a character for each in both")
+        raise FileError(where, got=lengths, fix="give a character for each in both")
     return cast(Row, row)

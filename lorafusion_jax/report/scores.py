@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from .rows import Row
+from .rows import Row, key, name
 from .statistics import OverTasks, Paired, Summary, over_tasks, paired, spread, summary
 
 Marks = Literal["correct", "option_correct"]
@@ -103,9 +103,8 @@ class Scores:
         return [np.array([[mark == "1" for mark in answers] for answers in by_seed]) for by_seed in by_task]
 
     def _all_answers(self, method: str, tasks: Sequence[str], marks: Marks) -> Answers | None:
-        cells = [self._cells.get((method, task), {}) for task in tasks]
         seeds = self._seeds(method, tasks)
-        if not seeds or any(cell[seed][marks] is None for cell in cells for seed in seeds):
+        if not seeds or any(self._cells[method, task][seed][marks] is None for task in tasks for seed in seeds):
             return None
         return self._answers(method, tasks, seeds, marks)
 
@@ -114,7 +113,7 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
     """Return the results of each league, in the order in which the leagues first occur.
 
     Raises:
-      ValueError: there are no rows, one result is there twice, or rows of one task have different numbers of test rows.
+      ValueError: there are no rows, a result occurs twice, or rows of one task have different numbers of test rows.
     """
     if not rows:
         raise ValueError("no results to report: give at least one row")
@@ -124,11 +123,9 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
         first = items.setdefault(row["task"], row)
         if len(first["correct"]) != len(row["correct"]):
             found = f"{len(first['correct'])} ({first['method']}) and {len(row['correct'])} ({row['method']})"
-            raise ValueError(f"{row['task']} has {found} test rows: wanted the same for all methods and seeds")
-        key = (row["task"], row["method"], row["league"], row["seed"])
-        if key in seen:
-            name = f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"
-            raise ValueError(f"{name} is there twice: read the files with merge, which keeps one of equals")
-        seen.add(key)
+            raise ValueError(f"{row['task']} has {found} test rows: give the same for all methods and seeds")
+        if key(row) in seen:
+            raise ValueError(f"{name(row)} occurs twice: read the files with merge, which keeps one of equals")
+        seen.add(key(row))
     leagues = dict.fromkeys(row["league"] for row in rows)
     return [Scores(league, [row for row in rows if row["league"] == league]) for league in leagues]

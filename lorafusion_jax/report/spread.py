@@ -17,12 +17,8 @@ MEAN = "mean"
 def markdown_table(rows: Sequence[Mapping[str, Any]], *, apart: Collection[str] = ()) -> str:
     """Return a table of tasks by methods: exact match, mean ± sample standard deviation over the seeds.
 
-    Below the tasks: their mean (the spread is that of the seeds' means), trainable numbers, and seconds of
-    training for one task and seed.
-
-    Args:
-      rows: the results.
-      apart: tasks that are shown behind the mean and not counted in it.
+    Below the tasks: their mean (the spread is that of the seeds' means), trainable numbers, and seconds of training for
+    one task and seed. Tasks in `apart` are shown behind the mean and not counted in it.
 
     Raises:
       ValueError: there are no rows, or a row lacks a key.
@@ -42,11 +38,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], *, apart: Collection[str] 
 def seed_scores(
     rows: Sequence[Mapping[str, Any]], apart: Collection[str]
 ) -> tuple[list[str], dict[str, dict[str, dict[int, float]]]]:
-    """Return the methods, and exact match by task, method and seed, with the mean of the tasks among the tasks.
-
-    Raises:
-      ValueError: there are no rows, or a row lacks a key.
-    """
+    """Return the methods, and exact match by task, method and seed, with the mean of the tasks among the tasks."""
     if not rows:
         raise ValueError("no results to report: give at least one row")
     for row in rows:

@@ -1,12 +1,10 @@
 """Means of right answers with their uncertainty: over seeds, which a method was run with, and over test items.
 
 All seeds answer the same items, so a resample draws seeds, then items, and crosses the two (Owen, *The pigeonhole
-bootstrap*, 2007). A seed means the same for every task and is drawn for all of them; each task's items are its own.
-Intervals are percentiles. From few seeds they are somewhat too narrow in what seeds contribute, as any bootstrap of so
-few is; where every answer is right, or every one wrong, they have no width.
-
-All of this is conditional on the tasks, their training rows, the pool and the random modules that were run. How far a
-difference carries over to other tasks, `over_tasks` estimates from the tasks alone.
+bootstrap*, 2007). A seed is drawn for all tasks at once; each task draws its items separately. Intervals are
+percentiles. From few seeds they are somewhat too narrow; where every answer is right, or every one wrong, they have no
+width. All of this holds for the tasks, training rows, pool and random modules that were run; `over_tasks` estimates
+from the tasks alone how far a difference carries over to other tasks.
 """
 
 import functools
@@ -23,28 +21,28 @@ _TAILS = (0.025, 0.975)
 
 
 class Summary(NamedTuple):
-    """Percent of right answers, mean of the tasks."""
+    """Percent of right answers, mean of the tasks, with the ends of its 95 % interval."""
 
     mean: float
     std: float | None  # of the seeds' means, one degree of freedom less; None for a single seed
-    low: float  # of the 95 % interval
+    low: float
     high: float
 
 
 class Paired(NamedTuple):
-    """The first method minus the second, in percentage points."""
+    """The first method minus the second, in percentage points, with its 95 % interval and two-sided p."""
 
     difference: float
-    low: float  # of the 95 % interval
+    low: float
     high: float
-    p: float  # two-sided
+    p: float
 
 
 class OverTasks(NamedTuple):
-    """Mean over tasks, and what it may be for other tasks of their kind."""
+    """Mean over tasks, with the 95 % t interval for other tasks of their kind."""
 
     mean: float
-    low: float  # of the 95 % t interval
+    low: float
     high: float
 
 
@@ -53,7 +51,7 @@ def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int =
 
     Args:
       correct: for each task, whether each seed's answer to each item is right. One seed stands for all.
-      seed: of the resampling.
+      seed: seed of the resampling.
 
     Raises:
       ValueError: there are no tasks, a task has no seeds or items, or the tasks' seeds differ in number.
@@ -64,11 +62,7 @@ def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int =
 
 
 def spread(correct: Sequence[Bool[np.ndarray, "_seeds _items"]]) -> tuple[float, float | None]:
-    """Return mean and standard deviation as `summary` does, without the interval.
-
-    Raises:
-      ValueError: as `summary` does.
-    """
+    """Return mean and standard deviation as `summary` does, without the interval."""
     by_seed = np.mean([table.mean(axis=1) for table in _with_seeds([_integers(table) for table in correct])], axis=0)
     return float(100 * by_seed.mean()), float(100 * by_seed.std(ddof=1)) if len(by_seed) > 1 else None
 
@@ -81,20 +75,17 @@ def paired(
     A resample draws the same seeds and items for both. p is twice the share of resamples whose difference has the
     other sign or is zero, with one added to both counts (Davison and Hinkley, 1997, 4.2): never below 0.0002.
 
-    Args:
-      a: for each task, whether each seed's answer to each item is right. One seed stands for all.
-      b: the same of the other method, with the seeds and items in the same order.
-      seed: of the resampling.
+    The answers of each method are as in `summary`, with tasks, seeds and items in the same order.
 
     Raises:
       ValueError: as `summary` does, or the methods' tasks, seeds or items differ in number.
     """
     if len(a) != len(b):
-        raise ValueError(f"the methods have {len(a)} and {len(b)} tasks: wanted the same tasks for both")
+        raise ValueError(f"the methods have {len(a)} and {len(b)} tasks: give the same tasks for both")
     for number, (first, second) in enumerate(zip(a, b, strict=True)):
         if first.shape[1] != second.shape[1]:
             items = f"{first.shape[1]} and {second.shape[1]} items"
-            raise ValueError(f"task {number}: the methods have {items}: wanted the same items for both")
+            raise ValueError(f"task {number}: the methods have {items}: give the same items for both")
     both = _with_seeds([_integers(table) for table in (*a, *b)])
     values = [first - second for first, second in zip(both[: len(a)], both[len(a) :], strict=True)]
     differences = _resampled(values, seed)
@@ -120,7 +111,7 @@ def over_tasks(values: Sequence[float]) -> OverTasks | None:
 
 def _integers(table: Bool[np.ndarray, "seeds items"]) -> Int[np.ndarray, "seeds items"]:
     if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(f"a task's answers are {list(table.shape)}: wanted [seeds, items], at least one of each")
+        raise ValueError(f"a task's answers are {list(table.shape)}: expected [seeds, items], at least one of each")
     return table.astype(np.int64)
 
 
@@ -130,7 +121,7 @@ def _with_seeds(tables: list[Int[np.ndarray, "_seeds _items"]]) -> list[Int[np.n
         raise ValueError("no task to summarise: give at least one")
     counts = sorted({len(table) for table in tables} - {1}) or [1]
     if len(counts) > 1:
-        raise ValueError(f"the tasks have {' and '.join(map(str, counts))} seeds: wanted the same seeds for all")
+        raise ValueError(f"the tasks have {' and '.join(map(str, counts))} seeds: give the same seeds for all")
     return [np.broadcast_to(table, (counts[0], table.shape[1])) for table in tables]
 
 

@@ -1,11 +1,9 @@
 """Tables of one league's results: methods by tasks with their means, and a method compared with every other."""
 
-from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from .formats import Column, Table
-from .rows import Row
 from .scores import Scores
 
 _MOST_TASKS = 8  # that fit next to the means
@@ -34,7 +32,9 @@ def main_tables(scores: Scores) -> list[Table]:
         [method, *(scores.exact_match(method, task) for task in shown), *_means(scores, method)]
         for method in scores.methods
     ]
-    caption = f"Exact match, %, league of {league_name(scores.league)}: mean ± standard deviation over {_seeds(scores)}"
+    seeds = max(len({row["seed"] for row in scores.of(method)}) for method in scores.methods)
+    over = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    caption = f"Exact match, %, league of {league_name(scores.league)}: mean ± standard deviation over {over}"
     tables = [Table(caption, columns, lines)]
     if not shown:
         columns = [Column("task", "text"), *(Column(method, "spread") for method in scores.methods)]
@@ -101,12 +101,3 @@ def _means(scores: Scores, method: str) -> list[Any]:
         fmean(row["forward_rows"] for row in rows),
         fmean(row["seconds"] for row in rows),
     ]
-
-
-def _seeds(scores: Scores) -> str:
-    counts = [_count(scores.of(method)) for method in scores.methods]
-    return f"{max(counts)} seed{'s' if max(counts) > 1 else ''}"
-
-
-def _count(rows: Sequence[Row]) -> int:
-    return len({row["seed"] for row in rows})

@@ -28,7 +28,7 @@ def _records(table):
     return {record["method"]: record for record in csv.DictReader(io.StringIO(csv_text(table)))}
 
 
-def test_the_main_table_says_what_the_rows_say():
+def test_the_main_table_has_the_means_of_the_rows():
     (table,) = main_tables(scores(_ROWS)[0])
     records = _records(table)
     assert list(records) == list(METHODS)
@@ -51,7 +51,7 @@ def test_the_main_table_says_what_the_rows_say():
         assert (record["forward rows"], record["seconds"]) == (("2000", "2") if METHODS[method][1] else ("0", "0"))
 
 
-def test_more_than_eight_tasks_go_to_a_table_of_their_own():
+def test_more_than_eight_tasks_go_to_a_separate_table():
     tasks = tuple(f"task{i}" for i in range(9))
     rows = made_up(tasks=tasks, methods=("zero-shot", "LoRA"), items=10)
     means, by_task = main_tables(scores(rows)[0])
@@ -62,7 +62,7 @@ def test_more_than_eight_tasks_go_to_a_table_of_their_own():
     assert by_task.lines[3][2] == pytest.approx((np.mean(by_hand), np.std(by_hand, ddof=1)))
 
 
-def test_leagues_are_apart_and_what_is_not_there_is_a_dash():
+def test_leagues_are_apart_and_missing_values_are_dashes():
     rows = [*made_up(methods=("LoRA",), items=10), *made_up(league="5", methods=("LoRA",), items=10, options=False)]
     large, small = scores(rows)
     assert [large.league, small.league] == ["95+5", "5"]
@@ -118,18 +118,17 @@ def test_a_comparison_has_its_interval_over_tasks_and_the_loss():
     assert _records(paired_table(scores(_ROWS)[0], "fusion sum"))["zero-shot"]["loss"] == ""
 
 
-def test_the_reference_is_one_of_the_methods():
+def test_rows_and_references_that_make_no_table_are_refused():
     with pytest.raises(ValueError, match="no results of 'LoRa' to compare with: choose one of zero-shot, few-shot"):
         paired_table(scores(_ROWS)[0], "LoRa")
-
-
-def test_rows_that_make_no_table():
+    with pytest.raises(ValueError, match=r"a line has 1 cells for 2 columns: \['LoRA'\]"):
+        Table("", [Column("method", "text"), Column("mean", "percent")], [["LoRA"]])
     one = row("easy", "LoRA", 1, np.ones(8, bool))
     with pytest.raises(ValueError, match="no results to report"):
         scores([])
-    with pytest.raises(ValueError, match=r"easy, LoRA, league 95\+5, seed 1 is there twice"):
+    with pytest.raises(ValueError, match=r"easy, LoRA, league 95\+5, seed 1 occurs twice"):
         scores([one, one])
-    with pytest.raises(ValueError, match=r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows: wanted the same"):
+    with pytest.raises(ValueError, match=r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows"):
         scores([one, row("easy", "DoRA", 1, np.ones(9, bool))])
 
 
@@ -143,7 +142,7 @@ _TABLE = Table(
 )
 
 
-def test_markdown():
+def test_a_table_is_written_as_markdown_csv_latex_and_html():
     lines = markdown(_TABLE).splitlines()
     assert lines[0] == r"50 % of \<b> & a_b"
     assert [cell.strip() for cell in lines[4].replace(r"\|", "¦").strip("|").split("|")] == [
@@ -153,32 +152,18 @@ def test_markdown():
         "900 to 1,000",
     ]
     assert len({len(line) for line in lines[2:]}) == 1
-
-
-def test_csv():
     assert list(csv.reader(io.StringIO(csv_text(_TABLE)))) == [
         ["method", "x_1", "x_1 sd", "ci low", "ci high", "n min", "n max"],
         ["a|b & <i>", "44.84", "1.46", "-2", "3.25", "900", "1000"],
         ["$c_1$ 100% #~^\\{}", "5", "", "", "", "1232", "1232"],
     ]
-
-
-def test_latex():
     text = latex(_TABLE)
     assert r"\caption{50 \% of $<$b$>$ \& a\_b}" in text
     assert r"\begin{tabular}{lrrr}" in text and r"method & x\_1 & ci & n \\" in text
     assert r"a|b \& $<$i$>$ & 44.8 $\pm$ 1.5 & $-$2.0 to 3.2 & 900 to 1,000 \\" in text
     assert r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\" in text
     assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
-
-
-def test_html():
     text = html_table(_TABLE)
     assert "<caption>50 % of &lt;b&gt; &amp; a_b</caption>" in text
     assert '<th scope="col" class="number">x_<wbr>1</th>' in text
     assert '<th scope="row">a|b &amp; &lt;i&gt;</th><td class="number">44.8 ± 1.5</td>' in text
-
-
-def test_lines_have_a_cell_for_each_column():
-    with pytest.raises(ValueError, match=r"a line has 1 cells for 2 columns: \['LoRA'\]"):
-        Table("", [Column("method", "text"), Column("mean", "percent")], [["LoRA"]])
