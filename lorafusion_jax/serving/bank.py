@@ -8,8 +8,8 @@ With A and B all modules of the bank side by side, row b of task t has at every 
 where s = m / ||W + dW|| is computed once, when the task is added. All rows share two products with the modules, so the
 cost does not depend on the number of tasks. Modules in arrays are read one by one.
 
-In a shared basis a row has the core C_t = sum_n c_tn S_n [k, k], and what a task has trained of its own between the
-directions: y_b = s_t * (x_b W + ((x_b U) C_t) V). The cores are mixed from the table S_n once for a batch.
+In a shared basis a row has the core C_t = sum_n c_tn S_n [k, k], plus the task's trained core, if it has one:
+y_b = s_t * (x_b W + ((x_b U) C_t) V). The cores are mixed from the table S_n once for a batch.
 
 Axis letters: C tasks of the bank, B rows of a batch, L layer, N modules of the bank, r rank, k directions, T target,
 V vocabulary.
@@ -45,7 +45,7 @@ from .rows import RowAdapter, RowCores, RowModules
 
 
 class Tasks(NamedTuple):
-    """Numbers of all tasks. The last entry is the plain base, and so is the entry of a task that is not there.
+    """Numbers of all tasks. The last entry is the plain base, and so is that of a number without a task.
 
     Attributes:
       coefficients: [C + 1, N, ...] in the bank's granularity; None without a pool.
@@ -65,7 +65,7 @@ class Tasks(NamedTuple):
 class TaskBank:
     """A model, a pool, and the tasks that share them: a pytree, so it is an argument of compiled programs.
 
-    Tasks are numbered from 0. Other numbers in a task's place compile nothing. `Service` gives tasks names.
+    Tasks are numbered from 0. Replacing a task compiles nothing. `Service` gives tasks names.
 
     Attributes:
       graph: structure of the model, of `nnx.split(model)`.
@@ -94,12 +94,11 @@ class TaskBank:
 
         Args:
           graph: structure of the model.
-          frozen: base and pool; the pool's Gram terms, which tasks of any kind share, are computed if they are missing
-            and any columns are scaled.
+          frozen: base and pool; missing Gram terms of the pool are computed if any columns are scaled.
           capacity: number of tasks that there is room for.
           granularity: the finest that a task's coefficients may have.
-          scaled: sites whose columns tasks may rescale; a bank for coefficients alone needs none, and no room for them.
-          cores: tasks may have trained cores, in a shared basis.
+          scaled: sites whose columns tasks may rescale; none for coefficients alone.
+          cores: if true, tasks may have trained cores, in a shared basis.
 
         Raises:
           ValueError: there is no room for a task, or no such site.
@@ -139,15 +138,15 @@ class TaskBank:
         *,
         sites: Collection[str] | None = None,
     ) -> "TaskBank":
-        """Return the bank with a task in place of the one of this number, if there was one.
+        """Return the bank with a task of this number, which replaces an earlier one.
 
         Args:
           number: number of the task.
           method: a `Fusion`, or `Magnitudes`.
           params: its trained numbers, of one seed.
           modules: modules that a fusion mixes, in the order of its coefficients: names in the bank's pool, or places.
-          sites: sites of the whole modules that a fusion was trained with, where they are not those of the bank's; by
-            default those of its magnitudes, or else the bank's.
+          sites: sites of the whole modules that a fusion was trained with; by default those of its magnitudes, else the
+            bank's.
 
         Raises:
           ValueError: no such number; a method, modules, a granularity or magnitudes that the bank cannot hold.
@@ -156,10 +155,10 @@ class TaskBank:
         if type(method) not in (Fusion, Magnitudes):  # a method that extends them may read its numbers otherwise
             raise ValueError(f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one")
         index, own = jnp.zeros(0, jnp.int32), self.frozen.pool
-        wanted = "coefficients" if isinstance(method, Fusion) else "magnitudes"
-        if wanted not in params:
+        needed = "coefficients" if isinstance(method, Fusion) else "magnitudes"
+        if needed not in params:
             given = ", ".join(sorted(params)) or "no numbers"
-            raise ValueError(f"a task of {type(method).__name__} with {given}: give its {wanted}")
+            raise ValueError(f"a task of {type(method).__name__} with {given}: give its {needed}")
         if isinstance(method, Fusion):
             own = self._own_pool(method, params, sites)
             index = self._index(method, params, modules, own)
@@ -179,20 +178,12 @@ class TaskBank:
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 
     def without_task(self, number: int) -> "TaskBank":
-        """Return the bank with the plain base in place of a task.
-
-        Raises:
-          ValueError: no such number.
-        """
+        """Return the bank without a task: the plain base serves its number."""
         self._check_number(number)
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, _plain(self.tasks)))
 
     def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
-        """Return the adapters of a batch, by site.
-
-        Args:
-          numbers: number of each row's task, -1 for the plain base.
-        """
+        """Return the adapters of a batch, by site, from the number of each row's task (-1 for the plain base)."""
         pool, of_rows = self.frozen.pool, jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
         scale = {site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()}
         modules: dict[str, RowModules | RowCores] = {}
@@ -243,14 +234,9 @@ class TaskBank:
         sampling: Sampling = GREEDY,
         row_keys: Key[Array, " B"] | None = None,
     ) -> Int[Array, "B _T"]:
-        """Return the next tokens of each row (see `models.generate`).
+        """Return at most so many next tokens of each row (see `models.generate`).
 
-        Args:
-          batch: tokens of the rows.
-          numbers: number of each row's task, -1 for the plain base.
-          max_new_tokens: most tokens of a row.
-          sampling: how the next token is chosen, by default the most likely one.
-          row_keys: keys of the rows' draws.
+        The number of the plain base is -1. Rows draw with their keys.
         """
         bank = dataclasses.replace(self, frozen=self.frozen.unstacked())
         return _generate(bank, batch, numbers, row_keys, max_new_tokens=max_new_tokens, sampling=sampling)
@@ -282,10 +268,7 @@ class TaskBank:
     def _index(
         self, method: Fusion, params: Params, modules: Sequence[str | int], own: Pool | None
     ) -> Int[Array, " N"]:
-        """Return the places of a fusion's modules in the pool, if the bank can hold that fusion.
-
-        `own` is what `_own_pool` returns.
-        """
+        """Return the places of a fusion's modules in the pool, if the bank can hold it; `own` is from `_own_pool`."""
         pool = self.frozen.pool
         if pool is None or own is None:
             raise ValueError("the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool")
@@ -302,9 +285,9 @@ class TaskBank:
             raise ValueError(
                 f"the modules adapt {', '.join(lacks)}, and the fusion has no numbers for that: give those of all sites"
             )
-        wanted = coefficients_lib.shape(own, len(modules), method.granularity)
-        if (got := jnp.shape(params["coefficients"])) != wanted:
-            raise ValueError(f"coefficients of shape {got} for {len(modules)} modules: wanted {wanted}, of one seed")
+        needed = coefficients_lib.shape(own, len(modules), method.granularity)
+        if (got := jnp.shape(params["coefficients"])) != needed:
+            raise ValueError(f"expected coefficients of shape {needed}, of one seed, got {got}")
         if method.granularity == "rank" and got[2] < (most := max(int(np.max(r)) for r in chosen.rank.values())):
             raise ValueError(f"coefficients for {got[2]} ranks of modules of rank {most}: give one for each")
         if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():

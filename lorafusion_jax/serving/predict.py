@@ -23,17 +23,12 @@ _EXAMPLE = '{"run": "a-run", "input": "some text"}'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateRunsOptions:
-    """Let several fused runs answer new text in batches of mixed tasks.
+    """Let several fused runs generate answers to new text in batches of mixed tasks; see `cli.generate`.
 
     Attributes:
       runs: folders of runs on one base and pool.
-      file: JSONL file with a row for each answer, {"run": NAME, "input": TEXT}, where NAME is a folder of `runs` or its
-        last part; a row without a run asks the base model. By default standard input.
-      seed: seed of the runs that answers; by default the first of each.
-      max_new_tokens: most tokens of an answer; by default as in each run.
-      eval_batch: number of rows in a batch of generation.
-      sampling: how the next token is chosen.
-      sampling_seed: seed of the draws; each row's draws also depend on its number, and on nothing else.
+      file: JSONL file with rows {"run": NAME, "input": TEXT}, where NAME is a folder of `runs` or its last part. The
+        base model answers rows without a run.
     """
 
     runs: tuple[Path, ...]
@@ -47,15 +42,7 @@ class GenerateRunsOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateRunsOptions:
-    """Evaluate several fused runs in batches of mixed tasks.
-
-    Attributes:
-      runs: folders of runs on one base and pool.
-      task: task to evaluate all of them on; by default each on its own.
-      train_rows: as in `EvaluateOptions`.
-      test_rows: evaluate on the first rows of each test set only.
-      eval_batch: number of rows in a batch of generation.
-    """
+    """Evaluate several fused runs in batches of mixed tasks; see `cli.evaluate`."""
 
     runs: tuple[Path, ...]
     task: str | None = None
@@ -77,8 +64,8 @@ def generate_rows(options: GenerateRunsOptions) -> list[str]:
     with utf8(where):
         text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
         # A text of JSON may hold U+2028 and its like, which end no line here.
-        lines = [(f"{where}:{i}", line.encode()) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    rows = [_row(line, place, names) for place, line in lines]
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_row(line.encode(), f"{where}:{i}", names) for i, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
     service = Service(list(runs.values()), capacity=len(runs))
@@ -91,7 +78,7 @@ def generate_rows(options: GenerateRunsOptions) -> list[str]:
 
 def _row(line: bytes, where: str, names: dict[str, str]) -> tuple[str, str | None]:
     """Return the text of a row and the name of the run that answers it."""
-    row = decode_json(line, _Row, where, own=False, fix=f"wanted a row such as {_EXAMPLE}")
+    row = decode_json(line, _Row, where, own=False, fix=f"give a row such as {_EXAMPLE}")
     run = row.get("run")
     if run is not None and run not in names:
         raise ValueError(f"{where} names the run {run!r}: there are {', '.join(dict.fromkeys(names.values()))}")
@@ -103,22 +90,14 @@ class _Row(TypedDict):
     run: NotRequired[str | None]
 
 
-class _Asked(NamedTuple):
-    """The test rows of a run, for every seed one after the other.
-
-    Attributes:
-      run: the run.
-      numbers: number of each seed's task in the bank.
-      task: the texts.
-      test: tokens of the rows.
-      options: answers that each row could have; None for an open task.
-    """
+class _TestRows(NamedTuple):
+    """The test rows of a run, for every seed one after the other."""
 
     run: FusedRun
-    numbers: list[int]
+    numbers: list[int]  # of each seed's task in the bank
     task: Task
     test: Encoded
-    options: Sequence[Sequence[str]] | None
+    options: Sequence[Sequence[str]] | None  # None for an open task
 
 
 def evaluate_runs(options: EvaluateRunsOptions) -> list[dict[str, Any]]:
@@ -144,17 +123,17 @@ def evaluate_runs(options: EvaluateRunsOptions) -> list[dict[str, Any]]:
     ]
 
 
-def _asked(service: Service, run: FusedRun, numbers: list[int], options: EvaluateRunsOptions) -> _Asked:
+def _asked(service: Service, run: FusedRun, numbers: list[int], options: EvaluateRunsOptions) -> _TestRows:
     fused = run.options
     train_rows = fused.train_rows if options.train_rows is None else options.train_rows
     where = options.task or fused.task
     task = load_task(where, prompt=fused.prompt, chat=fused.chat, train_rows=train_rows, need=("test",))
     test = service.encode(task.test[: options.test_rows or fused.test_rows], run, run.max_new_tokens)
     closed = answer_options(task)
-    return _Asked(run, numbers, task, test, closed and closed[: len(test)])
+    return _TestRows(run, numbers, task, test, closed and closed[: len(test)])
 
 
-def _evaluated(service: Service, asked: Sequence[_Asked], eval_batch: int) -> list[Evaluation]:
+def _evaluated(service: Service, asked: Sequence[_TestRows], eval_batch: int) -> list[Evaluation]:
     """Return the evaluation of every run: its rows and seeds share their batches with all others."""
     blocks = [(one.test, one.numbers) for one in asked]
     rows, numbers = _for_seeds(blocks)
@@ -168,16 +147,15 @@ def _evaluated(service: Service, asked: Sequence[_Asked], eval_batch: int) -> li
     ]
     of_options = service.log_likelihoods(*_for_seeds(closed), eval_batch=eval_batch)
     scores = iter(_apart(of_options, closed))
+    texts, of_rows = _apart(np.array(said, object), blocks), _apart(likelihoods, blocks)
     found = []
-    for one, texts, of_rows in zip(
-        asked, _apart(np.array(said, object), blocks), _apart(likelihoods, blocks), strict=True
-    ):
-        wanted = [example.target for example in one.task.test[: len(one.test)]]
+    for one, predictions, likelihood in zip(asked, [t.tolist() for t in texts], of_rows, strict=True):
+        targets = [example.target for example in one.task.test[: len(one.test)]]
         found.append(
             Evaluation(
-                predictions=texts.tolist(),
-                correct=np.stack([exact_match(of_seed, wanted).correct for of_seed in texts.tolist()]),
-                loss=-of_rows.sum(axis=1) / sum(map(len, one.test.labels)),
+                predictions=predictions,
+                correct=np.stack([exact_match(of_seed, targets).correct for of_seed in predictions]),
+                loss=-likelihood.sum(axis=1) / sum(map(len, one.test.labels)),
                 option_correct=likeliest_correct(next(scores), one.options, one.task) if one.options else None,
             )
         )

@@ -1,6 +1,7 @@
 """Updates of a linear map that differ from row to row of a batch, for all rows in the same products.
 
-Each is called with (x, kernel), as those of `adapters.updates` are, and the first axis of x is the rows'.
+`RowAdapter` is called with (x, kernel), as updates of `adapters.updates` are, and the first axis of x is the rows'.
+Under a scan over layers every array has a leading axis of layers.
 
 Axis letters: B rows of a batch, N modules, r rank, k directions of a basis.
 """
@@ -17,16 +18,14 @@ from ..models.weights import Weight, matmul
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowModules:
-    """Modules that every row mixes with coefficients of its own.
-
-    Under a scan over layers every array has a leading axis of layers.
+    """Modules that every row mixes with its own coefficients.
 
     Attributes:
       A: [d_in, N r], the modules side by side; [N, d_in, r] if they are read one by one.
       B: [N r, d_out], or [N, r, d_out].
       coefficients: [B, N, 1], or [B, N, r] to weigh every rank separately.
       mixes: [B], whether a row mixes x A_n before the products with B_n (`mix`), or the products alone (`sum`).
-      one_by_one: every module is in arrays of its own.
+      one_by_one: if true, every module is in separate arrays.
     """
 
     A: Weight
@@ -56,9 +55,7 @@ class RowModules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowCores:
-    """A shared basis in which every row has a core of its own.
-
-    Under a scan over layers every array has a leading axis of layers.
+    """A shared basis in which every row has its own core.
 
     Attributes:
       U: [d_in, k].
@@ -85,7 +82,7 @@ class RowAdapter:
 
     Attributes:
       modules: update of the site; None for `x W` alone.
-      scale: [B, d_out], under a scan over layers [L, B, d_out]; None for 1.
+      scale: [B, d_out]; None for 1.
     """
 
     modules: RowModules | RowCores | None

@@ -74,9 +74,9 @@ class FusedRun(NamedTuple):
 
     def method(self, config: Architecture, pool: Pool | None) -> Method:
         """Return the run's method on a pool that holds its modules."""
-        if pool is not None and self.modules[0]:  # only the ranks of its own modules matter
+        if pool is not None and self.modules[0]:
             pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
-            pool = pool.select(self.modules[0])
+            pool = pool.select(self.modules[0])  # the ranks of other modules do not matter
         return find(self.options.method).build(Built(config, self.options.recipe, pool, len(self.modules[0])))
 
     def position(self, seed: int | None) -> int:
@@ -99,7 +99,7 @@ class Service:
 
     Attributes:
       bank: the runs' numbers, base and pool.
-      tasks: the tasks that are there, by name.
+      tasks: the added tasks, by name.
       tokenizer: tokenizer of the base model.
       text_format: how it reads prompts and answers; `format_of` a run may also be a chat.
     """
@@ -108,7 +108,7 @@ class Service:
         """Load the base, and the modules of some runs, without adding the runs.
 
         Args:
-          runs: they decide together which modules, what granularity, and which sites with magnitudes the bank has.
+          runs: the bank has all their modules and sites with magnitudes, and their finest granularity.
           capacity: number of tasks that there is room for.
           modules: names of further modules of the pool, for runs that are added later.
 
@@ -139,7 +139,7 @@ class Service:
             check_digests(run.folder, run.digests, self._digests, options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
         frozen, self._config = fused.problem.frozen, fused.config
-        if frozen.pool is not None:  # a control's own names are not those by which runs know what it replaces
+        if frozen.pool is not None:  # runs record the names of the modules that a control replaces
             frozen = dataclasses.replace(frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0]))
         pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
@@ -157,17 +157,12 @@ class Service:
         )
 
     def add(self, name: str, run: FusedRun, seed: int | None = None) -> None:
-        """Add one seed of a run as a task, or put it in the place of the task of this name.
-
-        Args:
-          name: name of the task.
-          run: the run.
-          seed: seed of the run; by default its first.
+        """Add one seed of a run (by default its first) as a task, which replaces an earlier task of this name.
 
         Raises:
           ValueError: the bank is full; the run lacks the seed, has another base, pool or precision, modules that were
-            not loaded, or numbers that the bank cannot hold (see `TaskBank.with_task`); or other
-            weights than it was fused with.
+            not loaded, or numbers that the bank cannot hold (see `TaskBank.with_task`); or base or modules have other
+            weights than the run was fused with.
         """
         self._check_shares(run)
         place, pool = run.position(seed), self.bank.frozen.pool
@@ -199,7 +194,7 @@ class Service:
         """Remove a task.
 
         Raises:
-          ValueError: there is no task of this name.
+          ValueError: there is no such task.
         """
         self.bank = self.bank.without_task(self._task(name).number)
         del self.tasks[name]
@@ -219,14 +214,14 @@ class Service:
         Args:
           texts: inputs, which a run's prompt or chat template is put around.
           names: name of the task that answers each of them; None for the plain base, which gets the text as it is.
-          max_new_tokens: most tokens of an answer; by default as in the run, for the plain base as in the longest.
+          max_new_tokens: most tokens of an answer; by default as in the run, for the plain base the most of all tasks.
           eval_batch: most rows in a batch.
           sampling: how the next token is chosen.
           sampling_seed: seed of the draws; each text's draws also depend on its place.
 
         Raises:
-          ValueError: there is no task of a name, there are not as many names as texts, a text cannot be encoded, a
-            number is below 1, or the seed is not of 32 bits.
+          ValueError: there is no such task, there are not as many names as texts, a text cannot be encoded, a number is
+            below 1, or the seed is not of 32 bits.
         """
         at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
         check_uint32(sampling_seed=sampling_seed)
@@ -275,13 +270,7 @@ class Service:
     ) -> list[list[int]]:
         """Return the tokens that follow each row, up to its limit; behind its end a row holds padding.
 
-        Args:
-          encoded: the rows.
-          numbers: number of each row's task, -1 for the plain base.
-          limits: most tokens of each row.
-          eval_batch: most rows in a batch.
-          sampling: as in `generate`.
-          sampling_seed: as in `generate`.
+        The number of the plain base is -1.
         """
         found: list[list[int]] = [[]] * len(encoded)
         for rows, batch, of_rows in self._batched(encoded, numbers, eval_batch):

@@ -1,7 +1,6 @@
 """Batches of mixed tasks: each row as its task alone would compute it, and no program is compiled for new tasks."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -35,7 +34,7 @@ from lorafusion_jax.models import registry
 from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.serving.bank import TaskBank, _entry, _generate, _replaced
+from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import batch_logits, log_likelihood
@@ -49,12 +48,7 @@ _NEW = 6
 _KEY = jax.random.key(5)
 
 
-def _plain(graph, base):
-    """A bank that holds the base alone."""
-    return TaskBank.empty(graph, Frozen(base), 1)
-
-
-_PLAIN = _plain(_GRAPH, _BASE)
+_PLAIN = TaskBank.empty(_GRAPH, Frozen(_BASE), 1)
 
 
 def _params(method, number, modules=_MODULES, pool=_POOL):
@@ -106,7 +100,13 @@ def _merged(method, params, base=_BASE, pool=_POOL):
     for site, m in params.get("magnitudes", {}).items():
         weights[site] *= (m / np.linalg.norm(weights[site], axis=1))[:, None]
     set_matrices(model, {site: jnp.asarray(w, jnp.float32) for site, w in weights.items()})
-    return _plain(_GRAPH, nnx.split(model)[1])
+    return TaskBank.empty(_GRAPH, Frozen(nnx.split(model)[1]), 1)
+
+
+@jax.jit
+def _alone(params, batch, problem):
+    """The logits of a task as a run computes them."""
+    return batch_logits(params, batch, problem)[0]
 
 
 def _close(got, wanted, tolerance=1e-5):
@@ -146,9 +146,13 @@ def test_each_row_has_the_logits_of_its_task(bank, alone):
     _close(got, wanted)
     plain = np.asarray(_PLAIN.logits(_BATCH, _ALONE))
     np.testing.assert_array_equal(got[-3:], plain[-3:])
-    # The tasks differ from the base and from each other.
-    moved = np.abs(np.stack([wanted[i] - plain[i] for i in range(len(_TASKS))])).max(axis=(1, 2))
-    assert (moved > 0.02 * np.abs(wanted).max()).all()
+    # The tasks differ from the base.
+    assert (np.abs(wanted - plain)[: len(_TASKS)].max(axis=(1, 2)) > 0.02 * np.abs(wanted).max()).all()
+    likelihoods = log_likelihood(bank.logits(_BATCH, _MIXED), _BATCH.labels)
+    np.testing.assert_allclose(bank.log_likelihoods(_BATCH, _MIXED), likelihoods, rtol=1e-5)
+    # A row does not depend on the tasks of the others.
+    one_task = bank.logits(_BATCH, jnp.full(len(_MIXED), 3, jnp.int32))
+    np.testing.assert_array_equal(one_task[5], bank.logits(_BATCH, _MIXED.at[5].set(3))[5])
 
 
 def test_each_row_has_the_tokens_of_its_task(bank, alone):
@@ -163,17 +167,6 @@ def test_each_row_has_the_tokens_of_its_task(bank, alone):
     assert (got[-1] == tiny.CONFIG.pad_id).all()
 
 
-def test_log_likelihoods_are_those_of_the_logits(bank):
-    wanted = log_likelihood(bank.logits(_BATCH, _MIXED), _BATCH.labels)
-    np.testing.assert_allclose(bank.log_likelihoods(_BATCH, _MIXED), wanted, rtol=1e-5)
-
-
-def test_a_row_does_not_depend_on_the_tasks_of_the_others(bank):
-    one_task = jnp.full(len(_MIXED), 3, jnp.int32)
-    mixed = _MIXED.at[5].set(3)
-    np.testing.assert_array_equal(bank.logits(_BATCH, one_task)[5], bank.logits(_BATCH, mixed)[5])
-
-
 @pytest.mark.parametrize("magnitudes", [False, True])
 def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes):
     method = Fusion(magnitudes=magnitudes)
@@ -184,30 +177,26 @@ def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes
     frozen = method.prepare(Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
     problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
     batch = tiny.batch()
-    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+    wanted = _alone(params, batch, problem)
     got = bank.logits(batch, _numbers(1, -1, 1))
     np.testing.assert_array_equal(got[0], wanted[0])
     np.testing.assert_array_equal(got[2], wanted[2])
 
 
-def test_tasks_come_and_go_without_a_compilation(bank):
-    programs = (TaskBank.logits, _generate, _entry, _replaced)
-
-    def compiled():
-        return [program._cache_size() for program in programs]
-
+def test_tasks_come_and_go_without_a_compilation(bank, caplog):
     def ask(bank, numbers):
         bank.generate(_BATCH, numbers, max_new_tokens=_NEW)
         return np.asarray(bank.logits(_BATCH, numbers))
 
     first, free = ask(bank, _MIXED), len(_TASKS)
     bank = bank.without_task(3)
-    before = compiled()
     method, params = _TASKS[2]
-    added = bank.with_task(free, method, params, _MODULES)
-    other = added.with_task(free, method, jax.tree.map(lambda p: 0.5 * p, params), ["module_1", "module_3", "module_0"])
-    moved = ask(added, _MIXED), ask(other, _MIXED), ask(other.without_task(free).without_task(2), _MIXED)
-    assert compiled() == before
+    half = jax.tree.map(lambda p: 0.5 * p, params)
+    with jax.log_compiles():
+        added = bank.with_task(free, method, params, _MODULES)
+        other = added.with_task(free, method, half, ["module_1", "module_3", "module_0"])
+        moved = ask(added, _MIXED), ask(other, _MIXED), ask(other.without_task(free).without_task(2), _MIXED)
+    assert "Compiling" not in caplog.text
     # Where the numbers are in the batch: the new task behind all others, task 3, task 2.
     new, gone, last = free, int(np.argmax(_ORDER == 3)), int(np.argmax(_ORDER == 2))
     plain = np.asarray(_PLAIN.logits(_BATCH, _ALONE))
@@ -224,7 +213,7 @@ def test_tasks_come_and_go_without_a_compilation(bank):
 
 @pytest.mark.parametrize("arrays", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
-    """With magnitudes and without, with a core, and beside the plain base."""
+    """With magnitudes and without, with a core, and next to the plain base."""
     basis = shared_basis(_POOL, 5)
     methods = [Fusion(), Fusion(granularity="site", magnitudes=False, basis=5), Fusion(core=True, magnitudes=False)]
     tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
@@ -236,8 +225,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
         problem = Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
-        wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
-        _close(got[row], np.asarray(wanted)[row])
+        _close(got[row], np.asarray(_alone(params, batch, problem))[row])
     plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
     np.testing.assert_array_equal(got[3], plain[3])
     with pytest.raises(ValueError, match="no room for them: make it with cores=True"):
@@ -271,7 +259,7 @@ _LAYOUTS = [("block", True), ("rank", False)]
         ),
     ],
 )
-def test_a_task_may_have_other_sites_and_ranks_than_the_modules_beside_it(granularity, magnitudes):
+def test_a_task_may_have_other_sites_and_ranks_than_the_modules_next_to_it(granularity, magnitudes):
     """Modules 0 and 1 have no k, and lower ranks than module 2."""
     ranks = {"q": (4, 3, 6), "v": (4, 3, 6), "k": (0, 0, 5)}
     pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
@@ -281,7 +269,7 @@ def test_a_task_may_have_other_sites_and_ranks_than_the_modules_beside_it(granul
     params = _params(method, 0, (0, 1), own)
     problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2))
     batch = _rows(3)
-    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+    wanted = _alone(params, batch, problem)
 
     bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 2, granularity="rank", scaled=tuple(pool.A))
     sites = None if magnitudes else own.sites
@@ -293,11 +281,11 @@ def test_a_task_may_have_other_sites_and_ranks_than_the_modules_beside_it(granul
     of_all = _params(method, 0, (0, 1), pool)
     bank = bank.with_task(0, method, of_all, own.names, sites=None if magnitudes else pool.sites)
     whole = method.prepare(Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
-    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(of_all, batch, problem.replace(frozen=whole))
+    wanted = _alone(of_all, batch, problem.replace(frozen=whole))
     _close(bank.logits(batch, _numbers(0, 0, 0)), np.asarray(wanted))
 
 
-def test_a_mix_may_lie_beside_modules_of_another_rank():
+def test_a_mix_may_lie_next_to_modules_of_another_rank():
     pool = tiny.pool(3, lambda n, site, layer: 6 if n == 2 else 4)
     method = Fusion(composition="mix", magnitudes=False)
     params = _params(method, 0, (0, 1), pool)
@@ -314,14 +302,8 @@ def test_coefficients_alone_take_no_room_for_scales():
     assert sum(a.nbytes for a in jax.tree.leaves(bank.tasks)) == 11 * (4 * blocks * 4 + 1)
 
 
-# 4 bits and chips.
-
-
-def _few(methods):
-    return [(method, _params(method, number)) for number, method in enumerate(methods)]
-
-
-_FEW = _few([Fusion(magnitudes=True), Fusion(composition="mix", granularity="site", magnitudes=False)])
+_FEW_METHODS = [Fusion(magnitudes=True), Fusion(composition="mix", granularity="site", magnitudes=False)]
+_FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_METHODS)]
 
 
 @pytest.mark.long
@@ -332,12 +314,8 @@ def test_base_and_pool_in_4_bits():
     bank = _filled(Frozen(base, pool), _FEW, granularity="site")
     batch = _rows(4)
     got = bank.logits(batch, _numbers(1, 0, -1, -1))
-    alone = [
-        _merged(_FEW[1][0], _FEW[1][1], base, pool),
-        _merged(_FEW[0][0], _FEW[0][1], base, pool),
-        _plain(_GRAPH, base),
-    ]
-    for row, one in enumerate(alone):
+    alone = [_merged(*task, base, pool) for task in _FEW[::-1]]
+    for row, one in enumerate([*alone, TaskBank.empty(_GRAPH, Frozen(base), 1)]):
         _close(got[row], np.asarray(one.logits(batch, _numbers(-1, -1, -1, -1)))[row])
 
 
@@ -356,20 +334,16 @@ _NOISY = CrossbarConfig(
 )
 
 
-@functools.cache
-def _on_a_chip():
-    frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
-    return program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*": _NOISY}, jax.random.key(5), norm="ideal")
-
-
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
-    frozen, (method, params) = _on_a_chip(), _FEW[number]
+    frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*": _NOISY}, _KEY, norm="ideal")
+    method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")
     problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))
     batch = _rows(3)
-    wanted = jax.jit(lambda *arguments: batch_logits(*arguments)[0])(params, batch, problem)
+    wanted = _alone(params, batch, problem)
     got = np.asarray(bank.logits(batch, _numbers(number, -1, -1)))
     _close(got[0], np.asarray(wanted)[0])
     assert np.abs(got[1] - np.asarray(wanted)[1]).max() > 0.01
@@ -400,8 +374,6 @@ def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
     assert np.abs(of_first(chip, 0.0)).min() > 0  # what the converters make of zeros
 
 
-# A decoder.
-
 _LLAMA = {
     "model_type": "llama",
     "vocab_size": 40,
@@ -416,7 +388,7 @@ _LLAMA = {
 
 
 @pytest.mark.long
-def test_a_decoder_answers_for_mixed_tasks_as_for_each_alone():
+def test_a_decoder_computes_mixed_tasks_as_each_alone():
     """Prompts of different lengths are padded on the left inside the model, and rows keep their tasks."""
     family = registry.family_of_json(_LLAMA)
     config = family.read_config(_LLAMA)
@@ -447,48 +419,48 @@ def test_a_decoder_answers_for_mixed_tasks_as_for_each_alone():
     assert np.abs(logits[0] - bank.logits(batch, numbers)[2]).max() > 0.01
 
 
-# Bad input.
+_BLOCK, _SITE = Fusion(magnitudes=False), Fusion(magnitudes=False, granularity="site")
+_RANKS = Fusion(granularity="rank", magnitudes=False)
+_MIX = Fusion(composition="mix", magnitudes=False)
+_PARAMS = _params(_BLOCK, 0)
+_THREE_RANKS = {"coefficients": _params(_RANKS, 0)["coefficients"][:, :, :3]}
 
 
-def _raises(match):
-    return pytest.raises(ValueError, match=match)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, _BLOCK, _PARAMS, _MODULES), "no task 2 in a bank of capacity 2: give 0 to 1"),
+        ((-1, _BLOCK, _PARAMS, _MODULES), "no task -1 in a bank"),
+        ((0, LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
+        (
+            (0, _SITE, _params(_SITE, 0), _MODULES),
+            "granularity site do not fit into a bank of the granularity block.*granularity='site'",
+        ),
+        ((0, Fusion(), _params(Fusion(), 0), _MODULES), "magnitudes at decoder.cross.q.*the bank rescales no site"),
+        ((0, _BLOCK, _PARAMS, _MODULES[:2]), r"expected coefficients of shape \(2, 5\), of one seed, got \(3, 5\)"),
+        ((0, Fusion(), {"magnitudes": {}}, _MODULES), "a task of Fusion with magnitudes: give its coefficients"),
+        ((0, Magnitudes(), {}), "a task of Magnitudes with no numbers: give its magnitudes"),
+        ((0, _BLOCK, _PARAMS, ["module_9", "module_1", "module_0"]), "the pool has no adapter 'module_9'"),
+        (
+            (0, Fusion(), _params(Fusion(), 0) | {"magnitudes": {}}, _MODULES),
+            "the modules adapt decoder.cross.q, .*and the fusion has no numbers for that",
+        ),
+    ],
+)
+def test_tasks_that_a_bank_cannot_hold_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 2).with_task(*arguments)
 
 
-def test_what_a_bank_cannot_hold_is_refused():
-    small = TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 2)
-    block, site = Fusion(magnitudes=False), Fusion(magnitudes=False, granularity="site")
-    params = _params(block, 0)
-    with _raises("no task 2 in a bank of capacity 2: give 0 to 1"):
-        small.with_task(2, block, params, _MODULES)
-    with _raises("no task -1 in a bank"):
-        small.without_task(-1)
-    with _raises("not LoRA"):
-        small.with_task(0, LoRA(sites=(), rank=4), {}, ())
-    with _raises("granularity site do not fit into a bank of the granularity block.*granularity='site'"):
-        small.with_task(0, site, _params(site, 0), _MODULES)
-    with _raises("magnitudes at decoder.cross.q.*the bank rescales no site"):
-        small.with_task(0, Fusion(), _params(Fusion(), 0), _MODULES)
-    with _raises(r"coefficients of shape \(3, 5\) for 2 modules: wanted \(2, 5\)"):
-        small.with_task(0, block, params, _MODULES[:2])
-    with _raises("a task of Fusion with magnitudes: give its coefficients"):
-        small.with_task(0, Fusion(), {"magnitudes": {}}, _MODULES)
-    with _raises("a task of Magnitudes with no numbers: give its magnitudes"):
-        small.with_task(0, Magnitudes(), {})
-    with _raises("the pool has no adapter 'module_9'"):
-        small.with_task(0, block, params, ["module_9", "module_1", "module_0"])
-    with _raises("the bank has no pool"):
-        _PLAIN.with_task(0, block, params, _MODULES)
-    with _raises("capacity is 0: wanted at least 1"):
+def test_banks_that_cannot_be_made_or_filled_are_refused():
+    with pytest.raises(ValueError, match="the bank has no pool"):
+        _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES)
+    with pytest.raises(ValueError, match="capacity is 0"):
         TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 0)
-    with _raises("no site encoder.self.x to scale: the model has encoder.self.q"):
+    with pytest.raises(ValueError, match="no site encoder.self.x to scale: the model has encoder.self.q"):
         TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 1, scaled=["encoder.self.x"])
-    partly = Fusion(), _params(Fusion(), 0) | {"magnitudes": {}}
-    with _raises("the modules adapt decoder.cross.q, .*and the fusion has no numbers for that"):
-        small.with_task(0, *partly, _MODULES)
-    ranks = Fusion(granularity="rank", magnitudes=False)
-    with _raises("coefficients for 3 ranks of modules of rank 4: give one for each"):
-        _filled(Frozen(_BASE, _POOL), [(ranks, {"coefficients": _params(ranks, 0)["coefficients"][:, :, :3]})])
+    with pytest.raises(ValueError, match="coefficients for 3 ranks of modules of rank 4: give one for each"):
+        _filled(Frozen(_BASE, _POOL), [(_RANKS, _THREE_RANKS)])
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
-    mix = Fusion(composition="mix", magnitudes=False)
-    with _raises("different ranks"):
-        TaskBank.empty(_GRAPH, Frozen(_BASE, uneven), 1).with_task(0, mix, params, uneven.names)
+    with pytest.raises(ValueError, match="different ranks"):
+        TaskBank.empty(_GRAPH, Frozen(_BASE, uneven), 1).with_task(0, _MIX, _PARAMS, uneven.names)
