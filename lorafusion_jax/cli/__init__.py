@@ -80,14 +80,8 @@ def _reader_is_gone() -> bool:
 
 
 def _description() -> str:
-    lines = ["  " + f"{name:<11}{said}".replace("\n", "\n" + " " * 13) for name, said in COMMANDS.items()]
-    return "\n".join(
-        [
-            "Fuse a frozen pool of LoRA modules for a new task.",
-            "",
-            "subcommands:",
-            *lines,
-            "",
-            "`lorafusion SUBCOMMAND --help` lists the options of each.",
-        ]
+    lines = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
+    return (
+        f"Fuse a frozen pool of LoRA modules for a new task.\n\nsubcommands:\n{lines}\n\n"
+        "`lorafusion SUBCOMMAND --help` lists the options of each."
     )

@@ -15,11 +15,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Program chips, and print the cost of each.
-
-    Raises:
-      ValueError: the action is not `program`.
-    """
+    """Program chips, and print the cost of each."""
     action, *rest = arguments or ("--help",)
     if action in ("-h", "--help"):
         action, rest = "program", ["--help"]

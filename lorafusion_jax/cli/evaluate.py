@@ -30,7 +30,7 @@ class EvaluateCommand(EvaluateOnChipsOptions):
 
     Attributes:
       run: folder of the run.
-      runs: folders of several runs on one base and pool, in place of --run: all seeds of all of them are evaluated in
+      runs: folders of several runs on one base and pool, instead of --run: all seeds of all of them are evaluated in
         batches of mixed tasks, digitally.
     """
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         print(run_table(evaluate_runs(part_of(command, EvaluateRunsOptions, "--runs"))))
         return
     if command.run is None:
-        raise ValueError("say what to evaluate: one run with --run, or several with --runs")
+        raise ValueError("nothing to evaluate: give one run with --run, or several with --runs")
     options = part_of(command, EvaluateOnChipsOptions, "--run")
     if options.crossbar is None:
         options.check_digital()
@@ -83,10 +83,10 @@ def age_table(results: Mapping[str, Any]) -> str:
             np.mean([row["exact_match"] for row in here if row["chip"] == chip]) for chip in range(results["chips"])
         ]
         spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
-        said = {None: "-", True: "yes", False: "no"}[compensate]
+        kind = {None: "-", True: "yes", False: "no"}[compensate]
         losses = [row["loss"] for row in here]  # None is not finite
         mean_loss = None if None in losses else float(np.mean(losses))
-        lines.append([age or "-", said, f"{np.mean(of_chips):.1f}", spread, loss(mean_loss)])
+        lines.append([age or "-", kind, f"{np.mean(of_chips):.1f}", spread, loss(mean_loss)])
     return plain(lines, left=(0, 1, 4))
 
 
@@ -104,18 +104,19 @@ def site_table(results: Mapping[str, Any]) -> str:
     head = ["site", "matrices", "arrays", "cells used", "conversions", "path", "SQNR dB", "worst", "clipped"]
     lines = [head]
     for site in results["sites"]:
-        rows = [row for chip in results["chips"] for row in chip["matrices"] if _is_of(row, site)]
+        layers = None if site["layers"] is None else range(*site["layers"])
+        rows = [
+            row
+            for chip in results["chips"]
+            for row in chip["matrices"]
+            if row["site"] == site["site"] and (layers is None or row["layer"] in layers)
+        ]
         errors = ["", "", ""]
         if rows:
             sqnr = [row["sqnr"] for row in rows]
             errors = [f"{statistics.fmean(sqnr):.1f}", f"{min(sqnr):.1f}", f"{max(row['clipped'] for row in rows):.2%}"]
         counts = [f"{site['matrices']:,}", f"{site['arrays']:,}", f"{site['utilisation']:.1%}"]
-        name = site["site"] if site["layers"] is None else f"{site['site']}[{site['layers'][0]}:{site['layers'][1]}]"
+        name = site["site"] if layers is None else f"{site['site']}[{layers.start}:{layers.stop}]"
         lines.append([name, *counts, f"{site['conversions']:,}", site["path"], *errors])
     lines.append(["all", "", f"{results['arrays']:,}", *[""] * 6])
     return plain(lines, left=(0, head.index("path")))
-
-
-def _is_of(row: Mapping[str, Any], site: Mapping[str, Any]) -> bool:
-    """Return whether a matrix belongs to a site."""
-    return row["site"] == site["site"] and (site["layers"] is None or row["layer"] in range(*site["layers"]))

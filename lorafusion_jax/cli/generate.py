@@ -21,9 +21,9 @@ class GenerateCommand(GenerateOptions):
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
 
     Attributes:
-      runs: folders of several runs on one base and pool, in place of --run, which answer in batches of mixed tasks.
-        Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; a line without a run
-        asks the base model.
+      runs: folders of several runs on one base and pool, instead of --run, which answer in batches of mixed tasks.
+        Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; the base model answers
+        a line without a run.
     """
 
     runs: tuple[Path, ...] = ()
@@ -38,7 +38,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print an answer for each line of text."""
+    """Print an answer to each line of text."""
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
     shown = printable if sys.stdout.isatty() else str  # another program gets the text as it is
     if command.runs:

@@ -23,14 +23,10 @@ def parse(
     groups: Groups | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Options:
-    """Return the options that the arguments give; the docstring of their class is the help text.
+    """Return the options that the arguments of a subcommand give; the docstring of their class is the help text.
 
-    Args:
-      options: a dataclass. Its fields may be dataclasses too; all their options are spelled without a prefix.
-      arguments: the arguments after the subcommand.
-      name: name of the subcommand.
-      groups: options that the help text shows together; options without a group come first.
-      defaults: values by option name that replace the dataclass's defaults.
+    Fields of the dataclass may be dataclasses too; all their options are spelled without a prefix. The help text shows
+    options without a group first. `defaults` replace the dataclass's, by option name.
     """
     import tyro
 
@@ -66,20 +62,14 @@ def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
         new = RENAMED.get(name, name)
         if name not in options and new in options:
             values = ", ".join(f"{old} is {now}" for old, now in VALUES.get(new, {}).items())
-            said = f" ({values})" if values else ""
-            raise ValueError(f"--{name} is now --{new.replace('_', '-')}{said}: write it so")
+            raise ValueError(f"--{name} is now --{new.replace('_', '-')}" + (f" ({values})" if values else ""))
 
 
 def part_of(command: Any, options: type[Options], flag: str) -> Options:
-    """Return those options of a command that another dataclass has.
-
-    Args:
-      command: options of several ways to use the command.
-      options: the dataclass of one way.
-      flag: the option that chooses it.
+    """Return those options of a command that the dataclass of one of its uses has; `flag` chooses that use.
 
     Raises:
-      ValueError: an option of another way is given too.
+      ValueError: an option of another use is given too.
     """
     own = {field.name for field in dataclasses.fields(options)}  # pyright: ignore[reportArgumentType]
     others = [field for field in dataclasses.fields(command) if field.name not in own]

@@ -88,15 +88,12 @@ def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
     [
         (["--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
         (["--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
-        (["--chips", "0"], "chips is 0: wanted at least 1"),
+        (["--chips", "0"], "chips is 0"),
         (["--compensate", "both", "--report"], "a report is of one age, compensated or not: give one of --ages"),
-        (
-            ["--keep-digital", "embedding", "--report"],
-            "the rule 'embedding' matches no weight: there are decoder.cross.k",
-        ),
+        (["--keep-digital", "embedding", "--report"], "the rule 'embedding' matches no weight"),
     ],
 )
-def test_evaluation_on_arrays_says_what_is_wrong(run, arguments, message, capsys):
+def test_bad_options_of_an_evaluation_on_arrays_are_refused(run, arguments, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", *arguments])
     assert message in capsys.readouterr().err
@@ -115,7 +112,7 @@ def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
     assert (config["r"], config["use_dora"]) == (2 * 16, True)
     cli.main(["export", "--run", str(run), "--format", "merged", "--out", str(tmp_path / "merged")])
     again = tmp_path / "again"
-    # The merged model says without a pool what the run says with it.
+    # The merged model answers without a pool as the run does with it.
     zero = [*_FUSE, "--base", str(tmp_path / "merged"), *_QUICK[2:], "--method", "zero-shot"]
     cli.main([*zero, "--out", str(again), "--name", "z"])
     said, wanted = (
@@ -130,7 +127,7 @@ def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
 
 
 def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_path, capsys):
-    rows = (_ROOT / "examples" / "small" / "tasks" / "double_digit" / "test.jsonl").read_text().splitlines()[:3]
+    rows = (_SMALL / "tasks" / "double_digit" / "test.jsonl").read_text().splitlines()[:3]
     (tmp_path / "new.jsonl").write_text("\n".join(rows))
     (only_test := tmp_path / "only_test").mkdir()
     (only_test / "test.jsonl").write_text("\n".join(rows))

@@ -31,11 +31,8 @@ def asked(monkeypatch):
     return ask
 
 
-def test_options_without_arguments_are_the_defaults(asked):
-    assert asked() == FuseOptions(base="b", task="t")
-
-
 def test_options_in_every_group_reach_the_run(asked):
+    assert asked() == FuseOptions(base="b", task="t")
     options = asked("--method", "lora", "--lr-lora", "0.5", "--age", "1day", "--from", "run", "--seeds", "3", "4")
     assert (options.method, options.recipe.lr_lora, options.arrays.age) == ("lora", 0.5, "1day")
     assert (options.start_from, options.seeds) == (Path("run"), (3, 4))
@@ -47,23 +44,20 @@ def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
     # An option that repeats the default recipe's number overrides the preset's all the same.
     changed = asked("--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1")
     assert changed.recipe == dataclasses.replace(reference, composition="sum", lr_coefficients=0.1)
-
-
-def test_a_preset_gives_every_method_those_of_its_numbers_that_the_method_has(asked):
-    reference = PRESETS["reference"]
+    # Another method has some of these numbers.
     dora = asked("--preset", "reference", "--method", "dora", "--lora-rank", "4").recipe
     shared = {name: value for name, value in vars(reference).items() if hasattr(dora, name)}
     assert dora == DoRARecipe(**shared, lora_rank=4) and shared.keys() >= {"lr_magnitudes", "protocol", "clip"}
 
 
-def test_a_recipe_of_another_method_is_taken_only_without_numbers_of_its_own():
+def test_a_recipe_of_another_method_is_accepted_only_with_common_numbers():
     options = FuseOptions(base="b", task="t", method="lora", recipe=FusionRecipe(epochs=3))
     assert options.recipe == LoRARecipe(epochs=3)
     with pytest.raises(ValueError, match="modules is an option of the methods fusion, .* not of lora"):
         FuseOptions(base="b", task="t", method="lora", recipe=FusionRecipe(modules=3))
 
 
-def test_a_plan_says_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
+def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
     where = ["--pool", str(_SMALL / "adapters"), "--task", str(_SMALL / "tasks" / "double_digit")]
     main(["fuse", "--base", str(_SMALL / "base"), *where, "--out", str(tmp_path), "--plan"])
     out = capsys.readouterr().out

@@ -30,7 +30,7 @@ _SCRIPTS = {
     "seed_sweep": "SweepOptions",
     "small_pool": "SmallPoolOptions",
 }
-# What a thing is called, and what it must not be called next to that.
+# The name of an option, and other names that no option may have for the same thing.
 _SPELLINGS = {
     "crossbar": ("config", "array", "arrays", "array_config"),
     "modules": ("lora_num", "num_modules", "adapter_count"),
@@ -93,7 +93,7 @@ def test_every_help_text_describes_every_option(subcommand):
         assert re.search(r"[a-z]{2,}", said), option
 
 
-def test_fuse_shows_its_options_in_groups_and_the_common_ones_first():
+def test_options_are_shown_in_groups_and_the_common_ones_first():
     boxes = _boxes("fuse")
     assert list(boxes) == ["", "data and base", "method", "method fusion", "training", "hardware", "run"]
     assert boxes[""] == ["help", "preset"]
@@ -120,21 +120,18 @@ def test_fuse_shows_the_options_of_the_method_that_is_asked_for(method):
         ("fuse --digital head", "--digital is now --keep-digital"),
         ("evaluate --digital head", "--digital is now --keep-digital"),
         ("crossbar program --digital head", "--digital is now --keep-digital"),
+        ("fuse --base b --task t --lora-rank 4", "--lora-rank is an option of the methods lora, dora, not of fusion"),
+        ("fuse --base b --task t --preset best", "invalid choice 'best' for argument '--preset'. Expected one of ("),
+        ("crossbar --run run", "`lorafusion crossbar` has one action, program"),
     ],
 )
-def test_the_old_name_of_an_option_is_refused_with_the_new_one(command, message, capsys):
+def test_options_of_old_versions_other_methods_and_other_values_are_refused(command, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(command.split())
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_an_option_of_another_method_is_refused_with_the_methods_that_have_it(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["fuse", "--base", "base", "--task", "task", "--lora-rank", "4"])
-    assert "--lora-rank is an option of the methods lora, dora, not of fusion" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("preset", "composition"), [("default", "sum"), ("reference", "mix")])
+@pytest.mark.parametrize(("preset", "composition"), [*zip(PRESETS, ("sum", "mix"), strict=True)])
 def test_a_preset_sets_the_defaults_of_the_help_text(preset, composition, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fuse", f"--preset={preset}", "--help"])
@@ -142,20 +139,6 @@ def test_a_preset_sets_the_defaults_of_the_help_text(preset, composition, capsys
     assert f"(default: {composition})" in capsys.readouterr().out
 
 
-def test_an_unknown_preset_is_refused_with_the_choices(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["fuse", "--base", "base", "--task", "task", "--preset", "best"])
-    assert stop.value.code == 2
-    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "invalid choice 'best' for argument '--preset'. Expected one of ('default', 'reference')" in error
-
-
-def test_presets_are_the_recipes_that_there_are():
-    fields = {name: type_ for name, type_, _ in flat_fields(fuse.Preset)}
-    assert fields["preset"].__args__ == tuple(PRESETS)
-
-
-@functools.cache
 def _every_option() -> list[tuple[str, str, Any]]:
     """Command, name and type of every option of the subcommands and the experiments."""
     commands: dict[str, type] = {
@@ -189,29 +172,15 @@ def _kind(type_: Any) -> Any:
     return _kind(parts[0]) if parts else type_
 
 
-def test_no_thing_has_a_second_spelling():
+def test_options_of_one_meaning_have_one_name_and_one_kind_of_value():
     wrong = {other: name for name, others in _SPELLINGS.items() for other in others}
     assert [f"{command} --{name}: {wrong[name]}" for command, name, _ in _every_option() if name in wrong] == []
-
-
-def test_a_name_means_one_kind_of_value():
-    kinds: dict[str, dict[Any, list[str]]] = {}
-    for command, name, type_ in _every_option():
+    kinds: dict[str, set[Any]] = {}
+    for _, name, type_ in _every_option():
         kind = _kind(type_)
-        # A path may also be a hub id.
-        kinds.setdefault(name, {}).setdefault(str if kind is Path else kind, []).append(command)
-    apart = {"lr_coefficients", "lr_magnitudes"}  # seed_sweep.py tries several
+        kinds.setdefault(name, set()).add(str if kind is Path else kind)  # a path may also be a hub id
+    apart = {"lr_coefficients", "lr_magnitudes"}  # rates of a sweep, which tries several
     assert {name: of for name, of in kinds.items() if len(of) > 1 and name not in apart} == {}
-
-
-def test_options_of_several_values_have_plural_names():
-    apart = {"keep_digital", "lr_coefficients", "lr_magnitudes"}  # an adjective; rates of a sweep, named as in fuse
-    several = {name for _, name, type_ in _every_option() if _kind(type_) is tuple} - apart
+    several = {name for name, of in kinds.items() if tuple in of} - apart - {"keep_digital"}
     assert sorted(name for name in several if not name.endswith("s")) == []
     assert {"seeds", "adapters", "tasks", "ages"} <= several
-
-
-def test_crossbar_names_its_one_action(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["crossbar", "--run", "run"])
-    assert "`lorafusion crossbar` has one action, program" in capsys.readouterr().err
