@@ -1,122 +1,80 @@
-"""The public names of the package."""
+"""The public names of the package: each import is one of them."""
 
-from . import crossbar
-from ._fuse import fuse
-from .adapters.basis import SharedBasis, shared_basis
-from .adapters.composition import compose
-from .adapters.norms import Gram, column_norms, gram
-from .adapters.pool import LoraPool, random_pool, shuffled_pool
-from .adapters.updates import LowRank, Modules, Rescaled
-from .crossbar import Chip, CrossbarConfig, program, program_tree, with_read_key
-from .files import FileError
-from .io.export import merged_base
-from .io.hf import base_tensor, load_base, load_tokenizer, read_config, save_base
-from .io.pool import load_basis, load_pool, read_pool
-from .methods import METHODS, register
-from .methods.cma import CMARecipe
-from .methods.entry import CostLayout, MethodEntry, Update
-from .methods.full import FullRecipe
-from .methods.fusion import PRESETS, CoefficientsRecipe, Fusion, FusionRecipe
-from .methods.lora import DoRARecipe, LoRA, LoRARecipe
-from .methods.lorahub import LoraHubRecipe
-from .methods.magnitudes import MagnitudesRecipe
-from .methods.merge import Merge, MergeRecipe
-from .methods.recipes import BasisRecipe, PoolRecipe, TargetedRecipe
-from .methods.untrained import FewShotRecipe, ZeroShot
-from .methods.vera import VeRARecipe
-from .models.architecture import Architecture, Site, kernels, places
-from .models.generate import Sampling, generate
-from .models.weights import matmul, quantise
-from .runs.options import FuseOptions
-from .runs.run import load_run
-from .serving.bank import TaskBank
-from .serving.service import FusedRun, Service
-from .tasks import Batch
-from .training.frozen import Frozen
-from .training.loss import objective
-from .training.method import Method
-from .training.problem import Problem
-from .training.recipe import Optimisation, Rates, Recipe
-from .training.seeds import over_seeds
-from .training.step import TrainState, fusion_step, init_state
-
-__all__ = [
-    "METHODS",
-    "PRESETS",
-    "Architecture",
-    "BasisRecipe",
-    "Batch",
-    "CMARecipe",
-    "Chip",
-    "CoefficientsRecipe",
-    "CostLayout",
-    "CrossbarConfig",
-    "DoRARecipe",
-    "FewShotRecipe",
-    "FileError",
-    "Frozen",
-    "FullRecipe",
-    "FuseOptions",
-    "FusedRun",
-    "Fusion",
-    "FusionRecipe",
-    "Gram",
-    "LoRA",
-    "LoRARecipe",
-    "LoraHubRecipe",
-    "LoraPool",
-    "LowRank",
-    "MagnitudesRecipe",
-    "Merge",
-    "MergeRecipe",
-    "Method",
-    "MethodEntry",
-    "Modules",
-    "Optimisation",
-    "PoolRecipe",
-    "Problem",
-    "Rates",
-    "Recipe",
-    "Rescaled",
-    "Sampling",
-    "Service",
-    "SharedBasis",
-    "Site",
-    "TargetedRecipe",
-    "TaskBank",
-    "TrainState",
-    "Update",
-    "VeRARecipe",
-    "ZeroShot",
-    "base_tensor",
-    "column_norms",
-    "compose",
-    "crossbar",
-    "fuse",
-    "fusion_step",
-    "generate",
-    "gram",
-    "init_state",
-    "kernels",
-    "load_base",
-    "load_basis",
-    "load_pool",
-    "load_run",
-    "load_tokenizer",
-    "matmul",
-    "merged_base",
-    "objective",
-    "over_seeds",
-    "places",
-    "program",
-    "program_tree",
-    "quantise",
-    "random_pool",
-    "read_config",
-    "read_pool",
-    "register",
-    "save_base",
-    "shared_basis",
-    "shuffled_pool",
-    "with_read_key",
-]
+from . import crossbar as crossbar
+from ._fuse import fuse as fuse
+from .adapters.basis import SharedBasis as SharedBasis
+from .adapters.basis import shared_basis as shared_basis
+from .adapters.composition import compose as compose
+from .adapters.norms import Gram as Gram
+from .adapters.norms import column_norms as column_norms
+from .adapters.norms import gram as gram
+from .adapters.pool import LoraPool as LoraPool
+from .adapters.pool import random_pool as random_pool
+from .adapters.pool import shuffled_pool as shuffled_pool
+from .adapters.updates import LowRank as LowRank
+from .adapters.updates import Modules as Modules
+from .adapters.updates import Rescaled as Rescaled
+from .crossbar import Chip as Chip
+from .crossbar import CrossbarConfig as CrossbarConfig
+from .crossbar import program as program
+from .crossbar import program_tree as program_tree
+from .crossbar import with_read_key as with_read_key
+from .files import FileError as FileError
+from .io.export import merged_base as merged_base
+from .io.hf import base_tensor as base_tensor
+from .io.hf import load_base as load_base
+from .io.hf import load_tokenizer as load_tokenizer
+from .io.hf import read_config as read_config
+from .io.hf import save_base as save_base
+from .io.pool import load_basis as load_basis
+from .io.pool import load_pool as load_pool
+from .io.pool import read_pool as read_pool
+from .methods import METHODS as METHODS
+from .methods import register as register
+from .methods.cma import CMARecipe as CMARecipe
+from .methods.full import FullRecipe as FullRecipe
+from .methods.fusion import PRESETS as PRESETS
+from .methods.fusion import CoefficientsRecipe as CoefficientsRecipe
+from .methods.fusion import Fusion as Fusion
+from .methods.fusion import FusionRecipe as FusionRecipe
+from .methods.lora import DoRARecipe as DoRARecipe
+from .methods.lora import LoRA as LoRA
+from .methods.lora import LoRARecipe as LoRARecipe
+from .methods.lorahub import LoraHubRecipe as LoraHubRecipe
+from .methods.magnitudes import MagnitudesRecipe as MagnitudesRecipe
+from .methods.merge import Merge as Merge
+from .methods.merge import MergeRecipe as MergeRecipe
+from .methods.entry import CostLayout as CostLayout
+from .methods.entry import MethodEntry as MethodEntry
+from .methods.entry import Update as Update
+from .methods.recipes import BasisRecipe as BasisRecipe
+from .methods.recipes import PoolRecipe as PoolRecipe
+from .methods.recipes import TargetedRecipe as TargetedRecipe
+from .methods.untrained import FewShotRecipe as FewShotRecipe
+from .methods.untrained import ZeroShot as ZeroShot
+from .methods.vera import VeRARecipe as VeRARecipe
+from .models.architecture import Architecture as Architecture
+from .models.architecture import Site as Site
+from .models.architecture import kernels as kernels
+from .models.architecture import places as places
+from .models.generate import Sampling as Sampling
+from .models.generate import generate as generate
+from .models.weights import matmul as matmul
+from .models.weights import quantise as quantise
+from .runs.options import FuseOptions as FuseOptions
+from .runs.run import load_run as load_run
+from .serving.bank import TaskBank as TaskBank
+from .serving.service import FusedRun as FusedRun
+from .serving.service import Service as Service
+from .tasks import Batch as Batch
+from .training.frozen import Frozen as Frozen
+from .training.loss import objective as objective
+from .training.method import Method as Method
+from .training.problem import Problem as Problem
+from .training.recipe import Optimisation as Optimisation
+from .training.recipe import Rates as Rates
+from .training.recipe import Recipe as Recipe
+from .training.seeds import over_seeds as over_seeds
+from .training.step import TrainState as TrainState
+from .training.step import fusion_step as fusion_step
+from .training.step import init_state as init_state
