@@ -1,31 +1,23 @@
 """The experiments on chips: what is computed once, which points there are, and the sums of their tables."""
 
 import dataclasses
-import importlib
-import sys
 from pathlib import Path
 
+import basis_on_chips
+import hardware
+import hardware_sweeps
 import jax.numpy as jnp
 import pytest
+from lab.hardware import Store, csv_of
 
 from lorafusion_jax.crossbar import load_config, save_config
 
-_ROOT = Path(__file__).resolve().parents[2]
-_CHIP = load_config(_ROOT / "examples" / "chip.yaml")
+_CHIP_FILE = Path(__file__).resolve().parents[2] / "examples" / "chip.yaml"
+_CHIP = load_config(_CHIP_FILE)
 
 
-@pytest.fixture(scope="module")
-def scripts():
-    sys.path.insert(0, str(_ROOT / "experiments"))
-    yield {
-        name: importlib.import_module(name)
-        for name in ("lab.hardware", "hardware", "hardware_sweeps", "basis_on_chips")
-    }
-    sys.path.remove(str(_ROOT / "experiments"))
-
-
-def test_results_are_computed_once_and_settings_are_kept_apart(scripts, tmp_path):
-    store, calls = scripts["lab.hardware"].Store(tmp_path / "out"), []
+def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
+    store, calls = Store(tmp_path / "out"), []
 
     def compute():
         calls.append(1)
@@ -51,13 +43,9 @@ def _rows(case, values, *, age=None, compensate=None):
     ]
 
 
-def test_shares_won_back_by_hand(scripts):
-    hardware = scripts["hardware"]
-    rows = (
-        _rows("digital", [[70, 50]])
-        + _rows("untouched", [[40, 40], [30, 50]])
-        + _rows("its chip", [[60, 40], [55, 45]])
-    )
+def test_shares_won_back_by_hand():
+    untouched = _rows("untouched", [[40, 40], [30, 50]])
+    rows = _rows("digital", [[70, 50]]) + untouched + _rows("its chip", [[60, 40], [55, 45]])
     assert list(hardware.matches(rows, "t", "untouched", None, None)) == [40, 40]
     # Digital 60, untouched 40, trained 50.
     assert hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None) == 50
@@ -66,8 +54,7 @@ def test_shares_won_back_by_hand(scripts):
     assert hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None) is None
 
 
-def test_the_tables_hold_every_case(scripts):
-    hardware = scripts["hardware"]
+def test_the_tables_hold_every_case():
     options = hardware.Options(tasks=("t",), seeds=(1, 2), chips=2)
     rows = _rows("digital", [[70, 50]])
     for case in list(hardware.TRAINED)[1:]:
@@ -83,31 +70,34 @@ def test_the_tables_hold_every_case(scripts):
     assert "35.0 ± 7.1" in cells and "nan" not in " ".join(cells)
     assert {*hardware.TRAINED} <= {line[0] for line in tables["new"]}
     assert {*hardware.TRAINED[1:]} <= {line[0] for line in tables["aged"]}
-    assert hardware.csv_of(rows).count("\n") == len(rows) + 1
+    assert csv_of(rows).count("\n") == len(rows) + 1
 
 
-def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(scripts, tmp_path):
-    script, file = scripts["basis_on_chips"], tmp_path / "rows.csv"
+def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(tmp_path):
+    file, script = tmp_path / "rows.csv", basis_on_chips
     of_whole = _rows("digital", [[60, 40, 0]]) + _rows("untouched", [[40, 40, 0], [30, 30, 0], [0, 0, 0]])
     for compensate, match in ((False, 0), (True, 20)):
         of_whole += _rows("untouched", [[match] * 3] * 3, age="1month", compensate=compensate)
-    file.write_text(scripts["lab.hardware"].csv_of(of_whole))
+    file.write_text(csv_of(of_whole))
     options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
     rows = script.earlier_rows(options)
     assert len(rows) == 2 + 2 * 2 * 2
+    # Rows with a missing chip, seed or age do not count.
+    assert script.earlier_rows(dataclasses.replace(options, seeds=(0, 1, 3))) == []
+    for other in ({"chips": 4}, {"age": "1year"}):
+        assert {row["case"] for row in script.earlier_rows(dataclasses.replace(options, **other))} == {"digital"}
     inside = _rows("digital", [[50, 48]]) + _rows("untouched", [[45, 45], [45, 45]])
     inside += _rows("untouched", [[30, 32], [30, 32]], age="1month")
-    inside = [{"fusion": "k = 16"} | {n: v for n, v in row.items() if n != "compensate"} for row in inside]
+    rows += [{"fusion": "k = 16"} | {n: v for n, v in row.items() if n != "compensate"} for row in inside]
     # What was written is read again, and no row counts twice.
-    rows += inside
     written = tmp_path / "written.csv"
-    written.write_text(scripts["lab.hardware"].csv_of(rows))
+    written.write_text(csv_of(rows))
     assert script.earlier_rows(dataclasses.replace(options, earlier=(file, written))) == rows
     assert script.table(rows, options)[1:] == [
         ["whole modules", "50.0", "35.0 ± 7.1", "20.0 ± 0.0", "15.0", "30.0"],
         ["k = 16", "49.0", "45.0 ± 0.0", "31.0 ± 0.0", "4.0", "18.0"],
     ]
-    # Numbers that were prepared for an age are read then alone; here whole modules have none.
+    # Numbers that were prepared for an age are read at that age alone; here whole modules have none.
     options = dataclasses.replace(options, cases=("digital", "prepared"))
     rows += [{"fusion": "k = 16", **row} for row in _rows("prepared", [[40, 42], [40, 42]], age="1month")]
     assert script.table(rows, options)[1:] == [
@@ -117,8 +107,8 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(s
 
 
 @pytest.mark.parametrize(("sweep", "point"), [("noise", "0.1"), ("adc", "6"), ("cell", "2"), ("age", "1day")])
-def test_points_change_what_they_name_and_nothing_else(scripts, sweep, point):
-    found = scripts["hardware_sweeps"].at(_CHIP, sweep, point)
+def test_a_point_changes_only_what_it_names(sweep, point):
+    found = hardware_sweeps.at(_CHIP, sweep, point)
     values = {
         "noise": (found.device.programming.sigma, _CHIP.device.programming.sigma, 0.1),
         "adc": (found.adc.bits, _CHIP.adc.bits, 6),
@@ -136,78 +126,53 @@ def test_points_change_what_they_name_and_nothing_else(scripts, sweep, point):
         ("ideal", "adc", "4", "no ADC to sweep"),
         ("isaac", "age", "1h", "no drift model"),
         ("isaac", "cell", "4", "do not make up the 6 of a 7-bit weight"),
+        (_CHIP_FILE, "cell", "0", "cells of 0 bits do not make up the 6"),
+        *(
+            (_CHIP_FILE, sweep, point, f"--points {point} is not a point of the sweep {sweep}: give such as ")
+            for sweep, point in (("noise", "x"), ("noise", "-0.1"), ("adc", "6.5"), ("cell", "many"))
+        ),
     ],
 )
-def test_what_cannot_be_swept(scripts, config, sweep, point, message):
+def test_points_that_cannot_be_swept_are_refused(config, sweep, point, message):
     with pytest.raises(ValueError, match=message):
-        scripts["hardware_sweeps"].at(load_config(config), sweep, point)
+        hardware_sweeps.at(load_config(config), sweep, point)
 
 
-def test_earlier_rows_count_only_where_no_chip_seed_or_age_is_missing(scripts, tmp_path):
-    script, file = scripts["basis_on_chips"], tmp_path / "rows.csv"
-    of_whole = _rows("digital", [[60, 40]]) + _rows("untouched", [[40, 40], [30, 30]])
-    of_whole += _rows("untouched", [[20, 20], [20, 20]], age="1month", compensate=True)
-    file.write_text(scripts["lab.hardware"].csv_of(of_whole))
-    options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
-    assert len(script.earlier_rows(options)) == 2 + 2 * 2 * 2
-    assert script.earlier_rows(dataclasses.replace(options, seeds=(0, 1, 2))) == []
-    for other in ({"chips": 3}, {"age": "1year"}):
-        assert {row["case"] for row in script.earlier_rows(dataclasses.replace(options, **other))} == {"digital"}
-
-
-def test_kept_rows_of_the_defaults_are_not_next_to_rows_of_other_settings(scripts, tmp_path):
-    out = ["--out", str(tmp_path / "out")]
+def test_results_of_other_settings_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not of --epochs 3: .*--earlier"):
-        scripts["basis_on_chips"].main([*out, "--epochs", "3"])
+        basis_on_chips.main(["--out", str(tmp_path / "out"), "--epochs", "3"])
     assert not (tmp_path / "out").exists()
-
-
-def test_results_of_an_edited_configuration_are_refused(scripts, tmp_path, monkeypatch):
-    script = scripts["basis_on_chips"]
-    monkeypatch.setattr(script, "task_rows", lambda *given: iter(_rows("digital", [[50]])))
-    text = (_ROOT / "examples" / "chip.yaml").read_text()
-    (config := tmp_path / "chip.yaml").write_text(text)
+    monkeypatch.setattr(basis_on_chips, "task_rows", lambda *given: iter(_rows("digital", [[50]])))
+    (config := tmp_path / "chip.yaml").write_text(_CHIP_FILE.read_text())
     given = ["--out", str(tmp_path / "out"), "--crossbar", str(config), "--tasks", "t", "--sizes", "16", "--earlier"]
-    script.main(given)
-    script.main(given)
-    edited = dataclasses.replace(_CHIP, adc=dataclasses.replace(_CHIP.adc, bits=5))
-    save_config(edited, config)
+    basis_on_chips.main(given)
+    basis_on_chips.main(given)
+    save_config(dataclasses.replace(_CHIP, adc=dataclasses.replace(_CHIP.adc, bits=5)), config)
     with pytest.raises(ValueError, match="holds other results \\(config was"):
-        script.main(given)
+        basis_on_chips.main(given)
 
 
 @pytest.mark.parametrize(
-    ("names", "arguments", "message"),
+    ("scripts", "arguments", "message"),
     [
-        (("hardware", "hardware_sweeps", "basis_on_chips"), given, message)
-        for given, message in (
-            (["--tasks"], "no tasks: give at least one with --tasks"),
-            (["--seeds"], "no seeds: give at least one with --seeds"),
-            (["--chips", "0"], "chips is 0: wanted at least 1"),
-        )
-    ]
-    + [
-        (("hardware_sweeps",), ["--sweeps"], "no sweeps"),
-        (("basis_on_chips",), ["--cases"], "no cases"),
-        (("basis_on_chips",), ["--sizes"], "no sizes"),
-        (("hardware",), ["--age", "1 moon"], "an age of '1 moon'"),
-        (("hardware",), ["--crossbar", "raella"], "an age of 1month, but these cells have no drift model"),
-        (("basis_on_chips",), ["--crossbar", "raella", "--earlier"], "no drift model"),
+        *(
+            ((hardware, hardware_sweeps, basis_on_chips), given, message)
+            for given, message in (
+                (["--tasks"], "no tasks: give at least one with --tasks"),
+                (["--seeds"], "no seeds: give at least one with --seeds"),
+                (["--chips", "0"], "chips is 0"),
+            )
+        ),
+        ((hardware_sweeps,), ["--sweeps"], "no sweeps"),
+        ((basis_on_chips,), ["--cases"], "no cases"),
+        ((basis_on_chips,), ["--sizes"], "no sizes"),
+        ((hardware,), ["--age", "1 moon"], "an age of '1 moon'"),
+        ((hardware,), ["--crossbar", "raella"], "an age of 1month, but these cells have no drift model"),
+        ((basis_on_chips,), ["--crossbar", "raella", "--earlier"], "no drift model"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_trained(scripts, names, arguments, message, tmp_path):
-    for name in names:
+def test_bad_options_are_refused_before_anything_is_trained(scripts, arguments, message, tmp_path):
+    for script in scripts:
         with pytest.raises(ValueError, match=message):
-            scripts[name].main([*arguments, "--out", str(tmp_path / "out")])
+            script.main([*arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("sweep", "point"), [("noise", "x"), ("noise", "-0.1"), ("adc", "6.5"), ("cell", "many")])
-def test_a_point_that_is_not_one_of_the_sweep_is_named(scripts, sweep, point):
-    with pytest.raises(ValueError, match=f"--points {point} is not a point of the sweep {sweep}: give such as "):
-        scripts["hardware_sweeps"].at(_CHIP, sweep, point)
-
-
-def test_cells_of_no_bits_make_up_no_weight(scripts):
-    with pytest.raises(ValueError, match="cells of 0 bits do not make up the 6"):
-        scripts["hardware_sweeps"].at(_CHIP, "cell", "0")

@@ -5,25 +5,31 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import get_args
 
+import jax.numpy as jnp
+import language as experiment
+import language_checks
+import language_fused_on_arrays as on_arrays
+import language_pool
+import language_tune
+import numpy as np
 import pytest
 import small_llama
+from lab import language
 from lab.jobs import run_jobs, settings_of
 from made_up_rows import row
 
+from lorafusion_jax import LoraPool
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.report import append_rows
 
-_ROOT = Path(__file__).resolve().parents[2]
+_UNSEEN = [name for tasks in language.UNSEEN.values() for name in tasks]
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
-    import language_pool
-    from lab import language
-
-    return language, language_pool
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path / "smollm2")
 
 
 def _colours(path: Path, rows: int, first: int = 0) -> Path:
@@ -37,26 +43,15 @@ def _colours(path: Path, rows: int, first: int = 0) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pool", ["first", "second"])
-def test_no_task_has_two_roles(scripts, pool):
-    language, _ = scripts
-    sources = [name for family in language.POOLS[pool].values() for name in family]
-    unseen = [name for tasks in language.UNSEEN.values() for name in tasks]
-    roles = [*sources, *language.TUNING, *unseen]
-    assert len(roles) == len(set(roles))
-    assert len(sources) == 24
-
-
-def test_every_relation_has_two_tasks(scripts):
-    language, _ = scripts
-    unseen = [name for tasks in language.UNSEEN.values() for name in tasks]
-    assert len(language.TUNING) == 2 and len(unseen) >= 7
-    assert all(len(tasks) >= 2 for tasks in language.UNSEEN.values())
-    assert all(
-        (family in language.SOURCES) == (relation != "none")
-        for relation, tasks in language.UNSEEN.items()
-        for family in tasks.values()
-    )
+def test_no_task_has_two_roles_and_every_relation_has_two_tasks():
+    for pool in ("first", "second"):
+        sources = [name for family in language.POOLS[pool].values() for name in family]
+        roles = [*sources, *language.TUNING, *_UNSEEN]
+        assert len(roles) == len(set(roles)) and len(sources) == 24
+    assert len(language.TUNING) == 2 and len(_UNSEEN) >= 7
+    for relation, tasks in language.UNSEEN.items():
+        assert len(tasks) >= 2
+        assert all((family in language.SOURCES) == (relation != "none") for family in tasks.values())
 
 
 def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
@@ -65,8 +60,7 @@ def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
     return path
 
 
-def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(scripts, tmp_path):
-    language, _ = scripts
+def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_path):
     source = _words(tmp_path / "tasks" / "source.json", [(f"Source {i}", f"Answer {i}.") for i in range(190)])
     trained = language.trained_pairs(["source"], tmp_path / "tasks")
     of_source = language.load_task(source, train_rows=100).train
@@ -89,14 +83,13 @@ def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(scrip
     kept = language.load_task(found.path)
     assert [(row.input, row.target) for row in kept.train] == train
     assert [(row.input, row.target) for row in kept.test] == [*others, *clean]
-    # What is not evaluated leaves the task as it is.
+    # Pairs that are not evaluated leave the task unchanged.
     for name, test in (("clean", [*others, *clean]), ("late", [*clean, *known])):
         path = task(name, test)
         assert language.unseen(path, trained, tmp_path / "out") == (path, 0)
 
 
-def test_a_task_that_a_source_was_trained_on_is_refused(scripts, tmp_path):
-    language, _ = scripts
+def test_a_task_that_a_source_was_trained_on_is_refused(tmp_path):
     path = _words(tmp_path / "new.json", [(f"Word {i}", f"Answer {i}.") for i in range(200)])
     task = language.load_task(path, train_rows=100)
     pairs = [(row.input.lower(), row.target.lower().rstrip(".")) for row in task.test]
@@ -108,19 +101,16 @@ def test_a_task_that_a_source_was_trained_on_is_refused(scripts, tmp_path):
         language.unseen(path, few, tmp_path / "out")
 
 
-def test_rows_of_a_source(scripts, tmp_path):
-    language, _ = scripts
-    counts = {190: 100, 250: 100, 420: 166, 460: 250, 900: 500}
-    for rows, train in counts.items():
-        path = _colours(tmp_path / f"{rows}.json", rows)
-        assert language.source_rows(path) == train
-        assert len(language.load(path, train).test) == rows - train
+@pytest.mark.parametrize(("rows", "train"), [(190, 100), (420, 166), (900, 500)])
+def test_rows_of_a_source(rows, train, tmp_path):
+    path = _colours(tmp_path / "source.json", rows)
+    assert language.source_rows(path) == train
+    assert len(language.load(path, train).test) == rows - train
     with pytest.raises(ValueError, match=r"150 different inputs, and 50 of them to test on when 100 train"):
         language.load(_colours(tmp_path / "150.json", 150))
 
 
-def test_the_pool_is_trained_task_by_task(scripts, tmp_path, monkeypatch, capsys):
-    _, language_pool = scripts
+def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch, capsys):
     llama = small_llama.make(tmp_path / "llama")
     monkeypatch.setattr(language_pool, "base", lambda: llama)
     monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
@@ -141,8 +131,8 @@ def test_the_pool_is_trained_task_by_task(scripts, tmp_path, monkeypatch, capsys
     assert {path.rpartition(".")[2] for path in adapter.factors} == {"q_proj", "v_proj"}
 
     language_pool.main([*given, "--sources", "one", "two", "--plan"])
-    said = capsys.readouterr().out
-    assert "1 tasks, " in said and "of 1 finished tasks" in said and "95 rows x 5" in said
+    printed = capsys.readouterr().out
+    assert "1 tasks, " in printed and "of 1 finished tasks" in printed and "95 rows x 5" in printed
     trained = []
     monkeypatch.setattr(
         language_pool, "_train", lambda name, path, options: trained.append(name) or row | {"task": name}
@@ -152,16 +142,7 @@ def test_the_pool_is_trained_task_by_task(scripts, tmp_path, monkeypatch, capsys
     assert (tmp_path / "out" / "pool.jsonl").read_text().startswith(first)
 
 
-@pytest.fixture
-def experiment(scripts, monkeypatch, tmp_path):
-    import language
-
-    monkeypatch.setattr(language, "FOLDER", tmp_path / "smollm2")
-    return language
-
-
-def test_a_dose_holds_so_many_modules_of_the_family_and_smaller_doses(scripts, experiment):
-    language, _ = scripts
+def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     for family in experiment.RELEVANCE.values():
         own = set(language.SOURCES[family])
         before: set[str] = set()
@@ -177,7 +158,7 @@ def test_a_dose_holds_so_many_modules_of_the_family_and_smaller_doses(scripts, e
     assert twins[0] in language.SOURCES["words"] and all(name.startswith("random-") for name in twins[1:])
 
 
-def test_relevance_is_of_the_shipped_pool_and_other_pools_have_places_of_their_own(experiment, tmp_path):
+def test_relevance_needs_the_shipped_pool_and_other_pools_have_separate_folders(tmp_path):
     second = tmp_path / "second" / "adapters"
     second.mkdir(parents=True)
     with pytest.raises(ValueError, match=r"lacks adjective_v_verb_3, .* which the groups of relevance fuse"):
@@ -186,10 +167,10 @@ def test_relevance_is_of_the_shipped_pool_and_other_pools_have_places_of_their_o
     assert experiment.pool_of(experiment.LanguageOptions(tasks=tmp_path).adapters) == experiment.FOLDER / "adapters"
 
 
-def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
+def test_groups_have_their_programs_once(tmp_path):
     options = experiment.LanguageOptions(tasks=tmp_path, seeds=(1, 2))
     paths = {name: tmp_path / f"{name}.json" for name in experiment.UNSEEN_TASKS}
-    jobs = {group: list(experiment.jobs_of(group, options, paths)) for group in experiment.get_args(experiment.Group)}
+    jobs = {group: list(experiment.jobs_of(group, options, paths)) for group in get_args(experiment.Group)}
     counts = {group: len(of) for group, of in jobs.items()}
     assert counts == {
         "main": 7 * 10,
@@ -207,7 +188,7 @@ def test_groups_hold_the_programs_that_they_say(scripts, experiment, tmp_path):
     assert all(job.options.prompt == "Q: {input}\nA:" for of in jobs.values() for job in of)
 
 
-def test_a_seed_goes_on_beside_rows_of_seeds_that_drew_other_modules(experiment, tmp_path):
+def test_a_seed_continues_next_to_rows_of_seeds_with_other_modules(tmp_path):
     file, paths = tmp_path / "rows.jsonl", {"prev_item": tmp_path / "prev_item.json"}
 
     def jobs(*seeds):
@@ -231,10 +212,7 @@ def test_a_seed_goes_on_beside_rows_of_seeds_that_drew_other_modules(experiment,
 
 
 @pytest.mark.nightly
-def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_path, monkeypatch, capsys):
-    language, language_pool = scripts
-    import language_tune
-
+def test_the_table_and_its_tuning_run_on_a_small_model(tmp_path, monkeypatch, capsys):
     llama = small_llama.make(tmp_path / "llama")
     for module in (experiment, language_pool):
         monkeypatch.setattr(module, "base", lambda: llama)
@@ -270,12 +248,7 @@ def test_the_table_and_its_tuning_run_on_a_small_model(scripts, experiment, tmp_
 
 
 @pytest.mark.nightly
-def test_a_fused_task_is_measured_on_arrays_as_it_is_and_trained_there(
-    scripts, experiment, tmp_path, monkeypatch, capsys
-):
-    language, language_pool = scripts
-    import language_fused_on_arrays as on_arrays
-
+def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(tmp_path, monkeypatch, capsys):
     llama = small_llama.make(tmp_path / "llama")
     for module in (experiment, language_pool):
         monkeypatch.setattr(module, "base", lambda: llama)
@@ -302,19 +275,17 @@ def test_a_fused_task_is_measured_on_arrays_as_it_is_and_trained_there(
     assert untouched > digital + 0.05 and on_chip < untouched - 0.02
     assert on_chip < elsewhere != untouched
     capsys.readouterr()
-    on_arrays.main([*given, "--settings", "ideal-0.5"])  # from the rows that are there
-    assert "| ideal" in (said := capsys.readouterr().out) and "on the chip" not in said
-    with pytest.raises(ValueError, match="--settings 8: wanted bits of the ADC and an error"):
+    on_arrays.main([*given, "--settings", "ideal-0.5"])  # from existing rows
+    assert "| ideal" in (printed := capsys.readouterr().out) and "on the chip" not in printed
+    with pytest.raises(ValueError, match="--settings 8: .*bits of the ADC and an error"):
         on_arrays.main([*given, "--settings", "8"])
     with pytest.raises(ValueError, match=r"holds other results \(test_rows was 6, is 7\)"):
         on_arrays.main([*given[:-3], "7", *given[-2:]])
 
 
-def test_rows_are_compared_without_the_pairs_that_leaked(scripts, experiment, tmp_path):
-    import language_checks
-
+def test_rows_are_compared_without_the_pairs_that_leaked(tmp_path):
     path = _words(tmp_path / "new.json", [(f"Word {i}", f"Answer {i}") for i in range(200)])
-    task = scripts[0].load_task(path, train_rows=100)
+    task = language.load_task(path, train_rows=100)
     known = {(row.input.lower(), row.target.lower()) for row in task.test[:3]}
     found = language_checks.leaks(path, {"other": set(), "source": known}, 100)
     assert (found.own, found.share, found.source) == (0, 0.03, "source")
@@ -325,9 +296,7 @@ def test_rows_are_compared_without_the_pairs_that_leaked(scripts, experiment, tm
     assert clean["loss"] is None and language_checks.without(one, [False] * 100)["loss"] == one["loss"]
 
 
-def test_differences_of_tasks_beyond_chance(scripts, experiment):
-    import language_checks
-
+def test_differences_of_tasks_beyond_chance():
     rng = random.Random(0)
 
     def rows(task, share):
@@ -343,13 +312,7 @@ def test_differences_of_tasks_beyond_chance(scripts, experiment):
     assert Q([0.5] * 6) < 15.1 < Q([0.2, 0.8] * 3)
 
 
-def test_a_random_module_has_the_norms_of_its_factors_and_another_rank(scripts, experiment):
-    import jax.numpy as jnp
-    import language_checks
-    import numpy as np
-
-    from lorafusion_jax import LoraPool
-
+def test_a_random_module_has_the_norms_of_its_factors_and_another_rank():
     rng = np.random.default_rng(0)
     A, B = rng.normal(size=(2, 3, 64, 1)), rng.normal(size=(2, 3, 1, 48))
     # Four equal columns and rows: a product of rank one, with 4 x 4 times the norm.

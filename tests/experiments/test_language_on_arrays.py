@@ -1,11 +1,13 @@
 """Perplexity on arrays, on a small Llama and texts made up here; and the loop that stands in for CrossSim."""
 
+import dataclasses
 import json
-import sys
 from pathlib import Path
 
+import decoder_on_arrays
 import jax
 import jax.numpy as jnp
+import language_on_arrays
 import numpy as np
 import pytest
 import small_llama
@@ -19,17 +21,14 @@ _WORDS = "the cold bold gold is old and the tall wall is small "
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(_ROOT / "experiments"))
-    import language_on_arrays as found
-
     llama = small_llama.make(tmp_path / "llama")
     (texts := tmp_path / "text").mkdir()
     (texts / "calibration.txt").write_text(2 * _WORDS)
     (texts / "a.txt").write_text(_WORDS)
     (texts / "b.txt").write_text("Q: hot\nA: cold\n")
     for name, value in (("base", lambda: llama), ("TEXTS", texts), ("WINDOW", 8), ("BATCH", 2)):
-        monkeypatch.setattr(found, name, value)
-    return found
+        monkeypatch.setattr(language_on_arrays, name, value)
+    return language_on_arrays
 
 
 @pytest.mark.nightly
@@ -57,7 +56,8 @@ def test_rows_of_perplexity_by_setting(script, tmp_path, capsys):
     assert ideal["loss"] != digital["loss"] and ideal["loss"] == pytest.approx(digital["loss"], rel=1e-2)
 
     script.main([*given, "--bits", "8", "3", "--plan"])
-    assert "3-bit ADC, error 0 %" in (said := capsys.readouterr().out) and "1 settings on 24 tokens" in said
+    printed = capsys.readouterr().out
+    assert "3-bit ADC, error 0 %" in printed and "1 settings on 24 tokens" in printed
     script.main([*given, "--bits", "8", "3"])
     assert file.read_text().startswith(first)
     coarse = json.loads(file.read_text().splitlines()[-1])
@@ -86,18 +86,14 @@ def test_an_imperfect_chip_is_calibrated_once(script, tmp_path, monkeypatch):
     assert len({row["loss"] for row in rows}) == 3 and len(calls) == 1
 
 
-def test_crosssims_loop_reads_what_a_chip_reads(monkeypatch):
-    monkeypatch.syspath_prepend(str(_ROOT / "benchmarks"))
-    try:
-        import decoder_on_arrays as found
-    finally:
-        sys.modules.pop("_measure", None)
+def test_crosssims_loop_reads_what_a_chip_reads():
     config = crossbar.load_config(_ROOT / "examples" / "smollm2" / "chip.yaml")
     # No sum is half-way between two codes, where CrossSim rounds to the other one: its codes begin with the lowest.
-    coarse = found.dataclasses.replace(config, adc=crossbar.ADC(bits=5, range="given", limits=[[-20.1, 20.1]] * 4))
+    coarse = dataclasses.replace(config, adc=crossbar.ADC(bits=5, range="given", limits=[[-20.1, 20.1]] * 4))
     key = jax.random.key(0)
     weights, x = jax.random.normal(key, (150, 12)), jax.random.normal(jax.random.fold_in(key, 1), (4, 150))
     chip = crossbar.program(weights, coarse, path="loop")
     y, exact = np.asarray(crossbar.matmul(x, chip)), np.asarray(x @ weights)
-    np.testing.assert_allclose(found.crosssim_loop(np.asarray(x), chip)(), y, rtol=0, atol=1e-4 * abs(y).max())
+    found = decoder_on_arrays.crosssim_loop(np.asarray(x), chip)()
+    np.testing.assert_allclose(found, y, rtol=0, atol=1e-4 * abs(y).max())
     assert abs(y - exact).max() > 1e-2 * abs(exact).max()

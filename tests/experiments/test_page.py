@@ -1,16 +1,21 @@
-"""The HTML page: that it is whole, says what the rows say, and comes out in a real browser where there is one."""
+"""The page of results: its content, how a browser shows it, and the script that writes it with tables and plots."""
 
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from lab.page import page
 from made_up_rows import made_up, row
 
-from lorafusion_jax.report import plot_means, scores
+from lorafusion_jax.report import append_rows, plot_means, scores
+
+_SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "results_page.py"
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
@@ -34,7 +39,7 @@ def whole():
     return page(rows, "Fusing <frozen> & other LoRAs", "First <b>.\n\nSecond.")
 
 
-def test_without_a_whole_method_there_is_nothing_to_draw_but_a_page(tmp_path):
+def test_without_a_complete_method_there_is_a_page_and_no_plot(tmp_path):
     rows = [row("easy", "a", 1, np.ones(8, bool)), row("hard", "b", 1, np.ones(8, bool))]
     with pytest.raises(ValueError, match="no method has results of all 2 tasks: there are no means to draw"):
         plot_means(scores(rows)[0], tmp_path / "means.png")
@@ -50,7 +55,7 @@ def test_all_text_is_escaped():
     assert "<script" not in text and "&lt;script&gt;alert(&#x27;a&quot;b&#x27;)" in text
 
 
-def test_the_page_is_whole_and_needs_nothing_else(whole):
+def test_the_page_is_whole_and_needs_no_other_file(whole):
     class Parser(HTMLParser):
         open, addresses, texts = [], [], []
 
@@ -72,12 +77,12 @@ def test_the_page_is_whole_and_needs_nothing_else(whole):
     assert len(parser.addresses) == 5 and all(address.startswith("data:") for address in parser.addresses)
     assert "http" not in re.sub('base64,[^"]*', "", whole) and "url(" not in whole and "@import" not in whole
     shown = "".join(parser.texts)
-    for wanted in ("95 + 5 examples", "5 examples", "First <b>.", "recipe.lr", "jax 0.10.2", "fusion sum minus each"):
-        assert wanted in shown
+    for text in ("95 + 5 examples", "5 examples", "First <b>.", "recipe.lr", "jax 0.10.2", "fusion sum minus each"):
+        assert text in shown
     assert whole.count("prefers-color-scheme: dark") == 1 and 'name="viewport"' in whole
 
 
-def test_the_page_says_how_configurations_differ():
+def test_the_page_shows_how_configurations_differ():
     rows = made_up(methods=("LoRA", "fusion sum"), tasks=("easy",), seeds=(1, 2), items=8)
     rows[0]["config"]["only"] = [1, 2]
     text = page(rows, "title", reference="LoRA")
@@ -109,3 +114,42 @@ def test_a_browser_shows_tables_and_images_without_errors(whole, tmp_path, width
     assert re.search('data-overflow="([^"]*)"', dom)[1] == "0"
     assert dom.count("<table>") == 9 and dom.count("</table>") == 9
     assert dom.count("<caption>fusion sum minus each other method") == 2
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """A function that runs the script with some arguments."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["results_page.py", *map(str, arguments)])
+        runpy.run_path(str(_SCRIPT), run_name="__main__")
+
+    return run
+
+
+@pytest.mark.long
+def test_the_script_writes_page_tables_and_plots(report, tmp_path):
+    results, more, out = tmp_path / "results.jsonl", tmp_path / "more.jsonl", tmp_path / "out"
+    rows = made_up(methods=("zero-shot", "LoRA"), items=20)
+    append_rows(results, rows)
+    append_rows(more, [{**found, "league": "5"} for found in rows])
+    report(results, "--out", out, "--title", "One league")
+    names = {"table.csv", "table.tex", "paired.csv", "means.png", "trainable.png"}
+    assert {path.name for path in out.iterdir()} == names | {"report.html"}
+    assert "<h1>One league</h1>" in (out / "report.html").read_text()
+    assert "LoRA minus each other method" in (out / "table.tex").read_text()
+    report(results, more, "--out", out / "both")
+    both = {f"{Path(name).stem}_{league}{Path(name).suffix}" for name in names for league in ("95+5", "5")}
+    assert {path.name for path in (out / "both").iterdir()} == both | {"report.html"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [(["--help"], 0, "python experiments/results_page.py runs/"), (["none.jsonl", "--out", "out"], 2, "none.jsonl")],
+)
+def test_the_script_helps_and_names_errors(arguments, code, text, report, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        report(*arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == code and text in (printed.err if code else printed.out)
