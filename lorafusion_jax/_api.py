@@ -32,6 +32,9 @@ from .io.pool import read_pool as read_pool
 from .methods import METHODS as METHODS
 from .methods import register as register
 from .methods.cma import CMARecipe as CMARecipe
+from .methods.entry import CostLayout as CostLayout
+from .methods.entry import MethodEntry as MethodEntry
+from .methods.entry import Update as Update
 from .methods.full import FullRecipe as FullRecipe
 from .methods.fusion import PRESETS as PRESETS
 from .methods.fusion import CoefficientsRecipe as CoefficientsRecipe
@@ -44,9 +47,6 @@ from .methods.lorahub import LoraHubRecipe as LoraHubRecipe
 from .methods.magnitudes import MagnitudesRecipe as MagnitudesRecipe
 from .methods.merge import Merge as Merge
 from .methods.merge import MergeRecipe as MergeRecipe
-from .methods.entry import CostLayout as CostLayout
-from .methods.entry import MethodEntry as MethodEntry
-from .methods.entry import Update as Update
 from .methods.recipes import BasisRecipe as BasisRecipe
 from .methods.recipes import PoolRecipe as PoolRecipe
 from .methods.recipes import TargetedRecipe as TargetedRecipe

@@ -80,11 +80,7 @@ class Cost(NamedTuple):
 def estimate(config: Architecture, method: str, work: Workload, settings: Settings) -> Cost:
     """Return the cost of one method on one task.
 
-    Args:
-      config: the base model.
-      method: one of `method_names()`; `-mix` and `-sum` set another composition than the recipe's.
-      work: the task's batches.
-      settings: settings of the run.
+    The method is one of `method_names()`; `-mix` and `-sum` set another composition than the recipe's.
 
     Raises:
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.

@@ -84,7 +84,7 @@ def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, mo
     if (k := basis_of(recipe)) is not None:
         for name, site in targeted(config, modules.targets).items():
             check_width(k, name, site.d_in, site.d_out)
-    if not entry.counted:
+    if not entry.groups:
         return {}
 
     count = modules_of(recipe)

@@ -24,17 +24,11 @@ from .workload import Shapes, Workload, workload
 
 
 class Machine(NamedTuple):
-    """A machine to plan for.
-
-    Attributes:
-      device: kind of device.
-      seed_mode: how seeds run there by default.
-      capacity: bytes of the device's memory, as its maker states them; None if they are not known.
-    """
+    """A machine to plan for, with its default mode of seeds."""
 
     device: Device
     seed_mode: SeedMode
-    capacity: int | None = None
+    capacity: int | None = None  # bytes of the device's memory, as its maker states them
 
 
 # H100 SXM: 80 GB (NVIDIA's data sheet). TPU v5e: 16 GB a chip (Google Cloud's "TPU v5e").
@@ -52,30 +46,18 @@ def machine(name: MachineName | None) -> Machine:
 
 
 class PoolShape(NamedTuple):
-    """Shape of a pool; by default of one that does not exist yet, as LoraHub's.
+    """Shape of a pool; by default of one that does not exist yet, as LoraHub's."""
 
-    Attributes:
-      rank: the largest rank of a module.
-      modules: number of modules.
-      targets: the linear maps that any module adapts; None for the family's own choice.
-    """
-
-    rank: int = 16
+    rank: int = 16  # the largest of a module
     modules: int = 196
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = None  # that any module adapts; None for the family's own choice
 
 
 class Row(NamedTuple):
-    """One method of a matrix.
-
-    Attributes:
-      method: name of the method.
-      runs: tasks times seeds.
-      cost: FLOPs of training and evaluation are those of all its runs; the other figures are its largest task's.
-    """
+    """One method of a matrix: the FLOPs of all its runs, and the bytes of its largest task."""
 
     method: str
-    runs: int
+    runs: int  # tasks times seeds
     cost: Cost
 
 
@@ -87,14 +69,9 @@ def plan(
     *,
     recipes: Sequence[Recipe] = (),
 ) -> list[Row]:
-    """Return the cost of every method for all tasks and seeds.
+    """Return the cost of every method (see `estimate.method_names`) for all tasks and seeds.
 
-    Args:
-      config: the base model.
-      methods: names of `estimate.method_names`.
-      tasks: workloads by name.
-      settings: settings of all runs.
-      recipes: recipes of the methods, in their order; by default that of the settings.
+    Recipes are in the order of the methods; by default all have that of the settings.
 
     Raises:
       ValueError: there are no methods or no tasks, or `estimate` raises it.
@@ -138,16 +115,10 @@ def describe(
     recipes: Sequence[Recipe] = (),
     capacity: int | None = None,
 ) -> str:
-    """Return a description of how a matrix runs, and its costs; further arguments and errors are those of `plan`.
+    """Return a description of how a matrix runs, and its costs; arguments and errors are those of `plan`.
 
-    Args:
-      config: the base model.
-      methods: names of methods, several times if runs with other settings cost the same.
-      tasks: workloads by name.
-      settings: settings of all runs.
-      names: names of the rows; by default those of the methods.
-      recipes: as in `plan`.
-      capacity: bytes of the device's memory; rows that need more are named.
+    Rows have other names than their methods where these occur several times. Those that need more bytes than the
+    device's capacity are listed.
     """
     rows = plan(config, methods, tasks, settings, recipes=recipes)
     rows = [row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)]

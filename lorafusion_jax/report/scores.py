@@ -20,7 +20,7 @@ Spread = tuple[float, float | None]  # mean, standard deviation over seeds
 
 @dataclass(frozen=True)
 class Scores:
-    """Results of one league; tasks and methods are in the order in which they first occur."""
+    """Results of one league, with tasks and methods in the order of their first occurrence."""
 
     league: str
     rows: Sequence[Row]

@@ -69,7 +69,7 @@ class TaskBank:
 
     Attributes:
       graph: structure of the model, of `nnx.split(model)`.
-      frozen: base and pool, whose adapters are the modules of all tasks; either may be quantised or on a chip.
+      frozen: base and pool with the modules of all tasks; either may be quantised or on a chip.
       tasks: numbers of the tasks.
       granularity: granularity of the stored coefficients. Coarser ones of a task are repeated.
     """
@@ -187,13 +187,10 @@ class TaskBank:
         pool, of_rows = self.frozen.pool, jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
         scale = {site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()}
         modules: dict[str, RowModules | RowCores] = {}
-        coefficients = (
-            {}
-            if pool is None
-            else jax.vmap(partial(coefficients_lib.expand, pool=pool, granularity=self.granularity), out_axes=1)(
-                of_rows.coefficients
-            )
-        )
+        coefficients = {}
+        if pool is not None:
+            expand = partial(coefficients_lib.expand, pool=pool, granularity=self.granularity)
+            coefficients = jax.vmap(expand, out_axes=1)(of_rows.coefficients)
         if isinstance(pool, SharedBasis):
             for site, c in coefficients.items():
                 core = jnp.einsum("lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest")

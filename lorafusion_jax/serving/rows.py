@@ -55,13 +55,7 @@ class RowModules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowCores:
-    """A shared basis in which every row has its own core.
-
-    Attributes:
-      U: [d_in, k].
-      V: [k, d_out].
-      core: [B, k, k].
-    """
+    """A shared basis U [d_in, k], V [k, d_out] in which every row has its own core [B, k, k]."""
 
     U: Weight
     V: Weight
@@ -78,12 +72,7 @@ class RowCores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowAdapter:
-    """An adapter of every row: `(x W + x dW) * scale`.
-
-    Attributes:
-      modules: update of the site; None for `x W` alone.
-      scale: [B, d_out]; None for 1.
-    """
+    """An adapter of every row: `(x W + x dW) * scale`; without modules dW is 0, without a scale [B, d_out] it is 1."""
 
     modules: RowModules | RowCores | None
     scale: Float[Array, "*L B d_out"] | None

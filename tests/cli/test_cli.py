@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import one_block
 import pytest
 from safetensors.numpy import load_file
 
@@ -25,11 +24,6 @@ def _convert(base: Path, adapters: Path, out: Path) -> Path:
     folders = [str(folder) for folder in sorted(adapters.iterdir())]
     cli.main(["convert", "--base", str(base), "--adapters", *folders, "--out", str(out)])
     return out
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
-    return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -60,27 +54,6 @@ def test_fuse_on_a_converted_pool_equals_the_adapter_folders(small, run, tmp_pat
     _fuse(*small, tmp_path)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
-
-
-@pytest.mark.nightly
-def test_a_report_of_a_run_on_arrays(run, tmp_path, capsys):
-    cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", "--report", "--calibration-rows", "4"])
-    printed = capsys.readouterr().out
-    results = json.loads((run / "crossbar-isaac.json").read_text())
-    evaluated = json.loads((run / "results.json").read_text())["seeds"]
-    for digital, on_chip, recorded in zip(results["digital"], results["chips"][0]["seeds"], evaluated, strict=True):
-        assert digital["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
-        # ISAAC's 16 bits and lossless conversions.
-        assert on_chip["loss"] == pytest.approx(digital["loss"], rel=1e-3)
-        assert f"{on_chip['seed']:<4}  {0:<7}  {on_chip['exact_match']:13.1f}  {on_chip['loss']:.4f}" in printed
-    sites = {site["site"]: site for site in results["sites"]}
-    assert len(sites) == 18 + 1 + 12 and sum(site["arrays"] for site in sites.values()) == results["arrays"]
-    A, wo = sites["pool.A.encoder.self.q"], sites["encoder.ff.wo"]
-    assert A["utilisation"] == 96 * 16 / 128**2 and A["arrays"] == A["matrices"] * 8
-    assert (wo["shape"], wo["arrays"]) == ([256, 96], 1 * 2 * 8)  # layers x row tiles x weight slices
-    assert all(row["sqnr"] > 70 for row in results["chips"][0]["matrices"])
-    for name in ("pool.B.decoder.cross.v[0:1]", "head"):
-        assert f"\n{name} " in printed
 
 
 @pytest.mark.parametrize(

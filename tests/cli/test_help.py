@@ -1,50 +1,16 @@
-"""Help texts of all subcommands: they render, group their options, and spell one thing in one way."""
+"""Help texts of all subcommands: they describe their options in groups, and wrong options are refused."""
 
 import contextlib
 import functools
-import importlib
 import io
 import re
-import typing
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lorafusion_jax.cli import COMMANDS, cost, evaluate, fuse, generate, main, params
-from lorafusion_jax.cli.parsing import flat_fields
-from lorafusion_jax.hardware.write import ProgramOptions
-from lorafusion_jax.io.convert import ConvertOptions
+from lorafusion_jax.cli import COMMANDS, main
 from lorafusion_jax.methods import METHODS, fields_of
 from lorafusion_jax.methods.fusion import PRESETS
-from lorafusion_jax.runs.export import ExportOptions
 
-_EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-# The options of an experiment that has a dataclass of them.
-_SCRIPTS = {
-    "ablations": "AblationOptions",
-    "bbh": "BBHOptions",
-    "cost": "Options",
-    "hardware": "Options",
-    "hardware_sweeps": "Options",
-    "seed_sweep": "SweepOptions",
-    "small_pool": "SmallPoolOptions",
-}
-# The name of an option, and other names that no option may have for the same thing.
-_SPELLINGS = {
-    "crossbar": ("config", "array", "arrays", "array_config"),
-    "modules": ("lora_num", "num_modules", "adapter_count"),
-    "adapters": ("sources", "names"),
-    "choose": ("rule", "choice"),
-    "chip_key": ("key",),
-    "eval_batch": ("batch",),
-    "batch_size": ("train_batch",),
-    "task": ("dataset", "data_path"),
-    "run": ("run_folder", "folder", "checkpoint"),
-    "out": ("output", "output_dir"),
-    "shape": ("model",),
-    "plan": ("dry",),
-}
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}
 _SUBCOMMANDS = [*(name for name in COMMANDS if name != "crossbar"), "crossbar program"]
 
@@ -137,50 +103,3 @@ def test_a_preset_sets_the_defaults_of_the_help_text(preset, composition, capsys
         main(["fuse", f"--preset={preset}", "--help"])
     assert stop.value.code == 0
     assert f"(default: {composition})" in capsys.readouterr().out
-
-
-def _every_option() -> list[tuple[str, str, Any]]:
-    """Command, name and type of every option of the subcommands and the experiments."""
-    commands: dict[str, type] = {
-        "convert": ConvertOptions,
-        "fuse": fuse.FuseCommand,
-        "evaluate": evaluate.EvaluateCommand,
-        "generate": generate.GenerateCommand,
-        "export": ExportOptions,
-        "crossbar program": ProgramOptions,
-        "params": params.ParamsOptions,
-        "cost": cost.CostCommand,
-    }
-    assert commands.keys() == set(_SUBCOMMANDS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(_EXPERIMENTS))
-        for script, name in _SCRIPTS.items():
-            commands[f"{script}.py"] = getattr(importlib.import_module(script), name)
-    commands |= {f"fuse --method {name}": entry.recipe for name, entry in METHODS.items()}
-    return [(command, name, type_) for command, of in commands.items() for name, type_, _ in flat_fields(of)]
-
-
-def _kind(type_: Any) -> Any:
-    """The type of an option's value: several values, or one of a type; None and choices aside."""
-    if typing.get_origin(type_) is typing.Annotated:
-        type_ = typing.get_args(type_)[0]
-    parts = [part for part in typing.get_args(type_) if part is not type(None)]
-    if typing.get_origin(type_) is tuple:
-        return tuple
-    if typing.get_origin(type_) is typing.Literal:
-        return str
-    return _kind(parts[0]) if parts else type_
-
-
-def test_options_of_one_meaning_have_one_name_and_one_kind_of_value():
-    wrong = {other: name for name, others in _SPELLINGS.items() for other in others}
-    assert [f"{command} --{name}: {wrong[name]}" for command, name, _ in _every_option() if name in wrong] == []
-    kinds: dict[str, set[Any]] = {}
-    for _, name, type_ in _every_option():
-        kind = _kind(type_)
-        kinds.setdefault(name, set()).add(str if kind is Path else kind)  # a path may also be a hub id
-    apart = {"lr_coefficients", "lr_magnitudes"}  # rates of a sweep, which tries several
-    assert {name: of for name, of in kinds.items() if len(of) > 1 and name not in apart} == {}
-    several = {name for name, of in kinds.items() if tuple in of} - apart - {"keep_digital"}
-    assert sorted(name for name in several if not name.endswith("s")) == []
-    assert {"seeds", "adapters", "tasks", "ages"} <= several

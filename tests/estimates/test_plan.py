@@ -17,7 +17,7 @@ from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.estimates.estimate import Settings, estimate, method_names, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from lorafusion_jax.estimates.params import counts, size
+from lorafusion_jax.estimates.params import size
 from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
@@ -388,18 +388,6 @@ def test_memory_of_generation(config, dtype, load_in):
     np.testing.assert_allclose(held + needed, _bytes(compiled), rtol=0.25)
 
 
-@pytest.mark.parametrize("config", [SHAPES["t5-small"], _SMALL])
-def test_trainable_numbers_are_those_of_params(config):
-    targets = ("q", "k", "v", "o", "wo")
-    recipe = _Numbers(modules=11, lora_rank=6, vera_rank=30, lora_targets=targets)
-    settings = Settings(recipe=recipe, targets=targets)
-    wanted = counts(config, modules=11, rank=6, vera_rank=30, targets=targets)
-    names = "fusion coefficients magnitudes lora dora vera lorahub full".split()
-    plain = [count for title, count in wanted.items() if "basis" not in title]
-    assert [trained_numbers(config, name, settings) for name in names] == plain
-    assert trained_numbers(config, "mean", settings) == trained_numbers(config, "zero-shot", settings) == 0
-
-
 @pytest.mark.parametrize(("granularity", "columns"), [("global", 1), ("block", 3), ("site", 8), ("rank", 8 * 8)])
 def test_trainable_coefficients_by_granularity(granularity, columns):
     """Two encoder layers with q and v, a decoder layer with two attentions, rank 8."""
@@ -470,12 +458,6 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
         assert (ranked.trainable, ranked.pool_bytes) == (drawn.trainable, drawn.pool_bytes)
     modules = pool_bytes(_SMALL, SumUpdate(rank=8, pool=60))
     assert whole.activation_bytes > drawn.activation_bytes + modules > inside.activation_bytes > 0
-
-
-def test_batched_seeds_need_more_memory_and_no_more_flops():
-    batched = dataclasses.replace(_SETTINGS, seed_mode="batched", device="accelerator")
-    one, other = (estimate(_SMALL, "lora", _work(), settings) for settings in (_SETTINGS, batched))
-    assert other.activation_bytes > one.activation_bytes and other.training_flops == one.training_flops
 
 
 def test_few_bits_hold_base_and_pool_in_less():

@@ -3,7 +3,6 @@
 import bbh
 import bbh_rows
 import byte_base
-import one_block
 import pytest
 
 from lorafusion_jax.report import read_rows
@@ -11,9 +10,8 @@ from lorafusion_jax.tasks import write_lorahub_split
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bbh")
-    like, pool = one_block.cut(folder / "small")
+def arguments(small, tmp_path_factory):
+    folder, (like, pool) = tmp_path_factory.mktemp("bbh"), small
     rows, index = bbh_rows.write(folder / "rows")
     write_lorahub_split(rows, folder / "data_bbh", index=index)
     return {

@@ -66,15 +66,6 @@ def test_ten_thousand_tasks_fit_into_40_megabytes():
     assert sum(np.prod(shape) * size for shape, size in found) <= 40e6
 
 
-def test_short_functions_take_turns_of_many_calls():
-    calls = []
-    found = _measure.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
-    assert all(len(seconds) == 2 and (seconds > 0).all() for seconds in found.values())
-    turns = [name for i, name in enumerate(calls) if i == 0 or name != calls[i - 1]]
-    assert turns[:4] == ["a", "b", "a", "b"] and turns == turns[:2] * (len(turns) // 2)
-    assert len(calls) > 100
-
-
 def test_the_table_shows_which_bars_are_met():
     case = _measure.case
     lines = table.table(

@@ -54,25 +54,6 @@ def test_shares_won_back_by_hand():
     assert hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None) is None
 
 
-def test_the_tables_hold_every_case():
-    options = hardware.Options(tasks=("t",), seeds=(1, 2), chips=2)
-    rows = _rows("digital", [[70, 50]])
-    for case in list(hardware.TRAINED)[1:]:
-        rows += _rows(case, [[40, 40], [30, 30]])
-        for compensate in (False, True):
-            rows += _rows(case, [[20, 20], [10, 10]], age="1month", compensate=compensate)
-    for budget in hardware.BUDGETS:
-        rows += _rows(f"digital, {budget}", [[60, 60]])
-        for case in ("untouched", "noise-blind", "its chip"):
-            rows += _rows(f"{case}, {budget}", [[30, 30], [30, 30]], age="1month", compensate=True)
-    tables = hardware.tables(rows, options)
-    cells = [cell for lines in tables.values() for line in lines for cell in line]
-    assert "35.0 ± 7.1" in cells and "nan" not in " ".join(cells)
-    assert {*hardware.TRAINED} <= {line[0] for line in tables["new"]}
-    assert {*hardware.TRAINED[1:]} <= {line[0] for line in tables["aged"]}
-    assert csv_of(rows).count("\n") == len(rows) + 1
-
-
 def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(tmp_path):
     file, script = tmp_path / "rows.csv", basis_on_chips
     of_whole = _rows("digital", [[60, 40, 0]]) + _rows("untouched", [[40, 40, 0], [30, 30, 0], [0, 0, 0]])

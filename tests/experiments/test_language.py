@@ -158,15 +158,6 @@ def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     assert twins[0] in language.SOURCES["words"] and all(name.startswith("random-") for name in twins[1:])
 
 
-def test_relevance_needs_the_shipped_pool_and_other_pools_have_separate_folders(tmp_path):
-    second = tmp_path / "second" / "adapters"
-    second.mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"lacks adjective_v_verb_3, .* which the groups of relevance fuse"):
-        experiment.main(["--tasks", str(tmp_path), "--adapters", str(second), "--groups", "main", "relevance"])
-    assert experiment.pool_of(second) == experiment.FOLDER / "second_adapters"
-    assert experiment.pool_of(experiment.LanguageOptions(tasks=tmp_path).adapters) == experiment.FOLDER / "adapters"
-
-
 def test_groups_have_their_programs_once(tmp_path):
     options = experiment.LanguageOptions(tasks=tmp_path, seeds=(1, 2))
     paths = {name: tmp_path / f"{name}.json" for name in experiment.UNSEEN_TASKS}

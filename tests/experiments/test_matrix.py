@@ -23,12 +23,11 @@ _ENTRIES = {
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    out = tmp_path_factory.mktemp("matrix")
-    base, pool = one_block.cut(out)
-    tasks = (str(one_block.SMALL / "tasks" / "double_digit"),)
-    sizes = {"seeds": (1, 2), "modules": 2, "epochs": 1, "test_rows": 5}
-    return matrix.MatrixOptions(base=str(base), pool=str(pool), tasks=tasks, out=out / "matrix", **sizes)
+def options(small, tmp_path_factory):
+    base, pool = small
+    where = {"base": str(base), "pool": str(pool), "tasks": (str(one_block.SMALL / "tasks" / "double_digit"),)}
+    out = tmp_path_factory.mktemp("matrix") / "out"
+    return matrix.MatrixOptions(**where, out=out, seeds=(1, 2), modules=2, epochs=1, test_rows=5)
 
 
 @pytest.fixture
@@ -103,15 +102,6 @@ def test_rows_of_an_old_version_are_a_part_of_the_matrix(tmp_path, ran):
         matrix.run_matrix(fewer, small_pool.METHODS)
 
 
-def test_more_seeds_are_more_rows(options):
-    few = dataclasses.replace(options, methods=("uniform mean",), seeds=(7,), out=options.out.with_name("seeds"))
-    file = matrix.run_matrix(few, _ENTRIES)
-    first = file.read_text()
-    matrix.run_matrix(dataclasses.replace(few, seeds=(7, 8)), _ENTRIES)
-    assert file.read_text().startswith(first)
-    assert [row["seed"] for row in read_rows(file)] == [7, 8]
-
-
 def test_the_league_of_five_has_five_rows_and_more_epochs(options):
     leagues = dataclasses.replace(options, leagues=("95+5", "5"), methods=("coefficients only",))
     plenty, few = (job.options for job in matrix.jobs(dataclasses.replace(leagues, epochs=None), _ENTRIES))
@@ -161,23 +151,6 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(
     assert "out of memory" not in capsys.readouterr().err.splitlines()[-1]
     matrix.run_matrix(few, _ENTRIES)
     assert "out of memory" not in capsys.readouterr().err
-
-
-def test_other_errors_of_jax_end_a_matrix_and_so_does_one_without_any_result(options, monkeypatch, tmp_path):
-
-    def run(options):
-        raise error
-
-    monkeypatch.setattr(matrix, "fuse", run)
-    error = jax.errors.JaxRuntimeError("INTERNAL: a fault")
-    one = dataclasses.replace(options, methods=("uniform mean",), out=tmp_path)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        matrix.run_matrix(one, _ENTRIES)
-    assert not (tmp_path / "failed.jsonl").exists()
-    error = _OUT_OF_MEMORY
-    for _ in range(2):
-        with pytest.raises(ValueError, match="1 of 1 jobs ran out of memory .* and no other job has a result"):
-            matrix.run_matrix(one, _ENTRIES)
 
 
 def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatch):

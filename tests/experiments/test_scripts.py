@@ -2,13 +2,9 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import ablations
-import crossbar_pictures
 import demo
-import language_pool
-import language_tune
 import numpy as np
 import one_block
 import pytest
@@ -93,9 +89,8 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
 
 
 @pytest.mark.nightly
-def test_a_sweep_has_the_results_of_its_runs(tmp_path, capsys):
-    base, pool = one_block.cut(tmp_path)
-    where = {"base": str(base), "pool": str(pool), "task": str(_TASKS / "rotr_next")}
+def test_a_sweep_has_the_results_of_its_runs(small, tmp_path, capsys):
+    where = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASKS / "rotr_next")}
     given = {f"--{name}": [value] for name, value in where.items()} | {"--seeds": [1, 2], "--epochs": [2]}
     given |= {"--lr-coefficients": [0.05, 0.2], "--lr-magnitudes": [0.02], "--out": [tmp_path / "sweep"]}
     seed_sweep.main([str(word) for name, values in given.items() for word in (name, *values)])
@@ -125,33 +120,6 @@ def test_lines_are_added_behind_the_last_whole_one(tmp_path):
         common.read_lines(file)
 
 
-def test_adapters_of_other_settings_or_without_a_row_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_pool, "find", lambda name, folder: tmp_path / name)
-    monkeypatch.setattr(language_pool, "load", lambda path, rows: None)
-    monkeypatch.setattr(language_pool, "source_rows", lambda path: 100)
-    given = ["--tasks", str(tmp_path), "--out", str(tmp_path), "--sources", "one", "two"]
-    settings = {"rank": 8, "lr": 0.005, "chat": False}
-    (tmp_path / "pool.jsonl").write_text(json.dumps({"task": "one", "config": settings}) + "\n")
-    with pytest.raises(ValueError, match=r"one was trained with rank 8, asked is 4: .*--out"):
-        language_pool.main([*given, "--rank", "4"])
-    (tmp_path / "adapters" / "two").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"adapters/two .*pool.jsonl has no line of it.*remove"):
-        language_pool.main(given)
-
-
-def test_a_picture_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
-    class Broken:
-        def savefig(self, path, **_):
-            Path(path).write_bytes(b"half")
-            raise OSError("the disk is full")
-
-    (tmp_path / "crossbar_tile.png").write_bytes(b"whole")
-    monkeypatch.setattr(crossbar_pictures, "tile", Broken)
-    with pytest.raises(OSError, match="disk is full"):
-        crossbar_pictures.main(["--out", str(tmp_path)])
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("crossbar_tile.png", b"whole")]
-
-
 def _planned(capsys, *given):
     """Return a plan for t5-small, and the cells of its rows by name."""
     task = str(_TASKS / "double_digit")
@@ -159,14 +127,6 @@ def _planned(capsys, *given):
     printed = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
     return printed, {name: cells for name, *cells in lines if name not in ("method", "all") and set(name) != {"-"}}
-
-
-def test_a_plan_counts_the_rows_that_an_ablation_learns_from(capsys):
-    printed, _ = _planned(capsys, "--groups", "examples", "--examples", "10", "100")
-    leagues = [line for line in printed.splitlines() if line.startswith("League")]
-    assert leagues == [f"League 95+5, 20 epochs{few}, 20 modules" for few in ("", " over 10 rows")]
-    hundred, ten = printed.split("over 10 rows")
-    assert hundred.splitlines()[1:] != ten.splitlines()[1:]
 
 
 def test_a_plan_has_every_row_of_a_matrix_with_its_numbers(capsys):
@@ -190,24 +150,3 @@ def test_a_plan_shows_its_dtype_and_bits(capsys):
     assert sizes == sorted(sizes, reverse=True) and sizes[2] < 0.4 * sizes[0]
     for bits in ("int8", "nf4"):
         assert full[0].count(f"float32 on a CPU, base and pool in {bits}. ") == 1
-
-
-def test_trials_are_added_to_those_of_another_process(tmp_path, monkeypatch):
-    file = tmp_path / "tune.jsonl"
-
-    def losses(method, path, adapters, trials):
-        other = {"method": "LoRA", "task": path.name, "rates": {"lr_lora": 1.0}, "loss": 1.0}
-        with file.open("a") as lines:
-            lines.write(json.dumps(other) + "\n")
-        return [2.0] * len(trials)
-
-    for name in ("link_tasks", "make_pools"):
-        monkeypatch.setattr(language_tune, name, lambda folder: folder)
-    monkeypatch.setattr(language_tune, "find", lambda name, folder: Path(name))
-    monkeypatch.setattr(language_tune, "_losses", losses)
-    given = ["--tasks", str(tmp_path), "--out", str(tmp_path), "--methods"]
-    language_tune.main([*given, "coefficients only"])
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["method"] for row in rows] == (["LoRA"] + ["coefficients only"] * 9) * 2
-    with pytest.raises(ValueError, match="no trials of zero-shot: choose of LoRAFusion;"):
-        language_tune.main([*given, "zero-shot"])

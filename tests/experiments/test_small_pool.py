@@ -120,15 +120,6 @@ def test_split_shares_no_pair_and_leaves_no_op_of_an_unseen_task_out_of_the_pool
     assert len(singles) == len(POSITION_OPS) - 1 + len(CHARACTER_OPS) - 2 == 20
 
 
-def test_draws_are_distinct_and_exclude_given_contexts():
-    task = split().unseen[0]
-    first = draw(task, 300, (0,))
-    contexts = {row["context"] for row in first}
-    assert len(contexts) == 300 and draw(task, 300, (0,)) == first
-    assert draw(task, 300, (1,)) != first
-    assert contexts.isdisjoint(row["context"] for row in draw(task, 300, (0,), exclude=contexts))
-
-
 def test_every_row_solves_its_task_and_none_is_in_both_parts(tokenizer):
     texts = []
     for task in _TASKS:

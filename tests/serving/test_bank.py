@@ -294,14 +294,6 @@ def test_a_mix_may_lie_next_to_modules_of_another_rank():
     _close(bank.logits(_rows(2), _numbers(0, 0)), np.asarray(own.logits(_rows(2), _numbers(0, 0))))
 
 
-def test_coefficients_alone_take_no_room_for_scales():
-    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 10)
-    assert bank.tasks.scales == {} and bank.frozen.gram is None
-    blocks = tiny.CONFIG.num_layers + tiny.CONFIG.num_decoder_layers
-    assert bank.tasks.coefficients.shape == (11, 4, blocks)
-    assert sum(a.nbytes for a in jax.tree.leaves(bank.tasks)) == 11 * (4 * blocks * 4 + 1)
-
-
 _FEW_METHODS = [Fusion(magnitudes=True), Fusion(composition="mix", granularity="site", magnitudes=False)]
 _FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_METHODS)]
 

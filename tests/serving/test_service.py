@@ -38,11 +38,6 @@ _LINES = ["double then digit : a b c", "reverse then upper : d e", "sort then ne
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
-    return one_block.cut(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
 def write(small, tmp_path_factory):
     """Write a run with made-up numbers, as `fuse` writes one."""
     names = sorted(folder.name for folder in small[1].iterdir())

@@ -30,11 +30,6 @@ class BilledMethod(CostLayout):
 def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, BilledMethod]:
     """Return every layout of every method by its title; LoRAFusion, which the others are compared with, comes last.
 
-    Args:
-      config: the base model.
-      options: ranks, modules and targets.
-      steps: number of training steps.
-
     Raises:
       ValueError: the model lacks one of the targets.
     """

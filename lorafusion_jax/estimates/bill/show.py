@@ -29,13 +29,7 @@ def number(value: Range) -> str:
 
 
 def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions) -> dict[str, list[list[str]]]:
-    """Return the tables of a bill by caption: headings, then lines.
-
-    Args:
-      bills: bills of every method.
-      once: what is there before any task.
-      options: assumptions of the bill.
-    """
+    """Return the tables of a bill by caption: headings, then lines."""
     found = bills.values()
     tokens = f"{options.tokens_per_task:,} tokens"
     return {
@@ -80,14 +74,7 @@ def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOpt
 def sentences(
     found: Mapping[str, Comparison], bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions
 ) -> list[str]:
-    """Return sentences that compare LoRA in cells with LoRAFusion.
-
-    Args:
-      found: comparisons by the layout of the pool, and by the basis.
-      bills: bills of every method.
-      once: what is there before any task.
-      options: assumptions of the bill.
-    """
+    """Return sentences that compare LoRA in cells with LoRAFusion."""
     lora = bills["LoRA in cells"]
     worn = lora.written.until_worn
     lines = [
