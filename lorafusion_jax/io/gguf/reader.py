@@ -28,7 +28,6 @@ _MOST_VALUES = 10_000_000  # of an array; texts take up to eight times their byt
 _FEW_NUMBERS, _BYTES_OF_FILE = 1_000_000, 11
 _AGAIN = "fetch the file again"
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
 
 _Count = Annotated[int, Meta(ge=0)]
@@ -175,15 +174,18 @@ def read_gguf(path: Path) -> Content:
 
 def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
 
     known = {kind.value: kind for kind in GGMLQuantizationType}
     title = known[kind].name if kind in known else f"type {kind}"
-    if title not in _TYPES:
+    block, size = GGML_QUANT_SIZES.get(known.get(kind), (1, 0))
+    try:
+        dequantize(np.zeros(size, np.uint8), known[kind])
+    except (KeyError, NotImplementedError):
         raise ValueError(
-            f"{header.path}: {name} is stored as {title}, which is not read: expected one of {', '.join(_TYPES)}; "
-            "quantise the model anew with llama.cpp's `llama-quantize`"
-        )
-    block, size = GGML_QUANT_SIZES[known[kind]]
+            f"{header.path}: {name} is stored as {title}, which the gguf package cannot dequantise: quantise the model "
+            "again with llama.cpp's `llama-quantize`, or install a newer gguf"
+        ) from None
     if not shape or shape[-1] % block or not all(shape):
         raise ValueError(
             f"{header.path}: {name} has shape {list(shape)}, and blocks of {title} hold {block} numbers of a row: "
