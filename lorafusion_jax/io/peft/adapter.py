@@ -4,10 +4,10 @@ The tensors' keys and shapes decide which matrices an adapter is for and its ran
 only warns; here anything that would change the result is an error that names it.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .. import torch_pickle
 from ..folders import new_folder
 from ..source import at_home, map_file, resolve
 from .config import AdapterError, KnownBase, check_base, check_config, scalings
+from .kinds import KINDS, as_lora
 from .tensors import MAGNITUDE, collect, target_warnings
 
 CONFIG = "adapter_config.json"
@@ -26,10 +27,11 @@ WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
 _MAX_CONFIG = 1 << 20
 _LONGEST_REASON = 2_000
+_EXACT, _MUCH = 1e-5, 0.05  # relative errors of updates: rounding of float32, and what deserves a warning
 _FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PeftAdapter:
     """One adapter as stored on disk; arrays are read-only views of its file, in the file's dtype.
 
@@ -45,6 +47,7 @@ class PeftAdapter:
         keys: The file's own spelling of the keys of A, B and, with DoRA, the magnitude, by path.
         kept: Tensors that are not applied, by key: copies of base weights and state of training.
         notes: Warnings, and everything that was ignored, with the reason.
+        residual: Of an adapter of another kind than LoRA, ||dW - B A|| / ||dW|| by path.
     """
 
     name: str
@@ -58,6 +61,7 @@ class PeftAdapter:
     keys: dict[str, tuple[str, ...]]
     kept: dict[str, np.ndarray]
     notes: tuple[str, ...]
+    residual: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read_adapter(
@@ -67,6 +71,7 @@ def read_adapter(
     base_tensor: Callable[[str], np.ndarray] | None = None,
     base: KnownBase | None = None,
     compared: Collection[str] | None = None,
+    rank: int = 16,
 ) -> PeftAdapter:
     """Read and check an adapter. Anything unsupported that would change its output is an error.
 
@@ -79,13 +84,14 @@ def read_adapter(
         base: The base model, to be compared with the one that the adapter names.
         compared: Keys of tensors that are not applied because they equalled the base's when the adapter was written
             into a pool; given instead of `base_tensor`.
+        rank: Rank of the factors of an adapter of another kind than LoRA (see `kinds`).
 
     Raises:
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer. The
             message contains the adapter's name, the reason and what to do.
     """
     try:
-        return _read(source, shapes, base_tensor, base, compared)
+        return _read(source, shapes, base_tensor, base, compared, rank)
     except Exception as error:
         # The checks raise AdapterError or ValueError. Any other error that a file causes also ends this adapter only;
         # the traceback keeps the cause.
@@ -102,6 +108,7 @@ def _read(
     base_tensor: Callable[[str], np.ndarray] | None,
     base: KnownBase | None,
     compared: Collection[str] | None,
+    rank: int,
 ) -> PeftAdapter:
     folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN))
     # A link has a name of its own, which `resolve` would not return.
@@ -109,11 +116,21 @@ def _read(
     name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
     check_name(name)
     config_text, config = read_config_file(folder)
-    compares = base_tensor is not None or compared is not None
-    notes = list(check_config(config, where=str(folder / CONFIG), compare_saved=compares))
+    kind, notes, residual = config.get("peft_type"), [], {}
+    if kind not in KINDS:
+        notes += _checked(config, folder, base_tensor, compared)
     weights = _weights_file(folder, notes)
     where = str(weights)
     tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
+    if kind in KINDS:
+        if shapes is None or base_tensor is None:
+            raise AdapterError(f"{where}: a {kind} adapter becomes LoRA only with its base's weights: give the base")
+        converted = as_lora(
+            config, tensors, rank=rank, where=where, shapes=shapes, base_tensor=base_tensor
+        )
+        config, tensors, residual = converted
+        config_text = json.dumps(config, indent=2, sort_keys=True).encode()
+        notes += [_loss(kind, rank, residual), *_checked(config, folder, base_tensor, compared)]
     kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
     parts, ignored = collect(tensors, config, where=where, shapes=shapes, base_tensor=base_tensor)
     notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
@@ -138,7 +155,30 @@ def _read(
         keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
         kept=kept | {key: tensors[key] for key in ignored},
         notes=tuple(notes),
+        residual=residual,
     )
+
+
+def _checked(
+    config: Mapping[str, Any],
+    folder: Path,
+    base_tensor: Callable[[str], np.ndarray] | None,
+    compared: Collection[str] | None,
+) -> tuple[str, ...]:
+    compares = base_tensor is not None or compared is not None
+    return check_config(config, where=str(folder / CONFIG), compare_saved=compares)
+
+
+def _loss(kind: str, rank: int, residual: Mapping[str, float]) -> str:
+    """Describe how well the factors represent the updates."""
+    worst = max(residual, key=residual.__getitem__)
+    if residual[worst] < _EXACT:
+        return f"converted from {kind} to LoRA of rank {rank}, exactly"
+    text = (
+        f"converted from {kind} to LoRA of rank {rank}: the relative error of the updates is "
+        f"{np.mean([*residual.values()]):.1%} on average and {residual[worst]:.1%} at {worst}"
+    )
+    return f"warning: {text}; a larger --rank lowers it" if residual[worst] > _MUCH else text
 
 
 def resave(adapter: PeftAdapter, folder: Path) -> None:

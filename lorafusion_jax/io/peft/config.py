@@ -184,6 +184,28 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -
     return found, warnings
 
 
+def configured(config: Mapping[str, Any], paths: Iterable[str], *, where: str) -> dict[str, tuple[int, int | float]]:
+    """Return the rank and alpha that the configuration gives every module, by PEFT's rule since 0.15.
+
+    Raises:
+        AdapterError: A number or a pattern is impossible, or the patterns take too long to match.
+    """
+    _check_numbers(config, where)
+    rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    clock = Clock()
+    try:
+        ranks, alphas = _compile(_PATTERN, rank_of), _compile(_PATTERN, alpha_of)
+        return {
+            path: (
+                rank_of.get(_first_match(ranks, path, clock), config.get("r", 8)),
+                alpha_of.get(_first_match(alphas, path, clock), config.get("lora_alpha", 8)),
+            )
+            for path in paths
+        }
+    except PatternError as error:
+        raise AdapterError(f"{where}: rank_pattern and alpha_pattern of adapter_config.json: {error}") from None
+
+
 def _compile(rule: str, keys: Iterable[str]) -> dict[str, regex.Pattern]:
     return {key: compiled(rule.format(key)) for key in keys}
 
