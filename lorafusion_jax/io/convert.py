@@ -7,7 +7,9 @@ gets its name only when every file in it is complete.
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +22,13 @@ from ..progress import progress
 from .basis import add_basis, add_projected
 from .folders import new_folder
 from .hf import base_tensor, open_base, read_config
-from .peft.adapter import AdapterError, PeftAdapter, read_adapter
+from .peft.adapter import CONFIG, AdapterError, PeftAdapter, read_adapter, read_config_file
 from .peft.config import KnownBase
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe, save_adapter
 from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
+from .source import resolve
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
 _PACKAGES = ("jax", "numpy", "safetensors")
@@ -54,6 +57,10 @@ class ConvertOptions:
       basis_modules: names of the modules that the directions are of; by default all.
       basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
         report the share of their norms that it loses.
+      rank: rank to which adapters that are not LoRA (LoHa, LoKr, VeRA, RandLoRA, OFT, BOFT) are converted; by default
+        the largest rank of the other adapters, or 16. The report has the relative error of every update.
+      drop_magnitudes: take DoRA adapters as plain LoRA, without their magnitudes, so that several fit into one pool.
+        The report has the relative error of the outputs of each.
       dtype: store factors in this dtype instead of their own.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
         config.json is enough for this, unless an adapter carries copies of base weights.
@@ -67,6 +74,8 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
+    rank: int | None = None
+    drop_magnitudes: bool = False
     basis: int | None = None
     basis_modules: tuple[str, ...] = ()
     basis_from: Path | None = None
@@ -79,6 +88,8 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
       ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing is written in these cases.
     """
     _check_basis(options)
+    if options.rank is not None and options.rank < 1:
+        raise ValueError(f"--rank is {options.rank}: expected 1 or more")
     sources = _sources(options)
     for source in (options.base or "", str(options.out or ""), *sources):
         check_name(source)
@@ -135,11 +146,14 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
         raise ValueError("say which base model the adapters were trained on: --base FOLDER_OR_HUB_ID")
     config, base = read_config(options.base), KnownBase(options.base, open_base(options.base).config())
     shapes, tensor = linear_shapes(config), base_tensor(options.base)
+    rank = _common_rank(sources) if options.rank is None else options.rank
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=base)
+            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=base, rank=rank)
+            if options.drop_magnitudes and adapter.magnitude is not None:
+                adapter = _without_magnitudes(adapter, tensor)
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)
@@ -177,6 +191,46 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     if folder is not None:
         write_manifest(folder, manifest)
     return manifest
+
+
+def _common_rank(sources: Sequence[str]) -> int:
+    """Return the largest rank that the configurations of LoRA adapters state, or 16."""
+    ranks = []
+    for source in sources:
+        with contextlib.suppress(ValueError):  # reported when the adapter is read
+            config = read_config_file(resolve(source, patterns=(CONFIG,)))[1]
+            if config.get("peft_type") == "LORA":
+                ranks += [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=16)
+
+
+def _without_magnitudes(adapter: PeftAdapter, tensor: Callable[[str], np.ndarray]) -> PeftAdapter:
+    """Return a DoRA adapter as a plain LoRA.
+
+    With inputs of independent numbers, the mean square of an output's error is the squared Frobenius norm of the
+    difference of the weights.
+    """
+    errors = {}
+    for path, (a, b) in adapter.factors.items():
+        weight = np.asarray(tensor(f"{path}.weight"), np.float32)
+        weight = weight + adapter.scaling[path] * (b.astype(np.float32) @ a.astype(np.float32))
+        magnitude = (adapter.magnitude or {})[path].astype(np.float32)[:, None]
+        own = magnitude / np.linalg.norm(weight, axis=1, keepdims=True) * weight
+        errors[path] = float(np.linalg.norm(own - weight) / np.linalg.norm(own))
+    worst = max(errors, key=errors.__getitem__)
+    config = dict(adapter.config) | {"use_dora": False}
+    note = (
+        "warning: without its magnitudes, the relative error of the outputs of the adapted layers on random inputs is "
+        f"{np.mean([*errors.values()]):.1%} on average and {errors[worst]:.1%} at {worst}"
+    )
+    return dataclasses.replace(
+        adapter,
+        config=config,
+        config_text=json.dumps(config, indent=2, sort_keys=True).encode(),
+        magnitude=None,
+        keys={path: keys[:2] for path, keys in adapter.keys.items()},
+        notes=(*adapter.notes, note),
+    )
 
 
 def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:

@@ -125,9 +125,7 @@ def _read(
     if kind in KINDS:
         if shapes is None or base_tensor is None:
             raise AdapterError(f"{where}: a {kind} adapter becomes LoRA only with its base's weights: give the base")
-        converted = as_lora(
-            config, tensors, rank=rank, where=where, shapes=shapes, base_tensor=base_tensor
-        )
+        converted = as_lora(config, tensors, rank=rank, where=where, shapes=shapes, base_tensor=base_tensor)
         config, tensors, residual = converted
         config_text = json.dumps(config, indent=2, sort_keys=True).encode()
         notes += [_loss(kind, rank, residual), *_checked(config, folder, base_tensor, compared)]

@@ -47,6 +47,10 @@ _OTHER_FORWARD = {
     "use_bdlora": "BD-LoRA, with block-diagonal factors",
     "use_qalora": "QA-LoRA, which pools the inputs in groups",
 }
+_OTHER_KINDS = {
+    "IA3": "merge it into the base with PEFT (merge_and_unload), and give that base",
+    "LN_TUNING": "merge it into the base with PEFT (merge_and_unload), and give that base",
+}
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
@@ -86,7 +90,11 @@ def check_config(config: Mapping[str, Any], *, where: str, compare_saved: bool =
     if foreign:
         raise AdapterError(f"{where}: {foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)")
     if config["peft_type"] != "LORA":
-        raise AdapterError(f"{where}: peft_type is {shown(config['peft_type'])}: expected 'LORA'")
+        fix = _OTHER_KINDS.get(config["peft_type"], "retrain as LoRA")
+        raise AdapterError(
+            f"{where}: peft_type is {shown(config['peft_type'])}: expected LORA or another kind whose update is a "
+            f"matrix; {fix}"
+        )
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):

@@ -48,7 +48,9 @@ class Module(NamedTuple):
         if len(array.shape) != len(shape) or any(
             size not in (None, axis) for size, axis in zip(shape, array.shape, strict=True)
         ):
-            raise ValueError(f"expected {name} of shape {str(list(shape)).replace('None', '*')}, got {list(array.shape)}")
+            raise ValueError(
+                f"expected {name} of shape {str(list(shape)).replace('None', '*')}, got {list(array.shape)}"
+            )
         return array.astype(np.float64)
 
     def product(self, first: str, second: str) -> np.ndarray:
@@ -182,9 +184,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "LOHA": Kind(_loha, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), alpha="alpha"),
-    "LOKR": Kind(
-        _lokr, ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"), alpha="alpha"
-    ),
+    "LOKR": Kind(_lokr, ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"), alpha="alpha"),
     "VERA": Kind(_vera, ("vera_lambda_b", "vera_lambda_d"), shared=("vera_A", "vera_B")),
     "RANDLORA": Kind(
         _randlora, ("randlora_lambda", "randlora_gamma"), shared=("randlora_A", "randlora_B"), alpha="randlora_alpha"

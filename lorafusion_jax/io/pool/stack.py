@@ -130,7 +130,8 @@ def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> 
         raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
     if adapter.magnitude is not None and not alone:
         raise AdapterError(
-            f"{adapter.source}: a DoRA adapter has magnitudes of its own, which cannot be mixed: convert it alone"
+            f"{adapter.source}: a DoRA adapter has its own magnitudes, which cannot be mixed: convert it alone, or "
+            "take the adapters without their magnitudes by --drop-magnitudes"
         )
 
 
