@@ -289,15 +289,18 @@ class GGUFLayout:
     """How llama.cpp's GGUF files hold a family's models.
 
     Attributes:
-      architectures: values of `general.architecture`.
+      architectures: `general.architecture` by the `model_type` of a config.json.
       config_json: function from a file's metadata, and its tensors by name, to the content of a config.json; raises
         ValueError without naming the file.
       stored: function from that content and the names of a file's tensors to what each of them is.
+      written: function from that content and the path of a linear module to its name in a file and its number of
+        heads (see `Stored`).
     """
 
-    architectures: tuple[str, ...]
+    architectures: Mapping[str, str]
     config_json: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     stored: Callable[[Mapping[str, Any], Collection[str]], dict[str, Stored]]
+    written: Callable[[Mapping[str, Any], str], tuple[str, int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,9 +73,9 @@ def gguf_layout(architecture: str | None) -> GGUFLayout:
     """
     layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
     for layout in layouts:
-        if architecture in layout.architectures:
+        if architecture in layout.architectures.values():
             return layout
-    known = ", ".join(name for layout in layouts for name in layout.architectures)
+    known = ", ".join(name for layout in layouts for name in dict.fromkeys(layout.architectures.values()))
     raise ValueError(f"general.architecture is {shown(architecture)}: wanted one of {known}")
 
 

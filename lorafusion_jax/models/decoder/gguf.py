@@ -249,12 +249,18 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _modules(content: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]]:
+    """Return Hugging Face's name of every module of a block, and the number of heads of permuted ones."""
+    kind = content["model_type"]
+    modules = _GEMMA_MODULES if kind.startswith("gemma") else _PHI_MODULES if kind == "phi3" else _MODULES
+    if kind not in ("llama", "mistral"):
+        return modules, {}
+    return modules, {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]}
+
+
 def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
     """Return Hugging Face's name of every tensor; what the model lacks keeps its own name."""
-    kind = content["model_type"]
-    gemma, permuted = kind.startswith("gemma"), kind in ("llama", "mistral")
-    modules = _GEMMA_MODULES if gemma else _PHI_MODULES if kind == "phi3" else _MODULES
-    heads = {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]} if permuted else {}
+    (modules, heads), gemma = _modules(content), content["model_type"].startswith("gemma")
     found = {}
     for name in names:
         if name == _ROPE_FACTORS:
@@ -269,4 +275,17 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
     return found
 
 
-GGUF = GGUFLayout(architectures=tuple(_MODELS), config_json=_config_json, stored=_stored)
+def _written(content: Mapping[str, Any], path: str) -> tuple[str, int]:
+    """Return the name of a linear module in a file, and its number of heads if its rows are permuted."""
+    modules, heads = _modules(content)
+    _, _, layer, title = path.split(".", 3)
+    module = next(module for module, name in modules.items() if name == title)
+    return f"blk.{layer}.{module}.weight", heads.get(module, 0)
+
+
+GGUF = GGUFLayout(
+    architectures={kind: name for name, (kind, _) in _MODELS.items()} | {_MISTRAL[0]: "llama"},
+    config_json=_config_json,
+    stored=_stored,
+    written=_written,
+)
