@@ -150,8 +150,15 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
 
 def put_base(model: Model, folder: Path, source: str | Path) -> None:
     """Write the files of `save_base` into an existing folder."""
-    base = open_base(source)
-    family, said = _family(base)
+    base, tensors = open_base(source), hf_tensors(model, source)
+    base.save_texts(folder)
+    _state_dtype(folder / "config.json", model.config.dtype)
+    safetensors.save(folder / "model.safetensors", tensors)
+
+
+def hf_tensors(model: Model, source: str | Path) -> dict[str, np.ndarray]:
+    """Return a model's weights under Hugging Face's names, in its dtype; `source` is the base it was loaded from."""
+    family, said = _family(open_base(source))
     names, tensors = family.checkpoint, {}
     for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
@@ -160,9 +167,7 @@ def put_base(model: Model, folder: Path, source: str | Path) -> None:
     # A head that equals the embedding is tied here, but transformers needs it if the configuration is untied.
     if model.config.tied and not said.tied:
         tensors[names.head] = tensors[names.embedding].copy()
-    base.save_texts(folder)
-    _state_dtype(folder / "config.json", model.config.dtype)
-    safetensors.save(folder / "model.safetensors", tensors)
+    return tensors
 
 
 def _state_dtype(config: Path, dtype: str) -> None:

@@ -33,6 +33,7 @@ def write_card(
     config: Architecture,
     *,
     merged: bool,
+    gguf: bool,
     repository: str | None,
     coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]] | None,
 ) -> None:
@@ -45,18 +46,19 @@ def write_card(
       seed: the seed that was exported.
       config: structure of the base model.
       merged: the folder is a whole model, not an adapter.
+      gguf: it is a file for llama.cpp.
       repository: where it will be on the hub, if it will.
       coefficients: by site, if the run fused modules.
     """
     recorded, results = run.config(), run.results()
     modules = recorded["modules"][options.seeds.index(seed)]
-    what = "A model" if merged else "A PEFT adapter"
+    what = "A model" if merged else "A LoRA adapter" if gguf else "A PEFT adapter"
     parts = [
-        _front_matter(options, merged=merged),
+        _front_matter(options, merged=merged, gguf=gguf),
         f"# {_text(Path(_shown(options.task)).stem)}, by {options.method}\n",
         f"{what}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
         f"`{options.method}` and the seed {seed}.\n",
-        _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged),
+        _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged, gguf=gguf),
         _data(options, recorded, results),
     ]
     if results is not None:
@@ -71,9 +73,9 @@ def write_card(
     write_text(out / "README.md", "\n".join(parts))
 
 
-def _front_matter(options: FuseOptions, *, merged: bool) -> str:
+def _front_matter(options: FuseOptions, *, merged: bool, gguf: bool) -> str:
     lines = ["tags:", "- lorafusion", *([] if merged else ["- lora"])]
-    lines.append(f"library_name: {'transformers' if merged else 'peft'}")
+    lines.append(f"library_name: {'gguf' if gguf else 'transformers' if merged else 'peft'}")
     if is_hub_id(options.base):  # the hub refuses anything else
         lines.append(f"base_model: {split_revision(options.base)[0]}")
     return "\n".join(["---", *lines, "---", ""])
@@ -94,14 +96,17 @@ def _code(name: str) -> str:
     return _text(name) if "`" in name or "\n" in name else f"`{printable(name)}`"
 
 
-def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool) -> str:
+def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool, gguf: bool) -> str:
     kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
     # A text of JSON is one of Python too, whatever the name holds.
     of, (name, revision) = json.dumps(where), split_revision(options.base)
     base = json.dumps(printable(_shown(name)), ensure_ascii=False)
     if revision is not None:
         base += f", revision={json.dumps(printable(revision), ensure_ascii=False)}"
-    if merged:
+    language = "python"
+    if gguf:
+        language, code = "bash", "llama-cli --model " + ("model.gguf" if merged else "BASE.gguf --lora adapter.gguf")
+    elif merged:
         code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({of})"
     else:
         code = (
@@ -116,7 +121,7 @@ def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merg
         longest = max(map(len, re.findall("`+", options.prompt)), default=0)
         fence = "`" * max(3, longest + 1)
         prompt = f"\nIts prompts:\n\n{fence}text\n{printable(options.prompt)}\n{fence}\n"
-    return f"## Load it\n\n```python\n{code}\n```\n{prompt}"
+    return f"## Load it\n\n```{language}\n{code}\n```\n{prompt}"
 
 
 def _data(options: FuseOptions, recorded: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:

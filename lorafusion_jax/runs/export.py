@@ -11,9 +11,12 @@ from jaxtyping import Array
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
+from ..io.base import OpenedBase
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
-from ..io.hf import put_base
+from ..io.gguf.base import GGUFBase
+from ..io.gguf.write import layout_of, write_lora, write_merged
+from ..io.hf import hf_tensors, open_base, put_base
 from ..io.hub import make_repository, upload
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
@@ -25,6 +28,9 @@ from .card import write_card
 from .folder import RunFolder
 from .prepare import load_model, of_run
 from .run import load_run
+
+_MERGED = ("merged", "gguf-f16", "gguf-q8_0")
+_GGUF = "--format gguf-f16 or gguf-q8_0, which merge them"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,8 @@ class ExportOptions:
       out: the folder to write, which must not exist; that of a run has a model card, README.md.
       run: folder of the run.
       seed: seed of the run to export; by default its first.
-      format: a PEFT `adapter`, or a Hugging Face base model with the trained numbers `merged` in.
+      format: a PEFT `adapter`; a Hugging Face base model with the trained numbers `merged` in; for llama.cpp a LoRA in
+        `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
       pool: a converted pool, to save one of its adapters again.
       adapter: name of that adapter.
       push: also upload the folder to this repository of the Hugging Face hub, owner/name, which is made if it is not
@@ -52,7 +59,7 @@ class ExportOptions:
     out: Path
     run: Path | None = None
     seed: int | None = None
-    format: Literal["adapter", "merged"] = "adapter"
+    format: Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"] = "adapter"
     pool: Path | None = None
     adapter: str | None = None
     push: str | None = None
@@ -87,8 +94,10 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     method = find(fused.method)
     if method.learns == "untrained":
         raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: there is nothing to export")
-    if "base" in method.groups and options.format == "adapter":
+    merged = options.format in _MERGED
+    if "base" in method.groups and not merged:
         raise ValueError(f"{folder} fine-tuned all weights, which no adapter holds: export it with --format merged")
+    base = _check_gguf(options, fused.base) if options.format.startswith("gguf") else None
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
@@ -98,23 +107,47 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     problem = loaded.problem.replace(index=loaded.problem.index[position])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
     with new_folder(options.out) as partial:
-        if options.format == "merged":
+        if merged:
             model, adapters, _ = problem.adapted_model(of_seed)
-            put_base(merged_base(model, adapters), partial, fused.base)
+            model = merged_base(model, adapters)
+            if isinstance(base, GGUFBase):
+                kind = "F16" if options.format == "gguf-f16" else "Q8_0"
+                write_merged(partial / "model.gguf", base, hf_tensors(model, fused.base), kind)
+            else:
+                put_base(model, partial, fused.base)
         else:
             # As it was given: an absolute path would name folders of this machine.
-            put_adapter(partial, *_adapter(problem, of_seed, config["options"].base))
+            fields, tensors = _adapter(problem, of_seed, config["options"].base)
+            if base is None:
+                put_adapter(partial, fields, tensors)
+            elif fields["use_dora"]:
+                raise ValueError(f"{folder} has magnitudes, which a GGUF LoRA cannot hold: export it with {_GGUF}")
+            else:
+                write_lora(partial / "adapter.gguf", base.config(), tensors, fields["lora_alpha"])
         write_card(
             partial,
             RunFolder(folder),
             fused,
             seed,
             problem.config,
-            merged=options.format == "merged",
+            merged=merged,
+            gguf=base is not None,
             repository=options.push,
             coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
         )
     return f"seed {seed} of {folder}, {fused.method}"
+
+
+def _check_gguf(options: ExportOptions, source: str) -> OpenedBase:
+    """Return the base of a GGUF export, or raise a ValueError if the format cannot hold it."""
+    base = open_base(source)
+    layout_of(base.config())
+    if options.format in _MERGED and not isinstance(base, GGUFBase):
+        raise ValueError(
+            f"{source} is not a GGUF file, whose metadata --format {options.format} would keep: export it with "
+            "--format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+        )
+    return base
 
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

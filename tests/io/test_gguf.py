@@ -19,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
+from lorafusion_jax.io.gguf.write import write_lora, write_merged
 from lorafusion_jax.io.hf import (
     base_digest,
     base_tensor,
@@ -30,7 +32,7 @@ from lorafusion_jax.io.hf import (
     read_config,
     save_base,
 )
-from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.weights import dense
 
@@ -125,6 +127,23 @@ def test_blocks_are_read_as_published(tmp_path, kind):
     assert (tensor.shape, tensor.kind, np.asarray(tensor).dtype) == ((3, 512), kind, np.float32)
     np.testing.assert_array_equal(np.asarray(tensor), wanted)
     np.testing.assert_array_equal(tensor[1:2], wanted[1:2])
+
+
+@pytest.mark.parametrize("kind", gguf.GGML_QUANT_SIZES, ids=lambda kind: kind.name)
+def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(0, 64, (2, 3 * size), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "file.gguf", "llama")
+    writer.add_tensor("a", data, raw_dtype=kind)
+    file = _close(writer)
+    try:
+        expected = gguf.dequantize(data, kind)
+    except NotImplementedError:
+        with pytest.raises(ValueError, match=f"a is stored as {kind.name}, which the gguf package cannot dequantise"):
+            read_gguf(file)
+    else:
+        assert expected.shape == (2, 3 * numbers)
+        np.testing.assert_array_equal(read_gguf(file).tensors["a"], expected)
 
 
 def test_plain_numbers_are_read_exactly(tmp_path):
@@ -574,6 +593,59 @@ def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
     assert again.chat_template == ours.chat_template and again.special_tokens_map == ours.special_tokens_map
 
 
+# Files that are written.
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, folders, name, kind):
+    file = _close(_writer(folders[name], tmp_path / "base.gguf"))
+    tensors = {key: -array for key, array in load_file(folders[name] / "model.safetensors").items()}
+    write_merged(tmp_path / "merged.gguf", GGUFBase(file), tensors, kind)
+    merged = GGUFBase(tmp_path / "merged.gguf")
+    assert merged.config() == GGUFBase(file).config()
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(load_base(base.place)))) for base in (merged, GGUFBase(file)))
+    assert ours.keys() == theirs.keys()
+    for path, weight in theirs.items():
+        # The weights are multiples of 1 / 64 below 8, which float16 has; a step of Q8_0 is at most 8 / 127.
+        tolerance = 0 if kind == "F16" else 8 / 127 / 2 + 2**-8
+        np.testing.assert_allclose(ours[path].get_value(), -weight.get_value(), 0, tolerance, err_msg=str(path))
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "merged.gguf").tensors}
+    assert kinds == {kind, "F32"}
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
+    config, content = read_config(folders[name]), open_base(folders[name]).config()
+    draw = np.random.default_rng(0)
+    tensors = {}
+    for path, (d_in, d_out) in linear_shapes(config).items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = draw.normal(size=(2, d_in)).astype(np.float32)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = draw.normal(size=(d_out, 2)).astype(np.float32)
+    write_lora(tmp_path / "lora.gguf", content, tensors, alpha=4.0)
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    architecture = reader.fields["general.architecture"].contents()
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["adapter.lora.alpha"].contents() == 4.0
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], content["num_hidden_layers"])
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(found) == len(tensors)
+    for key, array in tensors.items():
+        path, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        heads = {"q_proj": content["num_attention_heads"], "k_proj": content["num_key_value_heads"]}
+        last = path.rpartition(".")[2]
+        if architecture == "llama" and last in heads and factor == "lora_B":
+            array = _interleaved(array, heads[last])
+        np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
+
+
+def test_a_family_without_gguf_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a t5 model is not written as GGUF: export it with --format adapter"):
+        write_lora(tmp_path / "lora.gguf", {"model_type": "t5"}, {}, alpha=1.0)
+    assert not list(tmp_path.iterdir())
+
+
 # What is refused.
 
 
@@ -630,7 +702,6 @@ def _kind(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kinds": _kind("Q5_0")}, r"blk\.0\.ffn_up\.weight is stored as Q5_0, which is not read: expected one of F32"),
         ({"drop": ("model.layers.1.mlp.up_proj.weight",)}, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"feed_forward_length": 64}, r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], not \[64, 64\]"),
         (

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import write_text
+from ...models.architecture import Stored
 from ...models.registry import gguf_layout
 from ..base import OpenedBase
 from .reader import StoredTensor, read_gguf
@@ -51,6 +52,12 @@ class GGUFBase(OpenedBase):
     def tensors(self) -> Mapping[str, StoredTensor]:
         found = self._layout.stored(self.config(), self._tensors)
         return {hf.name: self._tensors[name].changed(hf.heads, hf.offset) for name, hf in found.items()}
+
+    def stored(self) -> Iterator[tuple[str, Stored | None, StoredTensor]]:
+        """Yield the name and content of every tensor, and what Hugging Face's files have instead, if anything."""
+        known = self._layout.stored(self.config(), self._tensors)
+        for name, tensor in self._tensors.items():
+            yield name, known.get(name), tensor
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         try:
