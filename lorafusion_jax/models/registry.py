@@ -38,7 +38,10 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
         if kind in family.model_types:
             return family
     members = "; ".join(family.members for family in FAMILIES.values())
-    raise ValueError(f"model_type is {shown(kind)}: wanted a {members}")
+    raise ValueError(
+        f"model_type is {shown(kind)}: expected a {members}. Only T5 and dense decoders are supported, so mixtures of "
+        "experts and encoders alone are not"
+    )
 
 
 def types_of_name(name: str) -> set[str]:
