@@ -1,11 +1,22 @@
 """Adapters of PEFT that add a matrix, converted to LoRA, against PEFT's merged weights and `convert_to_lora`."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.hf import base_tensor, read_config
+from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
 from lorafusion_jax.io.peft.config import AdapterError
 from lorafusion_jax.io.peft.kinds import as_lora
+from lorafusion_jax.io.pool import load_pool
+from lorafusion_jax.models.architecture import linear_shapes
+
+_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 
 
 def _butterflies(monkeypatch):
@@ -156,3 +167,66 @@ def test_a_vera_becomes_lora_exactly_at_its_rank_and_with_a_residual_below():
 def test_incomplete_adapters_are_refused_by_name(changes, message):
     with pytest.raises(AdapterError, match=message):
         _converted(*_vera(**changes))
+
+
+def _on_small_base(folder, config, tensors_of):
+    """Write an adapter of every query of the embedded base."""
+    paths = {path: shape for path, shape in linear_shapes(read_config(_SMALL / "base")).items() if path.endswith(".q")}
+    tensors = {}
+    for path, (d_in, d_out) in paths.items():
+        of_path = tensors_of(d_in, d_out)
+        tensors |= {f"base_model.model.{path}.{name}": np.asarray(array, "f4") for name, array in of_path.items()}
+    write_adapter(folder, config | {"target_modules": ["q"]}, tensors)
+    return str(folder), paths
+
+
+def test_other_kinds_are_in_a_pool_next_to_lora_with_its_rank_and_their_residuals(tmp_path):
+    draw = np.random.default_rng(0)
+
+    def factors(d_in, d_out):
+        return {
+            f"hada_{part}": 0.1 * draw.normal(size=(d_out, 2) if part.endswith("a") else (2, d_in))
+            for part in ("w1_a", "w1_b", "w2_a", "w2_b")
+        }
+
+    loha, paths = _on_small_base(tmp_path / "loha", {"peft_type": "LOHA", "r": 2, "alpha": 2}, factors)
+    lora = next((_SMALL / "adapters").iterdir())
+    rank = json.loads((lora / "adapter_config.json").read_text())["r"]
+    options = ConvertOptions(base=str(_SMALL / "base"), adapters=(loha, str(lora)), out=tmp_path / "pool")
+    entry = convert(options)["adapters"][0]
+    assert max(entry["sites"]["encoder.self.q"]["rank"]) == rank >= 4  # that of the update is 2 times 2
+    assert entry["residual"].keys() == paths.keys() and max(entry["residual"].values()) < 1e-5
+    assert f"converted from LOHA to LoRA of rank {rank}, exactly" in entry["notes"]
+    assert load_pool(tmp_path / "pool", [entry["name"]]).names == (entry["name"],)
+    (entry,) = convert(ConvertOptions(base=options.base, adapters=(loha,), rank=1, dry_run=True))["adapters"]
+    assert min(entry["residual"].values()) > 0.05
+    assert any(
+        note.startswith("warning: converted from LOHA to LoRA of rank 1: the relative") for note in entry["notes"]
+    )
+
+
+def test_several_doras_fit_into_a_pool_without_their_magnitudes(tmp_path):
+    draw = np.random.default_rng(0)
+
+    def factors(d_in, d_out):
+        factors = {"lora_A.weight": draw.normal(size=(2, d_in)), "lora_B.weight": draw.normal(size=(d_out, 2))}
+        return factors | {"lora_magnitude_vector": draw.uniform(1, 2, d_out)}
+
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "use_dora": True}
+    folders = [_on_small_base(tmp_path / name, config, factors)[0] for name in ("one", "two")]
+    options = {"base": str(_SMALL / "base"), "adapters": tuple(folders), "out": tmp_path / "pool"}
+    with pytest.raises(AdapterError, match="convert it alone, or take the adapters without .* --drop-magnitudes"):
+        convert(ConvertOptions(**options))
+    manifest = convert(ConvertOptions(**options, drop_magnitudes=True))
+    assert not any(entry["dora"] for entry in manifest["adapters"])
+    pool = load_pool(tmp_path / "pool")
+    assert pool.magnitude is None and pool.names == ("one", "two")
+    adapter, errors = read_adapter(folders[0]), []
+    for path, (a, b) in adapter.factors.items():
+        plain = base_tensor(_SMALL / "base")(f"{path}.weight") + b @ a / 2
+        dora = plain * (adapter.magnitude[path] / np.linalg.norm(plain, axis=1))[:, None]
+        inputs = draw.normal(size=(20_000, plain.shape[1]))
+        errors.append(np.linalg.norm(inputs @ (dora - plain).T) / np.linalg.norm(inputs @ dora.T))
+    (note,) = [note for note in manifest["adapters"][0]["notes"] if "without its magnitudes" in note]
+    mean, worst = (float(text) / 100 for text in re.findall(r"([\d.]+)%", note))
+    assert (mean, worst) == pytest.approx((np.mean(errors), max(errors)), rel=0.02)

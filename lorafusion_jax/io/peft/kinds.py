@@ -282,9 +282,7 @@ def as_lora(
         found[f"base_model.model.{path}.lora_A.weight"] = a
         found[f"base_model.model.{path}.lora_B.weight"] = b
     lora = {field: config[field] for field in _KEPT if field in config}
-    return Converted(
-        lora | {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "converted_from": title}, found | others, residual
-    )
+    return Converted(lora | {"peft_type": "LORA", "r": rank, "lora_alpha": rank}, found | others, residual)
 
 
 def _factors(update: Matrix, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
