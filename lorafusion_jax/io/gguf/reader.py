@@ -178,8 +178,8 @@ def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, sta
 
     known = {kind.value: kind for kind in GGMLQuantizationType}
     title = known[kind].name if kind in known else f"type {kind}"
-    block, size = GGML_QUANT_SIZES.get(known.get(kind), (1, 0))
     try:
+        block, size = GGML_QUANT_SIZES[known[kind]]
         dequantize(np.zeros(size, np.uint8), known[kind])
     except (KeyError, NotImplementedError):
         raise ValueError(
