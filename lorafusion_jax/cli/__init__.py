@@ -15,6 +15,7 @@ COMMANDS = {
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",
     "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",
     "generate": "fused runs on new text, from a file or standard input",
+    "merge": "modules with your own weights -> a PEFT adapter or a merged base model",
     "export": "a fused run -> a PEFT adapter or a merged base model",
     "crossbar": "crossbar program: base and pool -> simulated chips, for `fuse` and `evaluate`",
     "params": "exact trainable counts of every method, without weights",

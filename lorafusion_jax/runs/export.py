@@ -1,6 +1,7 @@
 """`lorafusion export`: a fused run as a PEFT adapter or a merged base model, or one adapter of a pool as it was."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ from jaxtyping import Array
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
-from ..io.base import OpenedBase
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.base import GGUFBase
@@ -21,7 +21,7 @@ from ..io.hub import make_repository, upload
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..methods import find
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, Model
 from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card
@@ -29,8 +29,8 @@ from .folder import RunFolder
 from .prepare import load_model, of_run
 from .run import load_run
 
-_MERGED = ("merged", "gguf-f16", "gguf-q8_0")
-_GGUF = "--format gguf-f16 or gguf-q8_0, which merge them"
+Format = Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"]
+MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ExportOptions:
     out: Path
     run: Path | None = None
     seed: int | None = None
-    format: Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"] = "adapter"
+    format: Format = "adapter"
     pool: Path | None = None
     adapter: str | None = None
     push: str | None = None
@@ -94,10 +94,10 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     method = find(fused.method)
     if method.learns == "untrained":
         raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: there is nothing to export")
-    merged = options.format in _MERGED
+    merged = options.format in MERGED
     if "base" in method.groups and not merged:
         raise ValueError(f"{folder} fine-tuned all weights, which no adapter holds: export it with --format merged")
-    base = _check_gguf(options, fused.base) if options.format.startswith("gguf") else None
+    check_format(options.format, fused.base)
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
         raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
@@ -109,21 +109,11 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     with new_folder(options.out) as partial:
         if merged:
             model, adapters, _ = problem.adapted_model(of_seed)
-            model = merged_base(model, adapters)
-            if isinstance(base, GGUFBase):
-                kind = "F16" if options.format == "gguf-f16" else "Q8_0"
-                write_merged(partial / "model.gguf", base, hf_tensors(model, fused.base), kind)
-            else:
-                put_base(model, partial, fused.base)
+            put_merged(partial, options.format, fused.base, merged_base(model, adapters))
         else:
             # As it was given: an absolute path would name folders of this machine.
-            fields, tensors = _adapter(problem, of_seed, config["options"].base)
-            if base is None:
-                put_adapter(partial, fields, tensors)
-            elif fields["use_dora"]:
-                raise ValueError(f"{folder} has magnitudes, which a GGUF LoRA cannot hold: export it with {_GGUF}")
-            else:
-                write_lora(partial / "adapter.gguf", base.config(), tensors, fields["lora_alpha"])
+            adapter = _adapter(problem, of_seed, config["options"].base)
+            put_as(partial, options.format, fused.base, *adapter)
         write_card(
             partial,
             RunFolder(folder),
@@ -131,23 +121,45 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             seed,
             problem.config,
             merged=merged,
-            gguf=base is not None,
+            gguf=options.format.startswith("gguf"),
             repository=options.push,
             coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
         )
     return f"seed {seed} of {folder}, {fused.method}"
 
 
-def _check_gguf(options: ExportOptions, source: str) -> OpenedBase:
-    """Return the base of a GGUF export, or raise a ValueError if the format cannot hold it."""
-    base = open_base(source)
-    layout_of(base.config())
-    if options.format in _MERGED and not isinstance(base, GGUFBase):
-        raise ValueError(
-            f"{source} is not a GGUF file, whose metadata --format {options.format} would keep: export it with "
-            "--format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
-        )
-    return base
+def check_format(format: Format, base: str) -> None:
+    """Raise a ValueError if a format cannot hold what is made of a base."""
+    if format.startswith("gguf"):
+        opened = open_base(base)
+        layout_of(opened.config())
+        if format in MERGED and not isinstance(opened, GGUFBase):
+            raise ValueError(
+                f"{base} is not a GGUF file, whose metadata --format {format} would keep: use --format merged, and "
+                "convert the folder with llama.cpp's convert_hf_to_gguf.py"
+            )
+
+
+def put_as(
+    folder: Path, format: Format, base: str, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Write an adapter, given as its PEFT configuration and tensors, into a folder as PEFT's files or as GGUF."""
+    if format == "adapter":
+        put_adapter(folder, fields, tensors)
+    elif fields["use_dora"]:
+        raise ValueError("a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them")
+    else:
+        write_lora(folder / "adapter.gguf", open_base(base).config(), tensors, float(fields["lora_alpha"]))
+
+
+def put_merged(folder: Path, format: Format, base: str, model: Model) -> None:
+    """Write a merged model into a folder as Hugging Face's files or as GGUF."""
+    opened = open_base(base)
+    if format == "merged" or not isinstance(opened, GGUFBase):
+        put_base(model, folder, base)
+    else:
+        kind = "F16" if format == "gguf-f16" else "Q8_0"
+        write_merged(folder / "model.gguf", opened, hf_tensors(model, base), kind)
 
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -32,9 +32,11 @@ from lorafusion_jax.io.hf import (
     read_config,
     save_base,
 )
+from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.weights import dense
+from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _Kind = gguf.GGMLQuantizationType
 
@@ -638,6 +640,29 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folder
         if architecture == "llama" and last in heads and factor == "lora_B":
             array = _interleaved(array, heads[last])
         np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
+
+
+def test_weighted_modules_of_a_file_are_written_as_files(tmp_path, folders):
+    file = str(_close(_writer(folders["llama"], tmp_path / "base.gguf")))
+    path, draw = "model.layers.1.self_attn.k_proj", np.random.default_rng(0)
+    factors = {"A": draw.normal(size=(2, 64)).astype("f4"), "B": draw.normal(size=(32, 2)).astype("f4")}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["k_proj"]}
+    tensors = {f"base_model.model.{path}.lora_{name}.weight": array for name, array in factors.items()}
+    write_adapter(tmp_path / "adapters" / "one", config, tensors)
+    options = {"base": file, "pool": str(tmp_path / "adapters"), "weights": ("one=0.5",)}
+    update = 0.5 * factors["B"] @ factors["A"]
+    merge(MergeOptions(out=tmp_path / "lora", format="gguf", **options))
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf").tensors}
+    a, b = (found[f"blk.1.attn_k.weight.lora_{name}"] for name in "ab")
+    np.testing.assert_allclose(b @ a, _interleaved(update, 2), atol=1e-5)
+    merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
+    merged, base = (base_tensor(source)(f"{path}.weight") for source in (tmp_path / "merged" / "model.gguf", file))
+    np.testing.assert_allclose(merged, base + update, atol=2**-8)
+    with pytest.raises(
+        ValueError, match="is not a GGUF file, whose metadata --format gguf-q8_0 would keep"
+    ):
+        folder = options | {"base": str(folders["llama"])}
+        merge(MergeOptions(out=tmp_path / "folder", format="gguf-q8_0", **folder))
 
 
 def test_a_family_without_gguf_files_is_refused(tmp_path):

@@ -1,0 +1,76 @@
+"""Combinations with given weights: the sum by definition, weights by block, formats, and what is refused."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax.cli import main
+from lorafusion_jax.io.hf import base_tensor, load_base
+from lorafusion_jax.io.peft.adapter import read_adapter
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.runs.merge import MergeOptions, merge
+
+_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
+_BASE, _POOL = str(_SMALL / "base"), str(_SMALL / "adapters")
+_NAMES = ("double_next", "dropfirst_dash")
+
+
+def _updates(folder):
+    adapter = read_adapter(str(folder))
+    return {
+        path: adapter.scaling[path] * (b.astype(np.float32) @ a.astype(np.float32))
+        for path, (a, b) in adapter.factors.items()
+    }
+
+
+def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
+    weights = [f"{_NAMES[0]}=0.7", f"{_NAMES[1]}=-0.3"]
+    main(["merge", "--base", _BASE, "--pool", _POOL, "--weights", *weights, "--out", str(tmp_path / "out")])
+    assert "2 modules of" in capsys.readouterr().out
+    first, second = (_updates(_SMALL / "adapters" / name) for name in _NAMES)
+    found = _updates(tmp_path / "out")
+    assert found.keys() == first.keys()
+    for path, update in found.items():
+        np.testing.assert_allclose(update, 0.7 * first[path] - 0.3 * second[path], atol=1e-6)
+
+
+def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps({_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1}))
+    options = {"base": _BASE, "pool": _POOL, "weights_file": file}
+    merge(MergeOptions(out=tmp_path / "adapter", **options))
+    first, second = (_updates(_SMALL / "adapters" / name) for name in _NAMES)
+    found, weights = _updates(tmp_path / "adapter"), {"encoder.block.0.": 0.5, "decoder.block.1.": 2}
+    for path, update in found.items():
+        weight = next((weight for start, weight in weights.items() if path.startswith(start)), 0)
+        np.testing.assert_allclose(update, weight * first[path] + second[path], atol=1e-6)
+    merge(MergeOptions(out=tmp_path / "model", format="merged", **options))
+    merged, base = base_tensor(tmp_path / "model"), base_tensor(_BASE)
+    for path, update in found.items():
+        np.testing.assert_allclose(merged(f"{path}.weight"), base(f"{path}.weight") + update, atol=1e-5)
+    assert kernels(load_base(tmp_path / "model"))["encoder.self.q"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no weights: give some with --weights name=0.7"),
+        ({"weights": ("double_next",)}, "--weights 'double_next': expected name=number"),
+        ({"weights": ("double_next=much",)}, "expected name=number"),
+        ({"weights": ("double_next=nan",)}, "the weight of double_next is nan: expected a finite number"),
+        ({"weights": ("triple=1",)}, "has no module triple: it has double_next"),
+        ({"file": {"double_next": {"block 7": 1}}}, "name a block 'block 7': expected one of encoder.0, "),
+        ({"file": {"double_next": "1"}}, "weights.json.*double_next"),
+        ({"weights": ("double_next=1",), "format": "gguf"}, "a t5 model is not written as GGUF"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(tmp_path, options, message):
+    if file := options.pop("file", None):
+        options["weights_file"] = tmp_path / "weights.json"
+        options["weights_file"].write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=message):
+        merge(MergeOptions(base=_BASE, pool=_POOL, out=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
