@@ -291,7 +291,7 @@ def test_state_of_the_training_is_ignored(write):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3': expected 'LORA'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA or another kind .* merge it into the base"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
         ({"peft_type": ...}, "no peft_type among its fields"),
         ({"peft_type": None, "model_class": "T5", "config": {"x": 1}}, "AdapterHub"),
