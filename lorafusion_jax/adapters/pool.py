@@ -5,7 +5,7 @@ Axis letters: L layer, N adapters, r rank.
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,38 @@ class LoraPool:
             A={site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2) for site, a in self.A.items()},
             B={site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3) for site, b in self.B.items()},
         )
+
+
+def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
+    """Return the modules of several pools of one base in one pool.
+
+    Args:
+      pools: unquantised pools without magnitudes.
+      layers: number of layers of each site, in the order of the computation.
+    """
+    sites = [site for site in layers if any(site in pool.rank for pool in pools)]
+
+    def put_together(site: str) -> tuple[Array, Array, Array]:
+        own = [p for p in pools if site in p.rank]
+        dense_of = {p.names: (dense(p.A[site], jnp.float32), dense(p.B[site], jnp.float32), p.rank[site]) for p in own}
+        A, B, _ = dense_of[own[0].names]
+        most, parts = max(A.shape[3] for A, _, _ in dense_of.values()), []
+        for pool in pools:
+            size = layers[site], len(pool)
+            lacks = jnp.zeros((*size, A.shape[2], 0)), jnp.zeros((*size, 0, B.shape[3])), jnp.zeros(size, jnp.int32)
+            a, b, rank = dense_of.get(pool.names, lacks)
+            room = (0, most - a.shape[3])
+            parts.append((jnp.pad(a, [(0, 0)] * 3 + [room]), jnp.pad(b, [(0, 0)] * 2 + [room, (0, 0)]), rank))
+        A, B, rank = (jnp.concatenate(of_pools, axis=1) for of_pools in zip(*parts, strict=True))
+        return A, B, rank
+
+    found = {site: put_together(site) for site in sites}
+    return LoraPool(
+        A={site: A for site, (A, _, _) in found.items()},
+        B={site: B for site, (_, B, _) in found.items()},
+        rank={site: rank for site, (_, _, rank) in found.items()},
+        names=tuple(name for pool in pools for name in pool.names),
+    )
 
 
 def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
-from ..adapters.pool import LoraPool
+from ..adapters.pool import LoraPool, joined
+from ..adapters.updates import LowRank
 from ..checks import at_least, check_uint32
 from ..io.digests import Digests
 from ..io.pool import open_pool
@@ -29,9 +31,12 @@ from ..runs.predict import draw_keys
 from ..runs.prepare import check_digests, digests, load_model, module_names
 from ..runs.run import load_run
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
+from ..training.frozen import Frozen
 from ..training.method import Method, Params
 from .bank import TaskBank
 
+# A module with a coefficient of 1.
+_ALONE = Fusion(granularity="global", magnitudes=False)
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "dtype", "load_in")
 
@@ -61,19 +66,35 @@ class FusedRun(NamedTuple):
 
         Raises:
           ValueError: the folder is not a run whose training has ended, or its method has other numbers than
-            coefficients, magnitudes and cores.
+            coefficients, magnitudes and cores, or one LoRA.
         """
         options, params, config = load_run(folder)
-        if not params or params.keys() - {"coefficients", "magnitudes", "core"}:
+        if not params or (params.keys() - {"coefficients", "magnitudes", "core"} and params.keys() != {"lora"}):
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
-                "magnitudes or without, or of magnitudes alone"
+                "magnitudes or without, of magnitudes alone, or of a LoRA"
             )
         modules = tuple(map(tuple, config["modules"]))
+        if "lora" in params:
+            modules = tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds)
         return cls(Path(folder), options, params, modules, config["max_new_tokens"], config.get("digests"))
 
+    def loras(self, config: Architecture, frozen: Frozen) -> LoraPool:
+        """Return the LoRAs of a LoRA run's seeds as a pool."""
+        method = find(self.options.method).build(Built(config, self.options.recipe, None, 0))
+        none = jnp.zeros(0, jnp.int32)
+        updates: dict[str, LowRank] = jax.vmap(lambda p: method.adapters(p, frozen, none)[0], out_axes=1)(self.params)
+        return LoraPool(
+            A={site: update.A for site, update in updates.items()},
+            B={site: update.B for site, update in updates.items()},
+            rank={site: jnp.full(u.A.shape[:2], u.A.shape[3], jnp.int32) for site, u in updates.items()},
+            names=tuple(name for (name,) in self.modules),
+        )
+
     def method(self, config: Architecture, pool: Pool | None) -> Method:
-        """Return the run's method on a pool that holds its modules."""
+        """Return the run's method on a pool that holds its modules; that of a LoRA run takes the LoRA as it is."""
+        if "lora" in self.params:
+            return _ALONE
         if pool is not None and self.modules[0]:
             pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
             pool = pool.select(self.modules[0])  # the ranks of other modules do not matter
@@ -88,10 +109,10 @@ class FusedRun(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A task of a service: its number in the bank, and the run that it is from."""
+    """A task of a service: its number in the bank, and the run that it is from, None for a module alone."""
 
     number: int
-    run: FusedRun
+    run: FusedRun | None
 
 
 class Service:
@@ -123,9 +144,16 @@ class Service:
         for run in runs:
             self._check_shares(run)
         options = dataclasses.replace(self._first.options, seeds=(0,))
+        loras = [run for run in runs if "lora" in run.params]
+        if loras and (basis_of(options.recipe) is not None or options.load_in != "full"):
+            raise ValueError(
+                f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
+                "runs in a basis or with --load-in"
+            )
         if find(options.method).pool:
             assert options.pool is not None
-            used = {*modules, *(name for run in runs for of_seed in run.modules for name in of_seed)}
+            fused_runs = [run for run in runs if "lora" not in run.params]
+            used = {*modules, *(name for run in fused_runs for of_seed in run.modules for name in of_seed)}
             there = module_names(open_pool(options.pool), options)
             if missing := ", ".join(sorted(used - set(there))):
                 raise ValueError(f"{options.pool} is not the pool that was fused: it has no {missing}")
@@ -141,6 +169,11 @@ class Service:
         frozen, self._config = fused.problem.frozen, fused.config
         if frozen.pool is not None:  # runs record the names of the modules that a control replaces
             frozen = dataclasses.replace(frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0]))
+        if loras:
+            pools = [run.loras(self._config, frozen) for run in loras]
+            pools += [frozen.pool] if isinstance(frozen.pool, LoraPool) else []
+            layers = {name: site.layers for name, site in self._config.sites.items()}
+            frozen = dataclasses.replace(frozen, gram=None, pool=joined(pools, layers))
         pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
         granularities = [GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)]
@@ -166,13 +199,7 @@ class Service:
         """
         self._check_shares(run)
         place, pool = run.position(seed), self.bank.frozen.pool
-        numbers = {of: task.number for of, task in self.tasks.items()}
-        free = set(range(self.bank.capacity)) - set(numbers.values())
-        if name not in numbers and not free:
-            raise ValueError(
-                f"no room for {name}: the bank holds {len(self.tasks)} tasks, its capacity. Remove one, or give a "
-                "larger capacity"
-            )
+        number = self._number(name)
         modules = run.modules[place]
         if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):
             raise ValueError(
@@ -180,8 +207,9 @@ class Service:
                 "is made"
             )
         check_digests(run.folder, run.digests, self._digests, run.options)
-        number = numbers[name] if name in numbers else min(free)
         of_seed = jax.tree.map(lambda p: p[place], run.params)
+        if "lora" in run.params:
+            of_seed = {"coefficients": np.ones(1, np.float32)}
         sites = None
         if isinstance(pool, LoraPool) and "magnitudes" not in of_seed:
             # The run was trained with the modules of all its seeds.
@@ -189,6 +217,18 @@ class Service:
             sites = [site for site, rank in pool.rank.items() if np.any(np.asarray(rank)[:, of_run])]
         self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules, sites=sites)
         self.tasks[name] = Task(number, run)
+
+    def add_module(self, name: str, module: str) -> None:
+        """Add one module of the pool alone, as it was trained, which replaces an earlier task of this name.
+
+        Its prompts are texts as they are.
+
+        Raises:
+          ValueError: the bank is full, or the module was not loaded.
+        """
+        number, one = self._number(name), {"coefficients": np.ones(1, np.float32)}
+        self.bank = self.bank.with_task(number, _ALONE, one, [module])
+        self.tasks[name] = Task(number, None)
 
     def remove(self, name: str) -> None:
         """Remove a task.
@@ -227,19 +267,17 @@ class Service:
         check_uint32(sampling_seed=sampling_seed)
         if len(texts) != len(names):
             raise ValueError(f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None")
-        tasks = {name: None if name is None else self._task(name) for name in dict.fromkeys(names)}
-        longest = max((task.run.max_new_tokens for task in self.tasks.values()), default=128)
-        limits = {
-            name: max_new_tokens or (task.run.max_new_tokens if task else longest) for name, task in tasks.items()
-        }
+        runs = {name: None if name is None else self._task(name).run for name in dict.fromkeys(names)}
+        longest = max((task.run.max_new_tokens for task in self.tasks.values() if task.run), default=128)
+        limits = {name: max_new_tokens or (run.max_new_tokens if run else longest) for name, run in runs.items()}
         inputs: dict[int, Int[np.ndarray, " _"]] = {}
-        for name, task in tasks.items():
+        for name, run in runs.items():
             rows = [row for row, of_row in enumerate(names) if of_row == name]
-            prompt = (task.run.options.prompt if task else None) or "{input}"
+            prompt = (run.options.prompt if run else None) or "{input}"
             examples = [Example(prompt.replace("{input}", texts[row]), "") for row in rows]
-            inputs |= zip(rows, self.encode(examples, task and task.run, limits[name]).inputs, strict=True)
+            inputs |= zip(rows, self.encode(examples, run, limits[name]).inputs, strict=True)
         encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
-        numbers = np.array([task.number if (task := tasks[name]) else -1 for name in names], np.int32)
+        numbers = np.array([-1 if name is None else self.tasks[name].number for name in names], np.int32)
         said = self.tokens(
             encoded,
             numbers,
@@ -296,6 +334,18 @@ class Service:
         """Yield the numbers of rows (see `eval_batches`), their tokens, and the numbers of their tasks."""
         for rows, batch in eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id):
             yield rows, batch, np.where(rows >= 0, numbers[rows], -1)
+
+    def _number(self, name: str) -> int:
+        """Return the number of a task, or a free one for a new task."""
+        if name in self.tasks:
+            return self.tasks[name].number
+        free = set(range(self.bank.capacity)) - {task.number for task in self.tasks.values()}
+        if not free:
+            raise ValueError(
+                f"no room for {name}: the bank holds {len(self.tasks)} tasks, its capacity. Remove one, or give a "
+                "larger capacity"
+            )
+        return min(free)
 
     def _task(self, name: str) -> Task:
         if name not in self.tasks:

@@ -45,7 +45,8 @@ def write(small, tmp_path_factory):
     def write_run(name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes) -> Path:
         values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "seeds": seeds}
         options = recipes.options({"modules": 2}, **values | {"test_rows": 6, "train_rows": 20} | changes)
-        drawn = [draw_modules(names, 2, seed) if find(options.method).pool else () for seed in seeds]
+        fuses = find(options.method).pool
+        drawn = [(options.adapters or draw_modules(names, 2, seed)) if fuses else () for seed in seeds]
         environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
         config = {
             "options": options_to_json(options),
@@ -238,9 +239,41 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     Service([scaled._replace(options=dataclasses.replace(scaled.options, pool=None)), mixed], capacity=2)
     with pytest.raises(ValueError, match="no runs: give at least one"):
         Service([], capacity=1)
-    lora = write("lora", {"lora": {"A": np.ones(1)}}, (1,), method="lora")
-    with pytest.raises(ValueError, match="lora is of the method lora, which no bank holds: give runs of a fusion"):
-        FusedRun.read(lora)
+    vera = write("vera", {"vera": {"b": np.ones(1)}}, (1,), method="vera")
+    with pytest.raises(ValueError, match="vera is of the method vera, which no bank holds: give runs of a fusion"):
+        FusedRun.read(vera)
+
+
+def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alone, write, small, tmp_path):
+    """The LoRA adapts other matrices than the pool, with another rank."""
+    rng, sites = np.random.default_rng(1), load_base(small[0]).config.sites
+    shapes = {name: sites[name] for name in ("encoder.self.q", "decoder.ff.wo")}
+    lora = {
+        "A": {name: rng.normal(size=(2, s.layers, s.d_in, 5)).astype("f4") for name, s in shapes.items()},
+        "B": {name: rng.normal(size=(2, s.layers, 5, s.d_out)).astype("f4") for name, s in shapes.items()},
+    }
+    options = {"method": "lora", "lora_rank": 5, "lora_targets": ("q", "wo"), "max_new_tokens": 5, "pool": None}
+    folder = write("lora", {"lora": lora}, (1, 2), **options)
+    module = sorted(path.name for path in small[1].iterdir())[0]
+    single = write("single", {"coefficients": np.ones((1, 1), "f4")}, (1,), method="single", adapters=(module,))
+    (tmp_path / "lines").write_text("\n".join(_LINES))
+    expected = dict(alone)
+    for name, run, seed in (("lora", folder, 2), ("module", single, 1)):
+        expected[name] = generate_lines(GenerateOptions(run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5))
+    found = {name: FusedRun.read(run) for name, run in (runs | {"lora": folder}).items()}
+    service = Service([*found.values()], capacity=5, modules=(module,))
+    for name, run in found.items():
+        service.add(name, run, 2 if name == "lora" else None)
+    service.add_module("module", module)
+    names = [name for _ in _LINES for name in expected]
+    answers = service.generate([line for line in _LINES for _ in expected], names, eval_batch=4)
+    for place, name in enumerate(expected):
+        said = answers[place :: len(expected)]
+        assert [text[: len(e)] for text, e in zip(said, expected[name], strict=True)] == expected[name], name
+    assert expected["lora"] != expected["module"] != alone["mixed"]
+    basis = FusedRun.read(folder)._replace(options=dataclasses.replace(found["lora"].options, load_in="nf4"))
+    with pytest.raises(ValueError, match="lora is of a LoRA, which joins whole modules in full precision"):
+        Service([basis], capacity=1)
 
 
 def test_a_control_is_served_as_it_answers_alone(runs, write, tmp_path):
