@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -11,15 +13,28 @@ from docutils.parsers.rst import Directive
 import lorafusion_jax
 
 project = "lorafusion-jax"
-author = "the authors of lorafusion-jax"
+author = "the lorafusion-jax contributors"
+copyright = f"2026, {author}"
 release = lorafusion_jax.__version__
 html_theme = "furo"
 html_title = project
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+nb_execution_mode = "off"  # the outputs are in the notebooks; tests run them
 myst_heading_anchors = 4  # named as GitHub names them, so that the same links work in both places
 highlight_language = "none"
+
+# Pages link to the notebooks where they are in the repository; on the site they are in a folder of the pages.
+_HERE = Path(__file__).parent
+shutil.copytree(_HERE / "../examples/notebooks", _HERE / "notebooks", dirs_exist_ok=True, ignore=lambda *_: ["runs"])
 
 default_role = "code"  # docstrings have single backticks
 autodoc_member_order = "bysource"
@@ -45,6 +60,8 @@ def _as_text(_app, what: str, _name: str, _object, _options, lines: list[str]) -
     # one without a second colon. The pages of modules have introductions of their own.
     if what == "module":
         lines.clear()
+    if what == "property":  # napoleon takes what is before a colon for a type
+        lines[0] = lines[0].replace(": ", ", ")
     for i, line in enumerate(lines):
         line = re.sub(r"(`[^`]*`)|([*|])(?! )", lambda found: found[1] or "\\" + found[2], line)
         lines[i] = re.sub(r"^(Examples?):$", r"\1::", line)
@@ -55,7 +72,14 @@ def _skipped(_app, _what: str, _name: str, member: object, _skip: bool, _options
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
+def _to_copies(_app, name: str, source: list[str]) -> None:
+    source[0] = source[0].replace("../../examples/notebooks/", "../notebooks/")
+    if name.startswith("notebooks/"):  # two folders deep in the repository
+        source[0] = source[0].replace("../../docs/", "../").replace("../../CONTRIBUTING.md", "../contributing.md")
+
+
 def setup(app) -> None:
+    app.connect("source-read", _to_copies)
     app.connect("autodoc-skip-member", _skipped)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
     app.add_directive("help", Help)

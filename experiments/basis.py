@@ -188,7 +188,7 @@ def draw(league: Scores, path: Path) -> None:
         ticks = sorted({reads(league, name) for name in there})
         axes.set_xticks(ticks, [f"{x}\n{x / at_most:.2f}" for x in ticks])
         axes.minorticks_off()
-        axes.set_xlabel(f"columns read of every matrix, and / {at_most}")
+        axes.set_xlabel(f"columns read of each matrix, and as a share of {at_most}")
         axes.set_ylabel("exact match, %, with 95 % interval")
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 

@@ -176,6 +176,8 @@ def draw(found: Sequence[Billed], path: Path) -> None:
     """Energy until a task is learned, by part, and of a generated token with its source: a column for each preset."""
 
     def on(figure: Any) -> None:
+        from matplotlib.ticker import EngFormatter
+
         axes = figure.subplots(2, len(found), sharex="row", sharey=True, squeeze=False)
         for column, billed in enumerate(found):
             bills = list(billed.bills.values())
@@ -188,9 +190,10 @@ def draw(found: Sequence[Billed], path: Path) -> None:
                         legend = label if i == 0 and not of_token else None
                         axis.plot(value.typical, place, "o", color=colour(k + 3), markersize=4, label=legend)
                 axis.set_xscale("log")
+                axis.xaxis.set_major_formatter(EngFormatter("J"))
                 axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
                 axis.grid(visible=True, axis="x")
-                axis.set_xlabel("energy of a token with its source, J" if of_token else "energy to learn a task, J")
+                axis.set_xlabel("energy of a token with its source" if of_token else "energy to learn a task")
             axes[0][column].set_title(billed.options.crossbar)
         axes[0][0].invert_yaxis()
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)

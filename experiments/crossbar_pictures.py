@@ -103,6 +103,7 @@ def adc() -> Any:
     axis.axhline(floor, color=GREY, linestyle=":", linewidth=1.2)
     axis.text(4, floor * 0.94, "no ADC: 8-bit weights and inputs", color=GREY, va="top", fontsize=9)
     axis.set(xlabel="bits of the ADC", ylabel="relative error of x W", xticks=bits, ylim=(floor * 0.75, 1.1))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(title="range")
     axis.grid(axis="y", color="#dddddd")
     return figure
@@ -133,9 +134,9 @@ def noise() -> Any:
     for rows, colour in ((32, GREEN), (64, BLUE), (128, ORANGE)):
         errors = _wires(rows, ratios)
         _curve(
-            axes[1, 1], f"wires, {rows} rows", np.asarray(ratios) / 1e-4, errors[:, None], colour, f"{rows} x {rows}"
+            axes[1, 1], f"wires, {rows} rows", 100 * np.asarray(ratios), errors[:, None], colour, f"{rows} x {rows}"
         )
-    axes[1, 1].set(title="IR drop", xlabel="wire resistance of a cell, 1e-4 of Rmin")
+    axes[1, 1].set(title="IR drop", xlabel="wire resistance of a cell, % of Rmin")
     for axis in axes.flat:
         axis.set_ylabel("relative error of x W")
         axis.set_ylim(bottom=0)

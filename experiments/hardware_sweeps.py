@@ -13,6 +13,7 @@ and trained number; interrupted, the same command goes on.
 
 import contextlib
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -282,7 +283,7 @@ def draw(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
                 color=colour(i),
                 label=None if compensate is False else line,
             )
-        axis.set_xticks(range(len(points)), points)
+        axis.set_xticks(range(len(points)), [re.sub(r"^(\d+)([a-z])", r"\1 \2", point) for point in points])
         axis.set_xlabel(_LABELS[sweep] + (" (dashed: drift not compensated)" if sweep == "age" else ""))
         axis.set_ylabel("exact match, %")
         axis.set_ylim(bottom=0)
@@ -317,15 +318,16 @@ def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:
     """Draw accuracy against energy, to learn a task and to use it, a point for every method, with its range."""
 
     def on(figure: Any) -> None:
+        from matplotlib.ticker import EngFormatter
+
         axes = figure.subplots(1, 2, sharey=True)
         for i, (name, (match, *joules)) in enumerate(energy.items()):
             for axis, of in zip(axes, joules, strict=True):
                 axis.hlines(match, of.low, of.high, color=colour(i), linewidth=1.5)
                 axis.plot(of.typical, match, "o", color=colour(i), label=name)
-        for axis, label in zip(
-            axes, ("energy to learn the task, J", "energy of 1,000 generated tokens, J"), strict=True
-        ):
+        for axis, label in zip(axes, ("energy to learn the task", "energy of 1,000 generated tokens"), strict=True):
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(EngFormatter("J"))
             axis.set_xlabel(label)
             axis.set_ylim(bottom=0)
         axes[0].set_ylabel("exact match on chips, %")

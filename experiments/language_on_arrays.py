@@ -290,6 +290,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     panel.plot(places, heights, "o-", markersize=4, color=colour(i + 1), label=label)
             panel.axhline(found[DIGITAL], linestyle=":", color="black", label="digital")
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:,.0f}")
             panel.legend()
 
     plot(path, (9.0, 4.0), on)

@@ -1,7 +1,10 @@
 """The public names, and what they are enough for."""
 
+import collections
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,10 @@ import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import flax as crossbar_flax
+
+_API_PAGES = Path(__file__).resolve().parent.parent / "docs" / "reference" / "api"
 
 
 def test_every_public_name_exists_once_and_is_documented():
@@ -18,6 +25,22 @@ def test_every_public_name_exists_once_and_is_documented():
         assert getattr(lf, name).__doc__ or name == "PRESETS", name
     found = lf.Batch
     assert vars(lf)["Batch"] is found and dir(lf).count("Batch") == 1
+
+
+def test_every_public_name_is_on_one_api_page():
+    found = collections.Counter()
+    for page in _API_PAGES.glob("*.md"):
+        module = ""
+        for directive, name in re.findall(r"^\.\. (?:auto|py:)?(\w+):: (\S+)$", page.read_text(), re.MULTILINE):
+            if directive == "currentmodule":
+                module = name
+            else:
+                found[f"{module}.{name}"] += 1
+    names = [f"{module.__name__}.{name}" for module in (crossbar, crossbar_flax) for name in module.__all__]
+    # The names that the package takes from its crossbar library are described there.
+    own = (name for name in lf.__all__ if name != "crossbar")
+    names += [f"{lf.__name__}.{name}" for name in own if getattr(crossbar, name, None) is not getattr(lf, name)]
+    assert found == collections.Counter(names)
 
 
 def test_no_submodule_replaces_a_public_name():

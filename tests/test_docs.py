@@ -1,8 +1,10 @@
 """The Markdown pages: links lead to files and headings, commands have the options shown, and the prose is plain."""
 
+import collections
 import contextlib
 import functools
 import io
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from lorafusion_jax import cli
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/small/README.md")
+_NOTEBOOKS = sorted((_ROOT / "examples" / "notebooks").glob("*.ipynb"))
 _PAGES = [*(_ROOT / name for name in _TOP), *sorted((_ROOT / "docs").rglob("*.md"))]
 
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
@@ -34,6 +37,7 @@ _PLAIN = (
     "CHANGELOG.md",
     "examples/small/README.md",
     "examples/smollm2/README.md",
+    "examples/notebooks",
 )
 # Phrases that make readers stop, each with a better one.
 _HABITS = {
@@ -76,7 +80,7 @@ def _anchors(text: str) -> set[str]:
 def _broken(page: Path) -> list[str]:
     """The relative links of a page that lead nowhere."""
     broken = []
-    for link in _LINK.findall(_CODE.sub("", _FENCE.sub("", page.read_text()))):
+    for link in _LINK.findall(_CODE.sub("", _FENCE.sub("", _text(page)))):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
@@ -86,7 +90,7 @@ def _broken(page: Path) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.relative_to(_ROOT).as_posix())
+@pytest.mark.parametrize("page", [*_PAGES, *_NOTEBOOKS], ids=lambda page: page.relative_to(_ROOT).as_posix())
 def test_relative_links_and_anchors_lead_somewhere(page):
     assert not _broken(page), f"{page} links to what is not there"
 
@@ -100,6 +104,18 @@ def test_a_link_to_a_missing_file_or_heading_is_found(tmp_path):
         "```\n# Here\n[i](not_a_link.md)\n```\n"
     )
     assert _broken(page) == ["gone.png", "other.md#again-2", "#here"]
+
+
+def test_the_sidebar_is_short_and_has_each_page_once():
+    entries = collections.Counter()
+    for page in sorted((_ROOT / "docs").rglob("*.md")):
+        for tree in re.findall(r"^```{toctree}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            names = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            entries.update((page.parent / name).resolve() for name in names)
+            assert len(names) <= 15, f"{page} has {len(names)} entries: group them under parent pages"
+    index = (_ROOT / "docs" / "index.md").read_text()
+    assert len(re.findall(r"^[a-z_]+(?:/\w+)?$", index, re.MULTILINE)) <= 30
+    assert [page for page, times in entries.items() if times > 1] == []
 
 
 def _prose(text: str) -> str:
@@ -122,12 +138,24 @@ def _habits(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
 
 def _plain_pages() -> list[Path]:
     found = (_ROOT / name for name in _PLAIN)
-    return [page for path in found for page in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]
+    return [
+        page
+        for path in found
+        for page in (sorted([*path.rglob("*.md"), *path.rglob("*.ipynb")]) if path.is_dir() else [path])
+    ]
+
+
+def _text(page: Path) -> str:
+    """Return the text of a page, or the Markdown of a notebook."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 @pytest.mark.parametrize("page", _plain_pages(), ids=lambda page: page.relative_to(_ROOT).as_posix())
 def test_prose_is_plain_english(page):
-    assert _habits(page.read_text(), _ALLOWED.get(page.relative_to(_ROOT).as_posix(), ())) == []
+    assert _habits(_text(page), _ALLOWED.get(page.relative_to(_ROOT).as_posix(), ())) == []
 
 
 def test_habits_are_found_in_prose_only():

@@ -88,7 +88,7 @@ def _complete(scores: Scores) -> dict[str, Summary]:
 def _trainable_axis(axes: "Axes", low: int, high: int, none: float | None) -> None:
     """Label powers of ten, and, where some method trains nothing, its place before a gap in the axis."""
     ticks: list[float] = [*range(low, high + 1)]
-    labels = [f"{10**tick:,}" if tick < 4 else f"$10^{{{tick}}}$" for tick in range(low, high + 1)]
+    labels = [f"{10**tick:,}" if tick < 6 else f"{10 ** (tick - 6):,} million" for tick in range(low, high + 1)]
     if none is not None:
         ticks, labels = [none, *ticks], ["none", *labels]
         axes.axvline(low - 0.15, color=_FRAME, linewidth=1, linestyle=(0, (2, 3)), zorder=0)

@@ -14,7 +14,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar.flax import InArrays, calibrate, convert, site_errors, with_read_key
+from lorafusion_jax.crossbar.flax import InArrays, calibrate, convert, count_reads, site_errors, with_read_key
 
 _KEY = jax.random.key(0)
 _IDEAL = crossbar.load_config("ideal")
@@ -299,6 +299,34 @@ def test_a_convolutional_model_goes_onto_arrays():
     np.testing.assert_allclose(_compiled(on_arrays, x), _compiled(model, x), rtol=1e-5, atol=1e-6)
     assert isinstance(model.head.kernel, nnx.Param)  # the model that was given stays digital
     assert isinstance(on_arrays.layers[1].kernel, InArrays)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers(kind):
+    on_arrays = convert(_language(kind), _DIGITAL | {"*": _CALIBRATED}, _KEY, _TOKENS)
+    attention = {f"attention.{name}": 2 * 4 for name in ("key", "out", "query", "value")}
+    stacked = {"blocks.down": 2 * 2 * 4, "blocks.up": 2 * 2 * 4}  # two layers
+    assert count_reads(on_arrays, _TOKENS) == attention | stacked | {"embed": 2 * 4}
+
+
+def test_a_convolution_reads_a_vector_for_each_position_and_group():
+    pictures = convert(_Pictures(nnx.Rngs(0)), {"*": _CALIBRATED}, _KEY)
+    counted = count_reads(pictures, _normal(3, 4, 4, 1))
+    assert counted == {"layers.0": 3 * 4 * 4, "layers.1": 3 * 2 * 2, "head": 3}
+    grouped = nnx.Sequential(nnx.Conv(4, 6, (3,), feature_group_count=2, padding="VALID", rngs=nnx.Rngs(0)))
+    assert count_reads(convert(grouped, {"*": _IDEAL}, _KEY), _normal(3, 5, 4)) == {"layers.0": 2 * 3 * 3}
+
+
+def test_reads_of_a_layer_without_a_gradient_are_not_taken_for_none():
+    class Classes(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(x).argmax(axis=-1)
+
+    with pytest.raises(ValueError, match="no gradient with respect to head.*logits"):
+        count_reads(convert(Classes(nnx.Rngs(0)), {"*": _IDEAL}, _KEY), _normal(2, 4))
 
 
 def test_a_layer_of_a_layer_goes_onto_arrays_without_its_adapter():

@@ -4,12 +4,15 @@ import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
+import bbh_rows
+import byte_base
 import jax
 import one_block
 import pytest
 
 import lorafusion_jax as lf
 from lorafusion_jax.methods import METHODS
+from lorafusion_jax.tasks import write_lorahub_split
 
 # The settings that the README's run has in tests, whose compiled programs are then there already.
 _LIKE_THE_README = {
@@ -47,6 +50,21 @@ def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(example,
     digital = ("decoder.*", "*.ff.*", "encoder.self.[kvo]", "pool.*")
     scores = example("chips").main(tmp_path, digital, **_LIKE_THE_README)
     assert len(scores) == 1 + 2 * 2 + 1
+
+
+@pytest.mark.nightly
+def test_the_paper_is_run_from_adapters_to_exports(example, tmp_path):
+    base = byte_base.make(tmp_path / "base", one_block.cut(tmp_path / "small")[0])
+    adapters = sorted(map(str, (tmp_path / "small" / "pool").iterdir()))
+    rows, index = bbh_rows.write(tmp_path / "rows")
+    write_lorahub_split(rows, tmp_path / "data_bbh", index=index)
+    small = ("--modules", "2", "--epochs", "1", "--test-rows", "4", "--methods", "zero-shot", "LoRAFusion")
+    out = tmp_path / "out"
+    example("paper").main(
+        tmp_path / "data_bbh", str(base), tuple(adapters), out, ("boolean_expressions",), (1, 2), small
+    )
+    assert (out / "report" / "report.html").is_file()
+    assert (out / "adapters" / "boolean_expressions" / "adapter_config.json").is_file()
 
 
 @pytest.mark.nightly

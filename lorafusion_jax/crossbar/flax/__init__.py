@@ -30,7 +30,7 @@ from .kernel import Kernel
 from .linen_models import OnArrays
 from .nnx_models import InArrays
 
-__all__ = ["InArrays", "Kernel", "OnArrays", "calibrate", "convert", "site_errors", "with_read_key"]
+__all__ = ["InArrays", "Kernel", "OnArrays", "calibrate", "convert", "count_reads", "site_errors", "with_read_key"]
 
 
 def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Any:
@@ -114,6 +114,72 @@ def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict
     tree, rebuilt = _taken_apart(model)
     tree = _keyed(tree, jax.random.key(0))
     return whole_model.site_errors(tree, whole_model.observe(_run(rebuilt, options), tree, batches))
+
+
+def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
+    """Return how many vectors the arrays of each layer read in one call of the model.
+
+    A convolution reads one vector for each position of each image, and a grouped one, one in each group. Multiply
+    `crossbar.counts` of one matrix by this number for the energy of the layer.
+
+    Args:
+      model: a model from `convert`; it needs no calibration.
+      inputs: the model's inputs.
+      options: keyword arguments of the model.
+
+    Returns:
+      Path of each layer on arrays -> number of vectors, summed over stacked layers and groups.
+
+    Raises:
+      ValueError: the outputs have no gradient with respect to a layer, because they are classes or do not use it.
+    """
+    tree, rebuilt = _taken_apart(model)
+    leaves = chips.chips_in(tree)
+
+    @jax.jit
+    def found(inputs: Any) -> list[Array]:
+        def total(taps: list[_Vectors]) -> Array:
+            tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
+            return _run(rebuilt, options)(chips.with_chips(tree, tapped), inputs)
+
+        taps = [_Vectors(jnp.zeros(leaf.shape[:-2])) for leaf in leaves]
+        return [jnp.sum(tap.vectors) for tap in jax.grad(total)(taps)]
+
+    counted = {leaf.name: int(number) for leaf, number in zip(leaves, found(inputs), strict=True)}
+    if missing := [name for name, number in counted.items() if number == 0]:
+        raise ValueError(
+            f"the outputs have no gradient with respect to {', '.join(missing)}: let the model return logits instead "
+            "of classes, and leave layers that it does not use digital"
+        )
+    return counted
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Vectors:
+    """A tap whose gradient is the number of vectors that a chip reads: it adds up over calls, scans and groups."""
+
+    vectors: Float[Array, "*N"]
+
+    def collect(self, x: Float[Array, "*B d_in"], chip: chips.Chip) -> Float[Array, "*B d_out"]:
+        return _counted(chip.matrix_shape[1], x, self.vectors)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _counted(d_out: int, x: Float[Array, "*B d_in"], vectors: Float[Array, ""]) -> Float[Array, "*B d_out"]:
+    # Not zeros: a later layer may divide by its inputs' norm, and the count needs no product.
+    return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), (*x.shape[:-1], d_out))
+
+
+def _counted_forward(d_out, x, vectors):
+    return _counted(d_out, x, vectors), x
+
+
+def _counted_backward(d_out, x, cotangent):
+    return jnp.zeros_like(x), jnp.float32(x.size // max(x.shape[-1], 1))
+
+
+_counted.defvjp(_counted_forward, _counted_backward)
 
 
 def with_read_key(model: Any, key: Array) -> Any:
