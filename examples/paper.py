@@ -1,8 +1,9 @@
 """Run the paper's experiment from the adapters to exported results: python examples/paper.py --data data_bbh
 
-Each step is a command, which the script prints before it runs it: convert LoraHub's 196 adapters of FLAN-T5-large, plan,
-run LoRAFusion and its baselines on BIG-Bench Hard, write the report, and export an adapter for each task. It needs a GPU
-with 80 GB. After an interruption, run it again: finished steps are not repeated. docs/guides/paper.md explains the steps.
+Each step is a command, which the script prints before it runs it: convert LoraHub's 196 adapters of FLAN-T5-large,
+plan, run LoRAFusion and its baselines on BIG-Bench Hard, write the report, and export an adapter for each task. This
+needs a GPU with 80 GB. After an interruption, run the script again: it does not repeat finished steps.
+docs/guides/paper.md explains the steps.
 """
 
 import shlex

@@ -133,9 +133,7 @@ def noise() -> Any:
     ratios = jnp.array([0.0, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4])
     for rows, colour in ((32, GREEN), (64, BLUE), (128, ORANGE)):
         errors = _wires(rows, ratios)
-        _curve(
-            axes[1, 1], f"wires, {rows} rows", 100 * np.asarray(ratios), errors[:, None], colour, f"{rows} x {rows}"
-        )
+        _curve(axes[1, 1], f"wires, {rows} rows", 100 * np.asarray(ratios), errors[:, None], colour, f"{rows} x {rows}")
     axes[1, 1].set(title="IR drop", xlabel="wire resistance of a cell, % of Rmin")
     for axis in axes.flat:
         axis.set_ylabel("relative error of x W")

@@ -54,7 +54,8 @@ def test_a_notebook_is_short_shows_its_outputs_and_imports_public_names(notebook
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code) and all(cell.execution_count for cell in code)
     assert [output for cell in code for output in cell.outputs if output.output_type == "error"] == []
-    imported = re.findall(r"^(?:from|import) lorafusion_jax\S*.*", "\n".join(cell.source for cell in code), re.MULTILINE)
+    source = "\n".join(cell.source for cell in code)
+    imported = re.findall(r"^(?:from|import) lorafusion_jax\S*.*", source, re.MULTILINE)
     assert set(imported) <= {
         "import lorafusion_jax as lf",
         "from lorafusion_jax import crossbar",
