@@ -22,14 +22,7 @@ CALIBRATION_ROWS = 64
 
 
 def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Frozen:
-    """Return a chip whose ADC ranges cover the sums of the training rows, with every seed's numbers.
-
-    Args:
-      setup: setup of the run.
-      params: leaves with a leading axis of seeds.
-      frozen: the chip.
-      rows: number of training rows to use.
-    """
+    """Return a chip whose ADC ranges cover the sums of some training rows, with the numbers of every seed."""
     run = logits_of(setup.problem.graph, setup.problem.method)
     return calibrate_tree(run, frozen, list(calibration_batches(setup, params, rows)))
 
@@ -46,7 +39,7 @@ def calibration_batches(
 
 @functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each
 def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Params, Array, Batch]], Array]:
-    """Return the model as `crossbar.calibration` runs it: of frozen weights and (params, index, batch) of one seed."""
+    """Return the model as a function of frozen weights and of (params, index, batch) of one seed."""
 
     def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:
         params, index, batch = inputs
@@ -56,7 +49,7 @@ def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Pa
 
 
 def looped(setup: Setup) -> Setup:
-    """Return the setup with a loop over layers: reads compile slowly, and unrolled ones as often as layers."""
+    """Return the setup with a loop over layers, because reads compile slowly."""
     model = nnx.merge(setup.problem.graph, setup.problem.frozen.base)
     model.config = dataclasses.replace(model.config, unroll=False)
     return setup.with_problem(graph=nnx.split(model)[0])

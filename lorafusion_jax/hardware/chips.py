@@ -31,7 +31,7 @@ _Tree = TypeVar("_Tree")
 
 # A new chip at every step, or at every other one.
 Steps = Literal["every", "other"]
-# Of every programmed weight, in the order of the tree; None without ADC.
+# Ranges of ADC and DAC of every programmed weight, in the order of the tree; None without converter.
 Limits = list[tuple[Float[Array, "..."] | None, Float[Array, "..."] | None]]
 
 
@@ -58,10 +58,10 @@ class Redrawn(Frozen):
     """Weights on a chip, which training steps leave for chips that they draw.
 
     Attributes:
-      digital: the weights that are written.
-      values: of the rules, the arrays among each configuration's.
-      key: from which chips are drawn.
-      structures: the rest of the rules.
+      digital: weights that are written.
+      values: arrays of the rules' configurations.
+      key: key from which chips are drawn.
+      structures: rules without their arrays.
       steps: steps that draw a chip; the others use the present chip.
       norm: weights that the magnitudes' norms are computed from.
     """
@@ -74,11 +74,11 @@ class Redrawn(Frozen):
     norm: Norms = dataclasses.field(metadata={"static": True})
 
     def of_seed(self, number: Int[Array, ""]) -> Frozen:
-        """Return the weights of one seed, which draws chips of its own."""
+        """Return the weights of one seed, which draws its own chips."""
         return dataclasses.replace(reads(self, number), key=jax.random.fold_in(self.key, number))
 
     def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> Frozen:
-        """Return the chip of one training step: the one that is there, or a new one with its converters."""
+        """Return the chip of one training step: the present one, or a new one with the same converters."""
         here = reads(_plain(self), step)
         rules, key = self.structures.rules(self.values), jax.random.fold_in(self.key, step)
         new = _with_limits(program(graph, self.digital, rules, key, norm=self.norm), limits_of(here))
@@ -94,7 +94,7 @@ class ChipPerSeed(Frozen):
     """Weights on several chips: every leaf has a leading axis of chips.
 
     Attributes:
-      chip_of_seed: which chip each seed of a program computes on.
+      chip_of_seed: number of the chip of each seed.
     """
 
     chip_of_seed: Int[Array, " S"]
@@ -112,7 +112,7 @@ class ChipPerSeed(Frozen):
 def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
     structures, values = _split(rules)
-    if isinstance(digital.gram, PairTerms):  # in place of which every step would compute Gram terms
+    if isinstance(digital.gram, PairTerms):  # every step would compute Gram terms instead
         digital = dataclasses.replace(digital, gram=chip.gram)
     return Redrawn(
         **_fields(chip), digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm
@@ -130,20 +130,15 @@ def stack_chips(
     modules: Int[Array, " P"] | None = None,
     norm: Norms = "ideal",
 ) -> ChipPerSeed:
-    """Return frozen weights on several chips, in one program.
+    """Return frozen weights on several chips, in one program; further arguments as for `program`.
 
     Args:
-      graph: the model's structure.
-      digital: the weights that are written.
-      rules: of every chip (see `program`); they may differ in arrays, but not in plain numbers.
-      keys: [C], of the chips.
+      graph: structure of the model.
+      digital: weights that are written.
+      rules: rules of every chip, which may differ in arrays but not in plain numbers.
+      keys: [C], keys of the chips.
       of_seed: chip of each seed of a program.
       limits: converters' ranges that all chips share, from `limits_of`.
-      modules: as for `program`.
-      norm: as for `program`.
-
-    Raises:
-      ValueError: the chips' rules differ in more than arrays.
     """
     split = [_split(of_chip) for of_chip in rules]
     if len({structures for structures, _ in split}) > 1:
@@ -168,13 +163,13 @@ def on_every_chip(
     ADC ranges are calibrated on the first chip, and are those of all.
 
     Args:
-      setup: digital, with a loop over layers.
-      params: of its seeds, which the ranges are to cover.
-      rules: of all chips (see `program`).
-      keys: [C], of the chips.
-      modules: the numbers that the pool's modules have on the chips.
+      setup: digital setup with a loop over layers.
+      params: trained numbers of its seeds, for the calibration.
+      rules: rules of all chips (see `program`).
+      keys: [C], keys of the chips.
+      modules: numbers of the pool's modules on the chips.
       norm: weights that the magnitudes' norms are computed from.
-      calibration_rows: training rows that the ranges are calibrated on.
+      calibration_rows: number of training rows to calibrate on.
     """
     problem = setup.problem
     first = program(problem.graph, problem.frozen, rules, keys[0], modules=modules, norm=norm)

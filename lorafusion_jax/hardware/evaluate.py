@@ -1,13 +1,11 @@
 """A run on several chips, at several ages, in one program."""
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -22,7 +20,7 @@ from ..methods.lora import LoRA
 from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..progress import progress
-from ..runs.evaluate import evaluate
+from ..runs.evaluate import evaluate, seed_rows
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup
@@ -49,14 +47,14 @@ class EvaluateOnChipsOptions(EvaluateOptions):
         .yaml or .json file.
       chips: number of chips; by default all chips of a folder, or one chip of a preset or file.
       ages: ages of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
-      compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` next to each other; by default as the
-        configuration says.
-      read_noise: standard deviation of the read noise as a share of Gmax, in place of the configuration's.
-      adc_bits: bits of the ADC, in place of the configuration's.
+      compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` next to each other; by default as in
+        the configuration.
+      read_noise: standard deviation of the read noise as a share of Gmax, instead of the configuration's.
+      adc_bits: bits of the ADC, instead of the configuration's.
       keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers; a
         folder has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
-      lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into `cells` of its own.
+      lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into separate `cells`.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       calibration_rows: training rows that the ADCs are calibrated on.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
@@ -84,18 +82,10 @@ class EvaluateOnChipsOptions(EvaluateOptions):
             raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationRequest:
-    """A run to evaluate, and the chips to evaluate it on.
+class EvaluationRequest(NamedTuple):
+    """A digital run (setup, options, trained numbers), and the chips to evaluate it on.
 
-    Attributes:
-      setup: the run, digital.
-      fused: its options.
-      params: its trained numbers.
-      chips: source of the chips.
-      count: number of chips.
-      modules: numbers of the pool's modules on the chips.
-      configs: configuration of the arrays by age and compensation.
+    `modules` are the numbers of the pool's modules on the chips, `configs` the arrays by age and compensation.
     """
 
     setup: Setup
@@ -111,7 +101,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     """Load the run and the chips that the options name.
 
     Raises:
-      ValueError: chips that hold other weights, an age without a drift model, a run that trained no LoRA for cells.
+      ValueError: chips with other weights, an age without a drift model, or a run without a LoRA for cells.
     """
     assert options.crossbar is not None
     at_least(1, chips=options.chips, calibration_rows=options.calibration_rows)
@@ -124,7 +114,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)
-    chips.check(setup)
+    chips.check(setup, fused)
     numbers = module_numbers(setup, fused, chips)
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
@@ -141,8 +131,8 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     on = asked(options)
     if find(on.fused.method).answers == "examples":
         raise ValueError(
-            f"{on.fused.method} has examples in its prompts, other ones for every seed, and all chips are asked alike: "
-            "give --report, which evaluates chip after chip"
+            f"{on.fused.method} has other examples in its prompts for every seed, but all chips of a program get the "
+            "same prompts: give --report, which evaluates one chip after another"
         )
     params, chips, count = on.params, on.chips, on.count
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
@@ -161,19 +151,11 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             )
             everyone = for_every_chip(params, count)
             found = evaluate(on_all, everyone, batch_size=options.eval_batch)
-            matches = found.exact_match.reshape(count, -1)
-            losses = np.asarray(found.loss, float).reshape(count, -1).tolist()
+            scores = seed_rows(on.fused.seeds * count, found)
             rows += [
-                {
-                    "age": age,
-                    "compensate": compensate,
-                    "chip": chip,
-                    "seed": seed,
-                    "exact_match": matches[chip, s].item(),
-                    "loss": losses[chip][s] if math.isfinite(losses[chip][s]) else None,
-                }
-                for chip in range(count)
-                for s, seed in enumerate(on.fused.seeds)
+                {"age": age, "compensate": compensate, "chip": number // len(on.fused.seeds)}
+                | {name: row[name] for name in ("seed", "exact_match", "loss")}
+                for number, row in enumerate(scores)
             ]
             bar.update(count)
     named = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count}
@@ -183,7 +165,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
 
 
 def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
-    """Return how a run of a method is evaluated, as results record it."""
+    """Return the settings of an evaluation that results record."""
     return {
         "method": method,
         "read_noise": options.read_noise,
@@ -199,14 +181,10 @@ def results_path(options: EvaluateOnChipsOptions) -> Path:
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
-    """Return a trained LoRA as a pool of its own, one module a seed, so that it is programmed as modules are.
-
-    Raises:
-      ValueError: the run trained no LoRA.
-    """
+    """Return a trained LoRA as a pool with one module for each seed, so that it is programmed like modules."""
     problem, method = setup.problem, setup.problem.method
     if not isinstance(method, LoRA) or method.dora:
-        raise ValueError("the run trained no LoRA that could be written into cells: leave out --lora-in cells")
+        raise ValueError("the run trained no LoRA to write into cells: leave out --lora-in cells")
     A: dict[str, Weight] = {site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()}
     scale = method.alpha / method.rank
     B: dict[str, Weight] = {site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()}
@@ -227,12 +205,7 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
 
 def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:
     """Return the ages and ways of compensation that are evaluated; None for the configuration's own."""
-    choices: dict[str | None, tuple[bool | None, ...]] = {
-        None: (None,),
-        "on": (True,),
-        "off": (False,),
-        "both": (False, True),
-    }
+    choices = {None: (None,), "on": (True,), "off": (False,), "both": (False, True)}
     return [(age, compensate) for age in options.ages or (None,) for compensate in choices[options.compensate]]
 
 

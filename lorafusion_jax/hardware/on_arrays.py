@@ -25,28 +25,23 @@ def check(setup: Setup, options: FuseOptions) -> None:
     """Raise ValueError for a run that leaves no frozen model to program, or has no rows to calibrate ADCs on."""
     method = find(options.method)
     if "base" in method.groups or method.answers == "nothing":
-        raise ValueError(f"the method {options.method} leaves no frozen model to program: it has no place on arrays")
+        raise ValueError(f"the method {options.method} leaves no frozen model to program: leave out --crossbar")
     if not len(setup.train):
-        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task that has")
+        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task with training rows")
 
 
 def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSetup:
     """Return the setups of a run for training and for evaluation on its calibrated chip.
 
-    Args:
-      setup: digital setup.
-      options: options of the run.
-      params: initial numbers of the run.
-
     Raises:
-      ValueError: chips that hold other weights, a chip that is not there, an age without a drift model, or fresh noise
-        where nothing is random.
+      ValueError: chips with other weights, a missing chip, an age without a drift model, or fresh noise where nothing
+        is random.
     """
     check(setup, options)
     asked = options.arrays
     assert asked.crossbar is not None
     chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
-    chips.check(setup)
+    chips.check(setup, options)
     config = aged(chips.config, asked.age)
     if asked.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
@@ -69,7 +64,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
 
     def tested(trained: Params) -> Setup:
-        # Again, on what the trained numbers bring to the converters.
+        # Again, because the trained numbers change the inputs of the converters.
         return setup.with_problem(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
 
     return HardwareSetup(setup.with_problem(frozen=training), tested)
@@ -80,13 +75,13 @@ def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Arra
     pool = setup.problem.frozen.pool
     if not isinstance(pool, LoraPool) or options.pool is None:
         return None
-    # A control has the place of the module that it replaces, whose name is the end of its own.
+    # A control is in the arrays of the module that it replaces, and its name ends with the name of that module.
     prefix = "" if options.control == "none" else f"{options.control} "
     return chips.numbers([name.removeprefix(prefix) for name in pool.names], open_pool(options.pool).names)
 
 
 def without_merged_pool(setup: Setup) -> Setup:
-    """Return the setup without modules that are in no array: what is read is the module that a merge made of them."""
+    """Return the setup without the modules of a merge, because only the merged module is read."""
     problem = setup.problem
     if isinstance(problem.method, Merge) and problem.method.kind != "cat":
         return setup.with_problem(frozen=dataclasses.replace(problem.frozen, pool=None, gram=None))

@@ -1,8 +1,6 @@
-"""A fusion whose weights sit in arrays: base kernels, head and modules programmed and calibrated.
+"""A fusion whose weights are in arrays: base kernels, head and modules (A and B, or U and V of a shared basis).
 
-Of every module A and B are in arrays; of modules in a shared basis U and V, and S stays digital.
-
-Embeddings, norms, softmax, coefficients and magnitudes stay digital, and so does a head that is the embedding.
+Embeddings, norms, softmax, coefficients, magnitudes and S of a basis stay digital, and so does a tied head.
 """
 
 import dataclasses
@@ -36,15 +34,14 @@ def program(
 ) -> Frozen:
     """Write the weights that rules name into arrays.
 
-    Paths: the name of a site; `head` where it is not tied; `pool.A.SITE` and `pool.B.SITE` for the modules,
-    `pool.U.SITE` and `pool.V.SITE` for a shared basis, whose S stays digital.
+    Paths: the name of a site, `head`, `pool.A.SITE` and `pool.B.SITE`, or `pool.U.SITE` and `pool.V.SITE`.
 
     Args:
-      graph: the model's structure.
+      graph: structure of the model.
       frozen: digital weights, quantised or not.
       rules: path pattern -> configuration, or None for digital (see `crossbar.program_tree`).
-      key: of the chip. The same key is the same chip; may be vmapped over.
-      modules: the numbers that the pool's modules have on the chip, where it holds more of them.
+      key: key of the chip, which determines it; may be vmapped over.
+      modules: numbers of the pool's modules on a chip with more modules.
       norm: weights that the magnitudes' norms are computed from.
 
     Raises:

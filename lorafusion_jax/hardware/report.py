@@ -8,8 +8,7 @@ from typing import Any
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
 from ..io.folders import write_json
 from ..progress import progress
-from ..runs.evaluate import seed_rows
-from ..runs.scoring import evaluate_seeds
+from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..training.frozen import Frozen
 from .calibration import calibration_batches, logits_of, looped
 from .evaluate import EvaluateOnChipsOptions, asked, cases, settings

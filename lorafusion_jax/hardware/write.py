@@ -26,8 +26,8 @@ from ..io.pool import open_pool
 from ..methods.fusion import FusionRecipe
 from ..progress import progress
 from ..runs.options import FuseOptions
-from ..runs.prepare import load_model
-from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip, digests
+from ..runs.prepare import digests, load_model
+from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip
 from .program import program
 
 
@@ -47,7 +47,7 @@ class ProgramOptions:
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
       out: folder to write, which must not exist.
       crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
-      basis: write the first so many directions of the pool's shared basis in place of its modules.
+      basis: write the first so many directions of the pool's shared basis instead of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.
       keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers.
@@ -71,7 +71,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
         cannot be used.
     """
     if options.out.exists():  # before hours of programming
-        raise ValueError(f"{options.out} exists: give another --out; chips are never written over")
+        raise ValueError(f"{options.out} exists: give another --out; chips are never overwritten")
     at_least(1, chips=options.chips)
     check_uint32(chip_key=options.chip_key)
     config = load_config(options.crossbar)
@@ -83,7 +83,8 @@ def write_chips(options: ProgramOptions) -> Manifest:
     pool = open_pool(options.pool)
     names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
     recipe = FusionRecipe(modules=len(names), basis=options.basis)
-    fused = load_model(FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe))
+    run = FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe)
+    fused = load_model(run)
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[Chip]()
         with progress("chips", options.chips) as bar:
@@ -92,14 +93,15 @@ def write_chips(options: ProgramOptions) -> Manifest:
                 leaves = chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
-                    save_chip(leaf, of_chip / f"{_name(leaf)}.npz")
+                    save_chip(leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.npz")
                 bar.update()
-        found = digests(fused)
+        found = digests(fused, run)
         manifest: Manifest = {
             "base": options.base,
             "base_sha256": found["base"],
             "pool": options.pool,
             "modules": found["modules"],
+            "basis_sha256": found.get("basis"),
             "config": options.crossbar,
             "config_sha256": config_hash(config),
             "digital": list(options.keep_digital),
@@ -111,10 +113,6 @@ def write_chips(options: ProgramOptions) -> Manifest:
         save_config(config, folder / CONFIG)
         write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-def _name(leaf: Chip) -> str:
-    return leaf.name if not leaf.first else f"{leaf.name}.{leaf.first}"
 
 
 def _report(leaves: list[Chip]) -> OneChip:

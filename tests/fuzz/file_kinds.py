@@ -346,8 +346,9 @@ def _write_chips(folder: Path) -> Path:
     save_chip(chip, folder / "chip_0" / "q.npz")
     one = {"arrays": 1, "cells": 8, "utilisation": 0.5, "simulated_pulses": None}
     one |= {name: [1.0, 2.0, 3.0] for name in ("pulses", "joules", "seconds")}
-    manifest = {"base": "base", "base_sha256": "0", "pool": "pool", "modules": {"a": "0"}, "config": "isaac"}
-    manifest |= {"config_sha256": lf.crossbar.config_hash(config), "digital": [], "key": 0, "chips": 1, "one_chip": one}
+    manifest = {"base": "base", "base_sha256": "0", "pool": "pool", "modules": {"a": "0"}, "basis_sha256": None}
+    manifest |= {"config": "isaac", "config_sha256": lf.crossbar.config_hash(config), "digital": [], "key": 0}
+    manifest |= {"chips": 1, "one_chip": one}
     _written(folder / "manifest.json", manifest)
     return folder
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.norms import Gram, PairTerms, gram
+from lorafusion_jax.adapters.norms import Gram, PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import (
     DAC,
@@ -32,14 +33,15 @@ from lorafusion_jax.crossbar import (
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import redrawn
 from lorafusion_jax.hardware.program import program
+from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
 from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, is_in_arrays
 from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import objective, seed_entropies
-from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.loss import seed_entropies
 from lorafusion_jax.training.recipe import Optimisation, Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 
@@ -54,23 +56,12 @@ _READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=ReadNoise(0.0
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 _INDEX = jnp.array([2, 0])
-
-
-def _problem(method, frozen, index=_INDEX):
-    return Problem(graph=_GRAPH, method=method, frozen=frozen, index=index)
+_DIGITAL = tiny.frozen(tiny.t5(), tiny.pool(3))
 
 
 def _somewhere(n, site, layer):
     """Module 0 has nothing in the decoder, and rank 3 of 4 in the encoder."""
     return (0 if "decoder" in site else 3) if n == 0 else 4
-
-
-def _frozen(pool):
-    used = {site: kernel for site, kernel in kernels(nnx.merge(_GRAPH, _BASE)).items() if site in pool.A}
-    return Frozen(_BASE, pool, jax.jit(gram)(pool, used))
-
-
-_DIGITAL = _frozen(tiny.pool(3))
 
 
 @functools.cache
@@ -79,12 +70,11 @@ def _in_arrays(pattern="*", config="ideal"):
     return program(_GRAPH, _DIGITAL, {pattern: found}, _KEY)
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _loss_and_gradients(params, frozen, method):
-    def loss(params):
-        return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
+_value_and_grad = jax.jit(jax.value_and_grad(tiny.loss))
 
-    return jax.value_and_grad(loss)(params)
+
+def _loss_and_gradients(params, frozen, method):
+    return _value_and_grad(params, tiny.problem(method, frozen, _INDEX))
 
 
 def _params(method, frozen=_DIGITAL):
@@ -101,60 +91,62 @@ def _close(got, wanted, tolerance=2e-4):
 # The digital model, where arrays are ideal.
 
 
+@functools.cache
+def _in_basis(norm=None, pattern="*"):
+    """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
+    frozen = Fusion().prepare(Frozen(_BASE, shared_basis(tiny.pool(3), 5)), kernels(tiny.t5()))
+    return frozen if norm is None else program(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
+
+
+_FULL_RANK = tiny.frozen(tiny.t5(), tiny.pool(3, lambda n, site, layer: 8))
+_STACKS = {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}
+# Name -> digital weights, the same in ideal arrays, the fusion, and its adapters (of any kind for None).
+_CASES = {
+    "all, a sum": lambda: (_DIGITAL, _in_arrays(), Fusion(granularity="rank"), Outputs),
+    "all, a mix": lambda: (_DIGITAL, _in_arrays(), Fusion(composition="mix"), Outputs),
+    "encoder.*": lambda: (_DIGITAL, _in_arrays("encoder.*"), Fusion(granularity="site"), None),
+    "pool.B.*": lambda: (_DIGITAL, _in_arrays("pool.B.*"), Fusion(granularity="site"), None),
+    "*[1:-1]": lambda: (_DIGITAL, _in_arrays("*[1:-1]"), Fusion(granularity="site"), None),
+    "pool.*[1:]": lambda: (_DIGITAL, _in_arrays("pool.*[1:]"), Fusion(granularity="site"), None),
+    "full rank": lambda: (_FULL_RANK, program(_GRAPH, _FULL_RANK, _STACKS, _KEY), Fusion(), Dense),
+    "a basis": lambda: (_in_basis(), _in_basis("programmed"), Fusion(core=True), InBasis),
+    "a basis, ideal norms": lambda: (_in_basis(), _in_basis("ideal"), Fusion(core=True), InBasis),
+    "V of a basis": lambda: (_in_basis(), _in_basis("ideal", "pool.V.*[1:]"), Fusion(core=True), None),
+}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("composition", "granularity"), [pytest.param("mix", "block", marks=pytest.mark.nightly), ("sum", "rank")]
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("all, a sum", "encoder.*", "full rank") else pytest.mark.nightly)
+        for case in _CASES
+    ],
 )
-def test_ideal_arrays_are_the_digital_fusion_and_so_are_its_gradients(composition, granularity):
-    method = Fusion(composition=composition, granularity=granularity)
-    params = _params(method)
-    adapters, _ = jax.jit(method.adapters)(params, _in_arrays(), _INDEX)
-    assert all(isinstance(adapter, Outputs) for adapter in adapters.values())
-    wanted, gradients = _loss_and_gradients(params, _DIGITAL, method)
-    got, on_arrays = _loss_and_gradients(params, _in_arrays(), method)
+def test_ideal_arrays_are_the_digital_fusion_and_so_are_their_gradients(case):
+    digital, in_arrays, method, kind = _CASES[case]()
+    params = _params(method, digital)
+    if "core" in params:
+        params["core"] = {site: core + 0.1 for site, core in params["core"].items()}
+    if kind is not None:
+        adapters, _ = jax.jit(method.adapters)(params, in_arrays, _INDEX)
+        assert all(isinstance(adapter, kind) for adapter in adapters.values())
+    wanted, gradients = _loss_and_gradients(params, digital, method)
+    got, on_arrays = _loss_and_gradients(params, in_arrays, method)
     _close(got, wanted, 1e-5)
     assert jax.tree.structure(gradients) == jax.tree.structure(on_arrays)
     jax.tree.map(_close, on_arrays, gradients)
 
 
-@functools.cache
-def _in_basis(norm=None, pattern="*"):
-    """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
-    frozen = Fusion().prepare(Frozen(_BASE, shared_basis(tiny.pool(3), 5)), kernels(nnx.merge(_GRAPH, _BASE)))
-    return frozen if norm is None else program(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
-
-
-@pytest.mark.nightly
-def test_a_basis_in_ideal_arrays_is_the_digital_one_and_so_are_its_gradients():
-    method = Fusion(core=True)
-    params = _params(method, _in_basis())
-    params["core"] = {site: core + 0.1 for site, core in params["core"].items()}
-    wanted, gradients = _loss_and_gradients(params, _in_basis(), method)
-    for norm in ("programmed", "ideal"):
-        frozen = _in_basis(norm)
-        assert is_in_arrays(frozen.pool.U) and is_in_arrays(frozen.pool.V) and not is_in_arrays(frozen.pool.S)
-        adapters, _ = jax.jit(method.adapters)(params, frozen, _INDEX)
-        assert all(isinstance(adapter, InBasis) for adapter in adapters.values())
-        got, on_arrays = _loss_and_gradients(params, frozen, method)
-        _close(got, wanted, 1e-5)
-        jax.tree.map(_close, on_arrays, gradients)
+def test_a_pattern_names_the_weights_in_arrays():
+    for pattern in ("encoder.*", "pool.B.*", "*[1:-1]"):
+        frozen = _in_arrays(pattern)
+        assert is_in_arrays(frozen.base) == (not pattern.startswith("pool"))
+        assert is_in_arrays(frozen.pool.B) == (not pattern.startswith("encoder"))
+    basis = _in_basis("ideal").pool
+    assert is_in_arrays(basis.U) and is_in_arrays(basis.V) and not is_in_arrays(basis.S)
     part = _in_basis("ideal", "pool.V.*[1:]")
     assert not is_in_arrays((part.base, part.pool.U)) and is_in_arrays(part.pool.V)
-    _close(_loss_and_gradients(params, part, method)[0], wanted, 1e-5)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "pattern",
-    ["encoder.*", *(pytest.param(part, marks=pytest.mark.nightly) for part in ("pool.B.*", "*[1:-1]", "pool.*[1:]"))],
-)
-def test_any_part_may_stay_digital(pattern):
-    frozen = _in_arrays(pattern)
-    method = Fusion(granularity="site")
-    params = _params(method)
-    _close(_loss_and_gradients(params, frozen, method)[0], _loss_and_gradients(params, _DIGITAL, method)[0], 1e-5)
-    assert is_in_arrays(frozen.base) == (not pattern.startswith("pool"))
-    assert is_in_arrays(frozen.pool.B) == (not pattern.startswith("encoder"))
 
 
 def test_the_digital_weights_are_left_alone():
@@ -178,17 +170,6 @@ def test_a_tied_head_stays_digital():
     assert "head" not in matrices(placed) and isinstance(placed.embedding.get_value(), jax.Array)
     with pytest.raises(ValueError, match="the rule 'head' matches no weight"):
         program(graph, Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
-
-
-@pytest.mark.long
-def test_digital_modules_of_full_rank_on_a_base_in_arrays():
-    digital = _frozen(tiny.pool(3, lambda n, site, layer: 8))
-    frozen = program(_GRAPH, digital, {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}, _KEY)
-    method = Fusion()
-    params = _params(method, digital)
-    adapters, _ = jax.jit(method.adapters)(params, frozen, _INDEX)
-    assert all(isinstance(adapter, Dense) for adapter in adapters.values())
-    _close(_loss_and_gradients(params, frozen, method)[0], _loss_and_gradients(params, digital, method)[0], 1e-5)
 
 
 def test_quantised_weights_are_programmed_as_they_are():
@@ -238,8 +219,8 @@ def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu()
     assert isinstance(training.digital.gram, Gram)
 
 
-def test_what_a_module_lacks_brings_no_noise():
-    digital = _frozen(tiny.pool(3, _somewhere))
+def test_layers_that_a_module_does_not_adapt_add_no_noise():
+    digital = tiny.frozen(tiny.t5(), tiny.pool(3, _somewhere))
     frozen = program(_GRAPH, digital, {"pool.*": _NOISY}, _KEY)
     index = jnp.array([0])
     method = Fusion(magnitudes=False)
@@ -265,7 +246,7 @@ def test_chips_are_an_axis_of_the_model():
 
     def loss(key):
         frozen = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, key)
-        return objective(params, tiny.batch(), _problem(method, frozen), jnp.float32(0))[0]
+        return tiny.loss(params, tiny.problem(method, frozen, _INDEX))
 
     losses = jax.jit(jax.vmap(loss))(keys)
     assert losses[0] != losses[1]
@@ -276,10 +257,9 @@ def test_chips_are_an_axis_of_the_model():
 # Read noise.
 
 
-def test_every_seed_reads_with_noise_of_its_own():
+def test_every_seed_reads_with_separate_noise():
     method = Fusion()
-    problem = _problem(method, _in_arrays(_WRITTEN, "read noise"))
-    problem = problem.replace(index=jnp.stack([problem.index] * 2))
+    problem = tiny.problem(method, _in_arrays(_WRITTEN, "read noise"), [[2, 0], [2, 0]])
     params, batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), (_params(method), tiny.batch()))
     losses = seed_entropies(params, batch, problem)
     assert losses[0] != losses[1]
@@ -287,9 +267,23 @@ def test_every_seed_reads_with_noise_of_its_own():
 
 
 @pytest.mark.long
+def test_every_evaluation_of_a_search_and_every_batch_reads_with_separate_noise():
+    frozen = _in_arrays(_WRITTEN, "read noise")
+    batch = jax.tree.map(lambda leaf: leaf[None], tiny.batch())
+    rows = SimpleNamespace(once=lambda size: iter([batch, batch]))
+    problem = tiny.problem(LORAHUB, frozen, [[2, 0]])
+    job = SearchJob(problem, rows, SimpleNamespace(batch_size=3), (1,), (("c", "a"),), lambda rows: None)
+    objective, weights = objective_of(job), np.full((1, 2), 0.5)
+    scores = [objective(number, weights).item() for number in (1, 2, 1)]
+    assert scores[0] == scores[2] != scores[1]
+    one = objective_of(job._replace(rows=SimpleNamespace(once=lambda size: iter([batch]))))(1, weights)
+    assert one.item() != scores[0]  # the mean over batches with the same noise would be that of one
+
+
+@pytest.mark.long
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     frozen = _in_arrays(_WRITTEN, "read noise")
-    problem = _problem(Fusion(), frozen)
+    problem = tiny.problem(Fusion(), frozen, _INDEX)
     rates = Rates({"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}, jnp.float32(0), jnp.float32(0))
     step = jax.jit(functools.partial(fusion_step, optimisation=Optimisation(steps=9)))
 
@@ -305,7 +299,7 @@ def test_every_training_step_reads_anew_and_the_same_seed_the_same():
 
 
 @pytest.mark.long
-def test_every_token_is_decoded_with_noise_of_its_own():
+def test_every_token_is_decoded_with_separate_noise():
     """A model that copies noise into its cache: two equal tokens in a row, and different keys behind them."""
     frozen = _in_arrays("decoder.*", "read noise")
     batch = tiny.batch()
