@@ -1,4 +1,4 @@
-"""The model card of an exported run: what was fused, on which data, how well it does, and how to load it.
+"""The model card of an exported run: modules, data, accuracy, and code to load it.
 
 Axis letters: L layer, N modules.
 """
@@ -37,18 +37,18 @@ def write_card(
     repository: str | None,
     coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]] | None,
 ) -> None:
-    """Write README.md into an exported folder, and a plot of the coefficients where matplotlib is installed.
+    """Write README.md into an exported folder, and a plot of the coefficients if matplotlib is installed.
 
     Args:
-      out: the exported folder.
-      run: the run.
-      options: its options.
-      seed: the seed that was exported.
+      out: exported folder.
+      run: folder of the run.
+      options: options of the run.
+      seed: exported seed.
       config: structure of the base model.
       merged: the folder is a whole model, not an adapter.
-      gguf: it is a file for llama.cpp.
-      repository: where it will be on the hub, if it will.
-      coefficients: by site, if the run fused modules.
+      gguf: the folder holds a file for llama.cpp.
+      repository: repository on the hub; None without one.
+      coefficients: coefficients by site; None if the run fused no modules.
     """
     recorded, results = run.config(), run.results()
     modules = recorded["modules"][options.seeds.index(seed)]
@@ -82,7 +82,7 @@ def _front_matter(options: FuseOptions, *, merged: bool, gguf: bool) -> str:
 
 
 def _shown(source: str) -> str:
-    """Return a hub id as it is, and the last name of a path, which is no one else's."""
+    """Return a hub id unchanged, and the last name of a path, because folders are private."""
     return source if is_hub_id(source) else Path(source).name
 
 
@@ -92,13 +92,13 @@ def _text(name: str) -> str:
 
 
 def _code(name: str) -> str:
-    """Return a name as code in Markdown, or as text if it has what would end the code."""
+    """Return a name as code in Markdown, or as text if it would end the code."""
     return _text(name) if "`" in name or "\n" in name else f"`{printable(name)}`"
 
 
 def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool, gguf: bool) -> str:
     kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
-    # A text of JSON is one of Python too, whatever the name holds.
+    # A string of JSON is also one of Python, whatever the name contains.
     of, (name, revision) = json.dumps(where), split_revision(options.base)
     base = json.dumps(printable(_shown(name)), ensure_ascii=False)
     if revision is not None:
@@ -126,11 +126,8 @@ def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merg
 
 def _data(options: FuseOptions, recorded: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
-    task, learned = (
-        f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})",
-        f"at most {options.train_rows:,} rows",
-    )
-    return f"## Data\n\nThe task {task}: {learned} were learned from{tested}.\n"
+    task = f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})"
+    return f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n"
 
 
 def _accuracy(run: RunFolder, results: Mapping[str, Any], seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation of all seeds at once: generation scored by exact match, the loss of teacher forcing, options scored."""
+"""Evaluation of all seeds at once: exact match of generated answers, loss of teacher forcing, and scored options."""
 
 import dataclasses
 import math
@@ -10,16 +10,30 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..methods import find
 from ..models.generate import GREEDY, Sampling, generate
 from ..progress import progress
-from ..tasks import Batch, Encoded, Task, TextFormat, decode, encode, eval_batches, exact_match
+from ..tasks import (
+    BETWEEN_EXAMPLES,
+    Batch,
+    Encoded,
+    Task,
+    TextFormat,
+    answer_options,
+    constant_answer,
+    decode,
+    encode,
+    eval_batches,
+    exact_match,
+)
 from ..training.frozen import GENERATION, LOSS, OPTIONS
 from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import AXIS
-from .prepare import Setup
+from .options import FuseOptions
+from .prepare import Setup, Texts, encode_shown, shown_to_seeds, tasks_of_seeds
 
 
 class Evaluation(NamedTuple):
@@ -59,10 +73,10 @@ def evaluate(
     """Evaluate the parameters of all seeds on the test rows of `setup`.
 
     Args:
-      setup: of the run.
+      setup: setup of the run.
       params: leaves with a leading axis of the problem's seeds.
       batch_size: rows in a batch.
-      options: the answers that each test row could have, to be scored; None for an open task.
+      options: possible answers of each test row, to be scored; None for an open task.
       stop: text that ends an answer, if it occurs in one.
     """
     problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
@@ -91,6 +105,50 @@ def evaluate(
         correct=np.stack([score.correct for score in scores]),
         loss=entropy / targets,
         option_correct=None if options is None else _option_correct(setup, params, options[:rows], batch_size),
+    )
+
+
+def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
+    """Return the seeds (only the first if all answer alike) and their evaluation, depending on the method.
+
+    A method answers with a model, with a model and examples in the prompt, or without a model.
+    """
+    method = find(options.method)
+    if method.answers == "nothing":
+        return options.seeds, _constant(setup, options)
+    if method.answers == "examples":
+        return options.seeds, _few_shot(setup, options)
+    seeds = options.seeds if method.seeded else options.seeds[:1]
+    asked = setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
+    return seeds, evaluate(asked, params, batch_size=options.eval_batch, options=answer_options(setup.task))
+
+
+def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
+    """Answer every row with the most common target of the seed's rows."""
+    wanted = [example.target for example in setup.task.test[: len(setup.test)]]
+    said = [[constant_answer(task)] * len(wanted) for task in tasks_of_seeds(setup.task, options)]
+    correct = np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
+    return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
+
+
+def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
+    """Evaluate the base model with examples in the prompt, which each seed draws from its rows."""
+    closed = answer_options(setup.task)
+    texts = Texts(setup.tokenizer, setup.text_format)
+    # After its answer, a model that continues the prompt adds further examples.
+    stop = BETWEEN_EXAMPLES if texts.text_format.ends and not texts.text_format.chat else None
+    found = []
+    for shown in shown_to_seeds(setup.task, options):
+        test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
+        asked = dataclasses.replace(setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test)
+        found.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed, stop=stop))
+    scored = [one.option_correct for one in found if one.option_correct is not None]
+    losses = [one.loss for one in found if one.loss is not None]
+    return Evaluation(
+        predictions=[one.predictions[0] for one in found],
+        correct=np.concatenate([one.correct for one in found]),
+        loss=np.concatenate(losses),
+        option_correct=np.concatenate(scored) if scored else None,
     )
 
 
@@ -123,15 +181,7 @@ def _option_correct(
 def with_options(
     tokenizer: Any, task: Task, test: Encoded, options: Sequence[Sequence[str]], text_format: TextFormat
 ) -> Encoded:
-    """Return every test row once for each of its options, which takes the place of its target.
-
-    Args:
-      tokenizer: the base model's.
-      task: the texts.
-      test: tokens of the test rows.
-      options: of each row.
-      text_format: how texts become tokens.
-    """
+    """Return every test row once for each of its options, which replaces its target."""
     pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
     examples = [dataclasses.replace(task.test[row], target=option) for row, option in pairs]
     labels = encode(tokenizer, examples, text_format).labels
@@ -141,13 +191,7 @@ def with_options(
 def likeliest_correct(
     likelihoods: Float[np.ndarray, "seeds pairs"], options: Sequence[Sequence[str]], task: Task
 ) -> Bool[np.ndarray, "seeds rows"]:
-    """Return whether each test row's likeliest option is its target.
-
-    Args:
-      likelihoods: of the rows that `with_options` returns.
-      options: of each row.
-      task: the task.
-    """
+    """Return whether each test row's likeliest option is its target, given likelihoods of rows of `with_options`."""
     ends = np.cumsum([len(of_row) for of_row in options])
     chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
     wanted = [example.target for example in task.test[: len(options)]]
@@ -168,35 +212,21 @@ def generate_seeds(
     row_keys: Key[Array, " B"] | None = None,
 ) -> Int[Array, "seeds B T"]:
     """Generate for one batch with the adapters of every seed; `sampling` and `row_keys` are those of `generate`."""
-    if "base" not in params:  # else those of a seed take the place of the frozen ones
+    if "base" not in params:  # otherwise those of a seed replace the frozen ones
         problem = problem.replace(frozen=problem.frozen.unstacked())
-    how = {"max_new_tokens": max_new_tokens, "sampling": sampling, "row_keys": row_keys}
-    return _generate_seeds(params, batch, problem, **how)
+    return _generate_seeds(params, batch, problem, row_keys, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
 def _generate_seeds(
-    params: Params,
-    batch: Batch,
-    problem: Problem,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    row_keys: Key[Array, " B"] | None,
+    params: Params, batch: Batch, problem: Problem, row_keys: Array | None, **how: Any
 ) -> Int[Array, "seeds B T"]:
-    def one_seed(one: Problem, params: Params, batch: Batch, row_keys: Array | None) -> Array:
+    axis = AXIS if problem.seed_mode == "batched" else None
+
+    def one_seed(one: Problem, params: Params, batch: Batch, keys: Array | None) -> Array:
         model, adapters, _ = one.adapted_model(params)
-        return generate(
-            model,
-            batch.input_ids,
-            batch.input_mask,
-            adapters,
-            max_new_tokens=max_new_tokens,
-            row_mask=batch.row_mask,
-            sampling=sampling,
-            row_keys=row_keys,
-            axis=AXIS if problem.seed_mode == "batched" else None,
-        )
+        inputs = (batch.input_ids, batch.input_mask, adapters)
+        return generate(model, *inputs, row_mask=batch.row_mask, row_keys=keys, axis=axis, **how)
 
     return problem.over_seeds(one_seed, (params,), (batch, row_keys))
 

@@ -44,16 +44,16 @@ class ExportOptions:
       lorafusion export --pool pool --adapter flan_t5_large-super_glue_wic --out adapter
 
     Attributes:
-      out: the folder to write, which must not exist; that of a run has a model card, README.md.
+      out: folder to write, which must not exist; the folder of a run gets a model card, README.md.
       run: folder of the run.
       seed: seed of the run to export; by default its first.
       format: a PEFT `adapter`; a Hugging Face base model with the trained numbers `merged` in; for llama.cpp a LoRA in
         `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
-      pool: a converted pool, to save one of its adapters again.
+      pool: converted pool, to save one of its adapters again.
       adapter: name of that adapter.
-      push: also upload the folder to this repository of the Hugging Face hub, owner/name, which is made if it is not
-        there; the token is that of `hf auth login` or HF_TOKEN.
-      private: make the repository private, if it is not there.
+      push: also upload the folder to this repository of the Hugging Face hub, owner/name, which is made if it does not
+        exist; the token is that of `hf auth login` or HF_TOKEN.
+      private: make a new repository private.
     """
 
     out: Path
@@ -67,17 +67,13 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> str:
-    """Write what the options ask for, and return in words what that was.
-
-    Raises:
-      ValueError: `out` exists, or the options do not name something to export.
-    """
+    """Write the export, and return a description of it; ValueError if `out` exists or the options do not fit."""
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
     if options.private and options.push is None:
-        raise ValueError("--private is of a repository of the hub: name it with --push")
+        raise ValueError("--private needs a repository of the hub: name it with --push")
     if (options.run is None) == (options.pool is None) or (options.pool is None) != (options.adapter is None):
-        raise ValueError("say what to export: --run RUN, or --pool POOL --adapter NAME")
+        raise ValueError("nothing to export: give --run RUN, or --pool POOL --adapter NAME")
     if options.push is not None:
         make_repository(options.push, private=options.private)
     if options.run is not None:
@@ -93,10 +89,10 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     fused, params, config = load_run(folder)
     method = find(fused.method)
     if method.learns == "untrained":
-        raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: there is nothing to export")
+        raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: export another run")
     merged = options.format in MERGED
     if "base" in method.groups and not merged:
-        raise ValueError(f"{folder} fine-tuned all weights, which no adapter holds: export it with --format merged")
+        raise ValueError(f"{folder} fine-tuned all weights, not an adapter: export it with --format merged")
     check_format(options.format, fused.base)
     seed = fused.seeds[0] if options.seed is None else options.seed
     if seed not in fused.seeds:
@@ -111,7 +107,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             model, adapters, _ = problem.adapted_model(of_seed)
             put_merged(partial, options.format, fused.base, merged_base(model, adapters))
         else:
-            # As it was given: an absolute path would name folders of this machine.
+            # As it was given, because an absolute path would contain folders of this machine.
             adapter = _adapter(problem, of_seed, config["options"].base)
             put_as(partial, options.format, fused.base, *adapter)
         write_card(
@@ -174,7 +170,7 @@ def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, An
     if others := [update for update in adapters.values() if not isinstance(update, LowRank | WeightDecomposed)]:
         method, kind = type(problem.method).__name__, type(others[0]).__name__
         raise ValueError(
-            f"{method} makes updates of the kind {kind}, which no PEFT adapter holds: export with --format merged"
+            f"{method} makes updates of the kind {kind}, which PEFT does not have: export with --format merged"
         )
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
 

@@ -2,7 +2,7 @@
 
     runs/NAME/config.json         options, environment, modules by seed
     runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
-    runs/NAME/checkpoints/        step_000123: the whole state, to go on from; private (see `io.checkpoint`)
+    runs/NAME/checkpoints/        step_000123: the whole state, to resume from; private (see `io.checkpoint`)
     runs/NAME/final/              the trained numbers (see `io.arrays`)
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TextIO, TypedDict, get_type_hints
@@ -38,7 +39,7 @@ _RESULTS = "results.json"
 
 
 class Environment(TypedDict):
-    """Where a run was begun: how its seeds run, dtype, device, number of cores, versions of packages."""
+    """Environment in which a run was begun."""
 
     seed_mode: SeedMode
     dtype: str
@@ -48,7 +49,7 @@ class Environment(TypedDict):
 
 
 class Folders(TypedDict, total=False):
-    """Absolute paths of what the options name by relative ones, which elsewhere may look like hub ids."""
+    """Absolute paths of files that the options name by relative ones, which elsewhere may look like hub ids."""
 
     base: str
     pool: str
@@ -56,7 +57,7 @@ class Folders(TypedDict, total=False):
 
 
 class RunConfig(TypedDict):
-    """What `config.json` holds; digests and folders came later than the rest."""
+    """Contents of `config.json`. Early versions wrote no digests and folders."""
 
     options: FuseOptions
     modules: list[list[str]]  # of each seed
@@ -81,7 +82,7 @@ class SeedResults(TypedDict):
 
 
 class Results(TypedDict):
-    """What `results.json` holds."""
+    """Contents of `results.json`."""
 
     task: str
     method: str
@@ -124,10 +125,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out, for as long as this one lives, and remove what a killed one left half written.
+        """Keep other processes out while this one lives, and remove files that a killed process left unfinished.
 
         Raises:
-          ValueError: another process is writing to the run, or what is written in place is a link.
+          ValueError: another process is writing to the run, or a file in it is a link.
           WriteError: the disk is full or read-only, or has no locks.
         """
         if not processes.first():
@@ -162,11 +163,7 @@ class RunFolder:
         return (self.folder / _CONFIG).is_file()
 
     def config(self) -> RunConfig:
-        """Return the recorded configuration of the run.
-
-        Raises:
-          FileError: the folder is not a run, or its configuration is damaged or of a newer version.
-        """
+        """Return the recorded configuration; FileError if the folder is not a run or the file is damaged or newer."""
         path = self.folder / _CONFIG
         raw = new_record(read_json(path, dict[str, Any], "a run"))
         kind = _options_class(raw.get("options"), path, "options.")
@@ -175,28 +172,18 @@ class RunFolder:
         config["options"] = plain(config["options"])
         if len(config["modules"]) != len(config["options"].seeds):
             got, wanted = f"of {len(config['modules'])} seeds", f"of {len(config['options'].seeds)}, as in the options"
-            raise FileError(
-                self.folder / _CONFIG, field="modules", got=got, expected=wanted, fix="restore it from a copy"
-            )
+            raise FileError(path, field="modules", got=got, expected=wanted, fix="restore it from a copy")
         return config
 
     def results(self) -> Results | None:
-        """Return the results, or None if the run is not complete.
-
-        Raises:
-          FileError: they are damaged.
-        """
+        """Return the results, or None if the run is not complete."""
         path = self.folder / _RESULTS
         if not path.is_file():
             return None
         return structured(new_record(read_json(path, dict[str, Any], "a complete run")), Results, path, own=False)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all lines of the metrics, but for a last one that a killed process left unfinished.
-
-        Raises:
-          FileError: a line is damaged.
-        """
+        """Return all lines of the metrics, except a last line that a killed process left unfinished."""
         path = self.folder / _METRICS
         rows = read_lines(path, dict[str, int | float | bool | str | None]) if path.is_file() else []
         for number, row in enumerate(rows, start=1):
@@ -204,11 +191,7 @@ class RunFolder:
         return rows
 
     def predictions(self) -> list[Prediction]:
-        """Return the model's recorded answers to every row.
-
-        Raises:
-          FileError: a line is damaged.
-        """
+        """Return the model's recorded answers to every row."""
         return read_lines(self.folder / _PREDICTIONS, Prediction, own=False)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -238,22 +221,24 @@ class RunFolder:
 
 
 def read_options(raw: Any, where: str | Path) -> FuseOptions:
-    """Return the options of a run from JSON, of this version or an earlier one.
-
-    Raises:
-      FileError: they are not such options, or of a method that is not registered.
-    """
+    """Return the options of a run from JSON of this version or an earlier one; FileError if they are wrong."""
     raw = new_options(raw)
     return plain(structured(raw, _options_class(raw, where), where))
 
 
 def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOptions]:
-    """Return the class of options that JSON is of, by its method."""
+    """Return the class of the options in JSON, by their method."""
     method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
     if isinstance(method, str) and method not in METHODS:
         fix, wanted = "register it first, or restore the file from a copy", f"one of {', '.join(METHODS)}"
         raise FileError(where, field=f"{prefix}method", got=shown(method), expected=wanted, fix=fix)
     return options_with(METHODS[method].recipe if isinstance(method, str) else Recipe)
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, in the first process."""
+    if processes.first():
+        print(text, file=sys.stderr)
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Old names of options and fields, so that runs and result rows of earlier versions can be read.
+"""All renamed options and fields, so that runs and result rows of earlier versions can be read.
 
-Everything that was renamed is in this file. The command line refuses an old spelling with the new one.
+The command line refuses an old spelling with the new one.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ SHARED = frozenset({
 
 
 def renamed(fields: Any) -> Any:
-    """Return an object of JSON with the new names and values of its fields; anything else as it is."""
+    """Return an object of JSON with the new names and values of its fields."""
     if not isinstance(fields, dict):
         return fields
     given: dict[str, Any] = fields
@@ -33,7 +33,7 @@ def renamed(fields: Any) -> Any:
 
 
 def new_options(options: Any) -> Any:
-    """Return the options of a run, as JSON, by the new names; without the numbers of other methods in its recipe."""
+    """Return the options of a run, as JSON, with the new names and without the numbers of other methods."""
     if not isinstance(options, dict) or "seed_mode" in options:
         return options
     found = renamed(options)
@@ -48,7 +48,7 @@ def new_options(options: Any) -> Any:
 
 
 def new_record(record: Any) -> Any:
-    """Return a run's configuration or results, as JSON, by the new names."""
+    """Return the configuration or results of a run, as JSON, with the new names."""
     if not isinstance(record, dict):
         return record
     found = dict(record)

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import tyro
 
 from ..methods import METHODS, fields_of, having
@@ -58,7 +59,7 @@ class FuseOptions:
       seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
       name: name of the run, which is written to OUT/NAME; by default TASK-METHOD.
       out: folder of runs.
-      method: how the task is learned, by a name of the registry (`lorafusion_jax.METHODS`).
+      method: name of the method, from the registry (`lorafusion_jax.METHODS`).
       control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers; with a
         basis they are the directions, drawn or of shuffled modules, on which the modules are projected. `svd`, with a
         basis alone, takes the leading singular directions of the base's own matrices.
@@ -80,7 +81,7 @@ class FuseOptions:
       coordinator: host:port on which process 0 listens, for processes that are started by hand.
       processes: number of processes that are started by hand.
       process: number of this one, from 0.
-      seed_mode: how seeds run: batched, or one after the other (sequential); by default the faster way on the platform.
+      seed_mode: mode of the seeds: batched, or one after the other (sequential); by default the faster one here.
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method).
       log: write metrics to Weights & Biases too (WANDB_MODE=offline works).
@@ -140,7 +141,7 @@ def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
 
 
 def not_an_option(number: str, method: str) -> str:
-    """Return a text about a number of other methods than the one that was asked for."""
+    """Return an error text about an option that the method does not have."""
     others = having(number)
     kind = "the method" if len(others) == 1 else "the methods"
     return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"
@@ -161,10 +162,15 @@ def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
     return dataclasses.make_dataclass("FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True)
 
 
-def plain(options: FuseOptions) -> FuseOptions:
-    """Return options of the class `FuseOptions` itself, which are equal to others of the same values.
+def options_to_json(options: FuseOptions) -> dict[str, Any]:
+    """Return the options as JSON values."""
+    return msgspec.json.decode(msgspec.json.encode(options, enc_hook=str))
 
-    What msgspec reads leaves defaults to the class, so the parts are made again with values for all their fields.
+
+def plain(options: FuseOptions) -> FuseOptions:
+    """Return options of the class `FuseOptions` itself, with all fields set.
+
+    Options that msgspec reads leave defaults to their classes, and do not equal others with the same values.
     """
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(FuseOptions)}
     parts = {name: dataclasses.replace(values[name]) for name in ("recipe", "arrays")}

@@ -21,12 +21,11 @@ from ..models.layers import Adapters
 from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, stream_text
 from ..training.method import Params
 from ..training.problem import Problem
-from .evaluate import generate_seeds, seed_rows
+from .evaluate import evaluate_seeds, generate_seeds, seed_rows
 from .folder import RunConfig
 from .options import FuseOptions
 from .prepare import Setup, Texts, load_model, load_texts, of_run, prepare
 from .run import load_run
-from .scoring import evaluate_seeds
 
 _NEW_TOKENS = 256  # of a base model's answer
 
@@ -71,8 +70,8 @@ class GenerateOptions:
       max_new_tokens: most tokens of an answer; by default as in the run, and 256 without one.
       eval_batch: number of lines in a batch of generation.
       stream: answer line after line, and print tokens as they come.
-      sampling: how the next token is chosen.
-      sampling_seed: seed of the draws; each line's draws also depend on its number, and on nothing else.
+      sampling: choice of the next token.
+      sampling_seed: seed of the draws; the draws of a line depend on it and on the number of the line alone.
     """
 
     run: Path | None = None
@@ -89,15 +88,7 @@ class GenerateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Answering:
-    """One seed of a run, or a base model as it is, that answers new text.
-
-    Attributes:
-      fused: options of the run.
-      run: folder and config of the run; None for a base model.
-      params: trained numbers of the seed.
-      position: position of the seed among the run's.
-      new_tokens: most tokens of an answer.
-    """
+    """One seed of a run, or a base model as it is, that answers new text in at most `new_tokens` tokens."""
 
     fused: FuseOptions
     run: tuple[Path, RunConfig] | None
@@ -124,7 +115,7 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
 
 
 def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Params]:
-    """Return the setup of a run, its options with those of the evaluation, and its trained numbers."""
+    """Return the setup of a run, its options updated by those of the evaluation, and its trained numbers."""
     at_least(1, test_rows=options.test_rows)
     fused, params, config = load_run(options.run)
     if options.task is not None:
@@ -138,7 +129,7 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
 
 
 def generate_lines(options: GenerateOptions) -> list[str]:
-    """Return the answers to the lines of a file or of standard input, by one seed of a run or by a base model.
+    """Return the answers of a run's seed or of a base model to the lines of a file or of standard input.
 
     A blank line has an empty answer, so that answers and lines have the same numbers.
 
@@ -171,12 +162,9 @@ def generate_lines(options: GenerateOptions) -> list[str]:
 
 
 def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
-    """Yield the answers that `generate_lines` returns, line after line, each in pieces as its tokens come.
+    """Yield the answers of `generate_lines`, line after line, each in pieces as its tokens come.
 
-    A line is read when the answer to the one before it is complete.
-
-    Raises:
-      ValueError: as `generate_lines` does.
+    A line is read after the previous answer is complete.
     """
     answering = _answering(options)
     texts = load_texts(answering.fused)
@@ -208,44 +196,22 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
 def _begin(
-    params: Params,
-    batch: Batch,
-    problem: Problem,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    row_keys: Key[Array, " B"] | None,
+    params: Params, batch: Batch, problem: Problem, *, max_new_tokens: int, **how: Any
 ) -> tuple[Generation, Adapters]:
     model, adapters, _ = problem.adapted_model(params)
-    state = begin(
-        model,
-        batch.input_ids,
-        batch.input_mask,
-        adapters,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        row_keys=row_keys,
-    )
-    return state, adapters
+    return begin(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=max_new_tokens, **how), adapters
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def _next_token(
-    params: Params,
-    adapters: Adapters,
-    state: Generation,
-    batch: Batch,
-    problem: Problem,
-    *,
-    sampling: Sampling,
-    row_keys: Key[Array, " B"] | None,
+    params: Params, adapters: Adapters, state: Generation, batch: Batch, problem: Problem, **how: Any
 ) -> Generation:
     model, _, _ = problem.adapted_model(params)  # its adapters, computed once, are an argument
-    return next_token(model, state, batch.input_mask, adapters, sampling=sampling, row_keys=row_keys)
+    return next_token(model, state, batch.input_mask, adapters, **how)
 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:
-    """Yield the lines of the text, blank ones too, as they can be read."""
+    """Yield the lines of the text, blank ones too, as they arrive."""
     source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8")
     empty, where = True, options.file or "standard input"
     with source as text, utf8(where):
@@ -258,7 +224,7 @@ def _lines(options: GenerateOptions) -> Iterator[str]:
 
 
 def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
-    """Return a key for each row, by its number; None where nothing is drawn."""
+    """Return a key for each row, by its number; None if nothing is drawn."""
     if not sampling.temperature:
         return None
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling_seed)))(numbers)
@@ -268,14 +234,14 @@ def _answering(options: GenerateOptions) -> _Answering:
     at_least(1, max_new_tokens=options.max_new_tokens, eval_batch=options.eval_batch)
     check_uint32(sampling_seed=options.sampling_seed)
     if (options.run is None) == (options.base is None):
-        raise ValueError("say who answers: a fused run with --run, or a base model as it is with --base")
+        raise ValueError("give one model: a fused run with --run, or an unchanged base model with --base")
     if options.run is None:
         if options.seed is not None:
-            raise ValueError("--seed is of a run, and a base model has none: leave it out")
+            raise ValueError("a base model has no seeds: leave out --seed")
         fused = FuseOptions(base=str(options.base), task="", method="zero-shot", chat=options.chat)
         return _Answering(fused, None, {}, 0, options.max_new_tokens or _NEW_TOKENS)
     if options.chat:
-        raise ValueError("a run puts text into the chat template if it was fused so: leave out --chat")
+        raise ValueError("a run uses the chat template if it was fused with it: leave out --chat")
     fused, params, config = load_run(options.run)
     if find(fused.method).answers != "model":
         raise ValueError(

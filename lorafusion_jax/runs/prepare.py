@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +17,6 @@ from jaxtyping import Array, Int
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
 from ..checks import at_least, check_uint32
-from ..io import processes
 from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
@@ -49,7 +47,7 @@ from ..training.method import Method
 from ..training.problem import Problem
 from ..training.rows import TrainingRows
 from ..training.seeds import SeedMode, default_seed_mode
-from .folder import RunConfig
+from .folder import RunConfig, note
 from .options import FuseOptions, OnArrays
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
@@ -61,12 +59,7 @@ _UNCUT = 2**30  # tokens
 
 
 class Texts(NamedTuple):
-    """How texts become tokens of a base model.
-
-    Attributes:
-      tokenizer: its tokenizer.
-      text_format: how it reads prompts and answers.
-    """
+    """Tokenizer of a base model, and its format of prompts and answers."""
 
     tokenizer: Any
     text_format: TextFormat
@@ -80,7 +73,7 @@ class LoadedModel:
       problem: problem of all seeds; its pool holds all modules that any seed draws.
       modules: names of the modules of each seed.
       tokenizer: tokenizer of the base model.
-      text_format: how it reads prompts and answers.
+      text_format: format of its prompts and answers.
       pool_digests: digests of the pool as it was read.
     """
 
@@ -91,7 +84,7 @@ class LoadedModel:
     pool_digests: PoolDigests
 
     def with_problem(self: AnyLoaded, **changes: Any) -> AnyLoaded:
-        """Return the same with a problem that has other fields."""
+        """Return the same with changed fields of the problem."""
         return dataclasses.replace(self, problem=self.problem.replace(**changes))
 
     @property
@@ -105,10 +98,10 @@ class Setup(LoadedModel):
     """All inputs of a run's computation.
 
     Attributes:
-      task: the texts.
+      task: texts.
       train: tokens of the task's training rows.
       test: tokens of the rows to evaluate on.
-      split: rows to train on and rows to validate on, by seed; None if nothing is trained.
+      split: training and validation rows of each seed; None if nothing is trained.
       max_new_tokens: limit of generated tokens.
     """
 
@@ -120,72 +113,81 @@ class Setup(LoadedModel):
 
     @property
     def rows(self) -> TrainingRows:
-        """Rows that seeds train and validate on."""
+        """Rows that the seeds use in training."""
         assert self.split is not None
         return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id)
 
 
 def check(options: FuseOptions) -> None:
     """Raise ValueError for options that contradict each other, before anything is loaded."""
+    name, method, recipe = options.method, find(options.method), options.recipe
     if not options.seeds:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
     for seed in options.seeds:
         check_uint32(seed=seed)
-    method, recipe = find(options.method), options.recipe
-    if options.pool is None and method.pool:
-        raise ValueError(f"the method {options.method} fuses a pool: give one with --pool")
-    if options.control != "none" and options.load_in != "full":
-        raise ValueError(f"the {options.control} control is drawn in full precision: leave out --load-in")
-    if options.control != "none" and not method.pool:
-        raise ValueError(f"the method {options.method} has no pool to replace: leave out --control")
-    if "base" in method.groups and options.load_in != "full":
-        raise ValueError(
-            f"the method {options.method} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in"
-        )
-    at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch)
+    at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch, processes=options.processes)
     recipe.check()
-    for name, value in (vars(options) | vars(recipe)).items():
+    for number, value in (vars(options) | vars(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: wanted a finite number, as config.json holds no other")
-    if options.control == "svd" and basis_of(recipe) is None:
-        raise ValueError(f"--control svd needs a shared basis: {GIVE_BASIS}")
-    if choice_of(recipe) != "draw":
-        if "coefficients" not in method.groups:
-            raise ValueError(
-                f"the method {options.method} has no coefficients of single modules, whose gradient would choose them: "
-                "leave out --choose, or use the method fusion or coefficients"
-            )
-        if options.adapters:
-            raise ValueError("--adapters names the modules already: leave it out, or --choose")
-    if options.mesh is not None and method.learns == "untrained":
-        raise ValueError(f"the method {options.method} trains no seeds to share out over devices: leave out --mesh")
-    if options.mesh is not None and options.arrays.crossbar is not None:
-        raise ValueError("a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar")
-    if options.arrays.crossbar is None and options.arrays != OnArrays():
-        raise ValueError(
-            "--train-chip, --chip, --chip-key, --keep-digital, --age and --norm are of simulated arrays, and there are "
-            "none: say which with --crossbar, or leave them out"
-        )
-    if options.distributed and options.mesh is None:
-        raise ValueError("--distributed shares a run out over the devices of all processes: say how with --mesh")
+            raise ValueError(f"{number} is {value}: give a finite number, because config.json cannot hold others")
+    chosen, in_arrays = choice_of(recipe) != "draw", options.arrays.crossbar is not None
+    quantised = options.load_in != "full"
     by_hand = (options.coordinator, options.processes, options.process)
-    if by_hand != (None, None, None):
-        if None in by_hand or not options.distributed:
-            raise ValueError(
-                "--coordinator, --processes and --process start processes by hand: give all three, with --distributed"
-            )
-        assert options.processes is not None and options.process is not None
-        at_least(1, processes=options.processes)
-        if not 0 <= options.process < options.processes:
-            raise ValueError(
-                f"--process {options.process} of --processes {options.processes}: give 0 to {options.processes - 1}"
-            )
-    if recipe.optimisation(1).prune and not {"coefficients", "magnitudes"} <= set(method.groups):
-        raise ValueError(
-            f"the method {options.method} does not prune: only a fusion with magnitudes does. Leave out --prune"
-        )
+    for wrong, message in (
+        (method.pool and options.pool is None, f"the method {name} fuses a pool: give one with --pool"),
+        (
+            options.control != "none" and quantised,
+            f"the {options.control} control is drawn in full precision: leave out --load-in",
+        ),
+        (
+            options.control != "none" and not method.pool,
+            f"the method {name} has no pool to replace: leave out --control",
+        ),
+        (
+            "base" in method.groups and quantised,
+            f"the method {name} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in",
+        ),
+        (options.control == "svd" and basis_of(recipe) is None, f"--control svd needs a shared basis: {GIVE_BASIS}"),
+        (
+            chosen and "coefficients" not in method.groups,
+            f"the method {name} has no coefficients of single modules, whose gradient would choose them: leave out "
+            "--choose, or use the method fusion or coefficients",
+        ),
+        (chosen and options.adapters, "--adapters names the modules already: leave it out, or --choose"),
+        (
+            options.mesh is not None and method.learns == "untrained",
+            f"the method {name} trains no seeds to share out over devices: leave out --mesh",
+        ),
+        (
+            options.mesh is not None and in_arrays,
+            "a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar",
+        ),
+        (
+            not in_arrays and options.arrays != OnArrays(),
+            "--train-chip, --chip, --chip-key, --keep-digital, --age and --norm need simulated arrays: give them with "
+            "--crossbar, or leave these options out",
+        ),
+        (
+            options.distributed and options.mesh is None,
+            "--distributed shares a run out over the devices of all processes: give their layout with --mesh",
+        ),
+        (
+            by_hand != (None, None, None) and (None in by_hand or not options.distributed),
+            "--coordinator, --processes and --process start processes by hand: give all three, with --distributed",
+        ),
+        (
+            options.processes and options.process not in range(options.processes),
+            f"--process {options.process} of --processes {options.processes}: give 0 to {(options.processes or 1) - 1}",
+        ),
+        (
+            recipe.optimisation(1).prune and not {"coefficients", "magnitudes"} <= set(method.groups),
+            f"the method {name} does not prune: only a fusion with magnitudes does. Leave out --prune",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train: bool = True) -> Setup:
@@ -193,11 +195,11 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
 
     Args:
       options: options of the run.
-      seed_mode: the mode of a run that is resumed; by default the options' own, or the faster one here.
+      seed_mode: mode of a run that is resumed; by default the options' own, or the faster one here.
       to_train: the method is going to be trained, so the task must have training rows.
 
     Raises:
-      ValueError: a file or option cannot be used; the message names it, what was wanted, and how to fix it.
+      ValueError: a file or option cannot be used.
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
@@ -213,7 +215,7 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
         raise ValueError(
             f"{recipe.shots} examples for the prompts of {task.name}, but only {there} training rows are used: "
-            "ask for fewer --shots"
+            "give fewer --shots"
         )
     texts = load_texts(options)
     train = encode(texts.tokenizer, task.train, texts.text_format)
@@ -227,29 +229,18 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     rows = None
     if method.learns != "untrained" and (to_train or there > 0):
         rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
-    return Setup(
-        **vars(fused),
-        task=task,
-        train=train,
-        test=test,
-        split=rows,
-        max_new_tokens=new_tokens,
-    )
+    return Setup(**vars(fused), task=task, train=train, test=test, split=rows, max_new_tokens=new_tokens)
 
 
 def load_texts(options: FuseOptions) -> Texts:
-    """Load the tokenizer of the options' base model.
-
-    Raises:
-      ValueError: there is none, or it has no chat template and the options ask for one.
-    """
+    """Load the tokenizer of the options' base model; ValueError if it lacks the chat template of the options."""
     config, tokenizer = read_config(options.base), load_tokenizer(options.base)
     if options.chat and (not config.causal or tokenizer.chat_template is None):
         raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
     if not config.causal:
         return Texts(tokenizer, TextFormat(vocabulary=config.vocab_size))
     ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
-    # Padding is masked by its place, so any token of the model will do. Some tokenizers have one that the model lacks.
+    # Padding is masked by its place, so any token of the model works. Some tokenizers have one that the model lacks.
     pad_id: Any = tokenizer.pad_token_id
     if pad_id is None or pad_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -260,14 +251,14 @@ def load_texts(options: FuseOptions) -> Texts:
 
 
 def tasks_of_seeds(task: Task, options: FuseOptions) -> list[Task]:
-    """Return the task with those training rows that each seed would train and validate on."""
+    """Return the task of each seed, with the training rows that the seed would use."""
     rows = split(len(task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
     chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
     return [dataclasses.replace(task, train=tuple(task.train[i] for i in of_seed)) for of_seed in chosen]
 
 
 def shown_to_seeds(task: Task, options: FuseOptions) -> list[Task]:
-    """Return the task with examples in its prompts, which each seed draws from the rows it would train on."""
+    """Return the task of each seed, with examples in the prompts that are drawn from the rows of the seed."""
     of_seeds = zip(options.seeds, tasks_of_seeds(task, options), strict=True)
     assert isinstance(options.recipe, FewShotRecipe)
     return [few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
@@ -276,8 +267,7 @@ def shown_to_seeds(task: Task, options: FuseOptions) -> list[Task]:
 def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encoded:
     """Tokenise the first test rows of a task with examples in its prompts (see `few_shot`).
 
-    A prompt that is too long loses its first examples, not the question at its end; but prompt and answer of one text
-    are refused as in `encode`.
+    An encoder's prompt that is too long loses its first examples, and not the question at its end.
     """
     tokenizer, text_format = texts
     found = encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
@@ -285,15 +275,9 @@ def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encod
 
 
 def load_model(options: FuseOptions, seed_mode: SeedMode | None = None, texts: Texts | None = None) -> LoadedModel:
-    """Load the model and the modules of the options, without the task.
+    """Load the model and the modules of the options, without the task; further arguments as in `prepare`.
 
-    Args:
-      options: options of the run.
-      seed_mode: as in `prepare`.
-      texts: what `load_texts` returns for the options, if it has been called.
-
-    Raises:
-      ValueError: as in `prepare`.
+    `texts` is the result of `load_texts`, if it has been called.
     """
     sharding.check_model(read_config(options.base))
     texts = texts or load_texts(options)
@@ -326,7 +310,7 @@ def _frozen(
     names: Sequence[str],
     modules: Sequence[Sequence[str]],
 ) -> tuple[Method, Frozen, PoolDigests]:
-    """Return the method of the options, base and named modules of a pool prepared for it, and the modules' digests."""
+    """Return the method, its prepared base and modules, and the digests of the modules."""
     pool, found = None, PoolDigests({}, None)
     if stored is not None:
         with sharding.loading():
@@ -338,10 +322,10 @@ def _frozen(
 
 
 def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
-    """Return a model that was loaded with modules in a basis with the same modules in whole, to rank them.
+    """Return a model with whole modules instead of the same modules in a basis, to rank them.
 
     Raises:
-      ValueError: a module is in the basis alone.
+      ValueError: the pool has only the part of a module in the basis.
     """
     assert options.pool is not None
     stored, names = open_pool(options.pool, options.base), loaded.modules[0]
@@ -352,18 +336,14 @@ def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
         )
     recipe: Any = options.recipe
     recipe = dataclasses.replace(recipe, basis=None, train_core=False)
-    whole = dataclasses.replace(options, recipe=recipe, control="none")  # a control has other directions alone
+    whole = dataclasses.replace(options, recipe=recipe, control="none")  # controls differ only in directions
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     method, frozen, _ = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
     return loaded.with_problem(method=method, frozen=frozen)
 
 
 def with_modules(loaded: AnyLoaded, options: FuseOptions, of_seeds: Sequence[Sequence[str]]) -> AnyLoaded:
-    """Return the loaded model with the modules that the run fused.
-
-    Raises:
-      ValueError: the pool no longer has these modules, or the seeds now draw others.
-    """
+    """Return the loaded model with the modules that the run fused; ValueError if the pool or the draws differ."""
     wanted = tuple(map(tuple, of_seeds))
     if choice_of(options.recipe) == "draw" and loaded.modules != wanted:
         raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
@@ -376,7 +356,7 @@ def with_modules(loaded: AnyLoaded, options: FuseOptions, of_seeds: Sequence[Seq
 
 
 def digests(loaded: LoadedModel, options: FuseOptions) -> Digests:
-    """Return the digests of the base and the modules that a run fuses, as they are on the disk."""
+    """Return the digests of base and modules of a run, as they are on the disk."""
     modules, basis = loaded.pool_digests
     used = {name for names in loaded.modules for name in names}
     of_used = {name: digest for name, digest in modules.items() if name in used}
@@ -384,13 +364,9 @@ def digests(loaded: LoadedModel, options: FuseOptions) -> Digests:
 
 
 def check_digests(folder: Path, recorded: Digests | None, now: Digests, options: FuseOptions) -> None:
-    """Raise a ValueError if a run was fused with other tensors of base or modules; note it if none were recorded.
+    """Raise a ValueError if a run was fused with other tensors than those that were loaded to use it.
 
-    Args:
-      folder: the run's.
-      recorded: digests that it has recorded; None in runs of older versions.
-      now: those of what was loaded to use the run.
-      options: of the run.
+    Runs of older versions recorded no digests, which is noted.
     """
     if recorded is None:
         _note_unrecorded(folder)
@@ -411,11 +387,7 @@ def check_digests(folder: Path, recorded: Digests | None, now: Digests, options:
 
 
 def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig) -> AnyLoaded:
-    """Return the loaded model with the modules of a run.
-
-    Raises:
-      ValueError: base or pool is not what the run fused, as in `check_digests` and `with_modules`.
-    """
+    """Return the loaded model with the modules of a run; ValueError if base or pool are not those of the run."""
     found = with_modules(loaded, options, config["modules"])
     check_digests(folder, config.get("digests"), digests(found, options), options)
     return found
@@ -423,12 +395,10 @@ def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunCon
 
 @functools.cache
 def _note_unrecorded(folder: Path) -> None:
-    if processes.first():
-        print(
-            f"note: {folder} is of an older version and has no digests of its base and pool: nothing shows whether "
-            "these are still the weights that it was fused with",
-            file=sys.stderr,
-        )
+    note(
+        f"note: {folder} is of an older version and has no digests of its base and pool, so changed weights would not "
+        "be noticed"
+    )
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
@@ -436,14 +406,14 @@ def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> In
 
 
 def trainable_count(setup: Setup) -> dict[str, int]:
-    """Return how many numbers the first seed trains, by group."""
+    """Return the count of numbers that the first seed trains, by group."""
     of_first = setup.problem.replace(index=setup.problem.index[0])
     acting = of_first.trainable(of_first.init(jax.random.key(0)))
     return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}
 
 
 def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
-    """Return the names of all modules needed of those that are there, in their order, and those of each seed."""
+    """Return the names of all modules that are needed, in the order of the pool, and those of each seed."""
     if not there:
         return [], tuple(() for _ in options.seeds)
     if options.adapters:
@@ -451,7 +421,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
         drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
     elif choice_of(options.recipe) != "draw":
         if not 1 <= (count := modules_of(options.recipe)) <= len(there):
-            raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: ask for 1 to {len(there)}")
+            raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}")
         drawn = tuple(tuple(there) for _ in options.seeds)
     else:
         count = min(modules_of(options.recipe), len(there))
@@ -469,9 +439,9 @@ def module_names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -
 def _load_pool(
     stored: ConvertedPool | AdapterFolders, names: Sequence[str], options: FuseOptions, kernels: Mapping[str, Weight]
 ) -> tuple[Pool, PoolDigests]:
-    """Return the named modules, or the control that replaces them, in the form that the options ask for.
+    """Return the named modules, or the control that replaces them, whole or in a basis, in full precision or not.
 
-    The digests are of the modules as they were read: a control's own numbers differ in their last bits between devices.
+    Digests are those of the modules as read, because the last bits of a control differ between devices.
     """
     k, key = basis_of(options.recipe), jax.random.key(_CONTROL_KEY)
     if k is not None and options.control != "none":

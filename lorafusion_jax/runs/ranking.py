@@ -1,7 +1,7 @@
-"""Choice of the modules to fuse: those that one backward pass at c = 0 ranks highest, instead of a draw.
+"""Choice of the modules to fuse by one backward pass at c = 0, instead of a draw.
 
-At zero coefficients a fusion is the base model, and the gradient of the loss in a module's coefficient says how much
-mixing in a little of it would help. Measured in docs/results: ten of 28 modules by this rank are worth as much as all.
+At zero coefficients a fusion is the base model, and the gradient of the loss in the coefficient of a module shows how
+much a little of the module would help.
 
 Axis letters: N modules.
 """
@@ -26,11 +26,7 @@ from .prepare import Setup
 def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch_size: int) -> Setup:
     """Return the setup in which each seed fuses the `keep` modules of greatest descent, the greatest first.
 
-    Args:
-      setup: whose seeds have all modules of the pool, and a fusion that is a sum.
-      seeds: of the run.
-      keep: how many.
-      batch_size: rows of a backward pass.
+    The seeds of the given setup have all modules of the pool, and its fusion is a sum.
     """
     gradient = gradients_at_zero(setup, seeds, batch_size=batch_size)
     chosen = most_descent(gradient, keep)
@@ -41,12 +37,7 @@ def choose_by_gradient(setup: Setup, seeds: tuple[int, ...], *, keep: int, batch
 
 
 def most_descent(gradient: Float[np.ndarray, "seeds N *columns"], keep: int) -> Int[np.ndarray, "seeds keep"]:
-    """Return the modules along whose one coefficient, for all columns, the loss falls most.
-
-    Args:
-      gradient: in the coefficients.
-      keep: how many.
-    """
+    """Return the `keep` modules with the greatest descent of the loss, summed over columns of coefficients."""
     descent = -np.sum(gradient, axis=tuple(range(2, gradient.ndim)), dtype=float)
     return np.argsort(-descent, axis=1, kind="stable")[:, :keep]
 
@@ -54,13 +45,7 @@ def most_descent(gradient: Float[np.ndarray, "seeds N *columns"], keep: int) -> 
 def gradients_at_zero(
     setup: Setup, seeds: tuple[int, ...], *, batch_size: int
 ) -> Float[np.ndarray, "seeds N *columns"]:
-    """Return the gradient of the training rows' loss in the coefficients at c = 0, by one pass over each seed's rows.
-
-    Args:
-      setup: of the run.
-      seeds: of the run.
-      batch_size: rows of a backward pass.
-    """
+    """Return the gradient of the training loss in the coefficients at c = 0, by one pass over each seed's rows."""
     params = start(setup.problem, seeds).params
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
     total = jnp.zeros_like(params["coefficients"])

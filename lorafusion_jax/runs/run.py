@@ -4,52 +4,41 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
-from .. import __version__, interrupts
-from ..files import writing
-from ..io import arrays, checkpoint, processes
+from .. import __version__
+from ..io import arrays, processes
 from ..io.digests import Digests
 from ..io.folders import stored_by_orbax
 from ..io.hf import read_config
 from ..io.source import is_hub_id
 from ..methods import find
-from ..methods.entry import SearchJob
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..tasks import without_revision
 from ..training.compiled import make_room
-from ..training.fit import Epoch, fit, joined, start, whole_epochs
-from ..training.mesh import make_mesh, on_mesh, to_host
+from ..training.fit import start
+from ..training.mesh import make_mesh
 from ..training.method import Params
-from ..training.step import TrainState
-from .evaluate import Evaluation, seed_rows
-from .folder import Environment, Folders, RunConfig, RunFolder
-from .options import FuseOptions
+from .evaluate import Evaluation, evaluate_seeds, seed_rows
+from .folder import Environment, Folders, RunConfig, RunFolder, note
+from .options import FuseOptions, options_to_json
 from .prepare import Setup, check, check_digests, digests, prepare, trainable_count, with_modules, with_whole_modules
 from .ranking import choose_by_gradient
-from .scoring import evaluate_seeds
+from .train import FINAL, FinalSteps, load_wandb, train
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
     *("resume", "log", "save_seconds", "profile", "out", "name"),
     *("mesh", "distributed", "coordinator", "processes", "process"),
 )
-# Steps without a finite loss in any seed after which training stops.
-_BAD_STEPS = 20
-_FINAL = "the trained numbers of a run"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
@@ -57,25 +46,12 @@ class HardwareSetup(NamedTuple):
     """A run on hardware.
 
     Attributes:
-      training: what it trains on.
-      tested: returns what it is evaluated on, made ready for the trained numbers.
+      training: setup of the training.
+      tested: function from the trained numbers to the setup of the evaluation.
     """
 
     training: Setup
     tested: Callable[[Params], Setup]
-
-
-class _Steps(TypedDict):
-    """Metadata of the trained numbers: steps that each seed took."""
-
-    steps: list[int]
-
-
-class _Reached(TypedDict):
-    """Metadata of a state to go on from."""
-
-    epochs: int
-    step: int
 
 
 # Puts a run on hardware: (digital setup, options, numbers to start from).
@@ -83,18 +59,16 @@ SetUpHardware = Callable[[Setup, FuseOptions, Params], HardwareSetup]
 
 
 def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, Any]:
-    """Run what the options ask for, and return the results as they are in results.json.
+    """Do a run, and return the results as they are in results.json.
 
     Args:
-      options: of the run.
-      set_up: puts it on the hardware that the options name; None for a digital run.
+      options: options of the run.
+      set_up: function that puts the run on the hardware of its options; None for a digital run.
 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.
     """
     check(options)
-    if (options.arrays.crossbar is None) != (set_up is None):
-        raise ValueError("options with a crossbar and what puts a run on it go together: use `lorafusion_jax.fuse`")
     options = with_targets(options)
     make_room()
     with contextlib.ExitStack() as stack:
@@ -106,7 +80,7 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
 
 
 def with_targets(options: FuseOptions) -> FuseOptions:
-    """Return the options as a run records them: with the family's own targets where none are given."""
+    """Return the options as a run records them, with the targets of the model's family by default."""
     recipe = options.recipe
     if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
         return options
@@ -117,13 +91,13 @@ def with_targets(options: FuseOptions) -> FuseOptions:
 def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     find(options.method).check()
     if options.log:
-        _load_wandb()
+        load_wandb()
     run = RunFolder(run_path(options))
     if not options.resume:
         _refuse_begun(run)
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
-        _note(f"{run.folder} is complete: nothing to resume")
+        note(f"{run.folder} is complete: nothing to resume")
         return dict(done)
     setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None)
     if choice_of(options.recipe) != "draw":
@@ -147,7 +121,7 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
-    """Return the setup with the modules of the run that is resumed, else with those of the greatest descent."""
+    """Return the setup with the modules of the resumed run, or with those of the greatest descent."""
     if recorded is not None:
         return with_modules(setup, options, recorded["modules"])
     recipe = options.recipe
@@ -159,9 +133,7 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> S
 
 def _refuse_begun(run: RunFolder) -> None:
     if run.exists():
-        raise ValueError(
-            f"{run.folder} holds a run: give this one another --name, or go on with that one with --resume"
-        )
+        raise ValueError(f"{run.folder} holds a run: give this one another --name, or continue that one with --resume")
 
 
 def run_path(options: FuseOptions) -> Path:
@@ -185,21 +157,21 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
         if (run.checkpoints / "final").is_dir():
             raise stored_by_orbax(run.checkpoints / "final", f"--run {folder}")
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
-    params, _ = arrays.load(run.final, metadata=_Steps, what=_FINAL)
+    params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
     return options, jax.tree.map(jnp.asarray, params), config
 
 
 def _located(folder: Path, config: RunConfig) -> FuseOptions:
-    """Return a run's options with absolute paths in place of relative ones."""
+    """Return the options of a run with absolute paths instead of relative ones."""
     options, folders = config["options"], config.get("folders")
     if folders is None and is_hub_id(options.base):
-        _note(
+        note(
             f"note: {folder} is of an older version, and there is no folder {options.base} here: its base is taken for "
-            "one of the hub. If it was a folder, go to where its path leads there"
+            "one of the hub. If it was a folder, change to the folder that its path starts from"
         )
     for name, path in (folders or {}).items():
         given = Path(getattr(options, name) or "").expanduser()
-        # A project that was moved whole has its files only where the given paths lead from its new place.
+        # In a project that was moved as a whole, only the relative paths lead to the files.
         if not given.is_absolute() and (Path(str(path)).exists() or not given.exists()):
             options = dataclasses.replace(options, **{name: path})
     return options
@@ -214,7 +186,7 @@ def _complete(
 ) -> dict[str, Any]:
     began = time.perf_counter()
     setup = hardware.training
-    params, steps = _train(run, setup, options, begin)
+    params, steps = train(run, setup, options, begin)
     trained = time.perf_counter()
     seeds, evaluation = evaluate_seeds(hardware.tested(params), options, params)
     evaluated = time.perf_counter()
@@ -242,155 +214,16 @@ def _complete(
     return results
 
 
-def _train(
-    run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
-) -> tuple[dict[str, Any], list[int]]:
-    """Return the trained numbers and the steps that each seed took."""
-    method = find(options.method)
-    if method.learns == "untrained":
-        return {}, [0] * len(options.seeds)
-    saved = arrays.load_sound(run.final, metadata=_Steps, what=_FINAL, note=_note)
-    if saved is not None:
-        params, metadata = saved
-        return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
-    if method.learns == "given":
-        params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
-    elif method.search is not None:
-        run.cut_metrics(0)  # a search is not resumed, but repeated
-        of_all = (setup.problem, setup.rows, options.recipe, options.seeds, setup.modules)
-        params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
-        steps = [taken] * len(options.seeds)
-    else:
-        state = _fit(run, setup, options, begin)
-        params = state.best if options.recipe.stop_early else state.params
-        steps = to_host(state.step).tolist()
-    arrays.save(run.final, to_host(params), {"steps": steps})
-    return on_mesh(params, setup.config, of_seeds=True), steps
-
-
-def _stop_trace() -> None:
-    try:
-        jax.profiler.stop_trace()
-    except (OSError, RuntimeError) as error:  # training is worth more than the trace
-        _note(f"the trace for --profile could not be written: {error}")
-
-
-def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
-    state, done, reached = start(setup.problem, options.seeds, begin), 0, 0
-    steps = checkpoint.steps(run.checkpoints)
-    saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=_note)
-    if saved is not None:
-        state, metadata = saved
-        state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        done, reached = metadata["epochs"], metadata["step"]
-    if steps:
-        _note(f"{run.folder}: going on from step {reached}")
-    run.cut_metrics(reached)
-    bad = _bad_steps_before(run, options.seeds, reached)  # steps since the last finite loss
-
-    def check_losses() -> None:
-        if np.min(bad) >= _BAD_STEPS:
-            raise ValueError(
-                f"no seed has had a finite loss for {np.min(bad)} steps, up to step {reached}: try lower "
-                f"learning rates, or float32 if it was bfloat16. {run.folder} keeps the metrics, and in its last "
-                "checkpoint the numbers of the best validation loss; give the next try another --name"
-            )
-
-    check_losses()  # of the run that is resumed
-
-    log = _weights_and_biases(run, options) if options.log and processes.first() else None
-    last_save = ended = time.monotonic()
-    several = processes.several()
-    by_epoch, taken = whole_epochs() or several, 0.0  # after which a signal stops, and the seconds of the last one
-    # The next step takes the memory of a state. A copy of all weights and their momenta would be too much to keep.
-    copied = None if several or "base" in find(options.method).groups else jax.jit(partial(jax.tree.map, jnp.copy))
-    traced = min(done + 2, options.recipe.epochs) if options.profile else None
-    tracing = contextlib.ExitStack()
-    if options.profile:  # JAX would only find at the end of the epoch that it cannot write there
-        with writing(options.profile):
-            options.profile.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=options.profile):
-                pass
-
-    def before_epoch(number: int) -> None:
-        if number == traced:
-            jax.profiler.start_trace(str(options.profile), create_perfetto_trace=True)
-            tracing.callback(_stop_trace)
-
-    def save(epochs: int, step: int, state: TrainState) -> None:
-        checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)
-
-    def hold(second: Callable[[], None] | None = None) -> None:
-        when = "epoch" if by_epoch else "step"
-        saved = f"its state is saved in {run.folder}, and resuming goes on from it"
-        interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}", second)
-
-    def after_interval(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
-        nonlocal taken, ended
-        if not by_epoch:
-            taken = time.monotonic() - ended
-        hold()
-        so_far = list(metrics)
-
-        def save_here(state: TrainState) -> None:
-            rows = list(_step_rows(joined(to_host(so_far)), number, reached, options.seeds))
-            run.append_metrics(rows)
-            save(number - 1, rows[-1]["step"], state)
-
-        if interrupts.asked() and not several:  # several only know after an epoch that all are so far
-            save_here(state)
-            interrupts.release()
-        elif copied is not None:
-            hold(partial(save_here, copied(state)))
-        if not by_epoch:
-            ended = time.monotonic()
-
-    def after_epoch(epoch: Epoch) -> None:
-        nonlocal reached, bad, last_save, taken, ended
-        tracing.close()
-        if by_epoch or not taken:
-            taken = time.monotonic() - ended
-        hold()
-        rows = list(_metric_rows(epoch, options.seeds))
-        run.append_metrics(rows)
-        if log is not None:
-            _log(log, epoch, options.seeds)
-        bad = _bad_steps(epoch.metrics["loss"], bad)
-        diverged = bool(np.min(bad) >= _BAD_STEPS)
-        reached = rows[-1]["step"]
-        due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
-        if epoch.last or diverged or due or asked:
-            save(epoch.number, reached, epoch.state)
-            last_save = time.monotonic()
-            interrupts.release()
-            if asked:
-                processes.end("another process of this run was stopped")
-        elif copied is not None:
-            hold(partial(save, epoch.number, reached, copied(epoch.state)))
-        check_losses()
-        before_epoch(epoch.number + 1)
-        ended = time.monotonic()
-
-    if not np.all(to_host(state.stopped)):
-        how = {"epochs_done": done, "steps_done": reached, "after_interval": after_interval, "after_epoch": after_epoch}
-        with tracing, interrupts.released():
-            before_epoch(done + 1)
-            state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
-    if log is not None:
-        log.finish()
-    return state
-
-
 def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
-    """Return the numbers of the run to start from, if they fit this one."""
+    """Return the numbers of the run to start from; ValueError if they do not fit this one."""
     if options.start_from is None:
         return None
     other, params, config = load_run(options.start_from)
-    wanted = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
+    here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
-    if wanted != got:
+    if here != got:
         raise ValueError(
-            f"{options.start_from} fused other modules or seeds ({got['seeds']}, wanted {wanted['seeds']}): "
+            f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
     fresh = start(setup.problem, options.seeds).params
@@ -402,46 +235,8 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
     return params
 
 
-def _bad_steps_before(run: RunFolder, seeds: tuple[int, ...], step: int) -> np.ndarray:
-    """Return each seed's steps since its last finite loss, as the metrics up to a step record them."""
-    bad = dict.fromkeys(seeds, 0)
-    for row in run.metrics():
-        if "loss" in row and row["step"] <= step and (seed := row.get("seed")) in bad:
-            bad[seed] = bad[seed] + 1 if row["loss"] is None else 0  # null is not finite
-    return np.array([bad[seed] for seed in seeds])
-
-
-def _bad_steps(losses: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Return each seed's steps since its last finite loss, of [steps, seeds] losses and the count before them."""
-    finite = np.isfinite(losses)
-    after = np.argmax(finite[::-1], axis=0)
-    return np.where(finite.any(axis=0), after, before + len(losses))
-
-
-def _step_rows(
-    metrics: Mapping[str, np.ndarray], epoch: int, first_step: int, seeds: tuple[int, ...]
-) -> Iterator[dict[str, Any]]:
-    for i in range(len(next(iter(metrics.values())))):
-        for s, seed in enumerate(seeds):
-            values = {name: value[i, s].item() for name, value in metrics.items()}
-            yield {"step": first_step + i + 1, "epoch": epoch, "seed": seed, **values}
-
-
-def _metric_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    steps = len(next(iter(epoch.metrics.values())))
-    yield from _step_rows(epoch.metrics, epoch.number, epoch.first_step, seeds)
-    for s, seed in enumerate(seeds):
-        yield {
-            "step": epoch.first_step + steps,
-            "epoch": epoch.number,
-            "seed": seed,
-            "validation_loss": epoch.validation_loss[s].item(),
-            "stopped": epoch.stopped[s].item(),
-        }
-
-
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, int]:
-    """Return how many rows one seed passed forward and backward through the model to adapt, validation included."""
+    """Return the number of rows that one seed passed forward and backward to adapt, validation included."""
     method, recipe = find(options.method), options.recipe
     if setup.split is None or method.learns == "given":
         return 0, 0
@@ -456,20 +251,25 @@ def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, in
 def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     options = evaluation.option_correct
     for s, seed in enumerate(seeds):
-        for i, said in enumerate(evaluation.predictions[s]):
+        for i, prediction in enumerate(evaluation.predictions[s]):
             example = setup.task.test[i]
             yield {
                 "seed": seed,
                 "row": i,
                 "input": example.input,
                 "target": example.target,
-                "prediction": said,
+                "prediction": prediction,
                 "correct": bool(evaluation.correct[s, i]),
                 "option_correct": None if options is None else bool(options[s, i]),
             }
 
 
 def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
+    folders = Folders()
+    for name in ("base", "pool", "task"):
+        given = getattr(options, name)
+        if given and not Path(given).expanduser().is_absolute() and Path(given).exists():
+            folders[name] = os.path.abspath(given)
     return {
         "options": options,
         "modules": [list(modules) for modules in setup.modules],
@@ -477,21 +277,12 @@ def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
         "max_new_tokens": setup.max_new_tokens,
         "environment": Environment(seed_mode=setup.problem.seed_mode, dtype=options.dtype, **environment()),
         "digests": found,
-        "folders": _folders(options),
+        "folders": folders,
     }
 
 
-def _folders(options: FuseOptions) -> Folders:
-    found = Folders()
-    for name in ("base", "pool", "task"):
-        given = getattr(options, name)
-        if given and not Path(given).expanduser().is_absolute() and Path(given).exists():
-            found[name] = os.path.abspath(given)
-    return found
-
-
 def environment() -> dict[str, Any]:
-    """Return the device, the cores and the versions that a result was made with."""
+    """Return device, number of cores and versions of packages."""
     return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
@@ -499,15 +290,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def options_to_json(options: FuseOptions) -> dict[str, Any]:
-    """Return the options as JSON values."""
-    return msgspec.json.decode(msgspec.json.encode(options, enc_hook=str))
-
-
 def _recorded(run: RunFolder, options: FuseOptions) -> RunConfig:
-    """Return the config of the run to resume, if its options are the same."""
+    """Return the config of the run to resume; ValueError if it was begun with other options."""
     config = run.config()
-    was, now = (_flat(options_to_json(o)) for o in (config["options"], options))
+    was, now = (_flat(**options_to_json(o)) for o in (config["options"], options))
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
     if different:
         changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
@@ -515,10 +301,8 @@ def _recorded(run: RunFolder, options: FuseOptions) -> RunConfig:
     return config
 
 
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    groups = ("recipe", "arrays")
-    flat = {name: value for name, value in options.items() if name not in groups}
-    return flat | {name: value for group in groups for name, value in options[group].items()}
+def _flat(recipe: dict[str, Any], arrays: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return others | recipe | arrays
 
 
 def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
@@ -528,38 +312,4 @@ def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
     was, is_ = recorded["environment"], now["environment"]
     if different := [key for key in is_ if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
-        _note(f"note: {changes}; the last bits may differ from an uninterrupted run")
-
-
-def _note(text: str) -> None:
-    if processes.first():
-        print(text, file=sys.stderr)
-
-
-def _load_wandb() -> ModuleType:
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            "--log writes to Weights & Biases, which is not installed: pip install 'lorafusion-jax[wandb]'"
-        ) from None
-    return wandb
-
-
-def _weights_and_biases(run: RunFolder, options: FuseOptions) -> Any:
-    config = options_to_json(options)
-    return _load_wandb().init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
-
-
-def _log(log: Any, epoch: Epoch, seeds: tuple[int, ...]) -> None:
-    steps = len(next(iter(epoch.metrics.values())))
-    for i in range(steps):
-        values = {
-            f"{name}/seed {seed}": value[i, s].item()
-            for name, value in epoch.metrics.items()
-            for s, seed in enumerate(seeds)
-        }
-        if i == steps - 1:
-            losses = zip(seeds, epoch.validation_loss, strict=True)
-            values |= {f"validation_loss/seed {seed}": loss.item() for seed, loss in losses}
-        log.log(values, step=epoch.first_step + i + 1)
+        note(f"note: {changes}; the last bits may differ from an uninterrupted run")

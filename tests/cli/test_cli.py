@@ -121,7 +121,7 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
         (fuse, "give one with --pool"),
         (["export", "--run", str(run), "--out", str(run)], "exists"),
-        (["export", "--out", str(tmp_path / "x")], "say what to export"),
+        (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
     ]:
         with pytest.raises(SystemExit) as stop:

@@ -64,7 +64,7 @@ def test_files_do_not_get_the_numbers_of_closed_streams():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "a fused run with --run, or a base model as it is with --base"),
+        ([], "a fused run with --run, or an unchanged base model with --base"),
         (["--base", "here", "--top-p", "0.9"], "top_k and top_p filter a draw, and temperature 0 draws nothing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Model cards of names that strangers chose: what they hold is text, wherever it stands."""
+"""Model cards of names that strangers chose: any content of a name stays text."""
 
 import ast
 import re
@@ -10,26 +10,27 @@ import lorafusion_jax as lf
 from lorafusion_jax.runs.card import write_card
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.run import options_to_json
 
 _HOSTILE = '<img src=x onerror=run()> [free](http:evil) `|*"); import os; #\n# A title\n---\n\x1b[31m'
 
 
+def _card(folder, options, modules, coefficients=None):
+    run = RunFolder(folder / "run")
+    environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2, "versions": {}}
+    recorded = {"modules": [modules], "task_sha256": _HOSTILE, "max_new_tokens": 8, "environment": environment}
+    with run.locked():
+        run.write_config({"options": options, **recorded})
+    config = lf.read_config(one_block.SMALL / "base")
+    write_card(folder, run, options, 1, config, merged=False, repository=None, coefficients=coefficients)
+    return (folder / "README.md").read_text()
+
+
 def test_names_in_a_model_card_are_text(tmp_path):
     prompt = "````\n<script>\n```{input}"
-    options = FuseOptions(base=_HOSTILE, pool="pool", task=f"{_HOSTILE}.jsonl", seeds=(1,), prompt=prompt)
-    run, environment = (
-        RunFolder(tmp_path / "run"),
-        {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2},
-    )
-    with run.locked():
-        recorded = {"options": options_to_json(options), "modules": [[_HOSTILE, "$\\frac$"]], "task_sha256": _HOSTILE}
-        run.write_config(recorded | {"max_new_tokens": 8, "environment": environment | {"versions": {}}})
+    options = FuseOptions(base=_HOSTILE, pool="pool", task=f"{_HOSTILE}.jsonl", prompt=prompt)
     coefficients = {"encoder.self.q": np.ones((2, 2, 1), np.float32)}
-    config = lf.read_config(one_block.SMALL / "base")
-    write_card(tmp_path, run, options, 1, config, merged=False, repository=None, coefficients=coefficients)
+    card = _card(tmp_path, options, [_HOSTILE, "$\\frac$"], coefficients)
 
-    card = (tmp_path / "README.md").read_text()
     front, card = card.removeprefix("---\n").split("\n---\n", 1)
     assert front == "tags:\n- lorafusion\n- lora\nlibrary_name: peft"
     assert "\x1b" not in card
@@ -47,16 +48,6 @@ def test_names_in_a_model_card_are_text(tmp_path):
 
 
 def test_a_model_card_loads_the_revision_of_the_base(tmp_path):
-    options = FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl", seeds=(1,))
-    run, environment = (
-        RunFolder(tmp_path / "run"),
-        {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2},
-    )
-    with run.locked():
-        recorded = {"options": options_to_json(options), "modules": [["module"]], "task_sha256": ""}
-        run.write_config(recorded | {"max_new_tokens": 8, "environment": environment | {"versions": {}}})
-    config = lf.read_config(one_block.SMALL / "base")
-    write_card(tmp_path, run, options, 1, config, merged=False, repository=None, coefficients=None)
-    card = (tmp_path / "README.md").read_text()
+    card = _card(tmp_path, FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl"), ["module"])
     assert "\nbase_model: org/base\n" in card
     assert 'from_pretrained("org/base", revision="v1.0")' in card

@@ -1,13 +1,12 @@
-"""Which answers rows could have: in the form of BIG-Bench Hard's rows, and in others."""
+"""Possible answers of rows, in the form of BIG-Bench Hard and in others."""
 
-from pathlib import Path
+import dataclasses
 
 import bbh_rows
+import one_block
 import pytest
 
 from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task, write_lorahub_split
-
-_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small" / "tasks"
 
 # Answers of every test row, or the letters (from A on) that its rows have.
 _LABELS = {
@@ -41,36 +40,24 @@ def _letters(count):
     return tuple(f"({chr(ord('A') + i)})" for i in range(count))
 
 
-def test_every_task_of_bbh(bbh):
+def test_options_of_every_task(bbh):
     assert {task.name for task in bbh} == {*_LABELS, *_LETTERS, *_OPEN}
     for task in bbh:
         options = answer_options(task)
+        # Neither examples in the prompt nor the targets of test rows change them.
+        assert answer_options(few_shot(task, 5, 1)) == options, task.name
+        blind = dataclasses.replace(task, test=tuple(Example(row.input, "?") for row in task.test))
+        assert answer_options(blind) == options, task.name
         if task.name in _OPEN:
             assert options is None, task.name
             continue
         assert options is not None and len(options) == len(task.test), task.name
-        if task.name in _LABELS:
-            assert set(options) == {_LABELS[task.name]}, task.name
-        else:
-            assert options == tuple(map(_letters, _LETTERS[task.name])), task.name
+        letters = tuple(map(_letters, _LETTERS.get(task.name, ())))
+        assert options == (letters or (_LABELS[task.name],) * len(task.test)), task.name
         outside = [row for row, example in enumerate(task.test) if example.target not in options[row]]
         assert outside == _MALFORMED.get(task.name, []), task.name
-
-
-def test_examples_in_the_prompt_change_no_options(bbh):
-    for task in bbh:
-        assert answer_options(few_shot(task, 5, 1)) == answer_options(task), task.name
-
-
-def test_targets_of_test_rows_are_not_looked_at(bbh):
-    for task in bbh:
-        blind = Task(task.name, task.train, tuple(Example(row.input, "?") for row in task.test), task.source)
-        assert answer_options(blind) == answer_options(task), task.name
-
-
-@pytest.mark.parametrize("folder", sorted(_SMALL.iterdir()), ids=lambda folder: folder.name)
-def test_string_tasks_are_open(folder):
-    assert answer_options(load_task(folder)) is None
+    for folder in (one_block.SMALL / "tasks").iterdir():
+        assert answer_options(load_task(folder)) is None, folder
 
 
 @pytest.mark.parametrize(

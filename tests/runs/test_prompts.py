@@ -207,19 +207,12 @@ def test_a_base_model_answers_without_a_run(base, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_line_has_an_answer_and_a_blank_line_an_empty_one(base, monkeypatch, stream):
-    hot, bold = _ask(base, monkeypatch, "hot\nbold\n")
-    assert _ask(base, monkeypatch, "\nhot\n \n\nbold", stream=stream) == ["", hot, "", "", bold]
+def test_each_line_gets_an_answer_and_a_blank_line_an_empty_one(base, monkeypatch, stream):
+    odd = "hot\u2028bold\x85bold\x0bbold\x0cbold\x1cbold"  # only line breaks end a line
+    hot, bold, of_odd = _ask(base, monkeypatch, f"hot\nbold\n{odd}\n")
+    assert _ask(base, monkeypatch, f"\nhot\n \n{odd}\n\nbold\r\n", stream=stream) == ["", hot, "", of_odd, "", bold]
     draw = functools.partial(_ask, base, monkeypatch, sampling=Sampling(temperature=1.0), stream=stream)
     assert draw("\nhot\n")[1] == draw("bold\nhot\n")[1]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_only_line_breaks_end_a_line(base, monkeypatch, stream):
-    text = "hot\u2028bold\x85bold\x0bbold\x0cbold\x1cbold\ntall\r\n"
-    answers = _ask(base, monkeypatch, text, stream=stream)
-    assert len(answers) == 2
-    assert answers[1:] == _ask(base, monkeypatch, "tall")
 
 
 def test_padding_is_a_token_that_the_model_has(base, monkeypatch, tmp_path):
@@ -248,16 +241,16 @@ def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": None}, "say who answers: a fused run with --run, or a base model as it is with --base"),
-        ({"run": Path("run")}, "say who answers"),
-        ({"base": None, "run": Path("run"), "chat": True}, "a run puts text into the chat template if it was fused so"),
-        ({"seed": 1}, "--seed is of a run, and a base model has none: leave it out"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0: wanted at least 1"),
-        ({"sampling_seed": 2**32}, "sampling_seed is 4294967296: wanted an integer from 0 to"),
+        ({"base": None}, "give one model: a fused run with --run, or an unchanged base model with --base"),
+        ({"run": Path("run")}, "give one model"),
+        ({"base": None, "run": Path("run"), "chat": True}, "a run uses the chat template if it was fused with it"),
+        ({"seed": 1}, "a base model has no seeds: leave out --seed"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: "),
+        ({"sampling_seed": 2**32}, "sampling_seed is 4294967296: "),
         ({"max_new_tokens": 200}, r"row 1, 'hot', has \d+ tokens, .*: the model's context holds 160"),
     ],
 )
-def test_questions_that_nobody_can_answer(changes, message, base, tmp_path):
+def test_options_without_an_answer_are_refused(changes, message, base, tmp_path):
     (tmp_path / "lines").write_text("hot\n")
     options = dataclasses.replace(GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes)
     with pytest.raises(ValueError, match=message):

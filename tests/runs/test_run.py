@@ -5,21 +5,14 @@ import gzip
 import json
 import math
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import hub_server
 import jax
 import numpy as np
-import one_block
 import pytest
 import recipes
 from safetensors.numpy import load_file, save_file
@@ -31,10 +24,7 @@ from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
 from lorafusion_jax.methods.fusion import PRESETS
-from lorafusion_jax.methods.lorahub import LoraHubRecipe
-from lorafusion_jax.models.generate import GREEDY
-from lorafusion_jax.runs import run as run_module
-from lorafusion_jax.runs.evaluate import _generate_seeds
+from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
@@ -42,37 +32,14 @@ from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evalua
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.serving.service import FusedRun, Service
-from lorafusion_jax.tasks.batches import MOST_SHAPES, eval_batches
+from lorafusion_jax.tasks.batches import eval_batches
 from lorafusion_jax.training import fit as fit_lib
-from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
-from lorafusion_jax.training.loss import seed_entropies
+from lorafusion_jax.training.fit import start
 from lorafusion_jax.training.recipe import Recipe
-
-_TASK = sorted((one_block.SMALL / "tasks").iterdir())[0]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
-    return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
-    # The programs are those of tests/methods/test_methods.py.
-    recipe = {"epochs": 3, "batch_size": 48, "modules": 2, "max_new_tokens": 8}
-    values = {
-        "base": str(small[0]),
-        "pool": str(small[1]),
-        "task": str(_TASK),
-        "seeds": (1, 2),
-        "out": out,
-        "test_rows": 5,
-        "save_seconds": 0.0,
-    }
-    return recipes.options(recipe, **values | changes)
-
-
-def _without_clock(results: dict) -> dict:
-    return {k: v for k, v in results.items() if k != "seconds"}
+    return recipes.small_run(small, out, **{"epochs": 3, "save_seconds": 0.0} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +48,39 @@ def fused(small, tmp_path_factory) -> tuple[FuseOptions, dict]:
     return options, fuse(options)
 
 
+@pytest.fixture
+def copied(fused, tmp_path) -> tuple[FuseOptions, Path]:
+    """A copy of the run that can be changed: its options, and its folder."""
+    options = dataclasses.replace(fused[0], out=tmp_path, resume=True)
+    shutil.copytree(run_path(fused[0]), run_path(options))
+    return options, run_path(options)
+
+
+def _change_config(folder: Path, **changes) -> None:
+    """Change options in a run's config.json, or remove fields that are None."""
+    config = json.loads((folder / "config.json").read_text())
+    config["options"] |= {name: value for name, value in changes.items() if value is not None}
+    config = {name: value for name, value in config.items() if changes.get(name, "") is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _assert_resumes(options: FuseOptions, fused: tuple[FuseOptions, dict]) -> None:
+    """Resume a run, and check that it gets the bits of the run without interruptions."""
+    whole, results = fused
+    resumed = fuse(dataclasses.replace(options, resume=True))
+    assert {**resumed, "seconds": None} == {**results, "seconds": None}
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        assert (run_path(options) / name).read_bytes() == (run_path(whole) / name).read_bytes()
+    for a, b in zip(*(jax.tree.leaves(load_run(run_path(of))[1]) for of in (options, whole)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.accelerator
-def test_a_run_writes_what_it_promises(fused):
+def test_a_run_writes_results_that_agree_with_its_rows(fused):
     options, results = fused
     folder = run_path(options)
-    for name in ("config.json", "metrics.jsonl", "predictions.jsonl", "results.json", "final"):
-        assert (folder / name).exists()
-    assert json.loads((folder / "results.json").read_text()) == results
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "results.json").read_text()) == results and (folder / "final").is_dir()
+    rows = RunFolder(folder).predictions()
     assert len(rows) == 2 * 5
     shares = [100 * np.mean([r["correct"] for r in rows if r["seed"] == seed]) for seed in options.seeds]
     assert shares == [s["exact_match"] for s in results["seeds"]]
@@ -102,51 +94,22 @@ def test_a_run_writes_what_it_promises(fused):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("whole", [False, True])
-def test_training_without_a_finite_loss_stops_and_says_what_to_try(whole, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit_lib, "for_cpu", lambda: not whole)
+def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tmp_path):
     options = _options(small, tmp_path, name="diverged", epochs=30, lr_coefficients=1e38, lr_magnitudes=1e38)
-    with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
-        fuse(options)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
+            fuse(dataclasses.replace(options, resume=resume))
     folder = tmp_path / "diverged"
     assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
-    with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
-        fuse(dataclasses.replace(options, resume=True))
     newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
     assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
 
 
-@pytest.mark.parametrize(
-    ("losses", "before", "bad"),
-    [([1, 1], 5, 0), ([1, np.nan], 5, 1), ([np.inf, np.nan], 5, 7), ([np.nan, 1, np.inf, -np.inf], 0, 2)],
-)
-def test_bad_steps_are_counted_from_the_last_finite_loss(losses, before, bad):
-    both = np.array([losses, np.ones(len(losses))]).T
-    assert run_module._bad_steps(both, np.array([before, 3])).tolist() == [bad, 0]
-
-
 @pytest.mark.long
-def test_a_seed_does_not_depend_on_those_beside_it(fused, tmp_path):
+def test_a_seed_does_not_depend_on_the_seeds_next_to_it(fused, tmp_path):
     options, results = fused
     alone = fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
     assert alone["seeds"][0] == results["seeds"][1]
-
-
-def test_later_epochs_compile_nothing_and_read_no_text(small, tmp_path):
-    options = _options(small, tmp_path)
-    setup = prepare(options)
-    # All that training may know of the tokenizer: it cannot tokenise.
-    setup = dataclasses.replace(setup, tokenizer=SimpleNamespace(pad_token_id=setup.tokenizer.pad_token_id))
-    programs, compiled = (train_seeds, seed_entropies), []
-
-    def count(epoch: Epoch) -> None:
-        compiled.append([program._cache_size() for program in programs])
-
-    jax.clear_caches()
-    begin = start(setup.problem, options.seeds)
-    fit(setup.problem, setup.rows, begin, options.recipe, options.seeds, after_epoch=count)
-    assert len(compiled) == 3
-    assert compiled[0] == compiled[-1] and all(0 < n <= MOST_SHAPES for n in compiled[0])
 
 
 def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
@@ -158,56 +121,47 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
         calls = Counter(event.get("name") for event in json.load(file)["traceEvents"])
     # Two steps of 95 rows by 48; a call may be counted on several levels.
     assert calls["PjitFunction(train_seeds)"] == 2 * calls["PjitFunction(_after_epoch)"] > 0
-
-
-def test_a_profile_that_cannot_be_written_ends_a_run_before_it_trains(fused, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=f"{tmp_path / 'file' / 'profile'} cannot be written"):
-        fuse(dataclasses.replace(fused[0], out=tmp_path, profile=tmp_path / "file" / "profile"))
+        fuse(dataclasses.replace(options, out=tmp_path / "other", profile=tmp_path / "file" / "profile"))
 
 
 @pytest.mark.accelerator
 @pytest.mark.long
-def test_vmapped_seeds_equal_mapped_ones(fused, tmp_path):
-    options, _ = fused
-    fuse(dataclasses.replace(options, seed_mode="batched", out=tmp_path, name="batched"))
-    _, mapped, _ = load_run(run_path(options))
-    _, batched, _ = load_run(tmp_path / "batched")
-    for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(batched), strict=True):
+def test_batched_seeds_equal_sequential_ones(fused, tmp_path):
+    options = dataclasses.replace(fused[0], seed_mode="batched", out=tmp_path)
+    fuse(options)
+    for a, b in zip(*(jax.tree.leaves(load_run(run_path(of))[1]) for of in (fused[0], options)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_vmapped_seeds_share_the_position_of_the_token_that_they_generate(small):
+def test_batched_seeds_share_the_position_of_the_token_that_they_generate(small):
     setup = prepare(_options(small, Path("unused")))
-    of_seeds = setup.with_problem(seed_mode="batched").problem
-    params = start(of_seeds, (1, 2)).params
+    problem = setup.problem.replace(seed_mode="batched")
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
-    how = {"max_new_tokens": 4, "sampling": GREEDY, "row_keys": None}
-    program = jax.make_jaxpr(partial(_generate_seeds.__wrapped__, **how))(params, batch, of_seeds)
-    (loop,) = (equation for equation in program.eqns if equation.primitive.name == "while")
+    params = start(problem, (1, 2)).params
+    program = jax.make_jaxpr(partial(generate_seeds, max_new_tokens=4))(params, batch, problem)
+    (generation,) = (equation.params["jaxpr"] for equation in program.eqns if "jaxpr" in equation.params)
+    (loop,) = (equation for equation in generation.eqns if equation.primitive.name == "while")
     position, token, *_ = loop.outvars
     # With a position for each seed, every token would select among all entries of all caches.
     assert (position.aval.shape, token.aval.shape) == ((), (2, 5))
 
 
 @pytest.mark.long
-def test_the_random_control_fuses_other_modules(fused, tmp_path):
-    options, results = fused
-    control = fuse(dataclasses.replace(options, control="random", out=tmp_path))
-    assert control["trainable"] == results["trainable"]
-    assert control["seeds"][0]["loss"] != results["seeds"][0]["loss"]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("load_in", [pytest.param("nf4", marks=pytest.mark.nightly), "int8"])
-def test_quantised_base_and_pool_run(load_in, small, tmp_path, fused):
-    results = fuse(_options(small, tmp_path, load_in=load_in))
+@pytest.mark.parametrize(
+    "changes",
+    [{"control": "random"}, {"load_in": "int8"}, pytest.param({"load_in": "nf4"}, marks=pytest.mark.nightly)],
+)
+def test_a_control_and_quantised_weights_change_the_loss_but_not_the_counts(changes, small, tmp_path, fused):
+    results = fuse(_options(small, tmp_path, **changes))
+    assert results["trainable"] == fused[1]["trainable"]
     assert results["seeds"][0]["loss"] == pytest.approx(fused[1]["seeds"][0]["loss"], rel=0.5)
     assert results["seeds"][0]["loss"] != fused[1]["seeds"][0]["loss"]
 
 
 @pytest.mark.long
-def test_the_reference_protocol_runs(small, tmp_path):
+def test_the_reference_protocol_prunes_magnitudes(small, tmp_path):
     recipe = dataclasses.replace(PRESETS["reference"], epochs=2, modules=2, max_new_tokens=8, prune=0.15)
     options = dataclasses.replace(_options(small, tmp_path, name="reference"), recipe=recipe)
     fuse(options)
@@ -216,12 +170,13 @@ def test_the_reference_protocol_runs(small, tmp_path):
     assert share == pytest.approx(0.15, abs=1e-3)
 
 
+# Runs that were killed or stopped.
+
+
 @pytest.mark.accelerator
 @pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training", "damage", "an older version"])
-def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys):
-    options, results = fused
-    shutil.copytree(run_path(options), tmp_path / "whole")
-    folder = tmp_path / "whole"
+def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
+    options, folder = copied
     (folder / "results.json").unlink()
     (folder / "predictions.jsonl").unlink()
     steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
@@ -242,7 +197,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys)
         shutil.rmtree(folder / "checkpoints" / "step_000006")
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"step": 6, "epo')
-    resumed = fuse(dataclasses.replace(options, out=tmp_path, resume=True))
+    _assert_resumes(options, fused)
     said = capsys.readouterr().err
     there = {path.name for path in [*folder.glob("final*"), *(folder / "checkpoints").iterdir()]}
     aside = {"final.damaged", "step_000006.damaged"} if killed_after == "damage" else set()
@@ -251,11 +206,6 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, tmp_path, capsys)
     reached = {"a step": 4, "training": None, "damage": 4}.get(killed_after, 6)
     assert said.count("going on from step") == (reached is not None)
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
-    assert _without_clock(resumed) == _without_clock(results)
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (folder / name).read_bytes() == (run_path(options) / name).read_bytes()
-    for a, b in zip(jax.tree.leaves(load_run(folder)[1]), jax.tree.leaves(load_run(run_path(options))[1]), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_path, monkeypatch):
@@ -270,115 +220,67 @@ def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_
     assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == ["step_000002"]
 
 
-@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.long), 5])
-def test_a_stopped_run_has_saved_its_last_step_and_resumes_bit_for_bit(step, fused, tmp_path, monkeypatch):
+class _Signals:
+    """What a run sees of signals: one that waits from the n-th look on, or a second one after the n-th state.
+
+    A second signal saves the state before the step that is being taken, so the next call of `hold` is too late.
+    """
+
+    def __init__(self, *, waits_at: float = math.inf, second_after: float = math.inf):
+        self.waits_at, self.second_after, self.looks = waits_at, second_after, 0
+        self.advice, self.saves = [], []
+
+    def hold(self, advice, save=None):
+        self.advice.append(advice)
+        if save is not None:
+            self.saves.append(save)
+        elif len(self.saves) == self.second_after:
+            self.saves[-1]()
+            raise SystemExit(130)
+
+    def asked(self):
+        self.looks += 1
+        return self.looks >= self.waits_at
+
+    def release(self):
+        if self.looks >= self.waits_at:
+            raise SystemExit(130)
+
+
+@pytest.mark.parametrize(
+    ("signals", "whole", "step"),
+    [
+        pytest.param({"waits_at": 4}, False, 4, marks=pytest.mark.long, id="after an epoch"),
+        pytest.param({"waits_at": 5}, False, 5, id="within an epoch"),
+        pytest.param({"second_after": 2}, False, 2, id="twice after an epoch"),
+        pytest.param({"second_after": 3}, False, 3, id="twice within an epoch"),
+        pytest.param({"waits_at": 2}, True, 4, marks=pytest.mark.long, id="in an epoch of one call"),
+    ],
+)
+def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(signals, whole, step, fused, tmp_path, monkeypatch):
     """Two steps are an epoch; nothing is saved by the clock."""
-    options, results = fused
-    looks = 0
-
-    def asked() -> bool:
-        nonlocal looks
-        looks += 1
-        return looks >= step
-
-    def release() -> None:
-        if looks >= step:
-            raise SystemExit(130)
-
-    options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
+    options, seen = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9), _Signals(**signals)
+    if whole:
+        monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
     with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "asked", asked)
-        patch.setattr(interrupts, "release", release)
+        for name in ("hold", "asked", "release"):
+            patch.setattr(interrupts, name, getattr(seen, name))
         with pytest.raises(SystemExit):
             fuse(options)
+    unit = "epoch" if whole else "step"
+    assert seen.advice[-1].startswith(f"after this {unit} (the last one took ")
+    assert "; its state is saved in " in seen.advice[-1]
     folder = tmp_path / "whole"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
     assert RunFolder(folder).metrics()[-1]["step"] == step
-    assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
+    _assert_resumes(options, fused)
 
 
-@pytest.mark.parametrize("step", [2, 3])  # the end of an epoch, and within one
-def test_a_second_signal_saves_what_there_is_before_the_next_step_and_resumes_bit_for_bit(
-    step, fused, tmp_path, monkeypatch
-):
-    options, results = fused
-    held = []
-
-    def hold(advice: str, second=None) -> None:
-        assert re.match(r"after this step \(the last one took \d+\.\d s\); its state is saved in ", advice)
-        held.extend([second] if second else [])
-
-    def busy(*arguments, **more):
-        if len(held) == step:  # the next step has the memory of the state before it
-            out = train_seeds(*arguments, **more)
-            jax.block_until_ready(out)
-            held[-1]()
-            raise SystemExit(130)
-        return train_seeds(*arguments, **more)
-
-    options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
-    with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "hold", hold)
-        patch.setattr(fit_lib, "train_seeds", busy)
-        with pytest.raises(SystemExit):
-            fuse(options)
-    folder = tmp_path / "whole"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
-    assert RunFolder(folder).metrics()[-1]["step"] == step
-    assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
+# Use of a run.
 
 
-@pytest.mark.long
-def test_a_run_with_an_epoch_in_one_call_is_saved_after_it_and_resumes_bit_for_bit(fused, tmp_path, monkeypatch):
-    options, results = fused
-    advice = []
-
-    def release() -> None:
-        raise SystemExit(130)
-
-    options = dataclasses.replace(options, out=tmp_path, save_seconds=1e9)
-    monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
-    with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "hold", lambda text, second=None: advice.append(text))
-        patch.setattr(interrupts, "asked", lambda: len(advice) > 2)  # in the second epoch
-        patch.setattr(interrupts, "release", release)
-        with pytest.raises(SystemExit):
-            fuse(options)
-    folder = tmp_path / "whole"
-    seconds = re.fullmatch(r"after this epoch \(the last one took (\d+\.\d) s\); its state is .*", advice[-1])
-    assert seconds and float(seconds[1]) > 0
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
-    assert _without_clock(fuse(dataclasses.replace(options, resume=True))) == _without_clock(results)
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (folder / name).read_bytes() == (run_path(fused[0]) / name).read_bytes()
-
-
-@pytest.mark.long
-def test_a_process_killed_at_any_time_resumes_to_the_same_numbers(fused, small, tmp_path):
-    options, results = fused
-    command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(small[0])]
-    command += ["--pool", str(small[1]), "--task", str(_TASK), "--seeds", "1", "2", "--epochs", "3"]
-    command += ["--batch-size", "48", "--modules", "2", "--max-new-tokens", "8", "--test-rows", "5"]
-    command += ["--save-seconds", "0", "--out", str(tmp_path), "--name", "whole"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("whole/checkpoints/step_*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(tmp_path.glob("whole/checkpoints/step_*")) and not (tmp_path / "whole" / "results.json").exists()
-    resumed = fuse(dataclasses.replace(options, out=tmp_path, resume=True))
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (run_path(options) / name).read_bytes()
-    assert _without_clock(resumed) == _without_clock(results)
-
-
-def test_a_run_starts_from_another_ones_numbers(fused, tmp_path):
-    options, results = fused
+def test_a_run_starts_from_the_numbers_of_another_one(fused, tmp_path):
+    options, _ = fused
     more = dataclasses.replace(options, start_from=run_path(options), out=tmp_path)
     fuse(more)
     first = RunFolder(run_path(more)).metrics()[0]["loss"]
@@ -389,27 +291,27 @@ def test_a_run_starts_from_another_ones_numbers(fused, tmp_path):
         fuse(dataclasses.replace(more, method="coefficients", name="other"))
 
 
-def test_evaluate_and_generate_agree_with_the_run(fused):
+def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     options, results = fused
-    folder = run_path(options)
+    _, folder = copied
     assert load_run(str(folder))[2] == RunFolder(folder).config()
     rows = evaluate_run(EvaluateOptions(run=folder))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
-    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    of_seed = [p for p in predictions if p["seed"] == 2]
+    # A task's own test set is all that is scored, whatever its training rows are.
+    assert evaluate_run(EvaluateOptions(run=folder, train_rows=0)) == rows
+    with pytest.raises(ValueError, match="test_rows is 0: "):
+        evaluate_run(EvaluateOptions(run=folder, test_rows=0))
+    _change_config(folder, task=str(folder / "gone.jsonl"))  # generating needs no task
     text = folder / "lines.txt"
-    text.write_text("\n".join(p["input"] for p in of_seed))
-    assert generate_lines(GenerateOptions(run=folder, file=text, seed=2)) == [p["prediction"] for p in of_seed]
+    text.write_text("\n".join(p["input"] for p in RunFolder(folder).predictions() if p["seed"] == 2))
+    assert generate_lines(GenerateOptions(run=folder, file=text, seed=2)) == recipes.answers(options, 2)
+    with pytest.raises(ValueError, match=r"gone.jsonl"):
+        evaluate_run(EvaluateOptions(run=folder))
+    with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
+        generate_lines(GenerateOptions(run=folder, file=text, seed=7))
     text.write_text(" \n")
     with pytest.raises(ValueError, match="holds no text"):
         generate_lines(GenerateOptions(run=folder, file=text))
-    # A task's own test set is all that is scored, whatever its training rows are.
-    assert evaluate_run(EvaluateOptions(run=folder, train_rows=0)) == rows
-    with pytest.raises(ValueError, match="test_rows is 0: wanted at least 1"):
-        evaluate_run(EvaluateOptions(run=folder, test_rows=0))
-    text.write_text("a")
-    with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
-        generate_lines(GenerateOptions(run=folder, file=text, seed=7))
 
 
 def _with_base(source: Path, folder: Path, number: float) -> Path:
@@ -422,18 +324,14 @@ def _with_base(source: Path, folder: Path, number: float) -> Path:
 
 
 @pytest.fixture
-def moved(fused, small, tmp_path):
+def moved(copied, small, tmp_path):
     """A run whose base and pool are copies that can be changed; the arguments are those of `_with_base`."""
-    options, _ = fused
-    run = tmp_path / "runs" / "whole"
-    shutil.copytree(run_path(options), run)
-    shutil.copytree(small[1], tmp_path / "pool")
-    config = json.loads((run / "config.json").read_text())
-    config["options"] |= {"base": str(_with_base(small[0], tmp_path / "base", 1)), "pool": str(tmp_path / "pool")}
-    (run / "config.json").write_text(json.dumps(config))
+    options, run = copied
+    base, pool = _with_base(small[0], tmp_path / "base", 1), tmp_path / "pool"
+    shutil.copytree(small[1], pool)
+    _change_config(run, base=str(base), pool=str(pool))
     (tmp_path / "lines").write_text("a b")
-    options = dataclasses.replace(options, out=tmp_path / "runs", base=str(tmp_path / "base"))
-    return run, dataclasses.replace(options, pool=str(tmp_path / "pool"), resume=True)
+    return run, dataclasses.replace(options, base=str(base), pool=str(pool))
 
 
 def _uses(run: Path, options: FuseOptions) -> dict:
@@ -443,8 +341,8 @@ def _uses(run: Path, options: FuseOptions) -> dict:
 
     return {
         "evaluate": lambda: evaluate_run(EvaluateOptions(run=run)),
-        "generate": lambda: generate_lines(GenerateOptions(run=run, file=run.parents[1] / "lines")),
-        "export": lambda: export(ExportOptions(run=run, out=run.parents[1] / "out")),
+        "generate": lambda: generate_lines(GenerateOptions(run=run, file=run.parent / "lines")),
+        "export": lambda: export(ExportOptions(run=run, out=run.parent / "out")),
         "serve": lambda: Service([FusedRun.read(run)], capacity=1),
         "resume": resumed,
     }
@@ -465,43 +363,40 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
         ValueError, match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then, and"
     ):
         called()
-    assert not (run.parents[1] / "out").exists()
+    assert not (run.parent / "out").exists()
 
 
-def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, small, capsys):
+def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, capsys):
     run, options = moved
-    config = json.loads((run / "config.json").read_text())
-    assert set(config["digests"]) == {"base", "modules", "basis"} and set(config["digests"]["modules"]) == {
-        name for names in config["modules"] for name in names
-    }
+    config = RunFolder(run).config()
+    assert set(config["digests"]) == {"base", "modules", "basis"}
+    assert set(config["digests"]["modules"]) == {name for names in config["modules"] for name in names}
     tensors = load_file(Path(options.base) / "model.safetensors")
     backwards = {name: tensors[name] for name in sorted(tensors, reverse=True)}
     save_file(backwards | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, run / "model.safetensors")
     shutil.move(run / "model.safetensors", Path(options.base) / "model.safetensors")
-    for changes in ({"dtype": "bfloat16"}, {"load_in": "nf4"}):
-        (run / "config.json").write_text(json.dumps(config | {"options": config["options"] | changes}))
-        assert len(generate_lines(GenerateOptions(run=run, file=run.parents[1] / "lines"))) == 1
+    for changes in ({"dtype": "bfloat16"}, {"dtype": "float32", "load_in": "nf4"}):
+        _change_config(run, **changes)
+        assert len(generate_lines(GenerateOptions(run=run, file=run.parent / "lines"))) == 1
     assert capsys.readouterr().err == ""
 
 
 def test_a_run_without_digests_is_used_with_a_note(moved, capsys):
-    run, options = moved
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("digests", "folders")}))
+    run, _ = moved
+    _change_config(run, digests=None, folders=None)
     service = Service([FusedRun.read(run)], capacity=1)
     service.add("one", FusedRun.read(run))
     assert capsys.readouterr().err.count(f"note: {run} is of an older version and has no digests of its base") == 1
 
 
-def test_a_base_that_was_named_by_a_relative_path_is_found_from_another_folder(fused, small, tmp_path, monkeypatch):
+def test_a_base_with_a_relative_path_is_found_from_another_folder(fused, small, tmp_path, monkeypatch, capsys):
     options, _ = fused
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     shutil.copytree(small[0], there / "owner" / "name")
     elsewhere.mkdir()
     monkeypatch.chdir(there)
     asked = {"base": "owner/name", "method": "zero-shot", "pool": None, "out": Path("runs")}
-    options = dataclasses.replace(options, **asked, recipe=Recipe(max_new_tokens=8))
-    fuse(options)
+    fuse(dataclasses.replace(options, **asked, recipe=Recipe(max_new_tokens=8)))
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
     assert load_run(run)[0].base == str(there / "owner" / "name")
@@ -510,107 +405,90 @@ def test_a_base_that_was_named_by_a_relative_path_is_found_from_another_folder(f
     monkeypatch.chdir(tmp_path / "moved")
     assert load_run("runs/whole")[0].base == "owner/name"
     evaluate_run(EvaluateOptions(run=Path("runs/whole")))
-
-
-def test_an_older_run_whose_base_may_have_been_a_relative_path_gives_a_note(moved, tmp_path, capsys):
-    run, _ = moved
-    config = json.loads((run / "config.json").read_text())
-    config["options"]["base"] = "owner/name"
-    (run / "config.json").write_text(json.dumps(config))
-    assert load_run(run)[0].base == "owner/name" and capsys.readouterr().err == ""
-    del config["folders"]
-    (run / "config.json").write_text(json.dumps(config))
-    load_run(run)
+    monkeypatch.chdir(elsewhere)
+    assert capsys.readouterr().err == ""
+    _change_config(tmp_path / "moved" / "runs" / "whole", folders=None)  # as in older versions
+    assert load_run(tmp_path / "moved" / "runs" / "whole")[0].base == "owner/name"
     assert "there is no folder owner/name here: its base is taken for one of the hub" in capsys.readouterr().err
 
 
-def test_generating_needs_no_task(fused, tmp_path):
-    options, _ = fused
-    shutil.copytree(run_path(options), tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["options"]["task"] = str(tmp_path / "gone.jsonl")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    said = [row for row in RunFolder(run_path(options)).predictions() if row["seed"] == 2]
-    (tmp_path / "lines").write_text("\n".join(row["input"] for row in said))
-    asked = GenerateOptions(run=tmp_path / "run", file=tmp_path / "lines", seed=2)
-    assert generate_lines(asked) == [row["prediction"] for row in said]
-    with pytest.raises(ValueError, match="gone.jsonl"):
-        evaluate_run(EvaluateOptions(run=tmp_path / "run"))
-
-
-def test_two_processes_cannot_write_one_run(fused, tmp_path):
+def test_two_processes_cannot_write_one_run(copied, tmp_path):
     """A lock belongs to an open file, so one process can play both."""
-    options, _ = fused
-    shutil.copytree(run_path(options), tmp_path / "whole")
-    (tmp_path / "whole" / "results.json").unlink()
+    options, folder = copied
+    (folder / "results.json").unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-    with RunFolder(tmp_path / "whole").locked():
+    with RunFolder(folder).locked():
         with pytest.raises(ValueError, match=rf"whole is in use by process {os.getpid()}: wait for it, or give"):
-            fuse(dataclasses.replace(options, out=tmp_path, resume=True))
+            fuse(options)
     assert before == {path: path.read_bytes() for path in before}
-
-
-def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(fused, tmp_path, monkeypatch):
-    options, results = fused
-    shutil.copytree(run_path(options), tmp_path / "whole")
-    answers = iter([False, True])
-    monkeypatch.setattr(RunFolder, "exists", lambda self: next(answers))
-    with pytest.raises(ValueError, match="holds a run"):
-        fuse(dataclasses.replace(options, out=tmp_path))
-    assert json.loads((tmp_path / "whole" / "results.json").read_text()) == results
-
-
-def test_bad_options_stop_before_anything_is_written(fused, tmp_path):
-    options, _ = fused
-    new = dataclasses.replace(options, out=tmp_path, name="new")
-    for changes, message in [
-        ({"seeds": (1, 1)}, "given twice"),
-        ({"seeds": ()}, "no seeds"),
-        ({"pool": None}, "give one with --pool"),
-        ({"pool": str(tmp_path)}, "is not a pool"),
-        ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
-        ({"control": "random", "load_in": "nf4"}, "full precision"),
-        (
-            {"method": "lorahub", "recipe": LoraHubRecipe(modules=2, evaluations=1000)},
-            "expected at most 100 evaluations for 2 modules, got 1000",
-        ),
-        ({"recipe": dataclasses.replace(options.recipe, epochs=0)}, "epochs is 0: wanted at least 1"),
-        ({"recipe": dataclasses.replace(options.recipe, prune=1.5)}, "prune is 1.5"),
-        (
-            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "mean-fusion"},
-            "does not prune",
-        ),
-        (
-            {"recipe": dataclasses.replace(options.recipe, prune=0.1), "method": "coefficients"},
-            "prune is an option of the methods fusion, mean-fusion, not of coefficients",
-        ),
-        ({"recipe": dataclasses.replace(options.recipe, max_new_tokens=0)}, "max_new_tokens is 0: wanted at least 1"),
-        ({"recipe": dataclasses.replace(options.recipe, clip=-1.0)}, "clip is -1.0: give a norm above 0"),
-        ({"seeds": (1, 2**32)}, "seed is 4294967296: wanted an integer from 0 to 4294967295"),
-        ({"test_rows": 0}, "test_rows is 0: wanted at least 1"),
-        ({"save_seconds": math.inf}, "save_seconds is inf: wanted a finite number"),
-        ({"recipe": dataclasses.replace(options.recipe, clip=math.inf)}, "clip is inf: wanted a finite number"),
-        ({"base": str(tmp_path)}, "config.json"),
-        ({"recipe": dataclasses.replace(options.recipe, modules=0)}, "modules is 0: wanted at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fuse(dataclasses.replace(new, **changes))
-    assert not run_path(new).exists()
-    with pytest.raises(ValueError, match="holds a run"):
-        fuse(options)
-    with pytest.raises(ValueError, match="was begun with other options: seeds was"):
-        fuse(dataclasses.replace(options, seeds=(3,), resume=True))
+    new = dataclasses.replace(options, name="new", resume=False)
     with RunFolder(run_path(new)).locked(), pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
         fuse(new)
 
 
-def test_weights_and_biases_offline(small, tmp_path, monkeypatch):
+def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(copied, monkeypatch):
+    options, folder = copied
+    results = (folder / "results.json").read_bytes()
+    answers = iter([False, True])
+    monkeypatch.setattr(RunFolder, "exists", lambda self: next(answers))
+    with pytest.raises(ValueError, match="holds a run"):
+        fuse(dataclasses.replace(options, resume=False))
+    assert (folder / "results.json").read_bytes() == results
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": (1, 1)}, "given twice"),
+        ({"seeds": ()}, "no seeds"),
+        ({"seeds": (1, 2**32)}, "seed is 4294967296: "),
+        ({"pool": None}, "give one with --pool"),
+        ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
+        ({"control": "random", "load_in": "nf4"}, "full precision"),
+        ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
+        ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
+        ({"test_rows": 0}, "test_rows is 0: "),
+        ({"save_seconds": math.inf}, "save_seconds is inf: give a finite number"),
+        ({"clip": math.inf}, "clip is inf: give a finite number"),
+        ({"clip": -1.0}, "clip is -1.0: give a norm above 0"),
+        ({"epochs": 0}, "epochs is 0: "),
+        ({"modules": 0}, "modules is 0: "),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: "),
+        ({"prune": 1.5}, "prune is 1.5"),
+    ],
+)
+def test_bad_options_stop_before_anything_is_written(changes, message, small, tmp_path):
+    options = _options(small, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        fuse(options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(fused, tmp_path):
+    options, _ = fused
+    new = dataclasses.replace(options, out=tmp_path, name="new")
+    for changes, message in (({"pool": str(tmp_path)}, "is not a pool"), ({"base": str(tmp_path)}, "config.json")):
+        with pytest.raises(ValueError, match=message):
+            fuse(dataclasses.replace(new, **changes))
+    assert not run_path(new).exists()
+    with pytest.raises(ValueError, match="prune is an option of the methods fusion, mean-fusion, not of coefficients"):
+        dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, prune=0.1), method="coefficients")
+    with pytest.raises(ValueError, match="holds a run"):
+        fuse(options)
+    with pytest.raises(ValueError, match="was begun with other options: seeds was"):
+        fuse(dataclasses.replace(options, seeds=(3,), resume=True))
+
+
+def test_metrics_are_also_written_to_weights_and_biases(small, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     options = _options(small, tmp_path, log=True)
     fuse(options)
     assert list(run_path(options).glob("wandb/offline-run-*/*.wandb"))
+
+
+# Exports.
 
 
 @pytest.fixture
@@ -666,7 +544,7 @@ def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path):
     with pytest.raises(ValueError, match=r"the hub did not take me/fused: .*token by `hf auth login` or in HF_TOKEN"):
         export(of_run)
     assert not (tmp_path / "out").exists() and "me/fused" not in hub.repositories
-    with pytest.raises(ValueError, match="--private is of a repository of the hub: name it with --push"):
+    with pytest.raises(ValueError, match="--private needs a repository of the hub: name it with --push"):
         export(dataclasses.replace(of_run, push=None, private=True))
 
 

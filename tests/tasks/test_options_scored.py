@@ -14,10 +14,9 @@ from flax import nnx
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.runs import evaluate as evaluation
-from lorafusion_jax.runs.evaluate import evaluate, seed_rows
+from lorafusion_jax.runs.evaluate import evaluate, evaluate_seeds, seed_rows
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.scoring import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training.fit import start
 from lorafusion_jax.training.frozen import GENERATION, LOSS, OPTIONS

@@ -1,0 +1,229 @@
+"""Training of a run, with checkpoints that it continues from after it was killed or stopped."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import interrupts
+from ..files import writing
+from ..io import arrays, checkpoint, processes
+from ..methods import find
+from ..methods.entry import SearchJob
+from ..training.fit import Epoch, fit, joined, start, whole_epochs
+from ..training.mesh import on_mesh, to_host
+from ..training.step import TrainState
+from .folder import RunFolder, note
+from .options import FuseOptions, options_to_json
+from .prepare import Setup
+
+FINAL = "the trained numbers of a run"
+# Steps without a finite loss in any seed after which training stops.
+_BAD_STEPS = 20
+
+
+class FinalSteps(TypedDict):
+    """Metadata of the trained numbers: steps of each seed."""
+
+    steps: list[int]
+
+
+class _Reached(TypedDict):
+    """Metadata of a checkpoint."""
+
+    epochs: int
+    step: int
+
+
+def train(
+    run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[int]]:
+    """Return the trained numbers and the steps of each seed.
+
+    Args:
+      run: folder of the run.
+      setup: setup of the training.
+      options: options of the run.
+      begin: numbers to start from; None for the method's own.
+    """
+    method = find(options.method)
+    if method.learns == "untrained":
+        return {}, [0] * len(options.seeds)
+    saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
+    if saved is not None:
+        params, metadata = saved
+        return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
+    if method.learns == "given":
+        params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
+    elif method.search is not None:
+        run.cut_metrics(0)  # a search is not resumed, but repeated
+        of_all = (setup.problem, setup.rows, options.recipe, options.seeds, setup.modules)
+        params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
+        steps = [taken] * len(options.seeds)
+    else:
+        state = _fit(run, setup, options, begin)
+        params = state.best if options.recipe.stop_early else state.params
+        steps = to_host(state.step).tolist()
+    arrays.save(run.final, to_host(params), {"steps": steps})
+    return on_mesh(params, setup.config, of_seeds=True), steps
+
+
+def load_wandb() -> ModuleType:
+    """Return Weights & Biases; ValueError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "--log writes to Weights & Biases, which is not installed: pip install 'lorafusion-jax[wandb]'"
+        ) from None
+    return wandb
+
+
+def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
+    state, done, reached = start(setup.problem, options.seeds, begin), 0, 0
+    steps = checkpoint.steps(run.checkpoints)
+    saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=note)
+    if saved is not None:
+        state, metadata = saved
+        state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
+        done, reached = metadata["epochs"], metadata["step"]
+    if steps:
+        note(f"{run.folder}: going on from step {reached}")
+    run.cut_metrics(reached)
+    bad = dict.fromkeys(options.seeds, 0)  # steps since the last finite loss
+    _count_bad_steps(run.metrics(), bad)
+
+    def check_losses() -> None:
+        if (least := min(bad.values())) >= _BAD_STEPS:
+            raise ValueError(
+                f"no seed has had a finite loss for {least} steps, up to step {reached}: try lower learning rates, or "
+                f"float32 instead of bfloat16. {run.folder} keeps the metrics, and in its last checkpoint the numbers "
+                "of the best validation loss; give the next try another --name"
+            )
+
+    check_losses()  # of the run that is resumed
+
+    log = None
+    if options.log and processes.first():
+        config = options_to_json(options)
+        log = load_wandb().init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
+    last_save = ended = time.monotonic()
+    several = processes.several()
+    by_epoch, taken = whole_epochs() or several, 0.0  # unit after which a signal stops, and the seconds of the last one
+    # The next step takes the memory of a state. A copy of all weights and their momenta would be too much to keep.
+    copied = None if several or "base" in find(options.method).groups else jax.jit(partial(jax.tree.map, jnp.copy))
+    traced = min(done + 2, options.recipe.epochs) if options.profile else None
+    tracing = contextlib.ExitStack()
+    if options.profile:  # JAX would notice a folder without write access only at the end of the epoch
+        with writing(options.profile):
+            options.profile.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.profile):
+                pass
+
+    def before_epoch(number: int) -> None:
+        if number == traced:
+            jax.profiler.start_trace(str(options.profile), create_perfetto_trace=True)
+            tracing.callback(_stop_trace)
+
+    def save(epochs: int, step: int, state: TrainState) -> None:
+        checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)
+
+    def hold(second: Callable[[], None] | None = None) -> None:
+        when = "epoch" if by_epoch else "step"
+        saved = f"its state is saved in {run.folder}, and resuming continues from it"
+        interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}", second)
+
+    def after_interval(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
+        nonlocal taken, ended
+        if not by_epoch:
+            taken = time.monotonic() - ended
+        hold()
+        so_far = list(metrics)
+
+        def save_here(state: TrainState) -> None:
+            rows = list(_step_rows(joined(to_host(so_far)), number, reached, options.seeds))
+            run.append_metrics(rows)
+            save(number - 1, rows[-1]["step"], state)
+
+        if interrupts.asked() and not several:  # several processes agree on a stop only after an epoch
+            save_here(state)
+            interrupts.release()
+        elif copied is not None:
+            hold(partial(save_here, copied(state)))
+        if not by_epoch:
+            ended = time.monotonic()
+
+    def after_epoch(epoch: Epoch) -> None:
+        nonlocal reached, last_save, taken, ended
+        tracing.close()
+        if by_epoch or not taken:
+            taken = time.monotonic() - ended
+        hold()
+        rows = list(_epoch_rows(epoch, options.seeds))
+        run.append_metrics(rows)
+        if log is not None:
+            for row in rows:
+                names = row.keys() - {"step", "epoch", "seed", "stopped"}
+                log.log({f"{name}/seed {row['seed']}": row[name] for name in names}, step=row["step"])
+        _count_bad_steps(rows, bad)
+        reached = rows[-1]["step"]
+        due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
+        if epoch.last or min(bad.values()) >= _BAD_STEPS or due or asked:
+            save(epoch.number, reached, epoch.state)
+            last_save = time.monotonic()
+            interrupts.release()
+            if asked:
+                processes.end("another process of this run was stopped")
+        elif copied is not None:
+            hold(partial(save, epoch.number, reached, copied(epoch.state)))
+        check_losses()
+        before_epoch(epoch.number + 1)
+        ended = time.monotonic()
+
+    if not np.all(to_host(state.stopped)):
+        how = {"epochs_done": done, "steps_done": reached, "after_interval": after_interval, "after_epoch": after_epoch}
+        with tracing, interrupts.released():
+            before_epoch(done + 1)
+            state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
+    if log is not None:
+        log.finish()
+    return state
+
+
+def _stop_trace() -> None:
+    try:
+        jax.profiler.stop_trace()
+    except (OSError, RuntimeError) as error:  # training is worth more than the trace
+        note(f"the trace for --profile could not be written: {error}")
+
+
+def _count_bad_steps(rows: Iterable[Mapping[str, Any]], bad: dict[int, int]) -> None:
+    """Update the number of steps of each seed since its last finite loss by rows of metrics."""
+    for row in rows:
+        if "loss" in row and (seed := row.get("seed")) in bad:
+            finite = row["loss"] is not None and np.isfinite(row["loss"])  # null in a file is not finite
+            bad[seed] = 0 if finite else bad[seed] + 1
+
+
+def _step_rows(
+    metrics: Mapping[str, np.ndarray], epoch: int, first_step: int, seeds: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    for i in range(len(next(iter(metrics.values())))):
+        for s, seed in enumerate(seeds):
+            values = {name: value[i, s].item() for name, value in metrics.items()}
+            yield {"step": first_step + i + 1, "epoch": epoch, "seed": seed, **values}
+
+
+def _epoch_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    yield from _step_rows(epoch.metrics, epoch.number, epoch.first_step, seeds)
+    step = epoch.first_step + len(next(iter(epoch.metrics.values())))
+    for s, seed in enumerate(seeds):
+        scores = {"validation_loss": epoch.validation_loss[s].item(), "stopped": epoch.stopped[s].item()}
+        yield {"step": step, "epoch": epoch.number, "seed": seed, **scores}
