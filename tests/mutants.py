@@ -238,7 +238,7 @@ MUTANTS = (
         "training/problem.py",
         "fn(self.replace(frozen=frozen.of_seed(number), index=index), *own, *shared)",
         "fn(self.replace(frozen=frozen.of_seed(number * 0), index=index), *own, *shared)",
-        ("training/test_seeds.py", "hardware/test_chips.py", "hardware/test_model_on_arrays.py"),
+        ("hardware/test_model_on_arrays.py", "hardware/test_chips.py"),
     ),
     Mutant(
         "ranking: the modules of least descent",

@@ -12,13 +12,13 @@ _LIMIT = Path("/proc/sys/vm/max_map_count")
 _MAPPINGS = Path("/proc/self/maps")
 
 
-def make_room() -> bool:
+def make_room(limit: int | None = None) -> bool:
     """Forget all compiled programs if the process has more than half of its mappings; return whether it did."""
     if not (_LIMIT.is_file() and _MAPPINGS.is_file()):
         return False
     with _MAPPINGS.open("rb") as file:
         taken = sum(1 for _ in file)
-    if 2 * taken <= int(_LIMIT.read_text()):
+    if 2 * taken <= (limit or int(_LIMIT.read_text())):
         return False
     jax.clear_caches()
     return True

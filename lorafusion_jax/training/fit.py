@@ -213,16 +213,9 @@ def _after_epoch(
 
 def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
     """Return a recipe's learning rates for a method, the same for every seed."""
-
-    def of_seeds(value: float) -> Array:
-        return jnp.full(seeds, value, jnp.float32)
-
-    l1, l2 = recipe.penalties
-    return Rates(
-        learning_rate={group: of_seeds(rate) for group, rate in method.learning_rates(recipe).items()},
-        l2=of_seeds(l2),
-        l1=of_seeds(l1),
-    )
+    numbers = (method.learning_rates(recipe), *recipe.penalties)
+    learning_rate, l1, l2 = jax.tree.map(lambda number: jnp.full(seeds, number, jnp.float32), numbers)
+    return Rates(learning_rate, l2=l2, l1=l1)
 
 
 def _placed(interval: StepBatch) -> StepBatch:

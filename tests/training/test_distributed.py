@@ -11,19 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import one_block
 import pytest
+import recipes
 
 from lorafusion_jax.cli import main
 
 _SEEDS = tuple(range(1, 9))
 _EPOCHS = 12
-_TASK = one_block.SMALL / "tasks" / "double_digit"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
-    return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +31,7 @@ def alone(small, tmp_path_factory) -> Path:
 def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     base, pool = small
     command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(base), "--pool", str(pool)]
-    command += ["--task", str(_TASK), "--method", "coefficients", "--modules", "2", "--epochs", str(_EPOCHS)]
+    command += ["--task", str(recipes.TASK), "--method", "coefficients", "--modules", "2", "--epochs", str(_EPOCHS)]
     command += ["--batch-size", "95", "--max-new-tokens", "2", "--test-rows", "2", "--save-seconds", "1e9"]
     return [*command, "--out", str(out), "--name", "run", "--seeds", *map(str, _SEEDS), *more]
 
@@ -118,7 +112,7 @@ def test_a_signal_to_one_process_saves_the_step_of_all(small, alone, tmp_path):
     both[1].send_signal(signal.SIGTERM)
     (_, other), (_, said) = (process.communicate(timeout=60) for process in both)
     assert both[1].returncode == 143, said
-    saved = rf"its state is saved in {out / 'run'}, and resuming goes on from it\. Once more stops at once\n\Z"
+    saved = rf"its state is saved in {out / 'run'}, and resuming continues from it\. Once more stops at once\n\Z"
     assert re.search(rf"SIGTERM: stopping after this epoch \(the last one took [\d.]+ s\); {saved}", said), said
     assert both[0].returncode == os.EX_TEMPFAIL, other
     assert "error: another process of this run was stopped: start all processes again with --resume" in other
@@ -149,17 +143,6 @@ def test_the_other_process_ends_plainly_when_process_0_is_lost():
     assert "error: process 0 of this run is lost: start all processes again with --resume" in said
 
 
-def test_several_processes_without_a_cluster_or_a_mesh_are_refused(small, tmp_path, capsys):
-    for more, message in [
-        (("--distributed", "--mesh", "seed=4"), "--distributed: JAX cannot join other processes here"),
-        (("--distributed",), "say how with --mesh"),
-    ]:
-        with pytest.raises(SystemExit, match="2"):
-            main(_command(small, tmp_path, *more)[3:])
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.long
 def test_processes_that_are_started_by_hand_make_one_run(small, alone, tmp_path):
     command = _command(small, tmp_path, "--distributed", "--mesh", "seed=4")
@@ -175,30 +158,23 @@ def test_processes_that_are_started_by_hand_make_one_run(small, alone, tmp_path)
         assert (tmp_path / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
 
 
+_MESH = ("--distributed", "--mesh", "seed=4")
 _BY_HAND = ("--coordinator", "localhost:1", "--processes", "2", "--process")
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (_MESH, "--distributed: JAX cannot join other processes here"),
+        (["--distributed"], "give their layout with --mesh"),
         (["--coordinator", "localhost:1"], "give all three, with --distributed"),
-        (["--distributed", "--mesh", "seed=4", "--processes", "2", "--process", "0"], "give all three"),
+        ([*_MESH, "--processes", "2", "--process", "0"], "give all three"),
         ([*_BY_HAND, "0"], "give all three, with --distributed"),
-        (["--distributed", "--mesh", "seed=4", *_BY_HAND, "2"], "--process 2 of --processes 2: give 0 to 1"),
+        ([*_MESH, *_BY_HAND, "2"], "--process 2 of --processes 2: give 0 to 1"),
     ],
 )
-def test_a_part_of_what_starts_processes_by_hand_is_refused(small, tmp_path, capsys, more, message):
+def test_options_of_processes_that_contradict_each_other_are_refused(small, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit, match="2"):
         main(_command(small, tmp_path, *more)[3:])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.long
-def test_sigterm_ends_one_process_and_the_other_says_so():
-    both = _start_two([sys.executable, "-c", _JOINED])
-    assert all(process.stdout is not None and process.stdout.readline() for process in both)
-    both[1].send_signal(signal.SIGTERM)
-    assert both[1].communicate(timeout=30)[1].endswith("stopped by SIGTERM\n") and both[1].returncode == 143
-    _, said = both[0].communicate(timeout=60)
-    assert both[0].returncode == os.EX_TEMPFAIL and "error: another process of this run is lost" in said

@@ -7,15 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
-from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.tasks import Encoded, Split
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
-from lorafusion_jax.training.frozen import VALIDATION, Frozen
+from lorafusion_jax.training.frozen import VALIDATION
 from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.rows import TrainingRows
 
@@ -28,12 +25,8 @@ _LENGTHS = (3, 3, 3, 3, 7, 4)  # so epochs have steps of both widths, 4 and 8, i
 
 @pytest.fixture(scope="module")
 def problem():
-    model = tiny.t5(_CONFIG)
-    pool = tiny.pool(3, names="q", config=_CONFIG)
-    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
-    frozen = Frozen(nnx.state(model), pool, jax.jit(gram)(pool, used))
-    index = jnp.array([[0, 1], [2, 1]])
-    return Problem(graph=nnx.graphdef(model), method=Fusion(), frozen=frozen, index=index, seed_mode="sequential")
+    frozen = tiny.frozen(tiny.t5(_CONFIG), tiny.pool(3, names="q", config=_CONFIG))
+    return tiny.problem(Fusion(), frozen, [[0, 1], [2, 1]], _CONFIG, seed_mode="sequential")
 
 
 def _rows():
@@ -84,11 +77,19 @@ def _found(epochs: list[Epoch]):
 def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkeypatch):
     state, epochs, calls, _, compiled, kept = by_step
     assert len(calls) == 3 * _STEPS and compiled == 2 and sorted(kept) == [1, 2, 4, 5, 7, 8]
-    together, of_whole, calls, read, compiled = _trained(problem, monkeypatch, whole=True)
+    with monkeypatch.context() as patch:
+        together, of_whole, calls, read, compiled = _trained(problem, patch, whole=True)
     assert calls == 3 * [(_STEPS, ((4, 4), (8, 4)))]
     assert read == 3 and compiled == 1
     _assert_same(together, state)
     _assert_same(_found(of_whole), _found(epochs))
+    # And from a step within an epoch.
+    how = {"epochs_done": 1, "steps_done": 4, "after_interval": pytest.fail}
+    resumed, rest, calls, _, _ = _trained(problem, monkeypatch, whole=True, state=kept[4], **how)
+    assert [steps for steps, _ in calls] == [2, 3]
+    _assert_same(resumed, state)
+    _assert_same(rest[0].metrics, {name: values[1:] for name, values in epochs[1].metrics.items()})
+    _assert_same(_found(rest[1:]), _found(epochs[2:]))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,16 @@ def _without_programs(patch):
     return trained, validated, read
 
 
+def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
+    rates = recipe_rates(Fusion(), _RECIPE, 2)
+    rates = rates._replace(learning_rate={group: rate.at[1].set(0) for group, rate in rates.learning_rate.items()})
+    begin, trained = start(problem, _SEEDS).params, by_step[0].params
+    last = fit(problem, _rows(), start(problem, _SEEDS), _RECIPE, _SEEDS, rates=rates).params
+    for got, own, first in zip(*map(jax.tree.leaves, (last, trained, begin)), strict=True):
+        np.testing.assert_array_equal(got[0], own[0])
+        np.testing.assert_array_equal(got[1], first[1])
+
+
 def test_a_recipes_rates_are_those_of_every_seed():
     recipe = dataclasses.replace(_RECIPE, l2=0.25, l1=0.5, lr_coefficients=2.0, lr_magnitudes=4.0)
     found = recipe_rates(Fusion(), recipe, 3)
@@ -153,27 +164,14 @@ def test_a_recipes_rates_are_those_of_every_seed():
     assert found.learning_rate["magnitudes"].tolist() == [4.0] * 3
 
 
-@pytest.mark.long
-def test_an_epoch_in_one_call_goes_on_from_any_step(problem, by_step, monkeypatch):
-    state, epochs, *_, kept = by_step
-    how = {"epochs_done": 1, "steps_done": 4, "after_interval": pytest.fail}
-    resumed, rest, calls, _, _ = _trained(problem, monkeypatch, whole=True, state=kept[4], **how)
-    assert [steps for steps, _ in calls] == [2, 3]
-    _assert_same(resumed, state)
-    _assert_same(rest[0].metrics, {name: values[1:] for name, values in epochs[1].metrics.items()})
-    _assert_same(_found(rest[1:]), _found(epochs[2:]))
-
-
-def test_a_step_on_a_cpu_is_done_before_a_stop_can_be_asked_for(problem, monkeypatch):
-    """JAX takes steps ahead of the host, and who stops a run would wait for all of them."""
-    monkeypatch.setattr(fit_lib, "for_cpu", lambda: True)
+def test_a_step_on_a_cpu_is_done_before_a_stop_is_looked_for(problem):
+    """JAX takes steps ahead of the host, and a stop would wait for all of them."""
     done = []
 
     def after_interval(epoch, state, metrics):
         done.append(metrics[-1]["loss"].is_ready())
 
-    rows, state = _rows(), start(problem, _SEEDS)
-    inputs = tuple(np.tile(row, 60) for row in rows.tokens.inputs)
-    wide = TrainingRows(Encoded(inputs, rows.tokens.labels), rows.split, rows.pad_id)
-    fit(problem, wide, state, _RECIPE, _SEEDS, after_interval=after_interval)
-    assert done == [True] * (_STEPS - 1) * _RECIPE.epochs
+    recipe, rows = dataclasses.replace(_RECIPE, epochs=1), _rows()
+    tokens = Encoded(tuple(np.tile(row, 60) for row in rows.tokens.inputs), rows.tokens.labels)  # so steps take a while
+    fit(problem, rows._replace(tokens=tokens), start(problem, _SEEDS), recipe, _SEEDS, after_interval=after_interval)
+    assert done == [True] * (_STEPS - 1)

@@ -11,19 +11,14 @@ import numpy as np
 import one_block
 import pytest
 import tiny
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax._fuse import fuse
-from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.mesh import make_mesh, on_mesh, partition, rules, to_host
-from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.step import init_state
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
@@ -49,12 +44,10 @@ def _trained(asked: str | None, *, together: int = 1) -> tuple[list, str, dict]:
     """
     model = tiny.t5(_CONFIG)
     pool = _of_sites(tiny.pool(8, names="q v wo", config=_CONFIG), _SITES)
-    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.A}
-    frozen = Frozen(nnx.state(model), pool, jax.jit(gram)(pool, used))
-    method = Fusion()
+    frozen, method = tiny.frozen(model, pool), Fusion()
     index = jnp.stack([jnp.roll(jnp.arange(8), seed) for seed in range(_SEEDS)])
     keys = jax.random.split(jax.random.key(0), _SEEDS)
-    problem = Problem(graph=nnx.graphdef(model), method=method, frozen=frozen, index=index, seed_mode="sequential")
+    problem = tiny.problem(method, frozen, index, _CONFIG, seed_mode="sequential")
     state = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))(index, keys)
     batch = jax.tree.map(lambda *rows: jnp.stack(rows), *(tiny.batch(_CONFIG, seed) for seed in range(_SEEDS)))
     batch = jax.tree.map(lambda rows: jnp.stack([rows] * together, axis=1), batch)
