@@ -27,7 +27,7 @@ from ..training.problem import Problem
 from .card import write_card
 from .folder import RunFolder
 from .prepare import load_model, of_run
-from .run import load_run
+from .run import load_seed
 
 Format = Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"]
 MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")
@@ -86,21 +86,16 @@ def export(options: ExportOptions) -> str:
 
 
 def _export_run(options: ExportOptions, folder: Path) -> str:
-    fused, params, config = load_run(folder)
-    method = find(fused.method)
+    fused, of_seed, config, place = load_seed(folder, options.seed)
+    seed, method = fused.seeds[place], find(fused.method)
     if method.learns == "untrained":
         raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: export another run")
     merged = options.format in MERGED
     if "base" in method.groups and not merged:
         raise ValueError(f"{folder} fine-tuned all weights, not an adapter: export it with --format merged")
     check_format(options.format, fused.base)
-    seed = fused.seeds[0] if options.seed is None else options.seed
-    if seed not in fused.seeds:
-        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
     loaded = of_run(load_model(fused), fused, folder, config)
-    position = fused.seeds.index(seed)
-    of_seed: Params = jax.tree.map(lambda p: p[position], params)
-    problem = loaded.problem.replace(index=loaded.problem.index[position])
+    problem = loaded.problem.replace(index=loaded.problem.index[place])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
     with new_folder(options.out) as partial:
         if merged:

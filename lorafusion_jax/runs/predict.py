@@ -25,7 +25,7 @@ from .evaluate import evaluate_seeds, generate_seeds, seed_rows
 from .folder import RunConfig
 from .options import FuseOptions
 from .prepare import Setup, Texts, load_model, load_texts, of_run, prepare
-from .run import load_run
+from .run import load_run, load_seed
 
 _NEW_TOKENS = 256  # of a base model's answer
 
@@ -93,7 +93,7 @@ class _Answering:
     fused: FuseOptions
     run: tuple[Path, RunConfig] | None
     params: Params
-    position: int
+    place: int  # of the seed among those of the run
     new_tokens: int
 
     def encode(self, texts: Texts, lines: Sequence[str]) -> Encoded:
@@ -106,7 +106,7 @@ class _Answering:
         loaded = load_model(self.fused, texts=texts)
         if self.run is not None:
             loaded = of_run(loaded, self.fused, *self.run)
-        return loaded.problem.replace(index=loaded.problem.index[self.position])
+        return loaded.problem.replace(index=loaded.problem.index[self.place])
 
 
 def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
@@ -242,15 +242,9 @@ def _answering(options: GenerateOptions) -> _Answering:
         return _Answering(fused, None, {}, 0, options.max_new_tokens or _NEW_TOKENS)
     if options.chat:
         raise ValueError("a run uses the chat template if it was fused with it: leave out --chat")
-    fused, params, config = load_run(options.run)
+    fused, params, config, place = load_seed(options.run, options.seed)
     if find(fused.method).answers != "model":
         raise ValueError(
             f"{options.run} is of the method {fused.method}, which needs rows of its task: use `lorafusion evaluate`"
         )
-    seed = fused.seeds[0] if options.seed is None else options.seed
-    if seed not in fused.seeds:
-        raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-    position = fused.seeds.index(seed)
-    of_seed = jax.tree.map(lambda p: p[position], params)
-    new_tokens = options.max_new_tokens or config["max_new_tokens"]
-    return _Answering(fused, (options.run, config), of_seed, position, new_tokens)
+    return _Answering(fused, (options.run, config), params, place, options.max_new_tokens or config["max_new_tokens"])

@@ -161,6 +161,16 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     return options, jax.tree.map(jnp.asarray, params), config
 
 
+def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunConfig, int]:
+    """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
+    options, params, config = load_run(folder)
+    seed = options.seeds[0] if seed is None else seed
+    if seed not in options.seeds:
+        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, options.seeds))}")
+    place = options.seeds.index(seed)
+    return options, jax.tree.map(lambda p: p[place], params), config, place
+
+
 def _located(folder: Path, config: RunConfig) -> FuseOptions:
     """Return the options of a run with absolute paths instead of relative ones."""
     options, folders = config["options"], config.get("folders")
