@@ -540,6 +540,34 @@ def test_all_layers_of_a_model_are_calibrated_in_their_scan():
     assert chip.limits.shape == (2, 1, 1, 2) and chip.input_limit[0] != chip.input_limit[1]
 
 
+def test_calibration_of_another_chip_compiles_nothing(caplog):
+    def chip(number):
+        device = crossbar.Device(programming=crossbar.Independent(jnp.float32(0.01 * number)))
+        return convert(_mlp(), {"*": dataclasses.replace(_CALIBRATED, device=device)}, jax.random.key(number))
+
+    x, chips = _normal(7, 6), (chip(1), chip(2))
+    compiled = []
+    for each in chips:
+        caplog.clear()
+        with jax.log_compiles():
+            calibrate(each, [x])
+        compiled.append("Compiling jit(_observe)" in caplog.text)
+    assert compiled == [True, False]
+
+
+def test_a_model_is_calibrated_with_an_array_among_its_options():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x, *, scale):
+            return scale * self.linear(x)
+
+    x, scale = _normal(5, 6), jnp.float32(2)
+    on_arrays = convert(Scaled(nnx.Rngs(0)), {"*": _CALIBRATED}, _KEY)
+    assert calibrate(on_arrays, [x], scale=scale)(x, scale=scale).shape == (5, 3)
+
+
 def test_arrays_that_no_batch_reads_are_refused():
     class Looked(nnx.Module):
         def __init__(self, rngs):

@@ -29,6 +29,8 @@ def _run(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parame
     (tmp_path / "small").symlink_to(_EXAMPLES / "small")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")  # as outside of tests; optax relies on it
+    monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "allow")
     cells = nbformat.read(notebook, as_version=4)
     (tagged,) = (cell for cell in cells.cells if "parameters" in cell.metadata.get("tags", ()))
     tagged.source = parameters or tagged.source

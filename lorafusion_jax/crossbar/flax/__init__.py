@@ -94,7 +94,7 @@ def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
     """
     _check_batches(batches)
     tree, rebuilt = _taken_apart(model)
-    done = whole_model.calibrate_tree(_run(rebuilt, options), _keyed(tree, jax.random.key(0)), batches)
+    done = whole_model.calibrate_tree(_run(model, options), _keyed(tree, jax.random.key(0)), batches)
     both = zip(chips.chips_in(done), chips.chips_in(tree), strict=True)
     return rebuilt(chips.with_chips(done, [dataclasses.replace(new, key=old.key) for new, old in both]))
 
@@ -111,9 +111,8 @@ def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict
       Rows of {site, layer, sqnr, clipped, clipped_inputs}, and warnings, as of `crossbar.site_errors`.
     """
     _check_batches(batches)
-    tree, rebuilt = _taken_apart(model)
-    tree = _keyed(tree, jax.random.key(0))
-    return whole_model.site_errors(tree, whole_model.observe(_run(rebuilt, options), tree, batches))
+    tree = _keyed(_taken_apart(model)[0], jax.random.key(0))
+    return whole_model.site_errors(tree, whole_model.observe(_run(model, options), tree, batches))
 
 
 def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
@@ -133,14 +132,14 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     Raises:
       ValueError: the outputs have no gradient with respect to a layer, because they are classes or do not use it.
     """
-    tree, rebuilt = _taken_apart(model)
+    tree, _ = _taken_apart(model)
     leaves = chips.chips_in(tree)
 
     @jax.jit
     def found(inputs: Any) -> list[Array]:
         def total(taps: list[_Vectors]) -> Array:
             tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
-            return _run(rebuilt, options)(chips.with_chips(tree, tapped), inputs)
+            return _run(model, options)(chips.with_chips(tree, tapped), inputs)
 
         taps = [_Vectors(jnp.zeros(leaf.shape[:-2])) for leaf in leaves]
         return [jnp.sum(tap.vectors) for tap in jax.grad(total)(taps)]
@@ -221,12 +220,32 @@ def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     return state, functools.partial(nnx.merge, graph)
 
 
-def _run(rebuilt: Callable[[Any], Any], options: Mapping[str, Any]) -> Callable[[Any, Any], Array]:
-    """Return a function of a model as a tree and of a batch: one number that depends on every read."""
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A model as a function of its tree and a batch. Models of one structure are equal, so they compile once.
 
-    def run(tree: Any, batch: Any) -> Float[Array, ""]:
-        y = rebuilt(tree)(*(batch if isinstance(batch, tuple) else (batch,)), **options)
+    Attributes:
+      graph: structure of an NNX model; None for a Linen model, whose tree is the model.
+      options: keyword arguments of the model.
+    """
+
+    graph: Any
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, tree: Any, batch: Any) -> Float[Array, ""]:
+        """Return one number that depends on every read."""
+        model = tree if self.graph is None else nnx.merge(self.graph, tree)
+        y = model(*(batch if isinstance(batch, tuple) else (batch,)), **dict(self.options))
         real = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
         return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in real), jnp.float32(0))
 
+
+def _run(model: Any, options: Mapping[str, Any]) -> Callable[[Any, Any], Array]:
+    """Return the `_Run` of a model, or another function where an option, such as an array, has no hash."""
+    graph = nnx.graphdef(model) if isinstance(model, nnx.Module) else None
+    run = _Run(graph, tuple(options.items()))
+    try:
+        hash(run)
+    except TypeError:
+        return lambda tree, batch: run(tree, batch)
     return run
