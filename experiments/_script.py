@@ -1,4 +1,4 @@
-"""What every script imports first: Ctrl-C and SIGTERM are handled while it imports the rest, which takes seconds."""
+"""The first import of every script: Ctrl-C and SIGTERM are handled during its other imports, which take seconds."""
 
 from pathlib import Path
 

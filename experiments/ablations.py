@@ -5,7 +5,7 @@
     python experiments/ablations.py --groups modules --counts 5 20 100 --base BASE --pool POOL --tasks TASK
 
 Every setting is a row of a table next to plain fusion, at fusion's learning rates. Results are rows of
-OUT/results.jsonl; interrupted, the same command goes on.
+OUT/results.jsonl; interrupted, the same command continues.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@
     mean       the mean of the modules, whole, as one module
 
 LoRAFusion and LoRA are the rows of the main table. Results are rows of OUT/results.jsonl; interrupted, the same command
-goes on. Written to OUT, for each league: table.csv, the same rows by task in tasks.csv, what the directions keep in
+continues. Written to OUT, for each league: table.csv, the same rows by task in tasks.csv, what the directions keep in
 kept.csv, and reads.png.
 """
 
@@ -73,11 +73,11 @@ def entries_of(groups: Sequence[Group]) -> dict[str, Entry]:
         "choice": {name: dataclasses.replace(METHODS[_FUSION], recipe=of) for name, of in CHOICES.items() if of},
         "start": {"k = 32, all modules, from 2/N": twice},
         "controls": {
-            f"k = 32, {said}": dataclasses.replace(inside, control=control) for control, said in _CONTROLS.items()
+            f"k = 32, {text}": dataclasses.replace(inside, control=control) for control, text in _CONTROLS.items()
         }
         | {
-            f"k = 32, {said}, core": dataclasses.replace(with_core, control=control)
-            for control, said in {"none": "all modules", **_CONTROLS}.items()
+            f"k = 32, {text}, core": dataclasses.replace(with_core, control=control)
+            for control, text in {"none": "all modules", **_CONTROLS}.items()
         }
         | {"LoRA-XS": IN_BASIS["LoRA-XS"]},
         "mean": {"mean module": IN_BASIS["mean module"]},
@@ -177,12 +177,12 @@ def draw(league: Scores, path: Path) -> None:
                 axes.errorbar(x, means, around, label=label, elinewidth=1, **style)
 
         for i, whole in enumerate(CHOICES, start=2):
-            said = "20 drawn modules" if whole == _FUSION else whole
+            text = "20 drawn modules" if whole == _FUSION else whole
             of_basis = [in_basis(k, whole) for k in SIZES]
-            points(of_basis, f"{said}, in the basis", 1.03 ** (i - 3), fmt="o-", color=colour(i))
-            points([whole], f"{said}, whole", fmt="s", color=colour(i), markersize=8, markerfacecolor="white")
-        for i, said in enumerate(_CONTROLS.values(), start=5):
-            points([f"k = 32, {said}"], f"{said}, all modules", 1.03 ** (i - 3), fmt="x", color=colour(i))
+            points(of_basis, f"{text}, in the basis", 1.03 ** (i - 3), fmt="o-", color=colour(i))
+            points([whole], f"{text}, whole", fmt="s", color=colour(i), markersize=8, markerfacecolor="white")
+        for i, text in enumerate(_CONTROLS.values(), start=5):
+            points([f"k = 32, {text}"], f"{text}, all modules", 1.03 ** (i - 3), fmt="x", color=colour(i))
         points(["LoRA"], "LoRA, written for the task", fmt="*", color=colour(0), markersize=11)
         axes.set_xscale("log")
         ticks = sorted({reads(league, name) for name in there})

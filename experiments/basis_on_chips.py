@@ -9,7 +9,7 @@ the very chip (its chip). A month later, with drift compensated, they are read a
 more on the aged chip (its chip, all rows), or with numbers that were trained on as many other chips of that age
 (prepared). Earlier rows on the same chips are not computed again: `experiments/hardware.py` has whole modules, with the
 same tasks, seeds and modules. Written to the folder: table.csv, rows.csv, and every row and trained number that was
-computed here; interrupted, the same command goes on.
+computed here; interrupted, the same command continues.
 """
 
 import csv

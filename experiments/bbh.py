@@ -6,7 +6,7 @@
 
 The benchmark's JSON files are split by an index of rows that comes with the package. data_bbh is the folder of
 LoraHub's release 0.1 and holds the same rows (docs/reference/bbh.md). Results are rows of OUT/results.jsonl;
-interrupted, the same command goes on.
+interrupted, the same command continues.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class BBHOptions(MatrixOptions):
       data: folder of tasks that are split already, LoraHub's data_bbh, instead.
       tasks: names of tasks; all by default.
       methods: rows of the table; by default all but full fine-tuning, whose seeds are one program of ten times the
-        memory of the others: ask for it alone, with one seed.
+        memory of the others: run it alone, with one seed.
       out: folder of results.jsonl, the runs, and the split.
     """
 
@@ -70,7 +70,7 @@ def _folders(options: BBHOptions) -> list[Path]:
     if options.data is None and options.bbh is not None:
         return write_lorahub_split(options.bbh, options.out / "data_bbh", options.tasks or None)
     raise ValueError(
-        f"say where the tasks are: --bbh with {BBH_DATA}, or --data with LoraHub's data_bbh ({LORAHUB_DATA}, unpacked)"
+        f"no tasks: give --bbh with {BBH_DATA}, or --data with LoraHub's data_bbh ({LORAHUB_DATA}, unpacked)"
     )
 
 

@@ -24,9 +24,9 @@ from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo-llm"
 TITLE = "the -ing form of verbs"
-# Rows of `lab.language.MAIN`, and what they are.
+# Rows of `lab.language.MAIN`, with descriptions.
 METHODS = {
-    "zero-shot": "the base as it is, which is not told what is wanted",
+    "zero-shot": "the base as it is, without instructions",
     "few-shot prompt": "the base, with five examples in every prompt",
     "uniform mean": "all adapters at one 24th each, without training",
     "LoRAFusion": "trained coefficients of all adapters, and magnitudes; no matrix is changed",

@@ -8,7 +8,7 @@ The pool and the base are written once onto every chip. Fusion of as many steps 
 put there as it is (untouched), on arrays without noise (noise-blind), on another chip at every step (fresh noise), or
 on the very chip (its chip). A month later the numbers are trained a little more on the chip as it is by then. Written
 to the folder: new.csv and aged.csv (tables of new and aged chips), rows.csv, hardware.png, every row and trained
-number; interrupted, the same command goes on.
+number; interrupted, the same command continues.
 """
 
 import dataclasses
@@ -179,8 +179,8 @@ def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
     new += [[f"won back by {case}, %", *back(case, "untouched", "digital", None, None)] for case in TRAINED[2:]]
     month = [["exact match, %", *head]]
     for case in TRAINED[1:]:
-        for compensate, said in ((False, ""), (True, ", drift compensated")):
-            month.append([f"{case}{said}", *spread(case, options.age, compensate)])
+        for compensate, note in ((False, ""), (True, ", drift compensated")):
+            month.append([f"{case}{note}", *spread(case, options.age, compensate)])
     for budget in BUDGETS:
         month.append([f"digital, {budget} again", *spread(f"digital, {budget}")])
         for case in ("untouched", "noise-blind", "its chip"):

@@ -8,7 +8,7 @@ Sweeps: `noise` of programming (share of Gmax), `adc` (bits), `cell` (bits of ea
 Everything else is as in the configuration. Every method is trained with as many steps: digitally and then put on the
 chips, or on the very chip. Written to the folder: table, rows and plot of each sweep (noise_table.csv, noise.csv,
 noise.png), accuracy against energy (energy.csv and energy.png, from the sweep of noise), every row
-and trained number; interrupted, the same command goes on.
+and trained number; interrupted, the same command continues.
 """
 
 import contextlib

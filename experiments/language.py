@@ -10,11 +10,10 @@ r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that 
     more         constant answers, other bases, choices and compositions, shuffled layers, DoRA, VeRA, searches
     five         the trained rows of `main`, from five examples
     twenty       LoRAFusion, a random pool, magnitudes and LoRA from twenty
-    relevance    ten modules, of which 0, 1, 2 or all that there are come from the task's own family and the others from
-                 other families
+    relevance    ten modules: none, one, two or all of the task's own family, and the others from other families
     more-relevance    the others are random matrices; and all of it with coefficients only
 
-Results are rows of OUT/GROUP.jsonl; interrupted, the same command goes on. Written to OUT/GROUP: tables and plots.
+Results are rows of OUT/GROUP.jsonl; interrupted, the same command continues. Written to OUT/GROUP: tables and plots.
 """
 
 import dataclasses
@@ -102,7 +101,7 @@ class LanguageOptions:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Run what is missing, and write tables and plots of all that is there."""
+    """Run what is missing, and write tables and plots of all results."""
     options = tyro.cli(LanguageOptions, args=list(arguments), description=__doc__)
     wanted = {name for family in SOURCES.values() for name in family}
     missing = sorted(wanted - {path.name for path in options.adapters.iterdir()})
@@ -173,15 +172,15 @@ def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> I
 def _relevance(group: Group, task: str, path: Path, options: LanguageOptions) -> Iterator[Job]:
     both, alone = MAIN[_FUSION], MAIN["coefficients only"]
     forms = {"": (both, ""), ", random others": (both, _TWIN)}
-    forms |= {f"{said}, coefficients only": (alone, twin) for said, (_, twin) in forms.items()}
-    chosen = [""] if group == "relevance" else [said for said in forms if said]
-    for said in chosen:
-        entry, twin = forms[said]
+    forms |= {f"{form}, coefficients only": (alone, twin) for form, (_, twin) in forms.items()}
+    chosen = [""] if group == "relevance" else [form for form in forms if form]
+    for form in chosen:
+        entry, twin = forms[form]
         for dose in DOSES:
             for seed in options.seeds:
                 modules = dosed(RELEVANCE[task], dose, seed, twin)
                 few = dataclasses.replace(options, seeds=(seed,))
-                yield _job(task, f"{dose} relevant{said}", entry, path, few, adapters=modules)
+                yield _job(task, f"{dose} relevant{form}", entry, path, few, adapters=modules)
 
 
 def dosed(family: str, dose: str, seed: int, twin: str = "") -> tuple[str, ...]:

@@ -6,7 +6,7 @@
 
 LoRAFusion of all 24 adapters, as in `experiments/language.py`. The seven projections of every layer and all modules are
 written onto one chip of examples/smollm2/chip.yaml, whose ADC ranges are calibrated on training rows. Written to the
-folder: table.csv and rows.csv of what was asked for, every row and the runs; interrupted, the same command goes on.
+folder: table.csv and rows.csv of what was asked for, every row and the runs; interrupted, the same command continues.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for task, path in paths.items():
         for setting, case in asked:
             began = time.perf_counter()
-            name = f"{task}-{said(setting)}-{slug(case)}"
+            name = f"{task}-{name_of(setting)}-{slug(case)}"
             found = store.rows(name, partial(scores, task, path, setting, case, options))
             rows += [{"task": task, "bits": setting.bits, "error": setting.error, "trained": case, **r} for r in found]
             mean = statistics.fmean(row["exact_match"] for row in found)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def parsed(text: str) -> Setting:
-    """Return the setting that `BITS-ERROR` says.
+    """Return the setting that `BITS-ERROR` names.
 
     Raises:
       ValueError: the text is something else.
@@ -109,10 +109,10 @@ def parsed(text: str) -> Setting:
     try:
         return Setting("ideal" if bits == "ideal" else int(bits), float(error))
     except ValueError:
-        raise ValueError(f"--settings {text}: wanted bits of the ADC and an error, as in 8-0 or ideal-0.01") from None
+        raise ValueError(f"--settings {text}: give bits of the ADC and an error, as in 8-0 or ideal-0.01") from None
 
 
-def said(setting: Setting) -> str:
+def name_of(setting: Setting) -> str:
     """Return a setting as `parsed` reads it."""
     return "digital" if setting.error is None else f"{setting.bits}-{setting.error:g}"
 
@@ -135,9 +135,9 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
     else:
         crossbar, calibration = str(_config_file(setting, options)), options.calibration_rows
         if case != "digitally":
-            other = case == "on another chip"  # rows are of chip 0; what a run says of chip 1 is not read
+            other = case == "on another chip"  # rows are of chip 0; results of a run on chip 1 are not read
             arrays = OnArrays(crossbar=crossbar, train_chip="chip", chip=int(other))
-            name = f"{task}-{said(setting)}{'-other' if other else ''}"
+            name = f"{task}-{name_of(setting)}{'-other' if other else ''}"
             trained = dataclasses.replace(
                 trained, name=name, arrays=arrays, test_rows=1 if other else options.test_rows
             )
@@ -169,7 +169,7 @@ def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: O
 
 
 def _config_file(setting: Setting, options: Options) -> Path:
-    file = options.out / "configs" / f"{said(setting)}.yaml"
+    file = options.out / "configs" / f"{name_of(setting)}.yaml"
     save_config(config_of(setting), file)
     return file
 

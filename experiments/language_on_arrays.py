@@ -7,7 +7,7 @@
 All seven projections of every layer are in the arrays of examples/smollm2/chip.yaml; embedding, tied head, norms and
 attention are digital. ADC ranges are calibrated on text that is not measured, for each error on its own chip. Written
 to OUT: a line of rows.jsonl for each setting, perplexity.csv, loss.csv (above the digital model's) and perplexity.png.
-Interrupted, the same command goes on with the next setting.
+Interrupted, the same command continues with the next setting.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ class Text(NamedTuple):
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure what is missing, or say what it takes."""
+    """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
     text = load_text(loaded.tokenizer, options)
@@ -132,8 +132,8 @@ def main(arguments: Sequence[str] = ()) -> None:
             write_csv(options.out / f"{name}.csv", lines)
         draw(rows, options.out / "perplexity.png")
         seconds = sum(row["cpu_seconds"].values())
-        said = f"perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
-        print(f"[{number}/{len(missing)}] {setting_of(row)}: {said}", file=sys.stderr, flush=True)
+        result = f"perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
+        print(f"[{number}/{len(missing)}] {setting_of(row)}: {result}", file=sys.stderr, flush=True)
     print("\n".join([*map(markdown, tables(rows).values()), f"written to {options.out}"]))
 
 
@@ -141,7 +141,7 @@ def load_text(tokenizer: Any, options: Options) -> Text:
     """Read the texts of examples/smollm2/text.
 
     Raises:
-      ValueError: there is less text than is asked for.
+      ValueError: there is not enough text.
     """
     files = sorted(TEXTS.glob("*.txt"))
     texts = {file.name: file.read_text() for file in files}
@@ -153,7 +153,7 @@ def load_text(tokenizer: Any, options: Options) -> Text:
         ("calibration-tokens", options.calibration_tokens, len(calibration)),
     ):
         if not 0 < asked <= there:
-            raise ValueError(f"--{name} asks for {asked} tokens, and {TEXTS} has {there}: ask for 1 to {there}")
+            raise ValueError(f"--{name} is {asked} tokens, and {TEXTS} has {there}: give 1 to {there}")
     return Text(
         np.array(ids[: count * WINDOW], np.int32).reshape(count, WINDOW),
         np.array([calibration[: options.calibration_tokens]], np.int32),

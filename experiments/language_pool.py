@@ -5,8 +5,8 @@
     python experiments/language_pool.py --tasks function_vectors/dataset_files --pool second --out runs/language_second
 
 Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
-the base and of the adapter as it is written; table_pool.csv shows them. Interrupted, the same command goes on with the
-next task. Two processes may share OUT if they are given different --sources.
+the base and of the adapter as it is written; table_pool.csv shows them. Interrupted, the same command continues with
+the next task. Two processes may share OUT if they are given different --sources.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import Epoch, fit, start
 
 SEED, BATCH = 1, 16
-# Padded tokens that a training step takes in a second, and seconds for the rest of a task: compiling and evaluating.
+# Padded tokens that a training step takes in a second, and seconds of a task for compiling and evaluating.
 RATE, REST = 200.0, 60.0
 # The family of each source, in the order of tables.
 _FAMILIES = {pool: {name: family for family, names in of.items() for name in names} for pool, of in POOLS.items()}
@@ -70,7 +70,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Train what is missing, or say what it takes."""
+    """Train what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "pool.jsonl"
     rows = read_lines(file)
@@ -212,7 +212,7 @@ def _padded_tokens(tokens: Encoded, train: np.ndarray, run: FuseOptions) -> int:
 
 
 def _print_plan(todo: dict[str, Path], options: Options, rows: Sequence[dict[str, Any]]) -> None:
-    """Print steps and time of the tasks that are missing, at the rate of those that are there."""
+    """Print steps and time of the missing tasks, at the rate of the finished ones."""
     rate = sum(row["tokens"] for row in rows) / sum(row["seconds"]["train"] for row in rows) if rows else RATE
     rest = float(np.mean([row["seconds"]["evaluate"] for row in rows])) if rows else REST
     total = 0.0

@@ -5,7 +5,7 @@
 
 A trial trains as a row of the table does, but for two passes, and is scored by its loss on 100 test rows of the tuning
 tasks. Bases and choices of modules have the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the
-same command goes on. OUT/table_tune.csv shows all trials; `lab/language.py` has the best of the first nine.
+same command continues. OUT/table_tune.csv shows all trials; `lab/language.py` has the best of the first nine.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from lorafusion_jax.training.fit import fit, recipe_rates, start
 from lorafusion_jax.training.frozen import LOSS
 from lorafusion_jax.training.loss import seed_entropies
 
-# On the embedded pool coefficients are tuned at 0.3 in place of 0.01.
+# On the embedded pool coefficients are tuned at 0.3 instead of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]
 # The best of those nine was at their edge, (0.01, 0.1); no single rate's was.
 _PAIRS += [

@@ -5,7 +5,7 @@
     python experiments/small_pool.py --leagues 5        # LoraHub's league: five examples
     python experiments/small_pool.py --methods LoRAFusion LoRA --seeds 1 2
 
-Results are rows of OUT/results.jsonl; interrupted, the same command goes on.
+Results are rows of OUT/results.jsonl; interrupted, the same command continues.
 """
 
 import dataclasses

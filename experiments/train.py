@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--task", default=str(_SMALL / "tasks" / "double_digit"), help="as in `lorafusion fuse`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="all in one program")
     parser.add_argument("--name", help="the run is written to runs/NAME; by default a new one of the task's name")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     given = parser.parse_args(arguments)
     recipe = dataclasses.replace(
         _REFERENCE,

@@ -83,7 +83,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_line(file: Path, row: Mapping[str, Any]) -> None:
-    """Add an object to a file of JSON lines, in place of a last line that was cut off."""
+    """Add an object to a file of JSON lines; it replaces a last line that was cut off."""
     append_lines(file, [json.dumps(row).encode() + b"\n"])
 
 

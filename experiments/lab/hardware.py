@@ -1,7 +1,7 @@
 """A method on chips: its numbers trained digitally or on every chip, and scored on every chip at any age.
 
 What an experiment has computed lies in a folder: OUT/numbers (trained numbers), OUT/rows (scores), OUT/runs (runs that
-`lorafusion fuse` could have made). The same command goes on where it was interrupted.
+`lorafusion fuse` could have made). The same command continues where it was interrupted.
 """
 
 import csv
@@ -121,7 +121,7 @@ class Subject:
         Args:
           config: of the arrays.
           recipe: of the training.
-          begin: numbers to go on from, [C * S]; None for a start from the beginning.
+          begin: numbers to start from, [C * S]; None for a start from the beginning.
           rows: how many of the training rows; None for the run's own.
         """
         seeds = self.options.seeds * self.count

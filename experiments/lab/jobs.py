@@ -122,14 +122,14 @@ def run_jobs(
         else:
             append_rows(file, [row for row in _rows(job, results, root) if (*job[:3], row["seed"]) not in have])
             minutes = (time.perf_counter() - began) / 60
-            said = f"{of}: {results['exact_match']:.1f} %, {minutes:.1f} min"
-            print(f"[{number}/{len(todo)}] {said}", file=sys.stderr, flush=True)
+            text = f"{of}: {results['exact_match']:.1f} %, {minutes:.1f} min"
+            print(f"[{number}/{len(todo)}] {text}", file=sys.stderr, flush=True)
         gc.collect()  # the error's traceback held the arrays of the run
     if left_out:
-        said = f"{left_out} of {len(todo)} jobs ran out of memory ({failures}): --retry-failed runs them again"
+        text = f"{left_out} of {len(todo)} jobs ran out of memory ({failures}): --retry-failed runs them again"
         if not file.exists():
-            raise ValueError(f"{said}, and no other job has a result")
-        print(said, file=sys.stderr, flush=True)
+            raise ValueError(f"{text}, and no other job has a result")
+        print(text, file=sys.stderr, flush=True)
 
 
 def _failure(job: Job, root: Path | None) -> dict[str, Any]:
@@ -197,10 +197,10 @@ def _rows(job: Job, results: Mapping[str, Any], root: Path | None) -> Iterator[d
         **{name: config["environment"][name] for name in ("versions", "device", "cores")},
     }
     for seed in results["seeds"]:
-        said = [row for row in predictions if row["seed"] == seed["seed"]]
-        scored = all(row["option_correct"] is not None for row in said)
+        of_seed = [row for row in predictions if row["seed"] == seed["seed"]]
+        scored = all(row["option_correct"] is not None for row in of_seed)
         yield shared | {
-            "correct": "".join(str(int(row["correct"])) for row in said),
-            "option_correct": "".join(str(int(row["option_correct"] or False)) for row in said) if scored else None,
+            "correct": "".join(str(int(row["correct"])) for row in of_seed),
+            "option_correct": "".join(str(int(row["option_correct"] or False)) for row in of_seed) if scored else None,
             **{name: value for name, value in seed.items() if name != "modules"},
         }

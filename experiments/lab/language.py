@@ -24,7 +24,7 @@ TRAIN_ROWS, TEST_ROWS, LEAST_TEST_ROWS = 100, 200, 75
 MOST_SHARED = 0.05  # of an unseen task's test pairs, by the training rows of one source
 EVALUATED_ROWS = 100  # all in one batch
 NEW_TOKENS = 12  # more than 99 % of all answers have
-# Rows that train a source's adapter, and passes over them: 30 steps of 16 rows, in one program for all sources.
+# Training rows of a source's adapter, and passes over them: 30 steps of 16 rows, in one program for all sources.
 SOURCE_ROWS = {500: 1, 250: 2, 166: 3, 100: 5}
 
 SOURCES = {
@@ -51,7 +51,7 @@ SOURCES = {
     ),
 }
 # Another draw of as many, to see what depends on it: twelve of these, drawn, and the other data sets that are long
-# enough, but for one that asks an unseen task's question of five words, not three (alphabetically_first_5).
+# enough, except for one like an unseen task, of five words, not three (alphabetically_first_5).
 SECOND_SOURCES = {
     "words": ("past", "comparative", "present-past"),
     "knowledge": ("country-capital", "national_parks", "person-instrument", "person-occupation", "product-company"),
@@ -149,7 +149,7 @@ def options_of(
       pool: a converted pool.
       seeds: that are one program.
       train_rows: rows to learn from.
-      adapters: names of modules to fuse, in place of all.
+      adapters: names of modules to fuse instead of all.
       run: other options, such as `out` and `name`.
     """
     numbers: dict[str, Any] = {"lora_rank": 8, "epochs": EPOCHS[train_rows], "max_new_tokens": NEW_TOKENS}
@@ -226,8 +226,8 @@ def unseen(path: Path, trained: Mapping[str, set[tuple[str, str]]], out: Path, t
     kept = [example for example, pair in zip(task.test, pairs, strict=True) if pair not in known]
     if path.is_file() and len(kept) < LEAST_TEST_ROWS:
         raise ValueError(
-            f"{path}: {len(pairs) - len(kept)} of {len(pairs)} test pairs are training pairs, ignoring case: wanted at "
-            f"least {LEAST_TEST_ROWS} others to test on"
+            f"{path}: {len(pairs) - len(kept)} of {len(pairs)} test pairs are training pairs, ignoring case: expected "
+            f"at least {LEAST_TEST_ROWS} others to test on"
         )
     left_out = sum(pair in known for pair in pairs[:EVALUATED_ROWS])
     if not left_out:
@@ -254,7 +254,7 @@ def load(path: Path, train_rows: int = TRAIN_ROWS) -> Task:
     if path.is_file() and len(task.test) < LEAST_TEST_ROWS:
         raise ValueError(
             f"{path} has {train_rows + len(task.test)} different inputs, and {len(task.test)} of them to test on when "
-            f"{train_rows} train: wanted at least {LEAST_TEST_ROWS} to test on"
+            f"{train_rows} train: expected at least {LEAST_TEST_ROWS} to test on"
         )
     return task
 

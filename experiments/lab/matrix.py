@@ -112,7 +112,7 @@ def _fuse_options(
         task=task,
         seeds=options.seeds,
         out=options.out / "runs",
-        # Seeds are in it, so that more of them, asked for later, are a run of their own.
+        # The seeds are part of the name, so that further ones, added later, are a separate run.
         name="-".join((name, method, league, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
@@ -127,11 +127,11 @@ def _fuse_options(
 
 
 def _check_pool(options: MatrixOptions, entries: Sequence[Entry]) -> None:
-    wanted = max((entry.recipe.get("modules", options.modules) for entry in entries), default=0)
+    drawn = max((entry.recipe.get("modules", options.modules) for entry in entries), default=0)
     if not any(find(entry.method).pool for entry in entries):
         return
     there = len(open_pool(options.pool).names)
-    if there < wanted:
+    if there < drawn:
         raise ValueError(
-            f"{options.pool} holds {there} modules, and {wanted} are to be drawn: give fewer with --modules"
+            f"{options.pool} holds {there} modules, and {drawn} are to be drawn: give fewer with --modules"
         )

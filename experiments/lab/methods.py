@@ -61,7 +61,7 @@ METHODS = {
     "full fine-tuning": Entry(method="full", rates={"lr_full": 2e-4}),
 }
 
-# Coefficients of other granularities than the default: settings of an ablation, each at rates of its own.
+# Coefficients of other granularities than the default: settings of an ablation, each at its own rates.
 COEFFICIENTS = {
     f"coefficients only, {size}": Entry(method="coefficients", recipe={"granularity": size}, rates=rates)
     for size, rates in {
@@ -73,7 +73,7 @@ COEFFICIENTS = {
 
 # Which of the small pool's 28 modules a seed fuses, other than the 20 that it draws.
 ALL, BEST = {"modules": 28}, {"modules": 10, "choose": "gradient"}
-# In a shared basis of 32 directions, and controls of its own; the rates serve other sizes and other modules too.
+# In a shared basis of 32 directions, and its controls; the rates serve other sizes and other modules too.
 IN_BASIS = {
     "basis": Entry(
         method="fusion",

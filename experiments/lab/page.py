@@ -53,7 +53,7 @@ def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | No
     Args:
       rows: the results, of one league or several.
       title: of the page.
-      text: what there is to say first; an empty line starts a paragraph.
+      text: introduction; an empty line starts a paragraph.
       reference: the method that is compared with every other; as a rule the one with the highest mean.
 
     Raises:
@@ -69,7 +69,7 @@ def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | No
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'  # or the browser asks for one
+        '<link rel="icon" href="data:,">\n'  # or the browser requests one
         f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{html.escape(title)}</h1>\n{paragraphs}{leagues}"
         f"<h2>Settings</h2>\n{settings}<h2>Data, versions, devices</h2>\n{origins}</main>\n</body>\n</html>\n"

@@ -6,7 +6,6 @@ from typing import get_args
 
 import basis
 import numpy as np
-import one_block
 import pytest
 import tiny
 from lab import common
@@ -42,17 +41,6 @@ def test_every_row_can_run_and_no_two_rows_are_alike():
         settings.add((entry.method, entry.control, recipe))
         assert (recipe.basis or 0) <= common.DIRECTIONS
     assert len(settings) == len(_ENTRIES) == 2 + 5 * 3 + 1 + 8 + 1
-
-
-def test_a_plan_has_a_table_for_each_basis(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(basis, "small_pool_in_basis", lambda: tmp_path / "none")
-    methods = ["all modules", "best 10", "k = 16, best 10", "k = 32, best 10"]
-    task = str(one_block.SMALL / "tasks" / "double_digit")
-    basis.main(["--base", "t5-small", "--tasks", task, "--methods", *methods, "--plan"])
-    head = [line for line in capsys.readouterr().out.splitlines() if line.startswith("League")]
-    chosen = "League 95+5, 20 epochs, 10 modules by gradient"
-    of_bases = [f"{chosen}, in a basis of {k}" for k in (16, 32)]
-    assert head == ["League 95+5, 20 epochs, 28 modules", chosen, *of_bases]
 
 
 def test_a_table_gives_reads_and_differences_to_the_same_modules(league, tmp_path):

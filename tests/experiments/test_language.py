@@ -97,7 +97,7 @@ def test_a_task_that_a_source_was_trained_on_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"new is not unseen: 6% of its test pairs are training pairs of source, .*5%"):
         language.unseen(path, {"source": set(pairs[:6])}, tmp_path / "out")
     few = {f"source {i}": set(pairs[5 * i : 5 * i + 5]) for i in range(6)}
-    with pytest.raises(ValueError, match=r"30 of 100 test pairs are training pairs, .* wanted at least 75 others"):
+    with pytest.raises(ValueError, match=r"30 of 100 test pairs are training pairs, .* expected at least 75 others"):
         language.unseen(path, few, tmp_path / "out")
 
 

@@ -140,13 +140,3 @@ def test_a_plan_has_every_row_of_a_matrix_with_its_numbers(capsys):
     # 20 modules, 12 blocks, q and v of 18 attentions, rank 16.
     for size, count in {"global": 20, "block": 20 * 12, "site": 20 * 36, "rank": 20 * 36 * 16}.items():
         assert rows[f"coefficients only, {size}"][1] == f"{count:,}"
-
-
-def test_a_plan_shows_its_dtype_and_bits(capsys):
-    full, narrow = (_planned(capsys, "--groups", "bits", "--dtype", dtype) for dtype in ("float32", "bfloat16"))
-    weights = [float(rows["float32"][5].removesuffix(" MiB")) for _, rows in (full, narrow)]
-    assert weights[0] == pytest.approx(2 * weights[1], rel=0.01) and "bfloat16 on a CPU" in narrow[0]
-    sizes = [float(full[1][bits][5].removesuffix(" MiB")) for bits in ("float32", "int8", "nf4")]
-    assert sizes == sorted(sizes, reverse=True) and sizes[2] < 0.4 * sizes[0]
-    for bits in ("int8", "nf4"):
-        assert full[0].count(f"float32 on a CPU, base and pool in {bits}. ") == 1

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from examples.string_tasks import CHARACTER_OPS, POSITION_OPS, Task, draw, split
+from examples.string_tasks import Task, draw, split
 from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io import torch_pickle
 from lorafusion_jax.io.hf import load_base, load_tokenizer
@@ -108,18 +108,6 @@ def test_operations_of_the_tasks(position, character, word, answer):
     assert task.context(word) == f"{position} then {character} : {' '.join(word)}"
 
 
-def test_split_shares_no_pair_and_leaves_no_op_of_an_unseen_task_out_of_the_pool():
-    base, pool, tuning, unseen, out_of_reach = split()
-    assert [len(part) for part in (base, pool, tuning, unseen)] == [32, 28, 2, 6]
-    everything = [*base, *pool, *tuning, *unseen, out_of_reach]
-    assert len(set(everything)) == len(everything)
-    assert {task.position for task in [*tuning, *unseen]} <= {task.position for task in pool}
-    assert {task.character for task in [*tuning, *unseen]} <= {task.character for task in pool}
-    assert out_of_reach.character not in {task.character for task in everything[:-1]}
-    singles = {task for task in base if task.position == "copy" or task.character == "same"}
-    assert len(singles) == len(POSITION_OPS) - 1 + len(CHARACTER_OPS) - 2 == 20
-
-
 def test_every_row_solves_its_task_and_none_is_in_both_parts(tokenizer):
     texts = []
     for task in _TASKS:
@@ -136,17 +124,6 @@ def test_every_row_solves_its_task_and_none_is_in_both_parts(tokenizer):
     assert all(row[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in row for row in ids)
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
     assert tokenizer.tokenize("first3 then next : first") == ["first3", "then", "next", ":", *"first"]
-
-
-def test_the_folder_has_the_pool_in_both_formats():
-    folders = {folder.name: folder for folder in (_SMALL / "adapters").iterdir()}
-    assert sorted(folders) == sorted(task.name for task in split().pool)
-    formats = {name: {path.name for path in folder.iterdir()} for name, folder in folders.items()}
-    bins = [name for name, files in formats.items() if files == {"adapter_config.json", "adapter_model.bin"}]
-    assert sorted(bins) == sorted(task.name for task in split().pool[:2])
-    others = {"adapter_config.json", "adapter_model.safetensors"}
-    assert all(files == others for name, files in formats.items() if name not in bins)
-    assert {folder.name for folder in (_SMALL / "tasks").iterdir()} == {task.name for task in _TASKS}
 
 
 def test_weights_are_half_precision_with_the_stated_numbers(base):
