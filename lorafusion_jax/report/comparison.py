@@ -1,4 +1,7 @@
-"""Plots of one league as PNG: the methods' means with intervals, and the means against trainable numbers."""
+"""Plots of one league as PNG: the methods' means with intervals, and the means against trainable numbers.
+
+They raise ValueError if no method has every task, or matplotlib is not installed.
+"""
 
 import math
 from collections.abc import Sequence
@@ -20,11 +23,7 @@ _WIDTH = 6.0  # inches: still to be read where a phone shows it
 
 
 def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
-    """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top.
-
-    Raises:
-      ValueError: no method has every task; matplotlib is not installed.
-    """
+    """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top."""
     found = _complete(scores)
 
     def draw(figure: "Figure") -> None:
@@ -50,9 +49,6 @@ def plot_against_trainable(scores: Scores, path: Path, *, title: str = "") -> No
     """Draw mean exact match, with its 95 % interval, against trainable numbers: every method a point with its name.
 
     The axis is logarithmic; methods that train nothing stand to its left.
-
-    Raises:
-      ValueError: no method has every task; matplotlib is not installed.
     """
     found = _complete(scores)
     counts = [max(row["trainable"] for row in scores.of(method)) for method in found]

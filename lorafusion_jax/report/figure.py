@@ -35,11 +35,7 @@ def literal(name: str) -> str:
 
 
 def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
-    """Write a figure, of a size in inches, as PNG.
-
-    Raises:
-      ValueError: matplotlib is not installed.
-    """
+    """Write a figure, of a size in inches, as PNG; raise ValueError if matplotlib is not installed."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg

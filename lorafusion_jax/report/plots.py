@@ -1,4 +1,7 @@
-"""Plots of runs as PNG: exact match per task, learning curves, coefficients."""
+"""Plots of runs as PNG: exact match per task, learning curves, coefficients.
+
+They raise ValueError for rows or names that do not fit, without data, or if matplotlib is not installed.
+"""
 
 import math
 import statistics
@@ -20,11 +23,7 @@ Row = Mapping[str, Any]
 
 
 def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (), title: str = "") -> None:
-    """Draw exact match per task and method as bars, with the seeds as dots and their spread.
-
-    Raises:
-      ValueError: as for `markdown_table`; matplotlib is not installed.
-    """
+    """Draw exact match per task and method as bars, with the seeds as dots and their spread."""
     methods, scores = seed_scores(rows, apart)
     width = 0.84 / len(methods)
 
@@ -65,9 +64,6 @@ def plot_learning_curves(
 
     The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method; those with `key`
     are drawn. A method without any has no curve, but takes a colour, as in the plot of accuracy.
-
-    Raises:
-      ValueError: there is nothing to draw; matplotlib is not installed.
     """
     methods = list(dict.fromkeys(method for by_method in metrics.values() for method in by_method))
     curves = {task: {m: _curves(lines, key) for m, lines in by_method.items()} for task, by_method in metrics.items()}
@@ -106,11 +102,7 @@ def plot_coefficients(
     *,
     title: str = "",
 ) -> None:
-    """Draw coefficients as a heat map of modules by columns, the largest rows on top, zero in white.
-
-    Raises:
-      ValueError: the names do not fit the coefficients; matplotlib is not installed.
-    """
+    """Draw coefficients as a heat map of modules by columns, the largest rows on top, zero in white."""
     if coefficients.shape != (len(modules), len(columns)):
         names = [len(modules), len(columns)]
         raise ValueError(f"expected names for every row and column of {list(coefficients.shape)}, got {names}")

@@ -57,13 +57,13 @@ def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int =
       ValueError: there are no tasks, a task has no seeds or items, or the tasks' seeds differ in number.
     """
     mean, std = spread(correct)
-    low, high = np.quantile(_resampled(_with_seeds([_integers(table) for table in correct]), seed), _TAILS)
+    low, high = np.quantile(_resampled(_with_seeds(correct), seed), _TAILS)
     return Summary(mean, std, float(100 * low), float(100 * high))
 
 
 def spread(correct: Sequence[Bool[np.ndarray, "_seeds _items"]]) -> tuple[float, float | None]:
     """Return mean and standard deviation as `summary` does, without the interval."""
-    by_seed = np.mean([table.mean(axis=1) for table in _with_seeds([_integers(table) for table in correct])], axis=0)
+    by_seed = np.mean([table.mean(axis=1) for table in _with_seeds(correct)], axis=0)
     return float(100 * by_seed.mean()), float(100 * by_seed.std(ddof=1)) if len(by_seed) > 1 else None
 
 
@@ -86,7 +86,7 @@ def paired(
         if first.shape[1] != second.shape[1]:
             items = f"{first.shape[1]} and {second.shape[1]} items"
             raise ValueError(f"task {number}: the methods have {items}: give the same items for both")
-    both = _with_seeds([_integers(table) for table in (*a, *b)])
+    both = _with_seeds([*a, *b])
     values = [first - second for first, second in zip(both[: len(a)], both[len(a) :], strict=True)]
     differences = _resampled(values, seed)
     low, high = np.quantile(differences, _TAILS)
@@ -109,20 +109,17 @@ def over_tasks(values: Sequence[float]) -> OverTasks | None:
     return OverTasks(float(mean), float(mean - half), float(mean + half))
 
 
-def _integers(table: Bool[np.ndarray, "seeds items"]) -> Int[np.ndarray, "seeds items"]:
-    if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(f"a task's answers are {list(table.shape)}: expected [seeds, items], at least one of each")
-    return table.astype(np.int64)
-
-
-def _with_seeds(tables: list[Int[np.ndarray, "_seeds _items"]]) -> list[Int[np.ndarray, "_seeds _items"]]:
-    """Return the tables with as many seeds each, single ones repeated."""
+def _with_seeds(tables: Sequence[Bool[np.ndarray, "_seeds _items"]]) -> list[Int[np.ndarray, "_seeds _items"]]:
+    """Return the tables as integers with the same number of seeds each, single ones repeated."""
     if not tables:
         raise ValueError("no task to summarise: give at least one")
+    for table in tables:
+        if table.ndim != 2 or 0 in table.shape:
+            raise ValueError(f"a task's answers are {list(table.shape)}: expected [seeds, items], at least one of each")
     counts = sorted({len(table) for table in tables} - {1}) or [1]
     if len(counts) > 1:
         raise ValueError(f"the tasks have {' and '.join(map(str, counts))} seeds: give the same seeds for all")
-    return [np.broadcast_to(table, (counts[0], table.shape[1])) for table in tables]
+    return [np.broadcast_to(table.astype(np.int64), (counts[0], table.shape[1])) for table in tables]
 
 
 def _resampled(values: list[Int[np.ndarray, "_seeds _items"]], seed: int) -> Float[np.ndarray, "resamples"]:
