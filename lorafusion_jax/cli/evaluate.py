@@ -11,7 +11,7 @@ import numpy as np
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips, report_path
 from ..runs.predict import evaluate_run
-from ..serving.predict import EvaluateRunsOptions, evaluate_runs
+from ..serving.predict import evaluate_runs
 from ..text_tables import plain
 from .parsing import parse, part_of
 from .scores import loss, score_table
@@ -51,11 +51,11 @@ def main(arguments: Sequence[str]) -> None:
     """Evaluate the runs, and print a line for each seed, for each age of the chips, or for each chip."""
     command = parse(EvaluateCommand, arguments, "evaluate", groups=GROUPS)
     if command.runs:
-        print(run_table(evaluate_runs(part_of(command, EvaluateRunsOptions, "--runs"))))
+        print(run_table(evaluate_runs(**part_of(command, evaluate_runs, "--runs"))))
         return
     if command.run is None:
         raise ValueError("nothing to evaluate: give one run with --run, or several with --runs")
-    options = part_of(command, EvaluateOnChipsOptions, "--run")
+    options = EvaluateOnChipsOptions(**part_of(command, EvaluateOnChipsOptions, "--run"))
     if options.crossbar is None:
         options.check_digital()
         print(score_table(evaluate_run(options)))

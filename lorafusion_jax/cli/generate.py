@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import printable
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
-from ..serving.predict import GenerateRunsOptions, generate_rows
+from ..serving.predict import generate_rows
 from .parsing import parse, part_of
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
     shown = printable if sys.stdout.isatty() else str  # another program gets the text as it is
     if command.runs:
-        answers = generate_rows(part_of(command, GenerateRunsOptions, "--runs"))
+        answers = generate_rows(**part_of(command, generate_rows, "--runs"))
     elif command.stream:
         for answer in stream_lines(command):
             for piece in answer:

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from ..runs.old_names import RENAMED, VALUES
@@ -65,18 +65,18 @@ def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
             raise ValueError(f"--{name} is now --{new.replace('_', '-')}" + (f" ({values})" if values else ""))
 
 
-def part_of(command: Any, options: type[Options], flag: str) -> Options:
-    """Return those options of a command that the dataclass of one of its uses has; `flag` chooses that use.
+def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:
+    """Return those options of a command that are arguments of one of its uses, which `flag` chooses.
 
     Raises:
       ValueError: an option of another use is given too.
     """
-    own = {field.name for field in dataclasses.fields(options)}  # pyright: ignore[reportArgumentType]
+    own = inspect.signature(use).parameters
     others = [field for field in dataclasses.fields(command) if field.name not in own]
     if given := [field.name for field in others if getattr(command, field.name) != field.default]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{flags}: not possible together with {flag}: leave one of them out")
-    return options(**{name: getattr(command, name) for name in own})
+    return {name: getattr(command, name) for name in own}
 
 
 def flat_fields(options: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:

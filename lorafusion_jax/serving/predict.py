@@ -1,6 +1,5 @@
 """Use of several fused runs at once: `lorafusion evaluate --runs`, `lorafusion generate --runs`."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,59 +20,41 @@ from .service import FusedRun, Service
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateRunsOptions:
-    """Let several fused runs generate answers to new text in batches of mixed tasks; see `cli.generate`.
+def generate_rows(
+    runs: Sequence[Path],
+    *,
+    file: Path | None = None,
+    seed: int | None = None,
+    max_new_tokens: int | None = None,
+    eval_batch: int = 64,
+    sampling: Sampling = GREEDY,
+    sampling_seed: int = 0,
+) -> list[str]:
+    """Return the answers of runs on one base and pool to the rows of a JSONL file, or of standard input.
 
-    Attributes:
-      runs: folders of runs on one base and pool.
-      file: JSONL file with rows {"run": NAME, "input": TEXT}, where NAME is a folder of `runs` or its last part. The
-        base model answers rows without a run.
-    """
-
-    runs: tuple[Path, ...]
-    file: Path | None = None
-    seed: int | None = None
-    max_new_tokens: int | None = None
-    eval_batch: int = 64
-    sampling: Sampling = GREEDY
-    sampling_seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateRunsOptions:
-    """Evaluate several fused runs in batches of mixed tasks; see `cli.evaluate`."""
-
-    runs: tuple[Path, ...]
-    task: str | None = None
-    train_rows: int | None = None
-    test_rows: int | None = None
-    eval_batch: int = 64
-
-
-def generate_rows(options: GenerateRunsOptions) -> list[str]:
-    """Return the answers to the rows of a file or of standard input.
+    A row is {"run": NAME, "input": TEXT}, where NAME is a folder of the runs or its last part. The base model answers
+    rows without a run. Other arguments are options of `lorafusion generate`.
 
     Raises:
       ValueError: a row is not as it should be, or names another run; runs that cannot be served together.
     """
-    at_least(1, max_new_tokens=options.max_new_tokens, eval_batch=options.eval_batch)
-    runs = _read(options.runs)
-    names = {spelling: name for name in runs for spelling in (name, str(runs[name].folder))}
-    where = options.file or "standard input"
+    at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
+    found = _read(runs)
+    names = {spelling: name for name in found for spelling in (name, str(found[name].folder))}
+    where = file or "standard input"
     with utf8(where):
-        text = sys.stdin.read() if options.file is None else options.file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
         # A text of JSON may hold U+2028 and its like, which end no line here.
         lines = enumerate(text.split("\n"), start=1)
         rows = [_row(line.encode(), f"{where}:{i}", names) for i, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
-    service = Service(list(runs.values()), capacity=len(runs))
-    for name, run in runs.items():
-        service.add(name, run, options.seed)
+    service = Service(list(found.values()), capacity=len(found))
+    for name, run in found.items():
+        service.add(name, run, seed)
     texts, asked = zip(*rows, strict=True)
-    how = ("max_new_tokens", "eval_batch", "sampling", "sampling_seed")
-    return service.generate(texts, asked, **{name: getattr(options, name) for name in how})
+    how = {"sampling": sampling, "sampling_seed": sampling_seed}
+    return service.generate(texts, asked, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how)
 
 
 def _row(line: bytes, where: str, names: dict[str, str]) -> tuple[str, str | None]:
@@ -100,37 +81,42 @@ class _TestRows(NamedTuple):
     options: Sequence[Sequence[str]] | None  # None for an open task
 
 
-def evaluate_runs(options: EvaluateRunsOptions) -> list[dict[str, Any]]:
+def evaluate_runs(
+    runs: Sequence[Path],
+    *,
+    task: str | None = None,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    eval_batch: int = 64,
+) -> list[dict[str, Any]]:
     """Return the scores of every seed of every run (see `seed_rows`), with the names of the run and the task.
+
+    Runs are evaluated on their own tasks by default; arguments are options of `lorafusion evaluate`.
 
     Raises:
       ValueError: runs that cannot be served together, or a task that cannot be used.
     """
-    at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch)
-    runs = _read(options.runs)
-    service = Service(list(runs.values()), capacity=sum(len(run.options.seeds) for run in runs.values()))
+    at_least(1, test_rows=test_rows, eval_batch=eval_batch)
+    found = _read(runs)
+    service = Service(list(found.values()), capacity=sum(len(run.options.seeds) for run in found.values()))
     asked = {}
-    for name, run in runs.items():
+    for name, run in found.items():
         of_seeds = {f"{name}, seed {seed}": seed for seed in run.options.seeds}
-        for task, seed in of_seeds.items():
-            service.add(task, run, seed)
-        asked[name] = _asked(service, run, [service.tasks[task].number for task in of_seeds], options)
-    found = _evaluated(service, list(asked.values()), options.eval_batch)
+        for title, seed in of_seeds.items():
+            service.add(title, run, seed)
+        fused = run.options
+        rows = fused.train_rows if train_rows is None else train_rows
+        of = load_task(task or fused.task, prompt=fused.prompt, chat=fused.chat, train_rows=rows, need=("test",))
+        test = service.encode(of.test[: test_rows or fused.test_rows], run, run.max_new_tokens)
+        closed = answer_options(of)
+        numbers = [service.tasks[title].number for title in of_seeds]
+        asked[name] = _TestRows(run, numbers, of, test, closed and closed[: len(test)])
+    evaluations = _evaluated(service, list(asked.values()), eval_batch)
     return [
         {"run": name, "task": one.task.name, **row}
-        for (name, one), evaluation in zip(asked.items(), found, strict=True)
+        for (name, one), evaluation in zip(asked.items(), evaluations, strict=True)
         for row in seed_rows(one.run.options.seeds, evaluation)
     ]
-
-
-def _asked(service: Service, run: FusedRun, numbers: list[int], options: EvaluateRunsOptions) -> _TestRows:
-    fused = run.options
-    train_rows = fused.train_rows if options.train_rows is None else options.train_rows
-    where = options.task or fused.task
-    task = load_task(where, prompt=fused.prompt, chat=fused.chat, train_rows=train_rows, need=("test",))
-    test = service.encode(task.test[: options.test_rows or fused.test_rows], run, run.max_new_tokens)
-    closed = answer_options(task)
-    return _TestRows(run, numbers, task, test, closed and closed[: len(test)])
 
 
 def _evaluated(service: Service, asked: Sequence[_TestRows], eval_batch: int) -> list[Evaluation]:

@@ -69,7 +69,7 @@ def test_options_are_shown_in_groups_and_the_common_ones_first():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fuse_shows_the_options_of_the_method_that_is_asked_for(method):
+def test_fuse_shows_the_options_of_the_chosen_method(method):
     boxes = _boxes(f"fuse --method {method}")
     numbers = {option.replace("-", "_") for box in boxes.values() for option in box} & _NUMBERS
     assert numbers == set(fields_of(METHODS[method]))

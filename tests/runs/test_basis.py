@@ -27,7 +27,7 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import check, load_model, with_whole_modules
 from lorafusion_jax.runs.run import run_path
-from lorafusion_jax.serving.predict import EvaluateRunsOptions, evaluate_runs
+from lorafusion_jax.serving.predict import evaluate_runs
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,14 @@ def test_runs_in_a_basis_share_a_bank_and_chips(fused, converted, tmp_path):
         options, name="other", method="coefficients", recipe=dataclasses.replace(options.recipe, train_core=False)
     )
     of_other = fuse(other)
-    rows = evaluate_runs(EvaluateRunsOptions(runs=(run_path(options), run_path(other))))
+    rows = evaluate_runs((run_path(options), run_path(other)))
     for row, alone in zip(rows, (results, of_other), strict=True):
         assert row["exact_match"] == alone["exact_match"]
         assert row["loss"] == pytest.approx(alone["seeds"][0]["loss"], rel=1e-4)
     whole = _options(converted, tmp_path, name="whole", basis=None, epochs=1)
     fuse(whole)
     with pytest.raises(ValueError, match="fuses whole modules, and .* a basis of 16 directions"):
-        evaluate_runs(EvaluateRunsOptions(runs=(run_path(options), run_path(whole))))
+        evaluate_runs((run_path(options), run_path(whole)))
     manifest = write_chips(
         ProgramOptions(
             base=str(converted[0]), pool=str(converted[1]), basis=16, crossbar="ideal", out=tmp_path / "chips"

@@ -167,7 +167,7 @@ def test_each_row_has_the_tokens_of_its_task(bank, alone):
     assert (got[-1] == tiny.CONFIG.pad_id).all()
 
 
-@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize("magnitudes", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes):
     method = Fusion(magnitudes=magnitudes)
     pool = tiny.pool(3)
@@ -245,44 +245,28 @@ def _at(pool, modules, last_names):
     )
 
 
-_LAYOUTS = [("block", True), ("rank", False)]
+_SHORT = [("block", True, True), ("rank", False, False)]
 
 
 @pytest.mark.parametrize(
-    ("granularity", "magnitudes"),
+    ("granularity", "magnitudes", "ranked"),
     [
-        *_LAYOUTS,
-        *(
-            pytest.param(*layout, marks=pytest.mark.long)
-            for layout in itertools.product(GRANULARITIES, (True, False))
-            if layout not in _LAYOUTS
-        ),
+        pytest.param(*layout, marks=() if layout in _SHORT else pytest.mark.long)
+        for layout in itertools.product(GRANULARITIES, (True, False), (True, False))
     ],
 )
-def test_a_task_may_have_other_sites_and_ranks_than_the_modules_next_to_it(granularity, magnitudes):
-    """Modules 0 and 1 have no k, and lower ranks than module 2."""
+def test_a_task_may_have_other_sites_and_ranks_than_the_bank(granularity, magnitudes, ranked):
+    """Modules 0 and 1 have no k, and lower ranks than module 2; a run that ranks all has numbers for all sites."""
     ranks = {"q": (4, 3, 6), "v": (4, 3, 6), "k": (0, 0, 5)}
     pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
-    method = Fusion(granularity=granularity, magnitudes=magnitudes)
-    own = _at(pool, [0, 1], "qv")
-    frozen = method.prepare(Frozen(_BASE, own), kernels(nnx.merge(_GRAPH, _BASE)))
-    params = _params(method, 0, (0, 1), own)
-    problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2))
-    batch = _rows(3)
-    wanted = _alone(params, batch, problem)
-
-    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 2, granularity="rank", scaled=tuple(pool.A))
-    sites = None if magnitudes else own.sites
-    bank = bank.with_task(0, method, params, own.names, sites=sites)
-    got = bank.logits(batch, _numbers(0, -1, 0))
-    _close(got[::2], np.asarray(wanted)[::2])
-    # A run that ranked all modules and chose two has numbers for sites which no module of its bank adapts.
-    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, own), 2, granularity="rank", scaled=tuple(pool.A))
-    of_all = _params(method, 0, (0, 1), pool)
-    bank = bank.with_task(0, method, of_all, own.names, sites=None if magnitudes else pool.sites)
-    whole = method.prepare(Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
-    wanted = _alone(of_all, batch, problem.replace(frozen=whole))
-    _close(bank.logits(batch, _numbers(0, 0, 0)), np.asarray(wanted))
+    method, own = Fusion(granularity=granularity, magnitudes=magnitudes), _at(pool, [0, 1], "qv")
+    of_run, of_bank = (pool, own) if ranked else (own, pool)
+    frozen = method.prepare(Frozen(_BASE, of_run), kernels(nnx.merge(_GRAPH, _BASE)))
+    params, batch = _params(method, 0, (0, 1), of_run), _rows(3)
+    wanted = _alone(params, batch, Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)))
+    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A))
+    bank = bank.with_task(0, method, params, own.names, sites=None if magnitudes else of_run.sites)
+    _close(bank.logits(batch, _numbers(0, -1, 0))[::2], np.asarray(wanted)[::2])
 
 
 def test_a_mix_may_lie_next_to_modules_of_another_rank():
@@ -315,8 +299,8 @@ def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too(
     with tiny.for_tpu():
         frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(frozen.gram, PairTerms)
-    tasks = [task for task in _TASKS if isinstance(task[0], Fusion) and task[0].magnitudes][::3]
-    assert {method.composition for method, _ in tasks} == {"sum", "mix"}
+    tasks = [task for task in _TASKS if task[0] in (Fusion(), Fusion(composition="mix"))]
+    assert len(tasks) == 2
     got, wanted = (_filled(weights, tasks).tasks.scales for weights in (frozen, Frozen(_BASE, _POOL)))
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 

@@ -26,7 +26,7 @@ from lorafusion_jax.models.generate import Sampling
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.run import options_to_json
-from lorafusion_jax.serving.predict import EvaluateRunsOptions, GenerateRunsOptions, evaluate_runs, generate_rows
+from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
 from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks import draw_modules
 
@@ -139,7 +139,7 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
     alone = [generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines")) for folder in folders]
     alone.append(generate_lines(GenerateOptions(base=str(base), file=tmp_path / "lines", max_new_tokens=6)))
     rows = [{"run": run, "input": line} for run in ("chat", "asked", None) for line in ("hot", "the tall")]
-    said = generate_rows(GenerateRunsOptions(runs=tuple(folders), file=_file(tmp_path, rows)))
+    said = generate_rows(folders, file=_file(tmp_path, rows))
     assert said == [answer for of_run in alone for answer in of_run]
     assert len(set(said)) == len(said)
 
@@ -147,7 +147,7 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
 @pytest.mark.long
 def test_scores_are_those_of_each_run_alone(runs, capsys):
     """Every seed of every run on its own task, with options or without; all of them share their batches."""
-    rows = evaluate_runs(EvaluateRunsOptions(runs=tuple(runs.values())))
+    rows = evaluate_runs(tuple(runs.values()))
     assert [(row["run"], row["seed"]) for row in rows] == [("fused", 1), ("fused", 2), ("mixed", _MIXED), ("scaled", 1)]
     assert [row["task"] for row in rows] == [_TASK.name, _TASK.name, "closed", _TASK.name]
     alone = [row for name in ("fused", "mixed") for row in evaluate_run(EvaluateOptions(run=runs[name]))]
@@ -282,7 +282,7 @@ def test_a_control_is_served_as_it_answers_alone(runs, write, tmp_path):
     (tmp_path / "lines").write_text("\n".join(_LINES))
     wanted = generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines"))
     rows = [{"run": "control", "input": line} for line in _LINES]
-    assert generate_rows(GenerateRunsOptions(runs=(folder,), file=_file(tmp_path, rows))) == wanted
+    assert generate_rows((folder,), file=_file(tmp_path, rows)) == wanted
 
 
 @pytest.mark.parametrize("granularity", ["block", pytest.param("site", marks=pytest.mark.long)])
@@ -308,7 +308,7 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
         folders.append(write(f"{last}_{granularity}", params, (seed,), **changes))
         wanted += generate_lines(GenerateOptions(run=folders[-1], file=tmp_path / "lines"))
     rows = [{"run": folder.name, "input": line} for folder in folders for line in _LINES]
-    assert generate_rows(GenerateRunsOptions(runs=tuple(folders), file=_file(tmp_path, rows))) == wanted
+    assert generate_rows(folders, file=_file(tmp_path, rows)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -323,18 +323,18 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
 def test_a_row_that_cannot_be_answered_is_named(row, message, runs, tmp_path):
     file = _file(tmp_path, [row])
     with pytest.raises(ValueError, match=message):
-        generate_rows(GenerateRunsOptions(runs=tuple(runs.values()), file=file))
+        generate_rows(tuple(runs.values()), file=file)
 
 
 def test_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("not JSON"))
     with pytest.raises(ValueError, match="standard input:1: not JSON"):
-        generate_rows(GenerateRunsOptions(runs=(runs["mixed"],)))
+        generate_rows((runs["mixed"],))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="empty holds no rows: give a line for each answer"):
-        generate_rows(GenerateRunsOptions(runs=(runs["mixed"],), file=tmp_path / "empty"))
+        generate_rows((runs["mixed"],), file=tmp_path / "empty")
     with pytest.raises(ValueError, match="a run is given twice"):
-        evaluate_runs(EvaluateRunsOptions(runs=(runs["mixed"],) * 2))
+        evaluate_runs((runs["mixed"],) * 2)
     mixed = str(runs["mixed"])
     for arguments, message in [
         (["evaluate", "--task", "t"], "give one run with --run, or several with --runs"),
@@ -351,5 +351,5 @@ def test_two_runs_with_the_same_last_name_differ_by_their_folders(runs, alone, t
     shutil.copytree(runs["mixed"], tmp_path / "fused")
     folders = (runs["fused"], tmp_path / "fused")
     rows = _file(tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders])
-    said = generate_rows(GenerateRunsOptions(runs=folders, file=rows))
+    said = generate_rows(folders, file=rows)
     assert said == [alone["fused"][0], alone["mixed"][0]]
