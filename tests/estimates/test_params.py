@@ -67,7 +67,7 @@ def test_published_sizes(name):
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",)])
-def test_counts_are_what_the_methods_train(targets):
+def test_counts_equal_the_numbers_that_methods_train(targets):
     adapted = {n: site for n, site in _UNEQUAL.sites.items() if n.rpartition(".")[2] in targets}
     pool = LoraPool(
         A={n: jnp.ones((s.layers, 5, s.d_in, 3)) for n, s in adapted.items()},

@@ -254,12 +254,10 @@ def write_magnitudes(model: torch.nn.Module, config: dict[str, Any], target: Pat
 
 
 def main() -> None:
-    """Write everything in `smollm2/`, or some parts."""
+    """Write everything in `smollm2/`."""
     parser = argparse.ArgumentParser(description="Make the goldens of SmolLM2 again.")
     parser.add_argument("--out", type=Path, default=seeded.HERE / "smollm2", help="folder to write in")
-    parser.add_argument("--only", nargs="+", help="names of adapters and fusions, or base")
-    options = parser.parse_args()
-    out = options.out
+    out = parser.parse_args().out
     torch.set_num_threads(1)
     path = gguf_file()
     base = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -268,40 +266,29 @@ def main() -> None:
     model = Model(base.eval(), arrays)
     for part in ("base", "adapters/dora_e"):
         (out / part).mkdir(parents=True, exist_ok=True)
-    if not options.only or "base" in options.only:
-        write_tokens(encoder, out)
-        write_base(base, out)
-        config = json.loads((seeded.HERE / "smollm2/adapters/dora_e/adapter_config.json").read_text())
-        write_magnitudes(base, config, out)
-        np.savez_compressed(out / "inputs.npz", **arrays)
-        found = model.of_prompts() | model.of_batch("left") | model.of_batch("right")
-        with torch.no_grad():
-            found |= {f"loss_mean_ce_{k}": model.loss(k).numpy() for k in (0, 1)}
-            found["p4_last"] = model.run(input_ids=model.prompts[4]).logits[0, -1].numpy()
-        np.savez_compressed(out / "base.npz", **found)
-        _write_answers(out, {"base": model.answers(range(6))})
+    write_tokens(encoder, out)
+    write_base(base, out)
+    config = json.loads((seeded.HERE / "smollm2/adapters/dora_e/adapter_config.json").read_text())
+    write_magnitudes(base, config, out)
+    np.savez_compressed(out / "inputs.npz", **arrays)
+    found = model.of_prompts() | model.of_batch("left") | model.of_batch("right")
+    with torch.no_grad():
+        found |= {f"loss_mean_ce_{k}": model.loss(k).numpy() for k in (0, 1)}
+        found["p4_last"] = model.run(input_ids=model.prompts[4]).logits[0, -1].numpy()
+    np.savez_compressed(out / "base.npz", **found)
+    answers = {"base": model.answers(range(6))}
     with tempfile.TemporaryDirectory() as temporary:
         folder = seeded.unfold(Path(temporary)) / "smollm2"
         for name in ADAPTERS:
-            if not options.only or name in options.only:
-                found, answers = single(model, folder, name)
-                np.savez_compressed(out / f"single_{name}.npz", **found)
-                _write_answers(out, {name: answers})
+            found, answers[name] = single(model, folder, name)
+            np.savez_compressed(out / f"single_{name}.npz", **found)
         for name, (kind, mix, magnitudes, first) in FUSIONS.items():
-            if not options.only or name in options.only:
-                pool = make_fusion.read_pool(base, folder, POOLS[kind])
-                start = seeded.normal(f"smollm2/{first}", (3, 30), 0.25)
-                found, answers = fusion(model, pool, start, mix=mix, magnitudes=magnitudes)
-                np.savez_compressed(out / f"{name}.npz", **found)
-                _write_answers(out, {name: answers})
-
-
-def _write_answers(out: Path, found: dict[str, dict[str, list[int]]]) -> None:
-    """Add the answers of a model to those of the others."""
-    path = out / "greedy.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(answers)}" for name, answers in (before | found).items())
-    path.write_text(f"{{\n{rows}\n}}\n")
+            pool = make_fusion.read_pool(base, folder, POOLS[kind])
+            start = seeded.normal(f"smollm2/{first}", (3, 30), 0.25)
+            found, answers[name] = fusion(model, pool, start, mix=mix, magnitudes=magnitudes)
+            np.savez_compressed(out / f"{name}.npz", **found)
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(of_model)}" for name, of_model in answers.items())
+    (out / "greedy.json").write_text(f"{{\n{rows}\n}}\n")
 
 
 if __name__ == "__main__":
