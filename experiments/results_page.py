@@ -12,19 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _script
+from lab.formats import latex
 from lab.page import page, save_plots
 
-from lorafusion_jax.report import (
-    Table,
-    best_method,
-    csv_text,
-    latex,
-    main_tables,
-    merge,
-    paired_table,
-    scores,
-    write_text,
-)
+from lorafusion_jax.report import Table, best_method, csv_text, main_tables, merge, paired_table, scores, write_text
 
 
 def main(arguments: Sequence[str] = ()) -> None:

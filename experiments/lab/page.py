@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorafusion_jax.report.comparison import plot_against_trainable, plot_means
-from lorafusion_jax.report.formats import html_table
 from lorafusion_jax.report.rows import Row
 from lorafusion_jax.report.scores import Scores, scores
 from lorafusion_jax.report.tables import best_method, league_name, main_tables, paired_table
 
+from .formats import html_table
 from .provenance import config_tables, origin_tables
 
 # Dark mode turns the plots' lightness around and keeps their hues.

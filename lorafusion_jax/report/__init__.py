@@ -2,7 +2,7 @@
 
 from ..files import write_text
 from .comparison import plot_against_trainable, plot_means
-from .formats import Column, Table, csv_text, html_table, latex, markdown
+from .formats import Column, Table, csv_text, markdown
 from .plots import plot_accuracy, plot_coefficients, plot_learning_curves
 from .rows import Row, append_rows, done, merge, read_rows
 from .scores import Scores, scores
@@ -22,8 +22,6 @@ __all__ = [
     "best_method",
     "csv_text",
     "done",
-    "html_table",
-    "latex",
     "main_tables",
     "markdown",
     "markdown_table",

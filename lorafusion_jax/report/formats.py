@@ -1,11 +1,10 @@
-"""A table as Markdown, CSV, LaTeX and HTML.
+"""A table as Markdown and CSV.
 
 The kind of a column determines how its cells are written: "44.8 ± 1.5" for readers, two numbers in CSV. An empty cell
 is a dash, and nothing in CSV.
 """
 
 import csv
-import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,44 +67,6 @@ def csv_text(table: Table) -> str:
     return text.getvalue()
 
 
-def latex(table: Table) -> str:
-    """Return a table for LaTeX with the booktabs package."""
-    first, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in table.texts]
-    alignment = "".join("l" if column.kind == "text" else "r" for column in table.columns)
-    body = "\n".join(lines)
-    return rf"""% needs \usepackage{{booktabs}}
-\begin{{table}}
-\centering
-\caption{{{_latex(table.caption)}}}
-\begin{{tabular}}{{{alignment}}}
-\toprule
-{first}
-\midrule
-{body}
-\bottomrule
-\end{{tabular}}
-\end{{table}}
-"""
-
-
-def html_table(table: Table) -> str:
-    """Return an HTML table with scopes of headings, in a box that scrolls sideways."""
-    first, *lines = table.texts
-    numeric = [' class="number"' if column.kind != "text" else "" for column in table.columns]
-    names = [html.escape(name).replace("_", "_<wbr>") for name in first]  # where a long name may break
-    head = "".join(f'<th scope="col"{c}>{name}</th>' for c, name in zip(numeric, names, strict=True))
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(line[0])}</th>'
-        + "".join(f"<td{c}>{html.escape(cell)}</td>" for c, cell in zip(numeric[1:], line[1:], strict=True))
-        + "</tr>\n"
-        for line in lines
-    )
-    return (
-        f'<div class="wide" tabindex="0"><table>\n<caption>{html.escape(table.caption)}</caption>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"
-    )
-
-
 class _Kind(NamedTuple):
     text: Callable[[Any], str]
     parts: tuple[str, ...] = ("",)  # what CSV adds to the heading, for each number of a cell
@@ -143,20 +104,3 @@ _KINDS: dict[str, _Kind] = {
     "seconds": _Kind("{:,.1f}".format),
     "p": _Kind(lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"),
 }
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "\n": " ",
-}
-
-
-def _latex(text: str) -> str:
-    return text.translate(str.maketrans(_LATEX))

@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+from lab.formats import html_table, latex
 from made_up_rows import METHODS, TASKS, made_up, row
 from scipy import stats
 
@@ -13,8 +14,6 @@ from lorafusion_jax.report import (
     Table,
     best_method,
     csv_text,
-    html_table,
-    latex,
     main_tables,
     markdown,
     paired_table,

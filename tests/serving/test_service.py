@@ -97,11 +97,17 @@ def service(runs) -> Service:
 
 
 @pytest.fixture(scope="module")
-def alone(runs, tmp_path_factory) -> dict[str, list[str]]:
-    """The answers of each run on its own."""
+def answers(tmp_path_factory):
+    """A function that returns the answers of one run to the lines."""
     file = tmp_path_factory.mktemp("lines") / "lines"
     file.write_text("\n".join(_LINES))
-    return {name: generate_lines(GenerateOptions(run=folder, file=file)) for name, folder in runs.items()}
+    return lambda folder: generate_lines(GenerateOptions(run=folder, file=file))
+
+
+@pytest.fixture(scope="module")
+def alone(runs, answers) -> dict[str, list[str]]:
+    """The answers of each run on its own."""
+    return {name: answers(folder) for name, folder in runs.items()}
 
 
 def _file(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -224,16 +230,10 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     mixed, scaled = FusedRun.read(runs["mixed"]), FusedRun.read(runs["scaled"])
     shutil.copytree(small[0], tmp_path / "base")
     one = {"coefficients": np.ones((1, 2, 2), np.float32)}
-    for field, value in {
-        "base": str(tmp_path / "base"),
-        "pool": str(tmp_path),
-        "control": "random",
-        "load_in": "nf4",
-    }.items():
+    changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path), "control": "random", "load_in": "nf4"}
+    for field, value in changes.items():
         other = FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
-        with pytest.raises(
-            ValueError, match=f"other_{field} has the {field} {value}, and .*mixed has .*Serve them apart"
-        ):
+        with pytest.raises(ValueError, match=f"has the {field} {value}, and .*mixed has .*Serve them apart"):
             Service([mixed, other], capacity=2)
     # Magnitudes alone come from no pool.
     Service([scaled._replace(options=dataclasses.replace(scaled.options, pool=None)), mixed], capacity=2)
@@ -276,17 +276,15 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
         Service([basis], capacity=1)
 
 
-def test_a_control_is_served_as_it_answers_alone(runs, write, tmp_path):
+def test_a_control_is_served_as_it_answers_alone(write, answers, tmp_path):
     params = {"coefficients": np.full((1, 2, 2), 3, np.float32)}
     folder = write("control", params, (_MIXED,), method="coefficients", control="random")
-    (tmp_path / "lines").write_text("\n".join(_LINES))
-    wanted = generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines"))
     rows = [{"run": "control", "input": line} for line in _LINES]
-    assert generate_rows((folder,), file=_file(tmp_path, rows)) == wanted
+    assert generate_rows((folder,), file=_file(tmp_path, rows)) == answers(folder)
 
 
 @pytest.mark.parametrize("granularity", ["block", pytest.param("site", marks=pytest.mark.long)])
-def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity, small, write, tmp_path):
+def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity, small, write, answers, tmp_path):
     """Modules 1 and 3 adapt queries alone; the run that mixes them has magnitudes, or coefficients, for no others."""
     pool = tmp_path / "pool"
     shutil.copytree(small[1], pool)
@@ -295,7 +293,6 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
         kept = {name: tensor for name, tensor in load_file(weights).items() if ".v." not in name}
         save_file(kept, weights, metadata={"format": "pt"})
     norms = {site: np.linalg.norm(kernel, axis=1)[None] for site, kernel in kernels(load_base(small[0])).items()}
-    (tmp_path / "lines").write_text("\n".join(_LINES))
     folders, wanted = [], []
     for seed, last in ((_MIXED, "q"), (_OTHER, "qv")):
         sites = [site for site in _SITES if site[-1] in last]
@@ -306,7 +303,7 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
             params["magnitudes"] = {site: np.float32(1.2) * norms[site] for site in sites}
             changes["method"] = "fusion"
         folders.append(write(f"{last}_{granularity}", params, (seed,), **changes))
-        wanted += generate_lines(GenerateOptions(run=folders[-1], file=tmp_path / "lines"))
+        wanted += answers(folders[-1])
     rows = [{"run": folder.name, "input": line} for folder in folders for line in _LINES]
     assert generate_rows(folders, file=_file(tmp_path, rows)) == wanted
 
