@@ -5,7 +5,6 @@ import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import get_args
 
 import jax.numpy as jnp
 import language as experiment
@@ -156,27 +155,6 @@ def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     assert experiment.dosed("words", "1", 1) != experiment.dosed("words", "1", 2)
     twins = experiment.dosed("words", "1", 1, "random-")
     assert twins[0] in language.SOURCES["words"] and all(name.startswith("random-") for name in twins[1:])
-
-
-def test_groups_have_their_programs_once(tmp_path):
-    options = experiment.LanguageOptions(tasks=tmp_path, seeds=(1, 2))
-    paths = {name: tmp_path / f"{name}.json" for name in experiment.UNSEEN_TASKS}
-    jobs = {group: list(experiment.jobs_of(group, options, paths)) for group in get_args(experiment.Group)}
-    counts = {group: len(of) for group, of in jobs.items()}
-    assert counts == {
-        "main": 7 * 10,
-        "more": 7 * 10,
-        "five": 7 * 7,
-        "twenty": 7 * 4,
-        "relevance": 2 * 4 * 2,
-        "more-relevance": 3 * 2 * 4 * 2,
-    }
-    for group, of in jobs.items():
-        assert len({job[:3] + job.options.seeds for job in of}) == len(of)
-        assert len({job.options.name for job in of}) == len(of)
-        assert {job.options.train_rows for job in of} == {{"five": 5, "twenty": 20}.get(group, 100)}
-    assert {job.options.pool for job in jobs["relevance"]} == {str(experiment.FOLDER / "adapters_and_random")}
-    assert all(job.options.prompt == "Q: {input}\nA:" for of in jobs.values() for job in of)
 
 
 def test_a_seed_continues_next_to_rows_of_seeds_with_other_modules(tmp_path):

@@ -56,21 +56,6 @@ def test_every_trained_method_had_the_same_number_of_trials():
             common.recipe_of(dataclasses.replace(entry, rates=trial))
 
 
-def test_the_table_of_trials_marks_the_best_of_each_method():
-    def trial(method, rate, *scores):
-        tasks = {task: {"exact_match": [score]} for task, score in zip(tune.TASKS, scores, strict=True)}
-        mean = sum(scores) / len(scores)
-        return {"method": method, "rates": {"lr_lora": rate}, "tasks": tasks, "exact_match": mean}
-
-    trials = [trial("LoRA", 0.1, 10.0, 20.0), trial("LoRA", 0.2, 30.0, 10.0), trial("other", 0.3, 1.0, 2.0)]
-    assert tune.table_of([*trials, trial("LoRA", 0.4, 20.0, 20.0)])[1:] == [
-        ["LoRA", "lr_lora 0.1", "10.0", "20.0", "15.0", ""],
-        ["LoRA", "lr_lora 0.2", "30.0", "10.0", "20.0", "←"],
-        ["other", "lr_lora 0.3", "1.0", "2.0", "1.5", "←"],
-        ["LoRA", "lr_lora 0.4", "20.0", "20.0", "20.0", ""],
-    ]
-
-
 def test_every_ablation_can_run_and_is_next_to_what_it_varies():
     options = ablations.AblationOptions()
     plain = common.recipe_of(ablations.METHODS["LoRAFusion"])
