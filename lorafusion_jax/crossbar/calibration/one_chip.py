@@ -95,8 +95,6 @@ def probe(
     input, drawn at random with a fixed key.
 
     Args:
-      x: inputs.
-      chip: the chip to read.
       weights: reference of the error; None for the weights as programmed.
 
     Raises:
@@ -135,7 +133,6 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     Args:
       chip: one matrix, or a stack with leading axes like those of the statistics; unchanged unless a range of its
         configuration is `calibrated`.
-      statistics: statistics of probing reads.
 
     Raises:
       ValueError: the statistics contain no conversion, or inputs too large for a range.
@@ -346,12 +343,6 @@ def _tapped(
 
     Gradients add up over calls and are stacked by layer in scans, as statistics have to be. No other gradient is passed
     on, so that collecting needs no further products.
-
-    Args:
-      tree: structure of the chip.
-      x: inputs.
-      tap: the fields of the statistics.
-      leaves: leaves of the chip. (JAX would rebuild a dataclass with placeholders.)
     """
     return probe(x, jax.tree.unflatten(tree, leaves))[0]
 

@@ -30,7 +30,6 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
 
     Args:
       run: the model; use one function for all calls, because each function is compiled once.
-      weights: a tree with `Chip` leaves.
       batches: arrays, one `run` each.
 
     Raises:
@@ -58,10 +57,6 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     """Return a row for every matrix in arrays: its place, its signal to noise ratio, and the share that is clipped.
 
     Warns if more conversions are clipped than `adc.clip_share`, or more inputs than `dac.clip_share`.
-
-    Args:
-      weights: calibrated weights.
-      statistics: statistics from `observe`.
 
     Returns:
       Rows of {site, layer, module (None where the weight has no such axis), sqnr (dB, x @ W with the weights as

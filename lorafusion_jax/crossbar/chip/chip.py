@@ -116,7 +116,6 @@ def with_config(chip: Chip, config: CrossbarConfig) -> Chip:
     and values that are arrays. Other changes need new arrays: call `program`.
 
     Args:
-      chip: one matrix, or a stack.
       config: arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
 
     Raises:
@@ -139,7 +138,6 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
     """Return the chip with the key that its next read draws noise from. Use another key for every read.
 
     Args:
-      chip: one matrix, or a stack.
       key: one key, from which every matrix of a stack gets a separate one, or keys with the leading axes of the stack;
         None to remove the key.
 
@@ -163,7 +161,6 @@ def reads(tree: Any, *numbers: Array | int) -> Any:
     and every batch, with numbers that were not used before.
 
     Args:
-      tree: weights, some of them chips. Without read keys it is returned unchanged.
       numbers: numbers that identify the read, for example (seed, step).
     """
 
@@ -238,7 +235,6 @@ def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:
     """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n).
 
     Args:
-      key: PRNG key of the weight.
       numbers: l, n, ... of the entries of every axis.
     """
     for of_axis in numbers:

@@ -33,12 +33,7 @@ _DAMAGED += (RecursionError, NotImplementedError, json.JSONDecodeError)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
-    """Write a programmed chip, or a stack of them, to a file, with its name and without its read key.
-
-    Args:
-      chip: the chip to write.
-      path: an .npz file, which is replaced completely or not at all.
-    """
+    """Write a programmed chip, or a stack of them, to a file, with its name and without its read key."""
     path = Path(path)
     arrays: dict[str, Any] = {}
     for name in _ARRAYS:

@@ -35,11 +35,7 @@ def pack_columns(
     Columns are not packed if the path is `loop` and it was requested or is equally fast.
 
     Args:
-      columns: integers.
       variance: variance of read noise; integers, or one column for all.
-      geometry: of the matrix.
-      config: configuration of the crossbar.
-      plan: the plan, to which the packing is added.
       asked: the plan's path was requested by the caller.
     """
     squares = None if variance is None or variance.shape[3] == 1 else variance
@@ -56,15 +52,7 @@ def pack_columns(
 def pack_pairs(
     codes: Float[Array, "d_in d_out"], geometry: Geometry, config: CrossbarConfig, plan: Plan, *, asked: bool
 ) -> tuple[Packed | Array, Plan]:
-    """Return perfect differential weights in words, as `pack_columns` does.
-
-    Args:
-      codes: weight codes.
-      geometry: of the matrix.
-      config: configuration of the crossbar.
-      plan: the plan, to which the packing is added.
-      asked: the plan's path was requested by the caller.
-    """
+    """Return perfect differential weights in words, as `pack_columns` does."""
     top, signed = geometry.converted_top, config.signed_inputs
     tiles = encoding.split(codes, geometry.rows, 0, front=True)
 
@@ -92,12 +80,8 @@ def _certified(
     """Return the plan with its packing, with the path `packed` if a product holds more than one slice.
 
     Args:
-      plan: a plan with a path.
       spans: difference of the largest and the least sum of every column.
       most: largest sum of its variances, or None.
-      geometry: of the matrix.
-      config: configuration of the crossbar.
-      asked: the plan's path was requested by the caller.
     """
     count, top, rows = len(spans), geometry.converted_top, geometry.tallest
     if is_traced((spans, most)):

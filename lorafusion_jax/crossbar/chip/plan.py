@@ -69,11 +69,8 @@ def choose(
     """Return the fastest exact path.
 
     Args:
-      geometry: of the matrix.
-      config: configuration of the crossbar.
       limits: [1 or R, K, 2] ADC ranges; traced ones count as unknown.
       perfect: all cells are at their target levels.
-      path: use this path.
 
     Raises:
       ValueError: the requested path would not be exact.

@@ -79,7 +79,6 @@ def program(
 
     Args:
       weights: [d_in, d_out] W of y = x W.
-      config: configuration of the crossbar; the chip carries it.
       key: PRNG key of the chip: the same key gives the same chip. Needed if the device or the ADC is random.
       path: path of the reads (see `chip.plan`); None chooses the fastest exact one.
       conductances: measured conductances (Gmax = 1) of all cells at the time of the read, which replace modelled ones.

@@ -43,10 +43,7 @@ def scan_layers(
     """Return the last carry and all outputs of `jax.lax.scan`, with one scan for each kind of layers.
 
     Args:
-      body: function of (carry, one layer).
-      carry: initial carry.
       stacked: a tree whose leaves, or the parts of whose `Segments`, have a leading axis of layers.
-      unroll: as for `jax.lax.scan`.
     """
     outputs = []
     for part in _parts(stacked):

@@ -51,7 +51,6 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
         paths, joined by dots.
         Vectors, such as biases, stay digital. (A stack of vectors is a matrix by its shape: give it a rule of None.)
       rules: path pattern -> configuration, or None for digital.
-      key: PRNG key of the chip.
       numbers: path -> for each leading axis of that stack, the numbers of its entries on the chip, if the stack is part
         of a larger one. For other stacks they are 0, 1, ...
 
@@ -110,11 +109,6 @@ def _keys(key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]) ->
     """Return the keys of the chip and of the reads for every matrix of a stack.
 
     Compiled, because the operations one by one take 13 ms for a weight.
-
-    Args:
-      key: PRNG key of the chip.
-      weight: number of the weight.
-      numbers: see `stacked_keys`.
     """
     of_weight = jax.random.fold_in(key, weight)
     chips, noise = (stacked_keys(jax.random.fold_in(of_weight, purpose), numbers) for purpose in (_CHIP, _READ))

@@ -401,8 +401,6 @@ def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
 
     Args:
       limits: None, [K, 2] or [R, K, 2]; tracers and a pytree's placeholders pass.
-      slices: K.
-      signed: the converted currents may be negative.
 
     Raises:
       ValueError: the shape is wrong, or a range is empty, not finite, or one-sided for signed sums.

@@ -74,10 +74,6 @@ def _structure_of_arrays(config: CrossbarConfig) -> Structure:
 def check_same(programmed: CrossbarConfig, config: CrossbarConfig) -> None:
     """Raise an error if a configuration differs from that of the arrays; swept values and functions are not compared.
 
-    Args:
-      programmed: configuration of the arrays.
-      config: configuration to read them with.
-
     Raises:
       ValueError: the configurations differ; the message names the differences.
     """

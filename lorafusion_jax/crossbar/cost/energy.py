@@ -62,8 +62,6 @@ def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int
     """Return the cost of writing matrices.
 
     Args:
-      written: counts of the matrices.
-      constants: constants of the device.
       passes: number of times that each of their cells is written.
     """
     cycles = constants["write_pulses"] * (passes if written.cells else 0)
@@ -84,8 +82,6 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
 
     Args:
       reads: counts of the matrices, each multiplied by its number of input vectors.
-      config: configuration of the crossbar.
-      constants: constants of the devices and converters.
 
     Raises:
       ValueError: the DAC or the ADC is ideal, and so has no energy.
@@ -109,11 +105,6 @@ def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Cons
 
     While the sums of an input slice are converted, the next slice is read. If slices are summed before the ADC
     (`adc.convert="sum"`), conversion starts after the last slice.
-
-    Args:
-      shape: (d_in, d_out).
-      config: configuration of the crossbar.
-      constants: constants of the devices and converters.
 
     Raises:
       ValueError: the DAC or the ADC is ideal.

@@ -83,7 +83,6 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
 
     Args:
       what: a configuration, with a shape; or a chip, which has both.
-      shape: (d_in, d_out).
       matrices: number of such matrices. Side by side they share arrays: along columns if d_out is the shorter axis (the
         A of low-rank modules, which read one input), else along rows (their B). Those rows drive common columns, so
         that their outputs add up in the array, or are driven matrix by matrix.

@@ -174,10 +174,7 @@ def realise(
     """Return the actual conductances of one chip's cells, `device.time` after programming.
 
     Args:
-      G: target conductances, as fractions of Gmax.
-      device: the device.
       key: PRNG key of the chip; None only for a device without randomness.
-      g_min: Gmin, as a fraction of Gmax.
 
     Returns:
       The conductances, and the number of pulses of each cell (None without write-verify).

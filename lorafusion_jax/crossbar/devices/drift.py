@@ -155,10 +155,6 @@ def drift_compensation(reference: Float[Array, "..."], now: Float[Array, "..."])
     Global drift compensation (Joshi et al. 2020): the summed magnitude of the currents of a calibration read just
     after programming, over that of the same read now. Reading word line by word line makes them the cells themselves.
 
-    Args:
-      reference: currents just after programming.
-      now: currents of the same read at the present time, of the same shape.
-
     Returns:
       The factor; 1 for a matrix without any current.
     """

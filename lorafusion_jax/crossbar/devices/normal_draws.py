@@ -35,8 +35,6 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float
 
     Args:
       key: for other generators than Threefry `jax.random.normal` is used, as it is for float64.
-      shape: of the draws.
-      dtype: floating point.
     """
     by_counter = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
     threefry = str(jax.random.key_impl(key)) == "threefry2x32" and by_counter
@@ -60,7 +58,6 @@ def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[
     Args:
       words: which stream: the data of a Threefry key.
       high: upper half of each place.
-      low: lower half.
     """
     first, second = _threefry(words, high, low)
     # 23 random bits for the mantissa of a number in [1, 2), shifted to [-1, 1) and off -1.

@@ -27,12 +27,6 @@ def check_bounds(
 ) -> None:
     """Raise an error for a plain number outside [low, high]; arrays, tracers, None and placeholders pass.
 
-    Args:
-      owner: the dataclass.
-      name: its field.
-      low: smallest value; excluded where `open_low`.
-      high: largest value.
-
     Raises:
       ValueError: with the field, its value and the bounds.
     """
@@ -56,11 +50,6 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
 def for_each_cell(name: str, values: Any, shape: tuple[int, ...]) -> Any:
     """Return the result of a device model, which may be a user's function, if it has a value for each cell.
 
-    Args:
-      name: field of `Device`.
-      values: the result.
-      shape: shape of the cells.
-
     Raises:
       ValueError: the result has another shape.
     """
@@ -76,10 +65,6 @@ def varying_as(value: Num[Array, "..."], *inputs: Any) -> Num[Array, "..."]:
     """Return a loop's first value as one that differs between devices where any of the inputs does.
 
     Under `jax.shard_map` the carry of a loop may not begin to differ in the loop.
-
-    Args:
-      value: first value of a carry.
-      inputs: trees of arrays that the loop reads.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return value
@@ -102,10 +87,6 @@ def is_moved(tangent: Any) -> bool:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def without_gradient(value: Array, why: str) -> Array:
     """Return `value`, marked so that differentiating it raises an error instead of giving zero.
-
-    Args:
-      value: any array.
-      why: the message.
 
     Raises:
       ValueError: when it is differentiated.

@@ -62,7 +62,6 @@ def currents(
     Args:
       v: voltages of the word lines, of the full read voltage.
       G: conductances, of Gmax (not in levels: the wires are measured in them).
-      wire: resistances and solver.
       iv: (V, G) -> current of a cell; I = G V for a linear one.
 
     Returns:

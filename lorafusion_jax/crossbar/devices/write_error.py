@@ -166,8 +166,6 @@ class WriteVerify:
 
         Args:
           write: (target, key) -> G, one pulse on every cell.
-          target: conductances asked for.
-          key: of all pulses.
         """
         why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
         tolerance = without_gradient(like(self.tolerance, target), f"WriteVerify.tolerance {why}")

@@ -85,9 +85,7 @@ def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
     """Return the model with the ranges of its converters set from data.
 
     Args:
-      model: a model from `convert`.
       batches: inputs of the model, one call each: an array, or a tuple of arguments.
-      options: keyword arguments of the model.
 
     Raises:
       ValueError: there are no batches, none of them reads some of the arrays, or `jax.jit` or `jax.vmap` hides values.
@@ -188,7 +186,6 @@ def with_read_key(model: Any, key: Array) -> Any:
     several times in a step has the same noise each time.
 
     Args:
-      model: a model from `convert`. Without read noise and stochastic rounding nothing changes.
       key: key of the step.
     """
     key = one_key(key)

@@ -47,12 +47,9 @@ class Kernel:
         """Return a product [*groups, *B, *inputs] -> [*groups, *B, *features] of x.
 
         Args:
-          x: inputs.
           groups: number of axes of groups; each group has a separate matrix.
           inputs: number of axes that are summed over.
           features: sizes of the axes of the result.
-          preferred_element_type: dtype of the result; None for that of x.
-          out_sharding: must be None.
 
         Raises:
           ValueError: the kernel is still a stack of layers, a key or the range of a converter is missing, or

@@ -62,9 +62,7 @@ def found_layer(layer: Any, kernel: Array | Kernel, shape: tuple[int, ...], equa
     """Return a layer as its matrix.
 
     Args:
-      layer: one of `LAYERS` or `UNABLE`.
       kernel: its parameter, with the axes of stacked layers in front; a `Kernel` if it is on arrays already.
-      shape: shape of the kernel in one layer.
       equation: the equation of an `Einsum`; None where it has several.
     """
     if isinstance(kernel, Kernel):

@@ -62,13 +62,7 @@ class Packed(NamedTuple):
 def extent(
     cells: Float[Array, "K R rows cols"] | Int[Array, "K R rows cols"], top: int, *, signed: bool
 ) -> tuple[Array, Array]:
-    """Return the least and the largest sum, [K, R, cols] each, that inputs of at most `top` can cause.
-
-    Args:
-      cells: integers.
-      top: largest |u| of an input slice.
-      signed: whether inputs may be negative.
-    """
+    """Return the least and the largest sum, [K, R, cols] each, that inputs of at most `top` can cause."""
     positive = top * jnp.sum(jnp.maximum(cells, 0), axis=2, dtype=cells.dtype)
     negative = top * jnp.sum(jnp.minimum(cells, 0), axis=2, dtype=cells.dtype)
     return (negative - positive, positive - negative) if signed else (negative, positive)
@@ -79,7 +73,6 @@ def certify(spans: tuple[int, ...], word_bits: int, variances: tuple[int, ...] =
 
     Args:
       spans: for every slice the largest high - low of its columns; of all layers that share the packing.
-      word_bits: FLOAT_BITS or INT_BITS.
       variances: for every slice the largest sum of u^2 v of its columns, if they travel along.
     """
     fields, squares, word, shift = [], [], 0, 0
@@ -104,15 +97,7 @@ def pack(
     signed: bool,
     variances: Float[Array, "K R rows cols"] | None = None,
 ) -> Packed:
-    """Pack integer cells whose spans the packing was made for.
-
-    Args:
-      cells: integers.
-      packing: from `certify`.
-      top: largest |u| of an input slice.
-      signed: whether inputs may be negative.
-      variances: integers that the packing has fields for.
-    """
+    """Pack integer cells whose spans the packing was made for."""
     whole = cells.astype(jnp.int32)
     low, _ = extent(whole, top, signed=signed)
     words = _join(jnp.concatenate([whole, -low[:, :, None]], axis=2), packing.fields, packing.words)
@@ -129,13 +114,6 @@ def pack_codes(
 
     Slice by slice, and rows added half to half, since stacked slices and other sums over rows take up to ten times as
     long on a CPU.
-
-    Args:
-      tiles: weight codes, cut into row tiles.
-      slices: bits of every weight slice.
-      packing: from `certify`.
-      top: largest |u| of an input slice.
-      signed: whether inputs may be negative.
     """
     magnitude, sign = jnp.abs(tiles).astype(jnp.int32), jnp.sign(tiles).astype(jnp.int32)
     counted = magnitude if signed else jnp.where(tiles < 0, magnitude, 0)

@@ -34,9 +34,6 @@ def recover(
     Args:
       columns: measured sums, Gmin included; the unit column, if any, is last.
       ones: sum of the inputs.
-      flipped: columns that are stored inverted.
-      geometry: of the matrix.
-      config: configuration of the crossbar.
     """
     shape = (-1, *[1] * (columns.ndim - 1))
     gmin = kappa(geometry, config, columns.dtype).reshape(shape)
@@ -79,12 +76,6 @@ def columns(
     """Return the factors of the inputs, one entry for each conversion: k = K, or 2 K if both polarities are converted.
 
     Unit columns, one of every array, come after all others.
-
-    Args:
-      cells: in level units.
-      geometry: of the matrix.
-      config: of the crossbar.
-      gain: of every conversion.
     """
     if config.encoding.kind == "differential" and not config.converts_each:
         converted = (cells[:, 0] - cells[:, 1])[:, None]
@@ -153,9 +144,6 @@ def recover_flipped(
     Args:
       columns: sums over row tiles, flipped ones negated.
       units: sums of each tile's unit column.
-      flipped: columns that are stored inverted.
-      geometry: of the matrix.
-      config: configuration of the crossbar.
     """
     gmin = kappa(geometry, config, columns.dtype)
     top, zero = (jnp.asarray(of, columns.dtype) for of in (geometry.levels, geometry.zero_digits))
@@ -190,10 +178,6 @@ def finish(
     Args:
       total: codes, or sums without an ADC, shifted and added over input slices; unit columns last.
       ones: sums of the inputs, for the terms that are removed digitally.
-      quantise: the ADC.
-      flipped: columns that are stored inverted.
-      geometry: of the matrix.
-      config: configuration of the crossbar.
     """
     lsb = None if quantise is None else quantise.lsb
     if config.encoding.kind == "offset" and (flipped is not None or not config.encoding.unit_column):

@@ -26,9 +26,6 @@ def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -
     """Cut an axis into parts, zero-padded to the longest: [..., d, ...] -> [..., parts, longest, ...].
 
     Args:
-      x: to cut.
-      parts: lengths.
-      axis: which.
       front: pad in front, as for rows: those in use are next to the converters at the bottom.
     """
     axis %= x.ndim
@@ -105,10 +102,7 @@ def weight_codes(
     """Return the signed weight codes q: integers, or w / M in [-1, 1] for real-valued weights.
 
     Args:
-      weights: the matrix.
       scale: the weight of one code, M / (2^(B-1) - 1).
-      geometry: of the matrix.
-      config: of the crossbar.
     """
     codes = weights / per_weight(scale, geometry)
     if config.mapping.weight_bits is not None:
@@ -168,10 +162,7 @@ def input_codes(
     """Return the signed input codes n; for an ideal DAC x / limit itself.
 
     Args:
-      x: inputs.
       limit: full scale, a scalar or [B, 1].
-      geometry: of the matrix.
-      config: with the DAC.
       key: of the read, for stochastic rounding.
     """
     if config.dac is None:

@@ -123,13 +123,7 @@ class Geometry:
 
 
 def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
-    """Return the lengths of the parts into which arrays of `limit` cut an axis.
-
-    Args:
-      size: length of the axis.
-      limit: the largest part; None for one part.
-      how: `equal` or `full` (see `Tile`).
-    """
+    """Return the lengths of the parts into which arrays of `limit` cut an axis."""
     if limit is None or size <= limit:
         return (size,)
     parts = math.ceil(size / limit)

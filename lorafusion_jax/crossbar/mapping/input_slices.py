@@ -5,13 +5,7 @@ from jaxtyping import Array, Float, Int
 
 
 def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""]) -> Int[Array, "*S"]:
-    """Return input slice j of the codes n: sign(n) ((|n| >> start) mod 2^bits).
-
-    Args:
-      n: integers.
-      slices: bits of every input slice, least significant first.
-      j: which.
-    """
+    """Return input slice j of the codes n: sign(n) ((|n| >> start) mod 2^bits)."""
     starts = jnp.asarray([sum(slices[:i]) for i in range(len(slices))], jnp.int32)
     tops = jnp.asarray([2**bits - 1 for bits in slices], jnp.int32)
     magnitude = (jnp.abs(n).astype(jnp.int32) >> starts[j]) & tops[j]

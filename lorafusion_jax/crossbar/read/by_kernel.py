@@ -40,14 +40,7 @@ class _Operand(NamedTuple):
 def convert_tiles(
     n: Float[Array, "B d_in"], quantise: Converter, chip: Chip, kernel: Kernel
 ) -> Float[Array, "B _d_out"]:
-    """Return weights times input codes; of a converter that counts, [B, 1], above zero where a conversion is clipped.
-
-    Args:
-      n: input codes.
-      quantise: the ADC.
-      chip: to read.
-      kernel: that makes the conversions.
-    """
+    """Return weights times input codes; of a converter that counts, [B, 1], above zero where a conversion is clipped."""
     rows = chip.geometry.rows
     tiles = encoding.split(n, rows, axis=1, front=True)
     if chip.flipped is not None:  # negated columns

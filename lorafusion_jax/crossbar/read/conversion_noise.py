@@ -90,11 +90,8 @@ def add_noise(
 
     Args:
       sums: part of [K, B, cols].
-      variance: V of each.
-      noise: of the read.
       place: number of the row tile and input slice.
       corner: where in [K, B, cols] the sums begin.
-      cols: columns of the whole.
     """
     k, b, c = (
         jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)

@@ -49,9 +49,6 @@ def column_sums(
       u: the input slice, in level units, as every sum here.
       g: the cells of each polarity.
       top: the highest level, 2^p - 1.
-      key: of this read's noise.
-      geometry: of the matrix.
-      config: of the crossbar.
       integers: both factors are, unless noise is drawn.
 
     Returns:
@@ -99,12 +96,7 @@ def all_sums(
     """Return the column sums of one input vector in every tile, for every pair of slices.
 
     Args:
-      codes: input codes, cut into row tiles.
-      cells: in level units.
       key: of the read noise; every tile and pair of slices draws its own.
-      geometry: of the matrix.
-      config: of the crossbar.
-      integers: codes and cells are.
     """
     pulses = encoding.pulses(codes, geometry)  # [J, R, rows]
     tops = jnp.asarray(geometry.levels, codes.dtype)
@@ -138,9 +130,6 @@ def mapped(
     """Return `fn` over an axis, all at once or as many at a time as the budget allows, and the bytes that it takes.
 
     Args:
-      fn: of one.
-      in_axes: as for `jax.vmap`.
-      size: of the axis.
       bytes_each: temporaries of one.
     """
     if size * bytes_each <= BUDGET:
@@ -178,10 +167,7 @@ def shift_and_add(
     """Return the sum over input slices, converted before or after it.
 
     Args:
-      sums: of every conversion, in level units.
       convert: the ADC, from sums [..., K, R, C, P, cols] to codes; None for an ideal one.
-      geometry: of the matrix.
-      config: of the crossbar.
     """
     weights = jnp.asarray(geometry.input_significance, sums.dtype)
     if convert is not None and config.adc is not None and config.adc.convert == "slice":

@@ -88,8 +88,6 @@ def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
     """Raise an error for a chip that cannot be read yet.
 
     Args:
-      chip: the chip.
-      name: name of the chip in the message.
       key: code that gives it a key.
       ranges: code that calibrates it.
 
@@ -222,12 +220,7 @@ def _derivative(parts, primals, tangents):
 
 
 def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
-    """Raise an error for derivatives that a read does not have, instead of returning zeros.
-
-    Args:
-      moved: names of the leaves that are differentiated.
-      config: configuration of the crossbar.
-    """
+    """Raise an error for derivatives that a read does not have, instead of returning zeros."""
     of_read = ("cell.on_off_ratio", "tile.", "adc.noise", "device.read_noise.", "device.iv.")
     for name in moved:
         if "." not in name:

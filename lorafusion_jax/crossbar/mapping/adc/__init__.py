@@ -16,10 +16,6 @@ def register_adc(name: str, architecture: Architecture) -> None:
 
     Call it before such a configuration, or a chip that was saved with one, is read.
 
-    Args:
-      name: a new name.
-      architecture: what it does and costs.
-
     Raises:
       ValueError: another architecture has the name.
     """

@@ -101,11 +101,6 @@ def fixed_limits(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -
     column can bring, Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is
     the highest code times one level.
 
-    Args:
-      geometry: of the matrix.
-      config: of the crossbar.
-      dtype: of the limits.
-
     Returns:
       [1 or R, K, 2]; a NumPy array where nothing in it is traced.
     """
@@ -144,14 +139,7 @@ Ties = Literal["shift", "divide"] | None
 
 
 def converter(limits: Float[Array, "_R K 2"], geometry: Geometry, config: CrossbarConfig, ties: Ties) -> Converter:
-    """Return the quantiser that covers `limits`.
-
-    Args:
-      limits: of every weight slice.
-      geometry: of the matrix.
-      config: of the crossbar.
-      ties: how they are kept exact.
-    """
+    """Return the quantiser that covers `limits`."""
     assert geometry.code_range is not None
     qmin, qmax = geometry.code_range
     span = limits[..., 1] * stacked_units(geometry, config, limits.dtype)[None]

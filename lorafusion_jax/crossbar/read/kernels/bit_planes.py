@@ -41,13 +41,7 @@ def to_planes(cells: Float[Array, "K R rows cols"], bits: int) -> UInt32[Array, 
 def pair_planes(
     codes: Float[Array, "d_in d_out"], rows: tuple[int, ...], slices: tuple[int, ...]
 ) -> UInt32[Array, "K I 2 R Q cols"]:
-    """Return `to_planes` of perfect differential weights, one row tile at a time, straight from their codes.
-
-    Args:
-      codes: weight codes.
-      rows: of every row tile.
-      slices: bits of every weight slice.
-    """
+    """Return `to_planes` of perfect differential weights, one row tile at a time, straight from their codes."""
     first, place = np.cumsum((0, *slices))[:-1, None], np.arange(max(slices))
     # The bit of a code that each bit of a slice is, [K, I]; a narrow slice lacks the highest ones.
     bit, there = (first + place).astype(np.uint32), (place < np.array(slices)[:, None]).astype(np.uint32)
@@ -78,11 +72,7 @@ def planes(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Args:
-      n: input codes.
       cells: from `to_planes`.
-      adc: the quantiser of each weight slice.
-      slices: bits of every input slice.
-      signed: whether codes may be negative.
     """
     worth = jnp.asarray(significance(slices), n.dtype)
 

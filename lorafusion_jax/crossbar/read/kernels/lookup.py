@@ -41,12 +41,7 @@ def lookup(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Args:
-      n: input codes.
       cells: in level units; packed, or real-valued.
-      packing: of packed cells; None for real ones.
-      adc: the quantiser of each weight slice.
-      slices: bits of every input slice.
-      signed: whether codes may be negative.
       noise: of this read; its variances are not read where they are packed.
     """
     batch, cols = n.shape[0], (cells.words if isinstance(cells, Packed) else cells).shape[3]

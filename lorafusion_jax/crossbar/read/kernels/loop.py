@@ -26,12 +26,9 @@ def loop(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Args:
-      n: input codes.
       cells: what the columns sum, in level units; any real numbers.
-      adc: the quantiser of each weight slice.
       slices: bits of every input slice; None for an ideal DAC, whose input is one slice.
       occupied: planes that are not all zero; the others are skipped, for their codes are zero.
-      noise: of this read.
     """
     worth = jnp.asarray((1.0,) if slices is None else significance(slices), n.dtype)
 

@@ -43,11 +43,8 @@ def mosaic(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Args:
-      n: input codes.
       cells: what the columns sum, in level units; bytes for integers, whose input slices then have at most 7 bits.
-      adc: the quantiser of each weight slice, which rounds or counts.
       slices: bits of every input slice, at most 8.
-      signed: whether codes may be negative.
     """
     batch, tiles, rows = n.shape
     planes, cols, chunk = cells.shape[0], cells.shape[3], _BATCH

@@ -25,16 +25,7 @@ def packed(
     slices: tuple[int, ...],
     noise: Noise | None = None,
 ) -> Float[Array, "K B cols"]:
-    """Return the codes of all conversions, shifted and added over input slices and row tiles.
-
-    Args:
-      n: input codes.
-      cells: in level units, packed into words of `bit_fields.FLOAT_BITS`.
-      packing: how.
-      adc: the quantiser of each weight slice.
-      slices: bits of every input slice.
-      noise: of this read; its variances are not read where they are packed.
-    """
+    """Return the codes of all conversions, shifted and added over input slices and row tiles."""
     n = drive(n, slices)
     worth = jnp.asarray(significance(slices), n.dtype)
 
