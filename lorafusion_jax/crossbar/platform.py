@@ -1,15 +1,10 @@
-"""The platform that programs are traced for: every choice that depends on it asks here."""
+"""The platform that functions are compiled for."""
 
 import jax
 
 
 def for_cpu() -> bool:
-    """Return whether programs are traced for a CPU, which is another question than where this process runs.
-
-    It is the platform of the ambient mesh, as `jax.set_mesh` and `jax.sharding.use_abstract_mesh` set it, and without
-    one JAX's default. So a program can be compiled for devices that are not there. The mesh is a part of the key under
-    which JAX keeps traced programs.
-    """
+    """Return whether functions are traced for a CPU: by the ambient mesh, or without one by JAX's default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
 

@@ -57,7 +57,7 @@ def test_a_range_is_interval_arithmetic():
     assert b / a == Range(0.5, 2.5, 10.0) and a / 2 == Range(0.5, 1.0, 2.0)
     assert a**2 == Range(1.0, 4.0, 16.0) and a**-1 == Range(0.25, 0.5, 1.0) and a**0 == Range.of(1.0)
     for wrong in [(2.0, 1.0, 3.0), (1.0, 3.0, 2.0), (-1.0, 0.0, 1.0), (math.nan, 1.0, 2.0)]:
-        with pytest.raises(ValueError, match="wanted 0 <= low <= typical <= high"):
+        with pytest.raises(ValueError, match="give 0 <= low <= typical <= high"):
             Range(*wrong)
 
 
@@ -264,19 +264,19 @@ def test_a_table_is_read_as_it_was_written(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("endurance"), r"lacks endurance: wanted every one of cell_write_energy"),
+        (lambda t: t.pop("endurance"), r"lacks endurance: give every one of cell_write_energy"),
         (lambda t: t.update(enduranze={}), r"enduranze.* unknown: choose from cell_write_energy"),
-        (lambda t: t["adc_energy"].update(unit="nJ"), r"adc_energy is in 'nJ': wanted 'pJ'"),
-        (lambda t: t["adc_energy"].update(low=2.0), r"adc_energy is \[2.0, 1.56, 5.0\]: wanted low <= typical <= high"),
-        (lambda t: t["adc_energy"].update(high=1.0), r"wanted low <= typical <= high"),
-        (lambda t: t["adc_energy"].update(low=0), r"adc_energy has the value 0: wanted a positive number"),
-        (lambda t: t["adc_energy"].update(low=-1.0), r"has the value -1.0: wanted a positive number"),
+        (lambda t: t["adc_energy"].update(unit="nJ"), r"adc_energy is in 'nJ': give it in 'pJ'"),
+        (lambda t: t["adc_energy"].update(low=2.0), r"adc_energy is \[2.0, 1.56, 5.0\]: give low <= typical <= high"),
+        (lambda t: t["adc_energy"].update(high=1.0), r"give low <= typical <= high"),
+        (lambda t: t["adc_energy"].update(low=0), r"adc_energy has the value 0: give a positive number"),
+        (lambda t: t["adc_energy"].update(low=-1.0), r"has the value -1.0: give a positive number"),
         (lambda t: t["adc_energy"].update(high=float("nan")), r"has the value nan"),
         (lambda t: t["adc_energy"].update(high=True), r"has the value True"),
-        (lambda t: t["endurance"].update(low="1e4"), r"'1e4': wanted a positive number; YAML takes 1e4 for a text"),
-        (lambda t: t["endurance"].pop("source"), r"endurance is .*: wanted a table of exactly unit, low, typical"),
+        (lambda t: t["endurance"].update(low="1e4"), r"'1e4': give a positive number; YAML takes 1e4 for a text"),
+        (lambda t: t["endurance"].pop("source"), r"endurance is .*: give a table of exactly unit, low, typical"),
         (lambda t: t["endurance"].update(source=" "), r"endurance has the source ' '"),
-        (lambda t: t.update(endurance=3), r"endurance is 3: wanted a table"),
+        (lambda t: t.update(endurance=3), r"endurance is 3: give a table"),
     ],
 )
 def test_a_bad_table_is_refused_by_name(change, message, tmp_path):
@@ -298,5 +298,5 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         load_constants(tmp_path / "a.json")
     (tmp_path / "b.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="wanted a table of constants by name"):
+    with pytest.raises(ValueError, match="give a table of constants by name"):
         load_constants(tmp_path / "b.json")

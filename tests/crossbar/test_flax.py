@@ -385,7 +385,7 @@ class _Unable(nnx.Module):
     ("path", "why"),
     [
         ("transposed", "ConvTranspose has no form on arrays"),
-        ("quantised", "it has a dot_general of its own"),
+        ("quantised", "its dot_general is not that of JAX"),
         ("by_hand", r"it is a parameter of shape \(6, 7\), and no layer's kernel"),
         ("odd", "the kernel of 'td,dfg->tf' has an axis"),
     ],

@@ -3,8 +3,6 @@
 A probing read returns its result and `Statistics`, which add up over reads, batches and chips.
 
     chip = calibrated(chip, probe(x, chip)[1])
-
-Axis letters: K weight slices, J input slices, R row tiles, C column tiles, k conversions (see `Chip`).
 """
 
 import dataclasses

@@ -1,18 +1,14 @@
-"""A chip: a matrix in arrays, or a stack of them, with everything that a read needs.
-
-Axis letters: N leading axes of a stack (L layers, or L layers and N modules), which a scan or `jax.vmap` removes;
-K weight slices, P polarities, R row tiles, C column tiles; k conversions of a pair of input slice and column (K, or
-2 K where both polarities are converted).
-"""
+"""A chip: a matrix in arrays, or a stack of them, with everything that a read needs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, check_same, split_config
@@ -42,13 +38,13 @@ class Chip:
         before it.
       offset: [K, P, R, C, cols] its offset in level units, or None.
       limits: [1 or R, K, 2] ADC range of each weight slice, in units of current; R where row tiles of unequal height
-        have ranges of their own; None without an ADC or before calibration.
+        have separate ranges; None without an ADC or before calibration.
       input_limit: full scale of the DAC; None where each input vector has its own, or before calibration.
       pulses: mean write-verify pulses per cell, or None.
       values: the arrays among the configuration's values, each with the leading axes of the stack.
-      structure: the rest of the configuration: plain numbers, bits, sizes.
+      structure: the configuration without `values`: plain numbers, bits, sizes.
       geometry: tiles, levels and bounds of one matrix, which follow from its shape and the structure.
-      plan: how a read is computed, and why.
+      plan: path of a read, and its reason.
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
       name: name of the weight in rules and reports.
@@ -58,13 +54,7 @@ class Chip:
     codes: Float[Array, "*N d_in d_out"]
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
-    columns: (
-        Float[Array, "*N k R rows _cols"]
-        | Int8[Array, "*N k R rows _cols"]
-        | Packed
-        | UInt32[Array, "*N k I 2 R Q _cols"]
-        | None
-    )
+    columns: Num[Array, "*N k R rows _cols"] | Packed | UInt32[Array, "*N k I 2 R Q _cols"] | None
     units: Float[Array, "*N K R rows C"] | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     occupied: Bool[Array, "*N k R"] | None
@@ -93,7 +83,7 @@ class Chip:
         name = f"{self.name!r}, " if self.name else ""
         return f"Chip({name}shape={shape}, arrays={arrays}, path={self.plan.path!r})"
 
-    @property
+    @functools.cached_property
     def config(self) -> CrossbarConfig:
         """Configuration of the crossbar; of a stack, its arrays have the leading axes of the stack."""
         return self.structure.config(self.values)
@@ -112,14 +102,11 @@ class Chip:
 def with_config(chip: Chip, config: CrossbarConfig) -> Chip:
     """Return the chip with another configuration for its reads, whose values may be swept or learned.
 
-    Only settings of a read may differ: the size of noise, repeated reads, rounding of inputs, calibration, warnings,
-    and values that are arrays. Other changes need new arrays: call `program`.
-
-    Args:
-      config: arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
+    Arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
 
     Raises:
-      ValueError: the arrays were programmed with another configuration; the message names the differences.
+      ValueError: more differs than settings of a read (size of noise, repeated reads, rounding of inputs, calibration,
+        warnings, and values that are arrays): `program` the weights again. The message names the differences.
     """
     check_same(chip.config, config)
     return reconfigured(chip, config)
@@ -140,9 +127,6 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
     Args:
       key: one key, from which every matrix of a stack gets a separate one, or keys with the leading axes of the stack;
         None to remove the key.
-
-    Raises:
-      ValueError: there are other numbers of keys and of matrices.
     """
     if key is None:
         return dataclasses.replace(chip, key=None)
@@ -155,13 +139,10 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
 
 
 def reads(tree: Any, *numbers: Array | int) -> Any:
-    """Return a tree of weights whose next reads draw new noise.
+    """Return a tree of weights whose next reads draw new noise, given numbers of the read such as (seed, step).
 
     An unchanged key gives the same noise at every step. So call this before every training step, every decoded token
-    and every batch, with numbers that were not used before.
-
-    Args:
-      numbers: numbers that identify the read, for example (seed, step).
+    and every batch.
     """
 
     def of_leaf(leaf: Any) -> Any:
@@ -177,11 +158,8 @@ def reads(tree: Any, *numbers: Array | int) -> Any:
 
 def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
     """Return the weights as programmed: the matrix of a read with ideal converters."""
-
-    def of_one(chip: Chip) -> Array:
-        return chip.codes * encoding.per_weight(chip.scale, chip.geometry)
-
-    return over_stack(of_one, chip.shape[:-2])(chip)
+    weights = over_stack(lambda one: one.codes * encoding.per_weight(one.scale, one.geometry), chip.shape[:-2])
+    return weights(chip)
 
 
 def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
@@ -227,16 +205,11 @@ def typed_key(key: Array) -> Array:
 
 def fold(keys: Array, number: Array | int) -> Array:
     """Return `jax.random.fold_in(key, number)` of keys of any shape."""
-    folded = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys.reshape(-1))
-    return folded.reshape(keys.shape)
+    return jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), number).reshape(keys.shape)
 
 
 def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:
-    """Return a key for every matrix of a stack, folded axis by axis: entry (l, n) has fold_in(fold_in(key, l), n).
-
-    Args:
-      numbers: l, n, ... of the entries of every axis.
-    """
+    """Return a key for every matrix of a stack, given the numbers of its axes: fold_in(fold_in(key, l), n) at l, n."""
     for of_axis in numbers:
         key = jax.vmap(fold, in_axes=(None, 0), out_axes=-1)(key, of_axis)
     return key

@@ -110,9 +110,9 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
     known = {"path": get_args(PathOfRead), "integers": (False, True), "ties": ("shift", "divide", None)}
-    for name, wanted in known.items():
-        if plan[name] not in wanted:
-            raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {wanted}: program the weights again")
+    for name, choices in known.items():
+        if plan[name] not in choices:
+            raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again")
     # Earlier versions left out the name and the number of the first layer.
     name, first = meta.get("name", ""), meta.get("first", 0)
     if not isinstance(name, str) or type(first) is not int:
@@ -125,7 +125,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file, none of which is larger than its bytes in the file."""
+    """Return the arrays of an .npz file; none may be larger than its bytes in the file."""
     found, left = {}, path.stat().st_size
     if not path.is_file():
         raise ValueError("it is a pipe, a device or a folder: give a file that save_chip wrote")
@@ -141,7 +141,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, columns_first, dtype = read(content)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - content.tell():
-                raise ValueError(f"{name} is not {dtype}{list(shape)}, as it says: program the weights again")
+                raise ValueError(f"{name} is not {dtype}{list(shape)} as in its header: program the weights again")
             array = np.frombuffer(content.getbuffer()[content.tell() :], dtype)
             found[name] = array.reshape(shape, order="F" if columns_first else "C")
     return found

@@ -4,7 +4,7 @@
 `product`     slices telescope into one matrix product: no ADC, or one that loses nothing
 `loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
 `lookup`      the same sums from tables, for inputs in narrow slices; integer cells are packed
-`planes`      integer cells and narrow inputs as planes of bits that are counted, where the processor counts vectors
+`planes`      integer cells and narrow inputs as planes of bits that are counted
 `packed`      integer cells, several to one product, for inputs in wider slices
 `mosaic`      the sums and conversions of `loop` in one kernel for a TPU
 
@@ -30,13 +30,14 @@ from ..platform import for_cpu, for_one_tpu
 
 Path = Literal["definition", "product", "loop", "lookup", "planes", "packed", "mosaic"]
 
+# Reason of a path that the caller requested.
+ON_REQUEST = "asked for"
 # Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
 _NARROW = 2
-# Largest input of a conversion that bfloat16 holds beside all smaller ones, and rows that fit a TPU's fast memory.
+# Largest input of a conversion that bfloat16 holds with all smaller ones, and rows that fit a TPU's fast memory.
 _BYTE, _TALL = 255, 4096
-# Number of columns from which tables of sums are faster than counting bits: 16 columns take 1.5 times as long from
-# tables as by counting, 1,024 columns two thirds of the time.
-_WIDE = 64
+# Number of columns from which counting bits is faster than packed products, for a single vector.
+_WIDE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def choose(
     plan = functools.partial(Plan, integers=integers, ties=ties)
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
     narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
-    countable = _is_countable(config)
+    quiet = not config.draws_at_conversion
     fits = config.dac is not None and geometry.converted_top <= _BYTE and geometry.tallest <= _TALL
     if path is not None:
         if path == "product" and not telescopes:
@@ -93,7 +94,7 @@ def choose(
             raise ValueError(f"path={path!r} takes input slices of up to {_NARROW} bits: set dac.slice_bits")
         if path in ("planes", "packed") and not integers:
             raise ValueError(f"path={path!r} takes integer cells: perfect ones, whose Gmin does not reach the ADC")
-        if path in ("planes", "mosaic") and not countable:
+        if path in ("planes", "mosaic") and not quiet:
             raise ValueError(f"path={path!r} computes no variances: leave out the noise, or the path")
         if path == "mosaic" and not fits:
             raise ValueError(
@@ -104,36 +105,30 @@ def choose(
             raise ValueError(
                 f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
             )
-        return plan(path, "asked for")
+        return plan(path, ON_REQUEST)
     if telescopes:
         why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
         return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
     if not loops:
-        return plan("definition", f"every conversion on its own: {nonlinear or _needs_cells(config)}")
+        return plan("definition", f"every conversion separately: {nonlinear or _needs_cells(config)}")
     # A conversion that divides takes the kernel longer than XLA.
-    if for_one_tpu() and countable and fits and ties != "divide":
+    if for_one_tpu() and quiet and fits and ties != "divide":
         return plan("mosaic", "slices, conversions and their sums in one kernel, next to a TPU's units")
-    if not for_cpu() and not config.draws_at_conversion:
-        return plan("definition", "every conversion on its own, batched: fastest on an accelerator")
+    if not for_cpu() and quiet:
+        return plan("definition", "every conversion separately, batched: fastest on an accelerator")
     if not for_cpu():
         return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
-    if narrow and integers and countable and geometry.shape[1] < _WIDE and _counts_vectors():
-        why = "integers in narrow slices, and few columns, on a processor that counts the bits of vectors"
-        return plan("planes", why)
     if narrow:
         return plan("lookup", "input slices are narrow: sums of a few rows come from tables")
     return plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
 
 
-def without_tables(plan: Plan, config: CrossbarConfig) -> Path:
-    """Return the fastest exact path other than `lookup`."""
+def without_tables(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> Path:
+    """Return the fastest exact path other than `lookup`, where models read one vector at a time."""
     if not plan.integers:
         return "loop"
-    return "planes" if _is_countable(config) and _counts_vectors() else "packed"
-
-
-def _is_countable(config: CrossbarConfig) -> bool:
-    return not config.draws_at_conversion
+    counts = geometry.shape[1] >= _WIDE and not config.draws_at_conversion and _counts_vectors()
+    return "planes" if counts else "packed"
 
 
 def exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
@@ -146,7 +141,7 @@ def exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | 
 
 @functools.cache
 def _counts_vectors() -> bool:
-    """Return whether the processor counts the bits of whole vectors; if not, tables are always faster than planes."""
+    """Return whether the processor counts the bits of whole vectors (AVX512_VPOPCNTDQ)."""
     try:
         return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -169,7 +164,7 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
     if config.adc is not None and config.adc.offset_error is not None:
         return "every column's ADC has its offset"
     if config.distorts:
-        return "its ADC has a transfer curve of its own"
+        return "its ADC has a transfer curve"
     if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
         return "flipped columns are recovered tile by tile, each with its noise"
     if config.adc is not None and config.encoding.flip and not config.signed_sums and config.draws_at_conversion:

@@ -2,19 +2,16 @@
 
 The stages are the weight codes, the plan of a read, the cells with the device's errors, and the columns in the form
 that the path needs.
-
-Axis letters: K weight slices, P polarities, R row tiles, C column tiles.
 """
 
 import dataclasses
 import math
 import warnings
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int8
+from jaxtyping import Array, Float
 
 from ..config.schema import CrossbarConfig, check_limits
 from ..config.structure import split_config
@@ -25,43 +22,14 @@ from ..devices.physical import NUMBER, is_traced, like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
 from ..mapping.geometry import Geometry
-from ..read.conversion_noise import powers
-from ..read.kernels.bit_planes import pair_planes, to_planes
 from .chip import Chip
-from .pack_columns import pack_columns, pack_pairs
+from .columns import lay_out
 from .plan import Path, Plan, choose
 
 # Purposes of a chip's key in addition to those of `device.realise`.
 _GAIN, _OFFSET = 16, 17
 # Largest measured conductance that is accepted as a fraction of Gmax. Programming can overshoot, but not beyond this.
 _MOST = 1.5
-
-
-class _Written(NamedTuple):
-    """The cells of a chip.
-
-    Attributes:
-      codes: [d_in, d_out] the weight codes of the cells.
-      scale: the weight of one code, with compensation of drift if the device has it.
-      cells: in level units; None if they are at their targets and the path does not read single cells.
-      flipped: columns that are stored inverted.
-      pulses: mean write-verify pulses per cell.
-    """
-
-    codes: Float[Array, "d_in d_out"]
-    scale: Float[Array, "_R _cols"]
-    cells: Float[Array, "K P R C rows cols"] | None
-    flipped: Bool[Array, "K R C _cols"] | None
-    pulses: Float[Array, ""] | None
-
-
-class _Columns(NamedTuple):
-    """Columns that multiply the inputs, in the form that the plan's path needs (see `Chip`)."""
-
-    plan: Plan
-    columns: Any = None
-    units: Float[Array, "K R rows C"] | None = None
-    variance: Float[Array, "..."] | None = None
 
 
 def program(
@@ -103,40 +71,38 @@ def program(
 
     # Perfect pairs of cells are read as signed digits, so that the two cells are not stored separately.
     signed = config.encoding.kind == "differential" and not config.converts_each
-    quiet = config.device.read_noise is None and not config.mismatched
-    paired = perfect and signed and quiet and plan.path != "definition"
-    written = _Written(codes, scale, None, None, None)
-    slices = encoding.digits(codes, geometry, config)
-    if not paired and (not perfect or config.device.read_noise is not None or plan.path != "product"):
+    noisy = config.device.read_noise is not None
+    paired = perfect and signed and not noisy and not config.mismatched and plan.path != "definition"
+    slices, cells, flipped, pulses = encoding.digits(codes, geometry, config), None, None, None
+    if not paired and (not perfect or noisy or plan.path != "product"):
         cells, flipped = encoding.to_arrays(slices, geometry, config)
-        written = written._replace(cells=cells, flipped=flipped)
     if not perfect:
-        written = _write(written, geometry, config, key, conductances, plan)
-    gain, offset = _mismatch(written.cells, geometry, config, key)
-    if paired:
-        laid = _lay_out_pairs(codes, slices, geometry, config, plan, asked=path is not None)
-    else:
-        laid = _lay_out(written, slices, gain, geometry, config, plan, asked=path is not None)
+        assert cells is not None
+        cells, factor, pulses = _write(cells, geometry, config, key, conductances)
+        scale = scale * factor
+        codes = decoding.programmed_codes(cells, flipped, geometry, _as_held(config, plan))
+    gain, offset = _mismatch(cells, geometry, config, key)
+    laid = lay_out(cells, slices, flipped, gain, geometry, config, plan)
     occupied = None
     if laid.plan.path == "loop" and laid.plan.integers and not config.draws_at_conversion:
         occupied = jnp.any(laid.columns != 0, axis=(2, 3))
-    real = weights / encoding.per_weight(jax.lax.stop_gradient(written.scale), geometry)
+    real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), geometry)
     by_cell = laid.plan.path == "definition"
     structure, values = split_config(config)
     return Chip(
-        codes=_straight_through(real, written.codes),
-        scale=written.scale,
-        cells=jax.lax.stop_gradient(written.cells) if by_cell else None,
+        codes=_straight_through(real, codes),
+        scale=scale,
+        cells=jax.lax.stop_gradient(cells) if by_cell else None,
         columns=laid.columns,
         units=laid.units,
         variance=laid.variance,
         occupied=occupied,
-        flipped=written.flipped,
+        flipped=flipped,
         gain=gain if by_cell else None,
         offset=offset,
         limits=None if limits is None else jnp.asarray(limits, weights.dtype),
         input_limit=like(config.dac.limit, weights) if config.dac and config.dac.scaling == "fixed" else None,
-        pulses=written.pulses,
+        pulses=pulses,
         values=values,
         structure=structure,
         geometry=geometry,
@@ -145,37 +111,31 @@ def program(
 
 
 def _write(
-    target: _Written,
+    targets: Float[Array, "K P R C rows cols"],
     geometry: Geometry,
     config: CrossbarConfig,
     key: Array | None,
     conductances: Array | None,
-    plan: Plan,
-) -> _Written:
-    """Return cells at the time of the read, modelled or measured, given their targets."""
-    cells, codes, scale, pulses = target.cells, target.codes, target.scale, None
-    assert cells is not None
-    dtype = codes.dtype
-    g_min = like(config.g_min, codes)
-    top = jnp.asarray(geometry.levels, dtype)[:, None, None, None, None, None]
+) -> tuple[Float[Array, "K P R C rows cols"], Array | float, Array | None]:
+    """Return cells at the time of the read, modelled or measured, compensation of drift, and mean pulses per cell."""
+    factor, pulses, device, g_min = 1.0, None, config.device, like(config.g_min, targets)
+    top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
     if conductances is None:
-        wanted, device = g_min + cells / top * (1 - g_min), config.device
+        wanted = g_min + targets / top * (1 - g_min)
         conductances, counts = realise(wanted, device, key, g_min=g_min)
         used = geometry.cells_in_use
         if counts is not None:
-            pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=dtype)
+            pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=targets.dtype)
         if device.compensate and device.time is not None:
             fresh, _ = realise(wanted, dataclasses.replace(device, time=None), key, g_min=g_min)
             # A tile that is smaller than others has cells that no input drives: they are in no current.
-            scale = scale * drift_compensation(*(jnp.where(used, G, 0) for G in (fresh, conductances)))
-    elif conductances.shape != cells.shape:
+            factor = drift_compensation(*(jnp.where(used, G, 0) for G in (fresh, conductances)))
+    elif conductances.shape != targets.shape:
         raise ValueError(
-            f"conductances of shape {conductances.shape}: this matrix takes {cells.shape} "
+            f"conductances of shape {conductances.shape}: this matrix takes {targets.shape} "
             "[weight slices, polarities, row tiles, column tiles, rows, columns]"
         )
-    cells = (conductances.astype(dtype) - g_min) / (1 - g_min) * top
-    codes = decoding.programmed_codes(cells, target.flipped, geometry, _as_held(config, plan))
-    return target._replace(codes=codes, scale=scale, cells=cells, pulses=pulses)
+    return (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top, factor, pulses
 
 
 def _mismatch(
@@ -195,85 +155,6 @@ def _mismatch(
         scale_of_slices = stacked_units(geometry, config, cells.dtype)[:, None, None, None, None]
         offset = like(config.adc.offset_error, cells) * drawn * scale_of_slices
     return gain, offset
-
-
-def _lay_out_pairs(
-    codes: Float[Array, "d_in d_out"],
-    slices: Float[Array, "K d_in d_out"],
-    geometry: Geometry,
-    config: CrossbarConfig,
-    plan: Plan,
-    *,
-    asked: bool,
-) -> _Columns:
-    """Return perfect differential weights, as signed digits."""
-    if plan.path == "product":
-        return _Columns(plan)
-    if plan.path == "planes":
-        return _Columns(plan, pair_planes(codes, geometry.rows, config.weight_slices))
-    if plan.integers and plan.path != "mosaic":
-        columns, plan = pack_pairs(codes, geometry, config, plan, asked=asked)
-        return _Columns(plan, columns)
-    return _Columns(plan, _as_bytes(encoding.split(slices, geometry.rows, 1, front=True), geometry, plan))
-
-
-def _lay_out(
-    written: _Written,
-    slices: Float[Array, "K d_in d_out"],
-    gain: Array | None,
-    geometry: Geometry,
-    config: CrossbarConfig,
-    plan: Plan,
-    *,
-    asked: bool,
-) -> _Columns:
-    """Return columns of any cells, with the variances of their read noise."""
-    cells, flipped = written.cells, written.flipped
-    variance = units = None
-    if cells is not None and config.device.read_noise is not None and plan.path != "definition":
-        variance = decoding.column_variances(powers(cells, geometry, config), geometry, config, gain)
-    if plan.path == "definition":
-        return _Columns(plan)
-    if plan.path == "product":
-        return _Columns(plan, variance=None if variance is None else _telescoped(variance, geometry, config))
-    if cells is None:
-        columns = encoding.split(slices, geometry.rows, 1, front=True)
-    else:
-        # The cells' values reach the gradient through the codes.
-        columns = decoding.columns(jax.lax.stop_gradient(cells), geometry, config, gain)
-    if flipped is not None:
-        columns, units = decoding.unflipped(columns, flipped, geometry)
-    # Squares of halves, and of levels with Gmin, are not integers.
-    whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
-    if plan.path == "planes":
-        columns = to_planes(columns, max(config.weight_slices))
-    elif plan.path == "mosaic":
-        columns = _as_bytes(columns, geometry, plan)
-    elif plan.integers and (variance is None or variance.shape[3] == 1 or (flipped is None and whole_squares)):
-        columns, variance, plan = pack_columns(columns, variance, geometry, config, plan, asked=asked)
-    elif plan.path == "packed":
-        raise ValueError("path='packed' has no room for this noise: leave path out")
-    return _Columns(plan, columns, units, variance)
-
-
-def _as_bytes(
-    columns: Float[Array, "k R rows _cols"], geometry: Geometry, plan: Plan
-) -> Float[Array, "k R rows _cols"] | Int8[Array, "k R rows _cols"]:
-    """Return integers as bytes, which are multiplied with bytes, where both factors always fit."""
-    fit = max(*geometry.levels, geometry.converted_top) < 2**7
-    return columns.astype(jnp.int8) if plan.integers and fit else columns
-
-
-def _telescoped(
-    variance: Float[Array, "K R rows _cols"], geometry: Geometry, config: CrossbarConfig
-) -> Float[Array, "_rows _cols"]:
-    """Return the variances of weight codes, given those of every slice's columns."""
-    worth = jnp.asarray(geometry.significance, variance.dtype)
-    if config.device.read_noise is not None and config.device.read_noise.kind == "independent":
-        levels = jnp.asarray(geometry.levels, variance.dtype)
-        worth = worth * levels / (1 - like(config.g_min, variance))
-    of_codes = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
-    return encoding.join(of_codes, geometry.rows, 0, front=True)
 
 
 @jax.custom_jvp

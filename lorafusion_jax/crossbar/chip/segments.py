@@ -2,8 +2,6 @@
 
 One scan needs one kind of weight. A stack with several kinds is a `Segments`, and is scanned part by part; every other
 stack is scanned as usual.
-
-Axis letter: L layer.
 """
 
 import dataclasses

@@ -5,8 +5,6 @@ weight decides; a weight without a matching rule stays digital. `*` matches anyt
 Python's slices at the end of the pattern:
 
     {"head": None, "first.*[1:-1]": isaac, "second.*": isaac}
-
-Axis letters: L, N leading axes of a stack.
 """
 
 import dataclasses
@@ -133,7 +131,7 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         if chip.plan.path == "lookup":
             # Tables take 2 to 4 s to compile, products less than one; their reads are about equally fast, and a model
             # compiles dozens of reads at once.
-            chip = program(matrix, config, key, path=without_tables(chip.plan, config))
+            chip = program(matrix, config, key, path=without_tables(chip.plan, chip.geometry, config))
         return chip
 
     if not lead:
@@ -204,7 +202,7 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
                 "hold matrices: leave the rule out, or name a matrix or a stack of them"
             )
         for other, covered in earlier.items():
-            # The rule for the rest may be left with nothing.
+            # The rule for all others may be left with nothing.
             if pattern != "*" and rules[other] is not config and covered.issuperset(places):
                 raise ValueError(
                     f"the rule {pattern!r} never decides, because {other!r} comes first and matches all that it "

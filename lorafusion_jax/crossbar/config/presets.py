@@ -33,7 +33,7 @@ _isaac = CrossbarConfig(
 
 # Ankit et al., ASPLOS 2019. 128 x 128 arrays, 2-bit cells, 16-bit data, 1-bit DAC, 8-bit ADC, eight arrays for a
 # matrix: puma-simulator's include/config.py [S]. One array for each slice has no room for a second polarity, hence
-# offset encoding. That file does not say what range the ADC covers: calibrated here. It loses bits by design.
+# offset encoding. The range of the ADC is not in that file: calibrated here. It loses bits by design.
 _puma = CrossbarConfig(
     cell=Cell(bits=(2,) * 8),
     encoding=Encoding(kind="offset"),
@@ -48,7 +48,7 @@ _puma = CrossbarConfig(
 # 2 kOhm to 20 kOhm: CiMLoop's cell file, with the wire's resistance that it takes off [S]; the pair subtracts Gmin.
 # Not modelled: centres other than zero (RAELLA stores w - centre with a centre for each filter, to bring sums nearer
 # to zero: here differential encoding about zero), slices chosen layer by layer, speculation with wider input slices
-# (which saves conversions and falls back on these slices), and negative inputs in a cycle of their own.
+# (which saves conversions and falls back on these slices), and negative inputs in a separate cycle.
 _raella = CrossbarConfig(
     cell=Cell(bits=(2, 2, 4), on_off_ratio=10.0),
     mapping=Mapping(weight_bits=8),

@@ -10,7 +10,7 @@ current is at most the number of rows of its array.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import jax
 import numpy as np
@@ -26,6 +26,25 @@ _CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
 
 _Class = TypeVar("_Class", bound=type)
+
+
+def _require(part: Any, name: str, holds: bool, remedy: str) -> None:
+    """Raise a ValueError for a field unless a condition holds."""
+    if not holds:
+        raise ValueError(f"{type(part).__name__.lower()}.{name} = {getattr(part, name)!r:.120}: {remedy}")
+
+
+def _check_choices(part: Any) -> None:
+    """Raise a ValueError unless every field with a `Literal` annotation has one of its values."""
+    for field in dataclasses.fields(part):
+        if get_origin(field.type) is Literal:
+            *others, last = get_args(field.type)
+            known = getattr(part, field.name) in (*others, last)
+            _require(part, field.name, known, f"choose {', '.join(others)} or {last}")
+
+
+def _is_whole(value: Any, least: int, most: float | int = float("inf")) -> bool:
+    return isinstance(value, int) and least <= value <= most
 
 
 def _register(*meta: str) -> Callable[[_Class], _Class]:
@@ -55,14 +74,11 @@ class Cell:
     def __post_init__(self):
         if self.bits is not None:
             listed = isinstance(self.bits, tuple | list) and 1 <= len(self.bits) <= _MOST_SLICES
-            if not listed or not all(isinstance(b, int) and 1 <= b <= 8 for b in self.bits):
-                raise ValueError(
-                    f"cell.bits = {self.bits!r:.120}: give 1 to 8 bits for each weight slice, of "
-                    f"at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
-                )
+            remedy = f"give 1 to 8 bits for each of at most {_MOST_SLICES} weight slices, as in (2, 2, 2, 2)"
+            _require(self, "bits", listed and all(_is_whole(bits, 1, 8) for bits in self.bits), remedy)
             object.__setattr__(self, "bits", tuple(self.bits))
-        if isinstance(self.on_off_ratio, NUMBER) and not self.on_off_ratio > 1:
-            raise ValueError(f"cell.on_off_ratio = {self.on_off_ratio}: give Gmax / Gmin > 1, or None for infinite")
+        valid = not isinstance(self.on_off_ratio, NUMBER) or self.on_off_ratio > 1
+        _require(self, "on_off_ratio", bool(valid), "give Gmax / Gmin > 1, or None for infinite")
 
 
 @_register("kind", "two_sided", "unit_column", "flip")
@@ -85,8 +101,7 @@ class Encoding:
     flip: bool = False
 
     def __post_init__(self):
-        if self.kind not in ("differential", "offset"):
-            raise ValueError(f"encoding.kind = {self.kind!r}: choose differential or offset")
+        _check_choices(self)
         if self.kind == "differential" and (self.unit_column or self.flip):
             raise ValueError("encoding: a unit column and flipped columns belong to kind='offset'")
         if self.kind == "offset" and self.two_sided:
@@ -125,21 +140,14 @@ class DAC:
 
     def __post_init__(self):
         least = 2 if self.signed else 1
-        if not isinstance(self.bits, int) or not least <= self.bits <= 16:
-            raise ValueError(f"dac.bits = {self.bits!r}: give {least} to 16 bits, or dac=None for ideal inputs")
-        sliced = self.slice_bits is not None
-        if sliced and (not isinstance(self.slice_bits, int) or not 1 <= self.slice_bits <= self.bits):
-            raise ValueError(
-                f"dac.slice_bits = {self.slice_bits!r}: give 1 to {self.bits} bits, or None for no slicing"
-            )
-        if self.scaling not in ("fixed", "calibrated", "row"):
-            raise ValueError(f"dac.scaling = {self.scaling!r}: choose fixed, calibrated or row")
-        if not 0.5 <= self.quantile <= 1:
-            raise ValueError(f"dac.quantile = {self.quantile}: give a share of inputs from 0.5 to 1")
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"dac.rounding = {self.rounding!r}: choose nearest or stochastic")
-        if isinstance(self.limit, NUMBER) and not 0 < self.limit < float("inf"):
-            raise ValueError(f"dac.limit = {self.limit}: give the largest |x|, positive and finite")
+        remedy = f"give {least} to 16 bits, or dac=None for ideal inputs"
+        _require(self, "bits", _is_whole(self.bits, least, 16), remedy)
+        sliced = self.slice_bits is None or _is_whole(self.slice_bits, 1, self.bits)
+        _require(self, "slice_bits", sliced, f"give 1 to {self.bits} bits, or None for no slicing")
+        _check_choices(self)
+        _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of inputs from 0.5 to 1")
+        valid = not isinstance(self.limit, NUMBER) or 0 < self.limit < float("inf")
+        _require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
 
     @property
     def magnitude_bits(self) -> int:
@@ -174,8 +182,8 @@ class ADC:
         input (aihwkit's `out_noise`).
       retries: limit on repeated reads of an input vector. If a conversion exceeds the highest code, the vector is read
         again at half the voltage (aihwkit's iterative bound management).
-      architecture: name of the kind of ADC (see `register_adc`): `sar` and `ramp` are ideal quantisers, with energies
-        and latencies of their own.
+      architecture: name of the kind of ADC (see `register_adc`): `sar` and `ramp` are ideal quantisers, with different
+        energies and latencies.
     """
 
     bits: int = 8
@@ -192,27 +200,20 @@ class ADC:
     architecture: str = "sar"
 
     def __post_init__(self):
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise ValueError(f"adc.bits = {self.bits!r}: give 2 to 16 bits, or adc=None for an ideal ADC")
-        if self.range not in ("calibrated", "max", "granular", "given"):
-            raise ValueError(f"adc.range = {self.range!r}: choose calibrated, max, granular or given")
-        if self.convert not in ("slice", "sum"):
-            raise ValueError(f"adc.convert = {self.convert!r}: choose slice or sum")
+        _require(self, "bits", _is_whole(self.bits, 2, 16), "give 2 to 16 bits, or adc=None for an ideal ADC")
+        _check_choices(self)
         if (self.range == "given") != (self.limits is not None):
             raise ValueError("adc.limits go with adc.range='given', and only with it")
-        if not 0.5 <= self.quantile <= 1:
-            raise ValueError(f"adc.quantile = {self.quantile}: give a share of conversions from 0.5 to 1")
+        _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
         if isinstance(self.limits, list | tuple):
-            object.__setattr__(self, "limits", _tuples(self.limits))
-        if not isinstance(self.retries, int) or not 0 <= self.retries <= 1_000:
-            raise ValueError(f"adc.retries = {self.retries!r}: give a number of reads, 0 to 1,000")
-        if self.architecture not in ARCHITECTURES:
-            choices = ", ".join(ARCHITECTURES)
-            raise ValueError(f"adc.architecture = {self.architecture!r}: choose {choices}, or call register_adc before")
+            object.__setattr__(self, "limits", _tuples(self.limits))  # hashable
+        _require(self, "retries", _is_whole(self.retries, 0, 1_000), "give a number of reads, 0 to 1,000")
+        remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
+        _require(self, "architecture", self.architecture in ARCHITECTURES, remedy)
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
-            if isinstance(value, NUMBER) and not value >= 0:
-                raise ValueError(f"adc.{name} = {value}: a standard deviation cannot be negative")
+            valid = not isinstance(value, NUMBER) or value >= 0
+            _require(self, name, bool(valid), "a standard deviation cannot be negative")
 
 
 @_register("rows", "cols", "partition")
@@ -223,7 +224,7 @@ class Tile:
     Attributes:
       rows: inputs of an array; None for all inputs of the matrix.
       cols: outputs of an array, without a unit column; None for all outputs of the matrix.
-      partition: `equal` (ceil(d / rows) parts of one rounded size; the last part has the rest) or `full` (all arrays
+      partition: `equal` (ceil(d / rows) parts of one rounded size; the last part is smaller) or `full` (all arrays
         but the last are full).
       wire: resistance of the wires (IR drop); None for ideal wires.
       current_limit: the largest current of a column (Gmax at full input = 1), clipped before any subtraction.
@@ -237,13 +238,11 @@ class Tile:
 
     def __post_init__(self):
         for name in ("rows", "cols"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"tile.{name} = {value!r}: give a positive number, or None for no limit")
-        if self.partition not in ("equal", "full"):
-            raise ValueError(f"tile.partition = {self.partition!r}: choose equal or full")
-        if isinstance(self.current_limit, NUMBER) and not self.current_limit > 0:
-            raise ValueError(f"tile.current_limit = {self.current_limit}: give a positive current, or None")
+            valid = getattr(self, name) is None or _is_whole(getattr(self, name), 1)
+            _require(self, name, valid, "give a positive number, or None for no limit")
+        _check_choices(self)
+        valid = not isinstance(self.current_limit, NUMBER) or self.current_limit > 0
+        _require(self, "current_limit", bool(valid), "give a positive current, or None")
 
 
 @_register("weight_bits", "scale", "quantile")
@@ -254,7 +253,7 @@ class Mapping:
     Attributes:
       weight_bits: bits of a weight, its sign included; None for real-valued weights in one analogue cell.
       scale: the weights that share one full scale M = max |w|: the `matrix`, a `tile`, or an output `column`.
-      quantile: share of |w| that M covers; weights beyond it are clipped. Where the rest are zeros, M covers all.
+      quantile: share of |w| that M covers; weights beyond it are clipped. Where the others are zeros, M covers all.
     """
 
     weight_bits: int | None = 8
@@ -262,12 +261,10 @@ class Mapping:
     quantile: float = 1.0
 
     def __post_init__(self):
-        if self.weight_bits is not None and (not isinstance(self.weight_bits, int) or not 2 <= self.weight_bits <= 16):
-            raise ValueError(f"mapping.weight_bits = {self.weight_bits!r}: give 2 to 16 bits, or None for real weights")
-        if self.scale not in ("matrix", "tile", "column"):
-            raise ValueError(f"mapping.scale = {self.scale!r}: choose matrix, tile or column")
-        if not 0 < self.quantile <= 1:
-            raise ValueError(f"mapping.quantile = {self.quantile}: give a share of weights in (0, 1]")
+        valid = self.weight_bits is None or _is_whole(self.weight_bits, 2, 16)
+        _require(self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights")
+        _check_choices(self)
+        _require(self, "quantile", 0 < self.quantile <= 1, "give a share of weights in (0, 1]")
 
 
 @_register()
@@ -355,7 +352,7 @@ class CrossbarConfig:
 
     @property
     def distorts(self) -> bool:
-        """Return whether the ADC is of an architecture with a transfer curve of its own."""
+        """Return whether the ADC is of an architecture with a transfer curve."""
         return self.adc is not None and ARCHITECTURES[self.adc.architecture].transfer is not None
 
     @property
@@ -376,23 +373,13 @@ class CrossbarConfig:
 
 def deterministic(config: CrossbarConfig) -> CrossbarConfig:
     """Return the configuration without random effects: no errors, no drift, no noise, and inputs rounded to nearest."""
-    device = dataclasses.replace(
-        config.device,
-        programming=None,
-        write_verify=None,
-        stuck=None,
-        drift=None,
-        time=None,
-        compensate=False,
-        read_noise=None,
-    )
+    device = Device(iv=config.device.iv, clip=config.device.clip)
     adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None, noise=None)
     dac = config.dac and dataclasses.replace(config.dac, rounding="nearest")
     return dataclasses.replace(config, device=device, adc=adc, dac=dac)
 
 
 def _tuples(values: Any) -> Any:
-    """Return nested lists as nested tuples, which can be hashed."""
     return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
 
 

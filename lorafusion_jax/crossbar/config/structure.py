@@ -17,7 +17,7 @@ class Structure(NamedTuple):
 
     Attributes:
       tree: pytree structure of the configuration.
-      numbers: its leaves, with None in place of arrays.
+      numbers: its leaves, with None instead of arrays.
       classes: classes of its parts, including device models; jaxlib 0.10 ignores them when it compares trees.
     """
 

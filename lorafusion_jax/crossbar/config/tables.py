@@ -32,7 +32,7 @@ def read_table(path: Path, kind: str) -> Any:
         bits, 100,000 values or lists 20 deep; aliases of YAML count as often as they occur.
     """
     if (size := path.stat().st_size) > _LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes: wanted at most {_LARGEST:,}")
+        raise ValueError(f"{path} has {size:,} bytes: give a file of at most {_LARGEST:,}")
     try:
         text = path.read_text(encoding="utf-8")
         if kind == "json":

@@ -168,17 +168,17 @@ def load_constants(path: Path) -> Constants:
 
     Raises:
       ValueError: the file is missing or cannot be read, a constant is missing or unknown or has another unit, a value
-        is not a positive number, or values do not rise. The message has the constant's name and what was wanted.
+        is not a positive number, or values do not rise.
     """
     kind = kind_of(path, _WHAT)
     if not path.is_file():
         raise ValueError(f"{path}: no such file of constants")
     found = read_table(path, kind)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {shown(found)}: wanted a table of constants by name")
+        raise ValueError(f"{path} holds {shown(found)}: give a table of constants by name")
     known = {**CONSTANTS.table, **of_architectures()}
     if missing := [name for name in CONSTANTS.table if name not in found]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: wanted every one of {', '.join(CONSTANTS.table)}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: give every one of {', '.join(CONSTANTS.table)}")
     if unknown := [name for name in found if name not in known]:
         raise ValueError(f"{path}: {shown(unknown)} unknown: choose from {', '.join(known)}")
     return Constants(
@@ -188,19 +188,17 @@ def load_constants(path: Path) -> Constants:
 
 def _constant(fields: Any, name: str, default: Constant, path: Path) -> Constant:
     if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
-        raise ValueError(f"{path}: {name} is {shown(fields)}: wanted a table of exactly {', '.join(_FIELDS)}")
+        raise ValueError(f"{path}: {name} is {shown(fields)}: give a table of exactly {', '.join(_FIELDS)}")
     if str(fields["unit"]) != default.unit:
-        raise ValueError(f"{path}: {name} is in {shown(fields['unit'])}: wanted {default.unit!r}")
+        raise ValueError(f"{path}: {name} is in {shown(fields['unit'])}: give it in {default.unit!r}")
     values = [fields[level] for level in ("low", "typical", "high")]
     for value in values:
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             hint = "; YAML takes 1e4 for a text: write 1.0e+4" if isinstance(value, str) else ""
-            raise ValueError(f"{path}: {name} has the value {shown(value)}: wanted a positive number{hint}")
+            raise ValueError(f"{path}: {name} has the value {shown(value)}: give a positive number{hint}")
     if values != sorted(values):
-        raise ValueError(f"{path}: {name} is {values}: wanted low <= typical <= high")
+        raise ValueError(f"{path}: {name} is {values}: give low <= typical <= high")
     if not isinstance(fields["source"], str) or not fields["source"].strip():
-        raise ValueError(
-            f"{path}: {name} has the source {shown(fields['source'])}: wanted a text that says where it is from"
-        )
+        raise ValueError(f"{path}: {name} has the source {shown(fields['source'])}: name where the values are from")
     low, typical, high = map(float, values)
     return dataclasses.replace(default, low=low, typical=typical, high=high, source=fields["source"])

@@ -12,7 +12,7 @@ class Counts:
 
     Attributes:
       arrays: tiles x weight slices x polarities.
-      cells: cells that hold a weight or a unit column; the rest of an array is neither written nor counted as read.
+      cells: cells that hold a weight or a unit column; unused cells of an array are neither written nor read.
       rows: rows in use of all arrays; each is driven at a read, and its cells are written at once.
       tallest: rows in use of the tallest array; the largest one, not the sum, of several matrices.
       conversions: conversions of the ADCs for one input vector.

@@ -10,11 +10,7 @@ _SI = {"fJ": 1e-15, "pJ": 1e-12, "ns": 1e-9, "us": 1e-6, "1": 1.0}
 class Range:
     """A quantity as low, typical and high value, none negative. Sums, products and quotients are ranges again.
 
-    The arithmetic is interval arithmetic: a quotient with the same constant on both sides becomes too wide. Pin such
-    constants first (`Constants.pinned`).
-
-    Raises:
-      ValueError: the values do not satisfy 0 <= low <= typical <= high.
+    A quotient with the same constant on both sides becomes too wide: pin such constants first (`Constants.pinned`).
     """
 
     low: float | int
@@ -23,7 +19,7 @@ class Range:
 
     def __post_init__(self):
         if not 0 <= self.low <= self.typical <= self.high:
-            raise ValueError(f"{self}: wanted 0 <= low <= typical <= high")
+            raise ValueError(f"{self}: give 0 <= low <= typical <= high")
 
     @classmethod
     def of(cls, value: float | int) -> "Range":
@@ -49,15 +45,11 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """One constant.
+    """A constant as low, typical and high value in its unit.
 
     Attributes:
-      unit: of the three values: fJ, pJ, ns, us, or 1 for a pure number.
-      low: low value.
-      typical: typical value.
-      high: high value.
+      unit: fJ, pJ, ns, us, or 1 for a pure number.
       source: source of all three values.
-      meaning: explanation in words.
     """
 
     unit: str

@@ -1,8 +1,8 @@
 """The cells of one chip: actual conductances from target conductances.
 
 Conductances are normalised to Gmax = 1. The order of effects is programming error (with write-verify if it is set),
-stuck cells, and drift until `time`; after each of them, conductances are clipped to the possible values. Read noise
-and nonlinear I-V belong to a read: they are described here and applied there.
+stuck cells, and drift until `time`; after each, conductances are clipped to the possible values. Read noise and
+nonlinear I-V belong to a read: they are described here and applied there.
 """
 
 import dataclasses
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .physical import NUMBER, Physical, check_bounds, for_each_cell, like, noise, without_gradient
+from .physical import NUMBER, Physical, check_bounds, for_each_cell, like, model, noise, without_gradient
 from .write_error import Independent, Polynomial, Proportional, WriteVerify
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model()
 class StuckAt:
     """Cells that no longer switch, drawn once per chip.
 
@@ -39,18 +38,13 @@ class StuckAt:
 
     def __call__(self, G: Float[Array, "..."], key: Array, g_min: Physical) -> Float[Array, "..."]:
         """Return `G` with the stuck cells in it."""
-
-        def share(name: str) -> Array:
-            why = f"StuckAt.{name} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
-            return without_gradient(like(getattr(self, name), G), why)
-
+        why = "StuckAt.{} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
+        low, high = (without_gradient(like(getattr(self, n), G), why.format(n)) for n in ("low", "high"))
         u = jax.random.uniform(key, G.shape, G.dtype)
-        stuck_low = jnp.where(u < share("low"), like(g_min, G), G)
-        return jnp.where(u >= 1 - share("high"), like(1.0, G), stuck_low)
+        return jnp.where(u >= 1 - high, like(1.0, G), jnp.where(u < low, like(g_min, G), G))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("sigma",))
 class ReadNoise:
     """Normal noise that is drawn again for every read.
 
@@ -66,7 +60,6 @@ class ReadNoise:
     clip: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
-        check_bounds(self, "sigma", 0)
         if self.kind not in ("independent", "proportional"):
             raise ValueError(f"ReadNoise.kind = {self.kind!r}: choose independent or proportional")
 
@@ -77,8 +70,7 @@ class ReadNoise:
         return jnp.maximum(drawn, 0) if self.clip else drawn
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(above_0=("read_voltage", "scale"))
 class Sinh:
     """Nonlinear I-V: I = G sinh(v Vr / V0) / sinh(Vr / V0), with v of the read voltage Vr.
 
@@ -92,17 +84,13 @@ class Sinh:
     read_voltage: Physical = 0.2
     scale: Physical = 0.25
 
-    def __post_init__(self):
-        check_bounds(self, "read_voltage", 0, open_low=True)
-        check_bounds(self, "scale", 0, open_low=True)
-
     def __call__(self, v: Float[Array, "..."], G: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the current of every cell, in units of Gmax Vr; `v` and `G` broadcast."""
         a = like(self.read_voltage, v) / like(self.scale, v)
         return G * (jnp.sinh(a * v) / jnp.sinh(a))
 
 
-Model = Callable[[Array, Array, Any], Array]
+DeviceModel = Callable[[Array, Array, Any], Array]
 _MODELS = ("programming", "drift", "iv")
 # Fields that hold an object, and what to give for them.
 _PARTS = {
@@ -133,10 +121,10 @@ class Device:
       clip: possible values of a cell: `positive` G >= 0, or `range` [Gmin, Gmax].
     """
 
-    programming: Model | None = None
+    programming: DeviceModel | None = None
     write_verify: WriteVerify | None = None
     stuck: StuckAt | None = None
-    drift: Model | None = None
+    drift: DeviceModel | None = None
     time: Physical = None
     compensate: bool = dataclasses.field(default=False, metadata={"static": True})
     read_noise: ReadNoise | None = None
@@ -144,20 +132,20 @@ class Device:
     clip: str = dataclasses.field(default="positive", metadata={"static": True})
 
     def __post_init__(self):
-        for name, wanted in _PARTS.items():
+        for name, example in _PARTS.items():
             value = getattr(self, name)
             if isinstance(value, NUMBER | str | np.ndarray | jax.Array):
-                raise ValueError(f"Device.{name} = {value!r}: give {wanted}, or None where it is absent")
+                raise ValueError(f"Device.{name} = {value!r}: give {example}, or None where it is absent")
         check_bounds(self, "time", 0)
         if self.clip not in ("positive", "range"):
             raise ValueError(f"Device.clip = {self.clip!r}: choose positive (G >= 0) or range ([Gmin, Gmax])")
         if self.write_verify is not None and self.programming is None:
             raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
         for name in _MODELS:
-            model = getattr(self, name)
+            function = getattr(self, name)
             # A plain function is not a pytree: wrapped, it is structure, compared by identity.
-            if callable(model) and jax.tree_util.all_leaves([model]):
-                object.__setattr__(self, name, jax.tree_util.Partial(model))
+            if callable(function) and jax.tree_util.all_leaves([function]):
+                object.__setattr__(self, name, jax.tree_util.Partial(function))
 
 
 def depends_on_time(device: Device) -> bool:
@@ -171,16 +159,9 @@ def depends_on_time(device: Device) -> bool:
 def realise(
     G: Float[Array, "..."], device: Device, key: Array | None, *, g_min: Physical = 0.0
 ) -> tuple[Float[Array, "..."], Int[Array, "..."] | None]:
-    """Return the actual conductances of one chip's cells, `device.time` after programming.
+    """Return the actual conductances of one chip's cells, `device.time` after programming, and each cell's pulses.
 
-    Args:
-      key: PRNG key of the chip; None only for a device without randomness.
-
-    Returns:
-      The conductances, and the number of pulses of each cell (None without write-verify).
-
-    Raises:
-      ValueError: the device is random and there is no key.
+    Pulses are None without write-verify. Raises a ValueError if the device is random and there is no key.
     """
     drift = None if device.time is None else device.drift
     if device.programming is None and device.stuck is None and drift is None:

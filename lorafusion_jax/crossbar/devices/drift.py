@@ -3,20 +3,17 @@
 A model is any function (G, key, time) -> G of programmed conductances (Gmax = 1) and seconds since programming.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .physical import NUMBER, Physical, check_bounds, like, noise
+from .physical import NUMBER, Physical, like, model, noise
 
 # Below this conductance log G is that of a cell which no longer conducts.
 _FLOOR = 1e-7
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model()
 class LogLinear:
     """A statistic of a cell that falls with the logarithm of its conductance: clip(intercept + slope ln G, low, high).
 
@@ -42,8 +39,7 @@ class LogLinear:
         return jnp.clip(value, like(self.low, G), like(self.high, G))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("magnitude", "largest"), above_0=("read_time",))
 class Flicker:
     """1/f noise that has gathered since programming: relative deviation q(G) sqrt(ln((t + t_read) / (2 t_read))).
 
@@ -51,18 +47,13 @@ class Flicker:
       magnitude: q at Gmax.
       exponent: q grows as G^-exponent towards small conductances,
       largest: up to this.
-      read_time: of one read, in seconds.
+      read_time: seconds of one read.
     """
 
     magnitude: Physical = 0.0088
     exponent: Physical = 0.65
     largest: Physical = 0.2
     read_time: Physical = 250e-9
-
-    def __post_init__(self):
-        check_bounds(self, "magnitude", 0)
-        check_bounds(self, "largest", 0)
-        check_bounds(self, "read_time", 0, open_low=True)
 
     def deviation(self, G: Float[Array, "..."], time: Float[Array, ""]) -> Float[Array, "..."]:
         """Return the relative standard deviation of each cell, `time` seconds after programming."""
@@ -73,8 +64,7 @@ class Flicker:
         return jnp.minimum(q, like(self.largest, G)) * jnp.sqrt(jnp.log(gathered))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("exponent", "spread"), above_0=("start",))
 class PowerLaw:
     """Drift by G ((t + t0) / t0)^-nu, with a different exponent nu for every cell.
 
@@ -90,11 +80,6 @@ class PowerLaw:
     start: Physical = 1.0
     flicker: Flicker | None = None
 
-    def __post_init__(self):
-        check_bounds(self, "exponent", 0)
-        check_bounds(self, "spread", 0)
-        check_bounds(self, "start", 0, open_low=True)
-
     def __call__(self, G: Float[Array, "..."], key: Array, time: Physical) -> Float[Array, "..."]:
         """Return the conductances at `time`."""
         t0 = like(self.start, G)
@@ -107,24 +92,19 @@ class PowerLaw:
         return drifted
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("spread", "growth"))
 class Relaxation:
     """A shift and a spread that grow with the logarithm of time: G + shift ln t + (spread + growth ln t) z, t >= 1 s.
 
     Attributes:
       shift: mean change per unit of ln t, of Gmax.
       spread: standard deviation after one second, of Gmax.
-      growth: of the standard deviation per unit of ln t, of Gmax.
+      growth: growth of the standard deviation per unit of ln t, of Gmax.
     """
 
     shift: Physical
     spread: Physical
     growth: Physical = 0.0
-
-    def __post_init__(self):
-        check_bounds(self, "spread", 0)
-        check_bounds(self, "growth", 0)
 
     def __call__(self, G: Float[Array, "..."], key: Array, time: Physical) -> Float[Array, "..."]:
         """Return the conductances at `time`."""
@@ -153,10 +133,7 @@ def drift_compensation(reference: Float[Array, "..."], now: Float[Array, "..."])
     """Return the one factor by which a matrix's outputs are multiplied digitally to undo its mean drift.
 
     Global drift compensation (Joshi et al. 2020): the summed magnitude of the currents of a calibration read just
-    after programming, over that of the same read now. Reading word line by word line makes them the cells themselves.
-
-    Returns:
-      The factor; 1 for a matrix without any current.
+    after programming, over that of the same read now; 1 without any current.
     """
     before, after = jnp.sum(jnp.abs(reference)), jnp.sum(jnp.abs(now))
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)

@@ -3,7 +3,7 @@
 Threefry-2x32 (Salmon et al., SC 2011) turns counters into bits, so that any part of a large draw can be computed
 where it is needed, the same on any number of devices. On a CPU `jax.random` runs its rounds in a loop, which XLA cannot
 fuse with what follows. Unrolled, bits, transform and the use of a draw become one pass over the result. There are 13
-rounds, from which on the authors know of no statistical flaw (Random123, threefry.h), where `jax.random` has 20.
+rounds, from which on no statistical flaw has been found (Random123, threefry.h), where `jax.random` has 20.
 """
 
 import math
@@ -56,8 +56,8 @@ def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[
     """Return the draws at places of one endless stream.
 
     Args:
-      words: which stream: the data of a Threefry key.
-      high: upper half of each place.
+      words: data of a Threefry key, which selects the stream.
+      high: upper half of each place, `low` being the lower one.
     """
     first, second = _threefry(words, high, low)
     # 23 random bits for the mantissa of a number in [1, 2), shifted to [-1, 1) and off -1.

@@ -1,7 +1,9 @@
 """Physical values of a device: numbers or arrays to sweep and to learn, their bounds, and draws like a matrix."""
 
+import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
 import jax.core
@@ -22,14 +24,31 @@ else:
 NUMBER = int | float | np.number
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def model(*, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
+    """Make a class a frozen dataclass and a pytree, whose named fields have lower bounds (see `check_bounds`)."""
+
+    def decorate(cls: _Class) -> _Class:
+        others = getattr(cls, "__post_init__", lambda self: None)
+
+        def check(self: Any) -> None:
+            for name in at_least_0 + above_0:
+                check_bounds(self, name, 0, open_low=name in above_0)
+            others(self)
+
+        cls.__post_init__ = check
+        return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+    return decorate
+
+
 def check_bounds(
     owner: Any, name: str, low: float | int, high: float | int = float("inf"), *, open_low: bool = False
 ) -> None:
-    """Raise an error for a plain number outside [low, high]; arrays, tracers, None and placeholders pass.
-
-    Raises:
-      ValueError: with the field, its value and the bounds.
-    """
+    """Raise a ValueError for a plain number outside [low, high]; arrays, tracers, None and placeholders pass."""
     value = getattr(owner, name)
     if not isinstance(value, NUMBER) or (low < value if open_low else low <= value) and value <= high:
         return
@@ -48,11 +67,7 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def for_each_cell(name: str, values: Any, shape: tuple[int, ...]) -> Any:
-    """Return the result of a device model, which may be a user's function, if it has a value for each cell.
-
-    Raises:
-      ValueError: the result has another shape.
-    """
+    """Return the result of a device model, which may be a user's function; raises a ValueError for another shape."""
     if jnp.shape(values) != shape:
         raise ValueError(
             f"Device.{name} returned values of shape {jnp.shape(values)} for cells of shape {shape}: return one value "
@@ -86,11 +101,7 @@ def is_moved(tangent: Any) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def without_gradient(value: Array, why: str) -> Array:
-    """Return `value`, marked so that differentiating it raises an error instead of giving zero.
-
-    Raises:
-      ValueError: when it is differentiated.
-    """
+    """Return `value`, whose differentiation raises a ValueError instead of giving zero."""
     return value
 
 

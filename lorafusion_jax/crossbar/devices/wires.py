@@ -6,7 +6,7 @@ segment of either wire. With rows and columns counted from 1 and the cell's curr
     V_rj = v_r - sum_j' Rr min(j, j') I_rj' - sum_r' Rc (rows + 1 - max(r, r')) I_r'j,
 
 Kirchhoff's laws of all word and all bit lines as two products with fixed matrices (the same fixed point as
-CrossSim's cumulative sums). Positive and negative cells stand in arrays of their own, each with its own drop.
+CrossSim's cumulative sums). Positive and negative cells stand in separate arrays, each with its drop.
 """
 
 import dataclasses
@@ -16,17 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .physical import Physical, check_bounds, for_each_cell, like, varying_as
+from .physical import Physical, check_bounds, for_each_cell, like, model, varying_as
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@model(at_least_0=("row_resistance", "column_resistance"), above_0=("tolerance",))
 class Wire:
     """Resistance of the wires of an array, and how its currents are solved for.
 
     Attributes:
-      row_resistance: of one word line segment, of Rmin = 1 / Gmax.
-      column_resistance: of one bit line segment, of Rmin.
+      row_resistance: resistance of one word line segment, of Rmin = 1 / Gmax.
+      column_resistance: resistance of one bit line segment, of Rmin.
       tolerance: largest error of a cell's voltage, of the full read voltage.
       iterations: most iterations; a product that is not within the tolerance by then is NaN.
       relaxation: a fixed step, as CrossSim's gamma, which diverges where wires are long or resistive; None for
@@ -40,9 +39,6 @@ class Wire:
     relaxation: Physical = None
 
     def __post_init__(self):
-        check_bounds(self, "row_resistance", 0)
-        check_bounds(self, "column_resistance", 0)
-        check_bounds(self, "tolerance", 0, open_low=True)
         check_bounds(self, "relaxation", 0, 2, open_low=True)
         if not isinstance(self.iterations, int) or not 1 <= self.iterations <= 1_000_000:
             raise ValueError(f"Wire.iterations = {self.iterations!r}: give the most iterations, 1 to 1,000,000")

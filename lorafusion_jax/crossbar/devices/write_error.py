@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .physical import Physical, check_bounds, like, noise, varying_as, without_gradient
+from .physical import Physical, like, model, noise, varying_as, without_gradient
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("sigma",))
 class Independent:
     """Normal error of the same size for every cell.
 
@@ -26,16 +25,12 @@ class Independent:
 
     sigma: Physical
 
-    def __post_init__(self):
-        check_bounds(self, "sigma", 0)
-
     def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
         """Return G + sigma z."""
         return G + like(self.sigma, G) * noise(key, G)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("sigma",))
 class Proportional:
     """Normal error proportional to the conductance.
 
@@ -45,16 +40,12 @@ class Proportional:
 
     sigma: Physical
 
-    def __post_init__(self):
-        check_bounds(self, "sigma", 0)
-
     def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
         """Return G (1 + sigma z)."""
         return G * (1 + like(self.sigma, G) * noise(key, G))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(at_least_0=("scale",))
 class Polynomial:
     """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
 
@@ -74,7 +65,6 @@ class Polynomial:
     scale: Physical = 1.0
 
     def __post_init__(self):
-        check_bounds(self, "scale", 0)
         for name in ("deviation", "shift"):
             rows = getattr(self, name)
             if rows is not None and (len(rows) != len(self.seconds) or not rows[0] or len({*map(len, rows)}) != 1):
@@ -138,13 +128,12 @@ Falcone et al., arXiv:2502.04524 (2025); aihwkit's fit, whose slope is per uS of
 """
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@model(above_0=("tolerance",))
 class WriteVerify:
     """Program, read, and program again every cell outside the tolerance.
 
     Every pulse draws the cell's error anew, so that a cell takes 1 / P(|error| <= tolerance) pulses on average,
-    and errors that remain are the model's own, truncated to the tolerance, but for cells that exhausted their pulses.
+    and remaining errors are the model's, truncated to the tolerance except in cells that exhausted their pulses.
 
     Attributes:
       tolerance: largest accepted |G - target|, of Gmax.
@@ -155,7 +144,6 @@ class WriteVerify:
     pulses: int = dataclasses.field(default=32, metadata={"static": True})
 
     def __post_init__(self):
-        check_bounds(self, "tolerance", 0, open_low=True)
         if not isinstance(self.pulses, int) or not 1 <= self.pulses <= 1_000_000:
             raise ValueError(f"WriteVerify.pulses = {self.pulses!r}: give the most pulses of a cell, 1 to 1,000,000")
 
@@ -164,8 +152,7 @@ class WriteVerify:
     ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
         """Return the conductances, and the number of pulses of each cell.
 
-        Args:
-          write: (target, key) -> G, one pulse on every cell.
+        `write` is (target, key) -> G, one pulse on every cell.
         """
         why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
         tolerance = without_gradient(like(self.tolerance, target), f"WriteVerify.tolerance {why}")

@@ -41,8 +41,8 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
     is made of them, such as attention. Everything else stays digital.
 
     A kernel on arrays is not trained; biases and all other parameters are. In NNX it is a variable of the type
-    `InArrays`, which needs an axis wherever `nnx.StateAxes` gives one to `nnx.Param`. In Linen it is in the collection
-    `crossbar`.
+    `InArrays`, which needs an axis wherever `nnx.StateAxes` gives one to `nnx.Param`. In Linen, whose models become
+    `OnArrays`, it is in the collection `crossbar`.
 
     Args:
       model: an NNX module, or a Linen module with its variables, `module.bind(variables)`.
@@ -53,9 +53,6 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
       inputs: an example of the model's inputs; only shapes and dtypes matter. A Linen model needs one. With one, an
         NNX model's embeddings that are only looked up are left digital.
       options: keyword arguments of the model in this example.
-
-    Returns:
-      The model on arrays, which is called as before: an NNX module, or `OnArrays` for a Linen one.
 
     Raises:
       ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides.
@@ -82,7 +79,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
 
 
 def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
-    """Return the model with the ranges of its converters set from data.
+    """Return a model from `convert` with the ranges of its converters set from data.
 
     Args:
       batches: inputs of the model, one call each: an array, or a tuple of arguments.
@@ -100,13 +97,8 @@ def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
 def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict[str, Any]]:
     """Return a row for every layer on arrays, or for every one of a stack: how well it is read, what is clipped.
 
-    Args:
-      model: a model from `convert`, calibrated.
-      batches: inputs of the model, as for `calibrate`.
-      options: keyword arguments of the model.
-
-    Returns:
-      Rows of {site, layer, sqnr, clipped, clipped_inputs}, and warnings, as of `crossbar.site_errors`.
+    Rows have {site, layer, sqnr, clipped, clipped_inputs}. Rows and warnings are those of `crossbar.site_errors`, and
+    the arguments those of `calibrate`.
     """
     _check_batches(batches)
     tree = _keyed(_taken_apart(model)[0], jax.random.key(0))
@@ -180,13 +172,10 @@ _counted.defvjp(_counted_forward, _counted_backward)
 
 
 def with_read_key(model: Any, key: Array) -> Any:
-    """Return the model with noise of its own for its next reads.
+    """Return the model with new noise for its next reads.
 
     The same key gives the same noise, so every step needs another one. Layers differ by path; a layer that is called
     several times in a step has the same noise each time.
-
-    Args:
-      key: key of the step.
     """
     key = one_key(key)
     tree, rebuilt = _taken_apart(model)
@@ -201,12 +190,10 @@ def _check_batches(batches: Any) -> None:
 def _keyed(tree: Any, key: Array) -> Any:
     """Return a model as a tree whose chips that read at random have keys, by path."""
 
-    def of_chip(chip: chips.Chip) -> chips.Chip:
-        if not chip.config.reads_at_random:
-            return chip
-        return chips.with_read_key(chip, jax.random.fold_in(key, zlib.crc32(chip.name.encode())))
+    def own(chip: chips.Chip) -> Array | None:
+        return jax.random.fold_in(key, zlib.crc32(chip.name.encode())) if chip.config.reads_at_random else chip.key
 
-    return chips.with_chips(tree, [of_chip(chip) for chip in chips.chips_in(tree)])
+    return chips.with_chips(tree, [chips.with_read_key(chip, own(chip)) for chip in chips.chips_in(tree)])
 
 
 def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:

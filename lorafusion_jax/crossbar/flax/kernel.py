@@ -46,10 +46,7 @@ class Kernel:
     ) -> Float[Array, "..."]:
         """Return a product [*groups, *B, *inputs] -> [*groups, *B, *features] of x.
 
-        Args:
-          groups: number of axes of groups; each group has a separate matrix.
-          inputs: number of axes that are summed over.
-          features: sizes of the axes of the result.
+        `groups` and `inputs` are numbers of axes: each group has a separate matrix, and inputs are summed over.
 
         Raises:
           ValueError: the kernel is still a stack of layers, a key or the range of a converter is missing, or
@@ -83,7 +80,7 @@ class Kernel:
 
 
 def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None, **result: Any) -> Array:
-    """Return `jax.lax.dot_general(x, kernel, ...)`; arrays have a precision of their own."""
+    """Return `jax.lax.dot_general(x, kernel, ...)`; the precision is that of the arrays."""
     (of_x, of_kernel), (groups_of_x, groups_of_kernel) = dimension_numbers
     free = [axis for axis in range(x.ndim) if axis not in (*of_x, *groups_of_x)]
     features = [size for axis, size in enumerate(kernel.shape) if axis not in (*of_kernel, *groups_of_kernel)]
@@ -92,11 +89,7 @@ def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any
 
 
 def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **result: Any) -> Array:
-    """Return `jnp.einsum(equation, x, kernel, ...)`.
-
-    Raises:
-      ValueError: the kernel was programmed for another equation.
-    """
+    """Return `jnp.einsum(equation, x, kernel, ...)`, of the equation that the kernel was programmed for."""
     if equation != kernel.equation:
         raise ValueError(
             f"{kernel.chip.name} was put on arrays for {kernel.equation!r}, and is called with {equation!r}: leave it "

@@ -42,12 +42,10 @@ class Found(NamedTuple):
     """Target of a path: a layer, or a parameter.
 
     Attributes:
-      weight: a matrix, or a stack of them; a vector stays digital whatever the rules say.
+      weight: a matrix, or a stack of them; a vector always stays digital.
       obstacle: reason why it cannot be put on arrays, or None.
       layer: the layer that can be put on arrays.
       shape: shape of the kernel in one layer.
-      dtype: dtype of the kernel.
-      equation: the equation of an `Einsum`.
     """
 
     weight: Array
@@ -59,11 +57,9 @@ class Found(NamedTuple):
 
 
 def found_layer(layer: Any, kernel: Array | Kernel, shape: tuple[int, ...], equation: str | None = None) -> Found:
-    """Return a layer as its matrix.
+    """Return a layer as its matrix, given its parameter with the axes of stacked layers in front.
 
-    Args:
-      kernel: its parameter, with the axes of stacked layers in front; a `Kernel` if it is on arrays already.
-      equation: the equation of an `Einsum`; None where it has several.
+    The equation is that of an `Einsum`; None where it has several.
     """
     if isinstance(kernel, Kernel):
         return Found(kernel.chip.codes, "it is on arrays already, so give `convert` the digital model with all rules")
@@ -96,11 +92,7 @@ def found_parameter(parameter: Array) -> Found:
 
 
 def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, Kernel]:
-    """Return the kernels that rules put on arrays, by path.
-
-    Raises:
-      ValueError: a rule matches nothing, or something that cannot be on arrays.
-    """
+    """Return the kernels that rules put on arrays, by path; raises a ValueError where that is impossible."""
     for path, each in found.items():
         if each.obstacle is not None and first_match(path, None, rules) is not None:
             raise ValueError(
@@ -145,7 +137,7 @@ def _obstacle(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str |
         return f"{type(layer).__name__} has no form on arrays"
     for name, usual in _PRODUCTS.items():
         if not any(getattr(layer, name, usual[0]) is each for each in usual):
-            return f"it has a {name} of its own"
+            return f"its {name} is not that of JAX"
     if kernel.shape[kernel.ndim - len(shape) :] != shape:
         return f"layers of shape {shape} are stacked to {kernel.shape}, and their axis has to be the first"
     if isinstance(layer, nnx.Embed) and type(layer) is not nnx.Embed:

@@ -19,11 +19,7 @@ _COLLECTION = "crossbar"
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A module that can be hashed even if its fields cannot, such as lists of widths.
-
-    Attributes:
-      module: the module.
-    """
+    """A module that can be hashed even if its fields cannot, such as lists of widths."""
 
     module: nn.Module
 
@@ -54,7 +50,7 @@ class OnArrays:
         return self.apply(self.variables, *args, **options)
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """Return `module.apply(variables, ...)` of variables that may differ from the model's: in `params`, say."""
+        """Return `module.apply(variables, ...)` of variables that may differ from the model's."""
         # The module finds its chips among its parameters: `nn.scan` and `nn.vmap` name the axes of no other collection.
         params = _flat(variables.get("params", {})) | _flat(variables[_COLLECTION])
         digital = {name: collection for name, collection in variables.items() if name != _COLLECTION}
@@ -68,14 +64,7 @@ class _Leaf(Kernel):
 
 @dataclasses.dataclass
 class _Calls:
-    """Calls of a layer while a model is traced.
-
-    Attributes:
-      layer: the layer.
-      shape: shape of its kernel in one layer.
-      equations: the equations of an `Einsum`.
-      attended: the layer is an embedding whose `attend` is called.
-    """
+    """Calls of a layer while a model is traced: the equations of an `Einsum`, and if an embedding is multiplied by."""
 
     layer: nn.Module
     shape: tuple[int, ...] = ()

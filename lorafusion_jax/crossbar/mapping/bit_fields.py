@@ -8,20 +8,19 @@ where low and high follow from the cells of the column. With sum_k low_k 2^(shif
 S_k - low_k >= 0, and comes out whole by a shift and a mask as long as high_k - low_k fits it. That is the
 certificate: it rests on the cells, whatever the inputs. In float32 a word has 24 bits and every partial sum is an
 integer below 2^24, thus exact; in int32 it has 32, for sums wrap around without harm.
-
-Axis letters: K weight slices, W words, R row tiles.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from .input_slices import significance
+from .geometry import significance
 
 FLOAT_BITS, INT_BITS = 24, 32
 
@@ -59,16 +58,16 @@ class Packed(NamedTuple):
     variances: Int[Array, "W R _rows cols"] | None = None
 
 
-def extent(
-    cells: Float[Array, "K R rows cols"] | Int[Array, "K R rows cols"], top: int, *, signed: bool
-) -> tuple[Array, Array]:
-    """Return the least and the largest sum, [K, R, cols] each, that inputs of at most `top` can cause."""
-    positive = top * jnp.sum(jnp.maximum(cells, 0), axis=2, dtype=cells.dtype)
-    negative = top * jnp.sum(jnp.minimum(cells, 0), axis=2, dtype=cells.dtype)
-    return (negative - positive, positive - negative) if signed else (negative, positive)
+def over_rows(cells: Num[Array, "K R rows cols"]) -> Num[Array, "K R cols"]:
+    """Return sums over rows, half added to half: XLA's take up to ten times as long on a CPU."""
+    rows = 1 << (cells.shape[2] - 1).bit_length()
+    sums = jnp.pad(cells, ((0, 0), (0, 0), (0, rows - cells.shape[2]), (0, 0)))
+    while (rows := rows // 2) > 0:
+        sums = sums[:, :, :rows] + sums[:, :, rows:]
+    return sums[:, :, 0]
 
 
-def certify(spans: tuple[int, ...], word_bits: int, variances: tuple[int, ...] = ()) -> Packing | None:
+def certify(spans: Sequence[int], word_bits: int, variances: Sequence[int] = ()) -> Packing | None:
     """Return the packing into as few words as neighbouring slices allow; None where a slice exceeds a word.
 
     Args:
@@ -97,48 +96,14 @@ def pack(
     signed: bool,
     variances: Float[Array, "K R rows cols"] | None = None,
 ) -> Packed:
-    """Pack integer cells whose spans the packing was made for."""
-    whole = cells.astype(jnp.int32)
-    low, _ = extent(whole, top, signed=signed)
-    words = _join(jnp.concatenate([whole, -low[:, :, None]], axis=2), packing.fields, packing.words)
+    """Pack integer cells under inputs of at most `top`, which may be `signed`."""
+    low = -top * over_rows(jnp.abs(cells) if signed else jnp.maximum(-cells, 0)).astype(jnp.int32)
+    parts = (_join(part, packing.fields, packing.words) for part in (cells.astype(jnp.int32), -low[:, :, None]))
+    words = jnp.concatenate(list(parts), axis=2)
     if variances is None:
         return Packed(words, low)
     squares = jnp.pad(variances.astype(jnp.int32), ((0, 0), (0, 0), (0, 1), (0, 0)))
     return Packed(words, low, _join(squares, packing.variances, packing.words))
-
-
-def pack_codes(
-    tiles: Float[Array, "R rows d_out"], slices: tuple[int, ...], packing: Packing, top: int, *, signed: bool
-) -> Packed:
-    """Return `pack` of the signed digits of weight codes.
-
-    Slice by slice, and rows added half to half, since stacked slices and other sums over rows take up to ten times as
-    long on a CPU.
-    """
-    magnitude, sign = jnp.abs(tiles).astype(jnp.int32), jnp.sign(tiles).astype(jnp.int32)
-    counted = magnitude if signed else jnp.where(tiles < 0, magnitude, 0)
-    starts = np.cumsum((0, *slices))[:-1].tolist()
-
-    def digit(of: Int[Array, "R rows d_out"], k: int) -> Int[Array, "R rows d_out"]:
-        return (of >> starts[k]) & (2 ** slices[k] - 1)
-
-    def low(k: int) -> Int[Array, "R 1 d_out"]:
-        sums = digit(counted, k)
-        rows = 1 << (sums.shape[1] - 1).bit_length()
-        sums = jnp.pad(sums, ((0, 0), (0, rows - sums.shape[1]), (0, 0)))
-        while (rows := rows // 2) > 0:
-            sums = sums[:, :rows] + sums[:, rows:]
-        return -top * sums
-
-    lows = [low(k) for k in range(len(slices))]
-
-    def word(own: range) -> Int[Array, "R _rows d_out"]:
-        shifted = [digit(magnitude, k) << packing.fields[k][1] for k in own]
-        bottom = [-lows[k] << packing.fields[k][1] for k in own]
-        return jnp.concatenate([sum(shifted[1:], shifted[0]) * sign, sum(bottom[1:], bottom[0])], axis=1)
-
-    words = [word(range(len(slices))[own]) for own in packing.words]
-    return Packed(jnp.stack(words), jnp.stack([each[:, 0] for each in lows]))
 
 
 def _join(planes: Array, fields: tuple[tuple[int, int, int], ...], words: list[slice]) -> Array:

@@ -3,8 +3,6 @@
 The sum of a column at the ADC is sum_rows u (g + kappa), with kappa = Gmin in level units. Its value follows by
 subtracting Gmin and the offset, which are computed from the inputs (digital) or measured by the array's unit column.
 This is linear: the same rule recovers sums from conversions and weight codes from cells.
-
-Axis letters: K weight slices, P polarities, R row tiles, C column tiles, A inputs or row tiles.
 """
 
 import jax.numpy as jnp

@@ -7,13 +7,11 @@ With B weight bits, p bits of a slice, s bits of an input slice and M the full s
     input:         n = round(|x| / limit (2^m - 1)), slice k = sign(x) ((n >> s k) mod 2^s), m magnitude bits
 
 The rules are those of CrossSim 3.2 (Sandia). Slices run from the least significant.
-
-Axis letters: B batch, K weight slices, J input slices, P polarities, R row tiles, C column tiles.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..config.schema import CrossbarConfig
 from .geometry import Geometry
@@ -111,21 +109,25 @@ def weight_codes(
     return codes if config.mapping.quantile == 1 else jnp.clip(codes, -top, top)
 
 
+def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""]) -> Int[Array, "*S"]:
+    """Return slice j of integer codes n: sign(n) ((|n| >> start) mod 2^bits)."""
+    start, bits = (jnp.asarray(of, jnp.int32)[j] for of in ([sum(slices[:i]) for i in range(len(slices))], slices))
+    magnitude = (jnp.abs(n).astype(jnp.int32) >> start) & ((1 << bits) - 1)
+    return jnp.where(n < 0, -magnitude, magnitude)
+
+
+def _all_digits(n: Float[Array, "*S"], slices: tuple[int, ...]) -> Float[Array, "slices *S"]:
+    return jnp.stack([digit(n, slices, j) for j in range(len(slices))]).astype(n.dtype)
+
+
 def digits(
     codes: Float[Array, "rows d_out"], geometry: Geometry, config: CrossbarConfig
 ) -> Float[Array, "K rows d_out"]:
     """Return the digits of every weight slice: signed for differential encoding, 0 .. 2^p - 1 for offset."""
+    offset = config.encoding.kind == "offset"
     if config.cell.bits is None:
-        return (codes if config.encoding.kind == "differential" else (codes + 1) / 2)[None]
-    if config.encoding.kind == "offset":
-        magnitude, sign = codes + geometry.offset, None
-    else:
-        magnitude, sign = jnp.abs(codes), jnp.sign(codes)
-    whole = magnitude.astype(jnp.int32)
-    starts = [sum(config.cell.bits[:k]) for k in range(len(config.cell.bits))]
-    found = [(whole >> start) & (2**bits - 1) for start, bits in zip(starts, config.cell.bits, strict=True)]
-    stacked = jnp.stack(found).astype(codes.dtype)
-    return stacked if sign is None else stacked * sign[None]
+        return ((codes + 1) / 2 if offset else codes)[None]
+    return _all_digits(codes + geometry.offset if offset else codes, config.cell.bits)
 
 
 def to_arrays(
@@ -163,7 +165,7 @@ def input_codes(
 
     Args:
       limit: full scale, a scalar or [B, 1].
-      key: of the read, for stochastic rounding.
+      key: key of the read, for stochastic rounding.
     """
     if config.dac is None:
         return x / limit
@@ -183,9 +185,4 @@ def input_codes(
 def pulses(codes: Float[Array, "*B d"], geometry: Geometry) -> Float[Array, "J *B d"]:
     """Return the input slices u of input codes."""
     slices = geometry.input_slices
-    if slices is None:
-        return codes[None]
-    whole, sign = jnp.abs(codes).astype(jnp.int32), jnp.sign(codes)
-    starts = [sum(slices[:j]) for j in range(len(slices))]
-    found = [(whole >> start) & (2**bits - 1) for start, bits in zip(starts, slices, strict=True)]
-    return jnp.stack(found).astype(codes.dtype) * sign[None]
+    return codes[None] if slices is None else _all_digits(codes, slices)

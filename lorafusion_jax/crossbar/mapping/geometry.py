@@ -2,8 +2,6 @@
 
 Level units: a cell holds g in 0 .. 2^p - 1 (p its bits), an input slice u with |u| <= 2^s - 1, so that a perfect
 array's column sums are integers. Slices run from the least significant.
-
-Axis letters: R row tiles, C column tiles.
 """
 
 import dataclasses
@@ -68,10 +66,10 @@ class Geometry:
         half = 0 if config.mapping.weight_bits is None else config.mapping.weight_bits - 1
         offset, levels = 2.0**half, tuple(2**bits - 1 for bits in config.weight_slices)
         if config.cell.bits is None:
-            significance, middle = (1.0 if encoding.kind == "differential" else 2.0,), (0.5,)
+            worth, middle = (1.0 if encoding.kind == "differential" else 2.0,), (0.5,)
         else:
-            significance = _values(config.cell.bits)
-            middle = tuple(float(int(offset // worth) & top) for worth, top in zip(significance, levels, strict=True))
+            worth = significance(config.cell.bits)
+            middle = tuple(float(int(offset // one) & top) for one, top in zip(worth, levels, strict=True))
         zero_digits = middle if encoding.kind == "offset" else tuple(0.0 for _ in levels)
         input_top = 1 if dac is None else 2**dac.magnitude_bits - 1
         pulse = 1 if dac is None else 2 ** dac.slices[0] - 1
@@ -90,12 +88,12 @@ class Geometry:
             code_scale=max(1.0, offset - 1),
             offset=offset,
             levels=levels,
-            significance=significance,
+            significance=worth,
             zero_digits=zero_digits,
             unit_levels=tuple(1.0 for _ in levels) if encoding.flip else zero_digits,
             input_slices=None if dac is None else dac.slices,
             converted_slices=None if dac is None else (dac.magnitude_bits,) if config.converts_sums else dac.slices,
-            input_significance=_values(config.input_slices),
+            input_significance=significance(config.input_slices),
             input_top=input_top,
             pulse=pulse,
             converted_top=converted_top,
@@ -115,7 +113,7 @@ class Geometry:
 
     @property
     def cells_in_use(self) -> Bool[np.ndarray, "R C rows cols"]:
-        """Which cells of the arrays hold a weight."""
+        """True for the cells of the arrays that hold a weight."""
         rows, cols = np.asarray(self.rows), np.asarray(self.cols)
         row = np.arange(max(rows)) >= max(rows) - rows[:, None]
         col = np.arange(max(cols)) < cols[:, None]
@@ -133,6 +131,6 @@ def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
     return (*[step] * (parts - 1), size - (parts - 1) * step)
 
 
-def _values(slices: tuple[int, ...]) -> tuple[float, ...]:
+def significance(slices: tuple[int, ...]) -> tuple[float, ...]:
     """Return the value of one level of every slice, in levels of the first."""
     return tuple(2.0**start for start in itertools.accumulate(slices[:-1], initial=0))

@@ -2,9 +2,6 @@
 
 A kernel takes input codes and columns to codes [k, B, cols], summed over input slices and row tiles; what columns
 stand for is recovered from these.
-
-Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are
-converted), R row tiles, C column tiles.
 """
 
 from collections.abc import Callable
@@ -40,7 +37,7 @@ class _Operand(NamedTuple):
 def convert_tiles(
     n: Float[Array, "B d_in"], quantise: Converter, chip: Chip, kernel: Kernel
 ) -> Float[Array, "B _d_out"]:
-    """Return weights times input codes; of a converter that counts, [B, 1], above zero where a conversion is clipped."""
+    """Return weights times input codes; for a converter that counts [B, 1], above zero where some are clipped."""
     rows = chip.geometry.rows
     tiles = encoding.split(n, rows, axis=1, front=True)
     if chip.flipped is not None:  # negated columns
@@ -50,7 +47,7 @@ def convert_tiles(
     if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
         return _of_tiles(tiles, operand, 0, quantise, chip, kernel) * worth
 
-    # Row tiles whose weights, or ADCs, have ranges of their own are added up as outputs.
+    # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
     axes = (3 if chip.plan.path == "planes" else 1, 1, 1, 1, 1)
 
     def along(move: Callable[[Array, int], Array], operand: _Operand) -> _Operand:

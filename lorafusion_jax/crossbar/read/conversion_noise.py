@@ -6,8 +6,6 @@ Independent normal noise of the cells adds up to normal noise of the column, wit
 
 v being the variance of a cell, or of both cells of a differential pair; the ADC's own variance adds to it. The draw
 of a conversion depends on its key and place alone, so that every path makes the same.
-
-Axis letters: B batch, K weight slices, k those at hand, R row tiles.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ class Noise(NamedTuple):
       variance: [K, R, rows, cols] of each cell, or [K, R, rows, 1] where columns do not differ;
         None where they travel with packed cells.
       scale: [K] what deviations are multiplied by.
-      words: of the random stream.
+      words: data of the key of the random stream.
       of_adc: [K] standard deviation of a conversion itself; None for none.
     """
 

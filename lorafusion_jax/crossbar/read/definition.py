@@ -2,8 +2,6 @@
 
 The code is short and handles every configuration; each faster path is tested against it. It draws every cell's read
 noise at every read, and computes as much at a time as fits `BUDGET`.
-
-Axis letters: B batch, K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles.
 """
 
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from .conversion_noise import of_conversions
 
 # Bytes that the temporaries of one read may take.
 BUDGET = 256 * 2**20
-# Copies of an array's cells that are there at once: of drawn or nonlinear ones, and while wires are solved for.
+# Copies of an array's cells in memory at once: of drawn or nonlinear ones, and while wires are solved for.
 _CELL_COPIES, _WIRE_COPIES = 4, 12
 # Purpose of an input vector's key, in addition to its cells' noise.
 _CONVERSION = 2**31
@@ -96,7 +94,7 @@ def all_sums(
     """Return the column sums of one input vector in every tile, for every pair of slices.
 
     Args:
-      key: of the read noise; every tile and pair of slices draws its own.
+      key: key of the read noise; every tile and pair of slices draws its own.
     """
     pulses = encoding.pulses(codes, geometry)  # [J, R, rows]
     tops = jnp.asarray(geometry.levels, codes.dtype)

@@ -5,9 +5,6 @@
 over row tiles r, weight slices k, input slices j. Straight through DAC, ADC and quantisers, the derivatives are those
 of `x @ W` with W the weights as programmed, compensation of drift included; the ADC's limits, and all else that a read
 depends on, get those of a read whose ADC clips but does not round.
-
-Axis letters: B batch, K weight slices, k conversions of a pair of slices (K, or 2 K where both polarities are
-converted), R row tiles (1 once summed), C column tiles.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Everything in one matrix product, where slices and tiles telescope: no ADC, or one that loses nothing.
-
-Axis letters: B batch.
-"""
+"""Everything in one matrix product, where slices and tiles telescope: no ADC, or one that loses nothing."""
 
 import jax.numpy as jnp
 import numpy as np

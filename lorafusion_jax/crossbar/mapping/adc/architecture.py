@@ -27,7 +27,7 @@ class Architecture:
       time: (bits, columns, constants) to the seconds in which all columns of an array are converted.
       transfer: (sums, lowest code, highest code), all in units of a code, to what is rounded and clipped instead of the
         sums; None for the sums themselves. Such an ADC is read conversion by conversion (path `definition`).
-      constants: constants of its own, by name. A file of constants may replace them.
+      constants: its constants, by name. A file of constants may replace them.
     """
 
     energy: Callable[[int, Table], Range]

@@ -35,7 +35,7 @@ class Converter(NamedTuple):
       qmax: highest code.
       divides: whether `scale` is divided by.
       rounds: False for the smooth surrogate, which only clips.
-      counts: return 1 for a sum beyond the highest code and 0 for another in place of its code. Noise below zero, which
+      counts: return 1 for a sum beyond the highest code and 0 for another, instead of its code. Noise below zero, which
         an unsigned converter clips too, would not be less at half the voltage.
       transfer: transfer curve of the architecture, or None (see `Architecture`).
     """

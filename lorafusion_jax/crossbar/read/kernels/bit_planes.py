@@ -1,17 +1,16 @@
-"""Column sums by counting bits: the fastest for single input vectors, as in models that generate token by token.
+"""Column sums by counting bits: the fastest for single vectors on wide matrices, as when a model generates tokens.
 
 The bits of the cells' levels and of the input slices lie 32 rows to a word. A conversion is then
 
     S = sum_{i, t} 2^(i + t) (#(positive & cell bit i & input bit t) - #(negative & ...))
 
 with population counts, all fused with the ADC by XLA. Fast where the processor counts the bits of a whole vector at
-once (AVX512_VPOPCNTDQ); right everywhere. Milliseconds of one such core (AMD EPYC) for a matrix on the arrays of
+once (AVX512_VPOPCNTDQ); right everywhere. Milliseconds of one such core (AMD EPYC) on the arrays of
 examples/smollm2/chip.yaml with a 6-bit ADC, here and by the path `packed`:
 
-    576 x 1536      1 vector: 0.7, 3.5      16: 7.9, 9.8      128: 62, 61
-    576 x 32        1 vector: 0.08, 0.16    16: 0.96, 0.29    128: 6.3, 1.4
-
-A plan does not depend on the number of vectors, so matrices of few columns are read this way in batches too.
+    1536 x 576      1 vector: 1.1, 3.2      16: 5.3, 12      128: 39, 64
+    576 x 576       1 vector: 0.4, 0.8      16: 3.9, 3.3     128: 27, 18
+    576 x 192       1 vector: 0.3, 0.4      16: 2.3, 1.0     128: 17, 6.3
 
 Axis letters: B batch, K weight slices, I bits of a cell, R row tiles, Q words of 32 rows.
 """
@@ -21,44 +20,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
-from ...mapping.encoding import split
-from ...mapping.input_slices import digit, significance
+from ...mapping.encoding import digit
+from ...mapping.geometry import significance
 
 
 def to_planes(cells: Float[Array, "K R rows cols"], bits: int) -> UInt32[Array, "K I 2 R Q cols"]:
     """Return the bit planes of integer cells of |g| < 2^bits: of the positive ones, then of the negative ones."""
-    magnitude = jnp.abs(cells).astype(jnp.int32)
-    planes = [
-        [_to_words((sign * cells > 0) & (((magnitude >> i) & 1) == 1), axis=2) for sign in (1, -1)] for i in range(bits)
-    ]
-    return jnp.moveaxis(jnp.stack([jnp.stack(pair) for pair in planes]), 2, 0)
-
-
-def pair_planes(
-    codes: Float[Array, "d_in d_out"], rows: tuple[int, ...], slices: tuple[int, ...]
-) -> UInt32[Array, "K I 2 R Q cols"]:
-    """Return `to_planes` of perfect differential weights, one row tile at a time, straight from their codes."""
-    first, place = np.cumsum((0, *slices))[:-1, None], np.arange(max(slices))
-    # The bit of a code that each bit of a slice is, [K, I]; a narrow slice lacks the highest ones.
-    bit, there = (first + place).astype(np.uint32), (place < np.array(slices)[:, None]).astype(np.uint32)
-
-    def of_tile(tile: Float[Array, "rows d_out"]) -> UInt32[Array, "K I 2 Q d_out"]:
-        padded = jnp.pad(tile.astype(jnp.int32), ((0, -len(tile) % 32), (0, 0)))
-        sides = jnp.maximum(jnp.stack([padded, -padded]), 0).astype(jnp.uint32).reshape(2, -1, 32, tile.shape[1])
-        shape = (*bit.shape, 2, sides.shape[1], tile.shape[1])
-        shift, mask = (jax.lax.broadcast_in_dim(jnp.asarray(of_bit), shape, (0, 1)) for of_bit in (bit, there))
-
-        def of_row(row: int) -> UInt32[Array, "K I 2 Q d_out"]:
-            return ((jax.lax.broadcast_in_dim(sides[:, :, row], shape, (2, 3, 4)) >> shift) & mask) << np.uint32(row)
-
-        # One row after the other: a sum over their axis is an order of magnitude slower on a CPU.
-        return functools.reduce(jnp.bitwise_or, map(of_row, range(32)))
-
-    return jnp.moveaxis(jax.lax.map(of_tile, split(codes, rows, 0, front=True)), 0, 3)
+    whole = cells.astype(jnp.int32)
+    sides = jnp.maximum(jnp.stack([whole, -whole], axis=1), 0).astype(jnp.uint32)
+    return jnp.stack([_to_words(sides, 3, bit) for bit in range(bits)], axis=1)
 
 
 def planes(
@@ -80,9 +54,9 @@ def planes(
         r, j = i // worth.size, i % worth.size
         u = digit(jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False), slices, j)
         of_tile = jax.lax.dynamic_index_in_dim(cells, r, 3, keepdims=False)
-        driven = [((jnp.abs(u) >> t) & 1) == 1 for t in range(max(slices))]
-        up = [_to_words(bit & (u > 0), axis=1) for bit in driven]
-        down = [_to_words(bit & (u < 0), axis=1) for bit in driven] if signed else None
+        sides = [jnp.maximum(side, 0).astype(jnp.uint32) for side in ((u, -u) if signed else (u,))]
+        driven = [[_to_words(side, 1, t) for t in range(max(slices))] for side in sides]
+        up, down = driven[0], driven[1] if signed else None
 
         def read(k: int, total: Float[Array, "B cols"]) -> Float[Array, "B cols"]:
             count = jnp.zeros(total.shape, jnp.int32)
@@ -106,12 +80,10 @@ def planes(
     return jnp.stack(jax.lax.fori_loop(0, n.shape[1] * worth.size, step, (zero,) * cells.shape[0]))
 
 
-def _to_words(bits: Bool[Array, "..."], axis: int) -> UInt32[Array, "..."]:
-    """Pack an axis of bits into words of 32."""
-    count = -(-bits.shape[axis] // 32)
-    widths = [(0, 32 * count - bits.shape[axis] if a == axis else 0) for a in range(bits.ndim)]
-    split = jnp.pad(bits, widths).reshape(*bits.shape[:axis], count, 32, *bits.shape[axis + 1 :])
-    place = jnp.asarray(np.uint32(1) << np.arange(32, dtype=np.uint32))
-    place = place.reshape(32, *[1] * (bits.ndim - axis - 1))
-    shifted = split.astype(jnp.uint32) * jnp.broadcast_to(place, split.shape)
-    return jnp.sum(shifted, axis=axis + 1, dtype=jnp.uint32)
+def _to_words(values: UInt32[Array, "..."], axis: int, bit: int) -> UInt32[Array, "..."]:
+    """Pack one bit of every value along an axis: row by row, because XLA's sums over an axis are slow on a CPU."""
+    widths = [(0, -size % 32 if a == axis else 0) for a, size in enumerate(values.shape)]
+    words = jnp.pad(values, widths).reshape(*values.shape[:axis], -1, 32, *values.shape[axis + 1 :])
+    rows = (jax.lax.index_in_dim(words, row, axis + 1, keepdims=False) for row in range(32))
+    shifted = (((row >> np.uint32(bit)) & 1) << np.uint32(place) for place, row in enumerate(rows))
+    return functools.reduce(jnp.bitwise_or, shifted)

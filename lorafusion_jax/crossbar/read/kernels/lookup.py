@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Num, UInt8
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
 from ...mapping.bit_fields import Packed, Packing, drive, unpack
-from ...mapping.input_slices import digit, significance
+from ...mapping.encoding import digit
+from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
@@ -42,7 +43,7 @@ def lookup(
 
     Args:
       cells: in level units; packed, or real-valued.
-      noise: of this read; its variances are not read where they are packed.
+      noise: noise of this read; its variances are not read where they are packed.
     """
     batch, cols = n.shape[0], (cells.words if isinstance(cells, Packed) else cells).shape[3]
     blocks, chunks = math.ceil(cols / _COLUMNS), math.ceil(batch / _BATCH)

@@ -1,8 +1,6 @@
 """One product for each row tile, weight slice and input slice, with the ADC in its epilogue.
 
 The path for real-valued cells and inputs, and the one that the others are compared with.
-
-Axis letters: B batch, K weight slices, R row tiles.
 """
 
 import jax
@@ -11,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
-from ...mapping.input_slices import digit, significance
+from ...mapping.encoding import digit
+from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise
 
 
@@ -26,7 +25,7 @@ def loop(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Args:
-      cells: what the columns sum, in level units; any real numbers.
+      cells: factors of the inputs in level units; any real numbers.
       slices: bits of every input slice; None for an ideal DAC, whose input is one slice.
       occupied: planes that are not all zero; the others are skipped, for their codes are zero.
     """

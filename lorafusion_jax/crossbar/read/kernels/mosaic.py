@@ -43,7 +43,7 @@ def mosaic(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Args:
-      cells: what the columns sum, in level units; bytes for integers, whose input slices then have at most 7 bits.
+      cells: factors of the inputs in level units; bytes for integers, whose input slices then have at most 7 bits.
       slices: bits of every input slice, at most 8.
     """
     batch, tiles, rows = n.shape

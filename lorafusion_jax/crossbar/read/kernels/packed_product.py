@@ -2,8 +2,6 @@
 
 For input slices too wide for the tables of `lookup`, which are faster otherwise. `mapping.bit_fields` has the
 certificate.
-
-Axis letters: B batch, K weight slices, k those of one word, W words, R row tiles.
 """
 
 import jax
@@ -13,7 +11,8 @@ from jaxtyping import Array, Float
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
 from ...mapping.bit_fields import Packed, Packing, drive, unpack
-from ...mapping.input_slices import digit, significance
+from ...mapping.encoding import digit
+from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
 
 
