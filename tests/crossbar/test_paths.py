@@ -34,7 +34,7 @@ from lorafusion_jax.crossbar.mapping.bit_fields import FLOAT_BITS, INT_BITS, Pac
 from lorafusion_jax.crossbar.read.conversion_noise import Noise, add_noise, deviations, powers, stream
 from lorafusion_jax.crossbar.read.kernels import mosaic as mosaic_module
 from lorafusion_jax.crossbar.read.kernels.lookup import lookup
-from lorafusion_jax.crossbar.read.kernels.loop import loop
+from lorafusion_jax.crossbar.read.kernels.sliced_products import sliced_products
 
 _BATCH, _TILES, _ROWS, _COLS, _SLICES = 6, 2, 40, 70, 4
 _PATHS = ("definition", "loop", "lookup", "planes", "packed", "mosaic")
@@ -197,10 +197,10 @@ def test_real_cells_agree_to_rounding():
     g = jnp.asarray(rng.uniform(-3, 3, (_SLICES, _TILES, _ROWS, _COLS)), jnp.float32)
     x = jnp.asarray(rng.integers(-127, 128, (_BATCH, _TILES, _ROWS)), jnp.float32)
     plain = Converter(jnp.asarray([0.5, 1.5, 0.31, 2.75], jnp.float32), -31, 31, rounds=False)
-    a, b = loop(x, g, plain, (1,) * 7), lookup(x, g, None, plain, (1,) * 7, signed=True)
+    a, b = sliced_products(x, g, None, plain, (1,) * 7), lookup(x, g, None, plain, (1,) * 7, signed=True)
     np.testing.assert_allclose(a, b, atol=1e-6 * np.max(np.abs(a)))
     fine = Converter(jnp.full(_SLICES, 4096, jnp.float32), -(2**20), 2**20)
-    a, b = loop(x, g, fine, (7,)), mosaic_module.mosaic(x, g, fine, (7,), signed=True)
+    a, b = sliced_products(x, g, None, fine, (7,)), mosaic_module.mosaic(x, g, fine, (7,), signed=True)
     np.testing.assert_allclose(a, b, rtol=0, atol=8)
     assert np.max(np.abs(a)) > 2**19
 
@@ -343,6 +343,6 @@ def test_a_step_of_the_loop_slices_one_plane():
     adc = Converter(jnp.ones(_SLICES), -128, 127)
     noise = Noise(jnp.ones((_SLICES, _TILES, _ROWS, _COLS)), jnp.ones(_SLICES), stream(jax.random.key(0)))
     codes = jnp.zeros((_BATCH, _TILES, _ROWS))
-    text = str(jax.make_jaxpr(lambda cells: loop(codes, cells, adc, (4, 4), None, noise))(cells))
+    text = str(jax.make_jaxpr(lambda cells: sliced_products(codes, cells, None, adc, (4, 4), None, noise))(cells))
     assert f"slice_sizes=(1, 1, {_ROWS}, {_COLS})" in text
     assert f"f32[{_TILES},{_ROWS},{_COLS}]" not in text and f"f32[1,{_TILES},{_ROWS},{_COLS}]" not in text

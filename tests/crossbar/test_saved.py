@@ -270,7 +270,7 @@ def test_settings_that_only_warn_do_not_refuse_a_saved_chip(tmp_path):
         (f"adc: {{range: max, retries: {2**62}}}", "0 to 1,000"),
         ("x: !!timestamp soon", "cannot be read as YAML"),
         ("x: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
-        ("#" * (1 << 20) + "\n", "has 1,048,577 bytes: wanted at most 1,048,576"),
+        ("#" * (1 << 20) + "\n", "has 1,048,577 bytes: give a file of at most 1,048,576"),
     ],
 )
 def test_a_configuration_that_asks_for_more_than_its_size(tmp_path, text, message):

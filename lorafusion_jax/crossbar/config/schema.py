@@ -31,7 +31,9 @@ _Class = TypeVar("_Class", bound=type)
 def _require(part: Any, name: str, holds: bool, remedy: str) -> None:
     """Raise a ValueError for a field unless a condition holds."""
     if not holds:
-        raise ValueError(f"{type(part).__name__.lower()}.{name} = {getattr(part, name)!r:.120}: {remedy}")
+        value = getattr(part, name)
+        value = value.item() if isinstance(value, np.generic) else value
+        raise ValueError(f"{type(part).__name__.lower()}.{name} = {value!r:.120}: {remedy}")
 
 
 def _check_choices(part: Any) -> None:
@@ -74,7 +76,7 @@ class Cell:
     def __post_init__(self):
         if self.bits is not None:
             listed = isinstance(self.bits, tuple | list) and 1 <= len(self.bits) <= _MOST_SLICES
-            remedy = f"give 1 to 8 bits for each of at most {_MOST_SLICES} weight slices, as in (2, 2, 2, 2)"
+            remedy = f"give 1 to 8 bits for each weight slice, of at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
             _require(self, "bits", listed and all(_is_whole(bits, 1, 8) for bits in self.bits), remedy)
             object.__setattr__(self, "bits", tuple(self.bits))
         valid = not isinstance(self.on_off_ratio, NUMBER) or self.on_off_ratio > 1

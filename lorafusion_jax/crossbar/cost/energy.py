@@ -59,11 +59,7 @@ class ReadEnergy(NamedTuple):
 
 
 def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1) -> WriteCost:
-    """Return the cost of writing matrices.
-
-    Args:
-      passes: number of times that each of their cells is written.
-    """
+    """Return the cost of writing each cell of matrices `passes` times."""
     cycles = constants["write_pulses"] * (passes if written.cells else 0)
     cells = written.cells * passes
     in_turn = longest([Range.of(written.rows) / constants["arrays_written_at_once"], Range.of(written.tallest)])
@@ -78,10 +74,7 @@ def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int
 
 
 def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CONSTANTS) -> ReadEnergy:
-    """Return the energy of reads.
-
-    Args:
-      reads: counts of the matrices, each multiplied by its number of input vectors.
+    """Return the energy of reads, given counts of the matrices, each multiplied by its number of input vectors.
 
     Raises:
       ValueError: the DAC or the ADC is ideal, and so has no energy.
@@ -103,11 +96,7 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
 def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
     """Return the seconds of one matrix-vector product; all arrays work at once, each with its own ADCs.
 
-    While the sums of an input slice are converted, the next slice is read. If slices are summed before the ADC
-    (`adc.convert="sum"`), conversion starts after the last slice.
-
-    Raises:
-      ValueError: the DAC or the ADC is ideal.
+    While the sums of an input slice are converted, the next slice is read; `adc.convert="sum"` waits for the last one.
     """
     dac, adc = _converters(config)
     columns = max(Geometry.of(shape, config).cols) + config.encoding.unit_column

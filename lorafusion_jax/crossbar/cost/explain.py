@@ -22,15 +22,13 @@ class Explanation:
     Attributes:
       shape: (d_in, d_out).
       path: path of a product (see `plan`).
-      reason: reason of that choice, in words.
+      reason: reason of that choice.
       tiles: row tiles and column tiles.
       array: rows and columns of one array, a unit column not counted.
-      weight_slices: bits of each weight slice, least significant first; () for an analogue cell.
-      input_slices: bits of each input slice, least significant first; () for an ideal DAC.
-      polarities: 2 for differential encoding, else 1.
+      weight_slices: bits of each weight slice; () for an analogue cell.
+      input_slices: bits of each input slice; () for an ideal DAC.
       arrays: arrays of one matrix: tiles x weight slices x polarities.
       utilisation: share of their cells that hold a weight.
-      matrices: number of matrices of this shape.
       shared_arrays: arrays of all matrices, placed side by side along their shorter axis.
       shared_utilisation: share of cells in use if arrays are shared.
       conversions: conversions of the ADCs for one input vector; 0 without ADC.
@@ -99,14 +97,15 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
         raise ValueError(f"shape {shape!r} with matrices = {matrices!r}: give (d_in, d_out) and a count, all 1 or more")
     d_in, d_out = shape
     config, plan = (what.config, what.plan) if isinstance(what, Chip) else (what, _plan(what, (d_in, d_out)))
-    geometry = Geometry.of((d_in, d_out), config)
-    tiles, array = (len(geometry.rows), len(geometry.cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
 
+    def places(shape: tuple[int, int]) -> tuple[Geometry, tuple[int, int], tuple[int, int]]:
+        geometry = Geometry.of(shape, config)
+        array = config.tile.rows or shape[0], config.tile.cols or shape[1]
+        return geometry, (len(geometry.rows), len(geometry.cols)), array
+
+    geometry, tiles, array = places((d_in, d_out))
     together = (d_in, matrices * d_out) if d_out <= d_in else (matrices * d_in, d_out)
-    of_all = Geometry.of(together, config)
-    shared = len(of_all.rows) * len(of_all.cols)
-    shared_array = config.tile.rows or together[0], config.tile.cols or together[1]
-
+    _, shared, shared_array = places(together)
     taken = counts((d_in, d_out), config)
     return Explanation(
         shape=(d_in, d_out),
@@ -120,8 +119,8 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
         arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         matrices=matrices,
-        shared_arrays=shared * len(geometry.levels) * geometry.polarities,
-        shared_utilisation=math.prod(together) / (shared * math.prod(shared_array)),
+        shared_arrays=math.prod(shared) * len(geometry.levels) * geometry.polarities,
+        shared_utilisation=math.prod(together) / (math.prod(shared) * math.prod(shared_array)),
         conversions=taken.conversions,
         lost_bits=_lost_bits(geometry, config),
     )
@@ -129,10 +128,8 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
 
 def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     """Return the plan that programming would make, without computing anything."""
-    plans = []
     weights, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(jax.random.key, 0)
-    jax.eval_shape(lambda weights, key: plans.append(program(weights, config, key).plan), weights, key)
-    return plans[0]
+    return jax.eval_shape(lambda weights, key: program(weights, config, key), weights, key).plan
 
 
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:

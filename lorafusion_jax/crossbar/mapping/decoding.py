@@ -29,9 +29,7 @@ def recover(
 ) -> Float[Array, "K *S _cols"]:
     """Return the values of columns in offset encoding; their weighted sum over K is the signed result.
 
-    Args:
-      columns: measured sums, Gmin included; the unit column, if any, is last.
-      ones: sum of the inputs.
+    The columns are measured sums, Gmin included, with the unit column last; `ones` is the sum of the inputs.
     """
     shape = (-1, *[1] * (columns.ndim - 1))
     gmin = kappa(geometry, config, columns.dtype).reshape(shape)
@@ -71,17 +69,12 @@ def columns(
     config: CrossbarConfig,
     gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
-    """Return the factors of the inputs, one entry for each conversion: k = K, or 2 K if both polarities are converted.
-
-    Unit columns, one of every array, come after all others.
-    """
+    """Return the factors of the inputs, one entry for each conversion; unit columns come after all others."""
     if config.encoding.kind == "differential" and not config.converts_each:
         converted = (cells[:, 0] - cells[:, 1])[:, None]
     else:
         converted = cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
-    if gain is not None:
-        converted = converted * gain[..., None, :]
-    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(converted, 1, 0))), geometry, config)
+    return _side_by_side(converted if gain is None else converted * gain[..., None, :], geometry, config)
 
 
 def column_variances(
@@ -90,15 +83,10 @@ def column_variances(
     config: CrossbarConfig,
     gain: Float[Array, "K _P R C cols"] | None = None,
 ) -> Float[Array, "k R rows _cols"]:
-    """Return the variances of the result of `columns`, given those of the cells.
-
-    Cells of one column only stand for all columns. Arguments as for `columns`.
-    """
+    """Return the variances of the result of `columns`, given those of the cells; one column may stand for all."""
     if config.encoding.kind == "differential" and not config.converts_each:
         variances = (variances[:, 0] + variances[:, 1])[:, None]
-    if gain is not None:
-        variances = variances * jnp.square(gain)[..., None, :]
-    return _side_by_side(jnp.concatenate(list(jnp.moveaxis(variances, 1, 0))), geometry, config)
+    return _side_by_side(variances if gain is None else variances * jnp.square(gain)[..., None, :], geometry, config)
 
 
 def unflipped(
@@ -108,8 +96,7 @@ def unflipped(
 ) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
     """Return the columns, with flipped ones negated, and the unit columns.
 
-    The ADC is symmetric, so that a negated column has the negated codes: those of all row tiles can be added up
-    before the unit columns complete them (see `recover_flipped`).
+    The codes of a negated column are negated, so those of all row tiles can be added up before `recover_flipped`.
     """
     d_out = geometry.shape[1]
     return columns[..., :d_out] * _signs(flipped, geometry, columns.dtype), columns[..., d_out:]
@@ -137,12 +124,7 @@ def recover_flipped(
     geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "K B C cols"]:
-    """Return the result of `recover` summed over row tiles, given the sums of `unflipped` columns over them.
-
-    Args:
-      columns: sums over row tiles, flipped ones negated.
-      units: sums of each tile's unit column.
-    """
+    """Return the result of `recover` summed over row tiles, given the sums of `unflipped` columns over them."""
     gmin = kappa(geometry, config, columns.dtype)
     top, zero = (jnp.asarray(of, columns.dtype) for of in (geometry.levels, geometry.zero_digits))
     top, zero, gmin = (v[:, None, None, None] for v in (top, zero, gmin))
@@ -151,16 +133,15 @@ def recover_flipped(
 
 
 def _side_by_side(
-    converted: Float[Array, "k R C rows cols"], geometry: Geometry, config: CrossbarConfig
+    converted: Float[Array, "K P R C rows cols"], geometry: Geometry, config: CrossbarConfig
 ) -> Float[Array, "k R rows _cols"]:
-    cols = geometry.cols
+    cols, converted = geometry.cols, jnp.concatenate(list(jnp.moveaxis(converted, 1, 0)))
     if converted.shape[4] == 1 < max(cols):
         return converted[:, :, 0]
+    values = encoding.join(jnp.moveaxis(converted, 2, 3)[..., : max(cols)], cols, 3)
     if not config.encoding.unit_column:
-        return encoding.join(jnp.moveaxis(converted, 2, 3), cols, 3)
-    values, units = converted[..., :-1], converted[..., -1]
-    values = encoding.join(jnp.moveaxis(values, 2, 3), cols, 3)
-    return jnp.concatenate([values, units.swapaxes(2, 3)], axis=3)
+        return values
+    return jnp.concatenate([values, converted[..., -1].swapaxes(2, 3)], axis=3)
 
 
 def finish(

@@ -18,7 +18,7 @@ from ..mapping.adc.quantiser import Converter
 from ..mapping.bit_fields import Packed
 from ..mapping.decoding import finish, recover_flipped, weigh
 from .conversion_noise import Noise, deviations, of_conversions, stream
-from .kernels.loop import loop
+from .kernels.sliced_products import sliced_products
 
 # (input codes, columns, converter, occupied planes, noise) -> codes.
 Kernel = Callable[[Array, Any, Converter, Array | None, Noise | None], Float[Array, "k B _cols"]]
@@ -117,7 +117,7 @@ def _unit_sums(
         variance = None if variance is None else variance[:, None]
         units = units[:, None]
         noise = _noise(variance, 2 * (number + r) + 1, units, chip, x.dtype)
-        return loop(x[:, None], units, adc, slices, None, noise)
+        return sliced_products(x[:, None], units, None, adc, slices, None, noise)
 
     by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
     return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)

@@ -29,8 +29,7 @@ from .conversion_noise import Noise
 from .definition import definition
 from .kernels.bit_planes import planes
 from .kernels.lookup import lookup
-from .kernels.loop import loop
-from .kernels.packed_product import packed
+from .kernels.sliced_products import sliced_products
 from .product import product
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
@@ -305,21 +304,17 @@ def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) 
     slices = chip.geometry.converted_slices
 
     def kernel(tiles: Array, columns: Any, adc: Converter, occupied: Array | None, noise: Noise | None) -> Array:
-        if slices is None or plan.path == "loop":
-            return loop(tiles, columns, adc, slices, occupied, noise)
-        if plan.path == "mosaic":
-            # Without rounding for gradients, which kernels do not have; and no TPU has float64.
-            if not adc.rounds or tiles.dtype != jnp.float32:
-                return loop(tiles, columns.astype(tiles.dtype), adc, slices)
+        if slices is not None and plan.path == "lookup":
+            return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
+        if slices is not None and plan.path == "planes":
+            return planes(tiles, columns, adc, slices, signed=signed)
+        # Not for gradients, which need the ADC without rounding, and kernels have none; and no TPU has float64.
+        if slices is not None and plan.path == "mosaic" and adc.rounds and tiles.dtype == jnp.float32:
             from .kernels.mosaic import mosaic  # here, since Pallas takes a quarter of a second to load
 
             return mosaic(tiles, columns, adc, slices, signed=signed)
-        if plan.path == "lookup":
-            return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
-        if plan.path == "planes":
-            return planes(tiles, columns, adc, slices, signed=signed)
-        assert plan.packing is not None
-        return packed(tiles, columns, plan.packing, adc, slices, noise)
+        columns = columns if plan.packing else columns.astype(tiles.dtype)
+        return sliced_products(tiles, columns, plan.packing, adc, slices, occupied, noise)
 
     assert quantise is not None
     return convert_tiles(n, quantise, chip, kernel)

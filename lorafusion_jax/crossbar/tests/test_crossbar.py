@@ -1,9 +1,6 @@
 """Short tests that travel with this folder: they import it relatively, under whatever name it has."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,60 +9,39 @@ from .. import (
     PRESETS,
     CrossbarConfig,
     Device,
-    Independent,
     ReadNoise,
     calibrated,
-    explain,
     load_chip,
     matmul,
     probe,
     program,
     program_tree,
     save_chip,
-    with_config,
     with_read_key,
 )
 
-
-def _problem() -> tuple[jax.Array, jax.Array]:
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(40, 6)), jnp.float32), jnp.asarray(rng.normal(size=(3, 40)), jnp.float32)
+_WEIGHTS, _X = (np.random.default_rng(0).normal(size=shape).astype("float32") for shape in ((40, 6), (3, 40)))
 
 
 def test_an_ideal_crossbar_is_a_matrix_product():
-    weights, x = _problem()
-    chip = program(weights, PRESETS["ideal"])
-    np.testing.assert_allclose(matmul(x, chip), np.asarray(x) @ np.asarray(weights), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(matmul(_X, program(_WEIGHTS, PRESETS["ideal"])), _X @ _WEIGHTS, rtol=1e-4, atol=1e-4)
 
 
 def test_a_calibrated_adc_is_read_and_saved(tmp_path):
-    weights, x = _problem()
-    chip = program(weights, CrossbarConfig(adc=ADC(bits=8)))
-    chip = calibrated(chip, probe(x, chip)[1])
-    y = matmul(x, chip)
-    assert float(jnp.linalg.norm(y - x @ weights) / jnp.linalg.norm(x @ weights)) < 0.1
+    placed = program_tree(
+        {"a": _WEIGHTS, "b": _WEIGHTS}, {"a": CrossbarConfig(adc=ADC()), "b": None}, jax.random.key(0)
+    )
+    chip = calibrated(placed["a"], probe(_X, placed["a"])[1])
+    y, ideal = matmul(_X, chip), _X @ placed["b"]
+    assert 0 < np.linalg.norm(y - ideal) / np.linalg.norm(ideal) < 0.1
     save_chip(chip, tmp_path / "chip.npz")
-    np.testing.assert_array_equal(matmul(x, load_chip(tmp_path / "chip.npz")), y)
+    np.testing.assert_array_equal(matmul(_X, load_chip(tmp_path / "chip.npz")), y)
 
 
 def test_read_noise_needs_a_key_and_follows_it():
-    weights, x = _problem()
-    config = CrossbarConfig(device=Device(read_noise=ReadNoise(0.05)))
-    chip = program(weights, config)
+    chip = program(_WEIGHTS, CrossbarConfig(device=Device(read_noise=ReadNoise(0.05))))
     with pytest.raises(ValueError, match="give it a key"):
-        matmul(x, chip)
-    one, again, other = (matmul(x, with_read_key(chip, jax.random.key(n))) for n in (1, 1, 2))
+        matmul(_X, chip)
+    one, again, other = (matmul(_X, with_read_key(chip, jax.random.key(n))) for n in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
-    assert float(jnp.abs(one - other).max()) > 0
-    quiet = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.0)))
-    still = matmul(x, with_read_key(with_config(chip, quiet), jax.random.key(1)))
-    assert float(jnp.abs(one - still).max()) > 0
-
-
-def test_a_tree_of_weights_is_put_on_arrays_by_rules():
-    weights, x = _problem()
-    noisy = CrossbarConfig(device=Device(programming=Independent(0.05)))
-    placed = program_tree({"a": weights, "b": weights}, {"a": noisy, "b": None}, jax.random.key(0))
-    assert placed["b"] is weights
-    assert float(jnp.abs(matmul(x, placed["a"]) - x @ weights).max()) > 0
-    assert explain(placed["a"]).path == "product"
+    assert float(abs(one - other).max()) > 0

@@ -1,0 +1,85 @@
+"""Products of row tiles and input slices, with the ADC in their epilogue: the paths `loop` and `packed`.
+
+Real-valued cells take one product for each weight slice. Integers are packed, so that two or three column sums come out
+of one float32 product; `mapping.bit_fields` has the certificate.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ...devices.physical import varying_as
+from ...mapping.adc.quantiser import Converter
+from ...mapping.bit_fields import Packed, Packing, drive, unpack
+from ...mapping.encoding import digit
+from ...mapping.geometry import significance
+from ..conversion_noise import Noise, add_noise, alike
+
+
+def sliced_products(
+    n: Float[Array, "B R rows"],
+    cells: Packed | Float[Array, "K R rows cols"],
+    packing: Packing | None,
+    adc: Converter,
+    slices: tuple[int, ...] | None,
+    occupied: Bool[Array, "K R"] | None = None,
+    noise: Noise | None = None,
+) -> Float[Array, "K B cols"]:
+    """Return the codes of all conversions, shifted and added over input slices and row tiles.
+
+    Args:
+      cells: factors of the inputs in level units; any real numbers, or integers in words of `bit_fields.FLOAT_BITS`.
+      slices: bits of every input slice; None for an ideal DAC, whose input is one slice.
+      occupied: planes that are not all zero; the others are skipped, for their codes are zero.
+      noise: noise of this read; its variances are not read where they are packed.
+    """
+    if isinstance(cells, Packed):
+        assert packing is not None and slices is not None
+        n, words = drive(n, slices), packing.words
+        operands = [cells.words] if cells.variances is None else [cells.words, cells.variances]
+    else:
+        words = [slice(k, k + 1) for k in range(len(cells))]
+        operands = [cells] if noise is None else [cells, noise.variance]
+    worth = jnp.asarray((1.0,) if slices is None else significance(slices), n.dtype)
+
+    def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        x = jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False)
+        least = jax.lax.dynamic_index_in_dim(cells.low, r, 1, keepdims=False) if isinstance(cells, Packed) else None
+
+        def plane(operand: Array, w: int) -> Float[Array, "rows _cols"]:
+            # In a single slice: `operand[w]` first would be copied in every step, for all row tiles.
+            found = jax.lax.dynamic_slice(operand, (w, r, 0, 0), (1, 1, *operand.shape[2:]))
+            return jnp.squeeze(found, (0, 1)).astype(n.dtype)
+
+        planes = [[plane(operand, w) for w in range(len(words))] for operand in operands]
+
+        def step(j: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            u = x if slices is None else digit(x, slices, j).astype(n.dtype)
+
+            def read(w: int, own: slice, total: Float[Array, "k B cols"]) -> Float[Array, "k B cols"]:
+                factors = zip((u, u * u), planes, strict=False)
+                found = [jnp.dot(factor, of_words[w], precision="highest") for factor, of_words in factors]
+                if packing is None or least is None:
+                    sums, *variances = (each[None] for each in found)
+                else:
+                    word = sum(each.astype(jnp.int32) for each in found)
+                    sums = (unpack(word, packing.fields[own]) + least[own, None]).astype(n.dtype)
+                    variances = [unpack(word, packing.variances[own]).astype(n.dtype)] if packing.variances else []
+                if noise is not None:
+                    if not variances:
+                        variances = [alike(u[:, : noise.variance.shape[2]], noise.variance[own, r, :, 0])]
+                    sums = add_noise(sums, variances[0], noise, r * worth.size + j, (own.start, 0, 0), sums.shape[2])
+                return total + worth[j] * adc(sums, adc.scale[own, None, None])
+
+            if occupied is None:
+                return tuple(read(w, *pair) for w, pair in enumerate(zip(words, totals, strict=True)))
+            return tuple(
+                jax.lax.cond(occupied[k, r], lambda total, k=k: read(k, words[k], total), lambda total: total, total)
+                for k, total in enumerate(totals)
+            )
+
+        return jax.lax.fori_loop(0, worth.size, step, totals)
+
+    zeros = (jnp.zeros((own.stop - own.start, len(n), operands[0].shape[3]), n.dtype) for own in words)
+    zero = tuple(varying_as(of_word, n, cells, adc.scale, occupied, noise) for of_word in zeros)
+    return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
