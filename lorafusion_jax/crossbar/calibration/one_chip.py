@@ -86,17 +86,10 @@ def probe(
 ) -> tuple[Float[Array, "*B d_out"], Statistics]:
     """Read a chip, and return the result and its converters' statistics.
 
-    Before calibration the result is that of an ideal ADC, with each input vector's largest |x| as the DAC's range.
-
-    All conversions of all inputs are computed. Errors, clipped conversions and inputs are counted completely. The
-    distribution of sums has about a million conversions of each weight slice: where there are more, as many of every
-    input, drawn at random with a fixed key.
-
-    Args:
-      weights: reference of the error; None for the weights as programmed.
-
-    Raises:
-      ValueError: as `matmul` does.
+    Before calibration the result is that of an ideal ADC, with each input vector's largest |x| as the DAC's range. The
+    distribution of sums has about a million conversions of each weight slice, drawn at random with a fixed key where
+    there are more; everything else is counted completely. The reference of the error is `weights`, by default as
+    programmed.
     """
     check_inputs(x, chip)
     dtype, x, config = x.dtype, x.astype(chip.codes.dtype), chip.config
@@ -127,10 +120,6 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     integers, the step is 1, 2, 4, ... levels: the one with the least squared error on the observed sums, clipped ones
     included. A range that is wide enough for all inputs turns the read into one product. Its conversions can no longer
     be observed, so that later calibrations do not change it.
-
-    Args:
-      chip: one matrix, or a stack with leading axes like those of the statistics; unchanged unless a range of its
-        configuration is `calibrated`.
 
     Raises:
       ValueError: the statistics contain no conversion, or inputs too large for a range.
@@ -188,13 +177,13 @@ def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Arra
 
 
 def _reached(histogram: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
-    """Return the number of bins up to the `quantile` of what is not in the first one; 1 if all is in it."""
+    """Return the number of bins up to the `quantile` of all that is not in the first one; 1 if all is in it."""
     seen = jnp.cumsum(histogram.at[..., 0].set(0), axis=-1)
     return jnp.sum(seen < quantile * seen[..., -1:], axis=-1).astype(histogram.dtype) + 1
 
 
 def _bins(sizes: Float[Array, "*B"], number: int, octave: int, least: int) -> Int[Array, "*B"]:
-    """Return the bins of sizes, `octave` for each power of two from 2^-least on; the first also has what is smaller."""
+    """Return the bins of sizes, `octave` for each power of two from 2^-least on; the first also has smaller ones."""
     return jnp.clip(jnp.floor(jnp.log2(sizes) * octave) + least * octave, 0, number - 1).astype(jnp.int32)
 
 
@@ -337,22 +326,13 @@ def _sums(
 def _tapped(
     tree: Any, x: Float[Array, "*B d_in"], tap: tuple[Array, ...], leaves: list[Any]
 ) -> Float[Array, "*B d_out"]:
-    """Read a chip, and return the statistics as the gradient of `tap`.
-
-    Gradients add up over calls and are stacked by layer in scans, as statistics have to be. No other gradient is passed
-    on, so that collecting needs no further products.
-    """
-    return probe(x, jax.tree.unflatten(tree, leaves))[0]
+    """Read a chip, and return the statistics as the gradient of `tap`, which adds up over calls; others are zero."""
+    return _tapped_forward(tree, x, tap, leaves)[0]
 
 
 def _tapped_forward(tree, x, tap, leaves):
     y, statistics = probe(x, jax.tree.unflatten(tree, leaves))
-    return y, (tuple(jax.tree.leaves(statistics)), x)
+    return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(statistics)), None)
 
 
-def _tapped_backward(tree, residuals, cotangent):
-    statistics, x = residuals
-    return jnp.zeros_like(x), statistics, None
-
-
-_tapped.defvjp(_tapped_forward, _tapped_backward)
+_tapped.defvjp(_tapped_forward, lambda tree, gradients, cotangent: gradients)

@@ -28,9 +28,7 @@ _NAMED = 5  # sites that a warning names
 def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
     """Return the weights with converter ranges set from the inputs and sums of the batches.
 
-    Args:
-      run: the model; use one function for all calls, because each function is compiled once.
-      batches: arrays, one `run` each.
+    Use one function `run` for all calls, because each function is compiled once.
 
     Raises:
       ValueError: there are no batches, or a weight is not read by them.

@@ -62,8 +62,8 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
         earlier version wrote the file or if the configuration holds arrays or functions.
 
     Raises:
-      ValueError: the file does not hold a chip or is damaged, the chip has another configuration or is of float64
-        where JAX has none, or an earlier version made it with an error.
+      ValueError: the file cannot be read, or the chip has another configuration, float64 that JAX lacks, or an error of
+        an earlier version.
     """
     try:
         return _load(Path(path), config)

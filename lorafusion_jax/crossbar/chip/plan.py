@@ -67,14 +67,9 @@ def choose(
     perfect: bool,
     path: Path | None = None,
 ) -> Plan:
-    """Return the fastest exact path.
+    """Return the fastest exact path, or a ValueError if the requested one would not be exact.
 
-    Args:
-      limits: [1 or R, K, 2] ADC ranges; traced ones count as unknown.
-      perfect: all cells are at their target levels.
-
-    Raises:
-      ValueError: the requested path would not be exact.
+    Traced `limits` count as unknown; `perfect` cells are all at their target levels.
     """
     known = None if limits is None or is_traced((limits, level_units(geometry, config))) else np.asarray(limits)
     nonlinear = _nonlinearity(config)
@@ -88,23 +83,19 @@ def choose(
     quiet = not config.draws_at_conversion
     fits = config.dac is not None and geometry.converted_top <= _BYTE and geometry.tallest <= _TALL
     if path is not None:
-        if path == "product" and not telescopes:
-            raise ValueError(f"path='product' is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out")
-        if path in ("lookup", "planes") and not narrow:
-            raise ValueError(f"path={path!r} takes input slices of up to {_NARROW} bits: set dac.slice_bits")
-        if path in ("planes", "packed") and not integers:
-            raise ValueError(f"path={path!r} takes integer cells: perfect ones, whose Gmin does not reach the ADC")
-        if path in ("planes", "mosaic") and not quiet:
-            raise ValueError(f"path={path!r} computes no variances: leave out the noise, or the path")
-        if path == "mosaic" and not fits:
-            raise ValueError(
-                f"path='mosaic' takes inputs of up to 8 bits in a conversion and arrays of up to {_TALL:,} rows: set "
-                "dac.slice_bits and tile.rows"
-            )
+        size = f"takes inputs of up to 8 bits in a conversion and arrays of up to {_TALL:,} rows"
+        for paths, holds, why in (
+            (("product",), telescopes, f"is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out"),
+            (("lookup", "planes"), narrow, f"takes input slices of up to {_NARROW} bits: set dac.slice_bits"),
+            (("planes", "packed"), integers, "takes integer cells: perfect ones, whose Gmin does not reach the ADC"),
+            (("planes", "mosaic"), quiet, "computes no variances: leave out the noise, or the path"),
+            (("mosaic",), fits, f"{size}: set dac.slice_bits and tile.rows"),
+        ):
+            if path in paths and not holds:
+                raise ValueError(f"path={path!r} {why}")
         if path not in ("definition", "product") and not loops:
-            raise ValueError(
-                f"path={path!r} cannot compute {nonlinear or _needs_cells(config) or 'this without an ADC'}"
-            )
+            reason = nonlinear or _needs_cells(config) or "this without an ADC"
+            raise ValueError(f"path={path!r} cannot compute {reason}")
         return plan(path, ON_REQUEST)
     if telescopes:
         why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"

@@ -7,6 +7,7 @@ that the path needs.
 import dataclasses
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,19 +143,18 @@ def _mismatch(
     cells: Float[Array, "K P R C rows cols"] | None, geometry: Geometry, config: CrossbarConfig, key: Array | None
 ) -> tuple[Float[Array, "K _P R C cols"] | None, Float[Array, "K _P R C cols"] | None]:
     """Return the gain and the offset of each column's ADC, or None without such errors."""
-    gain = offset = None
     if config.adc is None or cells is None or key is None:
-        return gain, offset
-    conversions = 2 if config.converts_each else 1
-    per_column = (cells.shape[0], conversions, *cells.shape[2:4], cells.shape[5])
-    if config.adc.gain_error is not None:
-        drawn = normal(jax.random.fold_in(key, _GAIN), per_column, cells.dtype)
-        gain = 1 + like(config.adc.gain_error, cells) * drawn
-    if config.adc.offset_error is not None:
-        drawn = normal(jax.random.fold_in(key, _OFFSET), per_column, cells.dtype)
-        scale_of_slices = stacked_units(geometry, config, cells.dtype)[:, None, None, None, None]
-        offset = like(config.adc.offset_error, cells) * drawn * scale_of_slices
-    return gain, offset
+        return None, None
+    per_column = (cells.shape[0], 2 if config.converts_each else 1, *cells.shape[2:4], cells.shape[5])
+
+    def drawn(deviation: Any, purpose: int) -> Array | None:
+        if deviation is None:
+            return None
+        return like(deviation, cells) * normal(jax.random.fold_in(key, purpose), per_column, cells.dtype)
+
+    gain, offset = drawn(config.adc.gain_error, _GAIN), drawn(config.adc.offset_error, _OFFSET)
+    units = stacked_units(geometry, config, cells.dtype)[:, None, None, None, None]
+    return None if gain is None else 1 + gain, None if offset is None else offset * units
 
 
 @jax.custom_jvp

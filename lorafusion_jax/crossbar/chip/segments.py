@@ -1,10 +1,11 @@
 """Stacks of layers whose weights differ in kind: some in arrays, some digital, some in other arrays.
 
-One scan needs one kind of weight. A stack with several kinds is a `Segments`, and is scanned part by part; every other
-stack is scanned as usual.
+One scan needs one kind of weight, so a stack with several kinds is a `Segments`, and is scanned part by part.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,7 @@ class Segments:
     @property
     def ends(self) -> tuple[int, ...]:
         """Number of the layer after the last one of every part."""
-        depths = [_depth(part) for part in self.parts]
-        return tuple(sum(depths[: i + 1]) for i in range(len(depths)))
+        return tuple(itertools.accumulate(map(_depth, self.parts)))
 
 
 def scan_layers(
@@ -40,8 +40,7 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Return the last carry and all outputs of `jax.lax.scan`, with one scan for each kind of layers.
 
-    Args:
-      stacked: a tree whose leaves, or the parts of whose `Segments`, have a leading axis of layers.
+    Leaves of `stacked`, and parts of its `Segments`, have a leading axis of layers.
     """
     outputs = []
     for part in _parts(stacked):
@@ -62,8 +61,8 @@ def _parts(stacked: Any) -> list[Any]:
         return [stacked]
     cuts = sorted({0, *(end for leaf in mixed for end in leaf.ends)})
     return [
-        jax.tree.map(lambda leaf, a=start, b=stop: _between(leaf, a, b), stacked, is_leaf=_is_segments)
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        jax.tree.map(functools.partial(_between, start=start, stop=stop), stacked, is_leaf=_is_segments)
+        for start, stop in itertools.pairwise(cuts)
     ]
 
 

@@ -38,22 +38,16 @@ _CHIP, _READ = 0, 1
 
 
 def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | None = None) -> Any:
-    """Write a model's weights into arrays.
+    """Return a model's weights with `Chip` leaves; `Segments` for stacks whose layers differ in kind.
 
-    A weight's arrays depend only on the key, its path and its numbers in a stack. The same key gives the same chip,
-    whatever else is programmed and on any number of devices. The function can be vmapped over keys; chips are then an
-    axis.
+    A weight's arrays depend only on the key, its path and its numbers in a stack, not on other weights or the number of
+    devices. The function can be vmapped over keys; chips are then an axis.
 
     Args:
       weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Rules match its
-        paths, joined by dots.
-        Vectors, such as biases, stay digital. (A stack of vectors is a matrix by its shape: give it a rule of None.)
-      rules: path pattern -> configuration, or None for digital.
+        paths, joined by dots. Vectors, such as biases, stay digital. (Give a stack of vectors a rule of None.)
       numbers: path -> for each leading axis of that stack, the numbers of its entries on the chip, if the stack is part
         of a larger one. For other stacks they are 0, 1, ...
-
-    Returns:
-      The tree with `Chip` leaves; `Segments` for stacks whose layers differ in kind.
 
     Raises:
       ValueError: a pattern matches nothing, or only vectors, or never decides; a weight cannot be programmed; the rules
@@ -102,15 +96,11 @@ def _place(
     return parts[0] if len(parts) == 1 else Segments(tuple(parts))
 
 
-@jax.jit
-def _keys(key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]) -> tuple[Array, Array]:
-    """Return the keys of the chip and of the reads for every matrix of a stack.
-
-    Compiled, because the operations one by one take 13 ms for a weight.
-    """
+@jax.jit  # compiled, because the operations one by one take 13 ms for a weight
+def _keys(key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]) -> list[Array]:
+    """Return the keys of the chip and of the reads for every matrix of a stack."""
     of_weight = jax.random.fold_in(key, weight)
-    chips, noise = (stacked_keys(jax.random.fold_in(of_weight, purpose), numbers) for purpose in (_CHIP, _READ))
-    return chips, noise
+    return [stacked_keys(jax.random.fold_in(of_weight, purpose), numbers) for purpose in (_CHIP, _READ)]
 
 
 def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noise: Array) -> Chip:
@@ -159,12 +149,10 @@ def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
 
 
 def check_rules(rules: Any) -> None:
-    """Raise an error for rules that are not a table from patterns to configurations or None."""
+    """Raise a ValueError for rules that are not a table from patterns to configurations or None."""
     if not isinstance(rules, Mapping):
-        raise ValueError(
-            f"rules of type {type(rules).__name__}: give a table from path patterns to configurations, such as "
-            "{'*': config}"
-        )
+        example = "give a table from path patterns to configurations, such as {'*': config}"
+        raise ValueError(f"rules of type {type(rules).__name__}: {example}")
     for pattern, config in rules.items():
         if config is not None and not isinstance(config, CrossbarConfig):
             example = f"load_config({config!r})" if isinstance(config, str) else "load_config('isaac')"
@@ -176,9 +164,8 @@ def check_rules(rules: Any) -> None:
 def one_key(key: Any) -> Array:
     """Return a PRNG key, typed; raises a ValueError for anything but one key, typed or raw."""
     if isinstance(key, jax.Array):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
-            return key
-        if key.dtype == jnp.uint32 and key.ndim == 1:
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if typed and key.ndim == 0 or key.dtype == jnp.uint32 and key.ndim == 1:
             return typed_key(key)
     given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
     raise ValueError(f"the key is {given}: give one PRNG key, such as jax.random.key(0)")

@@ -35,7 +35,7 @@ from ..devices.write_error import (
     Proportional,
 )
 from .presets import PRESETS
-from .schema import ADC, DAC, CrossbarConfig
+from .schema import ADC, DAC, CrossbarConfig, tuples
 from .tables import kind_of, read_table, shown, write_text
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
@@ -67,13 +67,9 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
       ValueError: the suffix is another one, or a device model is a function, which a file cannot hold.
     """
     path = Path(path)
-    kind = kind_of(path, _WHAT)
-    fields = _plain(config, "", _refuse)
-    if kind == "json":
-        text = json.dumps(fields, indent=2) + "\n"
-    else:
-        text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
-    write_text(path, text)
+    is_json, fields = kind_of(path, _WHAT) == "json", _plain(config, "", _refuse)
+    yaml_layout: dict[str, Any] = {"sort_keys": False, "default_flow_style": None}
+    write_text(path, json.dumps(fields, indent=2) + "\n" if is_json else yaml.safe_dump(fields, **yaml_layout))
 
 
 def load_config(name_or_path: str | Path) -> CrossbarConfig:
@@ -126,25 +122,17 @@ def _hash(config: CrossbarConfig) -> str:
 
 def to_json(config: CrossbarConfig) -> str | None:
     """Return a configuration as JSON text, or None if it holds functions or arrays, which text cannot restore."""
-
-    def refuse(function: Callable, where: str) -> str:
-        raise _NotPlain
-
     if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(config)):
         return None
     try:
-        return json.dumps(_plain(config, "", refuse))
-    except _NotPlain:
+        return json.dumps(_plain(config, "", _refuse))
+    except ValueError:
         return None
 
 
 def from_json(text: str) -> CrossbarConfig:
     """Return the configuration that `to_json` wrote."""
     return _build(CrossbarConfig, json.loads(text), "")
-
-
-class _NotPlain(Exception):
-    """A configuration holds a function."""
 
 
 def _refuse(function: Callable, where: str) -> str:
@@ -189,10 +177,9 @@ def _build(cls: type, fields: Any, where: str) -> Any:
             raise ValueError(f"{_within(where, name)} is unknown: choose from {', '.join(names)}")
     hints = typing.get_type_hints(cls)
     values = {name: _value(name, hints[name], value, _within(where, name)) for name, value in fields.items()}
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    for name in needed:
-        if name not in values:
-            raise ValueError(f"{where} lacks {name}")
+    for field in dataclasses.fields(cls):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"{where} lacks {field.name}")
     return cls(**values)
 
 
@@ -213,7 +200,7 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
         elif option in (int, float, Any) and _fits(value, option):
             return value
         elif origin is tuple and _fits(value, option):
-            return _tuple(value)
+            return tuples(value)
         elif option is Any and _are_numbers(value):
             return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)
@@ -231,10 +218,6 @@ def _model(name: str, value: Any, where: str) -> Any:
         return _build(classes[model], {k: v for k, v in value.items() if k != "model"}, where)
     choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
     raise ValueError(f"{where} = {shown(value)}: choose from {choices}")
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -208,7 +208,7 @@ class ADC:
             raise ValueError("adc.limits go with adc.range='given', and only with it")
         _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
         if isinstance(self.limits, list | tuple):
-            object.__setattr__(self, "limits", _tuples(self.limits))  # hashable
+            object.__setattr__(self, "limits", tuples(self.limits))  # hashable
         _require(self, "retries", _is_whole(self.retries, 0, 1_000), "give a number of reads, 0 to 1,000")
         remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
         _require(self, "architecture", self.architecture in ARCHITECTURES, remedy)
@@ -274,8 +274,7 @@ class Mapping:
 class CrossbarConfig:
     """Configuration of a crossbar; by default 128 x 128 arrays of four 2-bit differential cells, without ADC or noise.
 
-    Raises:
-      ValueError: parts do not fit together; the message explains how to fix it.
+    Raises a ValueError for parts that do not fit together.
     """
 
     cell: Cell = Cell()
@@ -381,19 +380,13 @@ def deterministic(config: CrossbarConfig) -> CrossbarConfig:
     return dataclasses.replace(config, device=device, adc=adc, dac=dac)
 
 
-def _tuples(values: Any) -> Any:
-    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
+def tuples(values: Any) -> Any:
+    """Return nested lists as nested tuples."""
+    return tuple(map(tuples, values)) if isinstance(values, list | tuple) else values
 
 
 def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
-    """Raise an error for ADC limits that a converter cannot have.
-
-    Args:
-      limits: None, [K, 2] or [R, K, 2]; tracers and a pytree's placeholders pass.
-
-    Raises:
-      ValueError: the shape is wrong, or a range is empty, not finite, or one-sided for signed sums.
-    """
+    """Raise a ValueError for ADC limits [K, 2] or [R, K, 2] that a converter cannot have; tracers and None pass."""
     leaves = jax.tree.leaves(limits, is_leaf=lambda leaf: leaf is None)
     if is_traced(leaves) or not all(isinstance(leaf, _CONCRETE) for leaf in leaves):
         return

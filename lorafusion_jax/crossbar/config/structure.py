@@ -52,11 +52,7 @@ def split_config(config: CrossbarConfig) -> tuple[Structure, list[Any]]:
 
 
 def _structure_of_arrays(config: CrossbarConfig) -> Structure:
-    """Return the part of a configuration that must be the same when arrays are programmed and when they are read.
-
-    Left out are settings of a read (the size of noise, repeated reads, rounding of inputs), of calibration and of
-    warnings.
-    """
+    """Return the structure of a configuration without settings of a read, of calibration and of warnings."""
     adc, dac, noise = config.adc, config.dac, config.device.read_noise
     if adc is not None:
         of_conversions = None if adc.noise is None else 0.0
@@ -72,11 +68,7 @@ def _structure_of_arrays(config: CrossbarConfig) -> Structure:
 
 
 def check_same(programmed: CrossbarConfig, config: CrossbarConfig) -> None:
-    """Raise an error if a configuration differs from that of the arrays; swept values and functions are not compared.
-
-    Raises:
-      ValueError: the configurations differ; the message names the differences.
-    """
+    """Raise a ValueError that names the differences of two configurations; swept values and functions may differ."""
     of_arrays = [_structure_of_arrays(each) for each in (programmed, config)]
     if of_arrays[0] == of_arrays[1]:
         return

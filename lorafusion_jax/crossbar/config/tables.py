@@ -95,13 +95,11 @@ def _check_keys(keys: list[str]) -> None:
         raise ValueError(f"{shown(twice)} is given twice")
 
 
-def _integer(text: str) -> int:
+def _integer(text: str, parse: Callable[[], int] | None = None) -> int:
+    """Return an integer of at most 64 bits, by `parse` or as JSON has it."""
     if len(text) > _LONGEST_INTEGER:
         raise ValueError(f"an integer has {len(text):,} characters")
-    return _bounded(int(text))
-
-
-def _bounded(number: int) -> int:
+    number = int(text) if parse is None else parse()
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError(f"{number} is an integer of over 64 bits")
     return number
@@ -115,9 +113,7 @@ class _Loader(_Parser):
     """Loads integers of 64 bits at most."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if len(node.value) > _LONGEST_INTEGER:
-            raise ValueError(f"an integer has {len(node.value):,} characters")
-        return _bounded(super().construct_yaml_int(node))
+        return _integer(node.value, lambda: super(_Loader, self).construct_yaml_int(node))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -11,6 +11,7 @@ The rules are those of CrossSim 3.2 (Sandia). Slices run from the least signific
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config.schema import CrossbarConfig
@@ -23,8 +24,7 @@ _ROUNDING = 2**31
 def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -> Array:
     """Cut an axis into parts, zero-padded to the longest: [..., d, ...] -> [..., parts, longest, ...].
 
-    Args:
-      front: pad in front, as for rows: those in use are next to the converters at the bottom.
+    Rows are padded in `front`: those in use are next to the converters at the bottom.
     """
     axis %= x.ndim
     longest = max(parts)
@@ -69,16 +69,10 @@ def full_scale(
     elif config.mapping.scale == "column":
         scale = largest(magnitude, (0,))
     else:
-        tops, row_end = [], 0
-        for height in geometry.rows:
-            band, row_end, col_end = magnitude[row_end : row_end + height], row_end + height, 0
-            per_tile = []
-            for width in geometry.cols:
-                top = largest(band[:, col_end : col_end + width], (0, 1))
-                per_tile.append(jnp.broadcast_to(top, (1, width)))
-                col_end += width
-            tops.append(jnp.concatenate(per_tile, axis=1))
-        scale = jnp.concatenate(tops, axis=0)
+        bands = jnp.split(magnitude, np.cumsum(geometry.rows[:-1]))
+        tiles = [jnp.split(band, np.cumsum(geometry.cols[:-1]), axis=1) for band in bands]
+        tops = [[jnp.broadcast_to(largest(tile, (0, 1)), (1, tile.shape[1])) for tile in band] for band in tiles]
+        scale = jnp.concatenate([jnp.concatenate(band, axis=1) for band in tops])
     # The weight of one code must not underflow: it is at least about the smallest normal number, in fewer codes.
     least = 1.0001 * float(jnp.finfo(scale.dtype).tiny)
     fewer = geometry.code_scale * (scale / jnp.floor(jnp.maximum(scale / least, 1)))
@@ -90,18 +84,16 @@ def per_weight(scale: Float[Array, "_R _cols"], geometry: Geometry) -> Array:
     """Return `scale` in a shape that broadcasts to a [d_in, d_out] matrix."""
     if scale.shape[0] == 1:
         return scale
-    bands = [jnp.broadcast_to(scale[r], (height, scale.shape[1])) for r, height in enumerate(geometry.rows)]
+    bands = [
+        jnp.broadcast_to(of_tile, (height, len(of_tile))) for of_tile, height in zip(scale, geometry.rows, strict=True)
+    ]
     return jnp.concatenate(bands)
 
 
 def weight_codes(
     weights: Float[Array, "d_in d_out"], scale: Float[Array, "_R _cols"], geometry: Geometry, config: CrossbarConfig
 ) -> Float[Array, "d_in d_out"]:
-    """Return the signed weight codes q: integers, or w / M in [-1, 1] for real-valued weights.
-
-    Args:
-      scale: the weight of one code, M / (2^(B-1) - 1).
-    """
+    """Return the signed weight codes q: integers, or w / M in [-1, 1] for real-valued weights."""
     codes = weights / per_weight(scale, geometry)
     if config.mapping.weight_bits is not None:
         codes = jnp.round(codes)
@@ -161,12 +153,7 @@ def to_arrays(
 def input_codes(
     x: Float[Array, "B d_in"], limit: Array, geometry: Geometry, config: CrossbarConfig, key: Array | None = None
 ) -> Float[Array, "B d_in"]:
-    """Return the signed input codes n; for an ideal DAC x / limit itself.
-
-    Args:
-      limit: full scale, a scalar or [B, 1].
-      key: key of the read, for stochastic rounding.
-    """
+    """Return the signed input codes n, given the full scale, or for an ideal DAC x / limit itself."""
     if config.dac is None:
         return x / limit
     top = float(geometry.input_top)

@@ -56,12 +56,8 @@ def deviations(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> 
     top = jnp.asarray(geometry.levels, dtype)
     if noise is None:
         return jnp.zeros_like(top)
-    sigma = jnp.asarray(noise.sigma, dtype)
-    return (
-        jnp.broadcast_to(sigma, top.shape)
-        if noise.kind == "proportional"
-        else sigma * top / (1 - like(config.g_min, top))
-    )
+    units = jnp.ones_like(top) if noise.kind == "proportional" else top / (1 - like(config.g_min, top))
+    return jnp.asarray(noise.sigma, dtype) * units
 
 
 def of_conversions(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"] | None:
@@ -84,12 +80,9 @@ def add_noise(
     corner: tuple[int, int | Int[Array, ""], int | Int[Array, ""]],
     cols: int,
 ) -> Float[Array, "k B C"]:
-    """Return sums of one row tile and input slice with their noise.
+    """Return sums of one row tile and input slice, numbered by `place`, with their noise.
 
-    Args:
-      sums: part of [K, B, cols].
-      place: number of the row tile and input slice.
-      corner: where in [K, B, cols] the sums begin.
+    The sums are part of [K, B, cols], where they begin at `corner`.
     """
     k, b, c = (
         jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)
@@ -99,9 +92,8 @@ def add_noise(
     drawn = normal_at(noise.words, place.astype(jnp.uint32) * np.uint32(planes) + k, b * np.uint32(cols) + c)
     own = slice(corner[0], corner[0] + sums.shape[0])
     scale = noise.scale[own, None, None]
-    if noise.of_adc is None:
-        deviation = scale * root(variance)
-    else:
+    deviation = scale * root(variance)
+    if noise.of_adc is not None:
         deviation = root(jnp.square(scale) * variance + jnp.square(noise.of_adc[own, None, None]))
     return sums + deviation * drawn.astype(sums.dtype)
 

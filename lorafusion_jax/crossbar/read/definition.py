@@ -41,20 +41,16 @@ def column_sums(
     *,
     integers: bool = False,
 ) -> Float[Array, "_P cols"]:
-    """Return the column sums of one tile at the ADC, for one weight slice and one input slice.
+    """Return the column sums of one tile at the ADC, for one weight slice of highest level `top` and one input slice.
 
-    Args:
-      u: the input slice, in level units, as every sum here.
-      g: the cells of each polarity.
-      top: the highest level, 2^p - 1.
-      integers: both factors are, unless noise is drawn.
-
-    Returns:
-      The sums, subtracted unless positive and negative columns are converted each.
+    They are in level units, and subtracted unless positive and negative columns are converted separately. `integers` is
+    true if both factors are, unless noise is drawn.
     """
     g_min, tile, device = like(config.g_min, g), config.tile, config.device
     subtract = g.shape[0] == 2 and not config.converts_each
-    narrow = integers and _are_narrow(config) and u.dtype == jnp.float32 and not for_cpu()
+    # bfloat16 has all integers up to 256. Accelerators multiply them in one pass, and add up exactly in float32.
+    bits = max(*config.weight_slices, *config.input_slices)
+    narrow = integers and bits <= 8 and u.dtype == jnp.float32 and not for_cpu()
     if device.read_noise is not None and key is not None:
         narrow = False
         drawn = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
@@ -91,11 +87,7 @@ def all_sums(
     *,
     integers: bool = False,
 ) -> Float[Array, "J K R C _P cols"]:
-    """Return the column sums of one input vector in every tile, for every pair of slices.
-
-    Args:
-      key: key of the read noise; every tile and pair of slices draws its own.
-    """
+    """Return the column sums of one input vector in every tile, for every pair of slices, each with separate noise."""
     pulses = encoding.pulses(codes, geometry)  # [J, R, rows]
     tops = jnp.asarray(geometry.levels, codes.dtype)
     keys = None
@@ -125,11 +117,7 @@ def input_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig
 def mapped(
     fn: Callable[..., Any], in_axes: tuple[int | None, ...], size: int, bytes_each: int
 ) -> tuple[Callable[..., Any], int]:
-    """Return `fn` over an axis, all at once or as many at a time as the budget allows, and the bytes that it takes.
-
-    Args:
-      bytes_each: temporaries of one.
-    """
+    """Return `fn` over an axis, all at once or as many at a time as the budget allows, and the bytes that it takes."""
     if size * bytes_each <= BUDGET:
         return jax.vmap(fn, in_axes=in_axes), size * bytes_each
 
@@ -162,11 +150,7 @@ def shift_and_add(
     geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "K R C _P cols"]:
-    """Return the sum over input slices, converted before or after it.
-
-    Args:
-      convert: the ADC, from sums [..., K, R, C, P, cols] to codes; None for an ideal one.
-    """
+    """Return the sum over input slices, converted before or after it; `convert` is None for an ideal ADC."""
     weights = jnp.asarray(geometry.input_significance, sums.dtype)
     if convert is not None and config.adc is not None and config.adc.convert == "slice":
         return jnp.einsum("j,jkrcpo->krcpo", weights, convert(sums))
@@ -196,14 +180,6 @@ def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
 
     over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
     return over_inputs(tiles, keys)
-
-
-def _are_narrow(config: CrossbarConfig) -> bool:
-    """Return whether bfloat16, which has all integers up to 256, holds every level and every part of an input code.
-
-    Accelerators multiply such factors in one pass, and add the products up in float32: the sums are exact.
-    """
-    return max(config.weight_slices) <= 8 and max(config.input_slices) <= 8
 
 
 def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Array, "*J K R C P cols"]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,15 +81,7 @@ def check_inputs(x: Array, chip: Chip) -> None:
 
 
 def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
-    """Raise an error for a chip that cannot be read yet.
-
-    Args:
-      key: code that gives it a key.
-      ranges: code that calibrates it.
-
-    Raises:
-      ValueError: a key or the range of a converter is missing.
-    """
+    """Raise a ValueError for a chip without a key or ranges that it needs, with code that gives them."""
     config = chip.config
     if config.reads_at_random and chip.key is None:
         raise ValueError(f"{name} draws noise, or rounds at random, again for every read: give it a key, as in {key}")
@@ -99,22 +91,6 @@ def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
         raise ValueError(f"{name} has an ADC whose range comes from data: {ranges}, or choose adc.range = 'max'")
 
 
-class _Parts(NamedTuple):
-    """Structure that a chip's leaves belong to; JAX would fill the chip's class with placeholders.
-
-    Attributes:
-      tree: pytree structure of the chip.
-      names: names of the leaves: fields of the chip, paths of the configuration.
-    """
-
-    tree: Any
-    names: tuple[str, ...]
-
-    def chip(self, leaves: list[Any]) -> Chip:
-        """Return the chip of these leaves."""
-        return jax.tree.unflatten(self.tree, leaves)
-
-
 # Compiled, because the loops of a read would otherwise be compiled again at every call outside `jax.jit`.
 @functools.partial(jax.jit, inline=True)
 def _compiled(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
@@ -122,13 +98,16 @@ def _compiled(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
     of_values = iter(chip.structure.names)
     fields = [jax.tree_util.keystr(path[:1], simple=True) for path, _ in paths]
     names = tuple(next(of_values) if field == "values" else field for field in fields)
-    return _read(_Parts(tree, names), x, [leaf for _, leaf in paths])
+    return _read(tree, names, x, [leaf for _, leaf in paths])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _read(parts: _Parts, x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[Array, "B d_out"]:
-    """Return the product of one read."""
-    chip = parts.chip(leaves)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _read(tree: Any, names: tuple[str, ...], x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[Array, "B d_out"]:
+    """Return the product of one read of a chip with this tree; JAX would fill the chip's class with placeholders.
+
+    The names of the leaves are fields of the chip and paths of the configuration.
+    """
+    chip: Chip = jax.tree.unflatten(tree, leaves)
     return _multiply(x, _full_scale(x, chip), chip, rounds=True)
 
 
@@ -170,14 +149,14 @@ def _within_range(scale: Array, limit: Array) -> tuple[Array, Array, tuple[Array
 
 
 @functools.partial(_read.defjvp, symbolic_zeros=True)
-def _derivative(parts, primals, tangents):
+def _derivative(tree, names, primals, tangents):
     x, leaves = primals
     x_dot, leaves_dot = tangents
-    chip = parts.chip(leaves)
+    chip: Chip = jax.tree.unflatten(tree, leaves)
     geometry, config = chip.geometry, chip.config
-    moved = {name: dot for name, dot in zip(parts.names, leaves_dot, strict=True) if is_moved(dot)}
+    moved = {name: dot for name, dot in zip(names, leaves_dot, strict=True) if is_moved(dot)}
     _check_moved(moved, config)
-    y = _read(parts, x, leaves)
+    y = _read(tree, names, x, leaves)
     terms = []
     inside, seen = jnp.ones_like(x, bool), x
     limit = _full_scale(x, chip)
@@ -203,12 +182,12 @@ def _derivative(parts, primals, tangents):
         # y = limit f(x / limit), and f passes the inputs within the range straight through (LSQ, Esser et al. 2020).
         rest = y - times(jnp.where(inside, x, 0), chip.codes)
         terms.append(moved["input_limit"] / chip.input_limit * rest)
-    others = [i for i, name in enumerate(parts.names) if name in moved and name not in ("codes", "input_limit")]
+    others = [i for i, name in enumerate(names) if name in moved and name not in ("codes", "input_limit")]
     if others:
 
         def smooth(values: list[Array]) -> Array:
             changed = dict(zip(others, values, strict=True))
-            moving = parts.chip([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
+            moving = jax.tree.unflatten(tree, [changed.get(i, leaf) for i, leaf in enumerate(leaves)])
             return _multiply(x, limit, moving, rounds=False)
 
         terms.append(jax.jvp(smooth, ([leaves[i] for i in others],), ([leaves_dot[i] for i in others],))[1])

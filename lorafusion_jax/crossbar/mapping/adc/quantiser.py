@@ -91,24 +91,24 @@ def level_units(geometry: Geometry, config: CrossbarConfig) -> tuple[Any, ...]:
 
 def stacked_units(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return `level_units` as an array."""
-    return jnp.stack([jnp.asarray(unit, dtype) for unit in level_units(geometry, config)])
+    return jnp.asarray(level_units(geometry, config), dtype)
 
 
-def fixed_limits(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Array | np.ndarray | None:
+def fixed_limits(
+    geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, "_R K 2"] | np.ndarray | None:
     """Return the limits that follow from the configuration; None where they are calibrated from data.
 
     `max` is the rows of each tile. Where columns are flipped it is the largest current that one of them or the unit
     column can bring, Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is
-    the highest code times one level.
-
-    Returns:
-      [1 or R, K, 2]; a NumPy array where nothing in it is traced.
+    the highest code times one level. They are a NumPy array where nothing in them is traced.
     """
     adc, rows = config.adc, geometry.rows
     if adc is None or geometry.code_range is None or adc.range == "calibrated":
         return None
+    xp = jnp if is_traced((adc.limits, config.g_min)) else np
     if adc.range == "given":
-        given = (jnp if is_traced(adc.limits) else np).asarray(adc.limits, dtype)
+        given = xp.asarray(adc.limits, dtype)
         if given.ndim == 3 and len(given) not in (1, len(rows)):
             raise ValueError(
                 f"ADC limits of {len(given)} row tiles, but these weights take {len(rows)}: give one range for all, "
@@ -121,16 +121,10 @@ def fixed_limits(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -
         if config.encoding.flip:
             cells = [max(0.5, 1 / level) for level in geometry.levels]
             shares = [config.g_min + (1 - config.g_min) * share for share in cells]
-        stacked = jnp if is_traced(shares) else np
-        top = stacked.asarray([[height * share for share in shares] for height in heights], dtype)
+        top = xp.asarray([[height * share for share in shares] for height in heights], dtype)
     else:
-        highest, units = geometry.code_range[1], level_units(geometry, config)
-        if any(isinstance(unit, jax.Array) for unit in units):
-            top = jnp.stack([highest / jnp.asarray(unit, dtype) for unit in units])[None]
-        else:
-            top = np.asarray([[highest / unit for unit in units]], dtype)
-    stack = jnp.stack if isinstance(top, jax.Array) else np.stack
-    return stack([-top if config.signed_sums else 0 * top, top], axis=-1)
+        top = xp.asarray([[geometry.code_range[1] / unit for unit in level_units(geometry, config)]], dtype)
+    return xp.stack([-top if config.signed_sums else 0 * top, top], axis=-1)
 
 
 # How an integer sum's code is computed exactly: times the inverse of a step that is a power of two, or by a division.
