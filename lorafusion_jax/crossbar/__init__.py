@@ -9,6 +9,10 @@ removes; K weight slices, J input slices, k conversions of a pair of slices (K, 
 converted); P polarities (1 once subtracted), R row tiles (1 once summed), C column tiles; W words of packed slices.
 """
 
+# ruff: noqa: F401
+
+from types import ModuleType as _ModuleType
+
 from .calibration.one_chip import Statistics, calibrated, probe
 from .calibration.whole_model import calibrate_tree, observe, site_errors
 from .chip.chip import Chip, chips_in, is_chip, programmed_weights, reads, with_chips, with_config, with_read_key
@@ -43,83 +47,7 @@ from .mapping.adc import Architecture, register_adc
 from .mapping.geometry import Geometry
 from .read.matmul import matmul
 
-__all__ = [
-    "ADC",
-    "CONSTANTS",
-    "DAC",
-    "PCM_DRIFT",
-    "PCM_JOSHI_2020",
-    "PRESETS",
-    "RERAM_CMO_2025",
-    "RERAM_CMO_DRIFT",
-    "RERAM_MILO_2021",
-    "RERAM_WAN_2022",
-    "Architecture",
-    "Cell",
-    "Chip",
-    "Constant",
-    "Constants",
-    "Counts",
-    "CrossbarConfig",
-    "Device",
-    "Encoding",
-    "Explanation",
-    "Flicker",
-    "Geometry",
-    "Independent",
-    "LogLinear",
-    "Mapping",
-    "Plan",
-    "Polynomial",
-    "PowerLaw",
-    "Proportional",
-    "Range",
-    "ReadEnergy",
-    "ReadNoise",
-    "Relaxation",
-    "Rules",
-    "Segments",
-    "Sinh",
-    "Statistics",
-    "Structure",
-    "StuckAt",
-    "Tile",
-    "Wire",
-    "WriteCost",
-    "WriteVerify",
-    "calibrate_tree",
-    "calibrated",
-    "chips_in",
-    "config_hash",
-    "counts",
-    "deterministic",
-    "drift_compensation",
-    "explain",
-    "has_hash",
-    "is_chip",
-    "is_random",
-    "load_chip",
-    "load_config",
-    "load_constants",
-    "map_layers",
-    "matmul",
-    "observe",
-    "probe",
-    "program",
-    "program_tree",
-    "programmed_weights",
-    "read_energy",
-    "read_latency",
-    "reads",
-    "register_adc",
-    "save_chip",
-    "save_config",
-    "save_constants",
-    "scan_layers",
-    "site_errors",
-    "split_config",
-    "with_chips",
-    "with_config",
-    "with_read_key",
-    "write_cost",
-]
+# The imports are the public names, so that a second list of them is not needed.
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)
+)
