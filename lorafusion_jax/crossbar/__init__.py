@@ -26,8 +26,7 @@ from .config.presets import PRESETS
 from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, deterministic
 from .config.structure import Structure, split_config
 from .cost.constants import CONSTANTS, Constants, load_constants, save_constants
-from .cost.counts import Counts, counts
-from .cost.energy import ReadEnergy, WriteCost, read_energy, read_latency, write_cost
+from .cost.energy import Counts, ReadEnergy, WriteCost, counts, read_energy, read_latency, write_cost
 from .cost.explain import Explanation, explain
 from .cost.ranges import Constant, Range
 from .devices.device import Device, ReadNoise, Sinh, StuckAt

@@ -23,14 +23,13 @@ from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
 from ..read.matmul import check_inputs, matmul, reading
 
-# Bins of the distribution of |current|, from 2^-32 of an array's largest one on, and of |x|, from 2^-128 on; and their
-# number for each power of two, so that edges are 0.5 % and 1 % apart.
+# Bins of |current|, from 2^-32 of the largest one on, and of |x|, from 2^-128 on; and their number for each power
+# of two, so that edges are 0.5 % and 1 % apart.
 BINS, _OF_SUMS, _LEAST_SUM = 4096, 128, 32
 INPUT_BINS, _OF_INPUTS, _LEAST_INPUT = 16384, 64, 128
 # Number of steps of 1, 2, 4, ... levels that whole sums are tried with.
 STEPS = 48
-# Number of conversions of a weight slice that each read puts into bins, at 50 ns each on a CPU, but at least some of
-# every input. Everything else is computed for all conversions.
+# Number of conversions of a weight slice that each read puts into bins, at 50 ns each on a CPU, and least of an input.
 CONVERSIONS, _FEWEST = 2**20, 16
 # Numbers in the sums that are computed at once.
 _AT_ONCE = 2**21

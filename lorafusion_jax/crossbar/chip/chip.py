@@ -34,11 +34,10 @@ class Chip:
         telescope. A single column stands for all if they do not differ.
       occupied: [k, R] the planes of integer cells that are not all zero, for the path `loop`.
       flipped: [K, R, C, cols] columns that are stored inverted.
-      gain: [K, P, R, C, cols] the gain of each column's conversion, or None; P is 1 where polarities are subtracted
-        before it.
+      gain: [K, P, R, C, cols] the gain of each column's conversion, or None; P is 1 where polarities are subtracted.
       offset: [K, P, R, C, cols] its offset in level units, or None.
-      limits: [1 or R, K, 2] ADC range of each weight slice, in units of current; R where row tiles of unequal height
-        have separate ranges; None without an ADC or before calibration.
+      limits: [1 or R, K, 2] ADC range of each weight slice, in units of current, R for tiles of unequal height; None
+        without an ADC or before calibration.
       input_limit: full scale of the DAC; None where each input vector has its own, or before calibration.
       pulses: mean write-verify pulses per cell, or None.
       values: the arrays among the configuration's values, each with the leading axes of the stack.
@@ -48,7 +47,7 @@ class Chip:
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
       name: name of the weight in rules and reports.
-      first: number of its first layer, if the stack was split.
+      first: number of its first layer, if a stack was split.
     """
 
     codes: Float[Array, "*N d_in d_out"]

@@ -16,11 +16,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments:
-    """Consecutive layers in parts; each part is stacked separately.
-
-    Attributes:
-      parts: weights of any kind, every leaf with a leading axis of the part's layers.
-    """
+    """Consecutive layers in parts of any kind; each part is stacked separately."""
 
     parts: tuple[Any, ...]
 

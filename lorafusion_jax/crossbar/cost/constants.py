@@ -21,11 +21,7 @@ _FIELDS = ("unit", "low", "typical", "high", "source")
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """All constants, by name.
-
-    Attributes:
-      table: the constants; those of an ADC architecture that it lacks have their defaults.
-    """
+    """All constants, by name; those of an ADC architecture that the table lacks have their defaults."""
 
     table: Mapping[str, Constant]
 

@@ -12,7 +12,7 @@ from ..chip.plan import Plan, sums_integers
 from ..chip.program import program
 from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
-from .counts import counts
+from .energy import counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,7 @@ class Explanation:
     """The arrays of a matrix and the path of its products, which `print` shows as text.
 
     Attributes:
-      shape: (d_in, d_out).
-      path: path of a product (see `plan`).
-      reason: reason of that choice.
+      path: path of a product (see `plan`), and its reason.
       tiles: row tiles and column tiles.
       array: rows and columns of one array, a unit column not counted.
       weight_slices: bits of each weight slice; () for an analogue cell.

@@ -20,12 +20,7 @@ from .write_error import Independent, Polynomial, Proportional, WriteVerify
 
 @model()
 class StuckAt:
-    """Cells that no longer switch, drawn once per chip.
-
-    Attributes:
-      low: share of cells stuck at Gmin.
-      high: share of cells stuck at Gmax.
-    """
+    """Shares of cells that no longer switch, stuck at Gmin (`low`) or at Gmax (`high`), drawn once per chip."""
 
     low: Physical = 0.0
     high: Physical = 0.0

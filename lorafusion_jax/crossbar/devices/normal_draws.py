@@ -31,11 +31,7 @@ _QUANTILE = np.array(
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """Return standard normal draws.
-
-    Args:
-      key: for other generators than Threefry `jax.random.normal` is used, as it is for float64.
-    """
+    """Return standard normal draws: of `jax.random.normal` for float64 and for generators other than Threefry."""
     by_counter = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
     threefry = str(jax.random.key_impl(key)) == "threefry2x32" and by_counter
     if not threefry or dtype != jnp.float32 or math.prod(shape) >= 2**32:
@@ -53,12 +49,7 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float
 
 
 def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[Array, "*S"]) -> Float[Array, "*S"]:
-    """Return the draws at places of one endless stream.
-
-    Args:
-      words: data of a Threefry key, which selects the stream.
-      high: upper half of each place, `low` being the lower one.
-    """
+    """Return the draws at places (high, low) of one endless stream, selected by the data of a Threefry key."""
     first, second = _threefry(words, high, low)
     # 23 random bits for the mantissa of a number in [1, 2), shifted to [-1, 1) and off -1.
     unit = jax.lax.bitcast_convert_type(((first ^ second) >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32) - 1

@@ -29,7 +29,7 @@ class Wire:
       tolerance: largest error of a cell's voltage, of the full read voltage.
       iterations: most iterations; a product that is not within the tolerance by then is NaN.
       relaxation: a fixed step, as CrossSim's gamma, which diverges where wires are long or resistive; None for
-        Chebyshev's steps from a bound on the array, which converge for every array of linear cells.
+        Chebyshev's steps, which converge for every array of linear cells.
     """
 
     row_resistance: Physical = 0.0
@@ -50,18 +50,15 @@ def currents(
     wire: Wire,
     iv: Callable[[Array, Array], Array] | None = None,
 ) -> Float[Array, " cols"]:
-    """Return the column currents of one array with resistive wires, for one input.
+    """Return the column currents of one array with resistive wires; all NaN where the iteration did not converge.
 
     A row without current changes nothing above the cells in use but lengthens their bit lines below them: a matrix
     smaller than its array sits in the bottom rows.
 
     Args:
       v: voltages of the word lines, of the full read voltage.
-      G: conductances, of Gmax (not in levels: the wires are measured in them).
+      G: conductances, of Gmax.
       iv: (V, G) -> current of a cell; I = G V for a linear one.
-
-    Returns:
-      Currents, in Gmax times the full read voltage; all NaN where the iteration did not converge.
     """
     rows, cols = G.shape
     r, j = jnp.arange(1, rows + 1), jnp.arange(1, cols + 1)

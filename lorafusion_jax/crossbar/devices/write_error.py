@@ -17,11 +17,7 @@ from .physical import Physical, like, model, noise, varying_as, without_gradient
 
 @model(at_least_0=("sigma",))
 class Independent:
-    """Normal error of the same size for every cell.
-
-    Attributes:
-      sigma: standard deviation, of Gmax.
-    """
+    """Normal error of standard deviation `sigma` of Gmax for every cell."""
 
     sigma: Physical
 
@@ -32,11 +28,7 @@ class Independent:
 
 @model(at_least_0=("sigma",))
 class Proportional:
-    """Normal error proportional to the conductance.
-
-    Attributes:
-      sigma: standard deviation, of the cell's G.
-    """
+    """Normal error of standard deviation `sigma` of the cell's G."""
 
     sigma: Physical
 
@@ -49,7 +41,7 @@ class Proportional:
 class Polynomial:
     """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
 
-    One draw belongs to a cell: at a later time the same deviation is larger, not another one.
+    A cell keeps its draw: at a later time the same deviation is larger.
 
     Attributes:
       deviation: coefficients of the standard deviation of Gmax, lowest power of G / Gmax first: one tuple for
@@ -89,10 +81,7 @@ class Polynomial:
             now = jnp.log(jnp.maximum(like(time, G), self.seconds[0]))
             knots = jnp.log(like(self.seconds, G))
             coefficients = [jnp.interp(now, knots, like(column, G)) for column in zip(*rows, strict=True)]
-        value = jnp.full_like(G, coefficients[-1])
-        for c in reversed(coefficients[:-1]):
-            value = value * G + c
-        return value
+        return jnp.polyval(jnp.stack(coefficients[::-1]), G)
 
 
 def _microsiemens(g_max: float, *rows: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
@@ -114,8 +103,7 @@ RERAM_WAN_2022 = Polynomial(
 )
 """ReRAM of NeuRRAM, 40 uS, 1 s, 1 day and 2 days after write-verify: do not verify it again.
 
-Wan et al., Nature 608, 504 (2022), Extended Data Fig. 3d; aihwkit's fit, whose own class divides by its
-converter's g_max (25 uS unless told otherwise) although the fit is in uS of 40.
+Wan et al., Nature 608, 504 (2022), Extended Data Fig. 3d; aihwkit's fit, in uS of 40 (its class divides by 25).
 """
 
 RERAM_MILO_2021 = Polynomial(((4.782321 / 225.0, -0.009107),))
@@ -132,8 +120,7 @@ Falcone et al., arXiv:2502.04524 (2025); aihwkit's fit, whose slope is per uS of
 class WriteVerify:
     """Program, read, and program again every cell outside the tolerance.
 
-    Every pulse draws the cell's error anew, so that a cell takes 1 / P(|error| <= tolerance) pulses on average,
-    and remaining errors are the model's, truncated to the tolerance except in cells that exhausted their pulses.
+    Every pulse draws the cell's error anew, so that a cell takes 1 / P(|error| <= tolerance) pulses on average.
 
     Attributes:
       tolerance: largest accepted |G - target|, of Gmax.
@@ -150,10 +137,7 @@ class WriteVerify:
     def __call__(
         self, write: Callable[[Array, Array], Array], target: Float[Array, "..."], key: Array
     ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-        """Return the conductances, and the number of pulses of each cell.
-
-        `write` is (target, key) -> G, one pulse on every cell.
-        """
+        """Return the conductances and pulses of each cell; `write` is (target, key) -> G, one pulse on every cell."""
         why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
         tolerance = without_gradient(like(self.tolerance, target), f"WriteVerify.tolerance {why}")
 

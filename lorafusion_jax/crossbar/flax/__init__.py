@@ -4,8 +4,8 @@
     model = crossbar.flax.calibrate(model, batches)  # ranges of the converters, from data
     y = crossbar.flax.with_read_key(model, key)(x)  # with read noise: another key for every step
 
-A layer's own code still runs, with its promotion of dtypes, its padding and its bias, all of them digital. Only its
-kernel is replaced, and the product that multiplies by it. This folder alone imports Flax.
+A layer's code still runs digitally; only its kernel and the product with it are replaced. This folder alone imports
+Flax.
 """
 
 import dataclasses
@@ -46,9 +46,8 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
 
     Args:
       model: an NNX module, or a Linen module with its variables, `module.bind(variables)`.
-      rules: path pattern -> configuration, or None for digital, as for `program_tree`. The paths are those of layers:
-        `blocks.layers.0.query`. Layers that are stacked, by `nnx.vmap` or `nn.scan`, are one path and have one rule;
-        their axis is the first of their parameters.
+      rules: as for `program_tree`. The paths are those of layers: `blocks.layers.0.query`. Layers that are stacked, by
+        `nnx.vmap` or `nn.scan`, are one path and have one rule; their axis is the first of their parameters.
       key: key of the chip. The arrays of a layer depend on it and on the layer's path.
       inputs: an example of the model's inputs; only shapes and dtypes matter. A Linen model needs one. With one, an
         NNX model's embeddings that are only looked up are left digital.

@@ -168,11 +168,7 @@ def _patches(
 
 @dataclasses.dataclass(frozen=True)
 class Promote:
-    """A layer's promotion of dtypes, to which a kernel on arrays is a scalar of its dtype.
-
-    Attributes:
-      promote: the layer's own, which takes a tuple of arrays in NNX and arrays in Linen.
-    """
+    """A layer's promotion of dtypes, of a tuple of arrays (NNX) or of arrays (Linen); kernels count as scalars."""
 
     promote: Callable[..., Any]
 

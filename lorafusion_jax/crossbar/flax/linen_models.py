@@ -32,9 +32,7 @@ class _Module:
 class OnArrays:
     """A Linen model on arrays; a pytree, so that functions under `jax.jit` may take it as an argument.
 
-    Attributes:
-      variables: variables of the model: in the collection `crossbar` what is on arrays, in `params` what is not.
-      held: the model.
+    Its variables have the kernels on arrays in the collection `crossbar`, and all others in `params`.
     """
 
     variables: Any

@@ -70,9 +70,7 @@ def over_rows(cells: Num[Array, "K R rows cols"]) -> Num[Array, "K R cols"]:
 def certify(spans: Sequence[int], word_bits: int, variances: Sequence[int] = ()) -> Packing | None:
     """Return the packing into as few words as neighbouring slices allow; None where a slice exceeds a word.
 
-    Args:
-      spans: for every slice the largest high - low of its columns; of all layers that share the packing.
-      variances: for every slice the largest sum of u^2 v of its columns, if they travel along.
+    Spans are the largest high - low of every slice's columns, variances their largest sum of u^2 v, if packed as well.
     """
     fields, squares, word, shift = [], [], 0, 0
     for span, variance in itertools.zip_longest(spans, variances):

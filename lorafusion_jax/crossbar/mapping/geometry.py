@@ -27,11 +27,10 @@ class Geometry:
       levels: highest level, 2^p - 1, of every weight slice; 1 for an analogue cell.
       significance: value of one level of every weight slice, in weight codes.
       zero_digits: digits of a weight of zero: the offset of `offset` encoding, slice by slice.
-      unit_levels: level of the unit column's cells in every slice. Flipped columns need the plain sum of the inputs in
-        every slice, so all hold 1 (ISAAC). Otherwise the column holds a weight of zero (CrossSim).
+      unit_levels: level of the unit column's cells in every slice: 1 where columns are flipped, which need the plain
+        sum of the inputs (ISAAC), otherwise those of a weight of zero (CrossSim).
       input_slices: bits of every input slice; None for an ideal DAC.
-      converted_slices: bits of every input slice that is converted, one where all are summed before the ADC; None for
-        an ideal DAC.
+      converted_slices: bits of every conversion's input slice, one where all are summed before; None for an ideal DAC.
       input_significance: value of one level of every input slice, in units of the smallest.
       input_top: largest |n| of an input code, 2^m - 1; 1 for an ideal DAC.
       pulse: largest |u| of one input slice, 2^s - 1, which drives a row at full voltage; 1 for an ideal DAC.

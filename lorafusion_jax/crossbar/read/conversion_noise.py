@@ -27,9 +27,8 @@ class Noise(NamedTuple):
     """The read noise of one read.
 
     Attributes:
-      variance: [K, R, rows, cols] of each cell, or [K, R, rows, 1] where columns do not differ;
-        None where they travel with packed cells.
-      scale: [K] what deviations are multiplied by.
+      variance: [K, R, rows, cols or 1] of each cell; None where they travel with packed cells.
+      scale: [K] factors of the deviations.
       words: data of the key of the random stream.
       of_adc: [K] standard deviation of a conversion itself; None for none.
     """

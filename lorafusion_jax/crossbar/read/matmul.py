@@ -21,16 +21,16 @@ from jaxtyping import Array, Bool, Float
 from ..chip.chip import Chip
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
-from ..devices.physical import is_moved, is_traced, varying_as
+from ..devices.normal_draws import normal
+from ..devices.physical import is_moved, is_traced, like, varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import Converter, converter, level_units
 from .by_kernel import convert_tiles
-from .conversion_noise import Noise
+from .conversion_noise import Noise, root
 from .definition import definition
 from .kernels.bit_planes import planes
 from .kernels.lookup import lookup
 from .kernels.sliced_products import sliced_products
-from .product import product
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
 _USUAL = 32
@@ -277,7 +277,7 @@ def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) 
     """Return weights times input codes, by the plan's path; see `convert_tiles` for a converter that counts."""
     plan, signed = chip.plan, chip.config.signed_inputs
     if plan.path == "product":
-        return product(n, chip)
+        return _product(n, chip)
     if plan.path == "definition":
         return definition(n, quantise, chip)
     slices = chip.geometry.converted_slices
@@ -297,3 +297,33 @@ def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) 
 
     assert quantise is not None
     return convert_tiles(n, quantise, chip, kernel)
+
+
+def _product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
+    """Return weights times input codes; read noise, a sum of draws over slices and rows, is one for each output."""
+    geometry, config, key = chip.geometry, chip.config, chip.key
+    tiled = chip.scale.shape[0] > 1
+    per_weight = encoding.per_weight(chip.scale, geometry)
+    y = jnp.dot(n, chip.codes * per_weight if tiled else chip.codes, precision="highest")
+    noise = config.device.read_noise
+    if noise is not None and chip.variance is not None and key is not None:
+        cols, d_out = geometry.cols, geometry.shape[1]
+        variance, unit = chip.variance, jnp.ones((1, 1), n.dtype)
+        if tiled:
+            # Over the largest scale, since the square of a small one is zero in float32.
+            unit = jnp.max(chip.scale, axis=(0, 1), keepdims=True)
+            per_weight = per_weight / unit
+            if config.encoding.unit_column:
+                starts = np.cumsum((0, *cols[:-1]))
+                per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
+            variance = variance * jnp.square(per_weight)
+        worth = jnp.square(jnp.asarray(geometry.input_significance, n.dtype))
+        power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, geometry)))
+        spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
+        outputs = d_out + (len(cols) if config.encoding.unit_column else 0)
+        drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
+        if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
+            drawn, units = drawn[:, :d_out], drawn[:, d_out:]
+            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=d_out)
+        y = y + drawn * unit
+    return y if tiled else y * chip.scale

@@ -45,3 +45,14 @@ def test_read_noise_needs_a_key_and_follows_it():
     one, again, other = (matmul(_X, with_read_key(chip, jax.random.key(n))) for n in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert float(abs(one - other).max()) > 0
+
+
+def test_a_flax_model_goes_onto_arrays_in_one_call():
+    nnx = pytest.importorskip("flax.nnx")
+    from ..flax import calibrate, convert
+
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(40, 5, rngs=rngs), nnx.relu, nnx.Linear(5, 3, rngs=rngs))
+    np.testing.assert_allclose(convert(model, {"*": PRESETS["ideal"]}, jax.random.key(1))(_X), model(_X), atol=1e-5)
+    on_arrays = convert(model, {"layers.2": None, "*": CrossbarConfig(adc=ADC(bits=6))}, jax.random.key(1))
+    assert 0 < np.abs(calibrate(on_arrays, [_X])(_X) - model(_X)).max() < 1

@@ -31,8 +31,7 @@ class Converter(NamedTuple):
     Attributes:
       scale: [R, K], R is 1 where all row tiles have one range; [K] for the kernels. The codes per level unit, or,
         where the converter divides, the sum that the highest code stands for.
-      qmin: lowest code.
-      qmax: highest code.
+      qmin: lowest code, and qmax the highest.
       divides: whether `scale` is divided by.
       rounds: False for the smooth surrogate, which only clips.
       counts: return 1 for a sum beyond the highest code and 0 for another, instead of its code. Noise below zero, which
@@ -99,9 +98,9 @@ def fixed_limits(
 ) -> Float[Array, "_R K 2"] | np.ndarray | None:
     """Return the limits that follow from the configuration; None where they are calibrated from data.
 
-    `max` is the rows of each tile. Where columns are flipped it is the largest current that one of them or the unit
-    column can bring, Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is
-    the highest code times one level. They are a NumPy array where nothing in them is traced.
+    `max` is the rows of each tile; where columns are flipped the largest current of one of them or the unit column,
+    Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is the highest code
+    times one level. They are a NumPy array where nothing in them is traced.
     """
     adc, rows = config.adc, geometry.rows
     if adc is None or geometry.code_range is None or adc.range == "calibrated":

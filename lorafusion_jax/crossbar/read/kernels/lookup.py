@@ -2,9 +2,8 @@
 
 A few rows of an array can be driven in only a few ways: g rows under one-bit pulses in 2^g. The sums of all of them
 are tabulated, and each input adds up one table entry for every g rows where a product takes g multiplications
-("four Russians"). The entries are contiguous rows of a table that stays in the cache, so that XLA's loop over
-columns is one vector load and addition each. Integer cells travel packed, several weight slices to an int32 word
-(see `mapping.bit_fields`), their variances for read noise along with them.
+("four Russians"). The entries are contiguous rows of a table that stays in the cache. Integer cells travel packed,
+several weight slices to an int32 word (see `mapping.bit_fields`), with their variances for read noise.
 
 Axis letters: B batch, K weight slices, k those of one word, J input slices, W words, R row tiles, G groups of rows,
 E table entries, C columns of a block.

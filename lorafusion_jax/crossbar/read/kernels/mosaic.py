@@ -1,11 +1,8 @@
 """The whole chain of a read in one Pallas kernel for a TPU: compiled by Mosaic, not run on one.
 
-Input slices are made, multiplied, converted, and shifted and added in the memory next to the units: of a read only
-input codes, cells, and sums of codes cross the large memory. Elsewhere, and on a mesh, which cannot split a kernel,
-Pallas runs it as a plain loop.
-
-Integer cells are multiplied as bytes. Real ones are split into three bfloat16 numbers of 8 bits each, which is all that
-a float32 has, and multiplied with input slices that bfloat16 holds. Codes are added up in int32.
+Only input codes, cells, and sums of codes cross the large memory. Elsewhere, and on a mesh, which cannot split a
+kernel, Pallas runs it as a plain loop. Integer cells are multiplied as bytes. Real ones are split into three bfloat16
+numbers of 8 bits each, as many as a float32 has. Codes are added up in int32.
 
 Axis letters: B batch, K weight slices, k those of one block, J input slices, R row tiles, C columns of a block.
 """
