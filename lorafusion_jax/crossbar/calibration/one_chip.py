@@ -41,8 +41,7 @@ class Statistics:
     """Sums over conversions and outputs; two of them add up with `jax.tree.map(jnp.add, a, b)`.
 
     Attributes:
-      histogram: [K, BINS] conversions by log2 |column sum|, up to the worst case of the configuration; zeros are in the
-        first bin. Estimated from conversions of every input that are drawn at random, where there are many.
+      histogram: [K, BINS] conversions by log2 |column sum|, up to the largest possible one; zeros are in the first bin.
       errors: [K, STEPS] squared errors of sums that are read in steps of 1, 2, 4, ... levels, where they are integers.
       clipped: [K] conversions beyond the range.
       inputs: [INPUT_BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
@@ -208,9 +207,7 @@ def _extent(chip: Chip) -> tuple[Array | float, ...]:
 @functools.partial(jax.jit, inline=True)
 def _met_by_converters(
     x: Float[Array, "B d_in"], chip: Chip
-) -> tuple[
-    Float[Array, "K bins"], Float[Array, "K steps"], Float[Array, " K"], Float[Array, " input_bins"], Float[Array, ""]
-]:
+) -> tuple[Array, Array, Array, Float[Array, " input_bins"], Float[Array, ""]]:
     """Return the first fields of `Statistics`."""
     config = chip.config
     n, limit = reading(x, chip)

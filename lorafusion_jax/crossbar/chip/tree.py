@@ -76,11 +76,9 @@ def _place(
         return weight if config is None else _program(path, weight, config, *_keys(key, number, []))
     depth = weight.shape[0]
     configs = [first_match(path, (layer, depth), rules) for layer in range(depth)]
-    if all(config is None for config in configs):
+    if not any(configs):
         return weight
-    if numbers is None:
-        numbers = [jnp.arange(size) for size in weight.shape[:-2]]
-    chips, noise = _keys(key, number, numbers)
+    chips, noise = _keys(key, number, numbers or [jnp.arange(size) for size in weight.shape[:-2]])
     parts: list[Any] = []
     start = 0
     for _, group in itertools.groupby(configs, key=id):

@@ -65,8 +65,7 @@ class Cell:
     """A ReRAM cell.
 
     Attributes:
-      bits: bits of each weight slice, least significant first: (2, 2, 2, 2), or RAELLA's (2, 2, 4). None for one
-        analogue cell for the whole weight.
+      bits: bits of each weight slice, least significant first, as in RAELLA's (2, 2, 4); None for one analogue cell.
       on_off_ratio: Gmax / Gmin; None is infinite.
     """
 
@@ -89,12 +88,12 @@ class Encoding:
     """Encoding of signed weights as conductances, which have no sign.
 
     Attributes:
-      kind: `differential` (a positive and a negative array, subtracted) or `offset` (one array of weights
-        shifted to be positive; the shift is removed after the conversion).
+      kind: `differential` (a positive and a negative array, subtracted) or `offset` (weights shifted to be positive;
+        the shift is removed after the conversion).
       two_sided: with `differential`, both cells hold the weight, (1 + w) / 2 and (1 - w) / 2, instead of one of them.
       unit_column: with `offset`, one more column of each array measures the shift, instead of digital logic.
-      flip: with `offset` and a unit column, a column whose digits would sum to more than half of the full scale is
-        stored inverted (ISAAC), which halves the range that the ADC has to cover.
+      flip: with a unit column, columns whose digits would sum to more than half of the full scale are stored inverted
+        (ISAAC), which halves the range of the ADC.
     """
 
     kind: Literal["differential", "offset"] = "differential"
@@ -121,12 +120,11 @@ class DAC:
       bits: bits of the input, its sign included.
       slice_bits: bits of one pulse (the DAC's own resolution); None sends all bits in one pulse.
       signed: sign and magnitude on +-limit, 2^bits - 1 levels; else 2^bits levels on 0..limit.
-      scaling: choice of full scale: `fixed` (limit, for every input), `calibrated` (one value for every input, from
-        data) or `row` (the largest |x| of each input vector, divided out and multiplied back digitally). Inputs
-        beyond it are clipped, and so are negative inputs of an unsigned DAC.
+      scaling: full scale: `fixed` (limit, for every input), `calibrated` (one value for every input, from data) or
+        `row` (the largest |x| of each input vector). Inputs beyond it are clipped, and so are negative inputs of an
+        unsigned DAC.
       limit: full scale for `fixed`.
-      quantile: share of the |x| above zero that a calibrated full scale covers; negative inputs of an unsigned DAC are
-        zeros.
+      quantile: share of the |x| above zero that a calibrated full scale covers.
       clip_share: share of clipped inputs above which statistics warn.
       rounding: to the `nearest` code, or `stochastic`: up or down at random, right on average.
     """
@@ -170,8 +168,8 @@ class ADC:
 
     Attributes:
       bits: bits of one conversion; signed sums use 2^bits - 1 levels about zero.
-      range: `calibrated` from data, `max` (everything the array could produce: wasteful), `granular` (one step
-        of the ADC is one level of one cell at the smallest input), or `given` in `limits`.
+      range: `calibrated` from data, `max` (everything the array could produce: wasteful), `granular` (a step is one
+        level of one cell at the smallest input), or `given` in `limits`.
       convert: after every input slice (`slice`), or once after an analogue shift-and-add (`sum`).
       separate: with `differential`, convert the positive and the negative column separately and subtract digitally.
       quantile: share of the |current| above zero that a calibrated range covers, where sums are not integers.
@@ -180,12 +178,10 @@ class ADC:
         range `given`; may be learned.
       gain_error: standard deviation of each column's ADC gain, drawn once per chip.
       offset_error: standard deviation of each column's ADC offset, in units of Gmax at full input.
-      noise: standard deviation of the normal noise of a conversion, drawn again for each, in units of Gmax at full
-        input (aihwkit's `out_noise`).
-      retries: limit on repeated reads of an input vector. If a conversion exceeds the highest code, the vector is read
-        again at half the voltage (aihwkit's iterative bound management).
-      architecture: name of the kind of ADC (see `register_adc`): `sar` and `ramp` are ideal quantisers, with different
-        energies and latencies.
+      noise: standard deviation of each conversion's noise, in units of Gmax at full input (aihwkit's `out_noise`).
+      retries: limit on repeated reads of an input vector, at half the voltage, if a conversion exceeds the highest code
+        (aihwkit's iterative bound management).
+      architecture: kind of ADC (see `register_adc`): `sar` and `ramp` differ in energy and latency.
     """
 
     bits: int = 8
@@ -226,8 +222,8 @@ class Tile:
     Attributes:
       rows: inputs of an array; None for all inputs of the matrix.
       cols: outputs of an array, without a unit column; None for all outputs of the matrix.
-      partition: `equal` (ceil(d / rows) parts of one rounded size; the last part is smaller) or `full` (all arrays
-        but the last are full).
+      partition: `equal` (ceil(d / rows) parts of one rounded size; the last part is smaller) or `full` (all but the
+        last).
       wire: resistance of the wires (IR drop); None for ideal wires.
       current_limit: the largest current of a column (Gmax at full input = 1), clipped before any subtraction.
     """

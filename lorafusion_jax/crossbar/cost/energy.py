@@ -30,10 +30,9 @@ class Counts:
       arrays: tiles x weight slices x polarities.
       cells: cells that hold a weight or a unit column; unused cells of an array are neither written nor read.
       rows: rows in use of all arrays; each is driven at a read, and its cells are written at once.
-      tallest: rows in use of the tallest array; the largest one, not the sum, of several matrices.
+      tallest: rows in use of the tallest array.
       conversions: conversions of the ADCs for one input vector.
-      additions: additions for one input vector after the conversions: shift-and-add, and removal of unit columns or
-        offsets.
+      additions: additions for one input vector: shift-and-add, and removal of unit columns or offsets.
       sums: additions over row tiles.
       inputs: numbers that come in.
       outputs: numbers that go out, each scaled by one multiplication.
@@ -95,8 +94,7 @@ class WriteCost(NamedTuple):
       cells: cells written.
       pulses: write-verify pulses of all of them.
       energy: joules.
-      time: seconds; rows of an array are written one after the other, the cells of a row at once, so that no number of
-        arrays takes less than its tallest one.
+      time: seconds; rows of an array are written one after the other, the cells of a row at once.
       cycles: cycles of endurance that each cell uses.
       until_worn: number of such writes until the endurance is used up; None without cells.
     """

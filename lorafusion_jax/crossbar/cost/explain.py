@@ -30,8 +30,8 @@ class Explanation:
       shared_arrays: arrays of all matrices, placed side by side along their shorter axis.
       shared_utilisation: share of cells in use if arrays are shared.
       conversions: conversions of the ADCs for one input vector; 0 without ADC.
-      lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all possible column sums of perfect
-        cells: log2 of the largest sum over the highest code, at least 0; None if sums are not integers.
+      lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all column sums of perfect cells;
+        None if sums are not integers.
     """
 
     shape: tuple[int, int]

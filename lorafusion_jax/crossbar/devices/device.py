@@ -46,8 +46,8 @@ class ReadNoise:
     Attributes:
       sigma: standard deviation, as a fraction of Gmax (`independent`) or of the cell's G (`proportional`).
       kind: `independent` or `proportional`.
-      clip: clip each cell's draw to G >= 0 (CrossSim does). A column's noise is then no longer normal, and every cell
-        has to be drawn. Without clipping, one draw for every conversion has the same distribution.
+      clip: clip each cell's draw to G >= 0 (CrossSim does). A column's noise is then no longer normal, so that every
+        cell has to be drawn instead of every conversion.
     """
 
     sigma: Physical
@@ -109,8 +109,7 @@ class Device:
       stuck: shares of cells that cannot be programmed.
       drift: (G, key, time) -> G, of programmed conductances: a model of `drift`, or a function.
       time: seconds since programming; None: read at once, without drift.
-      compensate: multiply a matrix's outputs by one factor that compensates its mean drift (see
-        `drift.drift_compensation`): the sum of its conductances just after programming over their sum now.
+      compensate: multiply a matrix's outputs by one factor that undoes its mean drift (`drift_compensation`).
       read_noise: noise that is drawn again for each read.
       iv: (v, G) -> current of a cell at v of the read voltage: `Sinh`, or a function.
       clip: possible values of a cell: `positive` G >= 0, or `range` [Gmin, Gmax].

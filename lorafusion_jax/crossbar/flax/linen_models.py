@@ -135,7 +135,8 @@ def _intercepted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any)
     kernel, promote = _Leaf(**vars(kernel)), Promote(layer.promote_dtype)
     bias = layer.get_variable("params", "bias")
     if isinstance(layer, nn.Embed):
-        return _attend(layer, promote, kernel, *args, **kwargs)
+        query, head = promote(*args, *kwargs.values(), kernel, dtype=layer.dtype)
+        return head.read(query)
     if isinstance(layer, nn.Einsum):
         return _einsum(layer, promote, kernel, nn.unbox(bias), *args, **kwargs)
     # A layer of the same kind with the same parameters, but other products.
@@ -145,12 +146,6 @@ def _intercepted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any)
         layer = layer.clone(parent=None, promote_dtype=promote, dot_general=dot_general)
     params = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
     return layer.apply({"params": params}, *args, **kwargs)
-
-
-def _attend(layer: nn.Embed, promote: Promote, head: Kernel, query: Array) -> Array:
-    """Return the result of `nn.Embed.attend`, which does not accept a product as an option."""
-    query, head = promote(query, head, dtype=layer.dtype)
-    return head.read(query)
 
 
 def _einsum(
@@ -170,7 +165,6 @@ def _einsum(
 
 
 def _equation(layer: nn.Einsum, inputs: Array, einsum_str: str | None = None) -> str:
-    """Return the equation of a call."""
     return (layer.einsum_str or einsum_str or "").replace(" ", "")
 
 

@@ -18,10 +18,9 @@ from ..mapping.adc.quantiser import Converter
 from ..mapping.bit_fields import Packed
 from ..mapping.decoding import finish, recover_flipped, weigh
 from .conversion_noise import Noise, deviations, of_conversions, stream
+from .kernels.bit_planes import planes
+from .kernels.lookup import lookup
 from .kernels.sliced_products import sliced_products
-
-# (input codes, columns, converter, occupied planes, noise) -> codes.
-Kernel = Callable[[Array, Any, Converter, Array | None, Noise | None], Float[Array, "k B _cols"]]
 
 
 class _Operand(NamedTuple):
@@ -34,9 +33,7 @@ class _Operand(NamedTuple):
     flipped: Bool[Array, "K R C _cols"] | None
 
 
-def convert_tiles(
-    n: Float[Array, "B d_in"], quantise: Converter, chip: Chip, kernel: Kernel
-) -> Float[Array, "B _d_out"]:
+def convert_tiles(n: Float[Array, "B d_in"], quantise: Converter, chip: Chip) -> Float[Array, "B _d_out"]:
     """Return weights times input codes; for a converter that counts [B, 1], above zero where some are clipped."""
     rows = chip.geometry.rows
     tiles = encoding.split(n, rows, axis=1, front=True)
@@ -45,7 +42,7 @@ def convert_tiles(
     operand = _Operand(chip.columns, chip.units, chip.variance, chip.occupied, chip.flipped)
     worth = jnp.ones((1, 1), n.dtype) if quantise.counts else chip.scale
     if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
-        return _of_tiles(tiles, operand, 0, quantise, chip, kernel) * worth
+        return _of_tiles(tiles, operand, 0, quantise, chip) * worth
 
     # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
     axes = (3 if chip.plan.path == "planes" else 1, 1, 1, 1, 1)
@@ -57,7 +54,7 @@ def convert_tiles(
     def add(y: Array, tile: tuple[Array, _Operand, Array, Array, Array]) -> tuple[Array, None]:
         x, operand, adc_scale, scale, number = tile
         own = quantise._replace(scale=adc_scale[None])
-        of_tile = _of_tiles(x[:, None], along(jnp.expand_dims, operand), number, own, chip, kernel)
+        of_tile = _of_tiles(x[:, None], along(jnp.expand_dims, operand), number, own, chip)
         return y + of_tile * scale[None], None
 
     zero = varying_as(jnp.zeros((n.shape[0], 1 if quantise.counts else chip.shape[1]), n.dtype), n, chip)
@@ -72,7 +69,6 @@ def _of_tiles(
     number: Array | int,
     quantise: Converter,
     chip: Chip,
-    kernel: Kernel,
 ) -> Float[Array, "B _d_out"]:
     """Return the product of row tiles of one scale, which begin with this number."""
     geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]
@@ -82,7 +78,7 @@ def _of_tiles(
     if units is not None and variance is not None and variance.shape[3] > 1:
         variance, of_units = variance[..., :d_out], variance[..., d_out:]
     noise = _noise(variance, 2 * number, columns, chip, tiles.dtype)
-    total = kernel(tiles, columns, adc, operand.occupied, noise)
+    total = _codes(tiles, columns, adc, operand.occupied, noise, chip)
     if adc.counts:
         clipped = jnp.sum(total, axis=(0, 2))
         if units is not None:
@@ -99,6 +95,29 @@ def _of_tiles(
         whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
     ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
     return finish(whole, ones, quantise, chip.flipped, geometry, config)
+
+
+def _codes(
+    tiles: Float[Array, "B R rows"],
+    columns: Any,
+    adc: Converter,
+    occupied: Array | None,
+    noise: Noise | None,
+    chip: Chip,
+) -> Float[Array, "k B _cols"]:
+    """Return the codes of all conversions, shifted and added over input slices and row tiles."""
+    plan, slices, signed = chip.plan, chip.geometry.converted_slices, chip.config.signed_inputs
+    if slices is not None and plan.path == "lookup":
+        return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
+    if slices is not None and plan.path == "planes":
+        return planes(tiles, columns, adc, slices, signed=signed)
+    # Not for gradients, which need the ADC without rounding, and kernels have none; and no TPU has float64.
+    if slices is not None and plan.path == "mosaic" and adc.rounds and tiles.dtype == jnp.float32:
+        from .kernels.mosaic import mosaic  # here, since Pallas takes a quarter of a second to load
+
+        return mosaic(tiles, columns, adc, slices, signed=signed)
+    columns = columns if plan.packing else columns.astype(tiles.dtype)
+    return sliced_products(tiles, columns, plan.packing, adc, slices, occupied, noise)
 
 
 def _unit_sums(

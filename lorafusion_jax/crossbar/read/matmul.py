@@ -26,11 +26,8 @@ from ..devices.physical import is_moved, is_traced, like, varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import Converter, converter, level_units
 from .by_kernel import convert_tiles
-from .conversion_noise import Noise, root
+from .conversion_noise import root
 from .definition import definition
-from .kernels.bit_planes import planes
-from .kernels.lookup import lookup
-from .kernels.sliced_products import sliced_products
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
 _USUAL = 32
@@ -39,12 +36,8 @@ _USUAL = 32
 def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     """Return `x @ W` as the arrays and their converters compute it, in the dtype of `x`.
 
-    It is computed in the dtype of the chip: float32 for weights of 16 bits.
-
-    Args:
-      x: inputs, of any floating dtype; the batch may be empty.
-      chip: from `program`; with read noise or stochastic rounding it needs another key for every read (see
-        `with_read_key`).
+    It is computed in the dtype of the chip: float32 for weights of 16 bits. With read noise or stochastic rounding the
+    chip needs another key for every read (see `with_read_key`).
 
     Raises:
       ValueError: the inputs have another width, a key is missing, an ADC has not been calibrated, or these arrays
@@ -275,28 +268,12 @@ def _converter(chip: Chip) -> Converter | None:
 
 def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B _d_out"]:
     """Return weights times input codes, by the plan's path; see `convert_tiles` for a converter that counts."""
-    plan, signed = chip.plan, chip.config.signed_inputs
-    if plan.path == "product":
+    if chip.plan.path == "product":
         return _product(n, chip)
-    if plan.path == "definition":
+    if chip.plan.path == "definition":
         return definition(n, quantise, chip)
-    slices = chip.geometry.converted_slices
-
-    def kernel(tiles: Array, columns: Any, adc: Converter, occupied: Array | None, noise: Noise | None) -> Array:
-        if slices is not None and plan.path == "lookup":
-            return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
-        if slices is not None and plan.path == "planes":
-            return planes(tiles, columns, adc, slices, signed=signed)
-        # Not for gradients, which need the ADC without rounding, and kernels have none; and no TPU has float64.
-        if slices is not None and plan.path == "mosaic" and adc.rounds and tiles.dtype == jnp.float32:
-            from .kernels.mosaic import mosaic  # here, since Pallas takes a quarter of a second to load
-
-            return mosaic(tiles, columns, adc, slices, signed=signed)
-        columns = columns if plan.packing else columns.astype(tiles.dtype)
-        return sliced_products(tiles, columns, plan.packing, adc, slices, occupied, noise)
-
     assert quantise is not None
-    return convert_tiles(n, quantise, chip, kernel)
+    return convert_tiles(n, quantise, chip)
 
 
 def _product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:

@@ -34,8 +34,7 @@ class Converter(NamedTuple):
       qmin: lowest code, and qmax the highest.
       divides: whether `scale` is divided by.
       rounds: False for the smooth surrogate, which only clips.
-      counts: return 1 for a sum beyond the highest code and 0 for another, instead of its code. Noise below zero, which
-        an unsigned converter clips too, would not be less at half the voltage.
+      counts: return 1 for a sum beyond the highest code and 0 for another, instead of its code.
       transfer: transfer curve of the architecture, or None (see `Architecture`).
     """
 
@@ -55,7 +54,7 @@ class Converter(NamedTuple):
     def __call__(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the codes of sums, given the part of `scale` that applies to them."""
         scaled = self.scaled(sums, scale)
-        if self.counts:
+        if self.counts:  # not noise below zero, which would not be less at half the voltage
             size = abs(scaled) if self.qmin < 0 else scaled
             return (size > self.qmax + 0.5).astype(sums.dtype)
         if self.rounds:
