@@ -137,7 +137,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     if chip.plan.ties is not None:
         lsb = jnp.exp2(jnp.argmin(statistics.errors[..., : _steps(chip)], axis=-1).astype(dtype))
     else:
-        bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
+        bound = _extent(chip, dtype)
         reached = _reached(statistics.histogram, adc.quantile)
         edge = jnp.broadcast_to(bound, reached.shape) * jnp.exp2(reached / _OF_SUMS - _LEAST_SUM)
         # A slice that met only zeros gets the range of the widest.
@@ -192,14 +192,14 @@ def _steps(chip: Chip) -> int:
     return min(STEPS, 1 + max(0, math.ceil(math.log2(share))))
 
 
-def _extent(chip: Chip) -> tuple[Array | float, ...]:
+def _extent(chip: Chip, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
     geometry, config = chip.geometry, chip.config
     full, levels = geometry.tallest * geometry.converted_top, geometry.levels
     # Sums of flipped columns stay below half of it, unless cells are off their targets.
     bounds = geometry.bounds if chip.plan.integers else [top * full for top in levels]
-    return tuple(
-        bound + top * full * config.g_min / (1 - config.g_min) for bound, top in zip(bounds, levels, strict=True)
+    return jnp.asarray(bounds, dtype) + jnp.asarray(levels, dtype) * full * jnp.asarray(
+        config.g_min / (1 - config.g_min), dtype
     )
 
 
@@ -251,7 +251,7 @@ def _of_conversions(
     drawing = jax.random.split(jax.random.key(0), groups)
     conversions = size // slices
     drawn = max(_FEWEST, CONVERSIONS // len(n))
-    bound = jnp.stack([jnp.asarray(b, dtype) for b in _extent(chip)])
+    bound = _extent(chip, dtype)
     quantise = None if chip.limits is None else converter(chip.limits, geometry, config, chip.plan.ties)
     top, steps = geometry.code_range[1], jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
 

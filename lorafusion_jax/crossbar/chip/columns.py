@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_traced, like
 from ..mapping import decoding, encoding
 from ..mapping.bit_fields import FLOAT_BITS, INT_BITS, Packed, certify, over_rows, pack
-from ..mapping.geometry import Geometry
+from ..mapping.geometry import Cells, Columns, Flipped, Gains, Geometry
 from ..read.conversion_noise import powers
 from ..read.kernels.bit_planes import to_planes
 from .plan import ON_REQUEST, Plan
 
 
-class Columns(NamedTuple):
+class Laid(NamedTuple):
     """Columns that multiply the inputs, in the form that the plan's path needs (see `Chip`)."""
 
     plan: Plan
@@ -28,22 +28,22 @@ class Columns(NamedTuple):
 
 
 def lay_out(
-    cells: Float[Array, "K P R C rows cols"] | None,
+    cells: Cells | None,
     slices: Float[Array, "K d_in d_out"],
-    flipped: Bool[Array, "K R C _cols"] | None,
-    gain: Float[Array, "K _P R C cols"] | None,
+    flipped: Flipped | None,
+    gain: Gains | None,
     geometry: Geometry,
     config: CrossbarConfig,
     plan: Plan,
-) -> Columns:
+) -> Laid:
     """Return the columns of cells; without them those of perfect pairs, whose signed digits are in `slices`."""
     if plan.path == "definition":
-        return Columns(plan)
+        return Laid(plan)
     variance = units = None
     if cells is not None and config.device.read_noise is not None:
         variance = decoding.column_variances(powers(cells, geometry, config), geometry, config, gain)
     if plan.path == "product":
-        return Columns(plan, variance=None if variance is None else _telescoped(variance, geometry, config))
+        return Laid(plan, variance=None if variance is None else _telescoped(variance, geometry, config))
     if cells is None:
         columns = encoding.split(slices, geometry.rows, 1, front=True)
     else:
@@ -62,7 +62,7 @@ def lay_out(
         columns, variance, plan = _packed(columns, variance, geometry, config, plan)
     elif plan.path == "packed":
         raise ValueError("path='packed' has no room for this noise: leave path out")
-    return Columns(plan, columns, units, variance)
+    return Laid(plan, columns, units, variance)
 
 
 def _telescoped(
@@ -77,11 +77,7 @@ def _telescoped(
 
 
 def _packed(
-    columns: Float[Array, "k R rows _cols"],
-    variance: Float[Array, "k R rows _cols"] | None,
-    geometry: Geometry,
-    config: CrossbarConfig,
-    plan: Plan,
+    columns: Columns, variance: Columns | None, geometry: Geometry, config: CrossbarConfig, plan: Plan
 ) -> tuple[Packed | Array, Array | None, Plan]:
     """Return integer columns in words, their variances unless these are packed as well, and the plan with its packing.
 

@@ -1,15 +1,4 @@
-"""The plan of a read: the choice among paths that give the same result.
-
-`definition`  every conversion separately, for any configuration, read noise drawn for every cell
-`product`     slices telescope into one matrix product: no ADC, or one that loses nothing
-`loop`        one product for each row tile, weight slice and input slice, with the ADC in its epilogue
-`lookup`      the same sums from tables, for inputs in narrow slices; integer cells are packed
-`planes`      integer cells and narrow inputs as planes of bits that are counted
-`packed`      integer cells, several to one product, for inputs in wider slices
-`mosaic`      the sums and conversions of `loop` in one kernel for a TPU
-
-The modules of these names explain them.
-"""
+"""The plan of a read: the choice among paths that give the same result, which docs/concepts/reads.md lists."""
 
 import dataclasses
 import functools

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ..config.schema import CrossbarConfig, check_limits
 from ..config.structure import split_config
@@ -22,7 +22,7 @@ from ..devices.normal_draws import normal
 from ..devices.physical import NUMBER, is_traced, like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
-from ..mapping.geometry import Geometry
+from ..mapping.geometry import Cells, Gains, Geometry
 from .chip import Chip
 from .columns import lay_out
 from .plan import Path, Plan, choose
@@ -39,7 +39,7 @@ def program(
     key: Array | None = None,
     *,
     path: Path | None = None,
-    conductances: Float[Array, "K P R C rows cols"] | None = None,
+    conductances: Cells | None = None,
 ) -> Chip:
     """Write a matrix into arrays.
 
@@ -112,12 +112,8 @@ def program(
 
 
 def _write(
-    targets: Float[Array, "K P R C rows cols"],
-    geometry: Geometry,
-    config: CrossbarConfig,
-    key: Array | None,
-    conductances: Array | None,
-) -> tuple[Float[Array, "K P R C rows cols"], Array | float, Array | None]:
+    targets: Cells, geometry: Geometry, config: CrossbarConfig, key: Array | None, conductances: Array | None
+) -> tuple[Cells, Array | float, Array | None]:
     """Return cells at the time of the read, modelled or measured, compensation of drift, and mean pulses per cell."""
     factor, pulses, device, g_min = 1.0, None, config.device, like(config.g_min, targets)
     top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
@@ -140,8 +136,8 @@ def _write(
 
 
 def _mismatch(
-    cells: Float[Array, "K P R C rows cols"] | None, geometry: Geometry, config: CrossbarConfig, key: Array | None
-) -> tuple[Float[Array, "K _P R C cols"] | None, Float[Array, "K _P R C cols"] | None]:
+    cells: Cells | None, geometry: Geometry, config: CrossbarConfig, key: Array | None
+) -> tuple[Gains | None, Gains | None]:
     """Return the gain and the offset of each column's ADC, or None without such errors."""
     if config.adc is None or cells is None or key is None:
         return None, None

@@ -10,7 +10,7 @@ current is at most the number of rows of its array.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 import jax
 import numpy as np
@@ -49,18 +49,25 @@ def _is_whole(value: Any, least: int, most: float | int = float("inf")) -> bool:
     return isinstance(value, int) and least <= value <= most
 
 
-def _register(*meta: str) -> Callable[[_Class], _Class]:
-    """Register a frozen dataclass as a pytree whose `meta` fields are structure and whose others are values."""
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _part(*static: str) -> Callable[[_Class], _Class]:
+    """Make a class a frozen dataclass with checked choices, and a pytree whose `static` fields are structure."""
 
     def decorate(cls: _Class) -> _Class:
-        names = [field.name for field in dataclasses.fields(cls)]
-        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in meta], list(meta))
+        others = cls.__post_init__
+
+        def check(self: Any) -> None:
+            _check_choices(self)
+            others(self)
+
+        cls.__post_init__ = check
+        names = [field.name for field in dataclasses.fields(dataclasses.dataclass(frozen=True, kw_only=True)(cls))]
+        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], list(static))
 
     return decorate
 
 
-@_register("bits")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part("bits")
 class Cell:
     """A ReRAM cell.
 
@@ -82,8 +89,7 @@ class Cell:
         _require(self, "on_off_ratio", bool(valid), "give Gmax / Gmin > 1, or None for infinite")
 
 
-@_register("kind", "two_sided", "unit_column", "flip")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part("kind", "two_sided", "unit_column", "flip")
 class Encoding:
     """Encoding of signed weights as conductances, which have no sign.
 
@@ -102,7 +108,6 @@ class Encoding:
     flip: bool = False
 
     def __post_init__(self):
-        _check_choices(self)
         if self.kind == "differential" and (self.unit_column or self.flip):
             raise ValueError("encoding: a unit column and flipped columns belong to kind='offset'")
         if self.kind == "offset" and self.two_sided:
@@ -111,8 +116,7 @@ class Encoding:
             raise ValueError("encoding: flipped columns are recovered by the unit column: set unit_column=True")
 
 
-@_register("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding")
 class DAC:
     """Conversion of inputs to voltages: they are quantised and sent in slices.
 
@@ -144,7 +148,6 @@ class DAC:
         _require(self, "bits", _is_whole(self.bits, least, 16), remedy)
         sliced = self.slice_bits is None or _is_whole(self.slice_bits, 1, self.bits)
         _require(self, "slice_bits", sliced, f"give 1 to {self.bits} bits, or None for no slicing")
-        _check_choices(self)
         _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of inputs from 0.5 to 1")
         valid = not isinstance(self.limit, NUMBER) or 0 < self.limit < float("inf")
         _require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
@@ -161,8 +164,7 @@ class DAC:
         return (*[step] * (total // step), *([total % step] if total % step else []))
 
 
-@_register("bits", "range", "convert", "separate", "quantile", "clip_share", "retries", "architecture")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part("bits", "range", "convert", "separate", "quantile", "clip_share", "retries", "architecture")
 class ADC:
     """Conversion of column currents to numbers.
 
@@ -199,7 +201,6 @@ class ADC:
 
     def __post_init__(self):
         _require(self, "bits", _is_whole(self.bits, 2, 16), "give 2 to 16 bits, or adc=None for an ideal ADC")
-        _check_choices(self)
         if (self.range == "given") != (self.limits is not None):
             raise ValueError("adc.limits go with adc.range='given', and only with it")
         _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
@@ -214,8 +215,7 @@ class ADC:
             _require(self, name, bool(valid), "a standard deviation cannot be negative")
 
 
-@_register("rows", "cols", "partition")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part("rows", "cols", "partition")
 class Tile:
     """One physical array, and how a matrix is cut into such arrays.
 
@@ -238,13 +238,11 @@ class Tile:
         for name in ("rows", "cols"):
             valid = getattr(self, name) is None or _is_whole(getattr(self, name), 1)
             _require(self, name, valid, "give a positive number, or None for no limit")
-        _check_choices(self)
         valid = not isinstance(self.current_limit, NUMBER) or self.current_limit > 0
         _require(self, "current_limit", bool(valid), "give a positive current, or None")
 
 
-@_register("weight_bits", "scale", "quantile")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part("weight_bits", "scale", "quantile")
 class Mapping:
     """Scaling of weights onto the cells.
 
@@ -261,12 +259,10 @@ class Mapping:
     def __post_init__(self):
         valid = self.weight_bits is None or _is_whole(self.weight_bits, 2, 16)
         _require(self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights")
-        _check_choices(self)
         _require(self, "quantile", 0 < self.quantile <= 1, "give a share of weights in (0, 1]")
 
 
-@_register()
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@_part()
 class CrossbarConfig:
     """Configuration of a crossbar; by default 128 x 128 arrays of four 2-bit differential cells, without ADC or noise.
 

@@ -1,15 +1,7 @@
 """Counts of matrices on a crossbar; energy, time and wear of writing them, and energy and latency of reading them.
 
 Energies are linear in the counts of `counts`, so that matrices and layers add up. Joules and seconds, as ranges.
-
-    writing   E = cells E_cell     t = max(rows / arrays at once, tallest) t_row     wear = pulses / endurance
-    reading   array      cells J E_read         J input slices, of s_j bits
-              DAC        rows sum_j (2^s_j - 1) E_DAC
-              ADC        conversions E_conversion(bits), of its architecture (`mapping.adc`)
-              shift-add  additions E_add
-              digital    sums E_add + outputs E_MAC + (inputs + outputs) E_word
-
-docs/guides/cost.md explains them, and lists effects that are not modelled.
+docs/concepts/cost.md has the formulas, and lists effects that are not modelled.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """Standard normal draws in bulk, at a fraction of the time of `jax.random.normal` on a CPU.
 
 Threefry-2x32 (Salmon et al., SC 2011) turns counters into bits, so that any part of a large draw can be computed
-where it is needed, the same on any number of devices. On a CPU `jax.random` runs its rounds in a loop, which XLA cannot
-fuse with what follows. Unrolled, bits, transform and the use of a draw become one pass over the result. There are 13
-rounds, from which on no statistical flaw has been found (Random123, threefry.h), where `jax.random` has 20.
+where it is needed. On a CPU `jax.random` runs its rounds in a loop, which XLA cannot fuse; here they are unrolled. With
+13 rounds or more no statistical flaw is known (Random123, threefry.h); `jax.random` has 20.
 """
 
 import math

@@ -4,10 +4,9 @@ Slice k lies in a field of its word: word = sum_k g_k 2^(shift_k). Its sum over 
 
     sum_k S_k 2^(shift_k),   low_k <= S_k <= high_k,
 
-where low and high follow from the cells of the column. With sum_k low_k 2^(shift_k) taken off, every field holds
-S_k - low_k >= 0, and comes out whole by a shift and a mask as long as high_k - low_k fits it. That is the
-certificate: it rests on the cells, whatever the inputs. In float32 a word has 24 bits and every partial sum is an
-integer below 2^24, thus exact; in int32 it has 32, for sums wrap around without harm.
+where low and high follow from the cells of the column, for any inputs. With sum_k low_k 2^(shift_k) taken off, a shift
+and a mask give S_k - low_k >= 0, if high_k - low_k fits its field: that is the certificate. In float32 a word has 24
+bits, because every partial sum is an integer below 2^24; in int32 it has 32, because sums wrap around without harm.
 """
 
 import dataclasses

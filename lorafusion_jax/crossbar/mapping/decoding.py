@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from ..config.schema import CrossbarConfig
 from . import encoding
 from .adc.quantiser import Converter
-from .geometry import Geometry
+from .geometry import Cells, Codes, Columns, Flipped, Gains, Geometry
 
 
 def kappa(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
@@ -45,12 +45,7 @@ def recover(
     return jnp.where(flipped, top * ones - values, values) - zero * ones
 
 
-def programmed_codes(
-    cells: Float[Array, "K P R C rows cols"],
-    flipped: Bool[Array, "K R C _cols"] | None,
-    geometry: Geometry,
-    config: CrossbarConfig,
-) -> Float[Array, "d_in d_out"]:
+def programmed_codes(cells: Cells, flipped: Flipped | None, geometry: Geometry, config: CrossbarConfig) -> Codes:
     """Return the weight codes of cells: the sums of a perfect read."""
     if config.encoding.kind == "differential":
         slices = cells[:, 0] - cells[:, 1]
@@ -63,12 +58,7 @@ def programmed_codes(
     return encoding.join(encoding.join(jnp.moveaxis(codes, 1, 2), geometry.rows, 0, front=True), geometry.cols, 1)
 
 
-def columns(
-    cells: Float[Array, "K P R C rows cols"],
-    geometry: Geometry,
-    config: CrossbarConfig,
-    gain: Float[Array, "K _P R C cols"] | None = None,
-) -> Float[Array, "k R rows _cols"]:
+def columns(cells: Cells, geometry: Geometry, config: CrossbarConfig, gain: Gains | None = None) -> Columns:
     """Return the factors of the inputs, one entry for each conversion; unit columns come after all others."""
     if config.encoding.kind == "differential" and not config.converts_each:
         converted = (cells[:, 0] - cells[:, 1])[:, None]
@@ -78,11 +68,8 @@ def columns(
 
 
 def column_variances(
-    variances: Float[Array, "K P R C rows _cols"],
-    geometry: Geometry,
-    config: CrossbarConfig,
-    gain: Float[Array, "K _P R C cols"] | None = None,
-) -> Float[Array, "k R rows _cols"]:
+    variances: Float[Array, "K P R C rows _cols"], geometry: Geometry, config: CrossbarConfig, gain: Gains | None = None
+) -> Columns:
     """Return the variances of the result of `columns`, given those of the cells; one column may stand for all."""
     if config.encoding.kind == "differential" and not config.converts_each:
         variances = (variances[:, 0] + variances[:, 1])[:, None]
@@ -90,9 +77,7 @@ def column_variances(
 
 
 def unflipped(
-    columns: Float[Array, "K R rows _cols"],
-    flipped: Bool[Array, "K R C cols"],
-    geometry: Geometry,
+    columns: Float[Array, "K R rows _cols"], flipped: Flipped, geometry: Geometry
 ) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
     """Return the columns, with flipped ones negated, and the unit columns.
 
@@ -103,16 +88,13 @@ def unflipped(
 
 
 def as_stored(
-    columns: Float[Array, "K R rows d_out"],
-    units: Float[Array, "K R rows C"],
-    flipped: Bool[Array, "K R C cols"],
-    geometry: Geometry,
+    columns: Float[Array, "K R rows d_out"], units: Float[Array, "K R rows C"], flipped: Flipped, geometry: Geometry
 ) -> Float[Array, "K R rows _cols"]:
     """Undo `unflipped`."""
     return jnp.concatenate([columns * _signs(flipped, geometry, columns.dtype), units], axis=3)
 
 
-def _signs(flipped: Bool[Array, "K R C cols"], geometry: Geometry, dtype: jnp.dtype) -> Float[Array, "K R 1 d_out"]:
+def _signs(flipped: Flipped, geometry: Geometry, dtype: jnp.dtype) -> Float[Array, "K R 1 d_out"]:
     """Return -1 for columns that are stored inverted, else 1."""
     return 1 - 2 * encoding.join(flipped, geometry.cols, 2).astype(dtype)[:, :, None]
 
@@ -120,7 +102,7 @@ def _signs(flipped: Bool[Array, "K R C cols"], geometry: Geometry, dtype: jnp.dt
 def recover_flipped(
     columns: Float[Array, "K B C cols"],
     units: Float[Array, "K R B C"],
-    flipped: Bool[Array, "K R C cols"],
+    flipped: Flipped,
     geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "K B C cols"]:
@@ -132,9 +114,7 @@ def recover_flipped(
     return columns + jnp.einsum("krbc,krco->kbco", units / (1 + gmin), share, precision="highest")
 
 
-def _side_by_side(
-    converted: Float[Array, "K P R C rows cols"], geometry: Geometry, config: CrossbarConfig
-) -> Float[Array, "k R rows _cols"]:
+def _side_by_side(converted: Cells, geometry: Geometry, config: CrossbarConfig) -> Columns:
     cols, converted = geometry.cols, jnp.concatenate(list(jnp.moveaxis(converted, 1, 0)))
     if converted.shape[4] == 1 < max(cols):
         return converted[:, :, 0]
@@ -148,7 +128,7 @@ def finish(
     total: Float[Array, "K A C cols"],
     ones: Float[Array, "#A 1 1"],
     quantise: Converter | None,
-    flipped: Bool[Array, "K R C _cols"] | None,
+    flipped: Flipped | None,
     geometry: Geometry,
     config: CrossbarConfig,
 ) -> Float[Array, "A d_out"]:

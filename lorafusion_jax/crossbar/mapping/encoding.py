@@ -12,10 +12,10 @@ The rules are those of CrossSim 3.2 (Sandia). Slices run from the least signific
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ..config.schema import CrossbarConfig
-from .geometry import Geometry
+from .geometry import Cells, Codes, Flipped, Geometry
 
 # Purpose of a read's key, in addition to the numbers of its row tiles.
 _ROUNDING = 2**31
@@ -51,9 +51,7 @@ def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) ->
     return jnp.concatenate(cut, axis=axis)
 
 
-def full_scale(
-    weights: Float[Array, "d_in d_out"], geometry: Geometry, config: CrossbarConfig
-) -> Float[Array, "_R _cols"]:
+def full_scale(weights: Codes, geometry: Geometry, config: CrossbarConfig) -> Float[Array, "_R _cols"]:
     """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out]."""
 
     def largest(values: Array, axis: tuple[int, ...]) -> Array:
@@ -90,9 +88,7 @@ def per_weight(scale: Float[Array, "_R _cols"], geometry: Geometry) -> Array:
     return jnp.concatenate(bands)
 
 
-def weight_codes(
-    weights: Float[Array, "d_in d_out"], scale: Float[Array, "_R _cols"], geometry: Geometry, config: CrossbarConfig
-) -> Float[Array, "d_in d_out"]:
+def weight_codes(weights: Codes, scale: Float[Array, "_R _cols"], geometry: Geometry, config: CrossbarConfig) -> Codes:
     """Return the signed weight codes q: integers, or w / M in [-1, 1] for real-valued weights."""
     codes = weights / per_weight(scale, geometry)
     if config.mapping.weight_bits is not None:
@@ -124,7 +120,7 @@ def digits(
 
 def to_arrays(
     slices: Float[Array, "K d_in d_out"], geometry: Geometry, config: CrossbarConfig
-) -> tuple[Float[Array, "K P R C rows cols"], Bool[Array, "K R C _cols"] | None]:
+) -> tuple[Cells, Flipped | None]:
     """Return the target level of every cell of the arrays, a unit column last, and which columns are flipped."""
     rows, cols = geometry.rows, geometry.cols
     top = jnp.asarray(geometry.levels, slices.dtype)

@@ -9,9 +9,17 @@ import itertools
 import math
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
+
+# Arrays of a matrix: its codes, the cells, columns that are stored inverted, gains or offsets of conversions, and the
+# factors of the inputs at every conversion.
+Codes = Float[Array, "d_in d_out"]
+Cells = Float[Array, "K P R C rows cols"]
+Flipped = Bool[Array, "K R C _cols"]
+Gains = Float[Array, "K _P R C cols"]
+Columns = Float[Array, "k R rows _cols"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

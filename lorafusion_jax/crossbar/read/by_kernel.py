@@ -64,11 +64,7 @@ def convert_tiles(n: Float[Array, "B d_in"], quantise: Converter, chip: Chip) ->
 
 
 def _of_tiles(
-    tiles: Float[Array, "B R rows"],
-    operand: _Operand,
-    number: Array | int,
-    quantise: Converter,
-    chip: Chip,
+    tiles: Float[Array, "B R rows"], operand: _Operand, number: Array | int, quantise: Converter, chip: Chip
 ) -> Float[Array, "B _d_out"]:
     """Return the product of row tiles of one scale, which begin with this number."""
     geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]

@@ -20,7 +20,7 @@ from ..devices.normal_draws import normal_at
 from ..devices.physical import like
 from ..mapping.adc.quantiser import stacked_units
 from ..mapping.decoding import kappa
-from ..mapping.geometry import Geometry
+from ..mapping.geometry import Cells, Geometry
 
 
 class Noise(NamedTuple):
@@ -39,9 +39,7 @@ class Noise(NamedTuple):
     of_adc: Float[Array, " K"] | None = None
 
 
-def powers(
-    cells: Float[Array, "K P R C rows cols"], geometry: Geometry, config: CrossbarConfig
-) -> Float[Array, "K P R C rows _cols"]:
+def powers(cells: Cells, geometry: Geometry, config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
     """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1 for all columns alike."""
     assert config.device.read_noise is not None
     if config.device.read_noise.kind == "independent":

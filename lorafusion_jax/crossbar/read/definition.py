@@ -19,7 +19,7 @@ from ..devices.wires import currents
 from ..mapping import encoding
 from ..mapping.adc.quantiser import Converter
 from ..mapping.decoding import finish
-from ..mapping.geometry import Geometry
+from ..mapping.geometry import Cells, Geometry
 from ..platform import for_cpu
 from .conversion_noise import of_conversions
 
@@ -80,7 +80,7 @@ def column_sums(
 
 def all_sums(
     codes: Float[Array, "R rows"],
-    cells: Float[Array, "K P R C rows cols"],
+    cells: Cells,
     key: PRNGKeyArray | None,
     geometry: Geometry,
     config: CrossbarConfig,
@@ -108,7 +108,7 @@ def all_sums(
     return over_input_slices(pulses, cells, tops, keys)
 
 
-def input_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> int:
+def input_bytes(cells: Cells, config: CrossbarConfig) -> int:
     """Return the bytes of temporaries that `all_sums` takes, unless they exceed the budget."""
     slices, _, row_tiles, column_tiles = cells.shape[:4]
     return len(config.input_slices) * slices * row_tiles * column_tiles * _tile_bytes(cells, config)
@@ -134,7 +134,7 @@ def mapped(
     return in_turn, max(BUDGET, bytes_each)
 
 
-def _tile_bytes(cells: Float[Array, "K P R C rows cols"], config: CrossbarConfig) -> int:
+def _tile_bytes(cells: Cells, config: CrossbarConfig) -> int:
     """Return the bytes of temporaries that one call of `column_sums` takes."""
     polarities, rows, cols = cells.shape[1], *cells.shape[4:]
     columns = polarities * cols * cells.dtype.itemsize
