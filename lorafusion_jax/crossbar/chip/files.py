@@ -133,9 +133,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         for entry in archive.infolist():
             name, left = entry.filename.removesuffix(".npy"), left - entry.file_size
             if entry.compress_type != zipfile.ZIP_STORED or left < 0:
-                raise ValueError(
-                    f"{name} is compressed or shares its bytes, unlike what save_chip writes: program the weights again"
-                )
+                raise ValueError(f"{name} is compressed or shares its bytes: program the weights again")
             content = io.BytesIO(archive.read(entry))
             version = np.lib.format.read_magic(content)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

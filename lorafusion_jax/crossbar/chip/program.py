@@ -94,9 +94,6 @@ def program(
         codes=_straight_through(real, codes),
         scale=scale,
         cells=jax.lax.stop_gradient(cells) if by_cell else None,
-        columns=laid.columns,
-        units=laid.units,
-        variance=laid.variance,
         occupied=occupied,
         flipped=flipped,
         gain=gain if by_cell else None,
@@ -107,7 +104,7 @@ def program(
         values=values,
         structure=structure,
         geometry=geometry,
-        plan=laid.plan,
+        **laid._asdict(),
     )
 
 
@@ -217,10 +214,7 @@ def _check_conductances(conductances: Array, config: CrossbarConfig) -> None:
         return
     low, high = float(np.min(conductances)), float(np.max(conductances))
     if not 0 <= low <= high <= _MOST:
-        raise ValueError(
-            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1; divide "
-            "microsiemens by the Gmax of the cells"
-        )
+        raise ValueError(f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1")
 
 
 def _warn_of_clipping(geometry: Geometry, config: CrossbarConfig) -> None:

@@ -303,9 +303,7 @@ class CrossbarConfig:
             if adc.separate and self.encoding.kind != "differential":
                 raise ValueError("adc.separate converts positive and negative columns: it needs kind='differential'")
             if adc.range == "granular" and (self.dac is None or cell.bits is None):
-                raise ValueError(
-                    "adc.range='granular' is one level of a cell at one input step: give dac and cell.bits"
-                )
+                raise ValueError("adc.range='granular' is one level at one input step: give dac and cell.bits")
             check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
 
     @property

@@ -163,8 +163,6 @@ def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Cons
 
 def _converters(config: CrossbarConfig) -> tuple[DAC, ADC]:
     if config.dac is None or config.adc is None:
-        raise ValueError(
-            f"{'dac' if config.dac is None else 'adc'} = None is an ideal converter, which has no energy: give one "
-            "with bits, or a preset that has both, such as isaac"
-        )
+        ideal = "dac" if config.dac is None else "adc"
+        raise ValueError(f"{ideal} = None is an ideal converter, which has no energy: give one with bits")
     return config.dac, config.adc

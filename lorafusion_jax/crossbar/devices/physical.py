@@ -69,10 +69,7 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
 def for_each_cell(name: str, values: Any, shape: tuple[int, ...]) -> Any:
     """Return the result of a device model, which may be a user's function; raises a ValueError for another shape."""
     if jnp.shape(values) != shape:
-        raise ValueError(
-            f"Device.{name} returned values of shape {jnp.shape(values)} for cells of shape {shape}: return one value "
-            "for each cell"
-        )
+        raise ValueError(f"Device.{name} returned values of shape {jnp.shape(values)} for cells of shape {shape}")
     return values
 
 

@@ -71,10 +71,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
         return linen_models.convert(model, rules, key, inputs, options)
     if isinstance(model, OnArrays):
         raise ValueError("the model is on arrays already: give `convert` the digital one, with all rules")
-    raise ValueError(
-        f"a model of type {type(model).__name__}: give an NNX module, or a Linen module with its variables, "
-        "module.bind(variables)"
-    )
+    raise ValueError(f"a model of type {type(model).__name__}: give an NNX module, or a Linen module.bind(variables)")
 
 
 def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:

@@ -92,8 +92,7 @@ def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **res
     """Return `jnp.einsum(equation, x, kernel, ...)`, of the equation that the kernel was programmed for."""
     if equation != kernel.equation:
         raise ValueError(
-            f"{kernel.chip.name} was put on arrays for {kernel.equation!r}, and is called with {equation!r}: leave it "
-            "digital with a rule of None"
+            f"{kernel.chip.name} is on arrays for {kernel.equation!r}, not for {equation!r}: leave it digital"
         )
     of_x, of_kernel, of_y = operands(equation)
     groups, inputs = ("".join(of_kernel[axis] for axis in axes) for axes in einsum_axes(equation))

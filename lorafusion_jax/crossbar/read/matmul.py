@@ -195,13 +195,11 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
             continue
         if not name.startswith(of_read) and all("." in other for other in moved):
             raise ValueError(
-                f"{name} is not used by a read: it acts where arrays are programmed, if at all. Call program (or "
-                "program_tree) inside what is differentiated"
+                f"{name} is not used by a read: it acts earlier. Call program inside what is differentiated"
             )
         if config.tile.wire is not None and name.startswith(of_read) and name != "tile.current_limit":
             raise ValueError(
-                f"{name} has no gradient on arrays with resistive wires, whose currents are iterated until they are "
-                "within a tolerance: leave it out with jax.lax.stop_gradient, or take differences"
+                f"{name} has no gradient with resistive wires: use jax.lax.stop_gradient, or take differences"
             )
 
 
@@ -213,16 +211,14 @@ def _check_limits(chip: Chip, config: CrossbarConfig) -> None:
     slices, row_tiles = len(geometry.levels), len(geometry.rows)
     if limits.shape not in {(1, slices, 2), (row_tiles, slices, 2)}:
         raise ValueError(
-            f"chip.limits of shape {limits.shape}: give one range for all row tiles, (1, {slices}, 2), or "
-            f"({row_tiles}, {slices}, 2)"
+            f"chip.limits of shape {limits.shape}: give (1, {slices}, 2) or ({row_tiles}, {slices}, 2)"
         )
     # Units of a configuration's arrays are traced inside a transformation even where the chip is not.
     if chip.plan.path != "product" or is_traced((limits, level_units(geometry, config))):
         return
     if not loses_nothing(np.asarray(limits), geometry, config):
         raise ValueError(
-            "chip.limits lose bits, but these arrays were put into one product since their ADC lost none: program "
-            "them with path='loop', or with adc.range='given' and these limits"
+            "chip.limits lose bits, but this chip is one product: program it with path='loop' or these limits"
         )
 
 

@@ -108,10 +108,7 @@ def fixed_limits(
     if adc.range == "given":
         given = xp.asarray(adc.limits, dtype)
         if given.ndim == 3 and len(given) not in (1, len(rows)):
-            raise ValueError(
-                f"ADC limits of {len(given)} row tiles, but these weights take {len(rows)}: give one range for all, "
-                f"[slices, 2], or [{len(rows)}, slices, 2]"
-            )
+            raise ValueError(f"ADC limits of {len(given)} row tiles: expected 1 or {len(rows)}")
         return given[None] if given.ndim == 2 else given
     if adc.range == "max":
         heights = (max(rows),) if len(set(rows)) == 1 else rows
