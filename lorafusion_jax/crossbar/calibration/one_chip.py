@@ -167,7 +167,7 @@ def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Arra
             raise ValueError("calibration saw no input: probe the arrays with some inputs first")
         if bool(jnp.any((reached == 2) | (reached == INPUT_BINS))):
             raise ValueError(
-                f"calibration saw inputs beyond 2^+-{_LEAST_INPUT}: scale them, or choose dac.scaling='row'"
+                f"calibration saw inputs below 2^-{_LEAST_INPUT}, above 2^{_LEAST_INPUT} or infinite: scale them"
             )
     edge = jnp.exp2(reached / _OF_INPUTS - _LEAST_INPUT)
     return jnp.where(reached > 1, edge, jnp.ones_like(edge))

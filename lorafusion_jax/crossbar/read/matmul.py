@@ -210,9 +210,7 @@ def _check_limits(chip: Chip, config: CrossbarConfig) -> None:
         return
     slices, row_tiles = len(geometry.levels), len(geometry.rows)
     if limits.shape not in {(1, slices, 2), (row_tiles, slices, 2)}:
-        raise ValueError(
-            f"chip.limits of shape {limits.shape}: give (1, {slices}, 2) or ({row_tiles}, {slices}, 2)"
-        )
+        raise ValueError(f"chip.limits of shape {limits.shape}: give (1, {slices}, 2) or ({row_tiles}, {slices}, 2)")
     # Units of a configuration's arrays are traced inside a transformation even where the chip is not.
     if chip.plan.path != "product" or is_traced((limits, level_units(geometry, config))):
         return
