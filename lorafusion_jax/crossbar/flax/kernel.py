@@ -61,12 +61,8 @@ class Kernel:
         if out_sharding is not None:
             raise ValueError(f"{name} is on arrays, which take no out_sharding: leave that out, or the layer digital")
         if self.chip.tap is None:
-            check_ready(
-                self.chip,
-                name,
-                key="model = crossbar.flax.with_read_key(model, jax.random.fold_in(key, step))",
-                ranges="model = crossbar.flax.calibrate(model, batches)",
-            )
+            key = "model = crossbar.flax.with_read_key(model, jax.random.fold_in(key, step))"
+            check_ready(self.chip, name, key=key, ranges="model = crossbar.flax.calibrate(model, batches)")
         lead = x.shape[: x.ndim - inputs]
         grouped = (math.prod(lead[:groups]),) if groups else ()
         x = x.reshape(*grouped, *lead[groups:], math.prod(x.shape[x.ndim - inputs :]))

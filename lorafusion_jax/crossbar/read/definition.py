@@ -4,6 +4,7 @@ The code is short and handles every configuration; each faster path is tested ag
 noise at every read, and computes as much at a time as fits `BUDGET`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,28 +91,22 @@ def all_sums(
     """Return the column sums of one input vector in every tile, for every pair of slices, each with separate noise."""
     pulses = encoding.pulses(codes, geometry)  # [J, R, rows]
     tops = jnp.asarray(geometry.levels, codes.dtype)
-    keys = None
-    if key is not None:
-        slices, _, row_tiles, column_tiles = cells.shape[:4]
-        keys = jax.random.split(key, (len(config.input_slices), slices, row_tiles, column_tiles))
+    sizes = (len(pulses), cells.shape[0], *cells.shape[2:4])
+    keys, along_key = (None, None) if key is None else (jax.random.split(key, sizes), 0)
 
-    def tile(u: Array, g: Array, top: Array, key: Array | None) -> Array:
+    def sums(u: Array, g: Array, top: Array, key: Array | None) -> Array:
         return column_sums(u, g, top, key, geometry, config, integers=integers)
 
-    along_key = None if keys is None else 0
-    slices, _, row_tiles, column_tiles = cells.shape[:4]
-    bytes_each = _tile_bytes(cells, config)
-    over_column_tiles, bytes_each = mapped(tile, (None, 1, None, along_key), column_tiles, bytes_each)
-    over_row_tiles, bytes_each = mapped(over_column_tiles, (0, 1, None, along_key), row_tiles, bytes_each)
-    over_weight_slices, bytes_each = mapped(over_row_tiles, (None, 0, 0, along_key), slices, bytes_each)
-    over_input_slices, _ = mapped(over_weight_slices, (0, None, None, along_key), len(pulses), bytes_each)
-    return over_input_slices(pulses, cells, tops, keys)
+    over, bytes_each = sums, _tile_bytes(cells, config)
+    along = ((None, 1, None), (0, 1, None), (None, 0, 0), (0, None, None))  # column tiles first, input slices last
+    for axes, size in zip(along, reversed(sizes), strict=True):
+        over, bytes_each = mapped(over, (*axes, along_key), size, bytes_each)
+    return over(pulses, cells, tops, keys)
 
 
 def input_bytes(cells: Cells, config: CrossbarConfig) -> int:
     """Return the bytes of temporaries that `all_sums` takes, unless they exceed the budget."""
-    slices, _, row_tiles, column_tiles = cells.shape[:4]
-    return len(config.input_slices) * slices * row_tiles * column_tiles * _tile_bytes(cells, config)
+    return len(config.input_slices) * len(cells) * math.prod(cells.shape[2:4]) * _tile_bytes(cells, config)
 
 
 def mapped(

@@ -46,20 +46,15 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     if chip.tap is not None:
         return chip.tap.collect(x, dataclasses.replace(chip, tap=None))
     check_inputs(x, chip)
-    config, shape = chip.config, chip.matrix_shape
-    check_ready(
-        chip,
-        "this crossbar",
-        key="chip = with_read_key(chip, jax.random.fold_in(key, step))",
-        ranges="chip = calibrated(chip, probe(x, chip)[1])",
-    )
-    _check_limits(chip, config)
+    key, ranges = "with_read_key(chip, jax.random.fold_in(key, step))", "calibrated(chip, probe(x, chip)[1])"
+    check_ready(chip, "this crossbar", key=f"chip = {key}", ranges=f"chip = {ranges}")
+    _check_limits(chip)
     if 0 in x.shape:
-        return jnp.zeros((*x.shape[:-1], shape[1]), x.dtype)
+        return jnp.zeros((*x.shape[:-1], chip.shape[1]), x.dtype)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(chip.codes.dtype)
     # Without its name, so that weights of one kind share a compiled read.
     y = _compiled(batch, dataclasses.replace(chip, name="", first=0))
-    return y.reshape(*x.shape[:-1], shape[1]).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], chip.shape[1]).astype(x.dtype)
 
 
 def check_inputs(x: Array, chip: Chip) -> None:
@@ -203,9 +198,9 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
             )
 
 
-def _check_limits(chip: Chip, config: CrossbarConfig) -> None:
+def _check_limits(chip: Chip) -> None:
     """Raise an error for ADC ranges, set after programming, that the arrays cannot be read with."""
-    limits, geometry = chip.limits, chip.geometry
+    limits, geometry, config = chip.limits, chip.geometry, chip.config
     if config.adc is None or limits is None:
         return
     slices, row_tiles = len(geometry.levels), len(geometry.rows)

@@ -20,7 +20,7 @@ from .. import (
     with_read_key,
 )
 
-_WEIGHTS, _X = (np.random.default_rng(0).normal(size=shape).astype("float32") for shape in ((40, 6), (3, 40)))
+_WEIGHTS, _X = (jax.random.normal(jax.random.key(0), shape) for shape in ((40, 6), (3, 40)))
 
 
 def test_an_ideal_crossbar_is_a_matrix_product():

@@ -4,6 +4,8 @@ Real-valued cells take one product for each weight slice. Integers are packed, s
 of one float32 product; `mapping.bit_fields` has the certificate.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -62,7 +64,7 @@ def sliced_products(
                 if packing is None or least is None:
                     sums, *variances = (each[None] for each in found)
                 else:
-                    word = sum(each.astype(jnp.int32) for each in found)
+                    word = functools.reduce(jnp.add, [each.astype(jnp.int32) for each in found])
                     sums = (unpack(word, packing.fields[own]) + least[own, None]).astype(n.dtype)
                     variances = [unpack(word, packing.variances[own]).astype(n.dtype)] if packing.variances else []
                 if noise is not None:
