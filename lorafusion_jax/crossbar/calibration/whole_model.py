@@ -54,12 +54,8 @@ def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
 def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, Any]]:
     """Return a row for every matrix in arrays: its place, its signal to noise ratio, and the share that is clipped.
 
-    Warns if more conversions are clipped than `adc.clip_share`, or more inputs than `dac.clip_share`.
-
-    Returns:
-      Rows of {site, layer, module (None where the weight has no such axis), sqnr (dB, x @ W with the weights as
-      programmed against its read), clipped (share of the conversions of the slice that clips most), clipped_inputs
-      (share)}.
+    Rows have {site, layer, module (None without such an axis), sqnr (dB, x @ W against its read), clipped (share of the
+    conversions of the slice that clips most), clipped_inputs (share)}. Shares over `clip_share` warn.
     """
     rows, of_adcs, of_dacs = [], [], []
     for leaf, seen in zip(chips_in(weights), statistics, strict=True):
@@ -94,9 +90,8 @@ def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Stati
 
 def _zeros(leaf: Chip) -> Statistics:
     lead, dtype, slices = leaf.shape[:-2], leaf.codes.dtype, len(leaf.config.weight_slices)
-    of_conversions = {"histogram": (slices, BINS), "errors": (slices, STEPS), "clipped": (slices,)}
-    shapes = of_conversions | {"inputs": (INPUT_BINS,), "clipped_inputs": (), "signal": (), "error": ()}
-    return Statistics(**{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()})
+    shapes = ((slices, BINS), (slices, STEPS), (slices,), (INPUT_BINS,), (), (), ())
+    return Statistics(*(jnp.zeros((*lead, *shape), dtype) for shape in shapes))
 
 
 def _awaits_inputs(leaf: Chip) -> bool:

@@ -76,9 +76,8 @@ class Chip:
         shape = getattr(self.codes, "shape", None)
         if not isinstance(shape, tuple) or len(shape) < 2:
             return "Chip(...)"  # a pytree being rebuilt with placeholders
-        geometry = self.geometry
-        tiles = len(geometry.rows) * len(geometry.cols)
-        arrays = math.prod(shape[:-2]) * tiles * len(geometry.levels) * geometry.polarities
+        each = [len(parts) for parts in (self.geometry.rows, self.geometry.cols, self.geometry.levels)]
+        arrays = math.prod((*shape[:-2], *each, self.geometry.polarities))
         name = f"{self.name!r}, " if self.name else ""
         return f"Chip({name}shape={shape}, arrays={arrays}, path={self.plan.path!r})"
 

@@ -76,8 +76,7 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
     """Return a preset by its name, or the configuration in a `.yaml`, `.yml` or `.json` file.
 
     Raises:
-      ValueError: the preset is unknown, the file is missing or cannot be read, or a key or value is not valid; the
-        message names it and the choices.
+      ValueError: the preset is unknown, the file is missing or cannot be read, or a key or value is not valid.
     """
     if str(name_or_path) in PRESETS:
         return PRESETS[str(name_or_path)]
@@ -95,10 +94,9 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
 
 
 def config_hash(config: CrossbarConfig) -> str:
-    """Return the SHA-256 of a configuration, which is the same in every process.
+    """Return the SHA-256 of a configuration, the same in every process, without settings that only warn (`clip_share`).
 
-    A device model that is a function enters by its module and name. Settings that only warn (`clip_share`) do not
-    enter. Fields that were added later enter only if they are set, so that chips saved earlier still match.
+    Fields that were added later enter only if they are set, so that chips saved earlier still match.
     """
     adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
     dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)

@@ -1,8 +1,7 @@
 """Crossbars of the literature, with the source of each number and a note on parts that are not modelled.
 
 [S] was read in the named source, [R] is recalled from the paper. Inputs are sign and magnitude everywhere, and full
-scale is each input vector's largest |x|. An array holds one weight slice; designs that put the slices of a weight into
-neighbouring columns of one array have the same number of cells.
+scale is each input vector's largest |x|. An array holds one weight slice.
 """
 
 from types import MappingProxyType

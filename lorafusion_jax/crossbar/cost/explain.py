@@ -126,8 +126,10 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
 
 def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     """Return the plan that programming would make, without computing anything."""
+    plans = []
     weights, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(jax.random.key, 0)
-    return jax.eval_shape(lambda weights, key: program(weights, config, key), weights, key).plan
+    jax.eval_shape(lambda weights, key: plans.append(program(weights, config, key).plan), weights, key)
+    return plans[0]
 
 
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:

@@ -60,11 +60,8 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
     key = one_key(key)
     for pattern, config in rules.items():
         if config is not None and config.device.drift is not None and config.device.time is None:
-            warnings.warn(
-                f"the rule {pattern!r} has a device.drift, but its device.time is None, so that nothing drifts: give "
-                "the seconds since programming",
-                stacklevel=2,
-            )
+            still = "has a device.drift, but its device.time is None: nothing drifts. Give the seconds"
+            warnings.warn(f"the rule {pattern!r} {still} since programming", stacklevel=2)
     if isinstance(model, nnx.Module):
         return nnx_models.convert(model, rules, key, inputs, options)
     if isinstance(model, nn.Module):
@@ -193,7 +190,7 @@ def _keyed(tree: Any, key: Array) -> Any:
 
 
 def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Return a model as a tree, and the function that puts such a tree together again."""
+    """Return a model as a tree, and the function that puts it together again."""
     if not isinstance(model, nnx.Module):
         return model, lambda tree: tree
     graph, state = nnx.split(model)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from ..chip.tree import Rules
@@ -44,16 +44,15 @@ class OnArrays:
         return self.held.module
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Return `module.apply(variables, ...)`."""
         return self.apply(self.variables, *args, **options)
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
         """Return `module.apply(variables, ...)` of variables that may differ from the model's."""
         # The module finds its chips among its parameters: `nn.scan` and `nn.vmap` name the axes of no other collection.
-        params = _flat(variables.get("params", {})) | _flat(variables[_COLLECTION])
+        params = flatten_dict(variables.get("params", {})) | flatten_dict(variables[_COLLECTION])
         digital = {name: collection for name, collection in variables.items() if name != _COLLECTION}
         with nn.intercept_methods(_intercepted):
-            return self.module.apply(digital | {"params": traverse_util.unflatten_dict(params)}, *args, **options)
+            return self.module.apply(digital | {"params": unflatten_dict(params)}, *args, **options)
 
 
 class _Leaf(Kernel):
@@ -79,7 +78,7 @@ def convert(model: nn.Module, rules: Rules, key: Array, inputs: Sequence[Any], o
         )
     module, variables = model.unbind()
     calls = _calls(module, variables, inputs, options)
-    params = _flat(variables.get("params", {}))
+    params = flatten_dict(variables.get("params", {}))
     found, places = {}, {}
     for place, parameter in params.items():
         path, parameter = dotted(place[:-1]), nn.unbox(parameter)
@@ -99,7 +98,7 @@ def convert(model: nn.Module, rules: Rules, key: Array, inputs: Sequence[Any], o
         else:
             del params[place]
         chips[place] = kernel
-    on_arrays = {"params": traverse_util.unflatten_dict(params), _COLLECTION: traverse_util.unflatten_dict(chips)}
+    on_arrays = {"params": unflatten_dict(params), _COLLECTION: unflatten_dict(chips)}
     return OnArrays({**variables, **on_arrays}, _Module(module))
 
 
@@ -127,9 +126,8 @@ def _intercepted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any)
     """Return the result of a layer, which is read from arrays if its kernel is there."""
     layer: Any = context.module
     method, name = ("attend", HEAD) if isinstance(layer, nn.Embed) else ("__call__", "kernel")
-    if context.method_name != method or not isinstance(context.module, LAYERS):
-        return call(*args, **kwargs)
-    kernel = layer.get_variable("params", name)
+    multiplies = context.method_name == method and isinstance(context.module, LAYERS)
+    kernel = layer.get_variable("params", name) if multiplies else None
     if type(kernel) is not Kernel:
         return call(*args, **kwargs)
     kernel, promote = _Leaf(**vars(kernel)), Promote(layer.promote_dtype)
@@ -166,7 +164,3 @@ def _einsum(
 
 def _equation(layer: nn.Einsum, inputs: Array, einsum_str: str | None = None) -> str:
     return (layer.einsum_str or einsum_str or "").replace(" ", "")
-
-
-def _flat(tree: Any) -> dict[Any, Any]:
-    return traverse_util.flatten_dict(tree)

@@ -11,11 +11,9 @@ from ...cost.ranges import Constant, Range
 
 @runtime_checkable
 class Table(Protocol):
-    """A table of constants (see `cost.constants`)."""
+    """A table of constants in joules, seconds or as pure numbers (see `cost.constants`)."""
 
-    def __getitem__(self, name: str) -> Range:
-        """Return a constant in joules, seconds or as a pure number."""
-        ...
+    def __getitem__(self, name: str) -> Range: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
