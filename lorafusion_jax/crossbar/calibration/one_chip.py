@@ -1,8 +1,6 @@
 """Calibration of one chip: ADC ranges from data, clipped conversions and errors, all from probing reads.
 
-A probing read returns its result and `Statistics`, which add up over reads, batches and chips.
-
-    chip = calibrated(chip, probe(x, chip)[1])
+A probing read returns its result and `Statistics`, which add up: `calibrated(chip, probe(x, chip)[1])`.
 """
 
 import dataclasses
@@ -42,12 +40,10 @@ class Statistics:
 
     Attributes:
       histogram: [K, BINS] conversions by log2 |column sum|, up to the largest possible one; zeros are in the first bin.
-      errors: [K, STEPS] squared errors of sums that are read in steps of 1, 2, 4, ... levels, where they are integers.
-      clipped: [K] conversions beyond the range.
+      errors: [K, STEPS] squared errors of integer sums that are read in steps of 1, 2, 4, ... levels.
+      clipped: [K] conversions beyond the range, and `clipped_inputs` inputs beyond the DAC's.
       inputs: [INPUT_BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
-      clipped_inputs: inputs beyond the DAC's range.
-      signal: sum of squares of x @ W.
-      error: sum of squares of y - x @ W.
+      signal: sum of squares of x @ W, and `error` that of y - x @ W.
     """
 
     histogram: Float[Array, "*N K bins"]

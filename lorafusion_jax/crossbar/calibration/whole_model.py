@@ -1,7 +1,7 @@
 """Calibration and error report of a whole model, from its converters' inputs on a few batches.
 
 Every programmed weight gets a tap: zeros of the shape of its statistics. Differentiating the model with respect to the
-taps returns the statistics of all reads, also from scans and repeated calls, without any change to the model.
+taps returns the statistics of all reads, also from scans and repeated calls.
 """
 
 import dataclasses

@@ -27,15 +27,13 @@ class Chip:
       codes: [d_in, d_out] the weights as programmed, in weight codes: the sum of all slices in a perfect read.
       scale: [1 or R, 1 or d_out] the weight of one code.
       cells: every cell in level units, a unit column last; None if the path does not read single cells.
-      columns: [k, R, rows, d_out + units] the factors of the inputs, for the paths that read them; integers are
-        packed, or held as bit planes or bytes.
+      columns: [k, R, rows, d_out + units] the factors of the inputs; integers are packed, or bit planes or bytes.
       units: [K, R, rows, C] the unit columns, if they recover flipped ones; else they are among `columns`.
       variance: variance of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices
         telescope. A single column stands for all if they do not differ.
       occupied: [k, R] the planes of integer cells that are not all zero, for the path `loop`.
       flipped: [K, R, C, cols] columns that are stored inverted.
-      gain: [K, P, R, C, cols] the gain of each column's conversion, or None; P is 1 where polarities are subtracted.
-      offset: [K, P, R, C, cols] its offset in level units, or None.
+      gain: [K, P, R, C, cols] the gain of each column's conversion, and `offset` its offset in level units, or None.
       limits: [1 or R, K, 2] ADC range of each weight slice, in units of current, R for tiles of unequal height; None
         without an ADC or before calibration.
       input_limit: full scale of the DAC; None where each input vector has its own, or before calibration.
@@ -46,8 +44,7 @@ class Chip:
       plan: path of a read, and its reason.
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
-      name: name of the weight in rules and reports.
-      first: number of its first layer, if a stack was split.
+      name: name of the weight in rules and reports, and `first` the number of its first layer, if a stack was split.
     """
 
     codes: Float[Array, "*N d_in d_out"]

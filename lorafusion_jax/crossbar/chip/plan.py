@@ -23,7 +23,7 @@ Path = Literal["definition", "product", "loop", "lookup", "planes", "packed", "m
 ON_REQUEST = "asked for"
 # Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
 _NARROW = 2
-# Largest input of a conversion that bfloat16 holds with all smaller ones, and rows that fit a TPU's fast memory.
+# Largest input that bfloat16 holds with all smaller ones, and rows that fit a TPU's fast memory.
 _BYTE, _TALL = 255, 4096
 # Number of columns from which counting bits is faster than packed products, for a single vector.
 _WIDE = 512
@@ -31,11 +31,9 @@ _WIDE = 512
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The path of a read.
+    """The path of a read, and the reason of its choice.
 
     Attributes:
-      path: name of the path.
-      reason: reason of the choice.
       integers: column sums, before read noise, are integers.
       packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
       ties: method that keeps the codes of sums half-way between two codes exact.

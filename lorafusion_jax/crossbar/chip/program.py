@@ -185,8 +185,8 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"weights of dtype {weights.dtype}: give floating point numbers")
     if not is_traced(weights):
-        bad = int(np.sum(~np.isfinite(weights)))  # NumPy, because jnp would trace a constant inside jit
-        if bad:
+        # NumPy, because jnp would trace a constant inside jit
+        if bad := int(np.sum(~np.isfinite(weights))):
             raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: give finite weights")
     drawn = config if conductances is None else dataclasses.replace(config, device=Device())
     if key is None and is_random(drawn):
@@ -197,14 +197,10 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
             f"device.time = {time} changes nothing, because the cells do not depend on time: give device.drift too, "
             "such as PowerLaw(0.05), or leave device.time out"
         )
-    if conductances is not None:
-        _check_conductances(conductances, config)
-    check_limits(
-        None if config.adc is None else config.adc.limits, len(config.weight_slices), signed=config.signed_sums
-    )
-
-
-def _check_conductances(conductances: Array, config: CrossbarConfig) -> None:
+    limits = None if config.adc is None else config.adc.limits
+    check_limits(limits, len(config.weight_slices), signed=config.signed_sums)
+    if conductances is None:
+        return
     if config.device.drift is not None and config.device.time is not None:
         raise ValueError(
             f"conductances are those of cells at the time of a read, but device.time = {config.device.time} would add "

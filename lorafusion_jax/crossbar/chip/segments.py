@@ -34,10 +34,7 @@ class Segments:
 def scan_layers(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, unroll: bool = False
 ) -> tuple[Any, Any]:
-    """Return the last carry and all outputs of `jax.lax.scan`, with one scan for each kind of layers.
-
-    Leaves of `stacked`, and parts of its `Segments`, have a leading axis of layers.
-    """
+    """Return the last carry and all outputs of `jax.lax.scan` over layers, with one scan for each kind of them."""
     outputs = []
     for part in _parts(stacked):
         carry, output = jax.lax.scan(body, carry, part, unroll=unroll)

@@ -153,10 +153,8 @@ def check_rules(rules: Any) -> None:
         raise ValueError(f"rules of type {type(rules).__name__}: {example}")
     for pattern, config in rules.items():
         if config is not None and not isinstance(config, CrossbarConfig):
-            example = f"load_config({config!r})" if isinstance(config, str) else "load_config('isaac')"
-            raise ValueError(
-                f"the rule {pattern!r} gives {config!r}: give a CrossbarConfig, such as {example}, or None for digital"
-            )
+            example = f"load_config({config!r})" if isinstance(config, str) else "a CrossbarConfig"
+            raise ValueError(f"the rule {pattern!r} gives {config!r}: give {example}, or None for digital")
 
 
 def one_key(key: Any) -> Array:

@@ -150,7 +150,7 @@ def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str]) 
             return of_function(type(value), where)
         fields = {"model": type(value).__name__} if name in _MODELS else {}
         for field in dataclasses.fields(value):
-            fields[field.name] = _plain(getattr(value, field.name), _within(where, field.name), of_function)
+            fields[field.name] = _plain(getattr(value, field.name), f"{where}.{field.name}".lstrip("."), of_function)
         return fields
     if isinstance(value, tuple | list):
         return [_plain(each, where, of_function) for each in value]
@@ -161,10 +161,6 @@ def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str]) 
     return of_function(value, where)
 
 
-def _within(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
 def _build(cls: type, fields: Any, where: str) -> Any:
     """Return an object of a class from a table of its fields."""
     names = [field.name for field in dataclasses.fields(cls)]
@@ -172,9 +168,10 @@ def _build(cls: type, fields: Any, where: str) -> Any:
         raise ValueError(f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}")
     for name in fields:
         if name not in names:
-            raise ValueError(f"{_within(where, name)} is unknown: choose from {', '.join(names)}")
+            path = f"{where}.{name}".lstrip(".")
+            raise ValueError(f"{path} is unknown: choose from {', '.join(names)}")
     hints = typing.get_type_hints(cls)
-    values = {name: _value(name, hints[name], value, _within(where, name)) for name, value in fields.items()}
+    values = {name: _value(name, hints[name], value, f"{where}.{name}".lstrip(".")) for name, value in fields.items()}
     for field in dataclasses.fields(cls):
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
             raise ValueError(f"{where} lacks {field.name}")

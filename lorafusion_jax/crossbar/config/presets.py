@@ -10,8 +10,6 @@ from ..devices.device import Device
 from ..devices.write_error import RERAM_WAN_2022
 from .schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
 
-_DAY = 86_400.0
-
 # Real-valued weights in perfect cells, no converters: `x @ W`.
 _ideal = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
 
@@ -67,7 +65,7 @@ _neurram = CrossbarConfig(
     tile=Tile(rows=256, cols=256),
     dac=DAC(bits=4),
     adc=ADC(bits=8, convert="sum"),
-    device=Device(programming=RERAM_WAN_2022, time=_DAY),
+    device=Device(programming=RERAM_WAN_2022, time=86_400.0),
 )
 
 PRESETS = MappingProxyType(

@@ -80,15 +80,10 @@ def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
 
 
 class WriteCost(NamedTuple):
-    """Cost of writing cells.
+    """Cost of writing cells, in joules and seconds.
 
-    Attributes:
-      cells: cells written.
-      pulses: write-verify pulses of all of them.
-      energy: joules.
-      time: seconds; rows of an array are written one after the other, the cells of a row at once.
-      cycles: cycles of endurance that each cell uses.
-      until_worn: number of such writes until the endurance is used up; None without cells.
+    Rows of an array are written one after the other, the cells of a row at once. Each cell uses `cycles` of its
+    endurance, which is used up after `until_worn` such writes (None without cells).
     """
 
     cells: int

@@ -20,7 +20,6 @@ class Explanation:
     """The arrays of a matrix and the path of its products, which `print` shows as text.
 
     Attributes:
-      path: path of a product (see `plan`), and its reason.
       tiles: row tiles and column tiles.
       array: rows and columns of one array, a unit column not counted.
       weight_slices: bits of each weight slice; () for an analogue cell.

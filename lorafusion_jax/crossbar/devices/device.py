@@ -69,7 +69,7 @@ class ReadNoise:
 class Sinh:
     """Nonlinear I-V: I = G sinh(v Vr / V0) / sinh(Vr / V0), with v of the read voltage Vr.
 
-    G is the conductance that a read at Vr measures, as write-verify does: inputs of one bit see no nonlinearity.
+    G is the conductance at Vr: inputs of one bit see no nonlinearity.
 
     Attributes:
       read_voltage: Vr, in volts.

@@ -15,14 +15,7 @@ _FLOOR = 1e-7
 
 @model()
 class LogLinear:
-    """A statistic of a cell that falls with the logarithm of its conductance: clip(intercept + slope ln G, low, high).
-
-    Attributes:
-      intercept: value at Gmax.
-      slope: per unit of ln(G / Gmax).
-      low: smallest value.
-      high: largest value.
-    """
+    """A statistic of a cell with the logarithm of its conductance: clip(intercept + slope ln(G / Gmax), low, high)."""
 
     intercept: Physical
     slope: Physical
@@ -121,8 +114,8 @@ PCM_DRIFT = PowerLaw(
 )
 """Phase-change memory: exponents, their spread, and 1/f noise.
 
-Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); aihwkit's constants. It draws the
-exponents for the target conductance, this for the programmed one.
+Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (2020); aihwkit's constants, which it uses
+with the target conductance instead of the programmed one.
 """
 
 RERAM_CMO_DRIFT = Relaxation(shift=-0.08900206 / 88.19, spread=0.41183342 / 88.19, growth=0.04201137 / 88.19)

@@ -5,8 +5,8 @@ segment of either wire. With rows and columns counted from 1 and the cell's curr
 
     V_rj = v_r - sum_j' Rr min(j, j') I_rj' - sum_r' Rc (rows + 1 - max(r, r')) I_r'j,
 
-Kirchhoff's laws of all word and all bit lines as two products with fixed matrices (the same fixed point as
-CrossSim's cumulative sums). Positive and negative cells stand in separate arrays, each with its drop.
+Kirchhoff's laws as two products with fixed matrices (the same fixed point as CrossSim's cumulative sums). Positive and
+negative cells are in separate arrays.
 """
 
 import dataclasses

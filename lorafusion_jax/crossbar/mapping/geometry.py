@@ -27,8 +27,7 @@ class Geometry:
     """Tiles, levels and bounds of a matrix on arrays. They are plain numbers: a static part of a chip.
 
     Attributes:
-      rows: rows of every row tile.
-      cols: columns of every column tile, without a unit column.
+      rows: rows of every row tile, and `cols` columns of every column tile, without a unit column.
       polarities: 2 for differential encoding, else 1.
       code_scale: integer that full scale maps to: 2^(B-1) - 1 for weights of B bits, or 1 for real-valued ones.
       offset: offset that `offset` encoding adds to every weight code: 2^(B-1), or 1 for real-valued weights.

@@ -1,8 +1,4 @@
-"""Reads whose conversions are made by a kernel: the paths `loop`, `lookup`, `planes` and `packed`.
-
-A kernel takes input codes and columns to codes [k, B, cols], summed over input slices and row tiles; what columns
-stand for is recovered from these.
-"""
+"""Reads whose conversions a kernel makes, from input codes and columns to codes summed over slices and row tiles."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -4,8 +4,8 @@ Independent normal noise of the cells adds up to normal noise of the column, wit
 
     V = sum_rows u^2 v,
 
-v being the variance of a cell, or of both cells of a differential pair; the ADC's own variance adds to it. The draw
-of a conversion depends on its key and place alone, so that every path makes the same.
+v being the variance of a cell, or of both cells of a differential pair; that of the ADC adds to it. A draw depends on
+the key and the conversion's place alone, so that every path makes the same.
 """
 
 from typing import Any, NamedTuple

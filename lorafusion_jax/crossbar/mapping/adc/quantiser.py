@@ -24,9 +24,8 @@ from . import ARCHITECTURES
 class Converter(NamedTuple):
     """The quantiser of every weight slice, in level units.
 
-    An integer sum can lie half-way between two codes, which only exact arithmetic shows: S times a power of two, or
-    the remainder of S qmax / span, where both products are integers that the dtype holds (in float32 below 2^24). A
-    quotient does not: XLA's CPU multiplies by the inverse.
+    An integer sum can lie half-way between two codes, which only exact arithmetic shows: S times a power of two, or the
+    remainder of S qmax / span. A quotient does not: XLA's CPU multiplies by the inverse.
 
     Attributes:
       scale: [R, K], R is 1 where all row tiles have one range; [K] for the kernels. The codes per level unit, or,

@@ -1,7 +1,4 @@
-"""A ramp: every column counts the steps until a common ramp passes its sum, so that all columns end together.
-
-Converters that count an oscillator's periods, as in HERMES-Core, take as long: one step for every code.
-"""
+"""A ramp, or a counter of an oscillator's periods (HERMES-Core): one step for every code, all columns together."""
 
 from ...cost.ranges import Constant, Range
 from .architecture import Architecture, Table

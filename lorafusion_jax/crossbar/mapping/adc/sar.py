@@ -1,7 +1,4 @@
-"""Successive approximation: one bit in each step. The columns of an array take turns at a few fast converters.
-
-ISAAC and PUMA have one converter for each array.
-"""
+"""Successive approximation, one bit in each step; the columns of an array take turns at a few fast converters."""
 
 from ...cost.ranges import Range
 from .architecture import Architecture, Table
