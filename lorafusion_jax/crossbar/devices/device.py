@@ -86,7 +86,6 @@ class Sinh:
 
 
 DeviceModel = Callable[[Array, Array, Any], Array]
-_MODELS = ("programming", "drift", "iv")
 # Fields that hold an object, and what to give for them.
 _PARTS = {
     "programming": "a function (G, key, time) -> G, such as Independent(0.01)",
@@ -135,7 +134,7 @@ class Device:
             raise ValueError(f"Device.clip = {self.clip!r}: choose positive (G >= 0) or range ([Gmin, Gmax])")
         if self.write_verify is not None and self.programming is None:
             raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
-        for name in _MODELS:
+        for name in ("programming", "drift", "iv"):
             function = getattr(self, name)
             # A plain function is not a pytree: wrapped, it is structure, compared by identity.
             if callable(function) and jax.tree_util.all_leaves([function]):
