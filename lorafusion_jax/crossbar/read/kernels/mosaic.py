@@ -63,7 +63,7 @@ def mosaic(
         ],
         out_specs=pl.BlockSpec((of_block, inputs, width), lambda c, k, b, r: (k, b, c)),
         out_shape=jax.ShapeDtypeStruct((planes, n.shape[0], cols), jnp.int32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=(*["parallel"] * 3, "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=work,
         interpret=not for_one_tpu(),
         name="crossbar_read",
