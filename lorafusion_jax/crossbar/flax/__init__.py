@@ -99,18 +99,10 @@ def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict
 
 
 def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
-    """Return how many vectors the arrays of each layer read in one call of the model.
+    """Return the number of vectors that the arrays of each layer read in one call of a model from `convert`, by path.
 
-    A convolution reads one vector for each position of each image, and a grouped one, one in each group. Multiply
-    `crossbar.counts` of one matrix by this number for the energy of the layer.
-
-    Args:
-      model: a model from `convert`; it needs no calibration.
-      inputs: the model's inputs.
-      options: keyword arguments of the model.
-
-    Returns:
-      Path of each layer on arrays -> number of vectors, summed over stacked layers and groups.
+    A convolution reads one vector for each position of each image, and a grouped one, one in each group; numbers are
+    summed over stacked layers and groups. Multiply `crossbar.counts` of one matrix by them for the energy of a layer.
 
     Raises:
       ValueError: the outputs have no gradient with respect to a layer, because they are classes or do not use it.
@@ -154,14 +146,10 @@ def _counted(d_out: int, x: Float[Array, "*B d_in"], vectors: Float[Array, ""]) 
 
 
 def _counted_forward(d_out, x, vectors):
-    return _counted(d_out, x, vectors), x
+    return _counted(d_out, x, vectors), (jnp.zeros_like(x), jnp.float32(x.size // max(x.shape[-1], 1)))
 
 
-def _counted_backward(d_out, x, cotangent):
-    return jnp.zeros_like(x), jnp.float32(x.size // max(x.shape[-1], 1))
-
-
-_counted.defvjp(_counted_forward, _counted_backward)
+_counted.defvjp(_counted_forward, lambda d_out, gradients, cotangent: gradients)
 
 
 def with_read_key(model: Any, key: Array) -> Any:
