@@ -210,7 +210,10 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
         return
     low, high = float(np.min(conductances)), float(np.max(conductances))
     if not 0 <= low <= high <= _MOST:
-        raise ValueError(f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1")
+        raise ValueError(
+            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1; divide "
+            "microsiemens by the Gmax of the cells"
+        )
 
 
 def _warn_of_clipping(geometry: Geometry, config: CrossbarConfig) -> None:
