@@ -189,9 +189,7 @@ def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
 class _Run:
     """A model as a function of its tree and a batch. Models of one structure are equal, so they compile once.
 
-    Attributes:
-      graph: structure of an NNX model; None for a Linen model, whose tree is the model.
-      options: keyword arguments of the model.
+    The graph of a Linen model is None: its tree is the model.
     """
 
     graph: Any
