@@ -30,8 +30,7 @@ from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
 from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.io.basis import add_basis
-from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.convert import ConvertOptions, add_basis, convert
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import load_basis, load_pool
 from lorafusion_jax.methods.fusion import PRESETS, Fusion

@@ -225,6 +225,17 @@ def utf8(where: str | Path) -> Iterator[None]:
         raise FileError(where, got=f"not UTF-8 text ({error})", fix="save it as UTF-8") from None
 
 
+@contextlib.contextmanager
+def named(where: str | Path) -> Iterator[None]:
+    """Add the name of a file to ValueErrors in the block that have none."""
+    try:
+        yield
+    except FileError as error:
+        raise error if error.file else error.at(where) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def check_name(name: str) -> None:
     """Raise a FileError for a file name that is not UTF-8, because JSON cannot hold it."""
     try:

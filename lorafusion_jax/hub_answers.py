@@ -1,10 +1,11 @@
-"""What a hub sends, checked before `huggingface_hub` uses it: names that become paths, sizes, and pauses.
+"""Checks of a hub's answers before `huggingface_hub` uses them: names that become paths, sizes, and pauses.
 
-Its client takes the ETag of a file and the hash of a commit as parts of paths, reads listings of any size into memory,
-and waits without an end. The checks are in the client's session while `checked` is active.
+Its client uses the ETag of a file and the hash of a commit as parts of paths, reads listings of any size into memory,
+and waits without a limit. The client's session makes the checks while `checked` is active.
 """
 
 import contextlib
+import functools
 import importlib
 import re
 import threading
@@ -14,12 +15,12 @@ from typing import Any
 
 PATIENCE = 60.0  # seconds without an answer, and seconds over which the speed of a file is measured
 SLOWEST = 1_000  # bytes a second of a file
-LONGEST_ANSWER = 600.0  # seconds of an answer that is no file
-LISTED = 1 << 26  # bytes of all answers of a fetch that are no files
-_PAGE = 1 << 12  # bytes that such an answer counts at least, so that pages end too
-UNKNOWN = 1 << 28  # bytes of a file whose size the hub does not say
+LONGEST_ANSWER = 600.0  # seconds of an answer that is not a file
+LISTED = 1 << 26  # bytes of all answers of a fetch that are not files
+_PAGE = 1 << 12  # bytes that each such answer counts at least, so that pages end too
+UNKNOWN = 1 << 28  # bytes of a file of undeclared size
 _ERROR = 1 << 20  # bytes of the text of an error or redirection
-_LONGEST_PAUSE = 600  # seconds that a busy hub may ask for before the next try
+_LONGEST_PAUSE = 600  # seconds before the next try that a busy hub may set
 
 _HEADERS = ("etag", "x-linked-etag", "x-repo-commit", "x-xet-hash")
 _FIELDS = {"sha", "oid", "sha256", "blobId", "xetHash"}
@@ -48,31 +49,22 @@ def checked() -> Iterator[None]:
 
 
 def _check_sessions() -> None:
-    """Let the sessions of `huggingface_hub` call the checks, also those that it makes after a lost connection."""
+    """Add the checks to the sessions of `huggingface_hub`, also to those that it makes after a lost connection."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
     make = _http._GLOBAL_CLIENT_FACTORY  # a user may have set one, and no public name returns it
-    if not isinstance(make, _CheckedFactory):
-        set_client_factory(_CheckedFactory(make))
+    if getattr(make, "func", None) is not _with_checks:
+        set_client_factory(functools.partial(_with_checks, make))
 
 
-class _CheckedFactory:
-    """Makes sessions that call the checks."""
-
-    def __init__(self, make: Callable[[], Any]):
-        self._make = make
-
-    def __call__(self) -> Any:
-        return _with_checks(self._make())
-
-
-def _with_checks(client: Any) -> Any:
+def _with_checks(make: Callable[[], Any]) -> Any:
+    client = make()
     send = client.send
 
     def checked_send(request: Any, *, stream: bool = False, **how: Any) -> Any:
         if _active:
-            request.headers["Accept-Encoding"] = "identity"  # sizes of compressed answers say nothing
+            request.headers["Accept-Encoding"] = "identity"  # the size of a compressed answer is unknown
             given = request.extensions.get("timeout", {})
             waits = {of: given.get(of) or PATIENCE for of in ("connect", "read", "write", "pool")}
             request.extensions = {**request.extensions, "timeout": waits, _NO_FILES: not stream}
@@ -107,10 +99,10 @@ def _hook(stream: type) -> Callable[[Any], None]:
             if found:
                 _check_name(header, found.removeprefix("W/").strip('"'))
         if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
-            raise ValueError(f"the hub sends a compressed answer ({encoding[:40]}), which was not asked for")
+            raise ValueError(f"the hub sends a compressed answer ({encoding[:40]}), which was not requested")
         for header in ("retry-after", "ratelimit"):
             if any(int(number) > _LONGEST_PAUSE for number in re.findall(r"\d{1,9}", response.headers.get(header, ""))):
-                del response.headers[header]  # then the client waits as long as it does for others
+                del response.headers[header]  # the client's default applies
         limited = _file if response.is_success and not response.request.extensions.get(_NO_FILES) else _whole
         response.stream = Checked(response.stream, lambda content: limited(response, content))
 
@@ -118,7 +110,7 @@ def _hook(stream: type) -> Callable[[Any], None]:
 
 
 def _whole(response: Any, content: Any) -> Iterator[bytes]:
-    """Yield the parts of an answer that is going to be in memory."""
+    """Yield the parts of an answer that is read into memory."""
     global _left
     began, size = time.monotonic(), 0
     with _lock:
@@ -136,13 +128,13 @@ def _whole(response: Any, content: Any) -> Iterator[bytes]:
 
 
 def _file(response: Any, content: Any) -> Iterator[bytes]:
-    """Yield the parts of a file. Its Content-Length, if there is one, is kept to by the HTTP library."""
+    """Yield the parts of a file. The HTTP library checks its Content-Length."""
     most = None if "content-length" in response.headers else UNKNOWN
     began, size, since = time.monotonic(), 0, 0
     for part in content:
         size += len(part)
         if most is not None and size > most:
-            raise ValueError(f"the hub sends a file of more than {most >> 20} MiB and does not say how large it is")
+            raise ValueError(f"the hub sends a file of more than {most >> 20} MiB without its size")
         if (now := time.monotonic()) > began + PATIENCE:
             if size - since < SLOWEST * (now - began):
                 raise ValueError(f"the hub sends less than {SLOWEST:,} bytes a second")

@@ -1,10 +1,9 @@
-"""Ctrl-C and SIGTERM end a command with one line on stderr and exit code 130 or 143, whatever it is doing.
+"""Ctrl-C and SIGTERM end a command with one line on stderr and exit code 130 or 143.
 
-An exception from a signal's handler would come up wherever the main thread is: after a compilation of a minute,
-inside an import, in a destructor that swallows it, or in C++ code that aborts. So a thread of its own waits for
-signals and ends the process without unwinding, as a kill would, which no file of this package suffers from. Folders
-that are being written are removed first. A training loop, whose state is worth saving, asks for the time to save it
-(`hold`). A second signal saves what the loop had before its last step, and a third one does not wait for that either.
+An exception from a signal's handler would appear anywhere in the main thread: after a compilation of a minute, inside
+an import, in a destructor that swallows it, or in C++ code that aborts. So another thread waits for signals and ends
+the process without unwinding, after it removed unfinished folders. A training loop calls `hold` to save its state
+first. A second signal saves the state before the current step, and a third one ends the process at once.
 """
 
 import atexit
@@ -20,12 +19,10 @@ from typing import NoReturn
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _unfinished: set[Path] = set()
 _watching = False
-# Advice for who waits for a state to be saved, while one is to be saved; the signal that came meanwhile.
-_held: str | None = None
-_asked: int | None = None
-# Saves what there is at a second signal, and is held while it does: who would change it waits for the process's end.
-_save: Callable[[], None] | None = None
-_saving = threading.Lock()
+_held: str | None = None  # advice for the user while a state must be saved before the end
+_asked: int | None = None  # the signal that arrived meanwhile
+_save: Callable[[], None] | None = None  # saves the state at a second signal
+_saving = threading.Lock()  # held while `_save` runs, so that nobody changes the state
 _twice = False
 
 
@@ -41,17 +38,17 @@ def watch() -> None:
     threading.Thread(target=_act, args=(reader,), daemon=True).start()
     for number in _NAMES:
         signal.signal(number, _freeze)
-        # All is done when this runs, last of all that a command registers; then Python would give back the old handler.
+        # Runs last, when everything is done; Python would restore the old handler then.
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def hold(advice: str, save: Callable[[], None] | None = None) -> None:
-    """Let the next signal wait until `release`, because there is a state that is not saved yet.
+    """Let the next signal wait until `release`, because a state is not saved yet.
 
     Args:
-      advice: when the process stops then, and how to go on from what is going to be saved.
-      save: saves what there is now, in another thread, if a second signal comes; None if a second signal is not to
-        wait for anything. Call `hold` without it before anything changes that it reads or writes.
+      advice: when the process stops then, and how to continue from the saved state.
+      save: saves the current state in another thread after a second signal; None if a second signal ends the process at
+        once. Call `hold` without it before its state changes.
     """
     global _held, _save
     with _saving:
@@ -72,7 +69,7 @@ def release() -> None:
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Release what the block holds at its end. After an error the process goes on, to report it."""
+    """Release what the block holds at its end. After an error the process continues, to report it."""
     try:
         yield
         release()
@@ -88,7 +85,7 @@ def _let_go() -> None:
 
 @contextlib.contextmanager
 def removed(folder: Path) -> Iterator[None]:
-    """Remove a folder, which is not finished, if a signal ends the process in this block."""
+    """Remove an unfinished folder if a signal ends the process in this block."""
     _unfinished.add(folder)
     try:
         yield
@@ -97,7 +94,7 @@ def removed(folder: Path) -> Iterator[None]:
 
 
 def _act(reader: int) -> None:
-    """Wait for signals; runs in a thread of its own."""
+    """Wait for signals, in another thread."""
     global _asked, _twice
     while True:
         (number,) = os.read(reader, 1)
@@ -115,13 +112,13 @@ def _act(reader: int) -> None:
         again = "stops at once" if _save is None else "saves the state before it, and stops"
         _say(f"{name}: stopping {advice}. Once more {again}")
         _asked = number
-        if _held is None:  # saved meanwhile, without a look at the signal
+        if _held is None:  # released meanwhile
             _end(number)
 
 
 def _save_and_end(number: int) -> None:
     with _saving:
-        if _save is None:  # the main thread saves a newer state, and ends then
+        if _save is None:  # the main thread saves a newer state and ends
             return
         try:
             _save()
@@ -132,22 +129,22 @@ def _save_and_end(number: int) -> None:
 
 
 def _freeze(number: int, frame: object) -> None:
-    """Keep the main thread from going on while the other one ends the process."""
+    """Stop the main thread while the other one ends the process."""
     while _held is None and not _twice:
         threading.Event().wait()
 
 
 def _say(line: str) -> None:
-    # Not by sys.stderr, which the main thread may be in. A progress bar leaves the cursor behind it.
+    # Not with sys.stderr, which the main thread may hold. On a terminal a progress bar may be on the line.
     with contextlib.suppress(OSError):
         os.write(2, f"{chr(10) if os.isatty(2) else ''}{line}\n".encode())
 
 
 def _end(number: int) -> NoReturn:
-    # Without an import: the main thread may have been stopped within it, and hold its lock.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads say of the folders that go
+    # Without an import: the main thread may have stopped inside one and hold its lock.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide complaints of other threads about the removed folders
     for folder in list(_unfinished):
-        # By another name first: if the main thread has just given it its own, it is finished.
+        # Renamed first: this fails if the main thread has just renamed the finished folder.
         aside = folder.with_name(f".{folder.name}.removed.partial")
         with contextlib.suppress(OSError):
             folder.rename(aside)

@@ -140,7 +140,7 @@ CONFIGS: dict[str, Written] = {
     "prefix tuning": Written(
         json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 8, "num_layers": 28, "token_dim": 64}).encode(),
         None,
-        "peft_type is 'PREFIX_TUNING': expected 'LORA'",
+        "peft_type is 'PREFIX_TUNING': expected LORA or another kind",
     ),
     "AdapterHub": Written(
         json.dumps(

@@ -1,18 +1,17 @@
-"""Trees of arrays that others may read, such as the trained numbers of a run: a safetensors file and a manifest.
+"""Trees of arrays in a file that others may read: safetensors, with a manifest.
 
-    FOLDER/manifest.json         metadata, versions, SHA-256 of the file
-    FOLDER/arrays.safetensors    each array by its path in the tree, such as `magnitudes/SITE`
-
-Damage is found by the digest, and a file from a stranger can hold no more than its own size.
+FOLDER/manifest.json         metadata, versions, SHA-256 of the file
+FOLDER/arrays.safetensors    each array by its path in the tree, such as `magnitudes/SITE`
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from ..files import FileError, T, shown
+from ..files import FileError, T, shown, some
 from . import processes, safetensors
 from .folders import RESTORE, Manifest, check_files, newest_sound, read_manifest, sealed_folder
 
@@ -21,16 +20,12 @@ _DEEPEST = 10  # levels of dicts in dicts
 
 
 def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Save nested dicts of arrays with metadata; the folder gets its name only when everything is on the disk.
+    """Save nested dicts of arrays and their metadata (any JSON) in a new folder, complete or not at all.
 
-    Args:
-      folder: the folder to make.
-      tree: its names are texts without a slash; with several processes, the same in each.
-      metadata: anything that JSON can hold.
+    With several processes, the arrays are the same in each.
 
     Raises:
-      ValueError: the folder exists, or a name has a slash.
-      WriteError: the disk is full, read-only or gone.
+      ValueError: a name has a slash; and `folders.new_folder`'s errors.
     """
     arrays = _flat(tree)
     with sealed_folder(folder, metadata) as partial:
@@ -39,15 +34,10 @@ def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
 
 
 def load(folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str) -> tuple[dict[str, Any], T]:
-    """Return the tree of a saved folder, as read-only views of the mapped file, and its metadata.
-
-    Args:
-      folder: the folder.
-      metadata: the type of the metadata.
-      what: kind of the folder, for messages.
+    """Return the tree of a saved folder, as read-only views of the mapped file, and its metadata as a type.
 
     Raises:
-      FileError: the folder is none that `save` wrote, or is damaged.
+      FileError: the folder, of the kind `what`, was not written by `save`, or is damaged.
     """
     manifest, described = read_manifest(folder, metadata, what)
     check_files(folder, manifest["files"])
@@ -60,6 +50,22 @@ def load_sound(
     """Return what `load` does, or None if the folder is missing or damaged (see `folders.newest_sound`)."""
     sound = newest_sound([folder], metadata, what, note=note) if folder.exists() else None
     return sound and (_nested(folder, sound.manifest), sound.metadata)
+
+
+def signature(tree: Any) -> dict[str, str]:
+    """Return dtype and shape of each array by its path in a tree, such as `float32[2, 3]`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def check_signature(folder: Path, found: Mapping[str, str], expected: Mapping[str, str], *, fix: str) -> None:
+    """Raise a FileError for the first array of a folder whose signature is not the expected one."""
+    for path in {**expected, **found}:
+        got, needed = found.get(path, "absent"), expected.get(path, "no such array")
+        if got != needed:
+            raise FileError(folder, field=some([path]), got=got, expected=needed, fix=fix)
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, np.ndarray]:

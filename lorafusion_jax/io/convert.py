@@ -1,7 +1,6 @@
-"""The command that turns adapters of PEFT into a pool on disk. If one cannot be used, nothing is written.
+"""`convert`: turn adapters of PEFT into a pool on disk, complete or absent, and make its shared basis.
 
-Adapters are read, checked and written one after the other, so that memory holds one at a time. The pool's folder
-gets its name only when every file in it is complete.
+Adapters are read, checked and written one after the other, so memory holds one at a time.
 """
 
 import contextlib
@@ -16,16 +15,17 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import __version__
+from ..adapters.basis import check_size, directions, extended, in_directions
 from ..files import check_name, utf8
 from ..models.architecture import linear_shapes
 from ..progress import progress
-from .basis import add_basis, add_projected
 from .folders import new_folder
 from .hf import base_tensor, open_base, read_config
 from .peft.adapter import CONFIG, AdapterError, PeftAdapter, read_adapter, read_config_file
 from .peft.config import KnownBase
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe, save_adapter
+from .pool.basis import FOLDER, save_basis
 from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
 from .source import resolve
@@ -46,22 +46,22 @@ class ConvertOptions:
 
     Attributes:
       base: folder, hub id or GGUF file of the base model that the adapters were trained on; not needed for the basis of
-        a pool that is there.
+        an existing pool.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
-      adapters_file: a text file with one more folder or hub id a line; # begins a comment. `lorahub` is the list of
+      adapters_file: a text file with one more folder or hub id per line; # begins a comment. `lorahub` is the list of
         LoraHub's 196 adapters of FLAN-T5-large, which comes with the package.
       out: folder to write, which must not exist; not needed for a dry run. Without adapters, the converted pool to
         which the basis is added.
-      basis: also make a shared basis of so many directions from all modules: the pool can then be fused at a fraction
-        of its reads (`lorafusion fuse --basis`).
-      basis_modules: names of the modules that the directions are of; by default all.
+      basis: also make a shared basis with this number of directions from all modules: the pool can then be fused with a
+        fraction of its reads (`lorafusion fuse --basis`).
+      basis_modules: names of the modules that the directions are made from; by default all.
       basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
         report the share of their norms that it loses.
       rank: rank to which adapters that are not LoRA (LoHa, LoKr, VeRA, RandLoRA, OFT, BOFT) are converted; by default
         the largest rank of the other adapters, or 16. The report has the relative error of every update.
       drop_magnitudes: take DoRA adapters as plain LoRA, without their magnitudes, so that several fit into one pool.
         The report has the relative error of the outputs of each.
-      dtype: store factors in this dtype instead of their own.
+      dtype: store factors in this dtype; by default in the adapter's.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
         config.json is enough for this, unless an adapter carries copies of base weights.
       skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.
@@ -82,47 +82,70 @@ class ConvertOptions:
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:
-    """Convert the adapters, make the basis that the options ask for, and return the pool's manifest.
+    """Convert the adapters, make the basis that the options name, and return the pool's manifest.
 
     Raises:
       ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing is written in these cases.
     """
-    _check_basis(options)
+    if options.basis is not None and options.basis_from is not None:
+        raise ValueError("--basis makes a basis, and --basis-from takes another pool's: give one of them")
+    if options.basis_modules and options.basis is None:
+        raise ValueError("--basis-modules is an option of a new basis: give its number of directions with --basis")
+    makes_basis = options.basis is not None or options.basis_from is not None
+    if options.dry_run and makes_basis:
+        raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis and --basis-from")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"--rank is {options.rank}: expected 1 or more")
     sources = _sources(options)
     for source in (options.base or "", str(options.out or ""), *sources):
         check_name(source)
     if options.out is None and not options.dry_run:
-        raise ValueError("say where to write the pool: --out FOLDER, or --dry-run to write nothing")
+        raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
         return dict(pool.manifest)
-    target = contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out)
-    with target as folder:
+    with contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out) as folder:
         manifest = _convert(sources, options, folder)
-        if folder is not None:
+        if folder is not None and makes_basis:
             _add_basis(options, folder)
         return manifest
 
 
-def _check_basis(options: ConvertOptions) -> None:
-    if options.basis is not None and options.basis_from is not None:
-        raise ValueError(
-            "--basis makes a basis of these modules, and --basis-from takes another pool's: give one of them"
-        )
-    if options.basis_modules and options.basis is None:
-        raise ValueError("--basis-modules are of a basis that is made: say of how many directions with --basis")
-    if options.dry_run and (options.basis is not None or options.basis_from is not None):
-        raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis and --basis-from")
+def add_basis(folder: Path, k: int, *, modules: Sequence[str] = ()) -> None:
+    """Make the shared basis of a converted pool and write it next to the adapters.
+
+    Args:
+      folder: the pool's.
+      k: number of directions.
+      modules: names of the modules that the directions are made from; by default all. All are projected on them.
+
+    Raises:
+      ValueError: the pool has a basis, no such module, or too few directions.
+    """
+    stored = _without_basis(folder)
+    pool = stored.load()
+    chosen = pool.select(modules) if modules else pool
+    check_size(chosen, k)
+    with progress("basis", sum(len(rank) for rank in chosen.rank.values()), unit="layer") as bar:
+        basis = in_directions(pool, directions(chosen, k, done=bar.update))
+    save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
 
 
 def _add_basis(options: ConvertOptions, folder: Path) -> None:
-    if options.basis is not None:
-        add_basis(folder, options.basis, modules=options.basis_modules)
-    elif options.basis_from is not None:
-        add_projected(folder, options.basis_from)
+    if options.basis_from is None:
+        add_basis(folder, options.basis or 0, modules=options.basis_modules)
+        return
+    stored, other = _without_basis(folder), ConvertedPool(options.basis_from)
+    other.check_base(stored.config)
+    made_of = other.basis_modules() | stored.made_of
+    save_basis(folder, extended(other.basis(), stored.load()), made_of=made_of, base=stored.manifest["base"])
+
+
+def _without_basis(folder: Path) -> ConvertedPool:
+    if (folder / FOLDER).exists():
+        raise ValueError(f"{folder / FOLDER} exists: move it away to make another basis")
+    return ConvertedPool(folder)
 
 
 def _sources(options: ConvertOptions) -> list[str]:
@@ -143,9 +166,9 @@ def _sources(options: ConvertOptions) -> list[str]:
 def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -> dict[str, Any]:
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
     if options.base is None:
-        raise ValueError("say which base model the adapters were trained on: --base FOLDER_OR_HUB_ID")
-    config, base = read_config(options.base), KnownBase(options.base, open_base(options.base).config())
-    shapes, tensor = linear_shapes(config), base_tensor(options.base)
+        raise ValueError("the adapters need their base model: give --base FOLDER_OR_HUB_ID")
+    opened, config, tensor = open_base(options.base), read_config(options.base), base_tensor(options.base)
+    base, shapes = KnownBase(options.base, opened.config()), linear_shapes(config)
     rank = _common_rank(sources) if options.rank is None else options.rank
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
@@ -170,21 +193,18 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
         adapters[adapter.name] = entry
     if not adapters:
         raise AdapterError(f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}")
+    parameters = sum(entry["parameters"] for entry in adapters.values())
     manifest = {
         "base": {
             "source": options.base,
-            "config_sha256": open_base(options.base).config_sha256(),
+            "config_sha256": opened.config_sha256(),
             "family": config.family,
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUNTIME_FIELDS},
         },
         "cast_to": options.dtype,
         "adapters": list(adapters.values()),
         "skipped": skipped,
-        "totals": {
-            "adapters": len(adapters),
-            "skipped": len(skipped),
-            "parameters": sum(entry["parameters"] for entry in adapters.values()),
-        },
+        "totals": {"adapters": len(adapters), "skipped": len(skipped), "parameters": parameters},
         "versions": {"python": platform.python_version(), "lorafusion-jax": __version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

@@ -1,6 +1,6 @@
 """SHA-256 of tensors as they were read: of names, shapes, dtypes and bytes, whatever the format of their file.
 
-SHA-256, because processors compute it: with that, it takes half the time of BLAKE2.
+Processors have instructions for SHA-256, so it takes half the time of BLAKE2.
 
 Axis letters: L layer, N modules.
 """
@@ -15,14 +15,14 @@ import numpy as np
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.pool import LoraPool
-from .base import Tensor, release
+from .buffers import Tensor, release
 from .gguf.reader import StoredTensor
 
-_ROWS = 1024  # that are hashed at a time: a tensor in another order than in its file is never whole in memory
+_ROWS = 1024  # hashed at a time: a tensor that was transposed is never in memory as a whole
 
 
 class Digests(TypedDict):
-    """SHA-256 of what a run fused: of the base, of each module by name, and of the directions of a shared basis."""
+    """SHA-256 of the base, of each fused module by name, and of the directions of a shared basis."""
 
     base: str
     modules: dict[str, str]
@@ -30,14 +30,14 @@ class Digests(TypedDict):
 
 
 class PoolDigests(NamedTuple):
-    """SHA-256 of the modules of a pool, by name, and of its directions if they are in a shared basis."""
+    """SHA-256 of the modules of a pool by name, and of the directions of a shared basis."""
 
     modules: dict[str, str]
     basis: str | None
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors, in whatever order they come."""
+    """Return the SHA-256 of tensors; their order makes no difference."""
 
     def of_one(name: str) -> bytes:
         tensor = tensors[name]
@@ -56,10 +56,9 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def pool_digests(pool: Pool) -> PoolDigests:
-    """Return the digests of a pool that was read from a disk in full precision.
+    """Return the digests of a pool that was read from a disk in full precision, with the scaling in B.
 
-    They are of the numbers that a fusion reads, with the scaling in B, so a converted pool has those of the adapters
-    that it was made of.
+    A converted pool has the digests of its adapters.
     """
     if isinstance(pool, SharedBasis):
         cores = {site: np.asarray(S) for site, S in pool.S.items()}

@@ -1,7 +1,7 @@
 """Export of a fusion: as one adapter that PEFT loads, or merged into a base model.
 
-Coefficients are folded into the factors and lora_alpha is r, so that PEFT's scaling is 1. A `sum` stacks the
-factors of its modules (PEFT calls this `cat`); a `mix` keeps their rank. With magnitudes the adapter is a DoRA.
+Coefficients are folded into the factors and lora_alpha is r, so PEFT's scaling is 1. A `sum` stacks the factors of its
+modules (PEFT's `cat`); a `mix` keeps their rank. With magnitudes the adapter is a DoRA.
 
 Axis letters: L layer, N adapters of a fusion, r rank.
 """
@@ -41,17 +41,16 @@ def fused_adapter(
     """Return the configuration and the tensors of a PEFT adapter that equals a fusion.
 
     Left out are matrices that none of the chosen modules adapts and, in a `sum`, modules whose coefficient is zero.
-    Smaller ranks are padded with zeros, because all versions of PEFT read that alike; they differ in how they read
-    rank_pattern and alpha_pattern.
+    Smaller ranks are padded with zeros: versions of PEFT differ in how they read rank_pattern and alpha_pattern.
 
     Args:
       config: structure of the base model.
-      pool: plain or quantised.
-      index: the modules that are fused.
-      coefficients: per site, layer and module, as `adapters.coefficients.expand` returns them.
+      pool: plain or quantised pool.
+      index: numbers of the fused modules.
+      coefficients: `adapters.coefficients.expand`'s, per site, layer and module.
       composition: `mix` or `sum`.
       base: name or folder of the base model, for the configuration.
-      magnitudes: m per site, for a DoRA adapter; by default the pool's own, if it holds a DoRA adapter.
+      magnitudes: m per site, for a DoRA adapter; by default the pool's.
 
     Raises:
       ValueError: a mix of adapters of different ranks.
@@ -83,11 +82,8 @@ def lora_adapter(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
 
-    Args:
-      config: structure of the base model.
-      adapters: by site, A [L, d_in, r] and B [L, r, d_out] with the scaling folded in, without a scale.
-      base: name or folder of the base model, for the configuration.
-      magnitudes: m per site, for a DoRA.
+    `adapters` holds by site A [L, d_in, r] and B [L, r, d_out] with the scaling folded in; the other arguments are
+    those of `fused_adapter`.
     """
     factors = {
         (site, layer): (A.T, B)
@@ -98,12 +94,7 @@ def lora_adapter(
 
 
 def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
-    """Return a copy of the model with the adapters merged into its kernels, W' = (W + dW) * scale.
-
-    Args:
-      model: plain or quantised; adapted kernels come out in float32, the others stay as they are.
-      adapters: by site, leaves with a leading layer axis.
-    """
+    """Return a copy of a model with adapters merged into its kernels, W' = (W + dW) * scale, in float32."""
     merged = nnx.clone(model)
     adapted = {site: _merge(adapters[site], kernel) for site, kernel in kernels(model).items() if site in adapters}
     set_matrices(merged, adapted)

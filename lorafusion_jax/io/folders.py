@@ -1,4 +1,4 @@
-"""How a folder is written: under a temporary name, renamed once it is complete, with the SHA-256 of each of its files.
+"""Folders are written under a temporary name and renamed once complete; a manifest has the SHA-256 of each file.
 
 Several processes (see `processes`) call these functions together. The first one makes, renames and removes folders.
 """
@@ -26,7 +26,7 @@ RESTORE = "restore it from a copy"
 
 
 class Manifest(TypedDict):
-    """What `manifest.json` holds: metadata of the writer's choice, and the SHA-256 of each file by its path."""
+    """Content of `manifest.json`: the writer's metadata, and the SHA-256 of each file by its path."""
 
     metadata: dict[str, Any]
     files: dict[str, str]
@@ -42,11 +42,10 @@ class Sound(NamedTuple):
     metadata: Any
 
 
-def stored_by_orbax(what: Path, export: str) -> FileError:
-    """Return the error for what an older version stored, with the options of `lorafusion export` that it needs."""
-    got = "stored by orbax, as older versions did"
+def stored_by_orbax(path: Path, export: str) -> FileError:
+    """Return the error for a folder of an older version; `export` are options of that `lorafusion export`."""
     fix = f"the last version that reads it is commit {_LAST_WITH_ORBAX}, whose `lorafusion export {export}` writes it"
-    return FileError(what, got=got, fix=f"{fix} as an adapter of PEFT")
+    return FileError(path, got="stored by orbax, as older versions did", fix=f"{fix} as an adapter of PEFT")
 
 
 @contextlib.contextmanager
@@ -61,32 +60,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder, or remove it first")
-    with writing(folder.parent):
-        yield from _new_folder(folder)
-
-
-def _new_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.partial")
-    lock = _claimed(partial) if processes.first() else None
-    processes.barrier(f"{folder.name} is there")
-    try:
-        with interrupts.removed(partial) if lock is not None else contextlib.nullcontext():
-            yield partial
-            if lock is not None:
-                partial.rename(folder)
+    with writing(folder.parent), _claimed(partial) if processes.first() else contextlib.nullcontext():
+        processes.barrier(f"{folder.name} is there")
+        yield partial
+        if processes.first():
+            partial.rename(folder)
         processes.barrier(f"{folder.name} is whole")
-    except BaseException:
-        if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
-def _claimed(partial: Path) -> int:
-    """Empty a folder, or make it, and return its locked descriptor: a process that is killed leaves no lock."""
-    if partial.is_symlink():  # what it leads to is not ours to empty
+@contextlib.contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Hold an empty folder, which is removed after an error; the lock ends with the process."""
+    if partial.is_symlink():  # its target must not be emptied
         partial.unlink()
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
@@ -95,16 +81,23 @@ def _claimed(partial: Path) -> int:
         alone = os.path.samestat(os.fstat(lock), partial.stat())
     except (BlockingIOError, FileNotFoundError):
         alone = False
-    if not alone:  # another process writes it, or has just renamed it
+    try:
+        if not alone:  # another process writes it, or has just renamed it
+            raise ValueError(f"{partial} is being written by another process: wait for it, or give another folder")
+        try:
+            for path in partial.iterdir():
+                _remove(path)
+            with interrupts.removed(partial):
+                yield
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
         os.close(lock)
-        raise ValueError(f"{partial} is being written by another process: wait for it, or give another folder")
-    for path in partial.iterdir():
-        _remove(path)
-    return lock
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove from a folder what a process that was killed had not written whole; the caller keeps others out."""
+    """Remove the incomplete files that a killed process left in a folder; the caller keeps other processes out."""
     for partial in folder.glob(".*.partial"):
         _remove(partial)
 
@@ -126,16 +119,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> Iterator[Path]:
-    """Yield a new folder, as `new_folder` does, that gets a manifest and its name once everything is on the disk.
+    """Yield a `new_folder` that gets a manifest and its name once all files are on the disk.
 
-    Args:
-      folder: the folder to make.
-      metadata: anything that JSON can hold.
-      **fields: other fields of the manifest.
-
-    Raises:
-      ValueError: the folder exists.
-      WriteError: the disk is full, read-only or gone.
+    `metadata` is any JSON, and `fields` are other fields of the manifest. Raises `new_folder`'s errors.
     """
     with new_folder(folder) as partial:
         yield partial
@@ -150,22 +136,17 @@ def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> I
 
 
 def read_manifest(folder: Path, metadata: type[T] | Any, what: str) -> tuple[Manifest, T]:
-    """Return the manifest that `sealed_folder` wrote, and its metadata as an object of a type.
-
-    Args:
-      folder: the folder.
-      metadata: the type.
-      what: kind of the folder, for the message if it has no manifest.
+    """Return the manifest that `sealed_folder` wrote, and its metadata as the type `metadata`.
 
     Raises:
-      FileError: the folder has no manifest, or another one.
+      FileError: the folder, of the kind `what`, has no manifest, or another one.
     """
     manifest = read_json(folder / MANIFEST, Manifest, what)
     return manifest, structured(manifest["metadata"], metadata, folder / MANIFEST, whole=manifest)
 
 
 def check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise a FileError that names the first of some files that is missing or has another SHA-256."""
+    """Raise a FileError for the first file that is missing or has another SHA-256 than given."""
     for name, digest in files.items():
         path = inside(folder, name)
         if not path.is_file():
@@ -179,8 +160,7 @@ def newest_sound(
 ) -> Sound | None:
     """Return the last folder that is sound, or None if none is.
 
-    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written
-    again. One whose manifest another version wrote is not damaged, although this version cannot read it.
+    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again.
 
     Args:
       folders: folders that `sealed_folder` wrote, oldest first.
@@ -189,7 +169,7 @@ def newest_sound(
       note: called with one line for each damaged folder.
 
     Raises:
-      FileError: another version wrote the newest folder.
+      FileError: this version cannot read the newest folder, because another one wrote it.
     """
     damaged: list[tuple[Path, Path, FileError]] = []
     sound = None
@@ -200,7 +180,9 @@ def newest_sound(
         except FileError as error:
             if error.version:
                 raise
-            damaged.append((folder, _aside(folder), error))
+            names = (f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+            aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+            damaged.append((folder, aside, error))
         else:
             sound = Sound(folder, manifest, described)
             break
@@ -210,12 +192,6 @@ def newest_sound(
         if processes.first():
             folder.rename(aside)
     return sound
-
-
-def _aside(folder: Path) -> Path:
-    """Return a free name for a damaged folder."""
-    names = (f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
-    return next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
 
 
 def _flush(path: Path) -> None:

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
-from ..files import FileError, read_json, shown, write_text
+from ..files import named, read_json, shown, some, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.registry import family_of_json
 from . import safetensors
-from .base import OpenedBase, Tensor, release
-from .buffers import aligned_zeros, copy_transposed
+from .buffers import Tensor, aligned_zeros, copy_transposed, release
 from .digests import tensor_digest
 from .folders import new_folder
 from .gguf.base import GGUFBase
@@ -34,19 +33,18 @@ from .source import at_home
 if TYPE_CHECKING:
     import transformers
 
-_ROWS = 1024  # that are copied at a time: a tensor that is dequantised is never whole in memory
+_ROWS = 1024  # copied at a time: a dequantised tensor is never in memory as a whole
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _Q8_0_TILE = 32  # numbers of a row that share a scale in a GGUF file's Q8_0
 
+OpenedBase = FolderBase | GGUFBase
+
 
 def open_base(source: str | Path) -> OpenedBase:
-    """Open the files of a base model.
-
-    Args:
-      source: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
+    """Open a base model: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
 
     Raises:
-      ValueError: the source is a file but not a GGUF file, or that is damaged. A folder's errors come when it is read.
+      ValueError: the source is a file but not a sound GGUF file. A folder is checked when it is read.
     """
     # Imported without PyTorch, transformers warns that there are no models: none are needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -59,20 +57,19 @@ def open_base(source: str | Path) -> OpenedBase:
 def read_config(source: str | Path) -> Architecture:
     """Read the configuration of a base model: its `config.json`, or a GGUF file's metadata.
 
-    Only the weights show whether the head is tied to the embedding. Until `load_base` reads them, the value of the
-    file is used.
+    Only the weights show whether the head is tied to the embedding; here the value of the file is used.
 
     Raises:
-      ValueError: the model belongs to no known family, or a size is missing; the message names it.
+      ValueError: the model belongs to no known family, or a size is missing.
     """
     return _family(open_base(source))[1]
 
 
 def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase":
-    """Load the tokenizer of a base model: a Hugging Face folder, a hub id or a GGUF file.
+    """Load the tokenizer of a base model.
 
     Raises:
-      ValueError: there is none, transformers cannot read it, or a GGUF file asks for one that is not implemented.
+      ValueError: there is none, transformers cannot read it, or a GGUF file names one that is not implemented.
     """
     return open_base(source).tokenizer()
 
@@ -82,41 +79,38 @@ def load_base(
 ) -> Model:
     """Load a base model. Peak memory is little more than the model itself.
 
-    The head is tied if the weights hold no head and the configuration has a tied one, or if it equals the embedding.
-    GGUF files are dequantised, but with `int8` the matrices that a file holds in Q8_0 keep its codes and scales.
+    The head is tied if it equals the embedding, or if the weights hold none and the configuration has a tied one.
+    GGUF files are dequantised, except that `int8` keeps the codes and scales of matrices in Q8_0.
 
     Args:
       source: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
-      dtype: of weights and activations.
+      dtype: dtype of weights and activations.
       quantise: one of `linear.QUANTISED_TYPES`, for all kernels and the head (unless tied); tiles along d_in.
 
     Raises:
       ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
-        not floats, not finite or of another shape than the configuration gives.
+        not floats, not finite or not of the configuration's shape.
     """
     base, tensors, model, slots = _opened(source, dtype)
-    for slot in slots:
-        if quantise and slot.transposed:
-            slot.variable.set_value(_gather_quantised(base.place, slot, tensors, dtype, quantise))
-        else:
-            slot.variable.set_value(jax.device_put(_gather(base.place, slot, tensors, dtype)))
+    with named(base.place):
+        for slot in slots:
+            if quantise and slot.transposed:
+                slot.variable.set_value(_gather_quantised(slot, tensors, dtype, quantise))
+            else:
+                slot.variable.set_value(jax.device_put(_gather(slot, tensors, dtype)))
     return model
 
 
 def base_digest(source: str | Path) -> str:
-    """Return the SHA-256 of a base model's tensors as its files hold them (see `tensor_digest`); errors: `load_base`'s.
-
-    Only tensors that the model reads count, so copies and formats make no difference.
-    """
+    """Return the SHA-256 of the stored tensors that the model uses; raises `load_base`'s errors."""
     _, tensors, _, slots = _opened(source, "float32")
     return tensor_digest({name: tensors[name] for slot in slots for name in slot.names})
 
 
 def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
-    """Return a function from a Hugging Face tensor name to the base's tensor, in the dtype of the file.
+    """Return a function from a Hugging Face tensor name to the base's tensor, or KeyError.
 
-    Files are opened at the first call. The function raises KeyError on a name that the base lacks. Tensors of a GGUF
-    file are dequantised to float32.
+    Files are opened at the first call. Tensors have the dtype of the file; those of a GGUF file are dequantised.
     """
 
     @functools.cache
@@ -133,13 +127,12 @@ def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
 
 
 def save_base(model: Model, folder: Path, source: str | Path) -> None:
-    """Write a model as a Hugging Face folder, which gets its name only when it is complete.
+    """Write a model, dequantised in its dtype, as a Hugging Face folder that is complete or absent.
 
     Args:
-      model: plain or quantised weights (written dequantised, in the model's dtype).
+      model: plain or quantised weights.
       folder: the folder to make.
-      source: the base model that it was loaded from; its configuration, with the dtype of the file, and its tokenizer
-        are written too.
+      source: the base model with the configuration and the tokenizer to write.
 
     Raises:
       ValueError: the folder exists, or the source has no configuration.
@@ -152,33 +145,30 @@ def put_base(model: Model, folder: Path, source: str | Path) -> None:
     """Write the files of `save_base` into an existing folder."""
     base, tensors = open_base(source), hf_tensors(model, source)
     base.save_texts(folder)
-    _state_dtype(folder / "config.json", model.config.dtype)
+    # transformers loads the weights in the dtype of config.json.
+    content = read_json(folder / "config.json", dict[str, Any], "a Hugging Face model", own=False)
+    if other := [name for name in ("dtype", "torch_dtype") if content.get(name) not in (None, model.config.dtype)]:
+        text = json.dumps(content | dict.fromkeys(other, model.config.dtype), indent=2)
+        write_text(folder / "config.json", f"{text}\n")
     safetensors.save(folder / "model.safetensors", tensors)
 
 
 def hf_tensors(model: Model, source: str | Path) -> dict[str, np.ndarray]:
-    """Return a model's weights under Hugging Face's names, in its dtype; `source` is the base it was loaded from."""
-    family, said = _family(open_base(source))
+    """Return a model's weights by Hugging Face's names, in its dtype; `source` is the base it was loaded from."""
+    family, stated = _family(open_base(source))
     names, tensors = family.checkpoint, {}
     for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
         layers = weights if slot.stacked else weights[None]
         tensors |= {name: layer.T if slot.transposed else layer for name, layer in zip(slot.names, layers, strict=True)}
-    # A head that equals the embedding is tied here, but transformers needs it if the configuration is untied.
-    if model.config.tied and not said.tied:
+    # A head that equals the embedding is tied here; transformers needs it if the configuration is untied.
+    if model.config.tied and not stated.tied:
         tensors[names.head] = tensors[names.embedding].copy()
     return tensors
 
 
-def _state_dtype(config: Path, dtype: str) -> None:
-    """Let a config.json that states a dtype state this one: transformers loads the weights in it."""
-    content = read_json(config, dict[str, Any], "a Hugging Face model", own=False)
-    if other := [name for name in ("dtype", "torch_dtype") if content.get(name) not in (None, dtype)]:
-        write_text(config, json.dumps(content | dict.fromkeys(other, dtype), indent=2) + "\n")
-
-
 def _opened(source: str | Path, dtype: str) -> tuple[OpenedBase, Mapping[str, Tensor], Model, list[Slot]]:
-    """Return a base's files, its tensors, which are checked but not read, the model without weights, and its slots."""
+    """Return a base's files, its tensors (checked but not read), the model without weights, and its slots."""
     base = open_base(source)
     tensors = base.tensors()
     family, config = _family(base)
@@ -189,51 +179,39 @@ def _opened(source: str | Path, dtype: str) -> tuple[OpenedBase, Mapping[str, Te
         config = dataclasses.replace(config, tied=tied)
     model = family.abstract(config)
     slots = names.slots(model)
-    _check_tensors(base.place, tensors, slots, names, tied=config.tied)
+    with named(base.place):
+        _check_tensors(tensors, slots, names, tied=config.tied)
     return base, tensors, model, slots
 
 
-def _check_tensors(
-    place: Path, tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool
-) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
     optional = {*layout.copies} | ({layout.head} if tied else set())
-    advice = f"do the configuration and the weights in {place} belong together?"
+    advice = "do the configuration and the weights belong together?"
     if missing := [name for name in shapes if name not in tensors]:
-        raise ValueError(f"{place}: the weights lack {_some(missing)}: {advice}")
-    known = {*shapes, *optional}
-    if unexpected := [name for name in tensors if name not in known and not _is_unused(name, layout)]:
-        raise ValueError(f"{place}: the model has no place for {_some(unexpected)}: {advice}")
+        raise ValueError(f"the weights lack {some(missing)}: {advice}")
+    unused = {name for pattern in layout.unused for name in fnmatch.filter(tensors, pattern)}
+    if unexpected := [name for name in tensors if name not in {*shapes, *optional, *unused}]:
+        raise ValueError(f"the model has no place for {some(unexpected)}: {advice}")
     for name, shape in shapes.items():
         if tensors[name].dtype.kind in "biuc":
-            raise ValueError(f"{place}: {name} has dtype {tensors[name].dtype}: expected floats; save it unquantised")
+            raise ValueError(f"{name} has dtype {tensors[name].dtype}: expected floats; save it unquantised")
         if tensors[name].shape != shape:
-            raise ValueError(f"{place}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
+            raise ValueError(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
     for name in layout.copies:
         if name in tensors and not np.array_equal(tensors[name], tensors[layout.embedding]):
-            raise ValueError(f"{place}: {name} differs from {layout.embedding}: the model has one embedding")
+            raise ValueError(f"{name} differs from {layout.embedding}: the model has one embedding")
 
 
-def _is_unused(name: str, layout: Checkpoint) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in layout.unused)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _gather(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray:
+def _gather(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray:
     weights = aligned_zeros(slot.variable.shape, dtype)
     for name, layer in zip(slot.names, weights if slot.stacked else weights[None], strict=True):
-        _copy(place, name, tensors[name], layer, slot.transposed)
+        _copy(name, tensors[name], layer, slot.transposed)
     return weights
 
 
-def _gather_quantised(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qtype: str) -> qwix.QArray:
-    """Return a slot's matrices in few bits, quantised one by one: the whole stack is never in memory in full.
-
-    In 8 bits, matrices that a file holds in Q8_0 keep its codes and scales.
-    """
+def _gather_quantised(slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qtype: str) -> qwix.QArray:
+    """Return a slot's matrices in few bits, quantised one by one, so that the full stack is never in memory."""
     shape = slot.variable.shape
     stored = qtype == "int8" and any(_in_int8(tensors[name]) for name in slot.names)
     tile = _Q8_0_TILE if stored else linear.tile_size(shape[-2])
@@ -247,11 +225,11 @@ def _gather_quantised(place: Path, slot: Slot, tensors: Mapping[str, Tensor], dt
             file_codes, steps = tensor.codes()
             copy_transposed(file_codes, code)
             copy_transposed(steps, scale)
-            _check_finite(place, name, scale)
+            _check_finite(name, scale)
             release(tensor)
         else:
             plain = aligned_zeros(code.shape, dtype)
-            _copy(place, name, tensor, plain, transposed=True)
+            _copy(name, tensor, plain, transposed=True)
             quantised = linear.quantise(jax.device_put(plain), qtype, tiled_axis=-2, tile=tile)
             code[...], scale[...] = np.asarray(quantised.qvalue), np.asarray(quantised.scale)
     return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype=qtype)
@@ -261,7 +239,7 @@ def _in_int8(tensor: Tensor) -> TypeGuard[StoredTensor]:
     return isinstance(tensor, StoredTensor) and tensor.kind == "Q8_0"
 
 
-def _copy(place: Path, name: str, tensor: Tensor, out: np.ndarray, transposed: bool) -> None:
+def _copy(name: str, tensor: Tensor, out: np.ndarray, transposed: bool) -> None:
     with np.errstate(over="ignore"):
         for row in range(0, tensor.shape[0], _ROWS):
             rows = slice(row, row + _ROWS)
@@ -270,31 +248,22 @@ def _copy(place: Path, name: str, tensor: Tensor, out: np.ndarray, transposed: b
             else:
                 out[rows] = tensor[rows]
     # Checked after the cast: a finite float64 may overflow float32. Takes 0.2 ns a number in float32, 0.9 in bfloat16.
-    _check_finite(place, name, out)
+    _check_finite(name, out)
     release(tensor)
 
 
-def _check_finite(place: Path, name: str, numbers: np.ndarray) -> None:
+def _check_finite(name: str, numbers: np.ndarray) -> None:
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{place}: {name} holds NaN or infinity in {numbers.dtype}: fetch the weights again")
-
-
-def _check_head(raw: Mapping[str, Any]) -> None:
-    """Raise ValueError if a configuration names a class of transformers with another head than a language model's."""
-    named = raw.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    if any(name.endswith(_HEADS) for name in names):
-        raise ValueError(f"architectures is {shown(named)}, a model whose head gives no texts: give the language model")
+        raise ValueError(f"{name} holds NaN or infinity in {numbers.dtype}: fetch the weights again")
 
 
 def _family(base: OpenedBase) -> tuple[Family, Architecture]:
     """Return the family of a base model and the structure that its configuration describes."""
     raw = base.config()
-    try:
-        _check_head(raw)
+    classes = raw.get("architectures")
+    with named(base.config_place):
+        if isinstance(classes, list) and any(isinstance(name, str) and name.endswith(_HEADS) for name in classes):
+            got = f"architectures is {shown(classes)}, a model whose head generates no text"
+            raise ValueError(f"{got}: give the language model")
         family = family_of_json(raw)
         return family, family.read_config(raw)
-    except FileError as error:
-        raise error.at(base.config_place) from None
-    except ValueError as error:
-        raise ValueError(f"{base.config_place}: {error}") from None

@@ -11,7 +11,6 @@ import numpy as np
 from ..files import FileError, read_json, structured
 from . import safetensors as safetensors_map
 from . import tokenizer_bounds, torch_pickle
-from .base import OpenedBase
 from .source import inside, resolve, sha256
 
 if TYPE_CHECKING:
@@ -44,23 +43,21 @@ class _Ends(TypedDict, total=False):
     eos_token_id: int | list[int] | None
 
 
-class FolderBase(OpenedBase):
-    """A base model in Hugging Face's format, in a folder or on the hub."""
+class FolderBase:
+    """A base model in Hugging Face's format, in a folder or on the hub. Each method reads its files when called."""
 
     def __init__(self, source: str):
         self._source = source
 
     @functools.cached_property
-    def _folder(self) -> Path:
+    def place(self) -> Path:
+        """The local folder, for messages."""
         return resolve(self._source, patterns=(_CONFIG, _GENERATION))
 
     @property
-    def place(self) -> Path:
-        return self._folder
-
-    @property
     def config_place(self) -> Path:
-        return self._folder / _CONFIG
+        """The path of config.json, for messages."""
+        return self.place / _CONFIG
 
     def config(self) -> Mapping[str, Any]:
         """Return the content of config.json, with the end tokens of generation_config.json too.
@@ -68,7 +65,7 @@ class FolderBase(OpenedBase):
         Instruction-tuned models often end answers with tokens that only the latter has.
         """
         files = [self.config_place]
-        if (generation := self._folder / _GENERATION).is_file():
+        if (generation := self.place / _GENERATION).is_file():
             files.append(generation)
         found = []
         ends: list[list[int]] = []
@@ -82,18 +79,24 @@ class FolderBase(OpenedBase):
         return found[0] | {"eos_token_id": every if len(every) > 1 else every[0]}
 
     def config_sha256(self) -> str:
+        """Return the SHA-256 of config.json."""
         return sha256(self.config_place)
 
     def tensors(self) -> Mapping[str, np.ndarray]:
-        return _open(self._weights())
+        """Return the weights by name, [d_out, d_in]; a .bin is fetched from the hub only without safetensors."""
+        folder = resolve(self._source, patterns=(_CONFIG, "model*.safetensors*"))
+        if not any(folder.glob("model*.safetensors*")):
+            folder = resolve(self._source, patterns=(_CONFIG, "pytorch_model*.bin*"))
+        return _open(folder)
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
+        """Load the tokenizer; raises ValueError if there is none."""
         from transformers import AutoTokenizer
 
         try:
             folder = resolve(self._source, patterns=_TEXTS)
             tokenizer_bounds.check_added(folder)
-            # Not told, transformers may offer on a terminal to run code that the repository brings.
+            # By default, transformers may offer on a terminal to run the repository's code.
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             tokenizer_bounds.check_growth(tokenizer)
             tokenizer.name_or_path = self._source  # for messages
@@ -107,6 +110,7 @@ class FolderBase(OpenedBase):
             ) from error
 
     def save_texts(self, folder: Path) -> None:
+        """Copy config.json and the files of the tokenizer."""
         origin = resolve(self._source, patterns=_TEXTS)
         # In the hub's cache, files are links to a folder next to the one that has the snapshots.
         own = origin.resolve().parents[1] if origin.parent.name == "snapshots" else origin.resolve()
@@ -115,13 +119,6 @@ class FolderBase(OpenedBase):
                 if not path.resolve().is_relative_to(own):
                     raise FileError(path, got="a link out of its folder", fix="put the file itself there")
                 shutil.copyfile(path, folder / name)
-
-    def _weights(self) -> Path:
-        """Return the folder with the weights; the .bin is fetched from the hub only if it has no safetensors."""
-        folder = resolve(self._source, patterns=(_CONFIG, "model*.safetensors*"))
-        if any(folder.glob("model*.safetensors*")):
-            return folder
-        return resolve(self._source, patterns=(_CONFIG, "pytorch_model*.bin*"))
 
 
 def _open(folder: Path) -> dict[str, np.ndarray]:
@@ -132,12 +129,11 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             files = read_json(index, _Index, "a sharded model", own=False)["weight_map"]
-            # Every name is checked before the first file is opened.
-            paths = [inside(folder, file) for file in files.values()]
-            shards = {path: load(path) for path in set(paths)}
-            for tensor, path in zip(files, paths, strict=True):
+            paths = {tensor: inside(folder, file) for tensor, file in files.items()}
+            shards = {path: load(path) for path in set(paths.values())}
+            for tensor, path in paths.items():
                 if tensor not in shards[path]:
                     got = f"does not hold {tensor}, though {index.name} lists it"
                     raise FileError(path, got=got, fix="fetch it again")
-            return {tensor: shards[path][tensor] for tensor, path in zip(files, paths, strict=True)}
+            return {tensor: shards[path][tensor] for tensor, path in paths.items()}
     raise ValueError(f"{folder} has no weights: expected {_SAFETENSORS} or {_BIN}, whole or in shards with an index")

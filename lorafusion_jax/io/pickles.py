@@ -1,13 +1,12 @@
 """Read pickles as plain data: nothing that a pickle names is imported, called or changed.
 
-Python's own unpickler cannot be bounded: a few bytes can make it allocate gigabytes or hash without end. This one
-supports the opcodes that protocols 2 to 5 use for tensors. Every opcode takes bounded time and memory. Nested values of
-a file are never hashed, compared or printed. The results are strings, numbers, tuples, lists, `Dict`, `Global`, and the
-return values of the two callbacks.
+`pickletools` splits a pickle into opcodes. Python's unpickler cannot be bounded: a few bytes can make it allocate
+gigabytes or hash without end. Here each opcode takes bounded time and memory, and nested values of a file are never
+hashed, compared or printed. The results are strings, numbers, tuples, lists, `Dict`, `Global`, and the results of
+`Reader.call` and `Reader.persistent`.
 """
 
-import pickle
-import struct
+import pickletools
 from collections.abc import Callable, Collection
 from mmap import mmap
 from typing import Any, NoReturn
@@ -41,55 +40,49 @@ class Dict:
         self.items = items
 
 
-def read(
-    data: bytes | mmap,
-    start: int,
-    *,
-    names: Collection[str],
-    call: Callable[[str, tuple], Any],
-    persistent: Callable[[Any], Any],
-) -> tuple[Any, int]:
-    """Return the content of the pickle that starts at a given byte, and the position of its end.
+class Reader:
+    """Bytes with pickles, which are read one after the other; `at` is the position of the next byte.
 
-    Args:
-        data: The bytes.
-        start: The first byte of the pickle.
-        names: The globals that it may name, as `module.name`; collections.OrderedDict is always allowed.
-        call: Called in place of a global that the pickle calls, with the global's name and the arguments.
-        persistent: Called in place of loading a persistent id.
-
-    Raises:
-        Refused: It names another global, makes a call or a change that is not allowed, or is too large.
-        EOFError, LookupError, TypeError, ValueError, struct.error: The bytes are not a pickle of tensors.
+    A subclass lists the allowed globals, as `module.name` (collections.OrderedDict always is one), and describes the
+    results of calling them and of loading persistent ids.
     """
-    reader = _Reader(data, start, names, call, persistent)
-    for _ in range(_MAX_OPCODES):
-        opcode = reader.take(1)
-        if opcode == pickle.STOP:
-            return reader.stack.pop(), reader.at
-        action = _ACTIONS.get(opcode)
-        if action is None:
-            raise ValueError(f"the opcode {opcode!r}, which no tensor needs")
-        action(reader)
-    raise Refused(f"its pickle has more than {_MAX_OPCODES:,} opcodes: save fewer tensors in one file")
 
+    names: Collection[str]
 
-class _Reader:
-    def __init__(
-        self,
-        data: bytes | mmap,
-        start: int,
-        names: Collection[str],
-        call: Callable[[str, tuple], Any],
-        persistent: Callable[[Any], Any],
-    ):
-        self.data, self.at = data, start
-        self.names, self.on_call, self.on_persistent = names, call, persistent
+    def __init__(self, data: bytes | mmap):
+        self.data, self.at = data, 0
+
+    def call(self, name: str, arguments: tuple) -> Any:
+        raise NotImplementedError
+
+    def persistent(self, pid: Any) -> Any:
+        raise NotImplementedError
+
+    def pickle(self) -> Any:
+        """Return the content of the next pickle.
+
+        Raises:
+            Refused: It names another global, makes a call or a change that is not allowed, or is too large.
+            EOFError, LookupError, TypeError, ValueError: The bytes are not a pickle of tensors.
+        """
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under the marks
         self.memo: dict[int, Any] = {}
+        source: Any = self  # pickletools calls `read`, `readline` and `tell` only
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+            if opcode.name == "STOP":
+                break
+            if number == _MAX_OPCODES:
+                raise Refused(f"its pickle has more than {_MAX_OPCODES:,} opcodes: save fewer tensors in one file")
+            if opcode.name not in _ACTIONS:
+                raise ValueError(f"the opcode {opcode.name}, which no tensor needs")
+            _ACTIONS[opcode.name](self, argument)
+        return self.stack.pop()
 
-    def take(self, count: int) -> bytes:
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int) -> bytes:
         if not 0 <= count <= _MAX_STRING:
             raise Refused(f"its pickle has a string of {count:,} bytes: expected at most {_MAX_STRING:,}")
         part = self.data[self.at : self.at + count]
@@ -98,21 +91,16 @@ class _Reader:
         self.at += count
         return part
 
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    def text(self, layout: str) -> None:
-        self.stack.append(self.take(self.number(layout)).decode())
-
-    def line(self) -> str:
+    def readline(self) -> bytes:
         end = self.data.find(b"\n", self.at, self.at + _MAX_NAME)
         if end < 0:
             raise ValueError("a name without an end")
-        line = self.take(end - self.at)
-        self.at += 1
-        return line.decode()
+        return self.read(end + 1 - self.at)
 
-    def mark(self) -> None:
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def mark(self, _: None) -> None:
         self.below.append(self.stack)
         self.stack = []
 
@@ -120,9 +108,9 @@ class _Reader:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def tuple_since_mark(self) -> None:
+    def tuple_since_mark(self, _: None) -> None:
         items = tuple(self.since_mark())
-        self.stack.append(items)
+        self.push(items)
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
@@ -147,85 +135,73 @@ class _Reader:
         full = f"{module}.{name}"
         if full not in self.names and full != _ORDERED_DICT:
             raise Refused(
-                f"its pickle asks for {full}, which no tensor needs: refused, nothing was executed; "
+                f"its pickle names {full}, which no tensor needs: refused, nothing was executed; "
                 "if you trust the file, re-save its tensors as safetensors"
             )
-        self.stack.append(Global(full))
+        self.push(Global(full))
 
-    def refer_on_stack(self) -> None:
+    def refer_on_stack(self, _: None) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         self.refer(module, name)
 
-    def reduce(self) -> None:
+    def reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not Global or type(arguments) is not tuple:
-            _no(function, "called")
+            _refuse(function, "calls")
         if function.name != _ORDERED_DICT:
-            self.stack.append(self.on_call(function.name, arguments))
+            self.push(self.call(function.name, arguments))
             return
         pairs = arguments[0] if arguments else []
         if len(arguments) > 1 or type(pairs) is not list or not all(type(p) in (list, tuple) for p in pairs):
             raise TypeError("an OrderedDict from something other than pairs")
         # Python 2 passes all pairs at once. They are moved, so that a file cannot make us copy them again and again.
-        self.stack.append(Dict([(key, value) for key, value in pairs]))
+        self.push(Dict([(key, value) for key, value in pairs]))
         pairs.clear()
 
-    def build(self) -> None:
+    def build(self, _: None) -> None:
         """Drop an OrderedDict's attributes (torch's `_metadata`), which tensors do not need."""
         self.stack.pop()
         if type(self.stack[-1]) is not Dict:
-            _no(self.stack[-1], "changed")
-
-    def persist(self) -> None:
-        self.stack.append(self.on_persistent(self.stack.pop()))
+            _refuse(self.stack[-1], "changes")
 
     def put(self, key: int) -> None:
         self.memo[key] = self.stack[-1]
 
     def get(self, key: int) -> None:
-        self.stack.append(self.memo[key])
+        self.push(self.memo[key])
 
 
-def _no(value: Any, what: str) -> NoReturn:
+def _refuse(value: Any, does: str) -> NoReturn:
     name = value.name if type(value) is Global else f"a {type(value).__name__}"
-    raise Refused(f"its pickle wants {name} {what}, which no tensor needs: refused, nothing was executed")
+    raise Refused(f"its pickle {does} {name}, which no tensor needs: refused, nothing was executed")
 
 
-_ACTIONS: dict[bytes, Callable[[_Reader], Any]] = {
-    pickle.PROTO: lambda r: r.take(1),
-    pickle.FRAME: lambda r: r.take(8),
-    pickle.MARK: _Reader.mark,
-    pickle.NONE: lambda r: r.stack.append(None),
-    pickle.NEWTRUE: lambda r: r.stack.append(True),
-    pickle.NEWFALSE: lambda r: r.stack.append(False),
-    pickle.BININT: lambda r: r.stack.append(r.number("<i")),
-    pickle.BININT1: lambda r: r.stack.append(r.number("B")),
-    pickle.BININT2: lambda r: r.stack.append(r.number("<H")),
-    pickle.LONG1: lambda r: r.stack.append(int.from_bytes(r.take(r.number("B")), "little", signed=True)),
-    pickle.BINFLOAT: lambda r: r.stack.append(r.number(">d")),
-    pickle.BINUNICODE: lambda r: r.text("<I"),
-    pickle.SHORT_BINUNICODE: lambda r: r.text("B"),
-    pickle.BINSTRING: lambda r: r.text("<i"),
-    pickle.SHORT_BINSTRING: lambda r: r.text("B"),
-    pickle.EMPTY_TUPLE: lambda r: r.stack.append(()),
-    pickle.TUPLE1: lambda r: r.tuple_of(1),
-    pickle.TUPLE2: lambda r: r.tuple_of(2),
-    pickle.TUPLE3: lambda r: r.tuple_of(3),
-    pickle.TUPLE: _Reader.tuple_since_mark,
-    pickle.EMPTY_LIST: lambda r: r.stack.append([]),
-    pickle.APPEND: lambda r: r.append([r.stack.pop()]),
-    pickle.APPENDS: lambda r: r.append(r.since_mark()),
-    pickle.EMPTY_DICT: lambda r: r.stack.append(Dict([])),
-    pickle.SETITEM: lambda r: r.set_items([r.stack.pop(-2), r.stack.pop()]),
-    pickle.SETITEMS: lambda r: r.set_items(r.since_mark()),
-    pickle.GLOBAL: lambda r: r.refer(r.line(), r.line()),
-    pickle.STACK_GLOBAL: _Reader.refer_on_stack,
-    pickle.REDUCE: _Reader.reduce,
-    pickle.BUILD: _Reader.build,
-    pickle.BINPERSID: _Reader.persist,
-    pickle.BINPUT: lambda r: r.put(r.number("B")),
-    pickle.LONG_BINPUT: lambda r: r.put(r.number("<I")),
-    pickle.MEMOIZE: lambda r: r.put(len(r.memo)),
-    pickle.BINGET: lambda r: r.get(r.number("B")),
-    pickle.LONG_BINGET: lambda r: r.get(r.number("<I")),
+# What each opcode does with its argument, by pickletools' names.
+_ACTIONS: dict[str, Callable[[Reader, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda r, _: None),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), Reader.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING"), Reader.push),
+    "NONE": Reader.push,  # its argument is None
+    "NEWTRUE": lambda r, _: r.push(True),
+    "NEWFALSE": lambda r, _: r.push(False),
+    "MARK": Reader.mark,
+    "EMPTY_TUPLE": lambda r, _: r.push(()),
+    "TUPLE1": lambda r, _: r.tuple_of(1),
+    "TUPLE2": lambda r, _: r.tuple_of(2),
+    "TUPLE3": lambda r, _: r.tuple_of(3),
+    "TUPLE": Reader.tuple_since_mark,
+    "EMPTY_LIST": lambda r, _: r.push([]),
+    "APPEND": lambda r, _: r.append([r.stack.pop()]),
+    "APPENDS": lambda r, _: r.append(r.since_mark()),
+    "EMPTY_DICT": lambda r, _: r.push(Dict([])),
+    "SETITEM": lambda r, _: r.set_items([r.stack.pop(-2), r.stack.pop()]),
+    "SETITEMS": lambda r, _: r.set_items(r.since_mark()),
+    "GLOBAL": lambda r, names: r.refer(*names.split(" ", 1)),
+    "STACK_GLOBAL": Reader.refer_on_stack,
+    "REDUCE": Reader.reduce,
+    "BUILD": Reader.build,
+    "BINPERSID": lambda r, _: r.push(r.persistent(r.stack.pop())),
+    "MEMOIZE": lambda r, _: r.put(len(r.memo)),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Reader.put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), Reader.get),
 }

@@ -1,7 +1,7 @@
-"""Several processes that run one program: which one writes, and how a run ends when one of them is lost.
+"""Several processes that run one program: the first one writes, and all end when one of them is lost.
 
-Each process sends a heartbeat every few seconds. JAX by itself would wait for a lost process, first in the next
-collective and then in its own shutdown, and abort. A restart continues from the last checkpoint.
+Each process sends a heartbeat every few seconds. JAX would wait for a lost process, in the next collective and in its
+shutdown, and then abort. A restart continues from the last checkpoint.
 """
 
 import contextlib
@@ -50,11 +50,10 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
-    """Join the other processes of a run, as Slurm, Open MPI, GKE or a TPU describe them, or the arguments do.
+    """Join the other processes of a run, which Slurm, Open MPI, GKE, a TPU or the arguments describe.
 
-    Call it before JAX initialises its backend. If another process is lost, or if only this one fails, it ends within
-    20 s with a message and the exit code EX_TEMPFAIL (75). A process that has called `jax.distributed.initialize` is
-    left as it is.
+    Call it before JAX initialises its backend; it does nothing after `jax.distributed.initialize`. If another process
+    is lost, or if only this one fails, it ends within 20 s with a message and the exit code EX_TEMPFAIL (75).
 
     Args:
       coordinator: host:port on which process 0 listens; None where the cluster describes it.
@@ -65,7 +64,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
       ValueError: JAX finds no cluster here, or it cannot be reached.
     """
     if not jax.distributed.is_initialized():
-        jax.config.update("jax_enable_preemption_service", False)  # it would note a SIGTERM, and go on
+        jax.config.update("jax_enable_preemption_service", False)  # it would only record a SIGTERM
         try:
             jax.distributed.initialize(coordinator, processes, process)
         except (ValueError, RuntimeError) as error:
@@ -84,7 +83,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
         _wait("the end", _DAY)
     except BaseException as error:
         # After a failed collective, the heartbeats show whether a process is lost. If not, the others may fail for the
-        # same reason, for example bad options; then all end as any program does.
+        # same reason, for example bad options; then all raise the error.
         heart.join(_BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0)
         try:
             _wait("the end", _LOST)

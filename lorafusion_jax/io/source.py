@@ -16,31 +16,31 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a source is `owner/name` or `owner/name@revision` on the hub, and not a path here."""
+    """Return whether a source is `owner/name` or `owner/name@revision` on the hub, and not a local path."""
     return _HUB_ID.fullmatch(source) is not None and not at_home(source).exists()
 
 
 def at_home(source: str | Path) -> Path:
-    """Return a path with `~` as the home folder; the name of a user who is not known here stays as it is."""
+    """Return a path with `~` replaced by the home folder; unknown users are left unchanged."""
     return Path(os.path.expanduser(source))
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Return `owner/name` and the revision, if it has one, of a hub id; a path here as it is, and None."""
+    """Return `owner/name` and the revision (or None) of a hub id; of a local path itself, and None."""
     hub_id = _HUB_ID.fullmatch(source) if is_hub_id(source) else None
     return (source, None) if hub_id is None else (hub_id[1], hub_id[2])
 
 
 def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
-    """Return the local folder of a source; a hub id is fetched from the Hugging Face hub first.
+    """Return the local folder of a source; a hub id is fetched first.
 
     Args:
-        source: A local folder, which is used directly, or `owner/name` or `owner/name@revision` on the hub.
-        patterns: Glob patterns of the files to fetch from the hub; None fetches all of them.
+        source: A local folder, or `owner/name` or `owner/name@revision` on the hub.
+        patterns: Glob patterns of the files to fetch; None for all.
 
     Raises:
-        ValueError: The source is neither a folder nor a hub id that can be fetched. With HF_HUB_OFFLINE
-            set, only files in this machine's cache of the hub can be.
+        ValueError: The source is neither a folder nor a hub id that can be fetched. With HF_HUB_OFFLINE, only cached
+            files can be.
     """
     folder = at_home(source)
     try:
@@ -59,45 +59,35 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
     name, revision = split_revision(source)
     try:
         with hub_answers.checked():
-            return Path(
-                huggingface_hub.snapshot_download(
-                    name, revision=revision, allow_patterns=list(patterns) if patterns else None
-                )
-            )
-    except Exception as error:  # of many kinds: of the HTTP library, and of answers that the hub's did not expect
+            files = list(patterns) if patterns else None
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # the HTTP library, and answers that the hub's library does not expect, raise others
         raise ValueError(
             f"{source!r} is not a folder here, and fetching it from the hub failed: {_reason(error)}"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """Return why the hub did not give what was asked for, and what to do."""
+    """Return why the hub refused, and how to fix it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    login = "run `hf auth login` or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
-        return (
-            "its owners let in whom they choose: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
-        )
+        return f"access is restricted: request it on the repository's page, then {login}"
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            "there is no such repository, or it is private: check the spelling, or run `hf auth login` or set HF_TOKEN"
-        )
+        return f"there is no such repository, or it is private: check the spelling, or {login}"
     if isinstance(error, RevisionNotFoundError):
-        return "it has no such revision: check what stands after the @"
+        return "it has no such revision: check the text after the @"
     return f"{first_line(error)} (check the spelling, the network and HF_HUB_OFFLINE)"
 
 
 def first_line(error: Exception) -> str:
-    """Return the beginning of an error's first line, or its kind if it has none, as a time-out may have."""
+    """Return the beginning of an error's first line, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST_REASON]
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return `folder / name`, where the name was read from a file.
-
-    Raises:
-        FileError: The path would be outside the folder, or no file can have the name.
-    """
+    """Return `folder / name` for a name from a file; raises FileError if it is outside or impossible."""
     # Links are not resolved: the hub's cache keeps every file as a link to another folder.
     parts = re.split(r"[/\\]", name)
     impossible = "\0" in name or len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME
@@ -107,11 +97,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Return a file's bytes, mapped read-only: pages are read at first access and never copied.
-
-    Raises:
-        ValueError: The file is missing, empty, or a Git LFS pointer.
-    """
+    """Return a file's bytes, mapped read-only; raises ValueError if it is missing, empty, or a Git LFS pointer."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     check_lfs(path)
@@ -122,6 +108,6 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits, read in chunks."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,16 +14,16 @@ from ..files import FileError
 if TYPE_CHECKING:
     import transformers
 
-MOST_ADDED = 100_000  # of tokens that are added to a vocabulary; each takes 0.1 ms and 4 kB
-MOST_GROWTH = 1_000  # bytes that a byte of a text may become
-MOST_STEPS = 100  # of a normaliser, a pre-tokenizer, a post-processor or a decoder
+MOST_ADDED = 100_000  # added tokens; each takes 0.1 ms and 4 kB
+MOST_GROWTH = 1_000  # bytes made from one byte of a text
+MOST_STEPS = 100  # steps of a normaliser, a pre-tokenizer, a post-processor or a decoder
 
 _FIX = "give a base with a sound tokenizer"
 _OF_PYTHON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class _Added(msgspec.Struct):
-    """The part of tokenizer.json that is checked before it is loaded; the vocabulary is passed over."""
+    """The part of tokenizer.json that is checked before it is loaded; the vocabulary is skipped."""
 
     added_tokens: list[msgspec.Raw] | None = None
 
@@ -83,7 +83,7 @@ def _steps(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """Return how many bytes a step may make of a byte. Steps that change nothing the second time count as one."""
+    """Return the most bytes that a step makes from one byte; 1 for steps without effect when repeated."""
     if step["type"] == "Replace":
         content, pattern = len(step["content"].encode()), step["pattern"].get("String", "")
         return max(1.0, content / len(pattern.encode())) if pattern else 1.0 + content  # a regex may match nothing

@@ -1,8 +1,8 @@
 """Read PyTorch's `.bin` files without PyTorch: tensors only, nothing in the file is executed.
 
-`torch.save` has written a zip archive since 1.6, and before that a sequence of pickles followed by the raw storages. In
-both, a pickle rebuilds tensors as strided views of storages. Here the whole pickle is first read as plain descriptions
-(see `pickles`); views of the file are made afterwards. The tar archives of PyTorch before 0.1.10 are refused.
+`torch.save` has written a zip archive since 1.6, and before that several pickles followed by the raw storages. In both,
+a pickle rebuilds tensors as strided views of storages. The whole pickle is first read as plain descriptions (see
+`pickles`); views of the file are made afterwards. The tar archives of PyTorch before 0.1.10 are refused.
 """
 
 import math
@@ -11,53 +11,38 @@ import reprlib
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (registers bfloat16 and float8 with NumPy)
 import numpy as np
 
-from . import pickles
-from .pickles import Dict, Global, Refused
+from .pickles import Dict, Global, Reader, Refused
 from .source import map_file
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 _STORAGES = {
-    "BoolStorage": np.dtype(bool),
-    "ByteStorage": np.dtype("<u1"),
-    "CharStorage": np.dtype("<i1"),
-    "ShortStorage": np.dtype("<i2"),
-    "IntStorage": np.dtype("<i4"),
-    "LongStorage": np.dtype("<i8"),
-    "HalfStorage": np.dtype("<f2"),
-    "FloatStorage": np.dtype("<f4"),
-    "DoubleStorage": np.dtype("<f8"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "Bool": "bool",
+    "Byte": "uint8",
+    "Char": "int8",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+    "Half": "float16",
+    "Float": "float32",
+    "Double": "float64",
+    "BFloat16": "bfloat16",
 }
-_DTYPES = {
-    "bool": np.dtype(bool),
-    "uint8": np.dtype("<u1"),
-    "int8": np.dtype("<i1"),
-    "uint16": np.dtype("<u2"),
-    "int16": np.dtype("<i2"),
-    "uint32": np.dtype("<u4"),
-    "int32": np.dtype("<i4"),
-    "uint64": np.dtype("<u8"),
-    "int64": np.dtype("<i8"),
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-    "float64": np.dtype("<f8"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-}
+_DTYPES = (*_STORAGES.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 # Names that a pickle may contain, and the number type of each.
-_TYPES = {f"{module}.{name}": dtype for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()}
-_TYPES |= {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
-_TYPES["torch.storage.UntypedStorage"] = _DTYPES["uint8"]
+_TYPES = {
+    f"{module}.{name}Storage": np.dtype(of) for module in ("torch", "torch.cuda") for name, of in _STORAGES.items()
+}
+_TYPES |= {f"torch.{name}": np.dtype(name) for name in _DTYPES}
+_TYPES["torch.storage.UntypedStorage"] = np.dtype("uint8")
 _TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _TYPED_TENSOR = "torch._utils._rebuild_tensor_v3"
 _PARAMETER = "torch._utils._rebuild_parameter"
@@ -89,9 +74,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
     The size of the file bounds the time and memory of reading, and the total size of the tensors.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, corrupt, compressed or a Git LFS pointer. Or it holds
-            something other than a dict of tensors, or tensors that repeat its bytes too often. Or its pickle names a
-            global that tensors do not need.
+        ValueError: The file is missing, empty, truncated, corrupt, compressed or a Git LFS pointer; holds something
+            other than a dict of tensors, or tensors that repeat its bytes too often; or names a global that tensors do
+            not need.
     """
     data = map_file(path)
     try:
@@ -144,39 +129,31 @@ class _View:
         return math.prod(self.size) * self.dtype.itemsize
 
 
-@dataclass
-class _Cursor:
-    """A place in a file that holds pickles and storages one after the other.
+class _Pickles(Reader):
+    """Bytes that hold pickles and storages one after the other.
 
     Attributes:
-        data: The file, or the pickle of a zip archive.
-        at: The next byte.
-        dtypes: The number type of every storage that a pickle has referred to.
+        dtypes: The number type of each storage that a pickle has referred to.
     """
 
-    data: bytes | mmap.mmap
-    at: int = 0
-    dtypes: dict[str, np.dtype] = field(default_factory=dict)
+    names = _NAMES
 
-    def pickle(self) -> Any:
-        content, self.at = pickles.read(self.data, self.at, names=_NAMES, call=_call, persistent=self._persistent)
-        return content
+    def __init__(self, data: bytes | mmap.mmap):
+        super().__init__(data)
+        self.dtypes: dict[str, np.dtype] = {}
 
-    def struct(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return values
+    def call(self, name: str, arguments: tuple) -> _View:
+        return _call(name, arguments)
 
-    def storage(self, dtype: np.dtype) -> memoryview:
+    def storage(self, key: str) -> memoryview:
         """Read the storage that starts here: its number of elements, then the elements."""
-        (numel,) = self.struct("<q")
-        end = self.at + _size(numel) * dtype.itemsize
-        if end > len(self.data):
+        numel = _size(int.from_bytes(self.read(8), "little", signed=True))
+        start, self.at = self.at, self.at + numel * self.dtypes[key].itemsize
+        if self.at > len(self.data):
             raise EOFError("it ends in the middle of a storage")
-        start, self.at = self.at, end
-        return memoryview(self.data)[start:end]
+        return memoryview(self.data)[start : self.at]
 
-    def _persistent(self, pid: Any) -> _Storage:
+    def persistent(self, pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) not in (5, 6):
             raise TypeError("a storage is described by 5 or 6 values")
         tag, kind, key, _location, numel, *view = pid
@@ -208,7 +185,7 @@ def _call(name: str, arguments: tuple) -> _View:
 
 def _dtype(kind: Any) -> np.dtype:
     if type(kind) is not Global:
-        raise TypeError(f"a {type(kind).__name__} in place of a type of numbers")
+        raise TypeError(f"a {type(kind).__name__} instead of a type of numbers")
     return _TYPES[kind.name]
 
 
@@ -220,12 +197,12 @@ def _size(value: Any) -> int:
 
 def _key(value: Any) -> str:
     if type(value) not in (int, str):
-        raise TypeError(f"a {type(value).__name__} in place of a storage's key")
+        raise TypeError(f"a {type(value).__name__} instead of a storage's key")
     return str(value)
 
 
 def _shown(value: Any) -> str:
-    """Return a value as text for a message. Tuples show only their type: they may nest to 2 ** 90 elements."""
+    """Return a value as text for a message; of tuples only the type, because they may nest to 2 ** 90 elements."""
     return reprlib.repr(value) if type(value) in (int, str) else f"<{_kind(value)}>"
 
 
@@ -245,8 +222,7 @@ def _flat(content: Any) -> Iterator[tuple[str, _View]]:
 def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
     # NumPy itself raises an error for a view that would reach outside its buffer.
     item = view.dtype.itemsize
-    storage = view.storage
-    width = storage.dtype.itemsize
+    storage, width = view.storage, view.storage.dtype.itemsize
     buffer = storages[storage.key][storage.start * width : (storage.start + storage.numel) * width]
     return np.ndarray(view.size, view.dtype, buffer, view.offset * item, [step * item for step in view.stride])
 
@@ -269,7 +245,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     content = _member(members[names[0]], data)
     if len(content) > _MAX_PICKLE:
         raise Refused(f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}")
-    return _Cursor(bytes(content)).pickle(), storages
+    return _Pickles(bytes(content)).pickle(), storages
 
 
 def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
@@ -287,12 +263,11 @@ def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
 
 
 def _read_legacy(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
-    file = _Cursor(data)
+    file = _Pickles(data)
     if file.pickle() != _LEGACY_MAGIC or file.pickle() != _LEGACY_PROTOCOL:
         raise ValueError("no magic number")
     info = file.pickle()
     if type(info) is not Dict or not any(key == "little_endian" and value is True for key, value in info.items):
         raise Refused("written on a big-endian machine: re-save its tensors as safetensors there")
-    content = file.pickle()
-    keys = file.pickle()
-    return content, {_key(key): file.storage(file.dtypes[_key(key)]) for key in keys}
+    content, keys = file.pickle(), map(_key, file.pickle())
+    return content, {key: file.storage(key) for key in keys}

@@ -243,9 +243,9 @@ def test_what_cannot_be_merged_is_refused():
         with pytest.raises(ValueError, match=f"different ranks, and {kind} adds"):
             merge(mixed, jnp.arange(2), jnp.ones(2), kind)
     dora = dataclasses.replace(tiny.pool(1), magnitude={})
-    with pytest.raises(ValueError, match="a DoRA adapter has magnitudes of its own"):
+    with pytest.raises(ValueError, match="a DoRA adapter"):
         check_merge(dora, "svd")
-    with pytest.raises(ValueError, match="a DoRA adapter has magnitudes of its own"):
+    with pytest.raises(ValueError, match="a DoRA adapter"):
         merge(dora, jnp.arange(1), jnp.ones(1), "cat")
     with pytest.raises(ValueError, match="dare_ties keeps random entries: give a key"):
         merge(_POOL, jnp.arange(2), jnp.ones(2), "dare_ties")

@@ -30,9 +30,7 @@ from lorafusion_jax.text_tables import markdown
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]
 _OPTIONS = CostOptions()
-_LITTLE = CostOptions(
-    modules=2, rank=4, bases=(3,), source=16, target=8, train_rows=20, batch_size=5, epochs=3
-)
+_LITTLE = CostOptions(modules=2, rank=4, bases=(3,), source=16, target=8, train_rows=20, batch_size=5, epochs=3)
 _BASES = ("LoRAFusion, basis of 16", "LoRAFusion, basis of 32")
 _NO_CELLS = ("LoRA in SRAM", "VeRA", "LoraHub", "LoRAFusion", "LoRAFusion, side by side", *_BASES)
 

@@ -26,6 +26,7 @@ _SMALL = one_block.SMALL
 _TASKS = [*split().tuning, *split().unseen, split().out_of_reach]
 _BIN, _SAFETENSORS = split().pool[0], split().pool[-1]
 
+
 def _rows(task, part):
     lines = (_SMALL / "tasks" / task.name / f"{part}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

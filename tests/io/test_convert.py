@@ -1,16 +1,14 @@
 """From adapters of PEFT to a pool on disk and back: exact, complete or not at all, every damage noticed."""
 
-import dataclasses
 import hashlib
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -89,23 +87,19 @@ def _assert_same_pool(got, want):
 def _assert_holds(pool, config, folders, scalings):
     """Compare with the files: dW is scaling * B A of each module, and zero where an adapter has none."""
     for n, (folder, scaling) in enumerate(zip(folders, scalings, strict=True)):
-        tensors = {
-            key.removeprefix("base_model.model."): value.astype(np.float32)
-            for key, value in load_file(Path(folder) / "adapter_model.safetensors").items()
-        }
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
         for path in linear_shapes(config):
             site, layer = places(config)[path]
-            a, b = tensors.get(f"{path}.lora_A.weight"), tensors.get(f"{path}.lora_B.weight")
-            if a is None:
-                if site in pool.A:
-                    assert pool.rank[site][layer, n] == 0
-                    assert not pool.A[site][layer, n].any() and not pool.B[site][layer, n].any()
+            a, b = (tensors.get(f"base_model.model.{path}.lora_{kind}.weight") for kind in "AB")
+            if site not in pool.A:
+                assert a is None
                 continue
-            r = len(a)
+            r = 0 if a is None else len(a)
             assert pool.rank[site][layer, n] == r
-            np.testing.assert_array_equal(pool.A[site][layer, n, :, :r], a.T)
-            np.testing.assert_allclose(pool.B[site][layer, n, :r], scaling * b.T, rtol=1e-6)
             assert not pool.A[site][layer, n, :, r:].any() and not pool.B[site][layer, n, r:].any()
+            if a is not None:
+                np.testing.assert_array_equal(pool.A[site][layer, n, :, :r], a.T)
+                np.testing.assert_allclose(pool.B[site][layer, n, :r], scaling * b.T, rtol=1e-6)
 
 
 @pytest.mark.smoke
@@ -164,41 +158,35 @@ def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
     np.testing.assert_array_equal(pool.B[site][layer, 0], (b.T.astype(np.float32) * 1.5).astype(dtype))
 
 
-def test_a_resaved_adapter_is_its_source(base, adapter, tmp_path):
+def _assert_same_adapter(got, want):
+    for folder in (got, want):
+        assert (folder / "adapter_config.json").read_bytes() == (want / "adapter_config.json").read_bytes()
+    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (got, want))
+    assert got.keys() == want.keys()
+    for key in want:
+        assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes()
+
+
+def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
+    factor = {f"base_model.model.{_Q}.lora_A.weight": np.ones((2, 8), np.float16)}
     folders = [
         adapter("plain"),
         adapter("half", dtype=np.float16, r=3, targets=("o", "wi_1")),
         adapter("bf16", dtype=ml_dtypes.bfloat16),
         adapter("bare", prefix=""),
         adapter("state", extra={"base_model.model.lora_velora_x": np.arange(5.0)}),
+        adapter("mixed", extra=factor),
     ]
-    _convert(base, folders, out=tmp_path / "pool")
-    for folder in map(Path, folders):
-        again = tmp_path / "again" / folder.name
-        resave(ConvertedPool(tmp_path / "pool").adapter(folder.name), again)
-        got, want = (load_file(f / "adapter_model.safetensors") for f in (again, folder))
-        assert got.keys() == want.keys()
-        for key in want:
-            assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes()
-        assert (again / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+    entries = _convert(base, folders, out=tmp_path / "pool")["adapters"]
+    kinds = ["float32", "float16", "bfloat16", "float32", "float32", "float16, float32"]
+    assert [entry["dtype"] for entry in entries] == kinds
+    for entry, folder in zip(entries, map(Path, folders), strict=True):
+        _assert_same_adapter(tmp_path / "pool" / entry["folder"], folder)
+        resave(ConvertedPool(tmp_path / "pool").adapter(folder.name), tmp_path / "again" / folder.name)
+        _assert_same_adapter(tmp_path / "again" / folder.name, folder)
+    _assert_same_pool(load_pool(tmp_path / "pool"), read_pool(folders, read_config(base)))
     with pytest.raises(ValueError, match="has no adapter 'other': it holds plain, half"):
         ConvertedPool(tmp_path / "pool").adapter("other")
-
-
-def test_resaved_goldens(goldens, tmp_path):
-    golden = goldens / "fusion/t5a"
-    for name in ("rank_alpha_pattern", "dora"):
-        source = golden / "adapters" / name
-        _convert(golden / "base", [str(source)], out=tmp_path / name)
-        resave(ConvertedPool(tmp_path / name).adapter(name), tmp_path / "again" / name)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            got, want = tmp_path / "again" / name / file, source / file
-            if file.endswith("json"):
-                assert got.read_bytes() == want.read_bytes()
-            else:
-                got, want = load_file(got), load_file(want)
-                assert got.keys() == want.keys()
-                assert all(got[key].tobytes() == want[key].tobytes() for key in want)
 
 
 def test_a_dora_adapter_alone(base, adapter, tmp_path):
@@ -213,12 +201,12 @@ def test_a_dora_adapter_alone(base, adapter, tmp_path):
     assert not q[0].any() and not q[2].any()
 
 
-def test_dora_is_refused_beside_others(base, adapter, tmp_path):
+def test_dora_is_refused_next_to_others(base, adapter, tmp_path):
     plain, dora, second = adapter("plain"), adapter("dora", use_dora=True), adapter("second", use_dora=True)
     for folders in ([plain, dora], [dora, plain], [dora, second]):
-        with pytest.raises(ValueError, match="dora: a DoRA adapter has its own magnitudes|second: a DoRA"):
+        with pytest.raises(ValueError, match="(dora|second): the magnitudes of a DoRA adapter cannot be mixed"):
             read_pool(folders, read_config(base))
-        _refused("a DoRA adapter has its own magnitudes", base, folders, out=tmp_path / "pool")
+        _refused("the magnitudes of a DoRA adapter cannot be mixed", base, folders, out=tmp_path / "pool")
     manifest = _convert(base, [dora, plain, second], out=tmp_path / "pool", skip_bad=True)
     assert [entry["name"] for entry in manifest["adapters"]] == ["plain"]
 
@@ -264,27 +252,19 @@ def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, 
     assert dry == [would, would]
 
 
-def test_one_bad_adapter_stops_everything_by_name(base, adapter, tmp_path):
-    good, bad = adapter("good"), adapter("bad")
-    weights = Path(bad) / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    tensors[f"base_model.model.{_Q}.lora_A.weight"][0, 0] = np.nan
-    save_file(tensors, weights)
-    message = f"^{weights}: .*{_Q}.lora_A.weight holds NaN .*Nothing was written; --skip-bad"
-    _refused(message, base, [good, bad], out=tmp_path / "pool")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "base", "good"]
-    _refused("none of 1 adapters can be used; the first: .*NaN", base, [bad], out=tmp_path / "p", skip_bad=True)
-    _refused(f"^{weights}: .*NaN", base, [bad, good], dry_run=True)
-
-
-def test_bad_adapters_can_be_left_out_and_are_listed(base, adapter, tmp_path, capsys):
-    good, bad, last = adapter("good"), adapter("bad", peft_type="IA3"), adapter("last")
+def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(base, adapter, tmp_path, capsys):
+    nan = {f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}
+    good, bad, last = adapter("good"), adapter("bad", extra=nan), adapter("last")
+    message = f"{bad}/adapter_model.safetensors: .*{_Q}.lora_A.weight holds NaN"
+    _refused(f"^{message}.*Nothing was written; --skip-bad", base, [good, bad], out=tmp_path / "pool")
+    _refused(f"^{message}", base, [bad, good], dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "base", "good", "last"]
+    _refused(f"none of 1 adapters can be used; the first: {message}", base, [bad], out=tmp_path / "p", skip_bad=True)
     manifest = _convert(base, [good, bad, last], out=tmp_path / "pool", skip_bad=True)
     assert [entry["folder"] for entry in manifest["adapters"]] == ["adapters/0000", "adapters/0001"]
     (skipped,) = ConvertedPool(tmp_path / "pool").manifest["skipped"]
-    assert skipped["source"] == bad and "peft_type is 'IA3'" in skipped["reason"]
-    printed = _printed(capsys, base, [good, bad, last], "--skip-bad", "--dry-run")
-    assert f"left out {skipped['reason']}" in printed
+    assert skipped["source"] == bad and "holds NaN" in skipped["reason"]
+    assert f"left out {skipped['reason']}" in _printed(capsys, base, [good, bad, last], "--skip-bad", "--dry-run")
     assert load_pool(tmp_path / "pool").names == ("good", "last")
 
 
@@ -360,72 +340,86 @@ def _edit_manifest(folder, change, *, sign):
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+_TABLE = "encoder.self.q"
+
+
+@pytest.fixture
+def one_pool(base, adapter, tmp_path):
+    _convert(base, [adapter("one")], out=tmp_path / "pool")
+    return tmp_path / "pool"
+
+
+def _ranks(number, value):
+    return lambda m: m["adapters"][0]["sites"][_TABLE]["rank"].__setitem__(number, value)
+
+
+def _adapter(**fields):
+    return lambda m: m["adapters"][0].update(fields)
+
+
+def _base(**fields):
+    return lambda m: m["base"]["config"].update(fields)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 1),
-            r"encoder.self.q is {'rank': \[1, 2, 2\].*} in the manifest: expected {.rank.: \[2, 2, 2\].*}, as in",
+            _ranks(0, 1),
+            r"q is {'rank': \[1, 2, 2\].*} in the manifest: expected {'rank': \[2, 2, 2\].*}, as in adapter_",
         ),
+        (_ranks(0, 900_000), r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|is {'rank': \[900000, 2, 2\])"),
+        (_ranks(0, -1), r"rank\[0\] is -1: expected an integer from 0 to"),
+        (_ranks(slice(0), [2]), r"encoder.self.q is ranks \[2, 2, 2, 2\]: expected one for each layer of its base"),
         (
-            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 8),
-            r"encoder.self.q is {'rank': \[8, 2, 2\].*} in the manifest: expected {'rank': \[2, 2, 2\]",
+            lambda m: m["adapters"][0]["sites"][_TABLE]["scaling"].__setitem__(0, 99.0),
+            r"'scaling': \[99.0, 1.5, 1.5\]} in",
         ),
+        (lambda m: m["adapters"][0]["sites"].pop(_TABLE), "encoder.self.q is 'absent' in the manifest: expected {"),
         (
-            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, 900_000),
-            r"(of [\d,]+ bytes, and the manifest says [\d,]+ numbers|is {'rank': \[900000, 2, 2\])",
+            lambda m: m["adapters"][0]["sites"].update(new=m["adapters"][0]["sites"][_TABLE]),
+            "new is ranks .2, 2, 2.: ex",
         ),
-        (
-            lambda e: e["sites"]["encoder.self.q"]["rank"].__setitem__(0, -1),
-            r"rank\[0\] is -1: expected an integer from 0 to",
-        ),
-        (
-            lambda e: e["sites"]["encoder.self.q"]["rank"].append(2),
-            r"encoder.self.q is ranks \[2, 2, 2, 2\]: expected one for each layer of its base",
-        ),
-        (
-            lambda e: e["sites"]["encoder.self.q"]["scaling"].__setitem__(0, 99.0),
-            r"'scaling': \[99.0, 1.5, 1.5\]} in the manifest: expected .*as in adapter_model.safetensors and ad",
-        ),
-        (lambda e: e["sites"].pop("encoder.self.q"), "encoder.self.q is 'absent' in the manifest: expected {"),
-        (
-            lambda e: e["sites"].update(new=e["sites"]["encoder.self.q"]),
-            "new is ranks .2, 2, 2.: expected one for each",
-        ),
-        (lambda e: e.update(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
-        (lambda e: e.update(dora=True), "dora is True in the manifest: expected False"),
-        (lambda e: e["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
-        (lambda e: e.update(folder="../../etc"), "'../../etc' is not a file inside this folder"),
+        (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
+        (_adapter(sites={}), r"adapters\[0\]\.sites is {}: expected an object"),
+        (_adapter(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
+        (_adapter(files={"x": []}), r"adapters\[0\]\.files\.x is \[\]: expected a text"),
+        (_adapter(dora=True), "dora is True in the manifest: expected False"),
+        (lambda m: m["adapters"][0]["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
+        (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
+        (_adapter(folder="x" * 300), "is not a file inside this folder"),
+        (_adapter(folder="a\0b"), "is not a file inside this folder"),
+        (lambda m: m["adapters"].append(m["adapters"][0] | {"name": "two"}), "two adapters of one folder"),
+        (lambda m: m["adapters"].append(7), r"adapters\[1\] is 7: expected an object"),
+        (lambda m: m.update(adapters=5), "adapters is 5: expected a list"),
+        (lambda m: m.update(adapters=[]), r"adapters is \[\]: expected a list"),
+        (lambda m: m["base"].update(family="mamba"), "family is 'mamba': expected one of t5, decoder"),
+        (_base(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
+        (_base(num_layers=10**9), "num_layers is 1000000000: expected an integer from 1"),
+        (_base(new=1), "new is unknown"),
+        (_base(d_model=10**6), r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|modules do not fit; first)"),
+        (_base(d_kv=7), r"modules do not fit; first .*: expected \[r, "),
     ],
 )
-def test_a_manifest_that_was_edited(base, adapter, tmp_path, change, message):
-    folder = tmp_path / "pool"
-    _convert(base, [adapter("one")], out=folder)
+def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, message):
+    folder = tmp_path / "edited"
+    shutil.copytree(one_pool, folder)
     original = (folder / "manifest.json").read_bytes()
-    _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=False)
-    for read in (load_pool, open_pool, lambda pool: ConvertedPool(pool).adapter("one")):
+    _edit_manifest(folder, change, sign=False)
+    for read in (load_pool, open_pool):
         with pytest.raises(ValueError, match=r"manifest\.json: damaged or altered, its SHA-256 is not the one"):
             read(folder)
-    # Even a manifest with a digest that fits is held to the files.
+    # Even a manifest with the right digest is compared with the files.
     (folder / "manifest.json").write_bytes(original)
-    _edit_manifest(folder, lambda m: change(m["adapters"][0]), sign=True)
+    _edit_manifest(folder, change, sign=True)
     for read in (load_pool, lambda pool: ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=message):
             read(folder)
 
 
-def test_a_manifest_without_a_digest_says_to_convert_again(base, adapter, tmp_path):
-    _convert(base, [adapter("one")], out=tmp_path / "pool")
-    _edit_manifest(tmp_path / "pool", lambda manifest: manifest.pop("sha256"), sign=False)
-    with pytest.raises(ValueError, match=r"states no SHA-256 of itself .*: convert the adapters again"):
-        load_pool(tmp_path / "pool")
-
-
-def test_one_name_in_place_of_a_list_is_refused(base, adapter, tmp_path):
+def test_one_name_instead_of_a_list_is_refused(base, adapter, tmp_path):
     folder = adapter("one")
-    with pytest.raises(
-        ValueError, match=rf"'{folder}', a single adapter: expected a list, read_pool\(\['{folder}'\]\)"
-    ):
+    with pytest.raises(ValueError, match=rf"'{folder}', a single adapter: .* a list, read_pool\(\['{folder}'\]\)"):
         read_pool(folder, read_config(base))
     _convert(base, [folder], out=tmp_path / "pool")
     with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]"):
@@ -449,7 +443,7 @@ def _renamed(folder: str | Path) -> str:
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_path, skip_bad, monkeypatch):
+def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_path, skip_bad, monkeypatch, capsys):
     message = r"\\udcff'?: a name that is not UTF-8 text: rename it"
     folder, other = _renamed(adapter("one")), adapter("two")
     out = tmp_path / "pool"
@@ -457,17 +451,13 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_p
     _refused(message, base, [other], out=Path(f"{out}\udcff"))
     with pytest.raises(ValueError, match=message):
         open_pool(tmp_path, str(base)).load()
+    with pytest.raises(SystemExit):
+        main(["convert", "--base", str(base), "--adapters", folder, "--out", str(out)])
+    assert r"one\udcff': a name that is not UTF-8 text: rename it" in capsys.readouterr().err
     monkeypatch.chdir(folder)
     _refused(message, base, ["."], out=out)
     _refused(message, _renamed(base), [other], out=out)
     assert not [path for path in tmp_path.iterdir() if "pool" in path.name]
-
-
-def test_a_command_refuses_arguments_that_are_not_utf8(base, adapter, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["convert", "--base", str(base), "--adapters", _renamed(adapter("one")), "--out", str(tmp_path / "pool")])
-    assert caught.value.code == 2
-    assert r"one\udcff': a name that is not UTF-8 text: rename it" in capsys.readouterr().err
 
 
 def test_names_with_line_breaks_stay_on_their_lines_of_the_report(base, adapter, tmp_path, capsys):
@@ -496,19 +486,17 @@ def test_the_list_of_adapters(base, adapter, tmp_path):
     _refused(r"list\.txt: not UTF-8 text .* save it as UTF-8", base, [one], adapters_file=listed, dry_run=True)
     listed.write_text("# nothing\n")
     _refused("no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True)
-    _refused("say where to write the pool: --out FOLDER, or --dry-run", base, [one])
+    _refused("the pool has no folder: give --out FOLDER, or --dry-run", base, [one])
 
 
 def test_the_list_of_lorahubs_adapters_comes_with_the_package(base, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    _refused(
-        r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3", base, [], adapters_file=Path("lorahub"), dry_run=True
-    )
-    everything = {"adapters_file": Path("lorahub"), "skip_bad": True, "dry_run": True}
-    _refused(r"none of 196 adapters can be used; the first: .*_separated_facts_3", base, [], **everything)
+    options = {"adapters_file": Path("lorahub"), "dry_run": True}
+    _refused(r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3", base, [], **options)
+    _refused("none of 196 adapters can be used; .*_separated_facts_3", base, [], skip_bad=True, **options)
     (tmp_path / "lorahub").write_text("mine\n")
-    _refused(r"'mine' is neither a folder here nor a hub id", base, [], adapters_file=Path("lorahub"), dry_run=True)
+    _refused("'mine' is neither a folder here nor a hub id", base, [], **options)
 
 
 def test_casting(base, adapter, tmp_path):
@@ -521,23 +509,8 @@ def test_casting(base, adapter, tmp_path):
         for a, b in zip(got.factors[path], pair, strict=True):
             np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
     large = adapter("large", extra={f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), 1e6, np.float32)})
-    _refused(
-        f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range",
-        base,
-        [large],
-        dry_run=True,
-        dtype="float16",
-    )
-
-
-def test_dtypes_that_change_between_layers(base, adapter, tmp_path):
-    factor = {f"base_model.model.{_Q}.lora_A.weight": np.ones((2, 8), np.float16)}
-    folder = adapter("mixed", extra=factor)
-    assert _convert(base, [folder], out=tmp_path / "pool")["adapters"][0]["dtype"] == "float16, float32"
-    _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([folder], read_config(base)))
-    again = ConvertedPool(tmp_path / "pool").adapter("mixed").factors[_Q]
-    assert [factor.dtype for factor in again] == [np.float16, np.float32]
-    assert _convert(base, [folder], dry_run=True, dtype="float32")["adapters"][0]["dtype"] == "float32"
+    message = f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range"
+    _refused(message, base, [large], dry_run=True, dtype="float16")
 
 
 def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
@@ -586,11 +559,8 @@ def test_a_fork_is_used_with_a_note_that_has_both_names(base, adapter, theirs):
 def test_the_same_base_needs_no_note(base, adapter):
     for theirs in (str(base), "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5):
         assert not _notes_on_the_base(base, adapter, theirs)
-
-
-def test_a_base_that_says_what_it_is_made_from_is_of_that_family_too(base, adapter):
     (base / "config.json").write_text(json.dumps(_SIZES | {"_name_or_path": "google/mt5-small"}))
-    (note,) = _notes_on_the_base(base, adapter, "google/mt5-large")
+    (note,) = _notes_on_the_base(base, adapter, "google/mt5-large")  # a fork of an mT5
     assert "'google/mt5-large'" in note
 
 
@@ -600,14 +570,12 @@ def test_a_base_that_says_what_it_is_made_from_is_of_that_family_too(base, adapt
         ("mistralai/Mistral-7B-v0.1", "llama", True),
         ("Qwen/Qwen3-4B", "qwen2", True),
         ("google/gemma-2b", "gemma2", True),
-        ("HuggingFaceTB/SmolLM2-135M", "llama", True),
         ("me/Qwen-LLaMAfied", "llama", True),
         ("unsloth/phi-4", "llama", True),
         ("me/my-ollama-model", "qwen2", True),
         ("saves/llama-factory", "qwen2", True),
         ("Qwen/Qwen2.5-0.5B", "llama", False),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "qwen2", False),
-        ("mistralai/Mistral-7B-v0.1", "qwen3", False),
         ("google/gemma-3-1b-it", "llama", False),
     ],
 )
@@ -636,19 +604,22 @@ def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
     assert not (tmp_path / "pool").exists()
 
 
-def test_a_damaged_pool(base, adapter, tmp_path):
+def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
     folder = tmp_path / "pool"
     _convert(base, [adapter("one"), adapter("two")], out=folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = folder / "adapters/0001" / name
         content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"more")
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ValueError, match=f"{path}: damaged or altered"):
             load_pool(folder)
         assert load_pool(folder, chosen=["one"]).names == ("one",)
         path.write_bytes(content)
     (folder / "adapters/0001/adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"0001/adapter_model\.safetensors: no such file, though the man"):
+        load_pool(folder)
+    _edit_manifest(folder, lambda manifest: manifest.pop("sha256"), sign=False)
+    with pytest.raises(ValueError, match=r"states no SHA-256 of itself .*: convert the adapters again"):
         load_pool(folder)
     with pytest.raises(ValueError, match=r": not a converted pool: it has no manifest\.json"):
         load_pool(tmp_path)
@@ -673,17 +644,6 @@ def test_a_pool_of_an_older_version_names_the_commit_that_reads_it(base, adapter
             read(folder)
 
 
-def test_an_adapter_of_a_pool_has_the_files_of_its_source(base, adapter, tmp_path):
-    one = adapter("one")
-    _convert(base, [one], out=tmp_path / "pool")
-    again = tmp_path / "pool/adapters/0000"
-    assert (again / "adapter_config.json").read_bytes() == (Path(one) / "adapter_config.json").read_bytes()
-    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (again, Path(one)))
-    assert got.keys() == want.keys() and all(got[key].tobytes() == want[key].tobytes() for key in want)
-    by_us = read_pool([str(again)], read_config(base))
-    _assert_same_pool(load_pool(tmp_path / "pool"), dataclasses.replace(by_us, names=("one",)))
-
-
 def test_a_pool_of_another_base(base, adapter, tmp_path):
     _convert(base, [adapter("one")], out=tmp_path / "pool")
     open_pool(tmp_path / "pool", str(base))
@@ -698,12 +658,11 @@ def test_a_pool_of_another_base(base, adapter, tmp_path):
 
 def test_an_open_pool_reads_its_manifest_once(base, adapter, tmp_path):
     _convert(base, [adapter("one"), adapter("wide", r=5)], out=tmp_path / "pool")
-    wanted = load_pool(tmp_path / "pool")
+    expected = load_pool(tmp_path / "pool")
     pool = open_pool(tmp_path / "pool", str(base))
     (tmp_path / "pool/manifest.json").unlink()
-    assert pool.names == ("one", "wide") and pool.largest_rank == 5 and pool.config.sites == read_config(base).sites
-    _assert_same_pool(pool.load(), wanted)
-    _assert_same_pool(pool.load([1]), wanted.select([1]))
+    _assert_same_pool(pool.load(), expected)
+    _assert_same_pool(pool.load([1]), expected.select([1]))
 
 
 def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tmp_path):
@@ -711,43 +670,32 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
     folder = Path(folders[0]).parent
     _convert(base, folders, out=tmp_path / "pool")
     converted, plain = open_pool(tmp_path / "pool", str(base)), open_pool(folder, str(base))
-    assert (plain.names, plain.largest_rank) == (converted.names, converted.largest_rank)
-    assert plain.targets == converted.targets == ("q", "v")
-    assert plain.config.sites == converted.config.sites
+    for pool in (converted, plain):
+        assert (pool.names, pool.largest_rank, pool.targets) == (("one", "wide"), 5, ("q", "v"))
+        assert pool.config.sites == read_config(base).sites
     _assert_same_pool(plain.load(["wide", 0]), converted.load(["wide", 0]))
     assert open_pool(folder).names == plain.names
     with pytest.raises(ValueError, match="which are read for a base model: give its base"):
         open_pool(folder).load()
     with pytest.raises(ValueError, match=r"nothing is not a pool: expected a folder that `lorafusion convert` wrote"):
         open_pool(tmp_path / "nothing")
-
-
-def test_an_adapter_behind_a_link_has_the_name_of_the_link(base, adapter, tmp_path):
+    # An adapter behind a link has the name of the link.
     (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "mine").symlink_to(adapter("one"), target_is_directory=True)
+    (tmp_path / "linked" / "mine").symlink_to(folders[0], target_is_directory=True)
     pool = open_pool(tmp_path / "linked", str(base))
     assert pool.load().names == pool.names == ("mine",)
 
 
-@pytest.mark.long
-def test_the_script(base, adapter, tmp_path):
+def test_the_script(base, adapter, tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        command = [sys.executable, "convert_peft_weights.py", *arguments]
-        return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+        monkeypatch.setattr(sys, "argv", ["convert_peft_weights.py", *arguments])
+        runpy.run_path(str(_ROOT / "convert_peft_weights.py"), run_name="__main__")
 
     one, two = adapter("one"), adapter("two")
-    done = run("--base", str(base), "--adapters", one, two, "--out", str(tmp_path / "pool"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'pool'}\n")
+    run("--base", str(base), "--adapters", one, two, "--out", str(tmp_path / "pool"))
+    assert capsys.readouterr().out.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'pool'}\n")
     _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([one, two], read_config(base)))
-    done = run("--base", str(base), "--adapters", one, "--out", str(tmp_path / "pool"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path / 'pool'} exists: give a new folder, or remove it first\n"
-    done = run("--help")
-    assert done.returncode == 0 and "python convert_peft_weights.py --base" in done.stdout
-
-
-def test_pools_are_what_jit_takes(base, adapter):
-    pool = read_pool([adapter("one"), adapter("two")], read_config(base))
-    norms = jax.jit(lambda pool: {site: jnp.square(a).sum() for site, a in pool.A.items()})(pool)
-    assert all(norm > 0 for norm in norms.values())
+    with pytest.raises(SystemExit) as stop:
+        run("--base", str(base), "--adapters", one, "--out", str(tmp_path / "pool"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'pool'} exists: give a new folder, or remove it first\n"

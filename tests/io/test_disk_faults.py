@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax import cli
-from lorafusion_jax.files import WriteError, write_text, writing
+from lorafusion_jax.files import WriteError, write, write_text, writing
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.report import append_rows, read_rows
@@ -186,12 +186,10 @@ def test_what_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path):
             (tmp_path.parent / "no adapter").read_bytes()
 
 
-def test_safetensors_codes_are_read(tmp_path):
+def test_errors_of_safetensors_and_commands_name_the_disk(tmp_path, capsys):
     with pytest.raises(WriteError, match="the disk is full"), writing(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-
-def test_a_command_says_it_in_one_line(tmp_path, capsys):
     def full(arguments: list[str]) -> None:
         with writing(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -209,8 +207,6 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     def first(partial: Path) -> None:
         partial.write_text("first")
         write_text(tmp_path / "file", "second")
-
-    from lorafusion_jax.files import write
 
     write(tmp_path / "file", first)
     assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1

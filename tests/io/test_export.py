@@ -64,8 +64,8 @@ def _close(got, wanted, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("magnitudes", [False, True])
-@pytest.mark.parametrize("granularity", ["global", "block", "site", "rank"])
-@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _somewhere), ("sum", _several)])
+@pytest.mark.parametrize("granularity", ["block", "rank"])
+@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several)])
 def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, 3, granularity))
@@ -217,7 +217,7 @@ def test_a_merged_model_says_what_the_adapted_one_says(composition):
         assert (kernel is old[site]) == (site not in adapters)
 
 
-def test_a_quantised_model_merges_what_it_computes():
+def test_quantised_and_bf16_models_merge_in_float32():
     model = tiny.t5()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
@@ -226,12 +226,6 @@ def test_a_quantised_model_merges_what_it_computes():
     merged = merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)
     assert all(isinstance(kernels(merged)[site], jax.Array) for site in adapters)
-
-
-def test_a_bf16_model_merges_in_float32():
-    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
-    model = tiny.t5(config)
-    adapters = _fused(model, "sum")
-    merged = kernels(merged_base(model, adapters))
-    for site, wanted in kernels(merged_base(tiny.t5(), adapters)).items():
-        np.testing.assert_array_equal(merged[site], wanted)
+    in_bf16 = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
+    for site, expected in kernels(merged_base(tiny.t5(), adapters)).items():
+        np.testing.assert_array_equal(kernels(merged_base(in_bf16, adapters))[site], expected)

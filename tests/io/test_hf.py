@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import pickle
 import shutil
-import struct
-import zipfile
 from pathlib import Path
 
 import jax
@@ -13,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_files
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -25,7 +23,6 @@ from lorafusion_jax.io.hf import (
     read_config,
     save_base,
 )
-from lorafusion_jax.models import weights
 from lorafusion_jax.models.architecture import kernels, linear_shapes
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.t5 import T5Config
@@ -77,36 +74,13 @@ def _change(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_bin(path, tensors):
-    """Write a file as torch.save does, opcode by opcode: no torch needed."""
-
-    def text(value):
-        return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
-
-    def integers(values):
-        return pickle.MARK + b"".join(b"J" + struct.pack("<i", value) for value in values) + pickle.TUPLE
-
-    entries = b""
-    for key, (name, array) in enumerate(tensors.items()):
-        kind = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage"}[str(array.dtype)]
-        storage = text("storage") + f"ctorch\n{kind}\n".encode() + text(str(key)) + text("cpu")
-        storage = b"(" + storage + b"J" + struct.pack("<i", array.size) + b"tQ"
-        strides = [stride // array.itemsize for stride in array.strides]
-        arguments = storage + b"K\0" + integers(array.shape) + integers(strides) + b"\x89ccollections\nOrderedDict\n)R"
-        entries += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\2}(" + entries + b"u.")
-        for key, array in enumerate(tensors.values()):
-            archive.writestr(f"archive/data/{key}", array.tobytes())
-
-
 def _lay_out(source, folder, layout):
     """Copy a base into another layout of files."""
     folder.mkdir()
     shutil.copyfile(source / "config.json", folder / "config.json")
     tensors = load_file(source / "model.safetensors")
     name = "pytorch_model.bin" if "bin" in layout else "model.safetensors"
-    write = _write_bin if "bin" in layout else lambda path, part: save_file(part, path)
+    write = torch_files.write_tensors if "bin" in layout else lambda path, part: save_file(part, path)
     if "sharded" not in layout:
         write(folder / name, tensors)
         return folder
@@ -191,20 +165,8 @@ def test_what_the_configuration_says_of_head_and_scale(tmp_path, fields, tied, s
 def test_the_defaults_of_old_configurations(tmp_path):
     fields = dict.fromkeys(("num_decoder_layers", "feed_forward_proj", "tie_word_embeddings"), ...)
     config = read_config(_write_config(tmp_path / "base", **fields, relative_attention_num_buckets=16))
-    wanted = T5Config(
-        vocab_size=20,
-        d_model=8,
-        d_kv=3,
-        d_ff=10,
-        num_heads=2,
-        num_layers=3,
-        num_decoder_layers=3,
-        gated=False,
-        tied=True,
-        scale_logits=True,
-        buckets=16,
-    )
-    assert config == wanted
+    sizes = {name: _JSON[name] for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")}
+    assert config == T5Config(**sizes, num_decoder_layers=3, gated=False, tied=True, scale_logits=True, buckets=16)
 
 
 @pytest.mark.parametrize("none", [-1, None])
@@ -231,16 +193,13 @@ def test_end_tokens_are_those_of_both_configurations(tmp_path, own, generation, 
     assert read_config(folder).end_ids == ends
 
 
-def test_a_head_that_equals_the_embedding_is_tied(base):
-    _change(base, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].copy()}))
-    assert load_base(base).config.tied
-
-
-def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(base):
+def test_the_weights_determine_whether_the_head_is_tied(base):
     _write_config(base, tie_word_embeddings=True, scale_decoder_outputs=False)
     model = load_base(base)
     assert not model.config.tied and not model.config.scale_logits
     np.testing.assert_array_equal(model.head[...].T, load_file(base / "model.safetensors")["lm_head.weight"])
+    _change(base, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].copy()}))
+    assert load_base(_write_config(base)).config.tied
 
 
 def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
@@ -266,14 +225,12 @@ def test_dtypes(base, stored, dtype):
     model = load_base(base, dtype=dtype)
     assert model.config.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(dtype)}
-    wanted = load_file(base / "model.safetensors")[_V].T.astype(dtype)
-    np.testing.assert_array_equal(np.asarray(kernels(model)["decoder.cross.v"][1]), wanted)
-    logits = _run(model, np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 3)))
-    assert logits.dtype == dtype and np.isfinite(logits.astype(np.float32)).all()
+    expected = load_file(base / "model.safetensors")[_V].T.astype(dtype)
+    np.testing.assert_array_equal(np.asarray(kernels(model)["decoder.cross.v"][1]), expected)
 
 
 @pytest.mark.parametrize("qtype", QUANTISED_TYPES)
-def test_quantised_as_it_loads(base, qtype):
+def test_a_model_is_quantised_as_it_loads(base, qtype):
     plain, quantised = load_base(base), load_base(base, quantise=qtype)
     for site, kernel in kernels(quantised).items():
         # A tile holds one scale: along d_in, of which 8, 6 and 10 are single tiles.
@@ -283,28 +240,11 @@ def test_quantised_as_it_loads(base, qtype):
         # Half the widest gap between levels, in units of the largest weight: 0.152 in NF4, 1 / 15 in int4.
         gap = {"nf4": 0.153, "int4": 0.067, "int8": 0.004}[qtype]
         assert (np.abs(dense(kernel, "float32") - kernels(plain)[site]) <= gap * width).all()
-    assert quantised.head.get_value().qtype == qtype
-    np.testing.assert_array_equal(quantised.embedding[...], plain.embedding[...])
-    x = np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 3))
-    close = np.abs(_run(quantised, *x) - _run(plain, *x)).max() / np.abs(_run(plain, *x)).max()
-    assert 0 < close < {"nf4": 0.5, "int4": 0.5, "int8": 0.05}[qtype]
-
-
-def test_no_stack_is_in_memory_in_full_while_it_is_quantised(base, monkeypatch):
-    """The float32 copy of a stack, and what XLA needs to quantise it, were the peak of loading."""
-    whole, shapes = load_base(base), []
-
-    def counted(weight, *arguments, **options):
-        shapes.append(weight.shape)
-        return quantise(weight, *arguments, **options)
-
-    monkeypatch.setattr(weights, "quantise", counted)
-    quantised = load_base(base, quantise="nf4")
-    assert shapes and all(len(shape) == 2 for shape in shapes)
-    for site, kernel in kernels(quantised).items():
-        at_once = quantise(kernels(whole)[site], "nf4", tiled_axis=-2)
+        at_once = quantise(kernels(plain)[site], qtype, tiled_axis=-2)
         assert jax.tree.structure(kernel) == jax.tree.structure(at_once)
         np.testing.assert_array_equal(dense(kernel, "float32"), dense(at_once, "float32"))
+    assert quantised.head.get_value().qtype == qtype
+    np.testing.assert_array_equal(quantised.embedding[...], plain.embedding[...])
 
 
 def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
@@ -328,8 +268,8 @@ def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
     save_base(model, tmp_path / "again", base)
     tensors = load_file(tmp_path / "again/model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    wanted = dense(kernels(model)["decoder.cross.v"], "bfloat16")[1].T
-    np.testing.assert_array_equal(tensors[_V], np.asarray(wanted))
+    expected = dense(kernels(model)["decoder.cross.v"], "bfloat16")[1].T
+    np.testing.assert_array_equal(tensors[_V], np.asarray(expected))
 
 
 @pytest.mark.parametrize(("stated", "dtype"), [("torch_dtype", "float32"), ("dtype", "bfloat16")])
@@ -363,7 +303,6 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
         ({"model_type": ...}, "model_type is None"),
         ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj is 'gated-silu': \w+ 'relu' or 'gated-gelu'"),
         ({"d_kv": ...}, "d_kv is missing: expected an integer"),
-        ({"num_heads": "two"}, "num_heads is 'two': expected an integer"),
         ({"d_ff": -1}, "d_ff is -1: expected an integer from 1 to 10,000,000"),
         ({"d_ff": True}, "d_ff is True: expected an integer"),
         ({"vocab_size": 10**400}, r"vocab_size is 10{50,}.*: expected an integer"),
@@ -381,10 +320,10 @@ def _forget(*names):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_forget(_V), f"the weights lack {_V}: do the configuration and the weights .* belong together"),
+        (_forget(_V), f"the weights lack {_V}: do the configuration and the weights belong together"),
         (_forget("lm_head.weight"), r"the weights lack lm_head\.weight"),
         (_forget("shared.weight"), r"the weights lack shared\.weight"),
-        (lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}), "no place for odd.0, .* and 2 more"),
+        (lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}), "no place for odd.0, odd.1, odd.2"),
         (lambda t: t.update({_V: t[_V][:-1].copy()}), rf"{_V} has shape \[5, 8\], not \[6, 8\]"),
         (lambda t: t.update({_V: t[_V].T.copy()}), rf"{_V} has shape \[8, 6\], not \[6, 8\]"),
     ],
@@ -395,7 +334,7 @@ def test_weights_that_do_not_fit(base, change, message):
         load_base(base)
 
 
-@pytest.mark.parametrize("name", [_V, "shared.weight", "decoder.final_layer_norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("name", [_V, "decoder.final_layer_norm.weight"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -405,7 +344,6 @@ def test_weights_that_do_not_fit(base, change, message):
         ),
         (lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, -np.float32(np.inf), a), "NaN or infinity"),
         (lambda a: np.full(a.shape, 1e300), "NaN or infinity in float32"),
-        (lambda a: a.astype(np.int32), "has dtype int32: expected floats"),
         (lambda a: a > 0, "has dtype bool: expected floats"),
     ],
 )

@@ -32,23 +32,18 @@ def hub(small, monkeypatch, tmp_path):
         yield found
 
 
-def test_bases_tokenizers_and_adapters_come_by_id(hub, small):
-    assert read_config("org/base") == read_config(small[0])
-    assert load_tokenizer("org/base").get_vocab() == load_tokenizer(small[0]).get_vocab()
-    fetched, local = read_adapter("org/adapter@main"), read_adapter(str(sorted(small[1].iterdir())[0]))
-    assert fetched.config == local.config
-    for path, factors in local.factors.items():
-        for a, b in zip(fetched.factors[path], factors, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("revision", ["main", hub_server.COMMIT])
-def test_a_base_and_its_tokenizer_come_by_id_and_revision(hub, small, revision):
-    source = f"org/base@{revision}"
+@pytest.mark.parametrize("revision", ["", "@main", f"@{hub_server.COMMIT}"])
+def test_bases_tokenizers_and_adapters_come_by_id_and_revision(hub, small, revision):
+    source = f"org/base{revision}"
     assert read_config(source) == read_config(small[0])
     assert load_tokenizer(source).get_vocab() == load_tokenizer(small[0]).get_vocab()
     with pytest.raises(ValueError, match="org/base@v9 gives no tokenizer"):
         load_tokenizer("org/base@v9")
+    fetched, local = read_adapter(f"org/adapter{revision}"), read_adapter(str(sorted(small[1].iterdir())[0]))
+    assert fetched.config == local.config
+    for path, factors in local.factors.items():
+        for a, b in zip(fetched.factors[path], factors, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_an_adapter_names_base_and_revision_as_peft_does(small):
@@ -66,7 +61,7 @@ def test_a_base_is_found_in_the_home_folder(small, monkeypatch):
     assert load_tokenizer(source).get_vocab() == load_tokenizer(small[0]).get_vocab()
 
 
-def test_what_was_fetched_is_there_offline(hub, monkeypatch):
+def test_fetched_files_are_found_offline(hub, monkeypatch):
     from huggingface_hub import constants
 
     folder = resolve("org/adapter", patterns=None)
@@ -86,17 +81,25 @@ def test_a_private_repository_needs_the_token(hub, monkeypatch):
     assert read_adapter("org/adapter").factors
 
 
-def test_what_the_hub_refuses_is_said(hub):
+def test_refusals_of_the_hub_are_explained(hub, monkeypatch):
     hub.gated.add("org/adapter")
-    with pytest.raises(ValueError, match=r"'org/adapter' .*ask for access on its page"):
+    with pytest.raises(ValueError, match=r"'org/adapter' .*access is restricted: request it on the repository's page"):
         resolve("org/adapter", patterns=None)
-    with pytest.raises(ValueError, match=r"'org/base@v9' .*no such revision: check what stands after the @"):
+    with pytest.raises(ValueError, match=r"'org/base@v9' .*no such revision: check the text after the @"):
         resolve("org/base@v9", patterns=None)
     with pytest.raises(ValueError, match=r"'org/nothing' .*no such repository, or it is private"):
         resolve("org/nothing", patterns=None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(ValueError, match="the hub did not take a/b/c"):
+        make_repository("a/b/c", private=False)
+    hub.gated.clear()
+    hub.busy = 1
+    with pytest.raises(ValueError, match=r"'org/adapter' .* 429 Too Many Requests"):
+        resolve("org/adapter", patterns=None)
+    assert (resolve("org/adapter", patterns=None) / "adapter_config.json").is_file()
 
 
-def test_a_download_that_breaks_goes_on_where_it_was(hub, monkeypatch):
+def test_a_download_that_breaks_is_continued(hub, monkeypatch):
     from huggingface_hub import constants
 
     name, sent = "adapter_model.safetensors", 300
@@ -107,19 +110,6 @@ def test_a_download_that_breaks_goes_on_where_it_was(hub, monkeypatch):
     assert (folder / name).read_bytes() == content
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.endswith(name)]
     assert ranges[-1] == f"bytes={sent}-"
-
-
-def test_a_hub_that_is_busy_is_said(hub):
-    hub.busy = 1
-    with pytest.raises(ValueError, match=r"'org/adapter' .* 429 Too Many Requests"):
-        resolve("org/adapter", patterns=None)
-    assert (resolve("org/adapter", patterns=None) / "adapter_config.json").is_file()
-
-
-def test_a_name_that_is_none_is_refused(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(ValueError, match="the hub did not take a/b/c"):
-        make_repository("a/b/c", private=False)
 
 
 @pytest.fixture
@@ -150,7 +140,7 @@ def test_data_come_by_id_and_revision(data):
         load_task("org/data:other")
 
 
-def test_data_that_were_fetched_are_there_offline(data, monkeypatch):
+def test_fetched_data_are_found_offline(data, monkeypatch):
     from huggingface_hub import constants
 
     task = load_task("org/data")

@@ -8,25 +8,8 @@ from hypothesis import strategies as st
 
 from lorafusion_jax.io.peft.patterns import Clock, PatternError, check, compiled
 
-_ITEMS = [
-    "a",
-    "b",
-    ".",
-    r"\.",
-    r"\d",
-    r"\W",
-    "[ab]",
-    "[^a-c]",
-    r"[\w.]",
-    "[]a]",
-    "^",
-    "$",
-    r"\b",
-    r"\B",
-    r"\Z",
-    "(?!)",
-    "",
-]
+_ITEMS = ["a", "b", ".", r"\.", r"\d", r"\W", "[ab]", "[^a-c]", r"[\w.]", "[]a]"]
+_ITEMS += ["^", "$", r"\b", r"\B", r"\Z", "(?!)", ""]
 
 
 def _combined(parts):
@@ -45,7 +28,7 @@ def _combined(parts):
 _PATTERNS = st.recursive(st.sampled_from(_ITEMS), _combined, max_leaves=8)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(_PATTERNS, st.lists(st.text("abc.1_\n", min_size=1, max_size=6), min_size=1, max_size=6))
 def test_a_pattern_matches_what_re_matches(text, paths):
     pattern, clock = compiled(text), Clock()
@@ -91,6 +74,8 @@ def test_patterns_as_adapters_have_them_match_what_re_matches(text):
 
 def test_the_time_of_all_matches_of_a_file_is_bounded():
     pattern, clock = compiled("(a|a|aa)+$"), Clock()
+    assert clock.left == 4.0
+    clock.left = 0.1
     for _ in range(2):  # the second time nothing is left
         with pytest.raises(PatternError, match="take more than 4 s to match: use simpler ones"):
             clock.match(pattern, "a" * 390 + "c")

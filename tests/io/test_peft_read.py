@@ -1,9 +1,8 @@
 """PEFT adapters in and out: what is converted, what is ignored and kept, what is refused in which words."""
 
 import json
-import os
-import pickle
 import warnings
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
-from lorafusion_jax.io.peft.config import AdapterError
+from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave, write_adapter
 
 _Q = "encoder.block.0.layer.0.SelfAttention.q"
 _V = "decoder.block.1.layer.1.EncDecAttention.v"
@@ -47,53 +45,59 @@ def write(tmp_path):
         folder.mkdir(exist_ok=True)
         config = {key: value for key, value in (_CONFIG | fields).items() if value is not ...}
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        save_file(
-            {key: np.asarray(array, order="C") for key, array in tensors.items()},
-            folder / "adapter_model.safetensors",
-        )
+        arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
+        save_file(arrays, folder / "adapter_model.safetensors")
         return str(folder)
 
     return write
 
 
+def _resaved(adapter, folder):
+    """Save an adapter again and return its tensors."""
+    resave(adapter, folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def _assert_same(got, want):
+    """Compare tensors by name or path: names, dtypes and bytes."""
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        assert got[key].dtype == array.dtype
+        np.testing.assert_array_equal(got[key], array)
+
+
 def _refused(folder, message, **kwargs):
     with pytest.raises(AdapterError, match=message) as caught:
-        read_adapter(folder, **{"shapes": _SHAPES} | kwargs)
+        read_adapter(str(folder), **{"shapes": _SHAPES} | kwargs)
     assert str(folder) in str(caught.value)
 
 
 # What is converted.
 
 
-def test_every_golden_adapter_reads_as_its_tensors_say(goldens):
+def test_golden_adapters_are_read_and_saved_again_exactly(goldens, tmp_path):
     folders = sorted(goldens.glob("*/**/adapters/*/"))
     assert len(folders) == 22
-    for folder in folders:
+    for number, folder in enumerate(folders):
         adapter = read_adapter(str(folder))
-        config = json.loads((folder / "adapter_config.json").read_text())
-        weights = next(folder.glob("adapter_model.*"))
-        assert (adapter.name, adapter.source, adapter.config) == (folder.name, str(folder), config)
-        assert adapter.weights.is_file()
+        text = (folder / "adapter_config.json").read_bytes()
+        assert (adapter.name, adapter.source, adapter.config_text) == (folder.name, str(folder), text)
+        assert adapter.config == json.loads(text) and (adapter.magnitude is not None) == adapter.config.get(
+            "use_dora", False
+        )
         assert not [note for note in adapter.notes if note.startswith("warning")]
-        assert (adapter.magnitude is not None) == config.get("use_dora", False)
-        if weights.suffix == ".safetensors":
-            tensors = load_file(weights)
-            for path, (a, b) in adapter.factors.items():
-                np.testing.assert_array_equal(a, tensors[f"{_PREFIX}{path}.lora_A.weight"])
-                np.testing.assert_array_equal(b, tensors[f"{_PREFIX}{path}.lora_B.weight"])
-            assert len(tensors) == sum(len(keys) for keys in adapter.keys.values())
+        again = _resaved(adapter, tmp_path / str(number))
+        if (folder / "adapter_model.safetensors").is_file():
+            _assert_same(again, load_file(folder / "adapter_model.safetensors"))
+        for path, (a, b) in adapter.factors.items():
+            np.testing.assert_array_equal(a, again[f"{_PREFIX}{path}.lora_A.weight"])
+            np.testing.assert_array_equal(b, again[f"{_PREFIX}{path}.lora_B.weight"])
+        assert (tmp_path / str(number) / "adapter_config.json").read_bytes() == text
+        with safe_open(tmp_path / str(number) / "adapter_model.safetensors", "np") as file:
+            assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.smoke
-def test_golden_bin_equals_golden_safetensors(goldens):
-    folder = goldens / "fusion" / "t5a" / "adapters"
-    one, other = (read_adapter(str(folder / name)) for name in ("lora_0", "lora_0_bin"))
-    assert one.factors.keys() == other.factors.keys() and one.scaling == other.scaling
-    for path, pair in one.factors.items():
-        for left, right in zip(pair, other.factors[path], strict=True):
-            np.testing.assert_array_equal(left, right)
-
-
 def test_golden_scalings_and_magnitudes(goldens):
     folder = goldens / "fusion" / "t5a" / "adapters"
     assert set(read_adapter(str(folder / "lora_0")).scaling.values()) == {2.0}
@@ -119,15 +123,14 @@ def test_golden_scalings_and_magnitudes(goldens):
         lambda key: key.removeprefix(_PREFIX).replace(".weight", ".my_task.weight"),
     ],
 )
-def test_every_spelling_of_the_keys(write, tmp_path, spell):
+def test_every_spelling_of_the_keys_is_read_and_kept(write, tmp_path, spell):
     tensors = {spell(key): array for key, array in _TENSORS.items()}
     adapter = read_adapter(write(tensors), shapes=_SHAPES)
     assert set(adapter.factors) == {_Q, _V}
     for path, (a, b) in adapter.factors.items():
         np.testing.assert_array_equal(a, _TENSORS[f"{_PREFIX}{path}.lora_A.weight"])
         np.testing.assert_array_equal(b, _TENSORS[f"{_PREFIX}{path}.lora_B.weight"])
-    resave(adapter, tmp_path / "again")
-    assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(tensors)
+    _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
@@ -135,11 +138,8 @@ def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
     magnitudes = {_Q: np.arange(10, dtype=np.float32), _V: np.ones(10, np.float32)}
     tensors = _TENSORS | {f"{_PREFIX}{path}.lora_magnitude_vector{suffix}": m for path, m in magnitudes.items()}
     adapter = read_adapter(write(tensors, use_dora=True), shapes=_SHAPES)
-    assert adapter.magnitude is not None
-    for path, magnitude in magnitudes.items():
-        np.testing.assert_array_equal(adapter.magnitude[path], magnitude)
-    resave(adapter, tmp_path / "again")
-    assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(tensors)
+    _assert_same(adapter.magnitude, magnitudes)
+    _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
 
 
 @pytest.mark.parametrize(
@@ -177,52 +177,47 @@ def test_the_rule_up_to_0_13_is_warned_about_where_it_differs(write):
         assert "0.13" not in str(read_adapter(write(**same), shapes=_SHAPES).notes)
 
 
-def test_mixed_ranks_and_dtypes_stay_as_read(write, tmp_path):
+def test_mixed_ranks_and_dtypes_are_kept(write, tmp_path):
+    kinds = {"lora_A": ml_dtypes.bfloat16, "lora_B": np.float16}
     tensors = _factors(r=2) | _factors(r=4, path=_V)
-    tensors = {
-        key: array.astype(ml_dtypes.bfloat16 if "lora_A" in key else np.float16) for key, array in tensors.items()
-    }
+    tensors = {key: array.astype(kinds[key.split(".")[-2]]) for key, array in tensors.items()}
     adapter = read_adapter(write(tensors, rank_pattern={"q": 2}), shapes=_SHAPES)
-    a, b = adapter.factors[_Q]
-    assert (a.shape, a.dtype, b.shape, b.dtype) == ((2, 6), ml_dtypes.bfloat16, (10, 2), np.float16)
+    assert [factor.shape for factor in adapter.factors[_Q]] == [(2, 6), (10, 2)]
     assert adapter.scaling == {_Q: 4.0, _V: 2.0}
-    resave(adapter, tmp_path / "again")
-    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    for key, array in tensors.items():
-        assert again[key].dtype == array.dtype
-        np.testing.assert_array_equal(again[key], array)
-
-
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
-def test_initialisations_that_leave_the_base_alone(write, init):
-    assert read_adapter(write(init_lora_weights=init), shapes=_SHAPES).scaling[_Q] == 2.0
-
-
-def test_fan_in_fan_out_never_transposes_a_linear(write):
-    plain, flagged = (read_adapter(write(fan_in_fan_out=flag), shapes=_SHAPES) for flag in (False, True))
-    for left, right in zip(plain.factors[_Q], flagged.factors[_Q], strict=True):
-        np.testing.assert_array_equal(left, right)
-    assert any("fan_in_fan_out" in note for note in flagged.notes)
+    _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
 
 
 # What is ignored and kept.
 
 
-def test_ignored_fields_are_noted_and_kept(write, tmp_path):
-    fields = {"lora_dropout": 0.1, "task_type": "SEQ_2_SEQ_LM", "modules_to_save": [], "from_the_future": 1}
+_IDLE = "without effect on the trained adapter, kept for re-saving: "
+
+
+@pytest.mark.parametrize(
+    ("fields", "notes"),
+    [
+        *(({"init_lora_weights": init}, ()) for init in (True, False, None, "gaussian", "eva", "orthogonal", "mica")),
+        ({"fan_in_fan_out": True}, (f"{_IDLE}fan_in_fan_out",)),  # the flag never transposes a linear map
+        (
+            {"lora_dropout": 0.1, "task_type": "SEQ_2_SEQ_LM", "modules_to_save": [], "from_the_future": 1},
+            (f"{_IDLE}lora_dropout, task_type", "warning: unknown to PEFT up to 0.21, ignored: from_the_future"),
+        ),
+        ({"enable_lora": None}, ()),
+        ({"enable_lora": False, "use_qalora": False}, ()),
+        ({"target_parameters": []}, ()),
+    ],
+)
+def test_fields_without_effect_are_noted_and_kept(write, tmp_path, fields, notes):
     adapter = read_adapter(write(**fields), shapes=_SHAPES)
-    assert adapter.notes == (
-        "without effect on the trained adapter, kept for re-saving: lora_dropout, task_type",
-        "warning: unknown to PEFT up to 0.21, ignored: from_the_future",
-    )
+    assert adapter.notes == notes and adapter.scaling == {_Q: 2.0, _V: 2.0}
+    np.testing.assert_array_equal(adapter.factors[_Q][0], _TENSORS[f"{_PREFIX}{_Q}.lora_A.weight"])
     resave(adapter, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == _CONFIG | fields
 
 
 def test_safetensors_come_before_bin(write):
     folder = write()
-    with open(os.path.join(folder, "adapter_model.bin"), "wb") as file:
-        file.write(b"never read")
+    (Path(folder) / "adapter_model.bin").write_bytes(b"never read")
     adapter = read_adapter(folder, shapes=_SHAPES)
     assert "ignored: adapter_model.bin, because adapter_model.safetensors is next to it" in adapter.notes
 
@@ -264,7 +259,6 @@ def _base_tensor(name):
     [
         ("base_model.model.shared.weight", _EMBEDDING),
         ("shared.weight", _EMBEDDING.astype(ml_dtypes.bfloat16)),
-        ("base_model.model.lm_head.weight", _EMBEDDING + 1),
         ("base_model.model.lm_head.modules_to_save.default.weight", _EMBEDDING + 1),
         ("base_model.model.lm_head.original_module.weight", _EMBEDDING + 1),
         ("base_model.model.shared.base_layer.weight", _EMBEDDING),
@@ -275,8 +269,7 @@ def test_copies_of_base_weights_are_ignored_but_kept(write, tmp_path, key, array
     adapter = read_adapter(folder, shapes=_SHAPES, base_tensor=_base_tensor)
     assert f"ignored: {key}, equal to the base's" in adapter.notes
     assert set(adapter.factors) == {_Q, _V} and set(adapter.kept) == {key}
-    resave(adapter, tmp_path / "again")
-    np.testing.assert_array_equal(load_file(tmp_path / "again" / "adapter_model.safetensors")[key], array)
+    np.testing.assert_array_equal(_resaved(adapter, tmp_path / "again")[key], array)
 
 
 def test_state_of_the_training_is_ignored(write):
@@ -292,13 +285,7 @@ def test_state_of_the_training_is_ignored(write):
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA or another kind .* merge it into the base"),
-        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
-        ({"peft_type": ...}, "no peft_type among its fields"),
-        ({"peft_type": None, "model_class": "T5", "config": {"x": 1}}, "AdapterHub"),
         ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX"),
-        ({"peft_type": None, "framework": "jax-tunix-qwix"}, "tunix / qwix"),
-        ({"peft_type": None, "format": "native"}, "another tool's own format, 'native'"),
-        ({"enable_lora": [True, False]}, "enable_lora is set: the MergedLinear of PEFT 0.2"),
         ({"target_parameters": ["w"]}, "target_parameters is set: LoRA on bare parameters"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices is set: retrained rows of the embedding"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is set: replicated layers"),
@@ -309,175 +296,87 @@ def test_state_of_the_training_is_ignored(write):
         ({"kasa_config": {}}, "kasa_config is set: KaSA"),
         ({"lora_bias": True}, "lora_bias is set: a bias on lora_B, is not supported; retrain as plain LoRA"),
         ({"bias": "all"}, "bias is 'all': trained biases are absolute values.*retrain with bias='none'"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]:.*give the base's weights"),
-        (
-            {"init_lora_weights": "pissa"},
-            "PiSSA changes the base weights.*path_initial_model_for_weight_conv",
-        ),
-        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base weights"),
+        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base weights.*path_initial_model_for_weight_conv"),
         ({"init_lora_weights": "olora"}, "OLoRA changes the base.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "corda"}, "CorDA changes the base.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "LoRA-GA changes the base.*path_initial_model_for_weight_conv"),
         ({"init_lora_weights": "loftq"}, "LoftQ changes the base.*no path_initial_model.*retrain"),
-        (
-            {"init_lora_weights": "new"},
-            "init_lora_weights is 'new', which is unknown.*expected true, false, or",
-        ),
-        ({"r": 0}, "r or rank_pattern holds 0: expected a positive integer"),
-        ({"r": "4"}, "r or rank_pattern holds '4': expected a positive integer"),
-        ({"rank_pattern": {"q": 2.5}}, "r or rank_pattern holds 2.5: expected a positive integer"),
-        ({"lora_alpha": None}, "lora_alpha or alpha_pattern holds None: expected a number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha or alpha_pattern holds inf: expected a number"),
-        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected numbers by module name"),
+        ({"init_lora_weights": "new"}, "init_lora_weights is 'new', which is unknown.*expected true, false, or"),
+        ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\]: expected true or"),
+        ({"r": 0}, "r is 0: expected an integer of 1 or more; correct the field"),
+        ({"r": "4"}, "r is '4': expected an integer of 1 or more"),
+        ({"rank_pattern": {"q": 2.5}}, "rank_pattern.q is 2.5: expected an integer of 1 or more"),
+        ({"lora_alpha": None}, "lora_alpha is None: expected a number that float32 holds"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf: expected a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan: expected a number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 10000.*\.\.\..*: expected a number that float32"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected an object"),
         ({"alpha_pattern": {"(q": 1}}, r"alpha_pattern has the key '\(q', not a pattern"),
-        ({"target_modules": 5}, "target_modules is 5: expected names of modules, or one pattern"),
-        ({"target_modules": True}, "target_modules is True: expected names"),
-        ({"target_modules": [1]}, r"target_modules is \[1\]: expected names"),
-        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}: expected names"),
+        ({"target_modules": True}, "target_modules is True: expected a list or a text"),
+        ({"target_modules": [1]}, r"target_modules\[0\] is 1: expected a text"),
         ({"use_rslora": "false"}, "use_rslora is 'false': expected true or false"),
         ({"use_dora": 3}, "use_dora is 3: expected true or false"),
-        ({"lora_alpha": 10**400}, r"lora_alpha or alpha_pattern holds 10000.*\.\.\..*: expected a number that float32"),
-        ({"lora_alpha": 1e308}, "lora_alpha or alpha_pattern holds 1e.308: expected a number that float32 holds"),
-        ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern holds nan: expected a number"),
-        ({"rank_pattern": {"q{99999999999}": 4}}, "rank_pattern has the key .*repetition number is too large"),
         ({"rank_pattern": {"q{e<=1}": 4}}, "rank_pattern has the key .*a { that begins no repeat"),
         ({"alpha_pattern": {f"{n}" * 60: 8 for n in range(1000, 2000)}}, "have 240,000 characters: expected at most"),
         ({"rank_pattern": {"(" * 4000 + ")" * 4000: 4}}, "rank_pattern has the key .*not a pattern: .*recursion"),
         ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: expected at most"),
-        ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\], which is unknown"),
         ({"modules_to_save": ["x" * 5000] * 50}, r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full"),
         ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: expected at most 1,048,576"),
     ],
 )
-def test_configurations_refused_by_name(write, fields, message):
+def test_configurations_are_refused_by_name(write, fields, message):
     _refused(write(**fields), rf"adapter_config\.json: .*{message}")
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"enable_lora": None}, {"enable_lora": False}, {"target_parameters": []}, {"use_qalora": False}],
-)
-def test_fields_that_are_off_do_not_refuse(write, fields):
-    assert read_adapter(write(**fields), shapes=_SHAPES).notes == ()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"adapter_config\.json: not JSON \(.*\): fetch the file again"),
-        ("[1]", r"adapter_config\.json: holds a list, not an object"),
-        ("", r"adapter_config\.json: the file is empty"),
-        ('{"a":' + "[" * 100_000, r"adapter_config\.json: not JSON \(.*recursion"),
-        (
-            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            r"config\.json: this is a Git LFS pointer",
-        ),
+        ("{", r"not JSON \(.*\): fetch the file again"),
+        ("[1]", "holds a list, not an object"),
+        ("", "the file is empty"),
+        ('{"a":' + "[" * 100_000, r"not JSON \(.*recursion"),
     ],
 )
-def test_configs_that_are_no_config(write, text, message):
+def test_a_configuration_that_is_not_a_json_object_is_refused(write, text, message):
     folder = write()
-    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
-        file.write(text)
-    with pytest.raises(ValueError, match=message):
-        read_adapter(folder)
+    (Path(folder) / "adapter_config.json").write_text(text)
+    _refused(folder, rf"adapter_config\.json: {message}")
 
 
-def test_missing_files(write, tmp_path):
-    folder = write()
-    os.remove(os.path.join(folder, "adapter_model.safetensors"))
+def test_missing_files(write):
+    folder = Path(write())
+    (folder / "adapter_model.safetensors").unlink()
     _refused(folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well")
-    (tmp_path / "adapter" / "adapters.safetensors").write_bytes(b"x")
+    (folder / "adapters.safetensors").write_bytes(b"x")
     _refused(folder, r"nor adapter_model\.bin \(adapters\.safetensors is MLX's\)")
-    os.remove(os.path.join(folder, "adapter_config.json"))
+    (folder / "adapter_config.json").unlink()
     _refused(folder, r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote")
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("key", "shape", "message"),
     [
-        (lambda data: data[:-3], r"adapter_model\.safetensors: truncated or corrupt"),
-        (
-            lambda data: b"version https://git-lfs.github.com/spec/v1\n",
-            r"adapter_model\.safetensors: .*LFS pointer",
-        ),
+        (f"{_Q}.lora_A.weight", (4, 6), "are the same factor: the file holds two adapters"),
+        (f"{_PREFIX}{_Q}.lora_B.bias", (10,), "is a bias on a factor: retrain with lora_bias=False"),
+        (f"{_PREFIX}{_Q}.lora_magnitude_vector", (10,), "is DoRA's, but use_dora is not set: set it"),
+        (f"{_PREFIX}shared.lora_embedding_A", (4, 9), "LoRA on an embedding, which stacks of the base"),
+        (f"{_PREFIX}{_Q}.lora_diag", (4,), "lora_diag is KaSA"),
+        (f"{_PREFIX}{_Q}.lora_new.weight", (4,), "lora_new.weight is a tensor that plain LoRA does not"),
+        (f"{_PREFIX}shared.token_adapter.trainable_tokens_delta", (4,), "retrained rows of the embedd"),
+        (f"{_PREFIX}prompt_embeddings", (4,), "prompt or prefix tuning"),
+        (f"{_PREFIX}shared.weight", (4, 3), r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp"),
+        (f"{_PREFIX}encoder.q.bias", (4,), "encoder.q.bias .* is a trained bias"),
+        (f"{_PREFIX}{_Q}.weight", (10, 6), "is a module trained in full .modules_to_save is None"),
+        ("encoder.x.lora_A.weight", (4, 6), "encoder.x has lora_A but no lora_B"),
+        (f"{_PREFIX}encoder.x.lora_B.weight", (6, 4), "encoder.x has lora_B but no lora_A"),
+        ("e" * 170_000, (1,), "a tensor is named 'eee.*eee': expected at most 400 printable characters"),
+        (f"{_Q}\n.lora_A.weight", (1,), r"a tensor is named 'encoder.*\\n.lora_A.weight': expected"),
+        ("\x1b[2J", (1,), "a tensor is named '.x1b.2J': expected at most"),
     ],
 )
-def test_damaged_weights(write, damage, message):
-    folder = write()
-    path = os.path.join(folder, "adapter_model.safetensors")
-    with open(path, "rb") as file:
-        data = file.read()
-    with open(path, "wb") as file:
-        file.write(damage(data))
-    with pytest.raises(ValueError, match=message):
-        read_adapter(folder)
-
-
-class _Attack:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_a_bin_that_asks_for_os_system_is_refused_and_not_executed(write, tmp_path):
-    folder = write()
-    os.remove(os.path.join(folder, "adapter_model.safetensors"))
-    witness = tmp_path / "witness"
-    with open(os.path.join(folder, "adapter_model.bin"), "wb") as file:
-        pickle.dump({"x": _Attack(f"touch {witness}")}, file, protocol=2)
-    with pytest.raises(ValueError, match=r"adapter_model\.bin: its pickle asks for (posix|nt)\.system"):
-        read_adapter(folder)
-    assert not witness.exists()
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (
-            {f"{_Q}.lora_A.weight": np.ones((4, 6), np.float32)},
-            "are the same factor: the file holds two adapters",
-        ),
-        (
-            {f"{_Q}.lora_B.bias": np.ones(10, np.float32)},
-            "is a bias on a factor: retrain with lora_bias=False",
-        ),
-        (
-            {f"{_Q}.lora_magnitude_vector": np.ones(10, np.float32)},
-            "is DoRA's, but use_dora is not set: set it",
-        ),
-        (
-            {"shared.lora_embedding_A": np.ones((4, 9), np.float32)},
-            "LoRA on an embedding, which stacks of the base",
-        ),
-        ({f"{_Q}.lora_diag": np.ones(4, np.float32)}, "lora_diag is KaSA"),
-        (
-            {f"{_Q}.lora_new.weight": np.ones(4, np.float32)},
-            "lora_new.weight is a tensor that plain LoRA does not",
-        ),
-        (
-            {"shared.token_adapter.trainable_tokens_delta": np.ones(4, np.float32)},
-            "retrained rows of the embedd",
-        ),
-        ({"prompt_embeddings": np.ones(4, np.float32)}, "prompt or prefix tuning"),
-        (
-            {"shared.weight": _EMBEDDING},
-            r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp",
-        ),
-        ({"encoder.q.bias": np.ones(4, np.float32)}, "encoder.q.bias .* is a trained bias"),
-        (
-            {f"{_Q}.weight": np.ones((10, 6), np.float32)},
-            "is a module trained in full .modules_to_save is None",
-        ),
-        ({"encoder.x.lora_A.weight": np.ones((4, 6), np.float32)}, "encoder.x has lora_A but no lora_B"),
-        ({"encoder.x.lora_B.weight": np.ones((6, 4), np.float32)}, "encoder.x has lora_B but no lora_A"),
-    ],
-)
-def test_tensors_refused_by_name(write, extra, message):
-    tensors = _TENSORS | {_PREFIX + key if "lora_A" not in key else key: array for key, array in extra.items()}
-    _refused(write(tensors), rf"adapter_model\.safetensors: .*{message}")
+def test_tensors_are_refused_by_name(write, key, shape, message):
+    _refused(write(_TENSORS | {key: np.ones(shape, np.float32)}), rf"adapter_model\.safetensors: .*{message}")
 
 
 @pytest.mark.parametrize(
@@ -485,109 +384,70 @@ def test_tensors_refused_by_name(write, extra, message):
     [
         ("lora_A", np.ones((4, 6, 3, 3), np.float32), r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution"),
         ("lora_B", np.ones((10, 4, 1), np.float32), r"lora_B.weight \[10, 4, 1\].*MergedLinear"),
-        (
-            "lora_A",
-            np.ones(24, np.float32),
-            r"lora_A.weight \[24\].*expected 2 dimensions.*DeepSpeed ZeRO-3.*gather",
-        ),
+        ("lora_A", np.ones(24, np.float32), r"lora_A.weight \[24\].*expected 2 dimensions.*DeepSpeed ZeRO-3.*gather"),
         ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
         ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: expected floats"),
         ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
         ("lora_B", np.full((10, 4), np.inf, ml_dtypes.bfloat16), "q.lora_B.weight holds NaN or infinity"),
-        (
-            "lora_A",
-            np.ones((3, 6), np.float32),
-            r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected",
-        ),
-        (
-            "lora_A",
-            np.ones((4, 7), np.float32),
-            r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]",
-        ),
+        ("lora_A", np.ones((3, 6), np.float32), r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected"),
+        ("lora_A", np.ones((4, 7), np.float32), r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]"),
         ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: expected \[r, 6\] and \[10, r\]"),
     ],
 )
-def test_factors_of_the_wrong_kind_or_shape(write, kind, array, message):
+def test_factors_of_the_wrong_kind_or_shape_are_refused(write, kind, array, message):
     tensors = _TENSORS | _factors(path="encoder.block.1.layer.0.SelfAttention.q")
     _refused(write(tensors | {f"{_PREFIX}{_Q}.{kind}.weight": array}), message)
 
 
-@pytest.mark.parametrize(
-    ("name", "spelt"),
-    [
-        ("e" * 170_000, "'eee.*eee'"),
-        (f"{_Q}\n.lora_A.weight", r"'encoder.*\\n.lora_A.weight'"),
-        ("\x1b[2J", "'.x1b.2J'"),
-    ],
-)
-def test_names_of_tensors_are_bounded(write, name, spelt):
-    folder = write(_TENSORS | {name: np.ones((4, 6), np.float32)})
-    _refused(folder, rf"a tensor is named {spelt}: expected at most 400 printable characters")
-
-
-@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), RuntimeError("y" * 10_000), ValueError("z")])
-def test_whatever_an_adapter_brings_about_names_it_and_keeps_its_cause(write, monkeypatch, error):
-    def fail(*_arguments, **_keywords):
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("y" * 10_000), ValueError("z")])
+def test_every_error_names_the_adapter_and_keeps_its_cause(write, error):
+    def fail(_name):
         raise error
 
-    folder = write()
-    monkeypatch.setattr("lorafusion_jax.io.peft.adapter.collect", fail)
-    with pytest.raises(AdapterError, match=f"^{folder}: ") as caught:
-        read_adapter(folder)
-    assert caught.value.__cause__ is error
+    folder = write(_TENSORS | {"shared.weight": _EMBEDDING})
+    with pytest.raises(AdapterError, match=f"^{folder}.*: ") as caught:
+        read_adapter(folder, base_tensor=fail)
+    assert error in (caught.value.__cause__, caught.value.__cause__.__cause__)
     assert len(str(caught.value)) < 2_500
     assert isinstance(error, ValueError) or type(error).__name__ in str(caught.value)
 
 
-def test_rank_that_the_config_denies(write):
-    message = "has rank 4 in the tensors, but r and rank_pattern of adapter_config.json give 8: .*fetch both"
-    _refused(write(r=8), message)
+def test_ranks_that_differ_from_the_configuration_are_refused(write):
+    _refused(write(r=8), "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both")
     _refused(write(r=10**400), r"give 10000.*\.\.\..*: the two files do not belong together")
     _refused(write(rank_pattern={"q": 2}), "has rank 4 in the tensors.* give 2")
 
 
 def test_dora_without_or_with_wrong_magnitudes(write):
-    one = {f"{_PREFIX}{_Q}.lora_magnitude_vector": np.ones(10, np.float32)}
+    def tensors(shape, *paths):
+        return _TENSORS | {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(shape, np.float32) for path in paths}
+
     message = f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"
-    _refused(write(_TENSORS | one, use_dora=True), message)
-    wrong = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(9, np.float32) for path in (_Q, _V)}
-    _refused(write(_TENSORS | wrong, use_dora=True), r"lora_magnitude_vector has shape \[9\]: expected \[10\]")
-    square = {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones((1, 10), np.float32) for path in (_Q, _V)}
-    _refused(write(_TENSORS | square, use_dora=True), r"lora_magnitude_vector \[1, 10\].*expected 1 dimension")
+    _refused(write(tensors(10, _Q), use_dora=True), message)
+    _refused(write(tensors(9, _Q, _V), use_dora=True), r"lora_magnitude_vector has shape \[9\]: expected \[10\]")
+    _refused(write(tensors((1, 10), _Q, _V), use_dora=True), r"lora_magnitude_vector \[1, 10\].*expected 1 dimension")
 
 
 def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     stray = "encoder.block.7.layer.0.SelfAttention.q"
     tensors = _TENSORS | _factors(path="encoder.block.1.layer.0.SelfAttention.q") | _factors(path=stray)
     message = (
-        f"1 of 4 modules do not fit; first .*the base has no linear module {stray} .nearest: encoder.block.*"
+        rf"safetensors: 1 of 4 modules do not fit; first .*the base has no linear module {stray} .nearest: encoder.*"
         "give the base that the adapter was trained on, 'google/flan-t5-large'"
     )
     _refused(write(tensors), message)
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(write(tensors), shapes=_SHAPES)
-    assert "wrong base?" not in str(caught.value)
     llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(path="model.layers.0.self_attn.v_proj")
     _refused(write(llama), "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'")
     _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
-
-
-def test_a_classifier_is_not_blamed_on_the_base(write):
-    tensors = _factors(path="transformer.encoder.block.0.layer.0.SelfAttention.q")
-    with pytest.raises(AdapterError, match="task_type SEQ_CLS names a model with a head of its own: retrain") as caught:
-        read_adapter(write(tensors, task_type="SEQ_CLS"), shapes=_SHAPES)
-    assert "wrong base" not in str(caught.value)
+    classifier = _factors(path="transformer.encoder.block.0.layer.0.SelfAttention.q")
+    message = "safetensors: 1 of 1 modules .*task_type SEQ_CLS names a model with another head: retrain"
+    _refused(write(classifier, task_type="SEQ_CLS"), message)
 
 
 @pytest.mark.parametrize(
     ("fields", "key", "array", "message"),
     [
-        (
-            {},
-            "lm_head.weight",
-            _EMBEDDING,
-            r"lm_head.weight \[4, 3\] is an embedding.*differs from the base's",
-        ),
+        ({}, "lm_head.weight", _EMBEDDING, r"lm_head.weight \[4, 3\] is an embedding.*differs from the base's"),
         (
             {},
             "shared.weight",
@@ -604,7 +464,7 @@ def test_a_classifier_is_not_blamed_on_the_base(write):
             {"task_type": "SEQ_CLS", "modules_to_save": None},
             "classifier.out_proj.weight",
             _EMBEDDING,
-            r"the base has no classifier.out_proj.weight \(task_type SEQ_CLS trains a head of its own\)",
+            r"the base has no classifier.out_proj.weight \(task_type SEQ_CLS trains another head\)",
         ),
     ],
 )
@@ -620,32 +480,6 @@ def test_a_file_without_lora(write):
 # The way back.
 
 
-def test_resaved_goldens_are_identical(goldens, tmp_path):
-    folders = sorted(goldens.glob("*/**/adapters/*/"))
-    assert folders
-    for folder in folders:
-        adapter = read_adapter(str(folder))
-        target = tmp_path / folder.parent.parent.name / folder.name
-        resave(adapter, target)
-        again = read_adapter(str(target))
-        assert (target / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
-        assert again.keys == adapter.keys and again.scaling == adapter.scaling
-        for path, pair in adapter.factors.items():
-            for left, right in zip(pair, again.factors[path], strict=True):
-                assert left.dtype == right.dtype
-                np.testing.assert_array_equal(left, right)
-        with safe_open(target / "adapter_model.safetensors", "np") as file:
-            assert file.metadata() == {"format": "pt"}
-
-
-def test_an_existing_folder_is_never_written_over(write, tmp_path):
-    adapter = read_adapter(write())
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(ValueError, match="taken exists: give a new folder, or remove it first"):
-        resave(adapter, tmp_path / "taken")
-    assert list((tmp_path / "taken").iterdir()) == []
-
-
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_adapter(tmp_path / "deep" / "new", {"r": object()}, _TENSORS)
@@ -653,8 +487,9 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     transposed = {"x.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T}
     write_adapter(tmp_path / "deep" / "new", _CONFIG, transposed)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
-    again = load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors")
-    np.testing.assert_array_equal(again["x.lora_A.weight"], transposed["x.lora_A.weight"])
+    with pytest.raises(ValueError, match="new exists: give a new folder, or remove it first"):
+        write_adapter(tmp_path / "deep" / "new", _CONFIG, _TENSORS)
+    _assert_same(load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors"), transposed)
 
 
 # Against PEFT itself.
@@ -727,7 +562,7 @@ def _shapes(model):
 def test_what_peft_saves_reads_with_peft_s_own_scalings(peft_model, tmp_path, fields, safe):
     model = peft_model(**fields)
     folder = _save(model, tmp_path / "saved", safe_serialization=safe)
-    assert os.path.exists(os.path.join(folder, "adapter_model.safetensors" if safe else "adapter_model.bin"))
+    assert (Path(folder) / ("adapter_model.safetensors" if safe else "adapter_model.bin")).exists()
     adapter = read_adapter(folder, shapes=_shapes(model))
     layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
     assert adapter.factors.keys() == layers.keys()

@@ -261,9 +261,7 @@ def _read(
     return _sum(_standing({"": site}, matrices, crossbar) * tokens(site.reads, shape) for site in sites.values())
 
 
-def _standing(
-    sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig
-) -> Counts:
+def _standing(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
     """Return the counts of the sites' matrices, each in separate arrays."""
     return _sum(
         counts(matrix, crossbar) * (n * site.layers)

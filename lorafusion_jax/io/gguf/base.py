@@ -1,4 +1,4 @@
-"""A GGUF file as an opened base model."""
+"""A GGUF file as an opened base model, with the same methods as `hf_folder.FolderBase`."""
 
 import hashlib
 import json
@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import write_text
+from ...files import named, write_text
 from ...models.architecture import Stored
 from ...models.registry import gguf_layout
-from ..base import OpenedBase
 from .reader import StoredTensor, read_gguf
 from .tokenizer import build_tokenizer
 
@@ -17,55 +16,50 @@ if TYPE_CHECKING:
     import transformers
 
 
-class GGUFBase(OpenedBase):
+class GGUFBase:
     """A base model in a GGUF file.
+
+    Attributes:
+      place: the file, for messages.
+      config_place: the same.
 
     Raises:
       ValueError: as in `read_gguf`, or the architecture is not known.
     """
 
     def __init__(self, file: Path):
-        self._file = file
+        self.place = self.config_place = file
         self._metadata, self._tensors = read_gguf(file)
-        try:
+        with named(file):
             self._layout = gguf_layout(self._metadata.get("general.architecture"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-
-    @property
-    def place(self) -> Path:
-        return self._file
-
-    @property
-    def config_place(self) -> Path:
-        return self._file
 
     def config(self) -> Mapping[str, Any]:
-        try:
+        """Return the metadata as a config.json of Hugging Face."""
+        with named(self.place):
             return self._layout.config_json(self._metadata, self._tensors)
-        except ValueError as error:
-            raise ValueError(f"{self._file}: {error}") from None
 
     def config_sha256(self) -> str:
+        """Return the SHA-256 of the config.json that `save_texts` writes."""
         return hashlib.sha256(self._config_text().encode()).hexdigest()
 
     def tensors(self) -> Mapping[str, StoredTensor]:
+        """Return the weights with Hugging Face's names and layout, [d_out, d_in]."""
         found = self._layout.stored(self.config(), self._tensors)
         return {hf.name: self._tensors[name].changed(hf.heads, hf.offset) for name, hf in found.items()}
 
     def stored(self) -> Iterator[tuple[str, Stored | None, StoredTensor]]:
-        """Yield the name and content of every tensor, and what Hugging Face's files have instead, if anything."""
+        """Yield each tensor's name, its place in Hugging Face's files (or None), and the tensor."""
         known = self._layout.stored(self.config(), self._tensors)
         for name, tensor in self._tensors.items():
             yield name, known.get(name), tensor
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
-        try:
+        """Build the tokenizer; raises ValueError if the file has none."""
+        with named(self.place):
             return build_tokenizer(self._metadata)
-        except ValueError as error:
-            raise ValueError(f"{self._file}: {error}") from error
 
     def save_texts(self, folder: Path) -> None:
+        """Write config.json and the files of the tokenizer."""
         write_text(folder / "config.json", self._config_text())
         self.tokenizer().save_pretrained(folder)
 

@@ -60,13 +60,13 @@ _Known = TypedDict(
 
 
 class StoredTensor:
-    """A tensor of a mapped file, of which only the rows that are asked for are read and dequantised.
+    """A tensor of a mapped file; indexing dequantises rows.
 
     Attributes:
       shape: in Hugging Face's order, [d_out, d_in] for a matrix.
-      dtype: float32, the type of the numbers that are read.
+      dtype: float32, the dtype of dequantised rows.
       base: the mapped file.
-      kind: name of the type in the file, such as Q4_K.
+      kind: type in the file, such as Q4_K.
     """
 
     dtype = np.dtype(np.float32)
@@ -84,17 +84,17 @@ class StoredTensor:
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype of what `as_stored` returns, as in other files, or the name of a quantised type."""
+        """The dtype of `as_stored`, or the name of a quantised type."""
         return str(self.dtype if self._offset else _PLAIN.get(self.kind, self.kind))
 
     def as_stored(self, rows: slice) -> np.ndarray:
-        """Return some of the rows in the file's dtype, or the bytes of quantised blocks (of a vector all of them)."""
+        """Return rows in the file's dtype, or the bytes of their quantised blocks (of a vector all of them)."""
         if self.kind in _PLAIN:
             return self[rows].astype(self.stored_dtype)
         return self._stored(rows) if len(self.shape) > 1 else self._blocks
 
     def changed(self, heads: int, offset: float) -> "StoredTensor":
-        """Return the tensor as Hugging Face's files hold it (see `architecture.Stored`)."""
+        """Return the tensor in Hugging Face's order of rows (see `architecture.Stored`)."""
         other = StoredTensor.__new__(StoredTensor)
         other.__dict__.update(self.__dict__)
         if heads and self.shape[0] % (2 * heads) == 0:  # a wrong shape is reported where the model's is known
@@ -102,9 +102,8 @@ class StoredTensor:
         other._offset = np.float32(offset)
         return other
 
-    @np.errstate(invalid="ignore", over="ignore")  # what is not finite is refused by name where a model is loaded
+    @np.errstate(invalid="ignore", over="ignore")  # the loader of a model refuses numbers that are not finite
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Return some of the rows as float32."""
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -116,7 +115,6 @@ class StoredTensor:
         return numbers - self._offset if self._offset else numbers
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return all numbers."""
         return np.asarray(self[:], dtype=dtype)
 
     def codes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +128,7 @@ class StoredTensor:
 
 
 class Content(NamedTuple):
-    """What a GGUF file holds: values by key, and tensors by their names in the file."""
+    """Content of a GGUF file: values by key, and tensors by their names in the file."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
@@ -140,8 +138,7 @@ def read_gguf(path: Path) -> Content:
     """Read the header of a GGUF file.
 
     Raises:
-      ValueError: the file is missing, not GGUF, truncated, damaged, one of several parts, or holds a tensor of a type
-        that is not read.
+      ValueError: the file is missing, not GGUF, damaged, one of several parts, or has a tensor of an unsupported type.
     """
     header = _Header(path)
     if (magic := header.data[:4]) != _MAGIC:
@@ -253,7 +250,7 @@ class _Header:
         return list(self.numbers(_SCALARS[inner], count))
 
     def place(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Read a tensor's name, shape, type and offset behind the header."""
+        """Read a tensor's name, shape, type and offset after the header."""
         name, (axes,) = self.text(), self.numbers("I")
         if axes > _MOST_AXES:
             raise self.truncated(f"{name} has {axes} axes")

@@ -18,10 +18,10 @@ class _Splitting(NamedTuple):
     """How a byte-level tokenizer splits texts before merging.
 
     Attributes:
-      patterns: regular expressions, one after the other; what is between matches is a piece too.
-      adds_bos: texts begin with BOS, unless the file says otherwise.
-      whole_words: a piece that is a token stays whole, even if no merges lead to it.
-      normalised: texts are brought to Unicode's NFC first.
+      patterns: regular expressions, applied in turn; texts between matches are pieces too.
+      adds_bos: if true, texts begin with BOS by default.
+      whole_words: if true, a piece that is a token is not split, even if no merges make it.
+      normalised: if true, texts are normalised to Unicode's NFC first.
     """
 
     patterns: tuple[str, ...]
@@ -61,10 +61,10 @@ _SPACE = "▁"
 def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedTokenizerFast":
     """Return the tokenizer, with the file's special tokens and chat template.
 
-    A file without a token for padding gets its end token: padding is masked by its place.
+    A file without a token for padding gets its end token, because padding is masked by its position.
 
     Raises:
-      ValueError: the metadata lack the tokens, or ask for a tokenizer that is not implemented.
+      ValueError: the metadata lack the tokens, or name a tokenizer that is not implemented.
     """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     tokens, model = metadata.get("tokens", []), metadata.get("model")
@@ -182,10 +182,7 @@ def _pairs(merges: list[str]) -> list[tuple[str, str]]:
 
 
 def _merges_of_scores(vocabulary: dict[str, int], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
-    """Return every pair of tokens that make up a third one, that of the highest score first.
-
-    SentencePiece merges the pair with the highest score. Control and user-defined tokens are never merged.
-    """
+    """Return the pairs of normal tokens that form a third one, in SentencePiece's order: the highest score first."""
     normal = {token: scores[number] for token, number in vocabulary.items() if kinds[number] == _NORMAL}
     if (longest := max(map(len, normal), default=0)) > _LONGEST:
         raise ValueError(f"tokenizer.ggml.tokens holds one of {longest:,} characters: expected at most {_LONGEST}")

@@ -1,24 +1,25 @@
 """PEFT adapters, read from a folder or the hub and written back.
 
-The tensors' keys and shapes decide which matrices an adapter is for and its rank. PEFT itself loads non-strictly and
-only warns; here anything that would change the result is an error that names it.
+The tensors' keys and shapes determine the adapted matrices and the rank. Anything unsupported that would change the
+output is an error, whereas PEFT loads non-strictly and only warns.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...files import FileError, check_name, structured
+from ...files import FileError, check_name, named, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..folders import new_folder
 from ..source import at_home, map_file, resolve
-from .config import AdapterError, KnownBase, check_base, check_config, scalings
+from .config import KnownBase, check_base, check_config, scalings
 from .kinds import KINDS, as_lora
 from .tensors import MAGNITUDE, collect, target_warnings
 
@@ -28,7 +29,12 @@ _BIN = "adapter_model.bin"
 _MAX_CONFIG = 1 << 20
 _LONGEST_REASON = 2_000
 _EXACT, _MUCH = 1e-5, 0.05  # relative errors of updates: rounding of float32, and what deserves a warning
+_AGAIN = "fetch the file again"
 _FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,18 +42,18 @@ class PeftAdapter:
     """One adapter as stored on disk; arrays are read-only views of its file, in the file's dtype.
 
     Attributes:
-        name: The last part of its source, without a revision.
-        source: The folder or hub id that it was read from.
-        weights: The file that holds the tensors.
-        config: The content of adapter_config.json.
-        config_text: The bytes of that file.
+        name: Last part of the source, without a revision.
+        source: Folder or hub id.
+        weights: File of the tensors.
+        config: Content of adapter_config.json.
+        config_text: Bytes of that file.
         factors: (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model.
-        scaling: The factor on B A by path.
+        scaling: Factor on B A by path.
         magnitude: DoRA's magnitude [d_out] by path; None without DoRA.
-        keys: The file's own spelling of the keys of A, B and, with DoRA, the magnitude, by path.
+        keys: Keys of A, B and, with DoRA, the magnitude in the file, by path.
         kept: Tensors that are not applied, by key: copies of base weights and state of training.
-        notes: Warnings, and everything that was ignored, with the reason.
-        residual: Of an adapter of another kind than LoRA, ||dW - B A|| / ||dW|| by path.
+        notes: Warnings, and what was ignored, with the reason.
+        residual: ||dW - B A|| / ||dW|| by path, for an adapter of another kind than LoRA.
     """
 
     name: str
@@ -73,30 +79,31 @@ def read_adapter(
     compared: Collection[str] | None = None,
     rank: int = 16,
 ) -> PeftAdapter:
-    """Read and check an adapter. Anything unsupported that would change its output is an error.
+    """Read and check an adapter.
 
     Args:
         source: A folder, or a hub id `owner/name` or `owner/name@revision`.
-        shapes: (d_in, d_out) of every linear module of the base model that may be adapted, by path.
-        base_tensor: Function from a Hugging Face name (also a tied one) to the base's tensor; raises KeyError on a
-            name that the base lacks. Full weights in the adapter are compared with it: if equal they are ignored,
-            otherwise they are an error.
+        shapes: (d_in, d_out) of each linear module of the base model that may be adapted, by path.
+        base_tensor: Function from a Hugging Face name (also a tied one) to the base's tensor, or KeyError. Full
+            weights in the adapter are ignored if they equal the base's; otherwise they are an error.
         base: The base model, to be compared with the one that the adapter names.
-        compared: Keys of tensors that are not applied because they equalled the base's when the adapter was written
-            into a pool; given instead of `base_tensor`.
+        compared: Keys of tensors that were compared with the base's when the adapter was written into a pool; given
+            instead of `base_tensor`.
         rank: Rank of the factors of an adapter of another kind than LoRA (see `kinds`).
 
     Raises:
-        AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer. The
-            message contains the adapter's name, the reason and what to do.
+        AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer.
     """
-    try:
+    with _errors_of(source):
         return _read(source, shapes, base_tensor, base, compared, rank)
+
+
+@contextlib.contextmanager
+def _errors_of(source: str) -> Iterator[None]:
+    """Raise any error in the block as an AdapterError that names the adapter."""
+    try:
+        yield
     except Exception as error:
-        # The checks raise AdapterError or ValueError. Any other error that a file causes also ends this adapter only;
-        # the traceback keeps the cause.
-        if isinstance(error, AdapterError) and source in str(error):
-            raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
         raise AdapterError(reason if source in reason else f"{source}: {reason}") from error
@@ -111,34 +118,38 @@ def _read(
     rank: int,
 ) -> PeftAdapter:
     folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN))
-    # A link has a name of its own, which `resolve` would not return.
+    # `resolve` follows a link, whose name is the adapter's.
     local = at_home(source).is_dir()
     name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
     check_name(name)
     config_text, config = read_config_file(folder)
+    compares = base_tensor is not None or compared is not None
     kind, notes, residual = config.get("peft_type"), [], {}
     if kind not in KINDS:
-        notes += _checked(config, folder, base_tensor, compared)
+        with named(folder / CONFIG):
+            notes += check_config(config, compare_saved=compares)
     weights = _weights_file(folder, notes)
-    where = str(weights)
     tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
     if kind in KINDS:
-        if shapes is None or base_tensor is None:
-            raise AdapterError(f"{where}: a {kind} adapter becomes LoRA only with its base's weights: give the base")
-        converted = as_lora(config, tensors, rank=rank, where=where, shapes=shapes, base_tensor=base_tensor)
-        config, tensors, residual = converted
+        with named(weights):
+            if shapes is None or base_tensor is None:
+                raise ValueError(f"a {kind} adapter becomes LoRA only with its base's weights: give the base")
+            config, tensors, residual = as_lora(config, tensors, rank=rank, shapes=shapes, base_tensor=base_tensor)
         config_text = json.dumps(config, indent=2, sort_keys=True).encode()
-        notes += [_loss(kind, rank, residual), *_checked(config, folder, base_tensor, compared)]
+        with named(folder / CONFIG):
+            notes += [_loss(kind, rank, residual), *check_config(config, compare_saved=compares)]
     kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
-    parts, ignored = collect(tensors, config, where=where, shapes=shapes, base_tensor=base_tensor)
+    with named(weights):
+        parts, ignored = collect(tensors, config, shapes=shapes, base_tensor=base_tensor)
     notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
 
     ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
-    scaling, warnings = scalings(config, ranks, where=where)
-    notes += [f"warning: {warning}" for warning in warnings]
-    notes += target_warnings(config, parts)
-    if base is not None:
-        notes += check_base(config, base, where=str(folder / CONFIG))
+    with named(folder / CONFIG):
+        scaling, warnings = scalings(config, ranks)
+        notes += [f"warning: {warning}" for warning in warnings]
+        notes += target_warnings(config, parts)
+        if base is not None:
+            notes += check_base(config, base)
 
     dora = bool(config.get("use_dora"))
     return PeftAdapter(
@@ -157,16 +168,6 @@ def _read(
     )
 
 
-def _checked(
-    config: Mapping[str, Any],
-    folder: Path,
-    base_tensor: Callable[[str], np.ndarray] | None,
-    compared: Collection[str] | None,
-) -> tuple[str, ...]:
-    compares = base_tensor is not None or compared is not None
-    return check_config(config, where=str(folder / CONFIG), compare_saved=compares)
-
-
 def _loss(kind: str, rank: int, residual: Mapping[str, float]) -> str:
     """Describe how well the factors represent the updates."""
     worst = max(residual, key=residual.__getitem__)
@@ -180,36 +181,21 @@ def _loss(kind: str, rank: int, residual: Mapping[str, float]) -> str:
 
 
 def resave(adapter: PeftAdapter, folder: Path) -> None:
-    """Write an adapter back: the same tensors under the same keys, and its configuration byte for byte.
-
-    Raises:
-        ValueError: The folder exists.
-    """
-    with new_folder(folder) as partial:
-        put_again(adapter, partial)
-
-
-def put_again(adapter: PeftAdapter, folder: Path) -> None:
-    """Write the files of `resave` into an existing folder."""
+    """Write an adapter to a new folder: the same tensors with the same keys, and its configuration byte for byte."""
     tensors = dict(adapter.kept)
     for path, keys in adapter.keys.items():
         arrays = adapter.factors[path] + ((adapter.magnitude[path],) if adapter.magnitude else ())
         tensors |= zip(keys, arrays, strict=True)
-    put_adapter(folder, adapter.config_text, tensors)
+    write_adapter(folder, adapter.config_text, tensors)
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
-
-    The folder gets its name only when it is complete.
+    """Write a new folder that PEFT loads, complete or not at all.
 
     Args:
         folder: The folder to make.
-        config: The fields of the configuration, or the bytes of the file.
-        tensors: By PEFT's keys, `base_model.model.<path>.lora_A.weight` [r, d_in] and so on.
-
-    Raises:
-        ValueError: The folder exists.
+        config: Fields or bytes of `adapter_config.json`.
+        tensors: Tensors by PEFT's keys, `base_model.model.<path>.lora_A.weight` [r, d_in] and so on.
     """
     with new_folder(folder) as partial:
         put_adapter(partial, config, tensors)
@@ -224,12 +210,7 @@ def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mappin
 
 
 def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes and the content of a folder's adapter_config.json.
-
-    Raises:
-        AdapterError: There is none, or it is too large.
-        FileError: It is not a JSON object.
-    """
+    """Return the bytes and the content of a folder's adapter_config.json; raises ValueError if it is not one."""
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote")
@@ -237,12 +218,11 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
     if len(data) > _MAX_CONFIG:
         raise AdapterError(f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}")
     text = bytes(data)
-    fix = "fetch the file again"
     try:
         content = json.loads(text)  # PEFT writes NaN and infinity, which JSON does not have
     except (ValueError, RecursionError) as error:
-        raise FileError(path, got=f"not JSON ({error})", fix=fix) from None
-    return text, structured(content, dict[str, Any], path, own=False, fix=fix)
+        raise FileError(path, got=f"not JSON ({error})", fix=_AGAIN) from None
+    return text, structured(content, dict[str, Any], path, own=False, fix=_AGAIN)
 
 
 def _weights_file(folder: Path, notes: list[str]) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ...files import shown, some
-from .config import AdapterError, configured
+from .config import check_fields, configured
 
 Matrix = Float[np.ndarray, "d_out d_in"]
 
@@ -216,7 +216,6 @@ def as_lora(
     tensors: Mapping[str, np.ndarray],
     *,
     rank: int,
-    where: str,
     shapes: Mapping[str, tuple[int, int]],
     base_tensor: Callable[[str], np.ndarray],
 ) -> Converted:
@@ -226,12 +225,11 @@ def as_lora(
         config: The content of adapter_config.json.
         tensors: The file's tensors by key. Tensors that belong to no module are kept unchanged.
         rank: Rank of all factors.
-        where: The file, for messages.
         shapes: (d_in, d_out) of the base's linear modules by path.
         base_tensor: Function from a name to the base's tensor.
 
     Raises:
-        AdapterError: A module is not in the base, or its tensors are missing or of the wrong shape.
+        ValueError: A module is not in the base, or its tensors are missing or of the wrong shape.
     """
     title = config["peft_type"]
     kind = KINDS[title]
@@ -250,22 +248,23 @@ def as_lora(
             modules.setdefault(match["path"] or "", {})[match["name"]] = array
     for name in kind.shared:
         if name not in shared:
-            raise AdapterError(
-                f"{where} has no {name}, which all modules of a {title} adapter share: load the adapter with PEFT and "
+            raise ValueError(
+                f"it has no {name}, which all modules of a {title} adapter share: load the adapter with PEFT and "
                 "save it with save_projection=True"
             )
     if not modules:
-        raise AdapterError(f"{where} has no tensors of a {title} adapter: expected names such as {kind.names[0]}")
+        raise ValueError(f"it has no tensors of a {title} adapter: expected names such as {kind.names[0]}")
     strange = sorted(set(modules) - set(shapes))
     if strange:
-        raise AdapterError(
-            f"{where}: the base has no linear module {some(strange)}: give the base that the adapter was trained on, "
+        raise ValueError(
+            f"the base has no linear module {some(strange)}: give the base that the adapter was trained on, "
             f"{shown(config.get('base_model_name_or_path'))}"
         )
     scaling = dict.fromkeys(modules, 1.0)
     if kind.alpha:
         settings = dict(config) | {"lora_alpha": config.get(kind.alpha, 8)}
-        scaling = {path: alpha / r for path, (r, alpha) in configured(settings, modules, where=where).items()}
+        check_fields(settings)
+        scaling = {path: alpha / r for path, (r, alpha) in configured(settings, modules).items()}
     found, residual = {}, {}
     for path, parts in modules.items():
         d_in, d_out = shapes[path]
@@ -277,7 +276,7 @@ def as_lora(
         try:
             update = kind.update(module)
         except ValueError as error:
-            raise AdapterError(f"{where}: {path} [{d_out}, {d_in}]: {error}: save the adapter again") from None
+            raise ValueError(f"{path} [{d_out}, {d_in}]: {error}: save the adapter again") from None
         a, b, residual[path] = _factors(update, rank)
         found[f"base_model.model.{path}.lora_A.weight"] = a
         found[f"base_model.model.{path}.lora_B.weight"] = b

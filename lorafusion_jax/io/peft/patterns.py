@@ -2,8 +2,8 @@
 
 `re` backtracks without a limit: a short pattern can make it try 2 ** 60 ways. The package `regex` stops after a timeout
 and has the same matches in texts that are not empty. Syntax that the two read differently is refused: approximate
-matches (`{e<=1}`), operations on sets, flags, and characters beyond ASCII, for which their tables differ. Numbers of
-repeats that `regex` would write out are refused too.
+matches (`{e<=1}`), operations on sets, flags, and characters beyond ASCII, for which their tables differ. Large repeat
+counts, which `regex` expands, are refused too.
 """
 
 import re
@@ -32,7 +32,7 @@ class PatternError(ValueError):
 
 
 class Clock:
-    """CPU time that matching the patterns of one file may still take."""
+    """CPU time left for matching the patterns of one file."""
 
     def __init__(self) -> None:
         self.left = _SECONDS
@@ -67,11 +67,7 @@ def compiled(text: str) -> regex.Pattern:
 
 
 def check(text: str) -> None:
-    """Check that a text is a regular expression that `re` and `regex` read alike.
-
-    Raises:
-        PatternError: The text is not a pattern, is too long, or has parts that are not supported here.
-    """
+    """Raise PatternError unless a text is a short regular expression that `re` and `regex` read alike."""
     if len(text) > _MAX_LENGTH:
         raise PatternError(f"it has {len(text):,} characters: expected at most {_MAX_LENGTH:,}")
     if not text.isascii():

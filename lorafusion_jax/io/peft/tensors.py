@@ -1,4 +1,4 @@
-"""Sort a file's tensors into LoRA factors by module; check spelling, completeness, shapes and the other tensors."""
+"""Tensors of an adapter's file, sorted into checked LoRA factors by module."""
 
 import difflib
 import re
@@ -9,7 +9,6 @@ import numpy as np
 
 from ...files import shown, some
 from ...models.registry import family_with
-from .config import AdapterError
 from .patterns import Clock, PatternError, compiled
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
@@ -42,35 +41,33 @@ def collect(
     tensors: Mapping[str, np.ndarray],
     config: Mapping[str, Any],
     *,
-    where: str,
     shapes: Mapping[str, tuple[int, int]] | None,
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> tuple[dict[str, Part], dict[str, str]]:
-    """Return the checked factors by module path, and the reason why each other tensor (by key) may be ignored.
+    """Return the checked factors by module path, and the reason why each other tensor (by key) is ignored.
 
     Args:
-        tensors: A file's tensors by key, in any spelling that PEFT or its users have written.
-        config: The content of adapter_config.json.
-        where: The file, for messages.
-        shapes: (d_in, d_out) of the base's linear modules by path; with None they are not compared.
-        base_tensor: Function from a name to the base's tensor, or KeyError; None if the base is not available.
+        tensors: Tensors by key, in any spelling that PEFT or its users have written.
+        config: Content of adapter_config.json.
+        shapes: As in `read_adapter`; with None they are not compared.
+        base_tensor: As in `read_adapter`.
 
     Raises:
-        AdapterError: A tensor is missing, unexpected, not finite or of the wrong shape, or the base is wrong.
+        ValueError: A tensor is missing, unexpected, not finite or of the wrong shape, or the base is wrong.
     """
-    parts, ignored = _sort(tensors, config, where, base_tensor)
-    _check_pairs(where, parts, dora=bool(config.get("use_dora")))
+    parts, ignored = _sort(tensors, config, base_tensor)
+    _check_pairs(parts, dora=bool(config.get("use_dora")))
     if shapes is not None:
-        _check_shapes(where, parts, shapes, config)
+        _check_shapes(parts, shapes, config)
     for part in parts.values():
         for key, array in part.values():
             if not np.isfinite(array).all():
-                raise AdapterError(f"{where}: {key} holds NaN or infinity: its training diverged; retrain it")
+                raise ValueError(f"{key} holds NaN or infinity: its training diverged; retrain it")
     return parts, ignored
 
 
 def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
-    """Return warnings where target_modules and the tensors' paths disagree; the tensors are used."""
+    """Return warnings if target_modules and the tensors' paths disagree; the tensors are used."""
     targets = config.get("target_modules")
     if not targets or targets == "all-linear":
         return []
@@ -82,7 +79,8 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
             return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors are used"]
         idle = []
     else:
-        ends = {path: _ends(path) for path in paths}
+        parts = {path: path.split(".") for path in paths}
+        ends = {path: {".".join(part[start:]) for start in range(len(part))} for path, part in parts.items()}
         strays = [path for path in paths if ends[path].isdisjoint(targets)]
         named = set().union(*ends.values())
         idle = [target for target in targets if target not in named]
@@ -95,128 +93,114 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
     return warnings
 
 
-def _ends(path: str) -> set[str]:
-    """Return the names by which target_modules may refer to a path: its last parts."""
-    parts = path.split(".")
-    return {".".join(parts[start:]) for start in range(len(parts))}
-
-
 def _sort(
     tensors: Mapping[str, np.ndarray],
     config: Mapping[str, Any],
-    where: str,
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> tuple[dict[str, Part], dict[str, str]]:
     parts: dict[str, Part] = {}
     ignored = {}
     if len(tensors) > _MAX_TENSORS:
-        raise AdapterError(f"{where} holds {len(tensors):,} tensors: expected at most {_MAX_TENSORS:,}")
+        raise ValueError(f"it holds {len(tensors):,} tensors: expected at most {_MAX_TENSORS:,}")
     for key, array in tensors.items():
         if len(key) > _MAX_NAME or not key.isprintable():
-            raise AdapterError(
-                f"{where}: a tensor is named {shown(key)}: expected at most {_MAX_NAME} printable characters"
-            )
+            raise ValueError(f"a tensor is named {shown(key)}: expected at most {_MAX_NAME} printable characters")
         match = _FACTOR.fullmatch(key)
         if match is None:
-            ignored[key] = _reason_to_ignore(where, key, array, config, base_tensor)
+            ignored[key] = _reason_to_ignore(key, array, config, base_tensor)
             continue
         if match["leaf"] == ".bias":
-            raise AdapterError(f"{where}: {key} is a bias on a factor: retrain with lora_bias=False")
+            raise ValueError(f"{key} is a bias on a factor: retrain with lora_bias=False")
         part = parts.setdefault(match["path"], {})
         if match["kind"] in part:
-            raise AdapterError(
-                f"{where}: {part[match['kind']][0]} and {key} are the same factor: "
-                "the file holds two adapters; save each in a folder of its own"
+            raise ValueError(
+                f"{part[match['kind']][0]} and {key} are the same factor: "
+                "the file holds two adapters; save each in a separate folder"
             )
-        _check_array(where, key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
+        _check_array(key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
         part[match["kind"]] = key, array
     if not parts:
-        raise AdapterError(f"{where} has no lora_A and lora_B: expected the weights of a LoRA adapter")
+        raise ValueError("it has no lora_A and lora_B: expected the weights of a LoRA adapter")
     return parts, ignored
 
 
 def _reason_to_ignore(
-    where: str,
     key: str,
     array: np.ndarray,
     config: Mapping[str, Any],
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> str:
-    """Return the reason why a tensor that is not a factor may be ignored, or raise an error that names it."""
+    """Return the reason why a tensor that is not a factor is ignored, or raise an ValueError."""
     if any(state in key for state in _TRAINING_STATE):
         return "state of the training only"
     for fragment, meaning in _OTHER_TENSORS.items():
         if fragment in key:
-            raise AdapterError(f"{where}: {key} is {meaning}: retrain as plain LoRA on linear modules")
+            raise ValueError(f"{key} is {meaning}: retrain as plain LoRA on linear modules")
     name = _WRAPPERS.sub("", key)
     task, kind = config.get("task_type"), "a module trained in full"
     if name.endswith("bias"):
         kind = "a trained bias"
     elif name.split(".")[-2:][0] in _EMBEDDINGS:
         kind = "an embedding"
-    got = f"{where}: {key} {list(array.shape)} is {kind} (modules_to_save is {shown(config.get('modules_to_save'))})"
+    got = f"{key} {list(array.shape)} is {kind} (modules_to_save is {shown(config.get('modules_to_save'))})"
     if base_tensor is None:
-        raise AdapterError(f"{got}: give the base's weights to compare it with; a copy of them is ignored")
+        raise ValueError(f"{got}: give the base's weights to compare it with; a copy of them is ignored")
     try:
         base = base_tensor(name)
     except KeyError:
-        head = f" (task_type {task} trains a head of its own)" if task in _HEADS else ""
-        raise AdapterError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
+        head = f" (task_type {task} trains another head)" if task in _HEADS else ""
+        raise ValueError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
     with np.errstate(over="ignore", invalid="ignore"):
         same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
     if not same:
-        raise AdapterError(
+        raise ValueError(
             f"{got}, and it differs from the base's {name} {list(base.shape)}: it cannot be mixed; "
             "retrain without it, or give the base that it was trained with"
         )
     if task in _HEADS and kind == "a module trained in full":
-        raise AdapterError(
-            f"{got}, and task_type {task} names a model with a head of its own: retrain it as a language model"
-        )
+        raise ValueError(f"{got}, and task_type {task} names a model with another head: retrain it as a language model")
     return "equal to the base's"
 
 
-def _check_array(where: str, key: str, array: np.ndarray, *, ndim: int) -> None:
+def _check_array(key: str, array: np.ndarray, *, ndim: int) -> None:
     if array.ndim == ndim and 0 not in array.shape and array.dtype.kind not in "biuc":
         return
-    got = f"{where}: {key} {list(array.shape)} of dtype {array.dtype}"
+    got = f"{key} {list(array.shape)} of dtype {array.dtype}"
     if array.ndim > 2:
-        raise AdapterError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; expected linear modules")
+        raise ValueError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; expected linear modules")
     if array.dtype.kind in "biuc":
-        raise AdapterError(f"{got}: expected floats; save the adapter without quantisation")
-    raise AdapterError(
+        raise ValueError(f"{got}: expected floats; save the adapter without quantisation")
+    raise ValueError(
         f"{got}: expected {ndim} dimensions, none empty; probably shards of DeepSpeed ZeRO-3 or FSDP: "
         "gather the parameters, then save again"
     )
 
 
-def _check_pairs(where: str, parts: Mapping[str, Part], *, dora: bool) -> None:
+def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
     for path, part in parts.items():
         missing = {"lora_A", "lora_B", *([MAGNITUDE] if dora else [])} - set(part)
         if missing:
-            raise AdapterError(
-                f"{where}: {path} has {' and '.join(sorted(part))} but no {' and no '.join(sorted(missing))} "
+            raise ValueError(
+                f"{path} has {' and '.join(sorted(part))} but no {' and no '.join(sorted(missing))} "
                 f"(use_dora is {str(dora).lower()}): the file is incomplete; save the adapter again"
             )
         if MAGNITUDE in part and not dora:
-            raise AdapterError(
-                f"{where}: {part[MAGNITUDE][0]} is DoRA's, but use_dora is not set: "
+            raise ValueError(
+                f"{part[MAGNITUDE][0]} is DoRA's, but use_dora is not set: "
                 "set it to true in adapter_config.json if the adapter is a DoRA"
             )
         (key_a, a), (key_b, b) = part["lora_A"], part["lora_B"]
         if a.shape[0] != b.shape[1]:
-            raise AdapterError(
-                f"{where}: {key_a} {list(a.shape)} has rank {a.shape[0]}, {key_b} {list(b.shape)} has rank "
+            raise ValueError(
+                f"{key_a} {list(a.shape)} has rank {a.shape[0]}, {key_b} {list(b.shape)} has rank "
                 f"{b.shape[1]}: expected [r, d_in] and [d_out, r]; save again"
             )
         if dora and part[MAGNITUDE][1].shape != b.shape[:1]:
             key, magnitude = part[MAGNITUDE]
-            raise AdapterError(f"{where}: {key} has shape {list(magnitude.shape)}: expected [{b.shape[0]}]")
+            raise ValueError(f"{key} has shape {list(magnitude.shape)}: expected [{b.shape[0]}]")
 
 
-def _check_shapes(
-    where: str, parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]
-) -> None:
+def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
     misfits = [path for path, part in parts.items() if shapes.get(path) != _d_in_d_out(part)]
     if not misfits:
         return
@@ -234,8 +218,8 @@ def _check_shapes(
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
     fix = f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
     if (task := config.get("task_type")) in _HEADS:
-        wrong_base, fix = "", f"task_type {task} names a model with a head of its own: retrain it as a language model"
-    raise AdapterError(f"{where}: {wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; {fix}")
+        wrong_base, fix = "", f"task_type {task} names a model with another head: retrain it as a language model"
+    raise ValueError(f"{wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; {fix}")
 
 
 def _d_in_d_out(part: Part) -> tuple[int, int]:

@@ -1,10 +1,10 @@
 """Pools of adapters on disk: converted ones, and folders of PEFT adapter folders.
 
-    manifest.json                        what there is, where it came from, a SHA-256 of every other file and of itself
+    manifest.json                        adapters, their sources, a SHA-256 of each other file and of itself
     adapters/0000/                       an adapter that PEFT can load:
         adapter_config.json              its configuration, byte for byte
-        adapter_model.safetensors        its tensors, under the names that its file gave them
-    basis/                               a shared basis of the modules, where one was made (see `pool.basis`)
+        adapter_model.safetensors        its tensors, with the names of the original file
+    basis/                               a shared basis of the modules, if one was made (see `pool.basis`)
 
 In a `LoraPool` the scaling is in B, layers without an adapter are zeros of rank 0, and smaller ranks are padded.
 """

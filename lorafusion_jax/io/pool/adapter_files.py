@@ -9,7 +9,7 @@ import msgspec
 from ...files import FileError, shown
 from ...models.architecture import Architecture, linear_shapes
 from ..folders import check_files
-from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, put_again, read_adapter
+from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, read_adapter, resave
 from ..source import inside, sha256
 from .stack import Ranks, check_finite, pool_values, rank_table
 
@@ -34,11 +34,7 @@ class Entry(TypedDict):
 
 
 def describe(adapter: PeftAdapter, config: Architecture) -> dict[str, Any]:
-    """Return an adapter's entry in the manifest, except its folder and files.
-
-    Raises:
-      AdapterError: its numbers are infinite in a pool.
-    """
+    """Return an adapter's entry in the manifest, except its folder and files; its numbers are checked."""
     for path in adapter.factors:
         for kind, array in pool_values(adapter, path).items():
             check_finite(adapter, path, kind, array)
@@ -59,13 +55,12 @@ def describe(adapter: PeftAdapter, config: Architecture) -> dict[str, Any]:
 
 def save_adapter(folder: Path, adapter: PeftAdapter) -> dict[str, str]:
     """Write an adapter into a new folder of a pool and return the SHA-256 of its files."""
-    folder.mkdir(parents=True)
-    put_again(adapter, folder)
+    resave(adapter, folder)
     return {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
 def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:
-    """Raise a FileError where an entry of the manifest contradicts the base."""
+    """Raise a FileError if an entry of the manifest contradicts the base."""
     folder = inside(pool, entry["folder"])
     for name, row in entry["sites"].items():
         site = base.sites.get(name)
@@ -75,20 +70,16 @@ def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:
 
 
 def check_size(pool: Path, entry: Entry, base: Architecture) -> None:
-    """Raise a FileError where the manifest states larger ranks than the adapter's file can hold."""
+    """Raise a FileError if the manifest states larger ranks than the adapter's file can hold."""
     path = inside(pool, entry["folder"]) / WEIGHTS
     sites = {name: base.sites[name] for name in entry["sites"]}
     numbers = sum(sum(entry["sites"][name]["rank"]) * (site.d_in + site.d_out) for name, site in sites.items())
     if path.is_file() and numbers > (size := path.stat().st_size):
-        raise FileError(path, got=f"of {size:,} bytes, and the manifest says {numbers:,} numbers", fix=_AGAIN)
+        raise FileError(path, got=f"of {size:,} bytes, and the manifest states {numbers:,} numbers", fix=_AGAIN)
 
 
 def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
-    """Read an adapter of a pool by its entry in the manifest, which `check_entry` has checked.
-
-    Raises:
-      ValueError: a file is missing or damaged, or the entry is not of its tensors or its configuration.
-    """
+    """Read an adapter of a pool by its entry, which `check_entry` has checked; raises ValueError if it differs."""
     folder = inside(pool, entry["folder"])
     if missing := {CONFIG, WEIGHTS} - entry["files"].keys():
         got = f"the manifest lists no {' and no '.join(sorted(missing))}"

@@ -1,4 +1,4 @@
-"""A pool's shared basis on disk, in the folder `basis` next to the adapters: loading it reads no module.
+"""A pool's shared basis on disk, in the folder `basis` next to the adapters; loading it reads no adapter.
 
     basis/manifest.json         k, the modules and what they were made of, the base, ranks, a SHA-256 of the file
     basis/arrays.safetensors    U, V, S and energy by site (see `adapters.basis.SharedBasis`): `U/SITE`, ...
@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 
 from ...adapters.basis import SharedBasis
-from ...files import FileError, shown
+from ...files import FileError
 from ...models.architecture import Architecture
 from .. import arrays
 from ..folders import MANIFEST, RESTORE, read_manifest
@@ -27,7 +26,7 @@ _WHAT = "a shared basis"
 
 
 class Description(TypedDict):
-    """What the manifest of a basis says of it."""
+    """Metadata of a basis; `modules` has the SHA-256 of each adapter's weights."""
 
     k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     modules: dict[str, str]
@@ -36,16 +35,9 @@ class Description(TypedDict):
 
 
 def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], base: Mapping[str, Any]) -> None:
-    """Write a basis into the folder of its pool.
+    """Write a basis into the folder of its pool; raises ValueError if the pool has one.
 
-    Args:
-      folder: the pool's.
-      basis: to write.
-      made_of: name of every module -> SHA-256 of its adapter's weights.
-      base: what the pool's manifest says of its base.
-
-    Raises:
-      ValueError: the pool has a basis.
+    `made_of` is the SHA-256 of each module's adapter, and `base` the pool's record of its base model.
     """
     tree = {field: {s: np.asarray(a) for s, a in getattr(basis, field).items()} for field in _FIELDS}
     rank = {site: np.asarray(rank).tolist() for site, rank in basis.rank.items()}
@@ -54,11 +46,7 @@ def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], 
 
 
 def describe_basis(folder: Path, k: int | None = None) -> Description:
-    """Return k, modules, rank and base of the basis of a pool.
-
-    Raises:
-      ValueError: there is no basis, or one of fewer than k directions.
-    """
+    """Return the metadata of a pool's basis; raises ValueError if it has none with at least k directions."""
     if not (folder / FOLDER / MANIFEST).is_file():
         raise ValueError(
             f"{folder} has no shared basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
@@ -66,23 +54,19 @@ def describe_basis(folder: Path, k: int | None = None) -> Description:
     _, description = read_manifest(folder / FOLDER, Description, _WHAT)
     if k is not None and k > description["k"]:
         raise ValueError(
-            f"{folder} has a shared basis of {description['k']} directions, and {k} are asked for: ask for fewer, or "
-            f"move {folder / FOLDER} away and make one with `lorafusion convert --basis {k} --out {folder}`"
+            f"{folder} has a shared basis of {description['k']} directions, expected at least {k}: use fewer, or move "
+            f"{folder / FOLDER} away and make one with `lorafusion convert --basis {k} --out {folder}`"
         )
     return description
 
 
 def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], config: Architecture) -> SharedBasis:
-    """Load the basis of a pool.
+    """Load the first k directions of a pool's basis, by default all.
 
-    Args:
-      folder: the pool's.
-      k: number of its first directions; None for all.
-      made_of: name of each module of the pool -> SHA-256 of its adapter's weights; the basis may hold others too.
-      config: of the base model.
+    `made_of` is the SHA-256 of the pool's adapters by name; the basis may hold other modules too.
 
     Raises:
-      ValueError: there is no basis, or one of fewer directions, of another base or of other adapters; or a file is
+      ValueError: there is no basis, or one with fewer directions, of another base or of other adapters; or a file is
         missing or damaged.
     """
     description = describe_basis(folder, k)
@@ -117,11 +101,4 @@ def _check_shapes(folder: Path, tree: Mapping[str, Any], description: Descriptio
             raise FileError(folder, field=name, got=got, expected=needed, fix="it is of another base, or was edited")
         shapes = {"U": (site.d_in, k), "V": (k, site.d_out), "S": (modules, k, k), "energy": (modules,)}
         expected |= {f"{field}/{name}": f"float32{[site.layers, *shape]}" for field, shape in shapes.items()}
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{a.dtype}{list(a.shape)}"
-        for path, a in jax.tree.leaves_with_path(tree)
-    }
-    for path in {**expected, **found}:
-        if found.get(path) != expected.get(path):
-            got, needed = found.get(path, "absent"), expected.get(path, "no such array")
-            raise FileError(folder, field=shown(path), got=got, expected=needed, fix=RESTORE)
+    arrays.check_signature(folder, arrays.signature(tree), expected, fix=RESTORE)

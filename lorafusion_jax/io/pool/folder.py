@@ -12,7 +12,7 @@ import msgspec
 
 from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
-from ...files import FileError, read_json, structured
+from ...files import FileError, named, read_json, structured
 from ...models.architecture import Architecture
 from ...models.registry import recorded_config
 from ..folders import stored_by_orbax, write_json
@@ -29,7 +29,7 @@ _AGAIN = "restore it from a copy, or convert the adapters again"
 
 
 class BaseRecord(TypedDict):
-    """What a manifest says of the base model; `family` came later than the rest."""
+    """Record of the base model in a manifest; old ones lack `family`."""
 
     source: str
     config_sha256: str
@@ -45,7 +45,7 @@ class Skipped(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What `manifest.json` of a converted pool holds, without the digest of itself."""
+    """Content of `manifest.json` of a converted pool, without its own digest."""
 
     base: BaseRecord
     cast_to: str | None
@@ -59,23 +59,21 @@ class ConvertedPool:
     """A converted pool.
 
     Attributes:
-      folder: that holds it.
-      manifest: without the digest of itself.
-      names: of the adapters, in the pool's order.
-      config: the structure of the base model that it was converted for.
+      folder: its folder.
+      manifest: content of the manifest, without its own digest.
+      names: names of the adapters, in the pool's order.
+      config: structure of the base model that it was converted for.
 
     Raises:
-      ValueError: the folder is not a converted pool, or its manifest was altered or states no digest of itself.
+      ValueError: the folder is not a converted pool, or its manifest was altered.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder / _MANIFEST)
         self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
-        try:
+        with named(self.folder / _MANIFEST):
             self.config = recorded_config(self.manifest["base"])
-        except FileError as error:
-            raise error.at(self.folder / _MANIFEST) from None
         for entry in self.manifest["adapters"]:
             check_entry(self.folder, entry, self.config)
         for kind in ("name", "folder"):
@@ -94,7 +92,7 @@ class ConvertedPool:
         return tuple(dict.fromkeys(site.rpartition(".")[2] for site in self.config.sites if site in adapted))
 
     def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
-        """Load the pool; arguments and errors are those of `load_pool`."""
+        """Load the pool, as `load_pool` does."""
         if isinstance(chosen, str):
             raise ValueError(f"chosen is {chosen!r}, a single adapter: expected a list, chosen=[{chosen!r}]")
         entries = self.manifest["adapters"]
@@ -112,16 +110,11 @@ class ConvertedPool:
         return stack.pool()
 
     def basis(self, k: int | None = None) -> SharedBasis:
-        """Load the first k directions of the pool's shared basis, by default all; no module is read.
-
-        Raises:
-          ValueError: the pool has no basis, or one of fewer directions, or of other adapters; or a file is missing
-            or damaged.
-        """
+        """Load the first k directions of the pool's shared basis, as `load_basis` does."""
         return read_basis(self.folder, k, made_of=self.made_of, config=self.config)
 
     def basis_modules(self, k: int | None = None) -> dict[str, str]:
-        """Return name -> SHA-256 of its adapter's weights, of every module of the basis; the errors are `basis`'s."""
+        """Return the SHA-256 of each adapter's weights, by name, for the modules of the basis."""
         return describe_basis(self.folder, k)["modules"]
 
     @property
@@ -130,17 +123,13 @@ class ConvertedPool:
         return {entry["name"]: entry["sha256"] for entry in self.manifest["adapters"]}
 
     def adapter(self, name: str) -> PeftAdapter:
-        """Read one adapter back as it was, tensors, names and configuration, for `peft.resave`.
-
-        Raises:
-          ValueError: the pool has no such adapter, or a file is missing or damaged.
-        """
+        """Read the original adapter, for `peft.resave`; raises ValueError if it is missing or damaged."""
         if name not in self.names:
             raise ValueError(f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}")
         return load_adapter(self.folder, self.manifest["adapters"][self.names.index(name)], self.config)
 
     def check_base(self, config: Architecture) -> None:
-        """Raise a ValueError if the pool was converted for a base model of another shape."""
+        """Raise a ValueError if the pool was converted for a base model with other shapes."""
         for name in {**self.config.sites, **config.sites}:
             there, here = self.config.sites.get(name), config.sites.get(name)
             if there != here:
@@ -154,9 +143,9 @@ class AdapterFolders:
     """A folder of PEFT adapter folders, which are read for a base model without being converted.
 
     Attributes:
-      folder: that holds them.
-      names: of the adapters' folders, sorted.
-      base: folder, hub id or GGUF file of the base model; None allows everything but loading.
+      folder: the folder.
+      names: names of the adapters' folders, sorted.
+      base: folder, hub id or GGUF file of the base model; without it nothing can be loaded.
 
     Raises:
       ValueError: the folder holds no adapter.
@@ -178,7 +167,7 @@ class AdapterFolders:
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that an adapter's configuration states for all its modules."""
+        """The largest `r` of the adapters' configurations."""
         return max(self._rank(self.folder / name) for name in self.names)
 
     @property
@@ -188,16 +177,16 @@ class AdapterFolders:
         return tuple(sorted({path.rpartition(".")[2] for path in paths}))
 
     def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
-        """Read the adapters chosen by name or index, or all; the errors are those of `read_pool`."""
+        """Read the adapters chosen by name or index, or all; raises `read_pool`'s errors."""
         names = self.names if chosen is None else [self.names[index] for index in positions(self.names, chosen)]
         sources = [str(self.folder / name) for name in names]
         base = KnownBase(self._base, open_base(self._base).config())
         return read_pool(sources, self.config, base_tensor=base_tensor(self._base), base=base, dtype=dtype)
 
     def basis(self, k: int | None = None) -> SharedBasis:
-        """Raise a ValueError: a basis is beside a converted pool."""
+        """Raise a ValueError: only a converted pool has a basis."""
         raise ValueError(
-            f"{self.folder} holds adapters of PEFT, and a shared basis is beside a converted pool: convert them with "
+            f"{self.folder} holds adapters of PEFT, and only a converted pool has a shared basis: convert them with "
             f"`lorafusion convert --basis {k or 32}`, and fuse that pool"
         )
 
@@ -208,7 +197,8 @@ class AdapterFolders:
 
     def _rank(self, folder: Path) -> int:
         _, config = read_config_file(folder)
-        check_config(config, where=str(folder), compare_saved=True)
+        with named(folder):
+            check_config(config, compare_saved=True)
         return config.get("r", 8)
 
     @property
@@ -219,12 +209,12 @@ class AdapterFolders:
 
 
 def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | AdapterFolders:
-    """Open a pool on disk: its arrays are read when it is asked for them.
+    """Open a pool on disk without its arrays.
 
     Args:
       folder: a converted pool, or a folder of PEFT adapter folders.
-      base: folder, hub id or GGUF file of the base model that it is for; needed to load PEFT adapters, and checked
-        against a converted pool.
+      base: folder, hub id or GGUF file of the base model; needed to load PEFT adapters, and checked against a converted
+        pool.
 
     Raises:
       ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.
@@ -240,7 +230,7 @@ def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | Ad
 def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: Dtype = "float32") -> LoraPool:
     """Load a converted pool, or only the adapters chosen by name or index, in that order.
 
-    What is not chosen is not read, and of what is, little more than the pool itself is in memory at any time.
+    Peak memory is little more than the loaded pool.
 
     Raises:
       ValueError: the folder is not a pool, a file is missing or damaged, or the pool has no such adapter.
@@ -249,20 +239,16 @@ def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, 
 
 
 def load_basis(folder: str | Path, k: int | None = None) -> SharedBasis:
-    """Load the shared basis of a converted pool; no module is read.
-
-    Args:
-      folder: of the pool.
-      k: number of its first directions; None for all.
+    """Load the first k directions (by default all) of the shared basis of a converted pool, without its adapters.
 
     Raises:
-      ValueError: the folder is not a pool, it has no basis of so many directions, or a file is missing or damaged.
+      ValueError: the folder is not a pool, its basis has fewer directions, or a file is missing or damaged.
     """
     return ConvertedPool(folder).basis(k)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a converted pool, with a SHA-256 of itself."""
+    """Write the manifest of a converted pool, with its own SHA-256."""
     write_json(folder / _MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
 
 
@@ -279,7 +265,7 @@ def _read_manifest(path: Path) -> Manifest:
     stated = raw.pop(_DIGEST)
     try:
         same = stated == _digest(raw)
-    except RecursionError:  # nested as no manifest is
+    except RecursionError:
         same = False
     if not same:
         raise FileError(path, got="damaged or altered, its SHA-256 is not the one that it states", fix=_AGAIN)

@@ -40,23 +40,22 @@ def read_pool(
     base: KnownBase | None = None,
     dtype: Dtype = "float32",
 ) -> LoraPool:
-    """Read adapters of PEFT straight into a pool, without a converted pool on disk.
+    """Read adapters of PEFT into a pool, without a converted pool on disk.
 
     Args:
-      sources: a list of folders or hub ids; their last parts are the names.
-      config: of the base model.
+      sources: folders or hub ids; their last parts are the names.
+      config: structure of the base model.
       base_tensor: as in `peft.read_adapter`.
-      base: the base model; adapters that name a model of another family are refused.
-      dtype: of the pool's arrays.
+      base: as in `peft.read_adapter`.
+      dtype: dtype of the pool's arrays.
 
     Raises:
-      ValueError: an adapter cannot be used, or not next to the others; or `sources` is a single one.
+      ValueError: an adapter cannot be used, or not together with the others; or `sources` is a single one.
     """
     if isinstance(sources, str | Path):
         raise ValueError(
             f"sources is {str(sources)!r}, a single adapter: expected a list, read_pool([{str(sources)!r}])"
         )
-    # One after the other: what is left of reading is Python, which threads do not share out.
     shapes = linear_shapes(config)
     adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base) for source in sources]
     stack = Stack([adapter.name for adapter in adapters], [rank_table(a, config) for a in adapters], config, dtype)
@@ -66,7 +65,7 @@ def read_pool(
 
 
 class Stack:
-    """A pool that adapters are put into one by one, from any thread: their shapes are known before they are.
+    """A pool that is filled with one adapter at a time, from any thread.
 
     Stacked over layers and adapters, scaling folded into B, padded to the largest rank of each site.
     """
@@ -87,7 +86,7 @@ class Stack:
             self.B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
 
     def fill(self, number: int, adapter: PeftAdapter) -> None:
-        """Put in the adapter of this number."""
+        """Add the adapter with this number."""
         check_fits(adapter, self.names[:number], alone=len(self.names) == 1)
         magnitude: dict[str, np.ndarray] = {}
         if adapter.magnitude is not None:
@@ -104,7 +103,7 @@ class Stack:
                 check_finite(adapter, path, kind, places[kind])
 
     def pool(self) -> LoraPool:
-        """Return the pool; nothing may be put in any more."""
+        """Return the filled pool."""
         return LoraPool(
             A={site: jax.device_put(a) for site, a in self.A.items()},
             B={site: jax.device_put(b) for site, b in self.B.items()},
@@ -116,34 +115,18 @@ class Stack:
 
 
 def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> None:
-    """Refuse an adapter that cannot be in a pool with the others.
-
-    Args:
-      adapter: the one to check.
-      names: of the adapters that the pool has already.
-      alone: whether it is to be the pool's only one.
-
-    Raises:
-      AdapterError: its name is taken, or it is a DoRA adapter and not alone.
-    """
+    """Raise an AdapterError if an adapter's name is taken, or if it is a DoRA adapter and not `alone` in its pool."""
     if adapter.name in names:
         raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
     if adapter.magnitude is not None and not alone:
         raise AdapterError(
-            f"{adapter.source}: a DoRA adapter has its own magnitudes, which cannot be mixed: convert it alone, or "
-            "take the adapters without their magnitudes by --drop-magnitudes"
+            f"{adapter.source}: the magnitudes of a DoRA adapter cannot be mixed: convert it alone, or take the "
+            "adapters without their magnitudes by --drop-magnitudes"
         )
 
 
 def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
-    """Raise an AdapterError if numbers of an adapter are infinite in the dtype and the scale of a pool.
-
-    Args:
-      adapter: where they come from.
-      path: of the module.
-      kind: which of its tensors.
-      array: the numbers as the pool holds them.
-    """
+    """Raise an AdapterError if the numbers of a module's tensor are infinite in the dtype and the scale of a pool."""
     if not np.isfinite(array).all():
         raise AdapterError(
             f"{adapter.source}: {path}.{kind} is infinite in {array.dtype} with the scaling {adapter.scaling[path]:g}: "
@@ -152,7 +135,7 @@ def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) 
 
 
 def pool_values(adapter: PeftAdapter, path: str) -> dict[str, np.ndarray]:
-    """Return what a pool holds of one module, by kind: A [d_in, r], scaled B [r, d_out], DoRA's magnitude [d_out]."""
+    """Return a module's arrays in a pool by kind: A [d_in, r], scaled B [r, d_out], DoRA's magnitude [d_out]."""
     a, b = adapter.factors[path]
     with np.errstate(over="ignore"):
         values = {
@@ -165,7 +148,7 @@ def pool_values(adapter: PeftAdapter, path: str) -> dict[str, np.ndarray]:
 
 
 def rank_table(adapter: PeftAdapter, config: Architecture) -> Ranks:
-    """Return site -> rank and scaling of every layer, 0 in a layer that the adapter lacks."""
+    """Return rank and scaling of each layer by site, 0 in a layer that the adapter lacks."""
     table: Ranks = {}
     for path, (a, _) in adapter.factors.items():
         site, layer = located(path, config)
@@ -178,5 +161,5 @@ def rank_table(adapter: PeftAdapter, config: Architecture) -> Ranks:
 def located(path: str, config: Architecture) -> tuple[str, int]:
     """Return the site and the layer of a module."""
     if path not in places(config):
-        raise AdapterError(f"no adapter may sit at {path}: it is not a linear map of the base's blocks")
+        raise AdapterError(f"{path} cannot have an adapter: it is not a linear map of the base's blocks")
     return places(config)[path]
