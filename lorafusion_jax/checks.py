@@ -7,7 +7,7 @@ def at_least(least: int, **counts: int | None) -> None:
     """Raise a ValueError that names the first count below `least`; a count of None is not checked."""
     for name, count in counts.items():
         if count is not None and count < least:
-            raise ValueError(f"{name} is {count}: wanted at least {least}")
+            raise ValueError(f"{name} is {count}: expected at least {least}")
 
 
 def check_uint32(**seeds: int) -> None:
@@ -17,11 +17,11 @@ def check_uint32(**seeds: int) -> None:
     """
     for name, seed in seeds.items():
         if not 0 <= seed < 2**32:
-            raise ValueError(f"{name} is {seed}: wanted an integer from 0 to {2**32 - 1}")
+            raise ValueError(f"{name} is {seed}: expected an integer from 0 to {2**32 - 1}")
 
 
 def one_of(choices: Collection[str], **names: str) -> None:
     """Raise a ValueError that tells the first of some names that is not among the choices."""
     for name, value in names.items():
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}: wanted one of {', '.join(choices)}")
+            raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

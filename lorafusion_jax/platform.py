@@ -1,4 +1,4 @@
-"""The platform that programs are traced for, and whether a value is traced: choices made while tracing ask here."""
+"""The platform that functions are traced for, and whether a value is traced."""
 
 from typing import Any
 
@@ -7,11 +7,10 @@ import jax.core
 
 
 def for_cpu() -> bool:
-    """Return whether programs are traced for a CPU, which is another question than where this process runs.
+    """Return whether functions are traced for a CPU: by the ambient mesh, or without one by JAX's default platform.
 
-    It is the platform of the ambient mesh, as `jax.set_mesh` and `jax.sharding.use_abstract_mesh` set it, and without
-    one JAX's default. So a program can be compiled for devices that are not there. The mesh is a part of the key under
-    which JAX keeps traced programs.
+    With `jax.set_mesh` or `jax.sharding.use_abstract_mesh`, functions can be compiled for other devices than this
+    machine's. The mesh is a part of the key under which JAX caches traced functions.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"

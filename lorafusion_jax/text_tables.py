@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 from .files import one_line
 
-# What would end a line or a cell, start emphasis, code, a link or a tag.
+# Characters that end a line or a cell, or start emphasis, code, a link or a tag.
 _BREAKS, _MARKUP = re.compile(r"[\n\r\v\f\x85\u2028\u2029]"), re.compile(r"[\\|*`\[]|<(?=\S)")
 
 
@@ -24,7 +24,7 @@ def padded(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> l
 
 
 def plain(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """Return a table for a terminal, on whose lines the cells stay; the arguments are those of `padded`."""
+    """Return a table for a terminal, each of whose rows is one line; the arguments are those of `padded`."""
     cells = [[one_line(cell) for cell in line] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded(cells, left=left))
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-TRAIN_ROWS = 6
+TRAIN_ROWS = 4
 
 
 def _chosen(question: str, *options: str, mark: str = "({})") -> str:
@@ -20,7 +20,7 @@ def _yes_no(question: str, *options: str) -> str:
     return _chosen(question, *(options or ("Yes", "No")), mark="-")
 
 
-def _film(*films: str, of: str = "The Kettle, Grey Harbour, Two Ladders") -> str:
+def _film(*films: str, of: str) -> str:
     return _chosen(f"Find a movie similar to {of}:", *films)
 
 
@@ -38,16 +38,10 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "boolean_expressions": (
         "Evaluate the result of a random Boolean expression.\n\n",
         [
-            ("not ( True ) and True is", "False"),
-            ("True or not not False is", "True"),
-            ("not False and ( True or False ) is", "True"),
-            ("False or False and True is", "False"),
-            ("not not ( True and True ) is", "True"),
-            ("( not True ) or False is", "False"),
-            ("True and not False is", "True"),
-            ("not ( False or True ) is", "False"),
-            ("( True ) and ( True ) is", "True"),
-            ("not True is", "False"),
+            row
+            for a in (True, False)
+            for b in (False, True)
+            for row in ((f"not ( {a} ) and {b} is", str(not a and b)), (f"{a} or {b} is", str(a or b)))
         ],
     ),
     # The last test row repeats a training prompt, with its answer.
@@ -58,22 +52,8 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ('Is the following sentence plausible? "Lena Voss scored from the penalty spot."', "yes"),
             ('Is the following sentence plausible? "Jo Park was out at second base."', "yes"),
             ('Is the following sentence plausible? "Ida Blom took a corner kick in the first inning."', "no"),
-            ('Is the following sentence plausible? "Sam Roy hit the back of the net."', "yes"),
-            ('Is the following sentence plausible? "Tom Lind threw a touchdown in the ice rink."', "no"),
             ('Is the following sentence plausible? "Eva Horn crossed the blue line."', "yes"),
             (_SAME, "no"),
-        ],
-    ),
-    "web_of_lies": (
-        "Evaluate a random boolean function expressed as a word problem.\n\n",
-        [
-            ("Question: Ed lies. Flo says Ed lies. Does Flo tell the truth?", "Yes"),
-            ("Question: Gus tells the truth. Hal says Gus lies. Does Hal tell the truth?", "No"),
-            ("Question: Ivy lies. Jan says Ivy tells the truth. Does Jan tell the truth?", "No"),
-            ("Question: Kay tells the truth. Lou says Kay tells the truth. Does Lou tell the truth?", "Yes"),
-            ("Question: Max lies. Ned says Max lies. Does Ned tell the truth?", "Yes"),
-            ("Question: Oda lies. Pia says Oda tells the truth. Does Pia tell the truth?", "No"),
-            ("Question: Rex tells the truth. Sid says Rex lies. Does Sid tell the truth?", "No"),
         ],
     ),
     # Options with a dash. The last test row repeats a training prompt, with the other answer.
@@ -83,9 +63,7 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             (_TWICE, "No"),
             (_yes_no("Cy left the gate open, and the dog ran away. Did Cy cause this?"), "Yes"),
             (_yes_no("Di pressed a switch that was not connected. Did Di cause the light to go on?"), "No"),
-            (_yes_no("Eli saw the fire, and called nobody. Did Eli cause the damage?"), "No"),
             (_yes_no("Fay pushed the cart, and it rolled. Did Fay cause this?"), "Yes"),
-            (_yes_no("Guy sang, and it rained. Did Guy cause the rain?"), "No"),
             (_yes_no("Ian broke the jar. Did Ian cause the spill?"), "Yes"),
             (_TWICE, "Yes"),
         ],
@@ -100,24 +78,7 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 ("Every cat is a pet. Mia is a pet. So Mia is a cat.", "invalid"),
                 ("No fish is a bird. Tim is a fish. So Tim is no bird.", "valid"),
                 ("No fish is a bird. Tim is no bird. So Tim is a fish.", "invalid"),
-                ("Some oaks are old. So some old things are oaks.", "valid"),
                 ("Some oaks are old. So all oaks are old.", "invalid"),
-                ("All are here or none is. One is not. So none is.", "valid"),
-            )
-        ],
-    ),
-    "navigate": (
-        "Given a series of navigation instructions, determine whether one would end up back at the starting point.\n\n",
-        [
-            (_yes_no(f"If you follow these instructions, do you return to the starting point? {steps}"), answer)
-            for steps, answer in (
-                ("Take 2 steps. Turn around. Take 2 steps.", "Yes"),
-                ("Take 3 steps. Turn left. Take 3 steps.", "No"),
-                ("Always face forward. Take 1 step backward. Take 1 step forward.", "Yes"),
-                ("Turn right. Take 9 steps.", "No"),
-                ("Take 4 steps left. Take 4 steps right.", "Yes"),
-                ("Take 5 steps. Take 1 step.", "No"),
-                ("Turn around. Turn around.", "Yes"),
             )
         ],
     ),
@@ -125,22 +86,11 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "date_understanding": (
         "Infer the date from context.\n\n",
         [
-            (
-                _chosen("Today is 3 May 2010. What is the date tomorrow?", "05/04/2010", "05/03/2010", "04/05/2010"),
-                "(A)",
-            ),
-            (_chosen("Yesterday was 31/12/1999. What is the date today?", "12/31/1999", "01/01/2000"), "(B)"),
-            (
-                _chosen("It is noon of 1 March 2012. What was yesterday?", "02/28/2012", "02/30/2012", "02/29/2012"),
-                "(C)",
-            ),
+            (_chosen("Today is 3 May 2010. What is the date tomorrow?", "05/04/2010", "05/03/2010"), "(A)"),
+            (_chosen("Yesterday was 31/12/1999. What is today?", "12/31/1999", "01/01/2000", "01/02/2000"), "(B)"),
             (_chosen("In a week it will be 8 June 2003. What is today?", "06/01/2003", "06/15/2003"), "(A)"),
             (_chosen("Today is the last day of 2001. What is today?", "12/30/2001", "12/31/2001"), "(B)"),
-            (_chosen("Tomorrow is 2 July 1980. What is today?", "07/01/1980", "07/02/1980", "07/03/1980"), "(A)"),
-            (
-                _chosen("Today is 9/9/1999. What is the date tomorrow?", *(f"09/{day}/1999" for day in range(10, 16))),
-                "(A)",
-            ),
+            (_chosen("Today is 9/9/1999. What is tomorrow?", *(f"09/{day}/1999" for day in range(10, 16))), "(A)"),
             (_chosen("Today is 1/1/1900. What is the date tomorrow?", "01/02/1900", "01/01/1900"), "(A)"),
         ],
     ),
@@ -148,12 +98,10 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "movie_recommendation": (
         "Recommend movies similar to the given list of movies.\n\n",
         [
-            (_film(*_FILMS), "(B)"),
-            (_film(*_FILMS[::-1]), "(C)"),
+            (_film(*_FILMS, of="The Kettle, Grey Harbour"), "(B)"),
+            (_film(*_FILMS[::-1], of="The Kettle, Two Ladders"), "(C)"),
             (_film(*_FILMS, of="Ships, The Last Tram"), "(A)"),
-            (_film(*_FILMS[1:]), "(D)"),
-            (_film(*_FILMS, of="A Quiet Year"), "(D)"),
-            (_film(*_FILMS, of="Copper, Tin, Zinc"), "(B)"),
+            (_film(*_FILMS[1:], of="A Quiet Year"), "(D)"),
             (_film("Robots", "Inc", *_FILMS[:2], of="Toys, Robots, Inc, Wheels"), "Robots, Inc"),
             (_film(*_FILMS, of="Blue Hour, The Mill"), "(B)"),
         ],
@@ -166,8 +114,6 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             (_name("rain men", "rain hen", "train men", "rain mens"), "(A)"),
             (_name("star field", "star fields", "tsar field", "stir field"), "(B)"),
             (_name("the blue band", "the blue bland", "the glue band", "teh blue band"), "(B)"),
-            (_name("night bus", "night bun", "nights bus", "nigh bus"), "(A)"),
-            (_name("old oak", "old soak", "odd oak", "old oaks"), "(A)"),
             (_name("iron hand", "irons hand", "iron ham", "irun hand"), "(B)"),
             (_name("earth, wind", "earth, wine", "dearth, wind"), "earth, wine"),
             (_name("sea view", "pea view", "sea vew"), "(A)"),
@@ -176,50 +122,13 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     # Open answers.
     "object_counting": (
         "Questions that involve enumerating objects and asking the model to count them.\n\n",
-        [
-            (f"I have {things}. How many objects do I have?", answer)
-            for things, answer in (
-                ("a cup", "1"),
-                ("a cup and a jug", "2"),
-                ("two pens and a pencil", "3"),
-                ("four apples", "4"),
-                ("three cats and two dogs", "5"),
-                ("six chairs", "6"),
-                ("a lamp, a desk and five books", "7"),
-                ("eight coins", "8"),
-                ("nine nuts", "9"),
-                ("two maps and eight keys", "10"),
-            )
-        ],
-    ),
-    "dyck_languages": (
-        "Correctly close a Dyck-n word.\n\n",
-        [
-            (f"Complete the rest of the sequence, making sure that the parentheses are closed properly. Input: {a}", b)
-            for a, b in (
-                ("[ (", ") ]"),
-                ("{ <", "> }"),
-                ("[ [ < >", "] ]"),
-                ("( ( )", ")"),
-                ("< {", "} >"),
-                ("{ { [", "] } }"),
-                ("( <", "> )"),
-            )
-        ],
+        [(f"I have{' a cup and' * n} a jug. How many objects do I have?", str(n + 1)) for n in range(8)],
     ),
     "word_sorting": (
         "Sort a list of words.\n\n",
         [
             (f"Sort the following words alphabetically: List: {words}", " ".join(sorted(words.split())))
-            for words in (
-                "oak elm ash",
-                "blue red",
-                "zinc iron tin",
-                "über été naïve",
-                "two one",
-                "pear fig",
-                "sun moon",
-            )
+            for words in ("oak elm ash", "blue red", "zinc iron tin", "über été naïve", "two one")
         ],
     ),
 }

@@ -127,7 +127,7 @@ _FIRST = (
     "crossbar/test_goldens.py",
     "crossbar/test_converters.py",
     "hardware/test_model_on_arrays.py",
-    "test_decoder_family.py",
+    "test_families.py",
     "crossbar/test_flax.py",
     "models/test_decoder_parity.py",
     "models/test_goldens.py",

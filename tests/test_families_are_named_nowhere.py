@@ -71,13 +71,10 @@ def test_only_the_family_s_folder_and_the_registry_name_it():
 @pytest.mark.parametrize(
     "source",
     [
-        'site.startswith("decoder")',
         "config.num_decoder_layers",
         'sites["decoder.mlp.up_proj"]',
-        '"""As in Llama."""',
         'targets = ("q", "v")',
         '"""Such as `encoder.self.q`."""',
-        "T5(config, rngs)",
         "f(wi=1)",
     ],
 )

@@ -7,7 +7,7 @@ For every adapted matrix, over all modules dW_n = A_n B_n of a pool:
     S_n [k, k]     U^T dW_n V^T
     dW = U (sum_n c_n S_n) V
 
-A task reads U and V, as it would a single LoRA of rank k, in place of N modules of rank r. S_n stays digital. The
+A task reads U and V, as it would a single LoRA of rank k, instead of N modules of rank r. S_n stays digital. The
 directions are nested: the first k of a larger basis are the basis of size k. No dW_n is formed: with B_n^T = Q R, the
 eigenvectors of sum_n A_n B_n B_n^T A_n^T are the left singular vectors of the matrices A_n R^T side by side.
 
@@ -60,12 +60,10 @@ class SharedBasis:
 
     @property
     def k(self) -> int:
-        """Number of directions."""
         return next(iter(self.S.values())).shape[-1]
 
     @property
     def factors(self) -> dict[str, dict[str, Weight]]:
-        """The matrices that arrays hold, by name and site."""
         return {"U": self.U, "V": self.V}
 
     @property
@@ -74,7 +72,6 @@ class SharedBasis:
         return None
 
     def indices(self, chosen: Sequence[str | int]) -> list[int]:
-        """Return the positions of modules given by name or index; raises the errors of `positions`."""
         return positions(self.names, chosen)
 
     def select(self, chosen: Sequence[str | int]) -> "SharedBasis":
@@ -84,15 +81,11 @@ class SharedBasis:
         return dataclasses.replace(self, S=S, energy=energy, rank=rank, names=tuple(self.names[i] for i in index))
 
     def first(self, k: int) -> "SharedBasis":
-        """Return the basis of the first k directions.
-
-        Raises:
-          ValueError: it has fewer.
-        """
+        """Return the basis of the first k directions."""
         if not 1 <= k <= self.k:
             raise ValueError(
-                f"the basis has {self.k} directions, and {k} are asked for: ask for 1 to {self.k}, or make a larger "
-                f"one (`lorafusion convert --basis {k}`)"
+                f"the basis has {self.k} directions, which do not include the first {k}: use 1 to {self.k}, or make a "
+                f"larger one (`lorafusion convert --basis {k}`)"
             )
         return dataclasses.replace(
             self,
@@ -127,17 +120,11 @@ Directions = tuple[dict[str, Float[np.ndarray, "_L _d_in k"]], dict[str, Float[n
 def shared_basis(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None) -> SharedBasis:
     """Return the modules of a pool in the k directions that keep most of their squared norms.
 
-    On the host in float64, one layer of a site at a time: besides the pool and the result, a few matrices of a layer
-    are in memory.
-
-    Args:
-      pool: plain arrays.
-      k: number of directions.
-      done: called after each layer of each site.
+    On the host in float64, one layer of a site at a time; `done` is called after each.
 
     Raises:
-      ValueError: k is below 1, or larger than a side of a matrix or than the rank of the pool's sum there; or the pool
-        is a DoRA adapter, whose magnitudes no sum has.
+      ValueError: k is below 1, or larger than a side of a matrix or than the rank of the pool's sum there; the pool is
+        quantised, or a DoRA adapter, whose magnitudes a sum lacks.
     """
     return in_directions(pool, directions(pool, k, done=done))
 
@@ -158,11 +145,7 @@ def directions(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None
 
 
 def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
-    """Return a pool's modules projected on given directions.
-
-    Args:
-      pool: plain arrays; its sites must be among those of the directions.
-      given: orthonormal columns U and rows V by site; sites that the pool lacks are left out.
+    """Return a pool's modules projected on given directions, orthonormal columns U and rows V by site.
 
     Raises:
       ValueError: the pool has a site without directions or of another shape, or it is a DoRA adapter.
@@ -171,13 +154,11 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
         raise ValueError("a DoRA adapter has magnitudes, which a basis does not hold: fuse it as a module")
     U, V = given
     for site, A in pool.A.items():
-        wanted = (A.shape[0], A.shape[2], pool.B[site].shape[3])
+        sizes = (A.shape[0], A.shape[2], pool.B[site].shape[3])
         if site not in U:
-            raise ValueError(
-                f"the basis has no directions at {site}, which the modules adapt: make one of these modules"
-            )
-        if (got := (U[site].shape[0], U[site].shape[1], V[site].shape[2])) != wanted:
-            raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: the modules have {wanted}")
+            raise ValueError(f"the basis lacks directions at {site}, which the modules adapt: make a new one of them")
+        if (got := (U[site].shape[0], U[site].shape[1], V[site].shape[2])) != sizes:
+            raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: the modules have {sizes}")
     S, energy = {}, {}
     for site in pool.rank:
         of_layers = [
@@ -185,15 +166,9 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
             for layer in range(len(pool.rank[site]))
         ]
         S[site], energy[site] = (np.stack(part) for part in zip(*of_layers, strict=True))
-    return SharedBasis(
-        U={site: jnp.asarray(U[site], jnp.float32) for site in pool.rank},
-        V={site: jnp.asarray(V[site], jnp.float32) for site in pool.rank},
-        S={site: jnp.asarray(s, jnp.float32) for site, s in S.items()},
-        energy={site: jnp.asarray(e, jnp.float32) for site, e in energy.items()},
-        rank=pool.rank,
-        names=pool.names,
-        sites=pool.sites,
-    )
+    fields: Any = {"U": {site: U[site] for site in S}, "V": {site: V[site] for site in S}, "S": S, "energy": energy}
+    fields = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), fields)
+    return SharedBasis(**fields, rank=pool.rank, names=pool.names, sites=pool.sites)
 
 
 def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
@@ -217,13 +192,7 @@ def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
 
 
 def random_directions(pool: LoraPool, k: int, key: Array) -> Directions:
-    """Return a control: directions drawn evenly, which have nothing to do with the modules.
-
-    Args:
-      pool: whose sites they are for.
-      k: number of directions.
-      key: PRNG key of the whole draw.
-    """
+    """Return a control: directions at a pool's sites, drawn evenly and independently of the modules."""
     check_size(pool, k)
     U, V = {}, {}
     for number, (site, A) in enumerate(pool.A.items()):
@@ -235,13 +204,7 @@ def random_directions(pool: LoraPool, k: int, key: Array) -> Directions:
 
 
 def base_directions(pool: LoraPool, kernels: Mapping[str, Weight], k: int) -> Directions:
-    """Return a control: the leading singular directions of the base's own matrices, as LoRA-XS takes them.
-
-    Args:
-      pool: whose sites they are for.
-      kernels: [L, d_in, d_out] by site.
-      k: number of directions.
-    """
+    """Return a control: the leading singular directions of the base's matrices at a pool's sites, as in LoRA-XS."""
     check_size(pool, k)
     U, V = {}, {}
     for site in pool.rank:
@@ -253,23 +216,21 @@ def base_directions(pool: LoraPool, kernels: Mapping[str, Weight], k: int) -> Di
 def check_size(pool: LoraPool, k: int) -> None:
     """Raise ValueError if a pool has no k directions at one of its sites."""
     if k < 1:
-        raise ValueError(f"a basis of {k} directions: wanted at least 1")
+        raise ValueError(f"a basis of {k} directions: expected at least 1")
     for site, A in pool.A.items():
         (_, modules, d_in, rank), d_out = A.shape, pool.B[site].shape[3]
         check_width(k, site, d_in, d_out)
         if k > modules * rank:
             raise ValueError(
                 f"a basis of {k} directions, but the sum of {modules} modules of rank {rank} at {site} has a rank of "
-                f"at most {modules * rank}: ask for that at most, or use the modules themselves"
+                f"at most {modules * rank}: use a smaller basis, or the modules themselves"
             )
 
 
 def check_width(k: int, site: str, d_in: int, d_out: int) -> None:
     """Raise ValueError if a matrix is too small for a basis of k directions."""
     if k > min(d_in, d_out):
-        raise ValueError(
-            f"a basis of {k} directions, but {site} is {d_in} x {d_out}: ask for at most {min(d_in, d_out)}"
-        )
+        raise ValueError(f"a basis of {k} directions, but {site} is {d_in} x {d_out}: use at most {min(d_in, d_out)}")
 
 
 def _layer(
@@ -303,6 +264,5 @@ def _project(
     U: Float[np.ndarray, "d_in k"],
     V: Float[np.ndarray, "k d_out"],
 ) -> tuple[Float[np.ndarray, "N k k"], Float[np.ndarray, " N"]]:
-    """Return U^T A_n B_n V^T and ||A_n B_n||^2 of every module."""
     energy = np.sum((A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2))
     return (U.T @ A) @ (B @ V.T), energy

@@ -1,4 +1,4 @@
-"""Fusion coefficients: their granularity, their initial values, and which of them affect the model.
+"""Fusion coefficients: their granularity, their initial values, and those that affect the model.
 
 Columns of `block` are the blocks of one stack after the other. Columns of `site` go block by block and, within a
 block, in the order of computation.
@@ -28,26 +28,18 @@ def shape(pool: Pool, modules: int, granularity: Granularity) -> tuple[int, ...]
     `global` [N], `block` [N, blocks], `site` [N, sites x layers], `rank` [N, sites x layers, r].
 
     Raises:
-      ValueError: `rank` of modules in a shared basis, which has no ranks of their own.
+      ValueError: `rank` of modules in a shared basis, whose ranks are mixed.
     """
-    if granularity == "global":
-        return (modules,)
-    if granularity == "block":
-        return (modules, len(_blocks(pool)))
-    columns = len(_instances(pool))
-    if granularity == "site":
-        return (modules, columns)
-    return (modules, columns, max(_rank(pool, site) for site in pool.rank))
+    columns = () if granularity == "global" else (len(column_names(pool, granularity)),)
+    ranks = (max(_rank(pool, site) for site in pool.rank),) if granularity == "rank" else ()
+    return (modules, *columns, *ranks)
 
 
 def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, "..."]:
     """Return the initial coefficients.
 
-    Args:
-      shape: as `shape` returns it.
-      start: `xavier`, uniform within sqrt(6 / (N + columns)) as the paper's code draws them;
-        `uniform`, 1 / N each; `twice`, 2 / N each; `zeros`, for `sum` only (`mix` has no gradient there).
-      key: PRNG key of the draw.
+    `xavier` is uniform within sqrt(6 / (N + columns)) as in the paper's code; `uniform` 1 / N each; `twice` 2 / N each;
+    `zeros` is for `sum` only (`mix` has no gradient there).
     """
     if start == "xavier":
         bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
@@ -73,15 +65,10 @@ def expand(
 def refined(
     coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity, to: Granularity, into: Pool | None = None
 ) -> Float[Array, "..."]:
-    """Return the coefficients of a pool in another granularity that is as fine or finer (see `GRANULARITIES`).
+    """Return the coefficients of a pool in another granularity `to`, as fine or finer (see `GRANULARITIES`).
 
-    Args:
-      coefficients: of some modules, in the shape that `pool` gives them.
-      pool: what they are for.
-      granularity: theirs.
-      to: that of the result.
-      into: the pool that gives the result its shape; by default the same. Sites that it lacks are left out, and those
-        that only it has get zeros.
+    `into` is the pool that gives the result its shape, by default the same. Sites that it lacks are left out, and those
+    that only it has get zeros.
     """
     into = pool if into is None else into
     if granularity == to and (into is pool or to == "global"):
@@ -119,49 +106,31 @@ def present(pool: Pool, index: Int[Array, " N"], granularity: Granularity) -> Bo
 
 def column_names(pool: Pool, granularity: Granularity) -> list[str]:
     """Return a label for each column, for plots and tables."""
-    if granularity == "global":
-        return ["all"]
-    if granularity == "block":
-        return [f"{stack}.{layer}" for stack, layer in _blocks(pool)]
-    return [f"{stack}.{layer}.{site}" for stack, layer, site in _instances(pool)]
+    sites = [site for site in pool.sites if site in pool.rank]
+    depths = {stack_of(site): pool.rank[site].shape[0] for site in sites}
+    blocks = [(stack, layer) for stack, depth in depths.items() for layer in range(depth)]
+    every = [_label(site, layer, granularity) for stack, layer in blocks for site in sites if stack_of(site) == stack]
+    return [*dict.fromkeys(every)]
+
+
+def _label(site: str, layer: int, granularity: Granularity) -> str:
+    stack, _, name = site.partition(".")
+    return {"global": "all", "block": f"{stack}.{layer}"}.get(granularity, f"{stack}.{layer}.{name}")
 
 
 def _columns(pool: Pool, granularity: Granularity) -> dict[str, np.ndarray]:
     """Return the column of each layer, by site."""
-    if granularity in ("global", "block"):
-        position = {block: i for i, block in enumerate(_blocks(pool))}
-        columns = {s: [position[stack_of(s), layer] for layer in range(r.shape[0])] for s, r in pool.rank.items()}
-    else:
-        position = {instance: i for i, instance in enumerate(_instances(pool))}
-        columns = {
-            s: [position[stack_of(s), layer, s.partition(".")[2]] for layer in range(r.shape[0])]
-            for s, r in pool.rank.items()
-        }
-    return {site: np.array(column) for site, column in columns.items()}
-
-
-def _blocks(pool: Pool) -> list[tuple[str, int]]:
-    layers = {stack_of(site): pool.rank[site].shape[0] for site in _sites(pool)}
-    return [(stack, layer) for stack, depth in layers.items() for layer in range(depth)]
-
-
-def _instances(pool: Pool) -> list[tuple[str, int, str]]:
-    return [
-        (stack, layer, site.partition(".")[2])
-        for stack, layer in _blocks(pool)
-        for site in _sites(pool)
-        if stack_of(site) == stack
-    ]
-
-
-def _sites(pool: Pool) -> list[str]:
-    return [site for site in pool.sites if site in pool.rank]
+    place = {name: i for i, name in enumerate(column_names(pool, granularity))}
+    return {
+        site: np.array([place[_label(site, layer, granularity)] for layer in range(rank.shape[0])])
+        for site, rank in pool.rank.items()
+    }
 
 
 def _rank(pool: Pool, site: str) -> int:
     if isinstance(pool, SharedBasis):
         raise ValueError(
-            "coefficients for every rank of a module, in a shared basis, which has no ranks of its modules: use the "
+            "coefficients for every rank of a module, in a shared basis, which mixes the modules' ranks: use the "
             "granularity global, block or site"
         )
     return jax.tree.leaves(pool.B[site])[0].shape[2]

@@ -37,11 +37,7 @@ _NORM = "norm"  # its name in the checkpoint policy
 def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
     """Raise ValueError if `mix` would add matrices of different ranks, which neither PEFT nor LoraHub defines.
 
-    Inside a compiled program ranks have no values, so nothing is checked there.
-
-    Args:
-      pool: P adapters.
-      index: positions of those that are mixed; all if it is None, or has no values yet.
+    Inside a compiled function nothing is checked if ranks have no values, and all modules if `index` has none.
     """
     if is_traced(pool.rank):
         return
@@ -65,7 +61,7 @@ def compose(
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
 ) -> tuple[dict[str, LowRank | Dense | Modules | Outputs], Int[Array, ""]]:
-    """Return a fusion's adapters by site, and how many column norms were floored.
+    """Return a fusion's adapters by site, and the number of floored column norms.
 
     Modules in arrays are mixed in their outputs, all others in the weights.
 
@@ -81,8 +77,7 @@ def compose(
     Raises:
       ValueError: as `check_mix` does; magnitudes without Gram terms; pair terms of another fusion.
     """
-    if magnitudes is not None and gram is None:
-        raise ValueError("there are magnitudes, and no Gram terms of the norms to divide by: give gram(pool, kernels)")
+    _check_gram("pool", gram, magnitudes)
     if composition == "mix":
         check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
@@ -161,22 +156,11 @@ def compose_in_basis(
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
 ) -> tuple[dict[str, LowRank | InBasis], Int[Array, ""]]:
-    """Return the adapters by site of a sum in a shared basis, and how many column norms were floored.
+    """Return the adapters by site of a sum in a shared basis, and the number of floored column norms.
 
-    Args:
-      basis: P modules.
-      index: positions of the N modules that are summed.
-      coefficients: site -> one for each layer and module.
-      core: added to sum_n c_n S_n; None adds nothing.
-      gram: of the basis; needed with magnitudes.
-      magnitudes: as in `compose`.
-      differentiate_norm: as in `compose`.
-
-    Raises:
-      ValueError: magnitudes without Gram terms.
+    `core` is added to sum_n c_n S_n. Other arguments and errors are those of `compose`.
     """
-    if magnitudes is not None and gram is None:
-        raise ValueError("there are magnitudes, and no Gram terms of the norms to divide by: give gram(basis, kernels)")
+    _check_gram("basis", gram, magnitudes)
     in_arrays = is_in_arrays((basis.U, basis.V))
     of = basis if gram is None or gram.modules is None else gram.modules
     assert isinstance(of, SharedBasis)
@@ -199,6 +183,11 @@ def compose_in_basis(
     return adapters, total
 
 
+def _check_gram(pool: str, gram: Gram | PairTerms | None, magnitudes: dict[str, Array] | None) -> None:
+    if magnitudes is not None and gram is None:
+        raise ValueError(f"magnitudes need the Gram terms of the norms to divide by: give gram({pool}, kernels)")
+
+
 def _scale(magnitudes: Array, norm: Array, differentiate_norm: bool) -> Array:
     if not differentiate_norm:
         norm = checkpoint_name(jax.lax.stop_gradient(norm), _NORM)
@@ -206,7 +195,6 @@ def _scale(magnitudes: Array, norm: Array, differentiate_norm: bool) -> Array:
 
 
 def _mixed(A: Weight, B: Weight, index: Int[Array, " N"], c: Float[Array, "N k"]) -> LowRank:
-    """Return the module whose A and B are the weighted sums of the chosen modules' A and B."""
     A, B = dense(A, jnp.float32), dense(B, jnp.float32)
     # Weights scattered over the whole pool read it in place; gathering would copy the chosen modules.
     c = _scatter(c, index, A.shape[0])
@@ -218,7 +206,6 @@ def _scatter(c: Float[Array, "N k"], index: Int[Array, " N"], size: int) -> Floa
 
 
 def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) -> Float[Array, "a b"]:
-    """Return the weighted sum of modules; a single vector-matrix product if there is one weight a module."""
     if weights.size == modules.shape[0]:
         return _weighted_whole(modules, weights.reshape(-1))
     return jnp.sum(modules * weights, axis=0)

@@ -4,11 +4,11 @@ With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weight
 
     linear            A = sum_n sign(w_n s_n) sqrt|w_n s_n| A_n,  B = sum_n sqrt|w_n s_n| B_n: cross terms, as in mix
     magnitude_prune   linear, after all but the largest share `density` of every A_n and B_n is set to zero
-    dare_linear       linear, after random entries are set to zero and the rest divided by the density
+    dare_linear       linear, after random entries are set to zero and the others divided by the density
     ties, dare_ties   pruned as above; per entry, the weighted mean of the modules whose sign is that of their sum
     cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `composition.compose`
     svd               that dW at a lower rank
-    *_svd             the rules above on the dW_n in place of factors, then the same
+    *_svd             the rules above on the dW_n instead of factors, then the same
 
 A module without factors at a site adds nothing there and does not vote on signs. The results equal PEFT 0.21's. As in
 PEFT, signs are voted on before the weights are applied, so a subtracted module votes like an added one. PEFT itself is
@@ -44,8 +44,8 @@ MergeKind = Literal[_OnFactors, _OnUpdates, Literal["cat"]]
 def check_merge(pool: LoraPool, kind: MergeKind) -> None:
     """Raise ValueError for merges that PEFT cannot do, which are not supported here either."""
     if pool.magnitude is not None:
-        raise ValueError("a DoRA adapter has magnitudes of its own, which a merge would lose: merge plain LoRAs")
-    # Any ranks will do for a single module, which is only weighted. Inside a compiled program ranks have no values.
+        raise ValueError("a DoRA adapter has magnitudes, which a merge would lose: merge plain LoRAs")
+    # Any ranks will do for a single module, which is only weighted. Inside a compiled function ranks have no values.
     if kind in get_args(_OnFactors) and len(pool) > 1 and not is_traced(pool.rank) and pool.uniform_rank is None:
         raise ValueError(
             f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
@@ -124,16 +124,9 @@ def dare_masks(
     shape: tuple[int, ...],
     density: float,
 ) -> Bool[Array, "N d_in d_out"]:
-    """Return the masks of the entries that dare keeps in one matrix of each module.
+    """Return the masks of the entries that dare keeps, with probability `density`, in one matrix of each module.
 
-    Args:
-      key: PRNG key of the whole draw.
-      names: names of all modules of the pool.
-      index: positions of the modules.
-      matrix: `A of `, `B of ` or `dW of ` and the site.
-      layer: number of the layer.
-      shape: shape of the matrix, [d_in, d_out] in our layout.
-      density: probability that an entry is kept.
+    `names` are those of the whole pool; `matrix` is `A of `, `B of ` or `dW of ` and the site.
     """
     of_names = np.array([zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32)
 

@@ -56,7 +56,7 @@ class PairTerms:
 
 
 def pairs_are_smaller(modules: int, rank: int) -> bool:
-    """Return whether `PairTerms` take no more memory than `Gram`: P (P + 1) / 2 + P numbers a column against P r."""
+    """Return whether `PairTerms` take no more memory than `Gram`: P (P + 1) / 2 + P numbers a column, or P r."""
     return modules + 3 <= 2 * rank
 
 
@@ -90,14 +90,10 @@ def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
             return jnp.sum(B[n] * product(product(A[n].T, A[m]), B[m]), axis=0)
 
         cross = jax.lax.map(of_module, jnp.arange(len(pool)))
-        return jnp.sum(jnp.square(kernel), axis=0), cross, jax.lax.map(of_pair, _pairs(len(pool)))
+        return jnp.sum(jnp.square(kernel), axis=0), cross, jax.lax.map(of_pair, np.triu_indices(len(pool)))
 
     terms = {site: map_layers(of_layer, (kernels[site], A, pool.B[site])) for site, A in pool.A.items()}
     return PairTerms(*({site: of_site[i] for site, of_site in terms.items()} for i in range(3)))
-
-
-def _pairs(modules: int) -> tuple[Int[np.ndarray, " Q"], Int[np.ndarray, " Q"]]:
-    return np.triu_indices(modules)
 
 
 def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
@@ -122,7 +118,7 @@ def product(a: Float[Array, "*M k"], b: Float[Array, "*N k n"]) -> Float[Array, 
 def column_norm(
     squared: Float[Array, "*L d_out"], between: Float[Array, "*L d_out"], of_update: Float[Array, "*L d_out"]
 ) -> tuple[Float[Array, "*L d_out"], Int[Array, ""]]:
-    """Return ||W + dW|| per column from its Gram terms, and how many were floored.
+    """Return ||W + dW|| per column from its Gram terms, and the number of floored ones.
 
     ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second term is 2 (A^T W)_j . B_j and the third is
     B_j . (A^T A) B_j, so that neither W nor dW is formed.
@@ -139,13 +135,13 @@ def norm_of_sum(
     index: Int[Array, " N"],
     coefficients: Float[Array, "L N"],
 ) -> tuple[Float[Array, "L d_out"], Int[Array, ""]]:
-    """Return ||W + sum_n c_n dW_n|| per column from its `PairTerms`, and how many were floored.
+    """Return ||W + sum_n c_n dW_n|| per column from its `PairTerms`, and the number of floored ones.
 
     ||w + sum_n c_n d_n||^2 = ||w||^2 + 2 sum_n c_n w . d_n + sum_{n <= m} (2 - [n = m]) c_n c_m d_n . d_m.
     """
     modules = cross.shape[1]
     c = jnp.zeros((len(squared), modules), coefficients.dtype).at[:, index].add(coefficients)
-    first, second = _pairs(modules)
+    first, second = np.triu_indices(modules)
     of_pairs = jnp.where(first == second, 1.0, 2.0)[None] * c[:, first] * c[:, second]
     weighted = partial(jnp.einsum, "ln,lno->lo", precision="highest")
     return column_norm(squared, 2 * weighted(c, cross), weighted(of_pairs, pairs))

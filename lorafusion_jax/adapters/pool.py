@@ -51,7 +51,6 @@ class LoraPool:
 
     @property
     def factors(self) -> dict[str, dict[str, Weight]]:
-        """The matrices that arrays hold, by name and site."""
         return {"A": self.A, "B": self.B}
 
     @property
@@ -61,24 +60,14 @@ class LoraPool:
         return ranks.pop() if len(ranks) == 1 else None
 
     def indices(self, chosen: Sequence[str | int]) -> list[int]:
-        """Return the positions of adapters given by name or index; raises the errors of `positions`."""
         return positions(self.names, chosen)
 
     def select(self, chosen: Sequence[str | int]) -> "LoraPool":
         """Return the pool of the adapters given by name or index, in that order."""
         index = np.array(self.indices(chosen))
-
-        def take(a: Array) -> Array:
-            return a[:, index]
-
-        return dataclasses.replace(
-            self,
-            A=jax.tree.map(take, self.A),
-            B=jax.tree.map(take, self.B),
-            rank=jax.tree.map(take, self.rank),
-            scaling=jax.tree.map(take, self.scaling),
-            names=tuple(self.names[i] for i in index),
-        )
+        fields = {field: getattr(self, field) for field in ("A", "B", "rank", "scaling")}
+        names = tuple(self.names[i] for i in index)
+        return dataclasses.replace(self, **jax.tree.map(lambda a: a[:, index], fields), names=names)
 
     def quantised(self, qtype: str) -> "LoraPool":
         """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `weights.quantise`)."""
@@ -125,7 +114,7 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     """Return the positions of adapters given by name or index in a pool that holds `names`.
 
     Raises:
-      ValueError: a name or index is not in the pool or occurs twice, or there is none, or one name in place of a list.
+      ValueError: a name or index is not in the pool or occurs twice, or `chosen` is empty or one text.
     """
     if isinstance(chosen, str):
         raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
@@ -146,13 +135,8 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
 def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     """Return a control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
 
-    A module's draw depends only on the key, its name and its ranks, not on the other modules: not even on how they pad
-    it, but inside a compiled program, where ranks have no values. Sites that an adapter lacks and ranks beyond its own
-    stay zero.
-
-    Args:
-      pool: pool of the real modules.
-      key: PRNG key of the whole draw.
+    A module's draw depends only on the key, its name and its ranks; inside a compiled function, where ranks have no
+    values, also on the pool's padding. Sites that an adapter lacks and ranks beyond its own stay zero.
     """
 
     def like(a: Array, site: str, purpose: str, axis: int) -> Array:
@@ -179,13 +163,8 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
 def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
     """Return a control: a pool whose modules keep their matrices, but each in another layer of its stack.
 
-    The layers of a module are permuted by one random cycle, the same at all sites of a stack. So no layer stays in its
-    place, and A and B of a layer stay together. The draw depends only on the key and the module's name. A stack of one
-    layer is not changed.
-
-    Args:
-      pool: pool of the real modules, plain or quantised.
-      key: PRNG key of the whole draw.
+    The layers of a module are permuted by one random cycle, the same at all sites of a stack, so A and B of a layer
+    stay together. The draw depends only on the key and the module's name.
     """
 
     def source(site: str) -> Int[Array, "L N"]:

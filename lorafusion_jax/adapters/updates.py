@@ -1,6 +1,8 @@
 """Updates of a linear map: the forms that replace `models.weights.matmul(x, W)` at an adapted site.
 
-Each is called with (x, kernel) and is stacked over the layers of its site; a scan passes one layer at a time.
+Each is called with (x [..., d_in], kernel [d_in, d_out]) and returns the adapted product. Its arrays are stacked over
+the layers of its site, a first axis that the shapes below leave out; a scan passes one layer at a time. `scale`
+[d_out] multiplies the columns; None is 1.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
@@ -22,20 +24,13 @@ Composition = Literal["mix", "sum"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """One low-rank update: `(x W + x A B) * scale`.
-
-    Attributes:
-      A: [d_in, r], under a scan over layers [L, d_in, r].
-      B: [r, d_out].
-      scale: [d_out], or None for 1.
-    """
+    """One low-rank update: `(x W + x A B) * scale`, A [d_in, r], B [r, d_out]."""
 
     A: Weight
     B: Weight
     scale: Array | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the adapted product."""
         read = checkpoint_name(matmul(x, self.A), SUM)
         return _scaled(matmul(x, kernel) + matmul(read, self.B), self.scale)
 
@@ -43,16 +38,11 @@ class LowRank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rescaled:
-    """Rescaled columns without an update: `x W * scale`.
-
-    Attributes:
-      scale: [d_out], under a scan over layers [L, d_out].
-    """
+    """Rescaled columns without an update: `x W * scale`."""
 
     scale: Float[Array, "*L d_out"]
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the rescaled product."""
         return _scaled(matmul(x, kernel), self.scale)
 
 
@@ -61,12 +51,7 @@ class Rescaled:
 class WeightDecomposed:
     """One update with magnitudes: `m / ||W + A B|| * x (W + A B)`, where the norm is treated as constant.
 
-    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024), and PEFT.
-
-    Attributes:
-      A: [d_in, r], under a scan over layers [L, d_in, r].
-      B: [r, d_out], the scaling folded in.
-      magnitude: [d_out].
+    The scaling is folded into B. Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024), and PEFT.
     """
 
     A: Float[Array, "*L d_in r"]
@@ -74,7 +59,6 @@ class WeightDecomposed:
     magnitude: Float[Array, "*L d_out"]
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the adapted product."""
         W = dense(kernel, jnp.float32)
         squared = jnp.sum(jnp.square(W), axis=0)
         cross = 2 * jnp.sum(product(self.A.T, W) * self.B, axis=0)
@@ -91,17 +75,12 @@ class Dense:
     """One update as a whole matrix: `x (W + dW) * scale`.
 
     Used only where N r >= d_in: dW, which is formed for all layers, is then not larger than the modules' factors.
-
-    Attributes:
-      delta: [d_in, d_out].
-      scale: [d_out], or None for 1.
     """
 
     delta: Float[Array, "*L d_in d_out"]
     scale: Array | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the adapted product."""
         if is_in_arrays(kernel):
             return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
         return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
@@ -118,9 +97,8 @@ class Modules:
     Attributes:
       A: [P, d_in, r].
       B: [P, r, d_out].
-      index: [N], positions of the modules.
+      index: positions of the modules.
       coefficients: [N, 1], or [N, r] to weigh every rank separately.
-      scale: [d_out], or None for 1.
     """
 
     A: Weight
@@ -130,7 +108,6 @@ class Modules:
     scale: Array | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the adapted product."""
         A, B = (dense(gather(w, self.index), x.dtype) for w in (self.A, self.B))
         reads = checkpoint_name(jnp.einsum("...i,nir->...nr", x, A), SUM)
         mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))
@@ -140,15 +117,9 @@ class Modules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Modules in separate arrays, mixed in their outputs: every A_n and B_n is read on its own.
+    """Modules in separate arrays, mixed in their outputs (see `mix_outputs`): every A_n and B_n is read on its own.
 
-    Attributes:
-      A: [P, d_in, r].
-      B: [P, r, d_out].
-      index: [N], positions of the modules.
-      coefficients: [N, r], zero where a module has no such rank.
-      composition: `mix` or `sum`.
-      scale: [d_out], or None for 1.
+    A, B and index are as in `Modules`; the coefficients are zero where a module lacks a rank.
     """
 
     A: Weight
@@ -159,7 +130,6 @@ class Outputs:
     scale: Array | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the adapted product."""
         A, B = (gather(w, self.index) for w in (self.A, self.B))
         return _scaled(mix_outputs(x, kernel, A, B, self.coefficients, self.composition), self.scale)
 
@@ -167,14 +137,7 @@ class Outputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InBasis:
-    """One update between shared directions that are in arrays: `(x W + ((x U) C) V) * scale`.
-
-    Attributes:
-      U: [d_in, k].
-      V: [k, d_out].
-      core: C, [k, k], digital.
-      scale: [d_out], or None for 1.
-    """
+    """One update between shared directions in arrays: `(x W + ((x U) core) V) * scale`; the core is digital."""
 
     U: Weight
     V: Weight
@@ -182,7 +145,6 @@ class InBasis:
     scale: Array | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        """Return the adapted product."""
         mixed = jnp.dot(matmul(x, self.U), self.core.astype(x.dtype))
         # Converters may return an offset for zeros: where nothing is mixed, V is not read.
         update = jnp.where(jnp.any(self.core != 0), matmul(mixed, self.V), jnp.zeros((), x.dtype))
@@ -199,15 +161,8 @@ def mix_outputs(
 ) -> Float[Array, "*B d_out"]:
     """Return `x (W + dW)` mixed in the outputs: every A_n and B_n is multiplied on its own, then they are summed.
 
-    This is the order of evaluation on hardware, where each module is frozen in separate arrays.
-
-    Args:
-      x: activations.
-      kernel: [d_in, d_out].
-      A: [N, d_in, r].
-      B: [N, r, d_out].
-      coefficients: one for each module (k = 1), or for each module and rank (k = r).
-      composition: `mix` or `sum`.
+    This is the order of evaluation on hardware, where each module [N, d_in, r], [N, r, d_out] is frozen in separate
+    arrays. There is one coefficient for each module (k = 1), or for each module and rank (k = r).
     """
     c = jnp.expand_dims(coefficients.astype(x.dtype), range(1, x.ndim))
     reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c

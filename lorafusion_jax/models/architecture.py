@@ -1,11 +1,11 @@
-"""The protocol of a family of models. The rest of the package is derived from it.
+"""The protocol of a family of models. Everything else in the package is derived from it.
 
 A *site* is one linear map of a block, stacked over the layers of its stack. Its name begins with the stack's and
-ends with the map's own: `reader.attention.query`. Site and layer together name one matrix of the model, which has a
+ends with the map's: `reader.attention.query`. Site and layer together name one matrix of the model, which has a
 module path in Hugging Face's files.
 
 To add a family, write a dataclass that extends `Architecture`, a module that fulfils `Model` and a `Family` that
-combines them, and add a line to `families.FAMILIES`.
+combines them, and add a line to `registry.FAMILIES`.
 
 Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 """
@@ -27,17 +27,13 @@ Part = Literal["source", "target"]
 Parts = tuple[Part, ...]
 # The axis of a matrix that a mesh of devices splits.
 Split = Literal["columns", "rows"]
+# Sizes and numbers of layers in a file, bounded so that a damaged file takes neither time nor memory.
+Size = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 
 
 class Attention(NamedTuple):
-    """One attention of a block.
-
-    Attributes:
-      reads: the tokens whose keys and values it attends to.
-      heads: number of heads of the queries.
-      kv_heads: number of heads of keys and values.
-      d_head: width of a head.
-    """
+    """One attention of a block; `reads` are the tokens whose keys and values it attends to."""
 
     reads: Parts
     heads: int
@@ -66,13 +62,10 @@ class Stack(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One linear map, stacked over the `layers` of its stack: kernels [layers, d_in, d_out].
+    """One linear map, stacked over the layers of its stack: kernels [layers, d_in, d_out].
 
     Attributes:
-      layers: number of layers.
-      d_in: input width.
-      d_out: output width.
-      path: Hugging Face's module path, with `{layer}` in place of the layer's number.
+      path: Hugging Face's module path, with `{layer}` for the layer's number.
       reads: the tokens that it multiplies.
       split: the axis that a mesh of devices splits. After a matrix that is split by rows, devices sum.
       stage: a name that sites of one stack share if they can be computed at the same time.
@@ -87,28 +80,22 @@ class Site:
     stage: str = dataclasses.field(default="", repr=False)
 
     def path_of(self, layer: int) -> str:
-        """Return Hugging Face's module path of one layer's matrix."""
         return self.path.format(layer=layer)
-
-
-# Sizes and numbers of layers in a file, bounded so that one which names others takes neither time nor memory.
-Size = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
-Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Structure of a model and how to run it. Hashable, so it may be a static argument.
 
-    A family extends it with fields of its own, and with `stacks` and `sites`.
+    A family adds its fields, `stacks` and `sites`.
 
     Attributes:
-      family: name in `families.FAMILIES`.
+      family: name in `registry.FAMILIES`.
       causal: prompt and answer are one text that runs through one stack, not a source and a target.
-      splits: how a mesh splits matrices that are not kernels of sites, by a name in their path in the model's state.
+      splits: by a name in their path in the model's state, the axis by which a mesh splits matrices other than kernels.
       tied: the head is the embedding, transposed.
       pad_id: the token that fills up rows.
-      eos_id: the token, or the tokens, any of which ends an answer.
+      eos_id: the token, or the tokens, that end an answer.
       dtype: dtype of activations; weights are cast to it where they are used.
       remat: values of a block that the backward pass keeps: `dots`, everything (`none`) or nothing (`full`).
       unroll: compile the layers one after the other instead of as a loop; slower to compile, faster for few layers.
@@ -132,16 +119,6 @@ class Architecture:
         """Last names of the sites that methods without a pool adapt by default."""
         raise NotImplementedError
 
-    @property
-    def longest_row(self) -> int | None:
-        """Most tokens of a row, prompt and answer together; None where positions have no limit."""
-        return None
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
-
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         """Stacks by name, in the order of the computation."""
@@ -153,9 +130,18 @@ class Architecture:
         raise NotImplementedError
 
     @property
+    def longest_row(self) -> int | None:
+        """Most tokens of a row, prompt and answer together; None where positions have no limit."""
+        return None
+
+    @property
     def presumed_tied(self) -> bool:
         """Return whether the head is tied, as far as the configuration shows it without the weights."""
         return self.tied
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,) if isinstance(self.eos_id, int) else self.eos_id
 
     @property
     def layers(self) -> int:
@@ -219,11 +205,10 @@ class Model(Protocol):
 
 
 class Slot(NamedTuple):
-    """One variable of the model and the tensors that fill it: one for each layer if it is stacked, else a single one.
+    """One variable of the model and the tensors that fill it.
 
     Attributes:
-      variable: the variable.
-      names: names of the tensors in Hugging Face's files.
+      names: tensors in Hugging Face's files: one for each layer if the variable is stacked, else a single one.
       stacked: its first axis is the layers'.
       transposed: files hold [d_out, d_in].
     """
@@ -286,13 +271,13 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GGUFLayout:
-    """How llama.cpp's GGUF files hold a family's models.
+    """Layout of a family's models in llama.cpp's GGUF files.
 
     Attributes:
       architectures: `general.architecture` by the `model_type` of a config.json.
       config_json: function from a file's metadata, and its tensors by name, to the content of a config.json; raises
         ValueError without naming the file.
-      stored: function from that content and the names of a file's tensors to what each of them is.
+      stored: function from that content and the names of a file's tensors to the tensors' descriptions.
       written: function from that content and the path of a linear module to its name in a file and its number of
         heads (see `Stored`).
     """
@@ -308,7 +293,6 @@ class Family:
     """One family of models.
 
     Attributes:
-      name: name of the family.
       members: names of its models, for messages.
       model_types: values of `model_type` in a config.json that `read_config` accepts, or rejects with a reason.
       names: regular expression that is in names of models, in small letters -> the `model_type`s of such models.
@@ -316,7 +300,6 @@ class Family:
       read_config: function from the content of a config.json to the structure; raises ValueError without naming the
         file.
       model: function from (config, rngs=) to a randomly initialised model.
-      checkpoint: layout of its files.
       gguf: layout of its GGUF files, if they are read.
       task_type: PEFT's name of the models' task.
       shapes: known sizes by name.
@@ -358,22 +341,18 @@ def set_matrices(model: Model, weights: Mapping[str, Weight]) -> None:
 
 
 def targeted(config: Architecture, targets: Collection[str] | None, option: str = "targets") -> dict[str, Site]:
-    """Return the sites whose linear map, wherever it occurs, is one of `targets`.
-
-    Args:
-      config: structure of the model.
-      targets: last names of sites; None for the family's own choice.
-      option: name of the option in messages.
+    """Return the sites whose last name is one of `targets`, or of the family's choice for None.
 
     Raises:
-      ValueError: there are no targets, or the model lacks one of them.
+      ValueError: there are no targets, or the model lacks one of them; the message names the `option`.
     """
     targets = config.targets if targets is None else targets
-    there = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
-    if not targets or set(targets) - there.keys():
+    found = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}
+    if not found or set(targets) - {name.rpartition(".")[2] for name in found}:
+        known = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
         usual = " ".join(config.targets)
-        raise ValueError(f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(there)}, such as {usual}")
-    return {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}
+        raise ValueError(f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as {usual}")
+    return found
 
 
 @functools.lru_cache(maxsize=16)

@@ -20,7 +20,7 @@ from .weights import reads
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the most likely one, or a draw.
+    """Choice of the next token: the most likely one, or a draw.
 
     A draw divides the logits by the temperature, then filters by `top_k`, then by `top_p`, as Hugging Face does. Tokens
     that are as likely as the last one that a filter keeps are kept too, so the order of the vocabulary has no effect.
@@ -36,13 +36,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        """Raise ValueError for a number out of range, or filters without a draw."""
         if self.temperature and not 1e-6 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}: wanted a number from 1e-6 up, or 0 for no draw")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: wanted at least 1")
+            raise ValueError(f"temperature is {self.temperature}: expected a number from 1e-6 up, or 0 for no draw")
+        at_least(1, top_k=self.top_k)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: wanted a probability above 0, up to 1")
+            raise ValueError(f"top_p is {self.top_p}: expected a probability above 0, up to 1")
         if not self.temperature and (self.top_k is not None or self.top_p < 1):
             raise ValueError("top_k and top_p filter a draw, and temperature 0 draws nothing: give a temperature")
 
@@ -81,15 +79,7 @@ GREEDY = Sampling()
 
 
 class Generation(NamedTuple):
-    """State of a generation.
-
-    Attributes:
-      position: number of tokens generated so far.
-      token: last token of every row.
-      done: whether the row has ended.
-      tokens: tokens so far; padding behind them.
-      cache: the model's.
-    """
+    """State of a generation: number of tokens so far, the last one, rows that ended, and all tokens, then padding."""
 
     position: Int[Array, ""]
     token: Int[Array, " B"]
@@ -121,24 +111,16 @@ def generate(
       adapters: site -> adapter, leaves with a leading layer axis.
       max_new_tokens: limit of the loop, which stops earlier once every row has ended.
       row_mask: False for rows that only pad the batch; generation does not wait for their end.
-      sampling: how tokens are chosen, by default the most likely one. Static under `jax.jit`.
+      sampling: choice of tokens, by default the most likely one. Static under `jax.jit`.
       row_keys: keys of the rows' draws; a row's draws depend on no other row.
-      axis: name of a mapped axis, whose members then end together: under `jax.vmap` each would have a position of its
-        own otherwise, and every token would rewrite all caches.
+      axis: name of a mapped axis, whose members then end together: with a position for each, every token would rewrite
+        all caches under `jax.vmap`.
 
     Raises:
       ValueError: `max_new_tokens` is below 1; a draw without keys.
     """
-    begun = begin(
-        model,
-        input_ids,
-        input_mask,
-        adapters,
-        max_new_tokens=max_new_tokens,
-        row_mask=row_mask,
-        sampling=sampling,
-        row_keys=row_keys,
-    )
+    choice: dict[str, Any] = {"sampling": sampling, "row_keys": row_keys}
+    begun = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, row_mask=row_mask, **choice)
 
     def running(state: Generation) -> Array:
         waits = jnp.any(~state.done)
@@ -147,7 +129,7 @@ def generate(
         return (state.position < max_new_tokens) & waits
 
     def step(state: Generation) -> Generation:
-        return next_token(model, state, input_mask, adapters, sampling=sampling, row_keys=row_keys)
+        return next_token(model, state, input_mask, adapters, **choice)
 
     return jax.lax.while_loop(running, step, begun).tokens
 
@@ -163,10 +145,7 @@ def begin(
     sampling: Sampling = GREEDY,
     row_keys: Key[Array, " B"] | None = None,
 ) -> Generation:
-    """Read the source; the arguments are those of `generate`.
-
-    A model that continues its source has then got the first token too.
-    """
+    """Read the source, and choose a causal model's first token; the arguments are those of `generate`."""
     at_least(1, max_new_tokens=max_new_tokens)
     read_model, read_adapters = _read(model, adapters, 0)
     first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
@@ -200,7 +179,6 @@ def _with_token(
     sampling: Sampling,
     row_keys: Key[Array, " B"] | None,
 ) -> Generation:
-    """Return the state with the next token of every row, chosen by its logits."""
     position, _, done, tokens, cache = state
     token = jnp.where(done, model.config.pad_id, sampling.choose(logits, position, row_keys))
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)

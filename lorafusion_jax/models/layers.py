@@ -17,13 +17,12 @@ Adapter = Callable[[Array, Array], Array]
 Adapters = Mapping[str, Adapter]
 
 _POLICIES = jax.checkpoint_policies
-# Keeps the products with weights and recomputes the rest, which is cheap: half the memory of saving everything, at the
-# same speed. The attention products have batch dimensions and are recomputed.
+# Keeps the products with weights and recomputes everything else, which is cheap: half the memory of saving everything,
+# at the same speed. The attention products have batch dimensions and are recomputed.
 _PRODUCTS = _POLICIES.save_from_both_policies(
     _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(PRODUCT)
 )
-# On accelerators one value in place of a map's product and its adapter's, what the adapter reads, and the residual
-# stream.
+# On accelerators one value replaces a map's product and its adapter's, the adapter's reads and the residual stream.
 _SUMS = _POLICIES.save_only_these_names(SUM)
 
 
@@ -58,7 +57,6 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm: no mean, no bias, variance in float32.
 
     Attributes:
-      eps: added to the variance.
       offset: added to the scale, in float32; 1 where files hold the scale less 1.
       scale: stacked [L, D], or [D].
     """
@@ -68,7 +66,6 @@ class RMSNorm(nnx.Module):
         self.scale = Base(jnp.full(shape, 1.0 - offset))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Return `x` normalised along the last axis."""
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(variance + self.eps)
@@ -94,11 +91,10 @@ def scan_blocks(
       stacked: blocks, every variable [L, ...].
       x: input of the first layer, an array or a tree; each layer's output is the next one's input.
       xs: a tree of further arrays [L, ...].
-      remat: as in `Architecture`.
-      unroll: as in `Architecture`.
+      remat: as in `Architecture`, like `unroll`.
     """
     graph, state = nnx.split(stacked)
-    # Stacks in separate arrays are not sliced: the loop passes numbers of layers in their place.
+    # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
     apart = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_unstacked) if is_unstacked(leaf)]
     sliced = jax.tree.map(
         lambda leaf: Unstacked((), jnp.arange(len(leaf.matrices))) if is_unstacked(leaf) else leaf,
@@ -124,5 +120,4 @@ def scan_blocks(
 
 def of_stack(adapters: Adapters, stack: str) -> Mapping[str, Any]:
     """Return the adapters of one stack, by their sites' names without the stack's."""
-    prefix = f"{stack}."
-    return {site.removeprefix(prefix): a for site, a in adapters.items() if site.startswith(prefix)}
+    return {site.partition(".")[2]: adapter for site, adapter in adapters.items() if site.partition(".")[0] == stack}

@@ -24,9 +24,7 @@ _HALF_BYTES = (jnp.int4, jnp.uint4)
 class Bits:
     """An array of narrow numbers as integers.
 
-    Attributes:
-      bits: bits of the numbers; a byte holds two 4-bit numbers.
-      numbers: the array itself, for its type, shape and gradient; its values are not read.
+    A byte holds two 4-bit numbers. `numbers` is the array itself, for its type, shape and gradient.
     """
 
     bits: Array
@@ -44,7 +42,7 @@ def from_bits(tree: Any) -> Any:
 
 
 def pack(numbers: Array) -> Array:
-    """Return an array in the type in which a loop on a CPU can update it in place: bits in place of bfloat16."""
+    """Return an array in the type in which a loop on a CPU can update it in place: bits instead of bfloat16."""
     if numbers.dtype == jnp.bfloat16 and for_cpu():
         return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
     return numbers

@@ -8,7 +8,7 @@ from ..files import FileError, shown, structured
 from . import decoder, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
-# The first one is also the family of pools whose manifest does not name a family.
+# Pools whose manifest does not name a family belong to the first one.
 FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY)}
 
 
@@ -28,11 +28,7 @@ def known_shapes() -> dict[str, Architecture]:
 
 
 def family_of_json(raw: Mapping[str, Any]) -> Family:
-    """Return the family that the content of a Hugging Face config.json belongs to.
-
-    Raises:
-      ValueError: the `model_type` belongs to no known family.
-    """
+    """Return the family that the content of a Hugging Face config.json belongs to; raises ValueError for none."""
     kind = raw.get("model_type")
     for family in FAMILIES.values():
         if kind in family.model_types:
@@ -69,17 +65,13 @@ def family_with(path: str) -> Family | None:
 
 
 def gguf_layout(architecture: str | None) -> GGUFLayout:
-    """Return the layout of GGUF files with this `general.architecture`.
-
-    Raises:
-      ValueError: no known family has it.
-    """
+    """Return the layout of GGUF files with this `general.architecture`; raises ValueError for an unknown one."""
     layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
     for layout in layouts:
         if architecture in layout.architectures.values():
             return layout
     known = ", ".join(name for layout in layouts for name in dict.fromkeys(layout.architectures.values()))
-    raise ValueError(f"general.architecture is {shown(architecture)}: wanted one of {known}")
+    raise ValueError(f"general.architecture is {shown(architecture)}: expected one of {known}")
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:

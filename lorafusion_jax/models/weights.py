@@ -16,33 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int
 
 from .. import crossbar
-from ..crossbar import Chip, Segments, is_chip, map_layers, programmed_weights, reads, scan_layers
+from ..crossbar import Chip, Segments, is_chip, programmed_weights
+from ..crossbar import map_layers as map_layers
+from ..crossbar import reads as reads
+from ..crossbar import scan_layers as scan_layers
 from ..platform import for_cpu, is_traced
 from .narrow import from_bits, kept, to_bits
-
-__all__ = [
-    "PRODUCT",
-    "SUM",
-    "QUANTISED_TYPES",
-    "Unstacked",
-    "Weight",
-    "dense",
-    "embed",
-    "is_in_arrays",
-    "is_unstacked",
-    "map_layers",
-    "matmul",
-    "quantise",
-    "reads",
-    "scan_layers",
-    "summed",
-    "tile_size",
-    "unembed",
-    "unstacked",
-]
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +33,6 @@ class Unstacked:
     """A stack of plain matrices as one array for each layer (see `unstacked`).
 
     Attributes:
-      matrices: [d_in, d_out] of every layer.
       layer: number of the layer to multiply by, in a loop over layers, which slices it from those of all; None outside.
     """
 
@@ -60,11 +41,9 @@ class Unstacked:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the stack."""
         return (len(self.matrices), *self.matrices[0].shape)
 
     def at(self, layer: Int[Array, ""]) -> "Unstacked":
-        """Return one layer of the stack."""
         return dataclasses.replace(self, layer=layer)
 
 
@@ -72,19 +51,13 @@ class Unstacked:
 Weight = Array | qwix.QArray | Chip | Segments | Unstacked
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
-# Names by which a policy of `jax.checkpoint` saves values. The first is of products that it cannot see because of their
-# custom gradients, the second of what a linear map adds up to and its adapter reads, and of the residual stream.
+# Names by which a policy of `jax.checkpoint` saves values: products that it cannot see because of their custom
+# gradients; and outputs of linear maps, the reads of their adapters and the residual stream.
 PRODUCT, SUM = "product", "sum"
-_MAX_TILE = 64
 
 
 def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*batch d_out"]:
-    """Return `x @ weight` in the dtype of `x`.
-
-    Args:
-      x: activations.
-      weight: [d_in, d_out], a plain, quantised or programmed array.
-    """
+    """Return `x @ weight` in the dtype of `x`; `weight` is [d_in, d_out]."""
     if isinstance(weight, Chip):
         return crossbar.matmul(x, weight)
     if isinstance(weight, Unstacked):
@@ -117,8 +90,7 @@ def _bfloat16_dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: 
     """Return the product of `x` with `w`, whose `axis` is d_in, by XLA's kernels for bfloat16 on a CPU.
 
     These kernels give float32 results and need factors that are not transposed, forward and backward. XLA computes any
-    other bfloat16 product from float32 copies of its factors: measured half as fast, and an eighth for a head of ten
-    tokens.
+    other bfloat16 product from float32 copies of its factors, which was measured to be two to eight times slower.
     """
     last = x.ndim - 1
     if axis == 0:
@@ -146,12 +118,9 @@ _bfloat16_dot.defvjp(_forward, _backward)
 
 
 def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
-    """Return the output of a linear map with its adapter, named `SUM` for the backward pass.
-
-    What is named has one axis more than the residual stream. XLA starts all results of a loop that have one shape from
-    the same zeros, and where a mesh splits one of them it then splits all. Most models' heads are together as wide as
-    the residual stream, which was then gathered for every product.
-    """
+    """Return the output of a linear map with its adapter, named `SUM` for the backward pass."""
+    # The named value has one axis more than the residual stream. XLA starts all results of a loop that have one shape
+    # from the same zeros, and where a mesh splits one of them it splits all: the residual stream was then gathered.
     return jnp.squeeze(checkpoint_name(jnp.expand_dims(y, 0), SUM), 0)
 
 
@@ -172,32 +141,24 @@ def _dequantised(weight: qwix.QArray) -> Array:
     """Return the numbers of a quantised array, on accelerators those of NF4 without a gather: a TPU is slow at it."""
     if weight.qtype != "nf4" or for_cpu():
         return qwix.dequantize(weight)
-    values, scale = of_nf4(weight.qvalue), weight.scale
-    # Every axis as tiles and the numbers in a tile.
-    tiled = [size for length, tiles in zip(values.shape, scale.shape, strict=True) for size in (tiles, length // tiles)]
-    scales = [size for tiles in scale.shape for size in (tiles, 1)]
-    return (values.reshape(tiled) * scale.reshape(scales)).reshape(values.shape)
-
-
-def of_nf4(codes: Integer[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return the 16 numbers of NF4 by their codes, through four selects of one bit each (15 in all)."""
+    codes, scale = weight.qvalue, weight.scale
     with jax.ensure_compile_time_eval():
         every = qwix.QArray(qvalue=jnp.arange(16, dtype=codes.dtype), scale=jnp.ones(1), qtype="nf4")
         values: list[Any] = list(np.asarray(qwix.dequantize(every)))
     for bit in range(4):
         is_set = (codes.astype(jnp.int32) >> bit) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    # Every axis as tiles and the numbers in a tile.
+    tiled = [size for length, tiles in zip(codes.shape, scale.shape, strict=True) for size in (tiles, length // tiles)]
+    scales = [size for tiles in scale.shape for size in (tiles, 1)]
+    return (values[0].reshape(tiled) * scale.reshape(scales)).reshape(codes.shape)
 
 
 def unstacked(weights: Any) -> Any:
     """Return a tree of weights with every stack of plain matrices as `Unstacked`, which shares the stack's memory.
 
-    On a CPU a loop over layers copies each matrix out of its stack before it multiplies by it, which costs as much as
-    the product if only a few rows are multiplied, as in generation. From separate arrays nothing is copied.
-
-    Args:
-      weights: base model; elsewhere than on a single CPU, and inside of compiled programs, it is returned unchanged.
+    On a CPU a loop over layers copies each matrix out of its stack, which costs as much as the product if only a few
+    rows are multiplied, as in generation. Nothing changes except on a single CPU, or inside of compiled functions.
     """
 
     def of_leaf(leaf: Any) -> Any:
@@ -205,7 +166,7 @@ def unstacked(weights: Any) -> Any:
             return leaf
         if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
             return leaf
-        # A view of the stack's own memory, of which `device_put` makes an array without copying it.
+        # `device_put` makes an array from a view of the stack's memory without copying it.
         where = leaf.sharding if leaf.committed else None
         return Unstacked(tuple(jax.device_put(list(np.asarray(leaf)), where)))
 
@@ -218,7 +179,6 @@ def is_unstacked(leaf: Any) -> bool:
 
 
 def _choose(weight: Unstacked, fn: Callable[[Array], Array]) -> Array:
-    """Return `fn` of the matrix of the layer."""
     assert weight.layer is not None
     return jax.lax.switch(weight.layer, [functools.partial(fn, matrix) for matrix in weight.matrices])
 
@@ -235,11 +195,7 @@ def quantise(weight: Array, qtype: str, *, tiled_axis: int, tile: int | None = N
       weight: any shape; all axes but `tiled_axis` are channelwise.
       qtype: one of `QUANTISED_TYPES`.
       tiled_axis: the axis that shares scales.
-      tile: length of a tile, a divisor of the axis (qwix does not accept a remainder); by default the largest divisor
-        that is at most 64.
-
-    Raises:
-      ValueError: `qtype` is unknown.
+      tile: length of a tile, a divisor of the axis (qwix does not accept a remainder); by default `tile_size`.
     """
     if qtype not in QUANTISED_TYPES:
         raise ValueError(f"cannot quantise to {qtype!r}: choose one of {', '.join(QUANTISED_TYPES)}")
@@ -247,7 +203,7 @@ def quantise(weight: Array, qtype: str, *, tiled_axis: int, tile: int | None = N
     return _quantise(weight, qtype, axis, tile or tile_size(weight.shape[axis]))
 
 
-# Compiled as one program: the stacks of FLAN-T5-large took 17 s in NF4 on two cores; op by op they took 207 s.
+# Compiled as one function: the stacks of FLAN-T5-large took 17 s in NF4 on two cores; op by op they took 207 s.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantise(weight: Array, qtype: str, axis: int, tile: int) -> qwix.QArray:
     channels: Collection[int] = [a for a in range(weight.ndim) if a != axis]
@@ -256,4 +212,4 @@ def _quantise(weight: Array, qtype: str, axis: int, tile: int) -> qwix.QArray:
 
 def tile_size(axis_size: int) -> int:
     """Return the largest divisor of `axis_size` that is at most 64."""
-    return next(t for t in range(min(_MAX_TILE, axis_size), 0, -1) if axis_size % t == 0)
+    return next(t for t in range(min(64, axis_size), 0, -1) if axis_size % t == 0)

@@ -16,13 +16,13 @@ MOST_SHAPES = 6
 
 
 class Batch(NamedTuple):
-    """Padded rows, NumPy as made here and JAX arrays under `jit`; with a leading axis of seeds in training.
+    """Padded rows; with a leading axis of seeds in training.
 
     Attributes:
       input_ids: source tokens.
       input_mask: True where a source token is real.
       labels: target tokens, IGNORED behind their end.
-      row_mask: False for rows that only fill up the batch; they have no real token and no label.
+      row_mask: False for rows that only fill up the batch; they have no tokens.
     """
 
     input_ids: Int32[Any, "*seeds B S"]
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """Batches of consecutive steps in arrays of one width, for one program.
+    """Batches of consecutive steps in arrays of one width, for one compiled function.
 
     Attributes:
       batches: leaves [seeds, steps, B, ...].
@@ -54,7 +54,7 @@ class StepBatch(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """All rows padded to the longest, and behind them an empty one, which is what row number -1 takes."""
+    """All rows padded to the longest, and behind them an empty one, which row number -1 takes."""
 
     input_ids: Int32[np.ndarray, "rows+1 S"]
     labels: Int32[np.ndarray, "rows+1 T"]
@@ -71,11 +71,7 @@ class _Table(NamedTuple):
 
 
 def pad(sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int) -> Int32[np.ndarray, "rows {width}"]:
-    """Fill up every sequence to `width` with `pad_id`.
-
-    Raises:
-      ValueError: on a sequence longer than `width`.
-    """
+    """Fill up every sequence to `width` with `pad_id`; raises ValueError for a longer one."""
     padded = np.full((len(sequences), width), pad_id, np.int32)
     for row, sequence in enumerate(sequences):
         if len(sequence) > width:
@@ -88,8 +84,7 @@ def bucket(length: int) -> int:
     """Return the smallest width of the ladder that holds `length` tokens.
 
     The ladder: 4, 8, 12, ... 64, from there eight widths an octave: 72, 80, ... 128, 144, 160, ... On BIG-Bench Hard
-    70 % of what training computes with one seed are real tokens then (`benchmarks/padding.py`), with at most 6 widths
-    a task.
+    70 % of the computed tokens of a training with one seed are real (`benchmarks/padding.py`).
     """
     octave = 1 << max(length - 1, 0).bit_length()
     rung = max(octave // 16, 4)
@@ -102,15 +97,7 @@ def most_new_tokens(longest: int) -> int:
 
 
 def train_batches(encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int) -> Iterator[Batch]:
-    """Yield the batches of all seeds, step by step: `[seeds, B, width]`.
-
-    The width of a step holds the longest row that any seed has in it.
-
-    Args:
-      encoded: the rows that `orders` numbers.
-      orders: row numbers, -1 for a row that only fills up the batch (`batch_orders` makes them).
-      pad_id: the tokenizer's padding token.
-    """
+    """Yield the batches of all seeds, step by step: `[seeds, B, width]` (see `train_step_batches`)."""
     for interval in train_step_batches(encoded, orders, pad_id=pad_id):
         yield Batch(*(leaf[:, 0] for leaf in interval.batches))
 
@@ -125,8 +112,8 @@ def train_step_batches(
 ) -> Iterator[StepBatch]:
     """Yield the batches of all seeds, `length` steps at a time, from `first_step` on.
 
-    The width of a step holds the longest row that any seed has in it. The widths to choose from follow from
-    all of `orders`, so a resumed run, and every interval of a run, meets the same shapes.
+    The width of a step holds the longest row that any seed has in it. The widths to choose from depend on all of
+    `orders`, so a resumed run, and every interval of a run, has the same shapes.
 
     Args:
       encoded: the rows that `orders` numbers.

@@ -1,10 +1,9 @@
 """LoraHub's split of BIG-Bench Hard, rebuilt byte for byte from the benchmark's own files and an index of rows.
 
 The index is JSON, `{task: {"example": rows, "zero_shot": rows, "prefix": [text], "sep": text, "sha256_example": text,
-"sha256_zero_shot": text}}`: which rows of `task.json`, counted from 0, train and test, in their order; the prompt,
-prefix + "Q: " + input + sep + "A:"; and the digest of each file. `sep` is a line break for all tasks but ruin_names, in
-whose prompts LoraHub has the "A:" directly behind the last option. LoraHub's own is `lorahub_split.json`, next to this
-file.
+"sha256_zero_shot": text}}`: the rows of `task.json`, counted from 0, for training and test, in their order; the prompt,
+prefix + "Q: " + input + sep + "A:"; and the digest of each file. `sep` is a line break for all tasks except ruin_names.
+LoraHub's index is `lorahub_split.json`, next to this file.
 """
 
 import hashlib
@@ -38,23 +37,23 @@ class _Entry(TypedDict):
 def write_lorahub_split(
     bbh: Path, out: Path, names: Sequence[str] | None = None, *, index: Path = _INDEX
 ) -> list[Path]:
-    """Write each task's `example.jsonl`, 100 rows that train, and `zero_shot.jsonl`, which test, as LoraHub has them.
+    """Write each task's `example.jsonl`, 100 training rows, and `zero_shot.jsonl`, its test rows, as in LoraHub.
 
-    Every file is checked against its digest before the first is written. A file that is there already and is
-    the same is left alone.
+    Every file is checked against its digest before the first is written. An existing file with the same content is
+    left alone.
 
     Args:
       bbh: folder with the benchmark's JSON files (`bbh` of github.com/suzgunmirac/BIG-Bench-Hard).
       out: folder to write to, a folder for each task, as in LoraHub's `data_bbh`; `load_task` reads them.
-      names: of the tasks; by default all of the index.
-      index: file that says which rows belong to which part; by default LoraHub's, which comes with the package.
+      names: names of the tasks; by default all of the index.
+      index: file that lists the rows of each part; by default LoraHub's, which comes with the package.
 
     Returns:
       The folders of the tasks.
 
     Raises:
-      ValueError: on an index of another layout, a task that it does not have, a file of the benchmark that is
-        missing or lacks a row, rows that differ from LoraHub's, and another file where one is to be written.
+      ValueError: on an index of another layout, an unknown task, a file of the benchmark that is missing or lacks a
+        row, rows that differ from LoraHub's, and an existing file of another content.
     """
     entries = _read_index(index)
     for name in names or ():
@@ -72,7 +71,10 @@ def write_lorahub_split(
         rows = list(read_rows(source)["all"])
         for part in _PARTS:
             contents[out / name / f"{part}.jsonl"] = _file(entry, part, rows, source)
-    missing = [path for path, content in contents.items() if not _is_there(path, content)]
+    missing = [path for path in contents if not path.exists()]
+    for path, content in contents.items():
+        if path not in missing and path.read_bytes() != content:
+            raise ValueError(f"{path} exists with other rows: move it away, or write to another folder")
     for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, contents[path])
@@ -80,16 +82,12 @@ def write_lorahub_split(
 
 
 def lorahub_tasks(data: Path) -> list[Path]:
-    """Return the folders of the tasks in LoraHub's own folder, `data_bbh`.
-
-    Raises:
-      ValueError: there is no such folder, or no task in it; the message says where the data come from.
-    """
+    """Return the folders of the tasks in LoraHub's own folder, `data_bbh`; raises ValueError if there are none."""
     found = sorted(path for path in data.iterdir() if (path / "example.jsonl").is_file()) if data.is_dir() else []
     if not found:
         got = "has no task" if data.is_dir() else "does not exist"
         raise ValueError(
-            f"{data} {got}: wanted LoraHub's data_bbh, which has a folder for each task with example.jsonl and "
+            f"{data} {got}: give LoraHub's data_bbh, which has a folder for each task with example.jsonl and "
             f"zero_shot.jsonl. It is in LoraHub's release 0.1 ({LORAHUB_DATA}); the same rows are made from "
             f"{BBH_DATA}, which has a JSON file for each task (--bbh)"
         )
@@ -97,14 +95,14 @@ def lorahub_tasks(data: Path) -> list[Path]:
 
 
 def prompt_overlap(task: Task) -> tuple[int, ...]:
-    """Return the numbers of the test rows whose prompt is also that of a training row, whatever its target is."""
+    """Return the numbers of the test rows whose prompt is also that of a training row, with any target."""
     trained = {(example.history, example.input) for example in task.train}
     return tuple(row for row, example in enumerate(task.test) if (example.history, example.input) in trained)
 
 
 def _read_index(index: Path) -> dict[str, _Entry]:
     if not index.is_file():
-        raise FileError(index, got="no such file", fix="wanted the JSON file that lists the rows of LoraHub's split")
+        raise FileError(index, got="no such file", fix="give the JSON file that lists the rows of LoraHub's split")
     entries = read_json(index, dict[str, _Entry], "LoraHub's split", own=False)
     if not entries:
         raise FileError(index, got="holds no tasks", fix="it is not LoraHub's index")
@@ -115,13 +113,12 @@ def _read_index(index: Path) -> dict[str, _Entry]:
 
 
 def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple[str, Row]], source: Path) -> bytes:
-    """Return the file of one part, if it is LoraHub's."""
     prompt = f"{entry['prefix'][0]}Q: {{input}}{entry['sep']}A:"
     lines = []
     for number in entry[part]:
         if number >= len(rows):
             raise ValueError(
-                f"{source.stem}, {part}: the index wants row {number!r} of {source}, which has rows 0 to "
+                f"{source.stem}, {part}: the index lists row {number!r} of {source}, which has rows 0 to "
                 f"{len(rows) - 1}: the benchmark's file is cut short, or the index is that of another one"
             )
         where, row = rows[number]
@@ -129,19 +126,11 @@ def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple
         lines.append(json.dumps({"context": example.input, "completion": example.target}, ensure_ascii=False))
     content = "\n".join(lines).encode()
     digest = hashlib.sha256(content).hexdigest()
-    wanted = entry["sha256_example"] if part == "example" else entry["sha256_zero_shot"]
-    if digest != wanted:
+    expected = entry["sha256_example"] if part == "example" else entry["sha256_zero_shot"]
+    if digest != expected:
         raise ValueError(
             f"{source.stem}, {part}.jsonl: its rows have the sha256 {digest[:12]}..., and LoraHub's have "
-            f"{wanted[:12]}...: {source} is probably another version of the benchmark's file; "
+            f"{expected[:12]}...: {source} is probably another version of the benchmark's file; "
             f"take that of {BBH_DATA}, unchanged"
         )
     return content
-
-
-def _is_there(path: Path, content: bytes) -> bool:
-    if not path.exists():
-        return False
-    if path.read_bytes() != content:
-        raise ValueError(f"{path} is there already, with other rows: move it away, or write to another folder")
-    return True

@@ -1,8 +1,7 @@
-"""Chat templates, rendered in a process of their own with bounds of memory and time.
+"""Chat templates, rendered in a separate process with bounds of memory and time.
 
-A template is a program of a stranger. The sandbox of jinja2 keeps it from acting, but not from making a text of any
-size or from running without an end, and no thread can stop it within one call of Python, such as `'x' * 10**10`.
-This file is also that process, so it imports nothing of the package.
+A template is a stranger's program. The sandbox of jinja2 does not limit its memory and time, and no thread can stop it
+within one call of Python, such as `'x' * 10**10`. The process runs this file, which imports nothing of the package.
 """
 
 import atexit
@@ -97,7 +96,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
             rendered: Any = render_jinja_template(**json.loads(line))
             text = str(rendered[0][0])
             if len(text) > LONGEST:
-                raise ValueError(f"it renders {len(text):,} characters, wanted at most {LONGEST:,}")
+                raise ValueError(f"it renders {len(text):,} characters: expected at most {LONGEST:,}")
             answer = {"text": text}
         except MemoryError:
             answer = {"error": f"it takes more than {MOST_MEMORY >> 30} GiB to render"}
@@ -109,7 +108,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
 
 
 def _limit_memory() -> None:
-    if not os.path.exists("/proc/self/statm"):  # only Linux says what is taken, and keeps to the limit
+    if not os.path.exists("/proc/self/statm"):  # only Linux reports the memory in use, and enforces the limit
         return
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()

@@ -13,7 +13,7 @@ from .readers import Row, read_rows, without_revision
 
 # The plain names, LoraHub's, and those of function-vector data sets.
 _KEYS = (("input", "target"), ("context", "completion"), ("input", "output"))
-_WANTED = "input and target (or output), or context and completion, with an instruction or without"
+_LAYOUT = "input and target (or output), or context and completion, with an instruction or without"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Rows to train on and rows to test on; `source` is where they were read."""
+    """Training rows and test rows, read from `source`."""
 
     name: str
     train: tuple[Example, ...]
@@ -59,11 +59,11 @@ def load_task(
 ) -> Task:
     r"""Read a task.
 
-    What `source` may be:
+    Sources:
 
-    * a folder with `train.jsonl` and `test.jsonl`, or LoraHub's `example.jsonl` and `zero_shot.jsonl`, or one
-      of the two where `need` asks for no more; a row holds input and target, or context and completion, and may hold
-      an instruction (Alpaca), which stands in the line before the input or alone;
+    * a folder with `train.jsonl` and `test.jsonl`, or LoraHub's `example.jsonl` and `zero_shot.jsonl`, or only the
+      needed one; a row holds input and target, or context and completion, and may hold an instruction (Alpaca), which
+      stands in the line before the input or alone;
     * one such file; a JSONL file of any other name;
     * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
     * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024); of
@@ -74,22 +74,20 @@ def load_task(
     With `chat`, rows may also be conversations, `{"messages": [{"role": ..., "content": ...}, ...]}`, which end with
     the user's message and the assistant's answer.
 
-    A file whose name does not say which part it is, and a data set of one split, are one list. It is shuffled
-    by `random.Random(42)`; then the first `train_rows` train and the rest test, whatever `need` is, so that
-    no evaluation meets a row that trained.
+    A file of another name, and a data set of one split, are one list. It is shuffled by `random.Random(42)`; then the
+    first `train_rows` are used for training and the others for testing, whatever `need` is.
 
     Args:
       source: path or hub id.
-      name: of the task; by default the last part of `source`.
+      name: name of the task; by default the last part of `source`.
       prompt: template around every input, such as `"Sort a list of words.\n\nQ: {input}\nA:"`.
       chat: the model's chat template will be used, so rows may be conversations.
-      train_rows: how many rows of one list train.
-      need: the parts that must be there.
+      train_rows: number of training rows of one list.
+      need: parts that must have rows.
 
     Raises:
-      ValueError: on a source that does not exist or is not laid out as above, a Git LFS pointer, text that is
-        not JSON, a row without its keys or without text (naming file and line), a file without rows, a part
-        that is needed and missing.
+      ValueError: on a source that does not exist or has another layout, a row without its keys or without text (naming
+        file and line), a file without rows, a needed part that is missing.
     """
     if prompt is not None and "{input}" not in prompt:
         raise ValueError(f"the prompt {prompt!r} has no {{input}}: write it where a row's input belongs")
@@ -113,13 +111,9 @@ def load_task(
 
 
 def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Example:
-    """Check one row that was read, and put the prompt around its input; `where` is for messages.
-
-    Raises:
-      ValueError: if the row lacks its keys or text, or is a conversation and `chat` is not set.
-    """
+    """Check one row that was read, and put the prompt around its input; `where` is for messages."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {shown(row)}: wanted an object with {_WANTED}")
+        raise ValueError(f"{where} is {shown(row)}: expected an object with {_LAYOUT}")
     keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
     instruction = row.get("instruction")
     if keys is None and instruction is not None and not row.keys() & {"input", "context"}:
@@ -130,7 +124,7 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
         *history, (_, asked), (_, answer) = _conversation(row["messages"], where)
         return Example(prompt.replace("{input}", asked), answer, tuple(history))
     if keys is None:
-        raise ValueError(f"{where} has {some([*row]) or 'no keys'}: wanted {_WANTED}")
+        raise ValueError(f"{where} has {some([*row]) or 'no keys'}: expected {_LAYOUT}")
     asked, target = row.get(keys[0], ""), row[keys[1]]
     if instruction is not None:
         asked = _instructed(instruction, keys[0], asked, where)
@@ -141,7 +135,6 @@ def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Exam
 
 
 def _instructed(instruction: Row, key: str, asked: Row, where: str) -> str:
-    """Return an instruction and, in the line after it, its input if there is one."""
     asked = "" if asked is None else asked
     for name, text in (("instruction", instruction), (key, asked)):
         if not isinstance(text, str):
@@ -156,7 +149,6 @@ def _instructed(instruction: Row, key: str, asked: Row, where: str) -> str:
 
 
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
-    """Return role and content of every message, if the last two are a question and its answer."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}')
     found = []
@@ -164,13 +156,13 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
         said = {key: value for key, value in message.items() if value is not None}  # `datasets` fills up keys with None
         if said.keys() != {"role", "content"} or not all(isinstance(value, str) for value in said.values()):
             raise ValueError(
-                f"{where}: message {number} has {some([*said]) or 'nothing'}: wanted role and content, both texts"
+                f"{where}: message {number} has {some([*said]) or 'nothing'}: expected role and content, both texts"
             )
         found.append((said["role"], said["content"]))
     if [role for role, _ in found[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in found[-2:]):
         roles = some([role for role, _ in found]) or "nobody"
         raise ValueError(
-            f"{where} has messages of {roles}: wanted the user's message and then the assistant's answer as the last "
+            f"{where} has messages of {roles}: expected the user's message and then the assistant's answer as the last "
             "two, both with text"
         )
     return found
@@ -180,7 +172,7 @@ def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[st
     if not 0 <= train_rows < len(rows):
         raise ValueError(
             f"{source} is one list of {len(rows)} rows, and {train_rows} to train would leave none to test: "
-            "ask for fewer (--train-rows), or give a folder with train.jsonl and test.jsonl"
+            "use fewer (--train-rows), or give a folder with train.jsonl and test.jsonl"
         )
     order = [rows[i] for i in shuffled(len(rows), REFERENCE_SEED)]
     return {"train": order[:train_rows], "test": order[train_rows:]}

@@ -11,27 +11,17 @@ BETWEEN_EXAMPLES = "\n\n"
 def few_shot(task: Task, shots: int, seed: int) -> Task:
     r"""Put `shots` training examples, the same for all, before every test input.
 
-    The prompt is `input target\n\n` for each example and then the row's own input: a prompt that ends in "A:" is
-    followed by its answer, and instructions are repeated with each example. Tokenizers that split at white space, as
-    some do and the embedded base's does, or that read line breaks as blanks, get no token that they do not know.
-
-    With a chat template the examples stand as text in the user's message. Of a conversation only the last message and
-    its answer are shown as an example; the messages before a row's own input stay where they are.
+    The prompt is `input target\n\n` for each example and then the row's own input. With a chat template the examples
+    stand as text in the user's message. Of a conversation only the last message and its answer are shown as an example;
+    the messages before a row's own input stay where they are. `random.Random("few-shot, seed N")` draws the examples
+    and their order.
 
     `encode` cuts separate texts at the end, which is the question: keep its `max_length` above the longest prompt.
-
-    Args:
-      task: whose training rows are drawn from.
-      shots: how many.
-      seed: of the run; `random.Random("few-shot, seed N")` draws the examples and their order.
-
-    Raises:
-      ValueError: if there are not that many training rows.
     """
     if not 1 <= shots <= len(task.train):
         raise ValueError(
             f"{shots} examples for the prompts of {task.name}, which has {len(task.train)} training rows: "
-            f"ask for 1 to {len(task.train)}"
+            f"use 1 to {len(task.train)}"
         )
     drawn = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
     shown = "".join(f"{example.input} {example.target}{BETWEEN_EXAMPLES}" for example in drawn)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .data import Example, Task
 
 _MOST_LABELS = 10
-# "Options:" and, on lines of their own, "(A) text" or "- text".
+# "Options:" and, on separate lines, "(A) text" or "- text".
 _BLOCK = re.compile(r"^options:[ \t]*((?:\n(?:\([A-Z]\)|-) .*)+)", re.IGNORECASE | re.MULTILINE)
 _OPTION = re.compile(r"^(?:(\([A-Z]\))|- (.*))", re.MULTILINE)
 
@@ -15,18 +15,14 @@ _OPTION = re.compile(r"^(?:(\([A-Z]\))|- (.*))", re.MULTILINE)
 def answer_options(task: Task) -> tuple[tuple[str, ...], ...] | None:
     """Return the answers that each test row could have, or None if the task's answers do not form a closed set.
 
-    No test target is looked at. A row's options are
+    Test targets are not used. A row's options are
 
     * those at the end of its prompt: lines "(A) text" under "Options:" give "(A)", lines "- text" give "text". They
-      count if at least half of the training targets are among their own prompts' options, so that a task whose
-      answers are written otherwise is not misread. In a few-shot prompt the last block, the row's own, counts;
+      count if at least half of the training targets are among their own prompts' options. In a few-shot prompt the
+      last block, the row's own, counts;
     * where there are not at least two, the training targets, sorted, if they look like labels: 2 to 10 of them,
-      each seen more than once. (By Good and Turing's estimate, the chance that the next row has a label
-      never seen is the share of rows whose label was seen once.)
-
-    On BIG-Bench Hard that gives options in 20 tasks from the prompts, labels in 3 (boolean_expressions,
-    sports_understanding, web_of_lies), and None in 4: dyck_languages, multistep_arithmetic_two and word_sorting, whose
-    answers are made up row by row, and object_counting, whose answers are numbers without an end.
+      each seen more than once. (By Good and Turing's estimate, the chance that the next row has a new label is the
+      share of rows whose label was seen once.)
     """
     pairs = [(example.target, _stated(example)) for example in task.train]
     trusted = 2 * sum(target.strip() in stated for target, stated in pairs) >= len(pairs)
@@ -37,7 +33,7 @@ def answer_options(task: Task) -> tuple[tuple[str, ...], ...] | None:
 
 
 def _stated(example: Example) -> tuple[str, ...]:
-    """Return the options at the end of a prompt; behind them may be the one line that asks for the answer."""
+    """Return the options at the end of a prompt; behind them may be one line, the cue for the answer."""
     blocks = list(_BLOCK.finditer(example.input))
     if not blocks or "\n" in example.input[blocks[-1].end() :].strip():
         return ()

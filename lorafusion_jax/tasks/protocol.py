@@ -30,22 +30,18 @@ def shuffled(count: int, key: int | str) -> list[int]:
 
 
 def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", limit: int = 100) -> Split:
-    """Split rows into those that train and the 5 % that validate.
+    """Split rows into 95 % for training and 5 % for validation.
 
-    The paper's code ("reference") shuffles once with seed 42, whatever the run's seed, and lets the first 5
-    of 100 rows validate. The default protocol shuffles anew for every seed.
+    The paper's code ("reference") shuffles once with seed 42, whatever the run's seed, and takes the first 5 of 100
+    rows for validation. The default protocol shuffles anew for every seed.
 
-    Of fewer than 20 rows, 5 % is less than one: none is held out, all train, and the same rows validate. With
-    `limit=5` that is LoraHub's league, whose 5 examples are all there is to learn from and to choose by.
+    Fewer than 20 rows are all used for both: with `limit=5` that is LoraHub's league.
 
     Args:
-      count: how many rows there are.
-      seeds: of the runs.
-      protocol: whose shuffle.
+      count: number of rows.
+      seeds: seeds of the runs.
+      protocol: rule of the shuffle.
       limit: use no more rows than this, the first ones after the shuffle.
-
-    Raises:
-      ValueError: if no rows are to be split.
     """
     used = min(count, limit)
     if used < 1:
@@ -65,15 +61,9 @@ def batch_orders(
 ) -> Int32[np.ndarray, "seeds steps B"]:
     """Return the row numbers of every batch; each epoch holds every row once.
 
-    B is `batch_size`, or the number of rows if that is smaller. An epoch has ceil(rows / B) steps, the last
-    one filled up with -1.
-
-    Args:
-      rows: row numbers to make batches of, a line for each seed.
-      batch_size: rows in a batch.
-      epochs: passes over `rows`.
-      seeds: keys by which every epoch is reshuffled; None keeps the order of `rows` (the reference protocol,
-        and validation).
+    B is `batch_size`, or the number of rows if that is smaller. An epoch has ceil(rows / B) steps, the last one filled
+    up with -1. Every epoch is reshuffled by the seeds; None keeps the order of `rows` (the reference protocol, and
+    validation).
     """
     runs, count = rows.shape
     size = min(batch_size, count)
@@ -89,16 +79,7 @@ def batch_orders(
 
 
 def draw_modules(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    """Draw `count` different modules, as LoraHub and the paper's code do.
-
-    Args:
-      names: the modules of the pool, in the order that decides which ones a seed draws.
-      count: how many.
-      seed: of the run.
-
-    Raises:
-      ValueError: if the pool does not hold `count` modules.
-    """
+    """Draw `count` different modules of a pool, as LoraHub and the paper's code do; the order of `names` matters."""
     if not 1 <= count <= len(names):
-        raise ValueError(f"{count} modules to be drawn from a pool of {len(names)}: ask for 1 to {len(names)}")
+        raise ValueError(f"{count} modules to be drawn from a pool of {len(names)}: draw 1 to {len(names)}")
     return tuple(names[i] for i in random.Random(seed).sample(range(len(names)), count))

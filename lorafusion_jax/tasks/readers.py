@@ -9,9 +9,8 @@ from typing import Any
 from .. import hub_answers
 from ..files import FileError, check_lfs, check_regular, shown, some, utf8
 
-Row = Any  # what JSON gives: checked where rows become examples
-# Each with the place it came from, for messages; read as they are asked for, so that a bad one ends it.
-Rows = Iterator[tuple[str, Row]]
+Row = Any  # any JSON: checked where rows become examples
+Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
 
 # The plain names and LoraHub's.
 _PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
@@ -22,8 +21,7 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     """Return the rows of each part, "train" and "test", or of "all" where the source does not divide them.
 
     Raises:
-      ValueError: on a source that does not exist or has an unknown layout, and, also while rows are read, on files
-        that cannot be read or hold no rows.
+      ValueError: on an unknown source or layout, and, also while rows are read, on damaged and empty files.
     """
     path = Path(source)
     try:
@@ -44,17 +42,11 @@ def without_revision(source: str | Path) -> str:
 
 
 def find_task(folder: str | Path, name: str) -> Path:
-    """Return the task of this name in a folder or its subfolders: NAME.json, NAME.jsonl or a folder NAME.
-
-    Raises:
-      ValueError: if there is none, or more than one.
-    """
+    """Return the task of this name in a folder or its subfolders: NAME.json, NAME.jsonl or a folder NAME."""
     names = (f"{name}.json", f"{name}.jsonl", name)
     found = sorted(path for path in Path(folder).rglob("*") if path.name in names)
     if not found:
-        raise ValueError(
-            f"{folder} has no task {name}: wanted {names[0]}, {names[1]} or a folder {name} somewhere in it"
-        )
+        raise ValueError(f"{folder} has no task {name}: expected {names[0]}, {names[1]} or a folder {name} inside it")
     if len(found) > 1:
         raise ValueError(f"{folder} has several tasks {name}, {' and '.join(map(str, found))}: keep one of them")
     return found[0]
@@ -63,12 +55,10 @@ def find_task(folder: str | Path, name: str) -> Path:
 def _folder_rows(path: Path) -> dict[str, Rows]:
     files = [file for file in _PARTS if (path / file).is_file()]
     if not files:
-        there = sorted(entry.name for entry in path.iterdir())
-        more = f" and {len(there) - 5} more" if len(there) > 5 else ""
+        held = some(sorted(entry.name for entry in path.iterdir())) or "nothing"
         raise ValueError(
-            f"{path} is not a task folder: it holds {', '.join(there[:5]) or 'nothing'}{more}; wanted "
-            "train.jsonl and test.jsonl, example.jsonl and zero_shot.jsonl, or what the save_to_disk of "
-            "datasets writes. A single file is given by its own path"
+            f"{path} is not a task folder: it holds {held}; expected train.jsonl and test.jsonl, example.jsonl and "
+            "zero_shot.jsonl, or a folder of datasets' save_to_disk. Give a single file by its own path"
         )
     parts = {_PARTS[file]: _file_rows(path / file) for file in files}
     if len(parts) < len(files):
@@ -79,7 +69,7 @@ def _folder_rows(path: Path) -> dict[str, Rows]:
 def _file_rows(path: Path) -> Rows:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows}
     if path.suffix not in readers:
-        raise ValueError(f"{path} ends in neither .jsonl nor .json: wanted one of these")
+        raise ValueError(f"{path} ends in neither .jsonl nor .json: expected one of these")
     check_lfs(path)
     return _some(readers[path.suffix](path), path)
 
@@ -113,7 +103,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _first_of_each_input(rows: Rows) -> Rows:
-    """Leave out rows whose input came before: a list is divided, and a test row must not be one that trained."""
+    """Leave out rows with an earlier row's input: a list is divided, and a test row must not be a training row too."""
     seen = set()
     for where, row in rows:
         asked = {key: row[key] for key in ("instruction", "input") if row.get(key)} if isinstance(row, dict) else None
@@ -140,7 +130,7 @@ def _parse(text: str, path: Path, line: int = 1) -> Row:
 def _dataset_rows(source: str) -> dict[str, Rows]:
     local, hub_id = Path(source).is_dir(), _HUB_ID.fullmatch(source)
     if not local and (hub_id is None or source.endswith((".json", ".jsonl"))):
-        raise ValueError(f"{source} does not exist: wanted a task file, a task folder or a data set's hub id")
+        raise ValueError(f"{source} does not exist: give a task file, a task folder or a data set's hub id")
     import datasets
 
     try:
@@ -178,7 +168,7 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
     splits = {"train": "train", "test": "test" if "test" in loaded else "validation"}
     parts = {part: rows(split) for part, split in splits.items() if split in loaded}
     if not parts:
-        raise ValueError(f"{source} has the splits {some([*loaded])}: wanted train, and test or validation")
+        raise ValueError(f"{source} has the splits {some([*loaded])}: expected train, and test or validation")
     return parts
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
-# Characters of a row's texts: 128,000 tokens have about half as many, and each token takes up to 300 bytes here.
+# Characters of a row's texts, where each token takes up to 300 bytes.
 LONGEST_ROW = 1 << 20
 _SHOWN = 40  # characters of a text in a message
 _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
@@ -24,10 +24,10 @@ _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:
-    """How an input and its target become tokens: two separate texts, which the tokenizer ends, or one text.
+    """Rule that makes tokens of an input and its target: two separate texts, which the tokenizer ends, or one text.
 
     Attributes:
-      ends: for one text, a prompt that the model continues: the tokens that end an answer. Targets get the first.
+      ends: tokens that end an answer, where it continues its prompt as one text. Targets get the first.
       chat: the tokenizer's chat template renders the prompt, with the input as the user's message, and the answer.
       context: most tokens of a prompt and its answer together; None for no limit.
       vocabulary: number of rows of the model's embedding, which tokenizers may exceed; None for no limit.
@@ -44,7 +44,7 @@ SEPARATE_TEXTS = TextFormat()
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids, row by row and unpadded; inputs and labels end as `TextFormat` says."""
+    """Token ids, row by row and unpadded; inputs and labels end according to `TextFormat`."""
 
     inputs: tuple[Int32[np.ndarray, " _"], ...]
     labels: tuple[Int32[np.ndarray, " _"], ...]
@@ -72,15 +72,14 @@ def encode(
       lm-evaluation-harness does with its `target_delimiter`.
     * The answer's tokens are those that follow the prompt's in the whole text. Where tokens would merge across the
       border, the answer is tokenised alone.
-    * A chat template renders the prompt and the whole. What it puts behind the end token is left out, because
-      generation stops there.
+    * A chat template renders the prompt and the whole. Text behind the end token is left out.
 
     Args:
       tokenizer: the base model's.
       examples: texts; an empty target makes a prompt alone.
-      text_format: how they become tokens.
+      text_format: rule for the tokens.
       max_length: most tokens of each of two separate texts.
-      new_tokens: tokens that will be generated after every prompt at most.
+      new_tokens: most tokens that will be generated after every prompt.
 
     Raises:
       ValueError: on a text that gives no tokens or one that the model lacks, a row that is longer than the model's
@@ -91,22 +90,21 @@ def encode(
     if text_format.ends:
         encoded = _continued(tokenizer, examples, text_format)
         _check_context(encoded, examples, text_format.context, new_tokens)
-        _check_vocabulary(tokenizer, encoded, examples, text_format.vocabulary)
-        return encoded
-
-    def ids(texts: list[str]) -> tuple[np.ndarray, ...]:
-        rows = _tokens(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
-        for row, text in zip(rows, texts, strict=True):
-            if not row:
-                raise ValueError(_NO_TOKENS.format(text=text))
-        return tuple(np.array(row, np.int32) for row in rows)
-
-    encoded = Encoded(
-        inputs=ids([example.input for example in examples]),
-        labels=ids([example.target for example in examples]),
-    )
+    else:
+        parts = [example.input for example in examples], [example.target for example in examples]
+        encoded = Encoded(*(_separate(tokenizer, texts, max_length) for texts in parts))
     _check_vocabulary(tokenizer, encoded, examples, text_format.vocabulary)
     return encoded
+
+
+def _separate(
+    tokenizer: "transformers.PreTrainedTokenizerBase", texts: list[str], max_length: int
+) -> tuple[np.ndarray, ...]:
+    rows = _tokens(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
+    for row, text in zip(rows, texts, strict=True):
+        if not row:
+            raise ValueError(_NO_TOKENS.format(text=text))
+    return tuple(np.array(row, np.int32) for row in rows)
 
 
 def decode(
@@ -145,7 +143,6 @@ def stream_text(
 def _continued(
     tokenizer: "transformers.PreTrainedTokenizerBase", examples: Sequence[Example], text_format: TextFormat
 ) -> Encoded:
-    """Tokenise prompts and their continuations."""
     texts = [_rendered(tokenizer, example, text_format) for example in examples]
     # A chat template has written the special tokens already.
     special = not text_format.chat
@@ -178,11 +175,11 @@ def _rendered(
     if not text_format.chat:
         apart = not example.input[-1:].isspace() and example.target and not example.target[0].isspace()
         return example.input, f"{example.input}{' ' if apart else ''}{example.target}"
-    messages = [{"role": role, "content": content} for role, content in (*example.history, ("user", example.input))]
-    prompt = _chat(tokenizer, messages, add_generation_prompt=True)
+    said = [*example.history, ("user", example.input)]
+    prompt = _chat(tokenizer, said, add_generation_prompt=True)
     if not example.target:
         return prompt, prompt
-    whole = _chat(tokenizer, [*messages, {"role": "assistant", "content": example.target}])
+    whole = _chat(tokenizer, [*said, ("assistant", example.target)], add_generation_prompt=False)
     if not whole.startswith(prompt):
         raise ValueError(
             f"the chat template renders {_beginning(example.input)} with its answer as {shown(whole)}, which does not "
@@ -193,15 +190,13 @@ def _rendered(
 
 
 def _chat(
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
-    *,
-    add_generation_prompt: bool = False,
+    tokenizer: "transformers.PreTrainedTokenizerBase", said: list[tuple[str, str]], *, add_generation_prompt: bool
 ) -> str:
+    messages = [{"role": role, "content": content} for role, content in said]
     try:
         return chat_template.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     except ValueError as error:
-        roles = ", ".join(message["role"] for message in messages)
+        roles = ", ".join(role for role, _ in said)
         raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
 
 
@@ -209,8 +204,7 @@ def _tokens(tokenizer: "transformers.PreTrainedTokenizerBase", texts: str | list
     try:
         return tokenizer(texts, **how)
     except BaseException as error:
-        # tokenizers raises a bare Exception, such as for a missing unknown token; Rust's panics, such as from a pattern
-        # that tries too much, are not even that.
+        # tokenizers raises a bare Exception, such as for a missing unknown token; a Rust panic is not even one.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(
@@ -221,11 +215,10 @@ def _tokens(tokenizer: "transformers.PreTrainedTokenizerBase", texts: str | list
 def _open_ended(
     tokenizer: "transformers.PreTrainedTokenizerBase", texts: list[str], *, special: bool
 ) -> list[list[int]]:
-    """Return the tokens of texts that go on: with those that the tokenizer begins a text with, without its ends."""
+    """Return the tokens of texts that are continued: with the tokenizer's first special tokens, without its last."""
     if not texts:
         return []
-    how = {"add_special_tokens": special, "return_special_tokens_mask": True, "verbose": False}
-    found = _tokens(tokenizer, texts, **how)
+    found = _tokens(tokenizer, texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
     rows = []
     for row, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
         length = len(row)
@@ -241,8 +234,8 @@ def _check_characters(examples: Sequence[Example]) -> None:
         texts = (example.input, example.target, *(content for _, content in example.history))
         if (length := sum(map(len, texts))) > LONGEST_ROW:
             raise ValueError(
-                f"row {row}, {_beginning(example.input)}, has {length:,} characters: wanted at most {LONGEST_ROW:,}. "
-                "Shorten the row or take it out"
+                f"row {row}, {_beginning(example.input)}, has {length:,} characters: expected at most {LONGEST_ROW:,}: "
+                "shorten the row or take it out"
             )
 
 
@@ -256,7 +249,7 @@ def _check_context(encoded: Encoded, examples: Sequence[Example], context: int |
             raise ValueError(
                 f"row {row + 1}, {_beginning(examples[row].input)}, has {len(prompt)} tokens, and {length} with its "
                 f"answer of up to {length - len(prompt)}: the model's context holds {context}. Shorten the row or take "
-                "it out, ask for fewer examples in the prompt (--shots), or for shorter answers (--max-new-tokens)"
+                "it out, give fewer examples in the prompt (--shots), or shorten answers (--max-new-tokens)"
             )
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import random
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,9 @@ from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.merge import Merge
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.tasks import draw_modules
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Optimisation, Rates
-from lorafusion_jax.training.seeds import over_seeds
 from lorafusion_jax.training.step import fusion_step, init_state
 
 _GRANULARITIES = ("global", "block", "site", "rank")
@@ -99,8 +96,7 @@ def _kernel(site, layer):
 
 @pytest.mark.parametrize("granularity", _GRANULARITIES)
 @pytest.mark.parametrize(
-    ("composition", "ranks", "kind"),
-    [("mix", _somewhere, LowRank), ("sum", _somewhere, Modules), ("sum", _several, Modules), ("sum", _full, Dense)],
+    ("composition", "ranks", "kind"), [("mix", _somewhere, LowRank), ("sum", _several, Modules), ("sum", _full, Dense)]
 )
 def test_adapters_are_the_definition(composition, granularity, ranks, kind):
     pool = tiny.pool(4, ranks)
@@ -170,23 +166,13 @@ def test_blocks_of_unequal_depths_have_columns_of_their_own():
 )
 def test_gram_norm_is_the_norm(composition, granularity, ranks, terms):
     pool = tiny.pool(4, ranks)
-    _check_norms(pool, pool, composition, granularity, terms)
-
-
-def test_pair_norms_of_a_pool_in_four_bits():
-    pool = tiny.pool(4, _several, names="q").quantised("nf4")
-    plain = {f: {s: dense(w, jnp.float32) for s, w in of_sites.items()} for f, of_sites in pool.factors.items()}
-    _check_norms(pool, dataclasses.replace(pool, **plain), "sum", "block", pair_terms)
-
-
-def _check_norms(pool, plain, composition, granularity, terms):
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
     terms = _gram(pool, terms)
     magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
     adapters, floored = _fuse(c, pool, granularity, composition, gram=terms, magnitudes=magnitudes)
     assert floored == 0
     matrices = _matrices(adapters)
-    wanted = tiny.updates(plain, _INDEX, tiny.coefficient_of(c, plain, granularity), composition)
+    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
     for (site, layer), update in wanted.items():
         W = _kernel(site, layer)
         m = 2.0 * np.linalg.norm(W, axis=0)
@@ -203,7 +189,7 @@ def _cancelling():
     )
 
 
-@pytest.mark.parametrize(("c", "floored"), [(0.0, False), (0.9, False), (0.99, False), (1 - 1e-5, True), (1.0, True)])
+@pytest.mark.parametrize(("c", "floored"), [(0.0, False), (0.99, False), (1 - 1e-5, True), (1.0, True)])
 @pytest.mark.parametrize(("composition", "terms"), [("sum", gram), ("sum", pair_terms), ("mix", gram)])
 def test_norms_near_cancellation_are_floored_and_counted(composition, terms, c, floored):
     pool = _cancelling()
@@ -241,8 +227,7 @@ def test_norms_near_cancellation_are_floored_and_counted(composition, terms, c, 
         assert np.any(gradients["coefficients"]) == (fusion.differentiate_norm and (c > 0 or composition == "sum"))
 
 
-@pytest.mark.parametrize("composition", ["mix", "sum"])
-@pytest.mark.parametrize("differentiate_norm", [False, True])
+@pytest.mark.parametrize(("composition", "differentiate_norm"), [("mix", True), ("sum", False)])
 def test_peak_memory_does_not_hold_w_plus_dw(composition, differentiate_norm):
     layers, width, modules, rank = 24, 1024, 8, 4
 
@@ -319,15 +304,6 @@ def test_a_sum_has_pair_terms_on_accelerators_where_they_take_no_more_memory():
         assert pairs_are_smaller(modules, 16) == fewer
 
 
-def test_pair_terms_of_another_fusion_are_refused():
-    pool = tiny.pool(4, names="q")
-    frozen, index = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool, pair_terms)), jnp.array(_INDEX)
-    for method in (Fusion(composition="mix"), Fusion(granularity="rank")):
-        params = method.init(frozen, index, jax.random.key(0))
-        with pytest.raises(ValueError, match="a sum of digital modules with one coefficient each: prepare the frozen"):
-            method.adapters(params, frozen, index)
-
-
 @pytest.mark.long
 def test_a_step_prepared_for_an_accelerator_is_that_of_a_cpu():
     config = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
@@ -376,17 +352,11 @@ def _objective_in_numpy(pool, site, x, direction, composition, m, norm):
 @pytest.mark.parametrize("differentiate_norm", [False, True])
 @pytest.mark.parametrize(
     ("composition", "ranks", "terms"),
-    [
-        ("mix", _somewhere, gram),
-        ("sum", _somewhere, gram),
-        ("sum", _full, gram),
-        ("sum", _somewhere, pair_terms),
-        ("sum", _full, pair_terms),
-    ],
+    [("mix", _somewhere, gram), ("sum", _somewhere, gram), ("sum", _full, gram), ("sum", _somewhere, pair_terms)],
 )
 def test_gradients_and_the_norm_as_a_constant(composition, ranks, terms, differentiate_norm):
     site, pool = "decoder.cross.v", tiny.pool(4, ranks, names="v")
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(2)  # coefficients of both signs: the paper's code multiplies gradients by 2c
     x = rng.normal(size=(6, 16))
     direction = rng.normal(size=(6, 12))
     c = tiny.coefficients((3,))
@@ -415,22 +385,6 @@ def test_gradients_and_the_norm_as_a_constant(composition, ranks, terms, differe
         _close(of_m[site][layer], np.sum(x @ ((_kernel(site, layer) + here[site, layer]) / norm[layer]) * direction, 0))
 
 
-def test_a_negative_coefficient_keeps_the_sign_of_its_gradient():
-    # The paper's code multiplies the gradient by 2c. Of a sum the gradient does not depend on c at all.
-    pool = tiny.pool(4, names="q")
-
-    @jax.jit
-    def value_and_gradient(c):
-        return jax.value_and_grad(lambda c: jnp.sum(_matrices(_fuse(c, pool, "global", "sum")[0])["encoder.self.q"]))(c)
-
-    c = jnp.float32([0.7, 0.7, 0.7])
-    (above, _), (value, positive), (below, negative) = map(value_and_gradient, (c.at[0].set(0.8), c, -c))
-    assert np.all(np.abs(positive) > 0.1)
-    _close(positive, negative)
-    _close(positive[0], (above - value) / 0.1, 1e-3)
-    _close(below, value - 1.4 * np.sum(positive), 1e-4)
-
-
 def test_mix_has_no_gradient_at_zero_and_sum_has():
     pool = tiny.pool(4)
 
@@ -442,14 +396,48 @@ def test_mix_has_no_gradient_at_zero_and_sum_has():
     assert np.all(np.abs(gradient(jnp.zeros((3, 5)), "sum")) > 1e-3)
 
 
+def test_a_mix_of_several_ranks_is_refused():
+    pool, index = tiny.pool(4, _several), jnp.array(_INDEX)
+    frozen, spread = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool)), expand(tiny.coefficients((3, 5)), pool, "block")
+    mix = Fusion(composition="mix")
+    for refused in (
+        lambda: mix.check(pool),
+        lambda: mix.init(frozen, index, jax.random.key(0)),
+        lambda: compose(pool, index, spread, "mix"),
+        # The values of an index are not known inside a compiled function, so all modules count.
+        lambda: jax.jit(lambda index: compose(pool, index, spread, "mix"))(index),
+        lambda: fused_adapter(tiny.CONFIG, pool, index, spread, "mix", base="b"),
+    ):
+        with pytest.raises(ValueError, match="different ranks.*use the composition sum"):
+            refused()
+    mix.check(tiny.pool(4, _somewhere))
+    Fusion(composition="sum").check(pool)
+
+
+def test_fusions_that_cannot_be_are_refused():
+    pool, index, base = tiny.pool(2, names="q"), jnp.arange(2), nnx.split(_MODEL)[1]
+    frozen, key, basis = Frozen(base, pool, _gram(pool, pair_terms)), jax.random.key(0), shared_basis(pool, 4)
+    m, ones = column_norms(frozen.gram), expand(jnp.ones(2), pool, "global")
+    method = Fusion(granularity="rank")
+    by_pairs = "a sum of digital modules with one coefficient each: prepare the frozen"
+    for refused, message in (
+        (lambda: Fusion(composition="mix", start="zeros"), "a mix that starts at zero never moves.*composition sum"),
+        (lambda: Fusion().init(Frozen(base), index, key), "needs a pool and its Gram terms"),
+        (lambda: compose(pool, index, ones, "sum", magnitudes=m), r"Gram terms .* give gram\(pool, kernels\)"),
+        (lambda: compose_in_basis(basis, index, ones, magnitudes=m), r"Gram terms .* give gram\(basis, kernels\)"),
+        (lambda: compose(pool, index, ones, "mix", gram=frozen.gram, magnitudes=m), by_pairs),
+        (lambda: method.adapters(method.init(frozen, index, key), frozen, index), by_pairs),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
 @pytest.mark.parametrize(
     ("sound", "change", "message"),
     [
-        (Fusion(), {"composition": "cat"}, "composition is 'cat': wanted one of mix, sum"),
-        (Fusion(), {"granularity": "blocks"}, "granularity is 'blocks': wanted one of global, block, site, rank"),
-        (Fusion(), {"start": "ones"}, "start is 'ones': wanted one of xavier, uniform, twice, zeros"),
-        (Merge(kind="cat"), {"kind": "mean"}, "kind is 'mean': wanted one of linear, magnitude_prune, "),
-        (Optimisation(steps=1), {"schedule": "linear"}, "schedule is 'linear': wanted one of constant, cosine"),
+        (Fusion(), {"granularity": "blocks"}, "granularity is 'blocks': expected one of global, block, site, rank"),
+        (Merge(kind="cat"), {"kind": "mean"}, "kind is 'mean': expected one of linear, magnitude_prune, "),
+        (Optimisation(steps=1), {"schedule": "linear"}, "schedule is 'linear': expected one of constant, cosine"),
     ],
 )
 def test_a_name_of_no_choice_is_refused(sound, change, message):
@@ -457,11 +445,6 @@ def test_a_name_of_no_choice_is_refused(sound, change, message):
     vars(unchecked).update(change)
     with pytest.raises(ValueError, match=message):
         unchecked.__post_init__()
-
-
-def test_mix_from_zeros_is_refused():
-    with pytest.raises(ValueError, match="a mix that starts at zero never moves.*use the composition sum"):
-        Fusion(composition="mix", start="zeros")
 
 
 # Modules that are not everywhere, and ranks that differ.
@@ -515,28 +498,6 @@ def test_magnitudes_act_only_where_a_module_does():
             _close(norm, np.full(norm.shape, 3.0 if layer in layers else 1.0))
 
 
-def test_mix_refuses_several_ranks_and_takes_missing_sites():
-    with pytest.raises(ValueError, match="different ranks.*use the composition sum"):
-        Fusion(composition="mix").check(tiny.pool(4, _several))
-    Fusion(composition="mix").check(tiny.pool(4, _somewhere))
-    Fusion(composition="sum").check(tiny.pool(4, _several))
-
-
-def test_a_mix_of_several_ranks_is_refused_in_python():
-    pool = tiny.pool(4, _several)
-    frozen, index = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool)), jnp.array(_INDEX)
-    spread = expand(tiny.coefficients((3, 5)), pool, "block")
-    for refused in (
-        lambda: compose(pool, index, spread, "mix"),
-        # Which modules meet is not known there, so all of them count.
-        lambda: jax.jit(lambda index: compose(pool, index, spread, "mix"))(index),
-        lambda: Fusion(composition="mix").init(frozen, index, jax.random.key(0)),
-        lambda: fused_adapter(tiny.CONFIG, pool, index, spread, "mix", base="b"),
-    ):
-        with pytest.raises(ValueError, match="different ranks at .*: use the composition sum"):
-            refused()
-
-
 def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
     """One adapter with a rank pattern; and modules of one rank out of a pool of several."""
     pool = tiny.pool(2, lambda n, site, layer: 1 + layer if n == 0 else 5)
@@ -548,26 +509,10 @@ def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
             _close(matrices[site][layer], _kernel(site, layer) + update)
 
 
-def test_a_fusion_without_gram_terms_is_refused():
-    with pytest.raises(ValueError, match="needs a pool and its Gram terms"):
-        Fusion().init(Frozen(nnx.split(_MODEL)[1]), jnp.arange(1), jax.random.key(0))
-
-
-def test_magnitudes_without_gram_terms_are_refused():
-    pool, index = tiny.pool(2), jnp.arange(2)
-    m = column_norms(_gram(pool))
-    with pytest.raises(ValueError, match=r"magnitudes, and no Gram terms .* give gram\(pool, kernels\)"):
-        compose(pool, index, expand(jnp.ones(2), pool, "global"), "sum", magnitudes=m)
-    basis = shared_basis(pool, 4)
-    with pytest.raises(ValueError, match=r"magnitudes, and no Gram terms .* give gram\(basis, kernels\)"):
-        compose_in_basis(basis, index, expand(jnp.ones(2), basis, "global"), magnitudes=m)
-
-
 # Pools in few bits.
 
 
-@pytest.mark.parametrize(("qtype", "bits", "error"), [("nf4", 4, 0.15), ("int8", 8, 0.02)])
-@pytest.mark.parametrize("composition", ["mix", "sum"])
+@pytest.mark.parametrize(("composition", "qtype", "bits", "error"), [("sum", "nf4", 4, 0.15), ("mix", "int8", 8, 0.02)])
 def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits, error):
     pool = tiny.pool(4)
     small = pool.quantised(qtype)
@@ -589,42 +534,6 @@ def test_a_quantised_pool_is_really_quantised_and_close(composition, qtype, bits
         assert 0 < np.linalg.norm(quantised[site] - matrices) < error * update
 
 
-# Seeds as an axis.
-
-
-@pytest.mark.parametrize("composition", [pytest.param("mix", marks=pytest.mark.long), "sum"])
-def test_seeds_together_equal_seeds_alone(composition):
-    pool = tiny.pool(4)
-    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
-    method = Fusion(composition=composition, start="xavier")
-    index = jnp.array([_INDEX, [1, 2, 3]])
-    keys = jnp.stack([jax.random.key(seed) for seed in (1, 2)])
-
-    def of_seed(seed, frozen):
-        index, key = seed
-        params = method.init(frozen, index, key)
-        adapters, _ = method.adapters(params, frozen, index)
-        x = jnp.ones((1, 16))
-        return {s: a(x, k) for s in adapters for a, k in [(_layer(adapters[s], 0), _KERNELS[s][0])]}
-
-    single = [jax.jit(of_seed)((index[s], keys[s]), frozen) for s in (0, 1)]
-    batched = jax.jit(over_seeds(of_seed, "batched"))((index, keys), frozen)
-    mapped = jax.jit(over_seeds(of_seed, "sequential"))((index, keys), frozen)
-    for site in pool.A:
-        for s in (0, 1):
-            _close(batched[site][s], single[s][site])
-            np.testing.assert_array_equal(mapped[site][s], single[s][site])
-        assert np.abs(single[0][site] - single[1][site]).max() > 1e-3
-
-
-def test_seeds_draw_different_modules_as_the_reference_does():
-    names = [f"adapter {n}" for n in range(196)]
-    drawn = [draw_modules(names, 20, seed) for seed in (1, 2, 3)]
-    assert len(set(drawn)) == 3
-    for seed, modules in zip((1, 2, 3), drawn, strict=True):
-        assert list(modules) == [names[i] for i in random.Random(seed).sample(range(196), 20)]
-
-
 # Starts and pools.
 
 
@@ -640,23 +549,11 @@ def test_starts():
     np.testing.assert_array_equal(initial((4, 5), "zeros", key), np.zeros((4, 5)))
 
 
-def test_magnitudes_start_at_the_norms_of_the_base():
-    pool = tiny.pool(2)
-    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
-    params = Fusion().init(frozen, jnp.arange(2), jax.random.key(0))
-    for site, magnitudes in params["magnitudes"].items():
-        for layer, m in enumerate(magnitudes):
-            _close(m, np.linalg.norm(_kernel(site, layer), axis=0))
-
-
-def test_pools_choose_at_least_one_module():
-    for pool in (tiny.pool(2), shared_basis(tiny.pool(2), 4)):
-        with pytest.raises(ValueError, match="a pool needs at least one adapter: none was given"):
-            pool.select([])
-
-
 def test_pools_choose_by_name_and_index():
     pool = tiny.pool(4)
+    for empty in (pool, shared_basis(pool, 4)):
+        with pytest.raises(ValueError, match="a pool needs at least one adapter: none was given"):
+            empty.select([])
     chosen = pool.select(["module_2", 0])
     assert chosen.names == ("module_2", "module_0") and len(chosen) == 2
     for site in pool.A:
@@ -684,7 +581,10 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
             assert np.abs(replaced - np.asarray(weight)).max() > 0.1
             # A module's draw does not depend on what else is in the pool.
             _close(replaced[:, [2]], getattr(alone, field)[site], 1e-6)
-    # But on the matrix, the site, the layer and the key.
+    # But on the matrix, the site, the layer and the key. Zeros within a module's rank are replaced too.
+    pruned = dataclasses.replace(pool, A={site: a.at[:, :, 0].set(0.0) for site, a in pool.A.items()})
+    for site, a in jax.jit(random_pool)(pruned, jax.random.key(0)).A.items():
+        np.testing.assert_array_equal(a != 0, control.A[site] != 0)
     other, even = jax.jit(random_pool)(pool, jax.random.key(1)), tiny.pool(2, names="v")
     drawn = jax.jit(random_pool)(even, jax.random.key(0))
     first = [
@@ -710,14 +610,7 @@ def test_a_random_module_does_not_depend_on_how_others_pad_it():
             np.testing.assert_array_equal(control.B[site][:, [n], :rank], drawn.B[site])
 
 
-def test_the_random_control_replaces_zeros_of_a_module_too():
-    pool = tiny.pool(2, names="v")
-    (site, a), *_ = pool.A.items()
-    pruned = dataclasses.replace(pool, A=pool.A | {site: a.at[:, :, 0].set(0.0)})
-    assert (np.asarray(random_pool(pruned, jax.random.key(0)).A[site]) != 0).all()
-
-
-@pytest.mark.parametrize("others", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 5)), 12])
+@pytest.mark.parametrize("others", [1, pytest.param(5, marks=pytest.mark.long), 12])
 def test_a_mix_and_its_gradient_do_not_depend_on_modules_beside_it(others):
     """To the last bit: which modules lie in memory depends on the seeds of a run."""
     many = tiny.pool(4 + others, names="q")

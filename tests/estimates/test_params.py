@@ -142,7 +142,7 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(config, goldens, tmp_pa
         ({"modules": 0}, "modules is 0"),
         ({"rank": -1}, "rank is -1"),
         ({"basis": 0}, "basis is 0"),
-        ({"basis": 1025}, "1025 directions, but encoder.self.q is 1024 x 1024: ask for at most 1024"),
+        ({"basis": 1025}, "1025 directions, but encoder.self.q is 1024 x 1024: use at most 1024"),
     ],
 )
 def test_models_and_numbers_without_counts_are_refused(changes, message):

@@ -21,7 +21,6 @@ _ON_ONE_CHIP = """
 import jax, jax.numpy as jnp
 from lorafusion_jax.adapters import norms
 from lorafusion_jax.models import layers
-from lorafusion_jax.models.t5 import feed_forward
 norms.product = jnp.matmul
 layers._SUMS = jax.checkpoint_policies.everything_saveable
 plain = layers.matmul

@@ -41,7 +41,7 @@ _METHODS = [*_TRAINED, *_SEARCHED, "mean", "merge", "cat", "zero-shot", "few-sho
 _ADAPTERS = [method for method in _METHODS if method not in ("full", "zero-shot", "few-shot", "constant")]
 # Fusion, the method that others are compared with, and those whose runs compile little.
 _SHORT = ("fusion", "single", "mean", "merge", "zero-shot", "few-shot", "constant")
-# They compile most; tests/test_decoder_family.py runs them too.
+# They compile most; tests/test_families.py runs them too.
 _NIGHTLY = ("dora", "vera", "full")
 
 

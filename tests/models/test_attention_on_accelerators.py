@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from lorafusion_jax.models.decoder import FAMILY, Decoder
-from lorafusion_jax.models.decoder import model as decoder
-from lorafusion_jax.models.t5 import attention
 from lorafusion_jax.models.t5.model import decoder_inputs
 
 _TOKENS = jnp.array([[5, 9, 4, 7], [3, 3, 8, 6]])
@@ -33,31 +32,31 @@ def _same(got, wanted):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_each_token_of_t5_attends_to_those_before_it(monkeypatch):
+def test_each_token_of_t5_attends_to_those_before_it():
     model = tiny.t5()
     config = model.config
     inputs = decoder_inputs(_TOKENS, start_id=model.start_id, pad_id=config.pad_id)
     wanted = model(_IDS, _IDS > 0, inputs)
-
-    monkeypatch.setattr(attention, "for_cpu", lambda: False)
-    _same(model(_IDS, _IDS > 0, inputs), wanted)
-    _, cache = model.prompt(_IDS, _IDS > 0, 6, {})
-    # Heads side by side, so that nothing is padded but the model's own width.
-    assert {a.shape[-1] for a in cache} == {config.num_heads * config.d_kv} and {a.ndim for a in cache} == {4}
-    step = jax.jit(lambda token, position, cache: model.decode_token(token, position, cache, _IDS > 0, {}))
-    for position, token in enumerate(inputs.T):
-        logits, cache = step(token, jnp.int32(position), cache)
-        _same(logits, wanted[:, position])
-
-
-def test_a_mesh_that_divides_heads_keeps_them_apart(monkeypatch):
-    monkeypatch.setattr(attention, "for_cpu", lambda: False)
-    for sizes, apart in (((2, 2), True), ((4, 1), False)):
-        with jax.set_mesh(jax.make_mesh(sizes, ("seed", "model"))):
-            assert attention.heads_apart() == apart
+    with tiny.for_tpu():
+        _same(model(_IDS, _IDS > 0, inputs), wanted)
+        _, cache = model.prompt(_IDS, _IDS > 0, 6, {})
+        # Heads side by side, so that only the model's own width is padded.
+        assert {a.shape[-1] for a in cache} == {config.num_heads * config.d_kv} and {a.ndim for a in cache} == {4}
+        step = jax.jit(lambda token, position, cache: model.decode_token(token, position, cache, _IDS > 0, {}))
+        for position, token in enumerate(inputs.T):
+            logits, cache = step(token, jnp.int32(position), cache)
+            _same(logits, wanted[:, position])
 
 
-def test_a_decoder_attends_to_the_same_columns(monkeypatch):
+def test_a_mesh_that_divides_heads_keeps_them_apart():
+    model, device = tiny.t5(), AbstractDevice("TPU v5 lite", 1, "tpu")
+    for sizes, axes in (((2, 2), 5), ((4, 1), 4)):
+        with use_abstract_mesh(AbstractMesh(sizes, ("seed", "model"), abstract_device=device)):
+            cache = jax.eval_shape(lambda: model.prompt(_IDS, _IDS > 0, 6, {})[1])
+        assert {a.ndim for a in cache} == {axes}
+
+
+def test_a_decoder_attends_to_the_same_columns():
     """Heads in groups, a window, padding."""
     model = Decoder(FAMILY.read_config(_GROUPED), rngs=nnx.Rngs(1))
 
@@ -65,6 +64,7 @@ def test_a_decoder_attends_to_the_same_columns(monkeypatch):
         return model.label_logits(_IDS, _IDS > 0, _TOKENS, {}), model.prompt(_IDS, _IDS > 0, 2, {})[0]
 
     wanted = both()
-    monkeypatch.setattr(decoder, "for_cpu", lambda: False)
-    for got, of_cpu in zip(both(), wanted, strict=True):
+    with tiny.for_tpu():
+        found = both()
+    for got, of_cpu in zip(found, wanted, strict=True):
         _same(got, of_cpu)

@@ -5,7 +5,6 @@ the left. What a fusion should give is computed in PyTorch from the adapters' fi
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -392,30 +391,3 @@ def test_windows_that_a_family_does_not_read(tmp_path, model_type):
     changes = {"sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]}
     folder = _made(tmp_path / "base", model_type, changes)
     _check(_theirs(_read(folder)), load_base(folder))
-
-
-def test_shards_and_pickles_hold_the_same_model(tmp_path):
-    import torch
-
-    whole = _made(tmp_path / "whole", "qwen3", _FAMILIES["qwen3"])
-    theirs = _read(whole)
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    tensors = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
-    names = sorted(tensors)
-    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for folder in ("pickle", "pickles"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "config.json").write_bytes((whole / "config.json").read_bytes())
-    torch.save(tensors, tmp_path / "pickle" / "pytorch_model.bin")
-    for file, held in shards.items():
-        torch.save({name: tensors[name] for name in held}, tmp_path / "pickles" / file)
-    weight_map = {name: file for file, held in shards.items() for name in held}
-    (tmp_path / "pickles" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-    wanted = nnx.state(load_base(whole))
-    for folder in ("shards", "pickle", "pickles"):
-        found = nnx.state(load_base(tmp_path / folder))
-        assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_array_equal(a, b)

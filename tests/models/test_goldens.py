@@ -21,7 +21,6 @@ from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, places
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
@@ -30,7 +29,7 @@ from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Rates
 from lorafusion_jax.training.step import fusion_step, init_state
 
-_KINDS = ("t5a", "t5b")
+_KINDS = ("t5a", "t5b", "llama")
 _LORAS = ("lora_0", "lora_1", "lora_2", "lora_3")
 _SINGLES = ("lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora", "dora")
 _POOLS = [
@@ -40,14 +39,15 @@ _POOLS = [
     ("t5a", "single_dora_fused"),
     ("t5b", "pool_factors_dora"),
     ("t5b", "pool_products_lora"),
+    ("llama", "pool_factors_lora"),
 ]
 # One of each composition and of each model, with magnitudes and without.
-_SHORT = [pytest.param(*_POOLS[0], marks=pytest.mark.smoke), _POOLS[5]]
+_SHORT = [pytest.param(*_POOLS[0], marks=pytest.mark.smoke), *_POOLS[5:]]
 _CASES = [*_SHORT, *(pytest.param(*pool, marks=pytest.mark.long) for pool in _POOLS[1:5])]
 
 
 class _Case(NamedTuple):
-    """A fusion, a model to put it on, and what the goldens say about it."""
+    """A fusion, a model to put it on, and the goldens' numbers."""
 
     graph: nnx.GraphDef
     method: Method
@@ -55,33 +55,32 @@ class _Case(NamedTuple):
     index: jax.Array
     params: dict
     batches: tuple[Batch, Batch]
+    inputs: dict[str, np.ndarray]
     golden: dict[str, np.ndarray]
     rows: list[tuple[str, int]]  # site and layer of every row of the golden's magnitudes
-    positions: np.ndarray  # those of the golden's logits
 
     def adapters(self, params=None):
         return jax.jit(self.method.adapters)(params or self.params, self.frozen, self.index)[0]
 
-    def say(self, batch=0, params=None):
-        """Logits of a batch by teacher forcing, and greedily generated tokens."""
-        logits, tokens = _say(self.graph, self.frozen.base, self.adapters(params), self.batches[batch])
-        real = self.batches[batch].row_mask
-        return logits[real], np.asarray(tokens[real])
-
-    def check_logits(self, logits, name, tolerance=1e-4):
-        """Compare the positions that the golden has."""
-        _close(logits[:, self.positions], self.golden[name], tolerance)
+    def check(self, logits, *, loss=None, greedy=None, k=0, params=None, tolerance=1e-4):
+        """Compare a batch's logits at the golden's positions, its mean loss, and greedily generated tokens."""
+        batch, whole = self.batches[k], _rows_of_four(self.inputs, k)
+        found, of_labels, tokens = _say(self.graph, self.frozen.base, self.adapters(params), batch, whole)
+        rows, positions = np.flatnonzero(batch.row_mask), self.inputs["positions"]
+        real = np.ones((len(rows), len(positions)), bool)
+        if _is_causal(self.inputs):
+            real = self.inputs[f"attention_mask_{k}"][:, positions] > 0
+        _close(found[rows][:, positions][real], self.golden[logits][real], tolerance)
+        if loss is not None:
+            _close(cross_entropy(of_labels[rows], batch.labels[rows]), self.golden[loss], 1e-5)
+        if greedy is not None:
+            prompt = batch.input_ids.shape[1] if _is_causal(self.inputs) else 1
+            np.testing.assert_array_equal(tokens[rows], self.golden[greedy][:, prompt:])
 
     def step(self, state, batch, *, l1, l2):
         recipe = PRESETS["reference"]
-        rates = Rates(
-            {
-                "coefficients": jnp.float32(recipe.lr_coefficients),
-                "magnitudes": jnp.float32(recipe.lr_magnitudes),
-            },
-            l2=jnp.float32(l2),
-            l1=jnp.float32(l1),
-        )
+        rates = {"coefficients": jnp.float32(recipe.lr_coefficients), "magnitudes": jnp.float32(recipe.lr_magnitudes)}
+        rates = Rates({group: rates[group] for group in self.params}, l2=jnp.float32(l2), l1=jnp.float32(l1))
         return _step(state, self.batches[batch], self.problem(), rates, optimisation=recipe.optimisation(20))
 
     def start(self):
@@ -92,12 +91,6 @@ class _Case(NamedTuple):
 
     def by_row(self, magnitudes):
         return np.stack([magnitudes[site][layer] for site, layer in self.rows])
-
-    def by_site(self, rows):
-        found = {site: [] for site, _ in self.rows}
-        for (site, _), row in zip(self.rows, rows, strict=True):
-            found[site].append(row)
-        return {site: jnp.asarray(np.stack(layers)) for site, layers in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +106,12 @@ def case(goldens):
     def make(kind, file="inputs"):
         model, arrays, batches = base(kind)
         graph, weights = nnx.split(model)
-        positions = arrays["positions"]
         if file == "inputs":
-            return _Case(graph, ZeroShot(), Frozen(weights), jnp.arange(0), {}, batches, arrays, [], positions)
+            return _Case(graph, ZeroShot(), Frozen(weights), jnp.arange(0), {}, batches, arrays, arrays, [])
         golden = dict(np.load(goldens / kind / f"{file}.npz"))
-        names = _LORAS if file.startswith("pool") else [file.removeprefix("single_").removesuffix("_fused")]
+        names = [file.removeprefix("single_").removesuffix("_fused")]
+        if file.startswith("pool"):
+            names = _LORAS[: len(golden["grad_coeff"])]
         sources = [str(goldens / kind / "adapters" / name) for name in names]
         pool = read_pool(sources, model.config, base_tensor=base_tensor(goldens / kind / "base"))
         frozen = Frozen(weights, pool, gram(pool, {site: kernels(model)[site] for site in pool.A}))
@@ -129,30 +123,44 @@ def case(goldens):
         if "traj_coeff" in golden:
             params["coefficients"] = jnp.asarray(golden["traj_coeff"][0])
         rows = [places(model.config)[path] for path in golden.get("modules", ())]
-        return _Case(graph, method, frozen, index, params, batches, golden, rows, positions)
+        return _Case(graph, method, frozen, index, params, batches, arrays, golden, rows)
 
     return make
 
 
-def _batch(arrays, k):
-    """Both batches have four rows, so that they share programs: the second one is filled up."""
-    ids, mask, labels = (arrays[f"{name}_{k}"] for name in ("input_ids", "attention_mask", "labels"))
+def _is_causal(arrays):
+    """Return whether labels continue the inputs, and begin behind the prompt."""
+    return arrays["labels_0"].shape == arrays["input_ids_0"].shape
+
+
+def _rows_of_four(arrays, k, start=0, end=None):
+    """Return ids and mask of a batch. Both batches have four rows, so that they share programs."""
+    ids, mask = (arrays[f"{name}_{k}"][:, start:end] for name in ("input_ids", "attention_mask"))
     filling = ((0, 4 - len(ids)), (0, 0))
-    return Batch(
-        input_ids=jnp.asarray(np.pad(ids, filling), jnp.int32),
-        input_mask=jnp.asarray(np.pad(mask > 0, filling)),
-        labels=jnp.asarray(np.pad(labels, filling, constant_values=-100), jnp.int32),
-        row_mask=jnp.arange(4) < len(ids),
-    )
+    return jnp.asarray(np.pad(ids, filling), jnp.int32), jnp.asarray(np.pad(mask > 0, filling))
+
+
+def _batch(arrays, k):
+    labels, prompt = arrays[f"labels_{k}"], None
+    if _is_causal(arrays):
+        prompt = int(np.argmax(labels[0] >= 0))
+        assert (labels[:, :prompt] < 0).all() and (labels[:, prompt] >= 0).all()
+        labels = labels[:, prompt:]
+    labels = np.pad(labels, ((0, 4 - len(labels)), (0, 0)), constant_values=-100)
+    row_mask = jnp.arange(4) < len(arrays[f"labels_{k}"])
+    return Batch(*_rows_of_four(arrays, k, end=prompt), jnp.asarray(labels, jnp.int32), row_mask)
 
 
 # Adapters are arguments: fusions that differ in their pools' names alone share this program.
 @functools.partial(jax.jit, static_argnums=0)
-def _say(graph, base, adapters, batch):
+def _say(graph, base, adapters, batch, whole):
+    """Return logits by teacher forcing, those that predict each label, and greedily generated tokens."""
     model = nnx.merge(graph, base)
-    start = decoder_inputs(batch.labels, start_id=model.start_id, pad_id=model.config.pad_id)
-    logits = model(batch.input_ids, batch.input_mask, start, adapters)
-    return logits, generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
+    of_labels = logits = model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters)
+    if model.config.causal:
+        logits = model(*whole, adapters)
+    tokens = generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
+    return logits, of_labels, tokens
 
 
 _step = jax.jit(fusion_step, static_argnames=("optimisation",))
@@ -162,39 +170,23 @@ def _close(got, wanted, tolerance, relative=0.0):
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=relative, atol=tolerance)
 
 
-# The base model alone.
-
-
 @pytest.mark.accelerator
-@pytest.mark.parametrize("kind", [pytest.param("t5a", marks=pytest.mark.smoke), "t5b"])
-def test_base_logits_and_loss(case, kind):
-    base = case(kind)
-    logits, _ = base.say()
-    base.check_logits(logits, "base_logits_0")
-    _close(cross_entropy(logits, base.batches[0].labels), base.golden["base_loss_mean_ce_0"], 1e-5)
-
-
-@pytest.mark.accelerator
-@pytest.mark.parametrize("kind", _KINDS)
-def test_base_generates_the_same_tokens(case, kind):
-    base = case(kind)
-    np.testing.assert_array_equal(base.say()[1], base.golden["base_greedy_0"][:, 1:])
-
-
-# One adapter.
+@pytest.mark.parametrize("kind", [pytest.param("t5a", marks=pytest.mark.smoke), *_KINDS[1:]])
+def test_the_base_alone(case, kind):
+    case(kind).check("base_logits_0", loss="base_loss_mean_ce_0", greedy="base_greedy_0")
 
 
 @pytest.mark.accelerator
 @pytest.mark.parametrize("name", [pytest.param("lora_0", marks=pytest.mark.smoke), *_SINGLES[1:]])
 def test_single_adapter(case, name):
     single = case("t5a", f"single_{name}")
-    golden, tolerance = single.golden, 2e-4 if name == "rslora" else 1e-4
     assert all(np.all(np.asarray(c) == 1) for c in jax.tree.leaves(single.params["coefficients"]))
-    logits, tokens = single.say()
-    single.check_logits(logits, "logits", tolerance)
-    _close(cross_entropy(logits, single.batches[0].labels), golden["loss_mean_ce"], 1e-5)
-    np.testing.assert_array_equal(tokens, golden["greedy"][:, 1:])
-    single.check_logits(single.say(batch=1)[0], "logits_batch1", tolerance)
+    tolerance = 2e-4 if name == "rslora" else 1e-4
+    single.check("logits", loss="loss_mean_ce", greedy="greedy", tolerance=tolerance)
+    single.check("logits_batch1", k=1, tolerance=tolerance)
+    graph, merged = nnx.split(merged_base(nnx.merge(single.graph, single.frozen.base), single.adapters()))
+    base = single._replace(graph=graph, method=ZeroShot(), frozen=Frozen(merged), params={})
+    base.check("logits_merged", tolerance=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -209,35 +201,17 @@ def test_single_adapter(case, name):
 def test_a_dora_adapter_keeps_its_magnitudes_where_none_are_trained(case, method):
     dora = case("t5a", "single_dora")
     params = method.init(dora.frozen, dora.index, jax.random.key(0))
-    logits, tokens = dora._replace(method=method).say(params=params)
-    dora.check_logits(logits, "logits")
-    np.testing.assert_array_equal(tokens, dora.golden["greedy"][:, 1:])
-
-
-@pytest.mark.parametrize("name", _SINGLES)
-def test_merged_adapter(case, name):
-    single = case("t5a", f"single_{name}")
-    model = nnx.merge(single.graph, single.frozen.base)
-    graph, merged = nnx.split(merged_base(model, single.adapters()))
-    base = single._replace(graph=graph, method=ZeroShot(), frozen=Frozen(merged), params={})
-    base.check_logits(base.say()[0], "logits_merged", 2e-4 if name == "rslora" else 1e-4)
-
-
-# A pool, fused.
+    dora._replace(method=method).check("logits", greedy="greedy", params=params)
 
 
 @pytest.mark.accelerator
 @pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_fusion_at_the_start(case, kind, file):
     fusion = case(kind, file)
-    golden = fusion.golden
-    logits, tokens = fusion.say()
-    fusion.check_logits(logits, "logits")
-    _close(cross_entropy(logits, fusion.batches[0].labels), golden["loss_mean_ce"], 1e-5)
-    np.testing.assert_array_equal(tokens, golden["greedy_init"][:, 1:])
-    fusion.check_logits(fusion.say(batch=1)[0], "logits_batch1")
+    fusion.check("logits", loss="loss_mean_ce", greedy="greedy_init")
+    fusion.check("logits_batch1", k=1)
     if fusion.method.magnitudes:
-        _close(fusion.by_row(fusion.params["magnitudes"]), golden["mag0"], 1e-5)
+        _close(fusion.by_row(fusion.params["magnitudes"]), fusion.golden["mag0"], 1e-5)
 
 
 @pytest.mark.accelerator
@@ -269,18 +243,5 @@ def test_twenty_steps_of_the_reference_protocol(case, kind, file):
         if fusion.method.magnitudes and number + 1 in golden["magnitude_steps"]:
             (row,) = np.flatnonzero(golden["magnitude_steps"] == number + 1)
             _close(fusion.by_row(state.params["magnitudes"]), golden["traj_mag"][row], 1e-4)
-    logits, tokens = fusion.say(params=state.params)
-    np.testing.assert_array_equal(tokens, golden["greedy_final"][:, 1:])
     # Numbers within 1e-4 of the golden's give logits further from its logits than the model's own error.
-    fusion.check_logits(logits, "logits_final", 3e-4)
-
-
-@pytest.mark.parametrize(("kind", "file"), _CASES)
-def test_logits_at_the_end_of_the_goldens_trajectory(case, kind, file):
-    fusion = case(kind, file)
-    params = {"coefficients": jnp.asarray(fusion.golden["traj_coeff"][-1])}
-    if fusion.method.magnitudes:
-        params["magnitudes"] = fusion.by_site(fusion.golden["traj_mag"][-1])
-    logits, tokens = fusion.say(params=params)
-    fusion.check_logits(logits, "logits_final")
-    np.testing.assert_array_equal(tokens, fusion.golden["greedy_final"][:, 1:])
+    fusion.check("logits_final", greedy="greedy_final", params=state.params, tolerance=3e-4)

@@ -34,15 +34,11 @@ def _oracle(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [
-        (Sampling(temperature=1.0), "012345"),
-        (Sampling(temperature=1.0, top_k=1), "4"),
         (Sampling(temperature=1.0, top_k=2), "45"),
         (Sampling(temperature=1.0, top_k=3), "1245"),  # the third and the fourth are equally likely
         (Sampling(temperature=1.0, top_k=99), "012345"),
-        (Sampling(temperature=1.0, top_p=0.4), "4"),
         (Sampling(temperature=1.0, top_p=0.6), "45"),
         (Sampling(temperature=1.0, top_p=0.7), "1245"),  # one of the two would be enough
-        (Sampling(temperature=1.0, top_p=0.99), "012345"),
         (Sampling(temperature=1.0, top_k=2, top_p=0.7), "4"),  # 16 of the 22 that the first filter leaves
         (Sampling(temperature=0.5, top_p=0.75), "4"),  # 256 of 326
     ],
@@ -64,13 +60,12 @@ def test_filters_keep_the_likeliest_tokens_and_those_that_are_equally_likely(sam
     sampling=st.sampled_from(
         [
             Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-            for temperature in (0.37, 2.0)
-            for top_k in (None, 4)
-            for top_p in (0.513, 0.937, 1.0)
+            for temperature, top_k in ((0.37, None), (2.0, 4))
+            for top_p in (0.513, 0.937)
         ]
     ),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_the_distribution_is_that_of_numpy(logits, sampling):
     row = np.array(logits, np.float32) * np.float32(0.7)
     found = _probabilities(jnp.asarray(row)[None], sampling)[0]
@@ -149,10 +144,10 @@ def test_the_likeliest_token_is_the_first_choice_of_a_cold_draw(said):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0: wanted a number from 1e-6 up, or 0 for no draw"),
+        ({"temperature": -1.0}, "temperature is -1.0: expected a number from 1e-6 up, or 0 for no draw"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k is 0: wanted at least 1"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0: wanted a probability above 0, up to 1"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0: expected at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0: expected a probability above 0, up to 1"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
         ({"top_p": 0.9}, "filter a draw, and temperature 0 draws nothing: give a temperature"),
     ],
@@ -162,13 +157,9 @@ def test_numbers_that_describe_no_draw(numbers, message):
         Sampling(**numbers)
 
 
-def test_at_least_one_token_is_generated(said):
-    graph, weights, ids, *_ = said
-    with pytest.raises(ValueError, match="max_new_tokens is 0: wanted at least 1"):
-        generate(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=0)
-
-
-def test_a_draw_without_keys(said):
+def test_a_generation_needs_a_length_and_a_draw_needs_keys(said):
     graph, weights, ids, _, sampling, _ = said
+    with pytest.raises(ValueError, match="max_new_tokens is 0: expected at least 1"):
+        generate(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=0)
     with pytest.raises(ValueError, match="a draw needs a key for every row: give row_keys"):
         _say(graph, weights, ids, None, sampling)

@@ -71,11 +71,8 @@ def test_pad(sequences, room):
     padded = pad([np.array(sequence, np.int32) for sequence in sequences], -7, width)
     assert padded.dtype == np.int32
     assert padded.tolist() == [sequence + [-7] * (width - len(sequence)) for sequence in sequences]
-
-
-def test_pad_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="sequence 1 has 5 tokens, which do not fit into 4"):
-        pad([np.arange(4), np.arange(5)], _PAD, 4)
+    with pytest.raises(ValueError, match=f"sequence 0 has {width + 1} tokens, which do not fit into {width}"):
+        pad([np.arange(width + 1)], _PAD, width)
 
 
 @given(lengths, st.integers(1, 12))
@@ -101,9 +98,6 @@ def test_predictions_return_to_file_order():
         predictions = batch.input_ids[:, 0]
         result[rows[rows >= 0]] = predictions[rows >= 0]
     assert result.tolist() == [1000, 1001, 1002, 1003, 1004]
-
-
-def test_nothing_to_evaluate():
     assert list(eval_batches(Encoded((), ()), 4, pad_id=_PAD)) == []
 
 
@@ -168,10 +162,8 @@ def test_more_than_six_widths_are_merged_where_it_costs_least(lengths, widths):
     assert [batch.input_ids.shape[1] for batch in batches] == [4] * 100 + widths
 
 
-@pytest.mark.parametrize("batch_size", [8, 16, 32])
-@pytest.mark.parametrize(
-    ("mean", "spread"), [(12, 0.2), (45, 0.15), (90, 0.5), (160, 0.3), (420, 0.25), (900, 0.4)], ids=str
-)
+@pytest.mark.parametrize("batch_size", [8, 32])
+@pytest.mark.parametrize(("mean", "spread"), [(12, 0.2), (90, 0.5), (420, 0.25), (900, 0.4)], ids=str)
 def test_little_padding(mean, spread, batch_size):
     """At least 70 % of what is processed are real tokens, for prompts from short sums to long stories."""
     draw = random.Random(0)

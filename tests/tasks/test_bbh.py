@@ -71,15 +71,6 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
     }
 
 
-def test_a_separator_may_be_empty(tmp_path):
-    rows, index = bbh_rows.write(tmp_path)
-    names = ["ruin_names", "movie_recommendation"]
-    folders = write_lorahub_split(rows, tmp_path / "out", names, index=index)
-    odd, plain = (load_task(folder).test[0].input for folder in folders)
-    assert odd.endswith("A:") and not odd.endswith("\nA:")
-    assert plain.endswith("\nA:")
-
-
 def test_rows_come_in_the_order_of_the_index(write):
     counting, measuring = write()
     task = load_task(counting)
@@ -110,7 +101,7 @@ def test_other_rows_in_place_are_not_overwritten(write):
     folder, other = write()
     (folder / "example.jsonl").unlink()
     (other / "zero_shot.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match=r"measuring/zero_shot\.jsonl is there already, with other rows: move it"):
+    with pytest.raises(ValueError, match=r"measuring/zero_shot\.jsonl exists with other rows: move it"):
         write()
     assert (other / "zero_shot.jsonl").read_text() == "mine"
     assert not (folder / "example.jsonl").exists()
@@ -119,31 +110,23 @@ def test_other_rows_in_place_are_not_overwritten(write):
 # Bad input
 
 
-def _lacking(key):
-    return {"counting": {k: v for k, v in _entry().items() if k != key}}
-
-
 @pytest.mark.parametrize(
     ("index", "message"),
     [
         ("{", r"index\.json: not JSON \(.*\): restore it from a copy"),
         ("[]", r"index\.json: holds a list, not an object"),
         ({}, r"index\.json: holds no tasks"),
-        ({"../counting": _entry()}, r"index\.json: '\.\./counting' is a path: expected the name of a task"),
-        ({"..": _entry()}, r"index\.json: '\.\.' is a path"),
-        ({"counting": [1]}, r"index\.json: counting is \[1\]: expected an object"),
-        (_lacking("sep"), r"counting\.sep is missing: expected a text"),
-        (_lacking("sha256_example"), r"counting\.sha256_example is missing"),
-        ({"counting": _entry() | {"example": "4"}}, r"counting\.example is '4': expected a list"),
-        ({"counting": _entry(prefix=[])}, r"counting\.prefix is \[\]: expected a list of one text"),
-        ({"counting": _entry(prefix=["a", "b"])}, r"prefix is \['a', 'b'\]: expected a list of one text"),
+        ({"../counting": _entry()}, r"index\.json: '\.\./counting' is a path: \w+ the name of a task"),
+        ({"counting": [1]}, r"index\.json: counting is \[1\]: \w+ an object"),
+        ({"counting": {k: value for k, value in _entry().items() if k != "sep"}}, r"counting\.sep is missing"),
+        ({"counting": _entry() | {"example": "4"}}, r"counting\.example is '4': \w+ a list"),
+        ({"counting": _entry(prefix=["a", "b"])}, r"prefix is \['a', 'b'\]: \w+ a list of one text"),
         (
             {"counting": _entry(example=[0, 6])},
-            r"counting, example: the index wants row 6 of .*counting\.json, which has rows 0 to 5: the benchmark's "
+            r"counting, example: the index lists row 6 of .*counting\.json, which has rows 0 to 5: the benchmark's "
             r"file is cut short, or the index is that of another one",
         ),
-        ({"counting": _entry(zero_shot=[-1])}, r"counting\.zero_shot\[0\] is -1: expected an integer of 0 or more"),
-        ({"counting": _entry() | {"zero_shot": ["1"]}}, r"counting\.zero_shot\[0\] is '1': expected an integer"),
+        ({"counting": _entry(zero_shot=[-1])}, r"counting\.zero_shot\[0\] is -1: \w+ an integer of 0 or more"),
         (
             {"lost": _entry()},
             r"lost\.json does not exist: give the folder bbh of https://github\.com/suzgunmirac/.*/0\.1/data_bbh\.zip",
@@ -168,18 +151,8 @@ def test_another_version_of_the_benchmark_is_noticed_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_without_text_are_named(write):
-    with pytest.raises(ValueError, match=r"counting\.json, example 5: its target is 4: give it a text"):
-        write(examples=[example | {"target": int(example["target"])} for example in _EXAMPLES])
-
-
-def test_unknown_task(write):
-    with pytest.raises(ValueError, match=r"index\.json has no task sorting: it has counting, measuring"):
-        write(names=["counting", "sorting"])
-
-
 def test_missing_index(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.json: no such file: wanted the JSON file that lists the rows"):
+    with pytest.raises(ValueError, match=r"no\.json: no such file: give the JSON file that lists the rows"):
         write_lorahub_split(tmp_path, tmp_path, index=tmp_path / "no.json")
 
 
@@ -188,7 +161,7 @@ def test_the_package_has_lorahubs_index(tmp_path):
     rows = [{"input": f"not ( True ) and {i} is", "target": "False"} for i in range(250)]
     for name in ("boolean_expressions", "snarks"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"examples": rows[:200]}))
-    with pytest.raises(ValueError, match=r"boolean_expressions, example: the index wants row 2\d\d of .*rows 0 to 199"):
+    with pytest.raises(ValueError, match=r"boolean_expressions, example: the index lists row 2\d\d of .*rows 0 to 199"):
         write_lorahub_split(tmp_path, tmp_path / "out", ["boolean_expressions"])
     with pytest.raises(
         ValueError, match=r"snarks, example\.jsonl: its rows have the sha256 .*, and LoraHub's have \w{12}"
@@ -200,7 +173,7 @@ def test_the_package_has_lorahubs_index(tmp_path):
 
 def test_lorahubs_own_folder(tmp_path):
     where = r"release 0\.1 \(https://github\.com/sail-sg/lorahub/releases/.*/data_bbh\.zip\); .*BIG-Bench-Hard.*--bbh"
-    with pytest.raises(ValueError, match=rf"data_bbh does not exist: wanted LoraHub's data_bbh, .*{where}"):
+    with pytest.raises(ValueError, match=rf"data_bbh does not exist: give LoraHub's data_bbh, .*{where}"):
         lorahub_tasks(tmp_path / "data_bbh")
     for name in ("snarks", "navigate"):
         (tmp_path / "data_bbh" / name).mkdir(parents=True)

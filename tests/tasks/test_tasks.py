@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.tasks import (
     Example,
-    answer_options,
     batch_orders,
     draw_modules,
     encode,
@@ -124,47 +123,28 @@ def test_prompt_stands_around_every_input(tmp_path):
         load_task(path, prompt="Q: {}")
 
 
-def test_bbh_files_load(tmp_path):
+def test_files_of_big_bench_hard_are_read(tmp_path):
     folder, _ = bbh_rows.write(tmp_path)
     for name, (_, rows) in bbh_rows.TASKS.items():
         task = load_task(folder / f"{name}.json", train_rows=bbh_rows.TRAIN_ROWS)
-        assert task.name == name
-        assert len(task.train) == bbh_rows.TRAIN_ROWS
+        assert (task.name, len(task.train)) == (name, bbh_rows.TRAIN_ROWS)
         assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(rows)
 
 
-def test_bbh_prompt_gives_the_rows_of_lorahubs_folders(tmp_path):
-    for name, (prefix, rows) in bbh_rows.TASKS.items():
-        examples = [{"input": question, "target": answer} for question, answer in rows]
-        path = _write(tmp_path / "test.jsonl", examples)
-        prompt = f"{prefix}Q: {{input}}{bbh_rows.separator(name)}A:"
-        task = load_task(path, prompt=prompt, need=["test"])
-        written = [{"context": example.input, "completion": example.target} for example in task.test]
-        assert [json.dumps(row, ensure_ascii=False) for row in written] == bbh_rows.lines(name, range(len(rows)))
-
-
-def _function_vectors(path, count, outputs=lambda i: f"answer {i}"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{"input": f"question {i}", "output": outputs(i)} for i in range(count)]))
-    return path
-
-
-def test_a_list_of_inputs_and_outputs(tmp_path):
-    path = _function_vectors(tmp_path / "abstractive" / "animal-sound.json", 210)
-    task = load_task(path, prompt="Q: {input}\nA:")
-    assert (task.name, len(task.train), len(task.test)) == ("animal-sound", 100, 110)
-    order = list(range(210))
-    random.Random(42).shuffle(order)
-    assert task.train[0] == Example(f"Q: question {order[0]}\nA:", f"answer {order[0]}")
-    assert {e.target for e in task.train + task.test} == {f"answer {i}" for i in range(210)}
-    assert answer_options(task) is None
-
-
-def test_no_row_of_a_list_is_trained_and_tested_on(tmp_path):
-    path = tmp_path / "twice.json"
-    path.write_text(json.dumps([{"input": f"question {i % 6}", "output": f"answer {i}"} for i in range(12)]))
-    task = load_task(path, train_rows=3)
-    assert sorted(task.train + task.test, key=lambda example: example.input) == list(_examples(6))
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([{"input": f"question {i % 6}", "output": f"answer {i}"} for i in range(12)], 6),
+        ([{"instruction": f"Do {i % 3}.", "input": "", "output": f"answer {i}"} for i in range(6)], 3),
+    ],
+)
+def test_of_rows_with_equal_inputs_a_list_keeps_the_first(tmp_path, rows, kept):
+    path = tmp_path / "folder" / "animal-sound.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(rows))
+    task = load_task(path, train_rows=1)
+    assert (task.name, len(task.train)) == ("animal-sound", 1)
+    assert sorted(example.target for example in task.train + task.test) == [f"answer {i}" for i in range(kept)]
 
 
 @pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
@@ -194,48 +174,34 @@ def test_an_instruction_stands_before_the_input(tmp_path, name):
     }
 
 
-def test_instructions_with_equal_inputs_are_different_rows_of_a_list(tmp_path):
-    rows = [{"instruction": f"Do {i % 3}.", "input": "", "output": f"answer {i}"} for i in range(6)]
-    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
-    task = load_task(tmp_path / "alpaca.json", train_rows=1)
-    assert sorted(example.target for example in task.train + task.test) == ["answer 0", "answer 1", "answer 2"]
-
-
-def test_few_answers_of_a_list_are_options(tmp_path):
-    path = _function_vectors(tmp_path / "colour.json", 110, outputs=lambda i: ("red", "green", "blue")[i % 3])
-    assert answer_options(load_task(path)) == (("blue", "green", "red"),) * 10
-
-
 def test_a_task_is_found_by_its_name_in_any_subfolder(tmp_path):
-    flat = _function_vectors(tmp_path / "abstractive" / "next_item.json", 3)
-    _function_vectors(tmp_path / "extractive" / "next_item_of_3.json", 3)
+    flat = _write(tmp_path / "abstractive" / "next_item.json", _rows(3))
+    _write(tmp_path / "extractive" / "next_item_of_3.json", _rows(3))
     _write(tmp_path / "mine" / "counting" / "train.jsonl", _rows(3))
     assert find_task(tmp_path, "next_item") == flat
     assert find_task(tmp_path, "counting") == tmp_path / "mine" / "counting"
-    with pytest.raises(
-        ValueError, match=r"has no task prev_item: wanted prev_item\.json, prev_item\.jsonl or a folder"
-    ):
+    with pytest.raises(ValueError, match=r"has no task prev_item: expected prev_item\.json, .* or a folder"):
         find_task(tmp_path, "prev_item")
     _write(tmp_path / "next_item.jsonl", _rows(3))
     with pytest.raises(ValueError, match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one"):
         find_task(tmp_path, "next_item")
 
 
-def test_datasets_folder(tmp_path):
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": _rows(3), "test": _rows(2, start=3), "validation": _rows(9)},
+        {"train": _rows(3), "validation": _rows(2, start=3, keys=("context", "completion"))},
+    ],
+)
+def test_a_folder_of_datasets_holds_training_and_test_rows(tmp_path, splits):
     folder = tmp_path / "saved"
-    splits = {"train": _rows(3), "test": _rows(2, start=3), "validation": _rows(9)}
     datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
     task = load_task(folder)
     assert (task.name, task.train, task.test) == ("saved", _examples(3), _examples(2, start=3))
 
 
-def test_datasets_folder_whose_test_is_called_validation(tmp_path):
-    parts = {"train": _rows(1), "validation": _rows(2, start=1, keys=("context", "completion"))}
-    datasets.DatasetDict({split: _dataset(rows) for split, rows in parts.items()}).save_to_disk(tmp_path)
-    assert load_task(tmp_path).test == _examples(2, start=1)
-
-
-def test_datasets_folder_of_one_split_is_divided(tmp_path):
+def test_a_folder_of_datasets_with_one_split_is_divided(tmp_path):
     _dataset(_rows(6)).save_to_disk(tmp_path / "alone")
     task = load_task(tmp_path / "alone", train_rows=4)
     assert len(task.train) == 4
@@ -272,13 +238,16 @@ def test_hub_id_with_config(monkeypatch):
 # Bad input
 
 
+_LAYOUT = r"input and target \(or output\), or context and completion, with an instruction or without"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("test.jsonl", "", r"test\.jsonl is empty: a task needs at least one row"),
-        ("test.jsonl", "\n \n", r"test\.jsonl is empty"),
+        ("test.jsonl", "\n \n", r"test\.jsonl is empty: a task needs at least one row"),
         ("bbh.json", "", r"bbh\.json is empty"),
         ("bbh.json", '{"examples": []}', r"bbh\.json is empty"),
+        ("list.json", "[]", r"list\.json is empty"),
         (
             "test.jsonl",
             '{"context": "a", "completion": "b"}\n\n{"context": "a", "completion": " "}',
@@ -286,12 +255,7 @@ def test_hub_id_with_config(monkeypatch):
         ),
         ("test.jsonl", '{"input": "", "target": "b"}', r"line 1: its input is '': give it a text"),
         ("test.jsonl", '{"input": "a", "target": 5}', r"line 1: its target is 5: give it a text"),
-        ("test.jsonl", '{"input": "a", "target": null}', r"line 1: its target is None"),
-        (
-            "test.jsonl",
-            '{"question": "a", "target": "b"}',
-            r"line 1 has question, target: wanted input and target \(or output\), or context and completion",
-        ),
+        ("test.jsonl", '{"question": "a", "target": "b"}', f"line 1 has question, target: expected {_LAYOUT}"),
         (
             "test.jsonl",
             '{"instruction": " ", "input": "", "output": "b"}',
@@ -303,10 +267,10 @@ def test_hub_id_with_config(monkeypatch):
         (
             "test.jsonl",
             '{"instruction": "a", "context": "b", "output": "c"}',
-            r"line 1 has instruction, context, output: wanted input and target .*, with an instruction or without",
+            f"line 1 has instruction, context, output: expected {_LAYOUT}",
         ),
-        ("test.jsonl", "{}", r"line 1 has no keys: wanted input and target"),
-        ("test.jsonl", '["a", "b"]', r"line 1 is \['a', 'b'\]: wanted an object with input and target"),
+        ("test.jsonl", "{}", "line 1 has no keys: expected input and target"),
+        ("test.jsonl", '["a", "b"]', rf"line 1 is \['a', 'b'\]: expected an object with {_LAYOUT}"),
         (
             "test.jsonl",
             '{"input": "a", "target": "b"}\n{"input": "a"; "target": "b"}',
@@ -319,33 +283,18 @@ def test_hub_id_with_config(monkeypatch):
         ),
         ("bbh.json", '{"examples": ' + "[" * 100_000, r"bbh\.json, line 1: not JSON: .*recursion"),
         ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2: not JSON: Expecting value"),
-        ("list.json", "[]", r"list\.json is empty"),
-        (
-            "list.json",
-            '[{"input": "a", "output": "b"}, {"input": "c"}]',
-            r"list\.json, row 2 has input: wanted input and",
-        ),
-        ("list.json", '["a"]', r"list\.json, row 1 is 'a': wanted an object with input and target \(or output\)"),
+        ("list.json", '[{"input": "a", "output": "b"}, {"input": "c"}]', r"list\.json, row 2 has input, expected"),
         (
             "bbh.json",
             '{"rows": []}',
             r"neither a list.*nor laid out as BIG-Bench Hard.*one row a line into a \.jsonl file",
         ),
-        (
-            "bbh.json",
-            '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}',
-            r"bbh\.json, example 2 has input: wanted input and target",
-        ),
-        (
-            "test.jsonl",
-            _LFS,
-            r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull",
-        ),
-        ("bbh.json", _LFS, r"bbh\.json: this is a Git LFS pointer"),
-        ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor \.json: wanted one of these"),
+        ("bbh.json", '{"examples": [{"input": "a"}]}', r"bbh\.json, example 1 has input: expected input and target"),
+        ("test.jsonl", _LFS, r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull"),
+        ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor \.json: expected one of these"),
     ],
 )
-def test_bad_files(tmp_path, file, content, message):
+def test_bad_files_are_refused_with_the_place_and_a_fix(tmp_path, file, content, message):
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_task(tmp_path / file, need=["test"])
@@ -359,60 +308,61 @@ def test_bad_encoding(tmp_path):
 
 @pytest.mark.parametrize(
     "row",
-    [
-        ["x"] * 10_000,
-        {"input": ["x"] * 10_000, "target": "b"},
-        {f"key {n}": 1 for n in range(10_000)},
-        {"x" * 10**6: 1},
-    ],
+    [["x"] * 10_000, {"input": ["x"] * 10_000, "target": "b"}, {f"{n}": 1 for n in range(10_000)}, {"x" * 10**6: 1}],
 )
 def test_messages_about_large_rows_are_short_and_come_before_the_next_row(tmp_path, row):
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\nnot JSON")
-    with pytest.raises(ValueError, match="line 1.*(wanted an object|wanted input|its input)") as raised:
+    with pytest.raises(ValueError, match="line 1.*(expected an object|expected input|its input)") as raised:
         load_task(tmp_path, need=["test"])
     assert len(str(raised.value)) < 1000
 
 
-def test_a_name_that_is_too_long():
-    with pytest.raises(ValueError, match="^'xxx.* cannot be a task: File name too long"):
-        load_task("x" * 5000)
+def _files(folder, *names, rows=1):
+    for name in names:
+        _write(folder / name, _rows(rows))
 
 
-def test_unknown_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a task folder: it holds nothing; wanted train\.jsonl"):
+def _saved(folder, **splits):
+    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
+
+
+_BOTH = "give a folder or data set that has both parts"
+_LOST = "does not exist: give a task file, a task folder or a data set's hub id"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, r"is not a task folder: it holds nothing; expected train\.jsonl"),
+        (lambda folder: _files(folder, "b.json", "a.json"), r"it holds a\.json, b\.json; .* by its own path"),
+        (lambda folder: _files(folder, "train.jsonl", "example.jsonl"), "example.jsonl, two files for one part"),
+        (lambda folder: _files(folder, "test.jsonl"), f"has no train rows: {_BOTH}"),
+        (lambda folder: _files(folder, "train.jsonl"), f"has no test rows: {_BOTH}"),
+        (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "cannot be loaded by datasets: "),
+        (lambda folder: _saved(folder, a=_rows(1), b=_rows(1)), "splits a, b: expected train, and test or validation"),
+        (
+            lambda folder: _saved(folder, train=_rows(1), test=[{"text": "a"}]),
+            "split test, row 0 has text: expected in",
+        ),
+    ],
+)
+def test_folders_that_are_no_tasks_are_refused(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
         load_task(tmp_path)
-    for name in "gfedcba":
-        (tmp_path / f"{name}.json").touch()
-    with pytest.raises(ValueError, match=r"it holds a\.json, b\.json, .*, e\.json and 2 more; .* by its own path"):
-        load_task(tmp_path)
 
 
-def test_folder_with_two_files_for_one_part(tmp_path):
-    for name in ("train.jsonl", "example.jsonl", "test.jsonl"):
-        _write(tmp_path / name, _rows(1))
-    with pytest.raises(ValueError, match=r"holds train\.jsonl, example\.jsonl, test\.jsonl, two files for one part"):
-        load_task(tmp_path)
-
-
-@pytest.mark.parametrize(("there", "missing"), [("test.jsonl", "train"), ("train.jsonl", "test")])
-def test_missing_part(tmp_path, there, missing):
-    _write(tmp_path / there, _rows(2))
-    with pytest.raises(ValueError, match=f"has no {missing} rows: give a folder or data set that has both parts"):
-        load_task(tmp_path)
-
-
-def test_one_list_too_short_to_divide(tmp_path):
+def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
     path = _write(tmp_path / "all.jsonl", _rows(60))
     for train_rows in (100, 60):
-        message = f"one list of 60 rows, and {train_rows} to train would leave none to test: ask for fewer"
+        message = f"one list of 60 rows, and {train_rows} to train would leave none to test: use fewer"
         with pytest.raises(ValueError, match=message):
             load_task(path, train_rows=train_rows)
-
-
-@pytest.mark.parametrize("source", ["/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"])
-def test_source_that_does_not_exist(source):
-    with pytest.raises(ValueError, match="does not exist: wanted a task file, a task folder or a data set's hub id"):
-        load_task(source)
+    for source in ("/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"):
+        with pytest.raises(ValueError, match=_LOST):
+            load_task(source)
+    with pytest.raises(ValueError, match="^'xxx.* cannot be a task: File name too long"):
+        load_task("x" * 5000)
 
 
 def test_hub_failure_names_the_source(monkeypatch):
@@ -423,29 +373,6 @@ def test_hub_failure_names_the_source(monkeypatch):
         match="owner/no_such_data is not a local path, and could not be loaded from the hub: [a-zA-Z]+: Couldn't",
     ):
         load_task("owner/no_such_data")
-
-
-def test_broken_datasets_folder(tmp_path):
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets: "):
-        load_task(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("splits", "message"),
-    [
-        ({"a": _rows(1), "b": _rows(1)}, "has the splits a, b: wanted train, and test or validation"),
-        ({"train": _rows(1), "test": [{"text": "a"}]}, "split test, row 0 has text: wanted input and target"),
-        (
-            {"train": _rows(1), "test": [{"input": "a", "target": ""}]},
-            "split test, row 0: its target is '': give it a text",
-        ),
-    ],
-)
-def test_bad_data_sets(tmp_path, splits, message):
-    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        load_task(tmp_path)
 
 
 def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
@@ -469,26 +396,14 @@ def test_data_set_without_rows(tmp_path, monkeypatch):
         load_task(tmp_path)
 
 
-def test_data_set_whose_state_is_nested_too_deeply(tmp_path):
-    _dataset(_rows(6)).save_to_disk(tmp_path)
-    state = tmp_path / "state.json"
-    deep = '[{"x": ' * 450 + "1" + "}]" * 450
-    state.write_text(state.read_text().replace('"_output_all_columns": false', f'"_output_all_columns": {deep}'))
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets: RecursionError"):
-        load_task(tmp_path)
-
-
 # What seeds decide
 
 
-def test_reference_split_is_the_papers():
-    examples = [(f"question {i}", f"answer {i}") for i in range(100)]
-    random.Random(42).shuffle(examples)
+def test_the_reference_split_is_the_papers():
+    order = list(range(100))
+    random.Random(42).shuffle(order)
     train, validation = split(100, [1, 2, 3], protocol="reference")
-    assert train.shape == (3, 95)
-    for seed in range(3):
-        assert [f"question {i}" for i in validation[seed]] == [question for question, _ in examples[:5]]
-        assert [f"question {i}" for i in train[seed]] == [question for question, _ in examples[5:]]
+    assert train.tolist() == [order[5:]] * 3 and validation.tolist() == [order[:5]] * 3
 
 
 @given(count=st.integers(20, 300), limit=st.integers(20, 120), protocol=st.sampled_from(["reference", "default"]))
@@ -502,9 +417,9 @@ def test_split_divides_rows(count, limit, protocol):
         assert rows.max() < count
 
 
-@pytest.mark.parametrize(("count", "limit"), [(100, 5), (19, 100), (1, 100), (50, 1)])
+@pytest.mark.parametrize(("count", "limit"), [(100, 5), (19, 100), (1, 100)])
 @pytest.mark.parametrize("protocol", ["reference", "default"])
-def test_fewer_than_twenty_rows_train_and_validate(count, limit, protocol):
+def test_fewer_than_twenty_rows_are_used_for_training_and_validation(count, limit, protocol):
     train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
     np.testing.assert_array_equal(train, validation)
     for seed, rows in zip((7, 8), train.tolist(), strict=True):
@@ -575,7 +490,7 @@ def test_modules_are_drawn_as_python_samples_the_list():
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_draw_that_the_pool_cannot_give(count):
-    with pytest.raises(ValueError, match=f"{count} modules to be drawn from a pool of 3: ask for 1 to 3"):
+    with pytest.raises(ValueError, match=f"{count} modules to be drawn from a pool of 3: draw 1 to 3"):
         draw_modules(["a", "b", "c"], count, 0)
 
 
@@ -614,17 +529,6 @@ def test_long_texts_are_cut_and_keep_their_end(tokenizer_folder):
     assert encode(tokenizer, [Example("w0 w1 w2", "w3 w4 w5")], max_length=3).labels[0].tolist() == [6, 7, 1]
 
 
-def test_text_without_tokens(tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    with pytest.raises(ValueError, match=r"the tokenizer makes no tokens of '\\n': take the row out"):
-        encode(tokenizer, [Example("w0", "w1"), Example("w0", "\n")])
-
-
-def test_no_examples_encode_to_nothing(tokenizer_folder):
-    assert len(encode(load_tokenizer(tokenizer_folder), [])) == 0
-
-
 def test_no_tokenizer(tmp_path):
     with pytest.raises(
         ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id with config.json"
@@ -635,6 +539,7 @@ def test_no_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.long
 def test_loading_says_nothing_where_pytorch_is_missing(tokenizer_folder):
     script = f"""
 import importlib.util

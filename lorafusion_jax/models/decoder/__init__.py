@@ -1,7 +1,6 @@
 """Decoder-only models: Llama, SmolLM2, Mistral, Qwen 2 to 3, Gemma 2 and 3, Phi-3."""
 
-from ..architecture import Family
-from .checkpoint import CHECKPOINT
+from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig
 from .gguf import GGUF
 from .hf_config import MODEL_TYPES, NAMES, read_config
@@ -9,6 +8,33 @@ from .model import Decoder
 from .shapes import SHAPES
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def _others(model: Decoder) -> list[Slot]:
+    block, config = model.decoder, model.structure
+    names = {"input_layernorm": block.input_norm}
+    if config.post_norms:
+        names |= {
+            "post_attention_layernorm": block.attention_post_norm,
+            "pre_feedforward_layernorm": block.mlp_norm,
+            "post_feedforward_layernorm": block.mlp_post_norm,
+        }
+    else:
+        names["post_attention_layernorm"] = block.mlp_norm
+    if config.qk_norm:
+        names |= {"self_attn.q_norm": block.self_attn.q_norm, "self_attn.k_norm": block.self_attn.k_norm}
+    stacked = {f"model.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()}
+    for name in config.sites:
+        _, module, last = name.split(".")
+        if last in config.biased:
+            stacked[f"model.layers.{{}}.{module}.{last}.bias"] = getattr(getattr(block, module), last).bias
+    slots = [Slot(model.embedding, [_EMBEDDING]), Slot(model.norm.scale, ["model.norm.weight"])]
+    for name, variable in stacked.items():
+        slots.append(Slot(variable, [name.format(layer) for layer in range(config.num_layers)], stacked=True))
+    return slots
+
 
 FAMILY = Family(
     name="decoder",
@@ -18,7 +44,13 @@ FAMILY = Family(
     config=DecoderConfig,
     read_config=read_config,
     model=Decoder,
-    checkpoint=CHECKPOINT,
+    checkpoint=Checkpoint(
+        embedding=_EMBEDDING,
+        head="lm_head.weight",
+        # Early Llama checkpoints hold the frequencies of the rotary positions.
+        unused=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+        others=_others,
+    ),
     gguf=GGUF,
     task_type="CAUSAL_LM",
     shapes=SHAPES,

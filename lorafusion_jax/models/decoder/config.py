@@ -16,8 +16,8 @@ class Rope:
 
     Attributes:
       theta: base of the frequencies, theta ** (-2 i / width).
-      width: how many numbers of a head are rotated; the rest keep their values.
-      scaling: how frequencies are changed for contexts that are longer than those of the pretraining.
+      width: number of rotated numbers of a head; the others keep their values.
+      scaling: rule that changes frequencies for contexts that are longer than those of the pretraining.
       factor: how many times longer.
       context: tokens of the pretraining's contexts, for `dynamic` and `llama3`.
       low_freq: wavelengths above context / low_freq are stretched by `factor` (`llama3`).
@@ -40,17 +40,11 @@ class DecoderConfig(Architecture):
     Attributes:
       model_type: Hugging Face's name of the family.
       context: most tokens of a row, prompt and answer together.
-      d_head: width of a head.
-      d_ff: width of the feed-forward layer.
-      num_heads: heads of the queries.
       num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads heads of queries.
-      num_layers: number of blocks.
-      eps: added to the variance in norms.
-      rope: rotary positions.
-      local_rope: those of layers with a sliding window, if they differ.
-      window: how many tokens, its own included, a token of a sliding layer attends to.
+      local_rope: rotary positions of layers with a sliding window, if they differ.
+      window: number of tokens, itself included, that a token of a sliding layer attends to.
       sliding: for every layer, whether it has a sliding window; empty if none has.
-      activation: of the gate.
+      activation: activation function of the gate.
       fused: queries, keys and values come from one matrix, and so do gate and up (Phi-3).
       biased: last names of the sites that have a bias.
       qk_norm: queries and keys are normalised head by head (Qwen 3, Gemma 3).
@@ -90,17 +84,14 @@ class DecoderConfig(Architecture):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """PEFT's own choice for these models."""
-        return ("qkv_proj",) if self.fused else ("q_proj", "v_proj")
+        return ("qkv_proj",) if self.fused else ("q_proj", "v_proj")  # as in PEFT
 
     @property
     def longest_row(self) -> int:
-        """The context."""
         return self.context
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
-        """The decoder."""
         # Kept are the input of each norm, rotated queries and keys, and the gate with its derivative.
         norms = (4 if self.post_norms else 2) * self.d_model
         rotated = (2 if self.qk_norm else 1) * (self.num_heads + self.num_kv_heads) * self.d_head
@@ -116,10 +107,7 @@ class DecoderConfig(Architecture):
         else:
             attention = {"q_proj": (d, inner), "k_proj": (d, kv), "v_proj": (d, kv)}
             gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
-        modules = {
-            "self_attn": attention | {"o_proj": (inner, d)},
-            "mlp": gate | {"down_proj": (self.d_ff, d)},
-        }
+        modules = {"self_attn": attention | {"o_proj": (inner, d)}, "mlp": gate | {"down_proj": (self.d_ff, d)}}
         found = {}
         for module, shapes in modules.items():
             for name, (d_in, d_out) in shapes.items():

@@ -1,6 +1,6 @@
-"""How llama.cpp's GGUF files hold these models: keys of the configuration, names of the tensors and changes to them.
+"""Layout of these models in llama.cpp's GGUF files: keys of the configuration, names of tensors and changes to them.
 
-Source: llama.cpp's conversion scripts, and the defaults of its own models (src/models) for what a file leaves out.
+Source: llama.cpp's conversion scripts, and the defaults of its models (src/models) for missing keys.
 """
 
 import re
@@ -52,14 +52,14 @@ _PHI_MODULES = _MODULES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate
 
 # Gemma's largest models divide their queries by the width of a head as it would be without head_dim.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
-# Keys that do not change what the model computes, or that the shapes of the tensors say again.
+# Keys that do not change the model's numbers, or that repeat the shapes of the tensors.
 _WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 # Tokens that end a turn of a chat, which llama.cpp too finds by their texts if the metadata do not name one.
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 class _Keys:
-    """The metadata of one architecture. What nobody has taken at the end is what the decoder lacks."""
+    """The metadata of one architecture. Keys that are left at the end name something that the decoder lacks."""
 
     def __init__(self, metadata: Mapping[str, Any]):
         self.name = metadata["general.architecture"]
@@ -75,53 +75,49 @@ class _Keys:
         if value is ...:
             raise ValueError(f"the metadata lack {self.name}.{key}: fetch the file again")
         if isinstance(value, list):
-            raise ValueError(f"{self.name}.{key} is a list: wanted one number for all layers")
-        wanted, words = (str, "a text") if isinstance(default, str) else (int | float, "a number of 0 or more")
-        known = isinstance(value, wanted) and not isinstance(value, bool)
+            raise ValueError(f"{self.name}.{key} is a list: expected one number for all layers")
+        kind, words = (str, "a text") if isinstance(default, str) else (int | float, "a number of 0 or more")
+        known = isinstance(value, kind) and not isinstance(value, bool)
         if not known or (not isinstance(value, str) and not 0 <= value < np.inf):
-            raise ValueError(f"{self.name}.{key} is {shown(value)}: wanted {words}")
+            raise ValueError(f"{self.name}.{key} is {shown(value)}: expected {words}")
         return value
 
     def size(self, key: str, default: Any = ...) -> int:
-        """Return a number of things, of which there is at least one."""
+        """Return a number of 1 or more."""
         value = self.take(key, default)
         if not isinstance(value, int) or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{self.name}.{key} is {shown(value)}: wanted an integer from 1 to {_LARGEST:,}")
+            raise ValueError(f"{self.name}.{key} is {shown(value)}: expected an integer from 1 to {_LARGEST:,}")
         return value
 
     def pattern(self, default: int, layers: int) -> list[bool]:
-        """Return which layers have a sliding window: all but every n-th one, or as a list says."""
+        """Return which layers have a sliding window: all but every n-th one, or those of a list."""
         if not isinstance(self._left.get("attention.sliding_window_pattern"), list):
             found = self.take("attention.sliding_window_pattern", default)
             return [found == 0 or layer % found < found - 1 for layer in range(layers)]
         found = self._left.pop("attention.sliding_window_pattern")
         if len(found) != layers:
-            raise ValueError(
-                f"{self.name}.attention.sliding_window_pattern has {len(found)} entries: wanted one for each of "
-                f"{layers} layers"
-            )
+            key = f"{self.name}.attention.sliding_window_pattern"
+            raise ValueError(f"{key} has {len(found)} entries: expected one for each of {layers} layers")
         return [bool(sliding) for sliding in found]
 
     def finish(self) -> None:
-        """Raise a ValueError that names the first key with an effect that has not been taken."""
         for key, value in self._left.items():
             if value and key not in _WITHOUT_EFFECT:
                 raise ValueError(f"{self.name}.{key} is {shown(value)}, which is not implemented for {self.name}")
 
 
 def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the config.json of the model that was converted says."""
+    """Return the content of the config.json of the model that was converted."""
     keys = _Keys(metadata)
     kind, title = _MODELS[keys.name]
     gemma = kind.startswith("gemma")
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     d_head = keys.size("attention.key_length", hidden // heads)
     if (width := keys.take("attention.value_length", d_head)) != d_head:
-        raise ValueError(
-            f"{keys.name}.attention.key_length is {d_head} and value_length is {width}: wanted one width of heads"
-        )
+        key = f"{keys.name}.attention.key_length"
+        raise ValueError(f"{key} is {d_head} and value_length is {width}: expected one width of heads")
     if "token_embd.weight" not in tensors:
-        raise ValueError("the tensors lack token_embd.weight: wanted a model, not an adapter or a projector")
+        raise ValueError("the tensors lack token_embd.weight: give a model, not an adapter or a projector")
     layers, context = keys.size("block_count"), keys.size("context_length")
     content = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -156,40 +152,38 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
 
 
 def _rope(keys: _Keys, tensors: Mapping[str, Any], d_head: int) -> dict[str, Any]:
-    """Return the fields of the rotary positions."""
     theta = keys.take("rope.freq_base", 10_000.0)
     width = keys.take("rope.dimension_count", d_head)
     kind = keys.take("rope.scaling.type", "linear")
     factor = keys.take("rope.scaling.factor", keys.take("rope.scale_linear", 0.0))
     long = [name for name in tensors if name.startswith("rope_factors_")]
     if long or kind not in ("linear", "none"):
-        raise ValueError(
-            f"the rope scaling is {'longrope' if long else kind}, which is not implemented: wanted linear, or the "
-            f"factors of llama3 in {_ROPE_FACTORS}"
-        )
+        kind = "longrope" if long else kind
+        fix = f"expected linear, or the factors of llama3 in {_ROPE_FACTORS}"
+        raise ValueError(f"the rope scaling is {kind}, which is not implemented: {fix}")
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind == "linear" and factor not in (0, 1):
         fields["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     if _ROPE_FACTORS in tensors:
         if "rope_scaling" in fields:
-            raise ValueError(f"the file holds {_ROPE_FACTORS} and a linear rope scaling: wanted one of them")
+            raise ValueError(f"the file holds {_ROPE_FACTORS} and a linear rope scaling: expected one of them")
         fields["rope_scaling"] = _llama3(np.asarray(tensors[_ROPE_FACTORS]), theta, width)
     if width != d_head:
         if keys.name != "phi3":
-            raise ValueError(f"{keys.name}.rope.dimension_count is {width}: wanted the width of a head, {d_head}")
+            raise ValueError(f"{keys.name}.rope.dimension_count is {width}: expected the width of a head, {d_head}")
         fields["partial_rotary_factor"] = width / d_head
     return fields
 
 
 def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | None:
-    """Return the rope scaling of which llama.cpp keeps only the quotients of frequencies.
+    """Return the rope scaling from its quotients of frequencies, which is all that llama.cpp keeps.
 
     Where the quotient is between 1 and the largest one, the share of the unstretched frequency, (turns - low) / (high -
     low), is linear in the turns of a pair within a context. One of the three numbers is free: low is set to 1, as in
     every published model.
     """
     if factors.shape != (width // 2,):
-        raise ValueError(f"{_ROPE_FACTORS} has shape {list(factors.shape)}: wanted [{width // 2}]")
+        raise ValueError(f"{_ROPE_FACTORS} has shape {list(factors.shape)}: expected [{width // 2}]")
     if not np.all(np.isfinite(factors) & (factors > 0)) or theta <= 0:
         raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling: fetch the file again")
     exponents = np.arange(0, width, 2) / width

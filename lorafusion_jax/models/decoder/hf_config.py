@@ -1,6 +1,6 @@
-"""Llama, Mistral, Qwen, Gemma and Phi-3: what each family's Hugging Face config says about the decoder.
+"""The structure of a Llama, Mistral, Qwen, Gemma or Phi-3 from its Hugging Face config.
 
-transformers' own config classes fill in what a file leaves out, and bring older files' fields to today's names.
+transformers' config classes fill in missing fields, and bring older files' fields to today's names.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it.
 
     Raises:
-      ValueError: a value does not fit, or asks for something that the decoder lacks; the message names it.
+      ValueError: a value does not fit, or needs something that the decoder lacks; the message names it.
     """
     structured(raw, _Json, "", own=False)
     kind = raw["model_type"]
@@ -80,22 +80,21 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     gemma = kind in ("gemma2", "gemma3_text")
     activation = hf.hidden_activation if gemma else hf.hidden_act
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"the activation is {shown(activation)}: wanted {' or '.join(_ACTIVATIONS)}")
+        raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
     if getattr(hf, "use_bidirectional_attention", False):
-        raise ValueError("use_bidirectional_attention is set: wanted a causal language model")
+        raise ValueError("use_bidirectional_attention is set: expected a causal language model")
     if kind == "gemma3_text" and hf.attn_logit_softcapping:
-        raise ValueError(f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: wanted none")
+        raise ValueError(f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none")
     d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     if hf.num_attention_heads % hf.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads is {hf.num_attention_heads}: wanted a multiple of num_key_value_heads, "
-            f"{hf.num_key_value_heads}"
-        )
-    ropes = _ropes(kind, hf, d_head)
-    ends = hf.eos_token_id if hf.eos_token_id is not None else ()
-    ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-    if not ends:
-        raise ValueError("eos_token_id is missing: wanted the token, or tokens, that end an answer")
+        heads, multiple = hf.num_attention_heads, hf.num_key_value_heads
+        raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}")
+    # Some versions of transformers keep the fields of all layers next to those of each kind.
+    ropes = hf.rope_parameters if "full_attention" in hf.rope_parameters else {"full_attention": hf.rope_parameters}
+    ends = tuple(hf.eos_token_id) if isinstance(hf.eos_token_id, list | tuple) else (hf.eos_token_id,)
+    if ends in ((), (None,)):
+        raise ValueError("eos_token_id is missing: expected the token, or tokens, that end an answer")
+    local = ropes.get("sliding_attention")
     # A Llama ignores a window, such as that of a Mistral whose weights it has.
     window = 0 if kind == "llama" else hf.sliding_window or 0
     config = DecoderConfig(
@@ -109,8 +108,8 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=hf.num_key_value_heads,
         num_layers=hf.num_hidden_layers,
         eps=hf.rms_norm_eps,
-        rope=ropes["full_attention"],
-        local_rope=ropes.get("sliding_attention"),
+        rope=_rope(kind, ropes["full_attention"], d_head, hf.max_position_embeddings),
+        local_rope=_rope(kind, local, d_head, hf.max_position_embeddings) if local is not None else None,
         window=window,
         sliding=_sliding(kind, hf, window),
         activation=_ACTIVATIONS[activation],
@@ -146,22 +145,12 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
         logging.set_verbosity(verbosity)
 
 
-def _ropes(kind: str, hf: Any, d_head: int) -> dict[str, Rope]:
-    """Return the rotary positions of `full_attention`, and of `sliding_attention` if they are other ones."""
-    said = hf.rope_parameters
-    by_layer = said if "full_attention" in said else {"full_attention": said}
-    # Some versions of transformers keep the fields of all layers beside those of each kind.
-    layers = [layer for layer in ("full_attention", "sliding_attention") if layer in by_layer]
-    return {layer: _rope(kind, by_layer[layer], d_head, hf.max_position_embeddings) for layer in layers}
-
-
 def _rope(kind: str, fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
     fields = structured(dict(fields), _RopeJson, "", own=False)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
-        raise ValueError(
-            f"the rope scaling is {shown(scaling)}, which is not implemented: wanted {', '.join(_SCALINGS)}"
-        )
+        fix = f"expected {', '.join(_SCALINGS)}"
+        raise ValueError(f"the rope scaling is {shown(scaling)}, which is not implemented: {fix}")
     return Rope(
         theta=float(fields["rope_theta"]),
         # Only a Phi-3 reads the factor.
@@ -175,7 +164,7 @@ def _rope(kind: str, fields: Mapping[str, Any], d_head: int, context: int) -> Ro
 
 
 def _sliding(kind: str, hf: Any, window: int) -> tuple[bool, ...]:
-    """Return which layers have a sliding window: all of a Phi-3 and, unless its config says which, of a Mistral."""
+    """Return which layers have a sliding window: all of a Phi-3 and, unless its config lists them, of a Mistral."""
     if not window:
         return ()
     kinds = None if kind == "phi3" else getattr(hf, "layer_types", None)

@@ -1,6 +1,5 @@
 """A decoder-only model as a Flax NNX module whose blocks are stacked and scanned.
 
-It is used like T5 (see `models.architecture.Model`): adapters are an argument, and nothing here uses nnx transforms.
 Prompts are padded on the left inside the model, so that every row's answer begins at the same column. Positions are
 counted from each row's first real token, so that results do not depend on the padding.
 
@@ -37,7 +36,7 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers of one kind share: the rotation of each token, and which columns each may attend to."""
+    """Values that all layers of one kind share: the rotation of each token, and the columns that it may attend to."""
 
     rotation: Rotation
     mask: Bool[Array, "B T C"]
@@ -60,7 +59,6 @@ class SelfAttention(nnx.Module):
     def project(
         self, x: Float[Array, "B T D"], by: Rotation, adapters: Adapters
     ) -> tuple[Float[Array, "B T HG K"], Cache]:
-        """Return rotated queries, and keys and values in the cache's layout."""
         c = self.config
         if c.fused:
             inner, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
@@ -76,7 +74,6 @@ class SelfAttention(nnx.Module):
     def attend(
         self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"], adapters: Adapters
     ) -> Float[Array, "B T D"]:
-        """Attend where `mask` holds; softmax in float32."""
         c, (batch, length) = self.config, queries.shape[:2]
         if length > 1 and not c.attention_cap and not for_cpu():
             # For long sequences: it takes half of a TPU's cycles and of the memory for scores.
@@ -109,7 +106,6 @@ class MLP(nnx.Module):
         self.down_proj = linear("down_proj")
 
     def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
-        """Apply the layer to every position."""
         if self.config.fused:
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
@@ -145,7 +141,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only model with random weights; `io` fills it with pretrained ones."""
+    """A decoder-only model with random weights."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config: Architecture = config
@@ -163,12 +159,10 @@ class Decoder(nnx.Module):
 
     @property
     def structure(self) -> DecoderConfig:
-        """The configuration, which the protocol of models knows as an `Architecture`."""
         assert isinstance(self.config, DecoderConfig)
         return self.config
 
     def variables(self) -> dict[str, Base]:
-        """Return the kernel of every site, and `head` unless it is tied (see `architecture.Model`)."""
         found = {}
         for site in self.config.sites:
             _, module, name = site.split(".")

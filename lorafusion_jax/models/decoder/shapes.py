@@ -10,24 +10,20 @@ from .config import DecoderConfig, Rope
 
 def _shape(
     model_type: str,
-    *,
-    vocab_size: int,
     d_model: int,
     d_ff: int,
     num_layers: int,
     heads: tuple[int, int],
     d_head: int,
+    vocab_size: int,
     context: int,
     theta: float,
-    eps: float,
-    llama3: float | None = None,
+    *,
+    eps: float = 1e-5,
+    rope: Rope | None = None,
     **others: Any,
 ) -> DecoderConfig:
-    """Return a shape; contexts are `llama3` times as long as 8,192 tokens by Llama 3's scaling, if it is given."""
-    rope = Rope(theta=theta, width=d_head, context=context)
-    if llama3:
-        rope = Rope(theta=theta, width=d_head, scaling="llama3", factor=llama3, context=8_192)
-    fields = {"query_scale": d_head**-0.5, "rope": rope} | others
+    """Return a shape; `heads` are those of queries and those of keys and values."""
     return DecoderConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -39,120 +35,56 @@ def _shape(
         d_head=d_head,
         context=context,
         eps=eps,
-        **fields,
+        **{"rope": rope or Rope(theta=theta, width=d_head, context=context), "query_scale": d_head**-0.5} | others,
     )
 
 
-def _gemma(model_type: str, *, d_model: int, **others: Any) -> DecoderConfig:
-    return _shape(
-        model_type,
-        d_model=d_model,
-        num_layers=26,
-        d_head=256,
-        eps=1e-6,
-        tied=True,
-        activation="gelu_tanh",
-        post_norms=True,
-        norm_offset=1.0,
-        embedding_scale=d_model**0.5,
-        **others,
-    )
+def _llama(d_model: int, d_ff: int, num_layers: int, heads: int, d_head: int, factor: float, tied: bool):
+    rope = Rope(theta=5e5, width=d_head, scaling="llama3", factor=factor, context=8_192)
+    sizes = (d_model, d_ff, num_layers, (heads, 8), d_head, 128_256, 131_072, 5e5)
+    return _shape("llama", *sizes, rope=rope, tied=tied)
 
 
-_SMOLLM = {"vocab_size": 49_152, "d_head": 64, "context": 8_192, "eps": 1e-5, "tied": True}
-_LLAMA = {"vocab_size": 128_256, "context": 131_072, "theta": 500_000.0, "eps": 1e-5}
-_QWEN2 = {"theta": 1e6, "eps": 1e-6, "biased": ("q_proj", "k_proj", "v_proj")}
-_QWEN3 = {"vocab_size": 151_936, "d_head": 128, "context": 40_960, "theta": 1e6, "eps": 1e-6, "qk_norm": True}
+def _gemma(model_type: str, d_model: int, d_ff: int, heads: tuple[int, int], *others: Any, **fields: Any):
+    norms = {"post_norms": True, "norm_offset": 1.0, "embedding_scale": d_model**0.5}
+    fields |= {"eps": 1e-6, "tied": True, "activation": "gelu_tanh"} | norms
+    return _shape(model_type, d_model, d_ff, 26, heads, 256, *others, **fields)
 
+
+_BIASED = ("q_proj", "k_proj", "v_proj")
+_GEMMA_2 = {
+    "window": 4096,
+    "sliding": tuple(layer % 2 == 0 for layer in range(26)),
+    "attention_cap": 50.0,
+    "logit_cap": 30.0,
+}
+_GEMMA_3 = {
+    "local_rope": Rope(theta=1e4, width=256, context=32_768),
+    "window": 512,
+    "sliding": tuple(layer % 6 != 5 for layer in range(26)),
+    "qk_norm": True,
+}
+
+# model_type, d_model, d_ff, layers, heads, width of a head, vocabulary, context, base of the rotary frequencies
 SHAPES = {
-    "smollm2-135m": _shape("llama", d_model=576, d_ff=1536, num_layers=30, heads=(9, 3), theta=1e5, **_SMOLLM),
-    "smollm2-360m": _shape("llama", d_model=960, d_ff=2560, num_layers=32, heads=(15, 5), theta=1e5, **_SMOLLM),
-    "smollm2-1.7b": _shape("llama", d_model=2048, d_ff=8192, num_layers=24, heads=(32, 32), theta=1.3e5, **_SMOLLM),
-    "llama-3.2-1b": _shape(
-        "llama", d_model=2048, d_ff=8192, num_layers=16, heads=(32, 8), d_head=64, llama3=32.0, tied=True, **_LLAMA
-    ),
-    "llama-3.2-3b": _shape(
-        "llama", d_model=3072, d_ff=8192, num_layers=28, heads=(24, 8), d_head=128, llama3=32.0, tied=True, **_LLAMA
-    ),
-    "llama-3.1-8b": _shape(
-        "llama", d_model=4096, d_ff=14_336, num_layers=32, heads=(32, 8), d_head=128, llama3=8.0, **_LLAMA
-    ),
-    "mistral-7b": _shape(
-        "mistral",
-        vocab_size=32_768,
-        d_model=4096,
-        d_ff=14_336,
-        num_layers=32,
-        heads=(32, 8),
-        d_head=128,
-        context=32_768,
-        theta=1e6,
-        eps=1e-5,
-    ),
+    "smollm2-135m": _shape("llama", 576, 1536, 30, (9, 3), 64, 49_152, 8_192, 1e5, tied=True),
+    "smollm2-360m": _shape("llama", 960, 2560, 32, (15, 5), 64, 49_152, 8_192, 1e5, tied=True),
+    "smollm2-1.7b": _shape("llama", 2048, 8192, 24, (32, 32), 64, 49_152, 8_192, 1.3e5, tied=True),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 64, factor=32.0, tied=True),
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, 128, factor=32.0, tied=True),
+    "llama-3.1-8b": _llama(4096, 14_336, 32, 32, 128, factor=8.0, tied=False),
+    "mistral-7b": _shape("mistral", 4096, 14_336, 32, (32, 8), 128, 32_768, 32_768, 1e6),
     "qwen2.5-0.5b": _shape(
-        "qwen2",
-        vocab_size=151_936,
-        d_model=896,
-        d_ff=4864,
-        num_layers=24,
-        heads=(14, 2),
-        d_head=64,
-        context=32_768,
-        tied=True,
-        **_QWEN2,
+        "qwen2", 896, 4864, 24, (14, 2), 64, 151_936, 32_768, 1e6, eps=1e-6, biased=_BIASED, tied=True
     ),
-    "qwen2.5-7b": _shape(
-        "qwen2",
-        vocab_size=152_064,
-        d_model=3584,
-        d_ff=18_944,
-        num_layers=28,
-        heads=(28, 4),
-        d_head=128,
-        context=131_072,
-        **_QWEN2,
+    "qwen2.5-7b": _shape("qwen2", 3584, 18_944, 28, (28, 4), 128, 152_064, 131_072, 1e6, eps=1e-6, biased=_BIASED),
+    "qwen3-0.6b": _shape(
+        "qwen3", 1024, 3072, 28, (16, 8), 128, 151_936, 40_960, 1e6, eps=1e-6, qk_norm=True, tied=True
     ),
-    "qwen3-0.6b": _shape("qwen3", d_model=1024, d_ff=3072, num_layers=28, heads=(16, 8), tied=True, **_QWEN3),
-    "qwen3-8b": _shape("qwen3", d_model=4096, d_ff=12_288, num_layers=36, heads=(32, 8), **_QWEN3),
-    "gemma-2-2b": _gemma(
-        "gemma2",
-        vocab_size=256_000,
-        d_model=2304,
-        d_ff=9216,
-        heads=(8, 4),
-        context=8192,
-        theta=1e4,
-        window=4096,
-        sliding=tuple(layer % 2 == 0 for layer in range(26)),
-        attention_cap=50.0,
-        logit_cap=30.0,
-    ),
-    "gemma-3-1b": _gemma(
-        "gemma3_text",
-        vocab_size=262_144,
-        d_model=1152,
-        d_ff=6912,
-        heads=(4, 1),
-        context=32_768,
-        theta=1e6,
-        local_rope=Rope(theta=1e4, width=256, context=32_768),
-        window=512,
-        sliding=tuple(layer % 6 != 5 for layer in range(26)),
-        qk_norm=True,
-    ),
+    "qwen3-8b": _shape("qwen3", 4096, 12_288, 36, (32, 8), 128, 151_936, 40_960, 1e6, eps=1e-6, qk_norm=True),
+    "gemma-2-2b": _gemma("gemma2", 2304, 9216, (8, 4), 256_000, 8_192, 1e4, **_GEMMA_2),
+    "gemma-3-1b": _gemma("gemma3_text", 1152, 6912, (4, 1), 262_144, 32_768, 1e6, **_GEMMA_3),
     "phi-3-mini": _shape(
-        "phi3",
-        vocab_size=32_064,
-        d_model=3072,
-        d_ff=8192,
-        num_layers=32,
-        heads=(32, 32),
-        d_head=96,
-        context=4096,
-        theta=1e4,
-        eps=1e-5,
-        fused=True,
-        window=2047,
-        sliding=(True,) * 32,
+        "phi3", 3072, 8192, 32, (32, 32), 96, 32_064, 4096, 1e4, fused=True, window=2047, sliding=(True,) * 32
     ),
 }

@@ -10,20 +10,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...platform import for_cpu
 from ..layers import Adapters, Base, Linear
+from .config import T5Config
 
 
 class Attention(nnx.Module):
-    """One attention layer.
+    """One attention layer: queries are computed from `x`, keys and values of any text by `keys_values`."""
 
-    Queries are computed from `x`; keys and values come from `keys_values`. So self-attention, cross-attention and
-    both with a cache are the same call.
-    """
-
-    def __init__(self, name: str, d_model: int, heads: int, d_kv: int, *, layers: int, rngs: nnx.Rngs):
-        self.heads = heads
-        inner = heads * d_kv
+    def __init__(self, name: str, layers: int, config: T5Config, *, rngs: nnx.Rngs):
+        self.heads = config.num_heads
+        d_model, inner = config.d_model, config.num_heads * config.d_kv
         # T5's own initialisation: the query's initial values include the factor 1 / sqrt(d_kv) that attention omits.
-        self.q = Linear(f"{name}.q", layers, d_model, inner, scale=(d_model * d_kv) ** -0.5, rngs=rngs)
+        self.q = Linear(f"{name}.q", layers, d_model, inner, scale=(d_model * config.d_kv) ** -0.5, rngs=rngs)
         self.k = Linear(f"{name}.k", layers, d_model, inner, scale=d_model**-0.5, rngs=rngs)
         self.v = Linear(f"{name}.v", layers, d_model, inner, scale=d_model**-0.5, rngs=rngs)
         self.o = Linear(f"{name}.o", layers, inner, d_model, scale=inner**-0.5, rngs=rngs)
@@ -54,8 +51,8 @@ class Attention(nnx.Module):
     def cached(self, x: Float[Array, "B S D"], adapters: Adapters) -> tuple[Array, Array]:
         """Return keys and values of `x` in the layouts of a cache, which `attend_once` reads.
 
-        They are those of `keys_values` where heads are apart, else [B, S, H K]: an accelerator's tiles would pad single
-        heads and few positions to several times their size.
+        The layouts are those of `keys_values` where heads are apart, else [B, S, H K]: an accelerator's tiles would pad
+        single heads and few positions to several times their size.
         """
         if heads_apart():
             return self.keys_values(x, adapters)
@@ -112,22 +109,11 @@ def _softmax(
 class RelativeBias(nnx.Module):
     """T5's learned bias by bucketed distance; one table per stack, shared by its layers."""
 
-    def __init__(
-        self,
-        buckets: int,
-        heads: int,
-        *,
-        max_distance: int,
-        bidirectional: bool,
-        scale: float,
-        rngs: nnx.Rngs,
-    ):
-        self.max_distance = max_distance
-        self.bidirectional = bidirectional
-        self.table = Base(scale * rngs.params.normal((buckets, heads)))
+    def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
+        self.max_distance, self.bidirectional = config.max_distance, bidirectional
+        self.table = Base(config.d_model**-0.5 * rngs.params.normal((config.buckets, config.num_heads)))
 
     def __call__(self, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]) -> Float[Array, "1 H T S"]:
-        """Return the bias of every head for keys as seen from queries."""
         table = self.table[...]
         distance = key_positions[None, :] - query_positions[:, None]
         buckets = _bucket(distance, table.shape[0], self.max_distance, bidirectional=self.bidirectional)

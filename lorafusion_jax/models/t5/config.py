@@ -68,13 +68,10 @@ class T5Config(Architecture):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """PEFT's own choice for T5."""
-        return ("q", "v")
+        return ("q", "v")  # as in PEFT
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
-        """Encoder and decoder."""
-
         def attention(reads: Parts) -> Attention:
             return Attention(reads, self.num_heads, self.num_heads, self.d_kv)
 
@@ -114,23 +111,15 @@ class T5Config(Architecture):
 
     @property
     def presumed_tied(self) -> bool:
-        """Return whether the head is tied, as far as the configuration shows it without the weights.
-
-        transformers 5 writes for FLAN that its head is tied, which is wrong. In every T5 a tied head has scaled logits.
-        """
+        # transformers 5 wrongly writes that FLAN's head is tied. In every T5 a tied head has scaled logits.
         return self.tied and self.scale_logits
 
 
 def read_config(raw: Mapping[str, Any]) -> T5Config:
-    """Return the structure that a config.json describes, as transformers 4 and 5 write it.
-
-    Raises:
-      ValueError: the model is of another kind, or a size is missing.
-    """
+    """Return the structure that a config.json describes, as transformers 4 and 5 write it."""
     if raw["model_type"] == "umt5":
         raise ValueError(
-            "model_type is 'umt5', whose every layer has a relative bias of its own: "
-            "wanted a T5 1.0, T5 1.1, FLAN-T5 or mT5"
+            "model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5"
         )
     said = structured(raw, _Json, "", own=False)
     t5 = said.model_type == "t5"

@@ -1,8 +1,7 @@
 """T5 1.0, T5 1.1 and FLAN-T5 as a Flax NNX module whose blocks are stacked and scanned.
 
-The module holds the frozen base weights. Adapters are an argument: a mapping from site to a callable pytree whose
-leaves have a leading layer axis, which the scan over blocks slices as well. `nnx.split` the model and pass the state as
-an argument to `jax.jit`, `jax.grad` and `jax.vmap`; nothing here uses nnx transforms.
+Adapters are a mapping from site to a callable pytree whose leaves have a leading layer axis, which the scan over blocks
+slices as well. `nnx.split` the model and pass the state as an argument to `jax.jit`, `jax.grad` and `jax.vmap`.
 
 Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 """
@@ -17,12 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
-from ..layers import Adapters, Base, RMSNorm, of_stack, scan_blocks
+from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
 from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
-from .feed_forward import FeedForward
 
 
 class Cache(NamedTuple):
@@ -37,15 +35,38 @@ class Cache(NamedTuple):
     cross_values: Array
 
 
+class FeedForward(nnx.Module):
+    """`wo(relu(wi x))` of T5 1.0, or `wo(gelu(wi_0 x) * wi_1 x)` of T5 1.1 and FLAN."""
+
+    def __init__(self, layers: int, config: T5Config, *, rngs: nnx.Rngs):
+        d_model, d_ff, self.gated = config.d_model, config.d_ff, config.gated
+
+        def linear(name: str) -> Linear:
+            return Linear(f"ff.{name}", layers, d_model, d_ff, scale=d_model**-0.5, rngs=rngs)
+
+        if self.gated:
+            self.wi_0, self.wi_1 = linear("wi_0"), linear("wi_1")
+        else:
+            self.wi = linear("wi")
+        self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
+        if self.gated:
+            hidden = jax.nn.gelu(self.wi_0(x, adapters), approximate=True) * self.wi_1(x, adapters)
+        else:
+            hidden = jax.nn.relu(self.wi(x, adapters))
+        return self.wo(hidden, adapters)
+
+
 class EncoderBlock(nnx.Module):
     """Self-attention and feed-forward, weights stacked over layers."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        layers, c = config.num_layers, config
-        self.self_norm = RMSNorm((layers, c.d_model), c.eps)
-        self.self_attention = Attention("self", c.d_model, c.num_heads, c.d_kv, layers=layers, rngs=rngs)
-        self.ff_norm = RMSNorm((layers, c.d_model), c.eps)
-        self.ff = FeedForward(c.d_model, c.d_ff, layers=layers, gated=c.gated, rngs=rngs)
+        layers, norm = config.num_layers, (config.num_layers, config.d_model)
+        self.self_norm = RMSNorm(norm, config.eps)
+        self.self_attention = Attention("self", layers, config, rngs=rngs)
+        self.ff_norm = RMSNorm(norm, config.eps)
+        self.ff = FeedForward(layers, config, rngs=rngs)
 
     def __call__(
         self,
@@ -54,7 +75,6 @@ class EncoderBlock(nnx.Module):
         bias: Float[Array, "1 H S S"],
         adapters: Adapters,
     ) -> Float[Array, "B S D"]:
-        """Run one layer of the source."""
         normed = self.self_norm(x)
         keys, values = self.self_attention.keys_values(normed, adapters)
         x = checkpoint_name(x + self.self_attention(normed, keys, values, mask, bias, adapters), SUM)
@@ -65,13 +85,13 @@ class DecoderBlock(nnx.Module):
     """Self-attention, cross-attention and feed-forward, weights stacked over layers."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        layers, c = config.num_decoder_layers, config
-        self.self_norm = RMSNorm((layers, c.d_model), c.eps)
-        self.self_attention = Attention("self", c.d_model, c.num_heads, c.d_kv, layers=layers, rngs=rngs)
-        self.cross_norm = RMSNorm((layers, c.d_model), c.eps)
-        self.cross_attention = Attention("cross", c.d_model, c.num_heads, c.d_kv, layers=layers, rngs=rngs)
-        self.ff_norm = RMSNorm((layers, c.d_model), c.eps)
-        self.ff = FeedForward(c.d_model, c.d_ff, layers=layers, gated=c.gated, rngs=rngs)
+        layers, norm = config.num_decoder_layers, (config.num_decoder_layers, config.d_model)
+        self.self_norm = RMSNorm(norm, config.eps)
+        self.self_attention = Attention("self", layers, config, rngs=rngs)
+        self.cross_norm = RMSNorm(norm, config.eps)
+        self.cross_attention = Attention("cross", layers, config, rngs=rngs)
+        self.ff_norm = RMSNorm(norm, config.eps)
+        self.ff = FeedForward(layers, config, rngs=rngs)
 
     def __call__(
         self,
@@ -115,18 +135,11 @@ class T5(nnx.Module):
         c = config
         self.config: Architecture = config
         self.scale_logits, self.start_id = c.scale_logits, c.start_id
-        relative = {
-            "buckets": c.buckets,
-            "heads": c.num_heads,
-            "max_distance": c.max_distance,
-            "scale": c.d_model**-0.5,
-            "rngs": rngs,
-        }
         self.embedding = Base(rngs.params.normal((c.vocab_size, c.d_model)))
-        self.encoder_bias = RelativeBias(bidirectional=True, **relative)
+        self.encoder_bias = RelativeBias(c, bidirectional=True, rngs=rngs)
         self.encoder = EncoderBlock(c, rngs=rngs)
         self.encoder_norm = RMSNorm((c.d_model,), c.eps)
-        self.decoder_bias = RelativeBias(bidirectional=False, **relative)
+        self.decoder_bias = RelativeBias(c, bidirectional=False, rngs=rngs)
         self.decoder = DecoderBlock(c, rngs=rngs)
         self.decoder_norm = RMSNorm((c.d_model,), c.eps)
         if not c.tied:
@@ -145,7 +158,6 @@ class T5(nnx.Module):
         return self.decode(decoder_ids, encoded, input_mask, adapters)
 
     def variables(self) -> dict[str, Base]:
-        """Return the kernel of every site, and `head` unless it is tied (see `architecture.Model`)."""
         modules = {"self": "self_attention", "cross": "cross_attention", "ff": "ff"}
         found = {}
         for site in self.config.sites:
@@ -160,7 +172,6 @@ class T5(nnx.Module):
         labels: Int[Array, "B T"],
         adapters: Adapters,
     ) -> Float[Array, "B T V"]:
-        """Return the logits that predict each label, by teacher forcing."""
         start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
         return self(input_ids, input_mask, start, adapters)
 

@@ -1,0 +1,433 @@
+"""Two families of models go through every command: a small Llama, and a tiny one of two stacks.
+
+`second_family.py` describes the tiny one, which is registered for this file only: the protocol alone gives it every
+command.
+"""
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+import small_llama
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from second_family import FAMILY, Pair, PairConfig
+
+from lorafusion_jax._fuse import fuse
+from lorafusion_jax.adapters.coefficients import column_names
+from lorafusion_jax.crossbar import PRESETS as ARRAYS
+from lorafusion_jax.estimates.bill.activity import activities
+from lorafusion_jax.estimates.bill.bill import bills
+from lorafusion_jax.estimates.bill.options import CostOptions
+from lorafusion_jax.estimates.estimate import Settings
+from lorafusion_jax.estimates.flops import Shape, Update, forward_flops
+from lorafusion_jax.estimates.memory import weights_bytes
+from lorafusion_jax.estimates.params import counts
+from lorafusion_jax.estimates.plan import describe_run, plan
+from lorafusion_jax.estimates.workload import uniform
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
+from lorafusion_jax.hardware.report import report_on_chips
+from lorafusion_jax.hardware.write import ProgramOptions, write_chips
+from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.hf import load_base, load_tokenizer, read_config, save_base
+from lorafusion_jax.io.pool import load_pool, read_pool
+from lorafusion_jax.methods import METHODS
+from lorafusion_jax.methods.fusion import FusionRecipe
+from lorafusion_jax.models.architecture import Architecture, kernels, linear_shapes, places
+from lorafusion_jax.models.decoder.shapes import SHAPES
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.registry import FAMILIES
+from lorafusion_jax.runs.export import ExportOptions, export
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import prepare
+from lorafusion_jax.runs.run import load_run
+from lorafusion_jax.training.mesh import partition, rules
+
+_SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
+_PAIR = PairConfig(vocab_size=66, d_model=8, d_ff=12, reader_layers=2, writer_layers=3)
+_RANK, _ALPHA = 2, 4
+_QUICK = {
+    "modules": 2,
+    "epochs": 1,
+    "batch_size": 6,
+    "lora_rank": 2,
+    "vera_rank": 3,
+    "evaluations": 3,
+    "generations": 1,
+    "population": 4,
+    "shots": 2,
+    "max_new_tokens": 4,
+}
+# Methods that the usual tests run: one that trains, and those that compile little.
+_SHORT = ("lora", "zero-shot", "constant")
+_LLAMA_ONLY = pytest.mark.parametrize("family", ["llama"], indirect=True)
+
+
+class _Case(NamedTuple):
+    """A base of a family, a task that its tokenizer reads, and the sites of its adapters."""
+
+    folder: Path
+    base: Path
+    config: Architecture
+    task: Path
+    adapted: tuple[str, ...]
+    task_type: str
+
+
+def _pair(folder: Path) -> _Case:
+    """Random weights, and the embedded base's tokenizer, which has 66 tokens too."""
+    shutil.copytree(_SMALL / "base", folder / "source", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {name: getattr(_PAIR, name) for name in ("vocab_size", "d_model", "d_ff", "reader_layers", "writer_layers")}
+    (folder / "source" / "config.json").write_text(json.dumps(sizes | {"model_type": "pair"}))
+    save_base(Pair(_PAIR, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
+    adapted = ("reader.mix.up", "writer.talk.query", "writer.mix.down")
+    return _Case(folder, folder / "base", _PAIR, _SMALL / "tasks" / "double_digit", adapted, "FEATURE_EXTRACTION")
+
+
+def _llama(folder: Path) -> _Case:
+    """Prompts have different lengths. Answers of `closed` recur and so are options, those of `open` do not."""
+    base = small_llama.make(folder / "base", num_attention_heads=4, num_key_value_heads=2, vocab_size=320)
+    answers = {"hot": "cold", "tall": "short"}
+    for name in ("closed", "open"):
+        (folder / name).mkdir()
+        rows = [
+            {"input": f"{'the ' * (i % 3)}{word}", "target": answers[word] + f" {i}" * (name == "open")}
+            for i, word in enumerate([*answers] * 6)
+        ]
+        for part, chosen in (("train", rows), ("test", rows[:4])):
+            (folder / name / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    adapted = ("decoder.self_attn.q_proj", "decoder.self_attn.o_proj", "decoder.mlp.down_proj")
+    return _Case(folder, base, read_config(base), folder / "closed", adapted, "CAUSAL_LM")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, FAMILY.name, FAMILY)
+        yield
+
+
+@pytest.fixture(scope="module", params=["pair", "llama"])
+def family(request, tmp_path_factory) -> _Case:
+    return {"pair": _pair, "llama": _llama}[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def adapters(family) -> list[Path]:
+    """Three PEFT adapters."""
+    rng, sites = np.random.default_rng(0), places(family.config)
+    for number in range(3):
+        folder, tensors = family.folder / "adapters" / f"adapter_{number}", {}
+        for path, (d_in, d_out) in linear_shapes(family.config).items():
+            if sites[path][0] in family.adapted:
+                for factor, shape in (("lora_A", (_RANK, d_in)), ("lora_B", (d_out, _RANK))):
+                    tensors[f"base_model.model.{path}.{factor}.weight"] = rng.standard_normal(shape, np.float32)
+        folder.mkdir(parents=True)
+        targets = sorted({site.rpartition(".")[2] for site in family.adapted})
+        fields = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": targets}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return sorted((family.folder / "adapters").iterdir())
+
+
+@pytest.fixture(scope="module")
+def pool(family, adapters) -> Path:
+    out = family.folder / "pool"
+    convert(ConvertOptions(base=str(family.base), adapters=tuple(map(str, adapters)), out=out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def asked(family, pool) -> Callable[..., FuseOptions]:
+    """A function from a name and further options to the options of a short run."""
+
+    def options(name: str, **changes) -> FuseOptions:
+        values = {"base": str(family.base), "task": str(family.task), "seeds": (1,), "test_rows": 4}
+        if METHODS[changes.get("method", "fusion")].pool:
+            values["pool"] = str(pool)
+        return recipes.options(_QUICK, **values | {"out": family.folder / "runs", "name": name} | changes)
+
+    return options
+
+
+@pytest.fixture(scope="module")
+def run(asked) -> Path:
+    """Two seeds of a fusion."""
+    options = asked("fusion", seeds=(1, 2))
+    fuse(options)
+    return options.out / "fusion"
+
+
+@pytest.fixture(scope="module")
+def done(asked, family) -> Callable[[str], dict]:
+    """A function from a method to the results of its run with one seed."""
+    return functools.cache(lambda method: fuse(asked(method, task=str(family.task.with_name("open")), method=method)))
+
+
+def test_a_converted_pool_is_the_adapters(family, pool, adapters):
+    assert json.loads((pool / "manifest.json").read_text())["base"]["family"] == family.config.family
+    loaded = load_pool(pool)
+    assert list(loaded.A) == list(loaded.sites) == list(family.adapted)
+    file = load_file(adapters[1] / "adapter_model.safetensors")
+    for path, (site, layer) in places(family.config).items():
+        if site in family.adapted:
+            a, b = (file[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
+            np.testing.assert_array_equal(loaded.A[site][layer, 1], a.T)
+            np.testing.assert_array_equal(loaded.B[site][layer, 1], _ALPHA / _RANK * b.T)
+
+
+@pytest.mark.parametrize("family", ["pair"], indirect=True)
+def test_coefficients_have_a_column_for_each_block_and_site(pool):
+    loaded = load_pool(pool)
+    assert column_names(loaded, "block") == ["reader.0", "reader.1", "writer.0", "writer.1", "writer.2"]
+    writers = [f"writer.{layer}.{site}" for layer in range(3) for site in ("talk.query", "mix.down")]
+    assert column_names(loaded, "site") == ["reader.0.mix.up", "reader.1.mix.up", *writers]
+
+
+@_LLAMA_ONLY
+def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
+    cases = [
+        (family.base, _SMALL / "adapters" / "sort_dash", r"\S+SelfAttention.*, a module of T5.*, and the base is .* L"),
+        (_SMALL / "base", adapters[0], r"model\.layers\.0.*, a module of Llama.*, and the base is one of T5"),
+    ]
+    for of, adapter, message in cases:
+        with pytest.raises(ValueError, match=rf"wrong base\?.* no linear module {message}"):
+            convert(ConvertOptions(base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"))
+
+
+def test_a_saved_base_is_read_back(tmp_path):
+    base = _pair(tmp_path).base
+    tensors = load_file(base / "model.safetensors")
+    assert {"tokens.weight", "output.weight", "last.weight", "model.writers.2.talk.back.weight"} <= tensors.keys()
+    model, drawn = load_base(base), kernels(Pair(_PAIR, rngs=nnx.Rngs(0)))
+    assert model.config == _PAIR
+    for site, kernel in kernels(model).items():
+        np.testing.assert_array_equal(kernel, drawn[site])
+
+
+def test_generation_follows_the_logits_of_labels():
+    """One token after the other through the cache gives the tokens of all at once."""
+    model = Pair(_PAIR, rngs=nnx.Rngs(1))
+    ids, mask = jnp.array([[5, 6, 7], [8, 9, 0]]), jnp.array([[True, True, True], [True, True, False]])
+    said = generate(model, ids, mask, max_new_tokens=5)
+    again = jnp.argmax(model.label_logits(ids, mask, said, {}), axis=-1)
+    for row, likeliest in zip(np.asarray(said), np.asarray(again), strict=True):
+        length = int(np.argmax(row == 1)) + 1 if (row == 1).any() else len(row)
+        np.testing.assert_array_equal(row[:length], likeliest[:length])
+
+
+@pytest.mark.long
+def test_two_seeds_are_trained_and_evaluated(family, run):
+    results = json.loads((run / "results.json").read_text())
+    config = family.config
+    columns = sum(config.sites[site].layers * config.sites[site].d_out for site in family.adapted)
+    # A coefficient for each of two modules and each block, and a magnitude for each column of the adapted matrices.
+    assert results["trainable_by_group"] == {"coefficients": 2 * config.layers, "magnitudes": columns}
+    assert len(results["seeds"]) == 2 and load_run(run)[1]["coefficients"].shape == (2, 2, config.layers)
+    for row in results["seeds"]:
+        assert math.isfinite(row["loss"])
+
+
+@_LLAMA_ONLY
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name in _SHORT else pytest.mark.long) for name in METHODS if name != "fusion"],
+)
+def test_every_method_runs(family, method, done):
+    results = done(method)
+    (row,) = results["seeds"]
+    assert 0 <= row["exact_match"] <= 100
+    assert row["loss"] is None if method == "constant" else math.isfinite(row["loss"])
+    if METHODS[method].title is not None:
+        targets = [site.rpartition(".")[2] for site in family.adapted] if METHODS[method].pool else None
+        found = counts(family.config, modules=2, rank=_RANK, vera_rank=3, basis=None, targets=targets)
+        assert results["trainable"] == found[METHODS[method].title.format(lora_rank=_RANK, vera_rank=3)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["pair"], indirect=True)
+def test_methods_without_a_pool_adapt_the_family_s_own_choice(asked):
+    options = asked("lora", method="lora")
+    results = fuse(options)
+    config = json.loads((options.out / "lora" / "config.json").read_text())
+    assert config["options"]["recipe"]["lora_targets"] == ["up", "query"]
+    assert results["trainable"] == 2 * 2 * (8 + 12) + 3 * 2 * (8 + 12) + 3 * 2 * (8 + 8)
+
+
+@_LLAMA_ONLY
+@pytest.mark.parametrize(
+    ("load_in", "method", "rel"),
+    [
+        ("nf4", "mean", 0.1),
+        pytest.param("nf4", "coefficients", 0.1, marks=pytest.mark.long),
+        ("int8", "zero-shot", 0.01),
+    ],
+)
+def test_a_base_in_few_bits(family, load_in, method, rel, asked, done):
+    task = str(family.task.with_name("open"))
+    (row,) = fuse(asked(f"{load_in}-{method}", task=task, load_in=load_in, method=method))["seeds"]
+    (exact,) = done(method)["seeds"]
+    assert row["loss"] == pytest.approx(exact["loss"], rel=rel) and row["loss"] != exact["loss"]
+
+
+@pytest.mark.nightly
+def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
+    options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
+    fuse(options)
+    (_, alone, _), (_, spread, _) = load_run(run), load_run(options.out / "mesh")
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mesh_splits_matrices_as_the_sites_say():
+    # Phi-3 has one matrix for queries, keys and values; Qwen2 has biases, and Qwen3 norms of queries and keys.
+    pair, phi = rules(_PAIR), rules(SHAPES["phi-3-mini"])
+    qwen2, qwen3 = (rules(SHAPES[name]) for name in ("qwen2.5-7b", "qwen3-8b"))
+    names = {
+        ("base/writer/mix/down/kernel", 2, pair): ("model", None),
+        ("base/writer/query/kernel", 2, pair): (None, "model"),
+        ("base/embedding", 2, pair): ("model", None),
+        ("base/head", 2, pair): (None, "model"),
+        ("pool/A/writer.mix.down", 2, pair): ("model", None),
+        ("pool/A/writer.talk.query", 2, pair): (None, None),
+        ("pool/B/writer.talk.query", 2, pair): (None, "model"),
+        ("base/writer/mix/norm/scale", 2, pair): (None, None),
+        ("base/decoder/self_attn/qkv_proj/kernel", 3, phi): (None, None, "model"),
+        ("base/decoder/mlp/down_proj/kernel", 3, phi): (None, "model", None),
+        ("base/decoder/self_attn/q_proj/kernel", 3, qwen2): (None, None, "model"),
+        ("base/decoder/self_attn/o_proj/kernel", 3, qwen2): (None, "model", None),
+        ("base/decoder/self_attn/q_norm/scale", 2, qwen3): (None, None),
+        ("base/decoder/input_norm/scale", 2, qwen3): (None, None),
+        ("pool/A/decoder.mlp.down_proj", 4, qwen2): (None, None, "model", None),
+        ("pool/B/decoder.self_attn.q_proj", 4, qwen2): (None, None, None, "model"),
+    }
+    assert {key: tuple(partition(*key)) for key in names} == names
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "digital"),
+    [
+        pytest.param("llama", ("*.[kvo]_proj", "*.mlp.*")),
+        pytest.param("pair", (), marks=pytest.mark.nightly),
+    ],
+    indirect=["family"],
+)
+def test_chips_hold_every_matrix_that_is_not_digital(family, digital, pool, run, tmp_path):
+    chips = tmp_path / "chips"
+    where = {"base": str(family.base), "pool": str(pool), "out": chips}
+    write_chips(ProgramOptions(**where, crossbar="isaac", keep_digital=digital))
+    head = () if family.config.tied else ("head",)
+    matrices = [*family.config.sites, *head, *(f"pool.{factor}.{site}" for factor in "AB" for site in family.adapted)]
+    files = {path.stem for path in (chips / "chip_0").iterdir()}
+    assert files == {name for name in matrices if not any(fnmatch(name, rule) for rule in digital)}
+    options = EvaluateOnChipsOptions(run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4)
+    results = report_on_chips(options)
+    assert (results["method"], results["norm"], results["age"]) == ("fusion", "programmed", None)
+    for exact, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
+        assert on_chip["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("family", [pytest.param("pair", marks=pytest.mark.long), "llama"], indirect=True)
+def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_path):
+    export(ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["task_type"] == family.task_type and fields["use_dora"]
+    assert fields["target_modules"] == sorted(
+        path for path, (site, _) in places(family.config).items() if site in family.adapted
+    )
+    again = read_pool([str(tmp_path / "adapter")], family.config)
+    assert again.magnitude is not None and again.sites == family.adapted
+
+    export(ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
+    options, params, _ = load_run(run)
+    setup = prepare(options)
+    problem = setup.problem.replace(index=setup.problem.index[1])
+    model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
+    ids, labels = jnp.array([[5, 6, 7]]), jnp.array([[8, 9, 1]])
+    fused = model.label_logits(ids, ids > 0, labels, adapters)
+    merged = load_base(tmp_path / "merged").label_logits(ids, ids > 0, labels, {})
+    np.testing.assert_allclose(merged, fused, atol=1e-4)
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template == setup.tokenizer.chat_template
+
+
+@_LLAMA_ONLY
+def test_a_plan_counts_what_a_run_needs(asked, family):
+    text = describe_run(asked("plan", seeds=(1, 2)))
+    assert "2 batches of 6 rows" in text and "tokenised, padded" in text
+    assert f"| fusion |    2 |        {2 + 3 * 16} |" in text
+
+
+def test_a_plan_has_a_row_for_each_method():
+    recipe = FusionRecipe(modules=2, epochs=1)
+    work = uniform(recipe, source=8, target=4, train_rows=20, test_rows=8)
+    methods = ["zero-shot", "fusion", "lora", "full"]
+    rows = plan(_PAIR, methods, {"task": work}, Settings(recipe=recipe, rank=2))
+    assert [row.method for row in rows] == methods
+    assert all(math.isfinite(row.cost.peak_bytes) and row.cost.evaluation_flops > 0 for row in rows)
+    assert rows[3].cost.trainable == weights_bytes(_PAIR) // 4
+
+
+def test_parameters_and_flops_are_the_model_s():
+    found = counts(_PAIR, modules=2, rank=3, basis=4)
+    maps = 2 * 2 * 8 * 12 + 3 * (3 * 8 * 8 + 2 * 8 * 12)
+    assert found["full fine-tuning"] == maps + 2 * 66 * 8 + (2 + 3 + 3 + 1) * 8
+    assert found["LoRAFusion"] == found["LoRAFusion, basis of 4"] == 2 * 5 + 5 * 12 + 3 * 8
+    assert weights_bytes(_PAIR) == 4 * found["full fine-tuning"]
+
+    rows, source, target = shape = Shape(2, 5, 3)
+    of_source = 2 * 2 * 8 * 12 + 3 * 8 * 8  # the reader, and the writer's memory of the source
+    of_target = 3 * (2 * 8 * 8 + 2 * 8 * 12) + 8 * 66
+    attention = 3 * 2 * source * target * 8
+    operations = 2 * rows * (source * of_source + target * of_target + attention)
+    assert forward_flops(_PAIR, shape, Update()) == operations
+
+
+@_LLAMA_ONLY
+def test_parameters_of_a_decoder_are_the_model_s(family):
+    found = counts(family.config, modules=2, rank=3, basis=4, targets=["q_proj", "up_proj"])
+    maps = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24
+    assert found["full fine-tuning"] == maps + 320 * 16 + 3 * 16
+    assert found["LoRAFusion"] == 2 + 16 + 24
+    assert weights_bytes(family.config) == 4 * found["full fine-tuning"]
+
+
+# Matrices that are read at the same time, by how often. Of the pair: ask (query and its modules; the memory is the
+# source's), answer, mix, mixed in each of 3 layers; then the head. Of a Llama: queries with keys, values and their
+# modules; the attention's end; gate and up; down. Its head is the embedding.
+_STAGES = {
+    "pair": {
+        frozenset({((8, 8),), ((8, 2), (2, 8))}): 3,
+        frozenset({((8, 8),)}): 3,
+        frozenset({((8, 12),)}): 3,
+        frozenset({((12, 8),)}): 3,
+        frozenset({((8, 66),)}): 1,
+    },
+    "decoder": {
+        frozenset({((16, 16),), ((16, 8),), ((16, 2), (2, 8))}): 1,
+        frozenset({((16, 16),)}): 1,
+        frozenset({((16, 24),)}): 1,
+        frozenset({((24, 16),)}): 1,
+    },
+}
+
+
+def test_a_bill_follows_the_stages_of_a_block(family):
+    config = family.config
+    targets, basis = (("query",), frozenset({((8, 8),), ((8, 3), (3, 8))})) if config == _PAIR else (("v_proj",), None)
+    sizes = {"modules": 2, "rank": 2, "epochs": 1, "train_rows": 20, "source": 8, "target": 4}
+    options = CostOptions(targets=targets, bases=(3,) if basis else (), **sizes)
+    found = {activity.method: activity.stages for activity in activities(config, ARRAYS["isaac"], options)}
+    assert found["LoRAFusion"] == _STAGES[config.family]
+    assert basis is None or basis in found["LoRAFusion, basis of 3"]
+    assert all(bill.task.typical > 0 for bill in bills(config, ARRAYS["isaac"], options).values())
