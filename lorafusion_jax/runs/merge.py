@@ -20,7 +20,7 @@ from ..io.pool import open_pool
 from .export import MERGED, Format, check_format, put_as, put_merged
 
 Weights = Mapping[str, float | Mapping[str, float]]
-"""Weight of every module, or its weights by block, such as `decoder.0`."""
+"""Weight of every module, or its weights by block, named STACK.LAYER."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class MergeOptions:
       pool: a converted pool, or a folder of PEFT adapter folders.
       out: folder to write, which must not exist.
       weights: weights of modules, as name=number.
-      weights_file: JSON file of weights by module: a number, or numbers by block as in {"name": {"decoder.0": 0.5}};
+      weights_file: JSON file of weights by module: a number, or numbers by block as in {"name": {"STACK.LAYER": 0.5}};
         blocks that are left out get zero.
       format: format of the result, as in `lorafusion export`.
     """

@@ -231,10 +231,10 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
         (lambda pool: shared_basis(pool, 13), "is 16 x 12: use at most 12"),
         (lambda pool: directions(pool.select([0]), 5), "1 modules of rank 4 .* at most 4"),
         (lambda pool: shared_basis(pool, 3).first(4), "has 3 directions, which do not include the first 4"),
-        (lambda pool: _frozen(Fusion(basis=2), pool), "whole modules, .* `shared_basis"),
+        (lambda pool: _frozen(Fusion(basis=2), pool), "whole modules: .* `shared_basis"),
         (
             lambda pool: in_directions(pool, directions(_shallow(pool), 3)),
-            r"\(1, 16, 12\): the modules have \(2, 16, 12\)",
+            r"\(1, 16, 12\): the modules have \(3, 16, 12\)",
         ),
         (lambda pool: Fusion(basis=4, composition="mix"), "a mix in a shared basis"),
         (lambda pool: Fusion(basis=4, granularity="rank"), "every rank of a module"),

@@ -241,12 +241,12 @@ def test_merges_that_cannot_be_are_refused():
         (lambda: check_merge(dora, "svd"), "a DoRA adapter has magnitudes"),
         (lambda: merge(dora, jnp.arange(1), jnp.ones(1), "cat"), "a DoRA adapter has magnitudes"),
         (lambda: merge(_POOL, index, ones, "dare_ties"), "dare_ties keeps random entries: give a key"),
-        (lambda: Merge(kind="linear").check(shared_basis(tiny.pool(2), 3)), "whole modules, not in a shared basis"),
+        (lambda: Merge(kind="linear").check(shared_basis(tiny.pool(2), 3)), "a merge needs a pool of whole modules"),
         (lambda: Merge(kind="linear").init(Frozen(nnx.State({})), index, _KEY), "a merge needs a pool"),
-        (lambda: Merge(kind="ties", density=0.0), "a density of 0.0"),
-        (lambda: Merge(kind="ties", density=1.5), "a density of 1.5"),
-        (lambda: Merge(kind="svd", rank=0), "rank 0 for svd"),
-        (lambda: Merge(kind="linear", rank=3), "rank 3 for linear: .* only an svd chooses its rank"),
+        (lambda: Merge(kind="ties", density=0.0), "density is 0.0: give the share"),
+        (lambda: Merge(kind="ties", density=1.5), "density is 1.5"),
+        (lambda: Merge(kind="svd", rank=0), "rank is 0 for svd: give at least 1"),
+        (lambda: Merge(kind="linear", rank=3), "rank is 3 for linear: .* None for other rules"),
     ):
         with pytest.raises(ValueError, match=message):
             refused()

@@ -259,12 +259,12 @@ def test_what_was_said_before_counts_as_part_of_a_row(tmp_path):
     [
         ("hello", r'its messages are not a list of \{"role": ..., "content": ...\}'),
         ([], "has messages of nobody: expected the user's message and then the assistant's answer as the last two"),
-        ([{"role": "user", "content": "hot"}], "has messages of user, expected"),
-        (_row(("user", "hot"), ("assistant", " "))["messages"], "messages of user, assistant, .* both with text"),
-        (_row(("assistant", "hot"), ("user", "cold"))["messages"], "messages of assistant, user, expected"),
+        ([{"role": "user", "content": "hot"}], "has messages of user: expected"),
+        (_row(("user", "hot"), ("assistant", " "))["messages"], "messages of user, assistant: .* both with text"),
+        (_row(("assistant", "hot"), ("user", "cold"))["messages"], "messages of assistant, user: expected"),
         ([{"role": "user"}], "message 1 has role: expected role and content, both texts"),
         ([{"role": "user", "content": ["hot"]}], "message 1 has role, content: expected role and content"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "message 1 has role, content, tool_calls, expected"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "message 1 has role, content, tool_calls: expected"),
     ],
 )
 def test_messages_that_are_no_conversation(messages, message, tmp_path):

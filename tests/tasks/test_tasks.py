@@ -283,7 +283,7 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
         ),
         ("bbh.json", '{"examples": ' + "[" * 100_000, r"bbh\.json, line 1: not JSON: .*recursion"),
         ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2: not JSON: Expecting value"),
-        ("list.json", '[{"input": "a", "output": "b"}, {"input": "c"}]', r"list\.json, row 2 has input, expected"),
+        ("list.json", '[{"input": "a", "output": "b"}, {"input": "c"}]', r"list\.json, row 2 has input: expected"),
         (
             "bbh.json",
             '{"rows": []}',
