@@ -267,7 +267,7 @@ def shown_to_seeds(task: Task, options: FuseOptions) -> list[Task]:
 def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encoded:
     """Tokenise the first test rows of a task with examples in its prompts (see `few_shot`).
 
-    An encoder's prompt that is too long loses its first examples, and not the question at its end.
+    A prompt that is cut loses its first examples, not the question at its end.
     """
     tokenizer, text_format = texts
     found = encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
