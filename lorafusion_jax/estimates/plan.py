@@ -11,7 +11,7 @@ from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..platform import for_cpu
-from ..runs.options import FuseOptions
+from ..runs.options import FuseOptions, row_format
 from ..runs.prepare import check, load_texts
 from ..tasks import load_task
 from ..text_tables import markdown
@@ -175,7 +175,7 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
         device=where.device,
         load_in=options.load_in,
     )
-    task = load_task(options.task, prompt=options.prompt, chat=options.chat, train_rows=options.train_rows)
+    task = load_task(options.task, **row_format(options), train_rows=options.train_rows)
     work = workload(
         task,
         recipe,

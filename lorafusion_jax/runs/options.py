@@ -67,7 +67,9 @@ class FuseOptions:
       recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
         may have numbers that both share, other than the defaults.
       arrays: simulated arrays; by default the run is digital.
-      prompt: template of the model's input, with {input}.
+      prompt: template of the model's input, with {input} or other columns of the task's rows.
+      input: column of a row's input, if it is not input or context.
+      target: column of a row's answer, if it is not target, completion or output.
       chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
         rows of the task may be conversations ("messages").
       train_rows: at most this many rows are trained and validated on.
@@ -102,6 +104,8 @@ class FuseOptions:
     recipe: Recipe = Recipe()
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
     prompt: str | None = None
+    input: str | None = None
+    target: str | None = None
     chat: bool = False
     train_rows: int = 100
     test_rows: int | None = None
@@ -175,3 +179,8 @@ def plain(options: FuseOptions) -> FuseOptions:
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(FuseOptions)}
     parts = {name: dataclasses.replace(values[name]) for name in ("recipe", "arrays")}
     return FuseOptions(**values | parts)
+
+
+def row_format(options: FuseOptions) -> dict[str, Any]:
+    """Return the arguments of `load_task` that turn rows into texts."""
+    return {name: getattr(options, name) for name in ("prompt", "input", "target", "chat")}

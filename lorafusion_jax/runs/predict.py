@@ -18,7 +18,7 @@ from ..files import utf8
 from ..methods import find
 from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
 from ..models.layers import Adapters
-from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, stream_text
+from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, fill, stream_text
 from ..training.method import Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, generate_seeds, seed_rows
@@ -97,8 +97,7 @@ class _Answering:
     new_tokens: int
 
     def encode(self, texts: Texts, lines: Sequence[str]) -> Encoded:
-        prompt = self.fused.prompt or "{input}"
-        examples = [Example(prompt.replace("{input}", line), "") for line in lines]
+        examples = [Example(fill(self.fused.prompt, {"input": line}, "a line of text"), "") for line in lines]
         return encode(texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens)
 
     def problem(self, texts: Texts) -> Problem:

@@ -36,6 +36,7 @@ from ..tasks import (
     draw_modules,
     encode,
     few_shot,
+    is_bbh,
     load_task,
     most_new_tokens,
     split,
@@ -48,7 +49,7 @@ from ..training.problem import Problem
 from ..training.rows import TrainingRows
 from ..training.seeds import SeedMode, default_seed_mode
 from .folder import RunConfig, note
-from .options import FuseOptions, OnArrays
+from .options import FuseOptions, OnArrays, row_format
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
@@ -203,11 +204,16 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
+    if options.prompt is None and not options.chat and is_bbh(options.task):
+        note(
+            f"note: {options.task} is a file of BIG-Bench Hard, whose inputs are used as they are. The paper's "
+            "protocol has other rows, and the task's description and 'Q: ... A:' around each input: see "
+            "experiments/bbh.py"
+        )
     needs_training_rows = (to_train and method.learns != "untrained") or method.answers != "model"
     task = load_task(
         options.task,
-        prompt=options.prompt,
-        chat=options.chat,
+        **row_format(options),
         train_rows=options.train_rows,
         need=("train", "test") if needs_training_rows else ("test",),
     )

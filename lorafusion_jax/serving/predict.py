@@ -14,6 +14,7 @@ from ..files import decode as decode_json
 from ..files import utf8
 from ..models.generate import GREEDY, Sampling
 from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_options
+from ..runs.options import row_format
 from ..tasks import Encoded, Task, answer_options, decode, exact_match, load_task
 from .service import FusedRun, Service
 
@@ -106,7 +107,7 @@ def evaluate_runs(
             service.add(title, run, seed)
         fused = run.options
         rows = fused.train_rows if train_rows is None else train_rows
-        of = load_task(task or fused.task, prompt=fused.prompt, chat=fused.chat, train_rows=rows, need=("test",))
+        of = load_task(task or fused.task, **row_format(fused), train_rows=rows, need=("test",))
         test = service.encode(of.test[: test_rows or fused.test_rows], run, run.max_new_tokens)
         closed = answer_options(of)
         numbers = [service.tasks[title].number for title in of_seeds]

@@ -30,7 +30,7 @@ from ..runs.options import FuseOptions
 from ..runs.predict import draw_keys
 from ..runs.prepare import check_digests, digests, load_model, module_names
 from ..runs.run import load_run
-from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches
+from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches, fill
 from ..training.frozen import Frozen
 from ..training.method import Method, Params
 from .bank import TaskBank
@@ -273,8 +273,8 @@ class Service:
         inputs: dict[int, Int[np.ndarray, " _"]] = {}
         for name, run in runs.items():
             rows = [row for row, of_row in enumerate(names) if of_row == name]
-            prompt = (run.options.prompt if run else None) or "{input}"
-            examples = [Example(prompt.replace("{input}", texts[row]), "") for row in rows]
+            prompt = run.options.prompt if run else None
+            examples = [Example(fill(prompt, {"input": texts[row]}, "a text"), "") for row in rows]
             inputs |= zip(rows, self.encode(examples, run, limits[name]).inputs, strict=True)
         encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
         numbers = np.array([-1 if name is None else self.tasks[name].number for name in names], np.int32)

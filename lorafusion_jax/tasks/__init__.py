@@ -12,12 +12,12 @@ from .batches import (
     train_step_batches,
 )
 from .bbh import BBH_DATA, LORAHUB_DATA, lorahub_tasks, prompt_overlap, write_lorahub_split
-from .data import Example, Task, load_task
+from .data import Example, Task, fill, load_task
 from .few_shot import BETWEEN_EXAMPLES, few_shot
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .readers import find_task, without_revision
+from .readers import find_task, is_bbh, without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text
 
 __all__ = [
@@ -46,7 +46,9 @@ __all__ = [
     "eval_batches",
     "exact_match",
     "few_shot",
+    "fill",
     "find_task",
+    "is_bbh",
     "load_task",
     "lorahub_tasks",
     "most_new_tokens",

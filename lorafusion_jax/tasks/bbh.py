@@ -113,7 +113,6 @@ def _read_index(index: Path) -> dict[str, _Entry]:
 
 
 def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple[str, Row]], source: Path) -> bytes:
-    prompt = f"{entry['prefix'][0]}Q: {{input}}{entry['sep']}A:"
     lines = []
     for number in entry[part]:
         if number >= len(rows):
@@ -122,8 +121,9 @@ def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple
                 f"{len(rows) - 1}: the benchmark's file is cut short, or the index is that of another one"
             )
         where, row = rows[number]
-        example = as_example(row, where, prompt)
-        lines.append(json.dumps({"context": example.input, "completion": example.target}, ensure_ascii=False))
+        example = as_example(row, where)
+        prompt = f"{entry['prefix'][0]}Q: {example.input}{entry['sep']}A:"
+        lines.append(json.dumps({"context": prompt, "completion": example.target}, ensure_ascii=False))
     content = "\n".join(lines).encode()
     digest = hashlib.sha256(content).hexdigest()
     expected = entry["sha256_example"] if part == "example" else entry["sha256_zero_shot"]

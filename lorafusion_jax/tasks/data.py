@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..files import shown, some
 from .protocol import REFERENCE_SEED, shuffled
@@ -13,7 +14,14 @@ from .readers import Row, read_rows, without_revision
 
 # The plain names, LoraHub's, and those of function-vector data sets.
 _KEYS = (("input", "target"), ("context", "completion"), ("input", "output"))
-_LAYOUT = "input and target (or output), or context and completion, with an instruction or without"
+_LAYOUT = (
+    "input and target (or output), or context and completion, with an instruction or without. Name other columns with "
+    "--input and --target"
+)
+# A column in a template, or in double braces the same text without a meaning.
+_FIELD = re.compile(r"\{\{([^\W\d]\w*)\}\}|\{([^\W\d]\w*)\}")
+# Roles of ShareGPT's conversations.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,8 @@ def load_task(
     *,
     name: str | None = None,
     prompt: str | None = None,
+    input: str | None = None,
+    target: str | None = None,
     chat: bool = False,
     train_rows: int = 100,
     need: Collection[Literal["train", "test"]] = ("train", "test"),
@@ -64,15 +74,16 @@ def load_task(
     * a folder with `train.jsonl` and `test.jsonl`, or LoraHub's `example.jsonl` and `zero_shot.jsonl`, or only the
       needed one; a row holds input and target, or context and completion, and may hold an instruction (Alpaca), which
       stands in the line before the input or alone;
-    * one such file; a JSONL file of any other name;
+    * one such file; a JSONL, CSV or Parquet file of any other name;
     * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
     * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024); of
       rows with equal inputs the first;
     * a `datasets` folder (`save_to_disk`) or hub id, `owner/name`, `owner/name@revision`, `owner/name:config` or
       `owner/name@revision:config`, with those columns and the splits train and test (or validation).
 
-    With `chat`, rows may also be conversations, `{"messages": [{"role": ..., "content": ...}, ...]}`, which end with
-    the user's message and the assistant's answer.
+    With `chat`, rows may also be conversations, `{"messages": [{"role": ..., "content": ...}, ...]}` or ShareGPT's
+    `{"conversations": [{"from": ..., "value": ...}, ...]}`, which end with the user's message and the assistant's
+    answer.
 
     A file of another name, and a data set of one split, are one list. It is shuffled by `random.Random(42)`; then the
     first `train_rows` are used for training and the others for testing, whatever `need` is.
@@ -80,7 +91,10 @@ def load_task(
     Args:
       source: path or hub id.
       name: name of the task; by default the last part of `source`.
-      prompt: template around every input, such as `"Sort a list of words.\n\nQ: {input}\nA:"`.
+      prompt: template of the model's input, such as `"Sort a list of words.\n\nQ: {input}\nA:"`. It may name any column
+        of the rows: `"{question}\n{choices}"`. `{{name}}` is the text `{name}`.
+      input: column of the input, if it is none of the above.
+      target: column of the answer, if it is none of the above.
       chat: the model's chat template will be used, so rows may be conversations.
       train_rows: number of training rows of one list.
       need: parts that must have rows.
@@ -89,10 +103,10 @@ def load_task(
       ValueError: on a source that does not exist or has another layout, a row without its keys or without text (naming
         file and line), a file without rows, a needed part that is missing.
     """
-    if prompt is not None and "{input}" not in prompt:
-        raise ValueError(f"the prompt {prompt!r} has no {{input}}: write it where a row's input belongs")
+    if prompt is not None and not _columns(prompt):
+        raise ValueError(f"the prompt {prompt!r} has no {{input}} or other column: write it where its text belongs")
     parts = {
-        part: [as_example(row, where, prompt or "{input}", chat=chat) for where, row in rows]
+        part: [as_example(row, where, prompt, input=input, target=target, chat=chat) for where, row in rows]
         for part, rows in read_rows(source).items()
     }
     if "all" in parts:
@@ -110,45 +124,82 @@ def load_task(
     )
 
 
-def as_example(row: Row, where: str, prompt: str, *, chat: bool = False) -> Example:
+def fill(prompt: str | None, row: Mapping[str, Any], where: str) -> str:
+    """Return a template of the model's input with the texts and numbers of a row's columns, by default its input."""
+
+    def column(found: re.Match[str]) -> str:
+        literal, name = found.groups()
+        if literal is not None:
+            return f"{{{literal}}}"
+        if not _is_text(row.get(name), named=name != "input"):
+            got = f"has {name} {shown(row[name])}" if name in row else f"has no column {name} (it has {some([*row])})"
+            raise ValueError(f"{where} {got}, which the prompt names; write {{{{{name}}}}} for the text {{{name}}}")
+        return str(row[name])
+
+    return _FIELD.sub(column, prompt or "{input}")
+
+
+def as_example(
+    row: Row,
+    where: str,
+    prompt: str | None = None,
+    *,
+    input: str | None = None,
+    target: str | None = None,
+    chat: bool = False,
+) -> Example:
     """Check one row that was read, and put the prompt around its input; `where` is for messages."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {shown(row)}: expected an object with {_LAYOUT}")
-    keys = next((keys for keys in _KEYS if row.keys() >= set(keys)), None)
-    instruction = row.get("instruction")
-    if keys is None and instruction is not None and not row.keys() & {"input", "context"}:
-        keys = next((keys for keys in _KEYS if keys[1] in row), None)
-    if keys is None and "messages" in row:
+    for option, name in (("--input", input), ("--target", target)):
+        if name is not None and name not in row:
+            raise ValueError(f"{where} has {some([*row]) or 'no columns'}: expected {name} ({option})")
+    own = _columns(prompt) - {"input"}
+    pairs = [(input or key, target or answer) for key, answer in _KEYS]
+    keys = next((keys for keys in pairs if row.keys() >= set(keys)), None)
+    if keys is None and (own or (row.get("instruction") is not None and not row.keys() & {"input", "context"})):
+        keys = next((keys for keys in pairs if keys[1] in row), None)
+    conversation = row.get("messages", row.get("conversations"))
+    if keys is None and conversation is not None:
         if not chat:
             raise ValueError(f"{where} is a conversation, which needs the model's chat template: give --chat")
-        *history, (_, asked), (_, answer) = _conversation(row["messages"], where)
-        return Example(prompt.replace("{input}", asked), answer, tuple(history))
+        *history, (_, asked), (_, answer) = _conversation(conversation, where)
+        return Example(fill(prompt, row | {"input": asked}, where), answer, tuple(history))
     if keys is None:
         raise ValueError(f"{where} has {some([*row]) or 'no keys'}: expected {_LAYOUT}")
-    asked, target = row.get(keys[0], ""), row[keys[1]]
-    if instruction is not None:
-        asked = _instructed(instruction, keys[0], asked, where)
-    for key, text in zip(keys, (asked, target), strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: its {key} is {shown(text)}: give it a text, or take the row out")
-    return Example(prompt.replace("{input}", asked), target)
+    asked, answer = row.get(keys[0]), row[keys[1]]
+    if not own:
+        parts = {keys[0]: asked} if input is not None else {"instruction": row.get("instruction"), keys[0]: asked}
+        parts = {key: text for key, text in parts.items() if text is not None}
+        for key, text in parts.items():
+            if not _is_text(text, named=input is not None):
+                raise ValueError(f"{where}: its {key} is {shown(text)}: give it a text, or take the row out")
+        asked = "\n".join(str(text) for text in parts.values() if str(text).strip())
+        if not asked:
+            got = ", and its ".join(f"{key} is {shown(text)}" for key, text in parts.items()) or f"{keys[0]} is None"
+            raise ValueError(f"{where}: its {got}: give it a text, or take the row out")
+    filled = fill(prompt, row if asked is None else row | {"input": asked}, where)
+    if not _is_text(answer, named=target is not None) or not str(answer).strip():
+        raise ValueError(f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out")
+    return Example(filled, str(answer))
 
 
-def _instructed(instruction: Row, key: str, asked: Row, where: str) -> str:
-    asked = "" if asked is None else asked
-    for name, text in (("instruction", instruction), (key, asked)):
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: its {name} is {shown(text)}: give it a text, or take the row out")
-    texts = [text for text in (instruction, asked) if text.strip()]
-    if not texts:
-        raise ValueError(
-            f"{where}: its instruction is {shown(instruction)}, and its {key} is {shown(asked)}: give one of them a "
-            "text, or take the row out"
-        )
-    return "\n".join(texts)
+def _is_text(value: Any, *, named: bool) -> bool:
+    """Return whether a value is a text, or a number in a column that the user named."""
+    return isinstance(value, str) or (named and isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _columns(prompt: str | None) -> set[str]:
+    """Return the columns that a template names."""
+    return {name for _, name in _FIELD.findall(prompt or "{input}") if name}
 
 
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
+    if isinstance(messages, list) and all(isinstance(message, dict) and "from" in message for message in messages):
+        messages = [
+            {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
+            for message in messages
+        ]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}')
     found = []

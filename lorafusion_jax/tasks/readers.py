@@ -1,5 +1,6 @@
 """Readers of the rows of a task: JSONL, JSON lists, BIG-Bench Hard JSON, folders of files, `datasets`."""
 
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -67,9 +68,9 @@ def _folder_rows(path: Path) -> dict[str, Rows]:
 
 
 def _file_rows(path: Path) -> Rows:
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows}
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
-        raise ValueError(f"{path} ends in neither .jsonl nor .json: expected one of these")
+        raise ValueError(f"{path} ends in {path.suffix or 'no suffix'}: expected one of {', '.join(readers)}")
     check_lfs(path)
     return _some(readers[path.suffix](path), path)
 
@@ -100,6 +101,43 @@ def _json_rows(path: Path) -> Rows:
             '{"examples": [{"input": ..., "target": ...}]}: fix it, or write one row a line into a .jsonl file'
         )
     yield from ((f"{path}, example {n}", row) for n, row in enumerate(rows, start=1))
+
+
+def _csv_rows(path: Path) -> Rows:
+    with utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{where} has another number of columns than the header {some(rows.fieldnames or [])}"
+                    )
+                yield where, row
+        except csv.Error as error:
+            fix = "quote texts that contain commas, quotes or line breaks"
+            raise FileError(f"{path}, line {rows.line_num + 1}", got=f"not CSV: {error}", fix=fix) from error
+
+
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = (batch for batch in file.iter_batches(1000))
+            yield from ((f"{path}, row {n}", row) for n, row in enumerate(r for b in batches for r in b.to_pylist()))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FileError(path, got=f"not Parquet: {error}", fix="write the file again") from error
+
+
+def is_bbh(source: str | Path) -> bool:
+    """Return whether a file has the layout of BIG-Bench Hard."""
+    path = Path(source)
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return bool(re.match(rb'\s*\{[^[]*"examples"\s*:', file.read(10_000)))
 
 
 def _first_of_each_input(rows: Rows) -> Rows:
