@@ -59,9 +59,9 @@ def test_conversations_of_sharegpt_are_chats(tmp_path):
     [
         (
             {},
-            r"has question, choices, answer, expected input and target .* Name other columns with --input and --target",
+            r"has question, choices, answer: expected input and target .* Name other columns with --input and --target",
         ),
-        ({"input": "text", "target": "answer"}, r"has question, choices, answer, expected text \(--input\)"),
+        ({"input": "text", "target": "answer"}, r"has question, choices, answer: expected text \(--input\)"),
         (
             {"prompt": "{quest}", "target": "answer"},
             r"no column quest \(it has .*\), which the prompt names; write {{quest}}",
@@ -82,7 +82,7 @@ def test_columns_that_rows_lack_are_refused_with_those_that_they_have(tmp_path, 
         ("a.csv", b"input,target\na\n", "line 2 has another number of columns"),
         ("a.csv", b"input,target\n\xff,b\n", "UTF-8"),
         ("a.parquet", b"PAR1 and no more", "not Parquet"),
-        ("a.txt", b"", "ends in .txt, expected one of .jsonl, .json, .csv, .parquet"),
+        ("a.txt", b"", "ends in .txt: expected one of .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_damaged_tables_are_refused_by_name(tmp_path, name, content, message):
