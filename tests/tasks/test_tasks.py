@@ -117,7 +117,7 @@ def test_fingerprint_tells_tasks_apart(tmp_path):
 
 def test_prompt_stands_around_every_input(tmp_path):
     path = _write(tmp_path / "test.jsonl", [{"input": "{input} {x}", "target": "y"}])
-    task = load_task(path, prompt="Count {braces}.\n\nQ: {input}\nA:", need=["test"])
+    task = load_task(path, prompt="Count {{braces}}.\n\nQ: {input}\nA:", need=["test"])
     assert task.test == (Example("Count {braces}.\n\nQ: {input} {x}\nA:", "y"),)
     with pytest.raises(ValueError, match=r"the prompt 'Q: \{\}' has no \{input\}: write it where"):
         load_task(path, prompt="Q: {}")
