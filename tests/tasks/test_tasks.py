@@ -119,7 +119,7 @@ def test_prompt_stands_around_every_input(tmp_path):
     path = _write(tmp_path / "test.jsonl", [{"input": "{input} {x}", "target": "y"}])
     task = load_task(path, prompt="Count {{braces}}.\n\nQ: {input}\nA:", need=["test"])
     assert task.test == (Example("Count {braces}.\n\nQ: {input} {x}\nA:", "y"),)
-    with pytest.raises(ValueError, match=r"the prompt 'Q: \{\}' has no \{input\}: write it where"):
+    with pytest.raises(ValueError, match=r"the prompt 'Q: \{\}' has no \{input\} or other column"):
         load_task(path, prompt="Q: {}")
 
 
@@ -259,7 +259,7 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
         (
             "test.jsonl",
             '{"instruction": " ", "input": "", "output": "b"}',
-            r"line 1: its instruction is ' ', and its input is '': give one of them a text, or take the row out",
+            r"line 1: its instruction is ' ', and its input is '': give it a text, or take the row out",
         ),
         ("test.jsonl", '{"instruction": 5, "input": "a", "output": "b"}', r"line 1: its instruction is 5: give it a"),
         ("test.jsonl", '{"instruction": "a", "input": 5, "output": "b"}', r"line 1: its input is 5: give it a text"),
@@ -291,7 +291,7 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
         ),
         ("bbh.json", '{"examples": [{"input": "a"}]}', r"bbh\.json, example 1 has input: expected input and target"),
         ("test.jsonl", _LFS, r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull"),
-        ("task.csv", "input,target", r"task\.csv ends in neither \.jsonl nor \.json: expected one of these"),
+        ("task.txt", "input,target", r"task\.txt ends in \.txt: expected one of \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
 def test_bad_files_are_refused_with_the_place_and_a_fix(tmp_path, file, content, message):
