@@ -8,7 +8,7 @@ from .runs.run import run
 
 
 def fuse(options: FuseOptions) -> dict[str, Any]:
-    """Run what the options ask for, and return the results as they are in results.json.
+    """Do the run that the options describe, and return the results as they are in results.json.
 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.

@@ -47,7 +47,7 @@ class FileError(ValueError):
       field: a field such as `options.recipe.epochs`; empty for the whole file.
       got: the field's value, or the fault of the whole file.
       expected: description of valid values; may be empty.
-      fix: how to fix it.
+      fix: remedy.
       version: the version that wrote the file, if it is another one; else empty.
     """
 

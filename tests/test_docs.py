@@ -1,5 +1,6 @@
 """The Markdown pages: links lead to files and headings, commands have the options shown, and the prose is plain."""
 
+import ast
 import collections
 import contextlib
 import functools
@@ -7,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,8 @@ _HABITS = {
     r"\bwrit(?:es|ten|e) over\b": "overwrites",
     r"\bnext to nothing\b": "hardly",
 }
+# An entry of a docstring that is no noun phrase.
+_VAGUE_ENTRY = re.compile(r"^ +\*{0,2}\w+: (?:of|what|how|which|whose|whether) .*", re.MULTILINE | re.IGNORECASE)
 # Hits that are good English, by page.
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "CHANGELOG.md": ("what was wanted",),
@@ -117,6 +121,18 @@ def test_the_sidebar_is_short_and_has_each_page_once():
     assert len(top) + max(map(len, entries.values())) <= 30  # one part is open at a time
     pages = collections.Counter([*top, *itertools.chain.from_iterable(entries.values())])
     assert [page for page, times in pages.items() if times > 1] == []
+
+
+@pytest.mark.parametrize("path", sorted((_ROOT / "lorafusion_jax").rglob("*.py")), ids=lambda path: path.stem)
+def test_docstrings_comments_and_messages_are_plain(path):
+    source = path.read_text()
+    comments = [
+        line.string for line in tokenize.generate_tokens(io.StringIO(source).readline) if line.type == tokenize.COMMENT
+    ]
+    texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    prose = [text for text in (*comments, *texts) if isinstance(text, str) and " " in text]
+    assert [hit for text in prose for hit in _habits(text)] == []
+    assert _VAGUE_ENTRY.findall(source) == []
 
 
 def _prose(text: str) -> str:

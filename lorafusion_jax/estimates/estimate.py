@@ -29,7 +29,7 @@ class Settings:
       targets: the linear maps that they adapt; None for the family's own choice.
       pool: number of modules in memory (those that any seed draws); None for those of one seed.
       seeds: number of seeds of every method that draws anything.
-      seed_mode: how seeds run (see `training.seeds`).
+      seed_mode: mode of the seeds (see `training.seeds`).
       device: kind of device.
       load_in: precision of base and pool.
     """

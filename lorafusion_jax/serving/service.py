@@ -122,7 +122,7 @@ class Service:
       bank: the runs' numbers, base and pool.
       tasks: the added tasks, by name.
       tokenizer: tokenizer of the base model.
-      text_format: how it reads prompts and answers; `format_of` a run may also be a chat.
+      text_format: layout of its prompts and answers; `format_of` a run may also be a chat.
     """
 
     def __init__(self, runs: Sequence[FusedRun], *, capacity: int, modules: Sequence[str] = ()):
@@ -256,7 +256,7 @@ class Service:
           names: name of the task that answers each of them; None for the plain base, which gets the text as it is.
           max_new_tokens: most tokens of an answer; by default as in the run, for the plain base the most of all tasks.
           eval_batch: most rows in a batch.
-          sampling: how the next token is chosen.
+          sampling: choice of the next token.
           sampling_seed: seed of the draws; each text's draws also depend on its place.
 
         Raises:

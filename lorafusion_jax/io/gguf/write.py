@@ -33,7 +33,7 @@ def write_lora(file: Path, content: Mapping[str, Any], tensors: Mapping[str, np.
 
     Args:
       file: new file.
-      content: of the base's config.json.
+      content: content of the base's config.json.
       tensors: A [r, d_in] and B [d_out, r] by PEFT's keys.
       alpha: lora_alpha; llama.cpp scales B A by alpha / r.
 

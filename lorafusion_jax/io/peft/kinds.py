@@ -69,7 +69,7 @@ def _loha(module: Module) -> Matrix:
 
 
 def _lokr(module: Module) -> Matrix:
-    """Kronecker product of two matrices, each of which may be a product of factors (LoKr, arXiv 2309.14859)."""
+    """Kronecker product of two matrices, each a matrix or a product of factors (LoKr, arXiv 2309.14859)."""
     factors = [
         module.take(part, None, None) if module.has(part) else module.product(f"{part}_a", f"{part}_b")
         for part in ("lokr_w1", "lokr_w2")

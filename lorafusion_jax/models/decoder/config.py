@@ -18,7 +18,7 @@ class Rope:
       theta: base of the frequencies, theta ** (-2 i / width).
       width: number of rotated numbers of a head; the others keep their values.
       scaling: rule that changes frequencies for contexts that are longer than those of the pretraining.
-      factor: how many times longer.
+      factor: ratio of the new to the old length.
       context: tokens of the pretraining's contexts, for `dynamic` and `llama3`.
       low_freq: wavelengths above context / low_freq are stretched by `factor` (`llama3`).
       high_freq: wavelengths below context / high_freq are not stretched (`llama3`).

@@ -24,7 +24,7 @@ def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, " B"]
 
     Args:
       rope: base and scaling of the frequencies.
-      positions: of each row's tokens, from 0 on.
+      positions: places of each row's tokens, from 0 on.
       lengths: tokens of each row so far, on which the frequencies of the scaling `dynamic` depend.
     """
     angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)[:, None, :]

@@ -31,7 +31,7 @@ class Converter(NamedTuple):
       scale: [R, K], R is 1 where all row tiles have one range; [K] for the kernels. The codes per level unit, or,
         where the converter divides, the sum that the highest code stands for.
       qmin: lowest code, and qmax the highest.
-      divides: whether `scale` is divided by.
+      divides: if true, `scale` is a divisor.
       rounds: False for the smooth surrogate, which only clips.
       counts: return 1 for a sum beyond the highest code and 0 for another, instead of its code.
       transfer: transfer curve of the architecture, or None (see `Architecture`).
