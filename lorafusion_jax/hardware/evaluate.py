@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,8 @@ class EvaluateOnChipsOptions(EvaluateOptions):
             raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 
-class EvaluationRequest(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class EvaluationRequest:
     """A digital run (setup, options, trained numbers), and the chips to evaluate it on.
 
     `modules` are the numbers of the pool's modules on the chips, `configs` the arrays by age and compensation.
