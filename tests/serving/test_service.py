@@ -150,6 +150,17 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
     assert len(set(said)) == len(said)
 
 
+def test_each_seed_of_a_run_is_scored_with_its_own_numbers(runs):
+    together, alone = (
+        [row["loss"] for row in rows]
+        for rows in (
+            evaluate_runs((runs["fused"],), test_rows=2),
+            evaluate_run(EvaluateOptions(run=runs["fused"], test_rows=2)),
+        )
+    )
+    assert together == pytest.approx(alone, rel=1e-5) and together[0] != pytest.approx(together[1], rel=1e-3)
+
+
 @pytest.mark.long
 def test_scores_are_those_of_each_run_alone(runs, capsys):
     """Every seed of every run on its own task, with options or without; all of them share their batches."""
