@@ -5,6 +5,7 @@ Every list begins with the simplest choice, to which failures shrink. Arrays are
 all that a case costs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,50 +25,60 @@ PATHS = ("definition", "product", "loop", "lookup", "planes", "packed", "mosaic"
 CELLS = [(2,), (1,), (2, 2), (1, 1), (3,), (4,), (2, 1), (3, 3), (4, 4), (1, 1, 1), None]
 
 
+# By name: all choices, the simplest first; repeated where they are wanted more often.
+OPTIONS: dict[str, Sequence[Any]] = {
+    "encoding": tuple(ENCODINGS),
+    "cells": CELLS,
+    "spare": [0, 0, 1],  # weight bits less than the cells hold
+    "ratio": [None, None, 10.0, 2.5, 100.0],
+    "scale": ["matrix", "tile", "column"],
+    "weight_quantile": [1.0, 1.0, 0.9, 0.5],
+    "rows": [None, 3, 4, 5, 6],
+    "cols": [None, 2, 3],
+    "partition": ["equal", "full"],
+    "bits": [3, 2, 4, 5, 8, None],
+    "slice_bits": [1, None, 2, 3],
+    "signed": [False, True],
+    "scaling": ["row", "fixed"],
+    "limit": [1.0, 0.6, 1.7],
+    "input_quantile": [0.9995, 0.8],
+    "rounding": ["nearest"],
+    "adc": ["max", "granular", "given", "calibrated", "max", "given by row", None],
+    "adc_bits": [5, 3, 4, 6, 8, 12],
+    "convert": ["slice", "slice", "sum"],
+    "separate": [False, False, True],
+    "gain": [None, None, None, 0.05],
+    "offset": [None, None, None, None, None, 0.1],
+    "clip": [0.5, 1.0, 0.2],  # of the largest sum, where ranges are given
+    "whole": [False, True],  # whether given limits are simple fractions
+    "nonlinear": [None] * 9 + ["current", "wire", "iv", "iv and wire"],
+    "device": [None, None, None, "independent", "proportional", "stuck", "drift", "range"],
+    "noise": [None],
+    "adc_noise": [None],
+    "retries": [0],
+    "d_in": [4, 1, 2, 3, 5, 6, 7, 9, 10, 12],
+    "d_out": [2, 1, 3, 4, 5, 8],
+    "batch": [3, 1, 2, 4],
+    "weights": ["normal", "sparse", "extreme", "zero", "positive", "tiny"],
+    "inputs": ["uniform", "full", "sparse", "beyond"],
+    "float64": [False, False, False, True],
+    "seed": range(2**16),
+}
+
+
 def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
     """Return choices of a crossbar and of a matrix for it; `fixed` replaces single ones, by values or strategies."""
-    named: dict[str, Any] = {
-        "encoding": st.sampled_from(tuple(ENCODINGS)),
-        "cells": st.sampled_from(CELLS),
-        "spare": st.sampled_from([0, 0, 1]),  # weight bits less than the cells hold
-        "ratio": st.sampled_from([None, None, 10.0, 2.5, 100.0]),
-        "scale": st.sampled_from(["matrix", "tile", "column"]),
-        "weight_quantile": st.sampled_from([1.0, 1.0, 0.9, 0.5]),
-        "rows": st.sampled_from([None, 3, 4, 5, 6]),
-        "cols": st.sampled_from([None, 2, 3]),
-        "partition": st.sampled_from(["equal", "full"]),
-        "bits": st.sampled_from([3, 2, 4, 5, 8, None]),
-        "slice_bits": st.sampled_from([1, None, 2, 3]),
-        "signed": st.booleans(),
-        "scaling": st.sampled_from(["row", "fixed"]),
-        "limit": st.sampled_from([1.0, 0.6, 1.7]),
-        "input_quantile": st.sampled_from([0.9995, 0.8]),
-        "rounding": st.just("nearest"),
-        "adc": st.sampled_from(["max", "granular", "given", "calibrated", "max", "given by row", None]),
-        "adc_bits": st.sampled_from([5, 3, 4, 6, 8, 12]),
-        "convert": st.sampled_from(["slice", "slice", "sum"]),
-        "separate": st.sampled_from([False, False, True]),
-        "gain": st.sampled_from([None, None, None, 0.05]),
-        "offset": st.sampled_from([None, None, None, None, None, 0.1]),
-        "clip": st.sampled_from([0.5, 1.0, 0.2]),  # of the largest sum, where ranges are given
-        "whole": st.booleans(),  # whether given limits are simple fractions
-        "nonlinear": st.sampled_from([None] * 9 + ["current", "wire", "iv", "iv and wire"]),
-        "device": st.sampled_from([None, None, None, "independent", "proportional", "stuck", "drift", "range"]),
-        "noise": st.none(),
-        "adc_noise": st.none(),
-        "retries": st.just(0),
-        "d_in": st.sampled_from([4, 1, 2, 3, 5, 6, 7, 9, 10, 12]),
-        "d_out": st.sampled_from([2, 1, 3, 4, 5, 8]),
-        "batch": st.sampled_from([3, 1, 2, 4]),
-        "weights": st.sampled_from(["normal", "sparse", "extreme", "zero", "positive", "tiny"]),
-        "inputs": st.sampled_from(["uniform", "full", "sparse", "beyond"]),
-        "float64": st.sampled_from([False, False, False, True]),
-        "seed": st.integers(0, 2**16),
-    }
+    named = {name: st.sampled_from(values) for name, values in OPTIONS.items()}
     assert fixed.keys() <= named.keys(), fixed
     for name, value in fixed.items():
         named[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)
     return st.fixed_dictionaries(named)
+
+
+def simplest(**changes: Any) -> dict[str, Any]:
+    """Return the simplest choices, some of them changed."""
+    assert changes.keys() <= OPTIONS.keys(), changes
+    return {name: values[0] for name, values in OPTIONS.items()} | changes
 
 
 # What a path needs of a configuration, for the most part; what it refuses all the same counts as refused.

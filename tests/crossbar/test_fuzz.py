@@ -18,18 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from crossbar_strategies import build, choices, dtype, inputs, reads, weights
+from crossbar_strategies import build, choices, dtype, inputs, reads, simplest, weights
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import CrossbarConfig, calibrated, matmul, probe, program, with_config, with_read_key
-from lorafusion_jax.crossbar.devices.device import depends_on_time
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'")
 
 # How often each outcome was met: (property, path, outcome) -> cases.
 TALLY: collections.Counter[tuple[str, str, str]] = collections.Counter()
@@ -59,7 +56,7 @@ def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[...
             settings(max_examples=examples, phases=[Phase.generate])(given(**drawn)(check))()
             # A property says nothing about what a path refuses.
             refused = sum(number for (_, _, outcome), number in TALLY.items() if outcome == "refused")
-            assert refused <= 0.75 * TALLY.total(), f"{refused} of {TALLY.total()} cases are refused"
+            assert refused <= 0.75 * TALLY.total() + 1, f"{refused} of {TALLY.total()} cases are refused"
 
         test.__doc__ = check.__doc__
         return test
@@ -223,8 +220,12 @@ AT_READ: dict[str, Any] = {
 def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]], eager: bool):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     path, c = case
+    note(repr(build(c)))
+    assert_path(path, c, eager=eager)
+
+
+def assert_path(path: str | None, c: dict[str, Any], *, eager: bool = False) -> None:
     config = build(c)
-    note(repr(config))
     with precision(c):
         run, drawn = compiled(c, config, "definition"), drawn_codes(c, config)
         first = [assert_defined(c, config, number, run, drawn) for number in range(DRAWS)]
@@ -249,6 +250,50 @@ def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, A
                 read = lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0]  # noqa: B023, E731
                 assert_not_finite(read, x, found, config, state.input_limit, what)
             tally(path, "bitwise" if exact else "within tolerance")
+
+
+_TILED = {"d_in": 12, "rows": 6, "d_out": 4}
+_TIES = {**_TILED, "encoding": "offset", "cells": (4, 4), "adc_bits": 4}  # steps of 6 levels
+_BY_ROW = {**_TILED, "adc": "given by row", "signed": True, "cells": (2, 2), "partition": "full", "rows": 5}
+_FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
+_AGAIN = {**_TILED, "adc": "given", "clip": 0.2, "retries": 3, "signed": True}
+# Path and choices of crossbars that few draws have.
+CORNERS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    **{f"ties at MAX, {path}": (path, _TIES) for path in ("loop", "lookup", "planes", "packed", "mosaic")},
+    **{f"ranges by row, {path}": (path, _BY_ROW) for path in ("loop", "lookup", "planes", "packed", "mosaic")},
+    "ties of calibrated steps": (None, {**_TIES, "adc": "calibrated"}),
+    "Gmin and a digital offset": ("loop", {**_TILED, "encoding": "offset", "ratio": 2.5}),
+    "Gmin, a unit column, gains": ("lookup", {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05}),
+    "both polarities, Gmin, gains": ("loop", {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05}),
+    "two-sided pairs": ("loop", {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)}),
+    "gains and offsets": ("definition", {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
+    "flipped columns": (None, _FLIPPED),
+    "flipped columns, Gmin, calibrated": (None, {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"}),
+    "flipped columns, a scale for each tile": ("loop", {**_FLIPPED, "scale": "tile"}),
+    "flipped columns, read again": ("planes", {**_FLIPPED, **_AGAIN, "scaling": "fixed"}),
+    "reads again": ("loop", _AGAIN),
+    "currents limited on either side": ("definition", {**_TILED, "nonlinear": "current", "signed": True}),
+    "wires": ("definition", {**_TILED, "nonlinear": "wire", "signed": True}),
+    "nonlinear cells": ("definition", {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None}),
+    "a quantile that is zero": (
+        "product",
+        {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None},
+    ),
+    "weights beyond a quantile": ("lookup", {**_TILED, "weight_quantile": 0.9, "scale": "tile"}),
+    "no weights": ("loop", {"weights": "zero", "scale": "column", "encoding": "unit column"}),
+    "rounding at random": ("definition", {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}),
+    "one conversion for all pulses": ("loop", {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2}),
+    "real cells and inputs": ("product", {"cells": None, "bits": None, "encoding": "unit column", "adc": None}),
+    "float64": ("lookup", {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}),
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_are_read_as_the_loops_say(name: str):
+    path, changes = CORNERS[name]
+    TALLY.clear()
+    assert_path(path, simplest(**changes))
+    assert not any(outcome == "refused" for _, _, outcome in TALLY)
 
 
 def problem(c: dict[str, Any], number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -524,10 +569,9 @@ def test_programmed_cells_and_converters_have_their_models_moments(
         programming=model and _MODELS[model](size),
         drift=drift and _DRIFTS[drift](size),
         stuck=stuck and crossbar.StuckAt(*stuck),
+        time=time if drift else None,
         clip=clip,
     )
-    if depends_on_time(device):
-        device = dataclasses.replace(device, time=time)
     config = dataclasses.replace(build(c), device=device)
     note(repr(config))
     W, low = weights(c), oracle.g_min(config)
@@ -712,7 +756,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str
         adc=st.sampled_from(["max", "given", None]),
         device=st.sampled_from([None, "independent"]),
     ),
-    leaf=st.sampled_from(["ratio", "programming", "gain", "current", "limit", "limits", "wire"]),
+    leaf=st.sampled_from(["ratio", "programming", "time", "gain", "offset", "current", "limit", "limits", "wire"]),
 )
 def test_a_sweep_is_a_loop(case: tuple[str | None, dict[str, Any]], leaf: str):
     """vmap over one value of the configuration, jitted, against the loops at the first and the last value."""
@@ -749,6 +793,10 @@ def swept(leaf: str, base: CrossbarConfig) -> tuple[list[float], Callable[[Any],
 
     if leaf == "programming":
         return [0.05, 0.1, 0.3], lambda v: part("device", programming=crossbar.Proportional(v))
+    if leaf == "time":
+        return [2.0, 100.0, 1e4], lambda v: part("device", drift=crossbar.PowerLaw(0.1, 0.02), time=v)
+    if leaf == "offset" and base.adc is not None:
+        return [0.0, 0.05, 0.5], lambda v: part("adc", offset_error=v)
     if leaf == "gain" and base.adc is not None:
         return [0.0, 0.02, 0.2], lambda v: part("adc", gain_error=v)
     if leaf == "current":
@@ -936,7 +984,16 @@ def test_negative_inputs_of_an_unsigned_dac_are_refused_or_clipped_throughout(ca
 @cases(
     6,
     case=reads("product")
-    | reads(None, "definition", "loop", "lookup", nonlinear=None, adc=st.sampled_from(["max", "granular"])),
+    | reads(
+        None,
+        "definition",
+        "loop",
+        "lookup",
+        "packed",
+        "mosaic",
+        nonlinear=None,
+        adc=st.sampled_from(["max", "granular"]),
+    ),
 )
 def test_any_leading_axes_are_a_batch(case: tuple[str | None, dict[str, Any]]):
     """None of them, two of them, and an empty one."""

@@ -1,13 +1,10 @@
 """Outputs of CrossSim, of its loop in NumPy for further configurations, and of aihwkit."""
 
-from typing import Any
-
 import crossbar_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from crosssim import Inexpressible, adc_limits, changed, convert, gain, parameters
 
 from lorafusion_jax.crossbar import (
     ADC,
@@ -15,283 +12,162 @@ from lorafusion_jax.crossbar import (
     Cell,
     CrossbarConfig,
     Device,
+    Encoding,
     Independent,
     Mapping,
     Proportional,
     Tile,
+    Wire,
     matmul,
     program,
 )
-from lorafusion_jax.crossbar.mapping import encoding
 
-NAMES = [
-    "c01_bal_w8s4_fpin_noadc",
-    "c02_bal_w8s4_in8serial_noadc",
-    "c03_bal_w8s4_in8serial_adc8max",
-    "c04_bal_w8s4_in8serial_adc6clip",
-    "c05_off_w8s4_in8serial_adc8max",
-    "c06_off_unitcol_w8s4_adc8gran",
-    "c07_bal_w8s8_adc8max",
-    "c08_bal_w8s2_adc8max",
-    "c11_bal_w4s2_adc8max",
-    "c12_bal_w8s4_onoff10_adc8max",
-    "c15_bal_singletile_adc8max",
-    "c16_bal_310_partmax_adc8max",
-]
+_OFFSET, _UNIT = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True)
+_FINITE = Cell(on_off_ratio=7.3)
+_REAL = {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None)}
+_REAL_FINITE = _REAL | {"cell": Cell(bits=None, on_off_ratio=7.3)}
+_LEVELS = {"cell": Cell(bits=(5,)), "mapping": Mapping(weight_bits=5)}
+_WIRE = Wire(row_resistance=0.0007, column_resistance=0.0013, tolerance=1e-13, iterations=3000, relaxation=0.9)
+_RANGES = np.array([9.37, 8.11, 9.37, 2.53])  # no sum lies half-way between two codes
+_WHOLE = {"slice_bits": None}
 
 
-def product(params: dict[str, Any], W: np.ndarray, x: np.ndarray, dtype: Any, path: Any) -> np.ndarray:
-    config, weights = convert(params, W)
+def _config(tops, *, adc=None, dac=None, tile=None, **parts):
+    """Return CrossSim's defaults with ADCs of 7 bits, whose highest currents are `tops`, [K] or [R, K]."""
+    inputs, converter = DAC(scaling="fixed", **dac or {}), {"bits": 7} | (adc or {})
+    subtracted = parts.get("encoding", Encoding()).kind == "differential" and not converter.get("separate")
+    tops = np.asarray(tops, float)
+    limits = np.stack([-tops if inputs.signed or subtracted else 0 * tops, tops], axis=-1)
+    outputs = ADC(range="given", limits=limits, **converter)
+    return CrossbarConfig(dac=inputs, adc=outputs, tile=Tile(**{"cols": None} | (tile or {})), **parts)
+
+
+_8_BITS = {"adc": {"bits": 8}}
+# By CrossSim itself. Its range MAX is the height of an array; that of offset encoding rounds it to a power of two.
+NAMES = {
+    "c01_bal_w8s4_fpin_noadc": CrossbarConfig(tile=Tile(cols=None), dac=None),
+    "c02_bal_w8s4_in8serial_noadc": CrossbarConfig(tile=Tile(cols=None), dac=DAC(scaling="fixed")),
+    "c03_bal_w8s4_in8serial_adc8max": _config([100] * 4, **_8_BITS),
+    "c04_bal_w8s4_in8serial_adc6clip": _config([11, 11, 11, 1.375], adc={"bits": 6}),
+    "c05_off_w8s4_in8serial_adc8max": _config([512 / 3] * 4, encoding=_OFFSET, **_8_BITS),
+    "c06_off_unitcol_w8s4_adc8gran": _config([128 / 3] * 4, encoding=_UNIT, **_8_BITS),
+    "c07_bal_w8s8_adc8max": _config([100] * 8, cell=Cell(bits=(1,) * 8), **_8_BITS),
+    "c08_bal_w8s2_adc8max": _config([100] * 2, cell=Cell(bits=(4, 4)), **_8_BITS),
+    "c11_bal_w4s2_adc8max": _config([100] * 2, cell=Cell(bits=(2, 2)), mapping=Mapping(weight_bits=4), **_8_BITS),
+    "c12_bal_w8s4_onoff10_adc8max": _config([100] * 4, cell=Cell(on_off_ratio=10.0), **_8_BITS),
+    "c15_bal_singletile_adc8max": _config([300] * 4, tile={"rows": None}, **_8_BITS),
+    "c16_bal_310_partmax_adc8max": _config(
+        [[128] * 4, [128] * 4, [54] * 4], tile={"rows": 128, "partition": "full"}, **_8_BITS
+    ),
+}
+# The chosen paths of these compile for long.
+_LONG = ("c05", "c06", "c07", "c08", "c15", "c16")
+
+
+def product(config, W, x, dtype, path):
     # Compiled together: weights programmed one operation after the other took half of the CPU time more.
-    read = jax.jit(lambda weights, x: matmul(x, program(weights, config, path=path)))
-    return np.asarray(read(jnp.asarray(weights, dtype), jnp.asarray(x.T, dtype))).T
-
-
-# Paths of these, other than the definition, compile long.
-_LONG = {
-    *(
-        "c05_off_w8s4_in8serial_adc8max",
-        "c06_off_unitcol_w8s4_adc8gran",
-        "c07_bal_w8s8_adc8max",
-        "c08_bal_w8s2_adc8max",
-    ),
-    *("c15_bal_singletile_adc8max", "c16_bal_310_partmax_adc8max"),
-    *("16-bit ISAAC", "unit column, on/off ratio", "offset, on/off ratio", "separate conversion, on/off ratio"),
-    *(
-        "unsliced, separate conversion at MAX",
-        "unsliced, two-sided",
-        "unsliced, offset, unit column",
-        "unsliced, offset",
-    ),
-}
-# And the definition of these.
-_WIRES = {"IR drop, digital offset", "IR drop, on/off ratio, current limit"}
-
-
-def _by_path(names, alone=()):
-    """The chosen path and the definition; the latter alone where it is what is chosen."""
-    both = [(name, path) for name in names for path in (None, "definition") if path or name not in alone]
-    return [
-        pytest.param(name, path, marks=pytest.mark.long if (path is None and name in _LONG) or name in _WIRES else ())
-        for name, path in both
-    ]
-
-
-@pytest.mark.parametrize(("name", "path"), _by_path(NAMES))
-def test_products_are_those_of_crosssim(goldens, name, path):
-    _, params, z = crossbar_cases.load(goldens / "crossbar", name)
-    top = np.abs(z["y"]).max()
-    y = product(params, z["W"], z["x"], np.float32, path)
-    assert y.dtype == np.float32
-    np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * top)
-    if path is None:  # in float64 the chosen paths are compared with CrossSim's loop below
-        return
-    with jax.enable_x64(True):
-        y = product(params, z["W"], z["x"], np.float64, path)
-        assert y.dtype == np.float64
-        np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-9 * top)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_arrays_are_those_of_crosssim(goldens, name):
-    case, params, z = crossbar_cases.load(goldens / "crossbar", name)
-    with jax.enable_x64(True):
-        config, weights = convert(params, z["W"])
-        state = program(jnp.asarray(weights), config, path="definition")
-        g_min, rows = float(config.g_min), case["tile_input_sizes"][0]
-        assert list(state.geometry.rows) == case["tile_input_sizes"]
-        for i, top in enumerate(state.geometry.levels):
-            G = g_min + np.asarray(state.cells)[i, :, 0, 0, -rows:] / top * (1 - g_min)
-            if f"G_s{i}_o" in z:
-                theirs = z[f"G_s{i}_o"]  # all stored in float32
-                if config.encoding.unit_column:  # CrossSim's comes first
-                    theirs = np.roll(theirs, -1, axis=0)
-                np.testing.assert_allclose(G[0], theirs.T, rtol=0, atol=1e-7)
-            else:
-                np.testing.assert_allclose(G[0], z[f"G_s{i}_p"].T, rtol=0, atol=1e-7)
-                np.testing.assert_allclose(G[1], z[f"G_s{i}_n"].T, rtol=0, atol=1e-7)
-        np.testing.assert_allclose(state.codes * state.scale, z["W_eff"].T, rtol=0, atol=1e-7 * np.abs(z["W"]).max())
-        if "x_slices_tile0_col0" in z:
-            n = encoding.input_codes(jnp.asarray(z["x"].T), jnp.asarray(1.0), state.geometry, config)
-            u = encoding.pulses(n, state.geometry)[:, 0, :rows] / state.geometry.pulse
-            np.testing.assert_allclose(u, z["x_slices_tile0_col0"], rtol=0, atol=1e-15)
-    if case["adc_limits"] is not None:
-        np.testing.assert_allclose(adc_limits(params, rows), case["adc_limits"], rtol=1e-12)
-
-
-SERIAL = {"xbar__adc__mvm__model": "SignMagnitudeADC", "xbar__adc__mvm__bits": 7}
-RANGES = [[-9.37, 9.37], [-8.11, 8.11], [-9.37, 9.37], [-2.53, 2.53]]
-CLIPPED = {**SERIAL, "xbar__adc__mvm__calibrated_range": RANGES}
-UNSLICED = {**SERIAL, "core__style": 1, "xbar__adc__mvm__calibrated_range": [-7.77, 7.77]}
-OFFSET = {
-    **CLIPPED,
-    "core__bit_sliced__style": 3,
-    "xbar__adc__mvm__calibrated_range": [[-r[1] * 3, r[1] * 3] for r in RANGES],
-}
-UNSIGNED = {
-    "xbar__dac__mvm__model": "QuantizerDAC",
-    "xbar__dac__mvm__signed": False,
-    "core__mapping__inputs__mvm__min": 0.0,
-}
-WHOLE = {"xbar__dac__mvm__input_bitslicing": False, "xbar__adc__mvm__adc_per_ibit": False}
-FINITE = {"xbar__device__infinite_on_off_ratio": False, "xbar__device__Rmax": 7300.0}
-WIRES = {
-    "xbar__array__parasitics__enable": True,
-    "xbar__array__parasitics__Rp_row": 0.7,
-    "xbar__array__parasitics__Rp_col": 1.3,
-    "simulation__Verr_th_mvm": 1e-13,
-    "simulation__Niters_max_parasitics": 3000,
-    "simulation__relaxation_gamma": 0.9,
-}
-ISAAC = {
-    "core__weight_bits": 16,
-    "core__bit_sliced__num_slices": 8,
-    "core__bit_sliced__style": 3,
-    "core__offset__style": 2,
-    "xbar__dac__mvm__bits": 16,
-    "xbar__adc__mvm__model": "SignMagnitudeADC",
-    "xbar__adc__mvm__bits": 9,
-    "xbar__adc__mvm__adc_range_option": 3,
-    "xbar__device__infinite_on_off_ratio": False,
-    "xbar__device__Rmin": 2e3,
-    "xbar__device__Rmax": 2e6,
-}
-SEPARATE = {"core__balanced__subtract_current_in_xbar": False}
-
-CASES: dict[str, dict[str, Any]] = {
-    "two-bit DAC": {**CLIPPED, "xbar__dac__mvm__slice_size": 2},
-    "three-bit DAC and a short top slice": {**CLIPPED, "xbar__dac__mvm__bits": 9, "xbar__dac__mvm__slice_size": 3},
-    "inputs in one pulse": {**CLIPPED, **WHOLE},
-    "analogue shift-and-add": {**CLIPPED, "xbar__adc__mvm__adc_per_ibit": False},
-    "other input range": {**CLIPPED, "core__mapping__inputs__mvm__min": -0.6, "core__mapping__inputs__mvm__max": 0.6},
-    "current limit": {**CLIPPED, "xbar__array__Icol_max": 3.3},
-    "unsigned inputs": {**CLIPPED, **UNSIGNED},
-    "unsigned inputs, offset": {
-        **OFFSET,
-        **UNSIGNED,
-        "xbar__adc__mvm__model": "QuantizerADC",
-        "xbar__adc__mvm__calibrated_range": [[0.0, 3 * r[1]] for r in RANGES],
-    },
-    "unsigned inputs, offset at MAX": {
-        **OFFSET,
-        **UNSIGNED,
-        "xbar__adc__mvm__model": "QuantizerADC",
-        "xbar__adc__mvm__adc_range_option": 2,
-        "core__rows_max": 23,
-    },
-    "separate conversion": {**CLIPPED, **SEPARATE},
-    "separate conversion, on/off ratio": {**CLIPPED, **SEPARATE, **FINITE},
-    "separate conversion, unsigned inputs": {**CLIPPED, **SEPARATE, **UNSIGNED},
-    "IR drop": {**CLIPPED, **WIRES},
-    "IR drop, on/off ratio, current limit": {**CLIPPED, **WIRES, **FINITE, "xbar__array__Icol_max": 3.3},
-    "IR drop, digital offset": {**OFFSET, **WIRES, **FINITE},
-    "EQUAL partition, last array the largest": {**CLIPPED, "core__rows_max": 19},
-    "MAX partition": {
-        **SERIAL,
-        "xbar__adc__mvm__bits": 8,
-        "core__rows_max": 20,
-        "core__mapping__weights__col_partition_strategy": 1,
-        "xbar__adc__mvm__adc_range_option": 2,
-    },
-    "MAX partition of columns": {**CLIPPED, "core__cols_max": 5, "core__mapping__weights__row_partition_strategy": 1},
-    "GRANULAR": {**SERIAL, "xbar__adc__mvm__adc_range_option": 3},
-    "offset at MAX, arrays of their own ranges": {
-        **OFFSET,
-        "xbar__adc__mvm__adc_range_option": 2,
-        "core__rows_max": 24,
-    },
-    "offset, on/off ratio": {**OFFSET, **FINITE},
-    "unit column, on/off ratio": {**OFFSET, **FINITE, "core__offset__style": 2},
-    "three slices of 8 bits": {
-        **CLIPPED,
-        "core__bit_sliced__num_slices": 3,
-        "xbar__adc__mvm__calibrated_range": RANGES[1:],
-    },
-    "16-bit ISAAC": ISAAC,
-    "unsliced": UNSLICED,
-    "unsliced, separate conversion at MAX": {**UNSLICED, **SEPARATE, "xbar__adc__mvm__adc_range_option": 2},
-    "unsliced, GRANULAR": {**UNSLICED, "xbar__adc__mvm__adc_range_option": 3, "core__weight_bits": 3},
-    "unsliced, cell levels": {**UNSLICED, **FINITE, "xbar__device__cell_bits": 4},
-    "unsliced, two-sided": {**UNSLICED, **FINITE, "core__balanced__style": 2},
-    "unsliced, offset": {**UNSLICED, **FINITE, "core__style": 3},
-    "unsliced, offset, unit column": {**UNSLICED, **FINITE, "core__style": 3, "core__offset__style": 2},
-    "unsliced, offset, cell levels": {**UNSLICED, "core__style": 3, "xbar__device__cell_bits": 5},
-    "unsliced, unit column, cell levels": {
-        **UNSLICED,
-        "core__style": 3,
-        "core__offset__style": 2,
-        "xbar__device__cell_bits": 5,
-    },
-    "percentile": {**CLIPPED, "core__mapping__weights__percentile": 0.98},
-    "explicit weight range": {
-        **CLIPPED,
-        "core__mapping__weights__percentile": None,
-        "core__mapping__weights__min": -1.5,
-        "core__mapping__weights__max": 1.5,
-    },
-}
-
-
-_BY_DEFINITION = {"current limit", *(name for name in CASES if name.startswith("IR drop"))}
-
-
-@pytest.mark.parametrize(("name", "path"), _by_path(CASES, _BY_DEFINITION))
-def test_products_of_further_parameters_are_those_of_crosssim(goldens, name, path):
-    params = parameters(**CASES[name])
-    rng = np.random.default_rng(5)
-    W, x = rng.normal(size=(12, 55)), rng.uniform(-1, 1, (55, 4))
-    x = np.abs(x) if not params["xbar"]["dac"]["mvm"]["signed"] else x
-    with np.load(goldens / "crossbar" / "further.npz") as found:
-        theirs = found[name.replace("/", " ")]
-    with jax.enable_x64(True):
-        ours = product(params, W, x, np.float64, path) * gain(params)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
-
-
-@pytest.mark.parametrize("bits, expected", [(2, 2 / 3), (4, 14 / 15), (8, 254 / 255)])
-def test_unsliced_offset_has_no_gain_error(bits, expected):
-    """CrossSim returns `expected` of W @ x: it divides by all levels although it leaves the lowest unused."""
-    params = parameters(core__style=3, xbar__device__cell_bits=bits)
-    rng = np.random.default_rng(2)
-    assert gain(params) == pytest.approx(expected)
-    levels = 2 ** (bits - 1) - 1
-    W, x = rng.integers(-levels, levels + 1, (6, 30)).astype(float), rng.integers(-127, 128, (30, 5)) / 127
-    W[0, 0] = levels  # every weight is a level: the exact product is known
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(product(params, W, x, np.float64, "definition"), W @ x, rtol=1e-12, atol=1e-12)
+    read = jax.jit(lambda W, x: matmul(x, program(W, config, path=path)))
+    return np.asarray(read(jnp.asarray(W.T, dtype), jnp.asarray(x.T, dtype))).T
 
 
 @pytest.mark.parametrize(
-    "changes, what",
-    [
-        ({"xbar__device__drift_error": {"enable": True}}, "drift"),
-        ({"xbar__array__parasitics__enable": True, "xbar__array__parasitics__Rp_row_terminal": 1.0}, "terminals"),
-        ({**UNSLICED, "core__balanced__style": 2, "xbar__device__cell_bits": 4}, "two-sided"),
-        ({**SERIAL, "xbar__adc__mvm__model": "RampADC"}, "RampADC"),
-        ({**CLIPPED, "xbar__adc__mvm__model": "QuantizerADC"}, "even number of levels"),
-        ({"core__mapping__weights__percentile": 1.2}, "beyond the largest weight"),
-        ({"xbar__device__programming_error": {"enable": True, "model": "SONOS", "magnitude": 1}}, "SONOS"),
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.long if name.startswith(_LONG) else ()) for name in NAMES]
 )
-def test_what_crosssim_has_alone_is_refused(changes, what):
-    params = parameters(**changes)
-    if what == "terminals":
-        params = changed(params, xbar__array__parasitics__Rp_row=1.0)
-    with pytest.raises(Inexpressible, match=what):
-        convert(params, np.random.default_rng(0).normal(size=(5, 9)))
+def test_chosen_paths_have_the_products_of_crosssim_in_float32(goldens, name):
+    _, _, z = crossbar_cases.load(goldens / "crossbar", name)
+    y = product(NAMES[name], z["W"], z["x"], np.float32, None)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max())
 
 
-@pytest.mark.parametrize("name, sigma", [("NormalIndependentDevice", 0.05), ("PCMJoshi", None), ("RRAMWan", None)])
-def test_programming_models_have_the_spread_of_crosssims(name, sigma):
-    """The spread of many cells against CrossSim's formula in uS."""
-    error = {"enable": True, "model": name, "magnitude": 0.05}
-    params = parameters(xbar__device__programming_error=error, xbar__device__Rmin=1e6 / 20, xbar__device__Rmax=1e6)
-    config, _ = convert(params, np.eye(2))
-    fits = {"PCMJoshi": (0.28638599, 0.07585724, -0.00178767), "RRAMWan": (1.053, 2.374e-1, -1.167e-2, 1.536e-4)}
-    for g in (0.3, 0.6, 0.9):
-        drawn = config.device.programming(jnp.full(40_000, g, jnp.float32), jax.random.key(1), None)
-        wanted = sigma or sum(c * (20 * g) ** k for k, c in enumerate(fits[name])) / 20
-        assert abs(float(jnp.std(drawn)) / wanted - 1) < 5 / np.sqrt(2 * 40_000)
+@pytest.mark.parametrize("name", NAMES)
+def test_products_and_arrays_are_those_of_crosssim(goldens, name):
+    case, _, z = crossbar_cases.load(goldens / "crossbar", name)
+    config = NAMES[name]
+
+    @jax.jit
+    def programmed_and_read(W, x):
+        chip = program(W, config, path="definition")
+        return chip, matmul(x, chip)
+
+    with jax.enable_x64(True):
+        chip, y = programmed_and_read(jnp.asarray(z["W"].T, float), jnp.asarray(z["x"].T, float))
+    np.testing.assert_allclose(y.T, z["y"], rtol=0, atol=1e-9 * np.abs(z["y"]).max())
+    assert list(chip.geometry.rows) == case["tile_input_sizes"]
+    # What was stored in float32.
+    np.testing.assert_allclose(chip.codes * chip.scale, z["W_eff"].T, rtol=0, atol=1e-7 * np.abs(z["W"]).max())
+    g_min, rows = float(config.g_min), case["tile_input_sizes"][0]
+    for i, top in enumerate(chip.geometry.levels):
+        G = g_min + np.asarray(chip.cells)[i, :, 0, 0, -rows:] / top * (1 - g_min)
+        theirs = [z[f"G_s{i}_{kind}"].T for kind in "pno" if f"G_s{i}_{kind}" in z]
+        if config.encoding.unit_column:  # CrossSim's comes first
+            theirs = [np.roll(each, -1, axis=1) for each in theirs]
+        np.testing.assert_allclose(G, theirs, rtol=0, atol=1e-7)
+
+
+# By a loop in NumPy that agrees with CrossSim.
+CASES = {
+    "two-bit DAC": _config(_RANGES, dac={"slice_bits": 2}),
+    "three-bit DAC and a short top slice": _config(_RANGES, dac={"bits": 9, "slice_bits": 3}),
+    "inputs in one pulse": _config(_RANGES, dac=_WHOLE, adc={"convert": "sum"}),
+    "analogue shift-and-add": _config(_RANGES, adc={"convert": "sum"}),
+    "other input range": _config(_RANGES, dac={"limit": 0.6}),
+    "current limit": _config(_RANGES, tile={"current_limit": 3.3}),
+    "unsigned inputs": _config(_RANGES, dac={"signed": False}),
+    "unsigned inputs, offset": _config(3 * _RANGES, dac={"signed": False}, encoding=_OFFSET),
+    "unsigned inputs, offset at MAX": _config(
+        [[64 / 3 * 127 / 128 * 256 / 255] * 4] * 3, dac={"signed": False}, encoding=_OFFSET, tile={"rows": 23}
+    ),
+    "separate conversion": _config(_RANGES, adc={"separate": True}),
+    "separate conversion, on/off ratio": _config(_RANGES, adc={"separate": True}, cell=_FINITE),
+    "separate conversion, unsigned inputs": _config(_RANGES, adc={"bits": 6, "separate": True}, dac={"signed": False}),
+    "IR drop": _config(_RANGES, tile={"wire": _WIRE}),
+    "IR drop, on/off ratio, current limit": _config(_RANGES, tile={"wire": _WIRE, "current_limit": 3.3}, cell=_FINITE),
+    "IR drop, digital offset": _config(3 * _RANGES, tile={"wire": _WIRE}, cell=_FINITE, encoding=_OFFSET),
+    "EQUAL partition, last array the largest": _config(_RANGES, tile={"rows": 19}),
+    "MAX partition": _config([[20] * 4, [20] * 4, [15] * 4], tile={"rows": 20, "partition": "full"}, **_8_BITS),
+    "MAX partition of columns": _config(_RANGES, tile={"cols": 5}),
+    "GRANULAR": _config([63 / 3 * 128 / 127] * 4),
+    "offset at MAX, arrays of their own ranges": _config(
+        [[64 / 3 * 126 / 127] * 4] * 3, encoding=_OFFSET, tile={"rows": 24}
+    ),
+    "offset, on/off ratio": _config(3 * _RANGES, encoding=_OFFSET, cell=_FINITE),
+    "unit column, on/off ratio": _config(3 * _RANGES, encoding=_UNIT, cell=_FINITE),
+    "three slices of 8 bits": _config(_RANGES[1:], cell=Cell(bits=(3, 3, 3))),
+    "16-bit ISAAC": _config(
+        [255 / 3 * 32768 / 32767] * 8,
+        adc={"bits": 9},
+        dac={"bits": 16},
+        cell=Cell(bits=(2,) * 8, on_off_ratio=1000.0),
+        encoding=_UNIT,
+        mapping=Mapping(weight_bits=16),
+    ),
+    "unsliced": _config([7.77], **_REAL),
+    "unsliced, separate conversion at MAX": _config([55], adc={"separate": True}, **_REAL),
+    "unsliced, GRANULAR": _config([63 / 8 * 128 / 127], **_REAL),
+    "unsliced, cell levels": _config([7.77], cell=Cell(bits=(4,), on_off_ratio=7.3), mapping=Mapping(weight_bits=5)),
+    "unsliced, two-sided": _config([7.77], encoding=Encoding(two_sided=True), **_REAL_FINITE),
+    "unsliced, offset": _config([7.77], encoding=_OFFSET, **_REAL_FINITE),
+    "unsliced, offset, unit column": _config([7.77], encoding=_UNIT, **_REAL_FINITE),
+    "unsliced, offset, cell levels": _config([7.77], encoding=_OFFSET, **_LEVELS),
+    "unsliced, unit column, cell levels": _config([7.77], encoding=_UNIT, **_LEVELS),
+}
+# CrossSim divides these by all levels of a cell, although it leaves the lowest one unused.
+_GAINS = dict.fromkeys(("unsliced, offset, cell levels", "unsliced, unit column, cell levels"), 30 / 31)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name.startswith("IR drop, ") else ()) for name in CASES]
+)
+def test_products_of_further_configurations_are_those_of_crosssim(goldens, name):
+    rng = np.random.default_rng(5)
+    W, x = rng.normal(size=(12, 55)), rng.uniform(-1, 1, (55, 4))
+    x = x if CASES[name].dac.signed else np.abs(x)
+    with np.load(goldens / "crossbar" / "further.npz") as found:
+        theirs = found[name.replace("/", " ")]
+    with jax.enable_x64(True):
+        ours = product(CASES[name], W, x, np.float64, "definition") * _GAINS.get(name, 1)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(
