@@ -29,6 +29,7 @@ from lorafusion_jax.crossbar import (
 )
 
 KEY = jax.random.key(5)
+FLIP = Encoding(kind="offset", unit_column=True, flip=True)
 ONE = CrossbarConfig(cell=Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
 REAL = dataclasses.replace(ONE, device=Device(programming=Proportional(0.05)))
 
@@ -52,9 +53,9 @@ def ratio(x, chip):
 # Every vector counts.
 
 
-@pytest.mark.parametrize("images", [63, 64])
-def test_a_convolution_is_calibrated_on_all_positions(images):
-    """As many images as make a fixed stride through the positions meet one column, which is empty."""
+def test_a_convolution_is_calibrated_on_all_positions():
+    """With as many images, a fixed stride through the positions would meet one column alone, which is empty."""
+    images = 64
     layer = nnx.Conv(1, 8, (5, 5), rngs=nnx.Rngs(0))
     picture = np.zeros((images, 28, 28, 1), np.float32)
     picture[:, 8:20, 8:20] = np.random.default_rng(0).uniform(size=(images, 12, 12, 1))
@@ -78,8 +79,7 @@ def test_sequences_are_calibrated_on_all_their_tokens(config):
     assert float(seen.histogram.sum()) == 256 * 9 * 6
 
 
-@pytest.mark.parametrize("vectors", [300, 5000])
-@pytest.mark.parametrize("config", [ONE, REAL], ids=["whole", "real"])
+@pytest.mark.parametrize(("config", "vectors"), [(ONE, 5000), (REAL, 300)], ids=["whole", "real"])
 def test_clipped_conversions_of_all_vectors_are_counted(config, vectors):
     """Ranges of small vectors clip most conversions of the last ten, which are large."""
     weights, x = normal(40, 6), (0.01 * normal(vectors, 40)).at[-10:].multiply(60)
@@ -99,11 +99,11 @@ def test_few_large_vectors_of_many_decide_the_step():
 
 
 def test_a_sample_of_the_sums_stands_for_all():
-    """9.4 million conversions, of which a million are put into bins: the counts are of all, the range of the sample."""
-    x = normal(4096, 256)
+    """Of 1.8 million conversions a million are put into bins: the counts are of all, the range of the sample."""
+    x = normal(2048, 256)
     chip = program(normal(256, 64), dataclasses.replace(REAL, dac=DAC(bits=8), adc=ADC(bits=8, quantile=0.99)), KEY)
     seen = probe(x, chip)[1]
-    np.testing.assert_allclose(seen.histogram.sum(), 4096 * 7 * 2 * 64, rtol=1e-5)
+    np.testing.assert_allclose(seen.histogram.sum(), 2048 * 7 * 2 * 64, rtol=1e-5)
     share = probe(x, calibrated(chip, seen))[1].clip_share
     np.testing.assert_allclose(share, 0.01, rtol=0.2)
 
@@ -123,7 +123,7 @@ def best_step(x, chip):
     return max(found)
 
 
-@pytest.mark.parametrize("rows", [64, 512, 4096])
+@pytest.mark.parametrize("rows", [64, 4096])
 def test_the_step_is_the_best_one_also_next_to_outliers(rows):
     """One large weight and one large input make the usual sums small, against the worst case."""
     weights, x = normal(rows, 8).at[3, 2].set(60), normal(32, rows).at[:, 3].set(0).at[5, 7].set(50)
@@ -152,6 +152,18 @@ def test_a_slice_that_meets_only_zeros_has_a_range():
     assert np.isfinite(limits).all() and float(limits.max() / limits[..., 1].min()) <= 2**10
 
 
+def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_targets():
+    """All cells at Gmax where half of it is the target of a flipped column: the range is what the sums reach."""
+    config = CrossbarConfig(encoding=FLIP, dac=DAC(signed=False, scaling="fixed"), adc=ADC(bits=8, quantile=1.0))
+    weights = normal(40, 6)
+    cells = program(weights, config, path="definition").cells
+    state = program(weights, config, conductances=jnp.ones_like(cells))
+    x = jnp.ones((2, 40), jnp.float32)
+    state = settled(state, x)
+    np.testing.assert_allclose(state.limits[0, :, 1], 40, rtol=1e-3)
+    assert float(jnp.max(probe(x, state)[1].clip_share)) == 0
+
+
 # Full scale of the inputs.
 
 
@@ -161,7 +173,7 @@ def of_inputs(x, **fields):
     return settled(chip, x)
 
 
-@pytest.mark.parametrize("share", [1, 4, 40])
+@pytest.mark.parametrize("share", [1, 40])
 def test_full_scale_covers_inputs_that_are_mostly_zeros(share):
     """Of 4,096 inputs a few are not zero."""
     x = jnp.zeros(4096).at[jnp.arange(share) * 100 + 5].set(100.0).reshape(64, 64)
@@ -171,11 +183,34 @@ def test_full_scale_covers_inputs_that_are_mostly_zeros(share):
     np.testing.assert_allclose(matmul(x, chip), wanted, rtol=0, atol=0.02 * float(jnp.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("exponent", [-120, -60, -33, 33, 60, 120])
+@pytest.mark.parametrize("exponent", [-120, 33, 120])
 def test_full_scale_covers_inputs_of_any_size(exponent):
     x = normal(20, 30) * jnp.float32(2.0**exponent)
     chip = of_inputs(x, quantile=1.0)
     assert 1 <= float(chip.input_limit) / float(jnp.abs(x).max()) < 1.02
+
+
+@pytest.mark.parametrize(("signed", "low", "wanted"), [(True, -8.0, 8.0), (False, -8.0, 1.0), (True, 0.0, 1.0)])
+def test_the_range_of_inputs_is_of_those_that_the_dac_can_pass(signed, low, wanted):
+    """Not of negative ones where it is unsigned; and 1 where all are zero, as for each input vector."""
+    x = normal(8, 40)
+    x = jnp.where(x < 0, low, x / jnp.max(x)) if low else jnp.zeros_like(x)
+    encoding = Encoding() if signed else Encoding(kind="offset")
+    config = CrossbarConfig(encoding=encoding, dac=DAC(signed=signed, scaling="calibrated", quantile=1.0))
+    np.testing.assert_allclose(settled(program(normal(40, 6), config), x).input_limit, wanted, rtol=0.02)
+
+
+def test_the_range_of_inputs_comes_first_then_that_of_sums():
+    config = CrossbarConfig(dac=DAC(scaling="calibrated", quantile=0.9), adc=ADC(bits=8))
+    x = normal(200, 40)
+    chip = program(normal(40, 6), config)
+    with pytest.raises(ValueError, match="this crossbar has a DAC whose range comes from data"):
+        matmul(x, chip)
+    chip = calibrated(chip, probe(x, chip)[1])
+    assert chip.limits is None and 1 <= float(chip.input_limit) / np.quantile(np.abs(x), 0.9) < 1.02
+    chip = calibrated(chip, probe(x, chip)[1])
+    share = float(probe(x, chip)[1].clip_share_of_inputs)
+    assert share == pytest.approx(np.mean(np.abs(x) > float(chip.input_limit)), abs=1e-3)
 
 
 @pytest.mark.parametrize("size", [np.inf, 1e-50])
@@ -187,10 +222,9 @@ def test_inputs_without_a_full_scale_are_refused(size):
             calibrated(chip, probe(x, chip)[1])
 
 
-@pytest.mark.parametrize("encoding", [Encoding(), Encoding(kind="offset", unit_column=True, flip=True)])
-@pytest.mark.parametrize("path", ["definition", "loop"])
-def test_the_statistics_are_those_of_every_conversion(encoding, path):
-    """Against sums by hand, of tiles of unequal height, in groups that do not divide the batch."""
+@pytest.mark.parametrize("encoding", [Encoding(), FLIP])
+def test_the_statistics_are_those_of_every_conversion(encoding):
+    """Tiles of unequal height, in groups that do not divide the batch."""
     config = CrossbarConfig(
         cell=Cell(bits=(4, 4)),
         encoding=encoding,
@@ -201,9 +235,16 @@ def test_the_statistics_are_those_of_every_conversion(encoding, path):
         device=Device(programming=Independent(0.02)),
     )
     weights, x = normal(25, 7), jnp.clip(normal(11, 25), -1, 1)
-    ways = [probe(x, program(weights, config, KEY, path=each))[1] for each in (path, "definition")]
+    ways = [probe(x, program(weights, config, KEY, path=each))[1] for each in ("loop", "definition")]
     for one, other in zip(*map(jax.tree.leaves, ways), strict=True):
         np.testing.assert_allclose(np.atleast_1d(one).sum(-1), np.atleast_1d(other).sum(-1), rtol=1e-3)
     columns = 7 + encoding.unit_column
     assert ways[0].histogram.sum(axis=-1).tolist() == [11 * 3 * columns] * 2
     assert float(ways[0].inputs.sum()) == 11 * 25
+
+
+def test_negative_inputs_of_an_unsigned_dac_are_counted():
+    config = CrossbarConfig(dac=DAC(signed=False))
+    x = normal(8, 40)
+    seen = probe(x, program(normal(40, 6), config))[1]
+    assert float(seen.clip_share_of_inputs) == pytest.approx(float(np.mean(np.asarray(x) < 0)))

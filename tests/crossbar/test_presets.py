@@ -45,8 +45,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FULL = CrossbarConfig(
     cell=Cell(on_off_ratio=50.0),
     tile=Tile(rows=64, wire=Wire(row_resistance=1e-5, iterations=50), current_limit=30.0),
-    dac=DAC(scaling="fixed", limit=2.5),
-    adc=ADC(range="given", limits=((-9.0, 9.0),) * 4, separate=False, gain_error=0.01),
+    dac=DAC(scaling="calibrated", limit=2.5, quantile=0.99, rounding="stochastic"),
+    adc=ADC(range="given", limits=((-9.0, 9.0),) * 4, gain_error=0.01, noise=0.1, retries=2),
     device=Device(
         programming=Independent(0.02),
         write_verify=WriteVerify(0.03, 8),
@@ -156,6 +156,8 @@ def test_functions_cannot_be_written(tmp_path):
 
 
 def test_the_hash_tells_configurations_apart():
+    # As chips that were saved before some settings existed have it.
+    assert config_hash(PRESETS["puma"]) == "b9854359283bd6109cd88343825a10db191923d25b030121e900d3c3d2cb352c"
     hashes = {config_hash(config) for config in (*PRESETS.values(), FULL, CrossbarConfig())}
     assert len(hashes) == len(PRESETS) + 2
     assert config_hash(CrossbarConfig(cell=Cell(on_off_ratio=10))) == config_hash(

@@ -101,3 +101,17 @@ def test_devices_verify_the_cells_of_their_own_chips(mesh):
         chip = crossbar.program(weights, config, key)
         np.testing.assert_allclose(codes[i], chip.codes, rtol=1e-5, atol=1e-5)
         assert pulses[i] == pytest.approx(chip.pulses)
+
+
+@pytest.mark.long
+def test_chips_may_be_spread_over_devices_without_a_map():
+    keys = jax.random.split(jax.random.key(11), 8)
+    device = Device(programming=Independent(0.03), drift=crossbar.PCM_DRIFT, time=100.0)
+    config = dataclasses.replace(_PLAIN, adc=ADC(bits=6, range="max", gain_error=0.02), device=device)
+    weights = jax.random.normal(jax.random.key(4), (40, 20))
+    read = jax.jit(jax.vmap(lambda key: crossbar.matmul(_inputs(), crossbar.program(weights, config, key))))
+    mesh = jax.make_mesh((4,), ("chips",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(keys, jax.sharding.NamedSharding(mesh, P("chips")))
+    y = read(spread)
+    assert len(y.sharding.device_set) == 4
+    np.testing.assert_allclose(y, read(keys), rtol=0, atol=1e-6 * float(jnp.abs(y).max()))

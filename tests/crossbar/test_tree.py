@@ -355,3 +355,25 @@ def test_calibration_without_batches_or_reads_is_refused():
 
     with pytest.raises(ValueError, match="head was read by none of the batches"):
         calibrate_tree(without_head, placed, _inputs(1))
+
+
+def test_ranges_of_inputs_come_from_data_before_those_of_sums():
+    config = CrossbarConfig(dac=DAC(scaling="calibrated", quantile=0.5), adc=ADC(bits=8))
+    placed = program_tree({"a": _weights()["encoder.self.q"][0], "b": _weights()["head"]}, {"*": config}, _KEY)
+
+    def run(tree, x):
+        return matmul(matmul(x, tree["a"]), tree["b"])
+
+    settled = calibrate_tree(run, placed, _inputs(1))
+    assert all(chip.limits is not None and chip.input_limit > 0 for chip in settled.values())
+    with pytest.warns(UserWarning, match=r"DACs clip more inputs than dac.clip_share: .*a: (4|5)\d\.\d%"):
+        site_errors(settled, observe(run, settled, _inputs(1)))
+
+
+def test_every_batch_is_observed_with_noise_of_its_own():
+    placed = program_tree({"w": _weights()["head"]}, {"*": _READ_NOISE}, _KEY)
+    once, twice = (
+        float(observe(lambda tree, x: matmul(x, tree["w"]), placed, _inputs(1) * batches)[0].error)
+        for batches in (1, 2)
+    )
+    assert abs(twice / once - 2) > 1e-3
