@@ -12,14 +12,21 @@ from lorafusion_jax.crossbar import (
     ADC,
     DAC,
     PCM_DRIFT,
+    PCM_JOSHI_2020,
+    RERAM_WAN_2022,
     Cell,
     CrossbarConfig,
     Device,
     Encoding,
+    Flicker,
     Independent,
+    LogLinear,
     Mapping,
+    Polynomial,
+    PowerLaw,
     Proportional,
     ReadNoise,
+    Relaxation,
     Sinh,
     StuckAt,
     Tile,
@@ -33,7 +40,7 @@ from lorafusion_jax.crossbar import (
     with_read_key,
 )
 
-OFFSET = Encoding(kind="offset")
+OFFSET, FLIP = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True, flip=True)
 FOUR = ((-1.0, 1.0),) * 4
 INF, NAN = float("inf"), float("nan")
 
@@ -42,7 +49,8 @@ def untyped(cls, **values):
     """Build a part as users do, without the type checks that run in tests, which would refuse it first."""
     part = object.__new__(cls)
     for field in dataclasses.fields(cls):
-        object.__setattr__(part, field.name, values.get(field.name, field.default))
+        default = 1.0 if field.default is dataclasses.MISSING else field.default
+        object.__setattr__(part, field.name, values.get(field.name, default))
     part.__post_init__()
     return part
 
@@ -56,73 +64,100 @@ def given(*limits, **others):
     return ADC(range="given", limits=limits, **others)
 
 
+_FIELDS = [
+    (Cell, "bits", 2, "give 1 to 8 bits for each weight slice"),
+    (Cell, "bits", (), ""),
+    (Cell, "bits", (2, 0), ""),
+    (Cell, "bits", (9,), ""),
+    (Cell, "on_off_ratio", 1.0, "give Gmax / Gmin > 1, or None for infinite"),
+    (Cell, "on_off_ratio", NAN, ""),
+    (Cell, "on_off_ratio", np.float32(0.5), "give Gmax / Gmin > 1"),
+    (Encoding, "kind", "balanced", "choose differential or offset"),
+    (DAC, "bits", 1, "give 2 to 16 bits, or dac=None for ideal inputs"),
+    (DAC, "bits", 17, ""),
+    (DAC, "slice_bits", 0, "give 1 to 8 bits, or None for no slicing"),
+    (DAC, "slice_bits", 9, ""),
+    (DAC, "slice_bits", 1.5, "give 1 to 8 bits"),
+    (DAC, "scaling", "batch", "choose fixed, calibrated or row"),
+    (DAC, "limit", 0.0, r"give the largest \|x\|, positive and finite"),
+    (DAC, "limit", np.float32(-1), "give the largest"),
+    (DAC, "limit", INF, ""),
+    (DAC, "limit", NAN, ""),
+    (DAC, "quantile", 0.1, "give a share of inputs from 0.5 to 1"),
+    (ADC, "bits", 0, "give 2 to 16 bits, or adc=None for an ideal ADC"),
+    (ADC, "bits", 17, ""),
+    (ADC, "range", "widest", "choose calibrated, max, granular or given"),
+    (ADC, "convert", "bit", "choose slice or sum"),
+    (ADC, "quantile", 0.3, "give a share of conversions from 0.5 to 1"),
+    (ADC, "gain_error", -0.1, "a standard deviation cannot be negative"),
+    (ADC, "offset_error", -1.0, ""),
+    (ADC, "noise", np.float32(-1), "a standard deviation"),
+    (ADC, "noise", NAN, ""),
+    (ADC, "retries", -1, "give a number of reads, 0 to 1,000"),
+    (Tile, "rows", 0, "give a positive number, or None for no limit"),
+    (Tile, "cols", -4, ""),
+    (Tile, "partition", "half", "choose equal or full"),
+    (Tile, "current_limit", 0.0, "give a positive current, or None"),
+    (Tile, "current_limit", np.int32(0), "give a positive current"),
+    (Mapping, "weight_bits", 1, "give 2 to 16 bits, or None for real weights"),
+    (Mapping, "scale", "row", "choose matrix, tile or column"),
+    (Mapping, "quantile", 0.0, r"give a share of weights in \(0, 1\]"),
+    (Mapping, "quantile", 1.5, ""),
+    (Independent, "sigma", -0.1, "give a number at least 0"),
+    (Independent, "sigma", NAN, "give a number at least 0"),
+    (Independent, "sigma", np.float16(-0.5), "give a number at least 0"),
+    (Proportional, "sigma", -1, "give a number at least 0"),
+    (ReadNoise, "sigma", -0.1, "give a number at least 0"),
+    (ReadNoise, "kind", "white", "choose independent or proportional"),
+    (StuckAt, "low", 1.5, "give a number at least 0 and at most 1"),
+    (StuckAt, "high", -0.1, "give a number at least 0 and at most 1"),
+    (WriteVerify, "tolerance", 0.0, "give a number above 0"),
+    (WriteVerify, "pulses", 0, "give the most pulses of a cell, 1 to 1,000,000"),
+    (PowerLaw, "exponent", -0.1, "give a number at least 0"),
+    (PowerLaw, "start", 0.0, "give a number above 0"),
+    (Flicker, "magnitude", -1.0, "give a number at least 0"),
+    (Relaxation, "spread", -0.1, "give a number at least 0"),
+    (Sinh, "scale", 0.0, "give a number above 0"),
+    (Device, "time", -1.0, "give a number at least 0"),
+    (Device, "clip", "none", r"choose positive \(G >= 0\) or range"),
+    (Device, "read_noise", 0.01, r"give ReadNoise\(...\), or None"),
+    (Device, "programming", 0.01, "give a function .* Independent"),
+    (Device, "programming", np.float32(0.5), "give"),
+    (Device, "drift", "PCM_DRIFT", "give a function"),
+    (Wire, "row_resistance", -1e-3, "give a number at least 0"),
+    (Wire, "column_resistance", NAN, "give a number at least 0"),
+    (Wire, "tolerance", 0.0, "give a number above 0"),
+    (Wire, "relaxation", 2.5, "give a number above 0 and at most 2"),
+    (Wire, "iterations", 0, "give the most iterations, 1 to 1,000,000"),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value", "advice"), _FIELDS)
+def test_values_that_no_part_has_are_refused(part, field, value, advice):
+    own = part in (Cell, Encoding, DAC, ADC, Tile, Mapping)
+    with pytest.raises(ValueError, match=rf"{part.__name__.lower() if own else part.__name__}\.{field} = .*: {advice}"):
+        untyped(part, **{field: value})
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: untyped(Cell, bits=2), r"cell.bits = 2: give 1 to 8 bits for each weight slice"),
-        (lambda: Cell(bits=()), r"cell.bits = \(\)"),
-        (lambda: Cell(bits=(2, 0)), r"cell.bits = \(2, 0\)"),
-        (lambda: Cell(bits=(9,)), r"cell.bits = \(9,\)"),
-        (lambda: Cell(on_off_ratio=1.0), r"cell.on_off_ratio = 1.0: give Gmax / Gmin > 1, or None for infinite"),
-        (lambda: Cell(on_off_ratio=NAN), r"cell.on_off_ratio = nan"),
-        (lambda: Cell(on_off_ratio=np.float32(0.5)), r"cell.on_off_ratio = 0.5: give Gmax / Gmin > 1"),
-        (lambda: DAC(limit=np.float32(-1)), r"dac.limit = -1.0: give the largest"),
-        (lambda: ADC(noise=np.float32(-1)), r"adc.noise = -1.0: a standard deviation"),
-        (lambda: Tile(current_limit=np.int32(0)), r"tile.current_limit = 0: give a positive current"),
-        (lambda: Independent(np.float16(-0.5)), r"Independent.sigma = -0.5: give a number at least 0"),
-        (lambda: untyped(Device, programming=np.float32(0.5)), r"Device.programming = .*0.5.*: give"),
-        (lambda: untyped(Encoding, kind="balanced"), r"encoding.kind = 'balanced': choose differential or offset"),
-        (lambda: Encoding(unit_column=True), r"belong to kind='offset'"),
-        (lambda: Encoding(kind="offset", two_sided=True), r"two_sided belongs to kind='differential'"),
-        (lambda: Encoding(kind="offset", flip=True), r"set unit_column=True"),
-        (lambda: DAC(bits=0), r"dac.bits = 0: give 2 to 16 bits, or dac=None for ideal inputs"),
-        (lambda: DAC(bits=1), r"dac.bits = 1: give 2 to 16"),
-        (lambda: DAC(bits=17), r"dac.bits = 17"),
-        (lambda: DAC(bits=0, signed=False), r"give 1 to 16 bits"),
-        (lambda: DAC(slice_bits=0), r"dac.slice_bits = 0: give 1 to 8 bits, or None for no slicing"),
-        (lambda: DAC(slice_bits=9), r"dac.slice_bits = 9"),
-        (lambda: untyped(DAC, slice_bits=1.5), r"dac.slice_bits = 1.5: give 1 to 8 bits"),
-        (lambda: untyped(DAC, scaling="batch"), r"dac.scaling = 'batch': choose fixed, calibrated or row"),
-        (lambda: DAC(limit=0.0), r"dac.limit = 0.0: give the largest \|x\|, positive and finite"),
-        (lambda: DAC(limit=INF), r"dac.limit = inf"),
-        (lambda: DAC(limit=NAN), r"dac.limit = nan"),
-        (lambda: ADC(bits=0), r"adc.bits = 0: give 2 to 16 bits, or adc=None for an ideal ADC"),
-        (lambda: ADC(bits=17), r"adc.bits = 17"),
-        (lambda: untyped(ADC, range="widest"), r"adc.range = 'widest': choose calibrated, max, granular or given"),
-        (lambda: untyped(ADC, convert="bit"), r"adc.convert = 'bit': choose slice or sum"),
-        (lambda: ADC(range="given"), r"adc.limits go with adc.range='given'"),
-        (lambda: ADC(limits=FOUR), r"adc.limits go with adc.range='given'"),
-        (lambda: ADC(quantile=0.3), r"adc.quantile = 0.3: give a share of conversions from 0.5 to 1"),
-        (lambda: ADC(gain_error=-0.1), r"adc.gain_error = -0.1: a standard deviation cannot be negative"),
-        (lambda: ADC(offset_error=-1.0), r"adc.offset_error = -1.0"),
-        (lambda: ADC(noise=NAN), r"adc.noise = nan"),
-        (lambda: Tile(rows=0), r"tile.rows = 0: give a positive number, or None for no limit"),
-        (lambda: Tile(cols=-4), r"tile.cols = -4"),
-        (lambda: untyped(Tile, partition="half"), r"tile.partition = 'half': choose equal or full"),
-        (lambda: Tile(current_limit=0.0), r"tile.current_limit = 0.0: give a positive current, or None"),
-        (lambda: Mapping(weight_bits=1), r"mapping.weight_bits = 1: give 2 to 16 bits, or None for real weights"),
-        (lambda: Mapping(weight_bits=0), r"mapping.weight_bits = 0"),
-        (lambda: untyped(Mapping, scale="row"), r"mapping.scale = 'row': choose matrix, tile or column"),
-        (lambda: Mapping(quantile=0.0), r"mapping.quantile = 0.0: give a share of weights in \(0, 1\]"),
-        (lambda: Mapping(quantile=1.5), r"mapping.quantile = 1.5"),
-        (lambda: Independent(-0.1), r"Independent.sigma = -0.1: give a number at least 0"),
-        (lambda: Proportional(-0.1), r"Proportional.sigma = -0.1"),
-        (lambda: ReadNoise(-0.1), r"ReadNoise.sigma = -0.1"),
-        (lambda: ReadNoise(0.1, "white"), r"ReadNoise.kind = 'white': choose independent or proportional"),
-        (lambda: StuckAt(low=-0.1), r"StuckAt.low = -0.1"),
-        (lambda: StuckAt(low=0.6, high=0.6), r"together at most all cells can be stuck"),
-        (lambda: Sinh(scale=0.0), r"Sinh.scale = 0.0"),
-        (lambda: Device(time=-1.0), r"Device.time = -1.0"),
-        (lambda: Device(clip="none"), r"Device.clip = 'none': choose positive \(G >= 0\) or range"),
-        (lambda: Device(write_verify=WriteVerify(0.1)), r"give programming too"),
-        (lambda: untyped(Device, read_noise=0.01), r"Device.read_noise = 0.01: give ReadNoise\(...\), or None"),
-        (lambda: untyped(Device, programming=0.01), r"Device.programming = 0.01: give a function .* Independent"),
-        (lambda: untyped(Device, drift="PCM_DRIFT"), r"Device.drift = 'PCM_DRIFT': give a function"),
-        (lambda: Wire(row_resistance=-1.0), r"Wire.row_resistance = -1.0"),
-        (lambda: Wire(iterations=0), r"Wire.iterations = 0"),
+        (lambda: DAC(bits=0, signed=False), "give 1 to 16 bits"),
+        (lambda: Encoding(unit_column=True), "belong to kind='offset'"),
+        (lambda: Encoding(kind="offset", two_sided=True), "two_sided belongs to kind='differential'"),
+        (lambda: Encoding(kind="offset", flip=True), "set unit_column=True"),
+        (lambda: ADC(range="given"), "adc.limits go with adc.range='given'"),
+        (lambda: ADC(limits=FOUR), "adc.limits go with adc.range='given'"),
+        (lambda: StuckAt(low=0.7, high=0.7), r"StuckAt: low \+ high = 1.4: together at most all cells can be stuck"),
+        (lambda: Device(write_verify=WriteVerify(0.1)), "Device.write_verify .* give programming too"),
+        (lambda: LogLinear(0.1, 0.0, 0.2, 0.1), "LogLinear: low = 0.2 is above high = 0.1"),
+        (lambda: Polynomial(((0.1,), (0.2,))), r"Polynomial.deviation = .* for each of seconds = \(1.0,\)"),
+        (lambda: Polynomial(((0.1,),), shift=((0.1,), (0.2,))), "Polynomial.shift = "),
+        (lambda: Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of coefficients"),
+        (lambda: Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)), "Polynomial.seconds = .*: give rising positive"),
     ],
 )
-def test_parts_with_values_that_no_crossbar_has_are_refused(make, message):
+def test_settings_of_a_part_that_do_not_fit_together_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -144,7 +179,7 @@ def test_parts_with_values_that_no_crossbar_has_are_refused(make, message):
             {
                 "cell": Cell(bits=None),
                 "mapping": Mapping(weight_bits=None),
-                "encoding": Encoding(kind="offset", unit_column=True, flip=True),
+                "encoding": FLIP,
             },
             r"encoding.flip inverts digits: give cell.bits and mapping.weight_bits",
         ),
@@ -199,12 +234,15 @@ def test_functions_of_a_device_return_a_value_for_each_cell(field, wrong):
         matmul(jnp.ones((1, 6), jnp.float32), program(W, config, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("device", [Device(time=10.0), Device(programming=Independent(0.1), time=10.0)])
+@pytest.mark.parametrize(
+    "device",
+    [Device(time=10.0), *(Device(programming=model, time=10.0) for model in (Independent(0.1), PCM_JOSHI_2020))],
+)
 def test_a_time_that_changes_nothing_is_refused(device):
     with pytest.raises(ValueError, match=r"device.time = 10.0 changes nothing, .*: give device.drift too"):
         program(W, CrossbarConfig(device=device), jax.random.key(0))
-    by_user = dataclasses.replace(device, programming=lambda G, key, time: G / (1 + time))
-    program(W, CrossbarConfig(device=by_user), jax.random.key(0))
+    for ages in (RERAM_WAN_2022, lambda G, key, time: G / (1 + time)):
+        program(W, CrossbarConfig(device=dataclasses.replace(device, programming=ages)), jax.random.key(0))
 
 
 def test_constant_weights_inside_jit_are_checked():
@@ -234,6 +272,9 @@ def test_ranges_of_another_number_of_tiles_are_refused():
     config = CrossbarConfig(tile=Tile(rows=2), adc=ADC(range="given", limits=limits))
     with pytest.raises(ValueError, match=r"ADC limits of 2 row tiles, but .* 3"):
         program(W, config)
+    chip = program(W, CrossbarConfig(tile=Tile(rows=2), adc=ADC(range="max")))
+    with pytest.raises(ValueError, match=r"chip.limits of shape \(2, 4, 2\): give .* or \(3, 4, 2\)"):
+        matmul(jnp.ones((2, 6)), dataclasses.replace(chip, limits=jnp.asarray(limits, jnp.float32)))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +288,11 @@ def test_ranges_of_another_number_of_tiles_are_refused():
         (CrossbarConfig(tile=Tile(wire=Wire())), "product", r"not exact here: IR drop"),
         (CrossbarConfig(), "loop", r"path='loop' cannot compute this without an ADC"),
         (CrossbarConfig(tile=Tile(current_limit=1.0), adc=ADC(range="max")), "loop", r"column currents are limited"),
+        (
+            CrossbarConfig(encoding=FLIP, dac=DAC(signed=False), adc=ADC(range="max", noise=0.5)),
+            "loop",
+            "noise below zero",
+        ),
     ],
 )
 def test_paths_that_are_not_exact_are_refused(config, path, message):
@@ -263,9 +309,9 @@ def test_bad_inputs_are_refused():
         jax.jit(matmul)(x, program(W, config))
     with pytest.raises(ValueError, match=r"x of shape \(\) meets arrays of \(6, 5\)"):
         inspect.unwrap(matmul)(jnp.float32(1), program(W, config))
-    noisy = dataclasses.replace(config, device=Device(read_noise=ReadNoise(0.1)))
-    with pytest.raises(ValueError, match="again for every read: give it a key"):
-        matmul(x[:, :6], program(W, noisy))
+    for changes in ({"device": Device(read_noise=ReadNoise(0.1))}, {"adc": ADC(bits=10, range="granular", noise=0.1)}):
+        with pytest.raises(ValueError, match="again for every read: give it a key"):
+            matmul(x[:, :6], program(W, dataclasses.replace(config, **changes)))
     for read in (matmul, probe):
         with pytest.raises(ValueError, match=r"x of dtype int32: give floating point numbers"):
             inspect.unwrap(read)(jnp.ones((2, 6), jnp.int32), program(W, config))

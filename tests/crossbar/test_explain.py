@@ -17,13 +17,10 @@ from lorafusion_jax.crossbar import (
     Device,
     Encoding,
     Independent,
-    Mapping,
     ReadNoise,
     Tile,
-    Wire,
-    calibrated,
+    counts,
     explain,
-    probe,
     program,
 )
 
@@ -43,48 +40,36 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(40, 30), pytest.param((5, 70), marks=pytest.mark.long)])
+@pytest.mark.parametrize("shape", [(40, 30), (5, 70)])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_counts_are_those_of_the_programmed_arrays(config, shape):
-    said = explain(config, shape)
-    state = program(jax.random.normal(jax.random.key(0), shape), config, jax.random.key(1), path="definition")
-    K, P, R, C, _, _ = state.cells.shape
+    said, found, key = explain(config, shape), counts(shape, config), jax.random.key(1)
+    chip = jax.eval_shape(lambda weights: program(weights, config, key, path="definition"), jnp.zeros(shape))
+    K, P, R, C, _, columns = chip.cells.shape
     assert said.tiles == (R, C) and said.polarities == P and max(1, len(said.weight_slices)) == K
-    assert said.arrays == K * P * R * C
-    in_use = np.sum(state.geometry.cells_in_use)
-    assert said.utilisation == pytest.approx(in_use / (R * C * math.prod(said.array)))
-    if config.adc is None:
-        assert said.conversions == 0
-    else:
-        pulses = 1 if config.adc.convert == "sum" else max(1, len(said.input_slices))
-        polarities, columns = P if config.adc.separate else 1, shape[1] + C * config.encoding.unit_column
-        assert said.conversions == K * R * pulses * polarities * columns
+    assert said.arrays == found.arrays == K * P * R * C
+    used = chip.geometry.cells_in_use
+    assert said.utilisation == pytest.approx(np.sum(used) / (R * C * math.prod(said.array)))
+    assert found.cells == K * P * (int(used.sum()) + C * shape[0] * (columns - used.shape[3]))
+    assert found.rows == K * P * int(used.any(axis=3).sum())
+    pulses = 1 if config.converts_sums else max(1, len(said.input_slices))
+    conversions = K * R * pulses * (P if config.converts_each else 1) * (shape[1] + C * config.encoding.unit_column)
+    assert said.conversions == (conversions if config.adc else 0) and found.conversions in (
+        said.conversions,
+        conversions,
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_path_is_the_one_that_programming_takes(config):
     weights = jax.random.normal(jax.random.key(0), (40, 30))
-    plan = program(weights, config, jax.random.key(1)).plan
-    said = explain(config, (40, 30))
-    assert (said.path, said.reason) == (plan.path, plan.reason)
+    chip = program(weights, config, jax.random.key(1))
+    for said in (explain(config, (40, 30)), explain(chip, (40, 30))):
+        assert (said.path, said.reason) == (chip.plan.path, chip.plan.reason) and said.reason in str(said)
 
 
-@pytest.mark.parametrize(
-    "config, words",
-    [
-        (CrossbarConfig(), "there is no ADC"),
-        (PRESETS["isaac"], "the ADC loses nothing"),
-        (CrossbarConfig(tile=Tile(wire=Wire(row_resistance=1e-4))), "IR drop"),
-        (CrossbarConfig(adc=ADC(offset_error=0.1)), "offset"),
-    ],
-)
-def test_the_reason_is_in_words(config, words):
-    assert words in explain(config, (64, 64)).reason
-    assert words in str(explain(config, (64, 64)))
-
-
-@pytest.mark.parametrize("bits", [(2, 2, 2, 2), (1,) * 8, (2, 2, 4)])
-@pytest.mark.parametrize("dac", [DAC(), DAC(signed=False), DAC(bits=7, slice_bits=3)], ids=["signed", "unsigned", "3"])
+@pytest.mark.parametrize("bits", [(2, 2, 2, 2), (2, 2, 4)])
+@pytest.mark.parametrize("dac", [DAC(signed=False), DAC(bits=7, slice_bits=3)], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("kind", ["differential", "offset"])
 def test_an_adc_with_the_lost_bits_loses_nothing(bits, dac, kind):
     config = CrossbarConfig(
@@ -140,16 +125,6 @@ def test_narrow_modules_share_arrays():
     assert alone.shared_arrays == alone.arrays and "side by side" not in str(alone)
 
 
-@pytest.mark.long
-def test_a_calibrated_state_may_lose_nothing():
-    config = CrossbarConfig(adc=ADC(bits=10, quantile=1.0))
-    weights, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (4, 64))
-    state = program(weights, config)
-    state = calibrated(state, probe(x, state)[1])
-    said = explain(state, (64, 8))
-    assert (said.path, said.reason) == (state.plan.path, state.plan.reason)
-
-
 def test_it_prints_what_it_knows():
     text = str(explain(PRESETS["raella"], (1000, 600)))
     for words in (
@@ -180,8 +155,3 @@ def test_a_state_of_another_shape_is_refused():
     config = CrossbarConfig()
     with pytest.raises(ValueError, match=r"shape \(4, 5\): the arrays of this chip hold a matrix of \(4, 4\)"):
         explain(program(jnp.ones((4, 4)), config), (4, 5))
-
-
-def test_a_mapping_of_scales_changes_nothing():
-    config = CrossbarConfig(mapping=Mapping(scale="column"), adc=ADC())
-    assert explain(config, (64, 64)).arrays == explain(CrossbarConfig(adc=ADC()), (64, 64)).arrays

@@ -153,7 +153,7 @@ _MORE_CASES = ("general of groups", "convolution of groups", "circular convoluti
 
 
 def _layer(kind, name, config):
-    """A layer on arrays, the digital one, and its kernel. Biases are zero."""
+    """Return a layer on arrays, the digital one, and its kernel. Biases are zero."""
     _, of_nnx, of_linen = _CASES[name]
     model = of_nnx(nnx.Rngs(0)) if kind == "nnx" else of_linen.bind(of_linen.init(_KEY, _X))
     kernel = model.kernel[...] if kind == "nnx" else model.variables["params"]["kernel"]
@@ -163,9 +163,8 @@ def _layer(kind, name, config):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in _MORE_CASES else ()) for name in _CASES]
 )
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_a_layer_reads_its_kernel_as_a_matrix(kind, name):
-    on_arrays, _, kernel = _layer(kind, name, _COARSE)
+def test_a_layer_reads_its_kernel_as_a_matrix(name):
+    on_arrays, _, kernel = _layer("nnx", name, _COARSE)
     np.testing.assert_array_equal(on_arrays(_X), _CASES[name][0](_X, kernel))
 
 
@@ -252,18 +251,6 @@ class _LinenLanguage(nn.Module):
         return embed.attend(nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x, x))
 
 
-class _Pictures(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs)])
-        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
-        self.head = nnx.Linear(16, 3, rngs=rngs)
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = nnx.relu(layer(x))
-        return self.head(self.norm(x).reshape(len(x), -1))
-
-
 _TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 4)))
 _DIGITAL = {"positions": None}
 
@@ -293,14 +280,6 @@ def _is_chip(leaf):
     return isinstance(leaf, crossbar.Chip)
 
 
-def test_a_convolutional_model_goes_onto_arrays():
-    model, x = _Pictures(nnx.Rngs(0)), _normal(2, 4, 4, 1)
-    on_arrays = convert(model, {"*": _IDEAL}, _KEY)
-    np.testing.assert_allclose(_compiled(on_arrays, x), _compiled(model, x), rtol=1e-5, atol=1e-6)
-    assert isinstance(model.head.kernel, nnx.Param)  # the model that was given stays digital
-    assert isinstance(on_arrays.layers[1].kernel, InArrays)
-
-
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers(kind):
     on_arrays = convert(_language(kind), _DIGITAL | {"*": _CALIBRATED}, _KEY, _TOKENS)
@@ -310,9 +289,10 @@ def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers(kind
 
 
 def test_a_convolution_reads_a_vector_for_each_position_and_group():
-    pictures = convert(_Pictures(nnx.Rngs(0)), {"*": _CALIBRATED}, _KEY)
-    counted = count_reads(pictures, _normal(3, 4, 4, 1))
-    assert counted == {"layers.0": 3 * 4 * 4, "layers.1": 3 * 2 * 2, "head": 3}
+    rngs = nnx.Rngs(0)
+    pictures = nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs))
+    counted = count_reads(convert(pictures, {"*": _CALIBRATED}, _KEY), _normal(3, 4, 4, 1))
+    assert counted == {"layers.0": 3 * 4 * 4, "layers.1": 3 * 2 * 2}
     grouped = nnx.Sequential(nnx.Conv(4, 6, (3,), feature_group_count=2, padding="VALID", rngs=nnx.Rngs(0)))
     assert count_reads(convert(grouped, {"*": _IDEAL}, _KEY), _normal(3, 5, 4)) == {"layers.0": 2 * 3 * 3}
 
@@ -355,13 +335,6 @@ def test_the_dtype_of_a_layer_is_that_of_its_result(kind):
 
 def _mlp():
     return nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 6, rngs=nnx.Rngs(1)))
-
-
-def test_the_first_rule_that_matches_decides_and_the_rest_stays_digital():
-    model = convert(_mlp(), {"layers.0": None, "layers.*": _COARSE}, _KEY)
-    assert isinstance(model.layers[0].kernel, nnx.Param)
-    assert model.layers[2].kernel[...].chip.config == _COARSE
-    assert isinstance(convert(_mlp(), {"layers.0": _COARSE}, _KEY).layers[2].kernel, nnx.Param)
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
@@ -438,21 +411,12 @@ def test_a_chip_needs_a_key(key):
             put(_mlp(), {"*": _IDEAL}, key)
 
 
-@pytest.mark.parametrize("name", ["linear", "convolution", "einsum"])
-def test_a_layer_on_arrays_is_not_put_there_again(name):
-    on_arrays = convert(_CASES[name][1](nnx.Rngs(0)), {"*": _IDEAL}, _KEY)
-    with pytest.raises(ValueError, match="it is on arrays already, so give `convert` the digital model"):
-        convert(on_arrays, {"*": _IDEAL}, _KEY)
-
-
-def test_embeddings_and_linen_models_on_arrays_are_not_put_there_again():
-    embed = convert(nnx.Embed(9, 6, rngs=nnx.Rngs(0)), {"*": _IDEAL}, _KEY)
-    with pytest.raises(ValueError, match="it is on arrays already"):
-        convert(embed, {"*": _IDEAL}, _KEY)
-    dense = nn.Dense(7)
-    on_arrays = convert(dense.bind(dense.init(_KEY, _X)), {"*": _IDEAL}, _KEY, _X)
-    with pytest.raises(ValueError, match="the model is on arrays already"):
-        convert(on_arrays, {"*": _IDEAL}, _KEY, _X)
+def test_what_is_on_arrays_is_not_put_there_again():
+    layers = [_CASES[name][1](nnx.Rngs(0)) for name in ("linear", "convolution", "einsum")]
+    for layer in (*layers, nnx.Embed(9, 6, rngs=nnx.Rngs(0)), nn.Dense(7).bind(nn.Dense(7).init(_KEY, _X))):
+        on_arrays = convert(layer, {"*": _IDEAL}, _KEY, _X if isinstance(layer, nn.Dense) else None)
+        with pytest.raises(ValueError, match=r"is on arrays already"):
+            convert(on_arrays, {"*": _IDEAL}, _KEY, _X)
 
 
 def test_the_rest_of_a_model_may_follow_onto_arrays():
@@ -619,7 +583,7 @@ def test_read_noise_needs_a_key_and_calibration_has_one(kind):
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_a_read_key_decides_the_noise_of_all_layers(kind):
-    model = convert(_language(kind), _DIGITAL | {"*": _NOISY}, _KEY, _TOKENS)
+    model = convert(_language(kind), {"blocks.*": _NOISY}, _KEY, _TOKENS)
 
     @jax.jit
     def step(model, number):
@@ -630,7 +594,7 @@ def test_a_read_key_decides_the_noise_of_all_layers(kind):
     keyed = with_read_key(model, jax.random.key(1))
     keys = [jax.random.key_data(leaf.key) for leaf in jax.tree.leaves(keyed, is_leaf=_is_chip) if _is_chip(leaf)]
     keys = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
-    assert len(np.unique(keys, axis=0)) == len(keys) == 9  # by path, and by layer within a scan
+    assert len(np.unique(keys, axis=0)) == len(keys) == 4  # by path, and by layer within a scan
 
 
 @pytest.mark.long
@@ -688,11 +652,6 @@ def test_a_linen_model_has_gradients_to_what_stays_digital():
     found = slopes(on_arrays.variables["params"])
     assert set(found["blocks"]["up"]) == {"bias"} and found["blocks"]["up"]["bias"].shape == (2, 16)
     assert jnp.abs(found["embed"]["embedding"]).max() > 0
-
-
-def test_a_model_on_arrays_maps_over_batches():
-    on_arrays = convert(_mlp(), {"*": _COARSE}, _KEY)
-    np.testing.assert_allclose(jax.vmap(on_arrays)(_X), on_arrays(_X), rtol=1e-6)
 
 
 def test_a_model_on_arrays_is_saved_and_read(tmp_path):

@@ -273,7 +273,8 @@ CORNERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "flipped columns, read again": ("planes", {**_FLIPPED, **_AGAIN, "scaling": "fixed"}),
     "reads again": ("loop", _AGAIN),
     "currents limited on either side": ("definition", {**_TILED, "nonlinear": "current", "signed": True}),
-    "wires": ("definition", {**_TILED, "nonlinear": "wire", "signed": True}),
+    "wires": ("definition", {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5, "partition": "full"}),
+    "nonlinear cells and wires": ("definition", {"nonlinear": "iv and wire", "slice_bits": None, "signed": True}),
     "nonlinear cells": ("definition", {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None}),
     "a quantile that is zero": (
         "product",

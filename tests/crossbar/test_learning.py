@@ -74,12 +74,6 @@ def with_a_unit_column(values):
     )
 
 
-def flipped(values):
-    encoding = Encoding(kind="offset", unit_column=True, flip=True)
-    device = Device(programming=Independent(values["sigma"]))
-    return CrossbarConfig(cell=Cell(on_off_ratio=values["ratio"]), encoding=encoding, dac=None, device=device)
-
-
 def converted(values):
     device = Device(read_noise=ReadNoise(values["noise"]))
     adc = dataclasses.replace(WIDE, gain_error=values["gain"])
@@ -119,7 +113,6 @@ CASES = {
         None,
         {"scale": 1.0, "noise": 0.1, "ratio": 9.0, "shift": -0.01, "spread": 0.02, "growth": 0.01, "time": 50.0},
     ),
-    "flipped": (flipped, "definition", {"sigma": 0.1, "ratio": 5.0}),
     "loop": (converted, "loop", {"gain": 0.1, "noise": 0.1, "ratio": 5.0}),
     "definition": (
         nonlinear,
@@ -129,11 +122,10 @@ CASES = {
 }
 
 
-_TIERS = {"flipped": (), "loop": pytest.mark.nightly}
-
-
+# Programming and reading have others in `test_fuzz.py`.
+@pytest.mark.long
 @pytest.mark.usefixtures("fusion_emitters")
-@pytest.mark.parametrize("case", [pytest.param(name, marks=_TIERS.get(name, pytest.mark.long)) for name in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_values_have_the_derivatives_of_finite_differences(case):
     make, path, start = CASES[case]
     with jax.enable_x64(True):
@@ -173,26 +165,6 @@ def test_compensation_cancels_a_drift_that_is_the_same_in_all_cells(dac):
     assert abs(slope) < 1e-4 * abs(jax.grad(loss)(jnp.float32(0.05), False))
 
 
-def test_full_scale_has_the_derivative_of_clipping_and_that_of_its_rounding():
-    """LSQ (Esser et al. 2020): (round(v) - v) of an input within the range, its sign beyond; times the weights."""
-    with jax.enable_x64(True):
-        W, x, C = problem()
-
-        def loss(limit, bits):
-            config = CrossbarConfig(dac=DAC(bits=bits, scaling="fixed", limit=limit), mapping=Mapping(weight_bits=4))
-            return jnp.sum(C * matmul(x, program(W, config)))
-
-        limit = jnp.asarray(0.8)
-        v = np.asarray(x) / 0.8
-        assert 0.2 < np.mean(np.abs(v) < 1) < 0.8
-        codes = np.clip(np.rint(v * 7), -7, 7) / 7
-        W_ = np.rint(np.asarray(W) / np.abs(W).max() * 7) * np.abs(W).max() / 7
-        wanted = np.sum(np.asarray(C) * ((codes - np.where(np.abs(v) <= 1, v, 0)) @ W_))
-        np.testing.assert_allclose(jax.grad(loss)(limit, 4), wanted, rtol=1e-9)
-        difference = (loss(limit + 1e-3, 16) - loss(limit - 1e-3, 16)) / 2e-3
-        np.testing.assert_allclose(jax.grad(loss)(limit, 16), difference, rtol=2e-2)
-
-
 def test_weights_keep_their_gradient_beside_that_of_the_cells():
     """Weights pass straight through what makes their scale: that of program and programmed_weights is the identity."""
     W = jnp.asarray(np.random.default_rng(1).normal(size=(6, 5)), jnp.float32)
@@ -219,8 +191,7 @@ WIRED = Tile(wire=Wire(row_resistance=1e-3, column_resistance=1e-3, relaxation=0
         (CrossbarConfig(tile=WIRED, cell=Cell(on_off_ratio=9.0)), "cell.on_off_ratio", r"cell.on_off_ratio has no"),
     ],
 )
-@pytest.mark.parametrize("derivative", [jax.grad, pytest.param(jax.jacfwd, marks=pytest.mark.long)])
-def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, message, derivative):
+def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, message):
     W = jnp.ones((6, 5), jnp.float32)
     leaves, tree = jax.tree.flatten_with_path(config)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
@@ -233,7 +204,7 @@ def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, mes
     value = jnp.float32(leaves[at][1])
     assert jnp.isfinite(loss(value))
     with pytest.raises(ValueError, match=message):
-        derivative(loss)(value)
+        jax.grad(loss)(value)
 
 
 def test_a_value_that_acts_at_programming_is_learned_through_it():
@@ -263,16 +234,15 @@ def test_a_read_has_a_forward_derivative(path):
     np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(along * C), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("adc", "path"), [(None, "product"), pytest.param(WIDE, "loop", marks=pytest.mark.long)])
-def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative(adc, path):
+def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative():
     W, x = jnp.ones((6, 5), jnp.float32), jnp.zeros((2, 6), jnp.float32)
 
     @jax.jit
     @jax.grad
     def gradient(sigma):
         noise = ReadNoise(0.1, "proportional")
-        config = CrossbarConfig(adc=adc, device=Device(programming=Independent(sigma), read_noise=noise))
-        return jnp.sum(matmul(x, with_read_key(program(W, config, CHIP, path=path), READ)))
+        config = CrossbarConfig(device=Device(programming=Independent(sigma), read_noise=noise))
+        return jnp.sum(matmul(x, with_read_key(program(W, config, CHIP), READ)))
 
     assert gradient(jnp.float32(0.1)) == 0
 

@@ -1,9 +1,6 @@
 """Presets have the numbers of their sources; configurations survive YAML and JSON; bad files are refused by name."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -77,23 +74,6 @@ def test_isaac_loses_nothing_but_what_sixteen_bits_round():
     assert relative_error("ideal") < 1e-6
 
 
-def test_isaac_rounds_its_gmin_away():
-    config = PRESETS["isaac"]
-    assert config.cell.on_off_ratio is None
-    finite = dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=1000.0))
-    kappa = 3 * finite.g_min / (1 - finite.g_min)  # Gmin in levels of a 2-bit cell
-    sums = np.arange(193)
-    np.testing.assert_array_equal(np.round(sums + kappa * config.tile.rows), sums)
-
-
-def test_isaac_needs_its_nine_bits():
-    weights = jax.random.normal(jax.random.key(0), (128, 8))
-    config = PRESETS["isaac"]
-    fewer = dataclasses.replace(config, adc=dataclasses.replace(config.adc, bits=8))
-    assert program(weights, config).plan.path == "product"
-    assert program(weights, fewer).plan.path != "product"
-
-
 @pytest.mark.parametrize(
     "name, least, most",
     [("puma", 1e-6, 1e-2), pytest.param("raella", 1e-3, 0.1, marks=pytest.mark.long), ("neurram", 0.05, 0.8)],
@@ -102,17 +82,20 @@ def test_lossy_presets_lose_some(name, least, most):
     assert least < relative_error(name) < most
 
 
-@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
-@pytest.mark.parametrize("config", [*PRESETS.values(), FULL], ids=[*PRESETS, "everything"])
-def test_a_configuration_is_loaded_as_it_was_saved(tmp_path, config, suffix):
-    path = tmp_path / "folder" / f"crossbar{suffix}"
-    save_config(config, path)
-    assert load_config(path) == config
-    assert config_hash(load_config(path)) == config_hash(config)
+ANALOGUE = CrossbarConfig(
+    cell=Cell(bits=None), encoding=Encoding(kind="offset"), mapping=Mapping(weight_bits=None), dac=None
+)
+NESTED = CrossbarConfig(device=Device(drift=PowerLaw(0.05, 0.01), time=10.0))
+SAVED = {**PRESETS, "everything": FULL, "analogue": ANALOGUE, "nested": NESTED}
 
 
-def test_a_preset_is_loaded_by_its_name():
-    assert load_config("puma") is PRESETS["puma"]
+@pytest.mark.parametrize("config", SAVED.values(), ids=SAVED)
+def test_a_configuration_is_loaded_as_it_was_saved(tmp_path, config):
+    for suffix in (".yaml", ".yml", ".json"):
+        path = tmp_path / "folder" / f"crossbar{suffix}"
+        save_config(config, path)
+        assert load_config(path) == config
+        assert config_hash(load_config(path)) == config_hash(config)
 
 
 def test_what_a_file_leaves_out_has_its_default(tmp_path):
@@ -132,14 +115,6 @@ def test_arrays_are_written_as_lists(tmp_path):
     limits = CrossbarConfig(adc=ADC(range="given", limits=jnp.array([[[-4.0, 4.0]] * 4] * 2)))
     save_config(limits, tmp_path / "limits.json")
     np.testing.assert_array_equal(load_config(tmp_path / "limits.json").adc.limits, limits.adc.limits)
-
-
-def test_a_nested_model_is_written(tmp_path):
-    config = CrossbarConfig(device=Device(drift=PowerLaw(0.05, 0.01), time=10.0))
-    save_config(config, tmp_path / "drift.json")
-    written = json.loads((tmp_path / "drift.json").read_text())["device"]["drift"]
-    assert written["model"] == "PowerLaw" and written["flicker"] is None
-    assert load_config(tmp_path / "drift.json") == config
 
 
 def my_cells(G, key, time):
@@ -167,14 +142,6 @@ def test_the_hash_tells_configurations_apart():
     assert config_hash(dataclasses.replace(FULL, device=device)) != config_hash(FULL)
 
 
-def test_the_hash_is_the_same_in_another_process():
-    code = "from lorafusion_jax.crossbar.config.files import *; print(config_hash(load_config('neurram')))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip() == config_hash(PRESETS["neurram"])
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -183,9 +150,7 @@ def test_the_hash_is_the_same_in_another_process():
         ("cell: 4", r"cell is 4: give a table with any of bits, on_off_ratio"),
         ("[1, 2]", r"the file is \[1, 2\]: give a table"),
         ("cell: {bits: four}", r"cell\.bits = 'four': give a list of whole numbers or null"),
-        ("cell: {bits: [two]}", r"cell\.bits = \['two'\]: give a list of whole numbers or null"),
         ("cell: {bits: [2, 2, [2]]}", r"cell\.bits = \[2, 2, \[2\]\]: give a list of whole numbers or null"),
-        ("cell: {bits: [2, 2.5]}", r"cell\.bits = \[2, 2\.5\]: give a list of whole numbers or null"),
         (
             "device: {programming: {model: Polynomial, deviation: [1, 2]}}",
             r"device\.programming\.deviation = \[1, 2\]: give a list of lists of numbers",
@@ -222,6 +187,7 @@ def test_bad_files_are_refused_by_name(tmp_path, text, message):
 
 
 def test_bad_names_are_refused(tmp_path):
+    assert load_config("puma") is PRESETS["puma"]
     with pytest.raises(ValueError, match="no preset 'isac': choose one of ideal, isaac"):
         load_config("isac")
     with pytest.raises(ValueError, match=r"absent\.yaml: no such file"):
@@ -233,19 +199,10 @@ def test_bad_names_are_refused(tmp_path):
         load_config(tmp_path / "half.json")
 
 
-def test_offset_and_analogue_configurations_round_trip(tmp_path):
-    config = CrossbarConfig(
-        cell=Cell(bits=None), encoding=Encoding(kind="offset"), mapping=Mapping(weight_bits=None), dac=None
-    )
-    save_config(config, tmp_path / "a.yaml")
-    assert load_config(tmp_path / "a.yaml") == config
-
-
 # bfloat16 and float16: everything is computed in float32, whose results these are.
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["isaac", "puma", "neurram"])
+@pytest.mark.parametrize(("name", "dtype"), [("isaac", jnp.bfloat16), ("puma", jnp.float16), ("neurram", jnp.bfloat16)])
 def test_presets_read_weights_and_inputs_of_sixteen_bits(name, dtype):
     config = PRESETS[name]
     weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)

@@ -89,6 +89,8 @@ def test_a_rule_may_name_layers_as_python_does(layers, wanted):
     assert kinds == wanted
     firsts = [part.first for part in parts if isinstance(part, Chip)]
     assert firsts == [wanted.index("arrays")]
+    both = program_tree({"q": weight}, {"q[:2]": _NOISY, "*": _IDEAL}, _KEY)["q"]
+    assert [part.config for part in both.parts] == [_NOISY, _IDEAL] and both.shape == (4, 6, 6) and both.ends == (2, 4)
     # A layer is the same chip, however its stack is cut; the last bit is the compiler's.
     whole = dense(program_tree({"q": weight}, {"*": _NOISY}, _KEY)["q"], jnp.float32)
     for layer, kind in enumerate(wanted):
@@ -96,12 +98,6 @@ def test_a_rule_may_name_layers_as_python_does(layers, wanted):
             np.testing.assert_allclose(dense(placed, jnp.float32)[layer], whole[layer], rtol=1e-6)
         else:
             _equal(dense(placed, jnp.float32)[layer], weight[layer])
-
-
-def test_two_configurations_in_one_stack():
-    placed = program_tree(_weights(), {"encoder.*[:2]": _NOISY, "encoder.*": _IDEAL}, _KEY)["encoder.self.q"]
-    assert [part.config for part in placed.parts] == [_NOISY, _IDEAL]
-    assert placed.shape == (4, 6, 6) and placed.ends == (2, 4)
 
 
 @pytest.mark.parametrize("pattern", ["decoder.*", "head[1:]", "encoder.*[4:]", "encoder.self"])
@@ -313,28 +309,6 @@ def test_calibration_sets_every_matrix_to_its_own_data():
     assert layers == [0, 3]
     assert {(row["site"], row["layer"], row["module"]) for row in rows} >= {("A.q", 3, 2), ("head", None, None)}
     assert all(3 < row["sqnr"] < 60 and row["clipped"] <= 0.1 for row in rows)
-
-
-@pytest.mark.long
-def test_more_bits_are_fewer_errors():
-    def worst(bits):
-        config = dataclasses.replace(_CONVERTED, adc=ADC(bits=bits, clip_share=1.0))
-        settled = calibrate_tree(_run, program_tree(_weights(), {"encoder.self.q": config}, _KEY), _inputs(1))
-        return min(row["sqnr"] for row in site_errors(settled, observe(_run, settled, _inputs(1))))
-
-    assert worst(3) + 6 < worst(7)
-
-
-@pytest.mark.long
-def test_swept_values_are_calibrated_too():
-    config = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=jnp.float32(20)))
-    fixed = dataclasses.replace(_CONVERTED, cell=Cell(bits=(4, 4), on_off_ratio=20.0))
-    swept, plain = (
-        calibrate_tree(_run, program_tree(_weights(), {"encoder.self.q": c}, _KEY), _inputs(1))["encoder.self.q"]
-        for c in (config, fixed)
-    )
-    assert len(swept.values) == 1 and swept.values[0].shape == (4,) and not plain.values
-    np.testing.assert_allclose(swept.limits, plain.limits, rtol=1e-5)
 
 
 def test_ranges_that_clip_warn_by_name():
