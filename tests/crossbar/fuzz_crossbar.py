@@ -5,6 +5,7 @@ path has had, and the smallest failing example of every kind of failure; exits w
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import random
@@ -24,7 +25,7 @@ import test_fuzz as properties
 from hypothesis.internal.conjecture import engine
 
 # Hypothesis makes a failing example smaller for five minutes, which an hour of a broken path would be spent on.
-SHRINKING = 30
+engine.MAX_SHRINKING_SECONDS = 30
 # Cases of one property in its turn; a property that has failed stops at its first example.
 ROUND = 10
 
@@ -43,31 +44,21 @@ def main() -> int:
     properties.OPTIONS.clear()  # programs as users' are compiled
     # As in the tests: what it warns of is drawn on purpose.
     warnings.filterwarnings("ignore", "adc.range='granular' with convert='sum'", UserWarning)
-    start, seed, failures, said = time.monotonic(), options.seed, {}, 0.0
-    end = start + options.seconds
+    seed, failures, end = options.seed, {}, time.monotonic() + options.seconds
     names = [name for name in properties.PROPERTIES if options.only in name]
-    while time.monotonic() < end:
-        for name in names:
-            seed += 1
-            try:
-                failed = one_round(name, seed, end)
-            except TimeIsUp:
-                break
-            if failed is not None:
-                kind, text = failed
-                properties.TALLY[name, "any", "failed"] += 1
-                if (name, kind) not in failures:
-                    failures[name, kind] = text
-                    print(f"\nFAILED {name}, seed {seed}\n{text}\n", flush=True)
-            jax.clear_caches()
-            gc.collect()
-        if time.monotonic() - said > 60:
-            said = time.monotonic()
-            total = sum(properties.TALLY.values())
-            print(f"{time.monotonic() - start:6.0f} s  {total} cases, {len(failures)} kinds of failure", flush=True)
+    with contextlib.suppress(TimeIsUp):
+        while True:
+            for name in names:
+                seed += 1
+                if failed := one_round(name, seed, end):
+                    properties.TALLY[name, "any", "failed"] += 1
+                    if (name, failed[0]) not in failures:
+                        failures[name, failed[0]] = failed[1]
+                        print(f"\nFAILED {name}, seed {seed}\n{failed[1]}\n", flush=True)
+                jax.clear_caches()
+                gc.collect()
+            print(f"{properties.TALLY.total()} cases, {len(failures)} kinds of failure", flush=True)
     table()
-    for (name, _), text in failures.items():
-        print(f"\n{name}\n{text}")
     return bool(failures)
 
 
@@ -87,8 +78,6 @@ def one_round(name: str, seed: int, end: float) -> tuple[str, str] | None:
         try:
             check(**case)
         except Exception:
-            if not failed:
-                engine.MAX_SHRINKING_SECONDS = max(0, min(SHRINKING, end - time.monotonic()))
             failed = True
             raise
 
@@ -102,8 +91,6 @@ def one_round(name: str, seed: int, end: float) -> tuple[str, str] | None:
     )
     try:
         settings(hypothesis.seed(seed)(hypothesis.given(**drawn)(timed)))()
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # whatever a crash raises is a finding
         last = traceback.extract_tb(error.__traceback__)[-1]
         message = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
@@ -114,14 +101,10 @@ def one_round(name: str, seed: int, end: float) -> tuple[str, str] | None:
 
 def table() -> None:
     outcomes = ("bitwise", "within tolerance", "refused", "failed")
-    rows = sorted({key[:2] for key in properties.TALLY})
-    width = max((len(name) for name, _ in rows), default=0)
-    print(f"\n{'property':{width}}  {'path':10}" + "".join(f"{o:>18}" for o in outcomes))
-    for name, path in rows:
+    print(f"\n{'property':70}{'path':10}" + "".join(f"{o:>18}" for o in outcomes))
+    for name, path in sorted({key[:2] for key in properties.TALLY}):
         counts = "".join(f"{properties.TALLY[name, path, outcome]:18,}" for outcome in outcomes)
-        print(f"{name:{width}}  {path:10}{counts}")
-    sums = [sum(n for key, n in properties.TALLY.items() if key[2] == outcome) for outcome in outcomes]
-    print(f"{'all':{width}}  {'':10}" + "".join(f"{n:18,}" for n in sums))
+        print(f"{name:70}{path:10}{counts}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.crossbar import (
+    ADC,
     PCM_DRIFT,
     PCM_JOSHI_2020,
     RERAM_CMO_2025,
@@ -298,6 +299,14 @@ def test_a_key_is_a_chip_and_effects_draw_independently():
     drifted, _ = written(dataclasses.replace(noise, drift=PowerLaw(0.05, 0.01), time=99.0), 0.5)
     exponents = -np.log(drifted / G) / math.log(100)
     assert abs(np.corrcoef(G[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
+
+
+def test_gains_and_offsets_of_converters_have_their_spread():
+    adc = ADC(bits=8, range="max", gain_error=0.03, offset_error=0.2)
+    config = CrossbarConfig(tile=Tile(rows=2, cols=None), adc=adc)
+    chip = program(jnp.ones((8, 4000)), config, KEY)
+    assert_normal(chip.gain.reshape(4, -1), np.ones(4), np.full(4, 0.03))
+    assert_normal(chip.offset.reshape(4, -1), np.zeros(4), np.full(4, 0.2 * 3))  # in levels: 2 bits are up to 3
 
 
 def test_functions_are_models():

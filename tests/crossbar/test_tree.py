@@ -161,25 +161,6 @@ def test_chips_are_an_axis():
             np.testing.assert_allclose(dense(of_chip[name], jnp.float32), dense(alone[name], jnp.float32), rtol=1e-5)
 
 
-def test_a_noise_level_is_an_axis_and_has_a_gradient():
-    weights = {"q": _weights()["encoder.self.q"]}
-
-    def error(sigma):
-        config = dataclasses.replace(_NOISY, device=Device(programming=Independent(sigma)))
-        placed = program_tree(weights, {"*": config}, _KEY)["q"]
-        x = jnp.ones((2, 6))
-        return jnp.sum(
-            jnp.square(map_layers(lambda layer: matmul(x, layer), placed) - jnp.sum(weights["q"], axis=1)[:, None])
-        )
-
-    levels = jnp.array([0.01, 0.02, 0.04])
-    errors = jax.jit(jax.vmap(error))(levels)
-    np.testing.assert_allclose(errors, [error(float(level)) for level in levels], rtol=1e-4)
-    assert errors[0] < errors[1] < errors[2]
-    slope = jax.jit(jax.grad(error))(levels[1])
-    np.testing.assert_allclose(slope, (error(0.022) - error(0.018)) / 0.004, rtol=0.02)
-
-
 # Bit planes where the processor counts the bits of vectors.
 @pytest.mark.parametrize(
     ("device", "paths"),

@@ -1,13 +1,12 @@
 """Kills commands at random moments, and compares what they resume to with what they come to undisturbed.
 
     python tests/faults/kills.py --kills 50
-    python tests/faults/kills.py --kills 10 --command fuse matrix --seed 2 --out runs/kills
+    python tests/faults/kills.py --kills 10 --command fuse matrix --seed 2
 
 A command is started again and again in one folder, until it ends by itself. The moment of a kill is drawn from the CPU
 time that the command takes, so it does not depend on what else the machine does; half of the kills wait until something
 is half written. In Python's own start signals are not handled yet. Printed is a table, then every fault; the exit code
-is 1 if there is any. Ctrl-C goes on with the next command. With `--out`, inputs and counts are kept in a folder, and
-the same command goes on from them while the code is the same.
+is 1 if there is any. Ctrl-C goes on with the next command.
 """
 
 import argparse
@@ -167,35 +166,17 @@ class Tally:
     same: int = 0
     faults: list[str] = dataclasses.field(default_factory=list)
 
-    def save(self, path: Path) -> None:
-        """Write the counts as JSON."""
-        counts = dataclasses.asdict(self) | {"kills": {number.name: n for number, n in self.kills.items()}}
-        path.write_text(json.dumps(counts))
-
-
-def _saved(path: Path) -> Tally:
-    """Return the counts in a file, or none where it is missing."""
-    if not path.exists():
-        return Tally()
-    counts = json.loads(path.read_text())
-    return Tally(Counter({signal.Signals[name]: n for name, n in counts.pop("kills").items()}), **counts)
-
 
 def make_inputs(folder: Path) -> Inputs:
-    """Write the inputs, unless they are there."""
-    if not (folder / "run" / "results.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        one_block.cut(folder)
-        _whole(_fuse(Inputs(folder / "base", folder / "pool", folder), folder, "1"))
+    """Write the inputs."""
+    one_block.cut(folder)
+    _whole(_fuse(Inputs(folder / "base", folder / "pool", folder), folder, "1"))
     return Inputs(folder / "base", folder / "pool", folder / "run")
 
 
 def kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tally:
-    """Kill a command so many times, in several folders, and compare what each of them ends in; Ctrl-C ends this.
-
-    What an earlier call has counted in the folder is counted too.
-    """
-    tally = _saved(folder / "tally.json")
+    """Kill a command so many times, in several folders, and compare what each of them ends in; Ctrl-C ends this."""
+    tally = Tally()
     with contextlib.suppress(KeyboardInterrupt):
         _kill(name, inputs, folder, kills, seed, tally)
     return tally
@@ -203,17 +184,12 @@ def kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tall
 
 def _undisturbed(command: Command, inputs: Inputs, folder: Path) -> tuple[Any, float]:
     """Return what a command comes to, as JSON, and its CPU time."""
-    path = folder / "undisturbed.json"
-    if not path.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "whole").mkdir(parents=True)
-        if command.compiles:
-            (folder / "compiled").mkdir()
-            _whole(command.arguments(inputs, folder / "compiled"))
-        printed, seconds = _whole(command.arguments(inputs, folder / "whole"))
-        path.write_text(json.dumps([command.outcome(printed, folder / "whole"), seconds]))
-    wanted, seconds = json.loads(path.read_text())
-    return wanted, seconds
+    (folder / "whole").mkdir(parents=True)
+    if command.compiles:
+        (folder / "compiled").mkdir()
+        _whole(command.arguments(inputs, folder / "compiled"))
+    printed, seconds = _whole(command.arguments(inputs, folder / "whole"))
+    return json.loads(json.dumps(command.outcome(printed, folder / "whole"))), seconds
 
 
 def _kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int, tally: Tally) -> None:
@@ -222,7 +198,7 @@ def _kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int, tally:
     missed = 0  # times that the command ended before its kill
     while (done := tally.kills.total()) < kills:
         out, draw = folder / f"{done}", random.Random(f"{name} {seed} {done}{missed * ' again'}")
-        shutil.rmtree(out, ignore_errors=True)  # that of a call which was stopped
+        shutil.rmtree(out, ignore_errors=True)  # that of a kill which came too late
         out.mkdir()
         for _ in range(min(kills - done, _CHAIN)):
             if not _killed(command, inputs, out, seconds, draw, tally):
@@ -239,7 +215,6 @@ def _kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int, tally:
             tally.same += 1
             shutil.rmtree(out)
         missed = missed + 1 if tally.kills.total() == done else 0
-        tally.save(folder / "tally.json")
 
 
 def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: random.Random, tally: Tally) -> bool:
@@ -337,13 +312,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="kills of each command")
     parser.add_argument("--command", nargs="+", default=list(COMMANDS), choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
-    parser.add_argument("--out", type=Path, help="folder to go on in")
     given = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
     faults = []
     head = ["kills", *(number.name for number in _SIGNALS), "while writing", "in the start", "same bits", "faults"]
     print(f"| command | {' | '.join(head)} |\n|---|{'---:|' * len(head)}", flush=True)
-    with contextlib.nullcontext(given.out) if given.out else tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder) / "inputs")
         for name in given.command:
             tally = kill(name, inputs, Path(folder) / name.replace(" ", ""), given.kills, given.seed)

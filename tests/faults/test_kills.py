@@ -1,6 +1,5 @@
 """A killed command resumes to the same bits; and the harness that says so finds commands that do not."""
 
-import signal
 from pathlib import Path
 
 import kills
@@ -45,35 +44,6 @@ def tallied(tmp_path, monkeypatch):
 def test_a_sound_command_has_no_faults(tallied):
     tally = tallied(_SOUND)
     assert tally.faults == [] and tally.kills.total() == 3 and tally.same == tally.compared > 0
-
-
-@pytest.mark.long
-def test_a_harness_that_was_stopped_goes_on_from_its_counts(tmp_path, monkeypatch):
-    monkeypatch.setitem(kills.COMMANDS, "made up", _command(_SOUND))
-    inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
-    first = kills.kill("made up", inputs, tmp_path / "made up", 3, seed=2041)
-    again = kills.kill("made up", inputs, tmp_path / "made up", 4, seed=2041)
-    # A command that ends before its kill is compared too, and so there may be more than one of each call.
-    assert again.kills.total() == 4 and again.kills > first.kills and again.same == again.compared > first.compared
-    (tmp_path / "made up" / "undisturbed.json").write_text("[0, 0.3]")  # read, and not made again
-    last = kills.kill("made up", inputs, tmp_path / "made up", 5, seed=2041)
-    assert last.kills.total() == 5 and last.same == again.same and last.compared > again.compared
-
-
-def test_another_moment_is_drawn_where_a_command_ends_before_its_kill(tmp_path, monkeypatch):
-    draws = []
-
-    def missed(*arguments):
-        *_, draw, tally = arguments
-        draws.append(draw.random())
-        tally.kills[signal.SIGKILL] += len(draws) == 3
-        assert len(draws) <= 3
-        return False
-
-    monkeypatch.setitem(kills.COMMANDS, "made up", _command(_SOUND))
-    monkeypatch.setattr(kills, "_killed", missed)
-    kills.kill("made up", kills.Inputs(tmp_path, tmp_path, tmp_path), tmp_path / "made up", 1, seed=1)
-    assert len(set(draws)) == 3
 
 
 def test_a_command_that_writes_in_place_is_found(tallied):

@@ -17,39 +17,9 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 _HOSTILE: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        2,
-        7,
-        10**9,
-        2**63,
-        10**30,
-        -(2**63),
-        0.5,
-        1e308,
-        -1e-300,
-        float("nan"),
-        float("inf"),
-    ),
-    *(
-        "",
-        "x",
-        "../x",
-        "/etc/passwd",
-        "..\\x",
-        "x" * 300,
-        "a\0b",
-        "\x1b[31mred",
-        "\ud800",
-        "é",
-        "9" * 5000,
-        "float32[9999999, 99]",
-    ),
+    *(None, True, False, 0, -1, 1, 2, 7, 10**9, 2**63, 10**30, -(2**63), 0.5, 1e308, -1e-300),
+    *(float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", "..\\x", "x" * 300, "a\0b", "\x1b[31mred", "\ud800"),
+    *("é", "9" * 5000, "float32[9999999, 99]"),
     *([], {}, [[]], [None], {"": 0}, [0] * 50, ["x"] * 3, {"a": {"b": [1]}}),
 )
 
@@ -67,19 +37,11 @@ def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
 
 def _bytes(content: bytes, draw: random.Random) -> bytes:
     at, other = sorted(draw.randrange(len(content) + 1) for _ in range(2))
-    return draw.choice(
-        (
-            content[:at],
-            content[:at] + content[other:],
-            content[:at] + draw.randbytes(draw.randrange(1, 9)) + content[at:],
-            content[:at] + bytes([draw.randrange(256)]) + content[at + 1 :],
-            content + content[at:other],
-            b"",
-            b"[" * 3000,
-            b"\xff\xfe" + content,
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        )
-    )
+    start = content[:at]
+    changed = (start, start + content[other:], start + draw.randbytes(draw.randrange(1, 9)) + content[at:])
+    changed += (start + bytes([draw.randrange(256)]) + content[at + 1 :], content + content[at:other], b"")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    return draw.choice((*changed, b"[" * 3000, b"\xff\xfe" + content, pointer))
 
 
 def value(content: Any, draw: random.Random) -> Any:
@@ -146,22 +108,16 @@ def _npz(content: bytes, draw: random.Random) -> bytes:
     name, data = entries[n]
     length = struct.unpack_from("<H", data, 8)[0]
     header = data[10 : 10 + length].decode()
-    changes = [
-        ("'shape': (", f"'shape': ({draw.choice((10**6, 10**13, 2**62))}, "),
-        ("'<", "'>"),
-        ("f4", "O8"),
-        ("4'", "2'"),
-    ]
+    larger = f"'shape': ({draw.choice((10**6, 10**13, 2**62))}, "
+    changes = [("'shape': (", larger), ("'<", "'>"), ("f4", "O8"), ("4'", "2'")]
     new = header.replace(*draw.choice(changes)).encode()
     body = data[10 + length :]
     if "meta" in name and draw.random() < 0.8:  # a text of UTF-32
         text = _json(body.decode("utf-32-le").encode(), draw).decode()
         new = f"{{'descr': '<U{len(text)}', 'fortran_order': False, 'shape': (), }}\n".encode()
         body = text.encode("utf-32-le", "surrogatepass")
-    entries[n] = (
-        draw.choice((name, name, name, f"../{name}", "x.npy")),
-        data[:8] + struct.pack("<H", len(new)) + new + body,
-    )
+    new_name = draw.choice((name, name, name, f"../{name}", "x.npy"))
+    entries[n] = (new_name, data[:8] + struct.pack("<H", len(new)) + new + body)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", draw.choice((zipfile.ZIP_STORED,) * 3 + (zipfile.ZIP_DEFLATED,))) as archive:
         for name, data in entries:
@@ -179,15 +135,12 @@ def _gguf(content: bytes, draw: random.Random) -> bytes:
     file = io.BytesIO(content)
     magic, version, tensors, keys = struct.unpack("<4sIQQ", file.read(24))
     values = [[_gguf_text(file), kind := _gguf_number(file, 4), _gguf_value(file, kind)] for _ in range(keys)]
-    places = [
-        [
-            _gguf_text(file),
-            [_gguf_number(file, 10) for _ in range(_gguf_number(file, 4))],
-            _gguf_number(file, 4),
-            _gguf_number(file, 10),
-        ]
-        for _ in range(tensors)
-    ]
+
+    def place() -> list[Any]:
+        name, shape = _gguf_text(file), [_gguf_number(file, 10) for _ in range(_gguf_number(file, 4))]
+        return [name, shape, _gguf_number(file, 4), _gguf_number(file, 10)]
+
+    places = [place() for _ in range(tensors)]
     data = content[-(-file.tell() // 32) * 32 :]
     part = draw.choice((values, values, places))
     n = draw.randrange(len(part))

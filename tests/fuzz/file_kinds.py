@@ -123,10 +123,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         lf.load_base(file)
         lf.load_tokenizer(file)("ab")
 
-    bytes_file, pieces_file = (
-        _write_gguf(folder / "bytes.gguf", _BYTE_LEVEL),
-        _write_gguf(folder / "pieces.gguf", _PIECES),
-    )
+    bytes_file = _write_gguf(folder / "bytes.gguf", _BYTE_LEVEL)
+    pieces_file = _write_gguf(folder / "pieces.gguf", _PIECES)
 
     def whole_pool() -> None:
         lf.load_pool(pool)
@@ -301,35 +299,16 @@ def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
 
 
 def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
-    environment = {
-        "seed_mode": "sequential",
-        "dtype": "float32",
-        "device": "cpu",
-        "cores": 2,
-        "versions": {"lorafusion-jax": "0.1"},
-    }
+    environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2}
+    environment |= {"versions": {"lorafusion-jax": "0.1"}}
     options = FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
     with run.locked():
-        run.write_config(
-            {
-                "options": options_to_json(options),
-                "modules": [["a"], ["b"]],
-                "task_sha256": "0",
-                "max_new_tokens": 8,
-                "environment": environment,
-            }
-        )
+        written = {"options": options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}
+        run.write_config(written | {"max_new_tokens": 8, "environment": environment})
         run.append_metrics({"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3))
-        row = {
-            "seed": 1,
-            "row": 0,
-            "input": "a",
-            "target": "b",
-            "prediction": "b",
-            "correct": True,
-            "option_correct": None,
-        }
+        row = {"seed": 1, "row": 0, "input": "a", "target": "b", "prediction": "b", "correct": True}
+        row |= {"option_correct": None}
         run.write_predictions([row, row])
         results = {"task": "task", "method": "fusion", "trainable": 3, "trainable_by_group": {"coefficients": 3}}
         results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
@@ -373,15 +352,9 @@ _PIECES = {
 }
 _LLAMA = {
     "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
+    **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0},
     "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     "tie_word_embeddings": True,
     "hidden_act": "silu",
