@@ -264,10 +264,7 @@ def pulses(n: np.ndarray, config: CrossbarConfig) -> np.ndarray:
 def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> np.ndarray | None:
     """Return the level units of a code, [R, K], exactly where they follow from the configuration.
 
-    Args:
-      config: of the crossbar.
-      rows: of every row tile.
-      limits: [1 or R, K, 2] those of the state, for a calibrated range, and for `max` with flipped columns.
+    `limits` [1 or R, K, 2] are those of the state, for a calibrated range, and for `max` with flipped columns.
     """
     adc = config.adc
     if adc is None:
@@ -313,16 +310,8 @@ def read(
 ) -> Read:
     """Return what the chip makes of `x`, each vector read again at half the voltage while a sum has too high a code.
 
-    Where rounding errors decide whether one is, both answers are allowed.
-
-    Args:
-      chip: programmed.
-      x: [B, d_in].
-      config: of the crossbar.
-      limits: see `lsbs`.
-      input_limit: of a calibrated DAC.
-      drawn: see `Drawn`.
-      rounds: False: the ADC only clips, the function whose gradient its limits get.
+    Where rounding errors decide whether one is, both answers are allowed. `input_limit` is that of a calibrated DAC.
+    Without `rounds` the ADC only clips: the function whose gradient its limits get.
     """
     full = full_scale(x, config, input_limit)
     again = 0 if config.adc is None else config.adc.retries
@@ -351,18 +340,14 @@ def read(
         np.where(stops[..., None], variance, 0).max(0),
         np.where(stops[..., None], magnitude, 0).max(0),
         first[0],
-        np.stack([_least(stops[:, None], clipped[:, :, 0]), _most(stops[:, None], clipped[:, :, 1])], axis=1),
-        np.stack([_least(stops, inputs), _most(stops, inputs)]),
+        np.stack(_bounds(stops[:, None], clipped[:, :, 0], clipped[:, :, 1]), axis=1),
+        np.stack(_bounds(stops, inputs, inputs)),
         first[1],
     )
 
 
-def _least(stops: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.where(stops, counts, np.inf).min(0).sum(-1)
-
-
-def _most(stops: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.where(stops, counts, 0).max(0).sum(-1)
+def _bounds(stops: np.ndarray, least: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.where(stops, least, np.inf).min(0).sum(-1), np.where(stops, most, 0).max(0).sum(-1)
 
 
 def _once(
@@ -371,14 +356,6 @@ def _once(
     """Return y, slack, variance and magnitude of input codes; clipped conversions, sums and steps.
 
     Clipped are [K, 4, B]: least and largest number of sums beyond the range, and of those beyond its highest code.
-
-    Args:
-      chip: programmed.
-      n: [B, d_in] input codes.
-      dtype: that the package computes in.
-      config: of the crossbar.
-      limits: see `lsbs`.
-      rounds: see `read`.
     """
     rows, cols = grid((n.shape[1], chip.scale.shape[1]), config)
     lsb = lsbs(config, rows, limits)
@@ -514,14 +491,9 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
 def convert(
     t: np.ndarray, V: np.ndarray, eps: np.ndarray, config: CrossbarConfig, *, rounds: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return [4, ...] mean code, slack, variance and magnitude of sums in codes, and [4, ...] which are clipped.
+    """Return [4, ...] mean code, slack, variance and magnitude of sums `t` in codes, and [4, ...] which are clipped.
 
-    Args:
-      t: sums.
-      V: their variances.
-      eps: how far rounding errors may have moved sums.
-      config: of the crossbar.
-      rounds: False for clipping alone.
+    `V` are the variances of the sums, and `eps` how far rounding errors may have moved them.
     """
     low, high = code_range(config)
     above = [(t + e > high + 0.5) | ((low < 0) & (t - e < low - 0.5)) for e in (-eps, eps)]

@@ -128,25 +128,21 @@ def build(c: dict[str, Any]) -> CrossbarConfig:
         quantile=c["input_quantile"],
         rounding=c["rounding"],
     )
-    tile = Tile(rows=c["rows"], cols=c["cols"], partition=c["partition"])
+    wire = None
+    if c["nonlinear"] in ("wire", "iv and wire"):
+        wire = Wire(row_resistance=0.01, column_resistance=0.02, tolerance=1e-6)
+    limit = 0.7 if c["nonlinear"] == "current" else None
+    tile = Tile(rows=c["rows"], cols=c["cols"], partition=c["partition"], wire=wire, current_limit=limit)
     device, ratio = _device(c), c["ratio"]
     config = CrossbarConfig(
         cell=Cell(bits=cells, on_off_ratio=ratio),
         encoding=encoding,
         mapping=Mapping(weight_bits=weight_bits, scale=c["scale"], quantile=c["weight_quantile"]),
-        tile=with_nonlinearity(tile, c),
+        tile=tile,
         dac=dac,
         device=device,
     )
     return CrossbarConfig(**{**vars(config), "adc": _adc(c, config)})
-
-
-def with_nonlinearity(tile: Tile, c: dict[str, Any]) -> Tile:
-    wire = None
-    if c["nonlinear"] in ("wire", "iv and wire"):
-        wire = Wire(row_resistance=0.01, column_resistance=0.02, tolerance=1e-6)
-    limit = 0.7 if c["nonlinear"] == "current" else None
-    return Tile(rows=tile.rows, cols=tile.cols, partition=tile.partition, wire=wire, current_limit=limit)
 
 
 def _device(c: dict[str, Any]) -> Device:

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a property's name")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    properties.OPTIONS.clear()  # programs as users' are compiled
+    properties.COMPILER.clear()  # programs as users' are compiled
     # As in the tests: what it warns of is drawn on purpose.
     warnings.filterwarnings("ignore", "adc.range='granular' with convert='sum'", UserWarning)
     seed, failures, end = options.seed, {}, time.monotonic() + options.seconds

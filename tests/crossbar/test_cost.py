@@ -180,33 +180,6 @@ def test_costs_add_up_over_layers(name, shapes, times):
         assert whole.low == pytest.approx(times * sum(part.low for part in component))
 
 
-@given(
-    st.sampled_from(["differential", "offset", "unit column", "separate"]),
-    st.tuples(st.integers(1, 200), st.integers(1, 200)),
-    st.integers(2, 15),
-    st.sampled_from(["adc", "dac", "weight"]),
-)
-def test_more_bits_never_cost_less(name, shape, bits, what):
-    def of(bits: int) -> CrossbarConfig:
-        config = _CONFIGS[name]
-        if what == "weight":
-            return dataclasses.replace(config, cell=Cell(bits=(1,) * bits), mapping=Mapping(weight_bits=bits))
-        if what == "dac":
-            return dataclasses.replace(config, dac=DAC(bits=bits, slice_bits=2 if bits > 2 else 1))
-        return dataclasses.replace(config, adc=ADC(bits=bits, separate=config.converts_each))
-
-    few, more = of(bits), of(bits + 1)
-    written = [write_cost(counts(shape, c)) for c in (few, more)]
-    read = [read_energy(counts(shape, c), c).total for c in (few, more)]
-    late = [read_latency(shape, c) for c in (few, more)]
-    pairs = [*(zip(*((w.energy, w.time, w.pulses) for w in written), strict=True)), read]
-    if not (what == "dac" and bits == 2):  # the one step that also widens the slices
-        pairs.append(late)
-    for less, greater in pairs:
-        for end in ("low", "typical", "high"):
-            assert getattr(less, end) <= getattr(greater, end)
-
-
 def test_ideal_converters_have_no_energy():
     with pytest.raises(ValueError, match="dac = None is an ideal converter"):
         read_energy(Counts(), PRESETS["ideal"])

@@ -50,130 +50,72 @@ def _read(x, matrix):
 # Every kind of layer.
 
 
-def _patches(x, kernel, strides=(1, 1), padding="SAME", x_dilation=(1, 1), dilation=(1, 1)):
-    """Inputs under a filter, [..., K, C], by a convolution that JAX defines."""
-    axes = ("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NWC", "WIO", "NWC")
-    taps = jax.lax.conv_general_dilated_patches(
-        x, kernel.shape[:-2], strides, padding, x_dilation, dilation, dimension_numbers=axes
-    )
-    return taps.reshape(*taps.shape[:-1], x.shape[-1], -1).swapaxes(-1, -2)
-
-
-def _by_patches(x, kernel, **options):
-    taps = _patches(x, kernel, **options)
+def _by_patches(x, kernel):
+    """Read the inputs under a filter with strides of (2, 1), by a convolution that JAX defines."""
+    axes = ("NHWC", "HWIO", "NHWC")
+    taps = jax.lax.conv_general_dilated_patches(x, kernel.shape[:-2], (2, 1), "SAME", dimension_numbers=axes)
+    taps = taps.reshape(*taps.shape[:-1], x.shape[-1], -1).swapaxes(-1, -2)
     return _read(taps.reshape(*taps.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
 
 
-def _by_groups(x, kernel):
-    """Two groups of channels, each with its half of the filters."""
-    options = {"padding": ((1, 2), (0, 1)), "x_dilation": (1, 2), "dilation": (2, 1)}
-    halves = zip(jnp.split(x, 2, axis=-1), jnp.split(kernel, 2, axis=-1), strict=True)
-    return jnp.concatenate([_by_patches(*half, **options) for half in halves], axis=-1)
-
-
-def _wrapped(x, kernel):
-    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)), mode="wrap")
-    return _by_patches(padded, kernel, padding="VALID", strides=(2, 2))
-
-
-def _causal(x, kernel):
-    rows = jnp.pad(x.reshape(12, 5, 6), ((0, 0), (4, 0), (0, 0)))
-    y = _by_patches(rows, kernel * _MASK, strides=(1,), padding="VALID", x_dilation=(1,), dilation=(2,))
-    return y.reshape(3, 4, 5, 8)
-
-
 _MASK = jnp.tril(jnp.ones((3, 6, 8), jnp.float32))
-# Name: (shape of the kernel, its read by hand, arguments of NNX, class of Linen and its arguments).
-_CASES = {
-    "linear": (
-        lambda x, k: _read(x, k),
-        lambda rngs: nnx.Linear(6, 7, rngs=rngs),
-        nn.Dense(7),
-    ),
+_GROUPS = {"padding": ((1, 2), (0, 1)), "input_dilation": (1, 2), "kernel_dilation": (2, 1), "feature_group_count": 2}
+_WRAPPED, _CAUSAL = {"strides": 2, "padding": "CIRCULAR"}, {"kernel_dilation": 2, "padding": "CAUSAL", "mask": _MASK}
+# By name: a layer of NNX and of Linen.
+_LAYERS = {
+    "linear": (lambda rngs: nnx.Linear(6, 7, rngs=rngs), nn.Dense(7)),
     "general": (
-        lambda x, k: _read(x.reshape(3, 4, 30), k.reshape(30, 6)).reshape(3, 4, 2, 3),
         lambda rngs: nnx.LinearGeneral((5, 6), (2, 3), axis=(-2, -1), rngs=rngs),
         nn.DenseGeneral((2, 3), axis=(-2, -1)),
     ),
     "general of groups": (
-        lambda x, k: jnp.stack([_read(x[i], k[i]) for i in range(3)]),
         lambda rngs: nnx.LinearGeneral(6, 7, batch_axis={0: 3}, rngs=rngs),
         nn.DenseGeneral(7, batch_dims=(0,)),
     ),
     "einsum": (
-        lambda x, k: _read(x, k.reshape(6, 14)).reshape(3, 4, 5, 2, 7),
         lambda rngs: nnx.Einsum("...d,dhf->...hf", (6, 2, 7), (2, 7), rngs=rngs),
         nn.Einsum((6, 2, 7), "...d,dhf->...hf"),
     ),
     "einsum of groups": (
-        lambda x, k: jnp.stack([_read(x[:, :, h], k[h].T) for h in range(5)]),
         lambda rngs: nnx.Einsum("nthd,hfd->hntf", (5, 7, 6), rngs=rngs),
         nn.Einsum((5, 7, 6), "nthd,hfd->hntf", use_bias=False),
     ),
     "convolution": (
-        lambda x, k: _by_patches(x, k, strides=(2, 1)),
         lambda rngs: nnx.Conv(6, 8, (3, 2), strides=(2, 1), rngs=rngs),
         nn.Conv(8, (3, 2), strides=(2, 1)),
     ),
-    "convolution of groups": (
-        _by_groups,
-        lambda rngs: nnx.Conv(
-            6,
-            8,
-            (3, 2),
-            padding=((1, 2), (0, 1)),
-            input_dilation=(1, 2),
-            kernel_dilation=(2, 1),
-            feature_group_count=2,
-            rngs=rngs,
-        ),
-        nn.Conv(
-            8,
-            (3, 2),
-            padding=((1, 2), (0, 1)),
-            input_dilation=(1, 2),
-            kernel_dilation=(2, 1),
-            feature_group_count=2,
-        ),
-    ),
-    "circular convolution": (
-        _wrapped,
-        lambda rngs: nnx.Conv(6, 8, (3, 2), strides=2, padding="CIRCULAR", rngs=rngs),
-        nn.Conv(8, (3, 2), strides=2, padding="CIRCULAR"),
-    ),
-    "masked causal convolution": (
-        _causal,
-        lambda rngs: nnx.Conv(6, 8, 3, kernel_dilation=2, padding="CAUSAL", mask=_MASK, rngs=rngs),
-        nn.Conv(8, 3, kernel_dilation=2, padding="CAUSAL", mask=_MASK),
-    ),
+    "convolution of groups": (lambda rngs: nnx.Conv(6, 8, (3, 2), rngs=rngs, **_GROUPS), nn.Conv(8, (3, 2), **_GROUPS)),
+    "circular": (lambda rngs: nnx.Conv(6, 8, (3, 2), rngs=rngs, **_WRAPPED), nn.Conv(8, (3, 2), **_WRAPPED)),
+    "masked and causal": (lambda rngs: nnx.Conv(6, 8, 3, rngs=rngs, **_CAUSAL), nn.Conv(8, 3, **_CAUSAL)),
+}
+# Reads of their kernels, laid out as matrices by hand.
+_BY_HAND = {
+    "linear": _read,
+    "general": lambda x, k: _read(x.reshape(3, 4, 30), k.reshape(30, 6)).reshape(3, 4, 2, 3),
+    "einsum": lambda x, k: _read(x, k.reshape(6, 14)).reshape(3, 4, 5, 2, 7),
+    "einsum of groups": lambda x, k: jnp.stack([_read(x[:, :, h], k[h].T) for h in range(5)]),
+    "convolution": _by_patches,
 }
 
 
-_MORE_CASES = ("general of groups", "convolution of groups", "circular convolution")
+def _layer(kind, name):
+    of_nnx, of_linen = _LAYERS[name]
+    return of_nnx(nnx.Rngs(0)) if kind == "nnx" else of_linen.bind(of_linen.init(_KEY, _X))
 
 
-def _layer(kind, name, config):
-    """Return a layer on arrays, the digital one, and its kernel. Biases are zero."""
-    _, of_nnx, of_linen = _CASES[name]
-    model = of_nnx(nnx.Rngs(0)) if kind == "nnx" else of_linen.bind(of_linen.init(_KEY, _X))
-    kernel = model.kernel[...] if kind == "nnx" else model.variables["params"]["kernel"]
-    return convert(model, {"*": config}, _KEY, _X), convert(model, {}, _KEY, _X), kernel
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in _MORE_CASES else ()) for name in _CASES]
-)
+@pytest.mark.parametrize("name", _BY_HAND)
 def test_a_layer_reads_its_kernel_as_a_matrix(name):
-    on_arrays, _, kernel = _layer("nnx", name, _COARSE)
-    np.testing.assert_array_equal(on_arrays(_X), _CASES[name][0](_X, kernel))
+    layer = _layer("nnx", name)
+    np.testing.assert_array_equal(convert(layer, {"*": _COARSE}, _KEY)(_X), _BY_HAND[name](_X, layer.kernel[...]))
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_layers_on_ideal_arrays_are_the_digital_ones(kind):
-    on_arrays, digital, _ = zip(*(_layer(kind, name, _IDEAL) for name in _CASES), strict=True)
+    layers = [_layer(kind, name) for name in _LAYERS]
+    on_arrays, digital = ([convert(layer, rules, _KEY, _X) for layer in layers] for rules in ({"*": _IDEAL}, {}))
     biased = functools.partial(jax.tree_util.tree_map_with_path, _with_bias)
     compiled = jax.jit(lambda layers: [layer(_X) for layer in biased(layers)])
-    for name, got, wanted in zip(_CASES, compiled(on_arrays), compiled(digital), strict=True):
+    for name, got, wanted in zip(_LAYERS, compiled(on_arrays), compiled(digital), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
@@ -316,20 +258,6 @@ def test_a_layer_of_a_layer_goes_onto_arrays_without_its_adapter():
     np.testing.assert_allclose(on_arrays(_X), adapted(_X), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_the_dtype_of_a_layer_is_that_of_its_result(kind):
-    if kind == "nnx":
-        layer = nnx.Linear(6, 7, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        on_arrays = convert(layer, {"*": _IDEAL}, _KEY)
-    else:
-        dense = nn.Dense(7, dtype=jnp.bfloat16)
-        layer = dense.bind(dense.init(_KEY, _X))
-        on_arrays = convert(layer, {"*": _IDEAL}, _KEY, _X)
-    y = on_arrays(_X)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), layer(_X).astype(jnp.float32), atol=0.05)
-
-
 # Rules.
 
 
@@ -412,7 +340,7 @@ def test_a_chip_needs_a_key(key):
 
 
 def test_what_is_on_arrays_is_not_put_there_again():
-    layers = [_CASES[name][1](nnx.Rngs(0)) for name in ("linear", "convolution", "einsum")]
+    layers = [_layer("nnx", name) for name in ("linear", "convolution", "einsum")]
     for layer in (*layers, nnx.Embed(9, 6, rngs=nnx.Rngs(0)), nn.Dense(7).bind(nn.Dense(7).init(_KEY, _X))):
         on_arrays = convert(layer, {"*": _IDEAL}, _KEY, _X if isinstance(layer, nn.Dense) else None)
         with pytest.raises(ValueError, match=r"is on arrays already"):
@@ -426,24 +354,49 @@ def test_the_rest_of_a_model_may_follow_onto_arrays():
     assert [chip.name for chip in crossbar.chips_in(both)] == ["layers.0", "layers.2"]
 
 
+def _on_arrays(model=None, path="*"):
+    return convert(model or nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {path: _IDEAL}, _KEY, _TOKENS)
+
+
+def _second_axis():
+    return nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(nnx.Rngs(0).split(3))
+
+
+_ONE_ARRAY, _IN_ONE = (
+    r"batches is one array of shape \(3, 4, 5, 6\): give a list",
+    "stack of layers that are scanned as one",
+)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: _on_arrays(_language("nnx"), "blocks.up[1:]"), _IN_ONE),
+        (lambda: _on_arrays(_language("linen"), "blocks.up[1:]"), _IN_ONE),
+        (lambda: _on_arrays(_second_axis()), r"of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"),
+        (lambda: _on_arrays(nn.Dense(3)), r"convert\(module.bind\(variables\), rules, key, x\)"),
+        (lambda: _on_arrays({"kernel": _X}), "a model of type dict: give an NNX module, or a Linen module"),
+        (lambda: _on_arrays()(_X, out_sharding=jax.sharding.PartitionSpec()), "on arrays, which take no out_sharding"),
+        (lambda: inspect.unwrap(calibrate)(_on_arrays(), _X), _ONE_ARRAY),
+        (lambda: inspect.unwrap(site_errors)(_on_arrays(), _X), _ONE_ARRAY),
+    ],
+)
+def test_what_a_model_on_arrays_cannot_do_is_refused_with_advice(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
+def test_the_dtype_of_a_layer_is_that_of_its_result():
+    layer = nnx.Linear(6, 7, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    y = convert(layer, {"*": _IDEAL}, _KEY)(_X)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), layer(_X).astype(jnp.float32), atol=0.05)
+
+
 def test_a_drift_without_a_time_warns():
     config = crossbar.CrossbarConfig(device=crossbar.Device(drift=crossbar.PowerLaw(0.05)))
     with pytest.warns(UserWarning, match=r"the rule '\*' has a device.drift, but its device.time is None"):
         convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": config}, _KEY)
-
-
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_layers_of_one_scan_have_one_rule(kind):
-    with pytest.raises(ValueError, match=r"blocks.up is a stack of layers that are scanned as one"):
-        convert(_language(kind), {"blocks.up[1:]": _IDEAL}, _KEY, _TOKENS)
-
-
-def test_layers_are_stacked_along_the_first_axis():
-    stacked = nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(nnx.Rngs(0).split(3))
-    with pytest.raises(
-        ValueError, match=r"layers of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"
-    ):
-        convert(stacked, {"*": _IDEAL}, _KEY)
 
 
 def test_variables_on_arrays_need_the_axes_of_parameters():
@@ -459,19 +412,6 @@ def test_variables_on_arrays_need_the_axes_of_parameters():
     ):
         scanned(nnx.Param)
     assert scanned(nnx.Param, InArrays).shape == x.shape
-
-
-def test_what_is_not_a_model_with_its_variables_is_refused():
-    with pytest.raises(ValueError, match=r"convert\(module.bind\(variables\), rules, key, x\)"):
-        convert(nn.Dense(3), {"*": _IDEAL}, _KEY, _X)
-    with pytest.raises(ValueError, match="a model of type dict: give an NNX module, or a Linen module"):
-        convert({"kernel": _X}, {"*": _IDEAL}, _KEY)
-
-
-def test_reads_take_no_sharding():
-    on_arrays = convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": _IDEAL}, _KEY)
-    with pytest.raises(ValueError, match="the model is on arrays, which take no out_sharding"):
-        on_arrays(_X, out_sharding=jax.sharding.PartitionSpec())
 
 
 # Calibration.
@@ -545,13 +485,6 @@ def test_arrays_that_no_batch_reads_are_refused():
     with pytest.raises(ValueError, match="embed was read by none of the batches"):
         calibrate(convert(model, {"*": _CALIBRATED}, _KEY), [_TOKENS])
     assert calibrate(convert(model, {"*": _CALIBRATED}, _KEY, _TOKENS), [_TOKENS])(_TOKENS).shape == (2, 4, 9)
-
-
-def test_batches_are_a_list():
-    on_arrays = convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": _COARSE}, _KEY)
-    for look in calibrate, site_errors:
-        with pytest.raises(ValueError, match=r"batches is one array of shape \(3, 4, 5, 6\): give a list"):
-            inspect.unwrap(look)(on_arrays, _X)
 
 
 def test_calibration_runs_outside_of_transformations():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from crossbar_strategies import build, choices, dtype, inputs, reads, simplest, weights
+from crossbar_strategies import OPTIONS, build, dtype, inputs, reads, simplest, weights
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
@@ -35,11 +35,11 @@ PROPERTIES: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any
 DRAWS = 2
 
 # XLA compiles these programs in three fifths of the time without; the fuzzer takes them out.
-OPTIONS = tiny.emitters(False)
+COMPILER = tiny.emitters(False)
 
 
 def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(fn, compiler_options=OPTIONS)
+    return jax.jit(fn, compiler_options=COMPILER)
 
 
 def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -89,31 +89,18 @@ def refusals(path: str | None) -> Iterator[None]:
         raise Refused from error
 
 
-def compiled(c: dict[str, Any], config: CrossbarConfig, path: str | None, *, eager: bool = False) -> Callable[..., Any]:
+def compiled(c: dict[str, Any], config: CrossbarConfig, path: str | None) -> Callable[..., Any]:
     """Return (W, x, seen) -> y, statistics of x, state, with ranges calibrated on `seen` where they come from data."""
     key = jax.random.key(c["seed"])
     of_read = jax.random.fold_in(key, 1) if config.reads_at_random else None
 
-    def programmed(W: Any, seen: Any) -> Any:
-        return settled(program(W, config, key, path=path), seen, config, of_read)
+    @jit
+    def run(W: Any, x: Any, seen: Any) -> Any:
+        state = settled(program(W, config, key, path=path), seen, config, of_read)
+        keyed = with_read_key(state, of_read)
+        return *(probe(x, keyed) if ranges(config) else (matmul(x, keyed), None)), state
 
-    def reading(x: Any, state: Any) -> Any:
-        state = with_read_key(state, of_read)
-        return probe(x, state) if ranges(config) else (matmul(x, state), None)
-
-    def both(W: Any, x: Any, seen: Any) -> Any:
-        state = programmed(W, seen)
-        return *reading(x, state), state
-
-    if not eager:
-        return jit(both)
-    jitted = jit(reading)
-
-    def apart(W: Any, x: Any, seen: Any) -> Any:
-        state = programmed(W, seen)
-        return *jitted(x, state), state
-
-    return apart
+    return run
 
 
 def ranges(config: CrossbarConfig) -> int:
@@ -214,16 +201,15 @@ AT_READ: dict[str, Any] = {
 @cases(
     34,
     case=reads(None, "product", "loop", "lookup", "planes", "packed", "mosaic", **AT_READ),
-    eager=st.sampled_from([False] * 9 + [True]),
 )
-def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]], eager: bool):
+def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]]):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     path, c = case
     note(repr(build(c)))
-    assert_path(path, c, eager=eager)
+    assert_path(path, c)
 
 
-def assert_path(path: str | None, c: dict[str, Any], *, eager: bool = False) -> None:
+def assert_path(path: str | None, c: dict[str, Any]) -> None:
     config = build(c)
     with precision(c):
         run, drawn = compiled(c, config, "definition"), drawn_codes(c, config)
@@ -231,8 +217,8 @@ def assert_path(path: str | None, c: dict[str, Any], *, eager: bool = False) -> 
         tally("definition", "within tolerance")
         exact = same_bits(c, config)
         with contextlib.suppress(Refused):
-            run = compiled(c, config, path, eager=eager)
-            for number, (chip, y, limits) in enumerate(first[:1] if eager else first):
+            run = compiled(c, config, path)
+            for number, (chip, y, limits) in enumerate(first):
                 W, x, seen = problem(c, number)
                 with refusals(path):
                     found, statistics, state = run(*(jnp.asarray(a) for a in (W, x, seen)))
@@ -242,9 +228,8 @@ def assert_path(path: str | None, c: dict[str, Any], *, eager: bool = False) -> 
                     np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
                 wanted = oracle.read(chip, x, config, own, input_limit=state.input_limit, drawn=drawn)
                 assert_within(found, wanted, c, config, what)
-                if exact:  # programmed outside jit, arrays may have a scale that is another in its last bit
-                    rtol = 2 * np.finfo(dtype(c)).eps if eager else 0
-                    np.testing.assert_allclose(found, y, rtol=rtol, atol=0, err_msg=what)
+                if exact:
+                    np.testing.assert_array_equal(found, y, what)
                 assert_clipped(statistics, wanted, what)
                 read = lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0]  # noqa: B023, E731
                 assert_not_finite(read, x, found, config, state.input_limit, what)
@@ -765,22 +750,20 @@ def test_gradients_of_physical_values_are_slopes(case: tuple[str, dict[str, Any]
 # What must be refused, or be right
 
 
-_OTHER = {
-    "cells": [(2,), (1, 1), (2, 2), (4,)],
-    "encoding": ["differential", "two-sided", "offset", "unit column"],
-    "ratio": [None, 4.0],
-    "scale": ["matrix", "tile", "column"],
-    "rows": [None, 3, 4],
-    "cols": [None, 2],
-    "bits": [3, 4, None],
-    "slice_bits": [1, 2],
-    "signed": [True, False],
-    "scaling": ["row", "fixed"],
-    "adc_bits": [4, 6],
-    "adc": ["max", "granular", None],
-    "convert": ["slice", "sum"],
-    "separate": [False, True],
-}
+_CHANGED = (
+    "cells",
+    "encoding",
+    "ratio",
+    "scale",
+    "rows",
+    "cols",
+    "bits",
+    "slice_bits",
+    "signed",
+    "scaling",
+    "adc_bits",
+)
+_OTHER = {name: OPTIONS[name] for name in (*_CHANGED, "convert", "separate")} | {"adc": ["max", "granular", None]}
 
 
 @cases(
@@ -792,10 +775,10 @@ _OTHER = {
         nonlinear=None,
         gain=None,
         offset=None,
-        **{k: st.sampled_from(v) for k, v in _OTHER.items()},
+        adc=st.sampled_from(_OTHER["adc"]),
     ),
     name=st.sampled_from(list(_OTHER)),
-    pick=st.integers(0, 3),
+    pick=st.integers(0, 11),
 )
 def test_a_state_read_with_another_configuration_is_refused_or_right(
     case: tuple[str | None, dict[str, Any]], name: str, pick: int
@@ -812,32 +795,6 @@ def test_a_state_read_with_another_configuration_is_refused_or_right(
             y = read(jnp.asarray(W), jnp.asarray(x))
         assert_within(y, oracle.read(oracle.program(W, changed), x, changed), other, changed, f"{name} changed")
         tally(path, "within tolerance")
-
-
-@cases(
-    12,
-    c=choices(float64=False, weights=st.sampled_from(["normal", "sparse"]), seed=st.integers(0, 99)),
-    to=st.sampled_from(["bfloat16", "float16"]),
-    which=st.sampled_from(["W", "x", "both"]),
-)
-def test_narrow_floats_are_refused_or_right(c: dict[str, Any], to: str, which: str):
-    """Right to the resolution of the dtype: an output, relative to the largest term; a code of the DAC may be off."""
-    config = build({**c, "adc": None, "device": None, "nonlinear": None})
-    note(repr(config))
-    W, x = (jnp.asarray(a) for a in (weights(c), inputs(c)))
-    if which != "x":
-        W = W.astype(to)
-    if which != "W":
-        x = x.astype(to)
-    with contextlib.suppress(Refused):
-        with refusals(None):
-            y = jit(lambda W, x: matmul(x, program(W, config)))(W, x)
-        W, x = (np.asarray(a.astype(jnp.float32)) for a in (W, x))
-        wanted = oracle.read(oracle.program(W, config), x, config)
-        eps = float(jnp.finfo(to).eps)
-        error = np.abs(np.asarray(y, float) - wanted.y)
-        assert (error <= 3 * eps * wanted.magnitude.max() + 1e-30).all(), f"{to} {which}: {y}, wanted {wanted.y}"
-        tally(None, "within tolerance")
 
 
 @cases(
