@@ -16,6 +16,7 @@ from lorafusion_jax.crossbar import (
     CrossbarConfig,
     Device,
     Encoding,
+    Geometry,
     Independent,
     ReadNoise,
     Tile,
@@ -44,11 +45,11 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_counts_are_those_of_the_programmed_arrays(config, shape):
     said, found, key = explain(config, shape), counts(shape, config), jax.random.key(1)
-    chip = jax.eval_shape(lambda weights: program(weights, config, key, path="definition"), jnp.zeros(shape))
-    K, P, R, C, _, columns = chip.cells.shape
+    cells = jax.eval_shape(lambda weights: program(weights, config, key, path="definition").cells, jnp.zeros(shape))
+    K, P, R, C, _, columns = cells.shape
     assert said.tiles == (R, C) and said.polarities == P and max(1, len(said.weight_slices)) == K
     assert said.arrays == found.arrays == K * P * R * C
-    used = chip.geometry.cells_in_use
+    used = Geometry.of(shape, config).cells_in_use
     assert said.utilisation == pytest.approx(np.sum(used) / (R * C * math.prod(said.array)))
     assert found.cells == K * P * (int(used.sum()) + C * shape[0] * (columns - used.shape[3]))
     assert found.rows == K * P * int(used.any(axis=3).sum())

@@ -342,9 +342,10 @@ def test_a_chip_needs_a_key(key):
 def test_what_is_on_arrays_is_not_put_there_again():
     layers = [_layer("nnx", name) for name in ("linear", "convolution", "einsum")]
     for layer in (*layers, nnx.Embed(9, 6, rngs=nnx.Rngs(0)), nn.Dense(7).bind(nn.Dense(7).init(_KEY, _X))):
-        on_arrays = convert(layer, {"*": _IDEAL}, _KEY, _X if isinstance(layer, nn.Dense) else None)
+        x = (_X,) if isinstance(layer, nn.Dense) else ()
+        on_arrays = convert(layer, {"*": _IDEAL}, _KEY, *x)
         with pytest.raises(ValueError, match=r"is on arrays already"):
-            convert(on_arrays, {"*": _IDEAL}, _KEY, _X)
+            convert(on_arrays, {"*": _IDEAL}, _KEY, *x)
 
 
 def test_the_rest_of_a_model_may_follow_onto_arrays():
@@ -354,8 +355,8 @@ def test_the_rest_of_a_model_may_follow_onto_arrays():
     assert [chip.name for chip in crossbar.chips_in(both)] == ["layers.0", "layers.2"]
 
 
-def _on_arrays(model=None, path="*"):
-    return convert(model or nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {path: _IDEAL}, _KEY, _TOKENS)
+def _on_arrays(model=None, path="*", *x):
+    return convert(model or nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {path: _IDEAL}, _KEY, *x)
 
 
 def _second_axis():
@@ -371,10 +372,10 @@ _ONE_ARRAY, _IN_ONE = (
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: _on_arrays(_language("nnx"), "blocks.up[1:]"), _IN_ONE),
-        (lambda: _on_arrays(_language("linen"), "blocks.up[1:]"), _IN_ONE),
+        (lambda: _on_arrays(_language("nnx"), "blocks.up[1:]", _TOKENS), _IN_ONE),
+        (lambda: _on_arrays(_language("linen"), "blocks.up[1:]", _TOKENS), _IN_ONE),
         (lambda: _on_arrays(_second_axis()), r"of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"),
-        (lambda: _on_arrays(nn.Dense(3)), r"convert\(module.bind\(variables\), rules, key, x\)"),
+        (lambda: _on_arrays(nn.Dense(3), "*", _X), r"convert\(module.bind\(variables\), rules, key, x\)"),
         (lambda: _on_arrays({"kernel": _X}), "a model of type dict: give an NNX module, or a Linen module"),
         (lambda: _on_arrays()(_X, out_sharding=jax.sharding.PartitionSpec()), "on arrays, which take no out_sharding"),
         (lambda: inspect.unwrap(calibrate)(_on_arrays(), _X), _ONE_ARRAY),
