@@ -750,32 +750,14 @@ def test_gradients_of_physical_values_are_slopes(case: tuple[str, dict[str, Any]
 # What must be refused, or be right
 
 
-_CHANGED = (
-    "cells",
-    "encoding",
-    "ratio",
-    "scale",
-    "rows",
-    "cols",
-    "bits",
-    "slice_bits",
-    "signed",
-    "scaling",
-    "adc_bits",
-)
-_OTHER = {name: OPTIONS[name] for name in (*_CHANGED, "convert", "separate")} | {"adc": ["max", "granular", None]}
+_CHANGED = "cells encoding ratio scale rows cols bits slice_bits signed scaling adc_bits convert separate".split()
+_OTHER = {name: OPTIONS[name] for name in _CHANGED} | {"adc": ["max", "granular", None]}
 
 
 @cases(
     40,
     case=reads(
-        None,
-        "definition",
-        device=None,
-        nonlinear=None,
-        gain=None,
-        offset=None,
-        adc=st.sampled_from(_OTHER["adc"]),
+        *(None, "definition"), device=None, nonlinear=None, gain=None, offset=None, adc=st.sampled_from(_OTHER["adc"])
     ),
     name=st.sampled_from(list(_OTHER)),
     pick=st.integers(0, 11),
