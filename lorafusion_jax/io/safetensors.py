@@ -67,5 +67,8 @@ def save(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
     """Write arrays of any device to a safetensors file."""
     from safetensors.numpy import save_file
 
-    # The library needs C order; PEFT and transformers reject a file without its format in the metadata.
+    path.touch()
+    mode = path.stat().st_mode  # the library replaces the file by one that only its owner can read
+    # It needs C order; PEFT and transformers reject a file without its format in the metadata.
     save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)

@@ -57,7 +57,7 @@ class FuseOptions:
       pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       task: a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets` folder or hub id.
       seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
-      name: name of the run, which is written to OUT/NAME; by default TASK-METHOD.
+      name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, and TASK-METHOD-CONTROL of a control.
       out: folder of runs.
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
       control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers; with a

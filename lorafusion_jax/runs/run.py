@@ -137,9 +137,10 @@ def _refuse_begun(run: RunFolder) -> None:
 
 
 def run_path(options: FuseOptions) -> Path:
-    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD."""
+    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, or OUT/TASK-METHOD-CONTROL."""
     task = Path(without_revision(options.task).partition(":")[0])
-    return Path(options.out) / (options.name or f"{task.stem}-{options.method}")
+    control = "" if options.control == "none" else f"-{options.control}"
+    return Path(options.out) / (options.name or f"{task.stem}-{options.method}{control}")
 
 
 def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:

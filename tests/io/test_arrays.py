@@ -38,6 +38,8 @@ def test_a_tree_and_its_metadata_come_back_exactly(saved):
 def test_the_file_is_one_that_safetensors_reads(saved):
     by_others = load_file(saved / "arrays.safetensors")
     assert by_others.keys() == {"coefficients/encoder.q", "coefficients/encoder.v", "step", "half"}
+    modes = {(saved / name).stat().st_mode for name in ("arrays.safetensors", "manifest.json")}
+    assert len(modes) == 1  # the library alone makes a file that only its owner can read
     assert sorted(path.name for path in saved.iterdir()) == ["arrays.safetensors", "manifest.json"]
 
 
