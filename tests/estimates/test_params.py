@@ -13,6 +13,7 @@ from lorafusion_jax.adapters.norms import Gram
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.params import counts, shape_config
+from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
@@ -36,24 +37,19 @@ _LARGE = {
 }
 # What transformers counts in the models of the hub.
 _SIZES = {
-    "flan-t5-small": 76_961_152,
-    "flan-t5-base": 247_577_856,
-    "flan-t5-large": 783_150_080,
-    "flan-t5-xl": 2_849_757_184,
-    "flan-t5-xxl": 11_135_332_352,
-    "t5-small": 60_506_624,
-    "t5-base": 222_903_552,
-    "t5-large": 737_668_096,
+    **{"flan-t5-small": 76_961_152, "flan-t5-base": 247_577_856, "flan-t5-large": 783_150_080},
+    **{"flan-t5-xl": 2_849_757_184, "flan-t5-xxl": 11_135_332_352},
+    **{"t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096},
 }
 # Unequal stacks, and attention whose inner width is not d_model.
 _UNEQUAL = T5Config(vocab_size=32, d_model=24, d_kv=4, d_ff=40, num_heads=4, num_layers=3, num_decoder_layers=2)
-
-
+_TARGETS = [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo")]
 _COUNTS = {"modules": 5, "rank": 3, "vera_rank": 7, "basis": 6}
 
 
 def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
     assert counts(SHAPES["flan-t5-large"]) == _LARGE
+    assert {name: counts(config)["full fine-tuning"] for name, config in SHAPES.items()} == _SIZES
     main(["params", "--shape", "flan-t5-large", "--modules", "20", "--rank", "16"])
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
     assert head == ["method", "trainable numbers", "of flan-t5-large"]
@@ -61,12 +57,7 @@ def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
     assert [tuple(row[:2]) for row in rows] == [(name, f"{count:,}") for name, count in _LARGE.items()]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_published_sizes(name):
-    assert counts(SHAPES[name])["full fine-tuning"] == _SIZES[name]
-
-
-@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), ("wo",)])
+@pytest.mark.parametrize("targets", [*_TARGETS, ("wo",)])
 def test_counts_equal_the_numbers_that_methods_train(targets):
     adapted = {n: site for n, site in _UNEQUAL.sites.items() if n.rpartition(".")[2] in targets}
     pool = LoraPool(
@@ -100,13 +91,13 @@ def test_counts_equal_the_numbers_that_methods_train(targets):
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "wi_0", "wi_1", "wo")])
+@pytest.mark.parametrize("targets", _TARGETS)
 def test_counts_are_pefts(targets):
     import peft
     import transformers
 
-    sizes = {name: getattr(_UNEQUAL, name) for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads")}
-    sizes |= {"num_layers": _UNEQUAL.num_layers, "num_decoder_layers": _UNEQUAL.num_decoder_layers}
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    sizes = {name: getattr(_UNEQUAL, name) for name in names}
     config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
     def trained(adapter=None) -> int:
@@ -128,10 +119,10 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(config, goldens, tmp_pa
     folder = goldens / "fusion" / "t5a" / "base"
     (tmp_path / "config.json").write_bytes((folder / config).read_bytes())
     found = counts(shape_config(str(tmp_path)), modules=4)
-    from lorafusion_jax.io.hf import load_base
-
     size = sum(leaf.size for leaf in jax.tree.leaves(load_base(folder)))
     assert (found["full fine-tuning"], found["LoraHub"]) == (size, 4)
+    with pytest.raises(ValueError, match="no shape 'flan-t5-huge': choose one of flan-t5-small"):
+        shape_config("flan-t5-huge")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +139,3 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(config, goldens, tmp_pa
 def test_models_and_numbers_without_counts_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         counts(SHAPES["flan-t5-large"], **changes)
-
-
-def test_unknown_shapes_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no shape 'flan-t5-huge': choose one of flan-t5-small"):
-        shape_config("flan-t5-huge")

@@ -11,7 +11,6 @@ import _model
 import jax
 import numpy as np
 import pytest
-import scaling
 import table
 import tiny
 from flax import nnx
@@ -129,21 +128,3 @@ def test_measurements_of_a_device_run_on_a_cpu_too(tmp_path):
     names = [of["name"] for of in found["cases"]]
     assert "2 seeds in one program / 2 single steps" in names and any(name.startswith("generation") for name in names)
     assert all(name in (tmp_path / "cpu-small-pool.md").read_text() for name in names)
-
-
-@pytest.mark.parametrize("mesh", ["seed=2", "model=2"])
-def test_a_step_is_placed_on_its_mesh(monkeypatch, mesh):
-    placed = []
-
-    def in_turns(runs, rounds):
-        placed.extend(runs[name] for name in runs if name == "step")
-        return {name: np.full(rounds, 2.0) for name in runs}
-
-    monkeypatch.setattr(scaling, "in_turns", in_turns)
-    monkeypatch.setattr(scaling, "config_of", lambda shape: dataclasses.replace(tiny.CONFIG, num_heads=2))
-    found = scaling._point("tiny", 2, 1, mesh)
-    assert found["seconds"] == 2.0 and ("latency" in found) == (mesh == "model=2")
-    (step,) = placed
-    for part in (step.state, step.batches, step.rates, step.problem):
-        arrays = [leaf for leaf in jax.tree.leaves(part) if isinstance(leaf, jax.Array)]
-        assert {len(array.sharding.device_set) for array in arrays} == {2}

@@ -35,12 +35,9 @@ def test_an_earlier_result_is_kept_next_to_a_new_one(tmp_path):
 
 
 def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on():
-    shown = {*demo.TASKS, demo.OUT_OF_REACH}
-    assert len(demo.TASKS) >= 4
-    assert shown <= {path.name for path in _TASKS.iterdir()}
-    assert not shown & {path.name for path in (one_block.SMALL / "adapters").iterdir()}
-    assert not shown & set(tune.TASKS)
-    assert not set(demo.SEEDS) & set(tune.SEEDS)
+    shown, sources = {*demo.TASKS, demo.OUT_OF_REACH}, {path.name for path in (one_block.SMALL / "adapters").iterdir()}
+    assert len(demo.TASKS) >= 4 and shown <= {path.name for path in _TASKS.iterdir()}
+    assert not shown & (sources | set(tune.TASKS)) and not set(demo.SEEDS) & set(tune.SEEDS)
 
 
 def test_every_trained_method_had_the_same_number_of_trials():
@@ -81,8 +78,7 @@ def test_a_sweep_has_the_results_of_its_runs(small, tmp_path, capsys):
     seed_sweep.main([str(word) for name, values in given.items() for word in (name, *values)])
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     losses, scores = np.array(found["loss"]), np.array(found["exact_match"])
-    assert losses.shape == scores.shape == (2, 1, 2)
-    assert len(set(losses.ravel().tolist())) == 4
+    assert losses.shape == scores.shape == (2, 1, 2) and len(set(losses.ravel().tolist())) == 4
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "4 runs as one program (sequential)" in capsys.readouterr().out
     recipe = common.recipe_of(seed_sweep.METHODS["LoRAFusion"])

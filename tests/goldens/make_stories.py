@@ -3,9 +3,7 @@
 python tests/goldens/make_stories.py      # with the extra `peft`; seconds
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import make_fusion
 import numpy as np
@@ -36,9 +34,7 @@ def outputs(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[dict[str,
 
 def main() -> None:
     """Write the logits and the answers of all models."""
-    parser = argparse.ArgumentParser(description="Make the goldens of stories260k again.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write in")
-    out = parser.parse_args().out
+    out = seeded.target(FOLDER)
     torch.set_num_threads(1)
     prompts = json.loads((FOLDER / "prompts.json").read_text())["prompts"]
     base = transformers.LlamaForCausalLM.from_pretrained(FOLDER / "base", dtype=torch.float32).eval()
@@ -54,8 +50,7 @@ def main() -> None:
         found[name] = outputs(model.eval(), prompts)
     arrays = {f"{name}.{number}": x for name, (logits, _) in found.items() for number, x in logits.items()}
     np.savez_compressed(out / "logits.npz", **arrays)
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(answers)}" for name, (_, answers) in found.items())
-    (out / "greedy.json").write_text(f"{{\n{rows}\n}}\n")
+    seeded.write_answers(out / "greedy.json", {name: answers for name, (_, answers) in found.items()})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ whose stream of 64-bit words NumPy keeps for good. The sum of a word's four 16-b
 holds exactly, so a single multiplication rounds.
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -19,6 +20,21 @@ HERE = Path(__file__).resolve().parent
 # Chosen so that no generated token hangs on a small difference of two logits.
 SEEDS = {"fusion/t5a": 1, "fusion/t5b": 0, "fusion/llama": 0}
 _PREFIX = "base_model.model."
+
+
+def target(folder: Path) -> Path:
+    """Return the folder that a script writes in: `folder`, or that of its option --out."""
+    parser = argparse.ArgumentParser(description=f"Make the goldens of {folder.name} again.")
+    parser.add_argument("--out", type=Path, default=folder, help="folder to write in")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_answers(path: Path, answers: dict[str, Any]) -> None:
+    """Write generated ids, a line for each model."""
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(of_model)}" for name, of_model in answers.items())
+    path.write_text(f"{{\n{rows}\n}}\n")
 
 
 def _words(name: str, count: int) -> np.ndarray:
@@ -42,15 +58,19 @@ def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> np.ndarr
 
 def matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Return [out, in] of every linear map of the blocks of a T5 or a Llama, by Hugging Face's path."""
-    return _t5_matrices(config) if config["model_type"] == "t5" else _llama_matrices(config)
-
-
-def _t5_matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    if config["model_type"] != "t5":
+        d, ff, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+        kv = config["num_key_value_heads"] * (d // heads)
+        maps = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
+        maps |= {"self_attn.o_proj": (d, d), "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d)}
+        maps["mlp.down_proj"] = (d, ff)
+        layers = range(config["num_hidden_layers"])
+        return {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in maps.items()}
     d, inner, ff = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
     attention = {"q": (inner, d), "k": (inner, d), "v": (inner, d), "o": (d, inner)}
     names = ("wi_0", "wi_1") if config["is_gated_act"] else ("wi",)
-    dense = dict.fromkeys(names, (ff, d)) | {"wo": (d, ff)}
-    parts = {"SelfAttention": attention, "EncDecAttention": attention, "DenseReluDense": dense}
+    parts = {"SelfAttention": attention, "EncDecAttention": attention}
+    parts["DenseReluDense"] = dict.fromkeys(names, (ff, d)) | {"wo": (d, ff)}
     stacks = {
         "encoder": (config["num_layers"], ("SelfAttention", "DenseReluDense")),
         "decoder": (config["num_decoder_layers"], tuple(parts)),
@@ -61,21 +81,6 @@ def _t5_matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
         for block in range(blocks)
         for number, part in enumerate(layers)
         for name, shape in parts[part].items()
-    }
-
-
-def _llama_matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    d, ff = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    size = d // heads
-    q, kv = heads * size, config["num_key_value_heads"] * size
-    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
-    dense = {"gate_proj": (ff, d), "up_proj": (ff, d), "down_proj": (d, ff)}
-    return {
-        f"model.layers.{layer}.{part}.{name}": shape
-        for layer in range(config["num_hidden_layers"])
-        for part, maps in (("self_attn", attention), ("mlp", dense))
-        for name, shape in maps.items()
     }
 
 

@@ -2,15 +2,12 @@
 
 import json
 
-import adapter_configs
 import numpy as np
 import pytest
+from adapter_configs import ACCEPTED, REFUSED
 from safetensors.numpy import save_file
 
 from lorafusion_jax.io.peft.adapter import read_adapter
-
-_ACCEPTED = {name: case for name, case in adapter_configs.CONFIGS.items() if case.scaling is not None}
-_REFUSED = {name: case for name, case in adapter_configs.CONFIGS.items() if case.scaling is None}
 
 
 def _write(folder, data):
@@ -32,18 +29,18 @@ def _write(folder, data):
     return config
 
 
-@pytest.mark.parametrize("name", _ACCEPTED)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_with_its_scaling(tmp_path, name):
-    case = _ACCEPTED[name]
-    config = _write(tmp_path, case.data)
+    scaling, data = ACCEPTED[name]
+    config = _write(tmp_path, data)
     adapter = read_adapter(str(tmp_path))
-    assert adapter.config == config and adapter.config_text == case.data
-    assert set(adapter.scaling.values()) == {case.scaling}
+    assert adapter.config == config and adapter.config_text == data
+    assert set(adapter.scaling.values()) == {scaling}
 
 
-@pytest.mark.parametrize("name", _REFUSED)
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_its_file_and_the_reason(tmp_path, name):
-    case = _REFUSED[name]
-    _write(tmp_path, case.data)
-    with pytest.raises(ValueError, match=rf"/adapter_config\.json: .*{case.reason}"):
+    reason, data = REFUSED[name]
+    _write(tmp_path, data)
+    with pytest.raises(ValueError, match=rf"/adapter_config\.json: .*{reason}"):
         read_adapter(str(tmp_path))

@@ -8,32 +8,22 @@ import numpy as np
 import pytest
 from made_up_rows import METHODS, made_up, row
 
-from lorafusion_jax.report import (
-    markdown_table,
-    plot_accuracy,
-    plot_against_trainable,
-    plot_coefficients,
-    plot_learning_curves,
-    plot_means,
-    scores,
-    write_text,
-)
+from lorafusion_jax import report
+from lorafusion_jax.report import markdown_table, plot_accuracy, plot_learning_curves, plot_means, scores
 
 
-def _row(task, method, seed, exact_match, trainable=20, seconds=1.0):
+def _row(task, method, seed, exact_match, trainable=1232, seconds=1.0):
     numbers = {"exact_match": exact_match, "trainable": trainable, "seconds": seconds}
     return {"task": task, "method": method, "seed": seed} | numbers
 
 
 _ROWS = [
-    _row("easy", "zero-shot", 1, 10.0, trainable=0, seconds=0.0),
-    _row("hard", "zero-shot", 1, 2.0, trainable=0, seconds=0.0),
-    _row("easy", "fusion", 1, 50.0, trainable=1232, seconds=2.0),
-    _row("easy", "fusion", 2, 60.0, trainable=1232, seconds=4.0),
-    _row("hard", "fusion", 1, 20.0, trainable=1232),
-    _row("hard", "fusion", 2, 30.0, trainable=1232),
-    _row("impossible", "fusion", 1, 0.0, trainable=1232),
-    _row("impossible", "fusion", 2, 0.0, trainable=1232),
+    _row("easy", "zero-shot", 1, 10.0, 0, 0.0),
+    _row("hard", "zero-shot", 1, 2.0, 0, 0.0),
+    _row("easy", "fusion", 1, 50.0, seconds=2.0),
+    _row("easy", "fusion", 2, 60.0, seconds=4.0),
+    *(_row("hard", "fusion", seed, match) for seed, match in ((1, 20.0), (2, 30.0))),
+    *(_row("impossible", "fusion", seed, 0.0) for seed in (1, 2)),
 ]
 _METRICS = {
     "easy": {
@@ -55,12 +45,8 @@ def figures(monkeypatch):
     return drawn
 
 
-def _legend(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
-
-
 def test_a_table_has_means_and_spreads_of_tasks_by_methods():
-    lines = markdown_table([*_ROWS, _row("easy", "LoRA", 1, 90.0, trainable=900)], apart=("impossible",)).splitlines()
+    lines = markdown_table([*_ROWS, _row("easy", "LoRA", 1, 90.0, 900)], apart=("impossible",)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["exact match, %", "zero-shot", "fusion", "LoRA"]
     assert cells[2:] == [
@@ -73,7 +59,7 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
         ["seconds of training", "0.0", "1.7", "1.0"],
     ]
     assert len({len(line) for line in lines}) == 1
-    assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, trainable=900)])
+    assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, 900)])
 
 
 @pytest.mark.parametrize(
@@ -81,9 +67,9 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
     [([], "no results to report"), ([{"task": "easy", "method": "LoRA"}], "a row lacks seed, exact_match, train")],
 )
 def test_rows_that_cannot_be_reported(rows, message, tmp_path):
-    for report in (markdown_table, lambda rows: plot_accuracy(rows, tmp_path / "accuracy.png")):
+    for of_rows in (markdown_table, lambda rows: plot_accuracy(rows, tmp_path / "accuracy.png")):
         with pytest.raises(ValueError, match=message):
-            report(rows)
+            of_rows(rows)
     assert not list(tmp_path.iterdir())
 
 
@@ -92,13 +78,13 @@ def test_plots_are_whole_png_files(tmp_path):
     plot_learning_curves(_METRICS, tmp_path / "curves.png", title="loss")
     coefficients = np.random.default_rng(0).normal(size=(3, 4))
     names = ["first", "second", "third"], ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
-    plot_coefficients(coefficients, *names, tmp_path / "coefficients.png")
-    plot_coefficients(np.zeros((1, 48)), ["one"], [f"block {i}" for i in range(48)], tmp_path / "zeros.png")
+    report.plot_coefficients(coefficients, *names, tmp_path / "coefficients.png")
+    report.plot_coefficients(np.zeros((1, 48)), ["one"], [f"block {i}" for i in range(48)], tmp_path / "zeros.png")
     # Methods that all score zero.
     rows = [row("easy", method, 1, np.zeros(8, bool), trainable=n) for method, n in (("a", 0), ("b", 0), ("c", 7))]
     plot_means(scores(rows)[0], tmp_path / "means.png")
-    plot_against_trainable(scores(rows)[0], tmp_path / "trainable.png")
-    plot_against_trainable(scores(rows[:2])[0], tmp_path / "none.png")
+    report.plot_against_trainable(scores(rows)[0], tmp_path / "trainable.png")
+    report.plot_against_trainable(scores(rows[:2])[0], tmp_path / "none.png")
     files = list(tmp_path.iterdir())
     assert len(files) == 7
     for data in (path.read_bytes() for path in files):
@@ -107,43 +93,38 @@ def test_plots_are_whole_png_files(tmp_path):
         assert width > 500 and height > 150
 
 
-def test_bars_dots_and_legend_show_the_rows(tmp_path, figures):
+def test_bars_curves_and_dots_are_the_numbers_of_the_rows(tmp_path, figures):
     late = _row("hard", "late", 1, 5.0)  # it lacks the first task
     plot_accuracy([*_ROWS, late], tmp_path / "accuracy.png", apart=("impossible",))
-    (axes,) = figures[0].axes
-    bars = [bar.get_height() for container in axes.containers if hasattr(container, "patches") for bar in container]
-    assert bars == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
-    dots = np.concatenate([points.get_offsets()[:, 1] for points in axes.collections if len(points.get_offsets())])
-    assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
-    assert _legend(figures[0]) == ["zero-shot", "fusion", "late"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["easy", "hard", "mean", "impossible"]
-
-
-def test_curves_are_the_seeds_and_their_mean_over_the_steps_of_all(tmp_path, figures):
     plot_learning_curves(_METRICS, tmp_path / "curves.png")
-    first = [line.get_xydata() for line in figures[0].axes[0].lines if len(line.get_xydata())]
-    assert [len(line) for line in first] == [6, 5, 5]
-    np.testing.assert_allclose(first[2], [(t, 2 / t + 1.5) for t in range(1, 6)])
-    assert _legend(figures[0]) == ["fusion"]
-
-
-def test_dots_are_the_means_in_the_order_given(figures, tmp_path):
-    (found,) = scores(made_up(methods=("LoRA", "zero-shot", "fusion sum")))
-    plot_means(found, tmp_path / "means.png", title="title")
-    (axes,) = figures[0].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["LoRA", "zero-shot", "fusion sum"]
-    dots = [line.get_xydata()[0] for line in axes.lines]
-    np.testing.assert_allclose(dots, [(s.mean, i) for i, s in enumerate(found.summaries.values())])
-    ends = [lines.get_segments()[0][:, 0] for lines in axes.collections]
-    np.testing.assert_allclose(ends, [(s.low, s.high) for s in found.summaries.values()])
-    bottom, top = axes.get_ylim()
-    assert bottom > top  # the first on top
+    (league,) = scores(made_up(methods=("LoRA", "zero-shot", "fusion sum")))
+    plot_means(league, tmp_path / "means.png")
+    bars, curves, means = (figure.axes[0] for figure in figures)
+    heights = [bar.get_height() for group in bars.containers if hasattr(group, "patches") for bar in group]
+    assert heights == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
+    dots = np.concatenate([points.get_offsets()[:, 1] for points in bars.collections if len(points.get_offsets())])
+    assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
+    assert [label.get_text() for label in bars.get_xticklabels()] == ["easy", "hard", "mean", "impossible"]
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures[:2]]
+    assert legends == [["zero-shot", "fusion", "late"], ["fusion"]]
+    # Curves are the seeds and their mean over the steps of all.
+    lines = [line.get_xydata() for line in curves.lines if len(line.get_xydata())]
+    assert [len(line) for line in lines] == [6, 5, 5]
+    np.testing.assert_allclose(lines[2], [(t, 2 / t + 1.5) for t in range(1, 6)])
+    # Means are dots with intervals, in the order given, the first on top.
+    assert [label.get_text() for label in means.get_yticklabels()] == ["LoRA", "zero-shot", "fusion sum"]
+    summaries = league.summaries.values()
+    dots = [line.get_xydata()[0] for line in means.lines]
+    np.testing.assert_allclose(dots, [(s.mean, i) for i, s in enumerate(summaries)])
+    ends = [line.get_segments()[0][:, 0] for line in means.collections]
+    np.testing.assert_allclose(ends, [(s.low, s.high) for s in summaries])
+    assert means.get_ylim()[0] > means.get_ylim()[1]
 
 
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_every_method_is_a_labelled_point_and_no_texts_overlap(figures, tmp_path, start):
     (found,) = scores(made_up(start=start, items=30))
-    plot_against_trainable(found, tmp_path / "trainable.png", title="title")
+    report.plot_against_trainable(found, tmp_path / "trainable.png", title="title")
     (axes,) = figures[0].axes
     assert sorted(text.get_text() for text in axes.texts) == sorted(METHODS)
     figures[0].draw_without_rendering()
@@ -163,7 +144,7 @@ def test_plots_without_data_names_or_matplotlib_are_refused(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="no learning curves: give lines with step, seed and cross_entropy"):
         plot_learning_curves({"easy": {"zero-shot": []}}, path)
     with pytest.raises(ValueError, match=r"expected names for every row and column of \[2, 4\], got \[3, 4\]"):
-        plot_coefficients(np.zeros((2, 4)), list("abc"), list("wxyz"), path)
+        report.plot_coefficients(np.zeros((2, 4)), list("abc"), list("wxyz"), path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"plots need matplotlib, .* pip install -e '\.\[plots\]'"):
         plot_accuracy(_ROWS, path)
@@ -171,7 +152,7 @@ def test_plots_without_data_names_or_matplotlib_are_refused(tmp_path, monkeypatc
 
 def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path, monkeypatch):
     path = tmp_path / "table.md"
-    write_text(path, "old")
+    report.write_text(path, "old")
 
     def torn(partial, text, encoding):
         partial.write_bytes(text[:1].encode())
@@ -179,9 +160,9 @@ def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path, monke
 
     monkeypatch.setattr("pathlib.Path.write_text", torn)
     with pytest.raises(OSError, match="disk full"):
-        write_text(path, "new")
+        report.write_text(path, "new")
     assert path.read_text() == "old"
     monkeypatch.undo()
-    write_text(path, "new")
+    report.write_text(path, "new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"]

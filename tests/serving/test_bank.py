@@ -10,29 +10,16 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    PRESETS,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Independent,
-    Mapping,
-    calibrate_tree,
-    program_tree,
-)
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.models import registry
 from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
-from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.serving.rows import RowModules
@@ -184,31 +171,24 @@ def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes
 
 
 def test_tasks_come_and_go_without_a_compilation(bank, caplog):
-    def ask(bank, numbers):
-        bank.generate(_BATCH, numbers, max_new_tokens=_NEW)
+    def logits(bank, numbers=_MIXED):
         return np.asarray(bank.logits(_BATCH, numbers))
 
-    first, free = ask(bank, _MIXED), len(_TASKS)
-    bank = bank.without_task(3)
-    method, params = _TASKS[2]
-    half = jax.tree.map(lambda p: 0.5 * p, params)
+    first, free = logits(bank), len(_TASKS)
+    bank.without_task(3).with_task(free, *_TASKS[2], _MODULES)
     with jax.log_compiles():
-        added = bank.with_task(free, method, params, _MODULES)
-        other = added.with_task(free, method, half, ["module_1", "module_3", "module_0"])
-        moved = ask(added, _MIXED), ask(other, _MIXED), ask(other.without_task(free).without_task(2), _MIXED)
+        added = bank.with_task(free, *_TASKS[2], ["module_2", "module_0", "module_3"])
+        removed = added.without_task(free).without_task(2)
+        moved = logits(added), logits(removed)
+        removed.generate(_BATCH, _MIXED, max_new_tokens=_NEW)
     assert "Compiling" not in caplog.text
-    # Where the numbers are in the batch: the new task behind all others, task 3, task 2.
-    new, gone, last = free, int(np.argmax(_ORDER == 3)), int(np.argmax(_ORDER == 2))
-    plain = np.asarray(_PLAIN.logits(_BATCH, _ALONE))
-    for logits in moved:
-        np.testing.assert_array_equal(logits[gone], plain[gone])
-    of_task = np.asarray(added.logits(_BATCH, jnp.full(len(_MIXED), 2, jnp.int32)))
-    np.testing.assert_array_equal(moved[0][new], of_task[new])
-    assert np.abs(moved[1][new] - moved[0][new]).max() > 0.01
-    np.testing.assert_array_equal(moved[2][[new, last]], plain[[new, last]])
-    others = np.setdiff1d(np.arange(len(_MIXED)), [new, gone, last])
-    for logits in moved:
-        np.testing.assert_array_equal(logits[others], first[others])
+    rows = [free, int(np.argmax(_ORDER == 2))]  # of the new task, behind all others, and of task 2
+    np.testing.assert_array_equal(moved[0][free], logits(bank, jnp.full(len(_MIXED), 2, jnp.int32))[free])
+    np.testing.assert_array_equal(moved[1][rows], np.asarray(_PLAIN.logits(_BATCH, _ALONE))[rows])
+    assert np.abs(moved[0] - moved[1])[rows].max(axis=(1, 2)).min() > 0.01
+    others = np.setdiff1d(np.arange(len(_MIXED)), rows)
+    for found in moved:
+        np.testing.assert_array_equal(found[others], first[others])
 
 
 @pytest.mark.parametrize("arrays", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -220,7 +200,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
     frozen = Fusion().prepare(Frozen(_BASE, basis), kernels(nnx.merge(_GRAPH, _BASE)))
     batch = _rows(5)
-    weights = program(_GRAPH, frozen, {"pool.*": PRESETS["ideal"]}, _KEY) if arrays else frozen
+    weights = program(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
     bank = _filled(weights, tasks, granularity="site", cores=True)
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
@@ -305,8 +285,11 @@ def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too(
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-_NOISY = CrossbarConfig(
-    cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(programming=Independent(0.02))
+_NOISY = crossbar.CrossbarConfig(
+    cell=crossbar.Cell(bits=None),
+    mapping=crossbar.Mapping(weight_bits=None),
+    dac=None,
+    device=crossbar.Device(programming=crossbar.Independent(0.02)),
 )
 
 
@@ -327,7 +310,8 @@ def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
 
 @pytest.mark.long
 def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
-    config = CrossbarConfig(dac=DAC(scaling="calibrated"), adc=ADC(bits=12, offset_error=0.05))
+    adc = crossbar.ADC(bits=12, offset_error=0.05)
+    config = crossbar.CrossbarConfig(dac=crossbar.DAC(scaling="calibrated"), adc=adc)
     rng = np.random.default_rng(0)
     pool = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in {"A": (2, 8, 3), "B": (2, 3, 5)}.items()}
     x, kernel = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), jnp.zeros((8, 5))
@@ -336,7 +320,7 @@ def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
         both = Outputs(pool["A"], pool["B"], jnp.arange(2), jnp.ones((2, 3)), "sum")
         return both(x, kernel)
 
-    chip = calibrate_tree(run, program_tree(pool, {"*": config}, jax.random.key(0)), [x])
+    chip = crossbar.calibrate_tree(run, crossbar.program_tree(pool, {"*": config}, jax.random.key(0)), [x])
     c = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.7, 2.0], [0.0, 3.0]])
     rows = RowModules(chip["A"], chip["B"], c[:, :, None], jnp.zeros(4, bool), one_by_one=True)
     got = jax.jit(lambda rows, x: rows(x))(rows, x)
@@ -350,56 +334,9 @@ def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
     assert np.abs(of_first(chip, 0.0)).min() > 0  # what the converters make of zeros
 
 
-_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": 1,
-}
-
-
-@pytest.mark.long
-def test_a_decoder_computes_mixed_tasks_as_each_alone():
-    """Prompts of different lengths are padded on the left inside the model, and rows keep their tasks."""
-    family = registry.family_of_json(_LLAMA)
-    config = family.read_config(_LLAMA)
-    graph, base = nnx.split(family.model(config, rngs=nnx.Rngs(0)))
-    pool = tiny.pool(2, names=("q_proj", "v_proj"), config=config)
-    method = Fusion(composition="mix", granularity="global")
-    bank = TaskBank.empty(graph, Frozen(base, pool), 2, scaled=tuple(pool.A))
-    batch = tiny.batch(config)._replace(input_mask=jnp.arange(7)[None] < jnp.array([[7], [4], [5]]))
-    problem = Problem(graph=graph, method=method, frozen=bank.frozen, index=jnp.arange(2))
-
-    @jax.jit
-    def alone(params, problem):
-        model, adapters, _ = problem.adapted_model(params)
-        said = generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=_NEW)
-        return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters), said
-
-    logits, ids = [], []
-    for number in range(2):
-        params = method.init(bank.frozen, jnp.arange(2), jax.random.key(0))
-        params["coefficients"] = tiny.coefficients((2,), seed=number)
-        bank = bank.with_task(number, method, params, pool.names)
-        of_logits, of_ids = alone(params, problem)
-        logits.append(of_logits[number])
-        ids.append(of_ids[number])
-    numbers = _numbers(0, 1, -1)
-    _close(bank.logits(batch, numbers)[:2], np.stack(logits))
-    np.testing.assert_array_equal(bank.generate(batch, numbers, max_new_tokens=_NEW)[:2], np.stack(ids))
-    assert np.abs(logits[0] - bank.logits(batch, numbers)[2]).max() > 0.01
-
-
-_BLOCK, _SITE = Fusion(magnitudes=False), Fusion(magnitudes=False, granularity="site")
-_RANKS = Fusion(granularity="rank", magnitudes=False)
+_BLOCK, _SITE, _RANKS = (Fusion(magnitudes=False, granularity=name) for name in ("block", "site", "rank"))
 _MIX = Fusion(composition="mix", magnitudes=False)
 _PARAMS = _params(_BLOCK, 0)
-_THREE_RANKS = {"coefficients": _params(_RANKS, 0)["coefficients"][:, :, :3]}
 
 
 @pytest.mark.parametrize(
@@ -429,14 +366,16 @@ def test_tasks_that_a_bank_cannot_hold_are_refused(arguments, message):
 
 
 def test_banks_that_cannot_be_made_or_filled_are_refused():
-    with pytest.raises(ValueError, match="the bank has no pool"):
-        _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES)
-    with pytest.raises(ValueError, match="capacity is 0"):
-        TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 0)
-    with pytest.raises(ValueError, match="no site encoder.self.x to scale: the model has encoder.self.q"):
-        TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 1, scaled=["encoder.self.x"])
-    with pytest.raises(ValueError, match="coefficients for 3 ranks of modules of rank 4: give one for each"):
-        _filled(Frozen(_BASE, _POOL), [(_RANKS, _THREE_RANKS)])
+    weights = Frozen(_BASE, _POOL)
+    three_ranks = {"coefficients": _params(_RANKS, 0)["coefficients"][:, :, :3]}
+    for make, message in (
+        (lambda: _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES), "the bank has no pool"),
+        (lambda: TaskBank.empty(_GRAPH, weights, 0), "capacity is 0"),
+        (lambda: TaskBank.empty(_GRAPH, weights, 1, scaled=["encoder.self.x"]), "no site encoder.self.x to scale: the"),
+        (lambda: _filled(weights, [(_RANKS, three_ranks)]), "coefficients for 3 ranks of modules of rank 4: give one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
     with pytest.raises(ValueError, match="different ranks"):
         TaskBank.empty(_GRAPH, Frozen(_BASE, uneven), 1).with_task(0, _MIX, _PARAMS, uneven.names)
