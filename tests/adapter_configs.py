@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "MergedLinear": ("enable_lora is set: the MergedLinear of PEFT 0.2", _peft("0.2", enable_lora=[True, False])),
     "modules saved": (r"modules_to_save is \['classifier', 'score'\]", _peft("0.14", modules_to_save=_SAVED)),
     "prefix tuning": ("peft_type is 'PREFIX_TUNING': expected LORA or another kind", _json(peft_type="PREFIX_TUNING")),
-    "AdapterHub": ("AdapterHub", _json(config={"reduction_factor": 16}, model_type="bert", name="task", version="0.1")),
+    "AdapterHub": ("AdapterHub", _json(config={"mh_adapter": False}, model_class="BertAdapterModel", name="task")),
     "tunix": ("tunix / qwix", _json(base_model="gemma", framework="jax-tunix-qwix", lora_rank=32, lora_alpha=32.0)),
     "another format": ("own format, 'my-native-lora'", _json(format="my-native-lora", rank=16, tensor_count=512)),
     "a base's name alone": (r"no peft_type among its fields \['base_model'\]", _json(base_model="somebody/robot")),

@@ -118,33 +118,18 @@ def pytest_collection_finish() -> None:
 
 # The files with most to compile start first, so that no worker waits for another one's at the end; tests/methods before
 # those that find its programs compiled (runs, cli, chips).
-_FIRST = (
-    "methods/test_methods.py",
-    "runs/test_run.py",
-    "crossbar/test_mvm.py",
-    "estimates/test_plan.py",
-    "docs/test_code.py",
-    "crossbar/test_goldens.py",
-    "hardware/test_model_on_arrays.py",
-    "test_families.py",
-    "crossbar/test_flax.py",
-    "models/test_decoder_parity.py",
-    "models/test_goldens.py",
-    "serving/test_bank.py",
-    "adapters/test_composition.py",
-    "crossbar/test_paths.py",
-    "estimates/test_bill.py",
-    "cli/test_cli.py",
-    "crossbar/test_learning.py",
-    "hardware/test_chips.py",
-    "adapters/test_peft_merge.py",
-    "crossbar/test_tree.py",
-    "faults/test_kills.py",
-)
+_FIRST = """
+methods/test_methods runs/test_run crossbar/test_mvm estimates/test_plan docs/test_code crossbar/test_goldens
+hardware/test_model_on_arrays test_families crossbar/test_flax models/test_decoder_parity
+models/test_goldens serving/test_bank adapters/test_composition crossbar/test_paths estimates/test_bill cli/test_cli
+crossbar/test_learning hardware/test_chips adapters/test_peft_merge crossbar/test_tree
+faults/test_kills
+""".split()
 
 
 def _place_in_order(item: pytest.Item) -> int:
-    name = item.path.relative_to(_ROOT / "tests").as_posix() if item.path.is_relative_to(_ROOT / "tests") else ""
+    inside = item.path.is_relative_to(_ROOT / "tests")
+    name = item.path.relative_to(_ROOT / "tests").with_suffix("").as_posix() if inside else ""
     return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 

@@ -80,24 +80,16 @@ def in_place(monkeypatch: Any, folder: Path) -> Iterator[Hub]:
         yield hub
 
 
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()}"'
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
 
     def _answer(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
@@ -131,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._allowed(found[1], revision=found[2]) and self._resolve(found[1], found[3])
         return self._send(404)
 
+    do_HEAD = do_GET = do_POST = do_PUT = _answer
+
     def _allowed(self, name: str, *, writes: bool = False, revision: str | None = None) -> bool:
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if name not in self.hub.repositories or (name in self.hub.private and not known):
@@ -163,18 +157,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, headers=headers | {"X-Error-Code": "EntryNotFound"})
         if not path.endswith(".safetensors"):
             return self._file(name, path)
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers |= {
-            "X-Linked-Etag": etag,
-            "X-Linked-Size": str(len(content)),
-            "Location": self._url(f"stored/{name}/{path}"),
-        }
+        headers |= {"X-Linked-Etag": _etag(content), "X-Linked-Size": str(len(content))}
+        headers["Location"] = self._url(f"stored/{name}/{path}")
         return self._send(302, headers=headers)
 
     def _file(self, name: str, path: str) -> None:
         content = self.hub.repositories[name][path]
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": _etag(content), "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, asked = 200, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         whole = len(content)
         if asked:

@@ -56,22 +56,6 @@ def test_fuse_on_a_converted_pool_equals_the_adapter_folders(small, run, tmp_pat
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
-        (["--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
-        (["--chips", "0"], "chips is 0"),
-        (["--compensate", "both", "--report"], "a report is of one age, compensated or not: give one of --ages"),
-        (["--keep-digital", "embedding", "--report"], "the rule 'embedding' matches no weight"),
-    ],
-)
-def test_bad_options_of_an_evaluation_on_arrays_are_refused(run, arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", "--run", str(run), "--crossbar", "isaac", *arguments])
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.long
 def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
     cli.main(["evaluate", "--run", str(run), "--test-rows", "3"])
@@ -117,12 +101,20 @@ def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_p
 
 def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
     fuse = [*_FUSE, "--base", str(_SMALL / "base")]
+    chips = ["evaluate", "--run", str(run), "--crossbar", "isaac"]
     for arguments, message in [
         ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
         (fuse, "give one with --pool"),
         (["export", "--run", str(run), "--out", str(run)], "exists"),
         (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
+        ([*chips, "--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
+        ([*chips, "--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
+        ([*chips, "--chips", "0"], "chips is 0"),
+        ([*chips, "--compensate", "both", "--report"], "a report is of one age, compensated or not: give one"),
+        ([*chips, "--keep-digital", "embedding", "--report"], "the rule 'embedding' matches no weight"),
+        (["generate"], "a fused run with --run, or an unchanged base model with --base"),
+        (["generate", "--base", "b", "--top-p", "0.9"], "top_k and top_p filter a draw, and temperature 0 draws"),
     ]:
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)

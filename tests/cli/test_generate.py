@@ -59,17 +59,3 @@ def test_files_do_not_get_the_numbers_of_closed_streams():
     code = "import sys; from lorafusion_jax import cli; cli.main([]); sys.exit(open('/dev/null').fileno() < 3)"
     command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "a fused run with --run, or an unchanged base model with --base"),
-        (["--base", "here", "--top-p", "0.9"], "top_k and top_p filter a draw, and temperature 0 draws nothing"),
-    ],
-)
-def test_bad_options_are_refused_in_one_message(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["generate", *arguments])
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -13,7 +13,10 @@ from lorafusion_jax.tasks import write_lorahub_split
 def arguments(small, tmp_path_factory):
     folder, (like, pool) = tmp_path_factory.mktemp("bbh"), small
     rows, index = bbh_rows.write(folder / "rows")
-    write_lorahub_split(rows, folder / "data_bbh", index=index)
+    tasks = ["boolean_expressions", "object_counting"]
+    for task in write_lorahub_split(rows, folder / "data_bbh", tasks, index=index):
+        with (task / "example.jsonl").open("a") as file:  # a few-shot prompt has five examples
+            file.write("\n" + bbh_rows.lines(task.name, [5])[0])
     return {
         "--base": [str(byte_base.make(folder / "base", like))],
         "--pool": [str(pool)],
@@ -23,7 +26,7 @@ def arguments(small, tmp_path_factory):
         "--epochs": ["1"],
         "--test-rows": ["4"],
         "--seeds": ["1", "2"],
-        "--tasks": ["boolean_expressions", "object_counting"],
+        "--tasks": tasks,
     }
 
 

@@ -31,15 +31,18 @@ def _folder(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "smollm2")
 
 
+def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{"input": word, "output": answer} for word, answer in pairs]))
+    return path
+
+
 def _colours(path: Path, rows: int, first: int = 0) -> Path:
     """Write a task whose answer is the colour that its input names, after a number that counts from `first`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = [
-        {"input": f"{i} {('red', 'blue')[i % 2]}", "output": ("red", "blue")[i % 2]} for i in range(first, first + rows)
-    ]
-    random.Random(0).shuffle(found)
-    path.write_text(json.dumps(found))
-    return path
+    colours = [("red", "blue")[i % 2] for i in range(rows)]
+    pairs = [(f"{first + i} {colour}", colour) for i, colour in enumerate(colours)]
+    random.Random(0).shuffle(pairs)
+    return _words(path, pairs)
 
 
 def test_no_task_has_two_roles_and_every_relation_has_two_tasks():
@@ -51,12 +54,6 @@ def test_no_task_has_two_roles_and_every_relation_has_two_tasks():
     for relation, tasks in language.UNSEEN.items():
         assert len(tasks) >= 2
         assert all((family in language.SOURCES) == (relation != "none") for family in tasks.values())
-
-
-def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{"input": word, "output": answer} for word, answer in pairs]))
-    return path
 
 
 def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_path):
@@ -160,9 +157,10 @@ def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
 def test_a_seed_continues_next_to_rows_of_seeds_with_other_modules(tmp_path):
     file, paths = tmp_path / "rows.jsonl", {"prev_item": tmp_path / "prev_item.json"}
 
-    def jobs(*seeds):
+    def jobs(*seeds, **changes):
         options = experiment.LanguageOptions(tasks=tmp_path, seeds=seeds)
-        return list(experiment.jobs_of("relevance", options, paths))
+        found = experiment.jobs_of("relevance", options, paths)
+        return [job._replace(options=dataclasses.replace(job.options, **changes)) for job in found]
 
     rows = [
         row(job.task, job.method, job.options.seeds[0], [True]) | {"config": settings_of(job.options)}
@@ -172,30 +170,32 @@ def test_a_seed_continues_next_to_rows_of_seeds_with_other_modules(tmp_path):
     append_rows(file, rows)
     for again in (jobs(1, 2), jobs(1), jobs(2)):
         run_jobs(again, file, pytest.fail)
-    other = [job._replace(options=dataclasses.replace(job.options, test_rows=7)) for job in jobs(2)]
-    with pytest.raises(ValueError, match=r"seed 1 was run with other settings \(test_rows was 100, is 7\)"):
-        run_jobs(other, file, pytest.fail)
-    swapped = [job._replace(options=dataclasses.replace(job.options, seeds=(1,))) for job in jobs(2)]
-    with pytest.raises(ValueError, match=r"seed 1 was run with other settings \(adapters was"):
-        run_jobs(swapped, file, pytest.fail)
+    for other, changed in ((jobs(2, test_rows=7), r"test_rows was 100, is 7\)"), (jobs(2, seeds=(1,)), "adapters was")):
+        with pytest.raises(ValueError, match=rf"seed 1 was run with other settings \({changed}"):
+            run_jobs(other, file, pytest.fail)
 
 
-@pytest.mark.nightly
-def test_the_table_and_its_tuning_run_on_a_small_model(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def trained(tmp_path, monkeypatch) -> list[str]:
+    """Train a pool of two tasks next to two others, on a small model and few rows; return where tasks and rows lie."""
     llama = small_llama.make(tmp_path / "llama")
     for module in (experiment, language_pool):
         monkeypatch.setattr(module, "base", lambda: llama)
-    monkeypatch.setattr(language_tune, "TUNING", ("tune",))
-    monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
     monkeypatch.setattr(experiment, "DIRECTIONS", 4)
-    monkeypatch.setattr(language, "EVALUATED_ROWS", 6)
-    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 6)
+    for module in (language, language_pool):
+        monkeypatch.setattr(module, "EVALUATED_ROWS", 6)
     for name, first in (("one", 0), ("two", 0), ("new", 1000), ("tune", 2000)):
         _colours(tmp_path / "tasks" / f"{name}.json", 190, first)
     tasks = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out")]
     language_pool.main([*tasks, "--sources", "one", "two", "--rank", "2"])
-    of = [*tasks, "--adapters", str(tmp_path / "out" / "adapters")]
+    return tasks
 
+
+@pytest.mark.nightly
+def test_the_table_and_its_tuning_run_on_a_small_model(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language_tune, "TUNING", ("tune",))
+    monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
+    of = [*trained, "--adapters", str(tmp_path / "out" / "adapters")]
     language_tune.main([*of, "--methods", "coefficients only"])
     trials = [json.loads(line) for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()]
     assert len({trial["loss"] for trial in trials}) == len(trials) == 9
@@ -217,18 +217,9 @@ def test_the_table_and_its_tuning_run_on_a_small_model(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.nightly
-def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(tmp_path, monkeypatch, capsys):
-    llama = small_llama.make(tmp_path / "llama")
-    for module in (experiment, language_pool):
-        monkeypatch.setattr(module, "base", lambda: llama)
-    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 6)
-    for name, first in (("one", 0), ("two", 0), ("new", 1000)):
-        _colours(tmp_path / "tasks" / f"{name}.json", 190, first)
-    tasks = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out")]
-    language_pool.main([*tasks, "--sources", "one", "two", "--rank", "2"])
+def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained, tmp_path, monkeypatch, capsys):
     entry = language.MAIN["LoRAFusion"]
     monkeypatch.setitem(on_arrays.MAIN, "LoRAFusion", language._entry(entry, entry.rates, modules=2))
-    monkeypatch.setattr(experiment, "DIRECTIONS", 4)
     monkeypatch.setattr(on_arrays, "ADAPTERS", tmp_path / "out" / "adapters")
 
     given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "arrays"), "--unseen", "new"]

@@ -40,7 +40,7 @@ def whole():
 
 
 def test_without_a_complete_method_there_is_a_page_and_no_plot(tmp_path):
-    rows = [row("easy", "a", 1, np.ones(8, bool)), row("hard", "b", 1, np.ones(8, bool))]
+    rows = [row(task, method, 1, np.ones(8, bool)) for task, method in (("easy", "a"), ("hard", "b"))]
     with pytest.raises(ValueError, match="no method has results of all 2 tasks: there are no means to draw"):
         plot_means(scores(rows)[0], tmp_path / "means.png")
     assert "No method has results of all tasks yet" in page(rows, "early")
@@ -143,13 +143,8 @@ def test_the_script_writes_page_tables_and_plots(report, tmp_path):
     assert {path.name for path in (out / "both").iterdir()} == both | {"report.html"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "text"),
-    [(["--help"], 0, "python experiments/results_page.py runs/"), (["none.jsonl", "--out", "out"], 2, "none.jsonl")],
-)
-def test_the_script_helps_and_names_errors(arguments, code, text, report, tmp_path, monkeypatch, capsys):
+def test_the_script_names_errors(report, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        report(*arguments)
-    printed = capsys.readouterr()
-    assert stopped.value.code == code and text in (printed.err if code else printed.out)
+    with pytest.raises(SystemExit, match="2"):
+        report("none.jsonl", "--out", "out")
+    assert "none.jsonl" in capsys.readouterr().err

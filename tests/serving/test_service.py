@@ -190,6 +190,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
         service.add("fused", fused)
         assert service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3) == before
     assert "Compiling" not in caplog.text
+    draw = Sampling(temperature=1.0)
     for wrong, message in (
         (lambda: service.generate(["a"], ["scaled"]), "no task 'scaled': there are fused, mixed, another"),
         (lambda: service.remove("scaled"), "no task 'scaled': there are"),
@@ -197,7 +198,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
         (lambda: service.add("fused", fused, seed=7), "has no seed 7: it has 1, 2"),
         (lambda: service.generate(["a"], [None], max_new_tokens=0), "max_new_tokens is "),
         (lambda: service.generate(["a"], [None], eval_batch=0), "eval_batch is "),
-        (lambda: service.generate(["a"], [None], sampling=Sampling(1.0), sampling_seed=-1), "sampling_seed is "),
+        (lambda: service.generate(["a"], [None], sampling=draw, sampling_seed=-1), "sampling_seed is "),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
