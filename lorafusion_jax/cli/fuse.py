@@ -96,7 +96,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
     own = [name for name in fields_of(entry) if name not in (*common, "max_new_tokens")]
     return {
         "data and base": (
-            "base", "pool", "task", "prompt", "chat", "train_rows", "test_rows", "dtype", "load_in",
+            "base", "pool", "task", "prompt", "input", "target", "chat", "train_rows", "test_rows", "dtype", "load_in",
         ),
         "method": ("method", "adapters", "control"),
         f"method {entry.name}": own,
