@@ -8,20 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.norms import Gram
-from lorafusion_jax.adapters.pool import LoraPool
+import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.params import counts, shape_config
-from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.training.frozen import Frozen
 
 _LARGE = {
     "LoRAFusion": 148_416,
@@ -60,30 +54,30 @@ def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
 @pytest.mark.parametrize("targets", [*_TARGETS, ("wo",)])
 def test_counts_equal_the_numbers_that_methods_train(targets):
     adapted = {n: site for n, site in _UNEQUAL.sites.items() if n.rpartition(".")[2] in targets}
-    pool = LoraPool(
+    pool = lf.LoraPool(
         A={n: jnp.ones((s.layers, 5, s.d_in, 3)) for n, s in adapted.items()},
         B={n: jnp.ones((s.layers, 5, 3, s.d_out)) for n, s in adapted.items()},
         rank={n: jnp.full((s.layers, 5), 3) for n, s in adapted.items()},
         names=tuple("abcde"),
     )
-    gram = Gram({n: jnp.ones((s.layers, s.d_out)) for n, s in adapted.items()}, {})
+    gram = lf.Gram({n: jnp.ones((s.layers, s.d_out)) for n, s in adapted.items()}, {})
     base = nnx.state(T5(_UNEQUAL, rngs=nnx.Rngs(0)))
-    frozen, index, key = Frozen(base, pool, gram, norms=gram.squared), jnp.arange(5), jax.random.key(0)
+    frozen, index, key = lf.Frozen(base, pool, gram, norms=gram.squared), jnp.arange(5), jax.random.key(0)
     adapted_sites = tuple(adapted.items())
     methods = {
-        "LoRAFusion": Fusion(),
-        "LoRAFusion, basis of 6": Fusion(basis=6),
-        "LoRAFusion, basis of 6, with a core": Fusion(basis=6, core=True),
-        "LoRAFusion, coefficients only": Fusion(magnitudes=False),
+        "LoRAFusion": lf.Fusion(),
+        "LoRAFusion, basis of 6": lf.Fusion(basis=6),
+        "LoRAFusion, basis of 6, with a core": lf.Fusion(basis=6, core=True),
+        "LoRAFusion, coefficients only": lf.Fusion(magnitudes=False),
         "LoRAFusion, magnitudes only": Magnitudes(),
-        "LoRA, rank 3": LoRA(sites=adapted_sites, rank=3),
-        "DoRA, rank 3": LoRA(sites=adapted_sites, rank=3, dora=True),
+        "LoRA, rank 3": lf.LoRA(sites=adapted_sites, rank=3),
+        "DoRA, rank 3": lf.LoRA(sites=adapted_sites, rank=3, dora=True),
         "VeRA, rank 7": VeRA(sites=adapted_sites, rank=7),
         "full fine-tuning": FullFineTuning(),
-        "LoraHub": Fusion(composition="mix", granularity="global", magnitudes=False),
+        "LoraHub": lf.Fusion(composition="mix", granularity="global", magnitudes=False),
     }
     found = counts(_UNEQUAL, **_COUNTS, targets=targets)
-    in_basis = dataclasses.replace(frozen, pool=shared_basis(pool, 6))
+    in_basis = dataclasses.replace(frozen, pool=lf.shared_basis(pool, 6))
     for name, method in methods.items():
         of = in_basis if "basis" in name else frozen
         acting = method.trainable(method.init(of, index, key), of, index)
@@ -119,7 +113,7 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(config, goldens, tmp_pa
     folder = goldens / "fusion" / "t5a" / "base"
     (tmp_path / "config.json").write_bytes((folder / config).read_bytes())
     found = counts(shape_config(str(tmp_path)), modules=4)
-    size = sum(leaf.size for leaf in jax.tree.leaves(load_base(folder)))
+    size = sum(leaf.size for leaf in jax.tree.leaves(lf.load_base(folder)))
     assert (found["full fine-tuning"], found["LoraHub"]) == (size, 4)
     with pytest.raises(ValueError, match="no shape 'flan-t5-huge': choose one of flan-t5-small"):
         shape_config("flan-t5-huge")

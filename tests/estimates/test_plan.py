@@ -12,8 +12,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import SharedBasis
-from lorafusion_jax.adapters.pool import LoraPool
+import lorafusion_jax as lf
 from lorafusion_jax.estimates.estimate import Settings, estimate, method_names, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
@@ -22,27 +21,16 @@ from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_tab
 from lorafusion_jax.estimates.workload import uniform, workload
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fused import BasisUpdate, SumUpdate
-from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
-from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.methods.untrained import FewShotRecipe, ZeroShot
 from lorafusion_jax.methods.vera import SharedUpdate
 from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.decoder.config import Rope
-from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.models.weights import quantise
 from lorafusion_jax.runs.evaluate import generate_seeds
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.tasks import Batch, Example, Task
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.method import Method
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import Optimisation, Recipe
-from lorafusion_jax.training.step import fusion_step, init_state
 
 _S = jax.ShapeDtypeStruct
 # XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
@@ -61,7 +49,7 @@ _TASK = str(one_block.SMALL / "tasks" / "double_digit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Numbers(FusionRecipe):
+class _Numbers(lf.FusionRecipe):
     """Numbers for plans of all methods, each of which has a part of them."""
 
     lora_rank: int = 16
@@ -77,15 +65,15 @@ _IN_BASIS = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, b
 _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes and holds stays the same
 
 
-def _method(name: str, config: Architecture) -> Method:
+def _method(name: str, config: Architecture) -> lf.Method:
     adapted = tuple(targeted(config, None).items())
-    alone = {"zero-shot": ZeroShot(), "full": FullFineTuning(), "lora": LoRA(sites=adapted, rank=8)}
-    alone["dora"] = LoRA(sites=adapted, rank=8, dora=True)
-    return alone.get(name) or Fusion(composition="mix" if name.endswith("mix") else "sum")
+    alone = {"zero-shot": lf.ZeroShot(), "full": FullFineTuning(), "lora": lf.LoRA(sites=adapted, rank=8)}
+    alone["dora"] = lf.LoRA(sites=adapted, rank=8, dora=True)
+    return alone.get(name) or lf.Fusion(composition="mix" if name.endswith("mix") else "sum")
 
 
 @cache
-def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.GraphDef, Frozen]:
+def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.GraphDef, lf.Frozen]:
     """Return the model's structure and its frozen arrays, all zeros."""
     graph, base = nnx.split(abstract_model(config))
     base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
@@ -96,16 +84,16 @@ def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.Gr
     if name.startswith("fusion") and k is None:
         A = {n: jnp.zeros((L, N, d_in, r)) for n, (L, N, d_in, _) in shapes.items()}
         B = {n: jnp.zeros((L, N, r, d_out)) for n, (L, N, _, d_out) in shapes.items()}
-        pool = LoraPool(A=A, B=B, rank=rank, names=names)
+        pool = lf.LoraPool(A=A, B=B, rank=rank, names=names)
     elif name.startswith("fusion"):
         U = {n: jnp.zeros((L, d_in, k)) for n, (L, _, d_in, _) in shapes.items()}
         V = {n: jnp.zeros((L, k, d_out)) for n, (L, *_, d_out) in shapes.items()}
         S = {n: jnp.zeros((L, N, k, k)) for n, (L, N, *_) in shapes.items()}
         energy = {n: jnp.zeros((L, N)) for n, (L, N, *_) in shapes.items()}
-        pool = SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(shapes))
+        pool = lf.SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(shapes))
 
     def prepare() -> list[jax.Array]:
-        prepared = _method(name, config).prepare(Frozen(base, pool), kernels(nnx.merge(graph, base)))
+        prepared = _method(name, config).prepare(lf.Frozen(base, pool), kernels(nnx.merge(graph, base)))
         trees.append(jax.tree.structure(prepared))
         return jax.tree.leaves(prepared)
 
@@ -116,12 +104,12 @@ def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.Gr
     return graph, dataclasses.replace(prepared, base=base, pool=pool)
 
 
-def _held_in(load_in: str, graph: nnx.GraphDef, frozen: Frozen) -> Frozen:
+def _held_in(load_in: str, graph: nnx.GraphDef, frozen: lf.Frozen) -> lf.Frozen:
     """Return frozen arrays with base and pool in few bits."""
     if load_in == "full":
         return frozen
     model = nnx.merge(graph, frozen.base)
-    set_matrices(model, {n: quantise(w, load_in, tiled_axis=-2) for n, w in matrices(model).items()})
+    set_matrices(model, {n: lf.quantise(w, load_in, tiled_axis=-2) for n, w in matrices(model).items()})
     pool = None if frozen.pool is None else frozen.pool.quantised(load_in)
     return dataclasses.replace(frozen, base=nnx.split(model)[1], pool=pool)
 
@@ -137,7 +125,7 @@ def _state(name: str, config: Architecture, settings: Settings, seeds: int):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
 
     def start(index, key):
-        return init_state(Problem(graph=graph, method=_method(name, config), frozen=frozen, index=index), key)
+        return lf.init_state(lf.Problem(graph=graph, method=_method(name, config), frozen=frozen, index=index), key)
 
     return jax.eval_shape(jax.vmap(start), index, keys), index
 
@@ -146,7 +134,7 @@ def _problem(name: str, config: Architecture, settings: Settings, seed_mode: str
     """Return the problem of some weights and modules."""
     graph, _ = _frozen(name, config, settings)
     method = _method(name, config)
-    return lambda frozen, index: Problem(graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode)
+    return lambda frozen, index: lf.Problem(graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode)
 
 
 def _rates(name: str, config: Architecture, seeds: int):
@@ -182,10 +170,10 @@ def _step(name: str, config: Architecture, settings: Settings):
     """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
     state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
-    problem, optimisation = _problem(name, config, settings), Optimisation(steps=9, clip=1.0)
+    problem, optimisation = _problem(name, config, settings), lf.Optimisation(steps=9, clip=1.0)
 
     def step(state, batch, index, frozen, rates):
-        return fusion_step(state, batch, problem(frozen, index), rates, optimisation=optimisation)
+        return lf.fusion_step(state, batch, problem(frozen, index), rates, optimisation=optimisation)
 
     return _compiled(step, state, _batch(_SHAPE), index, frozen, _of_one(_rates(name, config, 1)))
 
@@ -295,7 +283,7 @@ def test_flops_of_generation(name, config, counted_as):
     def run(params, batch, index, frozen):
         adapters, _ = _method(name, config).adapters(params, frozen, index)
         model = nnx.merge(graph, frozen.base)
-        return generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=6)
+        return lf.generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=6)
 
     # Counted once by XLA: the source, and the body of the loop over tokens.
     update = update_of(name, _SETTINGS)
@@ -331,7 +319,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
     graph, frozen = _frozen(name, config, settings)
     frozen = _held_in(load_in, graph, frozen)
     state, index = _state(name, config, settings, seeds)
-    problem, optimisation = _problem(name, config, settings, seed_mode), Optimisation(steps=9, clip=1.0)
+    problem, optimisation = _problem(name, config, settings, seed_mode), lf.Optimisation(steps=9, clip=1.0)
 
     def step(state, batch, index, frozen, rates):
         batches = jax.tree.map(lambda rows: rows[:, None], batch)  # of one step
@@ -381,7 +369,7 @@ _SAME = tuple(Example("a b c", "d e") for _ in range(20))
 
 def test_a_workload_has_the_batches_of_training_and_evaluation():
     rows = [Example("x" * (4 * n + 2), "yes" if n % 2 else "no") for n in range(40)]
-    recipe = FewShotRecipe(epochs=3, batch_size=8, shots=4)
+    recipe = lf.FewShotRecipe(epochs=3, batch_size=8, shots=4)
     found = workload(Task("t", tuple(rows), tuple(rows[:30]), "-"), recipe, eval_batch=16)
     # 2 of 40 rows validate; 5 batches hold 38; a row of n tokens and its end is at most 40 wide.
     assert len(found.steps) == 15 and len(found.search) == 5 and found.validation.rows == 2
@@ -395,10 +383,10 @@ def test_a_workload_has_the_batches_of_training_and_evaluation():
     def tokenizer(texts, **_):
         return {"input_ids": [[1] * (10 * len(text.split())) for text in texts]}
 
-    found = workload(Task("t", _SAME, _SAME[:2], "-"), FewShotRecipe(shots=50), tokenizer=tokenizer)
+    found = workload(Task("t", _SAME, _SAME[:2], "-"), lf.FewShotRecipe(shots=50), tokenizer=tokenizer)
     assert found.steps[0] == Shape(10, 32, 20) and found.lengths == "tokenised" and found.few_shot is None
     with pytest.raises(ValueError, match="too few training rows for 50 examples in a prompt: lower shots"):
-        estimate(_SMALL, "few-shot", found, Settings(recipe=FewShotRecipe(shots=50)))
+        estimate(_SMALL, "few-shot", found, Settings(recipe=lf.FewShotRecipe(shots=50)))
 
 
 def _work(**changes):
@@ -459,7 +447,7 @@ def test_few_bits_hold_base_and_pool_in_less():
 
 
 def test_a_plan_describes_its_runs_and_costs():
-    out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=Recipe()))
+    out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=lf.Recipe()))
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other." in out
     assert "lengths given, padded" in out and "| fusion    |    5 |   148,416 |" in out and "2.92 GiB" in out
     table = plan_table(plan(_SMALL, ["lora"], {"a": _work()}, _SETTINGS)).splitlines()
@@ -467,7 +455,7 @@ def test_a_plan_describes_its_runs_and_costs():
 
 
 def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
-    options = FuseOptions(base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full")
+    options = lf.FuseOptions(base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full")
     here, cpu, h100, v5e = (describe_run(options, name) for name in (None, "cpu", "h100", "v5e"))
     assert here in (cpu, h100, v5e) or "batched" in here
     assert "one after the other" in cpu and "float32 on a CPU" in cpu and "The process takes" in cpu
@@ -483,13 +471,13 @@ def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
     [
         ("lorra", {}, "no method 'lorra': choose one of fusion, coefficients"),
         ("fusion", {"rank": 0}, "rank is 0"),
-        ("lora", {"recipe": Recipe(epochs=0)}, "epochs is 0"),
+        ("lora", {"recipe": lf.Recipe(epochs=0)}, "epochs is 0"),
         ("fusion", {"pool": 2}, "a pool of 2 for seeds that draw 5 modules each"),
         ("fusion", {"targets": ("q", "x")}, "targets are q x: choose of q k v o wi_0 wi_1 wo"),
-        ("fusion", {"recipe": FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
-        ("mean", {"recipe": FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
-        ("fusion", {"recipe": FusionRecipe(modules=5, basis=0)}, "basis is 0"),
-        ("fusion-mix", {"recipe": FusionRecipe(modules=5, basis=4)}, "a mix in a shared basis"),
+        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
+        ("mean", {"recipe": lf.FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
+        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=0)}, "basis is 0"),
+        ("fusion-mix", {"recipe": lf.FusionRecipe(modules=5, basis=4)}, "a mix in a shared basis"),
     ],
 )
 def test_methods_and_settings_that_cannot_be_planned_are_refused(method, changes, message):

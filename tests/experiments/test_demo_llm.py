@@ -67,12 +67,12 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     def fuse(options):
         asked.append(options)
         share, answer = (75.0, " replying") if options.method == "fusion" else (0.0, "\nreply")
-        row = {"seed": 1, "row": 0, "input": demo_llm.PROMPT.format(input="reply"), "target": "replying"}
-        row |= {"prediction": answer, "correct": share > 0, "option_correct": None}
+        row = {"seed": 1, "row": 0, "input": "Q: reply\nA:", "target": "replying", "prediction": answer}
         (options.out / options.name).mkdir(parents=True)
-        RunFolder(options.out / options.name).write_predictions([row])
+        RunFolder(options.out / options.name).write_predictions([row | {"correct": share > 0, "option_correct": None}])
+        seeds = [{"seed": 1, "exact_match": share, "loss": 1.0}]
         results = {"trainable": 7, "seconds": {"train": 1.0}, "environment": {}, "exact_match": share}
-        return results | {"seeds": [{"seed": 1, "exact_match": share, "loss": 1.0}]}
+        return results | {"seeds": seeds}
 
     monkeypatch.setattr(demo_llm, "FOLDER", tmp_path / "demo")
     monkeypatch.setattr(demo_llm, "base", lambda: Path("base.gguf"))

@@ -87,17 +87,19 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(t
     ]
 
 
-@pytest.mark.parametrize(("sweep", "point"), [("noise", "0.1"), ("adc", "6"), ("cell", "2"), ("age", "1day")])
-def test_a_point_changes_only_what_it_names(sweep, point):
-    found = hardware_sweeps.at(_CHIP, sweep, point)
-    values = {
-        "noise": (found.device.programming.sigma, _CHIP.device.programming.sigma, 0.1),
-        "adc": (found.adc.bits, _CHIP.adc.bits, 6),
-        "cell": (found.cell.bits, _CHIP.cell.bits, (2, 2, 2)),
-        "age": (found.device.time, _CHIP.device.time, 86_400),
-    }
-    for name, (now, before, wanted) in values.items():
-        assert now == (pytest.approx(wanted) if name == sweep else before)
+def test_a_point_changes_only_what_it_names():
+    def values(config):
+        return {
+            "noise": config.device.programming.sigma,
+            "adc": config.adc.bits,
+            "cell": config.cell.bits,
+            "age": config.device.time,
+        }
+
+    points = (("noise", "0.1", 0.1), ("adc", "6", 6), ("cell", "2", (2, 2, 2)), ("age", "1day", 86_400))
+    for sweep, point, value in points:
+        expected = values(_CHIP) | {sweep: pytest.approx(value)}
+        assert values(hardware_sweeps.at(_CHIP, sweep, point)) == expected, sweep
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+import lorafusion_jax as lf
 from examples.string_tasks import Task, draw, split
-from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io import torch_pickle
-from lorafusion_jax.io.hf import load_base, load_tokenizer
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.generate import generate
 from lorafusion_jax.tasks.metrics import exact_match
 
 _SMALL = one_block.SMALL
@@ -34,12 +31,12 @@ def _rows(task, part):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(_SMALL / "base")
+    return lf.load_tokenizer(_SMALL / "base")
 
 
 @pytest.fixture(scope="module")
 def base():
-    return nnx.split(load_base(_SMALL / "base"))
+    return nnx.split(lf.load_base(_SMALL / "base"))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +47,13 @@ def answer(base, tokenizer):
 
     @jax.jit
     def run(state, ids, mask, adapters):
-        return generate(nnx.merge(graph, state), ids, mask, adapters, max_new_tokens=15)
+        return lf.generate(nnx.merge(graph, state), ids, mask, adapters, max_new_tokens=15)
 
     def answer(contexts, adapter=None):
         adapters = {}
         if adapter is not None:
-            pool = read_pool([str(_SMALL / "adapters" / adapter.name)], config)
-            adapters = {site: LowRank(pool.A[site][:, 0], pool.B[site][:, 0]) for site in pool.A}
+            pool = lf.read_pool([str(_SMALL / "adapters" / adapter.name)], config)
+            adapters = {site: lf.LowRank(pool.A[site][:, 0], pool.B[site][:, 0]) for site in pool.A}
         batch = tokenizer(contexts, padding="max_length", max_length=12, return_tensors="np")
         mask = jnp.asarray(batch["attention_mask"], bool)
         ids = run(state, jnp.asarray(batch["input_ids"], jnp.int32), mask, adapters)
@@ -118,7 +115,7 @@ def test_weights_are_half_precision_with_the_stated_numbers(base):
         assert {a.dtype for a in tensors.values()} == {np.dtype("float16")} and len(tensors) == 24
     count = sum(leaf.size for leaf in jax.tree.leaves(base[1]))
     assert f"{count:,} parameters" in (_SMALL / "README.md").read_text()
-    pool = read_pool([str(_SMALL / "adapters" / task.name) for task in split().pool], nnx.merge(*base).config)
+    pool = lf.read_pool([str(_SMALL / "adapters" / task.name) for task in split().pool], nnx.merge(*base).config)
     assert len(pool) == 28 and pool.uniform_rank == 16
     assert sum(rank.shape[0] for rank in pool.rank.values()) == 12
     assert all(bool(jnp.all(jnp.any(B != 0, axis=(2, 3)))) for B in pool.B.values())
@@ -143,14 +140,14 @@ def test_what_the_script_writes_reads_back(tmp_path):
         script.main(tmp_path)
     state = nnx.state(script.T5(script.CONFIG, rngs=nnx.Rngs(3)))
     script.write_base(tmp_path / "base", script.make_tokenizer(), state)
-    read = nnx.state(load_base(tmp_path / "base"))
+    read = nnx.state(lf.load_base(tmp_path / "base"))
     for written, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(read), strict=True):
         np.testing.assert_array_equal(np.asarray(written).astype(np.float16), np.asarray(leaf))
 
     start = script.initial_loras(2, jax.random.key(0))
     loras = jax.tree.map(lambda a: np.asarray(a + 0.25)[:, 1], start)
     script.write_lora(tmp_path / "adapter", loras, base=Path("base"), as_bin=False)
-    pool = read_pool([str(tmp_path / "adapter")], script.CONFIG)
+    pool = lf.read_pool([str(tmp_path / "adapter")], script.CONFIG)
     for site, (A, B) in loras.items():
         np.testing.assert_array_equal(A.astype(np.float16), np.asarray(pool.A[site][:, 0]))
         np.testing.assert_array_equal(2 * B.astype(np.float16), np.asarray(pool.B[site][:, 0]))

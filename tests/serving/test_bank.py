@@ -10,22 +10,17 @@ import pytest
 import tiny
 from flax import nnx
 
+import lorafusion_jax as lf
 from lorafusion_jax import crossbar
-from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
 from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.serving.rows import RowModules
-from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import batch_logits, log_likelihood
-from lorafusion_jax.training.problem import Problem
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 # Module 0 has nothing in the decoder.
@@ -35,13 +30,13 @@ _NEW = 6
 _KEY = jax.random.key(5)
 
 
-_PLAIN = TaskBank.empty(_GRAPH, Frozen(_BASE), 1)
+_PLAIN = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE), 1)
 
 
 def _params(method, number, modules=_MODULES, pool=_POOL):
     """Numbers that depend on the task's number; magnitudes of 0.7 to 1.3 of ||W||."""
     params = {}
-    if isinstance(method, Fusion):
+    if isinstance(method, lf.Fusion):
         params["coefficients"] = tiny.coefficients(shape(pool, len(modules), method.granularity), seed=number)
     if isinstance(method, Magnitudes) or method.magnitudes:
         rng = np.random.default_rng(number)
@@ -52,8 +47,9 @@ def _params(method, number, modules=_MODULES, pool=_POOL):
     return params
 
 
+_BLOCK, _SITE, _RANKS = (lf.Fusion(magnitudes=False, granularity=name) for name in ("block", "site", "rank"))
 _METHODS = [
-    Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
+    lf.Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
     for composition, granularity, magnitudes in itertools.product(("sum", "mix"), GRANULARITIES, (False, True))
 ]
 _TASKS = [*((method, _params(method, number)) for number, method in enumerate(_METHODS))]
@@ -62,22 +58,22 @@ _TASKS.append((Magnitudes(), _params(Magnitudes(), len(_TASKS))))
 
 def _filled(frozen, tasks=_TASKS, **changes):
     values = {"granularity": "rank", "scaled": tuple(_POOL.A)} | changes
-    bank = TaskBank.empty(_GRAPH, frozen, len(tasks) + 1, **values)
+    bank = lf.TaskBank.empty(_GRAPH, frozen, len(tasks) + 1, **values)
     for number, (method, params) in enumerate(tasks):
-        bank = bank.with_task(number, method, params, _MODULES if isinstance(method, Fusion) else ())
+        bank = bank.with_task(number, method, params, _MODULES if isinstance(method, lf.Fusion) else ())
     return bank
 
 
 @pytest.fixture(scope="module")
 def bank():
-    return _filled(Frozen(_BASE, _POOL))
+    return _filled(lf.Frozen(_BASE, _POOL))
 
 
 def _merged(method, params, base=_BASE, pool=_POOL):
     """The base with a task's update and magnitudes in its kernels, by the definition, in float64."""
     model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, base))
     weights = {s: np.array(dense(k, jnp.float32), np.float64) for s, k in matrices(model).items()}
-    if isinstance(method, Fusion):
+    if isinstance(method, lf.Fusion):
         coefficient = tiny.coefficient_of(params["coefficients"], pool, method.granularity)
         plain = dataclasses.replace(
             pool, **{f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in "AB"}
@@ -87,7 +83,7 @@ def _merged(method, params, base=_BASE, pool=_POOL):
     for site, m in params.get("magnitudes", {}).items():
         weights[site] *= (m / np.linalg.norm(weights[site], axis=1))[:, None]
     set_matrices(model, {site: jnp.asarray(w, jnp.float32) for site, w in weights.items()})
-    return TaskBank.empty(_GRAPH, Frozen(nnx.split(model)[1]), 1)
+    return lf.TaskBank.empty(_GRAPH, lf.Frozen(nnx.split(model)[1]), 1)
 
 
 @jax.jit
@@ -156,13 +152,13 @@ def test_each_row_has_the_tokens_of_its_task(bank, alone):
 
 @pytest.mark.parametrize("magnitudes", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes):
-    method = Fusion(magnitudes=magnitudes)
+    method = lf.Fusion(magnitudes=magnitudes)
     pool = tiny.pool(3)
     params = _params(method, 1, range(3), pool)
-    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ())
+    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ())
     bank = bank.with_task(1, method, params, pool.names)
-    frozen = method.prepare(Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
-    problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
+    frozen = method.prepare(lf.Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
+    problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
     batch = tiny.batch()
     wanted = _alone(params, batch, problem)
     got = bank.logits(batch, _numbers(1, -1, 1))
@@ -194,17 +190,17 @@ def test_tasks_come_and_go_without_a_compilation(bank, caplog):
 @pytest.mark.parametrize("arrays", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     """With magnitudes and without, with a core, and next to the plain base."""
-    basis = shared_basis(_POOL, 5)
-    methods = [Fusion(), Fusion(granularity="site", magnitudes=False, basis=5), Fusion(core=True, magnitudes=False)]
+    basis = lf.shared_basis(_POOL, 5)
+    methods = [lf.Fusion(), _SITE, lf.Fusion(core=True, magnitudes=False)]
     tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
     tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
-    frozen = Fusion().prepare(Frozen(_BASE, basis), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, basis), kernels(nnx.merge(_GRAPH, _BASE)))
     batch = _rows(5)
     weights = program(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
     bank = _filled(weights, tasks, granularity="site", cores=True)
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
-        problem = Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
+        problem = lf.Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
         _close(got[row], np.asarray(_alone(params, batch, problem))[row])
     plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
     np.testing.assert_array_equal(got[3], plain[3])
@@ -239,26 +235,26 @@ def test_a_task_may_have_other_sites_and_ranks_than_the_bank(granularity, magnit
     """Modules 0 and 1 have no k, and lower ranks than module 2; a run that ranks all has numbers for all sites."""
     ranks = {"q": (4, 3, 6), "v": (4, 3, 6), "k": (0, 0, 5)}
     pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
-    method, own = Fusion(granularity=granularity, magnitudes=magnitudes), _at(pool, [0, 1], "qv")
+    method, own = lf.Fusion(granularity=granularity, magnitudes=magnitudes), _at(pool, [0, 1], "qv")
     of_run, of_bank = (pool, own) if ranked else (own, pool)
-    frozen = method.prepare(Frozen(_BASE, of_run), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = method.prepare(lf.Frozen(_BASE, of_run), kernels(nnx.merge(_GRAPH, _BASE)))
     params, batch = _params(method, 0, (0, 1), of_run), _rows(3)
-    wanted = _alone(params, batch, Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)))
-    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A))
+    wanted = _alone(params, batch, lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)))
+    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A))
     bank = bank.with_task(0, method, params, own.names, sites=None if magnitudes else of_run.sites)
     _close(bank.logits(batch, _numbers(0, -1, 0))[::2], np.asarray(wanted)[::2])
 
 
 def test_a_mix_may_lie_next_to_modules_of_another_rank():
     pool = tiny.pool(3, lambda n, site, layer: 6 if n == 2 else 4)
-    method = Fusion(composition="mix", magnitudes=False)
+    method = lf.Fusion(composition="mix", magnitudes=False)
     params = _params(method, 0, (0, 1), pool)
-    bank = TaskBank.empty(_GRAPH, Frozen(_BASE, pool), 1).with_task(0, method, params, [0, 1])
-    own = TaskBank.empty(_GRAPH, Frozen(_BASE, _at(pool, [0, 1], "qv")), 1).with_task(0, method, params, [0, 1])
+    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 1).with_task(0, method, params, [0, 1])
+    own = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, _at(pool, [0, 1], "qv")), 1).with_task(0, method, params, [0, 1])
     _close(bank.logits(_rows(2), _numbers(0, 0)), np.asarray(own.logits(_rows(2), _numbers(0, 0))))
 
 
-_FEW_METHODS = [Fusion(magnitudes=True), Fusion(composition="mix", granularity="site", magnitudes=False)]
+_FEW_METHODS = [lf.Fusion(magnitudes=True), lf.Fusion(composition="mix", granularity="site", magnitudes=False)]
 _FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_METHODS)]
 
 
@@ -267,21 +263,21 @@ def test_base_and_pool_in_4_bits():
     model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, _BASE))
     set_matrices(model, {s: quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2) for s, k in matrices(model).items()})
     base, pool = nnx.split(model)[1], _POOL.quantised("nf4")
-    bank = _filled(Frozen(base, pool), _FEW, granularity="site")
+    bank = _filled(lf.Frozen(base, pool), _FEW, granularity="site")
     batch = _rows(4)
     got = bank.logits(batch, _numbers(1, 0, -1, -1))
     alone = [_merged(*task, base, pool) for task in _FEW[::-1]]
-    for row, one in enumerate([*alone, TaskBank.empty(_GRAPH, Frozen(base), 1)]):
+    for row, one in enumerate([*alone, lf.TaskBank.empty(_GRAPH, lf.Frozen(base), 1)]):
         _close(got[row], np.asarray(one.logits(batch, _numbers(-1, -1, -1, -1)))[row])
 
 
 def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too():
     with tiny.for_tpu():
-        frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+        frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(frozen.gram, PairTerms)
-    tasks = [task for task in _TASKS if task[0] in (Fusion(), Fusion(composition="mix"))]
+    tasks = [task for task in _TASKS if task[0] in (lf.Fusion(), lf.Fusion(composition="mix"))]
     assert len(tasks) == 2
-    got, wanted = (_filled(weights, tasks).tasks.scales for weights in (frozen, Frozen(_BASE, _POOL)))
+    got, wanted = (_filled(weights, tasks).tasks.scales for weights in (frozen, lf.Frozen(_BASE, _POOL)))
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
@@ -296,11 +292,11 @@ _NOISY = crossbar.CrossbarConfig(
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
-    frozen = Fusion().prepare(Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
     frozen = program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*": _NOISY}, _KEY, norm="ideal")
     method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")
-    problem = Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))
+    problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))
     batch = _rows(3)
     wanted = _alone(params, batch, problem)
     got = np.asarray(bank.logits(batch, _numbers(number, -1, -1)))
@@ -334,8 +330,7 @@ def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
     assert np.abs(of_first(chip, 0.0)).min() > 0  # what the converters make of zeros
 
 
-_BLOCK, _SITE, _RANKS = (Fusion(magnitudes=False, granularity=name) for name in ("block", "site", "rank"))
-_MIX = Fusion(composition="mix", magnitudes=False)
+_MIX = lf.Fusion(composition="mix", magnitudes=False)
 _PARAMS = _params(_BLOCK, 0)
 
 
@@ -344,38 +339,38 @@ _PARAMS = _params(_BLOCK, 0)
     [
         ((2, _BLOCK, _PARAMS, _MODULES), "no task 2 in a bank of capacity 2: give 0 to 1"),
         ((-1, _BLOCK, _PARAMS, _MODULES), "no task -1 in a bank"),
-        ((0, LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
+        ((0, lf.LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
         (
             (0, _SITE, _params(_SITE, 0), _MODULES),
             "granularity site do not fit into a bank of the granularity block.*granularity='site'",
         ),
-        ((0, Fusion(), _params(Fusion(), 0), _MODULES), "magnitudes at decoder.cross.q.*the bank rescales no site"),
+        ((0, lf.Fusion(), _params(lf.Fusion(), 0), _MODULES), "magnitudes at decoder.cross.q.*bank rescales no site"),
         ((0, _BLOCK, _PARAMS, _MODULES[:2]), r"expected coefficients of shape \(2, 5\), of one seed, got \(3, 5\)"),
-        ((0, Fusion(), {"magnitudes": {}}, _MODULES), "a task of Fusion with magnitudes: give its coefficients"),
+        ((0, lf.Fusion(), {"magnitudes": {}}, _MODULES), "a task of Fusion with magnitudes: give its coefficients"),
         ((0, Magnitudes(), {}), "a task of Magnitudes with no numbers: give its magnitudes"),
         ((0, _BLOCK, _PARAMS, ["module_9", "module_1", "module_0"]), "the pool has no adapter 'module_9'"),
         (
-            (0, Fusion(), _params(Fusion(), 0) | {"magnitudes": {}}, _MODULES),
+            (0, lf.Fusion(), _params(lf.Fusion(), 0) | {"magnitudes": {}}, _MODULES),
             "the modules adapt decoder.cross.q, .*and the fusion has no numbers for that",
         ),
     ],
 )
 def test_tasks_that_a_bank_cannot_hold_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        TaskBank.empty(_GRAPH, Frozen(_BASE, _POOL), 2).with_task(*arguments)
+        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, _POOL), 2).with_task(*arguments)
 
 
 def test_banks_that_cannot_be_made_or_filled_are_refused():
-    weights = Frozen(_BASE, _POOL)
+    weights = lf.Frozen(_BASE, _POOL)
     three_ranks = {"coefficients": _params(_RANKS, 0)["coefficients"][:, :, :3]}
     for make, message in (
         (lambda: _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES), "the bank has no pool"),
-        (lambda: TaskBank.empty(_GRAPH, weights, 0), "capacity is 0"),
-        (lambda: TaskBank.empty(_GRAPH, weights, 1, scaled=["encoder.self.x"]), "no site encoder.self.x to scale: the"),
+        (lambda: lf.TaskBank.empty(_GRAPH, weights, 0), "capacity is 0"),
+        (lambda: lf.TaskBank.empty(_GRAPH, weights, 1, scaled=["encoder.self.x"]), "no site encoder.self.x to scale"),
         (lambda: _filled(weights, [(_RANKS, three_ranks)]), "coefficients for 3 ranks of modules of rank 4: give one"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
     with pytest.raises(ValueError, match="different ranks"):
-        TaskBank.empty(_GRAPH, Frozen(_BASE, uneven), 1).with_task(0, _MIX, _PARAMS, uneven.names)
+        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, uneven), 1).with_task(0, _MIX, _PARAMS, uneven.names)

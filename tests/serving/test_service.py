@@ -17,17 +17,14 @@ import small_llama
 import tiny
 from safetensors.numpy import load_file, save_file
 
+import lorafusion_jax as lf
 from lorafusion_jax import cli
 from lorafusion_jax.io import arrays
-from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.methods import find
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.generate import Sampling
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
-from lorafusion_jax.serving.service import FusedRun, Service
 from lorafusion_jax.tasks import draw_modules
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
@@ -66,7 +63,7 @@ def runs(small, write, tmp_path_factory) -> dict[str, Path]:
     closed = tmp_path_factory.mktemp("tasks") / "closed.jsonl"
     closed.write_text("\n".join(map(json.dumps, asked)))
     rng = np.random.default_rng(0)
-    norms = {site: np.linalg.norm(kernel, axis=1) for site, kernel in kernels(load_base(small[0])).items()}
+    norms = {site: np.linalg.norm(kernel, axis=1) for site, kernel in lf.kernels(lf.load_base(small[0])).items()}
 
     def magnitudes(sites, seeds):
         return {s: (rng.uniform(0.7, 1.3, (seeds, *norms[s].shape)) * norms[s]).astype(np.float32) for s in sites}
@@ -84,9 +81,9 @@ def runs(small, write, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def service(runs) -> Service:
-    found = [FusedRun.read(folder) for folder in runs.values()]
-    service = Service(found, capacity=3)
+def service(runs) -> lf.Service:
+    found = [lf.FusedRun.read(folder) for folder in runs.values()]
+    service = lf.Service(found, capacity=3)
     for name, run in zip(runs, found, strict=True):
         service.add(name, run)
     return service
@@ -128,7 +125,7 @@ def test_every_row_is_answered_as_by_its_run_alone(runs, alone, tmp_path, capsys
 def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batch(write, tmp_path):
     base = small_llama.make(tmp_path / "base")
     rng, magnitudes, targets = np.random.default_rng(0), {}, ("q_proj", "o_proj", "down_proj")
-    for site, kernel in kernels(load_base(base)).items():
+    for site, kernel in lf.kernels(lf.load_base(base)).items():
         if site.endswith(targets):
             norm = np.linalg.norm(kernel, axis=1)[None]
             magnitudes[site] = (rng.uniform(0.3, 3, norm.shape) * norm).astype(np.float32)
@@ -175,7 +172,7 @@ def test_scores_are_those_of_each_run_alone(runs, capsys):
 
 
 def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, caplog):
-    fused, mixed = FusedRun.read(runs["fused"]), FusedRun.read(runs["mixed"])
+    fused, mixed = lf.FusedRun.read(runs["fused"]), lf.FusedRun.read(runs["mixed"])
     before = service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3)
     assert before == alone["fused"] + alone["mixed"]
     with pytest.raises(ValueError, match="no room for another: the bank holds 3 tasks, its capacity. Remove one"):
@@ -190,7 +187,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
         service.add("fused", fused)
         assert service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3) == before
     assert "Compiling" not in caplog.text
-    draw = Sampling(temperature=1.0)
+    draw = lf.Sampling(temperature=1.0)
     for wrong, message in (
         (lambda: service.generate(["a"], ["scaled"]), "no task 'scaled': there are fused, mixed, another"),
         (lambda: service.remove("scaled"), "no task 'scaled': there are"),
@@ -208,7 +205,7 @@ def test_draws_depend_on_the_row_and_not_on_the_tasks_of_other_rows(service):
     names = [*service.tasks][:2]
 
     def said(of_first, of_others, seed=0):
-        how = {"sampling": Sampling(temperature=2.0), "sampling_seed": seed, "max_new_tokens": 6}
+        how = {"sampling": lf.Sampling(temperature=2.0), "sampling_seed": seed, "max_new_tokens": 6}
         return service.generate(_LINES * 2, [of_first, *[of_others] * 5], **how)
 
     first, *others = said(names[0], names[1])
@@ -219,42 +216,42 @@ def test_draws_depend_on_the_row_and_not_on_the_tasks_of_other_rows(service):
 
 
 def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, small, write):
-    other = FusedRun.read(
+    other = lf.FusedRun.read(
         write("other", {"coefficients": np.ones((1, 2, 2), np.float32)}, (_OTHER,), method="coefficients")
     )
-    mixed = FusedRun.read(runs["mixed"])
+    mixed = lf.FusedRun.read(runs["mixed"])
     names = sorted(folder.name for folder in small[1].iterdir())
-    service = Service([mixed], capacity=1)
+    service = lf.Service([mixed], capacity=1)
     with pytest.raises(ValueError, match="other fuses .*, which the bank lacks: give these modules"):
         service.add("other", other)
-    roomy = Service([mixed], capacity=1, modules=names)
+    roomy = lf.Service([mixed], capacity=1, modules=names)
     roomy.add("other", other)
     assert roomy.bank.frozen.pool.names == tuple(names)
     with pytest.raises(ValueError, match="is not the pool that was fused: it has no nobody"):
-        Service([mixed], capacity=1, modules=["nobody"])
+        lf.Service([mixed], capacity=1, modules=["nobody"])
 
 
 def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_path):
-    mixed, scaled = FusedRun.read(runs["mixed"]), FusedRun.read(runs["scaled"])
+    mixed, scaled = lf.FusedRun.read(runs["mixed"]), lf.FusedRun.read(runs["scaled"])
     shutil.copytree(small[0], tmp_path / "base")
     one = {"coefficients": np.ones((1, 2, 2), np.float32)}
     changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path), "control": "random", "load_in": "nf4"}
     for field, value in changes.items():
-        other = FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
+        other = lf.FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
         with pytest.raises(ValueError, match=f"has the {field} {value}, and .*mixed has .*Serve them apart"):
-            Service([mixed, other], capacity=2)
+            lf.Service([mixed, other], capacity=2)
     # Magnitudes alone come from no pool.
-    Service([scaled._replace(options=dataclasses.replace(scaled.options, pool=None)), mixed], capacity=2)
+    lf.Service([scaled._replace(options=dataclasses.replace(scaled.options, pool=None)), mixed], capacity=2)
     with pytest.raises(ValueError, match="no runs: give at least one"):
-        Service([], capacity=1)
+        lf.Service([], capacity=1)
     vera = write("vera", {"vera": {"b": np.ones(1)}}, (1,), method="vera")
     with pytest.raises(ValueError, match="vera is of the method vera, which no bank holds: give runs of a fusion"):
-        FusedRun.read(vera)
+        lf.FusedRun.read(vera)
 
 
 def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alone, write, small, tmp_path):
     """The LoRA adapts other matrices than the pool, with another rank."""
-    rng, sites = np.random.default_rng(1), load_base(small[0]).config.sites
+    rng, sites = np.random.default_rng(1), lf.load_base(small[0]).config.sites
     shapes = {name: sites[name] for name in ("encoder.self.q", "decoder.ff.wo")}
     lora = {
         "A": {name: rng.normal(size=(2, s.layers, s.d_in, 5)).astype("f4") for name, s in shapes.items()},
@@ -268,8 +265,8 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
     expected = dict(alone)
     for name, run, seed in (("lora", folder, 2), ("module", single, 1)):
         expected[name] = generate_lines(GenerateOptions(run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5))
-    found = {name: FusedRun.read(run) for name, run in (runs | {"lora": folder}).items()}
-    service = Service([*found.values()], capacity=5, modules=(module,))
+    found = {name: lf.FusedRun.read(run) for name, run in (runs | {"lora": folder}).items()}
+    service = lf.Service([*found.values()], capacity=5, modules=(module,))
     for name, run in found.items():
         service.add(name, run, 2 if name == "lora" else None)
     service.add_module("module", module)
@@ -279,9 +276,9 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
         said = answers[place :: len(expected)]
         assert [text[: len(e)] for text, e in zip(said, expected[name], strict=True)] == expected[name], name
     assert expected["lora"] != expected["module"] != alone["mixed"]
-    basis = FusedRun.read(folder)._replace(options=dataclasses.replace(found["lora"].options, load_in="nf4"))
+    basis = lf.FusedRun.read(folder)._replace(options=dataclasses.replace(found["lora"].options, load_in="nf4"))
     with pytest.raises(ValueError, match="lora is of a LoRA, which joins whole modules in full precision"):
-        Service([basis], capacity=1)
+        lf.Service([basis], capacity=1)
 
 
 def test_a_control_is_served_as_it_answers_alone(write, answers, tmp_path):
@@ -300,7 +297,7 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
         (weights,) = folder.glob("*.safetensors")
         kept = {name: tensor for name, tensor in load_file(weights).items() if ".v." not in name}
         save_file(kept, weights, metadata={"format": "pt"})
-    norms = {site: np.linalg.norm(kernel, axis=1)[None] for site, kernel in kernels(load_base(small[0])).items()}
+    norms = {site: np.linalg.norm(kernel, axis=1)[None] for site, kernel in lf.kernels(lf.load_base(small[0])).items()}
     folders, wanted = [], []
     for seed, last in ((_MIXED, "q"), (_OTHER, "qv")):
         sites = [site for site in _SITES if site[-1] in last]
