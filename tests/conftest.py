@@ -163,14 +163,6 @@ def _room_for_programs() -> Iterator[None]:
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def own_programs() -> Iterator[None]:
-    """Forget all compiled programs before a test that replaces what they are traced with, and after its file."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 @contextlib.contextmanager
 def _compiled_with(**flags: Any) -> Iterator[None]:
     """Compile all programs of a block with other flags than XLA_FLAGS of tests."""
